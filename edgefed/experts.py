@@ -1,0 +1,218 @@
+"""The two records that every layer of edgefed talks about: which experts are where, and how the router used them.
+
+``ExpertPlan`` says which experts a device holds and trains. ``RouterRecord`` says how often and how strongly the
+router chose them. Both are plain numpy: methods decide on them without torch, the model side acts on them, and
+they fit into a message.
+
+Dimension letters: ``L`` MoE layers, ``E`` experts of a layer (may differ between layers), ``S`` expert slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+class Role(enum.IntEnum):
+    """What a device does with one expert."""
+
+    ABSENT = 0
+    """Not on the device: no memory in forward, backward or optimiser."""
+    FROZEN = 1
+    """On the device, used in the forward pass, never changed."""
+    TUNED = 2
+    """On the device and trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertPlan:
+    """The role of every expert on one device.
+
+    ``roles[l]`` is an int8 array (E_l,) of `Role` values. Slots are dense: tuned experts first, then frozen ones, each
+    in ascending expert order, so that the trained part of a bank is one contiguous block.
+    """
+
+    roles: tuple[np.ndarray, ...]
+
+    def __post_init__(self) -> None:
+        for layer, roles in enumerate(self.roles):
+            if roles.ndim != 1 or roles.dtype != np.int8:
+                raise ValueError(f"roles of layer {layer} must be int8 (E,), found {roles.dtype} {roles.shape}")
+            if not np.isin(roles, [role.value for role in Role]).all():
+                raise ValueError(f"roles of layer {layer} hold a value that is no Role: {sorted(set(roles.tolist()))}")
+
+    @classmethod
+    def full(cls, experts_per_layer: Sequence[int], role: Role = Role.TUNED) -> ExpertPlan:
+        """Every expert resident with the same role."""
+        return cls(tuple(np.full(count, role, dtype=np.int8) for count in experts_per_layer))
+
+    @classmethod
+    def of(
+        cls,
+        experts_per_layer: Sequence[int],
+        tuned: Sequence[Iterable[int]],
+        frozen: Sequence[Iterable[int]] | None = None,
+    ) -> ExpertPlan:
+        """Build from expert ids per layer; everything else is absent. Raises ValueError on an id outside the layer."""
+        roles = []
+        for layer, count in enumerate(experts_per_layer):
+            row = np.zeros(count, dtype=np.int8)
+            for ids, role in (
+                ((frozen or [()] * len(experts_per_layer))[layer], Role.FROZEN),
+                (tuned[layer], Role.TUNED),
+            ):
+                for expert in ids:
+                    if not 0 <= expert < count:
+                        raise ValueError(f"layer {layer} has experts 0..{count - 1}, asked for {expert}")
+                    row[expert] = role
+            roles.append(row)
+        return cls(tuple(roles))
+
+    @property
+    def experts_per_layer(self) -> tuple[int, ...]:
+        return tuple(len(roles) for roles in self.roles)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.roles)
+
+    @property
+    def num_resident(self) -> int:
+        return int(sum((roles != Role.ABSENT).sum() for roles in self.roles))
+
+    @property
+    def num_tuned(self) -> int:
+        return int(sum((roles == Role.TUNED).sum() for roles in self.roles))
+
+    def tuned(self, layer: int) -> np.ndarray:
+        """Expert ids trained in this layer, ascending (int64)."""
+        return np.flatnonzero(self.roles[layer] == Role.TUNED)
+
+    def frozen(self, layer: int) -> np.ndarray:
+        """Expert ids held but not trained in this layer, ascending (int64)."""
+        return np.flatnonzero(self.roles[layer] == Role.FROZEN)
+
+    def resident(self, layer: int) -> np.ndarray:
+        """Expert ids in slot order, (S,) int64: tuned ascending, then frozen ascending."""
+        return np.concatenate([self.tuned(layer), self.frozen(layer)])
+
+    def slots(self, layer: int) -> np.ndarray:
+        """Slot of each expert, (E,) int64; -1 where absent."""
+        slots = np.full(len(self.roles[layer]), -1, dtype=np.int64)
+        resident = self.resident(layer)
+        slots[resident] = np.arange(len(resident))
+        return slots
+
+    def held_keys(self) -> list[tuple[int, int]]:
+        """All (layer, expert) on the device."""
+        return [(layer, int(expert)) for layer in range(self.num_layers) for expert in sorted(self.resident(layer))]
+
+    def to_lists(self) -> list[list[int]]:
+        """Plain lists of role values, for a message or JSON."""
+        return [roles.tolist() for roles in self.roles]
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Sequence[int]]) -> ExpertPlan:
+        """Inverse of `to_lists`. Raises ValueError on a value that is no role."""
+        return cls(tuple(np.asarray(row, dtype=np.int8) for row in lists))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ExpertPlan) and self.to_lists() == other.to_lists()
+
+    def __hash__(self) -> int:
+        return hash(tuple(roles.tobytes() for roles in self.roles))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecord:
+    """Router statistics of one MoE layer over ``num_tokens`` tokens. Every array is float64 (E,).
+
+    With G_e(x) the router's probability of expert e for token x:
+    """
+
+    num_tokens: int
+    tokens_per_expert: np.ndarray
+    """Tokens whose top-k holds e."""
+    gate_sum: np.ndarray
+    """Sum over tokens of G_e."""
+    gate_max: np.ndarray
+    """Maximum over tokens of G_e."""
+    gate_log_sum: np.ndarray
+    """Sum over tokens of G_e ln G_e (<= 0)."""
+    gate_complement_log_sum: np.ndarray
+    """Sum over tokens of (1 - G_e) ln (1 - G_e) (<= 0)."""
+    routed_gate_sum: np.ndarray
+    """Sum of the top-k weight that the layer really multiplies with; 0 outside the top-k."""
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.tokens_per_expert)
+
+    @property
+    def mean_gate(self) -> np.ndarray:
+        """Mean router probability of each expert, (E,): the usage u(e) of HFedMoE (16). Zero without tokens."""
+        return self.gate_sum / max(self.num_tokens, 1)
+
+    @property
+    def frequency(self) -> np.ndarray:
+        """Share of tokens routed to each expert, (E,); sums to top-k."""
+        return self.tokens_per_expert / max(self.num_tokens, 1)
+
+    def __add__(self, other: LayerRecord) -> LayerRecord:
+        """The record of both token sets."""
+        return LayerRecord(
+            num_tokens=self.num_tokens + other.num_tokens,
+            tokens_per_expert=self.tokens_per_expert + other.tokens_per_expert,
+            gate_sum=self.gate_sum + other.gate_sum,
+            gate_max=np.maximum(self.gate_max, other.gate_max),
+            gate_log_sum=self.gate_log_sum + other.gate_log_sum,
+            gate_complement_log_sum=self.gate_complement_log_sum + other.gate_complement_log_sum,
+            routed_gate_sum=self.routed_gate_sum + other.routed_gate_sum,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterRecord:
+    """Router statistics of a whole model: one `LayerRecord` per MoE layer. A few kilobytes."""
+
+    layers: tuple[LayerRecord, ...]
+
+    @property
+    def experts_per_layer(self) -> tuple[int, ...]:
+        return tuple(layer.num_experts for layer in self.layers)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.layers[0].num_tokens if self.layers else 0
+
+    def __add__(self, other: RouterRecord) -> RouterRecord:
+        return RouterRecord(tuple(a + b for a, b in zip(self.layers, other.layers, strict=True)))
+
+    def to_dict(self) -> dict:
+        """Plain numbers and lists, for JSON. `from_dict` is the inverse."""
+        return {
+            "layers": [
+                {
+                    field.name: value.tolist() if isinstance(value := getattr(layer, field.name), np.ndarray) else value
+                    for field in dataclasses.fields(LayerRecord)
+                }
+                for layer in self.layers
+            ]
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict) -> RouterRecord:
+        return cls(
+            tuple(
+                LayerRecord(
+                    **{
+                        name: np.asarray(value, dtype=np.float64) if isinstance(value, list) else value
+                        for name, value in layer.items()
+                    }
+                )
+                for layer in data["layers"]
+            )
+        )

@@ -1,0 +1,52 @@
+"""No federation: each client trains the experts that its budget holds on its own data and sends nothing.
+
+The baseline that a federation must beat to be worth its bytes. Experts are chosen as in HFedMoE, so that the only
+difference is the exchange.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.methods.hfedmoe import HFedMoE
+from edgefed.methods.interface import Contribution, DeviceBudget, UnitMerge
+from edgefed.protocol.messages import UnitInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """HFedMoE's choice of experts without its exchange."""
+
+    selection: HFedMoE = dataclasses.field(default_factory=HFedMoE)
+
+    name = "local"
+    needs_profile = True
+    holds_all_experts = False
+    plans_every_round = False
+    exchanges = False
+
+    def plan_experts(
+        self,
+        record: RouterRecord | None,
+        experts_per_layer: Sequence[int],
+        budget: DeviceBudget,
+        rng: np.random.Generator,
+    ) -> ExpertPlan:
+        """As `HFedMoE.plan_experts`."""
+        return self.selection.plan_experts(record, experts_per_layer, budget, rng)
+
+    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
+        """As `HFedMoE.schedule_experts`."""
+        return self.selection.schedule_experts(batch, tuned, limit)
+
+    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+        """As `HFedMoE.expert_importance`."""
+        return self.selection.expert_importance(record)
+
+    def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
+        """Nothing is merged: the global model stays as it was."""
+        return {}

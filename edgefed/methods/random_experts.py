@@ -1,0 +1,57 @@
+"""Random resident experts: the control group of every expert-selection method.
+
+Each client holds as many experts as its budget allows, drawn at random, at least one per layer. Training, masking and
+bytes are those of HFedMoE at the same budget; only the choice differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.methods.averaging import merge_by_examples, plan_tuned, select_by_score
+from edgefed.methods.interface import Contribution, DeviceBudget, UnitMerge
+from edgefed.protocol.messages import UnitInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomExperts:
+    """``redraw``: choose anew in each round (covers more experts, downloads more) instead of once."""
+
+    redraw: bool = False
+
+    name = "random"
+    needs_profile = False
+    holds_all_experts = False
+    exchanges = True
+
+    @property
+    def plans_every_round(self) -> bool:
+        return self.redraw
+
+    def plan_experts(
+        self,
+        record: RouterRecord | None,
+        experts_per_layer: Sequence[int],
+        budget: DeviceBudget,
+        rng: np.random.Generator,
+    ) -> ExpertPlan:
+        """Uniform over experts, one per layer first. Raises BudgetTooSmall below one expert per layer."""
+        scores = [rng.random(count) for count in experts_per_layer]
+        eligible = [np.ones(count, dtype=bool) for count in experts_per_layer]
+        return plan_tuned(experts_per_layer, select_by_score(scores, eligible, budget.resident_experts))
+
+    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
+        """The busiest tuned experts of the batch: a schedule needs no importance to save compute."""
+        return tuned[np.argsort(-batch.tokens_per_expert[tuned], kind="stable")[:limit]]
+
+    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+        """The mean gate probability; reported, not used."""
+        return record.mean_gate
+
+    def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
+        """Each unit averages over the clients that hold it, weighted by examples; nobody: unchanged."""
+        return merge_by_examples(contributions, units)

@@ -1,0 +1,48 @@
+"""Every route and header of the aggregator, once.
+
+Paths are templates in Starlette's syntax; `path_for` fills them for a client.
+
+    POST {REGISTER}      Register                 -> Registered
+    POST {HEARTBEAT}     Heartbeat                -> {}
+    POST {LEAVE}         Leave                    -> {}
+    GET  {ASSIGNMENT}                             -> AssignmentReply        ?wait_s=20 long poll
+    GET  {MANIFEST}                               -> Manifest               server_round, or "latest"
+    GET  {BLOB}          Range: bytes=N-          -> the bytes of one unit or file
+    GET  {UPLOAD}                                 -> UploadState
+    PUT  {UPLOAD}        ?offset=N, raw bytes     -> UploadState
+    POST {COMMIT}        UpdateMeta               -> UpdateAccepted
+    GET  {STATUS}                                 -> Status
+    GET  {HEALTH}                                 -> {"status": "ok", "protocol_version": 1}
+"""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+REGISTER = "/v1/clients"
+HEARTBEAT = "/v1/clients/{client_id}/heartbeat"
+LEAVE = "/v1/clients/{client_id}/leave"
+ASSIGNMENT = "/v1/clients/{client_id}/assignment"
+MANIFEST = "/v1/manifests/{server_round}"
+BLOB = "/v1/blobs/{sha256}"
+UPLOAD = "/v1/clients/{client_id}/rounds/{server_round}/uploads/{attempt}"
+COMMIT = "/v1/clients/{client_id}/rounds/{server_round}/uploads/{attempt}/commit"
+STATUS = "/v1/status"
+HEALTH = "/v1/health"
+
+CLIENT_KEY_HEADER = "x-edgefed-client-key"
+"""Secret of the client, on every request under /v1/clients/{client_id}."""
+TOKEN_HEADER = "authorization"
+"""``Bearer TOKEN`` on every request, when the server has a token."""
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8470
+CHUNK_BYTES = 256 * 1024
+"""One read or write of a streaming loop."""
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+"""Largest JSON body that either side reads."""
+
+
+def path_for(template: str, **values: object) -> str:
+    """Fill a route template; each value is percent-encoded."""
+    return template.format(**{name: quote(str(value), safe="") for name, value in values.items()})

@@ -1,0 +1,1 @@
+"""Device profiles: one TOML file per device, data only. Installed as ``edgefed.profiles``."""

@@ -1,0 +1,147 @@
+"""The baselines, the registry, and what every method must hold to."""
+
+import numpy as np
+import pytest
+
+from edgefed.errors import BudgetTooSmall, ConfigError, UnknownMethod
+from edgefed.experts import ExpertPlan, LayerRecord, Role, RouterRecord
+from edgefed.methods.interface import Contribution, DeviceBudget
+from edgefed.methods.registry import METHODS, make_method, method_options
+from edgefed.protocol.messages import ExpertReport, TensorInfo, UnitInfo
+
+EXPERTS_PER_LAYER = (4, 6)
+
+
+def some_record(seed: int = 0) -> RouterRecord:
+    rng = np.random.default_rng(seed)
+    layers = []
+    for count in EXPERTS_PER_LAYER:
+        gates = rng.dirichlet(np.ones(count), size=50)
+        chosen = gates >= np.sort(gates, axis=1)[:, -2:-1]
+        layers.append(
+            LayerRecord(
+                num_tokens=50,
+                tokens_per_expert=chosen.sum(0).astype(float),
+                gate_sum=gates.sum(0),
+                gate_max=gates.max(0),
+                gate_log_sum=(gates * np.log(gates)).sum(0),
+                gate_complement_log_sum=((1 - gates) * np.log(1 - gates)).sum(0),
+                routed_gate_sum=(gates * chosen).sum(0),
+            )
+        )
+    return RouterRecord(tuple(layers))
+
+
+def units() -> list[UnitInfo]:
+    def unit(key, kind, layer=-1, expert=-1):
+        tensors = (TensorInfo(name="value", dtype="F32", shape=(2,)),)
+        return UnitInfo(
+            key=key, kind=kind, layer=layer, expert=expert, trainable=True, sha256="", size_bytes=8, tensors=tensors
+        )
+
+    experts = [unit(f"{l}.{e}", "expert", l, e) for l, count in enumerate(EXPERTS_PER_LAYER) for e in range(count)]  # noqa: E741
+    return [*experts, unit("r0", "router", 0), unit("r1", "router", 1), unit("d", "dense")]
+
+
+def contribution(client: str, examples: int, keys: list[str]) -> Contribution:
+    reports = {}
+    for key in keys:
+        if "." in key:
+            layer, expert = map(int, key.split("."))
+            reports[layer, expert] = ExpertReport(
+                layer=layer, expert=expert, usage=0.5, importance=0.5, steps=2, tokens=7
+            )
+    return Contribution(client_id=client, num_examples=examples, experts=reports, units=frozenset(keys))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("budget", [2, 5, 10])
+def test_a_plan_keeps_the_budget_and_one_expert_per_layer(name, budget):
+    method = make_method(name)
+    if method.holds_all_experts and budget < 10:
+        with pytest.raises(BudgetTooSmall, match=f"trains all 10 experts, this device holds {budget}"):
+            method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(budget), np.random.default_rng(0))
+        return
+    plan = method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(budget), np.random.default_rng(0))
+    assert plan.num_resident == budget
+    assert all(len(plan.tuned(layer)) >= 1 for layer in range(2))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_merges_only_name_what_was_uploaded_and_ignore_arrival_order(name):
+    method = make_method(name)
+    clients = [contribution("b", 3, ["0.1", "r0", "d"]), contribution("a", 1, ["0.1", "1.5", "r0", "r1"])]
+    merges, reverse = method.plan_merge(clients, units()), method.plan_merge(clients[::-1], units())
+    sent = {c.client_id: c.units for c in clients}
+    for key, merge in merges.items():
+        assert all(key in sent[client] for client, _ in merge.weights)
+        assert [client for client, _ in merge.weights] == sorted(client for client, _ in merge.weights)
+        assert [np.asarray(w).tolist() for _, w in merge.weights] == [
+            np.asarray(w).tolist() for _, w in reverse[key].weights
+        ]
+    assert set(merges) == (set() if name == "local" else {"0.1", "1.5", "r0", "r1", "d"})
+
+
+def test_fedavg_weights_by_examples():
+    merges = make_method("fedavg").plan_merge([contribution("b", 3, ["d"]), contribution("a", 1, ["d"])], units())
+    assert merges["d"].weights == (("a", 1.0), ("b", 3.0))
+
+
+def test_random_plans_depend_on_the_generator_only():
+    method = make_method("random")
+
+    def draw(seed):
+        return method.plan_experts(None, EXPERTS_PER_LAYER, DeviceBudget(5), np.random.default_rng(seed))
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(8)}) > 3
+
+
+def test_random_covers_every_expert_in_the_long_run():
+    method, seen = make_method("random"), set()
+    for seed in range(60):
+        plan = method.plan_experts(None, EXPERTS_PER_LAYER, DeviceBudget(3), np.random.default_rng(seed))
+        seen.update(plan.held_keys())
+    assert len(seen) == sum(EXPERTS_PER_LAYER)
+
+
+def test_local_chooses_as_hfedmoe_and_exchanges_nothing():
+    local, hfedmoe = make_method("local"), make_method("hfedmoe")
+    arguments = (some_record(), EXPERTS_PER_LAYER, DeviceBudget(5), np.random.default_rng(0))
+    assert local.plan_experts(*arguments) == hfedmoe.plan_experts(*arguments)
+    assert not local.exchanges
+
+
+def test_options_are_read_from_text_and_checked():
+    assert make_method("hfedmoe", {"lambda": "0.25", "reprofile": "true", "mi": "bernoulli"}).lambda_ == 0.25
+    assert method_options("hfedmoe")["beta"] == 0.5
+    with pytest.raises(ConfigError, match="no option 'gamma'; its options are lambda=0.5"):
+        make_method("hfedmoe", {"gamma": 1})
+    with pytest.raises(ConfigError, match="option beta is 'much', expected float"):
+        make_method("hfedmoe", {"beta": "much"})
+    with pytest.raises(UnknownMethod, match="no method 'fedprox'; the methods are hfedmoe, fedavg, random, local"):
+        make_method("fedprox")
+
+
+def test_plan_slots_are_dense_with_tuned_experts_first():
+    plan = ExpertPlan.of((6,), tuned=[(4, 1)], frozen=[(0,)])
+    assert plan.resident(0).tolist() == [1, 4, 0]
+    assert plan.slots(0).tolist() == [2, 0, -1, -1, 1, -1]
+    assert (plan.num_resident, plan.num_tuned) == (3, 2)
+    assert ExpertPlan.from_lists(plan.to_lists()) == plan
+    assert ExpertPlan.full((2, 3), Role.FROZEN).num_tuned == 0
+    with pytest.raises(ValueError, match="asked for 6"):
+        ExpertPlan.of((6,), tuned=[(6,)])
+
+
+def test_records_add_up_and_survive_json():
+    import json
+
+    one, two = some_record(1), some_record(2)
+    both = one + two
+    assert both.num_tokens == 100
+    np.testing.assert_allclose(both.layers[1].gate_sum, one.layers[1].gate_sum + two.layers[1].gate_sum)
+    np.testing.assert_array_equal(both.layers[0].gate_max, np.maximum(one.layers[0].gate_max, two.layers[0].gate_max))
+    again = RouterRecord.from_dict(json.loads(json.dumps(both.to_dict())))
+    np.testing.assert_array_equal(again.layers[0].gate_log_sum, both.layers[0].gate_log_sum)
+    assert again.num_tokens == 100
