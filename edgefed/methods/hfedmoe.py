@@ -23,6 +23,9 @@ Departs from the paper
       memory budget (*residency*: which experts are on the device at all) and on each batch under the compute budget
       (*schedule*: which resident experts get gradients). The schedule splits the compute budget evenly over layers, so
       that it is decided inside the same forward pass.
+    * ``layer_scale``: scores are divided by the mean importance of their layer before layers are ranked against each
+      other. Layers differ in how sharp their routers are; the plain ranking gives a layer with a flat router almost no
+      expert, and the layer is lost (benchmarks/results/sweep_hfedmoe.json: worse than a random choice).
     * Usage >= tau does not mean trained: (17) also asks for at least one optimiser step. Nobody left: the old expert.
     * (20)-(21) are not normalised and would shrink the router each round; here the weights are divided by their sum,
       and fall back to example weights when all are zero.
@@ -48,11 +51,11 @@ from edgefed.protocol.messages import UnitInfo
 
 @dataclasses.dataclass(frozen=True)
 class HFedMoE:
-    """Hyper-parameters. The paper states none of the values; the defaults are ours."""
+    """Hyper-parameters. The paper states none of the values; the defaults are ours, from sweep_hfedmoe.json."""
 
     lambda_: float = 0.5
     """Weight of s_cumul against s_specific in (5), 0..1."""
-    beta: float = 0.5
+    beta: float = 0.25
     """Price of information in (14), >= 0. KL lies in [0, 1/e], so only values of order 1 matter; 0 gives (5)."""
     tau: float = 0.5
     """Usage threshold of (17) in units of 1/E, the usage of a perfectly balanced expert; >= 0."""
@@ -60,6 +63,8 @@ class HFedMoE:
     """Rank by "ib", I_b (14), or by "importance", s (5)."""
     mi: str = "paper"
     """Information cost: "paper" (11) or "bernoulli"."""
+    layer_scale: bool = True
+    """Rank experts of different layers relative to their layer; False ranks the plain scores, as in the paper."""
     router_aggregation: str = "row"
     """"row" or "client" (21)."""
     reprofile: bool = False
@@ -111,6 +116,11 @@ class HFedMoE:
         importance = self.expert_importance(record)
         return importance if self.score == "importance" else importance - self.beta * self.information_cost(record)
 
+    def _comparable_score(self, record: LayerRecord) -> np.ndarray:
+        """`bottleneck_score`, in units of the layer's mean importance if ``layer_scale``."""
+        mean = float(self.expert_importance(record).mean())  # never 0 where a token was seen: the gates sum to 1
+        return self.bottleneck_score(record) / mean if self.layer_scale and mean > 0 else self.bottleneck_score(record)
+
     def plan_experts(
         self,
         record: RouterRecord | None,
@@ -121,7 +131,7 @@ class HFedMoE:
         """Residency: (15) on the profile under the memory budget. Raises BudgetTooSmall."""
         if record is None:
             raise ValueError("hfedmoe plans from a profile")
-        scores = [self.bottleneck_score(layer) for layer in record.layers]
+        scores = [self._comparable_score(layer) for layer in record.layers]
         union = [layer.tokens_per_expert > 0 for layer in record.layers]
         return plan_tuned(experts_per_layer, select_by_score(scores, union, budget.resident_experts))
 

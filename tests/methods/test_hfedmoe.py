@@ -107,8 +107,8 @@ def test_beta_can_turn_the_ranking_around():
     steady = record_of([[0.51, 0.49], [0.49, 0.51]] * 2)
     both = RouterRecord((bursts, steady))
     budget = DeviceBudget(resident_experts=3)
-    free = HFedMoE(beta=0.0).plan_experts(both, (2, 2), budget, RNG)
-    costly = HFedMoE(beta=5.0).plan_experts(both, (2, 2), budget, RNG)
+    free = HFedMoE(beta=0.0, layer_scale=False).plan_experts(both, (2, 2), budget, RNG)
+    costly = HFedMoE(beta=5.0, layer_scale=False).plan_experts(both, (2, 2), budget, RNG)
     assert [len(free.resident(layer)) for layer in (0, 1)] == [2, 1]
     assert [len(costly.resident(layer)) for layer in (0, 1)] == [1, 2]
 
@@ -116,10 +116,20 @@ def test_beta_can_turn_the_ranking_around():
 def test_residency_takes_the_best_over_all_layers_with_one_in_each():
     strong = record_of([[0.6, 0.4, 0.0], [0.4, 0.6, 0.0]])
     weak = record_of([[0.4, 0.3, 0.3]] * 2)
-    method = HFedMoE(beta=0.0)
+    method = HFedMoE(beta=0.0, layer_scale=False)
     plan = method.plan_experts(RouterRecord((strong, weak)), (3, 3), DeviceBudget(3), RNG)
     assert [plan.resident(0).tolist(), plan.resident(1).tolist()] == [[0, 1], [0]]
     assert plan.num_tuned == 3
+
+
+def test_a_layer_with_a_flat_router_keeps_its_share_unless_the_plain_ranking_is_asked_for():
+    sharp = record_of([[0.9, 0.1, 0.0, 0.0], [0.1, 0.8, 0.1, 0.0], [0.0, 0.1, 0.8, 0.1]], top_k=2)
+    flat = record_of([[0.4, 0.4, 0.1, 0.1]] * 3, top_k=2)
+    both, budget = RouterRecord((sharp, flat)), DeviceBudget(4)
+    plain = HFedMoE(layer_scale=False).plan_experts(both, (4, 4), budget, RNG)
+    scaled = HFedMoE().plan_experts(both, (4, 4), budget, RNG)
+    assert [len(plain.resident(layer)) for layer in (0, 1)] == [3, 1]
+    assert [len(scaled.resident(layer)) for layer in (0, 1)] == [2, 2]
 
 
 def test_experts_that_no_token_chose_are_left_out_even_if_they_fit():

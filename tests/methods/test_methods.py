@@ -114,7 +114,7 @@ def test_local_chooses_as_hfedmoe_and_exchanges_nothing():
 
 def test_options_are_read_from_text_and_checked():
     assert make_method("hfedmoe", {"lambda": "0.25", "reprofile": "true", "mi": "bernoulli"}).lambda_ == 0.25
-    assert method_options("hfedmoe")["beta"] == 0.5
+    assert method_options("hfedmoe")["tau"] == 0.5
     with pytest.raises(ConfigError, match="no option 'gamma'; its options are lambda=0.5"):
         make_method("hfedmoe", {"gamma": 1})
     with pytest.raises(ConfigError, match="option beta is 'much', expected float"):

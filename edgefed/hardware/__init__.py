@@ -1,0 +1,1 @@
+"""What this device has and can afford. No torch at module level."""

@@ -1,0 +1,95 @@
+"""Host memory: how much this process may use, how much it used, and sizes as people write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import psutil
+
+from edgefed.errors import ConfigError
+
+GIB = 2**30
+_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_UNITS |= {f"{prefix}ib": size for prefix, size in _UNITS.items() if prefix not in ("", "b")}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size: ``2GiB`` and ``2G`` are 2 * 2**30, ``2GB`` is 2 * 10**9, a bare number is bytes.
+
+    Raises ConfigError when it is no size or not above zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size <= 0:
+        raise ConfigError(f"{text!r} is no memory size", remedy="Write it like 2GiB, 512MiB or 1500MB.")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """A size for people, in binary units with three significant digits: ``11.1 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.{0 if abs(size) >= 100 else 1}f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryBudget:
+    """What this process may use in all, and where the number comes from."""
+
+    size_bytes: int
+    origin: str
+
+
+def budget_from_host(root: Path = Path("/")) -> MemoryBudget:
+    """The budget of a device without a GPU when the owner set none.
+
+        usable = (min(MemAvailable, cgroup room) - host_reserve) * 0.95,   host_reserve = max(1 GiB, 10 % of MemTotal)
+
+    The reserve keeps the desktop and the page cache alive; swap is never counted. ``root`` is where cgroup files are
+    looked up. Never negative.
+    """
+    memory = psutil.virtual_memory()
+    room, origin = memory.available, "available memory"
+    limit = cgroup_room_bytes(root)
+    if limit is not None and limit < room:
+        room, origin = limit, "container limit"
+    reserve = max(GIB, memory.total // 10)
+    return MemoryBudget(max(0, int((room - reserve) * 0.95)), f"{origin} less {format_bytes(reserve)} for the system")
+
+
+def cgroup_room_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes left under this cgroup's limit (v2, then v1); None when there is no limit or no cgroup."""
+    for limit_name, used_name in (
+        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit = int((root / limit_name).read_text())
+            used = int((root / used_name).read_text())
+        except (OSError, ValueError):  # absent, unreadable, or "max"
+            continue
+        if limit < 2**60:  # v1 writes a huge number for "none"
+            return max(0, limit - used)
+    return None
+
+
+def process_rss_bytes() -> int:
+    """Resident memory of this process now."""
+    return psutil.Process().memory_info().rss
+
+
+def process_peak_rss_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
