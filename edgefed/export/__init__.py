@@ -1,0 +1,1 @@
+"""Takes a trained global model out of edgefed, in formats that others read."""

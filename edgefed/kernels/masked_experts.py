@@ -1,0 +1,131 @@
+"""Masked experts: the feed-forward experts of one MoE layer, of which a device holds only some.
+
+    y[t] = sum_k expert_weights[t, k] * Expert_{slot_indices[t, k]}(x[t])        over the k with slot_indices[t, k] >= 0
+    Expert_s(x) = finish( activation(x W_up(s) + b_up(s)) W_down(s) + b_down(s) )
+
+A pair (t, k) whose slot is -1 is dropped before any matrix product: an absent expert costs neither time nor memory.
+The function below is the reference: plain PyTorch, autograd derives its backward pass. It knows neither routers nor
+plans; the caller maps experts to slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankPair:
+    """A LoRA update of one weight: adds ``scale * (x A^T) B^T``. ``lora_a`` (R, in), ``lora_b`` (out, R)."""
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotWeights:
+    """The tensors of one expert. Each is a tensor of its own, never a row of a stack indexed inside the graph: the
+    backward of such an index writes a gradient as large as the whole stack, once per expert.
+
+    ``up`` is gate_up_proj (2I, H), or up_proj (I, H) of an ungated expert; ``down`` is (H, I). Both transposed where
+    the layer says ``is_transposed``.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    up_lora: LowRankPair | None = None
+    down_lora: LowRankPair | None = None
+
+
+class Slots(Protocol):
+    """S experts by slot. An item is asked for once per call, and only if a token needs it: it may be read from disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, slot: int) -> SlotWeights: ...
+
+
+def _project(
+    x: torch.Tensor,  # (P, in)
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora: LowRankPair | None,
+    is_transposed: bool,
+) -> torch.Tensor:
+    out = x @ weight if is_transposed else F.linear(x, weight)  # (P, out)
+    if bias is not None:
+        out = out + bias
+    if lora is not None:
+        low = F.linear(x, lora.lora_a.to(x.dtype))  # (P, R)
+        out = out + F.linear(low, lora.lora_b.to(x.dtype)) * lora.scale
+    return out
+
+
+def masked_experts(
+    hidden_states: torch.Tensor,
+    slot_indices: torch.Tensor,
+    expert_weights: torch.Tensor,
+    slots: Slots,
+    *,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    is_transposed: bool = False,
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Compute the weighted sum of each token's resident experts.
+
+    Args:
+        hidden_states: (T, H) tokens x. Cast to the weights' dtype before the products, as transformers does.
+        slot_indices: (T, K) int64 in [-1, S); -1 means no expert here. The same slot may occur twice in a row.
+        expert_weights: (T, K) floating point. What stands at a dropped pair is not read and gets gradient 0.
+        slots: the S experts.
+        activation: maps the up projection, (P, 2I) or (P, I), to (P, I): the layer's gating.
+        is_transposed: weights are (in, out) instead of (out, in).
+        finish: applied to each expert's output (P, H) before the weighting.
+
+    Returns (T, H) in the dtype of ``hidden_states``; zero for a token without any pair. Sums over k run in at least
+    float32. Differentiable in hidden_states, expert_weights and all tensors of the slots that were used; an expert
+    without a token takes no part in the graph, so its gradient stays None. One host synchronisation (the counts).
+    T = 0, S = 0 and K = 0 are fine. Raises ValueError when shapes do not belong together, IndexError on a slot >= S.
+    """
+    if hidden_states.ndim != 2 or slot_indices.ndim != 2 or slot_indices.shape[0] != hidden_states.shape[0]:
+        raise ValueError(
+            f"hidden_states {tuple(hidden_states.shape)} and slot_indices {tuple(slot_indices.shape)} "
+            "must be (T, H) and (T, K)"
+        )
+    if slot_indices.shape != expert_weights.shape:
+        raise ValueError(
+            f"slot_indices {tuple(slot_indices.shape)} and expert_weights {tuple(expert_weights.shape)} differ"
+        )
+    top_k = slot_indices.shape[1]
+    flat_slots = slot_indices.reshape(-1)  # (T*K,)
+    pairs = (flat_slots >= 0).nonzero().squeeze(1)  # (P,) kept pairs
+    order = torch.sort(flat_slots[pairs], stable=True)
+    pairs = pairs[order.indices]  # (P,) sorted by slot
+    tokens_per_slot = torch.bincount(order.values, minlength=len(slots)).tolist()  # the host synchronisation
+    if len(tokens_per_slot) > len(slots):
+        raise IndexError(f"slot {len(tokens_per_slot) - 1} asked for, there are {len(slots)}")
+    tokens = pairs // max(top_k, 1)  # (P,)
+    inputs = hidden_states[tokens]  # (P, H)
+    outputs = []
+    start = 0
+    for slot, count in enumerate(tokens_per_slot):
+        if count == 0:
+            continue
+        weights = slots[slot]
+        x = inputs[start : start + count].to(weights.up.dtype)
+        up = activation(_project(x, weights.up, weights.up_bias, weights.up_lora, is_transposed))  # (count, I)
+        down = _project(up, weights.down, weights.down_bias, weights.down_lora, is_transposed)  # (count, H)
+        outputs.append(down if finish is None else finish(down))
+        start += count
+    accumulated = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+    if outputs:
+        weighted = torch.cat(outputs) * expert_weights.reshape(-1)[pairs].unsqueeze(-1)  # (P, H)
+        accumulated = accumulated.index_add(0, tokens, weighted.to(accumulated.dtype))
+    return accumulated.to(hidden_states.dtype)

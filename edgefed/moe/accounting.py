@@ -1,0 +1,72 @@
+"""Counts the bytes that a model really holds, tensor by tensor: what tests and benchmarks rest on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from edgefed.moe.architecture import ExpertLayer
+from edgefed.moe.bank import ExpertBank
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertMemory:
+    """Bytes that experts take now: weights (adapters included), gradients and optimiser state."""
+
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind ``tensors``, each storage once. Meta tensors have none."""
+    storages = {}
+    for tensor in tensors:
+        if not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            storages[storage.device, storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def expert_tensors(layers: Iterable[ExpertLayer]) -> list[torch.Tensor]:
+    """All parameters of experts on the device: of banks, or the stacks of a full model."""
+    tensors: list[torch.Tensor] = []
+    for layer in layers:
+        bank = getattr(layer.experts, "edgefed_bank", None)
+        if isinstance(bank, ExpertBank):
+            tensors.extend(bank.parameters())
+        else:
+            found = (layer.experts._parameters.get(parameter.name) for parameter in layer.parameters)
+            tensors.extend(tensor for tensor in found if tensor is not None)
+    return tensors
+
+
+def expert_memory(layers: Iterable[ExpertLayer], optimizer: torch.optim.Optimizer | None = None) -> ExpertMemory:
+    """Count the experts' weights, their ``.grad`` and what ``optimizer`` keeps for them."""
+    parameters = expert_tensors(layers)
+    state = {} if optimizer is None else optimizer.state
+    kept = (value for p in parameters if p in state for value in state[p].values() if isinstance(value, torch.Tensor))
+    return ExpertMemory(
+        weight_bytes=storage_bytes(parameters),
+        gradient_bytes=storage_bytes(p.grad for p in parameters if p.grad is not None),
+        optimizer_bytes=storage_bytes(kept),
+    )
+
+
+def model_memory(module: nn.Module, layers: Iterable[ExpertLayer]) -> dict[str, int]:
+    """Bytes of all tensors of a model: "dense" (with buffers), "experts" and "gradients"."""
+    experts = expert_tensors(layers)
+    ids = {id(tensor) for tensor in experts}
+    parameters = list(module.parameters())
+    return {
+        "dense": storage_bytes(tensor for tensor in (*parameters, *module.buffers()) if id(tensor) not in ids),
+        "experts": storage_bytes(experts),
+        "gradients": storage_bytes(p.grad for p in parameters if p.grad is not None),
+    }

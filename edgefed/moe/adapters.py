@@ -1,0 +1,105 @@
+"""LoRA adapters: their first values, and how they sit on the weights of routers and attention.
+
+    W_effective = W + (alpha / rank) B A        A (R, in), B (out, R), kept in float32 (arXiv 2106.09685)
+
+Adapters of experts live in the expert bank; see `edgefed.moe.bank`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from edgefed.errors import CheckpointError
+from edgefed.moe.scope import TrainScope
+from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, FixedUnit, check_tensors, copy_into
+
+
+class LowRankUpdate(nn.Module):
+    """Parametrisation of one weight (out, in). Its two matrices are zero until they are loaded."""
+
+    def __init__(self, weight: torch.Tensor, rank: int, scale: float, device: torch.device):
+        super().__init__()
+        size_out, size_in = weight.shape
+        self.scale = scale
+        self.lora_a = nn.Parameter(torch.zeros(rank, size_in, dtype=ADAPTER_DTYPE, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(size_out, rank, dtype=ADAPTER_DTYPE, device=device))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + low_rank_product(self.lora_a, self.lora_b, self.scale).to(weight.dtype)
+
+
+def low_rank_product(lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * B A, (out, in), in the adapters' dtype."""
+    return (lora_b @ lora_a) * scale
+
+
+def initial_adapter(key: str, sizes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """First values of the adapter of unit ``key``: A Kaiming-uniform (a = sqrt 5, as PEFT), B zero, so a no-op.
+
+    ``sizes`` maps each matrix to (in, out). The values depend on ``seed`` and ``key`` alone, so all clients share A
+    whatever experts they hold.
+    """
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    tensors = {}
+    for name, (size_in, size_out) in sizes.items():
+        bound = size_in**-0.5
+        a = torch.rand(rank, size_in, generator=generator, dtype=ADAPTER_DTYPE)
+        tensors[f"{name}.lora_a"] = (2.0 * a - 1.0) * bound
+        tensors[f"{name}.lora_b"] = torch.zeros(size_out, rank, dtype=ADAPTER_DTYPE)
+    return tensors
+
+
+def _updates(unit: FixedUnit) -> dict[str, LowRankUpdate]:
+    found = {}
+    for name, place in unit.matrices.items():
+        module, attribute = place.owners[0]
+        if parametrize.is_parametrized(module, attribute):
+            found[name] = module.parametrizations[attribute][0]
+    return found
+
+
+def install_adapter(unit: FixedUnit, scope: TrainScope, device: torch.device) -> None:
+    """Put a zero adapter on each weight of the unit, in place of any that is there."""
+    remove_adapter(unit)
+    for place in unit.matrices.values():
+        update = LowRankUpdate(place.get(), scope.lora_rank, scope.lora_scale, device)
+        for module, attribute in place.owners:
+            # unsafe only skips a trial run, which a weight that is still on the meta device could not survive.
+            parametrize.register_parametrization(module, attribute, update, unsafe=True)
+
+
+def remove_adapter(unit: FixedUnit, *, merge: bool = False) -> None:
+    """Take the adapter off; with ``merge`` its update stays in the weight."""
+    for name, update in _updates(unit).items():
+        place = unit.places[name]
+        merged = update(place.get().float()).detach() if merge else None
+        for module, attribute in place.owners:
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+        if merged is not None:
+            with torch.no_grad():
+                place.get().copy_(merged)
+
+
+def adapter_tensors(unit: FixedUnit) -> dict[str, nn.Parameter]:
+    """The installed adapter's parameters by tensor name; empty when there is none."""
+    return {
+        f"{name}.{part}": getattr(update, part)
+        for name, update in _updates(unit).items()
+        for part in ("lora_a", "lora_b")
+    }
+
+
+def load_adapter(unit: FixedUnit, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy values into the installed adapter. Raises CheckpointError."""
+    key, targets = unit.key + LORA_SUFFIX, adapter_tensors(unit)
+    if not targets:
+        raise CheckpointError(f"unit {unit.key!r} has no adapter on this device: apply a plan with LoRA first")
+    check_tensors(key, tensors, {name: tuple(target.shape) for name, target in targets.items()})
+    for name, target in targets.items():
+        copy_into(key, name, target, tensors[name])

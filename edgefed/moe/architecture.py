@@ -1,0 +1,190 @@
+"""Finds the MoE layers of any transformers model that uses the experts interface, by structure.
+
+A MoE layer is an experts module (its class is decorated with ``@use_experts_implementation``, which leaves the
+attributes is_transposed, has_bias, has_gate on it, and its weights are stacks with one row per expert) together with a
+sibling module whose weight has one row per expert: the router. No model is known by name here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import torch
+from torch import nn
+
+from edgefed.errors import UnsupportedArchitecture
+from edgefed.moe.gate_probe import GateFacts, GateNotUnderstood, probe_gate
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertParameter:
+    """One tensor of an expert: the row of a stack of the experts module. ``shape`` is without the expert dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertLayer:
+    """One MoE layer. ``ordinal`` counts MoE layers from 0 (dense layers before it do not count)."""
+
+    ordinal: int
+    block_path: str
+    experts_path: str
+    router_path: str
+    experts: nn.Module
+    router: nn.Module
+    num_experts: int
+    top_k: int
+    gate_kind: str
+    """softmax, sigmoid or probability: see `edgefed.moe.gating`."""
+    selection_bias: str | None
+    """Full name of the (E,) tensor that the router adds to its scores to choose, or None."""
+    parameters: tuple[ExpertParameter, ...]
+    is_transposed: bool
+    has_bias: bool
+    has_gate: bool
+    has_post_expert_norm: bool
+
+    @property
+    def up_name(self) -> str:
+        return "gate_up_proj" if self.has_gate else "up_proj"
+
+    @property
+    def matrices(self) -> tuple[ExpertParameter, ...]:
+        """The parameters that take a LoRA adapter."""
+        return tuple(parameter for parameter in self.parameters if len(parameter.shape) == 2)
+
+    @property
+    def parameters_per_expert(self) -> int:
+        """Numbers in one expert."""
+        return sum(torch.Size(parameter.shape).numel() for parameter in self.parameters)
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """Weight bytes of one expert."""
+        return sum(torch.Size(p.shape).numel() * p.dtype.itemsize for p in self.parameters)
+
+    def expert_key(self, expert: int) -> str:
+        """Key of the expert's unit."""
+        return f"{self.experts_path}.{expert}"
+
+    def input_output_sizes(self, parameter: ExpertParameter) -> tuple[int, int]:
+        """(in, out) of a matrix, whichever way it is stored."""
+        first, second = parameter.shape
+        return (first, second) if self.is_transposed else (second, first)
+
+
+def discover_layers(model: nn.Module) -> tuple[ExpertLayer, ...]:
+    """Find all MoE layers of ``model`` in module order.
+
+    Works on real and on meta parameters. Raises UnsupportedArchitecture, with the model type and the reason.
+    """
+    modules = dict(model.named_modules())
+    layers: list[ExpertLayer] = []
+    facts: dict[tuple, GateFacts] = {}
+    for path, module in modules.items():
+        if not _follows_experts_interface(module):
+            continue
+        parameters = _expert_parameters(model, path, module)
+        block_path, _, experts_name = path.rpartition(".")
+        block = modules[block_path]
+        num_experts = module.num_experts
+        router_name = _router_name(model, path, block, experts_name, num_experts)
+        router = block.get_submodule(router_name)
+        # Layers of one class and size route alike: one measurement serves them all.
+        key = (type(block), type(router), num_experts, str([(n, p.shape) for n, p in router.named_parameters()]))
+        if key not in facts:
+            try:
+                facts[key] = probe_gate(block, router_name, experts_name, num_experts)
+            except GateNotUnderstood as fault:
+                raise _unsupported(model, f"at {block_path!r} {fault}") from fault
+        bias = facts[key].selection_bias
+        layers.append(
+            ExpertLayer(
+                ordinal=len(layers),
+                block_path=block_path,
+                experts_path=path,
+                router_path=f"{block_path}.{router_name}",
+                experts=module,
+                router=router,
+                num_experts=num_experts,
+                top_k=facts[key].top_k,
+                gate_kind=facts[key].kind,
+                selection_bias=None if bias is None else f"{block_path}.{bias}",
+                parameters=parameters,
+                is_transposed=module.is_transposed,
+                has_bias=module.has_bias,
+                has_gate=module.has_gate,
+                has_post_expert_norm=getattr(module, "has_post_expert_norm", False),
+            )
+        )
+    if not layers:
+        raise _unsupported(model, _why_no_layers(modules))
+    return tuple(layers)
+
+
+def model_type(model: nn.Module) -> str:
+    """The model type of its configuration, for messages."""
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+
+
+def _unsupported(model: nn.Module, reason: str) -> UnsupportedArchitecture:
+    return UnsupportedArchitecture(
+        f"edgefed cannot take apart the experts of model type {model_type(model)!r}: {reason}"
+    )
+
+
+def _follows_experts_interface(module: nn.Module) -> bool:
+    flags = ("is_transposed", "has_bias", "has_gate", "num_experts", "_apply_gate")
+    return all(hasattr(module, flag) for flag in flags)
+
+
+def _expert_parameters(model: nn.Module, path: str, module: nn.Module) -> tuple[ExpertParameter, ...]:
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    expected = {up, "down_proj"} | ({f"{up}_bias", "down_proj_bias"} if module.has_bias else set())
+    found = {name: p for name, p in module.named_parameters(recurse=False)}
+    if set(found) != expected:
+        raise _unsupported(
+            model, f"{path!r} has the parameters {', '.join(sorted(found))}, expected {', '.join(sorted(expected))}"
+        )
+    odd = [name for name, p in found.items() if p.ndim != (2 if name.endswith("_bias") else 3)]
+    odd += [name for name, p in found.items() if p.shape[0] != module.num_experts]
+    if odd:
+        raise _unsupported(
+            model, f"{path}.{odd[0]} has shape {tuple(found[odd[0]].shape)}, expected one row for each of "
+            f"{module.num_experts} experts"
+        )  # fmt: skip
+    return tuple(ExpertParameter(name, tuple(p.shape[1:]), p.dtype) for name, p in found.items())
+
+
+def _router_name(model: nn.Module, path: str, block: nn.Module, experts_name: str, num_experts: int) -> str:
+    """Name of the sibling of the experts whose weight has E rows."""
+    candidates = [
+        name
+        for name, child in block.named_children()
+        if name != experts_name and any(p.ndim == 2 and p.shape[0] == num_experts for p in child.parameters())
+    ]
+    if len(candidates) > 1:  # a shared expert as wide as there are experts also has E rows
+        is_router = re.compile("rout|gate", re.IGNORECASE)
+        candidates = [
+            name
+            for name in candidates
+            if is_router.search(name) or is_router.search(type(block.get_submodule(name)).__name__)
+        ]
+    if len(candidates) != 1:
+        found = ", ".join(candidates) or "none"
+        raise _unsupported(model, f"beside {path!r} one router with {num_experts} rows is needed, found {found}")
+    return candidates[0]
+
+
+def _why_no_layers(modules: dict[str, nn.Module]) -> str:
+    """Tell a dense model from one whose experts cannot be reached."""
+    for path, module in modules.items():
+        if re.search("experts?$|ExpertsModule$", path.rpartition(".")[2], re.IGNORECASE) or re.search(
+            r"Experts?\b|Experts?$|ExpertGLU$", type(module).__name__
+        ):
+            return f"its experts at {path!r} ({type(module).__name__}) do not use transformers' experts interface"
+    return "it has no experts, it is a dense model"

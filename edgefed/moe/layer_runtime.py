@@ -1,0 +1,168 @@
+"""What happens in one MoE layer during a forward pass: the function that transformers calls for its experts.
+
+`LayerRuntime` holds the state of a layer: its bank or its stream of experts, what to do about absent experts, which
+experts learn, and who listens. Its router's logits are caught by a hook, used by the experts of the same layer in the
+same pass, and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ExpertsInterface
+
+from edgefed.experts import LayerRecord, RouterRecord
+from edgefed.kernels.masked_experts import Slots, masked_experts
+from edgefed.kernels.router_statistics import new_statistics, router_statistics, to_layer_record
+from edgefed.moe.architecture import ExpertLayer
+from edgefed.moe.bank import ExpertBank
+from edgefed.moe.gate_probe import router_logits_of, split_expert_arguments
+from edgefed.moe.gating import gate_probabilities, route_to_resident
+
+IMPLEMENTATION = "edgefed"
+MISSING_MODES = ("renormalize", "skip")
+
+Schedule = Callable[[int, LayerRecord], Iterable[int]]
+"""(layer ordinal, record of this batch) -> expert ids that get weight gradients in this batch."""
+
+
+class StatisticsRecorder:
+    """Router statistics of everything that ran since the last `take`."""
+
+    def __init__(self, layers: tuple[ExpertLayer, ...]):
+        self._layers = layers
+        self._statistics: dict[int, torch.Tensor] = {}
+        self._num_tokens: dict[int, int] = {}
+
+    def add(self, layer: int, gate: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add one batch of one layer: G (T, E), the router's full choice (T, K) and its weights (T, K)."""
+        if layer not in self._statistics:
+            self._statistics[layer] = new_statistics(gate.shape[1], gate.device)
+        router_statistics(self._statistics[layer], gate, indices, weights)
+        self._num_tokens[layer] = self._num_tokens.get(layer, 0) + gate.shape[0]
+
+    def take(self) -> RouterRecord:
+        """The record so far; starts again from zero. The one host synchronisation."""
+        records = []
+        for layer in self._layers:
+            statistics = self._statistics.pop(layer.ordinal, None)
+            if statistics is None:
+                statistics = new_statistics(layer.num_experts)
+            records.append(to_layer_record(statistics, self._num_tokens.pop(layer.ordinal, 0)))
+        return RouterRecord(tuple(records))
+
+
+class LayerRuntime:
+    """The state of one MoE layer between and during forward passes."""
+
+    def __init__(self, layer: ExpertLayer, selection_bias: Callable[[], torch.Tensor | None]):
+        self.layer = layer
+        self.bank: ExpertBank | None = None
+        self.stream: Slots | None = None
+        self.missing = "renormalize"
+        self.schedule: Schedule | None = None
+        self.recorders: list[StatisticsRecorder] = []
+        self._selection_bias = selection_bias
+        self._logits: torch.Tensor | None = None
+        self._scheduled: frozenset[int] | None = None
+        layer.router.register_forward_hook(self._catch_logits)
+        layer.experts.register_forward_pre_hook(self._record, with_kwargs=True)
+        layer.experts.register_forward_hook(self._drop_logits)
+
+    def _catch_logits(self, module: nn.Module, args: tuple, output: object) -> None:
+        logits = router_logits_of(output)
+        self._logits = logits.reshape(-1, logits.shape[-1])  # (T, E)
+
+    def _drop_logits(self, module: nn.Module, args: tuple, output: object) -> None:
+        self._logits = None
+
+    def _record(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        schedules = self._schedules(module)
+        if self._is_recomputation() or not (self.recorders or schedules):
+            return
+        _, indices, weights = split_expert_arguments(args, kwargs)
+        with torch.no_grad():
+            gate = gate_probabilities(self.router_logits(), self.layer.gate_kind)  # (T, E)
+            for recorder in self.recorders:
+                recorder.add(self.layer.ordinal, gate, indices, weights)
+            if schedules:
+                batch = new_statistics(gate.shape[1], gate.device)
+                router_statistics(batch, gate, indices, weights)
+                record = to_layer_record(batch, gate.shape[0])
+                self._scheduled = frozenset(int(e) for e in self.schedule(self.layer.ordinal, record))
+
+    def _schedules(self, module: nn.Module) -> bool:
+        return self.schedule is not None and self.bank is not None and module.training and torch.is_grad_enabled()
+
+    @staticmethod
+    def _is_recomputation() -> bool:
+        """Activation checkpointing runs the layer again inside the backward pass: the batch was counted already."""
+        return torch._C._current_graph_task_id() != -1
+
+    def router_logits(self) -> torch.Tensor:
+        """The logits (T, E) of the pass that runs now."""
+        if self._logits is None:
+            raise RuntimeError(f"the experts {self.layer.experts_path!r} ran without their router")
+        return self._logits
+
+    def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The experts' output (T, H) for the router's choice (T, K)."""
+        slots: Slots
+        if self.stream is not None:
+            slots, slot_indices = self.stream, indices
+        elif self.bank is not None:
+            bank = self.bank
+            slot_indices = bank.slot_of[indices]  # (T, K)
+            if self.missing == "renormalize" and len(bank) < self.layer.num_experts:
+                slot_indices, weights = route_to_resident(
+                    self.router_logits(),
+                    slot_indices,
+                    weights,
+                    bank.resident,
+                    self.layer.gate_kind,
+                    self._selection_bias(),
+                )
+            scheduled = self._scheduled if self._schedules(self.layer.experts) else None
+            if not self._is_recomputation():
+                self._count_tokens(bank, slot_indices, scheduled)
+            slots = bank.slots(scheduled)
+        else:
+            raise RuntimeError(
+                f"no expert of {self.layer.experts_path!r} is on this device: apply a plan, or stream the experts"
+            )
+        experts = self.layer.experts
+        return masked_experts(
+            hidden_states,
+            slot_indices,
+            weights,
+            slots,
+            activation=experts._apply_gate if self.layer.has_gate else experts.act_fn,
+            is_transposed=self.layer.is_transposed,
+            finish=experts.post_expert_norm if self.layer.has_post_expert_norm else None,
+        )
+
+    def _count_tokens(self, bank: ExpertBank, slot_indices: torch.Tensor, scheduled: frozenset[int] | None) -> None:
+        flat = slot_indices.reshape(-1)
+        here = (flat >= 0).to(torch.int64)
+        served = torch.zeros_like(bank.served_tokens)
+        if len(bank):
+            served.index_add_(0, flat.clamp_min(0), here)
+        bank.served_tokens += served
+        if self.layer.experts.training and torch.is_grad_enabled():
+            learns = [
+                slot < bank.num_tuned and (scheduled is None or expert in scheduled)
+                for slot, expert in enumerate(bank.experts)
+            ]
+            bank.trained_tokens += served * torch.tensor(learns, dtype=torch.int64, device=served.device)
+
+
+def edgefed_experts(experts: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+    """The experts function that transformers calls: (T, H), (T, K), (T, K) -> (T, H)."""
+    return experts.edgefed_runtime.forward(*split_expert_arguments(args, kwargs))
+
+
+def register_implementation() -> None:
+    """Make the name known to transformers. Idempotent."""
+    ExpertsInterface.register(IMPLEMENTATION, edgefed_experts)

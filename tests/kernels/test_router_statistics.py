@@ -1,0 +1,110 @@
+"""router_statistics against a slow oracle, and its edge cases."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from edgefed.experts import LayerRecord
+from edgefed.kernels.router_statistics import new_statistics, router_statistics, to_layer_record
+
+
+def _batch(num_tokens: int, num_experts: int, top_k: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    gate = torch.softmax(3 * torch.randn(num_tokens, num_experts, generator=generator), dim=1)
+    weights, indices = gate.topk(top_k, dim=1)
+    return gate, indices, 2.5 * weights
+
+
+def _oracle(batches, num_experts: int) -> dict[str, list[float]]:
+    names = [field.name for field in dataclasses.fields(LayerRecord) if field.name != "num_tokens"]
+    result = {name: [0.0] * num_experts for name in names}
+    for gate, indices, weights in batches:
+        for row, chosen, weight in zip(gate.tolist(), indices.tolist(), weights.tolist(), strict=True):
+            for expert, g in enumerate(row):
+                result["gate_sum"][expert] += g
+                result["gate_max"][expert] = max(result["gate_max"][expert], g)
+                result["gate_log_sum"][expert] += g * math.log(g) if g > 0 else 0.0
+                result["gate_complement_log_sum"][expert] += (1 - g) * math.log1p(-g) if g < 1 else 0.0
+            for expert, w in zip(chosen, weight, strict=True):
+                result["tokens_per_expert"][expert] += 1
+                result["routed_gate_sum"][expert] += w
+    return result
+
+
+@pytest.mark.parametrize(
+    "sizes, num_experts, top_k",
+    [([5], 4, 2), ([3, 7, 1], 8, 3), ([0, 4], 6, 1), ([0], 3, 2)],
+    ids=["one batch", "three batches", "an empty batch changes nothing", "only an empty batch"],
+)
+def test_equals_oracle(sizes, num_experts, top_k):
+    batches = [_batch(size, num_experts, top_k, seed) for seed, size in enumerate(sizes)]
+    statistics = new_statistics(num_experts)
+    for batch in batches:
+        router_statistics(statistics, *batch)
+    record = to_layer_record(statistics, sum(sizes))
+    assert record.num_tokens == sum(sizes)
+    for name, expected in _oracle(batches, num_experts).items():
+        np.testing.assert_allclose(getattr(record, name), expected, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_invariants():
+    """G sums to 1 a token, K experts are chosen a token, and the gate of an expert is at most 1."""
+    gate, indices, weights = _batch(200, 16, 4, 0)
+    statistics = new_statistics(16)
+    router_statistics(statistics, gate, indices, weights)
+    record = to_layer_record(statistics, 200)
+    assert record.gate_sum.sum() == pytest.approx(200)
+    assert record.tokens_per_expert.sum() == 800
+    assert (record.gate_max <= 1).all() and (record.gate_log_sum <= 0).all()
+
+
+def test_a_gate_of_zero_is_no_nan():
+    gate = torch.tensor([[0.0, 1.0]])
+    statistics = new_statistics(2)
+    router_statistics(statistics, gate, torch.tensor([[1]]), torch.tensor([[1.0]]))
+    record = to_layer_record(statistics, 1)
+    assert record.gate_log_sum.tolist() == [0.0, 0.0] and record.gate_complement_log_sum.tolist() == [0.0, 0.0]
+
+
+def test_the_complement_of_a_small_gate_does_not_vanish():
+    """1 - 1e-9 rounds to 1 in float32, whose logarithm would be 0; to first order (1 - G) ln(1 - G) = -G."""
+    statistics = new_statistics(2)
+    gate = torch.tensor([[1e-9, 1.0]])
+    router_statistics(statistics, gate, torch.tensor([[1]]), torch.tensor([[1.0]]))
+    assert to_layer_record(statistics, 1).gate_complement_log_sum[0] == pytest.approx(-1e-9)
+
+
+def test_keeps_no_graph():
+    gate = torch.softmax(torch.randn(4, 3, requires_grad=True), dim=1)
+    statistics = new_statistics(3)
+    router_statistics(statistics, gate, gate.topk(1).indices, gate.topk(1).values)
+    assert not statistics.requires_grad
+
+
+def test_bfloat16_counts_beyond_its_precision():
+    """300 tokens of gate 1/2 sum to 150 in float64; bfloat16 would stop far below."""
+    gate = torch.full((300, 2), 0.5, dtype=torch.bfloat16)
+    statistics = new_statistics(2)
+    router_statistics(
+        statistics, gate, torch.zeros(300, 1, dtype=torch.int64), torch.ones(300, 1, dtype=torch.bfloat16)
+    )
+    record = to_layer_record(statistics, 300)
+    assert record.gate_sum.tolist() == [150.0, 150.0] and record.routed_gate_sum.tolist() == [300.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "statistics, gate, indices, weights",
+    [((6, 4), (3, 5), (3, 2), (3, 2)), ((5, 5), (3, 5), (3, 2), (3, 2)), ((6, 5), (3, 5), (4, 2), (4, 2)),
+     ((6, 5), (3, 5), (3, 2), (3, 1))],
+    ids=["other expert count", "other rows", "other token count", "indices and weights differ"],
+)  # fmt: skip
+def test_refuses_shapes(statistics, gate, indices, weights):
+    with pytest.raises(ValueError, match=r"\("):
+        router_statistics(
+            torch.zeros(statistics), torch.zeros(gate), torch.zeros(indices, dtype=torch.int64), torch.zeros(weights)
+        )
