@@ -1,0 +1,382 @@
+"""The loop of a device: register, ask for work, train, deliver, and start again, through every loss of the network.
+
+    register -> ask -> Wait        sleep, ask again
+                    -> Assignment  manifest -> trainer -> journal -> upload -> commit -> forget
+                    -> Finished    return
+
+The trainer is injected and is the only part that knows a model. An update is forgotten only after the server's
+acknowledgement; a restarted process delivers what its journal holds before it asks for new work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from edgefed import __version__
+from edgefed.agent.backoff import Retry
+from edgefed.agent.cache import BlobCache
+from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
+from edgefed.agent.disk import hash_file
+from edgefed.agent.heartbeat import HeartbeatThread
+from edgefed.agent.interrupt import StopRequested, run_interruptibly
+from edgefed.agent.journal import Journal
+from edgefed.agent.progress import NullProgress, ProgressSink, WatchedProgress
+from edgefed.agent.trainer import Fetch, TrainedUpdate, Trainer
+from edgefed.agent.transport import AggregatorClient
+from edgefed.errors import ChecksumMismatch, EdgefedError, NotFound, RoundClosed, UnknownClient
+from edgefed.protocol import PROTOCOL_VERSION
+from edgefed.protocol.messages import (
+    Assignment,
+    FileInfo,
+    Finished,
+    Heartbeat,
+    Register,
+    RunConfig,
+    UnitInfo,
+    UpdateMeta,
+)
+
+__all__ = [
+    "Agent",
+    "AgentSettings",
+    "Fetch",
+    "ProgressSink",
+    "RunSummary",
+    "StepOutcome",
+    "StopRequested",
+    "TrainedUpdate",
+    "Trainer",
+    "open_agent",
+]
+
+logger = logging.getLogger("edgefed.agent")
+
+BLOBS_FOLDER = "blobs"
+SHORTEST_WAIT_S = 0.05
+LONGEST_WAIT_S = 60.0
+"""Limits on the pause that a server asks for between two requests for work."""
+
+T = TypeVar("T")
+StepKind = Literal["waited", "accepted", "dropped", "unregistered", "finished"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentSettings:
+    """Who this device is and how patient it is; seconds and bytes."""
+
+    name: str
+    memory_bytes: int
+    expert_share: float = 1.0
+    compute_share: float = 1.0
+    poll_s: float = 20.0
+    """How long the server may hold a request for work."""
+    give_up_after_s: float | None = 60.0
+    """How long the first registration is tried; a device that has joined never gives up."""
+    leave_s: float = 2.0
+    """Longest goodbye."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutcome:
+    """What one `Agent.step` did. ``detail``: the server's reason, or the error that dropped an update."""
+
+    kind: StepKind
+    server_round: int = 0
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+    """What an agent did since it was made. ``finished``: the run is over; otherwise the agent was stopped.
+
+    ``rounds``: updates acknowledged. ``metrics``: of the last of them.
+    """
+
+    rounds: int
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    metrics: Mapping[str, float]
+    finished: bool
+    reason: str
+
+
+class Agent:
+    """One device in one run. `run` loops until the run is over or ``stop`` is set; `step` does one turn of it.
+
+    Call from one thread. Raises Unauthorized, VersionMismatch, ServerUnreachable (only before the device has joined),
+    whatever the trainer raises, StorageError, and the server's refusal at the third in a row.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        trainer: Trainer,
+        *,
+        client: AggregatorClient,
+        journal: Journal,
+        cache: BlobCache,
+        progress: ProgressSink | None = None,
+        stop: threading.Event | None = None,
+        retry: Retry | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``retry`` brings its own schedule, randomness and sleep; it must watch the same ``stop``."""
+        self._settings = settings
+        self._trainer = trainer
+        self._client = client
+        self._journal = journal
+        self._cache = cache
+        self._stop = stop or threading.Event()
+        self._clock = clock
+        self._progress = WatchedProgress(progress or NullProgress(), self._stop, clock)
+        self._retry = retry or Retry(self._stop, clock=clock)
+        self._delivery = Delivery(client, journal, self._retry, self._progress, self._call)
+        self._run: RunConfig | None = None
+        self._joined = journal.knows(client.base_url)
+        self._heartbeat: HeartbeatThread | None = None
+        self._server_round = journal.record.server_round
+        self._forgotten = 0
+        self._rounds = 0
+        self._metrics: Mapping[str, float] = {}
+        self._left_out: set[str] = set()
+        self._started = clock()
+
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the heartbeats. Client and journal belong to whoever made them."""
+        if self._heartbeat:
+            self._heartbeat.close()
+            self._heartbeat = None
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> RunSummary:
+        """Take part until the run is over or ``stop`` is set. Says goodbye to the server when it ends otherwise."""
+        try:
+            while True:
+                outcome = self.step()
+                if outcome.kind == "finished":
+                    return self._summary(finished=True, reason=outcome.detail)
+        except StopRequested:
+            self.leave("stopped by its user")
+            return self._summary(finished=False, reason="stopped")
+        except BaseException as fault:
+            self.leave(fault.code if isinstance(fault, EdgefedError) else type(fault).__name__)
+            raise
+        finally:
+            self.close()
+
+    def step(self) -> StepOutcome:
+        """Do one thing: deliver the update that a former process left, or ask for work and do it.
+
+        Registers first if need be. Raises StopRequested when ``stop`` is set; the journal then holds what is needed to
+        go on.
+        """
+        try:
+            if self._run is None:
+                self._register()
+            if self._journal.pending is not None:
+                return self._close_round(self._delivery.resume())
+            reply = self._call(lambda: self._client.assignment(self._settings.poll_s))
+            self._forgotten = 0
+            if isinstance(reply, Assignment):
+                return self._close_round(self._take_part(reply))
+        except UnknownClient as error:
+            return self._start_over(error)
+        if isinstance(reply, Finished):
+            return StepOutcome("finished", reply.server_round, reply.reason)
+        # A server that answers at once and asks for no pause must not be polled in a tight loop.
+        self._retry.sleep(min(max(reply.retry_after_s, SHORTEST_WAIT_S), LONGEST_WAIT_S))
+        return StepOutcome("waited", self._server_round, reply.reason)
+
+    def leave(self, reason: str) -> None:
+        """Tell the server that the device goes, if it can be told quickly. A later `step` registers again."""
+        self.close()  # a heartbeat after the goodbye would bring the device back to life
+        if self._run is None:
+            return
+        self._run = None
+        try:
+            self._client.leave(reason, timeout_s=self._settings.leave_s)
+        except EdgefedError as error:
+            logger.debug("leaving unheard: %s", error)
+
+    def _summary(self, *, finished: bool, reason: str) -> RunSummary:
+        return RunSummary(
+            rounds=self._rounds,
+            bytes_down=self._client.bytes_down,
+            bytes_up=self._client.bytes_up,
+            seconds=self._clock() - self._started,
+            metrics=self._metrics,
+            finished=finished,
+            reason=reason,
+        )
+
+    # --- registration and requests --------------------------------------------------------------------------------
+
+    def _register(self) -> None:
+        record, settings = self._journal.record, self._settings
+        message = Register(
+            protocol_version=PROTOCOL_VERSION,
+            client_id=record.client_id,
+            client_key=record.client_key,
+            name=settings.name,
+            memory_bytes=settings.memory_bytes,
+            expert_share=settings.expert_share,
+            compute_share=settings.compute_share,
+            num_examples=self._trainer.num_examples,
+            edgefed_version=__version__,
+        )
+        limit = None if self._joined else settings.give_up_after_s
+        registered = self._call(lambda: self._client.register(message), give_up_after_s=limit)
+        self._journal.bind(self._client.base_url, registered.run.run_id)
+        self._run, self._joined = registered.run, True
+        if self._heartbeat is None:
+            self._heartbeat = HeartbeatThread(self._send_heartbeat, registered.heartbeat_s)
+        self._heartbeat.interval_s = registered.heartbeat_s
+
+    def _start_over(self, error: UnknownClient) -> StepOutcome:
+        """Forget the registration, not the work. Raises ``error`` when registering does not help."""
+        self._run = None
+        self._forgotten += 1
+        if self._forgotten >= MAX_REFUSALS:
+            raise error
+        self._progress.message("the server does not know this device any more; registering again")
+        self._retry.wait(self._forgotten)
+        return StepOutcome("unregistered", self._server_round, str(error))
+
+    def _send_heartbeat(self) -> None:
+        phase, fraction = self._progress.snapshot()
+        self._client.heartbeat(Heartbeat(phase=phase, fraction=fraction, server_round=self._server_round))
+
+    def _call(self, request: Callable[[], T], give_up_after_s: float | None = None) -> T:
+        """Repeat ``request`` until it succeeds, and tell the user when that takes more than one try."""
+        told = False
+
+        def tell(error: EdgefedError) -> None:
+            nonlocal told
+            if not told:
+                self._progress.message(f"{error}; trying again until it works")
+            told = True
+
+        result = self._retry.run(
+            lambda: run_interruptibly(request, self._stop),
+            joined=self._joined,
+            give_up_after_s=give_up_after_s,
+            on_wait=tell,
+        )
+        if told:
+            self._progress.message("connected again")
+        return result
+
+    # --- one round ------------------------------------------------------------------------------------------------
+
+    def _take_part(self, assignment: Assignment) -> Delivered:
+        assert self._run is not None, "work needs a registration"
+        self._server_round = assignment.server_round
+        self._delivery.open_account()
+        attempt = self._journal.begin_training(assignment.server_round)
+        path = self._journal.update_path()
+        try:
+            manifest = self._call(lambda: self._client.manifest(assignment.server_round))
+            if manifest.run_id != self._run.run_id:
+                raise UnknownClient(f"the server now has run {manifest.run_id!r}, not {self._run.run_id!r}")
+            trained = self._trainer.train_round(self._run, manifest, assignment, self._fetch, self._progress, path)
+        except (NotFound, RoundClosed) as error:
+            return self._delivery.drop(error)  # the server moved on while the device was downloading
+        except ChecksumMismatch as error:
+            return self._delivery.refuse(error)
+        self._progress.done()
+        meta = self._describe(trained, assignment.server_round, attempt, path)
+        self._journal.finish_training(
+            path, meta, bytes_down=self._delivery.bytes_down, seconds=self._progress.take_seconds()
+        )
+        self._cache.prune(trained.keep)
+        return self._delivery.deliver()
+
+    def _close_round(self, delivered: Delivered) -> StepOutcome:
+        if delivered.error is not None:
+            return StepOutcome("dropped", delivered.server_round, str(delivered.error))
+        self._rounds += 1
+        self._metrics = delivered.metrics
+        return StepOutcome("accepted", delivered.server_round)
+
+    def _fetch(self, items: Iterable[UnitInfo | FileInfo]) -> Mapping[str, Path]:
+        items = tuple(items)
+
+        def ensure() -> dict[str, Path]:
+            missing_bytes = self._cache.bytes_to_download(items)
+            if missing_bytes:
+                self._progress.phase("download", missing_bytes, "B")
+            return self._cache.ensure(items, self._delivery.advance)
+
+        blobs = self._call(ensure)
+        if self._progress.snapshot()[0] == "download":
+            self._progress.done()
+        return blobs
+
+    def _describe(self, trained: TrainedUpdate, server_round: int, attempt: int, path: Path) -> UpdateMeta:
+        finite = {name: float(value) for name, value in trained.metrics.items() if math.isfinite(value)}
+        if left_out := trained.metrics.keys() - finite.keys() - self._left_out:
+            self._left_out |= left_out
+            logger.warning("round %d: no finite number, so not sent: %s", server_round, ", ".join(sorted(left_out)))
+        sha256, size_bytes = hash_file(path)
+        return UpdateMeta(
+            client_id=self._journal.record.client_id,
+            server_round=server_round,
+            attempt=attempt,
+            sha256=sha256,
+            size_bytes=size_bytes,
+            num_examples=trained.num_examples,
+            num_tokens=trained.num_tokens,
+            experts=trained.experts,
+            metrics=finite,
+        )
+
+
+@contextlib.contextmanager
+def open_agent(
+    server: str,
+    state: Path | str,
+    settings: AgentSettings,
+    trainer: Trainer,
+    *,
+    token: str | None = None,
+    verify: ssl.SSLContext | bool = True,
+    progress: ProgressSink | None = None,
+    stop: threading.Event | None = None,
+    retry: Retry | None = None,
+) -> Iterator[Agent]:
+    """An agent with its client, journal and cache in the folder ``state``; closes all of them at the end.
+
+    Raises ConfigError for a wrong address or token, StateLocked, StateCorrupt, StorageError.
+    """
+    with Journal(state) as journal:
+        record = journal.record
+        with AggregatorClient(server, record.client_id, record.client_key, token, verify=verify) as client:
+            cache = BlobCache(journal.folder / BLOBS_FOLDER, client)
+            with Agent(
+                settings,
+                trainer,
+                client=client,
+                journal=journal,
+                cache=cache,
+                progress=progress,
+                stop=stop,
+                retry=retry,
+            ) as agent:
+                yield agent

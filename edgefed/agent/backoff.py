@@ -1,0 +1,117 @@
+"""When to ask again: exponential back-off with full jitter, and which errors deserve it.
+
+A device that has joined never gives up on its server. Before that, a wrong address must end in an error, so the first
+registration has a time limit. Nothing here knows HTTP; generic retry packages cannot resume an upload, this only
+repeats a request that knows how to continue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from edgefed.agent.interrupt import pause
+from edgefed.errors import EdgefedError, ServerUnreachable
+
+logger = logging.getLogger("edgefed.agent")
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackoffSchedule:
+    """Upper limits of the waits: first_s, first_s * factor, ... up to cap_s. All seconds.
+
+    The wait itself is drawn uniformly from 0 to the limit ("full jitter"), so that a hundred devices that lost the same
+    server do not come back in step.
+    """
+
+    first_s: float = 0.5
+    factor: float = 2.0
+    cap_s: float = 30.0
+
+    def limit_s(self, failures: int) -> float:
+        """Longest wait after ``failures`` (>= 1) failures in a row."""
+        limit = self.first_s
+        for _ in range(failures - 1):
+            limit *= self.factor
+            if limit >= self.cap_s:
+                break
+        return min(limit, self.cap_s)
+
+
+def is_transient(error: EdgefedError, *, joined: bool) -> bool:
+    """Whether the same request may succeed later.
+
+    Yes for ServerUnreachable (timeouts and cut connections are that, too) and for whatever the server itself answered
+    with a 5xx status, a full disk for example; the transport leaves that status in ``error.received_status``. An answer
+    that no aggregator gives (``error.foreign``: a web page, an untrusted certificate) means a wrong address before the
+    device has joined. Afterwards it is a proxy or a hotel's login page in the way, which goes away.
+    """
+    if isinstance(error, ServerUnreachable) or getattr(error, "received_status", 0) >= 500:
+        return True
+    return joined and getattr(error, "foreign", False)
+
+
+class Retry:
+    """Repeats requests until they succeed. One per agent; not thread-safe except for `note_progress`."""
+
+    def __init__(
+        self,
+        stop: threading.Event,
+        *,
+        schedule: BackoffSchedule | None = None,
+        rng: random.Random | None = None,
+        sleep: Callable[[float], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``sleep(seconds)`` may raise StopRequested; the default does when ``stop`` is set."""
+        self.schedule = schedule or BackoffSchedule()
+        self.sleep = sleep or (lambda seconds: pause(seconds, stop))
+        self._rng = rng or random.Random()
+        self._clock = clock
+        self._failures = 0
+
+    def note_progress(self) -> None:
+        """Bytes moved: the next failure starts again at the shortest wait."""
+        self._failures = 0
+
+    def wait(self, failures: int, longest_s: float | None = None) -> None:
+        """Wait as after ``failures`` (>= 1) failures in a row, at most ``longest_s``."""
+        seconds = self._rng.uniform(0.0, self.schedule.limit_s(failures))
+        self.sleep(seconds if longest_s is None else min(seconds, longest_s))
+
+    def run(
+        self,
+        request: Callable[[], T],
+        *,
+        joined: bool = True,
+        give_up_after_s: float | None = None,
+        on_wait: Callable[[EdgefedError], None] | None = None,
+    ) -> T:
+        """Return ``request()``, repeated while it fails with a transient error (`is_transient`).
+
+        ``on_wait(error)`` is told before each wait. Raises the error itself when it is not transient, or when
+        ``give_up_after_s`` seconds have passed since the first try; None never gives up.
+        """
+        started = self._clock()
+        self._failures = 0
+        while True:
+            try:
+                return request()
+            except EdgefedError as error:
+                if not is_transient(error, joined=joined):
+                    raise
+                left = None if give_up_after_s is None else started + give_up_after_s - self._clock()
+                if left is not None and left <= 0:
+                    raise
+                logger.info("%s; trying again", error)
+                if on_wait:
+                    on_wait(error)
+            self._failures += 1
+            self.wait(self._failures, left)

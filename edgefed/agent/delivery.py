@@ -1,0 +1,197 @@
+"""Bring the pending update to the server and get rid of it: acknowledged, refused, or too late.
+
+The only place that decides when a trained update may be deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
+
+from edgefed.agent.backoff import Retry
+from edgefed.agent.disk import hash_file
+from edgefed.agent.journal import Journal
+from edgefed.agent.ledger import LEDGER_FILE, LedgerEntry, append_entry, utc_now
+from edgefed.agent.progress import WatchedProgress
+from edgefed.agent.transport import AggregatorClient
+from edgefed.errors import (
+    ChecksumMismatch,
+    EdgefedError,
+    NotFound,
+    OffsetMismatch,
+    ProtocolError,
+    RoundClosed,
+    StorageError,
+    Unauthorized,
+    UnknownClient,
+    UpdateConflict,
+    VersionMismatch,
+)
+from edgefed.protocol.messages import UpdateMeta
+
+MAX_REFUSALS = 3
+"""Updates refused in a row before the agent ends with the server's error."""
+MAX_SENDS = 3
+"""How often one update is sent when the server's copy turns out to be another."""
+LONGEST_SETBACK_S = 2.0
+"""Longest wait after a dropped round: enough against a tight loop, short enough not to make a slow device later."""
+
+T = TypeVar("T")
+
+
+class Call(Protocol):
+    """Repeats a request until it succeeds (`Agent` binds `Retry.run`)."""
+
+    def __call__(self, request: Callable[[], T], /) -> T: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Delivered:
+    """How a round ended. ``error`` is None when the server acknowledged the update; ``metrics`` are the update's."""
+
+    server_round: int
+    error: EdgefedError | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Delivery:
+    """Delivers pending updates, and keeps the account of each round: bytes, refusals, ledger lines."""
+
+    def __init__(
+        self, client: AggregatorClient, journal: Journal, retry: Retry, progress: WatchedProgress, call: Call
+    ) -> None:
+        self._client = client
+        self._journal = journal
+        self._retry = retry
+        self._progress = progress
+        self._call = call
+        self._refusals = 0
+        self._setbacks = 0
+        self._resumed = False
+        self._start = (0, 0)
+
+    def open_account(self) -> None:
+        """A round begins: its bytes and seconds count from here."""
+        self._start = (self._client.bytes_down, self._client.bytes_up)
+        self._progress.take_seconds()
+        self._resumed = False
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes downloaded in this round."""
+        return self._client.bytes_down - self._start[0]
+
+    def resume(self) -> Delivered:
+        """Deliver an update of an earlier process or connection, if its file is still what was written."""
+        meta = self._pending()
+        self.open_account()
+        self._resumed = True
+        if not self._is_intact(meta):
+            return self.drop(StorageError(f"the update of round {meta.server_round} is damaged or gone"))
+        self._progress.message(f"continuing the upload of round {meta.server_round}")
+        return self.deliver()
+
+    def deliver(self) -> Delivered:
+        """Upload and commit the pending update, then forget it.
+
+        Raises UnknownClient, Unauthorized and VersionMismatch with the update kept, and the `MAX_REFUSALS`-th other
+        refusal in a row with the update dropped.
+        """
+        for send in range(1, MAX_SENDS + 1):
+            try:
+                return self._send()
+            except (RoundClosed, UpdateConflict) as error:
+                return self.drop(error)
+            except (UnknownClient, Unauthorized, VersionMismatch):
+                raise  # the update may still be wanted, once the device is let in again
+            except (ChecksumMismatch, OffsetMismatch, NotFound) as error:
+                # What the server holds is not the file, or a part of it, or nothing: send it again.
+                if send == MAX_SENDS or not self._is_intact(self._pending()):
+                    return self.drop(error) if isinstance(error, NotFound) else self.refuse(error)
+                self._progress.message(f"{error}; sending the update again")
+                if isinstance(error, ChecksumMismatch):
+                    self._journal.begin_next_attempt()  # makes the server start from the first byte
+            except ProtocolError as error:
+                return self.refuse(error)
+        raise AssertionError("the last send returns or raises")
+
+    def refuse(self, error: ProtocolError) -> Delivered:
+        """Drop a round that the server, or its bytes, made impossible.
+
+        Raises ``error`` at the `MAX_REFUSALS`-th in a row.
+        """
+        self._refusals += 1
+        dropped = self.drop(error)
+        if self._refusals >= MAX_REFUSALS:
+            raise error
+        return dropped
+
+    def drop(self, error: EdgefedError) -> Delivered:
+        """Give up the round that the journal names, wait a little, and go on."""
+        server_round = self._journal.record.server_round
+        self._progress.done()
+        self._progress.message(f"round {server_round} goes on without this device: {error}")
+        self._write_ledger(error.code)
+        self._journal.drop_pending()
+        self._setbacks += 1
+        self._retry.wait(self._setbacks, LONGEST_SETBACK_S)
+        return Delivered(server_round, error)
+
+    def _send(self) -> Delivered:
+        self._journal.begin_upload()
+        meta, path = self._pending(), self._journal.pending_path
+
+        def upload() -> None:
+            self._progress.phase("upload", meta.size_bytes, "B")
+            self._client.upload(meta.server_round, meta.attempt, path, self.advance)
+
+        try:
+            self._call(upload)
+            self._call(lambda: self._client.commit(meta))
+        finally:
+            self._progress.done()
+        self._write_ledger("accepted")
+        self._journal.acknowledge(bytes_down=self._round_bytes_down(), bytes_up=self._client.bytes_up - self._start[1])
+        self._refusals = self._setbacks = 0
+        return Delivered(meta.server_round, metrics=meta.metrics)
+
+    def advance(self, n: int) -> None:
+        """Bytes moved, in either direction: progress for the screen, and a reason to be patient with the network."""
+        self._retry.note_progress()
+        self._progress.advance(n)
+
+    def _pending(self) -> UpdateMeta:
+        assert self._journal.pending is not None, "no update waits for delivery"
+        return self._journal.pending
+
+    def _is_intact(self, meta: UpdateMeta) -> bool:
+        try:
+            return hash_file(self._journal.pending_path) == (meta.sha256, meta.size_bytes)
+        except StorageError:
+            return False
+
+    def _round_bytes_down(self) -> int:
+        return self.bytes_down + (self._journal.record.round_bytes_down if self._resumed else 0)
+
+    def _write_ledger(self, outcome: str) -> None:
+        record = self._journal.record
+        meta = record.update
+        seconds = dict(record.round_seconds)
+        for name, value in self._progress.take_seconds().items():
+            seconds[name] = round(seconds.get(name, 0.0) + value, 3)
+        entry = LedgerEntry(
+            ended_at=utc_now(),
+            run_id=record.run_id,
+            server_round=record.server_round,
+            attempt=record.attempt,
+            outcome=outcome,
+            resumed=self._resumed,
+            bytes_down=self._round_bytes_down(),
+            bytes_up=self._client.bytes_up - self._start[1],
+            seconds=seconds,
+            experts_held=len(meta.experts) if meta else 0,
+            experts_changed=sum(report.steps > 0 for report in meta.experts) if meta else 0,
+            metrics=meta.metrics if meta else {},
+        )
+        append_entry(self._journal.folder / LEDGER_FILE, entry)

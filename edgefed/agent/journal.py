@@ -1,0 +1,207 @@
+"""What a device must not forget: who it is, and the trained update that the server has not acknowledged.
+
+One JSON file, replaced durably at every transition:
+
+    idle -> training -> trained -> uploading -> idle
+                ^___________________ a restart begins the round again with the next attempt number
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import msgspec
+
+from edgefed.agent.disk import disk_errors, make_folder, settle_file, write_durably
+from edgefed.errors import EdgefedError, MalformedMessage, StateCorrupt, StateLocked
+from edgefed.protocol.messages import UpdateMeta, decode_message, encode_message
+
+logger = logging.getLogger("edgefed.agent")
+
+FORMAT_VERSION = 1
+JOURNAL_FILE = "journal.json"
+LOCK_FILE = "agent.lock"
+UPDATES_FOLDER = "updates"
+Phase = Literal["idle", "training", "trained", "uploading"]
+_IDENTITY = re.compile(r"[0-9a-f]{32}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+class JournalRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of journal.json.
+
+    ``server_round`` and ``attempt`` name the last work begun and stay after it has ended, so that the number of a later
+    attempt is new. ``update`` and ``update_file`` are set while an update waits for its acknowledgement.
+    ``round_bytes_down`` and ``round_seconds`` carry that round's costs over a restart, for the ledger.
+    """
+
+    format_version: int
+    client_id: str
+    client_key: str
+    server: str = ""
+    run_id: str = ""
+    server_round: int = 0
+    attempt: int = 0
+    phase: Phase = "idle"
+    update_file: str = ""
+    update: UpdateMeta | None = None
+    round_bytes_down: int = 0
+    round_seconds: dict[str, float] = {}
+    rounds_acknowledged: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+class Journal:
+    """The open journal of one state folder; holds the folder's lock until `close`.
+
+    Raises StateLocked when another process has the folder, StateCorrupt when journal.json is not a journal, and
+    StorageError or DiskFull when it cannot be written.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = make_folder(Path(folder))
+        self.updates = make_folder(self.folder / UPDATES_FOLDER)
+        self._path = self.folder / JOURNAL_FILE
+        self._lock = filelock.FileLock(str(self.folder / LOCK_FILE), blocking=False, thread_local=False)
+        with disk_errors(self.folder / LOCK_FILE):
+            try:
+                self._lock.acquire()
+            except filelock.Timeout as fault:  # an OSError, so it must be caught inside
+                raise StateLocked(f"another edgefed process uses the state folder {self.folder}") from fault
+        try:
+            self.record = self._load()
+            self._drop_strays()
+        except EdgefedError:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        self._lock.release()
+
+    @property
+    def pending(self) -> UpdateMeta | None:
+        """The update that waits for its acknowledgement."""
+        return self.record.update
+
+    @property
+    def pending_path(self) -> Path:
+        """File of the pending update."""
+        return self.updates / self.record.update_file
+
+    def knows(self, server: str) -> bool:
+        """Whether this device has joined that server before."""
+        return self.record.server == server and self.record.run_id != ""
+
+    def bind(self, server: str, run_id: str) -> None:
+        """Note which run the device takes part in. Work for another server or run is forgotten; the identity stays."""
+        record = self.record
+        if (record.server, record.run_id) == (server, run_id):
+            return
+        if record.phase != "idle":
+            logger.warning(
+                "forgetting the %s update of round %d: it belongs to run %s at %s, this is run %s at %s",
+                record.phase, record.server_round, record.run_id, record.server, run_id, server,
+            )  # fmt: skip
+        self._forget(server=server, run_id=run_id, server_round=0, attempt=0)
+
+    def begin_training(self, server_round: int) -> int:
+        """Note that work on a round begins. Return its attempt number: 1, or one more than the last of this round."""
+        attempt = self.record.attempt + 1 if self.record.server_round == server_round else 1
+        self._forget(server_round=server_round, attempt=attempt, phase="training")
+        return attempt
+
+    def update_path(self) -> Path:
+        """Where the trainer writes the update of the work begun."""
+        return self.updates / f"round-{self.record.server_round}-attempt-{self.record.attempt}.safetensors"
+
+    def finish_training(self, path: Path, meta: UpdateMeta, *, bytes_down: int, seconds: dict[str, float]) -> None:
+        """The update lies durably at ``path``: from here on no crash loses it."""
+        settle_file(path)
+        self._change(
+            phase="trained", update_file=path.name, update=meta, round_bytes_down=bytes_down, round_seconds=seconds
+        )
+
+    def begin_upload(self) -> None:
+        if self.record.phase != "uploading":
+            self._change(phase="uploading")
+
+    def begin_next_attempt(self) -> None:
+        """Upload the pending update again under a new number: what the server has under the old one is unusable."""
+        assert self.record.update is not None, "no update waits"
+        attempt = self.record.attempt + 1
+        update = msgspec.structs.replace(self.record.update, attempt=attempt)
+        self._change(phase="trained", attempt=attempt, update=update)
+
+    def drop_pending(self) -> None:
+        """Forget the pending update without an acknowledgement: nobody wants it any more."""
+        self._forget()
+
+    def acknowledge(self, *, bytes_down: int, bytes_up: int) -> None:
+        """The server has the pending update safe: forget it and add the round's bytes to the totals."""
+        record = self.record
+        self._forget(
+            rounds_acknowledged=record.rounds_acknowledged + 1,
+            bytes_down=record.bytes_down + bytes_down,
+            bytes_up=record.bytes_up + bytes_up,
+        )
+
+    def _forget(self, **changes: Any) -> None:
+        cleared: dict[str, Any] = {"phase": "idle", "update_file": "", "update": None}
+        cleared |= {"round_bytes_down": 0, "round_seconds": {}}
+        # The journal first: an update without a journal entry is a stray, an entry without its update a loss.
+        self._change(**(cleared | changes))
+        self._drop_strays()
+
+    def _change(self, **changes: Any) -> None:
+        record = msgspec.structs.replace(self.record, **changes)
+        write_durably(self._path, encode_message(record))
+        self.record = record
+
+    def _drop_strays(self) -> None:
+        with disk_errors(self.updates):
+            for file in list(self.updates.iterdir()):
+                if file.name != self.record.update_file:
+                    file.unlink()
+
+    def _load(self) -> JournalRecord:
+        with disk_errors(self._path):
+            data = self._path.read_bytes() if self._path.exists() else None
+        if data is None:
+            record = JournalRecord(
+                format_version=FORMAT_VERSION, client_id=uuid.uuid4().hex, client_key=secrets.token_hex(32)
+            )
+            write_durably(self._path, encode_message(record))
+            return record
+        try:
+            record = decode_message(data, JournalRecord)
+        except MalformedMessage as fault:
+            raise self._corrupt(str(fault)) from fault
+        if record.format_version != FORMAT_VERSION:
+            raise self._corrupt(f"format {record.format_version}, this edgefed reads format {FORMAT_VERSION}")
+        if not _IDENTITY.fullmatch(record.client_id) or not record.client_key:
+            raise self._corrupt("client_id is no identity or client_key is empty")
+        if (record.phase in ("trained", "uploading")) != (record.update is not None):
+            raise self._corrupt(f"phase {record.phase} with {'an' if record.update else 'no'} update")
+        if record.update is not None and not _FILE_NAME.fullmatch(record.update_file):
+            raise self._corrupt(f"update_file {record.update_file!r} is no file name")
+        return record
+
+    def _corrupt(self, found: str) -> StateCorrupt:
+        return StateCorrupt(
+            f"{self._path} is not a journal: {found}",
+            remedy="Restore it from a copy, or delete the state folder: the device then joins as a new client.",
+        )

@@ -1,0 +1,243 @@
+"""HTTP to one aggregator: one typed method per route, resumable transfers, every failure an edgefed error.
+
+A method here makes one attempt and does not wait; `backoff.Retry` repeats it. A repeated download or upload goes on
+where the last one ended, because `.part` files and the server's offset survive. Timeouts are per phase (connect, next
+byte read, next byte written), never total: a slow uplink that still moves is not a failure.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+
+from edgefed.agent.channel import Channel, check_base_url
+from edgefed.agent.disk import disk_errors
+from edgefed.agent.download import PartFile, check_sha256
+from edgefed.errors import ChecksumMismatch, NotFound, OffsetMismatch, ProtocolError
+from edgefed.protocol import routes
+from edgefed.protocol.messages import (
+    Assignment,
+    AssignmentReply,
+    Finished,
+    Heartbeat,
+    Leave,
+    Manifest,
+    Register,
+    Registered,
+    Status,
+    UpdateAccepted,
+    UpdateMeta,
+    UploadState,
+    Wait,
+)
+
+__all__ = ["AggregatorClient", "OnBytes", "check_base_url"]
+
+OnBytes = Callable[[int], None]
+
+MAX_STALLS = 3
+"""Uploads in a row that the server answers without taking a byte, before it is called broken."""
+
+
+class AggregatorClient:
+    """One client's connection to one aggregator. Thread-safe; close it, or use it in a ``with``.
+
+    ``client_id`` and ``client_key`` may be empty for somebody who only asks for the status. ``verify`` is an SSL
+    context, or True for the usual authorities. ``bytes_up`` and ``bytes_down`` count the bodies of messages and files.
+
+    Every method raises ServerUnreachable when no answer arrives, the server's own error when it refuses, and
+    ProtocolError when something else than an aggregator answers.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        client_id: str = "",
+        client_key: str = "",
+        token: str | None = None,
+        *,
+        connect_s: float = 10.0,
+        read_s: float = 60.0,
+        write_s: float = 60.0,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
+        self.client_id = client_id
+        self._channel = Channel(
+            base_url, client_key, token, connect_s=connect_s, read_s=read_s, write_s=write_s, verify=verify
+        )
+
+    @property
+    def base_url(self) -> str:
+        """scheme://host[:port], without a slash at the end."""
+        return self._channel.base_url
+
+    @property
+    def bytes_up(self) -> int:
+        return self._channel.bytes_up
+
+    @property
+    def bytes_down(self) -> int:
+        return self._channel.bytes_down
+
+    def __enter__(self) -> AggregatorClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections. A request that still runs in another thread fails."""
+        self._channel.close()
+
+    # --- messages -------------------------------------------------------------------------------------------------
+
+    def register(self, message: Register) -> Registered:
+        """Introduce this client. Repeating it is harmless."""
+        return self._channel.ask("POST", routes.REGISTER, Registered, message)
+
+    def heartbeat(self, message: Heartbeat) -> None:
+        """Say that this client lives and what it does."""
+        self._channel.ask("POST", self._own(routes.HEARTBEAT), dict, message)
+
+    def leave(self, reason: str, *, timeout_s: float = 2.0) -> None:
+        """Say goodbye; each phase of the request takes at most ``timeout_s``."""
+        self._channel.ask("POST", self._own(routes.LEAVE), dict, Leave(reason=reason), timeout=httpx.Timeout(timeout_s))
+
+    def assignment(self, wait_s: float) -> Wait | Assignment | Finished:
+        """Ask what to do; the server holds the request up to ``wait_s`` until there is something."""
+        reply: type = AssignmentReply  # type: ignore[assignment]  # a union, which msgspec takes as a type
+        limits = self._channel.timeout.as_dict()
+        limits["read"] = wait_s + (limits["read"] or 0.0)
+        return self._channel.ask(
+            "GET", self._own(routes.ASSIGNMENT), reply, params={"wait_s": wait_s}, timeout=httpx.Timeout(**limits)
+        )
+
+    def manifest(self, server_round: int | str = "latest") -> Manifest:
+        """The global model at the start of a round. Raises NotFound when the server has moved on."""
+        return self._channel.ask("GET", routes.path_for(routes.MANIFEST, server_round=server_round), Manifest)
+
+    def status(self) -> Status:
+        """What the aggregator is doing."""
+        return self._channel.ask("GET", routes.STATUS, Status)
+
+    def upload_state(self, server_round: int, attempt: int) -> UploadState:
+        """How much of an update the server has. An upload that it never heard of has offset 0."""
+        try:
+            return self._channel.ask("GET", self._own(routes.UPLOAD, server_round, attempt), UploadState)
+        except NotFound:
+            # Either nothing has arrived, or the round is unknown; the PUT that follows tells.
+            return UploadState(offset=0, status="partial")
+
+    def commit(self, meta: UpdateMeta) -> UpdateAccepted:
+        """Close an upload: when this returns, the update is safe on the server's disk. Twice has one effect."""
+        return self._channel.ask(
+            "POST", self._own(routes.COMMIT, meta.server_round, meta.attempt), UpdateAccepted, meta
+        )
+
+    # --- transfers ------------------------------------------------------------------------------------------------
+
+    def upload(self, server_round: int, attempt: int, path: Path, on_bytes: OnBytes | None = None) -> None:
+        """Send the part of ``path`` that the server does not have yet; returns when it has everything.
+
+        ``on_bytes(n)`` is told of every chunk sent, and first of what the server already had. Raises ChecksumMismatch
+        when the server holds more bytes than the file has, ProtocolError when it takes none `MAX_STALLS` times.
+        """
+        with disk_errors(path):
+            size = path.stat().st_size
+        state, stalls = self.upload_state(server_round, attempt), 0
+        if on_bytes and state.offset:
+            on_bytes(state.offset)
+        while state.status != "accepted" and state.offset != size:
+            if state.offset > size:
+                raise ChecksumMismatch(f"the server holds {state.offset} bytes of an update that has {size}")
+            before = state.offset
+            try:
+                state = self._put(server_round, attempt, path, before, size, on_bytes)
+            except OffsetMismatch:
+                state = self.upload_state(server_round, attempt)
+            stalls = 0 if state.offset > before else stalls + 1
+            if stalls >= MAX_STALLS and state.status != "accepted":
+                raise ProtocolError(
+                    f"{self.base_url} answered {stalls} uploads from byte {before} of {size} without taking any"
+                )
+
+    def _put(
+        self, server_round: int, attempt: int, path: Path, offset: int, size: int, on_bytes: OnBytes | None
+    ) -> UploadState:
+        def chunks() -> Iterator[bytes]:
+            left = size - offset
+            with disk_errors(path):
+                file = open(path, "rb")  # noqa: SIM115  no yield may stand inside disk_errors: it would see socket errors
+            with file:
+                file.seek(offset)
+                while left:
+                    with disk_errors(path):
+                        chunk = file.read(min(routes.CHUNK_BYTES, left))
+                    if not chunk:
+                        raise ChecksumMismatch(f"{path} lost its last {left} bytes while it was sent")
+                    yield chunk
+                    left -= len(chunk)
+                    self._channel.count(up=len(chunk))
+                    if on_bytes:
+                        on_bytes(len(chunk))
+
+        path_on_server = self._own(routes.UPLOAD, server_round, attempt)
+        headers = {"content-length": str(size - offset), "content-type": "application/octet-stream"}
+        with self._channel.exchange(
+            "PUT", path_on_server, params={"offset": offset}, content=chunks(), headers=headers
+        ) as response:
+            return self._channel.decode(response, UploadState)
+
+    def download(self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None) -> None:
+        """Fetch one blob to ``path``, durably and verified; goes on from ``path``.part.
+
+        A wrong hash deletes what came and asks once more. Raises ChecksumMismatch when that is wrong as well, DiskFull,
+        NotFound.
+        """
+        check_sha256(sha256, size_bytes)
+        part = PartFile(path, size_bytes)
+        for _ in range(2):
+            with part.opened():
+                if part.offset < size_bytes:
+                    self._get_rest(sha256, part, on_bytes)
+            if part.sha256() == sha256:
+                part.publish()
+                return
+            found = part.offset
+            part.discard()
+        raise ChecksumMismatch(
+            f"asked {self.base_url} for blob {sha256[:12]} of {size_bytes} bytes, twice other bytes came ({found})",
+            remedy="The blob may be damaged on the server's disk; look at its log.",
+        )
+
+    def _get_rest(self, sha256: str, part: PartFile, on_bytes: OnBytes | None) -> None:
+        headers = {"range": f"bytes={part.offset}-"} if part.offset else {}
+        path_on_server = routes.path_for(routes.BLOB, sha256=sha256)
+        with self._channel.exchange("GET", path_on_server, headers=headers, passed=(416,)) as response:
+            if response.status_code == 416:  # the server's blob is shorter than what is here
+                part.truncate()
+                return
+            if response.status_code != 206 or _range_start(response) != part.offset:
+                part.truncate()
+                if response.status_code == 206 and _range_start(response) != 0:
+                    raise self._channel.foreign(response, b"")
+            # Not iter_raw(CHUNK_BYTES): it would hold back an incomplete chunk, and lose it when the connection is cut.
+            for chunk in response.iter_raw():
+                self._channel.count(down=len(chunk))
+                if not part.append(chunk):
+                    return  # longer than the manifest says: the hash decides, the disk stays safe
+                if on_bytes:
+                    on_bytes(len(chunk))
+
+    def _own(self, template: str, server_round: int = 0, attempt: int = 0) -> str:
+        return routes.path_for(template, client_id=self.client_id, server_round=server_round, attempt=attempt)
+
+
+def _range_start(response: httpx.Response) -> int | None:
+    """First byte of a ``Content-Range: bytes 5-9/10`` header; None when there is none."""
+    unit, _, span = response.headers.get("content-range", "").partition(" ")
+    start = span.partition("-")[0]
+    return int(start) if unit == "bytes" and start.isascii() and start.isdigit() else None

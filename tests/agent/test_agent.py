@@ -1,0 +1,368 @@
+"""The loop inside this process, against a real loopback server whose faults are chosen."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import msgspec
+import pytest
+from agent_rig import Memo, device, ledger, start
+from fake_aggregator import EXPERTS, REFUSED, FakeAggregator
+from toy_device import ToyTrainer, toy_value
+
+from edgefed.agent.agent import StopRequested
+from edgefed.agent.journal import Journal
+from edgefed.errors import (
+    ChecksumMismatch,
+    DiskFull,
+    EdgefedError,
+    InvalidUpdate,
+    NotFound,
+    OffsetMismatch,
+    ProtocolError,
+    RoundClosed,
+    ServerUnreachable,
+    StateLocked,
+    TrainingDiverged,
+    Unauthorized,
+    UnknownClient,
+    UpdateConflict,
+    UpdateTooLarge,
+    VersionMismatch,
+)
+
+
+def test_a_whole_run(server: FakeAggregator, tmp_path):
+    memo, trainer = Memo(), ToyTrainer(bias=1.0)
+    with device(server.url, tmp_path, trainer, memo=memo) as agent:
+        summary = agent.run()
+    assert (summary.rounds, summary.finished, summary.reason) == (2, True, "all rounds done")
+    assert summary.metrics == {"loss": 0.5} and trainer.rounds == [1, 2]
+    assert [server.value_of(expert) for expert in range(EXPERTS)] == [toy_value(1.0, 2)] * EXPERTS
+    assert server.registrations == 1 and server.left == []
+    register = next(iter(server.clients.values()))
+    assert (register.name, register.num_examples) == ("toy", 7)
+    first, second = ledger(tmp_path)
+    assert (first["outcome"], first["attempt"], first["server_round"]) == ("accepted", 1, 1)
+    assert (first["experts_held"], first["experts_changed"], first["resumed"]) == (EXPERTS, EXPERTS, False)
+    assert {"download", "train", "upload"} <= first["seconds"].keys() and first["metrics"] == {"loss": 1.0}
+    unit = next(iter(server.units.values()))
+    # After round 1 the four experts are equal, so they are one blob; the frozen unit is kept, config.json is not.
+    assert first["bytes_down"] > 5 * unit.size_bytes > 2 * unit.size_bytes > second["bytes_down"] > unit.size_bytes
+    assert second["bytes_up"] > EXPERTS * unit.size_bytes - 4096
+    assert ("train", 3) in memo.phases and memo.advanced["upload"] == dict(memo.phases)["upload"]
+    assert list((tmp_path / "updates").iterdir()) == []
+    assert {file.name for file in (tmp_path / "blobs").iterdir()} == {server.units["model.embed"].sha256}
+    with Journal(tmp_path) as journal:
+        assert (journal.record.phase, journal.record.rounds_acknowledged) == ("idle", 2)
+        assert journal.record.bytes_up == first["bytes_up"] + second["bytes_up"]
+
+
+def test_steps_drive_several_devices_in_one_process(server, tmp_path):
+    server.quorum = 2
+    with (
+        device(server.url, tmp_path / "a", ToyTrainer(1.0)) as a,
+        device(server.url, tmp_path / "b", ToyTrainer(3.0)) as b,
+    ):
+        kinds = [(a.step().kind, b.step().kind) for _ in range(2)]
+        assert kinds == [("accepted", "accepted")] * 2 and a.step().kind == b.step().kind == "finished"
+    assert server.value_of(0) == toy_value(2.0, 2)
+
+
+def test_waiting_is_an_outcome(server, tmp_path):
+    server.quorum = 2
+    with device(server.url, tmp_path) as agent:
+        assert agent.step().kind == "accepted"
+        outcome = agent.step()
+    assert (outcome.kind, outcome.detail) == ("waited", "the others still train")
+
+
+def test_heartbeats_tell_phase_and_fraction_during_training(server, tmp_path):
+    with device(server.url, tmp_path, ToyTrainer(step_s=0.2)) as agent:
+        agent.step()
+        agent.step()
+    training = [beat for beat in server.heartbeats if beat.phase == "train"]
+    assert {beat.server_round for beat in training} == {1, 2}
+    assert {round(beat.fraction, 2) for beat in training} >= {0.33, 0.67}
+
+
+def test_heartbeat_failures_do_not_matter(server, tmp_path):
+    server.fail.append(("heartbeat", 500, 10**6))
+    with device(server.url, tmp_path, ToyTrainer(step_s=0.05)) as agent:
+        assert agent.run().rounds == 2
+    assert server.heartbeats == [] and server.fail[0][2] < 10**6
+
+
+@pytest.mark.parametrize(
+    ("part", "fault"),
+    [
+        ("POST /v1/clients", 503),
+        ("assignment", 500),
+        ("manifests", EdgefedError("a bug in the server")),
+        ("blobs", 502),
+        ("PUT", DiskFull("server disk")),
+        ("uploads", 429),
+        ("commit", 503),
+    ],
+)
+def test_faults_of_the_server_are_waited_out(server, tmp_path, part, fault):
+    server.fail.append((part, fault, 3))
+    with device(server.url, tmp_path, memo=(memo := Memo())) as agent:
+        assert agent.run().rounds == 2
+    assert server.fail == [] and len(server.accepted) == 2
+    assert memo.messages.count("connected again") >= 1
+
+
+def test_web_page_after_joining_is_waited_out(server, tmp_path):
+    with device(server.url, tmp_path) as agent:
+        agent.step()
+        server.fail.append(("assignment", 404, 2))  # a tunnel that lost its server answers like this
+        assert agent.run().rounds == 2
+
+
+def test_cut_connections_everywhere(server, proxy, tmp_path):
+    proxy.cut_down += [40_000, 1000, 30_000]
+    proxy.cut_up += [300, 50_000, 20_000, 30_000]
+    with device(proxy.url, tmp_path) as agent:
+        assert agent.run().rounds == 2
+    assert proxy.cuts_made >= 4 and len(server.accepted) == 2
+    assert server.value_of(0) == toy_value(0.0, 2)
+
+
+def test_server_restart_in_the_middle(server, tmp_path, wait_until):
+    trainer = ToyTrainer(step_s=0.15)
+    with device(server.url, tmp_path, trainer) as agent:
+        thread, ends = start(agent)
+        wait_until(lambda: agent._progress.snapshot()[0] == "train")
+        server.stop()
+        wait_until(lambda: agent._journal.record.phase == "uploading")
+        time.sleep(0.3)
+        assert thread.is_alive()
+        server.start()
+        thread.join(15)
+    assert ends[0].rounds == 2 and trainer.rounds == [1, 2] and server.registrations == 1
+
+
+def test_server_that_forgot_its_clients(server, tmp_path, wait_until):
+    trainer = ToyTrainer(step_s=0.1)
+    with device(server.url, tmp_path, trainer) as agent:
+        thread, ends = start(agent)
+        wait_until(lambda: trainer.rounds == [1])
+        server.clients.clear()
+        thread.join(15)
+    assert ends[0].rounds == 2 and server.registrations == 2 and trainer.rounds == [1, 2]  # the update was not lost
+
+
+def test_server_that_never_knows_anybody_ends_it(server, tmp_path):
+    server.fail.append(("assignment", UnknownClient("who?"), 10**6))
+    with device(server.url, tmp_path) as agent, pytest.raises(UnknownClient):
+        agent.run()
+    assert server.registrations == 3
+
+
+def test_run_that_changes_under_a_registered_device(server, tmp_path):
+    with device(server.url, tmp_path, trainer := ToyTrainer()) as agent:
+        agent.step()
+        server.run = msgspec.structs.replace(server.run, run_id="run-2")
+        assert [agent.step().kind for _ in range(2)] == ["unregistered", "accepted"]
+        assert agent._journal.record.run_id == "run-2" and trainer.rounds == [1, 2]
+
+
+def test_new_run_at_the_same_address_drops_the_old_work(server, tmp_path, caplog):
+    server.fail.append(("commit", Unauthorized("token changed"), 1))
+    with device(server.url, tmp_path) as agent, pytest.raises(Unauthorized):
+        agent.run()
+    port = server.port
+    server.stop()
+    other = FakeAggregator(run_id="run-2", rounds=1)
+    other.port = port
+    other.start()
+    try:
+        with device(other.url, tmp_path) as agent:
+            assert agent.run().rounds == 1
+    finally:
+        other.stop()
+        server.start()
+    assert other.clients.keys() == server.clients.keys() and "forgetting the uploading update" in caplog.text
+    assert [entry["run_id"] for entry in ledger(tmp_path)] == ["run-2"]
+
+
+def test_lost_acknowledgement_counts_once(server, tmp_path):
+    server.lose_acknowledgements = 2
+    with device(server.url, tmp_path) as agent:
+        assert agent.step().kind == "accepted"
+    assert len(server.commits) == 3 and len(server.accepted) == 1 and len({c.attempt for c in server.commits}) == 1
+
+
+@pytest.mark.parametrize("error", [RoundClosed("late"), UpdateConflict("other"), NotFound("round is unknown")])
+def test_late_update_is_dropped(server, tmp_path, error):
+    times = 3 if isinstance(error, NotFound) else 1
+    server.fail.append(("commit", error, times))
+    with device(server.url, tmp_path, trainer := ToyTrainer()) as agent:
+        outcome = agent.step()
+        assert (outcome.kind, outcome.detail) == ("dropped", str(error))
+        assert agent._journal.pending is None and list((tmp_path / "updates").iterdir()) == []
+        assert agent.run().rounds == 2
+    assert trainer.rounds == [1, 1, 2]
+    assert [(entry["outcome"], entry["attempt"]) for entry in ledger(tmp_path)] == [
+        (error.code, 1), ("accepted", 2), ("accepted", 1),
+    ]  # fmt: skip
+
+
+def test_round_that_ends_during_the_download_is_dropped(server, tmp_path):
+    for part in ("manifests", "blobs"):
+        server.fail.append((part, NotFound("moved on"), 1))
+    with device(server.url, tmp_path) as agent:
+        assert [agent.step().kind for _ in range(3)] == ["dropped", "dropped", "accepted"]
+
+
+@pytest.mark.parametrize("error", [REFUSED, UpdateTooLarge("too many bytes")])
+def test_refused_updates_end_it_at_the_third_in_a_row(server, tmp_path, error):
+    server.fail += [("commit", error, 2)]
+    with device(server.url, tmp_path / "a") as agent:
+        assert [agent.step().kind for _ in range(3)] == ["dropped", "dropped", "accepted"]
+        server.fail += [("commit", error, 3)]  # the acceptance in between started the count again
+        assert [agent.step().kind for _ in range(2)] == ["dropped", "dropped"]
+        with pytest.raises(type(error)):
+            agent.run()
+        assert agent._journal.pending is None  # a restart does not send it again
+    assert server.left == [error.code]
+
+
+def test_upload_that_arrives_damaged_is_sent_again(server, tmp_path):
+    server.reset_on_commit = 2
+    with device(server.url, tmp_path, trainer := ToyTrainer()) as agent:
+        assert agent.step().kind == "accepted"
+        assert trainer.rounds == [1] and [meta.attempt for meta in server.commits] == [1, 2, 3]
+        server.reset_on_commit = 3
+        assert agent.step().kind == "dropped"
+
+
+def test_bytes_that_the_server_lost_are_sent_again(server, tmp_path):
+    server.fail.append(("commit", OffsetMismatch("bytes are missing"), 2))
+    with device(server.url, tmp_path, trainer := ToyTrainer()) as agent:
+        assert agent.step().kind == "accepted" and trainer.rounds == [1]
+    assert server.commits[-1].attempt == 1
+
+
+def test_damaged_model_ends_it_at_the_third_time(server, tmp_path):
+    server.corrupt_blobs[server.units["model.embed"].sha256] = 10**6
+    with device(server.url, tmp_path) as agent:
+        assert [agent.step().kind for _ in range(2)] == ["dropped", "dropped"]
+        with pytest.raises(ChecksumMismatch):
+            agent.step()
+
+
+def test_damaged_pending_update_is_trained_again(server, tmp_path):
+    server.fail.append(("commit", VersionMismatch("new server"), 1))
+    with device(server.url, tmp_path) as agent, pytest.raises(VersionMismatch):
+        agent.run()
+    next((tmp_path / "updates").iterdir()).write_bytes(b"short")
+    with device(server.url, tmp_path, memo=(memo := Memo())) as agent:
+        assert [agent.step().kind for _ in range(2)] == ["dropped", "accepted"]
+    assert "damaged or gone" in memo.messages[0] and len(server.accepted) == 1
+
+
+@pytest.mark.parametrize("error", [Unauthorized("wrong token"), VersionMismatch("too old")])
+def test_errors_that_end_it(server, tmp_path, error):
+    server.fail.append(("POST /v1/clients", error, 1))
+    with device(server.url, tmp_path) as agent, pytest.raises(type(error)):
+        agent.run()
+    with device(server.url, tmp_path) as agent:  # and a second start works
+        assert agent.run().rounds == 2
+
+
+def test_wrong_address_ends_before_joining_and_not_after(server, tmp_path):
+    server.stop()
+    started = time.monotonic()
+    with device(server.url, tmp_path, give_up_after_s=0.3) as agent, pytest.raises(ServerUnreachable):
+        agent.run()
+    assert 0.3 <= time.monotonic() - started < 5
+    server.start()
+    with device(server.url, tmp_path) as agent:
+        agent.step()
+    server.stop()
+    with device(server.url, tmp_path, give_up_after_s=0.1) as agent:  # a restarted device waits for its server
+        thread, ends = start(agent)
+        time.sleep(0.5)
+        assert thread.is_alive()
+        server.start()
+        thread.join(15)
+    assert ends[0].rounds == 1
+
+
+def test_web_page_before_joining_ends_it(server, tmp_path):
+    server.fail.append(("POST /v1/clients", 404, 1))
+    with device(server.url, tmp_path) as agent, pytest.raises(ProtocolError, match="not as an edgefed aggregator"):
+        agent.run()
+    assert len(server.log) == 1
+
+
+def test_stop_during_training_leaves_and_stays_resumable(server, tmp_path, wait_until):
+    stop, trainer = threading.Event(), ToyTrainer(step_s=0.3)
+    with device(server.url, tmp_path, trainer, stop=stop) as agent:
+        thread, ends = start(agent)
+        wait_until(lambda: any(beat.phase == "train" for beat in server.heartbeats))
+        stop.set()
+        thread.join(5)
+        assert (ends[0].finished, ends[0].reason, ends[0].rounds) == (False, "stopped", 0)
+        assert server.left == ["stopped by its user"] and server.accepted == {}
+        beats = len(server.heartbeats)
+        time.sleep(3 * server.heartbeat_s)
+        assert len(server.heartbeats) == beats  # a heartbeat after the goodbye would undo it
+    with device(server.url, tmp_path, trainer) as agent:
+        agent.step()
+    assert [meta.attempt for meta in server.accepted.values()] == [2]
+
+
+def test_stop_during_a_long_poll_is_quick(server, tmp_path, wait_until):
+    server.quorum = 2
+    stop = threading.Event()
+    with device(server.url, tmp_path, stop=stop) as agent:
+        agent.step()
+        polls = len(server.log)
+        thread, ends = start(agent)
+        wait_until(lambda: any("assignment" in path for _, path, _ in server.log[polls:]))
+        started = time.monotonic()
+        stop.set()
+        thread.join(5)
+        assert time.monotonic() - started < 1
+    assert ends[0].reason == "stopped" and len(server.left) == 1
+
+
+def test_stop_while_the_server_is_away(server, tmp_path):
+    stop = threading.Event()
+    with device(server.url, tmp_path, stop=stop) as agent:
+        agent.step()
+        server.stop()
+        thread, ends = start(agent)
+        time.sleep(0.2)
+        stop.set()
+        thread.join(5)
+        assert ends[0].reason == "stopped"
+        with pytest.raises(StopRequested):
+            agent.step()
+    server.start()
+
+
+def test_trainer_errors_pass_and_say_goodbye(server, tmp_path):
+    class Diverging(ToyTrainer):
+        def train_round(self, *_):
+            raise TrainingDiverged("loss is nan")
+
+    with device(server.url, tmp_path, Diverging()) as agent, pytest.raises(TrainingDiverged):
+        agent.run()
+    assert server.left == ["training-diverged"]
+
+
+def test_one_folder_one_agent(server, tmp_path):
+    with device(server.url, tmp_path), pytest.raises(StateLocked), device(server.url, tmp_path):
+        pass
+
+
+def test_open_agent_gives_the_folder_back_after_an_error(server, tmp_path):
+    with pytest.raises(InvalidUpdate), device(server.url, tmp_path):
+        raise InvalidUpdate("in the body")
+    with device(server.url, tmp_path):
+        pass

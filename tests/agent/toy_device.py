@@ -1,0 +1,101 @@
+"""A device process with a trainer that needs no model: ``python toy_device.py URL STATE [STEP_SECONDS]``.
+
+It sets every trainable tensor to `toy_value`, tells what it does in lines on stdout, and stops on SIGINT and SIGTERM
+as the command line does.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from edgefed.agent.agent import AgentSettings, Fetch, ProgressSink, TrainedUpdate, open_agent
+from edgefed.agent.backoff import BackoffSchedule, Retry
+from edgefed.protocol import frames
+from edgefed.protocol.messages import Assignment, ExpertReport, Manifest, RunConfig
+
+
+def toy_value(bias: float, server_round: int) -> float:
+    """What a toy device with this bias makes of every trainable tensor in a round; exact in float32."""
+    return bias + 10.0 * server_round
+
+
+class ToyTrainer:
+    """Counts what it was asked to do."""
+
+    def __init__(self, bias: float = 0.0, step_s: float = 0.0) -> None:
+        self.num_examples = 7
+        self.bias = bias
+        self.step_s = step_s
+        self.rounds: list[int] = []
+
+    def train_round(
+        self,
+        run: RunConfig,
+        manifest: Manifest,
+        assignment: Assignment,
+        fetch: Fetch,
+        progress: ProgressSink,
+        update_path: Path,
+    ) -> TrainedUpdate:
+        self.rounds.append(assignment.server_round)
+        files = fetch([*manifest.files, *manifest.units])
+        progress.phase("train", run.training.local_steps, "step")
+        for _ in range(run.training.local_steps):
+            time.sleep(self.step_s)
+            progress.advance(1)
+        tensors, experts = {}, []
+        for unit in manifest.units:
+            entry = frames.read_header(files[unit.sha256])[unit.tensors[0].name]
+            assert entry.info == unit.tensors[0]
+            if unit.trainable:
+                value = np.full(entry.info.shape, toy_value(self.bias, assignment.server_round), np.float32)
+                tensors[f"{unit.key}|{entry.info.name}"] = (entry.info.dtype, value)
+                report = ExpertReport(layer=0, expert=unit.expert, usage=0.25, importance=0.0, steps=3, tokens=30)
+                experts.append(report)
+        frames.write_frame(update_path, tensors)
+        return TrainedUpdate(
+            experts=tuple(experts),
+            metrics={"loss": 1.0 / assignment.server_round, "broken": float("nan")},
+            num_examples=self.num_examples,
+            num_tokens=120,
+            keep=frozenset(unit.sha256 for unit in manifest.units if not unit.trainable),
+        )
+
+
+class LineProgress:
+    """Every event as one line."""
+
+    def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
+        print("phase", name, total, flush=True)
+
+    def advance(self, n: int) -> None:
+        print("advance", n, flush=True)
+
+    def message(self, text: str) -> None:
+        print("message", text, flush=True)
+
+    def done(self) -> None:
+        print("done", flush=True)
+
+
+def main() -> None:
+    url, state, step_s = sys.argv[1], sys.argv[2], float((sys.argv[3:] or ["0"])[0])
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    settings = AgentSettings(name="toy", memory_bytes=1 << 30, poll_s=5.0, give_up_after_s=10.0)
+    retry = Retry(stop, schedule=BackoffSchedule(first_s=0.05, cap_s=0.2))
+    with open_agent(
+        url, state, settings, ToyTrainer(step_s=step_s), progress=LineProgress(), stop=stop, retry=retry
+    ) as a:
+        print("summary", a.run().reason, flush=True)
+
+
+if __name__ == "__main__":
+    main()
