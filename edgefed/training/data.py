@@ -1,0 +1,210 @@
+"""User data on its way to the model: a file or silo -> examples -> a held-out share -> blocks of token ids.
+
+    corpus = load_corpus("notes.jsonl", held_out_share=0.1, seed=0)
+    blocks = encode_examples(corpus.train, tokenizer, sequence_length=256)
+    for input_ids, labels in blocks.batches(8, generator): ...
+
+What a record may look like is in `edgefed.training.records`, how text becomes ids and a loss mask in
+`edgefed.training.encoding`. The text is private: nothing here logs or sends any of it, and error messages quote line
+numbers, field names and roles, never what a field says.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pathlib
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgefed.embedded.silos import Document, load_silo
+from edgefed.errors import DataError
+from edgefed.training.encoding import TokenBlocks, encode_examples
+from edgefed.training.records import BadRecord, Example, Segment, cut_passages, parse_record
+
+__all__ = [
+    "Corpus",
+    "Example",
+    "LineProblem",
+    "LoadedData",
+    "Segment",
+    "TokenBlocks",
+    "encode_examples",
+    "load_corpus",
+    "load_examples",
+    "split_held_out",
+]
+
+SILO_PREFIX = "silo:"
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+
+_HOPELESS_LINES = 1000  # bad lines without one good record before the file is given up: it is some other format
+
+
+@dataclass(frozen=True)
+class LineProblem:
+    """A line that gave no example.
+
+    Attributes:
+        line: its number in the file, from 1.
+        reason: what is wrong with it.
+    """
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The examples of one source; `sha256` is over the uncompressed bytes (of a silo: over its documents)."""
+
+    examples: list[Example]
+    problems: list[LineProblem]
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The examples of one source, cut into what is learned from and what is only measured on."""
+
+    train: list[Example]
+    held_out: list[Example]
+    problems: list[LineProblem]
+    sha256: str
+    source: str
+
+
+def load_examples(source: str) -> LoadedData:
+    """Read `source`: the path of a .txt, .jsonl, .txt.gz or .jsonl.gz file, or `silo:NAME`.
+
+    A text file becomes passages of 1,000-2,000 characters, a silo one example per training document (its held-out
+    documents stay out), a .jsonl file one example per line. Bad lines do not stop a file that has good ones: they come
+    back as `problems`.
+
+    Raises:
+        DataError: no such file or silo, a folder, an unknown suffix, no UTF-8, damaged gzip, or not one usable example.
+    """
+    if source.startswith(SILO_PREFIX):
+        silo = load_silo(source[len(SILO_PREFIX) :])
+        return LoadedData(_document_examples(silo.train), [], source, silo.sha256)
+    path = pathlib.Path(source).expanduser()
+    name = path.name.lower()
+    if path.is_dir():
+        raise DataError(f"{source} is a folder, not a file")
+    if not name.endswith(SUFFIXES):
+        raise DataError(f"{source} has an unknown suffix; known are {', '.join(SUFFIXES)} and {SILO_PREFIX}NAME")
+    if not path.exists():
+        raise DataError(f"there is no file {source}", remedy="Check the path; it is relative to the current folder.")
+    digest = hashlib.sha256()
+    lines = _read_lines(path, digest)
+    problems: list[LineProblem] = []
+    if name.endswith((".txt", ".txt.gz")):
+        examples = [(Segment(passage, learn=True),) for passage in cut_passages(lines)]
+    else:
+        examples = _parse_lines(source, lines, problems)
+    if not examples and not problems:
+        raise DataError(f"{source} is empty: it holds no text")
+    if not examples:
+        raise _nothing_usable(source, problems)
+    return LoadedData(examples, problems, source, digest.hexdigest())
+
+
+def split_held_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Return (train, held_out), about `share` of the records held out; both keep the order of `examples`.
+
+    The choice depends on seed and content alone, and equal records stay together, so that nothing measured on was
+    learned from. With a positive share and at least two different records neither side is empty; share 0, or only one
+    distinct record, holds out nothing.
+
+    Raises:
+        DataError: `share` is outside [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise DataError(f"the held-out share must be at least 0 and less than 1, not {share}")
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(_example_key(example, seed), []).append(index)
+    if share == 0 or len(groups) < 2:
+        return list(examples), []
+    goal = max(1, round(share * len(examples)))
+    held: set[int] = set()
+    ordered = [groups[key] for key in sorted(groups)]
+    for group in ordered[:-1]:
+        if len(held) + len(group) <= goal:
+            held.update(group)
+    # A record repeated more often than the goal: the rarest one overshoots least.
+    held = held or set(min(ordered, key=len))
+    train = [example for index, example in enumerate(examples) if index not in held]
+    return train, [examples[index] for index in sorted(held)]
+
+
+def load_corpus(source: str, held_out_share: float, seed: int) -> Corpus:
+    """Read `source` as `load_examples` does and hold out a share of the records.
+
+    A silo brings its own held-out files, which are used whatever share and seed say: they must never be trained on.
+
+    Raises:
+        DataError: as `load_examples` and `split_held_out`.
+    """
+    if source.startswith(SILO_PREFIX):
+        silo = load_silo(source[len(SILO_PREFIX) :])
+        return Corpus(_document_examples(silo.train), _document_examples(silo.held_out), [], silo.sha256, source)
+    loaded = load_examples(source)
+    train, held_out = split_held_out(loaded.examples, held_out_share, seed)
+    return Corpus(train, held_out, loaded.problems, loaded.sha256, source)
+
+
+def _example_key(example: Example, seed: int) -> str:
+    """Return a digest of seed and content, the same on every machine and Python version (repr is not)."""
+    digest = hashlib.sha256(str(seed).encode())
+    for segment in example:
+        digest.update(f"\0{int(segment.learn)}{segment.role or ''}\0".encode())
+        digest.update(segment.text.encode("utf-8"))
+    return digest.hexdigest()
+
+
+def _document_examples(documents: Sequence[Document]) -> list[Example]:
+    return [(Segment(document.text, learn=True),) for document in documents]
+
+
+def _parse_lines(source: str, lines: Iterator[str], problems: list[LineProblem]) -> list[Example]:
+    """Return the examples of the lines and append the others to `problems`."""
+    examples: list[Example] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            examples.append(parse_record(line))
+        except BadRecord as error:
+            problems.append(LineProblem(number, str(error)))
+        if not examples and len(problems) >= _HOPELESS_LINES:
+            raise _nothing_usable(source, problems)
+    return examples
+
+
+def _nothing_usable(source: str, problems: list[LineProblem]) -> DataError:
+    shown = "; ".join(f"line {problem.line}: {problem.reason}" for problem in problems[:3])
+    return DataError(f"{source} has no usable record in {len(problems)} lines: {shown}")
+
+
+def _read_lines(path: pathlib.Path, digest: Any) -> Iterator[str]:
+    """Yield the lines of `path` as text with `\\n` ends, unpacked where gzipped; `digest` sees the unpacked bytes."""
+    number = 0
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                digest.update(raw)
+                line = raw.decode("utf-8")
+                if line.endswith("\r\n"):
+                    line = line[:-2] + "\n"
+                yield line.removeprefix("\ufeff") if number == 1 else line
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: line {number}, byte {error.start} is 0x{error.object[error.start]:02x}",
+            remedy="Convert it, for example with `iconv -f LATIN1 -t UTF-8`.",
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"cannot read {path} after line {number}: {error}", remedy="Check the permissions, or make the file again."
+        ) from error
