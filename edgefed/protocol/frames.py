@@ -30,6 +30,15 @@ _STORAGE = {
 }  # fmt: skip
 
 
+NAME_SEPARATOR = "|"
+"""Between unit key and tensor name in an update, so neither may hold it."""
+
+
+def update_name(unit_key: str, tensor_name: str) -> str:
+    """Name of a unit's tensor in an update, which holds the tensors of many units in one frame."""
+    return f"{unit_key}{NAME_SEPARATOR}{tensor_name}"
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor lies in a file: ``start`` counts from the beginning of the file."""
@@ -92,7 +101,7 @@ def _check_entry(name: str, entry: object, data_start: int) -> TensorEntry:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise InvalidUpdate(f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise InvalidUpdate(f"tensor {name!r} has dtype {dtype!r}, known are {', '.join(ITEM_BYTES)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(dim) is int and 0 <= dim < 2**40 for dim in shape):
         raise InvalidUpdate(f"tensor {name!r} has shape {str(shape)[:80]}, expected up to 8 sizes")

@@ -85,7 +85,9 @@ class TrainingConfig(Message):
     missing: str = "renormalize"
     """Tokens routed to an absent expert: "renormalize" picks the next best resident one, "skip" leaves it out."""
     profile_tokens: int = 16384
-    """Most tokens that a profile or an evaluation looks at; 0 means all."""
+    """Most tokens of the training text that a profile looks at; 0 means all."""
+    evaluation_tokens: int = 4096
+    """Most tokens of the held-out text that an evaluation looks at, before and after training; 0 means all."""
 
 
 class RunConfig(Message):

@@ -1,0 +1,151 @@
+"""``edgefed demo``: a whole federation on this machine, with nothing but what the package brings."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+from edgefed.protocol.messages import Status
+
+COMPARED = ("hfedmoe", "random", "local", "fedavg")
+
+
+@click.command("demo")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="edgefed-demo", show_default=True, help="Folder for everything."
+)
+@click.option("--method", default="hfedmoe", show_default=True, help="hfedmoe, fedavg, random or local.")
+@click.option("--compare", is_flag=True, help="Also run the other methods on the same seed, into table and picture.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--local-steps", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def demo_command(
+    out: Path, method: str, compare: bool, rounds: int, clients: int, local_steps: int, learning_rate: float, seed: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Run an aggregator and unequal agents over loopback on embedded text, and show what came of it."""
+    from edgefed.cli.output import print_json, stdout_console
+    from edgefed.methods.registry import make_method
+
+    make_method(method)  # an unknown one is told before anything starts
+    started = time.monotonic()
+    from edgefed.simulation.demo import RESULT_FILE, DemoConfig, as_dict, generate_sample, run_demo
+
+    methods = (method, *(name for name in COMPARED if compare and name != method))
+    config = DemoConfig(
+        out=out, methods=methods, rounds=rounds, clients=clients, local_steps=local_steps, learning_rate=learning_rate,
+        seed=seed,
+    )  # fmt: skip
+    config.check()
+    with DemoDisplay(config.rounds) as display:
+        results = run_demo(config, display)
+    sample = generate_sample(out / "model")
+    data = as_dict(config, results, sample)
+    (out / RESULT_FILE).write_text(json.dumps(data, indent=2) + "\n")
+    if as_json:
+        print_json(data)
+        return
+    console = stdout_console()
+    for table in render_results(results):
+        console.print(table)
+        console.print()
+    console.print("the final model continues a prompt:", style="dim")
+    for line in sample.splitlines():
+        console.print(f"  | {line}", markup=False)
+    console.print()
+    console.print(f"picture     {out / 'demo.png'}", markup=False)
+    console.print(
+        f"checkpoint  {out / 'model'}   AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})", markup=False
+    )
+    console.print(f"{time.monotonic() - started:.0f} s in all", markup=False)
+
+
+class DemoDisplay:
+    """Live progress of the demo: tables on a terminal, a line per finished round elsewhere."""
+
+    def __init__(self, rounds: int):
+        from rich.live import Live
+
+        from edgefed.cli.output import stderr_console
+
+        self._console = stderr_console()
+        self._rounds = rounds
+        self._seen_rounds = 0
+        live = self._console.is_terminal
+        self._live = Live(console=self._console, auto_refresh=False, transient=True) if live else None
+
+    def __enter__(self) -> DemoDisplay:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def method(self, name: str) -> None:
+        self._seen_rounds = 0
+        self.note(f"{name}: starting the aggregator and the agents")
+
+    def status(self, status: Status) -> None:
+        from edgefed.cli.status import render_status
+
+        for done in status.history[self._seen_rounds :]:
+            loss = done.metrics.get("held_out_loss_after")
+            held_out = "" if loss is None else f", held-out loss on the devices {loss:.3f}"
+            self.note(
+                f"{status.run.method}: round {done.server_round} of {self._rounds}, {done.updates} updates, "
+                f"{done.seconds:.1f} s{held_out}"
+            )
+        self._seen_rounds = len(status.history)
+        if self._live:
+            self._live.update(render_status(status), refresh=True)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+
+def render_results(results: list):
+    """Tables: the clients of the first method, and the methods against each other if there are several."""
+    from edgefed.cli.output import make_table
+    from edgefed.hardware.memory import format_bytes
+
+    first = results[0]
+    clients = make_table(
+        "client", "budget", "experts held by layer", "trained", "down", "up", "peak expert memory", "peak RSS",
+        "held-out loss", "on device", title=f"{first.method}: clients",
+    )  # fmt: skip
+    for client in first.clients:
+        clients.add_row(
+            client.name, f"{100 * client.expert_share:.0f} %", " ".join(map(str, client.held)),
+            str(sum(client.trained)), format_bytes(client.bytes_down), format_bytes(client.bytes_up),
+            format_bytes(client.peak_expert_bytes), format_bytes(client.peak_rss_bytes),
+            f"{client.global_losses[0]:.3f} > {client.global_losses[-1]:.3f}",
+            f"{client.device_before:.3f} > {client.device_after:.3f}",
+        )  # fmt: skip
+    tables = [clients]
+    if len(results) > 1:
+        methods = make_table(
+            "method", "held-out loss, global model", "on device", "down", "up", "largest expert memory", "smallest",
+            "server peak", title="methods, means over clients",
+        )  # fmt: skip
+        for result in results:
+            everyone = result.clients
+            peaks = [client.peak_expert_bytes for client in everyone]
+            before, after = (
+                sum(getattr(c, at) for c in everyone) / len(everyone) for at in ("device_before", "device_after")
+            )
+            losses = result.mean_global_losses
+            methods.add_row(
+                result.method, f"{losses[0]:.3f} > {losses[-1]:.3f}", f"{before:.3f} > {after:.3f}",
+                format_bytes(sum(c.bytes_down for c in everyone)), format_bytes(sum(c.bytes_up for c in everyone)),
+                format_bytes(max(peaks)), format_bytes(min(peaks)), format_bytes(result.server_peak_rss_bytes),
+            )  # fmt: skip
+        tables.append(methods)
+    return tables

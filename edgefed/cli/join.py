@@ -1,0 +1,91 @@
+"""``edgefed join``: take part in a run with this device and its own text."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import click
+
+
+@click.command("join")
+@click.argument("server")
+@click.option("--data", required=True, help="Text that stays on this device: .txt, .jsonl, or silo:NAME.")
+@click.option("--memory", help="Most memory this process may use, e.g. 2GiB; default: what the host can spare.")
+@click.option("--experts", default="100%", show_default=True, help="Most of the model's experts to hold, e.g. 25%.")
+@click.option(
+    "--compute", default="100%", show_default=True, help="Share of the held experts that learn from one batch."
+)
+@click.option("--held-out", default="10%", show_default=True, help="Share of the records kept for evaluation, or 0.")
+@click.option("--state", type=click.Path(path_type=Path), default="edgefed-client", show_default=True,
+              help="Folder for identity, downloads and pending updates.")  # fmt: skip
+@click.option("--name", default=platform.node() or "device", help="How this device is called in `edgefed status`.")
+@click.option("--token", help="The server's token.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON at the end.")
+def join_command(
+    server: str, data: str, memory: str | None, experts: str, compute: str, held_out: str, state: Path, name: str,
+    token: str | None, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Join the run at SERVER (http://host:port) and train on DATA until it ends or Ctrl-C."""
+    from edgefed.agent.transport import check_base_url
+    from edgefed.cli.output import TerminalProgress, print_json, print_note
+    from edgefed.config import parse_share
+    from edgefed.errors import BudgetTooSmall
+    from edgefed.hardware.memory import MemoryBudget, budget_from_host, format_bytes, parse_bytes
+
+    check_base_url(server)
+    expert_share, compute_share = parse_share(experts, "--experts"), parse_share(compute, "--compute")
+    held_out_share = 0.0 if held_out.strip().rstrip("%") in ("0", "0.0") else parse_share(held_out, "--held-out")
+    budget = MemoryBudget(parse_bytes(memory), "--memory") if memory else budget_from_host()
+    if budget.size_bytes <= 0:
+        raise BudgetTooSmall(f"this host has no memory to spare: {budget.origin}")
+
+    stop = threading.Event()
+
+    def ask_to_stop(signum: int, frame: object) -> None:
+        if stop.is_set():  # the second Ctrl-C does not wait for anything
+            sys.exit(130)
+        stop.set()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, ask_to_stop)
+
+    progress = TerminalProgress()
+    progress.phase("load")
+    import torch
+
+    from edgefed.agent.join import JoinConfig, run_agent
+
+    if threads:
+        torch.set_num_threads(threads)
+    config = JoinConfig(
+        server=server,
+        data=data,
+        state=state,
+        name=name,
+        token=token,
+        memory_bytes=budget.size_bytes,
+        expert_share=expert_share,
+        compute_share=compute_share,
+        held_out_share=held_out_share,
+    )
+    progress.done()
+    print_note(
+        f"{name}: {format_bytes(budget.size_bytes)} ({budget.origin}), "
+        f"at most {100 * expert_share:.0f} % of the experts"
+    )
+    summary = run_agent(config, progress, stop)
+    progress.done()
+    if as_json:
+        print_json(dataclasses.asdict(summary))
+    print_note(
+        f"{summary.reason}: {summary.rounds} rounds, {format_bytes(summary.bytes_down)} down, "
+        f"{format_bytes(summary.bytes_up)} up"
+    )
+    if stop.is_set():
+        sys.exit(130)

@@ -1,0 +1,89 @@
+"""The ``edgefed`` command: finds the verb, reads settings, and turns every error into a message and an exit status."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from edgefed import __version__
+from edgefed.config import load_settings
+from edgefed.errors import DiskFull, EdgefedError, StorageError
+
+VERBS = ("demo", "export", "join", "profile", "serve", "status")
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+class LazyGroup(click.Group):
+    """Imports a verb only when it is used: `edgefed status` does not wait for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        return getattr(importlib.import_module(f"edgefed.cli.{name}"), f"{name}_command")
+
+
+@click.group(cls=LazyGroup, context_settings={"auto_envvar_prefix": "EDGEFED", "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name="edgefed")
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    help="Settings file; edgefed.toml in this folder is read without being asked.",
+)
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
+@click.pass_context
+def cli(ctx: click.Context, config_path: Path | None, log_level: str) -> None:
+    """Fine-tune Mixture-of-Experts language models across the devices that people already own.
+
+    Settings come from flags, then EDGEFED_VERB_OPTION variables, then edgefed.toml, then defaults.
+    """
+    from edgefed.cli.output import set_up_logging
+
+    set_up_logging(log_level)
+    path = config_path or Path("edgefed.toml")
+    if config_path or path.exists():
+        known = {verb: {p.name for p in cli.get_command(ctx, verb).params if p.name} for verb in VERBS}
+        ctx.default_map = load_settings(path, known)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit. No user mistake ends in a traceback."""
+    from edgefed.cli.output import print_error, print_note
+
+    words = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in words
+    try:
+        status = cli.main(args=words, prog_name="edgefed", standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        status = INTERRUPTED
+    except click.ClickException as fault:
+        fault.show()
+        status = fault.exit_code
+    except EdgefedError as fault:
+        logging.getLogger("edgefed").debug("traceback", exc_info=True)
+        print_error(fault, as_json=as_json)
+        status = fault.exit_status
+    except KeyboardInterrupt:
+        print_note("stopped")
+        status = INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        status = 1
+    except OSError as fault:
+        if fault.filename is None and fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        kind = DiskFull if fault.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        print_error(kind(f"{fault.filename or 'writing'}: {fault.strerror}"), as_json=as_json)
+        status = kind.exit_status
+    sys.exit(status if isinstance(status, int) else 0)

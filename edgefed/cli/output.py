@@ -1,0 +1,134 @@
+"""What the command line prints: results on stdout, progress and errors on stderr, JSON where it was asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from edgefed.errors import EdgefedError
+from edgefed.hardware.memory import format_bytes
+
+PLAIN_WIDTH = 140
+"""Width of tables that go to a file or a pipe, where there is no terminal to ask."""
+
+
+def stdout_console() -> Console:
+    """For results. Colour only on a terminal and without NO_COLOR, which Rich looks after."""
+    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def stderr_console() -> Console:
+    """For progress and errors."""
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def print_json(data: object) -> None:
+    """One JSON document on stdout; floats that JSON cannot write (NaN) become null."""
+    print(json.dumps(_without_nan(data), indent=2))
+
+
+def _without_nan(data: object) -> object:
+    if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(data, dict):
+        return {str(key): _without_nan(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_without_nan(value) for value in data]
+    return data
+
+
+def print_error(error: EdgefedError, *, as_json: bool) -> None:
+    """An error for people (what, then what to do) or, with --json, for programs. Always on stderr."""
+    if as_json:
+        reply = {"error": {"code": error.code, "message": str(error), "remedy": error.remedy}}
+        print(json.dumps(reply), file=sys.stderr)
+        return
+    console = stderr_console()
+    console.print(f"[bold red]error\\[{error.code}][/]: ", end="")
+    console.print(str(error), markup=False)
+    console.print(f"  {error.remedy}", markup=False)
+
+
+def print_note(text: str) -> None:
+    """One line on stderr that is no error."""
+    stderr_console().print(text, markup=False)
+
+
+def make_table(*columns: str, title: str | None = None) -> Table:
+    """A table whose first column is left-aligned and whose others are right-aligned."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def set_up_logging(level: str) -> None:
+    """Log lines of edgefed on stderr, with UTC time. The libraries' own loggers stay quiet below warnings."""
+    handler = logging.StreamHandler()
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    logger = logging.getLogger("edgefed")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level.upper())
+    logger.propagate = False
+
+
+class TerminalProgress:
+    """Progress of an agent or a tool: a bar per phase on a terminal, a line per finished phase elsewhere.
+
+    Implements `edgefed.agent.progress.ProgressSink`. Phases of less than ``quiet_s`` seconds leave no line in a log.
+    """
+
+    def __init__(self, quiet_s: float = 0.5):
+        self._console = stderr_console()
+        self._bar: Progress | None = None
+        self._task = None
+        self._quiet_s = quiet_s
+        self._name, self._unit, self._count, self._started = "", "B", 0, 0.0
+
+    def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
+        self.done()
+        self._name, self._unit, self._count, self._started = name, unit, 0, time.monotonic()
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description:<10}"),
+                BarColumn(bar_width=30),
+                TextColumn("{task.fields[amount]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=total or None, amount="")
+
+    def advance(self, n: int) -> None:
+        self._count += n
+        if self._bar is not None:
+            self._bar.update(self._task, advance=n, amount=self._amount())
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def done(self) -> None:
+        if not self._name:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        seconds = time.monotonic() - self._started
+        if seconds >= self._quiet_s:
+            self._console.print(f"{self._name:<10} {self._amount():>12}  {seconds:.1f} s", markup=False)
+        self._name = ""
+
+    def _amount(self) -> str:
+        if not self._count:
+            return ""
+        return format_bytes(self._count) if self._unit == "B" else f"{self._count} {self._unit}s"

@@ -1,0 +1,154 @@
+"""``edgefed serve``: import a model once, then coordinate rounds until the run is over."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import click
+
+from edgefed.protocol.routes import DEFAULT_HOST, DEFAULT_PORT
+
+TRAINED = click.Choice(["full", "lora", "none"])
+
+
+@click.command("serve")
+@click.option(
+    "--model", help="`tiny`, a Hugging Face checkpoint folder, or a hub id. Default: tiny, or the run in --state."
+)
+@click.option("--method", help="hfedmoe (default), fedavg, random or local.")
+@click.option(
+    "--option", "options", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter of the method; repeatable."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--min-clients", type=click.IntRange(min=1), default=2, show_default=True,
+              help="A round opens when so many clients are there.")  # fmt: skip
+@click.option("--clients-per-round", type=click.IntRange(min=1), help="Draw so many clients a round; default: all.")
+@click.option(
+    "--quorum", type=click.IntRange(min=1), help="Close a round at so many updates; default: all participants."
+)
+@click.option("--deadline", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+              help="Close a round after so long with what has come; default: none.")  # fmt: skip
+@click.option("--client-timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, metavar="SECONDS",
+              help="A silent client is not waited for any longer.")  # fmt: skip
+@click.option("--state", type=click.Path(path_type=Path), default="edgefed-run", show_default=True,
+              help="Folder of the run; an existing run goes on where it was.")  # fmt: skip
+@click.option("--host", default=DEFAULT_HOST, show_default=True)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="0 takes any free one."
+)
+@click.option("--token", help="Secret that every client must present; required unless --host is this machine only.")
+@click.option("--experts", type=TRAINED, default="full", show_default=True, help="How experts are trained.")
+@click.option("--router", type=TRAINED, default="full", show_default=True, help="How routers are trained.")
+@click.option("--attention", type=TRAINED, default="none", show_default=True, help="How attention weights are trained.")
+@click.option("--lora-rank", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--lora-alpha", type=click.FloatRange(min=0, min_open=True), default=16.0, show_default=True)
+@click.option("--local-steps", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--sequence-length", type=click.IntRange(min=2), default=128, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--missing", type=click.Choice(["renormalize", "skip"]), default="renormalize", show_default=True,
+              help="Tokens routed to an expert that a client does not hold.")  # fmt: skip
+@click.option("--profile-tokens", type=click.IntRange(min=0), default=16384, show_default=True,
+              help="Most tokens of its training text that a client profiles; 0 means all.")  # fmt: skip
+@click.option("--evaluation-tokens", type=click.IntRange(min=0), default=4096, show_default=True,
+              help="Most tokens of its held-out text that a client evaluates; 0 means all.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--keep-rounds", type=click.IntRange(min=0), default=2, show_default=True,
+              help="Rounds whose global model stays on disk; 0 keeps all.")  # fmt: skip
+@click.option("--exit-when-finished", is_flag=True, help="End after the last round instead of serving the final model.")
+@click.option(
+    "--ready-file", type=click.Path(path_type=Path), help="Write the address here once connections are accepted."
+)
+@click.pass_context
+def serve_command(ctx: click.Context, **flags: object) -> None:
+    """Coordinate a run: hand out the global model, collect what clients trained, aggregate, repeat."""
+    from edgefed.aggregator.server import ServerConfig, bind, check_token, run_server
+    from edgefed.aggregator.store import has_run
+    from edgefed.cli.output import print_note
+
+    state: Path = flags["state"]
+    check_token(flags["host"], flags["token"])
+    bind(flags["host"], flags["port"]).close()  # nobody should wait for an import to learn that the port is taken
+    if has_run(state):
+        _check_resumed(ctx, state)
+        print_note(f"continuing the run in {state}")
+    else:
+        run, policy, source = _new_run(flags)
+        print_note(f"importing {run.model} into {state}")
+        from edgefed.runs import import_in_subprocess
+
+        import_in_subprocess(source, state, run, policy)
+
+    def on_ready(url: str) -> None:
+        print_note(f"clients join with: edgefed join {url} --data FILE")
+
+    config = ServerConfig(
+        state_folder=state,
+        host=flags["host"],
+        port=flags["port"],
+        token=flags["token"],
+        ready_file=flags["ready_file"],
+        exit_when_finished=flags["exit_when_finished"],
+        keep_rounds=flags["keep_rounds"],
+    )
+    run_server(config, on_ready=on_ready)
+
+
+def _new_run(flags: dict):
+    from edgefed.aggregator.rounds import RoundPolicy
+    from edgefed.config import parse_assignments
+    from edgefed.embedded import TINY, resolve_model
+    from edgefed.methods.registry import make_method
+    from edgefed.protocol.messages import RunConfig, TrainingConfig
+
+    model, method = flags["model"] or TINY, flags["method"] or "hfedmoe"
+    options = parse_assignments(flags["options"], "--option")
+    make_method(method, options)  # an unknown method or option is told now, not in the first round
+    training = TrainingConfig(**{name: flags[name] for name in TrainingConfig.__struct_fields__ if name in flags})
+    run = RunConfig(
+        run_id=secrets.token_hex(8),
+        model=model,
+        method=method,
+        method_options=dict(options),
+        rounds=flags["rounds"],
+        seed=flags["seed"],
+        training=training,
+    )
+    policy = RoundPolicy(
+        rounds=flags["rounds"],
+        min_clients=flags["min_clients"],
+        quorum=flags["quorum"],
+        deadline_s=flags["deadline"],
+        clients_per_round=flags["clients_per_round"],
+        client_timeout_s=flags["client_timeout"],
+    )
+    policy.check()
+    return run, policy, resolve_model(model)
+
+
+FIXED = ("model", "method", "rounds", "seed", *(
+    "experts", "router", "attention", "lora_rank", "lora_alpha", "local_steps", "batch_size", "sequence_length",
+    "learning_rate", "weight_decay", "missing", "profile_tokens", "evaluation_tokens",
+))  # fmt: skip
+"""Flags that are fixed when a run begins."""
+
+
+def _check_resumed(ctx: click.Context, state: Path) -> None:
+    """Refuse a flag that contradicts the run in the folder: silently ignoring it would be a surprise."""
+    from edgefed.errors import ConfigError
+    from edgefed.runs import RunReader
+
+    with RunReader(state) as reader:
+        run = reader.run
+    for name in FIXED:
+        if ctx.get_parameter_source(name) in (None, click.core.ParameterSource.DEFAULT):
+            continue
+        asked = ctx.params[name]
+        found = getattr(run if hasattr(run, name) else run.training, name)
+        if asked is not None and asked != found:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {asked} was asked for, but the run in {state} has {found}",
+                remedy="Leave the flag out to continue that run, or start a new one with another --state.",
+            )

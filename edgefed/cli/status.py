@@ -1,0 +1,115 @@
+"""``edgefed status``: how a run is going, once or continuously."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import click
+import msgspec
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from edgefed.protocol.messages import ClientStatus, Status
+
+BAR_CELLS = 12
+
+
+@click.command("status")
+@click.argument("server", default="http://127.0.0.1:8470")
+@click.option("--watch", is_flag=True, help="Refresh until the run is finished or Ctrl-C.")
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds between refreshes."
+)
+@click.option("--token", help="The server's token.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line a refresh.")
+def status_command(server: str, watch: bool, interval: float, token: str | None, as_json: bool) -> None:
+    """Show the run at SERVER: its round, its clients and what they are doing."""
+    from edgefed.agent.transport import AggregatorClient
+    from edgefed.cli.output import stdout_console
+
+    with AggregatorClient(server, "status", "status", token) as client:
+        if watch:
+            _watch(client.status, stdout_console(), interval, as_json)
+        else:
+            _print_status(client.status(), stdout_console(), as_json)
+
+
+def _print_status(status: Status, console: Console, as_json: bool) -> None:
+    from edgefed.cli.output import print_json
+
+    if as_json:
+        print_json(msgspec.to_builtins(status))
+    else:
+        console.print(render_status(status))
+
+
+def _watch(fetch: Callable[[], Status], console: Console, interval: float, as_json: bool) -> None:
+    """Show the run until it is finished: redrawn on a terminal, a line a refresh elsewhere."""
+    live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
+    with live or contextlib.nullcontext():
+        while True:
+            status = fetch()
+            if live:
+                live.update(render_status(status), refresh=True)
+            else:
+                print(msgspec.json.encode(status).decode() if as_json else one_line(status), flush=True)
+            if status.state == "finished":
+                return
+            time.sleep(interval)
+
+
+def one_line(status: Status) -> str:
+    """The run in one line, for a log."""
+    phases = ", ".join(f"{client.name} {client.phase} {100 * client.fraction:.0f}%" for client in status.clients)
+    return (
+        f"round {status.server_round}/{status.run.rounds} {status.state}: {status.updates_received} updates; {phases}"
+    )
+
+
+def render_status(status: Status) -> RenderableType:
+    """Header, clients and finished rounds as tables."""
+    from edgefed.cli.output import make_table
+    from edgefed.hardware.memory import format_bytes
+
+    shown_round = min(status.server_round, status.run.rounds)
+    header = Text()
+    header.append(f"{status.run.method} on {status.run.model}", style="bold")
+    header.append(
+        f"   round {shown_round} of {status.run.rounds}, {status.state}   {status.updates_received} updates"
+        f"   {len(status.clients)} clients (at least {status.min_clients})"
+        f"   server peak {format_bytes(status.memory_peak_bytes)}"
+    )
+    clients = make_table("client", "state", "doing", "", "budget", "rounds", "down", "up", "held-out loss", "seen")
+    for client in status.clients:
+        clients.add_row(
+            client.name, client.state, client.phase, _bar(client.fraction), f"{100 * client.expert_share:.0f} %",
+            str(client.rounds_done), format_bytes(client.downloaded_bytes), format_bytes(client.uploaded_bytes),
+            _loss(client), f"{client.last_seen_s:.0f} s ago",
+        )  # fmt: skip
+    parts: list[RenderableType] = [header, Text(""), clients]
+    if status.history:
+        rounds = make_table(
+            "round", "updates", "experts changed", "up", "seconds", "train loss", "held-out before", "after"
+        )
+        for done in status.history[-10:]:
+            metrics = [done.metrics.get(name) for name in ("train_loss", "held_out_loss_before", "held_out_loss_after")]
+            rounds.add_row(
+                str(done.server_round), f"{done.updates} of {done.participants}", str(done.experts_changed),
+                format_bytes(done.uploaded_bytes), f"{done.seconds:.1f}",
+                *("-" if value is None else f"{value:.3f}" for value in metrics),
+            )  # fmt: skip
+        parts += [Text(""), rounds]
+    return Group(*parts)
+
+
+def _bar(fraction: float) -> str:
+    full = round(max(0.0, min(1.0, fraction)) * BAR_CELLS)
+    return "#" * full + "." * (BAR_CELLS - full)
+
+
+def _loss(client: ClientStatus) -> str:
+    before, after = client.metrics.get("held_out_loss_before"), client.metrics.get("held_out_loss_after")
+    return "-" if before is None or after is None else f"{before:.3f} > {after:.3f}"

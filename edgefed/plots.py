@@ -1,0 +1,99 @@
+"""Pictures as PNG files: the expert heat map and the loss curves. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgefed.experts import ExpertPlan, RouterRecord
+
+DPI = 144
+COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#6d597a", "#2e4057", "#8d6a9f", "#00798c")
+"""Distinct on white and for the colour-blind in the first four."""
+
+
+def heat_map_rows(record: RouterRecord) -> np.ndarray:
+    """Share of tokens routed to each expert, (L, E_max); NaN where a layer has fewer experts."""
+    width = max(record.experts_per_layer)
+    rows = np.full((len(record.layers), width), np.nan)
+    for index, layer in enumerate(record.layers):
+        rows[index, : layer.num_experts] = layer.frequency
+    return rows
+
+
+def draw_heat_map(axes, record: RouterRecord, title: str, plan: ExpertPlan | None = None) -> None:
+    """Draw experts as columns, layers as rows, routed share as colour; a dot marks what ``plan`` holds."""
+    rows = heat_map_rows(record)
+    image = axes.imshow(rows * 100, cmap="viridis", aspect="auto", vmin=0)
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel("expert", fontsize=8)
+    axes.set_ylabel("MoE layer", fontsize=8)
+    axes.set_yticks(range(len(rows)), labels=range(len(rows)) if len(rows) <= 32 else [""] * len(rows), fontsize=7)
+    axes.tick_params(axis="x", labelsize=7)
+    if plan is not None:
+        held = plan.held_keys()
+        axes.plot([e for _, e in held], [layer for layer, _ in held], "o", color="white", markersize=3)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("% of tokens", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def save_heat_map(path: Path, record: RouterRecord, title: str) -> None:
+    """Write the heat map of one profile to ``path``."""
+    figure, axes = _subplots(1, 1, width=max(4.0, 0.22 * max(record.experts_per_layer) + 2.0), height=0.35)
+    figure.set_figheight(max(2.4, 0.3 * len(record.layers) + 1.4))
+    draw_heat_map(axes[0], record, title)
+    _save(figure, path)
+
+
+def save_federation_picture(
+    path: Path,
+    curves: Mapping[str, Sequence[float]],
+    client_curves: Mapping[str, Sequence[float]],
+    profiles: Mapping[str, tuple[RouterRecord, ExpertPlan | None]],
+) -> None:
+    """Write loss curves (left: one line a method; middle: one a client) and a heat map per client below.
+
+    curves, client_curves: {label: held-out loss after round 0, 1, ...}. profiles: {client: (record, plan)}.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    rows = 1 + (len(profiles) + 1) // 2
+    figure = Figure(figsize=(10, 3.2 + 2.1 * (rows - 1)), layout="constrained")
+    grid = figure.add_gridspec(rows, 2, height_ratios=[1.5] + [1] * (rows - 1))
+    for column, (lines, title) in enumerate(
+        ((curves, "held-out loss of the global model, mean over clients"), (client_curves, "the same, by client"))
+    ):
+        axes = figure.add_subplot(grid[0, column])
+        for index, (label, values) in enumerate(lines.items()):
+            axes.plot(
+                range(len(values)), values, marker="o", markersize=3, color=COLOURS[index % len(COLOURS)], label=label
+            )
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel("round", fontsize=8)
+        axes.set_ylabel("nats per token", fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, frameon=False)
+    for index, (client, (record, plan)) in enumerate(profiles.items()):
+        axes = figure.add_subplot(grid[1 + index // 2, index % 2])
+        draw_heat_map(axes, record, f"{client}: experts its text uses (dot: held)", plan)
+    _save(figure, path)
+
+
+def _subplots(rows: int, columns: int, *, width: float, height: float):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, format=path.suffix.lstrip(".") or "png")

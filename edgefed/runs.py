@@ -1,0 +1,177 @@
+"""Between a checkpoint and a run folder, in both directions.
+
+The only module that knows the model side and the aggregator's store: the aggregator itself never loads a model.
+`import_model` runs in a process of its own (``python -m edgefed.runs``), so that the server's memory never holds one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgefed.aggregator.blobs import BlobStore
+from edgefed.aggregator.creation import NewUnit, create_run
+from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.aggregator.store import Store
+from edgefed.errors import ConfigError, EdgefedError, StateCorrupt
+from edgefed.protocol.messages import (
+    Manifest,
+    RunConfig,
+    decode_error,
+    decode_message,
+    encode_error,
+)
+
+if TYPE_CHECKING:
+    from edgefed.moe.frame_source import FrameSource
+
+
+class ImportRequest(msgspec.Struct, frozen=True):
+    """What the importing process is told on its standard input."""
+
+    source: str
+    folder: str
+    run: RunConfig
+    policy: RoundPolicy
+
+
+def import_in_subprocess(source: str, folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
+    """Make a run of a checkpoint, in another process. Raises what `import_model` raises."""
+    request = msgspec.json.encode(ImportRequest(source=source, folder=str(folder), run=run, policy=policy))
+    # The child says what went wrong on stdout; its stderr (progress of libraries) goes where ours goes.
+    child = subprocess.run([sys.executable, "-m", "edgefed.runs"], input=request, stdout=subprocess.PIPE, check=False)
+    if child.returncode:
+        if child.stdout.startswith(b"{"):
+            raise decode_error(child.stdout)
+        raise EdgefedError(f"importing {source} ended with status {child.returncode}")
+
+
+def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
+    """Load a full model and write each of its units, and the files beside it, as a new run in ``folder``.
+
+    Needs the memory of the whole model once, on the machine of the server. LoRA adapters are made here, from
+    ``run.seed``, so that all clients start from the same. Raises ModelError, ConfigError, StorageError.
+    """
+    import tempfile
+
+    from edgefed.moe.frame_source import raw_array
+    from edgefed.moe.model import MoeModel
+    from edgefed.moe.units import dtype_name
+    from edgefed.training.profiling import load_tokenizer
+    from edgefed.training.steps import train_scope
+
+    scope = train_scope(run.training)
+    tokenizer = load_tokenizer(source)
+    model = MoeModel.from_checkpoint(source)
+
+    def units() -> Iterator[NewUnit]:
+        for spec, tensors in model.iter_units(scope, seed=run.seed):
+            raw = {name: (dtype_name(tensor.dtype), raw_array(tensor)) for name, tensor in tensors.items()}
+            yield NewUnit(
+                key=spec.key,
+                kind=spec.kind,
+                layer=spec.layer,
+                expert=spec.expert,
+                trainable=spec.trainable,
+                tensors=raw,
+            )
+
+    with tempfile.TemporaryDirectory(prefix="edgefed-import-") as scratch:
+        # Written anew rather than copied: the same for a folder and for a hub's cache.
+        model.config.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        if model.module.can_generate():
+            model.module.generation_config.save_pretrained(scratch)
+        create_run(folder, run, policy, units(), sorted(path for path in Path(scratch).iterdir() if path.is_file()))
+
+
+class RunReader:
+    """A run folder, opened for reading its models. A context; raises StateLocked while a server uses the folder."""
+
+    def __init__(self, folder: Path):
+        self._store = Store(folder)
+        self._blobs = BlobStore(folder)
+        self.run = self._store.run
+
+    def __enter__(self) -> RunReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()
+
+    @property
+    def last_round(self) -> int:
+        """The round whose manifest is the newest global model: the one after the last aggregation."""
+        return self._store.current_round().server_round
+
+    @property
+    def oldest_round(self) -> int:
+        return self._store.oldest_round()
+
+    def manifest(self, server_round: int | None = None) -> Manifest:
+        """The global model at the start of a round (default: the newest). Raises ConfigError when it is not kept."""
+        wanted = self.last_round if server_round is None else server_round
+        manifest = self._store.manifest(wanted)
+        if manifest is None:
+            raise ConfigError(
+                f"round {wanted} is not kept; rounds {self.oldest_round} to {self.last_round} are",
+                remedy="Serve with a larger --keep-rounds, or 0 to keep all.",
+            )
+        return manifest
+
+    def paths(self, manifest: Manifest) -> dict[str, Path]:
+        """Local file of each blob of a manifest, {sha256: path}. Raises StateCorrupt when one is missing."""
+        paths = {item.sha256: self._blobs.path(item.sha256) for item in (*manifest.units, *manifest.files)}
+        missing = [sha for sha, path in paths.items() if not path.exists()]
+        if missing:
+            raise StateCorrupt(
+                f"{len(missing)} blobs of round {manifest.server_round} are gone, the first is {missing[0]}"
+            )
+        return paths
+
+    def unpack(self, manifest: Manifest, folder: Path) -> FrameSource:
+        """Copy the files of a manifest (config, tokenizer) into ``folder``; its units become readable in the result."""
+        import shutil
+
+        from edgefed.moe.frame_source import FrameSource
+
+        paths = self.paths(manifest)
+        for file in manifest.files:
+            shutil.copyfile(paths[file.sha256], folder / file.name)
+        return FrameSource(manifest.units, paths)
+
+
+def export_model(folder: Path, to: Path, server_round: int | None = None) -> Path:
+    """Write the global model of a run folder as a Hugging Face checkpoint in ``to``. Returns ``to``.
+
+    Raises StateLocked, StorageError, ConfigError (round not kept, target not empty).
+    """
+    import tempfile
+
+    from edgefed.export.huggingface import export_checkpoint
+    from edgefed.training.steps import train_scope
+
+    with RunReader(folder) as reader, tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
+        manifest = reader.manifest(server_round)
+        source = reader.unpack(manifest, Path(scratch))
+        return export_checkpoint(source, Path(scratch), to, scope=train_scope(reader.run.training))
+
+
+def main() -> int:
+    """Import as told on standard input; an error goes to standard output as a protocol error message."""
+    request = decode_message(sys.stdin.buffer.read(), ImportRequest)
+    try:
+        import_model(request.source, Path(request.folder), request.run, request.policy)
+    except EdgefedError as error:
+        sys.stdout.buffer.write(encode_error(error))
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

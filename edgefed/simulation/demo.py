@@ -1,0 +1,207 @@
+"""The demonstration: one aggregator, unequal agents on the embedded silos, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from edgefed.errors import ConfigError
+from edgefed.protocol.messages import Status
+from edgefed.simulation.measure import held_out_losses, read_plan
+from edgefed.simulation.processes import LocalClient, LocalFederation, read_ledger
+from edgefed.training.data import load_corpus
+
+SHARES = (1.0, 0.5, 0.25, 0.12)
+"""Budgets of the demo's clients, in turn: share of the experts that each may hold."""
+CLIENT_SILOS = ("asyncio", "email", "unittest", "topics", "xml", "http", "multiprocessing", "logging", "importlib")
+RESULT_FILE = "demo.json"
+PICTURE_FILE = "demo.png"
+PROMPT = "import asyncio\n\nasync def "
+TIMEOUT_S = 1800.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """What to demonstrate. ``methods``: the first is the one shown in detail, the others are compared with it."""
+
+    out: Path
+    methods: tuple[str, ...] = ("hfedmoe",)
+    rounds: int = 5
+    clients: int = 4
+    local_steps: int = 20
+    batch_size: int = 8
+    sequence_length: int = 128
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ConfigError when there are more clients than silos, or fewer than one."""
+        if not 1 <= self.clients <= len(CLIENT_SILOS):
+            raise ConfigError(f"--clients is {self.clients}, the embedded text makes 1 to {len(CLIENT_SILOS)}")
+
+
+class DemoSink(Protocol):
+    """Where the demo's progress goes."""
+
+    def method(self, name: str) -> None: ...
+    def status(self, status: Status) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientResult:
+    """One client of one run. Bytes are over all rounds; ``held`` and ``trained`` are experts per MoE layer.
+
+    ``global_losses``: held-out loss of the full global model before round 1 and after each round. ``device_before``,
+    ``device_after``: of the experts that the device holds, before its first and after its last local step.
+    """
+
+    name: str
+    silo: str
+    expert_share: float
+    held: tuple[int, ...]
+    trained: tuple[int, ...]
+    bytes_down: int
+    bytes_up: int
+    peak_expert_bytes: int
+    peak_rss_bytes: int
+    global_losses: tuple[float, ...]
+    device_before: float
+    device_after: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodResult:
+    """One run of the demo."""
+
+    method: str
+    seconds: float
+    server_peak_rss_bytes: int
+    clients: tuple[ClientResult, ...]
+
+    @property
+    def mean_global_losses(self) -> list[float]:
+        """Mean over clients of the global model's held-out loss, before round 1 and after each round."""
+        return [_mean(values) for values in zip(*(client.global_losses for client in self.clients), strict=True)]
+
+
+def run_demo(config: DemoConfig, sink: DemoSink) -> list[MethodResult]:
+    """Run every method on the same clients and seed; write picture, checkpoint and results under ``config.out``.
+
+    Raises ConfigError for an output folder that is not an earlier demo's, ProcessFailed when a process fails.
+    """
+    from edgefed.runs import export_model
+
+    config.check()
+    prepare_folder(config.out)
+    silos = CLIENT_SILOS[: config.clients]
+    results = []
+    for method in config.methods:
+        sink.method(method)
+        # FedAvg has no notion of a budget: it is shown as the ceiling, with every expert on every device.
+        shares = [1.0 if method == "fedavg" else SHARES[index % len(SHARES)] for index in range(config.clients)]
+        clients = [LocalClient(silo, f"silo:{silo}", share) for silo, share in zip(silos, shares, strict=True)]
+        results.append(_run_method(config, method, clients, sink))
+    first = config.out / config.methods[0]
+    sink.note("exporting the final model")
+    export_model(first / "run", config.out / "model")
+    profiles = {silo: read_plan(first / "clients" / silo) for silo in silos}
+    draw(config.out / PICTURE_FILE, results, profiles)
+    return results
+
+
+def prepare_folder(out: Path) -> None:
+    """Make ``out``, or empty it when it holds an earlier demo. Raises ConfigError when it holds anything else."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / RESULT_FILE).exists():
+            raise ConfigError(f"{out} is not empty and holds no earlier demo", remedy="Choose another --out folder.")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RESULT_FILE).write_text("{}\n")  # marks the folder as ours from the beginning
+
+
+def _run_method(config: DemoConfig, method: str, clients: Sequence[LocalClient], sink: DemoSink) -> MethodResult:
+    flags = [
+        "--model", "tiny", "--method", method, "--rounds", str(config.rounds), "--seed", str(config.seed),
+        "--local-steps", str(config.local_steps), "--batch-size", str(config.batch_size),
+        "--sequence-length", str(config.sequence_length), "--learning-rate", str(config.learning_rate),
+        "--keep-rounds", "0",
+    ]  # fmt: skip
+    folder = config.out / method
+    with LocalFederation(folder, flags, clients) as federation:
+        status = federation.run(sink.status, timeout_s=TIMEOUT_S)
+    sink.note(f"{method}: evaluating {config.rounds + 1} global models")
+    held_out = {client.name: load_corpus(client.data, 0.1, 0).held_out for client in clients}
+    losses = held_out_losses(federation.run_folder, held_out, sequence_length=config.sequence_length)
+    return MethodResult(
+        method=method,
+        seconds=sum(done.seconds for done in status.history),
+        server_peak_rss_bytes=status.memory_peak_bytes,
+        clients=tuple(_client_result(federation, client, losses[client.name]) for client in clients),
+    )
+
+
+def _client_result(federation: LocalFederation, client: LocalClient, losses: Sequence[float]) -> ClientResult:
+    folder = federation.client_folder(client.name)
+    ledger = [entry for entry in read_ledger(folder) if entry["outcome"] == "accepted"]
+    _, plan = read_plan(folder)
+    metrics = [entry["metrics"] for entry in ledger]
+    return ClientResult(
+        name=client.name,
+        silo=client.data,
+        expert_share=client.expert_share,
+        held=tuple(len(plan.resident(layer)) for layer in range(plan.num_layers)),
+        trained=tuple(len(plan.tuned(layer)) for layer in range(plan.num_layers)),
+        bytes_down=sum(entry["bytes_down"] for entry in ledger),
+        bytes_up=sum(entry["bytes_up"] for entry in ledger),
+        peak_expert_bytes=int(max(m["peak_expert_bytes"] for m in metrics)),
+        peak_rss_bytes=int(max(m["peak_rss_bytes"] for m in metrics)),
+        global_losses=tuple(losses),
+        device_before=metrics[0].get("held_out_loss_before", math.nan),
+        device_after=metrics[-1].get("held_out_loss_after", math.nan),
+    )
+
+
+def draw(path: Path, results: Sequence[MethodResult], profiles: Mapping) -> None:
+    """Write the picture: curves per method and per client of the first method, heat maps with the plans."""
+    from edgefed.plots import save_federation_picture
+
+    shown = {name: (record, plan) for name, (record, plan) in profiles.items() if record is not None}
+    save_federation_picture(
+        path,
+        {result.method: result.mean_global_losses for result in results},
+        {client.name: client.global_losses for client in results[0].clients},
+        shown,
+    )
+
+
+def generate_sample(model_folder: Path, prompt: str = PROMPT, new_tokens: int = 48) -> str:
+    """Text that the exported checkpoint writes after ``prompt``, greedy, with transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def as_dict(config: DemoConfig, results: Sequence[MethodResult], sample: str) -> dict:
+    """Everything the demo found, for JSON."""
+    return {
+        "config": {**dataclasses.asdict(config), "out": str(config.out)},
+        "sample": sample,
+        "results": [
+            {**dataclasses.asdict(result), "mean_global_losses": result.mean_global_losses} for result in results
+        ],
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,162 @@
+"""One aggregator and several agents as processes of this machine, started, watched and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from edgefed.agent.transport import AggregatorClient
+from edgefed.errors import EdgefedError, ServerUnreachable
+from edgefed.protocol.messages import Status
+
+START_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 60.0
+LOG_TAIL_LINES = 15
+
+
+class ProcessFailed(EdgefedError):
+    """A process of a local federation ended before its work was done; the message holds the end of its log."""
+
+    code = "process-failed"
+    default_remedy = "The folder of the federation keeps every process's log."
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalClient:
+    """An agent to start: its name, its data (a path or ``silo:NAME``) and the share of the experts it may hold."""
+
+    name: str
+    data: str
+    expert_share: float
+
+
+@dataclasses.dataclass
+class _Child:
+    label: str
+    process: subprocess.Popen
+    log: Path
+
+
+class LocalFederation:
+    """Runs one federation in ``folder``: ``run/`` (server state), ``clients/NAME/`` and a log per process.
+
+    A context: leaving it ends every process that is still there.
+    """
+
+    def __init__(self, folder: Path, serve_flags: Sequence[str], clients: Sequence[LocalClient], *, threads: int = 1):
+        self.folder = folder
+        self.clients = tuple(clients)
+        self._serve_flags = list(serve_flags)
+        self._threads = threads
+        self._children: list[_Child] = []
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder / "run"
+
+    def client_folder(self, name: str) -> Path:
+        return self.folder / "clients" / name
+
+    def __enter__(self) -> LocalFederation:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            if child.process.poll() is None:
+                child.process.terminate()
+        for child in self._children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(timeout=5)
+            if child.process.poll() is None:
+                child.process.kill()
+                child.process.wait()
+
+    def run(self, on_status: Callable[[Status], None], *, timeout_s: float, poll_s: float = 0.5) -> Status:
+        """Start everything and return the status of the finished run.
+
+        ``on_status`` is called at every poll. Raises ProcessFailed when a process ends badly or time runs out.
+        """
+        deadline = time.monotonic() + timeout_s
+        url = self._start_server()
+        for client in self.clients:
+            self._start_agent(client, url)
+        status = None
+        with AggregatorClient(url, "status", "status") as server:
+            while status is None or status.state != "finished":
+                self._check_children()
+                if time.monotonic() > deadline:
+                    raise ProcessFailed(f"the federation in {self.folder} did not finish within {timeout_s:.0f} s")
+                with contextlib.suppress(ServerUnreachable):
+                    status = server.status()
+                    on_status(status)
+                time.sleep(poll_s)
+        for child in reversed(self._children):  # the server goes last, once every agent has heard the end
+            try:
+                child.process.wait(timeout=END_TIMEOUT_S)
+            except subprocess.TimeoutExpired as fault:
+                raise ProcessFailed(f"{child.label} did not end after the run was finished") from fault
+        self._check_children()
+        return status
+
+    def _start_server(self) -> str:
+        ready = self.folder / "address"
+        ready.unlink(missing_ok=True)
+        flags = [
+            "--state", str(self.run_folder), "--port", "0", "--ready-file", str(ready), "--exit-when-finished",
+            "--min-clients", str(len(self.clients)), *self._serve_flags,
+        ]  # fmt: skip
+        self._start("server", ["serve", *flags])
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not ready.exists():
+            self._check_children()
+            if time.monotonic() > deadline:
+                raise ProcessFailed(f"the server in {self.folder} was not ready within {START_TIMEOUT_S:.0f} s")
+            time.sleep(0.05)
+        return json.loads(ready.read_text())["url"]
+
+    def _start_agent(self, client: LocalClient, url: str) -> None:
+        arguments = [
+            "join", url, "--data", client.data, "--experts", str(client.expert_share), "--name", client.name,
+            "--state", str(self.client_folder(client.name)), "--threads", str(self._threads),
+        ]  # fmt: skip
+        self._start(client.name, arguments)
+
+    def _start(self, label: str, arguments: Sequence[str]) -> None:
+        log = self.folder / f"{label}.log"
+        # One thread per agent: several agents that each use all cores only wait for each other.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false"}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "edgefed", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        self._children.append(_Child(label, process, log))
+
+    def _check_children(self) -> None:
+        for child in self._children:
+            status = child.process.poll()
+            if status:
+                tail = child.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+                raise ProcessFailed(f"{child.label} ended with status {status}:\n" + "\n".join(tail))
+
+
+def read_ledger(client_folder: Path) -> list[Mapping]:
+    """The rounds of an agent, oldest first, from the ledger in its state folder."""
+    return list(_json_lines(client_folder / "ledger.jsonl"))
+
+
+def _json_lines(path: Path) -> Iterator[Mapping]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,151 @@
+"""House rules that a machine can check: who imports whom, Python 3.10, errors and routes that are complete."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edgefed
+from edgefed import errors
+from edgefed.cli.main import VERBS
+from edgefed.protocol import routes
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "edgefed"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TOP_LEVEL = {"triton_kernels": "edgefed.triton_kernels", "profiles": "edgefed.profiles"}
+
+MODEL_SIDE = ("torch", "transformers", "edgefed.moe", "edgefed.training", "edgefed.runs", "edgefed.simulation")
+FORBIDDEN = {
+    "errors.py": ("edgefed", "torch", "transformers"),
+    "experts.py": ("torch", "transformers", "edgefed"),
+    "protocol": ("torch", "transformers", "edgefed.moe", "edgefed.agent", "edgefed.aggregator", "edgefed.methods"),
+    "hardware": ("torch", "transformers"),
+    "kernels": ("edgefed.moe", "edgefed.methods", "edgefed.agent", "edgefed.aggregator", "edgefed.training"),
+    "moe": ("edgefed.methods", "edgefed.agent", "edgefed.aggregator", "edgefed.training", "edgefed.cli"),
+    "methods": ("torch", "transformers", "httpx", "starlette", "edgefed.moe", "edgefed.agent", "edgefed.aggregator"),
+    "training": ("edgefed.agent", "edgefed.aggregator", "httpx", "starlette"),
+    "agent": ("edgefed.aggregator", "starlette", "uvicorn"),
+    "aggregator": (*MODEL_SIDE, "edgefed.agent", "httpx"),
+}
+"""Folder or file -> what nothing in it may import, at any depth of a function."""
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_layers_import_only_downwards(place):
+    folder = PACKAGE / place
+    files = [folder] if folder.is_file() else sorted(folder.rglob("*.py"))
+    assert files
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in sorted(imports_of(path))
+        for package in FORBIDDEN[place]
+        if within(name, package)
+    ]
+    assert not wrong
+
+
+def test_nobody_imports_the_command_line():
+    outside = [path for path in SOURCES if PACKAGE / "cli" not in path.parents and path.name != "__main__.py"]
+    assert not [path for path in outside if any(within(name, "edgefed.cli") for name in imports_of(path))]
+
+
+def test_only_the_command_line_prints():
+    allowed = {PACKAGE / "embedded" / "pretrain.py"}  # a script of its own
+    wrong = []
+    for path in SOURCES:
+        if PACKAGE / "cli" in path.parents or path in allowed:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        wrong += [f"{path.relative_to(ROOT)}:{call.lineno}" for call in calls if call.func.id == "print"]
+    assert not wrong
+
+
+@pytest.mark.parametrize("word", ["pickle", "torch.load", "eval", "exec", "marshal", "shelve"])
+def test_nothing_reads_code_from_data(word):
+    for path in SOURCES:
+        names = imports_of(path)
+        assert not any(within(name, word) for name in names), path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) != word, f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_sources_are_python_3_10(path):
+    ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+def test_files_can_be_read_in_one_sitting():
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
+    assert not {path: lines for path, lines in long.items() if lines > 400}
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import edgefed, sys; print([m for m in ('torch', 'transformers', 'httpx', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("module", ["edgefed.aggregator.server", "edgefed.cli.main", "edgefed.agent.agent"])
+def test_what_needs_no_model_does_not_load_torch(module):
+    code = f"import {module}, sys; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_top_level_folders_are_installed_inside_the_package(tmp_path):
+    code = "import importlib.util as u; print([u.find_spec(n) is None for n in %r])"
+    for name, installed in TOP_LEVEL.items():
+        assert importlib.util.find_spec(installed) is not None
+        bare = subprocess.run(
+            [sys.executable, "-c", code % ([name],)], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert bare.stdout == "[True]\n", f"{name} must not be importable by its bare name"
+
+
+def test_every_error_is_complete_and_in_the_tree_that_is_drawn():
+    tree = errors.all_errors()
+    defined = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, errors.EdgefedError)]
+    own = {kind.code: kind for kind in defined}
+    assert len(own) == len(defined), "two errors share a code"
+    for code, kind in own.items():
+        assert tree[code] is kind
+        assert kind.default_remedy and kind.__name__ in errors.__doc__
+        assert 0 < kind.exit_status < 128 and 400 <= kind.http_status < 600
+
+
+def test_the_readme_lists_every_error_and_every_verb():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [code for code in errors.all_errors() if code not in ("error", "process-failed") and f"`{code}`" not in readme]
+    assert not missing
+    assert not [verb for verb in VERBS if f"edgefed {verb}" not in readme]
+
+
+def test_routes_are_distinct_and_documented():
+    paths = [value for name, value in vars(routes).items() if isinstance(value, str) and value.startswith("/v1/")]
+    assert len(paths) == len(set(paths)) == 10
+    assert routes.path_for(routes.BLOB, sha256="a/../b") == "/v1/blobs/a%2F..%2Fb"
+
+
+def test_version_is_written_once():
+    assert edgefed.__version__ not in (ROOT / "pyproject.toml").read_text()
+    assert f"## {edgefed.__version__}" in (ROOT / "CHANGELOG.md").read_text()
