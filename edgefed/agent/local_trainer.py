@@ -41,6 +41,9 @@ from edgefed.training.evaluate import evaluate_loss
 from edgefed.training.profiling import load_tokenizer, profile_blocks, spread_blocks
 from edgefed.training.steps import StepsOutcome, run_steps, train_scope
 
+PLAN_FILE = "plan.json"
+"""Profile and current plan, in the device's state folder."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DeviceLimits:
@@ -117,7 +120,7 @@ class LocalTrainer:
         keep |= {
             unit.sha256
             for unit in units.values()
-            if unit.kind != "expert" or method.plans_every_round or _is_held(unit, plan)
+            if unit.kind != "expert" or method.profiles_every_round or _is_held(unit, plan)
         }
         return TrainedUpdate(
             experts=_expert_reports(method, plan, outcome),
@@ -174,38 +177,57 @@ class LocalTrainer:
         fetch: Fetch,
         progress: ProgressSink,
     ) -> ExpertPlan:
-        path = self._folder / "plan.json"
-        fingerprint = [run.run_id, self.corpus.sha256, dataclasses.astuple(self._limits), self._identity]
-        fingerprint = json.loads(json.dumps(fingerprint))
-        if not method.plans_every_round and path.exists():
-            saved = json.loads(path.read_text())
-            if saved["fingerprint"] == fingerprint:  # restarted in the same run: do not download all experts again
-                return ExpertPlan.from_lists(saved["roles"])
+        profile, roles = self._saved_plan(run)
+        if roles is not None and not method.plans_every_round:
+            return ExpertPlan.from_lists(roles)
         # A hopeless budget is told before anything is downloaded.
         budget = self._device_budget(run, manifest)
-        record = None
-        if method.needs_profile:
+        if method.needs_profile and (profile is None or method.profiles_every_round):
             experts = [unit for unit in manifest.units if unit.kind == "expert"]
             source.add(experts, fetch(experts))
-            record = self._profile(run, source, progress)
+            profile = self._profile(run, source, progress)
         rounds = manifest.server_round if method.plans_every_round else 0
         rng = np.random.default_rng([run.seed, rounds, zlib.crc32(self._identity.encode())])
-        plan = method.plan_experts(record, manifest.experts_per_layer, budget, rng)
-        saved = {
-            "fingerprint": fingerprint,
-            "roles": plan.to_lists(),
-            "profile": record.to_dict() if record else None,
-        }
-        write_durably(path, json.dumps(saved).encode())
+        plan = method.plan_experts(profile, manifest.experts_per_layer, budget, rng)
+        self._save_plan(run, profile, plan)
         progress.message(f"plan: {plan.num_tuned} of {sum(plan.experts_per_layer)} experts")
         return plan
+
+    def _saved_plan(self, run: RunConfig) -> tuple[RouterRecord | None, list[list[int]] | None]:
+        """Profile and roles that this device made earlier in the same run with the same data and limits.
+
+        With them neither a later round nor a restart downloads all experts again.
+        """
+        path = self._folder / PLAN_FILE
+        if not path.exists():
+            return None, None
+        saved = json.loads(path.read_text())
+        if saved["fingerprint"] != self._fingerprint(run):
+            return None, None
+        return RouterRecord.from_dict(saved["profile"]) if saved["profile"] else None, saved["roles"]
+
+    def _save_plan(self, run: RunConfig, profile: RouterRecord | None, plan: ExpertPlan) -> None:
+        saved = {
+            "fingerprint": self._fingerprint(run),
+            "roles": plan.to_lists(),
+            "profile": profile.to_dict() if profile else None,
+        }
+        write_durably(self._folder / PLAN_FILE, json.dumps(saved).encode())
+
+    def _fingerprint(self, run: RunConfig) -> list:
+        return [run.run_id, self._identity, *dataclasses.astuple(self._limits)]
 
     def _profile(self, run: RunConfig, source: FrameSource, progress: ProgressSink) -> RouterRecord:
         """Router statistics of the full model over the training text, the experts streamed from disk."""
         blocks = spread_blocks(self._train_blocks, run.training.profile_tokens)
         progress.phase("profile", blocks.num_tokens, "token")
         record = profile_blocks(
-            self._model, blocks, source, batch_size=run.training.batch_size, on_batch=progress.advance
+            self._model,
+            blocks,
+            source,
+            scope=train_scope(run.training),
+            batch_size=run.training.batch_size,
+            on_batch=progress.advance,
         )
         progress.done()
         return record
@@ -217,9 +239,7 @@ class LocalTrainer:
         """
         costs = training_costs(manifest, self._model.config, run.training)
         usable = self._limits.memory_bytes - self._own_bytes_before_model
-        by_memory = experts_that_fit(
-            usable, costs.fixed_bytes, costs.bytes_per_expert, manifest.experts_per_layer
-        )
+        by_memory = experts_that_fit(usable, costs.fixed_bytes, costs.bytes_per_expert, manifest.experts_per_layer)
         total = sum(manifest.experts_per_layer)
         by_share = max(len(manifest.experts_per_layer), math.floor(self._limits.expert_share * total + 1e-9))
         return DeviceBudget(min(by_memory, by_share, total), self._limits.compute_share)

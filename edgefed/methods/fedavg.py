@@ -22,6 +22,7 @@ class FedAvg:
 
     name = "fedavg"
     needs_profile = False
+    profiles_every_round = False
     holds_all_experts = True
     plans_every_round = False
     exchanges = True

@@ -26,6 +26,9 @@ Departs from the paper
     * ``layer_scale``: scores are divided by the mean importance of their layer before layers are ranked against each
       other. Layers differ in how sharp their routers are; the plain ranking gives a layer with a flat router almost no
       expert, and the layer is lost (benchmarks/results/sweep_hfedmoe.json: worse than a random choice).
+    * ``exploration``: clients whose text is alike rank alike, so a fixed choice of the best trains the same few experts
+      everywhere and the full global model hardly learns. Here the choice is drawn anew each round, experts with higher
+      scores more often: Gumbel-top-k (Kool et al., arXiv 1903.06059) on the profile of the first round. 0 is the paper.
     * Usage >= tau does not mean trained: (17) also asks for at least one optimiser step. Nobody left: the old expert.
     * (20)-(21) are not normalised and would shrink the router each round; here the weights are divided by their sum,
       and fall back to example weights when all are zero.
@@ -48,6 +51,9 @@ from edgefed.methods.averaging import in_client_order, merge_by_examples, plan_t
 from edgefed.methods.interface import Contribution, DeviceBudget, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 
+SMALLEST_SCORE = 1e-6
+"""A score at or below 0 (an expert whose information costs more than it is worth) is drawn as good as never."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HFedMoE:
@@ -65,6 +71,8 @@ class HFedMoE:
     """Information cost: "paper" (11) or "bernoulli"."""
     layer_scale: bool = True
     """Rank experts of different layers relative to their layer; False ranks the plain scores, as in the paper."""
+    exploration: float = 1.0
+    """Temperature of the draw of resident experts, >= 0: 1 draws in proportion to the score, 0 takes the best."""
     router_aggregation: str = "row"
     """"row" or "client" (21)."""
     reprofile: bool = False
@@ -85,13 +93,17 @@ class HFedMoE:
                 raise ConfigError(f"hfedmoe: {option} is {getattr(self, option)!r}, allowed are {', '.join(allowed)}")
         if not 0 <= self.lambda_ <= 1:
             raise ConfigError(f"hfedmoe: lambda is {self.lambda_}, allowed is 0 to 1")
-        for option in ("beta", "tau"):
+        for option in ("beta", "tau", "exploration"):
             if not getattr(self, option) >= 0:
                 raise ConfigError(f"hfedmoe: {option} is {getattr(self, option)}, allowed is 0 or more")
 
     @property
-    def plans_every_round(self) -> bool:
+    def profiles_every_round(self) -> bool:
         return self.reprofile
+
+    @property
+    def plans_every_round(self) -> bool:
+        return self.reprofile or self.exploration > 0
 
     # --- client half ----------------------------------------------------------------------------------------------
 
@@ -132,6 +144,11 @@ class HFedMoE:
         if record is None:
             raise ValueError("hfedmoe plans from a profile")
         scores = [self._comparable_score(layer) for layer in record.layers]
+        if self.exploration > 0:
+            scores = [
+                np.log(np.maximum(score, SMALLEST_SCORE)) + self.exploration * rng.gumbel(size=len(score))
+                for score in scores
+            ]
         union = [layer.tokens_per_expert > 0 for layer in record.layers]
         return plan_tuned(experts_per_layer, select_by_score(scores, union, budget.resident_experts))
 

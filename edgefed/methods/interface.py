@@ -61,6 +61,8 @@ class Method(Protocol):
     """The client runs all experts over its data once before it plans."""
     holds_all_experts: bool
     """A device that cannot hold every expert is refused."""
+    profiles_every_round: bool
+    """The profile is made anew each round; needs every expert that changed."""
     plans_every_round: bool
     """False: the plan of the first round stays, so that later rounds download only what changed in it."""
     exchanges: bool

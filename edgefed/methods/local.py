@@ -19,12 +19,13 @@ from edgefed.protocol.messages import UnitInfo
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """HFedMoE's choice of experts without its exchange."""
+    """HFedMoE's best experts, without its exchange."""
 
-    selection: HFedMoE = dataclasses.field(default_factory=HFedMoE)
+    selection: HFedMoE = dataclasses.field(default_factory=lambda: HFedMoE(exploration=0))
 
     name = "local"
     needs_profile = True
+    profiles_every_round = False
     holds_all_experts = False
     plans_every_round = False
     exchanges = False

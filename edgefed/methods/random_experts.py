@@ -25,6 +25,7 @@ class RandomExperts:
 
     name = "random"
     needs_profile = False
+    profiles_every_round = False
     holds_all_experts = False
     exchanges = True
 

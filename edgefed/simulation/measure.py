@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from edgefed.agent.local_trainer import PLAN_FILE
 from edgefed.experts import ExpertPlan, RouterRecord
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
@@ -64,6 +65,6 @@ def held_out_losses(
 
 def read_plan(client_folder: Path) -> tuple[RouterRecord | None, ExpertPlan]:
     """The profile and plan that an agent keeps in its state folder."""
-    saved = json.loads((client_folder / "plan.json").read_text())
+    saved = json.loads((client_folder / PLAN_FILE).read_text())
     profile = RouterRecord.from_dict(saved["profile"]) if saved["profile"] else None
     return profile, ExpertPlan.from_lists(saved["roles"])

@@ -11,7 +11,9 @@ from transformers import AutoTokenizer
 
 from edgefed.errors import ModelNotFound
 from edgefed.experts import RouterRecord
-from edgefed.moe.model import ExpertSource, MoeModel
+from edgefed.moe.model import MoeModel
+from edgefed.moe.scope import TrainScope
+from edgefed.moe.sources import ExpertSource
 from edgefed.training.encoding import TokenBlocks
 
 
@@ -40,13 +42,14 @@ def profile_blocks(
     blocks: TokenBlocks,
     source: ExpertSource | None = None,
     *,
+    scope: TrainScope | None = None,
     batch_size: int = 8,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> RouterRecord:
     """Run ``blocks`` forward through the full model and return the router's statistics.
 
     With a ``source`` the experts are read from it one at a time and dropped again, so the pass needs the memory of the
-    dense part and one expert. Without, the model must hold all its experts.
+    dense part and one expert, and ``scope`` says which adapters it has. Without, the model must hold all its experts.
     """
     module = model.module
     was_training = module.training
@@ -54,7 +57,7 @@ def profile_blocks(
     try:
         if source is None:
             return _forward_all(model, blocks, batch_size, on_batch)
-        with model.streaming(source):
+        with model.streaming(source, scope):
             return _forward_all(model, blocks, batch_size, on_batch)
     finally:
         module.train(was_training)

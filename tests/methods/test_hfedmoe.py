@@ -107,8 +107,8 @@ def test_beta_can_turn_the_ranking_around():
     steady = record_of([[0.51, 0.49], [0.49, 0.51]] * 2)
     both = RouterRecord((bursts, steady))
     budget = DeviceBudget(resident_experts=3)
-    free = HFedMoE(beta=0.0, layer_scale=False).plan_experts(both, (2, 2), budget, RNG)
-    costly = HFedMoE(beta=5.0, layer_scale=False).plan_experts(both, (2, 2), budget, RNG)
+    free = HFedMoE(beta=0.0, layer_scale=False, exploration=0).plan_experts(both, (2, 2), budget, RNG)
+    costly = HFedMoE(beta=5.0, layer_scale=False, exploration=0).plan_experts(both, (2, 2), budget, RNG)
     assert [len(free.resident(layer)) for layer in (0, 1)] == [2, 1]
     assert [len(costly.resident(layer)) for layer in (0, 1)] == [1, 2]
 
@@ -116,7 +116,7 @@ def test_beta_can_turn_the_ranking_around():
 def test_residency_takes_the_best_over_all_layers_with_one_in_each():
     strong = record_of([[0.6, 0.4, 0.0], [0.4, 0.6, 0.0]])
     weak = record_of([[0.4, 0.3, 0.3]] * 2)
-    method = HFedMoE(beta=0.0, layer_scale=False)
+    method = HFedMoE(beta=0.0, layer_scale=False, exploration=0)
     plan = method.plan_experts(RouterRecord((strong, weak)), (3, 3), DeviceBudget(3), RNG)
     assert [plan.resident(0).tolist(), plan.resident(1).tolist()] == [[0, 1], [0]]
     assert plan.num_tuned == 3
@@ -126,8 +126,8 @@ def test_a_layer_with_a_flat_router_keeps_its_share_unless_the_plain_ranking_is_
     sharp = record_of([[0.9, 0.1, 0.0, 0.0], [0.1, 0.8, 0.1, 0.0], [0.0, 0.1, 0.8, 0.1]], top_k=2)
     flat = record_of([[0.4, 0.4, 0.1, 0.1]] * 3, top_k=2)
     both, budget = RouterRecord((sharp, flat)), DeviceBudget(4)
-    plain = HFedMoE(layer_scale=False).plan_experts(both, (4, 4), budget, RNG)
-    scaled = HFedMoE().plan_experts(both, (4, 4), budget, RNG)
+    plain = HFedMoE(layer_scale=False, exploration=0).plan_experts(both, (4, 4), budget, RNG)
+    scaled = HFedMoE(exploration=0).plan_experts(both, (4, 4), budget, RNG)
     assert [len(plain.resident(layer)) for layer in (0, 1)] == [3, 1]
     assert [len(scaled.resident(layer)) for layer in (0, 1)] == [2, 2]
 
@@ -136,6 +136,19 @@ def test_experts_that_no_token_chose_are_left_out_even_if_they_fit():
     record = record_of([[0.6, 0.4, 0.0], [0.7, 0.3, 0.0]])
     plan = HFedMoE().plan_experts(RouterRecord((record,)), (3,), DeviceBudget(3), RNG)
     assert plan.resident(0).tolist() == [0]
+
+
+def test_exploration_draws_in_proportion_to_the_score():
+    """One of two experts per draw, with scores 3 : 1, is the better one in three of four draws."""
+    record = RouterRecord((record_of([[0.75, 0.25], [0.75, 0.25]], top_k=2),))
+    method = HFedMoE(beta=0.0, exploration=1.0)
+    draws = [
+        method.plan_experts(record, (2,), DeviceBudget(1), np.random.default_rng(seed)).resident(0).tolist()
+        for seed in range(2000)
+    ]
+    assert draws.count([0]) / len(draws) == pytest.approx(0.75, abs=0.03)
+    assert method.plans_every_round and not method.profiles_every_round
+    assert not HFedMoE(exploration=0).plans_every_round
 
 
 def test_budget_below_one_expert_per_layer_is_refused():

@@ -106,7 +106,7 @@ def test_random_covers_every_expert_in_the_long_run():
 
 
 def test_local_chooses_as_hfedmoe_and_exchanges_nothing():
-    local, hfedmoe = make_method("local"), make_method("hfedmoe")
+    local, hfedmoe = make_method("local"), make_method("hfedmoe", {"exploration": 0.0})
     arguments = (some_record(), EXPERTS_PER_LAYER, DeviceBudget(5), np.random.default_rng(0))
     assert local.plan_experts(*arguments) == hfedmoe.plan_experts(*arguments)
     assert not local.exchanges

@@ -1,0 +1,230 @@
+"""One device's rounds with a real model, without a network: what is fetched, held, trained and sent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from edgefed.agent.local_trainer import DeviceLimits, LocalTrainer
+from edgefed.agent.progress import NullProgress
+from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.embedded import tiny_model_directory
+from edgefed.errors import BudgetTooSmall, TrainingDiverged
+from edgefed.protocol import frames
+from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
+from edgefed.runs import RunReader, import_model
+
+MEMORY_BYTES = 64 << 30
+STEPS = 3
+
+
+@dataclasses.dataclass
+class Bench:
+    """A run on disk, and a fetch that remembers what was asked for."""
+
+    reader: RunReader
+    fetched: list
+
+    def fetch(self, items):
+        items = tuple(items)
+        self.fetched += items
+        return {item.sha256: self.reader._blobs.path(item.sha256) for item in items}
+
+    def expert_keys_fetched(self):
+        return {item.key for item in self.fetched if getattr(item, "kind", "") == "expert"}
+
+    def round(self, trainer, path, server_round=1):
+        manifest = self.reader.manifest()
+        assignment = Assignment(server_round=server_round, deadline_s=None, seed=7)
+        update = trainer.train_round(self.reader.run, manifest, assignment, self.fetch, NullProgress(), path)
+        return manifest, update
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    readers = []
+
+    def make(method="hfedmoe", options=None, **training):
+        training = {"local_steps": STEPS, "batch_size": 2, "sequence_length": 64, "profile_tokens": 1024, **training}
+        run = RunConfig(
+            run_id="run", model="tiny", method=method, method_options=options or {}, rounds=1, seed=3,
+            training=TrainingConfig(evaluation_tokens=256, **training),
+        )  # fmt: skip
+        folder = tmp_path / f"run-{len(readers)}"
+        import_model(str(tiny_model_directory()), folder, run, RoundPolicy(rounds=1, min_clients=1))
+        readers.append(RunReader(folder))
+        return Bench(readers[-1], [])
+
+    yield make
+    for reader in readers:
+        reader.__exit__()
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "notes.jsonl"
+    lines = [{"text": f"def function_{i}(argument):\n    return argument + {i}\n" * 8} for i in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def trainer_of(data, tmp_path, share=1.0, compute=1.0, memory=MEMORY_BYTES, name="a"):
+    return LocalTrainer(data, tmp_path / name, DeviceLimits(memory, share, compute), name, held_out_share=0.2)
+
+
+def names_in(path):
+    return {name.rpartition("|")[0] for name in frames.read_header(path)}
+
+
+def test_a_quarter_of_the_experts_takes_a_quarter_of_memory_and_bytes(bench, data, tmp_path):
+    """The bound that the plan promises: at least 60 % less expert memory, at most 35 % of the upload of FedAvg."""
+    full, part = tmp_path / "full", tmp_path / "part"
+    _, fedavg = bench("fedavg").round(trainer_of(data, tmp_path, name="f"), full)
+    _, hfedmoe = bench("hfedmoe").round(trainer_of(data, tmp_path, share=0.25), part)
+    assert hfedmoe.metrics["peak_expert_bytes"] <= 0.4 * fedavg.metrics["peak_expert_bytes"]
+    assert part.stat().st_size <= 0.35 * full.stat().st_size
+    assert len(hfedmoe.experts) == 16 and len(fedavg.experts) == 64
+
+
+def test_expert_memory_is_weights_gradients_and_both_moments(bench, data, tmp_path):
+    manifest, update = bench("hfedmoe").round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
+    expert = next(unit for unit in manifest.units if unit.kind == "expert")
+    size = sum(map(frames.tensor_size_bytes, expert.tensors))
+    trained = update.metrics["experts_trained"]
+    assert 0 < trained <= 16
+    peak = update.metrics["peak_expert_bytes"]
+    assert 16 * size < peak <= 16 * size * 4 * 1.001  # beside the tensors only step counters of a few bytes
+
+
+def test_absent_experts_are_not_fetched_after_the_profile(bench, data, tmp_path):
+    table = bench("hfedmoe", {"exploration": 0.0})
+    trainer = trainer_of(data, tmp_path, share=0.25)
+    manifest, _ = table.round(trainer, tmp_path / "update")
+    assert len(table.expert_keys_fetched()) == 64  # the profile runs all of them once
+    held = names_in(tmp_path / "update") & {unit.key for unit in manifest.units if unit.kind == "expert"}
+    table.fetched.clear()
+    _, update = table.round(trainer, tmp_path / "update", server_round=2)
+    assert table.expert_keys_fetched() == held and len(held) == 16
+    kept = {unit.key for unit in manifest.units if unit.kind == "expert" and unit.sha256 in update.keep}
+    assert kept == held
+
+
+def test_a_restarted_device_does_not_profile_again(bench, data, tmp_path):
+    table = bench("hfedmoe", {"exploration": 0.0})
+    table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
+    first = names_in(tmp_path / "update")
+    table.fetched.clear()
+    table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
+    assert len(table.expert_keys_fetched()) == 16
+    assert names_in(tmp_path / "update") == first
+
+
+def test_other_limits_make_another_plan(bench, data, tmp_path):
+    table = bench("hfedmoe")
+    table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
+    _, update = table.round(trainer_of(data, tmp_path, share=0.5), tmp_path / "update")
+    assert len(update.experts) == 32
+
+
+def test_exploration_changes_the_plan_without_a_new_profile(bench, data, tmp_path):
+    table = bench("hfedmoe", {"exploration": 1.0})
+    trainer = trainer_of(data, tmp_path, share=0.25)
+    plans = []
+    for server_round in (1, 2):
+        table.fetched.clear()
+        table.round(trainer, tmp_path / "update", server_round)
+        plans.append(names_in(tmp_path / "update"))
+    assert len(table.expert_keys_fetched()) == 16  # the second plan only
+    # The manifest is still that of round 1, so the draw is the same: the round of the manifest is what counts.
+    assert plans[0] == plans[1]
+
+
+def test_the_update_differs_from_the_global_model_only_where_it_was_trained(bench, data, tmp_path):
+    table = bench("hfedmoe")
+    manifest, update = table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
+    stepped = {(report.layer, report.expert) for report in update.experts if report.steps}
+    units = {unit.key: unit for unit in manifest.units}
+    sent = frames.read_header(tmp_path / "update")
+    for name, entry in sent.items():
+        key, _, tensor = name.rpartition("|")
+        unit = units[key]
+        old = frames.read_header(table.reader._blobs.path(unit.sha256))
+        before = frames.map_tensor(table.reader._blobs.path(unit.sha256), old[tensor])
+        changed = not np.array_equal(before, frames.map_tensor(tmp_path / "update", entry))
+        assert changed == (unit.kind == "router" or (unit.layer, unit.expert) in stepped), name
+    assert all(1 <= report.steps <= STEPS for report in update.experts if report.steps)
+
+
+def test_the_compute_budget_bounds_experts_trained_per_step(bench, data, tmp_path):
+    _, update = bench("hfedmoe", local_steps=1).round(
+        trainer_of(data, tmp_path, share=0.5, compute=0.25), tmp_path / "update"
+    )
+    by_layer = [sum(1 for r in update.experts if r.layer == layer and r.steps) for layer in range(4)]
+    held = [sum(1 for r in update.experts if r.layer == layer) for layer in range(4)]
+    assert all(0 < count <= -(-have // 4) for count, have in zip(by_layer, held, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["lora", "none"])
+def test_adapters_or_nothing_of_the_experts_are_sent(bench, data, tmp_path, mode):
+    table = bench("hfedmoe", experts=mode, router="lora", attention="lora", lora_rank=2)
+    manifest, update = table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
+    names = names_in(tmp_path / "update")
+    kinds = {unit.key: unit.kind for unit in manifest.units}
+    assert names and all(name.endswith(":lora") for name in names)
+    assert sum(kinds[name] == "expert" for name in names) == (16 if mode == "lora" else 0)
+    assert {"router", "dense"} <= {kinds[name] for name in names}
+    assert (tmp_path / "update").stat().st_size < 400_000
+    assert update.metrics["held_out_loss_after"] != update.metrics["held_out_loss_before"]
+
+
+def test_local_sends_nothing_and_goes_on_from_its_own_weights(bench, data, tmp_path):
+    table = bench("local")
+    trainer = trainer_of(data, tmp_path, share=0.5)
+    _, first = table.round(trainer, tmp_path / "update")
+    assert not names_in(tmp_path / "update")
+    table.fetched.clear()
+    _, second = table.round(trainer, tmp_path / "update", server_round=2)
+    assert not table.fetched
+    assert second.metrics["held_out_loss_before"] == pytest.approx(first.metrics["held_out_loss_after"], abs=1e-6)
+
+
+def test_the_same_device_does_the_same_again(bench, data, tmp_path):
+    updates = []
+    for attempt in range(2):
+        path = tmp_path / f"update-{attempt}"
+        bench("hfedmoe").round(trainer_of(data, tmp_path / str(attempt), share=0.25), path)
+        updates.append(path.read_bytes())
+    assert updates[0] == updates[1]
+
+
+def test_too_little_memory_is_told_before_anything_is_trained(bench, data, tmp_path):
+    table = bench("hfedmoe")
+    with pytest.raises(BudgetTooSmall, match="one expert in each of the 4 MoE layers needs .* MiB"):
+        table.round(trainer_of(data, tmp_path, memory=100 << 20), tmp_path / "update")
+    assert not table.expert_keys_fetched()
+
+
+def test_fedavg_on_a_part_of_the_experts_is_refused(bench, data, tmp_path):
+    with pytest.raises(BudgetTooSmall, match="fedavg trains all 64 experts, this device holds 16"):
+        bench("fedavg").round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
+
+
+def test_a_loss_that_explodes_is_told_by_name(bench, data, tmp_path):
+    table = bench("hfedmoe", learning_rate=1e20, local_steps=6)
+    with pytest.raises(TrainingDiverged, match="nan|inf|finite"):
+        table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
+    assert not (tmp_path / "update").exists()
+
+
+def test_training_lowers_the_loss_on_the_device(bench, data, tmp_path):
+    _, update = bench("hfedmoe", local_steps=12).round(trainer_of(data, tmp_path, share=0.5), tmp_path / "update")
+    assert update.metrics["held_out_loss_after"] < update.metrics["held_out_loss_before"] - 0.2
