@@ -31,7 +31,7 @@ STATUS = "/v1/status"
 HEALTH = "/v1/health"
 
 CLIENT_KEY_HEADER = "x-edgefed-client-key"
-"""Secret of the client, on every request under /v1/clients/{client_id}."""
+"""Secret of the client: required under /v1/clients/{client_id}; on a download it says whose bytes they are."""
 TOKEN_HEADER = "authorization"
 """``Bearer TOKEN`` on every request, when the server has a token."""
 

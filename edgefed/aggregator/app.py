@@ -1,0 +1,294 @@
+"""The HTTP face of the aggregator: `protocol.routes` on Starlette. Translates, streams, and decides nothing.
+
+Everything that may touch the disk runs in a thread; the event loop only moves bytes. Streams are read and written in
+`routes.CHUNK_BYTES` by hand: library file responses cost several times the processor time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import io
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from edgefed.aggregator.admission import parse_number
+from edgefed.aggregator.service import Service
+from edgefed.aggregator.wire import (
+    Handler,
+    TokenGate,
+    answer_errors,
+    answer_http_exception,
+    batches,
+    identity,
+    parse_range,
+    read_body,
+    reply,
+    upload_identity,
+    wait_seconds,
+)
+from edgefed.errors import NotFound, ProtocolError
+from edgefed.protocol import PROTOCOL_VERSION, routes
+from edgefed.protocol.messages import (
+    Heartbeat,
+    Leave,
+    Register,
+    UpdateMeta,
+    UploadState,
+    Wait,
+    decode_message,
+    encode_error,
+)
+
+POLL_S = 1.0
+"""A long poll looks this often whether its client is still there: it counts as live meanwhile."""
+MAX_OFFSET = 10**15
+IO_THREADS = 8
+COMMIT_THREADS = 2
+"""Hashing and checking is bound by memory and disk; more at once would only be slower for each."""
+
+T = TypeVar("T")
+
+
+class Bell:
+    """Wakes all long polls. `ring` may be called from any thread once the loop is known."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def ring(self) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        event, self._event = self._event, asyncio.Event()
+        event.set()
+
+    def listen(self) -> asyncio.Event:
+        """The event of the next ring. Listen first, look second, then wait: no ring is missed."""
+        return self._event
+
+
+class Endpoints:
+    """The handlers of all routes over one service."""
+
+    def __init__(self, service: Service, bell: Bell):
+        self.service, self._bell = service, bell
+        self._io = concurrent.futures.ThreadPoolExecutor(IO_THREADS, thread_name_prefix="io")
+        self._commits = concurrent.futures.ThreadPoolExecutor(COMMIT_THREADS, thread_name_prefix="commit")
+        self.transfers = 0
+        """Streams under way."""
+
+    def routes(self) -> list[Route]:
+        table: list[tuple[str, str, Handler]] = [
+            ("POST", routes.REGISTER, self.register),
+            ("POST", routes.HEARTBEAT, self.heartbeat),
+            ("POST", routes.LEAVE, self.leave),
+            ("GET", routes.ASSIGNMENT, self.assignment),
+            ("GET", routes.MANIFEST, self.manifest),
+            ("GET", routes.BLOB, self.blob),
+            ("GET", routes.UPLOAD, self.upload_state),
+            ("PUT", routes.UPLOAD, self.upload),
+            ("POST", routes.COMMIT, self.commit),
+            ("GET", routes.STATUS, self.status),
+            ("GET", routes.HEALTH, self.health),
+        ]
+        return [Route(path, answer_errors(handler), methods=[verb]) for verb, path, handler in table]
+
+    def close(self) -> None:
+        """Wait for the threads."""
+        self._io.shutdown(wait=True, cancel_futures=True)
+        self._commits.shutdown(wait=True, cancel_futures=True)
+
+    async def run(self, function: Callable[..., T], *args: object, commit: bool = False, **options: object) -> T:
+        """Run a blocking function in a thread."""
+        pool = self._commits if commit else self._io
+        return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *args, **options))
+
+    # --- clients ------------------------------------------------------------------------------------------------
+
+    async def register(self, request: Request) -> Response:
+        message = decode_message(await read_body(request), Register)
+        return reply(await self.run(self.service.register, message))
+
+    async def heartbeat(self, request: Request) -> Response:
+        message = decode_message(await read_body(request), Heartbeat)
+        await self.run(self.service.heartbeat, *identity(request), message)
+        return reply({})
+
+    async def leave(self, request: Request) -> Response:
+        message = decode_message(await read_body(request), Leave)
+        await self.run(self.service.leave, *identity(request), message.reason)
+        return reply({})
+
+    async def assignment(self, request: Request) -> Response:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_seconds(request)
+        while True:
+            ring = self._bell.listen()
+            answer = await self.run(self.service.assignment, *identity(request))
+            remaining = until - loop.time()
+            if not isinstance(answer, Wait) or remaining <= 0 or self.service.closing:
+                return reply(answer)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(ring.wait(), min(remaining, POLL_S))
+            if await request.is_disconnected():
+                raise ClientDisconnect
+
+    # --- downloads ----------------------------------------------------------------------------------------------
+
+    async def manifest(self, request: Request) -> Response:
+        encoded = await self.run(self.service.manifest, request.path_params["server_round"])
+        return Response(encoded, media_type="application/json")
+
+    async def blob(self, request: Request) -> Response:
+        sha256 = request.path_params["sha256"]
+        path, size_bytes = self.service.blob(sha256)
+        headers = {"accept-ranges": "bytes", "etag": f'"{sha256}"'}
+        span = parse_range(request.headers.get("range"), size_bytes)
+        if span is None:
+            headers["content-range"] = f"bytes */{size_bytes}"
+            error = NotFound(f"blob {sha256} has {size_bytes} bytes, asked for {request.headers['range'][:80]!r}")
+            return Response(encode_error(error), 416, headers, "application/json")
+        begin, end = span
+        if "range" in request.headers and (begin, end) != (0, size_bytes):
+            headers["content-range"] = f"bytes {begin}-{end - 1}/{size_bytes}"
+        try:
+            file = await self.run(_open_at, path, begin)
+        except FileNotFoundError as fault:  # its round went out of keeping this very moment
+            raise NotFound(f"no kept manifest names a blob {sha256}") from fault
+        return FileStream(self, file, begin, end, headers, request.headers.get(routes.CLIENT_KEY_HEADER, ""))
+
+    # --- uploads ------------------------------------------------------------------------------------------------
+
+    async def upload_state(self, request: Request) -> Response:
+        return reply(await self.run(self.service.upload_state, *upload_identity(request)))
+
+    async def upload(self, request: Request) -> Response:
+        offset = parse_number(request.query_params.get("offset", ""), "offset", MAX_OFFSET)
+        length = request.headers.get("content-length")
+        length_bytes = None if length is None else parse_number(length, "content-length", MAX_OFFSET)
+        name, writer = await self.run(self.service.open_upload, *upload_identity(request), offset, length_bytes)
+        refused: ProtocolError | None = None
+        self.transfers += 1
+        try:
+            async for chunk in batches(request.stream()):
+                await self.run(writer.write, chunk)
+        except ProtocolError as error:
+            refused = error
+            raise
+        finally:
+            # Also when this task is cancelled: the next connection may come at once.
+            arrived = await asyncio.shield(self.run(self.service.close_upload, name, writer, refused=refused))
+            self.transfers -= 1
+        return reply(UploadState(offset=arrived, status="partial"))
+
+    async def commit(self, request: Request) -> Response:
+        meta = decode_message(await read_body(request), UpdateMeta)
+        return reply(await self.run(self.service.commit, *upload_identity(request), meta, commit=True))
+
+    # --- the server itself --------------------------------------------------------------------------------------
+
+    async def status(self, request: Request) -> Response:
+        return reply(await self.run(self.service.status))
+
+    async def health(self, request: Request) -> Response:
+        return reply({"status": "ok", "protocol_version": PROTOCOL_VERSION})
+
+
+class FileStream(Response):
+    """Bytes [begin, end) of an open file, streamed in chunks of `routes.CHUNK_BYTES`. Closes the file."""
+
+    def __init__(self, endpoints: Endpoints, file: io.FileIO, begin: int, end: int, headers: dict[str, str], key: str):
+        self._endpoints, self._file, self._begin, self._end, self._key = endpoints, file, begin, end, key
+        self.status_code = 206 if "content-range" in headers else 200
+        self.background = None
+        self.body = b""
+        self.media_type = "application/octet-stream"
+        self.init_headers({**headers, "content-length": str(end - begin)})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        run, at = self._endpoints.run, self._begin
+        self._endpoints.transfers += 1
+        hung_up = asyncio.ensure_future(_until_disconnect(receive))  # `send` says nothing when nobody listens any more
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            while at < self._end and not hung_up.done():
+                length = min(routes.CHUNK_BYTES, self._end - at)
+                chunk = _read_cached(self._file, at, length) or await run(self._file.read, length)
+                if not chunk:
+                    raise OSError(f"{self._file.name} ends at byte {at}, expected {self._end}")
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                at += len(chunk)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            hung_up.cancel()
+            self._file.close()
+            await asyncio.shield(run(self._endpoints.service.note_download, self._key, at - self._begin))
+            self._endpoints.transfers -= 1
+
+
+def _open_at(path: Path, begin: int) -> io.FileIO:
+    file = io.FileIO(path)
+    file.seek(begin)
+    return file
+
+
+def _read_cached(file: io.FileIO, at: int, length: int) -> bytes:
+    """Read what the page cache has, nothing where it has nothing or the system cannot tell. Never waits for a disk.
+
+    A model is fetched by every client, so nearly every read is of this kind, and a thread for each would cost more
+    than the read. Moves the file's position as a read does.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return b""
+    buffer = bytearray(length)
+    try:
+        count = os.preadv(file.fileno(), [buffer], at, os.RWF_NOWAIT)
+    except OSError:  # EAGAIN: not in the cache; EOPNOTSUPP: this file system cannot tell
+        count = 0
+    file.seek(at + count)
+    return bytes(memoryview(buffer)[:count])
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def build_app(
+    service: Service,
+    bell: Bell,
+    token: str | None,
+    lifespan: Callable[[Endpoints], contextlib.AbstractAsyncContextManager],
+) -> tuple[ASGIApp, Endpoints]:
+    """The ASGI application of a service. ``lifespan`` runs around it."""
+    endpoints = Endpoints(service, bell)
+
+    @contextlib.asynccontextmanager
+    async def around(_: Starlette) -> AsyncIterator[None]:
+        bell.attach(asyncio.get_running_loop())
+        async with lifespan(endpoints):
+            yield
+        endpoints.close()
+
+    app: ASGIApp = Starlette(
+        routes=endpoints.routes(), lifespan=around, exception_handlers={HTTPException: answer_http_exception}
+    )
+    return (TokenGate(app, token) if token else app), endpoints

@@ -1,0 +1,164 @@
+"""Makes a run: the units of an imported model become blobs, and at the very end a database says that they are a run.
+
+The importer has the model (and torch); this module gets named raw arrays. Until `RunWriter.finish` has renamed the
+database into place there is no run in the folder, only blobs that a later import or start uses or removes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from edgefed.aggregator.blobs import BlobBatch, BlobStore, disk_errors
+from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.aggregator.store import DATABASE_NAME, has_run, lock_folder, write_database
+from edgefed.errors import CheckpointError, ConfigError
+from edgefed.protocol.frames import FLOAT_DTYPES, encode_header, storage_dtype, sync_folder
+from edgefed.protocol.messages import UNIT_KINDS, FileInfo, RunConfig, TensorInfo, UnitInfo
+
+RawTensors = Mapping[str, tuple[str, np.ndarray]]
+"""{name: (safetensors dtype, raw array)}; BF16 is uint16."""
+NAME_SEPARATOR = "|"
+"""Between unit key and tensor name in an update, so neither may hold it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NewUnit:
+    """A unit of the first manifest: `protocol.messages.UnitInfo` with its tensors instead of their hash."""
+
+    key: str
+    kind: str
+    layer: int
+    expert: int
+    trainable: bool
+    tensors: RawTensors
+
+
+class RunWriter:
+    """Imports a model into a state folder. A context: leaving it releases the folder, with or without a run in it.
+
+    Raises StateLocked when the folder is in use, ConfigError when it holds a run already.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        with disk_errors(f"make {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(folder)
+        self._units: dict[str, UnitInfo] = {}
+        self._files: dict[str, FileInfo] = {}
+        if has_run(folder):
+            self._lock.release()
+            raise ConfigError(
+                f"state folder {folder} holds a run already", remedy="Serve it, or choose another --state."
+            )
+        self._blobs = BlobStore(folder)
+        self._batch: BlobBatch = self._blobs.batch()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *fault: object) -> None:
+        try:
+            self._batch.__exit__(kind, *fault)
+        finally:
+            self._lock.release()
+
+    def add_unit(self, unit: NewUnit) -> UnitInfo:
+        """Write one unit. Raises CheckpointError on a unit that no manifest may hold."""
+        _check_unit(unit, self._units)
+        infos = tuple(
+            TensorInfo(name=name, dtype=dtype, shape=tuple(array.shape))
+            for name, (dtype, array) in unit.tensors.items()
+        )
+        sha256, size_bytes = self._batch.put(_frame_chunks(infos, unit.tensors))
+        info = UnitInfo(
+            key=unit.key, kind=unit.kind, layer=unit.layer, expert=unit.expert, trainable=unit.trainable, sha256=sha256,
+            size_bytes=size_bytes, tensors=infos,
+        )  # fmt: skip
+        self._units[unit.key] = info
+        return info
+
+    def add_file(self, path: Path) -> FileInfo:
+        """Copy a small file (config.json, tokenizer.json, ...) in, under its own name."""
+        if path.name in self._files:
+            raise CheckpointError(f"the run has a file {path.name!r} already")
+        with disk_errors(f"read {path}"), path.open("rb") as file:
+            sha256, size_bytes = self._batch.put(iter(lambda: file.read(1024 * 1024), b""))
+        info = FileInfo(name=path.name, sha256=sha256, size_bytes=size_bytes)
+        self._files[path.name] = info
+        return info
+
+    def finish(self, run: RunConfig, policy: RoundPolicy) -> None:
+        """Make it a run. Everything is synced before the database appears under its name."""
+        policy.check()
+        if policy.rounds != run.rounds:
+            raise ConfigError(f"the run has {run.rounds} rounds, its policy says {policy.rounds}")
+        experts_per_layer = _experts_per_layer(self._units.values())
+        self._batch.flush()
+        temporary = self._folder / f"{DATABASE_NAME}.new"
+        with disk_errors(f"write {temporary}"):
+            temporary.unlink(missing_ok=True)
+            write_database(
+                temporary, run, policy, tuple(self._units.values()), tuple(self._files.values()), experts_per_layer
+            )
+            os.replace(temporary, self._folder / DATABASE_NAME)
+            sync_folder(self._folder)
+
+
+def create_run(
+    folder: Path, run: RunConfig, policy: RoundPolicy, units: Iterable[NewUnit], files: Iterable[Path] = ()
+) -> None:
+    """Import a model and make it a run, one unit in memory at a time. Raises as `RunWriter` does."""
+    with RunWriter(folder) as writer:
+        for unit in units:
+            writer.add_unit(unit)
+        for path in files:
+            writer.add_file(path)
+        writer.finish(run, policy)
+
+
+def _check_unit(unit: NewUnit, known: Mapping[str, UnitInfo]) -> None:
+    if unit.key in known:
+        raise CheckpointError(f"two units have the key {unit.key!r}")
+    if unit.kind not in UNIT_KINDS:
+        raise CheckpointError(f"unit {unit.key!r} is of kind {unit.kind!r}, known are {', '.join(UNIT_KINDS)}")
+    if (unit.kind == "expert") != (unit.expert >= 0) or (unit.kind == "expert" and unit.layer < 0):
+        raise CheckpointError(f"unit {unit.key!r} of kind {unit.kind!r} has layer {unit.layer}, expert {unit.expert}")
+    if not unit.tensors:
+        raise CheckpointError(f"unit {unit.key!r} has no tensors")
+    for name in (unit.key, *unit.tensors):
+        if not name or NAME_SEPARATOR in name:
+            raise CheckpointError(f"{name!r} cannot name a unit or a tensor: it is empty or holds {NAME_SEPARATOR!r}")
+    for name, (dtype, array) in unit.tensors.items():
+        if array.dtype != storage_dtype(dtype):
+            raise CheckpointError(f"tensor {name!r} of {unit.key!r}: {dtype} is not stored as {array.dtype}")
+        if unit.trainable and dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"tensor {name!r} of the trainable unit {unit.key!r} is {dtype}: only floats are averaged"
+            )
+
+
+def _frame_chunks(infos: tuple[TensorInfo, ...], tensors: RawTensors) -> Iterator[bytes | memoryview]:
+    yield encode_header(infos)
+    for _, array in tensors.values():
+        if array.size:
+            yield memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+
+
+def _experts_per_layer(units: Iterable[UnitInfo]) -> tuple[int, ...]:
+    """Experts of each MoE layer. Raises CheckpointError when ordinals of layers or experts have gaps."""
+    found: dict[int, set[int]] = {}
+    for unit in units:
+        if unit.kind == "expert":
+            found.setdefault(unit.layer, set()).add(unit.expert)
+    if sorted(found) != list(range(len(found))):
+        raise CheckpointError(f"the units name MoE layers {sorted(found)}, expected 0..{len(found) - 1}")
+    for layer, experts in found.items():
+        if experts != set(range(len(experts))):
+            raise CheckpointError(f"layer {layer} has experts {sorted(experts)[:8]}..., expected 0..{len(experts) - 1}")
+    return tuple(len(found[layer]) for layer in range(len(found)))

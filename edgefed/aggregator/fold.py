@@ -1,0 +1,258 @@
+"""Aggregation at the end of a round: weighted means of units, block by block from the update files into new blobs.
+
+    next = sum_c w_c x_c / sum_c w_c          per tensor, or per leading row where w_c is an array (E,)
+
+Clients are taken in the order of their ids, sums are float64 (`edgefed.kernels.fold`), so neither the order of
+arrival nor a restart changes a bit. Memory is a few blocks per thread, whatever the model and the number of clients:
+files are read into one reused buffer rather than mapped, because mapped pages count as resident memory.
+Knows no method: the weights come as `methods.interface.UnitMerge`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import io
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgefed.aggregator.blobs import BlobStore, disk_errors
+from edgefed.aggregator.validate import read_exactly, tensor_name
+from edgefed.errors import StateCorrupt
+from edgefed.kernels.fold import FoldBackend
+from edgefed.methods.interface import UnitMerge
+from edgefed.protocol.frames import FLOAT_DTYPES, TensorEntry, encode_header, read_header, storage_dtype
+from edgefed.protocol.messages import TensorInfo, UnitInfo
+
+BLOCK_ELEMENTS = 64 * 1024
+"""Elements a block: 512 KiB of float64 sums stay in the second-level cache while all clients are added to them."""
+_ABSENT = -1
+
+
+class FoldCancelled(Exception):
+    """The server stops while it aggregates; the next start does it again. Never leaves the server."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """One client's bytes of one tensor and the client's share: a float, or (E,) for rows."""
+
+    client_id: str
+    path: Path
+    start: int
+    share: float | np.ndarray
+
+
+class UpdateIndex:
+    """Where each tensor lies in each update file: 8 bytes per tensor and client, while headers are JSON of many."""
+
+    def __init__(self, units: Sequence[UnitInfo], updates: Mapping[str, Path]):
+        """Read the header of each file in ``updates`` {client_id: path}."""
+        names = [tensor_name(unit.key, info.name) for unit in units if unit.trainable for info in unit.tensors]
+        self._order = {name: at for at, name in enumerate(names)}
+        self._paths = dict(updates)
+        self._starts = {}
+        for client_id, path in updates.items():
+            starts = np.full(len(names), _ABSENT, dtype=np.int64)
+            for name, entry in read_header(path).items():
+                starts[self._order[name]] = entry.start
+            self._starts[client_id] = starts
+
+    def locate(self, client_id: str, unit_key: str, name: str) -> tuple[Path, int]:
+        """File and first byte of a tensor. Raises ValueError when the client did not upload it: the plan is wrong."""
+        at = self._order.get(tensor_name(unit_key, name))
+        start = int(self._starts[client_id][at]) if at is not None and client_id in self._starts else _ABSENT
+        if start == _ABSENT:
+            raise ValueError(f"the merge plan takes unit {unit_key!r} from client {client_id!r}, who did not upload it")
+        return self._paths[client_id], start
+
+
+def fold_round(
+    units: Sequence[UnitInfo],
+    plan: Mapping[str, UnitMerge],
+    updates: Mapping[str, Path],
+    blobs: BlobStore,
+    backend: FoldBackend,
+    *,
+    threads: int | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[UnitInfo]:
+    """Write the units of the next global model that differ from the present one. Returns them, in manifest order.
+
+    Their blobs are durable when this returns. ``updates`` maps clients to validated update files; ``threads`` None
+    takes one per processor, four at most. Raises ValueError on a plan that the updates or units do not cover,
+    StateCorrupt when a file is not what was validated, DiskFull, StorageError, FoldCancelled.
+    """
+    unknown = plan.keys() - {unit.key for unit in units if unit.trainable}
+    if unknown:
+        raise ValueError(f"the merge plan names units that are not trained in this run: {sorted(unknown)[:4]}")
+    index = UpdateIndex(units, updates)
+    planned = [unit for unit in units if unit.key in plan]
+    scratches = threading.local()
+
+    def fold_one(unit: UnitInfo) -> UnitInfo:
+        if not hasattr(scratches, "own"):
+            scratches.own = _Scratch(backend, cancelled)
+        chunks = _unit_chunks(unit, plan[unit.key], index, blobs.path(unit.sha256), scratches.own)
+        sha256, size_bytes = batch.put(chunks)
+        return unit if sha256 == unit.sha256 else _with_content(unit, sha256, size_bytes)
+
+    threads = threads or min(4, os.cpu_count() or 1)
+    pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="fold")
+    with blobs.batch() as batch:
+        try:
+            folded = list(pool.map(fold_one, planned))
+        finally:  # after an error no further unit begins, and the batch is discarded when no thread uses it any more
+            pool.shutdown(wait=True, cancel_futures=True)
+    return [new for new, old in zip(folded, planned, strict=True) if new is not old]
+
+
+def _with_content(unit: UnitInfo, sha256: str, size_bytes: int) -> UnitInfo:
+    return UnitInfo(
+        key=unit.key, kind=unit.kind, layer=unit.layer, expert=unit.expert, trainable=unit.trainable, sha256=sha256,
+        size_bytes=size_bytes, tensors=unit.tensors,
+    )  # fmt: skip
+
+
+class _Scratch:
+    """The buffers of one thread."""
+
+    def __init__(self, backend: FoldBackend, cancelled: Callable[[], bool]):
+        self.backend = backend
+        self.cancelled = cancelled
+        self.sums = np.empty(BLOCK_ELEMENTS, dtype=np.float64)
+        self.raw = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
+        self.out = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
+
+
+def _unit_chunks(
+    unit: UnitInfo, merge: UnitMerge, index: UpdateIndex, old_path: Path, scratch: _Scratch
+) -> Iterator[bytes | memoryview]:
+    """The bytes of the unit's next blob. A chunk is valid until the next one is asked for."""
+    weights = sorted(merge.weights, key=lambda pair: pair[0])
+    old = read_header(old_path)
+    yield encode_header(unit.tensors)
+    for info in unit.tensors:
+        if info.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"tensor {info.name!r} of unit {unit.key!r} is {info.dtype}: only floats are averaged")
+        shares, keep_rows = _shares([weight for _, weight in weights], info)
+        sources = [
+            _Source(client_id, *index.locate(client_id, unit.key, info.name), share)
+            for (client_id, _), share in zip(weights, shares, strict=True)
+            if np.any(share)
+        ]
+        if sources:
+            yield from _tensor_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
+        else:
+            yield from _copy_chunks(old_path, old[info.name], scratch)
+
+
+def _shares(
+    weights: Sequence[float | np.ndarray], info: TensorInfo
+) -> tuple[list[float | np.ndarray], np.ndarray | None]:
+    """Weights divided by their sum, per tensor or per row; and which rows keep their old value, (E,) bool.
+
+    A tensor without a row per expert takes the mean of a client's row weights. Raises ValueError on a weight that is
+    negative or no number.
+    """
+    arrays = [np.asarray(weight, dtype=np.float64) for weight in weights]
+    for array in arrays:
+        if array.ndim > 1 or not np.isfinite(array).all() or (array < 0).any():
+            raise ValueError(
+                f"a weight for tensor {info.name!r} is {array}: expected finite numbers from 0, scalar or (E,)"
+            )
+    rows = {array.shape for array in arrays if array.ndim}
+    if len(rows) > 1 or (rows and any(array.ndim == 0 for array in arrays)):
+        raise ValueError(f"the weights for tensor {info.name!r} are of different kinds: {[a.shape for a in arrays]}")
+    if not rows or not info.shape or (info.shape[0],) not in rows:
+        means = [float(array.mean()) for array in arrays]
+        total = float(sum(means))
+        return [mean / total if total > 0 else 0.0 for mean in means], None
+    total = np.sum(arrays, axis=0)
+    return [np.divide(array, total, out=np.zeros_like(array), where=total > 0) for array in arrays], total == 0
+
+
+def _tensor_chunks(
+    info: TensorInfo,
+    sources: Sequence[_Source],
+    keep_rows: np.ndarray | None,
+    old_path: Path,
+    old: TensorEntry,
+    scratch: _Scratch,
+) -> Iterator[memoryview]:
+    dtype = storage_dtype(info.dtype)
+    count = old.size_bytes // dtype.itemsize
+    row_elements = count // info.shape[0] if keep_rows is not None else count
+    with _Files() as files:
+        for begin in range(0, count, BLOCK_ELEMENTS):
+            if scratch.cancelled():
+                raise FoldCancelled("the server stops; the round is aggregated again when it starts")
+            length = min(BLOCK_ELEMENTS, count - begin)
+            sums, out = scratch.sums[:length], scratch.out[: length * dtype.itemsize].view(dtype)
+            sums[:] = -0.0  # the neutral element of addition: 0.0 would turn a mean of -0.0 into 0.0
+            for source in sources:
+                raw = files.read(source.path, source.start + begin * dtype.itemsize, scratch.raw, length, dtype)
+                for part, row in _rows(begin, length, row_elements):
+                    share = source.share if isinstance(source.share, float) else float(source.share[row])
+                    if share and scratch.backend.fold_block(sums[part], raw[part], info.dtype, share) >= 0:
+                        raise StateCorrupt(
+                            f"update {source.path} of client {source.client_id!r} changed after it was accepted"
+                        )
+            scratch.backend.narrow_block(sums, info.dtype, out)
+            if keep_rows is not None and keep_rows.any():
+                raw = files.read(old_path, old.start + begin * dtype.itemsize, scratch.raw, length, dtype)
+                for part, row in _rows(begin, length, row_elements):
+                    if keep_rows[row]:
+                        out[part] = raw[part]
+            yield memoryview(out).cast("B")
+
+
+def _rows(begin: int, length: int, row_elements: int) -> Iterator[tuple[slice, int]]:
+    """The rows in elements [begin, begin + length) as (slice of the block, row)."""
+    at = begin
+    while at < begin + length:
+        row = at // row_elements
+        end = min((row + 1) * row_elements, begin + length)
+        yield slice(at - begin, end - begin), row
+        at = end
+
+
+def _copy_chunks(path: Path, entry: TensorEntry, scratch: _Scratch) -> Iterator[memoryview]:
+    with _Files() as files:
+        for begin in range(0, entry.size_bytes, scratch.out.nbytes):
+            length = min(scratch.out.nbytes, entry.size_bytes - begin)
+            yield memoryview(files.read(path, entry.start + begin, scratch.out, length, np.dtype(np.uint8)))
+
+
+class _Files:
+    """Open files of one tensor, a bounded number: a round may have more clients than a process may open files."""
+
+    _limit = 64
+
+    def __init__(self) -> None:
+        self._open: dict[Path, io.FileIO] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def read(self, path: Path, start: int, buffer: np.ndarray, length: int, dtype: np.dtype) -> np.ndarray:
+        """Read ``length`` elements at byte ``start`` into ``buffer`` and return them as ``dtype``."""
+        with disk_errors(f"read {path}"):
+            file = self._open.get(path)
+            if file is None:
+                for oldest in list(itertools.islice(self._open, max(0, len(self._open) - self._limit + 1))):
+                    self._open.pop(oldest).close()
+                file = self._open[path] = io.FileIO(path)
+            raw = buffer[: length * dtype.itemsize]
+            file.seek(start)
+            read_exactly(file, raw)
+        return raw.view(dtype)

@@ -1,0 +1,303 @@
+"""The round state machine: which clients take part in a round, and when it closes. Pure: no clock, file or socket.
+
+    WAITING    --enough live clients-->  TRAINING  --quorum, everybody, or deadline-->  AGGREGATING
+       ^  \\                              |  ^
+       |   `---- a participant returns --|--'                    AGGREGATING --folded--> WAITING (next round) | FINISHED
+       `-------- nobody is left, nothing has come
+
+`step` takes a state and an event with its time and returns the next state and what is to be done about it.
+
+Rules. A client is *live* while it was heard of within ``client_timeout_s``.
+- A round opens when ``min_clients`` are live. All live clients take part, or a sample of ``clients_per_round``.
+- It closes when ``quorum`` updates are in; or when no live participant is left to wait for and there is an update (a
+  participant that left or fell silent is not waited for, but its update counts if it comes before the close); or at the
+  deadline with at least one update. A quorum that the remaining participants cannot reach any more holds nothing up.
+- At the deadline without an update the round gets a new deadline: there is nothing to aggregate.
+- Without an update and with all participants gone, the round waits again, under the same number. If a participant
+  comes back it goes on as it was; if instead enough others are live it opens for them, in addition.
+- A client that joins while a round is open takes part in the next one, unless the round has become smaller than it may
+  be: fewer participants are live or done than ``clients_per_round``, or ``min_clients`` where all take part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import random
+from collections.abc import Iterable, Mapping
+
+from edgefed.errors import ConfigError
+
+
+class Phase(str, enum.Enum):
+    """Where the run is. The values are those of `protocol.messages.Status.state`."""
+
+    WAITING = "waiting"
+    TRAINING = "training"
+    AGGREGATING = "aggregating"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundPolicy:
+    """When rounds open and close. ``quorum`` None: all participants; ``clients_per_round`` None: all live clients."""
+
+    rounds: int
+    min_clients: int = 2
+    quorum: int | None = None
+    deadline_s: float | None = None
+    clients_per_round: int | None = None
+    client_timeout_s: float = 60.0
+
+    def check(self) -> None:
+        """Raise ConfigError on values that no run can have."""
+        wrong = [
+            f"{name} is {value}, expected at least {least}"
+            for name, value, least in (
+                ("rounds", self.rounds, 1),
+                ("min_clients", self.min_clients, 1),
+                ("quorum", self.quorum, 1),
+                ("clients_per_round", self.clients_per_round, 1),
+            )
+            if value is not None and value < least
+        ]
+        if self.deadline_s is not None and not 0 < self.deadline_s < float("inf"):
+            wrong.append(f"deadline_s is {self.deadline_s}, expected a positive number")
+        if not 0 < self.client_timeout_s < float("inf"):
+            wrong.append(f"client_timeout_s is {self.client_timeout_s}, expected a positive number")
+        if self.quorum and self.clients_per_round and self.quorum > self.clients_per_round:
+            wrong.append(f"quorum {self.quorum} is more than the {self.clients_per_round} clients of a round")
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+
+# --- events and actions -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that happened at ``now`` (seconds of one clock that never goes back)."""
+
+    now: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tick(Event):
+    """Time passed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientJoined(Event):
+    client_id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientSeen(Event):
+    """A client that has joined was heard of. Of others, and of those that left, it says nothing."""
+
+    client_id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientLeft(Event):
+    client_id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateAccepted(Event):
+    """An update is safe on disk. Only for clients for which `RoundState.accepts` holds."""
+
+    client_id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded(Event):
+    """The round was aggregated; the next global model exists."""
+
+    server_round: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRound:
+    """Training begins, or goes on with more or returned participants."""
+
+    server_round: int
+    participants: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """Aggregate these clients' updates, then report `Folded`."""
+
+    server_round: int
+    clients: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtendDeadline:
+    """The deadline passed without an update; a new one runs."""
+
+    server_round: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Abandon:
+    """All participants are gone and nothing has come: the round waits for clients again."""
+
+    server_round: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """The last round is done; ``server_round`` is the number of the final model's manifest."""
+
+    server_round: int
+
+
+Action = OpenRound | Fold | ExtendDeadline | Abandon | Finish
+
+
+# --- the machine ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundState:
+    """All that the machine knows. ``last_seen`` holds the clients that have joined and not left."""
+
+    policy: RoundPolicy
+    seed: int
+    phase: Phase = Phase.WAITING
+    server_round: int = 1
+    last_seen: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    participants: frozenset[str] = frozenset()
+    accepted: frozenset[str] = frozenset()
+    deadline: float | None = None
+
+    def is_live(self, client_id: str, now: float) -> bool:
+        seen = self.last_seen.get(client_id)
+        return seen is not None and now - seen <= self.policy.client_timeout_s
+
+    def live(self, now: float) -> list[str]:
+        """Live clients, sorted."""
+        return sorted(client_id for client_id in self.last_seen if self.is_live(client_id, now))
+
+    def awaited(self, now: float) -> list[str]:
+        """Live participants whose update is missing, sorted."""
+        return sorted(c for c in self.participants if c not in self.accepted and self.is_live(c, now))
+
+    def accepts(self, client_id: str) -> bool:
+        """Whether an update of this client for this round would count."""
+        open_ = self.phase in (Phase.WAITING, Phase.TRAINING)
+        return open_ and client_id in self.participants and client_id not in self.accepted
+
+    def is_trainer(self, client_id: str) -> bool:
+        """Whether this client is to train now."""
+        return self.phase is Phase.TRAINING and self.accepts(client_id)
+
+
+def step(state: RoundState, event: Event) -> tuple[RoundState, tuple[Action, ...]]:
+    """The state after ``event`` and what is to be done, in order. Raises ValueError on what cannot have happened."""
+    actions: list[Action] = []
+    now = event.now
+    if isinstance(event, ClientJoined):
+        state = _joined(state, event.client_id, now, actions)
+    elif isinstance(event, ClientSeen) and event.client_id in state.last_seen:
+        state = dataclasses.replace(state, last_seen={**state.last_seen, event.client_id: now})
+    elif isinstance(event, ClientLeft):
+        state = dataclasses.replace(
+            state, last_seen={c: at for c, at in state.last_seen.items() if c != event.client_id}
+        )
+    elif isinstance(event, UpdateAccepted):
+        if not state.accepts(event.client_id):
+            raise ValueError(f"round {state.server_round} takes no update of client {event.client_id!r}")
+        state = dataclasses.replace(state, accepted=state.accepted | {event.client_id})
+    elif isinstance(event, Folded):
+        state = _folded(state, event.server_round, actions)
+    state = _settle(state, now, actions)
+    return state, tuple(actions)
+
+
+def restore(
+    policy: RoundPolicy,
+    seed: int,
+    *,
+    phase: Phase,
+    server_round: int,
+    participants: Iterable[str],
+    accepted: Iterable[str],
+    clients: Iterable[str],
+    now: float,
+) -> RoundState:
+    """The state after a restart. Every client counts as just seen and a deadline starts anew: nobody could reach us."""
+    deadline = now + policy.deadline_s if phase is Phase.TRAINING and policy.deadline_s is not None else None
+    return RoundState(
+        policy=policy, seed=seed, phase=phase, server_round=server_round, last_seen={c: now for c in clients},
+        participants=frozenset(participants), accepted=frozenset(accepted), deadline=deadline,
+    )  # fmt: skip
+
+
+def _joined(state: RoundState, client_id: str, now: float, actions: list[Action]) -> RoundState:
+    state = dataclasses.replace(state, last_seen={**state.last_seen, client_id: now})
+    if state.phase is Phase.TRAINING and client_id not in state.participants:
+        there = sum(1 for c in state.participants if c in state.accepted or state.is_live(c, now))
+        if there < (state.policy.clients_per_round or state.policy.min_clients):
+            state = dataclasses.replace(state, participants=state.participants | {client_id})
+            actions.append(OpenRound(state.server_round, tuple(sorted(state.participants))))
+    return state
+
+
+def _folded(state: RoundState, server_round: int, actions: list[Action]) -> RoundState:
+    if state.phase is not Phase.AGGREGATING or server_round != state.server_round:
+        raise ValueError(f"round {server_round} was folded, but round {state.server_round} is {state.phase.value}")
+    phase = Phase.FINISHED if server_round >= state.policy.rounds else Phase.WAITING
+    if phase is Phase.FINISHED:
+        actions.append(Finish(server_round + 1))
+    return dataclasses.replace(
+        state, phase=phase, server_round=server_round + 1, participants=frozenset(), accepted=frozenset(), deadline=None
+    )
+
+
+def _settle(state: RoundState, now: float, actions: list[Action]) -> RoundState:
+    """Apply the rules of the module's docstring. One pass is enough: an opened round has a live participant."""
+    if state.phase is Phase.WAITING:
+        state = _open_if_possible(state, now, actions)
+    if state.phase is not Phase.TRAINING:
+        return state
+    awaited, accepted = state.awaited(now), len(state.accepted)
+    overdue = state.deadline is not None and now >= state.deadline
+    reached = state.policy.quorum is not None and accepted >= state.policy.quorum
+    if accepted and (reached or overdue or not awaited):
+        actions.append(Fold(state.server_round, tuple(sorted(state.accepted))))
+        return dataclasses.replace(state, phase=Phase.AGGREGATING, deadline=None)
+    if not awaited:
+        actions.append(Abandon(state.server_round))
+        return dataclasses.replace(state, phase=Phase.WAITING, deadline=None)
+    if overdue:
+        actions.append(ExtendDeadline(state.server_round))
+        return dataclasses.replace(state, deadline=_deadline(state.policy, now))
+    return state
+
+
+def _open_if_possible(state: RoundState, now: float, actions: list[Action]) -> RoundState:
+    returned = bool(state.accepted) or bool(state.awaited(now))
+    chosen: list[str] = []
+    if not returned:
+        live, policy = state.live(now), state.policy
+        if len(live) < policy.min_clients:
+            return state
+        chosen = live
+        if policy.clients_per_round is not None and policy.clients_per_round < len(live):
+            # A string seeds Python's generator the same way on every platform and version.
+            chosen = sorted(random.Random(f"{state.seed}/{state.server_round}").sample(live, policy.clients_per_round))
+    state = dataclasses.replace(
+        state,
+        phase=Phase.TRAINING,
+        participants=state.participants | set(chosen),
+        deadline=_deadline(state.policy, now),
+    )
+    actions.append(OpenRound(state.server_round, tuple(sorted(state.participants))))
+    return state
+
+
+def _deadline(policy: RoundPolicy, now: float) -> float | None:
+    return None if policy.deadline_s is None else now + policy.deadline_s

@@ -1,0 +1,259 @@
+"""The server process: a socket, a service and the loop that lets time pass and folds closed rounds.
+
+    run_server(ServerConfig(state_folder=...), on_ready=print)
+
+runs until SIGINT or SIGTERM, `AggregatorServer.stop`, or the end of the run (``exit_when_finished``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import ipaddress
+import json
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from edgefed.aggregator.active_run import ActiveRun
+from edgefed.aggregator.app import Bell, Endpoints, build_app
+from edgefed.aggregator.blobs import disk_errors
+from edgefed.aggregator.fold import FoldCancelled
+from edgefed.aggregator.http_limits import bounded_protocol
+from edgefed.aggregator.service import Service
+from edgefed.errors import ConfigError, MissingToken, NetworkError, PortInUse, StateCorrupt, StorageError
+from edgefed.methods.interface import Method
+from edgefed.methods.registry import make_method
+from edgefed.protocol import routes
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25
+FOLD_RETRY_S = 5.0
+SHUTDOWN_S = 1
+"""How long transfers under way may go on after a stop; they are resumable."""
+KEEP_ALIVE_S = 75
+"""An idle connection stays open longer than a client sleeps between two questions."""
+BACKLOG = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """How to serve the run in ``state_folder``. ``port`` 0 takes any free one.
+
+    ``ready_file``: written as soon as the server answers, JSON {"url", "port", "pid"}. ``exit_when_finished``: end once
+    every client has heard that the run is over, or left, and has been quiet for ``finish_grace_s``; otherwise go on
+    serving the final model. ``keep_rounds``: manifests that stay downloadable, 0 for all.
+    """
+
+    state_folder: Path
+    host: str = routes.DEFAULT_HOST
+    port: int = routes.DEFAULT_PORT
+    token: str | None = None
+    ready_file: Path | None = None
+    exit_when_finished: bool = False
+    finish_grace_s: float = 5.0
+    keep_rounds: int = 2
+    fold_backend: str = "auto"
+
+
+def run_server(
+    config: ServerConfig,
+    *,
+    on_ready: Callable[[str], None] = lambda url: None,
+    make_method: Callable[[str, dict], Method] = make_method,
+) -> None:
+    """Serve a run until it is stopped. ``on_ready`` gets the URL once the server answers.
+
+    Raises MissingToken, PortInUse, NetworkError, ConfigError, StateLocked, StateCorrupt, StorageError before it serves;
+    later, what made aggregation impossible. The state folder is in order in every case.
+    """
+    AggregatorServer(config, on_ready=on_ready, make_method=make_method).run()
+
+
+class AggregatorServer:
+    """A server that is bound and has its run open; `run` serves. Usable from a thread, with `stop` from another."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        on_ready: Callable[[str], None] = lambda url: None,
+        make_method: Callable[[str, dict], Method] = make_method,
+    ):
+        check_token(config.host, config.token)
+        self._config, self._on_ready = config, on_ready
+        self._failure: BaseException | None = None
+        self._bell = Bell()
+        self._socket = bind(config.host, config.port)
+        try:
+            self.active = ActiveRun(
+                config.state_folder,
+                make_method,
+                keep_rounds=config.keep_rounds,
+                fold_backend=config.fold_backend,
+                on_change=self._bell.ring,
+            )
+        except BaseException:
+            self._socket.close()
+            raise
+        app, self._endpoints = build_app(Service(self.active), self._bell, config.token or None, self._around)
+        self._server = _Server(
+            uvicorn.Config(
+                app, http=bounded_protocol(),
+                log_config=None, access_log=False, lifespan="on", ws="none", server_header=False,
+                timeout_graceful_shutdown=SHUTDOWN_S, timeout_keep_alive=KEEP_ALIVE_S, backlog=BACKLOG,
+            ),
+            started=self._announce,
+            stopping=self.active.stop_waiting,
+        )  # fmt: skip
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the server."""
+        host, port = self._socket.getsockname()[:2]
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:
+            address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+        return f"http://[{address}]:{port}" if address.version == 6 else f"http://{address}:{port}"
+
+    def run(self) -> None:
+        """Serve until stopped. Raises what made aggregation impossible."""
+        try:
+            self._server.run(sockets=[self._socket])
+        finally:
+            self.active.close()
+            self._socket.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Ask a running server to end; from any thread."""
+        self._server.should_exit = True
+
+    def _announce(self) -> None:
+        url, config = self.url, self._config
+        logger.info("serving %s at %s", config.state_folder, url)
+        if config.ready_file is not None:
+            facts = {"url": url, "port": self._socket.getsockname()[1], "pid": os.getpid()}
+            temporary = config.ready_file.with_name(config.ready_file.name + ".tmp")
+            with disk_errors(f"write {config.ready_file}"):
+                temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+                os.replace(temporary, config.ready_file)
+        self._on_ready(url)
+
+    @contextlib.asynccontextmanager
+    async def _around(self, endpoints: Endpoints) -> AsyncIterator[None]:
+        """Let time pass while the application runs."""
+        ticking = asyncio.create_task(self._tick_forever(endpoints))
+        try:
+            yield
+        finally:
+            ticking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await ticking
+            for _ in range(20):  # cancelled transfers close their files in threads that end after this
+                if not endpoints.transfers:
+                    break
+                await asyncio.sleep(0.05)
+
+    async def _tick_forever(self, endpoints: Endpoints) -> None:
+        try:
+            while True:
+                ring = self._bell.listen()
+                try:
+                    await endpoints.run(self.active.tick)
+                    if self.active.fold_due:
+                        # In a thread of its own: it takes long, and the others must not wait behind it.
+                        await self._fold(endpoints)
+                        continue
+                except StorageError as fault:
+                    if isinstance(fault, StateCorrupt):
+                        raise
+                    logger.error("%s; trying again in %.0f s", fault, FOLD_RETRY_S)
+                    await asyncio.sleep(FOLD_RETRY_S)
+                leaving = self._config.exit_when_finished and not endpoints.transfers
+                if leaving and self.active.all_heard(self._config.finish_grace_s):
+                    logger.info("the run is finished and every client knows: the server ends")
+                    self.stop()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(ring.wait(), TICK_S)
+        except FoldCancelled as notice:
+            logger.info("%s", notice)
+        except Exception as fault:  # a fault of the method or of the disk's content: again and again would not help
+            self._failure = fault
+            self.stop()
+
+    async def _fold(self, endpoints: Endpoints) -> None:
+        """Fold, and let time pass meanwhile: clients that fall silent are noticed as ever."""
+        folding = asyncio.ensure_future(endpoints.run(self.active.fold_pending, commit=True))
+        while not folding.done():
+            await asyncio.wait([folding], timeout=TICK_S)
+            await endpoints.run(self.active.tick)
+        await folding
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with two hooks and without its habit of raising a signal again after a clean end."""
+
+    def __init__(self, config: uvicorn.Config, *, started: Callable[[], None], stopping: Callable[[], None]):
+        super().__init__(config)
+        self._announce, self._stopping = started, stopping
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._announce()
+
+    async def main_loop(self) -> None:
+        await super().main_loop()
+        self._stopping()  # before uvicorn waits for open requests: long polls are among them
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def check_token(host: str, token: str | None) -> None:
+    """Raise MissingToken when others than this machine could reach a server without a token."""
+    if token:
+        if not token.isascii() or not token.isprintable() or token != token.strip():
+            raise ConfigError("a token is printable ASCII without blanks at its ends")
+        return
+    if not all(ipaddress.ip_address(address[0].split("%")[0]).is_loopback for _, address in resolve(host, 0)):
+        raise MissingToken(f"a server on {host!r} can be reached by others and has no token")
+
+
+def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple]]:
+    """Addresses to bind for a host name. Raises NetworkError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as fault:
+        raise NetworkError(f"cannot serve on {host!r}: {fault}") from fault
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises PortInUse, NetworkError, ConfigError."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}, expected 0..65535")
+    family, address = resolve(host, port)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":  # on Windows this option would let two servers share the port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)  # only now is it certain that the port is ours
+    except OSError as fault:
+        listener.close()
+        if fault.errno == errno.EADDRINUSE:
+            raise PortInUse(f"port {port} on {host} is in use") from fault
+        raise NetworkError(f"cannot serve on {host}:{port}: {fault}") from fault
+    return listener

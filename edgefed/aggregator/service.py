@@ -1,0 +1,304 @@
+"""What a client can ask of the aggregator, without HTTP: who may do what, in which round.
+
+`Service` methods are blocking and thread-safe, take what the routes carry and raise errors of `edgefed.errors`; `app`
+puts them on the wire. Arguments come straight from the network: ids and numbers are checked here.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgefed.aggregator import rounds
+from edgefed.aggregator.active_run import ActiveRun
+from edgefed.aggregator.admission import (
+    MAX_TEXT_CHARACTERS,
+    check_register,
+    digest,
+    digest_bytes,
+    is_text,
+    parse_number,
+)
+from edgefed.aggregator.blobs import hash_file
+from edgefed.aggregator.rounds import Phase, RoundState
+from edgefed.aggregator.status import Presence
+from edgefed.aggregator.store import ClientRecord, UpdateRecord
+from edgefed.aggregator.uploads import PartWriter, UploadName, offset_mismatch
+from edgefed.aggregator.validate import validate_update
+from edgefed.errors import (
+    ChecksumMismatch,
+    InvalidUpdate,
+    MalformedMessage,
+    NotFound,
+    ProtocolError,
+    StorageError,
+    Unauthorized,
+    UpdateTooLarge,
+)
+from edgefed.protocol.messages import (
+    Assignment,
+    AssignmentReply,
+    Finished,
+    Heartbeat,
+    Register,
+    Registered,
+    Status,
+    UnitInfo,
+    UpdateAccepted,
+    UpdateMeta,
+    UploadState,
+    Wait,
+)
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1.0
+MAX_HEARTBEAT_S = 10.0
+HEARTBEATS_PER_TIMEOUT = 4
+"""A client is given up after this many missing heartbeats."""
+
+
+class Service:
+    """The requests of clients to one run."""
+
+    def __init__(self, run: ActiveRun):
+        self._run = run
+        self._ids_by_key = {client.key_sha256: client.client_id for client in run.clients.values()}
+        self._commit_locks: dict[str, threading.Lock] = {}
+
+    # --- clients ------------------------------------------------------------------------------------------------
+
+    def register(self, message: Register) -> Registered:
+        """Register a client, or again. Raises VersionMismatch, MalformedMessage, Unauthorized."""
+        check_register(message)
+        run, key_sha256 = self._run, digest(message.client_key)
+        with run.lock:
+            known = run.clients.get(message.client_id)
+            if known is not None and not hmac.compare_digest(known.key_sha256, key_sha256):
+                raise Unauthorized(f"client id {message.client_id!r} belongs to a client with another key")
+            # Names of files may not differ in case alone: not every file system tells them apart.
+            folded = message.client_id.casefold()
+            if known is None and any(other.casefold() == folded for other in run.clients):
+                raise MalformedMessage(f"client id {message.client_id!r} differs from a registered one in case only")
+            client = ClientRecord(
+                client_id=message.client_id,
+                name=message.name,
+                key_sha256=key_sha256,
+                memory_bytes=message.memory_bytes,
+                expert_share=message.expert_share,
+                compute_share=message.compute_share,
+                num_examples=message.num_examples,
+            )
+            if known is not None:
+                client.rounds_done, client.metrics = known.rounds_done, known.metrics
+                client.uploaded_bytes, client.downloaded_bytes = known.uploaded_bytes, known.downloaded_bytes
+            run.store.save_clients([client])
+            run.clients[client.client_id] = client
+            self._ids_by_key[key_sha256] = client.client_id
+            run.apply(rounds.ClientJoined(run.clock(), client.client_id))
+        logger.info("client %s registered as %r", client.client_id, client.name)
+        heartbeat_s = min(MAX_HEARTBEAT_S, run.policy.client_timeout_s / HEARTBEATS_PER_TIMEOUT)
+        return Registered(run=run.config, heartbeat_s=heartbeat_s)
+
+    def heartbeat(self, client_id: str, key: str, message: Heartbeat) -> None:
+        """Note what a client is doing."""
+        with self._run.seen(client_id, key):
+            if not 0.0 <= message.fraction <= 1.0 or not is_text(message.phase, 64):
+                raise MalformedMessage(f"heartbeat has phase {message.phase[:64]!r}, fraction {message.fraction}")
+            presence = self._run.presence.setdefault(client_id, Presence())
+            presence.phase, presence.fraction = message.phase, message.fraction
+
+    def leave(self, client_id: str, key: str, reason: str) -> None:
+        """A client goes; nobody waits for it any more."""
+        run = self._run
+        with run.lock:
+            client = run.authenticate(client_id, key)
+            client.joined = False
+            run.store.save_clients([client])
+            run.apply(rounds.ClientLeft(run.clock(), client_id))
+        logger.info("client %s left: %r", client_id, reason[:MAX_TEXT_CHARACTERS])
+
+    def assignment(self, client_id: str, key: str) -> AssignmentReply:
+        """What the client is to do now."""
+        run = self._run
+        with run.seen(client_id, key) as client:
+            state, now = run.state, run.clock()
+            if state.phase is Phase.FINISHED:
+                run.presence.setdefault(client_id, Presence()).heard_finished = True
+                return Finished(server_round=state.server_round, reason=f"all {run.config.rounds} rounds are done")
+            if not client.joined:
+                return Wait(retry_after_s=RETRY_AFTER_S, reason="the client has left; it can register again")
+            if state.is_trainer(client_id):
+                remaining = None if state.deadline is None else max(0.0, state.deadline - now)
+                seed = digest_bytes(f"{run.config.seed}/{state.server_round}/{client_id}")[:4]
+                return Assignment(
+                    server_round=state.server_round, deadline_s=remaining, seed=int.from_bytes(seed, "little")
+                )
+            return Wait(retry_after_s=RETRY_AFTER_S, reason=_wait_reason(state, client_id, now))
+
+    def status(self) -> Status:
+        """What `edgefed status` shows."""
+        return self._run.status()
+
+    @property
+    def closing(self) -> bool:
+        """Whether the server stops: a waiting client gets its answer now."""
+        return self._run.closing
+
+    # --- downloads ----------------------------------------------------------------------------------------------
+
+    def manifest(self, which: str) -> bytes:
+        """The encoded manifest of a round, or of the "latest". Raises NotFound, MalformedMessage."""
+        with self._run.lock:
+            number = self._run.state.server_round if which == "latest" else parse_number(which, "round")
+            return self._run.catalog.encoded_manifest(number)
+
+    def blob(self, sha256: str) -> tuple[Path, int]:
+        """Path and size of a blob that a kept manifest names. Raises NotFound for any other name."""
+        return self._run.catalog.blob(sha256)
+
+    def note_download(self, key: str, size_bytes: int) -> None:
+        """Count downloaded bytes for the client with this key, if any: blobs may be fetched without one."""
+        run = self._run
+        with run.lock:
+            client_id = self._ids_by_key.get(digest(key))
+            if client_id is not None:
+                run.clients[client_id].downloaded_bytes += size_bytes
+                run.apply(rounds.ClientSeen(run.clock(), client_id))
+
+    # --- uploads ------------------------------------------------------------------------------------------------
+
+    def upload_state(self, client_id: str, key: str, server_round: int, attempt: int) -> UploadState:
+        """How much of an upload has arrived. Raises RoundClosed, UpdateConflict when it can bring nothing any more."""
+        run = self._run
+        with run.seen(client_id, key):
+            update = run.store.find_update(server_round, client_id)
+            if update is not None and update.attempt == attempt:
+                return UploadState(offset=update.size_bytes, status="accepted")
+            run.check_open(client_id, server_round, update)
+            return UploadState(
+                offset=run.uploads.offset(UploadName(client_id, server_round, attempt)), status="partial"
+            )
+
+    def open_upload(
+        self, client_id: str, key: str, server_round: int, attempt: int, offset: int, length: int | None
+    ) -> tuple[UploadName, PartWriter]:
+        """Continue an upload at ``offset`` with ``length`` bytes (None: unknown). The caller ends it: `close_upload`.
+
+        Raises OffsetMismatch, RoundClosed, UpdateConflict, UpdateTooLarge.
+        """
+        run, name = self._run, UploadName(client_id, server_round, attempt)
+        with run.seen(client_id, key):
+            update = run.store.find_update(server_round, client_id)
+            if update is not None and update.attempt == attempt:
+                raise offset_mismatch("this upload is complete and was accepted", update.size_bytes)
+            run.check_open(client_id, server_round, update)
+            limit_bytes = run.catalog.limit_bytes
+        if offset + (length or 0) > limit_bytes:
+            error = UpdateTooLarge(
+                f"the upload would have {offset + (length or 0)} bytes, all trainable tensors have {limit_bytes}"
+            )
+            run.uploads.discard(name, error)
+            raise error
+        return name, run.uploads.open(name, offset, limit_bytes)
+
+    def close_upload(self, name: UploadName, writer: PartWriter, *, refused: ProtocolError | None = None) -> int:
+        """The connection has ended; returns the bytes that have arrived. What was too large is deleted."""
+        run = self._run
+        run.uploads.close(name, writer)
+        if isinstance(refused, UpdateTooLarge):
+            run.uploads.discard(name, refused)
+        with run.lock:
+            run.apply(rounds.ClientSeen(run.clock(), name.client_id))
+        return writer.offset
+
+    def commit(self, client_id: str, key: str, server_round: int, attempt: int, meta: UpdateMeta) -> UpdateAccepted:
+        """Verify an upload and make it part of the round. When this returns, the update survives any crash.
+
+        The same update again is acknowledged again, after its round too. Raises UpdateConflict (another one was
+        acknowledged), RoundClosed, OffsetMismatch (bytes are missing), ChecksumMismatch, InvalidUpdate, DiskFull.
+        """
+        if (meta.client_id, meta.server_round, meta.attempt) != (client_id, server_round, attempt):
+            raise MalformedMessage(
+                f"the commit of {client_id[:64]!r}, round {server_round}, attempt {attempt} says that it is of "
+                f"{meta.client_id[:64]!r}, round {meta.server_round}, attempt {meta.attempt}"
+            )
+        run = self._run
+        with run.seen(client_id, key):
+            lock = self._commit_locks.setdefault(client_id, threading.Lock())
+        with lock:
+            with run.lock:
+                update = run.store.find_update(server_round, client_id)
+                if update is not None and update.sha256 == meta.sha256:
+                    return UpdateAccepted(server_round=server_round, repeated=True)
+                run.check_open(client_id, server_round, update)
+                units = run.catalog.manifest.units
+            name = UploadName(client_id, server_round, attempt)
+            try:
+                self._verify(name, run.uploads.seal(name), meta, units)
+                self._accept(name, meta)
+            except (StorageError, NotFound):
+                with run.lock:  # the part may have gone because the round was closed meanwhile: then say so
+                    run.check_open(client_id, server_round)
+                raise
+        logger.info("round %d: update of client %s accepted, %d bytes", server_round, client_id, meta.size_bytes)
+        return UpdateAccepted(server_round=server_round, repeated=False)
+
+    def _verify(self, name: UploadName, path: Path, meta: UpdateMeta, units: Sequence[UnitInfo]) -> None:
+        run = self._run
+        arrived = run.uploads.offset(name)
+        if arrived < meta.size_bytes:
+            raise offset_mismatch(f"{arrived} of {meta.size_bytes} bytes have arrived", arrived)
+        try:
+            if arrived > meta.size_bytes:
+                raise ChecksumMismatch(f"{arrived} bytes have arrived, the update has {meta.size_bytes}")
+            found = hash_file(path)
+            if found != meta.sha256:
+                raise ChecksumMismatch(f"what arrived has SHA-256 {found}, the update has {meta.sha256[:64]!r}")
+            validate_update(path, meta, units, run.store.experts_per_layer, run.backend)
+        except ProtocolError as refusal:
+            run.uploads.discard(name, refusal)
+            if isinstance(refusal, InvalidUpdate):
+                logger.warning(
+                    "update of client %s for round %d refused: %s", name.client_id, name.server_round, refusal
+                )
+            raise
+
+    def _accept(self, name: UploadName, meta: UpdateMeta) -> None:
+        """File first, then the record, then the state machine, then the acknowledgement."""
+        run, client_id, server_round = self._run, name.client_id, name.server_round
+        update = UpdateRecord(server_round, client_id, name.attempt, meta.sha256, meta.size_bytes, meta)
+        path = run.uploads.promote(name, update.file_name)
+        with run.lock:
+            try:
+                run.check_open(client_id, server_round)
+            except ProtocolError:
+                path.unlink(missing_ok=True)
+                raise
+            client = run.clients[client_id]
+            before = client.rounds_done, client.uploaded_bytes, client.metrics
+            client.rounds_done += 1
+            client.uploaded_bytes += meta.size_bytes
+            client.metrics = dict(meta.metrics)
+            try:
+                run.store.record_update(update, client)
+            except BaseException:
+                client.rounds_done, client.uploaded_bytes, client.metrics = before
+                run.uploads.demote(name, path)
+                raise
+            run.apply(rounds.UpdateAccepted(run.clock(), client_id))
+
+
+def _wait_reason(state: RoundState, client_id: str, now: float) -> str:
+    if state.phase is Phase.WAITING:
+        return (
+            f"round {state.server_round} waits for {state.policy.min_clients} clients, {len(state.live(now))} are here"
+        )
+    if state.phase is Phase.AGGREGATING:
+        return f"round {state.server_round} is being aggregated"
+    if client_id in state.accepted:
+        return f"round {state.server_round} waits for other clients"
+    return f"round {state.server_round} runs without this client; it can take part in the next one"

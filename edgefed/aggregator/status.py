@@ -1,0 +1,124 @@
+"""What the aggregator says of itself: the status message, the ledger of a round, its own peak memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from edgefed.aggregator.rounds import Phase, RoundState
+from edgefed.aggregator.store import ClientRecord, RoundRecord, UpdateRecord
+from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, Status, UnitInfo
+
+
+@dataclasses.dataclass
+class Presence:
+    """What is known of a client only while the server runs: its last heartbeat, and whether it heard `Finished`."""
+
+    phase: str = ""
+    fraction: float = 0.0
+    heard_finished: bool = False
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far.
+
+    Linux: VmHWM. ``ru_maxrss`` would do there only for a process that was not forked from a larger one.
+    """
+    if sys.platform.startswith("linux"):
+        with open("/proc/self/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def round_status(current: RoundRecord, updates: Sequence[UpdateRecord], changed: Sequence[UnitInfo]) -> RoundStatus:
+    """The ledger of a round that was just folded."""
+    return RoundStatus(
+        server_round=current.server_round,
+        participants=len(current.participants),
+        updates=len(updates),
+        seconds=max(0.0, time.time() - current.opened_at) if current.opened_at is not None else 0.0,
+        uploaded_bytes=sum(update.size_bytes for update in updates),
+        experts_changed=len({(unit.layer, unit.expert) for unit in changed if unit.kind == "expert"}),
+        metrics=average_metrics(updates),
+    )
+
+
+def average_metrics(updates: Sequence[UpdateRecord]) -> dict[str, float]:
+    """Mean of each metric over the clients that sent it, weighted by ``num_examples``."""
+    metas = [update.meta for update in updates if update.meta is not None]
+    averages = {}
+    for name in sorted({name for meta in metas for name in meta.metrics}):
+        pairs = [(meta.num_examples, meta.metrics[name]) for meta in metas if name in meta.metrics]
+        total = sum(weight for weight, _ in pairs)
+        # Weights are divided first, so that finite metrics cannot overflow.
+        averages[name] = math.fsum(weight / total * value for weight, value in pairs)
+    return averages
+
+
+def build_status(
+    run: RunConfig,
+    state: RoundState,
+    clients: Iterable[ClientRecord],
+    presence: Mapping[str, Presence],
+    history: Sequence[RoundStatus],
+    now: float,
+) -> Status:
+    """Answer of GET status. ``quorum`` 0 means all participants."""
+    return Status(
+        run=run,
+        state=state.phase.value,
+        server_round=min(state.server_round, run.rounds),
+        min_clients=state.policy.min_clients,
+        quorum=state.policy.quorum or 0,
+        deadline_s=None if state.deadline is None else max(0.0, state.deadline - now),
+        updates_received=len(state.accepted),
+        clients=tuple(
+            _client_status(client, state, presence.get(client.client_id, Presence()), now)
+            for client in sorted(clients, key=lambda client: client.client_id)
+        ),
+        history=tuple(history),
+        memory_peak_bytes=peak_memory_bytes(),
+    )
+
+
+def _client_status(client: ClientRecord, state: RoundState, presence: Presence, now: float) -> ClientStatus:
+    seen = state.last_seen.get(client.client_id)
+    return ClientStatus(
+        client_id=client.client_id,
+        name=client.name,
+        state=_client_state(client, state, now),
+        phase=presence.phase,
+        fraction=presence.fraction,
+        memory_bytes=client.memory_bytes,
+        expert_share=client.expert_share,
+        rounds_done=client.rounds_done,
+        uploaded_bytes=client.uploaded_bytes,
+        downloaded_bytes=client.downloaded_bytes,
+        last_seen_s=0.0 if seen is None else max(0.0, now - seen),
+        metrics=client.metrics,
+    )
+
+
+def _client_state(client: ClientRecord, state: RoundState, now: float) -> str:
+    """One word: "left", "lost" (silent), "finished", "training", "done" (its update is in) or "waiting"."""
+    if not client.joined:
+        return "left"
+    if not state.is_live(client.client_id, now):
+        return "lost"
+    if state.phase is Phase.FINISHED:
+        return "finished"
+    if client.client_id in state.accepted:
+        return "done"
+    return "training" if state.is_trainer(client.client_id) else "waiting"

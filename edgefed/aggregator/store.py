@@ -1,0 +1,382 @@
+"""What the aggregator remembers: one SQLite file of metadata beside the blobs, written before anything is acknowledged.
+
+    state folder/  lock  edgefed.db  blobs/ab/<sha256>  uploads/<client>-<round>-<attempt>.part  updates/...
+
+WAL with ``synchronous=FULL``: a transaction that returned survives a power cut. Files come first, then the row that
+names them, so a row never promises what is not there; a file without a row is an orphan that the next start removes.
+A manifest is stored as differences: ``units`` holds a row for each unit *that changed* in a round, and the unit of
+round r is its newest row with ``server_round <= r``.
+
+One connection, guarded by a lock; every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import filelock
+import msgspec
+
+from edgefed.aggregator.rounds import Phase, RoundPolicy
+from edgefed.errors import DiskFull, StateCorrupt, StateLocked, StorageError
+from edgefed.protocol.messages import FileInfo, Manifest, RoundStatus, RunConfig, UnitInfo, UpdateMeta
+
+DATABASE_NAME = "edgefed.db"
+LOCK_NAME = "lock"
+APPLICATION_ID = 0x45444746  # "EDGF", in the header of the file: whose database this is
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE run (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE units (
+    key TEXT, server_round INTEGER, position INTEGER NOT NULL, sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL,
+    info BLOB NOT NULL, PRIMARY KEY (key, server_round)) WITHOUT ROWID;
+CREATE TABLE clients (client_id TEXT PRIMARY KEY, joined INTEGER NOT NULL, record BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE rounds (
+    server_round INTEGER PRIMARY KEY, phase TEXT NOT NULL, participants TEXT NOT NULL, opened_at REAL,
+    status BLOB);
+CREATE TABLE updates (
+    server_round INTEGER, client_id TEXT, attempt INTEGER NOT NULL, sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL,
+    accepted_at REAL NOT NULL, meta BLOB, PRIMARY KEY (server_round, client_id)) WITHOUT ROWID;
+"""
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class ClientRecord:
+    """What is kept of a client. ``key_sha256``: of its secret, which is not kept. ``joined``: not left since."""
+
+    client_id: str
+    name: str
+    key_sha256: str
+    memory_bytes: int
+    expert_share: float
+    compute_share: float
+    num_examples: int
+    joined: bool = True
+    rounds_done: int = 0
+    uploaded_bytes: int = 0
+    downloaded_bytes: int = 0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundRecord:
+    """The newest round. ``opened_at`` is wall-clock seconds, None before it opened."""
+
+    server_round: int
+    phase: Phase
+    participants: tuple[str, ...]
+    opened_at: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateRecord:
+    """An acknowledged update. ``meta`` is None once its round was folded: the bytes and reports are gone then."""
+
+    server_round: int
+    client_id: str
+    attempt: int
+    sha256: str
+    size_bytes: int
+    meta: UpdateMeta | None
+
+    @property
+    def file_name(self) -> str:
+        """Its name in the folder ``updates``. The client id was checked when the client registered."""
+        return f"{self.client_id}-{self.server_round}-{self.attempt}.safetensors"
+
+
+def has_run(folder: Path) -> bool:
+    """Whether ``folder`` holds a run; a half-finished import is none."""
+    return (folder / DATABASE_NAME).is_file()
+
+
+def lock_folder(folder: Path) -> filelock.BaseFileLock:
+    """Take the folder for this process, until it ends or releases the lock. Raises StateLocked."""
+    lock = filelock.FileLock(str(folder / LOCK_NAME), thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as fault:
+        raise StateLocked(f"state folder {folder} is in use by another process") from fault
+    except OSError as fault:
+        raise StorageError(f"cannot lock state folder {folder}: {fault}") from fault
+    return lock
+
+
+def write_database(
+    path: Path,
+    run: RunConfig,
+    policy: RoundPolicy,
+    units: Sequence[UnitInfo],
+    files: Sequence[FileInfo],
+    experts_per_layer: Sequence[int],
+) -> None:
+    """Write the database of a new run, complete and closed, to ``path``. The caller renames it into place."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, sqlite_errors(path), connection:
+        connection.executescript(
+            f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION}; PRAGMA synchronous=FULL;"
+            + SCHEMA
+        )
+        facts = {"config": run, "policy": policy, "files": files, "experts_per_layer": experts_per_layer}
+        connection.executemany(
+            "INSERT INTO run VALUES (?, ?)", [(name, msgspec.json.encode(value)) for name, value in facts.items()]
+        )
+        connection.executemany("INSERT INTO units VALUES (?, ?, ?, ?, ?, ?)", _unit_rows(units, 1, range(len(units))))
+        connection.execute("INSERT INTO rounds VALUES (1, ?, '[]', NULL, NULL)", (Phase.WAITING.value,))
+
+
+def _unit_rows(units: Sequence[UnitInfo], server_round: int, positions: Iterable[int]) -> list[tuple]:
+    return [
+        (unit.key, server_round, position, unit.sha256, unit.size_bytes, msgspec.json.encode(unit))
+        for unit, position in zip(units, positions, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ours: full disk, foreign or damaged file, anything else."""
+    try:
+        yield
+    except sqlite3.OperationalError as fault:
+        kind = DiskFull if "full" in str(fault) else StorageError
+        raise kind(f"cannot use {path}: {fault}") from fault
+    except (sqlite3.DatabaseError, msgspec.DecodeError) as fault:
+        raise StateCorrupt(f"{path} is damaged or no edgefed database: {fault}") from fault
+
+
+class Store:
+    """The open state of a run. `close` releases it; so does the end of the process, however it ends."""
+
+    def __init__(self, folder: Path):
+        """Open the run in ``folder``. Raises StorageError (no run), StateLocked, StateCorrupt."""
+        self.folder = folder
+        self._path = folder / DATABASE_NAME
+        if not has_run(folder):
+            raise StorageError(
+                f"state folder {folder} holds no run",
+                remedy="Create one: `edgefed serve` imports a model with --model.",
+            )
+        self._folder_lock = lock_folder(folder)
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        with sqlite_errors(self._path):
+            self._connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+            for pragma, expected in (("application_id", APPLICATION_ID), ("user_version", SCHEMA_VERSION)):
+                found = self._connection.execute(f"PRAGMA {pragma}").fetchone()[0]
+                if found != expected:
+                    raise StateCorrupt(
+                        f"{self._path} is no edgefed database of this version: {pragma} {found}, not {expected}"
+                    )
+            verdict = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if verdict != "ok":
+                raise StateCorrupt(f"{self._path} is damaged: {verdict}")
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self.run = self._fact("config", RunConfig)
+            self.policy = self._fact("policy", RoundPolicy)
+            self.files = self._fact("files", tuple[FileInfo, ...])
+            self.experts_per_layer = self._fact("experts_per_layer", tuple[int, ...])
+            self._positions = {
+                key: at for key, at in self._connection.execute("SELECT DISTINCT key, position FROM units")
+            }
+
+    def _fact(self, name: str, kind: type[T]) -> T:
+        rows = self._query("SELECT value FROM run WHERE name = ?", name)
+        if not rows:
+            raise StateCorrupt(f"{self._path} lacks the run's {name}")
+        return msgspec.json.decode(rows[0][0], type=kind)
+
+    def close(self) -> None:
+        """Close the database and release the folder."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            self._folder_lock.release()
+
+    def _query(self, sql: str, *values: object) -> list[tuple]:
+        with self._lock, sqlite_errors(self._path):
+            if self._connection is None:
+                raise StorageError(f"{self._path} was closed")
+            return self._connection.execute(sql, values).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, and on disk when it ends."""
+        with self._lock, sqlite_errors(self._path):
+            if self._connection is None:
+                raise StorageError(f"{self._path} was closed")
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    # --- the global model ---------------------------------------------------------------------------------------
+
+    def manifest(self, server_round: int) -> Manifest | None:
+        """The model at the start of a round, None when that round is not kept or has not been reached."""
+        with self._lock:
+            if not self.oldest_round() <= server_round <= self.current_round().server_round:
+                return None
+            rows = self._query(
+                "SELECT info FROM units AS u WHERE server_round = (SELECT MAX(server_round) FROM units "
+                "WHERE key = u.key AND server_round <= ?) ORDER BY position",
+                server_round,
+            )
+        units = tuple(msgspec.json.decode(row[0], type=UnitInfo) for row in rows)
+        return Manifest(
+            run_id=self.run.run_id, server_round=server_round, experts_per_layer=self.experts_per_layer, units=units,
+            files=self.files,
+        )  # fmt: skip
+
+    def oldest_round(self) -> int:
+        """The oldest round whose manifest is kept."""
+        rows = self._query("SELECT value FROM run WHERE name = 'oldest_round'")
+        return int(rows[0][0]) if rows else 1
+
+    def referenced(self) -> dict[str, int]:
+        """SHA-256 -> size of every blob that a kept manifest names."""
+        found = dict(self._query("SELECT sha256, size_bytes FROM units"))
+        found.update({file.sha256: file.size_bytes for file in self.files})
+        return found
+
+    def prune(self, keep_rounds: int) -> list[str]:
+        """Forget all but the newest ``keep_rounds`` manifests (0: none). Returns the blobs that nothing names now."""
+        oldest = self.current_round().server_round - keep_rounds + 1
+        if keep_rounds <= 0 or oldest <= self.oldest_round():
+            return []
+        with self._transaction() as connection:
+            before = {row[0] for row in connection.execute("SELECT sha256 FROM units")}
+            connection.execute(
+                "DELETE FROM units WHERE server_round < (SELECT MAX(server_round) FROM units AS newer "
+                "WHERE newer.key = units.key AND newer.server_round <= ?)",
+                (oldest,),
+            )
+            connection.execute("INSERT OR REPLACE INTO run VALUES ('oldest_round', ?)", (str(oldest),))
+        return sorted(before - self.referenced().keys())
+
+    # --- clients ------------------------------------------------------------------------------------------------
+
+    def clients(self) -> list[ClientRecord]:
+        """All clients that ever registered, by id."""
+        with sqlite_errors(self._path):
+            return [
+                msgspec.json.decode(row[0], type=ClientRecord)
+                for row in self._query("SELECT record FROM clients ORDER BY client_id")
+            ]
+
+    def save_clients(self, clients: Iterable[ClientRecord]) -> None:
+        with self._transaction() as connection:
+            _save_clients(connection, clients)
+
+    # --- rounds and updates -------------------------------------------------------------------------------------
+
+    def current_round(self) -> RoundRecord:
+        """The newest round. After the last one its phase is FINISHED."""
+        rows = self._query(
+            "SELECT server_round, phase, participants, opened_at FROM rounds ORDER BY server_round DESC LIMIT 1"
+        )
+        if not rows:
+            raise StateCorrupt(f"{self._path} holds no round")
+        number, phase, participants, opened_at = rows[0]
+        return RoundRecord(number, Phase(phase), tuple(json.loads(participants)), opened_at)
+
+    def save_round(self, server_round: int, phase: Phase, participants: Iterable[str]) -> None:
+        """Record where a round is. The first time that it trains is when it opened."""
+        opened_at = time.time() if phase is Phase.TRAINING else None
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE rounds SET phase = ?, participants = ?, opened_at = COALESCE(opened_at, ?) "
+                "WHERE server_round = ?",
+                (phase.value, json.dumps(sorted(participants)), opened_at, server_round),
+            )
+
+    def history(self) -> tuple[RoundStatus, ...]:
+        """The folded rounds, oldest first."""
+        rows = self._query("SELECT status FROM rounds WHERE status IS NOT NULL ORDER BY server_round")
+        return tuple(msgspec.json.decode(row[0], type=RoundStatus) for row in rows)
+
+    def updates(self, server_round: int) -> list[UpdateRecord]:
+        """Acknowledged updates of a round, sorted by client."""
+        rows = self._query(
+            "SELECT server_round, client_id, attempt, sha256, size_bytes, meta FROM updates WHERE server_round = ? "
+            "ORDER BY client_id",
+            server_round,
+        )
+        return [_update(row) for row in rows]
+
+    def find_update(self, server_round: int, client_id: str) -> UpdateRecord | None:
+        """The acknowledged update of a client for a round, of finished rounds too."""
+        rows = self._query(
+            "SELECT server_round, client_id, attempt, sha256, size_bytes, meta FROM updates WHERE server_round = ? "
+            "AND client_id = ?",
+            server_round,
+            client_id,
+        )
+        return _update(rows[0]) if rows else None
+
+    def record_update(self, update: UpdateRecord, client: ClientRecord) -> None:
+        """Record an update whose file is safe in place. When this returns, it may be acknowledged."""
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    update.server_round,
+                    update.client_id,
+                    update.attempt,
+                    update.sha256,
+                    update.size_bytes,
+                    time.time(),
+                    msgspec.json.encode(update.meta),
+                ),
+            )
+            _save_clients(connection, [client])
+
+    def record_fold(
+        self, status: RoundStatus, changed: Sequence[UnitInfo], next_phase: Phase, clients: Iterable[ClientRecord]
+    ) -> None:
+        """Close a round and begin the next with ``changed`` units, whose blobs are safe in place. One transaction."""
+        following = status.server_round + 1
+        with self._transaction() as connection:
+            rows = _unit_rows(changed, following, [self._positions[unit.key] for unit in changed])
+            connection.executemany("INSERT INTO units VALUES (?, ?, ?, ?, ?, ?)", rows)
+            connection.execute(
+                "UPDATE rounds SET phase = 'done', status = ? WHERE server_round = ?",
+                (msgspec.json.encode(status), status.server_round),
+            )
+            connection.execute("INSERT INTO rounds VALUES (?, ?, '[]', NULL, NULL)", (following, next_phase.value))
+            connection.execute("UPDATE updates SET meta = NULL WHERE server_round = ?", (status.server_round,))
+            _save_clients(connection, clients)
+
+
+def _save_clients(connection: sqlite3.Connection, clients: Iterable[ClientRecord]) -> None:
+    connection.executemany(
+        "INSERT OR REPLACE INTO clients VALUES (?, ?, ?)",
+        [(client.client_id, client.joined, msgspec.json.encode(client)) for client in clients],
+    )
+
+
+def _update(row: tuple) -> UpdateRecord:
+    server_round, client_id, attempt, sha256, size_bytes, meta = row
+    decoded = None if meta is None else msgspec.json.decode(meta, type=UpdateMeta)
+    return UpdateRecord(server_round, client_id, attempt, sha256, size_bytes, decoded)

@@ -1,0 +1,186 @@
+"""Parts of uploads on disk: appended to by one connection at a time, continued after any interruption, moved when done.
+
+``uploads/<client>-<round>-<attempt>.part`` grows while bytes arrive; its size is the offset at which the client
+continues, so nothing else needs to be remembered. ``updates/<client>-<round>-<attempt>.safetensors`` is a complete,
+verified update. Knows nothing of what an update holds or who may send one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from edgefed.aggregator.blobs import disk_errors, write_all
+from edgefed.aggregator.store import UpdateRecord
+from edgefed.errors import NotFound, OffsetMismatch, ProtocolError, UpdateTooLarge
+from edgefed.protocol.frames import sync_file, sync_folder
+
+_PART_NAME = re.compile(r"(?P<client_id>[A-Za-z0-9_-]{1,64})-(?P<server_round>\d{1,9})-(?P<attempt>\d{1,9})\.part")
+
+
+@dataclasses.dataclass(frozen=True)
+class UploadName:
+    """Which upload it is. ``client_id`` was checked against the pattern of client ids before it comes here."""
+
+    client_id: str
+    server_round: int
+    attempt: int
+
+    @property
+    def part_name(self) -> str:
+        return f"{self.client_id}-{self.server_round}-{self.attempt}.part"
+
+
+def offset_mismatch(message: str, offset: int) -> OffsetMismatch:
+    """The error that tells a client where to continue; ``offset`` goes into its reply."""
+    error = OffsetMismatch(message)
+    error.offset = offset  # type: ignore[attr-defined]
+    return error
+
+
+class PartWriter:
+    """Appends to one part. Another connection or the end of the round takes it over with `stop`."""
+
+    def __init__(self, path: Path, limit_bytes: int):
+        self._lock = threading.Lock()
+        self._refusal: ProtocolError | None = None
+        self._limit_bytes = limit_bytes
+        with disk_errors(f"write {path}"):
+            self._file = path.open("ab", buffering=0)
+            self.offset = os.fstat(self._file.fileno()).st_size
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises what `stop` was given, UpdateTooLarge, DiskFull, StorageError."""
+        with self._lock:
+            if self._refusal is not None:
+                raise self._refusal
+            if self.offset + len(data) > self._limit_bytes:
+                raise UpdateTooLarge(
+                    f"the upload has {self.offset + len(data)} bytes or more, all trainable tensors {self._limit_bytes}"
+                )
+            try:
+                with disk_errors("write an upload"):
+                    write_all(self._file, data)
+            finally:
+                self.offset = os.fstat(self._file.fileno()).st_size
+
+    def stop(self, refusal: ProtocolError) -> None:
+        """Refuse further writes. When this returns, none is under way."""
+        with self._lock:
+            if self._refusal is None:
+                self._refusal = refusal
+                self._file.close()
+
+
+class UploadFolder:
+    """Both folders of one state folder."""
+
+    def __init__(self, state_folder: Path):
+        self.parts = state_folder / "uploads"
+        self.updates = state_folder / "updates"
+        self._lock = threading.Lock()
+        self._writers: dict[UploadName, PartWriter] = {}
+        with disk_errors(f"make {self.parts}"):
+            self.parts.mkdir(exist_ok=True)
+            self.updates.mkdir(exist_ok=True)
+
+    def offset(self, name: UploadName) -> int:
+        """Bytes that have arrived, 0 when none have."""
+        try:
+            return (self.parts / name.part_name).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def open(self, name: UploadName, offset: int, limit_bytes: int) -> PartWriter:
+        """Continue an upload at ``offset``. A connection that still writes to it is cut off; other attempts go.
+
+        Raises OffsetMismatch when ``offset`` is not what has arrived.
+        """
+        with self._lock:
+            self._stop(name, OffsetMismatch("another connection continues this upload"))
+            self._delete_parts(lambda other: other.client_id == name.client_id and other != name)
+            arrived = self.offset(name)
+            if arrived != offset:
+                raise offset_mismatch(f"the upload continues at {arrived}, not at {offset}", arrived)
+            writer = self._writers[name] = PartWriter(self.parts / name.part_name, limit_bytes)
+            return writer
+
+    def close(self, name: UploadName, writer: PartWriter) -> None:
+        """The connection ended. What has arrived stays."""
+        with self._lock:
+            writer.stop(OffsetMismatch("this connection's upload has ended"))
+            if self._writers.get(name) is writer:
+                del self._writers[name]
+
+    def seal(self, name: UploadName) -> Path:
+        """Stop any writer and return the part's path. Raises NotFound when nothing has arrived."""
+        with self._lock:
+            self._stop(name, OffsetMismatch("the upload was committed meanwhile"))
+            path = self.parts / name.part_name
+            if not path.is_file():
+                raise NotFound(f"nothing was uploaded for round {name.server_round}, attempt {name.attempt}")
+            return path
+
+    def discard(self, name: UploadName, reason: ProtocolError) -> None:
+        """Delete a part: what was sent is refused."""
+        with self._lock:
+            self._stop(name, reason)
+            self._delete_parts(lambda other: other == name)
+
+    def promote(self, name: UploadName, file_name: str) -> Path:
+        """Move a verified part to the updates, durably. Raises DiskFull, StorageError; the part is then still there."""
+        source, target = self.parts / name.part_name, self.updates / file_name
+        with disk_errors(f"store update {target.name}"):
+            with source.open("rb+") as file:  # Windows syncs only files that are open for writing
+                sync_file(file)
+            with self._lock:
+                os.replace(source, target)
+            sync_folder(self.updates)
+        return target
+
+    def demote(self, name: UploadName, path: Path) -> None:
+        """Undo `promote`: the record could not be written, the client may commit again."""
+        with self._lock, disk_errors(f"move {path} back"):
+            os.replace(path, self.parts / name.part_name)
+
+    def end_round(self, refusal: ProtocolError) -> None:
+        """Stop every writer and delete every part: the round is closed."""
+        with self._lock:
+            for name in list(self._writers):
+                self._stop(name, refusal)
+            self._delete_parts(lambda _: True)
+
+    def delete_updates(self, updates: Iterable[UpdateRecord]) -> None:
+        """Delete the files of a folded round."""
+        for update in updates:
+            (self.updates / update.file_name).unlink(missing_ok=True)
+
+    def recover(self, server_round: int | None, recorded: Iterable[UpdateRecord]) -> None:
+        """Tidy up after a crash. ``server_round``: the round that takes uploads, or None.
+
+        A complete update without a record was never acknowledged: it becomes a part again, so that its client can
+        commit it without sending it twice. Parts of other rounds are deleted.
+        """
+        known = {update.file_name for update in recorded}
+        with disk_errors("tidy the uploads"):
+            for path in self.updates.iterdir():
+                if path.name not in known:
+                    os.replace(path, self.parts / path.with_suffix(".part").name)
+        with self._lock:
+            self._delete_parts(lambda name: name.server_round != server_round)
+
+    def _stop(self, name: UploadName, refusal: ProtocolError) -> None:
+        writer = self._writers.pop(name, None)
+        if writer is not None:
+            writer.stop(refusal)
+
+    def _delete_parts(self, wanted: Callable[[UploadName], bool]) -> None:
+        for path in self.parts.iterdir():
+            found = _PART_NAME.fullmatch(path.name)
+            name = UploadName(found["client_id"], int(found["server_round"]), int(found["attempt"])) if found else None
+            if name is None or wanted(name):
+                path.unlink(missing_ok=True)

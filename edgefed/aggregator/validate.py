@@ -1,0 +1,160 @@
+"""The door for updates: one check of everything that a client claims, after which the server trusts the file.
+
+An update is a frame with tensors named ``<unit key>|<tensor name>``, whole units only, in the manifest's dtypes and
+shapes, every value finite; and an `UpdateMeta` whose numbers mean something. Nothing is loaded: the file is scanned
+through one small buffer.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgefed.aggregator.blobs import disk_errors
+from edgefed.aggregator.creation import NAME_SEPARATOR
+from edgefed.errors import InvalidUpdate
+from edgefed.kernels.fold import FoldBackend
+from edgefed.protocol.frames import MAX_HEADER_BYTES, TensorEntry, encode_header, read_header, storage_dtype
+from edgefed.protocol.messages import TensorInfo, UnitInfo, UpdateMeta
+
+SCAN_BLOCK_BYTES = 256 * 1024
+MAX_EXAMPLES = 10**9
+MAX_COUNT = 10**15
+"""Bound of tokens and steps: far beyond any round, far below where float64 stops counting."""
+MAX_METRICS = 256
+MAX_METRIC_NAME = 64
+_HEADER_SLACK_BYTES = 64 * 1024
+
+
+def tensor_name(unit_key: str, name: str) -> str:
+    """Name of a unit's tensor in an update."""
+    return f"{unit_key}{NAME_SEPARATOR}{name}"
+
+
+def max_header_bytes(units: Sequence[UnitInfo]) -> int:
+    """Largest header that an update of these units needs: twice the compact one, for another writer's blanks."""
+    infos = [
+        TensorInfo(name=tensor_name(unit.key, info.name), dtype=info.dtype, shape=info.shape)
+        for unit in units
+        if unit.trainable
+        for info in unit.tensors
+    ]
+    return min(2 * len(encode_header(infos)) + _HEADER_SLACK_BYTES, MAX_HEADER_BYTES)
+
+
+def max_update_bytes(units: Sequence[UnitInfo]) -> int:
+    """Most bytes that an update may have: every trainable tensor at 4 bytes a value (8 for F64), and the header."""
+    total = max_header_bytes(units)
+    for unit in units:
+        if unit.trainable:
+            total += sum(math.prod(info.shape) * (8 if info.dtype == "F64" else 4) for info in unit.tensors)
+    return total
+
+
+def validate_meta(meta: UpdateMeta, experts_per_layer: Sequence[int]) -> None:
+    """Check the numbers of an update. Raises InvalidUpdate."""
+    if not 1 <= meta.num_examples <= MAX_EXAMPLES:
+        raise InvalidUpdate(f"num_examples is {meta.num_examples}, expected 1..{MAX_EXAMPLES}")
+    if not 0 <= meta.num_tokens <= MAX_COUNT:
+        raise InvalidUpdate(f"num_tokens is {meta.num_tokens}, expected 0..{MAX_COUNT}")
+    if len(meta.metrics) > MAX_METRICS:
+        raise InvalidUpdate(f"the update has {len(meta.metrics)} metrics, at most {MAX_METRICS} are kept")
+    for name, value in meta.metrics.items():
+        if not math.isfinite(value) or not 0 < len(name) <= MAX_METRIC_NAME or not name.isprintable():
+            raise InvalidUpdate(
+                f"metric {name[:MAX_METRIC_NAME]!r} is {value}, expected a short name and a finite number"
+            )
+    seen = set()
+    for report in meta.experts:
+        where = f"report for expert {report.expert} of layer {report.layer}"
+        if not 0 <= report.layer < len(experts_per_layer) or not 0 <= report.expert < experts_per_layer[report.layer]:
+            raise InvalidUpdate(f"{where}: the model has no such expert")
+        if (report.layer, report.expert) in seen:
+            raise InvalidUpdate(f"{where} comes twice")
+        seen.add((report.layer, report.expert))
+        if not 0.0 <= report.usage <= 1.0:
+            raise InvalidUpdate(f"{where}: usage is {report.usage}, expected 0..1")
+        if not (math.isfinite(report.importance) and report.importance >= 0.0):
+            raise InvalidUpdate(f"{where}: importance is {report.importance}, expected a finite number from 0")
+        for field, value in (("steps", report.steps), ("tokens", report.tokens)):
+            if not 0 <= value <= MAX_COUNT:
+                raise InvalidUpdate(f"{where}: {field} is {value}, expected 0..{MAX_COUNT}")
+
+
+def validate_update(
+    path: Path, meta: UpdateMeta, units: Sequence[UnitInfo], experts_per_layer: Sequence[int], backend: FoldBackend
+) -> frozenset[str]:
+    """Check an uploaded frame and its meta against the manifest's units. Returns the keys of the units in it.
+
+    Raises InvalidUpdate, which names the tensor, what was expected and what was found.
+    """
+    validate_meta(meta, experts_per_layer)
+    entries = read_header(path, max_header_bytes=max_header_bytes(units))
+    uploaded = _check_tensors(entries, {unit.key: unit for unit in units})
+    reported = {(report.layer, report.expert) for report in meta.experts}
+    for unit in units:
+        if unit.key in uploaded and unit.kind == "expert" and (unit.layer, unit.expert) not in reported:
+            raise InvalidUpdate(f"unit {unit.key!r} was uploaded without a report for that expert")
+    _check_finite(path, entries, backend)
+    return uploaded
+
+
+def update_units(path: Path) -> frozenset[str]:
+    """Keys of the units in an update that was validated before."""
+    return frozenset(name.partition(NAME_SEPARATOR)[0] for name in read_header(path))
+
+
+def _check_tensors(entries: Mapping[str, TensorEntry], units: Mapping[str, UnitInfo]) -> frozenset[str]:
+    found: dict[str, set[str]] = {}
+    for full_name, entry in entries.items():
+        key, _, name = full_name.partition(NAME_SEPARATOR)
+        unit = units.get(key)
+        if unit is None:
+            raise InvalidUpdate(f"tensor {full_name[:200]!r} belongs to no unit of the model")
+        if not unit.trainable:
+            raise InvalidUpdate(f"tensor {full_name!r} belongs to a unit that is not trained in this run")
+        expected = next((info for info in unit.tensors if info.name == name), None)
+        if expected is None:
+            raise InvalidUpdate(f"unit {key!r} has no tensor {name[:200]!r}")
+        if entry.info.dtype != expected.dtype:
+            raise InvalidUpdate(f"tensor {full_name!r} is {entry.info.dtype}, the manifest says {expected.dtype}")
+        if entry.info.shape != tuple(expected.shape):
+            raise InvalidUpdate(
+                f"tensor {full_name!r} has shape {list(entry.info.shape)}, the manifest says {list(expected.shape)}"
+            )
+        found.setdefault(key, set()).add(name)
+    for key, names in found.items():
+        missing = [info.name for info in units[key].tensors if info.name not in names]
+        if missing:
+            raise InvalidUpdate(f"unit {key!r} is incomplete: tensors {json.dumps(missing)} are missing")
+    return frozenset(found)
+
+
+def _check_finite(path: Path, entries: Mapping[str, TensorEntry], backend: FoldBackend) -> None:
+    buffer = np.empty(SCAN_BLOCK_BYTES, dtype=np.uint8)
+    with disk_errors(f"read {path}"), path.open("rb", buffering=0) as file:
+        for name, entry in entries.items():
+            dtype, done = storage_dtype(entry.info.dtype), 0
+            file.seek(entry.start)
+            while done < entry.size_bytes:
+                block = buffer[: min(SCAN_BLOCK_BYTES, entry.size_bytes - done)]
+                read_exactly(file, block)
+                bad = backend.first_nonfinite(block.view(dtype), entry.info.dtype)
+                if bad >= 0:
+                    raise InvalidUpdate(f"tensor {name!r}: element {done // dtype.itemsize + bad} is no finite number")
+                done += block.nbytes
+
+
+def read_exactly(file: io.FileIO, buffer: np.ndarray) -> None:
+    """Fill ``buffer`` (uint8) from the file's position. Raises OSError when the file ends before that."""
+    view = memoryview(buffer).cast("B")
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError("the file ends too early")
+        view = view[count:]

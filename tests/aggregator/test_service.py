@@ -1,0 +1,515 @@
+"""The service without HTTP: clients, uploads, rounds, and what a restart finds."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import threading
+
+import numpy as np
+import pytest
+import toy_run
+from toy_run import KEY, Toy, make_run, make_update, trained, weighted_mean
+
+from edgefed.aggregator import blobs as blobs_module
+from edgefed.aggregator import uploads as uploads_module
+from edgefed.errors import (
+    ChecksumMismatch,
+    DiskFull,
+    InvalidUpdate,
+    MalformedMessage,
+    NotFound,
+    OffsetMismatch,
+    RoundClosed,
+    StateCorrupt,
+    Unauthorized,
+    UnknownClient,
+    UpdateConflict,
+    UpdateTooLarge,
+    VersionMismatch,
+)
+from edgefed.protocol.messages import Assignment, Finished, Heartbeat, Wait
+
+# --- clients ----------------------------------------------------------------------------------------------------
+
+
+def test_a_round_from_registration_to_the_next_model(toy):
+    toy.join("a")
+    assert isinstance(toy.assignment("a"), Wait)
+    toy.join("b")
+    before = toy.values()
+    updates = {name: toy.update(name, seed, num_examples=n) for name, seed, n in (("a", 1, 10), ("b", 2, 30))}
+    assert toy.assignment("a").server_round == 1
+    assert not toy.send(updates["a"]).repeated
+    assert isinstance(toy.assignment("a"), Wait) and isinstance(toy.assignment("b"), Assignment)
+    toy.send(updates["b"])
+    assert toy.run.fold_due
+    toy.run.fold_pending()
+    manifest = toy.manifest()
+    assert manifest.server_round == 2 and toy.assignment("a").server_round == 2
+    first, second = (trained([u for u in manifest.units if u.trainable], seed) for seed in (1, 2))
+    for name, values in toy.values().items():
+        if name in first:
+            expected = weighted_mean([(10, first[name][1]), (30, second[name][1])]).astype(values.dtype)
+            np.testing.assert_array_max_ulp(values, expected, maxulp=1)
+        else:
+            assert np.array_equal(values, before[name]), "a frozen unit keeps its bits"
+    status = toy.run.status()
+    (ledger,) = status.history
+    assert (ledger.updates, ledger.participants, ledger.experts_changed) == (2, 2, 6)
+    assert ledger.metrics == {"loss": pytest.approx((10 * 10 + 30 * 30) / 40)}
+    assert ledger.uploaded_bytes == sum(len(update.frame) for update in updates.values())
+    assert {c.client_id: (c.rounds_done, c.state) for c in status.clients} == {
+        "a": (1, "training"),
+        "b": (1, "training"),
+    }
+    assert not list((toy.folder / "updates").iterdir()) and not list((toy.folder / "uploads").iterdir())
+
+
+def test_registering_again_keeps_the_client_and_needs_its_key(toy):
+    toy.join("a", "b")
+    toy.send(toy.update("a", 1))
+    toy.service.register(toy_run.register_message("a", name="renamed", num_examples=99))
+    client = toy.run.clients["a"]
+    assert (client.name, client.num_examples, client.rounds_done) == ("renamed", 99, 1)
+    with pytest.raises(Unauthorized):
+        toy.service.register(toy_run.register_message("a", client_key="another key, long enough"))
+    with pytest.raises(Unauthorized):
+        toy.service.assignment("a", "wrong")
+    with pytest.raises(UnknownClient):
+        toy.service.assignment("nobody", KEY)
+    assert "wrong" not in (toy.folder / "edgefed.db").read_bytes().decode("latin1")
+    assert KEY not in (toy.folder / "edgefed.db-wal").read_bytes().decode("latin1"), "only the key's hash is kept"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"client_id": "../evil"}, {"client_id": "a/b"}, {"client_id": ""}, {"client_id": "x" * 65},
+        {"client_id": "a\n"}, {"client_id": "ä"}, {"client_key": "short"}, {"name": "bell\x07"},
+        {"memory_bytes": -1}, {"expert_share": 1.5},
+        {"expert_share": math.nan}, {"compute_share": 0.0}, {"num_examples": -1}, {"num_examples": 10**12},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_registration_that_makes_no_sense_is_refused(toy, changes):
+    with pytest.raises(MalformedMessage):
+        toy.service.register(toy_run.register_message(**{"client_id": "a", **changes}))
+    assert not toy.run.clients
+
+
+def test_client_ids_may_not_differ_in_case_only(toy):
+    toy.join("Device")
+    with pytest.raises(MalformedMessage, match="case"):
+        toy.join("device")
+
+
+def test_another_protocol_version_is_refused_by_name(toy):
+    with pytest.raises(VersionMismatch, match="protocol 2"):
+        toy.service.register(toy_run.register_message("a", protocol_version=2))
+
+
+def test_a_heartbeat_shows_in_the_status_and_keeps_a_client_alive(toy):
+    toy.join("a", "b")
+    toy.now += 50.0
+    toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="training", fraction=0.25, server_round=1))
+    toy.now += 20.0
+    toy.run.tick()
+    clients = {client.client_id: client for client in toy.run.status().clients}
+    assert (clients["a"].state, clients["a"].phase, clients["a"].fraction) == ("training", "training", 0.25)
+    assert clients["b"].state == "lost" and clients["b"].last_seen_s == 70.0
+    with pytest.raises(MalformedMessage):
+        toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="x", fraction=2.0, server_round=1))
+
+
+# --- uploads ----------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_continues_where_it_was_cut_off(toy):
+    toy.join("a", "b")
+    update = toy.update("a", 1)
+    assert toy.put("a", update.frame[:100]) == 100
+    assert toy.service.upload_state("a", KEY + "a", 1, 1).offset == 100
+    for wrong in (0, 99, 101):
+        with pytest.raises(OffsetMismatch) as caught:
+            toy.put("a", update.frame, offset=wrong)
+        assert caught.value.offset == 100
+    with pytest.raises(OffsetMismatch) as caught:
+        toy.commit(update.meta)
+    assert caught.value.offset == 100
+    toy.put("a", update.frame[100:], offset=100)
+    toy.commit(update.meta)
+    assert toy.service.upload_state("a", KEY + "a", 1, 1).status == "accepted"
+
+
+def test_a_second_connection_takes_an_upload_over(toy):
+    toy.join("a", "b")
+    name, stale = toy.service.open_upload("a", KEY + "a", 1, 1, 0, None)
+    stale.write(b"x" * 10)
+    toy.put("a", b"y" * 5, offset=10)
+    with pytest.raises(OffsetMismatch, match="another connection"):
+        stale.write(b"z")
+    toy.service.close_upload(name, stale)
+    assert (toy.folder / "uploads" / "a-1-1.part").read_bytes() == b"x" * 10 + b"y" * 5
+
+
+def test_a_new_attempt_replaces_the_parts_of_older_ones(toy):
+    toy.join("a", "b")
+    toy.put("a", b"x" * 10, attempt=1)
+    toy.put("b", b"x" * 10, attempt=1)
+    toy.put("a", b"y" * 5, attempt=2)
+    assert sorted(path.name for path in (toy.folder / "uploads").iterdir()) == ["a-1-2.part", "b-1-1.part"]
+
+
+def test_the_same_update_twice_has_one_effect_even_after_its_round(toy):
+    toy.join("a", "b")
+    update = toy.update("a", 1)
+    toy.send(update)
+    assert toy.commit(update.meta).repeated
+    with pytest.raises(OffsetMismatch) as caught:
+        toy.put("a", update.frame)
+    assert caught.value.offset == len(update.frame)
+    other = toy.update("a", 5, attempt=2)
+    with pytest.raises(UpdateConflict):
+        toy.put("a", other.frame, attempt=2)
+    with pytest.raises(UpdateConflict):
+        toy.commit(other.meta)
+    toy.send(toy.update("b", 2))
+    toy.run.fold_pending()
+    assert toy.commit(update.meta).repeated and toy.run.clients["a"].rounds_done == 1
+
+
+def test_what_comes_after_the_close_is_told_so(toy):
+    toy.join("a", "b", "c")
+    late = toy.update("a", 1)
+    toy.put("a", late.frame)
+    name, writer = toy.service.open_upload("b", KEY + "b", 1, 1, 0, None)
+    toy.join("a")  # still there
+    toy.now += 100.0
+    toy.join("b")
+    toy.send(toy.update("b", 2))
+    assert toy.run.fold_due
+    for call in (
+        lambda: writer.write(b"more"),
+        lambda: toy.commit(late.meta),
+        lambda: toy.put("a", b"x"),
+        lambda: toy.service.upload_state("a", KEY + "a", 1, 1),
+    ):
+        with pytest.raises((RoundClosed, OffsetMismatch)):
+            call()
+    toy.run.fold_pending()
+    with pytest.raises(RoundClosed):
+        toy.commit(late.meta)
+    with pytest.raises(RoundClosed, match="no part"):
+        toy.put("c", b"x", server_round=2)
+    with pytest.raises(NotFound, match="has not begun"):
+        toy.put("a", b"x", server_round=7)
+
+
+def test_wrong_bytes_are_refused_and_deleted(toy):
+    toy.join("a", "b")
+    update = toy.update("a", 1)
+    toy.put("a", update.frame[:-1] + bytes([update.frame[-1] ^ 1]))
+    with pytest.raises(ChecksumMismatch, match=update.meta.sha256):
+        toy.commit(update.meta)
+    toy.put("a", update.frame + b"more")
+    with pytest.raises(ChecksumMismatch, match="bytes have arrived"):
+        toy.commit(update.meta)
+    with pytest.raises(NotFound):
+        toy.commit(update.meta)
+    toy.send(update)
+
+
+def test_more_bytes_than_the_model_has_are_refused_before_and_while_they_come(toy):
+    toy.join("a", "b")
+    limit = toy.run.catalog.limit_bytes
+    with pytest.raises(UpdateTooLarge):
+        toy.put("a", b"x" * (limit + 1))
+    name, writer = toy.service.open_upload("a", KEY + "a", 1, 1, 0, None)
+    writer.write(b"x" * limit)
+    with pytest.raises(UpdateTooLarge) as caught:
+        writer.write(b"x")
+    toy.service.close_upload(name, writer, refused=caught.value)
+    assert not list((toy.folder / "uploads").iterdir())
+
+
+def test_a_commit_of_another_update_is_refused(toy):
+    toy.join("a", "b")
+    update = toy.update("a", 1)
+    toy.put("a", update.frame)
+    with pytest.raises(MalformedMessage):
+        toy.service.commit("a", KEY + "a", 1, 2, update.meta)
+    with pytest.raises(Unauthorized):
+        toy.service.commit("a", KEY + "b", 1, 1, update.meta)
+
+
+def test_a_refused_update_leaves_the_round_open(toy):
+    toy.join("a", "b")
+    manifest = toy.manifest()
+    tensors = trained([unit for unit in manifest.units if unit.kind == "router"], 1)
+    tensors["layer0.router|w"][1][0, 0] = np.nan
+    with pytest.raises(InvalidUpdate, match=r"layer0.router\|w.*element 0"):
+        toy.send(make_update(manifest, "a", tensors))
+    assert not list((toy.folder / "uploads").iterdir()) and isinstance(toy.assignment("a"), Assignment)
+    toy.send(toy.update("a", 1, attempt=2))
+
+
+def test_concurrent_commits_of_one_update_are_accepted_once(toy):
+    toy.join("a", "b")
+    update = toy.update("a", 1)
+    toy.put("a", update.frame)
+    replies = []
+    threads = [threading.Thread(target=lambda: replies.append(toy.commit(update.meta).repeated)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(replies) == [False, True, True, True]
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------
+
+
+def play(folder, order: str, **options) -> tuple[dict[str, str], dict]:
+    """One round with updates in this order of arrival; the new model's hashes and values."""
+    toy = Toy(make_run(folder, **options))
+    toy.join(*sorted(order))
+    updates = {name: toy.update(name, ord(name), num_examples=ord(name) - 90, share=0.7) for name in sorted(order)}
+    for name in order:
+        toy.send(updates[name])
+    toy.run.fold_pending()
+    try:
+        return toy.blobs(), toy.values()
+    finally:
+        toy.close()
+
+
+def test_the_order_of_arrival_changes_no_bit(tmp_path):
+    orders = ["abcd", "dcba", "bdac"]
+    hashes = [play(tmp_path / order, order, min_clients=4)[0] for order in orders]
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+def test_router_rows_that_nobody_weighs_keep_their_values(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", options={"row_routers": True}))
+    toy.join("a", "b")
+    manifest, old = toy.manifest(), toy.values()
+    routers = [unit for unit in manifest.units if unit.kind == "router"]
+    for name, seed, experts in (("a", 1, (0,)), ("b", 2, (0, 1))):
+        reports = tuple(toy_run.report(layer, expert) for layer in range(2) for expert in experts)
+        toy.send(make_update(manifest, name, trained(routers, seed), experts=reports, num_examples=10 * seed))
+    toy.run.fold_pending()
+    first, second, new = trained(routers, 1), trained(routers, 2), toy.values()
+    for router in ("layer0.router", "layer1.router"):
+        w, norm = f"{router}|w", f"{router}|norm"
+        a, b = first[w][1], second[w][1]
+        np.testing.assert_array_max_ulp(new[w][0], weighted_mean([(10, a[0]), (20, b[0])]).astype(np.float32))
+        assert np.array_equal(new[w][1], b[1]), "one holder: copied"
+        assert np.array_equal(new[w][2], old[w][2]), "no holder: unchanged"
+        # No row per expert: the mean of the row weights, 10/3 and 40/3.
+        expected = weighted_mean([(10, first[norm][1]), (40, second[norm][1])]).astype(np.float32)
+        np.testing.assert_array_max_ulp(new[norm], expected)
+    toy.close()
+
+
+def test_a_unit_that_nobody_changed_keeps_its_blob(toy):
+    toy.join("a", "b")
+    before = toy.blobs()
+    manifest, old = toy.manifest(), toy.values()
+    unit = next(unit for unit in manifest.units if unit.key == "layer1.expert2")
+    same = {f"{unit.key}|{info.name}": ("F32", old[f"{unit.key}|{info.name}"]) for info in unit.tensors}
+    for name in "ab":
+        toy.send(make_update(manifest, name, same))
+    toy.run.fold_pending()
+    assert toy.blobs() == before and toy.run.status().history[0].experts_changed == 0
+
+
+def test_empty_updates_close_a_round(toy):
+    toy.join("a", "b")
+    before = toy.blobs()
+    for name in "ab":
+        toy.send(make_update(toy.manifest(), name, {}))
+    toy.run.fold_pending()
+    assert toy.blobs() == before and toy.manifest().server_round == 2
+
+
+def test_old_rounds_are_pruned_and_their_blobs_go(tmp_path):
+    for keep, expected in ((1, [3]), (2, [2, 3]), (0, [1, 2, 3])):
+        toy = Toy(make_run(tmp_path / str(keep) / "state", rounds=3), keep_rounds=keep)
+        toy.join("a", "b")
+        seen = {}
+        for server_round in (1, 2):
+            seen[server_round] = toy.blobs()
+            # Round 2 changes half the units only: the others are then shared by the manifests of rounds 2 and 3.
+            for name in "ab":
+                toy.send(toy.update(name, server_round, share=1.0 if server_round == 1 else 0.5))
+            toy.run.fold_pending()
+        seen[3] = toy.blobs()
+        for server_round in (1, 2, 3):
+            if server_round in expected:
+                assert toy.blobs(str(server_round)) == seen[server_round]
+            else:
+                with pytest.raises(NotFound):
+                    toy.manifest(str(server_round))
+        kept = {sha for server_round in expected for sha in seen[server_round].values()}
+        kept |= {file.sha256 for file in toy.manifest().files}
+        assert {path.name for path in (toy.folder / "blobs").glob("??/*")} == kept
+        gone = set(seen[1].values()) - kept
+        assert gone or keep == 0
+        for sha256 in gone:
+            with pytest.raises(NotFound):
+                toy.service.blob(sha256)
+        toy.close()
+
+
+def test_a_finished_run_says_so_and_serves_its_final_model(toy):
+    toy.join("a", "b")
+    for seed in (1, 2):
+        for name in "ab":
+            toy.send(toy.update(name, seed))
+        toy.run.fold_pending()
+    finished = toy.assignment("a")
+    assert isinstance(finished, Finished) and finished.server_round == 3 == toy.manifest().server_round
+    assert toy.run.status().state == "finished" and not toy.run.all_heard(0.0)
+    toy.service.leave("b", KEY + "b", "done")
+    assert toy.run.all_heard(0.0) and not toy.run.all_heard(5.0)
+    toy.now += 5.0
+    assert toy.run.all_heard(5.0)
+    again = toy.reopen()
+    assert isinstance(again.assignment("a"), Finished)
+    with pytest.raises(RoundClosed):
+        again.put("a", b"x", server_round=3)
+    again.close()
+
+
+def test_assignments_carry_a_seed_of_their_own_and_the_time_that_is_left(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", deadline_s=30.0))
+    toy.join("a", "b")
+    toy.now += 10.0
+    first, second = toy.assignment("a"), toy.assignment("b")
+    assert first.deadline_s == 20.0 and first.seed != second.seed
+    assert toy.assignment("a").seed == first.seed
+    toy.close()
+
+
+# --- disks and restarts -----------------------------------------------------------------------------------------
+
+
+def test_a_restart_keeps_the_open_round_its_updates_and_its_parts(toy):
+    toy.join("a", "b")
+    toy.send(toy.update("a", 1))
+    second = toy.update("b", 2)
+    toy.put("b", second.frame[:50])
+    again = toy.reopen()
+    assert isinstance(again.assignment("a"), Wait) and isinstance(again.assignment("b"), Assignment)
+    assert again.service.upload_state("b", KEY + "b", 1, 1).offset == 50
+    again.put("b", second.frame[50:], offset=50)
+    again.commit(second.meta)
+    again.run.fold_pending()
+    assert again.manifest().server_round == 2
+    again.close()
+
+
+def test_orphans_of_a_crash_are_cleaned_and_unacknowledged_updates_resumable(toy):
+    toy.join("a", "b")
+    update = toy.update("a", 1)
+    toy.close()
+    orphan = toy.folder / "blobs" / "ab" / ("ab" + "0" * 62)
+    orphan.parent.mkdir(exist_ok=True)
+    orphan.write_bytes(b"x")
+    (toy.folder / "blobs" / "tmp" / "1-0").write_bytes(b"x")
+    (toy.folder / "uploads" / "a-9-1.part").write_bytes(b"another round")
+    (toy.folder / "uploads" / "strange").write_bytes(b"x")
+    (toy.folder / "updates" / "a-1-1.safetensors").write_bytes(update.frame)
+    again = Toy(toy.folder)
+    assert not orphan.exists() and not list((toy.folder / "blobs" / "tmp").iterdir())
+    assert [path.name for path in (toy.folder / "uploads").iterdir()] == ["a-1-1.part"]
+    assert not again.commit(update.meta).repeated
+    again.close()
+
+
+def test_a_lost_file_is_found_at_the_start(toy):
+    toy.join("a", "b")
+    toy.send(toy.update("a", 1))
+    toy.close()
+    (path,) = (toy.folder / "updates").iterdir()
+    kept = path.read_bytes()
+    path.write_bytes(kept[:-1])
+    with pytest.raises(StateCorrupt, match="accepted update"):
+        Toy(toy.folder)
+    path.write_bytes(kept)
+    next((toy.folder / "blobs").glob("??/*")).unlink()
+    with pytest.raises(StateCorrupt, match="blob"):
+        Toy(toy.folder)
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_stops_an_upload_and_nothing_else(toy, monkeypatch):
+    toy.join("a", "b")
+    update = toy.update("a", 1)
+    toy.put("a", update.frame[:100])
+
+    def half(file, data):
+        file.write(data[:20])
+        no_room()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploads_module, "write_all", half)
+        with pytest.raises(DiskFull):
+            toy.put("a", update.frame[100:], offset=100)
+    assert toy.service.upload_state("a", KEY + "a", 1, 1).offset == 120, "what was written counts"
+    toy.put("a", update.frame[120:], offset=120)
+    with monkeypatch.context() as patch:
+        patch.setattr(uploads_module, "sync_file", no_room)
+        with pytest.raises(DiskFull):
+            toy.commit(update.meta)
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.run.store, "record_update", lambda *_: (_ for _ in ()).throw(DiskFull("full")))
+        with pytest.raises(DiskFull):
+            toy.commit(update.meta)
+    assert toy.run.clients["a"].rounds_done == 0
+    assert not toy.commit(update.meta).repeated
+
+
+def test_a_full_disk_delays_a_fold(toy, monkeypatch):
+    toy.join("a", "b")
+    for seed, name in enumerate("ab"):
+        toy.send(toy.update(name, seed))
+    with monkeypatch.context() as patch:
+        patch.setattr(blobs_module, "write_all", no_room)
+        with pytest.raises(DiskFull):
+            toy.run.fold_pending()
+    assert toy.run.fold_due and not list((toy.folder / "blobs" / "tmp").iterdir())
+    toy.run.fold_pending()
+    assert toy.manifest().server_round == 2
+
+
+def test_a_phase_that_could_not_be_saved_is_saved_later(toy, monkeypatch):
+    toy.join("a", "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.run.store, "save_round", lambda *_: (_ for _ in ()).throw(DiskFull("full")))
+        for seed, name in enumerate("ab"):
+            toy.send(toy.update(name, seed))
+        assert toy.run.fold_due and toy.run.store.current_round().phase.value == "training"
+    toy.run.tick()
+    assert toy.run.store.current_round().phase.value == "aggregating"
+
+
+def test_metrics_that_overflow_a_naive_mean_are_averaged():
+    from edgefed.aggregator.status import average_metrics
+    from edgefed.aggregator.store import UpdateRecord
+
+    frame = b""
+    metas = [
+        toy_run.UpdateMeta(
+            client_id=name, server_round=1, attempt=1, sha256=hashlib.sha256(frame).hexdigest(), size_bytes=0,
+            num_examples=n, num_tokens=0, experts=(), metrics=metrics,
+        )
+        for name, n, metrics in (("a", 10**9, {"x": 1e308}), ("b", 10**9, {"x": 1e308, "only": 2.0}))
+    ]  # fmt: skip
+    records = [UpdateRecord(1, meta.client_id, 1, meta.sha256, 0, meta) for meta in metas]
+    assert average_metrics(records) == {"x": 1e308, "only": 2.0}
