@@ -34,22 +34,30 @@ from edgefed.simulation.measure import held_out_losses
 from edgefed.simulation.processes import read_ledger
 from edgefed.training.data import Example
 
-METHODS = ("random", "hfedmoe", "fedavg")
+METHODS = {
+    "random": ("random", {}),
+    "random-redraw": ("random", {"redraw": "true"}),
+    "hfedmoe": ("hfedmoe", {}),
+    "fedavg": ("fedavg", {}),
+}
+"""Name in the table -> method and its options. HFedMoE draws experts anew each round, so random does so too, once."""
 HELD_OUT = 0.2
 
 
 def run_once(args: argparse.Namespace, method: str, seed: int, folder: Path) -> dict:
     """One federation from the packaged model; returns one row."""
     files = write_clients(args.set, args.data, folder / "data", seed)
+    kind, own = METHODS[method]
+    options = [f"{name}={value}" for name, value in own.items()] + (args.option if method == "hfedmoe" else [])
     share = 1.0 if method == "fedavg" else args.experts
     ready = folder / "address"
     flags = [
-        "--model", args.model, "--method", method, "--rounds", str(args.rounds), "--seed", str(seed), "--min-clients",
+        "--model", args.model, "--method", kind, "--rounds", str(args.rounds), "--seed", str(seed), "--min-clients",
         str(len(files)), "--local-steps", str(args.local_steps), "--batch-size", str(args.batch_size),
         "--sequence-length", str(args.sequence_length), "--learning-rate", str(args.learning_rate),
         "--keep-rounds", "0",
         "--client-timeout", "600", "--state", str(folder / "run"), "--port", "0", "--ready-file", str(ready),
-        "--exit-when-finished", *(f for option in args.option if method == "hfedmoe" for f in ("--option", option)),
+        "--exit-when-finished", *(f for option in options for f in ("--option", option)),
     ]  # fmt: skip
     started = time.monotonic()
     with (folder / "server.log").open("wb") as log:
@@ -171,7 +179,7 @@ def print_table(rows: Sequence[dict]) -> None:
     columns = ["global_loss_before", "global_loss_after", "device_loss_before", "device_loss_after"]
     columns += [name for name in ("accuracy", "rouge_l") if name in rows[0]]
     print(
-        f"{'method':<10}"
+        f"{'method':<14}"
         + "".join(f"{name:>22}" for name in columns)
         + f"{'down':>11}{'up':>11}{'expert mem':>12}{'s':>7}"
     )
@@ -187,7 +195,7 @@ def print_table(rows: Sequence[dict]) -> None:
             for name in ("bytes_down", "bytes_up", "peak_expert_bytes", "seconds")
         )
         print(
-            f"{method:<10}" + "".join(f"{cell:>22}" for cell in cells)
+            f"{method:<14}" + "".join(f"{cell:>22}" for cell in cells)
             + f"{format_bytes(down):>11}{format_bytes(up):>11}{format_bytes(memory):>12}{seconds:>7.0f}"
         )  # fmt: skip
 
@@ -197,7 +205,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the public sets, see README.md here")
     parser.add_argument("--set", choices=SETS, default="agnews")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--option", action="append", default=[], help="hyper-parameter of hfedmoe, NAME=VALUE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--experts", type=float, default=0.25, help="share of the experts that random and hfedmoe hold")

@@ -80,7 +80,7 @@ def save_federation_picture(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, framealpha=0.8, edgecolor="none")
     for index, (client, (record, plan)) in enumerate(profiles.items()):
         axes = figure.add_subplot(grid[1 + index // 2, index % 2])
         draw_heat_map(axes, record, f"{client}: experts its text uses (dot: held)", plan)

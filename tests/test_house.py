@@ -135,7 +135,9 @@ def test_every_error_is_complete_and_in_the_tree_that_is_drawn():
 
 def test_the_readme_lists_every_error_and_every_verb():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [code for code in errors.all_errors() if code not in ("error", "process-failed") and f"`{code}`" not in readme]
+    missing = [
+        code for code in errors.all_errors() if code not in ("error", "process-failed") and f"`{code}`" not in readme
+    ]
     assert not missing
     assert not [verb for verb in VERBS if f"edgefed {verb}" not in readme]
 

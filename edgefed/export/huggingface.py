@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StorageError
+from edgefed.moe.loading import without_progress_bars
 from edgefed.moe.model import MoeModel
 from edgefed.moe.scope import TrainScope
 from edgefed.moe.sources import ExpertSource
@@ -56,7 +57,8 @@ def export_checkpoint(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        model.module.save_pretrained(temporary)
+        with without_progress_bars():
+            model.module.save_pretrained(temporary)
         _copy_files(files_folder, temporary)
         _check(temporary)
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private

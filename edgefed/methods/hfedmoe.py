@@ -71,8 +71,8 @@ class HFedMoE:
     """Information cost: "paper" (11) or "bernoulli"."""
     layer_scale: bool = True
     """Rank experts of different layers relative to their layer; False ranks the plain scores, as in the paper."""
-    exploration: float = 1.0
-    """Temperature of the draw of resident experts, >= 0: 1 draws in proportion to the score, 0 takes the best."""
+    exploration: float = 0.5
+    """Temperature of the draw of resident experts, >= 0: at 1 in proportion to the score, at 0 simply the best."""
     router_aggregation: str = "row"
     """"row" or "client" (21)."""
     reprofile: bool = False

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from edgefed.errors import CheckpointError, ModelNotFound, UnsupportedArchitecture
 from edgefed.moe.architecture import discover_layers
@@ -21,6 +22,18 @@ _HUB_REMEDY = (
     "If this machine cannot reach the hub, download the checkpoint elsewhere (`hf download NAME --local-dir FOLDER`), "
     "copy the folder and pass its path; `tiny` needs no download."
 )
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing on the terminal: what it does here takes a moment, and callers report progress."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def load_config(source: str | Path) -> PretrainedConfig:
@@ -62,9 +75,10 @@ def load_full(source: str | Path, dtype: str | torch.dtype = "auto") -> PreTrain
     discover_layers(skeleton)
     local = Path(source).is_dir()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=local
-        )
+        with without_progress_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(source), dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=local
+            )
     except (SafetensorError, RuntimeError, ValueError, KeyError) as fault:
         raise CheckpointError(f"the weights of {str(source)!r} cannot be read: {_first_line(fault)}") from fault
     except OSError as fault:

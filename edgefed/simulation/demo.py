@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgefed.errors import ConfigError
+from edgefed.moe.loading import without_progress_bars
 from edgefed.protocol.messages import Status
 from edgefed.simulation.measure import held_out_losses, read_plan
 from edgefed.simulation.processes import LocalClient, LocalFederation, read_ledger
@@ -184,7 +185,8 @@ def generate_sample(model_folder: Path, prompt: str = PROMPT, new_tokens: int = 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
