@@ -24,7 +24,7 @@ import click
 @click.option("--state", type=click.Path(path_type=Path), default="edgefed-client", show_default=True,
               help="Folder for identity, downloads and pending updates.")  # fmt: skip
 @click.option("--name", default=platform.node() or "device", help="How this device is called in `edgefed status`.")
-@click.option("--token", help="The server's token.")
+@click.option("--token", envvar="EDGEFED_TOKEN", help="The server's token.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON at the end.")
 def join_command(

@@ -37,10 +37,25 @@ TRAINED = click.Choice(["full", "lora", "none"])
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="0 takes any free one."
 )
-@click.option("--token", help="Secret that every client must present; required unless --host is this machine only.")
-@click.option("--experts", type=TRAINED, default="full", show_default=True, help="How experts are trained.")
-@click.option("--router", type=TRAINED, default="full", show_default=True, help="How routers are trained.")
-@click.option("--attention", type=TRAINED, default="none", show_default=True, help="How attention weights are trained.")
+@click.option(
+    "--token",
+    envvar="EDGEFED_TOKEN",
+    help="Secret that every client must present; required unless --host is this machine only.",
+)
+@click.option(
+    "--train-experts", "experts", type=TRAINED, default="full", show_default=True, help="How experts are trained."
+)
+@click.option(
+    "--train-router", "router", type=TRAINED, default="full", show_default=True, help="How routers are trained."
+)
+@click.option(
+    "--train-attention",
+    "attention",
+    type=TRAINED,
+    default="none",
+    show_default=True,
+    help="How attention weights are trained.",
+)
 @click.option("--lora-rank", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--lora-alpha", type=click.FloatRange(min=0, min_open=True), default=16.0, show_default=True)
 @click.option("--local-steps", type=click.IntRange(min=1), default=20, show_default=True)
@@ -100,12 +115,15 @@ def _new_run(flags: dict):
     from edgefed.aggregator.rounds import RoundPolicy
     from edgefed.config import parse_assignments
     from edgefed.embedded import TINY, resolve_model
+    from edgefed.errors import ConfigError
     from edgefed.methods.registry import make_method
     from edgefed.protocol.messages import RunConfig, TrainingConfig
 
     model, method = flags["model"] or TINY, flags["method"] or "hfedmoe"
     options = parse_assignments(flags["options"], "--option")
     make_method(method, options)  # an unknown method or option is told now, not in the first round
+    if {flags["experts"], flags["router"], flags["attention"]} == {"none"}:
+        raise ConfigError("nothing would be trained: experts, router and attention are all none")
     training = TrainingConfig(**{name: flags[name] for name in TrainingConfig.__struct_fields__ if name in flags})
     run = RunConfig(
         run_id=secrets.token_hex(8),
@@ -147,8 +165,9 @@ def _check_resumed(ctx: click.Context, state: Path) -> None:
             continue
         asked = ctx.params[name]
         found = getattr(run if hasattr(run, name) else run.training, name)
+        option = next(param.opts[0] for param in ctx.command.params if param.name == name)
         if asked is not None and asked != found:
             raise ConfigError(
-                f"--{name.replace('_', '-')} {asked} was asked for, but the run in {state} has {found}",
+                f"{option} {asked} was asked for, but the run in {state} has {found}",
                 remedy="Leave the flag out to continue that run, or start a new one with another --state.",
             )

@@ -23,7 +23,7 @@ BAR_CELLS = 12
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds between refreshes."
 )
-@click.option("--token", help="The server's token.")
+@click.option("--token", envvar="EDGEFED_TOKEN", help="The server's token.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line a refresh.")
 def status_command(server: str, watch: bool, interval: float, token: str | None, as_json: bool) -> None:
     """Show the run at SERVER: its round, its clients and what they are doing."""

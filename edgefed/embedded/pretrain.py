@@ -53,7 +53,7 @@ class Recipe:
         batch_size: sequences per step.
         sequence_length: tokens per sequence.
         learning_rate: peak of the schedule; 2 % warm-up, then cosine to a twentieth.
-        weight_decay: of matrices only; three times the usual, because the text is read seven times.
+        weight_decay: of matrices only; three times the usual, because the text is read several times.
         balance_coefficient: weight of the load-balancing loss, one term per layer.
         validation_share: share of the pretraining files that is only measured on.
     """

@@ -51,13 +51,17 @@ class ToyTrainer:
             progress.advance(1)
         tensors, experts = {}, []
         for unit in manifest.units:
-            entry = frames.read_header(files[unit.sha256])[unit.tensors[0].name]
-            assert entry.info == unit.tensors[0]
-            if unit.trainable:
-                value = np.full(entry.info.shape, toy_value(self.bias, assignment.server_round), np.float32)
-                tensors[f"{unit.key}|{entry.info.name}"] = (entry.info.dtype, value)
-                report = ExpertReport(layer=0, expert=unit.expert, usage=0.25, importance=0.0, steps=3, tokens=30)
-                experts.append(report)
+            entries = frames.read_header(files[unit.sha256])
+            assert [entry.info for entry in entries.values()] == list(unit.tensors)
+            if not unit.trainable:
+                continue
+            for info in unit.tensors:
+                value = np.full(info.shape, toy_value(self.bias, assignment.server_round), np.float32)
+                tensors[frames.update_name(unit.key, info.name)] = (info.dtype, value)
+            if unit.kind == "expert":
+                experts.append(
+                    ExpertReport(layer=unit.layer, expert=unit.expert, usage=0.25, importance=0.0, steps=3, tokens=30)
+                )
         frames.write_frame(update_path, tensors)
         return TrainedUpdate(
             experts=tuple(experts),
