@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from provenance import provenance
 from text_sets import AGNEWS_TOPICS, SETS, write_clients
+from transformers.utils import logging as transformers_logging
 
 from edgefed.agent.agent import AgentSettings, open_agent
 from edgefed.agent.local_trainer import DeviceLimits, LocalTrainer
@@ -55,6 +56,7 @@ def run_once(args: argparse.Namespace, method: str, seed: int, folder: Path) -> 
         "--model", args.model, "--method", kind, "--rounds", str(args.rounds), "--seed", str(seed), "--min-clients",
         str(len(files)), "--local-steps", str(args.local_steps), "--batch-size", str(args.batch_size),
         "--sequence-length", str(args.sequence_length), "--learning-rate", str(args.learning_rate),
+        "--profile-tokens", str(args.profile_tokens), "--evaluation-tokens", str(args.evaluation_tokens // 2),
         "--keep-rounds", "0",
         "--client-timeout", "600", "--state", str(folder / "run"), "--port", "0", "--ready-file", str(ready),
         "--exit-when-finished", *(f for option in options for f in ("--option", option)),
@@ -76,7 +78,11 @@ def run_once(args: argparse.Namespace, method: str, seed: int, folder: Path) -> 
     seconds = time.monotonic() - started
     held_out = {name: trainer.corpus.held_out for name, trainer in trainers.items()}
     losses = held_out_losses(
-        folder / "run", held_out, sequence_length=args.sequence_length, max_tokens=args.evaluation_tokens
+        folder / "run",
+        held_out,
+        sequence_length=args.sequence_length,
+        max_tokens=args.evaluation_tokens,
+        rounds=(1, args.rounds // 2 + 1, args.rounds + 1),
     )
     ledgers = [read_ledger(folder / "clients" / name) for name in files]
     metrics = [[entry["metrics"] for entry in ledger] for ledger in ledgers]
@@ -91,7 +97,7 @@ def run_once(args: argparse.Namespace, method: str, seed: int, folder: Path) -> 
         "rounds": args.rounds,
         "global_loss_before": curve[0],
         "global_loss_after": curve[-1],
-        "global_loss_curve": curve,
+        "global_loss_middle": curve[1],
         "device_loss_before": statistics.mean(m[0]["held_out_loss_before"] for m in metrics),
         "device_loss_after": statistics.mean(m[-1]["held_out_loss_after"] for m in metrics),
         **score(args.set, model, held_out, args.scored_records),
@@ -214,12 +220,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--profile-tokens", type=int, default=4096, help="training tokens profiled per client")
     parser.add_argument("--evaluation-tokens", type=int, default=4096, help="held-out tokens per client")
-    parser.add_argument("--scored-records", type=int, default=40, help="held-out records per client for accuracy")
+    parser.add_argument("--scored-records", type=int, default=30, help="held-out records per client for accuracy")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = []

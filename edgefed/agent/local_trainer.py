@@ -237,7 +237,7 @@ class LocalTrainer:
 
         Raises BudgetTooSmall with the numbers.
         """
-        costs = training_costs(manifest, self._model.config, run.training)
+        costs = training_costs(manifest, self._model, run.training)
         usable = self._limits.memory_bytes - self._own_bytes_before_model
         by_memory = experts_that_fit(usable, costs.fixed_bytes, costs.bytes_per_expert, manifest.experts_per_layer)
         total = sum(manifest.experts_per_layer)

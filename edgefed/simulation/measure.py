@@ -26,9 +26,12 @@ def held_out_losses(
     sequence_length: int,
     batch_size: int = 8,
     max_tokens: int = 8192,
+    rounds: Sequence[int] | None = None,
     on_round: Callable[[int], None] = lambda server_round: None,
 ) -> dict[str, list[float]]:
     """Loss of the global model at the start of each kept round and after the last one, {client: [loss, ...]}.
+
+    ``rounds`` names the manifests to look at instead: 1 is the model before the first round.
 
     The whole model is evaluated, every expert streamed from the run's blobs, so the numbers of all methods and budgets
     compare. ``held_out``: {client: examples}.
@@ -44,7 +47,7 @@ def held_out_losses(
             for name, examples in held_out.items()
         }
         loaded: dict[str, str] = {}
-        for server_round in range(reader.oldest_round, reader.last_round + 1):
+        for server_round in rounds or range(reader.oldest_round, reader.last_round + 1):
             manifest = reader.manifest(server_round)
             source = reader.unpack(manifest, Path(scratch))
             changed = []

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from transformers import PretrainedConfig
-
 from edgefed.moe.memory import ModelShape, activation_bytes
+from edgefed.moe.model import MoeModel
 from edgefed.protocol.frames import ITEM_BYTES, tensor_size_bytes
 from edgefed.protocol.messages import Manifest, TrainingConfig, UnitInfo
 
@@ -23,7 +22,7 @@ class TrainingCosts:
     bytes_per_expert: int
 
 
-def training_costs(manifest: Manifest, config: PretrainedConfig, training: TrainingConfig) -> TrainingCosts:
+def training_costs(manifest: Manifest, model: MoeModel, training: TrainingConfig) -> TrainingCosts:
     """Costs of training under ``training``; the largest expert stands for all.
 
     Activations are the bound of `edgefed.moe.memory.activation_bytes` for one batch.
@@ -37,7 +36,7 @@ def training_costs(manifest: Manifest, config: PretrainedConfig, training: Train
             fixed += size
     first = next(unit for unit in manifest.units if unit.kind == "expert")
     activations = activation_bytes(
-        _shape(manifest, config, first),
+        _shape(model, first),
         training.batch_size,
         training.sequence_length,
         ITEM_BYTES[first.tensors[0].dtype],
@@ -49,14 +48,15 @@ def _trained_size(unit: UnitInfo) -> int:
     return sum(map(tensor_size_bytes, unit.tensors)) * (COPIES_TRAINED if unit.trainable else 1)
 
 
-def _shape(manifest: Manifest, config: PretrainedConfig, expert: UnitInfo) -> ModelShape:
-    """Sizes by the names that transformers' configurations share; widths from the weights themselves."""
-    text = config.get_text_config()
+def _shape(model: MoeModel, expert: UnitInfo) -> ModelShape:
+    """Sizes by the names that transformers' configurations share; the experts' from the model itself."""
+    text = model.config.get_text_config()
     heads = text.num_attention_heads
     matrix = next(info for info in expert.tensors if info.name == "down_proj")
     width = sum(matrix.shape) - text.hidden_size  # (d, I) or (I, d)
     shared = getattr(text, "shared_expert_intermediate_size", None) or 0
-    shared = shared or (getattr(text, "n_shared_experts", None) or 0) * width
+    count = getattr(text, "n_shared_experts", None) or getattr(text, "num_shared_experts", None) or 0
+    shared = shared or count * width
     return ModelShape(
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
@@ -65,7 +65,7 @@ def _shape(manifest: Manifest, config: PretrainedConfig, expert: UnitInfo) -> Mo
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab_size=text.vocab_size,
         expert_width=width,
-        num_experts=max(manifest.experts_per_layer),
-        top_k=getattr(text, "num_experts_per_tok", None) or 2,
+        num_experts=max(model.experts_per_layer),
+        top_k=max(layer.top_k for layer in model.layers),
         shared_width=shared,
     )

@@ -15,6 +15,15 @@ from edgefed.training.data import encode_examples, load_corpus
 MAX_MODEL_BYTES = 12_000_000
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Steps of microseconds: on a busy machine, threads that wait for each other make them a hundred times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """The model and tokenizer, loaded as a user loads them; no access to the network."""
