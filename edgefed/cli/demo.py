@@ -22,7 +22,7 @@ COMPARED = ("hfedmoe", "random", "local", "fedavg")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--local-steps", type=click.IntRange(min=1), default=20, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=5e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def demo_command(

@@ -61,7 +61,7 @@ TRAINED = click.Choice(["full", "lora", "none"])
 @click.option("--local-steps", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--sequence-length", type=click.IntRange(min=2), default=128, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=5e-4, show_default=True)
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True)
 @click.option("--missing", type=click.Choice(["renormalize", "skip"]), default="renormalize", show_default=True,
               help="Tokens routed to an expert that a client does not hold.")  # fmt: skip

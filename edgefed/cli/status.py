@@ -84,11 +84,19 @@ def render_status(status: Status) -> RenderableType:
     )
     clients = make_table("client", "state", "doing", "", "budget", "rounds", "down", "up", "held-out loss", "seen")
     for client in status.clients:
+        busy = client.state != "finished"  # the last heartbeat of a finished client tells of the past
         clients.add_row(
-            client.name, client.state, client.phase, _bar(client.fraction), f"{100 * client.expert_share:.0f} %",
-            str(client.rounds_done), format_bytes(client.downloaded_bytes), format_bytes(client.uploaded_bytes),
-            _loss(client), f"{client.last_seen_s:.0f} s ago",
-        )  # fmt: skip
+            client.name,
+            client.state,
+            client.phase if busy else "-",
+            _bar(client.fraction) if busy else "",
+            f"{100 * client.expert_share:.0f} %",
+            str(client.rounds_done),
+            format_bytes(client.downloaded_bytes),
+            format_bytes(client.uploaded_bytes),
+            _loss(client),
+            f"{client.last_seen_s:.0f} s ago",
+        )
     parts: list[RenderableType] = [header, Text(""), clients]
     if status.history:
         rounds = make_table(

@@ -74,7 +74,7 @@ class TrainingConfig(Message):
     local_steps: int = 20
     batch_size: int = 8
     sequence_length: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     experts: str = "full"

@@ -36,7 +36,7 @@ class DemoConfig:
     local_steps: int = 20
     batch_size: int = 8
     sequence_length: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     seed: int = 0
 
     def check(self) -> None:

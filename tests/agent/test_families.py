@@ -26,11 +26,6 @@ from toy_models import FAMILIES, MORE_FAMILIES  # noqa: E402
 KNOWN = {**FAMILIES, **MORE_FAMILIES}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token a character; ids below the toy vocabulary of 96."""

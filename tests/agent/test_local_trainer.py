@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from edgefed.agent.local_trainer import DeviceLimits, LocalTrainer
 from edgefed.agent.progress import NullProgress
@@ -42,11 +41,6 @@ class Bench:
         assignment = Assignment(server_round=server_round, deadline_s=None, seed=7)
         update = trainer.train_round(self.reader.run, manifest, assignment, self.fetch, NullProgress(), path)
         return manifest, update
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,11 +21,8 @@ def processes():
     started: list[subprocess.Popen] = []
 
     def start(*arguments: object, log: Path) -> subprocess.Popen:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, *map(str, arguments)], stdout=output, stderr=subprocess.STDOUT, env=environment
-            )
+            process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=output, stderr=subprocess.STDOUT)
         started.append(process)
         return process
 
