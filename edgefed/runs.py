@@ -91,10 +91,10 @@ def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy)
 
 
 class RunReader:
-    """A run folder, opened for reading its models. A context; raises StateLocked while a server uses the folder."""
+    """A run folder, opened for reading its models, also while a server uses it. A context."""
 
     def __init__(self, folder: Path):
-        self._store = Store(folder)
+        self._store = Store(folder, read_only=True)
         self._blobs = BlobStore(folder)
         self.run = self._store.run
 
@@ -149,7 +149,7 @@ class RunReader:
 def export_model(folder: Path, to: Path, server_round: int | None = None) -> Path:
     """Write the global model of a run folder as a Hugging Face checkpoint in ``to``. Returns ``to``.
 
-    Raises StateLocked, StorageError, ConfigError (round not kept, target not empty).
+    Raises StorageError, StateCorrupt, ConfigError (round not kept, target not empty).
     """
     import tempfile
 

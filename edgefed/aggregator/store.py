@@ -156,8 +156,11 @@ def sqlite_errors(path: Path) -> Iterator[None]:
 class Store:
     """The open state of a run. `close` releases it; so does the end of the process, however it ends."""
 
-    def __init__(self, folder: Path):
-        """Open the run in ``folder``. Raises StorageError (no run), StateLocked, StateCorrupt."""
+    def __init__(self, folder: Path, *, read_only: bool = False):
+        """Open the run in ``folder``. Raises StorageError (no run), StateLocked, StateCorrupt.
+
+        ``read_only`` takes no lock, so it works beside a server; what is read is then as of that moment.
+        """
         self.folder = folder
         self._path = folder / DATABASE_NAME
         if not has_run(folder):
@@ -165,7 +168,7 @@ class Store:
                 f"state folder {folder} holds no run",
                 remedy="Create one: `edgefed serve` imports a model with --model.",
             )
-        self._folder_lock = lock_folder(folder)
+        self._folder_lock = None if read_only else lock_folder(folder)
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         try:
@@ -176,7 +179,10 @@ class Store:
 
     def _open(self) -> None:
         with sqlite_errors(self._path):
-            self._connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+            mode = "rw" if self._folder_lock else "ro"
+            self._connection = sqlite3.connect(
+                f"{self._path.absolute().as_uri()}?mode={mode}", uri=True, check_same_thread=False, isolation_level=None
+            )
             for pragma, expected in (("application_id", APPLICATION_ID), ("user_version", SCHEMA_VERSION)):
                 found = self._connection.execute(f"PRAGMA {pragma}").fetchone()[0]
                 if found != expected:
@@ -186,8 +192,9 @@ class Store:
             verdict = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if verdict != "ok":
                 raise StateCorrupt(f"{self._path} is damaged: {verdict}")
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=FULL")
+            if self._folder_lock:
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                self._connection.execute("PRAGMA synchronous=FULL")
             self.run = self._fact("config", RunConfig)
             self.policy = self._fact("policy", RoundPolicy)
             self.files = self._fact("files", tuple[FileInfo, ...])
@@ -208,7 +215,8 @@ class Store:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
-            self._folder_lock.release()
+            if self._folder_lock:
+                self._folder_lock.release()
 
     def _query(self, sql: str, *values: object) -> list[tuple]:
         with self._lock, sqlite_errors(self._path):

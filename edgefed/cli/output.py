@@ -92,10 +92,12 @@ class TerminalProgress:
         self._task = None
         self._quiet_s = quiet_s
         self._name, self._unit, self._count, self._started = "", "B", 0, 0.0
+        self._total: int | None = None
 
     def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
         self.done()
         self._name, self._unit, self._count, self._started = name, unit, 0, time.monotonic()
+        self._total = total
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description:<10}"),
@@ -131,4 +133,7 @@ class TerminalProgress:
     def _amount(self) -> str:
         if not self._count:
             return ""
-        return format_bytes(self._count) if self._unit == "B" else f"{self._count} {self._unit}s"
+        if self._unit == "B":
+            return format_bytes(self._count)
+        done = f"{self._count}/{self._total}" if self._total and self._count < self._total else str(self._count)
+        return f"{done} {self._unit}s"

@@ -16,7 +16,7 @@ from toy_run import make_run, new_units, run_config
 from edgefed.aggregator import blobs as blobs_module
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.creation import NewUnit, RunWriter
-from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.aggregator.store import Store, has_run
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StateCorrupt, StateLocked, StorageError
 
@@ -99,6 +99,20 @@ def test_a_frozen_unit_may_hold_integers(tmp_path):
 
 
 # --- locks and damage -------------------------------------------------------------------------------------------
+
+
+def test_a_run_can_be_read_beside_its_server_but_not_changed(state):
+    owner = Store(state)
+    reader = Store(state, read_only=True)
+    owner.save_round(1, Phase.TRAINING, ["a"])
+    assert reader.current_round().phase is Phase.TRAINING
+    assert reader.manifest(1) == owner.manifest(1)
+    with pytest.raises(StorageError, match="readonly"):
+        reader.save_round(1, Phase.WAITING, [])
+    reader.close()
+    with pytest.raises(StateLocked):  # the reader released nothing that was not its own
+        Store(state)
+    owner.close()
 
 
 def test_one_process_at_a_time(state):
