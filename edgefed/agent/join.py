@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 
 from edgefed.agent.agent import AgentSettings, RunSummary, open_agent
-from edgefed.agent.local_trainer import DeviceLimits, LocalTrainer
+from edgefed.agent.local_trainer import LocalTrainer
+from edgefed.agent.planner import DeviceLimits
 from edgefed.agent.progress import ProgressSink
 
 MAX_PROBLEMS_SHOWN = 5

@@ -9,8 +9,6 @@ still sees how its data uses all of them.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import shutil
 import zlib
@@ -21,37 +19,24 @@ import numpy as np
 import torch
 
 from edgefed.agent.agent import Fetch, TrainedUpdate
-from edgefed.agent.disk import disk_errors, write_durably
+from edgefed.agent.disk import disk_errors
+from edgefed.agent.planner import DeviceLimits, Planner
 from edgefed.agent.progress import ProgressSink
 from edgefed.errors import TrainingDiverged
-from edgefed.experts import ExpertPlan, Role, RouterRecord
+from edgefed.experts import ExpertPlan, Role
 from edgefed.hardware.memory import process_peak_rss_bytes, process_rss_bytes
-from edgefed.methods.interface import DeviceBudget, Method
+from edgefed.methods.interface import Method
 from edgefed.methods.registry import make_method
 from edgefed.moe.frame_source import FrameSource, raw_array
-from edgefed.moe.memory import experts_that_fit
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, ExpertReport, Manifest, RunConfig, UnitInfo
-from edgefed.training.costs import training_costs
 from edgefed.training.data import Corpus, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
 from edgefed.training.evaluate import evaluate_loss
-from edgefed.training.profiling import load_tokenizer, profile_blocks, spread_blocks
+from edgefed.training.profiling import load_tokenizer, spread_blocks
 from edgefed.training.steps import StepsOutcome, run_steps, train_scope
-
-PLAN_FILE = "plan.json"
-"""Profile and current plan, in the device's state folder."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceLimits:
-    """What the owner allows. ``memory_bytes`` is for the whole process; ``expert_share`` caps the experts held."""
-
-    memory_bytes: int
-    expert_share: float = 1.0
-    compute_share: float = 1.0
 
 
 class LocalTrainer:
@@ -77,11 +62,11 @@ class LocalTrainer:
         self._folder = folder
         self._limits = limits
         self._identity = f"{name}/{self.corpus.sha256}"
+        self._planner = Planner(folder, limits, self._identity)
         self._model: MoeModel | None = None
         self._loaded: dict[str, str] = {}  # unit key -> sha256 of what the model holds
         self._train_blocks: TokenBlocks | None = None
         self._held_out_blocks: TokenBlocks | None = None
-        self._plan: ExpertPlan | None = None
         self._own_bytes_before_model = 0
 
     def train_round(
@@ -101,17 +86,16 @@ class LocalTrainer:
         scope = train_scope(run.training)
         units = {unit.key: unit for unit in manifest.units}
         model = self._ensure_model(run, manifest, fetch, progress)
-        fresh = self._plan is None
-        source = FrameSource()
-        if fresh or method.exchanges:
-            self._load_shared(model, units.values(), source, fetch)
-        if fresh or method.plans_every_round:
-            self._plan = self._make_plan(run, method, manifest, source, fetch, progress)
-        plan = self._plan
-        if fresh or method.exchanges:
+        if model.plan is None or method.exchanges:
+            source = self._load_shared(model, units.values(), fetch)
+            memory_bytes = self._limits.memory_bytes - self._own_bytes_before_model
+            plan = self._planner.make_plan(
+                run, method, manifest, model, self._train_blocks, source, memory_bytes, fetch, progress
+            )
             held = [unit for unit in units.values() if _is_held(unit, plan)]
             source.add(held, fetch(held))
             model.apply_plan(plan, source, scope, missing=run.training.missing)
+        plan = model.plan
         before = self._held_out_loss(run, progress)
         outcome = self._train(run, model, plan, method, assignment, progress)
         after = self._held_out_loss(run, progress)
@@ -151,13 +135,13 @@ class LocalTrainer:
         progress.done()
         return self._model
 
-    def _load_shared(self, model: MoeModel, units: Iterable[UnitInfo], source: FrameSource, fetch: Fetch) -> None:
-        """Dense tensors and routers: what every client holds, as far as it changed.
+    def _load_shared(self, model: MoeModel, units: Iterable[UnitInfo], fetch: Fetch) -> FrameSource:
+        """Load dense tensors and routers, what every client holds, as far as they changed.
 
-        Their adapters only become readable in ``source``: the model takes them when a plan is applied.
+        Their adapters only become readable in the source returned: the model takes them when a plan is applied.
         """
         shared = [unit for unit in units if unit.kind != "expert" and self._loaded.get(unit.key) != unit.sha256]
-        source.add(shared, fetch(shared))
+        source = FrameSource(shared, fetch(shared))
         for unit in shared:
             if unit.key.endswith(LORA_SUFFIX):
                 continue
@@ -165,84 +149,7 @@ class LocalTrainer:
             # What is trained here differs from the global value as soon as the first step is made.
             if not unit.trainable:
                 self._loaded[unit.key] = unit.sha256
-
-    # --- the plan -------------------------------------------------------------------------------------------------
-
-    def _make_plan(
-        self,
-        run: RunConfig,
-        method: Method,
-        manifest: Manifest,
-        source: FrameSource,
-        fetch: Fetch,
-        progress: ProgressSink,
-    ) -> ExpertPlan:
-        profile, roles = self._saved_plan(run)
-        if roles is not None and not method.plans_every_round:
-            return ExpertPlan.from_lists(roles)
-        # A hopeless budget is told before anything is downloaded.
-        budget = self._device_budget(run, manifest)
-        if method.needs_profile and (profile is None or method.profiles_every_round):
-            experts = [unit for unit in manifest.units if unit.kind == "expert"]
-            source.add(experts, fetch(experts))
-            profile = self._profile(run, source, progress)
-        rounds = manifest.server_round if method.plans_every_round else 0
-        rng = np.random.default_rng([run.seed, rounds, zlib.crc32(self._identity.encode())])
-        plan = method.plan_experts(profile, manifest.experts_per_layer, budget, rng)
-        self._save_plan(run, profile, plan)
-        progress.message(f"plan: {plan.num_tuned} of {sum(plan.experts_per_layer)} experts")
-        return plan
-
-    def _saved_plan(self, run: RunConfig) -> tuple[RouterRecord | None, list[list[int]] | None]:
-        """Profile and roles that this device made earlier in the same run with the same data and limits.
-
-        With them neither a later round nor a restart downloads all experts again.
-        """
-        path = self._folder / PLAN_FILE
-        if not path.exists():
-            return None, None
-        saved = json.loads(path.read_text())
-        if saved["fingerprint"] != self._fingerprint(run):
-            return None, None
-        return RouterRecord.from_dict(saved["profile"]) if saved["profile"] else None, saved["roles"]
-
-    def _save_plan(self, run: RunConfig, profile: RouterRecord | None, plan: ExpertPlan) -> None:
-        saved = {
-            "fingerprint": self._fingerprint(run),
-            "roles": plan.to_lists(),
-            "profile": profile.to_dict() if profile else None,
-        }
-        write_durably(self._folder / PLAN_FILE, json.dumps(saved).encode())
-
-    def _fingerprint(self, run: RunConfig) -> list:
-        return [run.run_id, self._identity, *dataclasses.astuple(self._limits)]
-
-    def _profile(self, run: RunConfig, source: FrameSource, progress: ProgressSink) -> RouterRecord:
-        """Router statistics of the full model over the training text, the experts streamed from disk."""
-        blocks = spread_blocks(self._train_blocks, run.training.profile_tokens)
-        progress.phase("profile", blocks.num_tokens, "token")
-        record = profile_blocks(
-            self._model,
-            blocks,
-            source,
-            scope=train_scope(run.training),
-            batch_size=run.training.batch_size,
-            on_batch=progress.advance,
-        )
-        progress.done()
-        return record
-
-    def _device_budget(self, run: RunConfig, manifest: Manifest) -> DeviceBudget:
-        """Experts that fit: what the owner's memory leaves after this process and the dense part, and the owner's cap.
-
-        Raises BudgetTooSmall with the numbers.
-        """
-        costs = training_costs(manifest, self._model, run.training)
-        usable = self._limits.memory_bytes - self._own_bytes_before_model
-        by_memory = experts_that_fit(usable, costs.fixed_bytes, costs.bytes_per_expert, manifest.experts_per_layer)
-        total = sum(manifest.experts_per_layer)
-        by_share = max(len(manifest.experts_per_layer), math.floor(self._limits.expert_share * total + 1e-9))
-        return DeviceBudget(min(by_memory, by_share, total), self._limits.compute_share)
+        return source
 
     # --- a round --------------------------------------------------------------------------------------------------
 

@@ -17,13 +17,11 @@ from edgefed.aggregator.blobs import BlobBatch, BlobStore, disk_errors
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import DATABASE_NAME, has_run, lock_folder, write_database
 from edgefed.errors import CheckpointError, ConfigError
-from edgefed.protocol.frames import FLOAT_DTYPES, encode_header, storage_dtype, sync_folder
+from edgefed.protocol.frames import FLOAT_DTYPES, NAME_SEPARATOR, encode_header, storage_dtype, sync_folder
 from edgefed.protocol.messages import UNIT_KINDS, FileInfo, RunConfig, TensorInfo, UnitInfo
 
 RawTensors = Mapping[str, tuple[str, np.ndarray]]
 """{name: (safetensors dtype, raw array)}; BF16 is uint16."""
-NAME_SEPARATOR = "|"
-"""Between unit key and tensor name in an update, so neither may hold it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from edgefed.aggregator.blobs import BlobStore, disk_errors
-from edgefed.aggregator.validate import read_exactly, tensor_name
+from edgefed.aggregator.validate import read_exactly
 from edgefed.errors import StateCorrupt
 from edgefed.kernels.fold import FoldBackend
 from edgefed.methods.interface import UnitMerge
-from edgefed.protocol.frames import FLOAT_DTYPES, TensorEntry, encode_header, read_header, storage_dtype
+from edgefed.protocol.frames import FLOAT_DTYPES, TensorEntry, encode_header, read_header, storage_dtype, update_name
 from edgefed.protocol.messages import TensorInfo, UnitInfo
 
 BLOCK_ELEMENTS = 64 * 1024
@@ -53,7 +53,7 @@ class UpdateIndex:
 
     def __init__(self, units: Sequence[UnitInfo], updates: Mapping[str, Path]):
         """Read the header of each file in ``updates`` {client_id: path}."""
-        names = [tensor_name(unit.key, info.name) for unit in units if unit.trainable for info in unit.tensors]
+        names = [update_name(unit.key, info.name) for unit in units if unit.trainable for info in unit.tensors]
         self._order = {name: at for at, name in enumerate(names)}
         self._paths = dict(updates)
         self._starts = {}
@@ -65,7 +65,7 @@ class UpdateIndex:
 
     def locate(self, client_id: str, unit_key: str, name: str) -> tuple[Path, int]:
         """File and first byte of a tensor. Raises ValueError when the client did not upload it: the plan is wrong."""
-        at = self._order.get(tensor_name(unit_key, name))
+        at = self._order.get(update_name(unit_key, name))
         start = int(self._starts[client_id][at]) if at is not None and client_id in self._starts else _ABSENT
         if start == _ABSENT:
             raise ValueError(f"the merge plan takes unit {unit_key!r} from client {client_id!r}, who did not upload it")

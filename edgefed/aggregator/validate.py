@@ -16,10 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from edgefed.aggregator.blobs import disk_errors
-from edgefed.aggregator.creation import NAME_SEPARATOR
 from edgefed.errors import InvalidUpdate
 from edgefed.kernels.fold import FoldBackend
-from edgefed.protocol.frames import MAX_HEADER_BYTES, TensorEntry, encode_header, read_header, storage_dtype
+from edgefed.protocol.frames import (
+    MAX_HEADER_BYTES,
+    NAME_SEPARATOR,
+    TensorEntry,
+    encode_header,
+    read_header,
+    storage_dtype,
+    update_name,
+)
 from edgefed.protocol.messages import TensorInfo, UnitInfo, UpdateMeta
 
 SCAN_BLOCK_BYTES = 256 * 1024
@@ -31,15 +38,10 @@ MAX_METRIC_NAME = 64
 _HEADER_SLACK_BYTES = 64 * 1024
 
 
-def tensor_name(unit_key: str, name: str) -> str:
-    """Name of a unit's tensor in an update."""
-    return f"{unit_key}{NAME_SEPARATOR}{name}"
-
-
 def max_header_bytes(units: Sequence[UnitInfo]) -> int:
     """Largest header that an update of these units needs: twice the compact one, for another writer's blanks."""
     infos = [
-        TensorInfo(name=tensor_name(unit.key, info.name), dtype=info.dtype, shape=info.shape)
+        TensorInfo(name=update_name(unit.key, info.name), dtype=info.dtype, shape=info.shape)
         for unit in units
         if unit.trainable
         for info in unit.tensors

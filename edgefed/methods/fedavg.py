@@ -33,6 +33,7 @@ class FedAvg:
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
+        run_progress: float = 0.0,
     ) -> ExpertPlan:
         """All experts, tuned. Raises BudgetTooSmall when the device cannot hold them."""
         if budget.resident_experts < sum(experts_per_layer):

@@ -28,7 +28,8 @@ Departs from the paper
       expert, and the layer is lost (benchmarks/results/sweep_hfedmoe.json: worse than a random choice).
     * ``exploration``: clients whose text is alike rank alike, so a fixed choice of the best trains the same few experts
       everywhere and the full global model hardly learns. Here the choice is drawn anew each round, experts with higher
-      scores more often: Gumbel-top-k (Kool et al., arXiv 1903.06059) on the profile of the first round. 0 is the paper.
+      scores more often: Gumbel-top-k (Kool et al., arXiv 1903.06059) on the profile of the first round. The
+      temperature falls linearly to 0 in the last round, so a device ends with its best experts. 0 is the paper.
     * Usage >= tau does not mean trained: (17) also asks for at least one optimiser step. Nobody left: the old expert.
     * (20)-(21) are not normalised and would shrink the router each round; here the weights are divided by their sum,
       and fall back to example weights when all are zero.
@@ -71,8 +72,8 @@ class HFedMoE:
     """Information cost: "paper" (11) or "bernoulli"."""
     layer_scale: bool = True
     """Rank experts of different layers relative to their layer; False ranks the plain scores, as in the paper."""
-    exploration: float = 0.5
-    """Temperature of the draw of resident experts, >= 0: at 1 in proportion to the score, at 0 simply the best."""
+    exploration: float = 1.0
+    """Temperature of the first round's draw of experts, >= 0: at 1 in proportion to the score, at 0 simply the best."""
     router_aggregation: str = "row"
     """"row" or "client" (21)."""
     reprofile: bool = False
@@ -139,14 +140,16 @@ class HFedMoE:
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
+        run_progress: float = 0.0,
     ) -> ExpertPlan:
         """Residency: (15) on the profile under the memory budget. Raises BudgetTooSmall."""
         if record is None:
             raise ValueError("hfedmoe plans from a profile")
         scores = [self._comparable_score(layer) for layer in record.layers]
-        if self.exploration > 0:
+        temperature = self.exploration * (1 - run_progress)
+        if temperature > 0:
             scores = [
-                np.log(np.maximum(score, SMALLEST_SCORE)) + self.exploration * rng.gumbel(size=len(score))
+                np.log(np.maximum(score, SMALLEST_SCORE)) + temperature * rng.gumbel(size=len(score))
                 for score in scores
             ]
         union = [layer.tokens_per_expert > 0 for layer in record.layers]

@@ -74,8 +74,12 @@ class Method(Protocol):
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
+        run_progress: float = 0.0,
     ) -> ExpertPlan:
-        """Choose the device's experts for a round. ``record`` is None only if not ``needs_profile``."""
+        """Choose the device's experts for a round. ``record`` is None only if not ``needs_profile``.
+
+        ``run_progress`` is 0 in the first round of the run and 1 in the last.
+        """
         ...
 
     def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:

@@ -36,9 +36,10 @@ class Local:
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
+        run_progress: float = 0.0,
     ) -> ExpertPlan:
         """As `HFedMoE.plan_experts`."""
-        return self.selection.plan_experts(record, experts_per_layer, budget, rng)
+        return self.selection.plan_experts(record, experts_per_layer, budget, rng, run_progress)
 
     def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
         """As `HFedMoE.schedule_experts`."""

@@ -39,6 +39,7 @@ class RandomExperts:
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
+        run_progress: float = 0.0,
     ) -> ExpertPlan:
         """Uniform over experts, one per layer first. Raises BudgetTooSmall below one expert per layer."""
         scores = [rng.random(count) for count in experts_per_layer]

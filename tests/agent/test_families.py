@@ -12,7 +12,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from edgefed.agent.local_trainer import DeviceLimits, LocalTrainer
+from edgefed.agent.local_trainer import LocalTrainer
+from edgefed.agent.planner import DeviceLimits
 from edgefed.agent.progress import NullProgress
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.rounds import RoundPolicy

@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from edgefed.agent.local_trainer import DeviceLimits, LocalTrainer
+from edgefed.agent.local_trainer import LocalTrainer
+from edgefed.agent.planner import DeviceLimits
 from edgefed.agent.progress import NullProgress
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.embedded import tiny_model_directory

@@ -147,6 +147,11 @@ def test_exploration_draws_in_proportion_to_the_score():
         for seed in range(2000)
     ]
     assert draws.count([0]) / len(draws) == pytest.approx(0.75, abs=0.03)
+    last = [
+        method.plan_experts(record, (2,), DeviceBudget(1), np.random.default_rng(seed), 1.0).resident(0).tolist()
+        for seed in range(50)
+    ]
+    assert last == [[0]] * 50  # the last round takes the best
     assert method.plans_every_round and not method.profiles_every_round
     assert not HFedMoE(exploration=0).plans_every_round
 
