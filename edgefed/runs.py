@@ -60,12 +60,14 @@ def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy)
     import tempfile
 
     from edgefed.moe.frame_source import raw_array
+    from edgefed.moe.loading import load_config
     from edgefed.moe.model import MoeModel
     from edgefed.moe.units import dtype_name
     from edgefed.training.profiling import load_tokenizer
     from edgefed.training.steps import train_scope
 
     scope = train_scope(run.training)
+    load_config(source)  # what is no checkpoint at all is told as that, not as one without a tokenizer
     tokenizer = load_tokenizer(source)
     model = MoeModel.from_checkpoint(source)
 

@@ -22,7 +22,7 @@ from edgefed.agent.agent import Fetch, TrainedUpdate
 from edgefed.agent.disk import disk_errors
 from edgefed.agent.planner import DeviceLimits, Planner
 from edgefed.agent.progress import ProgressSink
-from edgefed.errors import TrainingDiverged
+from edgefed.errors import MalformedMessage, TrainingDiverged
 from edgefed.experts import ExpertPlan, Role
 from edgefed.hardware.memory import process_peak_rss_bytes, process_rss_bytes
 from edgefed.methods.interface import Method
@@ -123,6 +123,8 @@ class LocalTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         paths = fetch(manifest.files)
         for file in manifest.files:
+            if Path(file.name).name != file.name:  # a name with a folder in it could write anywhere
+                raise MalformedMessage(f"the manifest names a file {file.name[:80]!r}, expected a bare file name")
             shutil.copyfile(paths[file.sha256], folder / file.name)
         progress.phase("prepare")
         self._own_bytes_before_model = process_rss_bytes()

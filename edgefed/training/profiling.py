@@ -18,9 +18,9 @@ from edgefed.training.encoding import TokenBlocks
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a checkpoint. Raises ModelNotFound when there is none."""
+    """The tokenizer of a checkpoint; code that comes with it is never run. Raises ModelNotFound when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as fault:
         raise ModelNotFound(
             f"no tokenizer that transformers can load in {source}: {str(fault).splitlines()[0]}",

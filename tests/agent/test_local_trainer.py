@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from edgefed.agent.planner import DeviceLimits
 from edgefed.agent.progress import NullProgress
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.embedded import tiny_model_directory
-from edgefed.errors import BudgetTooSmall, TrainingDiverged
+from edgefed.errors import BudgetTooSmall, MalformedMessage, TrainingDiverged
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
@@ -206,6 +207,16 @@ def test_too_little_memory_is_told_before_anything_is_trained(bench, data, tmp_p
     with pytest.raises(BudgetTooSmall, match="one expert in each of the 4 MoE layers needs .* MiB"):
         table.round(trainer_of(data, tmp_path, memory=100 << 20), tmp_path / "update")
     assert not table.expert_keys_fetched()
+
+
+def test_a_file_name_from_the_server_cannot_leave_the_state_folder(bench, data, tmp_path):
+    table = bench("hfedmoe")
+    manifest = table.reader.manifest()
+    hostile = msgspec.structs.replace(manifest.files[0], name="../../escaped.json")
+    table.reader.manifest = lambda: msgspec.structs.replace(manifest, files=(hostile,))
+    with pytest.raises(MalformedMessage, match="expected a bare file name"):
+        table.round(trainer_of(data, tmp_path), tmp_path / "update")
+    assert not list(tmp_path.rglob("escaped.json"))
 
 
 def test_fedavg_on_a_part_of_the_experts_is_refused(bench, data, tmp_path):

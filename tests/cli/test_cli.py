@@ -98,7 +98,7 @@ def test_a_wrong_model_path(run, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(run("profile", "--model", tmp_path / "empty", "--data", "silo:http"), 3, "model-not-found", "config.json")
     # The importer is a process of its own; what it finds comes out the same.
-    refused(run("serve", "--model", tmp_path / "empty", "--port", 0), 3, "model-not-found", "config.json")
+    refused(run("serve", "--model", tmp_path / "empty", "--port", 0), 3, "model-not-found", "has no config.json")
     assert not (tmp_path / "edgefed-run" / "edgefed.db").exists()
 
 
