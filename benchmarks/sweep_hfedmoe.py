@@ -37,9 +37,11 @@ RANDOM_DRAWS = 3
 
 
 def settings() -> dict[str, HFedMoE]:
-    """Every combination with scaled layers, and the defaults with the paper's plain ranking."""
-    grid = {f"lambda={a} beta={b}": HFedMoE(lambda_=a, beta=b) for a, b in itertools.product(LAMBDAS, BETAS)}
-    return {**grid, "defaults, layer_scale=False": HFedMoE(layer_scale=False)}
+    """Every combination with scaled layers, and the defaults with the paper's plain ranking; no draw in either."""
+    grid = {
+        f"lambda={a} beta={b}": HFedMoE(lambda_=a, beta=b, exploration=0) for a, b in itertools.product(LAMBDAS, BETAS)
+    }
+    return {**grid, "defaults, layer_scale=False": HFedMoE(layer_scale=False, exploration=0)}
 
 
 def main() -> None:
