@@ -243,7 +243,7 @@ def main() -> None:
             )  # fmt: skip
             if args.json:
                 settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-                settings.pop("data")
+                del settings["data"], settings["json"]  # folders of this machine
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps({**provenance(), "settings": settings, "rows": rows}, indent=1) + "\n")
     print_table(rows)
