@@ -23,11 +23,11 @@ else:
     import tomli as tomllib
 
 
-def load_settings(path: Path, known: Mapping[str, set[str]]) -> dict[str, dict[str, object]]:
-    """Read a settings file into {verb: {option_name: value}}, option names in snake_case.
+def load_settings(path: Path, known: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, object]]:
+    """Read a settings file into {verb: {parameter: value}}.
 
-    ``known`` lists the options of each verb. Raises ConfigError, naming every fault at once, for an unreadable file,
-    broken TOML, and an unknown verb or key.
+    ``known`` maps, for each verb, the keys that a file may hold to the parameters that they set. Raises ConfigError,
+    naming every fault at once, for an unreadable file, broken TOML, and an unknown verb or key.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -43,10 +43,10 @@ def load_settings(path: Path, known: Mapping[str, set[str]]) -> dict[str, dict[s
             continue
         settings[verb] = {}
         for key, value in table.items():
-            option = key.replace("-", "_")
-            if option not in known[verb]:
+            if key in known[verb]:
+                settings[verb][known[verb][key]] = value
+            else:
                 faults.append(f"[{verb}] has no setting {key!r}")
-            settings[verb][option] = value
     if faults:
         raise ConfigError(f"{path}: " + "; ".join(faults))
     return settings

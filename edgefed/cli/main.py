@@ -53,8 +53,15 @@ def cli(ctx: click.Context, config_path: Path | None, log_level: str) -> None:
     set_up_logging(log_level)
     path = config_path or Path("edgefed.toml")
     if config_path or path.exists():
-        known = {verb: {p.name for p in cli.get_command(ctx, verb).params if p.name} for verb in VERBS}
-        ctx.default_map = load_settings(path, known)
+        ctx.default_map = load_settings(path, {verb: _setting_names(cli.get_command(ctx, verb)) for verb in VERBS})
+
+
+def _setting_names(command: click.Command) -> dict[str, str]:
+    """Key of a settings file -> parameter: the long flag without its dashes, or an argument's own name."""
+    return {
+        (param.opts[0].lstrip("-") if isinstance(param, click.Option) else param.name): param.name
+        for param in command.params
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -132,10 +132,12 @@ class LocalFederation:
     def _start(self, label: str, arguments: Sequence[str]) -> None:
         log = self.folder / f"{label}.log"
         # One thread per agent: several agents that each use all cores only wait for each other.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false"}
+        # The user's own settings (a token, a method) are for real runs, not for this one.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("EDGEFED_")}
+        environment |= {"OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false"}
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "edgefed", *arguments],
+                [sys.executable, "-m", "edgefed", "--config", os.devnull, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -174,11 +174,22 @@ def test_settings_come_from_the_file_then_variables_then_flags(run, tmp_path, mo
     assert "from-flag" in run("serve", "--method", "from-flag")[2]
 
 
+def test_settings_have_the_names_of_the_flags(run, tmp_path):
+    """The README's example, and flags whose parameters are called otherwise."""
+    path = tmp_path / "edgefed.toml"
+    path.write_text('[serve]\nport = 0\noption = ["lambda=0.25", "gamma=1"]\nmin-clients = 3\n')
+    assert "no option 'gamma'" in run("serve")[2]
+    path.write_text('[serve]\nport = 0\ntrain-experts = "none"\ntrain-router = "none"\n')
+    assert "nothing would be trained" in run("serve")[2]
+    path.write_text("[serve]\nmin_clients = 3\n")
+    assert "has no setting 'min_clients'" in run("serve")[2]
+
+
 def test_every_fault_of_a_settings_file_is_told_at_once(tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text("[serve]\nmetod = 1\nmin-clients = 3\n[train]\nx = 1\n")
     with pytest.raises(ConfigError, match=r"\[serve\] has no setting 'metod'; \[train\] is no table"):
-        load_settings(path, {"serve": {"method", "min_clients"}})
+        load_settings(path, {"serve": {"method": "method", "min-clients": "min_clients"}})
     path.write_text("[serve\n")
     with pytest.raises(ConfigError, match="is not TOML"):
         load_settings(path, {})

@@ -187,7 +187,11 @@ def test_a_device_trains_and_its_text_never_crosses_the_wire(serve, processes, w
     assert output.shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path):
+def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
+    # Settings of the user's real runs do not reach into the demo.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDGEFED_TOKEN", "for-another-server")
+    (tmp_path / "edgefed.toml").write_text('[serve]\nquorum = 1\nlearning-rate = 100.0\ntrain-attention = "full"\n')
     demo = processes(
         "-m", "edgefed", "demo", "--out", tmp_path / "demo", "--rounds", 1, "--clients", 2, "--local-steps", 3,
         log=tmp_path / "demo.log",
