@@ -28,7 +28,12 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        return getattr(importlib.import_module(f"edgefed.cli.{name}"), f"{name}_command")
+        command = getattr(importlib.import_module(f"edgefed.cli.{name}"), f"{name}_command")
+        for param in command.params:
+            # Variables are named after the flags, whatever the parameters are called.
+            if isinstance(param, click.Option) and param.envvar is None:
+                param.envvar = f"EDGEFED_{name}_{_flag(param)}".upper().replace("-", "_")
+        return command
 
 
 @click.group(cls=LazyGroup, context_settings={"auto_envvar_prefix": "EDGEFED", "help_option_names": ["-h", "--help"]})
@@ -56,12 +61,13 @@ def cli(ctx: click.Context, config_path: Path | None, log_level: str) -> None:
         ctx.default_map = load_settings(path, {verb: _setting_names(cli.get_command(ctx, verb)) for verb in VERBS})
 
 
+def _flag(option: click.Option) -> str:
+    return option.opts[0].lstrip("-")
+
+
 def _setting_names(command: click.Command) -> dict[str, str]:
     """Key of a settings file -> parameter: the long flag without its dashes, or an argument's own name."""
-    return {
-        (param.opts[0].lstrip("-") if isinstance(param, click.Option) else param.name): param.name
-        for param in command.params
-    }
+    return {(_flag(param) if isinstance(param, click.Option) else param.name): param.name for param in command.params}
 
 
 def main(arguments: list[str] | None = None) -> None:

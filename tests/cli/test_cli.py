@@ -185,6 +185,16 @@ def test_settings_have_the_names_of_the_flags(run, tmp_path):
     assert "has no setting 'min_clients'" in run("serve")[2]
 
 
+def test_variables_have_the_names_of_the_flags(run, monkeypatch):
+    monkeypatch.setenv("EDGEFED_SERVE_PORT", "0")
+    monkeypatch.setenv("EDGEFED_SERVE_OPTION", "gamma=1")
+    assert "no option 'gamma'" in run("serve")[2]
+    monkeypatch.delenv("EDGEFED_SERVE_OPTION")
+    monkeypatch.setenv("EDGEFED_SERVE_TRAIN_EXPERTS", "none")
+    monkeypatch.setenv("EDGEFED_SERVE_TRAIN_ROUTER", "none")
+    assert "nothing would be trained" in run("serve")[2]
+
+
 def test_every_fault_of_a_settings_file_is_told_at_once(tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text("[serve]\nmetod = 1\nmin-clients = 3\n[train]\nx = 1\n")
