@@ -128,11 +128,6 @@ def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
-def frame_size_bytes(tensors: Sequence[TensorInfo]) -> int:
-    """Size of the frame file that holds ``tensors``."""
-    return len(encode_header(tensors)) + sum(tensor_size_bytes(info) for info in tensors)
-
-
 def write_frame(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]]) -> tuple[str, int]:
     """Write {name: (dtype, raw array)} to ``path`` durably: temporary file, fsync, rename.
 

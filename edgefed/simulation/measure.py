@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgefed.agent.planner import PLAN_FILE
@@ -27,7 +27,6 @@ def held_out_losses(
     batch_size: int = 8,
     max_tokens: int = 8192,
     rounds: Sequence[int] | None = None,
-    on_round: Callable[[int], None] = lambda server_round: None,
 ) -> dict[str, list[float]]:
     """Loss of the global model at the start of each kept round and after the last one, {client: [loss, ...]}.
 
@@ -62,7 +61,6 @@ def held_out_losses(
             with model.streaming(source, scope):
                 for name in held_out:
                     losses[name].append(evaluate_loss(model.module, blocks[name], batch_size))
-            on_round(server_round)
     return losses
 
 
