@@ -2,13 +2,17 @@
 
     EdgefedError
     |- ConfigError            a setting is wrong or missing
-    |  `- UnknownMethod       no federated method of that name
+    |  |- UnknownMethod       no federated method of that name
+    |  |- UnknownProfile      no device profile of that name
+    |  `- DeviceNotFound      no device of that name or number here
     |- ModelError             the model cannot be used
     |  |- ModelNotFound       no checkpoint there
     |  |- UnsupportedArchitecture   transformers loads it, edgefed cannot take its experts apart
     |  `- CheckpointError     tensors are missing, or do not fit the configuration
     |- DataError              the training text cannot be used
     |- BudgetTooSmall         the device cannot hold one expert per layer
+    |  `- OutOfMemory          the memory ran out, and nothing is left to shrink
+    |- DeviceLost             the GPU stopped answering
     |- TrainingDiverged       the loss or a weight is not a number any more
     |- StorageError           files and disks
     |  |- DiskFull            no room for a blob, an update or a checkpoint
@@ -63,6 +67,16 @@ class UnknownMethod(ConfigError):
     default_remedy = "Choose one of the methods that `edgefed serve --help` lists."
 
 
+class UnknownProfile(ConfigError):
+    code = "unknown-profile"
+    default_remedy = "Choose one of the profiles that `edgefed bench --list-profiles` prints, or pass a TOML file."
+
+
+class DeviceNotFound(ConfigError):
+    code = "device-not-found"
+    default_remedy = "See `edgefed doctor` for the devices of this machine; leave --device out to take the best one."
+
+
 class ModelError(EdgefedError):
     code, exit_status = "model", 3
     default_remedy = "Pass a local Hugging Face checkpoint folder of a Mixture-of-Experts model, or `tiny`."
@@ -97,6 +111,16 @@ class BudgetTooSmall(EdgefedError):
     default_remedy = (
         "Raise --memory or --experts, shorten --sequence-length or --batch-size on the server, or use a smaller model."
     )
+
+
+class OutOfMemory(BudgetTooSmall):
+    code = "out-of-memory"
+    default_remedy = "Close other programs, lower --memory or --experts, or use a smaller model."
+
+
+class DeviceLost(EdgefedError):
+    code, exit_status = "device-lost", 10
+    default_remedy = "Look into the kernel's log (dmesg, Xid), reboot or reload the driver, then join again."
 
 
 class TrainingDiverged(EdgefedError):

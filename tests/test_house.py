@@ -23,13 +23,15 @@ FORBIDDEN = {
     "errors.py": ("edgefed", "torch", "transformers"),
     "experts.py": ("torch", "transformers", "edgefed"),
     "protocol": ("torch", "transformers", "edgefed.moe", "edgefed.agent", "edgefed.aggregator", "edgefed.methods"),
-    "hardware": ("torch", "transformers"),
+    "hardware": ("transformers", "edgefed.moe", "edgefed.training", "edgefed.agent", "edgefed.aggregator"),
     "kernels": ("edgefed.moe", "edgefed.methods", "edgefed.agent", "edgefed.aggregator", "edgefed.training"),
     "moe": ("edgefed.methods", "edgefed.agent", "edgefed.aggregator", "edgefed.training", "edgefed.cli"),
     "methods": ("torch", "transformers", "httpx", "starlette", "edgefed.moe", "edgefed.agent", "edgefed.aggregator"),
     "training": ("edgefed.agent", "edgefed.aggregator", "httpx", "starlette"),
     "agent": ("edgefed.aggregator", "starlette", "uvicorn"),
     "aggregator": (*MODEL_SIDE, "edgefed.agent", "httpx"),
+    "bench": ("edgefed.aggregator", "starlette"),
+    "doctor": ("edgefed.aggregator", "starlette"),
 }
 """Folder or file -> what nothing in it may import, at any depth of a function."""
 
@@ -62,6 +64,24 @@ def test_layers_import_only_downwards(place):
         if within(name, package)
     ]
     assert not wrong
+
+
+def test_only_one_file_of_hardware_asks_torch_and_not_before_it_is_called():
+    for path in sorted((PACKAGE / "hardware").glob("*.py")):
+        module_level = {
+            alias.name
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module or "")])
+        }
+        assert not any(within(name, "torch") for name in module_level), path
+        if path.name != "cuda.py":
+            assert not any(within(name, "torch") for name in imports_of(path)), path
+
+
+def test_only_one_file_asks_nvml():
+    users = {str(path.relative_to(PACKAGE)) for path in SOURCES if "pynvml" in imports_of(path)}
+    assert users <= {"hardware/nvml.py"}
 
 
 def test_nobody_imports_the_command_line():

@@ -25,17 +25,18 @@ from edgefed import __version__
 from edgefed.agent.backoff import Retry
 from edgefed.agent.cache import BlobCache
 from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
-from edgefed.agent.disk import hash_file
 from edgefed.agent.heartbeat import HeartbeatThread
 from edgefed.agent.interrupt import StopRequested, run_interruptibly
 from edgefed.agent.journal import Journal
 from edgefed.agent.progress import NullProgress, ProgressSink, WatchedProgress
 from edgefed.agent.trainer import Fetch, TrainedUpdate, Trainer
 from edgefed.agent.transport import AggregatorClient
+from edgefed.disk import hash_file
 from edgefed.errors import ChecksumMismatch, EdgefedError, NotFound, RoundClosed, UnknownClient
 from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.messages import (
     Assignment,
+    DeviceInfo,
     FileInfo,
     Finished,
     Heartbeat,
@@ -77,6 +78,9 @@ class AgentSettings:
     memory_bytes: int
     expert_share: float = 1.0
     compute_share: float = 1.0
+    device: DeviceInfo | None = None
+    budget_bytes: Callable[[], int | None] = lambda: None
+    """The newest measured memory budget, for the heartbeats; called from their thread."""
     poll_s: float = 20.0
     """How long the server may hold a request for work."""
     give_up_after_s: float | None = 60.0
@@ -240,6 +244,7 @@ class Agent:
             compute_share=settings.compute_share,
             num_examples=self._trainer.num_examples,
             edgefed_version=__version__,
+            device=settings.device,
         )
         limit = None if self._joined else settings.give_up_after_s
         registered = self._call(lambda: self._client.register(message), give_up_after_s=limit)
@@ -261,7 +266,10 @@ class Agent:
 
     def _send_heartbeat(self) -> None:
         phase, fraction = self._progress.snapshot()
-        self._client.heartbeat(Heartbeat(phase=phase, fraction=fraction, server_round=self._server_round))
+        budget_bytes = self._settings.budget_bytes()
+        self._client.heartbeat(
+            Heartbeat(phase=phase, fraction=fraction, server_round=self._server_round, budget_bytes=budget_bytes)
+        )
 
     def _call(self, request: Callable[[], T], give_up_after_s: float | None = None) -> T:
         """Repeat ``request`` until it succeeds, and tell the user when that takes more than one try."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import re
 
+import msgspec
+
 from edgefed import __version__
 from edgefed.errors import MalformedMessage, VersionMismatch
 from edgefed.protocol import PROTOCOL_VERSION
-from edgefed.protocol.messages import Register
+from edgefed.protocol.messages import DeviceInfo, Register
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MIN_KEY_CHARACTERS = 16
 MAX_TEXT_CHARACTERS = 256
 MAX_NUMBER = 10**9 - 1
+MAX_SIZE_BYTES = 2**53
+"""Above any memory, and still exact in every JSON reader."""
 
 
 def check_client_id(client_id: str) -> None:
@@ -61,7 +65,7 @@ def check_register(message: Register) -> None:
             ),
             (is_text(message.client_key), "client_key is too long or not printable"),
             (is_text(message.name), f"name {message.name[:80]!r} is too long or not printable"),
-            (message.memory_bytes >= 0, f"memory_bytes is {message.memory_bytes}"),
+            (is_size(message.memory_bytes), f"memory_bytes is {message.memory_bytes}"),
             (0.0 <= message.expert_share <= 1.0, f"expert_share is {message.expert_share}, expected 0..1"),
             (
                 0.0 < message.compute_share <= 1.0,
@@ -71,5 +75,21 @@ def check_register(message: Register) -> None:
         )
         if not fine
     ]
+    if message.device is not None:
+        wrong += _device_faults(message.device)
     if wrong:
         raise MalformedMessage("; ".join(wrong))
+
+
+def is_size(size_bytes: int) -> bool:
+    """Whether a number can be a memory size."""
+    return 0 <= size_bytes <= MAX_SIZE_BYTES
+
+
+def _device_faults(device: DeviceInfo) -> list[str]:
+    values = msgspec.structs.asdict(device)
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    sizes = {name: value for name, value in values.items() if isinstance(value, int)}
+    faults = [f"device.{name} is too long or not printable" for name, text in texts.items() if not is_text(text)]
+    faults += [f"device.{name} is {size}" for name, size in sizes.items() if not is_size(size)]
+    return faults

@@ -6,53 +6,29 @@ anything refer to it. Knows nothing of rounds, units or SQLite.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import itertools
 import logging
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from edgefed.errors import DiskFull, StorageError
-from edgefed.protocol.frames import sync_file, sync_folder
+from edgefed.disk import READ_BYTES, disk_errors, sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
-HASH_BLOCK_BYTES = 1024 * 1024
 BATCH_FILES = 64
 """Files that a batch keeps open before it syncs them together: the journal is then forced out once, not 64 times."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
-
-
-@contextlib.contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn an OSError of the block into DiskFull (no room, quota) or StorageError. ``what`` completes "cannot ..."."""
-    try:
-        yield
-    except OSError as fault:
-        kind = DiskFull if fault.errno in _NO_ROOM else StorageError
-        raise kind(f"cannot {what}: {fault}") from fault
 
 
 def is_sha256(name: str) -> bool:
     """Whether ``name`` is a SHA-256 in lower-case hexadecimal: the only names that reach the file system."""
     return _SHA256.fullmatch(name) is not None
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, read once through a small buffer."""
-    digest, buffer = hashlib.sha256(), bytearray(HASH_BLOCK_BYTES)
-    with disk_errors(f"read {path}"), path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 class BlobStore:
@@ -82,7 +58,7 @@ class BlobStore:
     def put_file(self, source: Path) -> tuple[str, int]:
         """Copy a file in durably. Returns (sha256, size_bytes)."""
         with disk_errors(f"read {source}"), source.open("rb") as file:
-            return self.put(iter(lambda: file.read(HASH_BLOCK_BYTES), b""))
+            return self.put(iter(lambda: file.read(READ_BYTES), b""))
 
     def batch(self) -> BlobBatch:
         """A context in which many blobs are written and synced together. What it wrote is durable when it ends."""

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.aggregator.blobs import BlobBatch, BlobStore, disk_errors
+from edgefed.aggregator.blobs import BlobBatch, BlobStore
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import DATABASE_NAME, has_run, lock_folder, write_database
+from edgefed.disk import disk_errors, sync_folder
 from edgefed.errors import CheckpointError, ConfigError
-from edgefed.protocol.frames import FLOAT_DTYPES, NAME_SEPARATOR, encode_header, storage_dtype, sync_folder
+from edgefed.protocol.frames import FLOAT_DTYPES, NAME_SEPARATOR, encode_header, storage_dtype
 from edgefed.protocol.messages import UNIT_KINDS, FileInfo, RunConfig, TensorInfo, UnitInfo
 
 RawTensors = Mapping[str, tuple[str, np.ndarray]]

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.aggregator.blobs import BlobStore, disk_errors
+from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.validate import read_exactly
+from edgefed.disk import disk_errors
 from edgefed.errors import StateCorrupt
 from edgefed.kernels.fold import FoldBackend
 from edgefed.methods.interface import UnitMerge

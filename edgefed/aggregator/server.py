@@ -24,10 +24,10 @@ import uvicorn
 
 from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.app import Bell, Endpoints, build_app
-from edgefed.aggregator.blobs import disk_errors
 from edgefed.aggregator.fold import FoldCancelled
 from edgefed.aggregator.http_limits import bounded_protocol
 from edgefed.aggregator.service import Service
+from edgefed.disk import disk_errors
 from edgefed.errors import ConfigError, MissingToken, NetworkError, PortInUse, StateCorrupt, StorageError
 from edgefed.methods.interface import Method
 from edgefed.methods.registry import make_method

@@ -19,15 +19,16 @@ from edgefed.aggregator.admission import (
     check_register,
     digest,
     digest_bytes,
+    is_size,
     is_text,
     parse_number,
 )
-from edgefed.aggregator.blobs import hash_file
 from edgefed.aggregator.rounds import Phase, RoundState
 from edgefed.aggregator.status import Presence
 from edgefed.aggregator.store import ClientRecord, UpdateRecord
 from edgefed.aggregator.uploads import PartWriter, UploadName, offset_mismatch
 from edgefed.aggregator.validate import validate_update
+from edgefed.disk import hash_file
 from edgefed.errors import (
     ChecksumMismatch,
     InvalidUpdate,
@@ -91,6 +92,7 @@ class Service:
                 expert_share=message.expert_share,
                 compute_share=message.compute_share,
                 num_examples=message.num_examples,
+                device=message.device,
             )
             if known is not None:
                 client.rounds_done, client.metrics = known.rounds_done, known.metrics
@@ -108,8 +110,11 @@ class Service:
         with self._run.seen(client_id, key):
             if not 0.0 <= message.fraction <= 1.0 or not is_text(message.phase, 64):
                 raise MalformedMessage(f"heartbeat has phase {message.phase[:64]!r}, fraction {message.fraction}")
+            if message.budget_bytes is not None and not is_size(message.budget_bytes):
+                raise MalformedMessage(f"heartbeat has budget_bytes {message.budget_bytes}")
             presence = self._run.presence.setdefault(client_id, Presence())
             presence.phase, presence.fraction = message.phase, message.fraction
+            presence.budget_bytes = message.budget_bytes
 
     def leave(self, client_id: str, key: str, reason: str) -> None:
         """A client goes; nobody waits for it any more."""
@@ -255,7 +260,7 @@ class Service:
         try:
             if arrived > meta.size_bytes:
                 raise ChecksumMismatch(f"{arrived} bytes have arrived, the update has {meta.size_bytes}")
-            found = hash_file(path)
+            found, _ = hash_file(path)
             if found != meta.sha256:
                 raise ChecksumMismatch(f"what arrived has SHA-256 {found}, the update has {meta.sha256[:64]!r}")
             validate_update(path, meta, units, run.store.experts_per_layer, run.backend)

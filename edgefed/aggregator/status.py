@@ -19,6 +19,7 @@ class Presence:
 
     phase: str = ""
     fraction: float = 0.0
+    budget_bytes: int | None = None
     heard_finished: bool = False
 
 
@@ -101,13 +102,14 @@ def _client_status(client: ClientRecord, state: RoundState, presence: Presence, 
         state=_client_state(client, state, now),
         phase=presence.phase,
         fraction=presence.fraction,
-        memory_bytes=client.memory_bytes,
+        memory_bytes=client.memory_bytes if presence.budget_bytes is None else presence.budget_bytes,
         expert_share=client.expert_share,
         rounds_done=client.rounds_done,
         uploaded_bytes=client.uploaded_bytes,
         downloaded_bytes=client.downloaded_bytes,
         last_seen_s=0.0 if seen is None else max(0.0, now - seen),
         metrics=client.metrics,
+        device=client.device,
     )
 
 

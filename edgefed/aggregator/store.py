@@ -27,7 +27,7 @@ import msgspec
 
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.errors import DiskFull, StateCorrupt, StateLocked, StorageError
-from edgefed.protocol.messages import FileInfo, Manifest, RoundStatus, RunConfig, UnitInfo, UpdateMeta
+from edgefed.protocol.messages import DeviceInfo, FileInfo, Manifest, RoundStatus, RunConfig, UnitInfo, UpdateMeta
 
 DATABASE_NAME = "edgefed.db"
 LOCK_NAME = "lock"
@@ -66,6 +66,7 @@ class ClientRecord:
     uploaded_bytes: int = 0
     downloaded_bytes: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    device: DeviceInfo | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from edgefed.aggregator.blobs import disk_errors, write_all
+from edgefed.aggregator.blobs import write_all
 from edgefed.aggregator.store import UpdateRecord
+from edgefed.disk import disk_errors, sync_file, sync_folder
 from edgefed.errors import NotFound, OffsetMismatch, ProtocolError, UpdateTooLarge
-from edgefed.protocol.frames import sync_file, sync_folder
 
 _PART_NAME = re.compile(r"(?P<client_id>[A-Za-z0-9_-]{1,64})-(?P<server_round>\d{1,9})-(?P<attempt>\d{1,9})\.part")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.aggregator.blobs import disk_errors
+from edgefed.disk import disk_errors
 from edgefed.errors import InvalidUpdate
 from edgefed.kernels.fold import FoldBackend
 from edgefed.protocol.frames import (

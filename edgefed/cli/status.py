@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import click
 import msgspec
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from edgefed.protocol.messages import ClientStatus, Status
@@ -82,7 +83,7 @@ def render_status(status: Status) -> RenderableType:
         f"   {len(status.clients)} clients (at least {status.min_clients})"
         f"   server peak {format_bytes(status.memory_peak_bytes)}"
     )
-    clients = make_table("client", "state", "doing", "", "budget", "rounds", "down", "up", "held-out loss", "seen")
+    clients = make_table("client", "state", "doing", "", "experts", "rounds", "down", "up", "held-out loss", "seen")
     for client in status.clients:
         busy = client.state != "finished"  # the last heartbeat of a finished client tells of the past
         clients.add_row(
@@ -98,6 +99,8 @@ def render_status(status: Status) -> RenderableType:
             f"{client.last_seen_s:.0f} s ago",
         )
     parts: list[RenderableType] = [header, Text(""), clients]
+    if any(client.device for client in status.clients):
+        parts += [Text(""), _devices(status.clients)]
     if status.history:
         rounds = make_table(
             "round", "updates", "experts changed", "up", "seconds", "train loss", "held-out before", "after"
@@ -111,6 +114,26 @@ def render_status(status: Status) -> RenderableType:
             )  # fmt: skip
         parts += [Text(""), rounds]
     return Group(*parts)
+
+
+def _devices(clients: Iterable[ClientStatus]) -> Table:
+    """What each device is and can afford: its budget as last measured, with nothing else running, and in all."""
+    from edgefed.cli.output import make_table
+    from edgefed.hardware.memory import format_bytes
+
+    def size(size_bytes: int | None) -> str:
+        return "unknown" if size_bytes is None else format_bytes(size_bytes)
+
+    table = make_table("client", "device", "memory", "trains on", "budget", "if idle", "of")
+    table.add_column("because", overflow="ellipsis", no_wrap=True)
+    for client in clients:
+        if (device := client.device) is None:
+            table.add_row(client.name, "unknown", "", "", format_bytes(client.memory_bytes))
+            continue
+        name = f"{device.name} ({device.power_mode})" if device.power_mode else device.name
+        sizes = (client.memory_bytes, device.ideal_budget_bytes, device.total_bytes)
+        table.add_row(client.name, name, device.kind, device.trains_on, *map(size, sizes), device.budget_origin)
+    return table
 
 
 def _bar(fraction: float) -> str:

@@ -13,10 +13,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from edgefed.disk import sync_file, sync_folder
 from edgefed.errors import InvalidUpdate
 from edgefed.protocol.messages import TensorInfo
 
@@ -187,20 +187,3 @@ def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype in FLOAT_DTYPES:
         return values.astype(storage_dtype(dtype))
     raise ValueError(f"{dtype} is not a float type")
-
-
-def sync_file(file: BinaryIO) -> None:
-    """Flush a file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable. Windows cannot open folders; there the rename itself must do."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -105,10 +105,30 @@ class RunConfig(Message):
 # --- what a client says -----------------------------------------------------------------------------------------
 
 
+class DeviceInfo(Message):
+    """What a device says of itself, for `edgefed status`; None where its sensors do not tell. No identifiers.
+
+    ``kind``: "discrete", "unified" or "cpu". ``trains_on``: "cpu" or "cuda". ``profile``: the shipped device profile
+    that it matches, or "". ``budget_bytes`` is what it can afford now, ``ideal_budget_bytes`` with nothing else
+    running, ``budget_origin`` where the numbers come from. ``total_bytes``: of the memory that the model lives in.
+    """
+
+    name: str
+    kind: str
+    trains_on: str
+    profile: str = ""
+    total_bytes: int | None = None
+    budget_bytes: int | None = None
+    ideal_budget_bytes: int | None = None
+    budget_origin: str = ""
+    power_mode: str = ""
+
+
 class Register(Message):
     """First message of an agent, repeated after every reconnect; the same ``client_id`` is the same client.
 
     ``client_key`` is a secret that the agent made; later requests carry it in the header `routes.CLIENT_KEY_HEADER`.
+    ``memory_bytes`` is the budget that the device starts with.
     """
 
     protocol_version: int
@@ -120,14 +140,19 @@ class Register(Message):
     compute_share: float
     num_examples: int
     edgefed_version: str
+    device: DeviceInfo | None = None
 
 
 class Heartbeat(Message):
-    """What the agent is doing, for the aggregator's liveness and for `edgefed status`. ``fraction`` is 0..1."""
+    """What the agent is doing, for the aggregator's liveness and for `edgefed status`. ``fraction`` is 0..1.
+
+    ``budget_bytes``: its memory budget as last measured, before the current round; None before the first time.
+    """
 
     phase: str
     fraction: float
     server_round: int
+    budget_bytes: int | None = None
 
 
 class ExpertReport(Message):
@@ -230,7 +255,7 @@ class ErrorReply(Message):
 
 
 class ClientStatus(Message):
-    """One client in `edgefed status`. ``last_seen_s`` is seconds ago."""
+    """One client in `edgefed status`. ``last_seen_s`` is seconds ago; ``memory_bytes`` its newest budget."""
 
     client_id: str
     name: str
@@ -244,6 +269,7 @@ class ClientStatus(Message):
     downloaded_bytes: int
     last_seen_s: float
     metrics: dict[str, float]
+    device: DeviceInfo | None = None
 
 
 class RoundStatus(Message):

@@ -29,7 +29,7 @@ from edgefed.errors import (
     UpdateTooLarge,
     VersionMismatch,
 )
-from edgefed.protocol.messages import Assignment, Finished, Heartbeat, Wait
+from edgefed.protocol.messages import Assignment, DeviceInfo, Finished, Heartbeat, Wait
 
 # --- clients ----------------------------------------------------------------------------------------------------
 
@@ -121,6 +121,27 @@ def test_a_heartbeat_shows_in_the_status_and_keeps_a_client_alive(toy):
     assert clients["b"].state == "lost" and clients["b"].last_seen_s == 70.0
     with pytest.raises(MalformedMessage):
         toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="x", fraction=2.0, server_round=1))
+
+
+def test_a_device_and_its_newest_budget_show_in_the_status(toy):
+    device = DeviceInfo(name="NVIDIA GeForce RTX 3060", kind="discrete", trains_on="cuda", budget_bytes=7 * 2**30)
+    toy.service.register(toy_run.register_message("a", device=device, memory_bytes=7 * 2**30))
+    assert toy.run.status().clients[0].device == device and toy.run.status().clients[0].memory_bytes == 7 * 2**30
+    toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="train", fraction=0.5, server_round=1, budget_bytes=5))
+    assert toy.run.status().clients[0].memory_bytes == 5
+    with pytest.raises(MalformedMessage, match="budget_bytes -1"):
+        toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="train", fraction=0.5, server_round=1, budget_bytes=-1))
+    assert toy.reopen().run.status().clients[0].device == device
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"name": "x" * 300}, {"kind": "a\x1b[2J"}, {"budget_bytes": -1}, {"total_bytes": 2**60}, {"budget_origin": "\n"}],
+)
+def test_a_device_that_could_harm_a_terminal_or_a_sum_is_refused(toy, wrong):
+    device = DeviceInfo(**{"name": "x", "kind": "cpu", "trains_on": "cpu", **wrong})
+    with pytest.raises(MalformedMessage, match="device." + next(iter(wrong))):
+        toy.service.register(toy_run.register_message("a", device=device))
 
 
 # --- uploads ----------------------------------------------------------------------------------------------------
