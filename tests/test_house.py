@@ -164,7 +164,7 @@ def test_the_readme_lists_every_error_and_every_verb():
 
 def test_routes_are_distinct_and_documented():
     paths = [value for name, value in vars(routes).items() if isinstance(value, str) and value.startswith("/v1/")]
-    assert len(paths) == len(set(paths)) == 10
+    assert len(paths) == len(set(paths)) == 11
     assert routes.path_for(routes.BLOB, sha256="a/../b") == "/v1/blobs/a%2F..%2Fb"
 
 

@@ -338,8 +338,9 @@ class Agent:
         return blobs
 
     def _describe(self, trained: TrainedUpdate, server_round: int, attempt: int, path: Path) -> UpdateMeta:
-        finite = {name: float(value) for name, value in trained.metrics.items() if math.isfinite(value)}
-        if left_out := trained.metrics.keys() - finite.keys() - self._left_out:
+        metrics = {**trained.metrics, **self._client.network_facts().metrics()}
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        if left_out := metrics.keys() - finite.keys() - self._left_out:
             self._left_out |= left_out
             logger.warning("round %d: no finite number, so not sent: %s", server_round, ", ".join(sorted(left_out)))
         sha256, size_bytes = hash_file(path)

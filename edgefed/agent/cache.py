@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from edgefed.agent.disk import disk_errors, make_folder
 from edgefed.agent.download import PART_SUFFIX, check_sha256
 from edgefed.agent.transport import OnBytes
+from edgefed.disk import disk_errors, make_folder
 from edgefed.errors import DiskFull, MalformedMessage
 from edgefed.protocol.messages import FileInfo, UnitInfo
 

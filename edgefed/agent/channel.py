@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import httpx
 
+from edgefed.agent.tcp_info import ConnectionRecord
+from edgefed.agent.throughput import TINY_BYTES, Throughput
 from edgefed.errors import (
     ConfigError,
     EdgefedError,
@@ -57,7 +59,8 @@ def _check_token(token: str) -> str:
 class Channel:
     """A pool of connections to one aggregator. Thread-safe.
 
-    ``bytes_up`` and ``bytes_down`` count bodies without headers; whoever streams a body counts it with `count`.
+    ``bytes_up`` and ``bytes_down`` count bodies without headers; whoever streams a body counts it with `count`, and
+    tells ``up`` or ``down`` of its pace. ``connections`` is asked of the kernel after every exchange.
     """
 
     def __init__(
@@ -90,6 +93,8 @@ class Channel:
         self._lock = threading.Lock()
         self.bytes_up = 0
         self.bytes_down = 0
+        self.up, self.down = Throughput(), Throughput()
+        self.connections = ConnectionRecord()
 
     def close(self) -> None:
         self._http.close()
@@ -135,9 +140,16 @@ class Channel:
             with self._http.stream(
                 method, path, params=params, content=content, headers=headers, timeout=timeout or self.timeout
             ) as response:
-                if not response.is_success and response.status_code not in passed:
-                    raise self._refusal(response)
-                yield response
+                try:
+                    if not response.is_success and response.status_code not in passed:
+                        raise self._refusal(response)
+                    yield response
+                finally:
+                    stream = response.extensions.get("network_stream")
+                    sent_bytes = int(headers.get("content-length", "0"))
+                    self.connections.note(
+                        stream.get_extra_info("socket") if stream else None, sending=sent_bytes >= TINY_BYTES
+                    )
         except httpx.HTTPError as fault:
             raise self._unreachable(fault) from fault
 
@@ -161,7 +173,8 @@ class Channel:
         return bytes(body)
 
     def _refusal(self, response: httpx.Response) -> EdgefedError:
-        """What a response without success means. ``received_status`` tells `backoff.is_transient` the status."""
+        """What a response without success means. ``received_status`` tells `backoff.is_transient` the status,
+        ``retry_after`` is that header as it came."""
         body = b""
         try:
             body = self._read(response, PROBLEM_EXCERPT_BYTES)
@@ -171,6 +184,7 @@ class Channel:
                 return self.foreign(response, body)
             error = ServerUnreachable(f"{self.base_url} answered HTTP {response.status_code} and nothing more")
         error.received_status = response.status_code  # type: ignore[attr-defined]
+        error.retry_after = response.headers.get("retry-after", "")  # type: ignore[attr-defined]
         return error
 
     def foreign(self, response: httpx.Response, body: bytes) -> ProtocolError:

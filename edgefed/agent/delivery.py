@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
 from edgefed.agent.backoff import Retry
-from edgefed.agent.disk import hash_file
 from edgefed.agent.journal import Journal
 from edgefed.agent.ledger import LEDGER_FILE, LedgerEntry, append_entry, utc_now
 from edgefed.agent.progress import WatchedProgress
 from edgefed.agent.transport import AggregatorClient
+from edgefed.disk import hash_file
 from edgefed.errors import (
     ChecksumMismatch,
     EdgefedError,

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from edgefed.agent.disk import READ_BYTES, disk_errors
+from edgefed.disk import READ_BYTES, disk_errors, sync_file
 from edgefed.errors import MalformedMessage
-from edgefed.protocol.frames import sync_file
 
 PART_SUFFIX = ".part"
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import filelock
 import msgspec
 
-from edgefed.agent.disk import disk_errors, make_folder, settle_file, write_durably
+from edgefed.disk import disk_errors, make_folder, settle_file, write_durably
 from edgefed.errors import EdgefedError, MalformedMessage, StateCorrupt, StateLocked
 from edgefed.protocol.messages import UpdateMeta, decode_message, encode_message
 

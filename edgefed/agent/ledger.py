@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgefed.agent.disk import disk_errors
+from edgefed.disk import disk_errors
 
 LEDGER_FILE = "ledger.jsonl"
 

@@ -1,30 +1,36 @@
 """The trainer that an agent drives: one warm model, and one round of it from global weights to an update file.
 
-    files, dense, routers -> profile (once) -> plan -> planned experts -> local steps -> update
+    files, dense, routers -> budget, profile (once) -> plan -> planned experts -> local steps -> update
 
 The model is built once, with every expert absent; a round loads what changed and puts the planned experts in place.
 Profiling streams the experts from the downloaded files one at a time, so a device that can hold a tenth of the experts
-still sees how its data uses all of them.
+still sees how its data uses all of them. The budget is measured anew before each round; where memory gets tight or runs
+out in the middle of one, the plan shrinks and the round goes on (`edgefed.agent.memory_guard`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from edgefed.agent.agent import Fetch, TrainedUpdate
-from edgefed.agent.disk import disk_errors
+from edgefed.agent.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.agent.planner import DeviceLimits, Planner
 from edgefed.agent.progress import ProgressSink
-from edgefed.errors import MalformedMessage, TrainingDiverged
+from edgefed.disk import disk_errors
+from edgefed.errors import ConfigError, MalformedMessage, TrainingDiverged
 from edgefed.experts import ExpertPlan, Role
+from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.memory import process_peak_rss_bytes, process_rss_bytes
+from edgefed.hardware.watch import PressureWatch
 from edgefed.methods.interface import Method
 from edgefed.methods.registry import make_method
 from edgefed.moe.frame_source import FrameSource, raw_array
@@ -32,11 +38,38 @@ from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, ExpertReport, Manifest, RunConfig, UnitInfo
+from edgefed.training.calibration import correction_from, measure_step
+from edgefed.training.chunked_loss import chunking_problem
 from edgefed.training.data import Corpus, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
 from edgefed.training.evaluate import evaluate_loss
+from edgefed.training.out_of_memory import (
+    device_lost,
+    free_memory,
+    is_device_lost,
+    is_out_of_memory,
+    with_smaller_batches,
+)
 from edgefed.training.profiling import load_tokenizer, spread_blocks
 from edgefed.training.steps import StepsOutcome, run_steps, train_scope
+
+OWN_FOLDER = "own"
+"""Where a device that exchanges nothing keeps what it trained, so that a round that shrinks can start again."""
+
+
+@dataclasses.dataclass
+class _Round:
+    """What belongs to one round. ``own``: files of units whose weights of this device count, not the global ones."""
+
+    run: RunConfig
+    method: Method
+    manifest: Manifest
+    assignment: Assignment
+    fetch: Fetch
+    progress: ProgressSink
+    units: Mapping[str, UnitInfo]
+    own: Mapping[str, Path]
+    doing: str = "planning"
 
 
 class LocalTrainer:
@@ -51,9 +84,14 @@ class LocalTrainer:
         *,
         held_out_share: float = 0.1,
         corpus_seed: int = 0,
+        device: str = "cpu",
+        measure_budget: Callable[[], MemoryBudget] | None = None,
+        watch: PressureWatch | None = None,
     ):
         """``data`` is a file or ``silo:NAME`` (see `load_corpus`); ``folder`` is where files and the plan are kept.
         ``name`` and the data seed what is random here, so the same devices in the same run do the same again.
+        ``device`` is where the model lives, as torch names it. ``measure_budget`` is asked before each round; without
+        it ``limits.memory_bytes`` holds, for the whole process. ``watch`` looks at memory while steps are made.
 
         Raises DataError when the data cannot be used. The data is read now, so that a bad file is told at once.
         """
@@ -63,11 +101,15 @@ class LocalTrainer:
         self._limits = limits
         self._identity = f"{name}/{self.corpus.sha256}"
         self._planner = Planner(folder, limits, self._identity)
+        self._device = device
+        self._measure_budget = measure_budget
+        self._watch = watch
         self._model: MoeModel | None = None
         self._loaded: dict[str, str] = {}  # unit key -> sha256 of what the model holds
         self._train_blocks: TokenBlocks | None = None
         self._held_out_blocks: TokenBlocks | None = None
         self._own_bytes_before_model = 0
+        self._chunking_checked = False
 
     def train_round(
         self,
@@ -80,25 +122,16 @@ class LocalTrainer:
     ) -> TrainedUpdate:
         """One round: returns what the aggregator is told; the trained tensors are in ``update_path`` when it returns.
 
-        Raises BudgetTooSmall, DataError, ModelError, TrainingDiverged.
+        Raises BudgetTooSmall, OutOfMemory, DeviceLost, DataError, ModelError, TrainingDiverged.
         """
         method = make_method(run.method, run.method_options)
-        scope = train_scope(run.training)
         units = {unit.key: unit for unit in manifest.units}
         model = self._ensure_model(run, manifest, fetch, progress)
-        if model.plan is None or method.exchanges:
-            source = self._load_shared(model, units.values(), fetch)
-            memory_bytes = self._limits.memory_bytes - self._own_bytes_before_model
-            plan = self._planner.make_plan(
-                run, method, manifest, model, self._train_blocks, source, memory_bytes, fetch, progress
-            )
-            held = [unit for unit in units.values() if _is_held(unit, plan)]
-            source.add(held, fetch(held))
-            model.apply_plan(plan, source, scope, missing=run.training.missing)
+        own = {} if model.plan is None or method.exchanges else self._spool(model, units)
+        this = _Round(run, method, manifest, assignment, fetch, progress, units, own)
+        guard = MemoryGuard(self._planner.shrink, progress, self._device, self._watch)
+        outcome, before, after = self._train_within_memory(this, model, guard)
         plan = model.plan
-        before = self._held_out_loss(run, progress)
-        outcome = self._train(run, model, plan, method, assignment, progress)
-        after = self._held_out_loss(run, progress)
         self._write_update(model if method.exchanges else None, units, update_path)
         keep = {file.sha256 for file in manifest.files}
         keep |= {
@@ -108,11 +141,51 @@ class LocalTrainer:
         }
         return TrainedUpdate(
             experts=_expert_reports(method, plan, outcome),
-            metrics=self._metrics(plan, outcome, before, after),
+            metrics=self._metrics(plan, outcome, before, after, guard.num_shrinks),
             num_examples=len(self._train_blocks),
             num_tokens=outcome.num_tokens,
             keep=frozenset(keep),
         )
+
+    def _train_within_memory(
+        self, this: _Round, model: MoeModel, guard: MemoryGuard
+    ) -> tuple[StepsOutcome, float, float]:
+        """(outcome, held-out loss before, after) of the plan that got through; ``model.plan`` is that plan.
+
+        After an out-of-memory the plan is a rung smaller and everything starts from the round's first weights: an
+        optimiser step may have changed half of them.
+        """
+        plan: ExpertPlan | None = None
+        before: dict[ExpertPlan, float] = {}
+        while True:
+            trouble = ""
+            try:
+                if plan is None:
+                    this.doing = "planning"
+                    plan = self._plan(this, model)
+                if not (this.own and plan == model.plan):
+                    self._place(this, model, plan)
+                self._check_chunked_loss(this, model)
+                if plan not in before:
+                    before[plan] = self._held_out_loss(this)
+                outcome = self._train(this, model, plan, guard)
+                return outcome, before[plan], self._held_out_loss(this)
+            except PlanShrunk:
+                plan = guard.plan
+            except Exception as error:
+                if is_device_lost(error):
+                    raise device_lost(error, self._device) from error
+                if not is_out_of_memory(error):
+                    raise
+                trouble = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            # Outside of the handlers: their traceback held what the failed step had allocated.
+            for parameter in model.module.parameters():
+                parameter.grad = None
+            model.drop_experts()
+            free_memory(self._device)
+            if trouble:
+                guard.ran_out(this.doing, trouble)
+                plan = guard.plan or plan
 
     # --- the model ------------------------------------------------------------------------------------------------
 
@@ -127,15 +200,17 @@ class LocalTrainer:
                 raise MalformedMessage(f"the manifest names a file {file.name[:80]!r}, expected a bare file name")
             shutil.copyfile(paths[file.sha256], folder / file.name)
         progress.phase("prepare")
-        self._own_bytes_before_model = process_rss_bytes()
-        self._model = MoeModel.skeleton(folder)
+        model = MoeModel.skeleton(folder, device=self._device)
         tokenizer = load_tokenizer(folder)
         length = run.training.sequence_length
         self._train_blocks = encode_examples(self.corpus.train, tokenizer, length)
         if self.corpus.held_out:
             self._held_out_blocks = encode_examples(self.corpus.held_out, tokenizer, length)
+        # What this process takes beside the model: the skeleton has no weights yet.
+        self._own_bytes_before_model = process_rss_bytes()
+        self._model = model
         progress.done()
-        return self._model
+        return model
 
     def _load_shared(self, model: MoeModel, units: Iterable[UnitInfo], fetch: Fetch) -> FrameSource:
         """Load dense tensors and routers, what every client holds, as far as they changed.
@@ -153,38 +228,115 @@ class LocalTrainer:
                 self._loaded[unit.key] = unit.sha256
         return source
 
+    def _spool(self, model: MoeModel, units: Mapping[str, UnitInfo]) -> dict[str, Path]:
+        """Write what this device trained, one file per unit. Its only copy beside the one that steps will change."""
+        folder = self._folder / OWN_FOLDER
+        paths = {}
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, (spec, values) in enumerate(model.trained_units()):
+                paths[spec.key] = folder / f"{number}.safetensors"
+                infos = units[spec.key].tensors
+                frames.write_frame(
+                    paths[spec.key], {info.name: (info.dtype, raw_array(values[info.name])) for info in infos}
+                )
+        return paths
+
     # --- a round --------------------------------------------------------------------------------------------------
 
-    def _held_out_loss(self, run: RunConfig, progress: ProgressSink) -> float:
+    def _usable_bytes(self) -> int:
+        """What the model may use now. On a CPU the budget is the whole process's, Python and the text included."""
+        budget_bytes = self._limits.memory_bytes
+        if self._measure_budget is not None:
+            budget = self._measure_budget()
+            budget_bytes = budget.now_bytes
+            if budget_bytes is None:
+                raise ConfigError(
+                    f"how much memory training may use is unknown: {budget.origin}", remedy="Pass --memory SIZE."
+                )
+        if budget_bytes is None:
+            raise ConfigError("neither a memory limit nor a way to measure memory was given")
+        return budget_bytes - (self._own_bytes_before_model if torch.device(self._device).type == "cpu" else 0)
+
+    def _plan(self, this: _Round, model: MoeModel) -> ExpertPlan:
+        """The plan under the memory of now; profiles first if need be."""
+        usable_bytes = self._usable_bytes()
+        source = FrameSource() if this.own else self._load_shared(model, this.units.values(), this.fetch)
+        return self._planner.make_plan(
+            this.run, this.method, this.manifest, model, self._train_blocks, source, usable_bytes, this.fetch,
+            this.progress,
+        )  # fmt: skip
+
+    def _place(self, this: _Round, model: MoeModel, plan: ExpertPlan) -> None:
+        """Put the planned experts on the device, everything with the weights that the round begins with."""
+        this.doing = "loading the planned experts"
+        source = self._load_shared(model, this.units.values(), this.fetch)
+        held = [unit for unit in this.units.values() if _is_held(unit, plan)]
+        source.add(held, this.fetch(held))
+        for key, path in this.own.items():
+            source.add([this.units[key]], {this.units[key].sha256: path})
+        model.apply_plan(plan, source, train_scope(this.run.training), missing=this.run.training.missing)
+        for key in this.own:
+            if this.units[key].kind != "expert" and not key.endswith(LORA_SUFFIX):
+                model.load_unit(key, source.read(key))
+
+    def _check_chunked_loss(self, this: _Round, model: MoeModel) -> None:
+        """Before its first use: does it give this model's own loss? Raises PlanShrunk to plan without it if not."""
+        if self._chunking_checked or not self._planner.load.setup.chunked_loss:
+            return
+        this.doing = "comparing the chunked loss with the model's own"
+        problem = chunking_problem(model.module, self._train_blocks.input_ids, self._train_blocks.labels)
+        self._chunking_checked = True
+        if problem:
+            this.progress.message(f"memory: the loss of this model cannot be computed in chunks: {problem}")
+            self._planner.exclude("chunked_loss", problem)
+            raise PlanShrunk
+
+    def _held_out_loss(self, this: _Round) -> float:
         """Loss of the model that this device runs (its resident experts) on its held-out text; NaN without any."""
         if self._held_out_blocks is None:
             return math.nan
-        blocks = spread_blocks(self._held_out_blocks, run.training.evaluation_tokens)
-        progress.phase("evaluate", blocks.num_tokens, "token")
-        loss = evaluate_loss(self._model.module, blocks, run.training.batch_size, on_batch=progress.advance)
+        this.doing = "evaluating"
+        training, progress = this.run.training, this.progress
+        blocks = spread_blocks(self._held_out_blocks, training.evaluation_tokens)
+        chunked = self._planner.load.setup.chunked_loss
+
+        def evaluate(batch_size: int) -> float:
+            progress.phase("evaluate", blocks.num_tokens, "token")
+            return evaluate_loss(self._model.module, blocks, batch_size, chunked=chunked, on_batch=progress.advance)
+
+        loss = with_smaller_batches(
+            evaluate,
+            training.batch_size,
+            lambda size: progress.message(f"memory: out of memory while evaluating; {size} sequences at a time"),
+        )
         progress.done()
         return loss
 
-    def _train(
-        self,
-        run: RunConfig,
-        model: MoeModel,
-        plan: ExpertPlan,
-        method: Method,
-        assignment: Assignment,
-        progress: ProgressSink,
-    ) -> StepsOutcome:
-        progress.phase("train", run.training.local_steps, "step")
-        outcome = run_steps(
-            model,
-            plan,
-            method,
-            self._train_blocks,
-            run.training,
-            compute_share=self._limits.compute_share,
-            seed=zlib.crc32(f"{assignment.seed}/{assignment.server_round}/{self._identity}".encode()),
-            on_step=lambda loss: progress.advance(1),
-        )
+    def _train(self, this: _Round, model: MoeModel, plan: ExpertPlan, guard: MemoryGuard) -> StepsOutcome:
+        this.doing = "training"
+        training, progress = this.run.training, this.progress
+        setup = self._planner.load.setup
+
+        def measure(optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> None:
+            measurement = measure_step(model, optimizer, step)
+            self._planner.correct(correction_from(measurement, self._planner.shape, setup))
+
+        progress.phase("train", training.local_steps, "step")
+        with self._watch or contextlib.nullcontext():
+            outcome = run_steps(
+                model,
+                plan,
+                this.method,
+                self._train_blocks,
+                training,
+                compute_share=self._limits.compute_share,
+                seed=zlib.crc32(f"{this.assignment.seed}/{this.assignment.server_round}/{self._identity}".encode()),
+                setup=setup,
+                on_step=lambda loss: progress.advance(1),
+                reconsider=guard.reconsider,
+                measure=measure if self._planner.correction is None else None,
+            )
         progress.done()
         return outcome
 
@@ -201,13 +353,16 @@ class LocalTrainer:
         with disk_errors(path):
             frames.write_frame(path, tensors)
 
-    def _metrics(self, plan: ExpertPlan, outcome: StepsOutcome, before: float, after: float) -> dict[str, float]:
+    def _metrics(
+        self, plan: ExpertPlan, outcome: StepsOutcome, before: float, after: float, num_shrinks: int
+    ) -> dict[str, float]:
         metrics = {
             "train_loss": outcome.loss,
             "held_out_loss_before": before,
             "held_out_loss_after": after,
             "experts_held": float(plan.num_resident),
             "experts_trained": float(len(outcome.expert_steps)),
+            "memory_shrinks": float(num_shrinks),
             "peak_expert_bytes": float(outcome.peak_expert_bytes),
             "peak_rss_bytes": float(process_peak_rss_bytes()),
             "train_tokens_per_s": outcome.tokens_per_s,

@@ -1,41 +1,72 @@
-"""Which experts a device holds in a round: profile, budget and plan, and their memory across rounds and restarts."""
+"""What a device does in a round: which experts it holds and trains, and how a step saves memory, under its budget.
+
+    profile (once) -> wanted experts -> `edgefed.training.shrinking.fit` with the memory model -> the method's plan
+
+The load (how a step is done, and how many experts) is kept across rounds and restarts, with the profile and with what
+a measured step said about the memory model. It shrinks whenever the budget has become too small for it. It grows only
+when a higher load would fit into ten per cent less than there is: a budget that is measured anew before each round
+wavers, and every change of the plan costs a download.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from edgefed.agent.agent import Fetch
-from edgefed.agent.disk import disk_errors, write_durably
 from edgefed.agent.progress import ProgressSink
-from edgefed.errors import StateCorrupt
-from edgefed.experts import ExpertPlan, RouterRecord
+from edgefed.disk import disk_errors, write_durably
+from edgefed.errors import BudgetTooSmall, StateCorrupt
+from edgefed.experts import ExpertPlan, Role, RouterRecord
+from edgefed.hardware.memory import format_bytes
 from edgefed.methods.interface import DeviceBudget, Method
 from edgefed.moe.frame_source import FrameSource
-from edgefed.moe.memory import experts_that_fit
+from edgefed.moe.memory import Correction, StepSetup, profiling_memory, training_memory
 from edgefed.moe.model import MoeModel
+from edgefed.moe.shapes import ModelShape, shape_from_config
 from edgefed.protocol.messages import Manifest, RunConfig
-from edgefed.training.costs import training_costs
 from edgefed.training.encoding import TokenBlocks
+from edgefed.training.out_of_memory import with_smaller_batches
 from edgefed.training.profiling import profile_blocks, spread_blocks
-from edgefed.training.steps import train_scope
+from edgefed.training.savings import problems
+from edgefed.training.shrinking import Ladder, Load, Rung, describe, fit, next_rung
+from edgefed.training.steps import step_setup, train_scope
 
 PLAN_FILE = "plan.json"
-"""Profile and current plan, in the device's state folder."""
+"""Profile, load, plan and correction, in the device's state folder."""
+
+GROWTH = 1.10
+"""A load may grow when it would fit into the budget divided by this; see the top of this file."""
+
+_SAVED_SETUP = ("chunked_loss", "checkpointing", "optimizer", "sequence_length")
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceLimits:
-    """What the owner allows. ``memory_bytes`` is for the whole process; ``expert_share`` caps the experts held."""
+    """What the owner allows. ``memory_bytes`` is for the whole process, None: what is measured before each round;
+    ``expert_share`` caps the experts held, ``compute_share`` those that learn from one batch."""
 
-    memory_bytes: int
+    memory_bytes: int | None = None
     expert_share: float = 1.0
     compute_share: float = 1.0
+
+
+@dataclasses.dataclass
+class _Saved:
+    """What plan.json holds of this run. ``failed_bytes``: the budget under which a plan ran out of memory, 0: none."""
+
+    profile: RouterRecord | None = None
+    roles: list[list[int]] | None = None
+    load: dict | None = None
+    correction: Correction | None = None
+    failed_bytes: int = 0
 
 
 class Planner:
@@ -45,6 +76,19 @@ class Planner:
         self._path = folder / PLAN_FILE
         self._limits = limits
         self._identity = identity
+        self._saved = _Saved()
+        self._fingerprint: list = []
+        self._ladder: Ladder | None = None
+        self._shape: ModelShape | None = None
+        self._problems: dict[str, str] | None = None
+        self._usable_bytes = 0
+        self.load: Load | None = None
+        """What the current plan does; None before the first plan."""
+
+    @property
+    def correction(self) -> Correction | None:
+        """What a measured step of this run said about the memory model."""
+        return self._saved.correction
 
     def make_plan(
         self,
@@ -54,83 +98,282 @@ class Planner:
         model: MoeModel,
         blocks: TokenBlocks,
         source: FrameSource,
-        memory_bytes: int,
+        usable_bytes: int,
         fetch: Fetch,
         progress: ProgressSink,
     ) -> ExpertPlan:
-        """The plan of this round: the one of an earlier round where the method keeps it, else a new one.
+        """The plan of this round; `load` then says how its steps are done.
 
         A profile is made once, or each round if the method asks for it; all experts are downloaded for it and no other
-        reason. ``memory_bytes`` is what the model may use. Raises BudgetTooSmall before anything is downloaded.
+        reason. ``usable_bytes`` is what the model may use now. Raises BudgetTooSmall before anything is downloaded.
         """
-        profile, roles = self._load(run)
-        if roles is not None and not method.plans_every_round:
-            return ExpertPlan.from_lists(roles)
-        budget = self._budget(run, manifest, model, memory_bytes)
-        if method.needs_profile and (profile is None or method.profiles_every_round):
+        self._restore(run)
+        saved = self._saved
+        if saved.correction:
+            usable_bytes -= saved.correction.process_bytes
+        sizes = manifest.experts_per_layer
+        self._shape = self._shape or shape_from_config(model.config, run.model)
+        if self._problems is None:
+            self._problems = problems(model.module, model.module.device)
+        # The small term keeps 0.29 of 100 experts at 29; a layer without any expert would pass no gradient.
+        count = max(len(sizes), math.floor(self._limits.expert_share * sum(sizes) + 1e-9))
+        wanted = Load(step_setup(model, run.training), count, count)
+        self._ladder = self._make_ladder(run, method, functools.partial(_spread_evenly, sizes))
+        fit(self._ladder, wanted, usable_bytes)  # refuse before anything is downloaded
+        if method.needs_profile and (saved.profile is None or method.profiles_every_round):
             experts = [unit for unit in manifest.units if unit.kind == "expert"]
             source.add(experts, fetch(experts))
-            profile = _profile(run, model, blocks, source, progress)
-        drawn_in = manifest.server_round if method.plans_every_round else 0
-        rng = np.random.default_rng([run.seed, drawn_in, zlib.crc32(self._identity.encode())])
-        run_progress = (manifest.server_round - 1) / (run.rounds - 1) if run.rounds > 1 else 1.0
-        plan = method.plan_experts(profile, manifest.experts_per_layer, budget, rng, run_progress)
-        self._save(run, profile, plan)
-        progress.message(f"plan: {plan.num_tuned} of {sum(plan.experts_per_layer)} experts")
+            saved.profile = self._make_profile(run, model, blocks, source, usable_bytes, progress)
+        self._ladder = self._make_ladder(run, method, self._layout(run, method, manifest))
+        before = self._resumed(wanted)
+        self.load = self._settle(before, wanted, usable_bytes, progress)
+        if saved.roles is not None and not method.plans_every_round and before == self.load:
+            plan = ExpertPlan.from_lists(saved.roles)
+        else:
+            plan = self._ladder.layout(self.load.held, self.load.trained)
+        self._usable_bytes = usable_bytes
+        self._keep(plan)
+        real = dataclasses.replace(self.load, held=plan.num_resident, trained=plan.num_tuned)  # no use for all of them
+        progress.message(f"plan: {describe(real, sum(sizes))}")
         return plan
 
-    def _budget(self, run: RunConfig, manifest: Manifest, model: MoeModel, memory_bytes: int) -> DeviceBudget:
-        """Experts that fit beside the dense part and the activations, at most the owner's share of them."""
-        costs = training_costs(manifest, model, run.training)
-        sizes = manifest.experts_per_layer
-        by_memory = experts_that_fit(memory_bytes, costs.fixed_bytes, costs.bytes_per_expert, sizes)
-        # The small term keeps 0.29 of 100 experts at 29; a layer without any expert would pass no gradient.
-        by_share = max(len(sizes), math.floor(self._limits.expert_share * sum(sizes) + 1e-9))
-        return DeviceBudget(min(by_memory, by_share), self._limits.compute_share)
+    def shrink(self) -> tuple[Rung, ExpertPlan] | None:
+        """Go down by one rung, whatever the memory model says of the load; None when nothing is left to give up.
 
-    def _load(self, run: RunConfig) -> tuple[RouterRecord | None, list[list[int]] | None]:
-        """Profile and roles that this device made earlier in the same run with the same data and limits.
-
-        With them neither a later round nor a restart downloads all experts again.
+        The load stays down in later rounds until the budget has grown by a tenth.
         """
+        assert self._ladder is not None and self.load is not None, "there is a plan to shrink"
+        rung = next_rung(self._ladder, self.load)
+        if rung is None:
+            return None
+        self.load = rung.load
+        self._saved.failed_bytes = self._usable_bytes
+        plan = self._ladder.layout(self.load.held, self.load.trained)
+        self._keep(plan)
+        return rung, plan
+
+    def exclude(self, saving: str, reason: str) -> None:
+        """``saving`` turned out not to work with this model. The next `make_plan` does without."""
+        assert self._problems is not None
+        self._problems[saving] = reason
+
+    def correct(self, correction: Correction) -> None:
+        """Keep what a measured step says: plans from the next round on are made with it."""
+        self._saved.correction = correction
+        self._write()
+
+    def measured_wanted(self) -> bool:
+        """Whether no step of this run has been measured yet."""
+        return self._saved.correction is None
+
+    @property
+    def shape(self) -> ModelShape:
+        assert self._shape is not None, "there is a plan"
+        return self._shape
+
+    # --- the load ---------------------------------------------------------------------------------------------------
+
+    def _settle(self, before: Load | None, wanted: Load, usable_bytes: int, progress: ProgressSink) -> Load:
+        """The load of this round: as it was, or less, or more where there is plenty. Raises BudgetTooSmall."""
+        ladder = self._ladder
+        if before is None:
+            load, rungs = fit(ladder, wanted, usable_bytes)
+            for rung in rungs:
+                progress.message(f"memory: {rung.sentence}")
+            return load
+        need = ladder.needs_bytes(before)
+        if need > usable_bytes:
+            load, _ = fit(ladder, wanted, usable_bytes)
+            self._tell_change(before, load, usable_bytes, progress)
+            return load
+        if usable_bytes < GROWTH * self._saved.failed_bytes:
+            return before
+        try:
+            load, _ = fit(ladder, wanted, int(usable_bytes / GROWTH))
+        except BudgetTooSmall:
+            return before
+        if load.rank() <= before.rank():
+            return before
+        self._saved.failed_bytes = 0
+        self._tell_change(before, load, usable_bytes, progress)
+        return load
+
+    def _tell_change(self, before: Load, load: Load, usable_bytes: int, progress: ProgressSink) -> None:
+        total = sum(self.shape.experts_per_layer)
+        why = "less" if load.rank() < before.rank() else "more"
+        progress.message(
+            f"memory: {format_bytes(max(0, usable_bytes))} for the model now, {why} than before: "
+            f"{describe(load, total)} (before: {describe(before, total)})"
+        )
+
+    def _resumed(self, wanted: Load) -> Load | None:
+        """The load of the last round, or the one that was saved, as far as it can still be had."""
+        if self.load is not None:
+            load = self.load
+        elif self._saved.load is not None:
+            saved = self._saved.load
+            setup = dataclasses.replace(wanted.setup, **{name: saved["setup"][name] for name in _SAVED_SETUP})
+            load = Load(setup, saved["held"], saved["trained"])
+        else:
+            return None
+        changes = {
+            field: getattr(wanted.setup, field)
+            for problem, field in (("chunked_loss",) * 2, ("checkpointing",) * 2, ("adamw_8bit", "optimizer"))
+            if problem in self._problems
+        }
+        held = min(load.held, wanted.held)
+        return Load(dataclasses.replace(load.setup, **changes), held, min(load.trained, held))
+
+    def _make_ladder(self, run: RunConfig, method: Method, layout: Callable[[int, int], ExpertPlan]) -> Ladder:
+        shape, correction = self.shape, self._saved.correction
+        return Ladder(
+            estimate=lambda setup, kept, tuned: training_memory(shape, setup, kept, tuned, correction),
+            layout=layout,
+            num_layers=len(shape.experts_per_layer),
+            run_sequence_length=run.training.sequence_length,
+            problems=self._problems,
+            all_experts=method.holds_all_experts,
+        )
+
+    def _layout(self, run: RunConfig, method: Method, manifest: Manifest) -> Callable[[int, int], ExpertPlan]:
+        """Which experts, for so many held and trained: the method's choice; drawn from the same numbers each time, so
+        fewer experts are a part of more."""
+        drawn_in = manifest.server_round if method.plans_every_round else 0
+        run_progress = (manifest.server_round - 1) / (run.rounds - 1) if run.rounds > 1 else 1.0
+        profile, sizes = self._saved.profile, manifest.experts_per_layer
+
+        @functools.lru_cache(maxsize=64)
+        def choose(count: int) -> ExpertPlan:
+            rng = np.random.default_rng([run.seed, drawn_in, zlib.crc32(self._identity.encode())])
+            return method.plan_experts(
+                profile, sizes, DeviceBudget(count, self._limits.compute_share), rng, run_progress
+            )
+
+        def layout(held: int, trained: int) -> ExpertPlan:
+            return _train_some(choose(held), choose(trained)) if trained < held else choose(held)
+
+        return layout
+
+    # --- the profile ------------------------------------------------------------------------------------------------
+
+    def _make_profile(
+        self,
+        run: RunConfig,
+        model: MoeModel,
+        blocks: TokenBlocks,
+        source: FrameSource,
+        usable_bytes: int,
+        progress: ProgressSink,
+    ) -> RouterRecord:
+        """Router statistics of the full model over the training text, the experts streamed from disk."""
+        picked = spread_blocks(blocks, run.training.profile_tokens)
+        setup = step_setup(model, run.training)
+        while setup.batch_size > 1 and self._profiling_bytes(setup) > usable_bytes:
+            setup = dataclasses.replace(setup, batch_size=setup.batch_size // 2)
+
+        def run_with(batch_size: int) -> RouterRecord:
+            progress.phase("profile", picked.num_tokens, "token")
+            scope = train_scope(run.training)
+            return profile_blocks(model, picked, source, scope=scope, batch_size=batch_size, on_batch=progress.advance)
+
+        record = with_smaller_batches(
+            run_with,
+            setup.batch_size,
+            lambda size: progress.message(f"memory: out of memory in the profile; {size} sequences at a time"),
+        )
+        progress.done()
+        return record
+
+    def _profiling_bytes(self, setup: StepSetup) -> int:
+        return profiling_memory(self.shape, setup, 1, streamed=True).total_bytes
+
+    # --- plan.json --------------------------------------------------------------------------------------------------
+
+    def _restore(self, run: RunConfig) -> None:
+        """Read what this device saved earlier in the same run with the same data and shares, once per run.
+
+        With it neither a later round nor a restart downloads all experts again, or measures a step again.
+        """
+        fingerprint = [run.run_id, self._identity, self._limits.expert_share, self._limits.compute_share]
+        if fingerprint == self._fingerprint:
+            return
+        self._fingerprint, self._saved, self.load = fingerprint, _Saved(), None
         if not self._path.exists():
-            return None, None
+            return
         try:
             with disk_errors(self._path):
                 saved = json.loads(self._path.read_text())
-            if saved["fingerprint"] != self._fingerprint(run):
-                return None, None
-            return RouterRecord.from_dict(saved["profile"]) if saved["profile"] else None, saved["roles"]
-        except (ValueError, KeyError, TypeError) as fault:
+            if saved["fingerprint"] == fingerprint:
+                self._saved = _Saved(
+                    profile=RouterRecord.from_dict(saved["profile"]) if saved["profile"] else None,
+                    roles=saved["roles"],
+                    load=_checked_load(saved["load"]),
+                    correction=Correction(**saved["correction"]) if saved["correction"] else None,
+                    failed_bytes=int(saved["failed_bytes"]),
+                )
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
             raise StateCorrupt(
                 f"{self._path} is not what was written: {fault}", remedy="Delete the file; the device plans again."
             ) from fault
 
-    def _save(self, run: RunConfig, profile: RouterRecord | None, plan: ExpertPlan) -> None:
-        saved = {
-            "fingerprint": self._fingerprint(run),
-            "roles": plan.to_lists(),
-            "profile": profile.to_dict() if profile else None,
+    def _keep(self, plan: ExpertPlan) -> None:
+        load = self.load
+        self._saved.roles = plan.to_lists()
+        self._saved.load = {
+            "setup": {name: getattr(load.setup, name) for name in _SAVED_SETUP},
+            "held": load.held,
+            "trained": load.trained,
         }
-        write_durably(self._path, json.dumps(saved).encode())
+        self._write()
 
-    def _fingerprint(self, run: RunConfig) -> list:
-        return [run.run_id, self._identity, *dataclasses.astuple(self._limits)]
+    def _write(self) -> None:
+        saved = self._saved
+        content = {
+            "fingerprint": self._fingerprint,
+            "roles": saved.roles,
+            "load": saved.load,
+            "failed_bytes": saved.failed_bytes,
+            "correction": dataclasses.asdict(saved.correction) if saved.correction else None,
+            "profile": saved.profile.to_dict() if saved.profile else None,
+        }
+        write_durably(self._path, json.dumps(content).encode())
 
 
-def _profile(
-    run: RunConfig, model: MoeModel, blocks: TokenBlocks, source: FrameSource, progress: ProgressSink
-) -> RouterRecord:
-    """Router statistics of the full model over the training text, the experts streamed from disk."""
-    picked = spread_blocks(blocks, run.training.profile_tokens)
-    progress.phase("profile", picked.num_tokens, "token")
-    record = profile_blocks(
-        model,
-        picked,
-        source,
-        scope=train_scope(run.training),
-        batch_size=run.training.batch_size,
-        on_batch=progress.advance,
+def _checked_load(load: Mapping) -> dict:
+    return {
+        "setup": {name: load["setup"][name] for name in _SAVED_SETUP},
+        "held": int(load["held"]),
+        "trained": int(load["trained"]),
+    }
+
+
+def _spread_evenly(experts_per_layer: tuple[int, ...], held: int, trained: int) -> ExpertPlan:
+    """A plan of so many experts before anything is known of them: the same share of each layer."""
+
+    def counts(total: int) -> list[int]:
+        share, layers = total / sum(experts_per_layer), len(experts_per_layer)
+        found = [max(1, math.floor(share * size)) for size in experts_per_layer]
+        for layer in range(layers):
+            if sum(found) < total and found[layer] < experts_per_layer[layer]:
+                found[layer] += 1
+        return found
+
+    kept, tuned = counts(held), counts(trained)
+    return ExpertPlan.of(
+        experts_per_layer,
+        [range(count) for count in tuned],
+        [range(low, high) for low, high in zip(tuned, kept, strict=True)],
     )
-    progress.done()
-    return record
+
+
+def _train_some(held: ExpertPlan, trained: ExpertPlan) -> ExpertPlan:
+    """``held`` with only the experts of ``trained`` tuned, at least one per layer."""
+    roles = []
+    for mine, theirs in zip(held.roles, trained.roles, strict=True):
+        both = (mine == Role.TUNED) & (theirs == Role.TUNED)
+        if not both.any():
+            both[np.flatnonzero(mine == Role.TUNED)[:1]] = True
+        roles.append(
+            np.where(both, Role.TUNED, np.where(mine == Role.ABSENT, Role.ABSENT, Role.FROZEN)).astype(np.int8)
+        )
+    return ExpertPlan(tuple(roles))

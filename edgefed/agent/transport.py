@@ -7,6 +7,7 @@ byte read, next byte written), never total: a slow uplink that still moves is no
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,11 @@ from pathlib import Path
 import httpx
 
 from edgefed.agent.channel import Channel, check_base_url
-from edgefed.agent.disk import disk_errors
 from edgefed.agent.download import PartFile, check_sha256
+from edgefed.agent.network import NetworkFacts, decode_marks
+from edgefed.disk import disk_errors
 from edgefed.errors import ChecksumMismatch, NotFound, OffsetMismatch, ProtocolError
-from edgefed.protocol import routes
+from edgefed.protocol import probe, routes
 from edgefed.protocol.messages import (
     Assignment,
     AssignmentReply,
@@ -91,6 +93,11 @@ class AggregatorClient:
     def close(self) -> None:
         """Close all connections. A request that still runs in another thread fails."""
         self._channel.close()
+
+    def network_facts(self) -> NetworkFacts:
+        """What real transfers so far and the kernel tell of the line. Costs nothing and sends nothing."""
+        channel = self._channel
+        return NetworkFacts.of(channel.up, channel.down, channel.connections)
 
     # --- messages -------------------------------------------------------------------------------------------------
 
@@ -173,6 +180,7 @@ class AggregatorClient:
                 file = open(path, "rb")  # noqa: SIM115  no yield may stand inside disk_errors: it would see socket errors
             with file:
                 file.seek(offset)
+                pace.start()
                 while left:
                     with disk_errors(path):
                         chunk = file.read(min(routes.CHUNK_BYTES, left))
@@ -181,14 +189,19 @@ class AggregatorClient:
                     yield chunk
                     left -= len(chunk)
                     self._channel.count(up=len(chunk))
+                    pace.moved(len(chunk))
                     if on_bytes:
                         on_bytes(len(chunk))
 
         path_on_server = self._own(routes.UPLOAD, server_round, attempt)
         headers = {"content-length": str(size - offset), "content-type": "application/octet-stream"}
-        with self._channel.exchange(
-            "PUT", path_on_server, params={"offset": offset}, content=chunks(), headers=headers
-        ) as response:
+        with (
+            self._channel.up.transfer(size - offset) as pace,
+            self._channel.exchange(
+                "PUT", path_on_server, params={"offset": offset}, content=chunks(), headers=headers
+            ) as response,
+        ):
+            pace.finish()
             return self._channel.decode(response, UploadState)
 
     def download(self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None) -> None:
@@ -216,7 +229,10 @@ class AggregatorClient:
     def _get_rest(self, sha256: str, part: PartFile, on_bytes: OnBytes | None) -> None:
         headers = {"range": f"bytes={part.offset}-"} if part.offset else {}
         path_on_server = routes.path_for(routes.BLOB, sha256=sha256)
-        with self._channel.exchange("GET", path_on_server, headers=headers, passed=(416,)) as response:
+        with (
+            self._channel.exchange("GET", path_on_server, headers=headers, passed=(416,)) as response,
+            self._channel.down.transfer(part.size_bytes - part.offset) as pace,
+        ):
             if response.status_code == 416:  # the server's blob is shorter than what is here
                 part.truncate()
                 return
@@ -227,10 +243,46 @@ class AggregatorClient:
             # Not iter_raw(CHUNK_BYTES): it would hold back an incomplete chunk, and lose it when the connection is cut.
             for chunk in response.iter_raw():
                 self._channel.count(down=len(chunk))
+                pace.moved(len(chunk))
                 if not part.append(chunk):
                     return  # longer than the manifest says: the hash decides, the disk stays safe
                 if on_bytes:
                     on_bytes(len(chunk))
+
+    # --- probes ---------------------------------------------------------------------------------------------------
+
+    def probe_up(self, size_bytes: int) -> tuple[probe.Mark, ...]:
+        """Send random bytes that the server throws away; returns when they arrived, by its clock.
+
+        Up to `probe.MAX_PROBE_BYTES`; a slow line gets fewer through. Raises NotFound from a server without this
+        route, and NetworkError with ``received_status`` 429 from one that has measured enough for now.
+        """
+        block = os.urandom(min(size_bytes, probe.PROBE_BLOCK_BYTES))
+
+        def chunks() -> Iterator[bytes]:
+            left = size_bytes
+            while left:
+                chunk = block[:left]
+                yield chunk
+                left -= len(chunk)
+                self._channel.count(up=len(chunk))
+
+        headers = {"content-length": str(size_bytes), "content-type": "application/octet-stream"}
+        with self._channel.exchange("POST", routes.PROBE, content=chunks(), headers=headers) as response:
+            return decode_marks(self._channel.decode(response, dict), size_bytes)
+
+    def probe_down(self, size_bytes: int) -> tuple[probe.Mark, ...]:
+        """Fetch random bytes; returns when they arrived. Limits and errors as in `probe_up`."""
+        recorder = probe.MarkRecorder(size_bytes)
+        with self._channel.exchange("GET", routes.PROBE, params={"bytes": size_bytes}, headers={}) as response:
+            if response.headers.get("content-type") != "application/octet-stream":
+                raise self._channel.foreign(response, b"")
+            for chunk in response.iter_raw():
+                self._channel.count(down=len(chunk))
+                recorder.arrived(len(chunk))
+                if recorder.size_bytes > size_bytes:
+                    raise ProtocolError(f"{self.base_url} sends more than the {size_bytes} bytes that were asked for")
+        return recorder.marks()
 
     def _own(self, template: str, server_round: int = 0, attempt: int = 0) -> str:
         return routes.path_for(template, client_id=self.client_id, server_round=server_round, attempt=attempt)

@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgefed.aggregator.admission import parse_number
+from edgefed.aggregator.probing import ProbeLimiter, answer_probe_down, answer_probe_up
 from edgefed.aggregator.service import Service
 from edgefed.aggregator.wire import (
     Handler,
@@ -35,6 +36,7 @@ from edgefed.aggregator.wire import (
     parse_range,
     read_body,
     reply,
+    until_disconnect,
     upload_identity,
     wait_seconds,
 )
@@ -92,8 +94,9 @@ class Endpoints:
         self.service, self._bell = service, bell
         self._io = concurrent.futures.ThreadPoolExecutor(IO_THREADS, thread_name_prefix="io")
         self._commits = concurrent.futures.ThreadPoolExecutor(COMMIT_THREADS, thread_name_prefix="commit")
+        self._probes = ProbeLimiter()
         self.transfers = 0
-        """Streams under way."""
+        """Streams under way; probes are not among them, since nobody waits for one to end."""
 
     def routes(self) -> list[Route]:
         table: list[tuple[str, str, Handler]] = [
@@ -108,6 +111,8 @@ class Endpoints:
             ("POST", routes.COMMIT, self.commit),
             ("GET", routes.STATUS, self.status),
             ("GET", routes.HEALTH, self.health),
+            ("POST", routes.PROBE, functools.partial(answer_probe_up, self._probes)),
+            ("GET", routes.PROBE, functools.partial(answer_probe_down, self._probes)),
         ]
         return [Route(path, answer_errors(handler), methods=[verb]) for verb, path, handler in table]
 
@@ -226,7 +231,7 @@ class FileStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         run, at = self._endpoints.run, self._begin
         self._endpoints.transfers += 1
-        hung_up = asyncio.ensure_future(_until_disconnect(receive))  # `send` says nothing when nobody listens any more
+        hung_up = asyncio.ensure_future(until_disconnect(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while at < self._end and not hung_up.done():
@@ -265,11 +270,6 @@ def _read_cached(file: io.FileIO, at: int, length: int) -> bytes:
         count = 0
     file.seek(at + count)
     return bytes(memoryview(buffer)[:count])
-
-
-async def _until_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def build_app(

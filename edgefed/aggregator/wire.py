@@ -163,20 +163,26 @@ async def batches(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         raise broken
 
 
-async def drain(request: Request) -> bool:
+async def drain(request: Request, *, most_bytes: int = DRAIN_BYTES, most_s: float = DRAIN_S) -> bool:
     """Read the rest of a refused body, up to a limit. Returns whether all of it came."""
 
     async def read() -> bool:
         size = 0
         async for chunk in request.stream():
             size += len(chunk)
-            if size > DRAIN_BYTES:
+            if size > most_bytes:
                 return False
         return True
 
     try:
-        return await asyncio.wait_for(read(), DRAIN_S)
+        return await asyncio.wait_for(read(), most_s)
     except (ClientDisconnect, asyncio.TimeoutError):
         return False
     except RuntimeError:  # Starlette's word for: the body was read to its end before
         return True
+
+
+async def until_disconnect(receive: Receive) -> None:
+    """Wait until the client hangs up. A response must ask: ``send`` says nothing when nobody listens any more."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -15,7 +15,13 @@ import click
 @click.command("join")
 @click.argument("server")
 @click.option("--data", required=True, help="Text that stays on this device: .txt, .jsonl, or silo:NAME.")
-@click.option("--memory", help="Most memory this process may use, e.g. 2GiB; default: what the host can spare.")
+@click.option(
+    "--memory",
+    help="Most memory to use, e.g. 2GiB; default: measured before each round. On a CPU it bounds the process, on a GPU "
+    "what torch holds there.",
+)
+@click.option("--device", help="cpu, cuda, cuda:1, or the UUID of a GPU or MIG instance; default: the best one here.")
+@click.option("--profile", help="Plan within the memory of another device, e.g. jetson-orin-nano-8gb.")
 @click.option("--experts", default="100%", show_default=True, help="Most of the model's experts to hold, e.g. 25%.")
 @click.option(
     "--compute", default="100%", show_default=True, help="Share of the held experts that learn from one batch."
@@ -28,22 +34,26 @@ import click
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON at the end.")
 def join_command(
-    server: str, data: str, memory: str | None, experts: str, compute: str, held_out: str, state: Path, name: str,
-    token: str | None, threads: int | None, as_json: bool,
+    server: str, data: str, memory: str | None, device: str | None, profile: str | None, experts: str, compute: str,
+    held_out: str, state: Path, name: str, token: str | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Join the run at SERVER (http://host:port) and train on DATA until it ends or Ctrl-C."""
     from edgefed.agent.transport import check_base_url
     from edgefed.cli.output import TerminalProgress, print_json, print_note
     from edgefed.config import parse_share
-    from edgefed.errors import BudgetTooSmall
-    from edgefed.hardware.memory import MemoryBudget, budget_from_host, format_bytes, parse_bytes
+    from edgefed.errors import ConfigError
+    from edgefed.hardware.budget import plan_budget
+    from edgefed.hardware.memory import format_bytes, parse_bytes
+    from edgefed.hardware.profiles import facts_of, find_profile
 
     check_base_url(server)
     expert_share, compute_share = parse_share(experts, "--experts"), parse_share(compute, "--compute")
     held_out_share = 0.0 if held_out.strip().rstrip("%") in ("0", "0.0") else parse_share(held_out, "--held-out")
-    budget = MemoryBudget(parse_bytes(memory), "--memory") if memory else budget_from_host()
-    if budget.size_bytes <= 0:
-        raise BudgetTooSmall(f"this host has no memory to spare: {budget.origin}")
+    if memory and profile:
+        raise ConfigError("--memory and --profile both say how much memory to use", remedy="Pass one of them.")
+    memory_bytes = parse_bytes(memory) if memory else None
+    if profile:
+        memory_bytes = plan_budget(facts_of(find_profile(profile))).now_bytes
 
     stop = threading.Event()
 
@@ -69,16 +79,13 @@ def join_command(
         state=state,
         name=name,
         token=token,
-        memory_bytes=budget.size_bytes,
+        memory_bytes=memory_bytes,
+        device=device,
         expert_share=expert_share,
         compute_share=compute_share,
         held_out_share=held_out_share,
     )
     progress.done()
-    print_note(
-        f"{name}: {format_bytes(budget.size_bytes)} ({budget.origin}), "
-        f"at most {100 * expert_share:.0f} % of the experts"
-    )
     summary = run_agent(config, progress, stop)
     progress.done()
     if as_json:

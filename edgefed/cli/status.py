@@ -101,6 +101,11 @@ def render_status(status: Status) -> RenderableType:
     parts: list[RenderableType] = [header, Text(""), clients]
     if any(client.device for client in status.clients):
         parts += [Text(""), _devices(status.clients)]
+        parts += [
+            Text(f"{client.name}: {client.device.budget_origin}", style="dim")
+            for client in status.clients
+            if client.device and client.device.budget_origin
+        ]
     if status.history:
         rounds = make_table(
             "round", "updates", "experts changed", "up", "seconds", "train loss", "held-out before", "after"
@@ -125,14 +130,14 @@ def _devices(clients: Iterable[ClientStatus]) -> Table:
         return "unknown" if size_bytes is None else format_bytes(size_bytes)
 
     table = make_table("client", "device", "memory", "trains on", "budget", "if idle", "of")
-    table.add_column("because", overflow="ellipsis", no_wrap=True)
+    table.columns[1].justify, table.columns[1].no_wrap = "left", False
     for client in clients:
         if (device := client.device) is None:
-            table.add_row(client.name, "unknown", "", "", format_bytes(client.memory_bytes))
+            table.add_row(client.name, "unknown", "", "", size(client.memory_bytes))
             continue
         name = f"{device.name} ({device.power_mode})" if device.power_mode else device.name
         sizes = (client.memory_bytes, device.ideal_budget_bytes, device.total_bytes)
-        table.add_row(client.name, name, device.kind, device.trains_on, *map(size, sizes), device.budget_origin)
+        table.add_row(client.name, name, device.kind, device.trains_on, *map(size, sizes))
     return table
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from edgefed.hardware.reading import Reading
+from edgefed.hardware.reading import Reading, Reason
 
 
 class MemoryKind(str, enum.Enum):
@@ -70,6 +70,8 @@ class GpuFacts:
     pcie_width: Reading[int]
     ecc: Reading[bool]
     mig_enabled: Reading[bool]
+    mig_index: int | None = None
+    """Number of the MIG instance on the GPU ``nvml_index``; its clocks, temperature and power are the whole GPU's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,8 @@ class HostFacts:
     is_wsl: bool
     container: Reading[str]
     """docker, podman, lxc, kubernetes, ...; absent outside."""
+    board: Reading[str] = Reading.missing(Reason.ABSENT, "device tree, DMI")
+    """Model of the board or computer: ``Raspberry Pi 5 Model B Rev 1.0``, ``NVIDIA_DGX_Spark``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +151,7 @@ class TegraFacts:
 
 @dataclasses.dataclass(frozen=True)
 class DriverFacts:
-    """NVML as a whole. ``problem`` says why there is no NVML, and ``remedy`` what to do; empty when it works."""
+    """NVML as a whole. ``problem`` says why there is no NVML or what is wrong with it, ``remedy`` what to do."""
 
     available: bool
     driver_version: Reading[str]

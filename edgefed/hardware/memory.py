@@ -1,11 +1,9 @@
-"""Host memory: how much this process may use, how much it used, and sizes as people write them."""
+"""Sizes as people write them, and how much memory this process uses."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
-from pathlib import Path
 
 import psutil
 
@@ -37,47 +35,6 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.{0 if abs(size) >= 100 else 1}f} {unit}"
         size /= 1024
     raise AssertionError("unreachable")
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryBudget:
-    """What this process may use in all, and where the number comes from."""
-
-    size_bytes: int
-    origin: str
-
-
-def budget_from_host(root: Path = Path("/")) -> MemoryBudget:
-    """The budget of a device without a GPU when the owner set none.
-
-        usable = (min(MemAvailable, cgroup room) - host_reserve) * 0.95,   host_reserve = max(1 GiB, 10 % of MemTotal)
-
-    The reserve keeps the desktop and the page cache alive; swap is never counted. ``root`` is where cgroup files are
-    looked up. Never negative.
-    """
-    memory = psutil.virtual_memory()
-    room, origin = memory.available, "available memory"
-    limit = cgroup_room_bytes(root)
-    if limit is not None and limit < room:
-        room, origin = limit, "container limit"
-    reserve = max(GIB, memory.total // 10)
-    return MemoryBudget(max(0, int((room - reserve) * 0.95)), f"{origin} less {format_bytes(reserve)} for the system")
-
-
-def cgroup_room_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes left under this cgroup's limit (v2, then v1); None when there is no limit or no cgroup."""
-    for limit_name, used_name in (
-        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit = int((root / limit_name).read_text())
-            used = int((root / used_name).read_text())
-        except (OSError, ValueError):  # absent, unreadable, or "max"
-            continue
-        if limit < 2**60:  # v1 writes a huge number for "none"
-            return max(0, limit - used)
-    return None
 
 
 def process_rss_bytes() -> int:

@@ -1,7 +1,7 @@
 """One value from a sensor: a number, or a named reason why there is none. Never 0 for "unknown".
 
-    reading = Reading.of(4096, "NVML memory v2")
-    reading = Reading.missing(Reason.NO_PERMISSION, "NVML memory v2", "Insufficient Permissions")
+reading = Reading.of(4096, "NVML memory v2")
+reading = Reading.missing(Reason.NO_PERMISSION, "NVML memory v2", "Insufficient Permissions")
 """
 
 from __future__ import annotations

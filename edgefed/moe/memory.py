@@ -1,103 +1,261 @@
-"""How much memory a plan needs, before anything is loaded. Arithmetic only: no torch, no model.
+"""How much memory a training step needs at its peak, before anything is loaded. Arithmetic only: no torch, no model.
 
-Symbols: d hidden_size, I expert_width, L num_layers, T tokens of a batch, V vocab_size, K experts per token. Bytes
-per trained number are weight + gradient + two AdamW moments; torch keeps all four in the parameter's dtype, so 16
-bytes for float32 and 8 for bfloat16.
+Symbols: H hidden_size, I expert_width, T tokens of a batch, V vocab_size, K experts per token, P (token, expert) pairs,
+R LoRA rank, w bytes of a number. A step has four phases, and its peak is the largest of them, not their sum:
+
+    forward     weights + optimiser state + what the layers so far keep for the backward pass
+    loss        the same of all layers + logits and their gradient
+    backward    layer by layer from the last: kept tensors go, weight gradients come
+    optimizer   weights + optimiser state + all gradients + what the update of one tensor needs on the way
+
+What layers keep is a formula of the reference kernels (`edgefed.kernels.masked_experts`) and of transformers' blocks;
+one measured step corrects it (`edgefed.training.calibration`). Weights, gradients and states are counted exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from edgefed.errors import BudgetTooSmall
+from edgefed.errors import ConfigError
+from edgefed.moe.activations import Activations, activations, corrected, forward_transient, outside_experts
+from edgefed.moe.shapes import ModelShape
+from edgefed.moe.step_setup import (
+    ADAPTER_BYTES,
+    ALLOWANCE,
+    DTYPE_BYTES,
+    STORAGE_BYTES,
+    TUNED_TOKENS,
+    Correction,
+    StepSetup,
+)
+from edgefed.moe.stored import (
+    expert_bytes,
+    gradient_bytes,
+    optimizer_temporary,
+    rounded_up,
+    static_bytes,
+    workspace_bytes,
+)
 
-ADAPTER_STATE_BYTES = 16  # adapters are float32: 4 weight + 4 gradient + 8 AdamW
+__all__ = [
+    "ADAPTER_BYTES",
+    "DTYPE_BYTES",
+    "STORAGE_BYTES",
+    "ComputeBudget",
+    "Correction",
+    "MemoryEstimate",
+    "StepSetup",
+    "compute_budget",
+    "profiling_memory",
+    "training_memory",
+]
+
 _MIB = 1024 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that its activations depend on. ``shared_width``: of shared experts, 0 without."""
+class MemoryEstimate:
+    """``parts`` is what the peak is made of, in bytes and display order; ``phases`` the peak of each phase."""
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    expert_width: int
-    num_experts: int
-    top_k: int
-    shared_width: int = 0
+    parts: dict[str, int]
+    phases: dict[str, int]
 
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
 
-def trained_bytes(num_parameters: int, dtype_bytes: int) -> int:
-    """Weights, gradients and AdamW state of parameters that train."""
-    return num_parameters * dtype_bytes * 4
+    @property
+    def phase(self) -> str:
+        """The phase that is the peak."""
+        return max(self.phases, key=self.phases.__getitem__)
 
 
-def tuned_expert_bytes(num_parameters: int, dtype_bytes: int, num_adapter_parameters: int = 0) -> int:
-    """One resident expert that trains: in full, or, with adapter parameters (LoRA), by its adapter alone."""
-    if num_adapter_parameters:
-        return num_parameters * dtype_bytes + num_adapter_parameters * ADAPTER_STATE_BYTES
-    return trained_bytes(num_parameters, dtype_bytes)
+@dataclasses.dataclass(frozen=True)
+class ComputeBudget:
+    """How many experts per MoE layer fit, each number for itself, at most what the largest layer has.
 
-
-def frozen_expert_bytes(num_parameters: int, dtype_bytes: int, num_adapter_parameters: int = 0) -> int:
-    """One resident expert that does not train; an adapter that others trained comes with it, in float32."""
-    return num_parameters * dtype_bytes + num_adapter_parameters * 4
-
-
-def adapter_parameters(sizes: Sequence[tuple[int, int]], rank: int) -> int:
-    """Numbers in the adapter of matrices with these (in, out)."""
-    return sum(rank * (size_in + size_out) for size_in, size_out in sizes)
-
-
-def dense_bytes(num_parameters: int, num_trained: int, dtype_bytes: int) -> int:
-    """Everything that is no routed expert; ``num_trained`` of its parameters (router, attention) train in full."""
-    return (num_parameters - num_trained) * dtype_bytes + trained_bytes(num_trained, dtype_bytes)
-
-
-def activation_bytes(
-    shape: ModelShape, batch_size: int, sequence_length: int, dtype_bytes: int, *, checkpointing: bool = False
-) -> int:
-    """Upper estimate of what one training step keeps for its backward pass, logits included.
-
-    Per layer 1.05 * (12 T d + T (6 (n_h + n_kv) d_h + 4 n_h) + T K (4 d + 8 I) + 8 T E + T (8 I_shared + 2 d)) bytes
-    in bfloat16 with fused attention; float32 activations take twice the space. Logits take 12 T V at their peak.
-    Within 3 % of measured OLMoE and Qwen3-MoE layers whose experts train, a third too high for frozen ones.
+    ``profile_per_layer``: resident in a forward pass. ``keep_per_layer``: held while one of them trains.
+    ``tune_per_layer``: held while all of them train. 0 means that not even one fits. ``estimate`` is of the last plan
+    that fits (all tuned, else one tuned), or of one expert per layer when nothing does. ``limit`` says in words what
+    ended it, ``limits`` the same for each number: profile, keep, tune.
     """
-    tokens = batch_size * sequence_length
-    d = shape.hidden_size
-    norms = 12 * tokens * d
-    attention = tokens * (6 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 4 * shape.num_heads)
-    experts = tokens * shape.top_k * (4 * d + 8 * shape.expert_width) + 8 * tokens * shape.num_experts
-    shared = tokens * (8 * shape.shared_width + 2 * d) if shape.shared_width else 0
-    scale = dtype_bytes / 2
-    layer = 1.05 * (norms + attention + experts + shared) * scale
-    logits = 12.0 * tokens * shape.vocab_size
-    if checkpointing:
-        return int((shape.num_layers * 2 + 4) * tokens * d * scale + max(layer, logits))
-    return int(shape.num_layers * layer + logits)
+
+    profile_per_layer: int
+    keep_per_layer: int
+    tune_per_layer: int
+    estimate: MemoryEstimate
+    limit: str
+    limits: dict[str, str]
 
 
-def experts_that_fit(
-    memory_bytes: int, fixed_bytes: int, bytes_per_expert: int, experts_per_layer: Sequence[int]
-) -> int:
-    """Experts, over all layers together, that fit beside ``fixed_bytes`` (dense part, activations) in the memory.
+def training_memory(
+    shape: ModelShape,
+    setup: StepSetup,
+    kept: int | Sequence[int],
+    tuned: int | Sequence[int],
+    correction: Correction | None = None,
+) -> MemoryEstimate:
+    """Peak of a training step from the second on (the first has no optimiser state yet).
 
-    Never more than the model has. Raises BudgetTooSmall when there is no room for one expert in each MoE layer.
+    ``kept`` and ``tuned``: experts of each MoE layer, one number for all or one per layer; tuned ones are among the
+    kept ones. A number above what a layer has means all of them. Raises ConfigError on impossible counts.
     """
-    fitting = (memory_bytes - fixed_bytes) // max(bytes_per_expert, 1)
-    needed = len(experts_per_layer)
-    if fitting < needed:
-        needed_bytes = fixed_bytes + needed * bytes_per_expert
-        raise BudgetTooSmall(
-            f"one expert in each of the {needed} MoE layers needs {_mib(needed_bytes)} ({_mib(fixed_bytes)} for all "
-            f"else and {_mib(bytes_per_expert)} an expert), the device offers {_mib(memory_bytes)}"
-        )
-    return min(fitting, sum(experts_per_layer))
+    kept, tuned = _counts(shape, kept, tuned, setup)
+    static = static_bytes(shape, setup, kept, tuned)
+    gradients = gradient_bytes(shape, setup, tuned)
+    states = static["optimizer"]
+    base = sum(static.values())
+    tuned_tokens = correction.tuned_tokens if correction else TUNED_TOKENS
+    found = corrected(activations(shape, setup, kept, tuned, tuned_tokens=tuned_tokens), correction)
+    overhead = workspace_bytes(shape, setup) + (correction.overhead_bytes if correction else 0)
+    moments = _moments(shape, setup, found, gradients)
+    moments["optimizer"] = (sum(gradients), optimizer_temporary(shape, setup, tuned), 0)
+    overhead += rounded_up(ALLOWANCE * (base + overhead + max(map(sum, moments.values()))))
+    phases = {phase: base + sum(moment) + overhead for phase, moment in moments.items()}
+    peak = moments[max(phases, key=phases.__getitem__)]
+    parts = {
+        "dense": static["dense"],
+        "kept experts": static["kept experts"],
+        "tuned experts": static["tuned experts"],
+        "gradients": peak[0],
+        "optimizer": states,
+        "activations": peak[1],
+        "logits": peak[2],
+        "workspace": overhead,
+    }
+    return MemoryEstimate(parts, phases)
+
+
+def _moments(
+    shape: ModelShape, setup: StepSetup, found: Activations, gradients: Sequence[int]
+) -> dict[str, tuple[int, int, int]]:
+    """(gradients, activations, logits) at the peak of the forward pass, the loss and the backward pass."""
+    kept = [outside + inside for outside, inside in zip(found.outside, found.inside, strict=True)]
+    again = [0.0] * len(kept)
+    if setup.checkpointing:  # only a layer's input is kept, the layer runs again in the backward pass
+        again, hidden = kept, setup.tokens * shape.hidden_size * setup.width
+        kept = [float(hidden)] * len(kept)
+    body = sum(kept) + found.tail
+    gone, cumulated, backward = 0, body, (0, 0, 0)
+    for layer in range(len(kept) - 1, found.first - 1, -1):
+        # The experts' tensors go while their gradients come, but for the gathered input, which goes last.
+        grown = max(0, gradients[layer] - max(0, int(found.inside[layer] - found.gathered[layer])))
+        backward = max(backward, (gone + grown, int(cumulated + again[layer] + found.backward[layer]), 0), key=sum)
+        gone += gradients[layer]
+        cumulated -= kept[layer]
+    return {
+        "forward": (0, int(body + max(found.forward)), 0),
+        "loss": (0, int(body), int(found.loss)),
+        "backward": backward,
+    }
+
+
+def profiling_memory(
+    shape: ModelShape, setup: StepSetup, kept: int | Sequence[int], *, streamed: bool = False
+) -> MemoryEstimate:
+    """Peak of a forward pass without gradients and with one row of logits, as a profile is made.
+
+    ``streamed``: one expert is in memory at a time, whatever ``kept`` says.
+    """
+    kept, _ = _counts(shape, kept, 0, setup)
+    setup = dataclasses.replace(setup, experts="lora" if setup.experts == "lora" else "none", attention="none")
+    static = static_bytes(shape, setup, kept, tuple(0 for _ in kept))
+    experts = static["kept experts"]
+    if streamed:
+        experts = max(rounded_up(expert_bytes(layer, setup)) for layer in shape.moe_layers)
+    flowing, pairs = 0, iter(kept)
+    for layer in shape.layers:
+        held = next(pairs) if layer.num_experts else 0
+        active = setup.tokens * min(layer.top_k, layer.num_experts if streamed else held)
+        flowing = max(flowing, forward_transient(shape, layer, setup, active) + outside_experts(shape, layer, setup))
+    logits = setup.batch_size * shape.vocab_size * setup.width
+    workspace = workspace_bytes(shape, setup)
+    parts = {
+        "dense": static["dense"],
+        "kept experts": experts,
+        "activations": int(flowing),
+        "logits": logits,
+        "workspace": workspace,
+    }
+    return MemoryEstimate(parts, {"forward": sum(parts.values())})
+
+
+def compute_budget(
+    shape: ModelShape, setup: StepSetup, usable_bytes: int, correction: Correction | None = None
+) -> ComputeBudget:
+    """How many experts per MoE layer can be profiled, kept and tuned within ``usable_bytes``; see ComputeBudget."""
+    room = usable_bytes - (correction.process_bytes if correction else 0)
+    most = shape.num_experts
+
+    def tuning(kept: int, tuned: int) -> MemoryEstimate:
+        return training_memory(shape, setup, kept, tuned, correction)
+
+    trains = int(setup.experts != "none")
+    estimates: dict[str, Callable[[int], MemoryEstimate]] = {
+        "profile": lambda kept: profiling_memory(shape, setup, kept),
+        "keep": lambda kept: tuning(kept, trains),
+        "tune": lambda kept: tuning(kept, kept),
+    }
+    found = {name: _largest(most, estimate, room) for name, estimate in estimates.items()}
+    if not trains:
+        found["tune"] = 0
+    limits = {name: _limit(found[name], most, estimate, room) for name, estimate in estimates.items()}
+    if not trains:
+        limits["tune"] = "no expert trains in this run"
+    return ComputeBudget(
+        profile_per_layer=found["profile"],
+        keep_per_layer=found["keep"],
+        tune_per_layer=found["tune"],
+        estimate=estimates["tune"](found["tune"]) if found["tune"] else estimates["keep"](max(1, found["keep"])),
+        limit=limits["tune" if trains else "keep"],
+        limits=limits,
+    )
+
+
+def _limit(count: int, most: int, estimate: Callable[[int], MemoryEstimate], room: int) -> str:
+    """Why not one more than ``count``."""
+    if count == most:
+        return f"nothing: all {most} experts of a layer fit"
+    beyond = estimate(count + 1)
+    largest = max(beyond.parts, key=beyond.parts.__getitem__)
+    experts = "one expert" if count == 0 else f"{count + 1} experts"
+    return (
+        f"{experts} per layer would need {_mib(beyond.total_bytes)} at the peak ({beyond.phase}), {_mib(room)} are "
+        f"usable; most of it is {largest} ({_mib(beyond.parts[largest])})"
+    )
+
+
+def _largest(most: int, estimate: Callable[[int], MemoryEstimate], room: int) -> int:
+    """The largest count in 1..most whose estimate fits, 0 when 1 does not. Estimates grow with the count."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if estimate(middle).total_bytes <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _counts(
+    shape: ModelShape, kept: int | Sequence[int], tuned: int | Sequence[int], setup: StepSetup
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    per_layer = shape.experts_per_layer
+
+    def spread(counts: int | Sequence[int], name: str) -> tuple[int, ...]:
+        if isinstance(counts, int):
+            counts = [counts] * len(per_layer)
+        if len(counts) != len(per_layer) or min(counts, default=0) < 0:
+            raise ConfigError(
+                f"{name} experts of {len(per_layer)} MoE layers are needed, none negative; found {list(counts)}"
+            )
+        return tuple(min(int(count), limit) for count, limit in zip(counts, per_layer, strict=True))
+
+    kept, tuned = spread(kept, "kept"), spread(tuned, "tuned")
+    if any(t > k for k, t in zip(kept, tuned, strict=True)):
+        raise ConfigError(f"tuned experts are among the kept ones; found {list(tuned)} tuned of {list(kept)} kept")
+    return kept, tuned if setup.experts != "none" else tuple(0 for _ in tuned)
 
 
 def _mib(size_bytes: int) -> str:

@@ -13,6 +13,11 @@ Paths are templates in Starlette's syntax; `path_for` fills them for a client.
     POST {COMMIT}        UpdateMeta               -> UpdateAccepted
     GET  {STATUS}                                 -> Status
     GET  {HEALTH}                                 -> {"status": "ok", "protocol_version": 1}
+    POST {PROBE}         raw bytes, thrown away   -> {"marks": [[seconds, bytes], ...]}
+    GET  {PROBE}         ?bytes=N                 -> N random bytes
+
+PROBE measures the line and touches no disk. A request moves at most 8 MiB in at most 30 seconds; an address has one
+request at a time and 64 MiB in a minute. Beyond that it answers 429 with Retry-After. An older server answers 404.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ UPLOAD = "/v1/clients/{client_id}/rounds/{server_round}/uploads/{attempt}"
 COMMIT = "/v1/clients/{client_id}/rounds/{server_round}/uploads/{attempt}/commit"
 STATUS = "/v1/status"
 HEALTH = "/v1/health"
+PROBE = "/v1/probe"
 
 CLIENT_KEY_HEADER = "x-edgefed-client-key"
 """Secret of the client: required under /v1/clients/{client_id}; on a download it says whose bytes they are."""

@@ -40,6 +40,23 @@ class TokenBlocks:
         """All tokens, learned from or not: N * S."""
         return self.input_ids.numel()
 
+    def shortened(self, length: int) -> TokenBlocks:
+        """The same text in blocks of ``length`` tokens: (N, S) becomes (N * (S // length), length).
+
+        What does not fill the last block of a row is dropped, and so are blocks without a label that the shifted loss
+        would see. These blocks themselves where they are no longer than ``length``, or no block would be left.
+        Raises ValueError below 2 tokens.
+        """
+        if length < 2:
+            raise ValueError(f"blocks need at least 2 tokens, not {length}")
+        width = self.input_ids.shape[1]
+        if width <= length:
+            return self
+        used = width // length * length
+        input_ids, labels = (t[:, :used].reshape(-1, length) for t in (self.input_ids, self.labels))
+        keep = (labels[:, 1:] != IGNORED_LABEL).any(dim=1)
+        return TokenBlocks(input_ids[keep], labels[keep]) if keep.any() else self
+
     def batches(
         self, batch_size: int, generator: torch.Generator | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

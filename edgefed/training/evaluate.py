@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from edgefed.training.encoding import IGNORED_LABEL, TokenBlocks
+from edgefed.training.steps import batch_loss
 
 
 @torch.no_grad()
@@ -16,11 +17,13 @@ def evaluate_loss(
     blocks: TokenBlocks,
     batch_size: int,
     *,
+    chunked: bool = False,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> float:
     """Mean cross-entropy per predicted token, in nats; the mean is over tokens, not over batches.
 
-    Returns NaN when there is no block. The module's training flag is left as it was.
+    Returns NaN when there is no block. The module's training flag is left as it was. ``chunked``: see `chunked_loss`;
+    neither it nor the batch size changes the result, both change the memory that it takes.
     """
     was_training = module.training
     module.eval()
@@ -29,7 +32,8 @@ def evaluate_loss(
         for input_ids, labels in blocks.batches(batch_size):
             # transformers averages over the predicted tokens of the batch: the labels but the first, shifted.
             predicted = int((labels[:, 1:] != IGNORED_LABEL).sum())
-            total += module(input_ids=input_ids, labels=labels, use_cache=False).loss.item() * predicted
+            if predicted:
+                total += batch_loss(module, input_ids, labels, chunked=chunked).item() * predicted
             tokens += predicted
             on_batch(input_ids.numel())
     finally:

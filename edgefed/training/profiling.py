@@ -69,6 +69,6 @@ def _forward_all(
     with model.record_statistics() as statistics:
         for input_ids, _ in blocks.batches(batch_size):
             # The routers are all that counts: one row of logits, not one per token, keeps a large vocabulary small.
-            model.module(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+            model.module(input_ids=input_ids.to(model.module.device), use_cache=False, logits_to_keep=1)
             on_batch(input_ids.numel())
         return statistics.take()

@@ -1,4 +1,8 @@
-"""The local steps of one round: forward, backward, AdamW, and a count of which experts they changed."""
+"""The local steps of one round: forward, backward, AdamW, and a count of which experts they changed.
+
+How a step saves memory (`StepSetup`: chunked loss, checkpointing, optimizer, sequence length) changes neither its loss
+nor its gradients, except for the sequence length; it may change from one step to the next.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from edgefed.errors import TrainingDiverged
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
 from edgefed.methods.interface import Method
+from edgefed.moe.memory import StepSetup
 from edgefed.moe.model import MoeModel
 from edgefed.moe.scope import TrainScope
 from edgefed.protocol.messages import TrainingConfig
+from edgefed.training.chunked_loss import chunked_loss
 from edgefed.training.encoding import TokenBlocks
+from edgefed.training.savings import checkpointing, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,62 @@ def train_scope(training: TrainingConfig) -> TrainScope:
     )
 
 
+def step_setup(model: MoeModel, training: TrainingConfig, **savings: object) -> StepSetup:
+    """How a step of a run is done on the device that ``model`` is on; ``savings`` are other fields of `StepSetup`.
+
+    float64, which no memory formula knows, counts as float32.
+    """
+    device = model.module.device.type
+    return StepSetup(
+        batch_size=training.batch_size,
+        sequence_length=training.sequence_length,
+        dtype=_DTYPES.get(model.dtype, "float32"),
+        experts=training.experts,
+        router=training.router,
+        attention=training.attention,
+        lora_rank=training.lora_rank,
+        **{"device": "cuda" if device == "cuda" else "cpu", **savings},
+    )
+
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def batch_loss(module: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, *, chunked: bool) -> torch.Tensor:
+    """Mean cross-entropy of a batch (B, S), a scalar: the model's own, or in chunks (see `chunked_loss`)."""
+    input_ids, labels = input_ids.to(module.device), labels.to(module.device)
+    if chunked:
+        return chunked_loss(module, input_ids, labels)
+    return module(input_ids=input_ids, labels=labels, use_cache=False).loss
+
+
+def take_step(
+    model: MoeModel,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    setup: StepSetup,
+    max_grad_norm: float,
+) -> tuple[float, list[tuple[int, int]]]:
+    """One step of training: (loss, experts that it changed). Gradients stay, for whoever counts memory.
+
+    Raises TrainingDiverged, and then has changed no weight.
+    """
+    with checkpointing(model.module, setup.checkpointing):
+        loss = batch_loss(model.module, input_ids, labels, chunked=setup.chunked_loss)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingDiverged(f"the training loss is {value}")
+        loss.backward()
+    del loss
+    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    changed = model.experts_with_gradient()
+    optimizer.step()
+    return value, changed
+
+
 def run_steps(
     model: MoeModel,
     plan: ExpertPlan,
@@ -57,7 +121,10 @@ def run_steps(
     *,
     compute_share: float,
     seed: int,
+    setup: StepSetup | None = None,
     on_step: Callable[[float], None] = lambda loss: None,
+    reconsider: Callable[[], StepSetup | None] = lambda: None,
+    measure: Callable[[torch.optim.Optimizer, Callable[[], None]], None] | None = None,
 ) -> StepsOutcome:
     """Train ``training.local_steps`` steps on ``blocks``, in a shuffled order that depends on ``seed`` alone.
 
@@ -66,49 +133,102 @@ def run_steps(
     not touched by the optimiser, so neither momentum nor weight decay moves it. Gradients are clipped to
     ``max_grad_norm``.
 
-    Raises TrainingDiverged when the loss is not finite.
+    ``setup`` says how a step saves memory (None: it does not); its sequence length cuts the blocks. ``reconsider`` is
+    asked between steps, when no gradient is held, and may give another setup for the steps that follow: another
+    optimizer starts with fresh moments, another length cuts the blocks anew. ``measure(optimizer, step)`` is called
+    for the first step and must call ``step()`` once.
+
+    Raises TrainingDiverged when the loss is not finite, and what ``on_step`` and ``reconsider`` raise.
     """
-    module = model.module
-    parameters = list(model.trainable_parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
-    batches = _endless_batches(blocks, training.batch_size, seed)
-    expert_steps: Counter[tuple[int, int]] = Counter()
-    peak_expert_bytes, tokens, losses = 0, 0, []
+    steps = _LocalSteps(model, blocks, training, setup or step_setup(model, training), seed)
     started = time.perf_counter()
-    module.train()
+    model.module.train()
     model.set_schedule(make_schedule(plan, method, compute_share))
     try:
         with model.record_statistics() as statistics:
             for step in range(training.local_steps):
-                input_ids, labels = next(batches)
-                loss = module(input_ids=input_ids, labels=labels, use_cache=False).loss
-                losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    raise TrainingDiverged(f"the training loss is {losses[-1]} at step {step + 1}")
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
-                changed = model.experts_with_gradient()
-                optimizer.step()
-                expert_steps.update(changed)
-                # Gradients and optimiser state live together here, so this is where the step's memory peaks.
-                peak_expert_bytes = max(peak_expert_bytes, model.expert_memory_bytes(optimizer))
-                optimizer.zero_grad(set_to_none=True)
-                tokens += input_ids.numel()
-                on_step(losses[-1])
+                try:
+                    if measure is not None and step == 0:
+                        measure(steps.optimizer, steps.take)
+                    else:
+                        steps.take()
+                except TrainingDiverged as fault:
+                    raise TrainingDiverged(f"{fault} at step {step + 1}") from None
+                steps.count_memory()
+                on_step(steps.losses[-1])
+                other = reconsider() if step + 1 < training.local_steps else None
+                if other is not None:
+                    steps.adopt(other)
             record = statistics.take()
     finally:
         model.set_schedule(None)
-        module.eval()
+        model.module.eval()
     seconds = time.perf_counter() - started
     return StepsOutcome(
-        loss=sum(losses) / len(losses),
-        steps=len(losses),
-        num_tokens=tokens,
-        tokens_per_s=tokens / seconds,
-        expert_steps=expert_steps,
+        loss=sum(steps.losses) / len(steps.losses),
+        steps=len(steps.losses),
+        num_tokens=steps.num_tokens,
+        tokens_per_s=steps.num_tokens / seconds,
+        expert_steps=steps.expert_steps,
         record=record,
-        peak_expert_bytes=peak_expert_bytes,
+        peak_expert_bytes=steps.peak_expert_bytes,
     )
+
+
+class _LocalSteps:
+    """What lives from one step of a round to the next: optimiser, order of the data, and what was counted."""
+
+    def __init__(self, model: MoeModel, blocks: TokenBlocks, training: TrainingConfig, setup: StepSetup, seed: int):
+        self.losses: list[float] = []
+        self.expert_steps: Counter[tuple[int, int]] = Counter()
+        self.num_tokens = 0
+        self.peak_expert_bytes = 0
+        self._model, self._blocks, self._training, self._setup, self._seed = model, blocks, training, setup, seed
+        self._parameters = list(model.trainable_parameters())
+        self.optimizer = self._make_optimizer()
+        self._batches = self._shuffled(seed)
+
+    def take(self) -> None:
+        """One step. Raises TrainingDiverged."""
+        input_ids, labels = next(self._batches)
+        loss, changed = take_step(
+            self._model,
+            self.optimizer,
+            self._parameters,
+            input_ids,
+            labels,
+            setup=self._setup,
+            max_grad_norm=self._training.max_grad_norm,
+        )
+        self.losses.append(loss)
+        self.expert_steps.update(changed)
+        self.num_tokens += input_ids.numel()
+
+    def count_memory(self) -> None:
+        """Behind a step gradients and optimiser state live together: experts take most here. Drops the gradients."""
+        self.peak_expert_bytes = max(self.peak_expert_bytes, self._model.expert_memory_bytes(self.optimizer))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def adopt(self, setup: StepSetup) -> None:
+        """Go on under another setup."""
+        before, self._setup = self._setup, setup
+        if setup.optimizer != before.optimizer:
+            del self.optimizer  # its state, before the next one makes its own
+            self.optimizer = self._make_optimizer()
+        if (setup.sequence_length, setup.batch_size) != (before.sequence_length, before.batch_size):
+            self._batches = self._shuffled(self._seed + len(self.losses))
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        training = self._training
+        return make_optimizer(
+            self._parameters,
+            self._setup.optimizer,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+        )
+
+    def _shuffled(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return _endless_batches(self._blocks.shortened(self._setup.sequence_length), self._setup.batch_size, seed)
 
 
 def make_schedule(plan: ExpertPlan, method: Method, compute_share: float) -> Callable | None:

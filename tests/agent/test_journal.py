@@ -109,7 +109,7 @@ def test_failed_write_keeps_the_old_journal(tmp_path, monkeypatch):
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("edgefed.agent.disk.sync_file", full)
+        monkeypatch.setattr("edgefed.disk.sync_file", full)
         with pytest.raises(DiskFull, match=r"journal\.json"):
             journal.begin_training(2)
         assert journal.record.server_round == 1

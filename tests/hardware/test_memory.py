@@ -1,6 +1,5 @@
-"""Sizes as people write them, and host budgets that never promise what is not there."""
+"""Sizes as people write them, and what this process uses."""
 
-import psutil
 import pytest
 
 from edgefed.errors import ConfigError
@@ -26,31 +25,6 @@ def test_what_is_no_size_is_refused(text):
 )
 def test_sizes_are_written(size, text):
     assert memory.format_bytes(size) == text
-
-
-def test_budget_stays_below_what_is_available():
-    budget = memory.budget_from_host()
-    assert 0 <= budget.size_bytes < psutil.virtual_memory().available
-    assert "for the system" in budget.origin
-
-
-def test_a_container_limit_wins(tmp_path):
-    folder = tmp_path / "sys/fs/cgroup"
-    folder.mkdir(parents=True)
-    (folder / "memory.max").write_text("1500000000\n")
-    (folder / "memory.current").write_text("500000000\n")
-    assert memory.cgroup_room_bytes(tmp_path) == 10**9
-    assert memory.budget_from_host(tmp_path).size_bytes == 0  # 1 GB less the reserve of at least 1 GiB
-    assert memory.budget_from_host(tmp_path).origin.startswith("container limit")
-
-
-@pytest.mark.parametrize("limit", ["max", "9223372036854771712"])
-def test_no_limit_is_no_limit(tmp_path, limit):
-    folder = tmp_path / "sys/fs/cgroup"
-    folder.mkdir(parents=True)
-    (folder / "memory.max").write_text(limit)
-    (folder / "memory.current").write_text("500000000\n")
-    assert memory.cgroup_room_bytes(tmp_path) is None
 
 
 def test_peak_is_at_least_now():

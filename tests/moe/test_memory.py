@@ -1,4 +1,4 @@
-"""The memory arithmetic against bytes counted on a real bank, and the refusal of budgets that hold nothing."""
+"""The memory model against hand-computed numbers, against tensors really allocated, and against its own promises."""
 
 from __future__ import annotations
 
@@ -8,69 +8,305 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from edgefed.errors import BudgetTooSmall
+from edgefed.errors import ConfigError
 from edgefed.experts import ExpertPlan
-from edgefed.moe import memory
-from edgefed.moe.accounting import expert_memory
+from edgefed.moe.accounting import expert_memory, model_memory, storage_bytes
+from edgefed.moe.activations import activations
+from edgefed.moe.memory import (
+    STORAGE_BYTES,
+    Correction,
+    StepSetup,
+    compute_budget,
+    profiling_memory,
+    training_memory,
+)
 from edgefed.moe.scope import TrainScope
+from edgefed.moe.shapes import KNOWN_SHAPES, shape_from_config, uniform_shape
 
-
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_predicted_expert_bytes_are_the_counted_ones(mode, toy):
-    scope = TrainScope(experts=mode, router="none", lora_rank=4)
-    units = toy.units(scope)
-    model, source = toy.device(units)
-    tuned, frozen = [[0, 1, 2], [3]], [[4], [5, 6]]
-    model.apply_plan(ExpertPlan.of(model.experts_per_layer, tuned, frozen), source, scope)
-    optimizer = torch.optim.AdamW(model.trainable_parameters())
-    for parameter in model.trainable_parameters():
-        parameter.grad = torch.zeros_like(parameter)  # as if every expert had a token
-    optimizer.step()
-    layer = model.layers[0]
-    adapter = 0
-    if mode == "lora":
-        adapter = memory.adapter_parameters([layer.input_output_sizes(p) for p in layer.matrices], 4)
-    expected = 4 * memory.tuned_expert_bytes(layer.parameters_per_expert, 4, adapter)
-    expected += 3 * memory.frozen_expert_bytes(layer.parameters_per_expert, 4, adapter)
-    step_counters = 4 * len(model.trainable_parameters())
-    assert expert_memory(model.layers, optimizer).total_bytes == expected + step_counters
-
-
-def test_experts_that_fit():
-    per_layer = (8, 8)
-    assert memory.experts_that_fit(1000, 400, 100, per_layer) == 6
-    assert memory.experts_that_fit(600, 400, 100, per_layer) == 2
-    assert memory.experts_that_fit(10**9, 400, 100, per_layer) == 16, "never more than there are"
-    with pytest.raises(
-        BudgetTooSmall,
-        match=r"2 MoE layers needs 6.0 MiB \(4.0 MiB for all else and 1.0 MiB an expert\), the device offers 5.9 MiB",
-    ):
-        memory.experts_that_fit(int(5.9 * 2**20), 4 * 2**20, 2**20, per_layer)
-    with pytest.raises(BudgetTooSmall):
-        memory.experts_that_fit(100, 400, 100, per_layer)
-
-
-OLMOE = memory.ModelShape(
-    hidden_size=2048, num_layers=16, num_heads=16, num_kv_heads=16, head_dim=128, vocab_size=50304, expert_width=1024,
-    num_experts=64, top_k=8,
+GIB = 2**30
+SMALL = uniform_shape(
+    "small", hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, vocab_size=100, num_experts=4,
+    top_k=2, expert_width=16,
 )  # fmt: skip
+"""An expert has 8 x 32 + 16 x 8 = 384 numbers, attention 8 x 8 + 2 x 8 x 4 + 8 x 8 = 192, the router 8 x 4 = 32."""
+OLMOE = KNOWN_SHAPES["OLMoE-1B-7B"]
+
+
+def parts(setup: StepSetup, kept: int, tuned: int, shape=SMALL) -> dict[str, int]:
+    return training_memory(shape, setup, kept, tuned).parts
+
+
+# --- by hand -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_and_states_in_full_training():
+    found = parts(StepSetup(1, 4, "float32"), kept=3, tuned=1)
+    layer = 192 + 32 + 16  # attention, router, two norms
+    assert found["dense"] == 4 * (2 * 100 * 8 + 8 + 2 * layer)
+    assert found["kept experts"] == 4 * 2 * 2 * 384
+    assert found["tuned experts"] == 4 * 2 * 384
+    # two moments of one expert and the router in each layer, and a step counter for each of their three tensors
+    assert found["optimizer"] == 2 * (2 * 4 * (384 + 32) + 3 * 4)
+
+
+def test_gradients_at_the_optimizer_phase():
+    setup = StepSetup(1, 1, "float32", chunked_loss=True)
+    estimate = training_memory(SMALL, setup, 4, 4)
+    assert estimate.phase in ("backward", "optimizer")
+    largest = 8 * 32 * 4
+    static = sum(estimate.parts[name] for name in ("dense", "kept experts", "tuned experts", "optimizer"))
+    assert estimate.phases["optimizer"] - estimate.parts["workspace"] == static + 2 * 4 * (4 * 384 + 32) + 3 * largest
+
+
+def test_lora_states_are_float32_whatever_the_weights_are():
+    found = parts(StepSetup(1, 4, "bfloat16", experts="lora", lora_rank=2, router="none"), kept=3, tuned=1)
+    adapter = 2 * (8 + 32) + 2 * (16 + 8)
+    assert found["tuned experts"] == 2 * (2 * 384 + 4 * adapter)
+    assert found["kept experts"] == 2 * 2 * (2 * 384 + 4 * adapter), "a frozen expert carries what others learned"
+    assert found["optimizer"] == 2 * (8 * adapter + 4 * 4)
+
+
+def test_loss_phase_holds_three_float32_copies_of_the_logits():
+    estimate = training_memory(OLMOE, StepSetup(1, 512, "bfloat16"), 8, 1)
+    assert estimate.phase == "loss"
+    assert estimate.parts["logits"] == 12 * 512 * 50304
+    chunked = training_memory(OLMOE, StepSetup(1, 512, "bfloat16", chunked_loss=True), 8, 1)
+    saved = estimate.total_bytes - estimate.parts["workspace"] - chunked.phases["loss"] + chunked.parts["workspace"]
+    assert saved == 12 * 256 * 50304
 
 
 def test_activations_of_olmoe():
-    """Two layers at 512 tokens take 180.8 MiB when the experts train (measured with saved-tensor hooks)."""
-    none = dataclasses.replace(OLMOE, num_layers=0)
-    two_layers = (memory.activation_bytes(OLMOE, 1, 512, 2) - memory.activation_bytes(none, 1, 512, 2)) / 16 * 2
-    assert two_layers == pytest.approx(180.8 * 2**20, rel=0.05)
-    assert memory.activation_bytes(none, 1, 512, 2) == 12 * 512 * 50304
+    """Two layers at 512 tokens keep 180.8 MiB when their experts train (measured with saved-tensor hooks)."""
+    raw = activations(OLMOE, StepSetup(1, 512, "bfloat16"), (64,) * 16, (64,) * 16)
+    assert (raw.outside[1] + raw.inside[1]) * 2 == pytest.approx(180.8 * 2**20, rel=0.05)
 
 
-def test_checkpointing_needs_less_and_float32_more():
-    plain = memory.activation_bytes(OLMOE, 1, 2048, 2)
-    assert memory.activation_bytes(OLMOE, 1, 2048, 2, checkpointing=True) < plain
-    assert memory.activation_bytes(OLMOE, 1, 2048, 4) > plain
+def test_checkpointing_keeps_one_layer_and_the_inputs():
+    plain = training_memory(OLMOE, StepSetup(1, 2048, chunked_loss=True), 64, 1)
+    again = training_memory(OLMOE, StepSetup(1, 2048, chunked_loss=True, checkpointing=True), 64, 1)
+    raw = activations(OLMOE, StepSetup(1, 2048, checkpointing=True), (64,) * 16, (1,) * 16)
+    layer = raw.outside[1] + raw.inside[1]
+    inputs = 16 * 2048 * 2048 * 2
+    assert plain.phases["loss"] - again.phases["loss"] == pytest.approx(1.05 * 16 * layer - inputs, rel=0.04)
+
+
+def test_quantised_storage():
+    assert STORAGE_BYTES["nf4"] == 0.5625
+    assert STORAGE_BYTES["nf4_dq"] == pytest.approx(0.51587, abs=1e-5)
+    setup = StepSetup(1, 512, expert_storage="nf4_dq", dense_storage="nf4_dq")
+    found = parts(setup, 64, 1, OLMOE)
+    expert = 3 * 2048 * 1024
+    assert expert * STORAGE_BYTES["nf4_dq"] / 2**20 == pytest.approx(3.1, abs=0.05)
+    assert found["kept experts"] == pytest.approx(16 * 63 * expert * STORAGE_BYTES["nf4_dq"], abs=1)
+    assert found["tuned experts"] == 16 * expert * 2, "what trains in full is not quantised"
+    assert found["dense"] / GIB == pytest.approx(0.52, abs=0.005)
+    assert found["workspace"] > 0, "weights are decoded somewhere"
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [("Qwen1.5-MoE-A2.7B", 1.76), ("Qwen3-30B-A3B", 1.62), ("gpt-oss-20b", 2.47), ("Mixtral-8x7B", 1.14)],
+)
+def test_dense_part_with_nf4_linears(name, gib):
+    found = parts(StepSetup(1, 512, dense_storage="nf4_dq"), 1, 1, KNOWN_SHAPES[name])
+    assert found["dense"] / GIB == pytest.approx(gib, abs=0.01)
+
+
+def test_optimizers():
+    def states(optimizer: str, device: str = "cpu") -> int:
+        return parts(StepSetup(1, 512, optimizer=optimizer, device=device, router="none"), 1, 1, OLMOE)["optimizer"]
+
+    numbers = 16 * 3 * 2048 * 1024
+    assert states("adamw") == pytest.approx(4 * numbers, rel=1e-4)
+    assert states("adamw_8bit") == pytest.approx(2.03125 * numbers, rel=1e-3)
+    assert states("paged_adamw_8bit", "cuda") == 0
+    assert states("paged_adamw_8bit", "unified") == states("adamw_8bit"), "there is nowhere to page to"
+
+
+# --- against tensors ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("attention", ["none", "full", "lora"])
+def test_static_bytes_are_the_counted_ones(mode, attention, toy):
+    """Every family: weights, adapters, buffers, gradients and optimiser state, tensor by tensor."""
+    router = "lora" if mode == "lora" else "full"
+    scope = TrainScope(experts=mode, router=router, attention=attention, lora_rank=4)
+    units = toy.units(scope)
+    model, source = toy.device(units)
+    shape = shape_from_config(model.config)
+    tuned = [[0, 1, 2], *([3] for _ in model.layers[1:])]
+    frozen = [[4], *([5, 6] for _ in model.layers[1:])]
+    model.apply_plan(ExpertPlan.of(model.experts_per_layer, tuned, frozen), source, scope)
+    trained = model.trainable_parameters()
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)  # as if every expert had a token
+    optimizer.step()
+    setup = StepSetup(
+        1, 8, "float32", experts=mode, router=router, attention=attention, lora_rank=4
+    )  # fmt: skip
+    kept_counts = [len(t) + len(f) for t, f in zip(tuned, frozen, strict=True)]
+    estimate = training_memory(shape, setup, kept_counts, [len(t) for t in tuned])
+    counted, experts = model_memory(model.module, model.layers), expert_memory(model.layers, optimizer)
+    counters = sum(b.nbytes for layer in model.layers for b in layer.experts.edgefed_bank.buffers())
+    assert estimate.parts["kept experts"] + estimate.parts["tuned experts"] == experts.weight_bytes
+    assert estimate.parts["dense"] == counted["dense"] - counters
+    states = storage_bytes(t for state in optimizer.state.values() for t in state.values())
+    assert estimate.parts["optimizer"] == states
+    temporary = estimate.phases["optimizer"] - sum(
+        estimate.parts[name] for name in ("dense", "kept experts", "tuned experts", "optimizer", "workspace")
+    )
+    largest = max(parameter.nbytes for parameter in trained)
+    assert temporary - 3 * largest == counted["gradients"]
+
+
+# --- promises ----------------------------------------------------------------------------------------------------
+
+SETUPS = st.builds(
+    StepSetup,
+    batch_size=st.integers(1, 8),
+    sequence_length=st.integers(1, 600),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    expert_storage=st.sampled_from([None, "int8", "nf4_dq"]),
+    dense_storage=st.sampled_from([None, "nf4"]),
+    experts=st.sampled_from(["full", "lora", "none"]),
+    router=st.sampled_from(["full", "lora", "none"]),
+    attention=st.sampled_from(["full", "lora", "none"]),
+    lora_rank=st.integers(1, 32),
+    optimizer=st.sampled_from(["adamw", "adamw_8bit", "paged_adamw_8bit"]),
+    checkpointing=st.booleans(),
+    chunked_loss=st.booleans(),
+    device=st.sampled_from(["cpu", "cuda", "unified"]),
+)
+CORRECTIONS = st.one_of(
+    st.none(),
+    st.builds(
+        Correction,
+        activation_scale=st.floats(0.3, 2),
+        overhead_bytes=st.just(0),
+        origin=st.just("test"),
+        expert_scale=st.floats(0.3, 2),
+        loss_scale=st.floats(0.3, 2),
+        transient_scale=st.floats(0, 2),
+        forward_scale=st.floats(0, 2),
+        process_bytes=st.integers(0, 10**6),
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SETUPS, CORRECTIONS, st.lists(st.integers(0, 4), min_size=2, max_size=2), st.data())
+def test_more_of_anything_never_needs_less(setup, correction, kept, data):
+    tuned = [data.draw(st.integers(0, count)) for count in kept]
+
+    def total(setup=setup, kept=kept, tuned=tuned) -> int:
+        return training_memory(SMALL, setup, kept, tuned, correction).total_bytes
+
+    before = total()
+    layer = data.draw(st.integers(0, 1))
+    more = [min(4, count + (index == layer)) for index, count in enumerate(kept)]
+    if 2 * tuned[layer] >= more[layer]:  # below, another frozen expert takes tokens away from the tuned ones
+        assert total(kept=more) >= before
+    both = [min(m, t + (i == layer)) for i, (m, t) in enumerate(zip(more, tuned, strict=True))]
+    if 2 * tuned[layer] >= kept[layer]:
+        assert total(kept=more, tuned=both) >= before
+    assert total(tuned=[min(k, t + (i == layer)) for i, (k, t) in enumerate(zip(kept, tuned, strict=True))]) >= before
+    for name in ("batch_size", "sequence_length", "lora_rank"):
+        assert total(setup=dataclasses.replace(setup, **{name: getattr(setup, name) + 1})) >= before
+    with_it, without = (dataclasses.replace(setup, chunked_loss=flag) for flag in (True, False))
+    assert total(setup=with_it) <= total(setup=without)
+    assert sum(training_memory(SMALL, setup, kept, tuned, correction).parts.values()) == before
+    estimate = training_memory(SMALL, setup, kept, tuned, correction)
+    assert max(estimate.phases.values()) == estimate.total_bytes
+    assert min(estimate.parts.values()) >= 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(SETUPS, CORRECTIONS, st.integers(0, 4_000_000))
+def test_a_budget_is_never_exceeded_and_never_wasted(setup, correction, usable):
+    found = compute_budget(SMALL, setup, usable, correction)
+    room = usable - (correction.process_bytes if correction else 0)
+    trains = int(setup.experts != "none")
+
+    def total(kept: int, tuned: int) -> int:
+        return training_memory(SMALL, setup, kept, tuned, correction).total_bytes
+
+    assert 0 <= found.tune_per_layer <= found.keep_per_layer <= 4 or not trains
+    for count, estimate in (
+        (found.profile_per_layer, lambda kept: profiling_memory(SMALL, setup, kept).total_bytes),
+        (found.keep_per_layer, lambda kept: total(kept, trains)),
+        (found.tune_per_layer, lambda kept: total(kept, kept)),
+    ):
+        assert count == 0 or estimate(count) <= room
+        if trains and count < 4:
+            assert estimate(count + 1) > room
+    assert set(found.limits) == {"profile", "keep", "tune"}
+    larger = compute_budget(SMALL, setup, usable + 100_000, correction)
+    assert larger.tune_per_layer >= found.tune_per_layer
+
+
+def test_the_limit_is_said_in_words():
+    setup = StepSetup(1, 512, checkpointing=True, chunked_loss=True)
+    found = compute_budget(OLMOE, setup, 1 * GIB)
+    assert (found.profile_per_layer, found.keep_per_layer, found.tune_per_layer) == (0, 0, 0)
+    assert found.limit.startswith("one expert per layer would need ")
+    assert "1024.0 MiB are usable" in found.limit and "most of it is dense" in found.limit
+    assert compute_budget(OLMOE, setup, 500 * GIB).limit == "nothing: all 64 experts of a layer fit"
+    some = compute_budget(OLMOE, setup, 12 * GIB)
+    assert 0 < some.tune_per_layer < some.keep_per_layer <= 64
+    assert f"{some.tune_per_layer + 1} experts per layer would need" in some.limits["tune"]
+    untrained = compute_budget(OLMOE, dataclasses.replace(setup, experts="none"), 12 * GIB)
+    assert untrained.tune_per_layer == 0 and untrained.limits["tune"] == "no expert trains in this run"
+
+
+def test_budgets_of_known_devices():
+    """Experts per layer on idle devices, 512 tokens, NF4 weights: profiled, trained by LoRA of rank 16, kept while one
+    trains in full. LoRA numbers are above a sum of everything: gradients and logits do not exist at the same time."""
+    how = dict(expert_storage="nf4_dq", dense_storage="nf4_dq", checkpointing=True, chunked_loss=True, router="none")
+    expected = {
+        ("OLMoE-1B-7B", 3.5, "unified"): (58, 35, 45),
+        ("OLMoE-1B-7B", 4.1, "cuda"): (64, 43, 58),
+        ("Qwen3-30B-A3B", 10.2, "unified"): (77, 45, 65),
+        ("gpt-oss-20b", 13.8, "cuda"): (32, 29, 27),
+        ("Mixtral-8x7B", 3.5, "unified"): (0, 0, 0),
+        ("Mixtral-8x7B", 48.6, "unified"): (8, 8, 6),
+        ("Mixtral-8x7B", 129.2, "cuda"): (8, 8, 8),
+    }
+    for (name, gib, device), numbers in expected.items():
+        shape, usable = KNOWN_SHAPES[name], int(gib * GIB)
+        lora = StepSetup(1, 512, experts="lora", lora_rank=16, device=device, **how)
+        full = StepSetup(1, 512, optimizer="adamw_8bit", device=device, **how)
+        found = compute_budget(shape, full, usable)
+        by_lora = compute_budget(shape, lora, usable).tune_per_layer
+        assert (found.profile_per_layer, by_lora, found.keep_per_layer) == pytest.approx(numbers, abs=1), name
+
+
+def test_impossible_counts_are_named():
+    setup = StepSetup(1, 8)
+    with pytest.raises(ConfigError, match=r"found \[2, 2\] tuned of \[1, 1\] kept"):
+        training_memory(SMALL, setup, 1, 2)
+    with pytest.raises(ConfigError, match="kept experts of 2 MoE layers are needed"):
+        training_memory(SMALL, setup, [1, 1, 1], 1)
+    with pytest.raises(ConfigError, match="none negative"):
+        training_memory(SMALL, setup, -1, 0)
+    assert training_memory(SMALL, setup, 99, 99) == training_memory(SMALL, setup, 4, 4)
+    with pytest.raises(ConfigError, match="optimizer can be adamw, adamw_8bit, paged_adamw_8bit; asked for 'sgd'"):
+        StepSetup(1, 8, optimizer="sgd")
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        StepSetup(0, 8)
+
+
+def test_streaming_holds_one_expert():
+    setup = StepSetup(1, 512)
+    streamed = profiling_memory(OLMOE, setup, 0, streamed=True)
+    assert streamed.parts["kept experts"] == 3 * 2048 * 1024 * 2
+    assert streamed.total_bytes < profiling_memory(OLMOE, setup, 2).total_bytes
 
 
 def test_needs_no_torch():
-    code = "import edgefed.moe.memory, sys; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    code = "import edgefed.moe.memory, edgefed.moe.shapes, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

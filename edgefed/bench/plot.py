@@ -1,0 +1,148 @@
+"""The picture of a report: where the memory goes, and how much of each model fits into which budget.
+
+Labels stand at what they name; there is no legend to look up. matplotlib is imported when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgefed.bench.fits import fit_curve
+from edgefed.bench.report import Report
+from edgefed.errors import StorageError
+from edgefed.hardware.memory import GIB
+from edgefed.moe.shapes import KNOWN_SHAPES
+from edgefed.plots import COLOURS, DPI
+
+LEAST_SHOWN = 0.012
+"""A step of the waterfall below this share of the total is drawn without a label."""
+CHARACTERS = 56
+"""Of the labels' type that go over the whole bar."""
+GREYS = ("#8d99ae", "#c9d1dc", "#adb5bd", "#d9dfe6", "#98a4b3")
+MOST_GIB, LEAST_GIB = 192.0, 4.0
+LABEL_GAP = 0.055
+"""Least distance of two labels at the right edge, in shares of experts."""
+
+
+def save_picture(path: Path, report: Report) -> None:
+    """Write ``path``, PNG or SVG by its ending: left the memory, right the experts that fit. Raises StorageError."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.15))
+    figure.suptitle(_title(report), fontsize=11, x=0.01, ha="left")
+    draw_memory(left, report)
+    draw_fits(right, report)
+    part = path.with_name(path.name + ".part")
+    try:
+        figure.savefig(part, dpi=DPI, format=path.suffix.lstrip(".").lower())
+        part.replace(path)
+    except OSError as fault:
+        part.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {fault.strerror or fault}") from fault
+
+
+def _title(report: Report) -> str:
+    words = [report.device.name]
+    words.append("stand-in, nothing measured" if report.device.stand_in else report.created[:10])
+    return ", ".join(words)
+
+
+def draw_memory(axes, report: Report) -> None:
+    """One stacked bar from nothing to the total. A name stands within its piece where there is room, else at the end of
+    a line from it: above the bar to the left of its line, or below the bar to the right, so that no two names meet."""
+    terms = [term for term in report.memory.terms if term.size_bytes < 0]
+    total = sum(term.size_bytes for term in report.memory.terms if term.size_bytes > 0)
+    axes.set_title("memory\n", fontsize=10, loc="left")
+    if not total or report.memory.now_bytes is None:
+        words = "the budget is unknown here:\n" + _wrapped(report.memory.origin, 50)
+        axes.text(0.5, 0.5, words, ha="center", va="center", fontsize=9, transform=axes.transAxes)
+        axes.set_axis_off()
+        return
+    pieces = [("usable", report.memory.now_bytes, COLOURS[2])]
+    pieces += [
+        (term.name, -term.size_bytes, GREYS[index % len(GREYS)]) for index, term in enumerate(reversed(terms))
+    ]  # fmt: skip
+    start, above, below = 0, [], []
+    for name, size, colour in pieces:
+        axes.barh(0, size / GIB, left=start / GIB, color=colour, edgecolor="white", height=0.5)
+        middle, size_text = (start + size / 2) / GIB, f"{size / GIB:.1f} GiB"
+        lines = _wrapped(name, max(1, int(CHARACTERS * size / total))).split("\n")
+        if len(lines) <= 2 and max(map(len, [*lines, size_text])) <= CHARACTERS * size / total:
+            axes.text(middle, 0, "\n".join([*lines, size_text]), ha="center", va="center", fontsize=9)
+        elif size / total > LEAST_SHOWN:
+            (above if middle > 0.45 * total / GIB else below).append((middle, f"{name} {size_text}"))
+        start += size
+    ideal = report.memory.ideal_bytes
+    if ideal and abs(ideal - report.memory.now_bytes) > 0.02 * total:
+        axes.plot([ideal / GIB] * 2, [-0.25, 0.25], color="#1a1a1a", linestyle="--", linewidth=1.2)
+        group = above if ideal > 0.45 * total else below
+        group.append((ideal / GIB, f"usable when idle {ideal / GIB:.1f} GiB"))
+    for group, sign, side in ((sorted(above), 1, "right"), (sorted(below, reverse=True), -1, "left")):
+        for index, (x, label) in enumerate(group):
+            y = sign * (0.42 + 0.2 * index)
+            axes.plot([x, x], [sign * 0.25, y], color="#666666", linewidth=0.7)
+            gap = 0.008 * total / GIB
+            axes.text(x - gap if side == "right" else x + gap, y, label, ha=side, va="center", fontsize=8)
+    axes.set_xlim(0, total / GIB)
+    axes.set_ylim(-0.5 - 0.2 * len(below), 0.5 + 0.2 * max(3, len(above)))
+    axes.set_yticks([])
+    axes.set_xlabel("GiB", fontsize=9)
+    axes.tick_params(labelsize=8)
+    for side in ("top", "left", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _wrapped(text: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width))
+
+
+def draw_fits(axes, report: Report) -> None:
+    """A line a model: share of its experts that can be kept while one a layer trains, over the budget."""
+    planning = report.planning
+    now = report.memory.now_bytes
+    most = min(MOST_GIB, max(LEAST_GIB, 2.2 * (max(now or 0, report.memory.ideal_bytes or 0) / GIB)))
+    arguments = (int(most * GIB), planning["optimizer"], planning["device"], planning["process_bytes"])
+    curves = [fit_curve(shape, *arguments) for shape in KNOWN_SHAPES.values()]
+    ends = _spread([curve.shares[-1] for curve in curves])
+    for index, (curve, end) in enumerate(zip(curves, ends, strict=True)):
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot([size / GIB for size in curve.budgets_bytes], curve.shares, color=colour, linewidth=1.8)
+        axes.text(
+            1.015, end, curve.model, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=colour
+        )  # fmt: skip
+    lines = [(now, "now", "-"), (report.memory.ideal_bytes, "idle", "--")]
+    lines = [(size / GIB, label, style) for size, label, style in lines if size is not None]
+    if len(lines) == 2 and abs(lines[0][0] - lines[1][0]) < 0.02 * most:
+        lines.pop()
+    sides = ("right", "left") if len(lines) == 2 else ("center",)
+    for (size, label, style), side in zip(sorted(lines), sides, strict=False):
+        axes.axvline(size, color="#1a1a1a", linestyle=style, linewidth=1.2)
+        axes.text(size, 1.06, f"{label} {size:.1f} GiB", ha=side, va="bottom", fontsize=8)
+    axes.set_xlim(0, most)
+    axes.set_ylim(0, 1.05)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+    axes.set_title("experts that fit, in bfloat16, one a layer trained in full\n", fontsize=10, loc="left")
+    axes.set_xlabel("usable memory, GiB", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    """Heights for labels near ``values``, in the same order from below, at least `LABEL_GAP` apart and at most 1."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    heights = [0.0] * len(values)
+    low = 0.0
+    for index in order:
+        heights[index] = max(values[index], low)
+        low = heights[index] + LABEL_GAP
+    high = 1.03
+    for index in reversed(order):  # pushed down again from the top
+        heights[index] = min(heights[index], high)
+        high = heights[index] - LABEL_GAP
+    return heights

@@ -1,0 +1,249 @@
+"""How `edgefed bench` looks: header, memory waterfall, speed, what fits. Columns go as the terminal gets narrow.
+
+    under 110 columns  short bars
+    under 90 columns   no paper figures, no NF4 columns
+    under 80 columns   no bars
+ASCII alone where nobody looks at a terminal, or NO_COLOR is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from edgefed.bench.compare import Comparison, conditions, differences
+from edgefed.bench.report import Report
+from edgefed.bench.statistics import FAILED, INTERRUPTED, NOISY, SKIPPED, STABLE, UNUSABLE, Entry
+from edgefed.bench.wording import gib, number
+from edgefed.cli.bench_fits import print_explain, print_fits
+from edgefed.cli.bench_style import WIDE, Style, table_of
+from edgefed.cli.output import stdout_console
+from edgefed.hardware.memory import GIB, format_bytes
+from edgefed.hardware.profile_files import DeviceProfile
+
+NOTE_CHARACTERS = 26
+COLOURS = {
+    STABLE: "green",
+    NOISY: "yellow",
+    UNUSABLE: "red",
+    FAILED: "red",
+    INTERRUPTED: "yellow",
+    SKIPPED: "dim",
+}
+
+
+def print_report(report: Report, files: Sequence[Path]) -> None:
+    """The whole report for people on stdout."""
+    console = stdout_console()
+    style = Style(console)
+    _header(console, style, report)
+    _memory(console, style, report)
+    if report.tests:
+        _speed(console, style, report)
+    if report.sustain is not None:
+        _sustain(console, style, report)
+    if report.network:
+        console.print("\nNetwork", style="bold")
+        console.print(_entries(style, report.network, console.width, paper=False))
+    if report.explain:
+        print_explain(console, style, report)
+    if report.fits:
+        print_fits(console, style, report)
+    for warning in report.warnings:
+        console.print(f"[yellow]![/] {escape(warning)}")
+    ending = "stopped by Ctrl-C: what was measured until then is above; " if report.interrupted else ""
+    went = f"written: {', '.join(map(str, files))}" if files else "nothing written; --json FILE keeps it"
+    console.print(f"{ending}{report.seconds:.0f} s {style.dot} {went}", style="dim", markup=False)
+
+
+def _header(console: Console, style: Style, report: Report) -> None:
+    device, host = report.device, report.host
+    words = [device.name, {"discrete": "own memory", "unified": "shared memory", "cpu": "CPU"}[device.kind]]
+    words += [f"cc {device.compute_capability}"] if device.compute_capability else []
+    words += [f"driver {host.driver}"] if host.driver else []
+    words += [f"L4T {host.l4t}"] if host.l4t else []
+    words += [f"torch {host.torch}"] if host.torch and not device.stand_in else []
+    console.print(Text(f"{words[0]}", style="bold") + Text(f"  {f' {style.dot} '.join(words[1:])}"))
+    if device.stand_in:
+        line = [f"profile {device.profile} stands in", "nothing was measured"]
+    else:
+        line = [f"{report.tool.mode} run, {report.tool.repeats} samples a test"]
+        if host.load_before is not None:
+            line.append(f"load {host.load_before:.1f} on {host.cores or '?'} cores")
+        if host.plugged is not None:
+            line.append("mains" if host.plugged else f"battery {host.battery_percent:.0f} %")
+        line += [f"power {device.power_mode}"] if device.power_mode else []
+        line += [f"in {host.container}"] if host.container else []
+        line += ["WSL2"] if host.wsl else []
+        line += [f"profile {device.profile}"] if device.profile else []
+        if device.speed_on != device.id:
+            line.append("speed measured on the CPU: torch cannot use this GPU")
+    console.print(f" {style.dot} ".join(line), style="dim", markup=False)
+
+
+def _memory(console: Console, style: Style, report: Report) -> None:
+    memory = report.memory
+    cells = style.cells(console.width)
+    bars = [("", "left")] if cells else []
+    table = table_of(("Memory budget", "left"), ("", "right"), *bars, ("", "left"))
+    total = next((term.size_bytes for term in memory.terms if term.size_bytes > 0), 0)
+    left = 0
+
+    def row(name: str, size: str, start: float, end: float, origin: str, colour: str = "") -> None:
+        bar = [Text(style.bar(start, end, cells), style=colour or "dim")] if cells else []
+        table.add_row(Text(name, style=colour), Text(size, style=colour), *bar, Text(origin, style="dim"))
+
+    for term in memory.terms:
+        before, left = left, left + term.size_bytes
+        sign = "" if term.size_bytes > 0 else "- "
+        size = f"{sign}{abs(term.size_bytes) / GIB:.1f} GiB"
+        low, high = sorted((before, left))
+        row(
+            f"{term.name} ({term.who})" if term.who else term.name,
+            size,
+            low / total if total else 0,
+            high / total if total else 0,
+            term.origin,
+        )
+    origin = "" if memory.terms else memory.origin
+    share = memory.now_bytes / total if memory.now_bytes is not None and total else 0.0
+    row("usable now", gib(memory.now_bytes), 0, share, origin, "green" if memory.now_bytes else "red")
+    ideal = memory.ideal_bytes
+    row("on an idle machine", gib(ideal), 0, ideal / total if ideal and total else 0.0, "nothing else running")
+    console.print()
+    console.print(table)
+    check = memory.check
+    if check is not None:
+        words = [f"{format_bytes(check.verified_bytes)} allocated and written in {check.seconds:.1f} s"]
+        words += [f"stopped: {check.stopped}"] if check.stopped else []
+        if check.largest_block_bytes is not None:
+            words.append(f"largest block at least {format_bytes(check.largest_block_bytes)}")
+        if report.device.speed_on == "cpu" and report.device.kind != "cpu":
+            words.append("host memory")
+        console.print(f"  verified: {', '.join(words)}", style="dim", markup=False)
+
+
+def _speed(console: Console, style: Style, report: Report) -> None:
+    where = "" if report.device.speed_on == report.device.id else f" on {report.device.speed_on}"
+    console.print(f"\nSpeed{where}", style="bold", markup=False)
+    paper = console.width >= WIDE and any(entry.paper for entry in report.tests)
+    console.print(_entries(style, report.tests, console.width, paper=paper))
+    if report.model:
+        train = report.test("train step")
+        params = train.params if train else {}
+        words = [f"model {report.model['name']}"]
+        if train is not None and train.measured:
+            words.append(
+                f"{params['batch_size']} x {params['sequence_length']} tokens a step, {params['tuned']} of "
+                f"{report.model['experts']} experts a layer trained in full, {params['dtype']}"
+            )
+            if train.derived:
+                words.append(f"* = derived from {params['layers'][-1]} of {params['layers_of']} layers, random weights")
+        console.print("  " + "; ".join(words), style="dim", markup=False)
+
+
+def _entries(style: Style, entries: Iterable[Entry], width: int, *, paper: bool) -> Table:
+    columns = [("test", "left"), ("median", "right"), ("spread", "right"), ("unit", "left")]
+    columns += [("paper", "right"), ("share", "right")] if paper else []
+    table = table_of(*columns, ("", "left"), ("note", "left"))
+    for entry in entries:
+        colour = COLOURS[entry.verdict]
+        if not entry.measured:
+            cells = [Text("-", style=colour), "", entry.unit, *(["", ""] if paper else [])]
+            reason = Text(entry.reason, style="dim" if entry.verdict == "skipped" else colour, overflow="ellipsis")
+            table.add_row(entry.name, *cells, Text(entry.verdict, style=colour), reason)
+            continue
+        spread = f"{style.plus_minus}{100 * (entry.spread or 0):.1f} %" if len(entry.samples) > 2 else "-"
+        cells = [f"{number(entry.median)}{'*' if entry.derived else ''}", Text(spread, style=colour), entry.unit]
+        if paper:
+            share = entry.share
+            cells += [
+                "-" if entry.paper is None else number(entry.paper),
+                "-" if share is None else f"{100 * share:.0f} %",
+            ]
+        note = entry.note or entry.reason
+        if entry.reason and entry.note:
+            note = entry.reason if entry.verdict != STABLE else entry.note
+        table.add_row(entry.name, *cells, Text(entry.verdict, style=colour), Text(_short(note), style="dim"))
+    return table
+
+
+def _short(note: str) -> str:
+    return note if len(note) <= NOTE_CHARACTERS else note[: NOTE_CHARACTERS - 2].rstrip() + ".."
+
+
+def _sustain(console: Console, style: Style, report: Report) -> None:
+    run = report.sustain
+    console.print(f"\nSustained {run.seconds:.0f} s of {run.name}", style="bold", markup=False)
+    colour = "green" if run.change > -0.05 else "yellow" if run.change > -0.15 else "red"
+    line = Text(f"  {number(run.first)} {style.arrow} {number(run.last)} {run.unit} ")
+    line.append(f"({100 * run.change:+.1f} %)", style=colour)
+    for unit, field in (("MHz", "clock_mhz"), ("C", "temperature_celsius"), ("W", "power_watts")):
+        values = [value for point in run.points if (value := getattr(point, field)) is not None]
+        if values:
+            line.append(f" {style.dot} {number(values[0])} {style.arrow} {number(values[-1])} {unit}")
+    if run.throttled:
+        line.append(f" {style.dot} throttled: {', '.join(run.reasons)}", style="red")
+    elif run.power_limited:
+        line.append(f" {style.dot} at its power limit", style="dim")
+    console.print(line)
+    missing = [name.replace("_", " ").rpartition(" ")[0] or name for name in run.unknown if name != "energy_joules"]
+    if missing:
+        console.print(f"  not readable here: {', '.join(missing)}", style="dim", markup=False)
+
+
+def print_comparison(first: str, second: str, a: Report, b: Report, rows: Sequence[Comparison]) -> None:
+    """Two reports: medians, ratio, and what may be said about it."""
+    console = stdout_console()
+    style = Style(console)
+    for label, name, report in (("A", first, a), ("B", second, b)):
+        console.print(
+            f"{label}  {name}: {report.device.name} {style.dot} {report.tool.mode} run {style.dot} {report.created}",
+            markup=False,
+        )
+        for reason in conditions(report):
+            console.print(f"   [red]not comparable:[/] {escape(reason)}")
+    for difference in differences(a, b):
+        console.print(f"   differs: {difference}", style="yellow", markup=False)
+    table = table_of(
+        ("test", "left"),
+        ("A", "right"),
+        ("B", "right"),
+        ("unit", "left"),
+        ("B / A", "right"),
+        ("", "left"),
+        ("why", "left"),
+    )
+    colours = {"faster": "green", "slower": "red", "same": "", "not comparable": "yellow"}
+    common = {f"{label}: {reason}" for label, report in (("A", a), ("B", b)) for reason in conditions(report)}
+    for row in rows:
+        shown = ["-" if value is None else number(value) for value in (row.a, row.b)]
+        why = [reason for reason in row.reasons if reason not in common]
+        if not why and row.reasons:
+            why = ["see above"]
+        table.add_row(
+            row.name, *shown, row.unit, "-" if row.ratio is None else f"{row.ratio:.2f}",
+            Text(row.verdict, style=colours[row.verdict]), Text("; ".join(why), style="dim"),
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+
+
+def print_profiles(profiles: Mapping[str, DeviceProfile]) -> None:
+    """The shipped device profiles, one a line."""
+    console = stdout_console()
+    wide = console.width >= WIDE
+    columns = [("profile", "left"), ("memory", "right"), ("GB/s", "right"), ("bf16 TFLOPS", "right")]
+    table = table_of(*columns, *([("device", "left"), ("disk", "left")] if wide else []))
+    for name, profile in profiles.items():
+        values = [profile.value(key) for key in ("memory_visible", "bandwidth", "bf16_tflops")]
+        cells = ["-" if value is None else number(value) for value in values[1:]]
+        unit = f"{number(values[0])} GiB {profile.kind}"
+        table.add_row(name, unit, *cells, *([profile.name, profile.typical_disk] if wide else []))
+    console.print(table)
+    console.print("edgefed bench --profile NAME plans for one of them", style="dim", markup=False)

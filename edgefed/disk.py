@@ -1,0 +1,91 @@
+"""Files that must survive: durable writes, hashes, and errors of the operating system by their edgefed name.
+
+Agent and aggregator share it; it knows nothing of either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from edgefed.errors import DiskFull, StorageError
+
+READ_BYTES = 1024 * 1024
+"""One read of a loop over a whole file."""
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+@contextlib.contextmanager
+def disk_errors(what: str | Path) -> Iterator[None]:
+    """Turn an OSError of the block into DiskFull (no room, quota) or StorageError. Never wrap sockets in it.
+
+    ``what`` completes "cannot ..."; a path means "use PATH".
+    """
+    try:
+        yield
+    except OSError as fault:
+        action = f"use {what}" if isinstance(what, Path) else what
+        detail = fault.strerror or str(fault)
+        if fault.filename is not None and str(fault.filename) not in action:
+            detail += f": {str(fault.filename)!r}"
+        kind = DiskFull if fault.errno in _FULL else StorageError
+        raise kind(f"cannot {action}: {detail}") from fault
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Flush a file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable. Windows cannot open folders; there the rename itself must do."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> Path:
+    """Create a folder that only its owner may read, with its parents."""
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data``: after a crash it holds the old content or the new one, nothing else."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        temporary.unlink(missing_ok=True)  # a leftover might have another mode
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(data)
+            sync_file(file)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+
+
+def settle_file(path: Path) -> None:
+    """Flush a finished file and its name to the disk."""
+    with disk_errors(path):
+        with path.open("r+b") as file:
+            sync_file(file)
+        sync_folder(path.parent)
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """Return (sha256, size_bytes) of a file, read once through a small buffer."""
+    digest, size, buffer = hashlib.sha256(), 0, bytearray(READ_BYTES)
+    with disk_errors(f"read {path}"), path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            size += count
+    return digest.hexdigest(), size

@@ -1,0 +1,285 @@
+"""The whole examination: asks what must be asked, in a worker where that is dangerous, and collects the findings.
+
+A check that raises becomes a finding itself; only a wrong option (a device name, an address) ends the examination.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from edgefed.doctor import gpu, host, jetson, memory, packages
+from edgefed.doctor.finding import Diagnosis, Finding, Group, State
+from edgefed.doctor.isolation import Outcome, Worker
+from edgefed.doctor.torch_build import TorchBuild, install_command, recorded_torch_findings, torch_findings
+from edgefed.errors import ConfigError, DeviceNotFound
+from edgefed.hardware.budget import plan_budget
+from edgefed.hardware.facts import DeviceFacts
+
+IMPORT_LIMIT_S = 180.0
+"""For importing torch and starting CUDA: over a minute from a cold SD card."""
+KERNEL_LIMIT_S = 120.0
+"""For one kernel, compiling it included."""
+SENSOR_LIMIT_S = 30.0
+KERNELS = "edgefed.doctor.kernel_runs"
+QUERIES = "edgefed.doctor.queries"
+QUICK = "no kernel was run and nothing written to the disk (--quick): whether the arithmetic is right is not known"
+NO_SERVER = "the way to the server was not tried (--server URL does); a client needs no open port, it only calls out"
+REBUILD = "EDGEFED_NATIVE=1 pip install --force-reinstall --no-deps ."
+REPLAYED = "a recording was shown, not this machine: its sensors only, no packages, kernels, disk or network"
+
+OnCheck = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to examine. ``device`` None takes the best one; ``state`` is where `edgefed join` keeps its files."""
+
+    device: str | None = None
+    state: Path = Path("edgefed-client")
+    server: str | None = None
+    token: str | None = None
+    quick: bool = False
+
+    @property
+    def gpu_asked(self) -> bool:
+        """Whether the CPU would not be what was asked for."""
+        return self.device not in (None, "auto", "cpu")
+
+
+def examine(options: Options, on_check: OnCheck = lambda name: None) -> Diagnosis:
+    """Examine this machine. ``on_check`` is told what is looked at next.
+
+    Raises ConfigError when an option itself is wrong; a device that is not there is a problem, not an error.
+    """
+    findings: list[Finding] = []
+    left_out = [QUICK] if options.quick else []
+    on_check("packages")
+    findings += _guarded(Group.PACKAGES, lambda: packages.package_findings(packages.own_requirements()))
+    with Worker() as worker:
+        if not options.quick:
+            on_check("native part")
+            findings.append(_native(worker))
+        # Without torch first: a driver that hangs is then found in seconds, and by its own name.
+        on_check("sensors")
+        alone = worker.call(f"{QUERIES}:sensors", SENSOR_LIMIT_S, device=None, ask_torch=False)
+        on_check("torch")
+        build, torch_faults = _torch(worker, SENSOR_LIMIT_S if alone.died else IMPORT_LIMIT_S)
+        facts, sensor_faults = _sensors(worker, options, alone, ask_torch=build is not None)
+        findings += sensor_faults
+        if facts is not None:
+            findings += judge_facts(facts)
+            command = torch_command(facts)
+            if build is not None:
+                findings += _guarded(
+                    Group.TORCH, lambda: torch_findings(facts, build, command, gpu_asked=options.gpu_asked)
+                )
+        if not any(finding.name == "torch" and finding.state is State.PROBLEM for finding in findings):
+            findings += torch_faults  # otherwise the packages told already that it is not there
+        if build is not None and facts is not None and not options.quick:
+            findings += _kernels(worker, facts, on_check)
+    on_check("disk")
+    findings += _guarded(
+        Group.HOST,
+        lambda: [
+            host.disk_finding(host.probe_disk(options.state, write=not options.quick), options.state),
+            host.clock_finding(time.time(), host.installed_time_s()),
+        ],
+    )
+    if options.server is None:
+        left_out.append(NO_SERVER)
+    else:
+        from edgefed.doctor.server import server_findings
+
+        on_check("server")
+        findings += _guarded(Group.NETWORK, lambda: server_findings(options.server, options.token))
+    return Diagnosis(_device_name(facts, options.device), tuple(findings), facts, tuple(left_out), not options.quick)
+
+
+def examine_recording(facts: DeviceFacts) -> Diagnosis:
+    """What the recorded sensors of another machine, or of this one at another time, say."""
+    findings = [*judge_facts(facts), *recorded_torch_findings(facts, torch_command(facts))]
+    return Diagnosis(_device_name(facts, None), tuple(findings), facts, (REPLAYED,), arithmetic_ran=False)
+
+
+def judge_facts(facts: DeviceFacts) -> list[Finding]:
+    """Every finding that follows from the hardware facts alone. The same facts give the same findings."""
+
+    def of_memory() -> list[Finding]:
+        return memory.memory_findings(facts, plan_budget(facts, for_training=True), plan_budget(facts))
+
+    return [
+        *_guarded(Group.GPU, lambda: gpu.gpu_findings(facts)),
+        *_guarded(Group.MEMORY, of_memory),
+        *_guarded(Group.JETSON, lambda: jetson.jetson_findings(facts)),
+        *_guarded(Group.HOST, lambda: host.host_findings(facts)),
+    ]
+
+
+def torch_command(facts: DeviceFacts) -> str:
+    """The line that installs a torch for this machine: a Jetson's own route, or PyTorch's."""
+    route = jetson.wheel_route(facts.tegra.l4t.value) if facts.tegra is not None else None
+    return route.command if route is not None else install_command(facts)
+
+
+def _guarded(group: Group, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """The check's findings, or one that says that the check itself failed. ConfigError passes: the user's mistake."""
+    try:
+        return list(check())
+    except ConfigError:
+        raise
+    except Exception as fault:  # the doctor must outlive what it did not foresee
+        text = f"the check failed: {type(fault).__name__}: {fault}"
+        return [
+            Finding(
+                group, "check", State.PROBLEM, text, "This is a fault of edgefed: what it was to look at is not known.",
+                "Report it with the output of `edgefed doctor --record`.",
+            )
+        ]  # fmt: skip
+
+
+def _native(worker: Worker) -> Finding:
+    outcome = worker.call(f"{KERNELS}:native_fold", KERNEL_LIMIT_S)
+    if outcome.ok:
+        return Finding(Group.NATIVE, "native library", State.OK, str(outcome.value))
+    if outcome.failure.startswith("NativeUnavailable"):
+        return Finding(
+            Group.NATIVE, "native library", State.NOTE, outcome.failure.partition(": ")[2],
+            "Only an aggregator uses it; it then folds updates with numpy, to the same bits but slower.",
+            "Where a C++ compiler is present, install edgefed again from its source folder.", REBUILD,
+        )  # fmt: skip
+    return Finding(
+        Group.NATIVE, "native library", State.PROBLEM, _words(outcome),
+        "Aggregates of a server on this machine would be wrong, or the server would die.",
+        "Build it again on this machine, from edgefed's source folder.", REBUILD,
+    )  # fmt: skip
+
+
+def _torch(worker: Worker, limit_s: float) -> tuple[TorchBuild | None, list[Finding]]:
+    outcome = worker.call(f"{QUERIES}:torch_build", limit_s)
+    if outcome.ok:
+        return msgspec.convert(outcome.value, TorchBuild), []
+    absent = outcome.failure.startswith("ModuleNotFoundError: No module named 'torch'")
+    return None, [
+        Finding(
+            Group.TORCH, "torch", State.PROBLEM,
+            "not installed" if absent else f"importing it fails: {outcome.failure}",
+            "Nothing can be trained without it.", "Install the PyTorch that fits this machine (pytorch.org).",
+            "pip install torch" if absent else "pip install --force-reinstall torch",
+        )
+    ]  # fmt: skip
+
+
+def _sensors(
+    worker: Worker, options: Options, alone: Outcome, *, ask_torch: bool
+) -> tuple[DeviceFacts | None, list[Finding]]:
+    """The facts of the wanted device; of the best one, with a problem, when the wanted one is not there.
+
+    ``alone`` is what the sensors gave without torch: taken when they fail with it, and not asked again if they died.
+    """
+    if alone.died:
+        return None, [_sensor_fault(alone, "Neither memory nor GPU of this device is known.")]
+    outcome = worker.call(f"{QUERIES}:sensors", SENSOR_LIMIT_S, device=options.device, ask_torch=ask_torch)
+    faults = []
+    if isinstance(outcome.error, DeviceNotFound):
+        faults.append(
+            Finding(
+                Group.GPU, "device", State.PROBLEM, outcome.failure, "--device asks for it.", outcome.error.remedy
+            )
+        )  # fmt: skip
+        outcome = worker.call(f"{QUERIES}:sensors", SENSOR_LIMIT_S, device=None, ask_torch=ask_torch)
+    if isinstance(outcome.error, ConfigError):
+        raise outcome.error
+    if not outcome.ok:
+        faults.append(_sensor_fault(outcome, "What is shown was read without torch's help." if alone.ok else ""))
+        outcome = alone
+    return (msgspec.convert(outcome.value, DeviceFacts) if outcome.ok else None), faults
+
+
+def _sensor_fault(outcome: Outcome, why: str) -> Finding:
+    return Finding(
+        Group.GPU, "sensors", State.PROBLEM, f"they cannot be read: {outcome.failure}", why,
+        "Run `nvidia-smi`: if it fails or hangs as well, reinstall the driver or reboot.", "nvidia-smi",
+    )  # fmt: skip
+
+
+def _kernels(worker: Worker, facts: DeviceFacts, on_check: OnCheck) -> list[Finding]:
+    """Run the arithmetic where training would run it."""
+    on_gpu = facts.trains_on_gpu
+    device = f"cuda:{facts.gpu.cuda_index}" if on_gpu and facts.gpu is not None else "cpu"
+    findings = []
+    command = torch_command(facts)
+
+    def run(name: str, target: str, state: State, why: str, fix: str, command: str, at: Worker, **more: object) -> bool:
+        on_check(name)
+        outcome = at.call(f"{KERNELS}:{target}", KERNEL_LIMIT_S, device=device, **more)
+        if outcome.ok:
+            findings.append(Finding(Group.TORCH, name, State.OK, f"on {device}: {outcome.value}"))
+        else:
+            findings.append(Finding(Group.TORCH, name, state, f"on {device}: {_words(outcome)}", why, fix, command))
+        return outcome.ok
+
+    build = "Install a torch built for this machine."
+    for dtype, state, why in (
+        ("float32", State.PROBLEM, "Nothing that is trained here would be right."),
+        ("bfloat16", State.PROBLEM, "Published Mixture-of-Experts models are stored in bfloat16."),
+        ("float16", State.WARNING, "Models that are stored in float16 cannot be trained here."),
+    ):
+        run(f"matmul {dtype}", "matmul", state, why, build, command, worker, dtype=dtype)
+    run("expert layer", "masked_experts", State.PROBLEM, "It is what every round trains.", build, command, worker)
+    if packages.installed_version("bitsandbytes"):
+        findings += _bitsandbytes(worker, facts, device, on_check)
+    if packages.installed_version("triton"):
+        # Triton reads this when it is imported, so the interpreter needs a process of its own.
+        with Worker(None if on_gpu else {"TRITON_INTERPRET": "1"}) as another:
+            run(
+                "triton kernel", "triton_kernel", State.WARNING, "Kernels run in their slower PyTorch form.",
+                "Install the Triton that belongs to this torch; it also needs a C compiler.",
+                "pip install --force-reinstall triton", another,
+            )  # fmt: skip
+    return findings
+
+
+def _bitsandbytes(worker: Worker, facts: DeviceFacts, device: str, on_check: OnCheck) -> list[Finding]:
+    on_check("bitsandbytes")
+    whole = worker.call(f"{KERNELS}:nf4", KERNEL_LIMIT_S, device=device, columns=64)
+    if not whole.ok:
+        l4t = (facts.tegra.l4t.value or "") if facts.tegra is not None else ""
+        fix, command = "Install another version, or leave it out.", "pip install --force-reinstall bitsandbytes"
+        if l4t.startswith("36."):
+            fix, command = "Build it on this Jetson; the wheel is for another CUDA.", jetson.BITSANDBYTES_BUILD
+        return [
+            Finding(
+                Group.TORCH, "bitsandbytes", State.WARNING, f"on {device}: {_words(whole)}",
+                "NF4 weights and 8-bit optimizers of bitsandbytes cannot be used; everything else can.", fix, command,
+            )
+        ]  # fmt: skip
+    findings = [Finding(Group.TORCH, "bitsandbytes", State.OK, f"on {device}: {whole.value}")]
+    part = worker.call(f"{KERNELS}:nf4", KERNEL_LIMIT_S, device=device, columns=16)
+    if not part.ok:
+        findings.append(
+            Finding(
+                Group.TORCH, "NF4 of short rows", State.NOTE, f"on {device}: {_words(part)}",
+                "Matrices whose rows are no multiple of 64 must not be kept in its NF4.",
+            )
+        )  # fmt: skip
+    return findings
+
+
+def _words(outcome: Outcome) -> str:
+    """Why a kernel run failed; a wrong result needs no exception's name."""
+    return outcome.failure.removeprefix("WrongResult: ")
+
+
+def _device_name(facts: DeviceFacts | None, asked: str | None) -> str:
+    if facts is None:
+        return asked or "this device"
+    if facts.gpu is not None and facts.gpu.name.value:
+        return facts.gpu.name.value
+    if facts.tegra is not None and facts.tegra.model.value:
+        return facts.tegra.model.value
+    return facts.host.cpu_name.value or "this device"

@@ -1,0 +1,153 @@
+"""Driver and GPU: what NVML and the hardware facts say, judged. Pure: facts in, findings out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from edgefed.doctor.finding import Finding, Group, State
+from edgefed.hardware.facts import DeviceFacts, GpuFacts, MemoryKind
+from edgefed.hardware.matching import is_divided, is_lost
+from edgefed.hardware.memory import format_bytes
+from edgefed.hardware.notes import IDLE, SLOWED, throttle_words
+from edgefed.hardware.profiles import match_profile
+from edgefed.hardware.reading import Reading, Reason
+
+NO_DRIVER = "no NVIDIA driver found"
+"""How `edgefed.hardware.nvml.explain` begins when there may well be no NVIDIA GPU at all: then nothing is wrong."""
+POWER_CAP = 0x4
+"""NVML's bit of a card at its power limit, which is normal under load."""
+SAID_ELSEWHERE = re.compile(
+    "does not answer any more|runs slower than it could|^torch |^this torch |memory is limited to"
+    "|processors are allowed|L4T release is unknown|^WSL"
+)
+"""Notes of the facts that a finding says with its fix. One that escapes this is said twice, no more."""
+
+UNIT = re.compile("_(bytes|mhz|percent|celsius|watts|joules)$")
+
+
+def gpu_findings(facts: DeviceFacts) -> list[Finding]:
+    """Findings about the driver, each GPU, and what its sensors do not tell."""
+    findings = [_driver(facts), _kind(facts), _profile(facts)]
+    for gpu in facts.gpus:
+        chosen = gpu == facts.gpu
+        findings.append(_lost(gpu, chosen) if is_lost(gpu) else _one_gpu(gpu, chosen, facts.kind))
+    if facts.gpu is not None and not is_lost(facts.gpu):
+        findings += [*_throttled(facts.gpu), *_unanswered(facts.gpu)]
+    for note in dict.fromkeys(facts.notes):
+        said = facts.driver.problem and facts.driver.problem in note
+        if not said and not SAID_ELSEWHERE.search(note):
+            findings.append(Finding(Group.GPU, "sensors", State.NOTE, note))
+    return findings
+
+
+def _driver(facts: DeviceFacts) -> Finding:
+    driver = facts.driver
+    if driver.available and not driver.problem:
+        cuda = driver.cuda_driver_version
+        return Finding(
+            Group.GPU, "NVIDIA driver", State.OK,
+            f"{driver.driver_version.describe()}, CUDA up to {cuda.value if cuda.known else 'unknown'}",
+        )  # fmt: skip
+    if facts.tegra is not None and not driver.available:
+        return Finding(
+            Group.GPU, "NVIDIA driver", State.NOTE, driver.problem, "A Jetson is measured through its own files.",
+        )  # fmt: skip
+    if driver.problem.startswith(NO_DRIVER) and not facts.gpus:
+        return Finding(
+            Group.GPU, "NVIDIA driver", State.NOTE, driver.problem, "This device trains on its CPU.", driver.remedy
+        )
+    return Finding(
+        Group.GPU, "NVIDIA driver", State.WARNING, driver.problem,
+        "Until that is repaired this device trains on its CPU.", driver.remedy or "Reinstall the NVIDIA driver.",
+    )  # fmt: skip
+
+
+def _kind(facts: DeviceFacts) -> Finding:
+    meaning = {
+        MemoryKind.DISCRETE: "a GPU with memory of its own",
+        MemoryKind.UNIFIED: "a GPU that shares the host's memory",
+        MemoryKind.CPU: "the host's memory",
+    }[facts.kind]
+    evidence = "; ".join(facts.evidence)
+    return Finding(
+        Group.GPU, "memory kind", State.OK, f"{facts.kind}, {meaning}{', because ' + evidence if evidence else ''}"
+    )
+
+
+def _profile(facts: DeviceFacts) -> Finding:
+    profile = match_profile(facts)
+    if profile is None:
+        return Finding(
+            Group.GPU, "device profile", State.NOTE, "none of the shipped ones is this device",
+            "`edgefed bench` cannot say how far this device is from its paper figures.",
+            "Measure one.", "edgefed bench --as-profile NAME > NAME.toml",
+        )  # fmt: skip
+    return Finding(Group.GPU, "device profile", State.OK, f"{profile.id} ({profile.name})")
+
+
+def _label(gpu: GpuFacts) -> str:
+    if gpu.nvml_index is None:
+        return "GPU"
+    return f"GPU {gpu.nvml_index}" if gpu.mig_index is None else f"GPU {gpu.nvml_index} MIG {gpu.mig_index}"
+
+
+def _one_gpu(gpu: GpuFacts, chosen: bool, kind: MemoryKind) -> Finding:
+    parts = [gpu.name.value or f"name unknown: {gpu.name.describe()}"]
+    total = gpu.memory_total_bytes if gpu.memory_total_bytes.known else gpu.cuda_total_bytes
+    if total.value is not None and not (chosen and kind is MemoryKind.UNIFIED):  # what NVML says there is no size
+        parts.append(format_bytes(total.value))
+    if gpu.compute_capability.value:
+        parts.append("compute capability {}.{}".format(*gpu.compute_capability.value))
+    if gpu.temperature_celsius.value is not None:
+        parts.append(f"{gpu.temperature_celsius.value:.0f} °C")
+    idle = "only its instances compute" if is_divided(gpu) else "not used, see --device"
+    return Finding(Group.GPU, _label(gpu), State.OK, ", ".join(parts) + ("" if chosen else f"; {idle}"))
+
+
+def _lost(gpu: GpuFacts, chosen: bool) -> Finding:
+    return Finding(
+        Group.GPU, f"{_label(gpu)} lost", State.PROBLEM if chosen else State.WARNING,
+        f"{gpu.name.value or 'it'} was there and does not answer any more",
+        "It fell off the bus: power supply, riser, overheating, or a driver fault. Nothing can be computed on it.",
+        "Look for 'Xid' in the kernel's log, then reboot.", "sudo dmesg | grep -i -e xid -e nvrm",
+    )  # fmt: skip
+
+
+def _throttled(gpu: GpuFacts) -> list[Finding]:
+    bits = gpu.throttle_reasons.value or 0
+    clock, most = gpu.sm_clock_mhz.value, gpu.sm_clock_max_mhz.value
+    at = f" at {clock} of {most} MHz" if clock and most else ""
+    if bits & SLOWED and not bits & IDLE:
+        return [
+            Finding(
+                Group.GPU, "clocks", State.WARNING, f"slowed down{at}: {', '.join(throttle_words(bits))}",
+                "Training takes longer, and measurements of now do not hold for a cool card.",
+                "Let it cool down: fans, dust, air; check the power cables; then run this again.",
+            )
+        ]  # fmt: skip
+    if bits & POWER_CAP and not bits & IDLE:
+        return [Finding(Group.GPU, "clocks", State.NOTE, f"at its power limit{at}", "Normal for a card under load.")]
+    return []
+
+
+def _unanswered(gpu: GpuFacts) -> list[Finding]:
+    """One finding for all sensors without a value, by reason; a lost GPU has its own, and most have no ECC and MIG."""
+    by_reason: dict[Reason, list[str]] = {}
+    for name, reading in _readings(gpu):
+        if reading.reason not in (None, Reason.LOST, Reason.ABSENT) and name not in ("ecc", "mig_enabled"):
+            by_reason.setdefault(reading.reason, []).append(UNIT.sub("", name).replace("_", " "))
+    if not by_reason:
+        return []
+    found = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in by_reason.items())
+    return [
+        Finding(
+            Group.GPU, "silent sensors", State.NOTE, found,
+            "Unknown is never taken for 0; what depends on them says so.",
+        )
+    ]  # fmt: skip
+
+
+def _readings(gpu: GpuFacts) -> list[tuple[str, Reading]]:
+    values = [(field.name, getattr(gpu, field.name)) for field in dataclasses.fields(gpu)]
+    return [(name, value) for name, value in values if isinstance(value, Reading)]

@@ -1,0 +1,132 @@
+"""Limits of the control groups that this process is in: version 2, version 1, and both at once.
+
+A limit may stand at any level from our own group up to the root, so every level is read. Inside a container the group's
+path often does not exist below the mount (another cgroup namespace): then the mount's root is our group.
+
+    limit = least limit of any level        used = limit - least room of any level
+    room of a level = its limit - (its usage - its inactive file cache, which the kernel drops first)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Protocol
+
+from edgefed.hardware.reading import Reading, Reason
+
+MOUNT = "/sys/fs/cgroup"
+NO_LIMIT = 2**60
+"""Version 1 writes about 2**63 (rounded down to a page) for "none"."""
+
+
+class TextFiles(Protocol):
+    def text(self, path: str) -> Reading[str]: ...
+    def exists(self, path: str) -> bool: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryLimit:
+    """Both readings are absent without a limit. ``limit_bytes - used_bytes`` is what may still be taken."""
+
+    limit_bytes: Reading[int]
+    used_bytes: Reading[int]
+
+
+def read_memory_limit(files: TextFiles, found: list[tuple[int, str]] | None = None) -> MemoryLimit:
+    """The tightest memory limit and what is used of it, at the levels ``found`` before, else at all."""
+    limits: list[tuple[int, str]] = []
+    rooms: list[tuple[int, str]] = []
+    unread: Reading[int] | None = None
+    forbidden: Reading[int] | None = None
+    for version, folder in levels(files, "memory") if found is None else found:
+        for name in ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",):
+            limit = _number(files, f"{folder}/{name}")
+            if limit.reason in (Reason.NO_PERMISSION, Reason.FAILED):
+                forbidden = forbidden or limit
+            if not limit.known or limit.value >= NO_LIMIT:
+                continue
+            limits.append((limit.value, limit.source))
+            used = _used(files, version, folder)
+            if used.known:
+                rooms.append((max(0, limit.value - used.value), used.source))
+            else:
+                unread = unread or used
+        # version 1 also tells the least limit above the container's own root, where we can read no files
+        least = _statistic(files, folder, "hierarchical_memory_limit") if version == 1 else None
+        if least is not None and least < NO_LIMIT:
+            limits.append((least, f"{folder}/memory.stat hierarchical_memory_limit"))
+            if (used := _used(files, version, folder)).known:
+                rooms.append((max(0, least - used.value), used.source))
+    if not limits:
+        missing = forbidden or Reading.missing(Reason.ABSENT, MOUNT, "no memory limit")
+        return MemoryLimit(missing, Reading.missing(missing.reason, missing.source, missing.detail))
+    limit, source = min(limits)
+    if not rooms:
+        return MemoryLimit(Reading.of(limit, source), unread)
+    room, room_source = min(rooms)
+    return MemoryLimit(Reading.of(limit, source), Reading.of(max(0, limit - room), room_source))
+
+
+def read_cpu_quota(files: TextFiles) -> Reading[float]:
+    """Processors that the tightest quota allows; absent without one."""
+    quotas = []
+    for version, folder in levels(files, "cpu"):
+        if version == 2:
+            match = re.match(r"(\d{1,15}) (\d{1,15})\s*$", files.text(f"{folder}/cpu.max").value or "")
+            quota, period, source = (int(match[1]), int(match[2]), "cpu.max") if match else (-1, 0, "")
+        else:
+            quota = _number(files, f"{folder}/cpu.cfs_quota_us").value or -1
+            period, source = _number(files, f"{folder}/cpu.cfs_period_us").value or 0, "cpu.cfs_quota_us"
+        if quota > 0 and period > 0:
+            quotas.append((quota / period, f"{folder}/{source}"))
+    if not quotas:
+        return Reading.missing(Reason.ABSENT, MOUNT, "no CPU quota")
+    return Reading.of(*min(quotas))
+
+
+def levels(files: TextFiles, controller: str) -> list[tuple[int, str]]:
+    """(version, folder) of our group and all its ancestors, for each hierarchy that may hold the controller."""
+    own = {2: "/", 1: "/"}
+    for match in re.finditer(r"^\d+:([^:\n]*):(/.*)$", files.text("/proc/self/cgroup").value or "", re.MULTILINE):
+        if not match[1]:
+            own[2] = match[2]
+        elif controller in match[1].split(","):
+            own[1] = match[2]
+    found = []
+    v1_names = (controller, "cpu,cpuacct", "cpuacct,cpu") if controller == "cpu" else (controller,)
+    mounts = [(2, MOUNT), (2, f"{MOUNT}/unified"), *((1, f"{MOUNT}/{name}") for name in v1_names)]
+    for version, mount in mounts:
+        if not files.exists(mount):
+            continue
+        parts = [part for part in own[version].split("/") if part and part != "."]
+        if ".." in parts or not files.exists("/".join([mount, *parts])):
+            parts = []
+        found += [(version, "/".join([mount, *parts[:depth]])) for depth in range(len(parts), -1, -1)]
+    return found
+
+
+def _number(files: TextFiles, path: str) -> Reading[int]:
+    text = files.text(path)
+    if not text.known:
+        return Reading.missing(text.reason, path, text.detail)
+    word = text.value.strip()
+    if word == "max" or word == "-1":
+        return Reading.missing(Reason.ABSENT, path, "no limit")
+    if not re.fullmatch(r"[0-9]{1,20}", word):
+        return Reading.missing(Reason.FAILED, path, f"{word[:40]!r} is no number")
+    return Reading.of(int(word), path)
+
+
+def _used(files: TextFiles, version: int, folder: str) -> Reading[int]:
+    """Usage of one level without its inactive file cache."""
+    usage = _number(files, f"{folder}/{'memory.current' if version == 2 else 'memory.usage_in_bytes'}")
+    cache = _statistic(files, folder, "inactive_file" if version == 2 else "total_inactive_file")
+    if not usage.known or not cache:
+        return usage
+    return Reading.of(max(0, usage.value - cache), f"{usage.source} - inactive file cache")
+
+
+def _statistic(files: TextFiles, folder: str, name: str) -> int | None:
+    match = re.search(rf"^{name} (\d{{1,20}})$", files.text(f"{folder}/memory.stat").value or "", re.MULTILINE)
+    return int(match[1]) if match else None

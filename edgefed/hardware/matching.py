@@ -1,0 +1,187 @@
+"""Which GPU is which: NVML's cards, torch's devices and a Jetson's own files, matched; and the one to use. Pure.
+
+NVML numbers cards by their slot, CUDA by speed and by CUDA_VISIBLE_DEVICES: only the UUID joins them. Where one side
+has none (Jetson Orin), what is left over on both sides is joined when it is one to one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from edgefed.hardware.cuda import CudaDevice, CudaReport
+from edgefed.hardware.facts import GpuFacts, TegraFacts
+from edgefed.hardware.reading import Reading, Reason
+from edgefed.hardware.tegra import SOC_CAPABILITY
+
+
+def bare_uuid(uuid: str | None) -> str:
+    """``GPU-1234...`` and ``MIG-1234...`` without their kind, in lower case: torch leaves it out."""
+    return re.sub(r"^(gpu-|mig-)+", "", (uuid or "").strip().lower())
+
+
+def is_divided(gpu: GpuFacts) -> bool:
+    """A whole GPU in MIG mode: only its instances compute."""
+    return bool(gpu.mig_enabled.value) and not gpu.is_mig
+
+
+def match_cuda(gpus: tuple[GpuFacts, ...], report: CudaReport, visible_devices: str = "") -> tuple[GpuFacts, ...]:
+    """NVML's GPUs with what CUDA knows of each; then CUDA's devices that NVML does not know."""
+    partner: dict[int, CudaDevice] = {}
+    left = []
+    for device in report.devices:
+        number = _by_uuid(gpus, device, partner, visible_devices)
+        if number is None:
+            left.append(device)
+        else:
+            partner[number] = device
+    rest = [n for n, gpu in enumerate(gpus) if n not in partner and not is_divided(gpu) and not _contradicts(gpu, left)]
+    if len(left) == 1 and len(rest) == 1:
+        partner[rest[0]] = left.pop()
+    reason = (
+        report.available
+        if not report.available.known
+        else Reading.missing(
+            Reason.ABSENT, "torch", "torch does not list this GPU (CUDA_VISIBLE_DEVICES, or another MIG instance)"
+        )
+    )
+    merged = [_with_cuda(gpu, partner.get(number), reason) for number, gpu in enumerate(gpus)]
+    unlisted = _unknown_gpu("NVML", "NVML does not list this GPU")
+    return (*merged, *(_with_cuda(unlisted, device, reason) for device in left))
+
+
+def _by_uuid(
+    gpus: tuple[GpuFacts, ...], device: CudaDevice, taken: dict[int, CudaDevice], visible_devices: str
+) -> int | None:
+    uuid = bare_uuid(device.uuid)
+    if not uuid:
+        return None
+    for number, gpu in enumerate(gpus):
+        if number in taken or bare_uuid(gpu.uuid.value) != uuid:
+            continue
+        if not is_divided(gpu):
+            return number
+        # CUDA gave the UUID of the whole card: it means the instance that was made visible, else the first
+        free = [(n, part) for n, part in enumerate(gpus) if part.is_mig and n not in taken]
+        parts = [n for n, part in free if part.nvml_index == gpu.nvml_index]
+        named = [n for n in parts if bare_uuid(gpus[n].uuid.value) and bare_uuid(gpus[n].uuid.value) in visible_devices]
+        return (named or parts or [None])[0]
+    return None
+
+
+def _contradicts(gpu: GpuFacts, devices: list[CudaDevice]) -> bool:
+    """Whether a GPU cannot be any of these: both UUIDs are known and differ, or the architecture is another."""
+    return all(
+        (bool(bare_uuid(gpu.uuid.value)) and bool(bare_uuid(device.uuid)) and _real(device.uuid))
+        or (gpu.compute_capability.known and gpu.compute_capability.value != device.compute_capability)
+        for device in devices
+    )
+
+
+def _real(uuid: str) -> bool:
+    return bool(re.search(r"[1-9a-f]", bare_uuid(uuid)))  # Tegra's CUDA may give all zeros
+
+
+def _with_cuda(gpu: GpuFacts, device: CudaDevice | None, reason: Reading) -> GpuFacts:
+    if device is None:
+        missing = Reading.missing(reason.reason, reason.source, reason.detail)
+        return dataclasses.replace(gpu, integrated=missing, cuda_total_bytes=missing)
+    source = f"torch device properties, cuda:{device.index}"
+
+    def either(reading: Reading, value) -> Reading:
+        return reading if reading.known or not value else Reading.of(value, source)
+
+    integrated = (
+        Reading.missing(Reason.NOT_SUPPORTED, source, "this torch does not tell")
+        if device.integrated is None
+        else Reading.of(device.integrated, source)
+    )
+    return dataclasses.replace(
+        gpu,
+        cuda_index=device.index if device.runs_here else None,
+        name=either(gpu.name, device.name),
+        uuid=either(gpu.uuid, f"GPU-{bare_uuid(device.uuid)}" if _real(device.uuid) else ""),
+        compute_capability=either(gpu.compute_capability, device.compute_capability),
+        integrated=integrated,
+        cuda_total_bytes=Reading.of(device.total_bytes, source)
+        if device.total_bytes > 0
+        else Reading.missing(Reason.IMPLAUSIBLE, source, "a total of 0"),
+    )
+
+
+def _unknown_gpu(source: str, detail: str) -> GpuFacts:
+    missing = Reading.missing(Reason.ABSENT, source, detail)
+    values = {
+        field.name: missing
+        for field in dataclasses.fields(GpuFacts)
+        if field.name not in ("nvml_index", "cuda_index", "is_mig", "mig_index")
+    }
+    return GpuFacts(nvml_index=None, cuda_index=None, is_mig=False, **values)
+
+
+def tegra_gpu(gpus: tuple[GpuFacts, ...], tegra: TegraFacts) -> tuple[GpuFacts, ...]:
+    """The Jetson's own GPU, with what its files tell where NVML and CUDA are silent; made from them if not listed."""
+    if not gpus:
+        gpus = (_unknown_gpu("NVML", "no NVML here"),)
+    capability = SOC_CAPABILITY.get(tegra.soc.value or "")
+    own = [n for n, gpu in enumerate(gpus) if not gpu.memory_total_bytes.known and not gpu.is_mig]
+    if len(own) != 1:
+        return gpus
+    gpu = gpus[own[0]]
+
+    def either(reading: Reading, other: Reading) -> Reading:
+        return reading if reading.known or not other.known or reading.reason is Reason.LOST else other
+
+    filled = dataclasses.replace(
+        gpu,
+        name=either(gpu.name, tegra.model),
+        compute_capability=either(gpu.compute_capability, tegra.soc.map(lambda _: capability))
+        if capability
+        else gpu.compute_capability,
+        utilization_percent=either(gpu.utilization_percent, tegra.gpu_load_percent.map(round)),
+        sm_clock_mhz=either(gpu.sm_clock_mhz, tegra.gpu_clock_mhz),
+        sm_clock_max_mhz=either(gpu.sm_clock_max_mhz, tegra.gpu_clock_max_mhz),
+        memory_clock_mhz=either(gpu.memory_clock_mhz, tegra.memory_clock_mhz),
+        temperature_celsius=either(gpu.temperature_celsius, tegra.temperature_celsius),
+        power_watts=either(gpu.power_watts, tegra.power_watts),
+    )
+    return tuple(filled if n == own[0] else other for n, other in enumerate(gpus))
+
+
+def choose_gpu(gpus: tuple[GpuFacts, ...]) -> GpuFacts | None:
+    """The best: one that torch can use before one that it cannot, one that answers before a lost one, then the largest.
+
+    A whole GPU in MIG mode is none: nothing runs on it.
+    """
+    usable = [gpu for gpu in gpus if not is_divided(gpu)]
+
+    def rank(gpu: GpuFacts) -> tuple[bool, bool, int, int]:
+        size = gpu.cuda_total_bytes.value or gpu.memory_total_bytes.value or 0
+        return (gpu.cuda_index is not None, not is_lost(gpu), size, -gpus.index(gpu))
+
+    return max(usable, key=rank, default=None)
+
+
+def is_lost(gpu: GpuFacts) -> bool:
+    return Reason.LOST in (gpu.memory_total_bytes.reason, gpu.name.reason, gpu.uuid.reason)
+
+
+def find_gpu(gpus: tuple[GpuFacts, ...], wanted: str, *, by_cuda: bool) -> GpuFacts | None:
+    """The GPU that ``cuda``, ``cuda:1``, ``1`` or a UUID (or a beginning of it that is one GPU's alone) names.
+
+    Numbers are torch's when ``by_cuda``; else, when torch cannot use any, NVML's order without MIG's whole cards.
+    """
+    text = wanted.strip().lower()
+    if text in ("cuda", "gpu"):
+        return choose_gpu(tuple(gpu for gpu in gpus if gpu.cuda_index is not None) if by_cuda else gpus)
+    if match := re.fullmatch(r"(?:cuda:|gpu:)?(\d{1,4})", text):
+        number = int(match[1])
+        if by_cuda:
+            return next((gpu for gpu in gpus if gpu.cuda_index == number), None)
+        computing = [gpu for gpu in gpus if not is_divided(gpu)]
+        return computing[number] if number < len(computing) else None
+    uuids = [(gpu, (gpu.uuid.value or "").lower()) for gpu in gpus]
+    exact = [gpu for gpu, uuid in uuids if uuid and (text == uuid or bare_uuid(text) == bare_uuid(uuid))]
+    begins = [gpu for gpu, uuid in uuids if uuid and len(text) >= 8 and uuid.startswith(text)]
+    found = exact or begins
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,307 @@
+"""The ladder of savings: what is given up, in which order, when a training step does not fit its memory. Pure.
+
+    1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> 4 shorter sequence -> 5 fewer trained -> 6 fewer held
+
+`fit` goes down until a memory model says that the step fits: that makes a plan before anything is loaded. `next_rung`
+goes down by one that frees memory: that is what the guard and an out-of-memory do in the middle of a round. Rungs 1 to
+3 change neither loss nor gradients (8-bit moments: hardly), 4 shortens the context, 5 and 6 change the plan.
+
+Which experts go is not decided here: ``layout(held, trained)`` gives the plan of so many experts by the method's own
+ranking, so the least important ones go first. No layer ever has less than one, and it trains.
+
+Rung 5 turns trained experts into frozen ones: the forward pass keeps them, their gradients and moments are gone. It is
+taken where training costs more than holding, as in full training; with adapters it frees next to nothing, and rung 6
+takes an expert with its adapter instead. It stops at a quarter of what is held, and rung 6 keeps that share: a device
+that held everything and trained one expert a layer would fit as well, but have nothing to give to the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+from edgefed.errors import BudgetTooSmall
+from edgefed.experts import ExpertPlan
+from edgefed.hardware.memory import format_bytes
+from edgefed.moe.memory import MemoryEstimate
+from edgefed.moe.step_setup import CHUNK_TOKENS, StepSetup
+
+SHORTEST_SEQUENCE = 32
+"""Tokens. Below it a block holds hardly a sentence, and its first token is never learned from."""
+
+SEQUENCE_SHARE = 4
+"""Blocks are never shorter than a quarter of what the run asks for: its devices should still learn alike."""
+
+STEP_SHARE = 4
+"""In the middle of a round a rung of experts gives up a quarter of them: fourteen such steps from 64 to 4."""
+
+TRAINED_SHARE = 4
+"""Freezing stops when a quarter of the experts held is trained."""
+
+WORTH = 1.05
+"""A saving beside fewer experts must leave 5 % more of them, or it is not worth its time or its shorter context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a device does in a step: how, and with how many experts over all layers."""
+
+    setup: StepSetup
+    held: int
+    trained: int
+
+    def rank(self) -> tuple:
+        """Order on one ladder: a higher load stands higher. For loads of the same run only."""
+        setup = self.setup
+        savings = (setup.optimizer == "adamw", not setup.checkpointing, not setup.chunked_loss)
+        return (self.held, self.trained, setup.sequence_length, *savings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One step down. ``sentence`` is for the owner; ``saved_bytes`` at the step's peak, as the memory model has it."""
+
+    name: str
+    load: Load
+    saved_bytes: int
+    sentence: str
+    keeps_plan: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+    """What a run, a model and a device make of the ladder.
+
+    ``estimate(setup, kept, tuned)``: the step's peak, experts per layer. ``layout(held, trained)``: the plan of so many
+    experts. ``problems``: savings that are not to be had, {"chunked_loss" | "checkpointing" | "adamw_8bit": why}.
+    ``all_experts``: the method trains all or nothing, so rungs 5 and 6 are not there.
+    """
+
+    estimate: Callable[[StepSetup, list[int], list[int]], MemoryEstimate]
+    layout: Callable[[int, int], ExpertPlan]
+    num_layers: int
+    run_sequence_length: int
+    problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    all_experts: bool = False
+
+    def memory(self, load: Load) -> MemoryEstimate:
+        """The peak of a training step under ``load``."""
+        plan = self.layout(load.held, load.trained)
+        layers = range(plan.num_layers)
+        return self.estimate(
+            load.setup, [len(plan.resident(layer)) for layer in layers], [len(plan.tuned(layer)) for layer in layers]
+        )
+
+    def needs_bytes(self, load: Load) -> int:
+        return self.memory(load).total_bytes
+
+    @property
+    def shortest_sequence(self) -> int:
+        return min(self.run_sequence_length, max(SHORTEST_SEQUENCE, self.run_sequence_length // SEQUENCE_SHARE))
+
+
+def fit(ladder: Ladder, wanted: Load, usable_bytes: int) -> tuple[Load, list[Rung]]:
+    """The highest load, from ``wanted`` down, that fits; and the rungs that were taken to it.
+
+    A rung that turns out to be of no use beside those below it is not taken: a shorter sequence does not help where the
+    optimiser is the peak. Raises BudgetTooSmall when nothing fits, naming what the least would need.
+    """
+    load = wanted
+    setups = [wanted.setup, *(setup for _, setup, _ in _setup_rungs(ladder, wanted.setup))]
+    for setup in setups:
+        load = dataclasses.replace(wanted, setup=setup)
+        if ladder.needs_bytes(load) <= usable_bytes:
+            break
+    else:
+        least = load if ladder.all_experts else Load(load.setup, ladder.num_layers, ladder.num_layers)
+        if ladder.needs_bytes(least) > usable_bytes:
+            raise _nothing_fits(ladder, least, usable_bytes)
+        found = [_most_experts(ladder, dataclasses.replace(wanted, setup=setup), usable_bytes) for setup in setups]
+        most = max(each.held + each.trained for each in found if each)
+        load = next(each for each in found if each and WORTH * (each.held + each.trained) >= most)
+    for field in reversed(_FIELD_OF.values()):  # the dearest first
+        for setup in setups:  # from no saving to all
+            undone = dataclasses.replace(load, setup=dataclasses.replace(load.setup, **{field: getattr(setup, field)}))
+            if ladder.needs_bytes(undone) <= ladder.needs_bytes(load):
+                load = undone
+                break
+    return load, _path(ladder, wanted, load)
+
+
+def next_rung(ladder: Ladder, load: Load) -> Rung | None:
+    """The next step down from ``load`` that frees memory, whatever is usable; None at the end of the ladder."""
+    need = ladder.needs_bytes(load)
+    for name, setup, sentence in _setup_rungs(ladder, load.setup):
+        field = _FIELD_OF[name]
+        other = dataclasses.replace(load, setup=dataclasses.replace(load.setup, **{field: getattr(setup, field)}))
+        after = ladder.needs_bytes(other)
+        if after < need:
+            return _rung(name, other, need - after, sentence, keeps_plan=True)
+    if ladder.all_experts:
+        return None
+    for name in ("fewer trained", "fewer held"):
+        for other in _fewer(ladder, load, name):
+            after = ladder.needs_bytes(other)
+            if after < need:
+                return _rung(name, other, need - after, _expert_sentence(name, load, other), keeps_plan=False)
+    return None
+
+
+def describe(load: Load, total: int) -> str:
+    """A load in a few words: ``12 of 64 experts held, 8 trained; checkpointing, sequences of 64``."""
+    setup = load.setup
+    savings = [
+        word
+        for on, word in (
+            (setup.chunked_loss, "chunked loss"),
+            (setup.checkpointing, "checkpointing"),
+            (setup.optimizer != "adamw", "8-bit optimizer"),
+        )
+        if on
+    ]
+    trained = "" if load.trained == load.held else f", {load.trained} trained"
+    return f"{load.held} of {total} experts held{trained}" + (f"; {', '.join(savings)}" if savings else "")
+
+
+# --- rungs 1 to 4: how a step is done -----------------------------------------------------------------------------
+
+_FIELD_OF = {
+    "chunked loss": "chunked_loss",
+    "checkpointing": "checkpointing",
+    "8-bit optimizer": "optimizer",
+    "shorter sequence": "sequence_length",
+}
+"""Rung -> what it changes in a setup."""
+
+
+def _setup_rungs(ladder: Ladder, setup: StepSetup) -> Iterator[tuple[str, StepSetup, str]]:
+    """(name, setup with this rung on top of all before it, sentence) of each rung below ``setup`` that exists here."""
+    if not setup.chunked_loss and "chunked_loss" not in ladder.problems:
+        setup = dataclasses.replace(setup, chunked_loss=True)
+        yield "chunked loss", setup, f"loss computed {CHUNK_TOKENS} tokens at a time"
+    if not setup.checkpointing and "checkpointing" not in ladder.problems:
+        setup = dataclasses.replace(setup, checkpointing=True)
+        yield "checkpointing", setup, "activation checkpointing on"
+    if setup.optimizer == "adamw" and "adamw_8bit" not in ladder.problems:
+        setup = dataclasses.replace(setup, optimizer="adamw_8bit")
+        yield "8-bit optimizer", setup, "8-bit optimizer"
+    while setup.sequence_length // 2 >= ladder.shortest_sequence:
+        length = setup.sequence_length
+        setup = dataclasses.replace(setup, sequence_length=length // 2)
+        yield "shorter sequence", setup, f"sequences of {length // 2} tokens instead of {length}"
+
+
+def _path(ladder: Ladder, wanted: Load, load: Load) -> list[Rung]:
+    """The rungs from ``wanted`` to ``load``, each with what it saves behind those before it."""
+    taken, at, need = [], wanted, ladder.needs_bytes(wanted)
+
+    def step(name: str, other: Load, sentence: str, keeps_plan: bool) -> None:
+        nonlocal at, need
+        after = ladder.needs_bytes(other)
+        taken.append(_rung(name, other, max(0, need - after), sentence, keeps_plan=keeps_plan))
+        at, need = other, after
+
+    for name, setup, sentence in _setup_rungs(ladder, wanted.setup):
+        field = _FIELD_OF[name]
+        value = getattr(setup, field)
+        reached = getattr(load.setup, field)
+        if value == reached or (field == "sequence_length" and value > reached):
+            setup = dataclasses.replace(at.setup, **{field: value})
+            step(name, dataclasses.replace(at, setup=setup), sentence, True)
+    if load.trained < at.trained and load.trained < load.held:
+        other = dataclasses.replace(at, trained=load.trained)
+        step("fewer trained", other, _expert_sentence("fewer trained", at, other), False)
+    if load.held < at.held:
+        step("fewer held", load, _expert_sentence("fewer held", at, load), False)
+    return taken
+
+
+# --- rungs 5 and 6: experts ---------------------------------------------------------------------------------------
+
+
+def _freezing_pays(ladder: Ladder, load: Load) -> bool:
+    """Whether an expert that is held but not trained saves at least half of what one that is gone saves."""
+    if load.setup.experts != "full" or load.held <= ladder.num_layers:
+        return load.setup.experts == "full"
+    fewer = max(ladder.num_layers, load.held // 2)
+    all_trained = ladder.needs_bytes(dataclasses.replace(load, trained=load.held))
+    frozen = ladder.needs_bytes(dataclasses.replace(load, trained=fewer))
+    gone = ladder.needs_bytes(Load(load.setup, fewer, fewer))
+    return 2 * (all_trained - frozen) >= all_trained - gone
+
+
+def _fewest_trained(ladder: Ladder, held: int) -> int:
+    return min(held, max(ladder.num_layers, -(-held // TRAINED_SHARE)))
+
+
+def _with_count(ladder: Ladder, load: Load, name: str, count: int) -> Load:
+    if name == "fewer trained":
+        return dataclasses.replace(load, trained=count)
+    trained = _fewest_trained(ladder, count) if load.trained < load.held else count
+    return dataclasses.replace(load, held=count, trained=min(load.trained, trained))
+
+
+def _range(ladder: Ladder, load: Load, name: str) -> tuple[int, int]:
+    """(least, current) count that a rung of experts may take."""
+    if name == "fewer trained":
+        pays = _freezing_pays(ladder, load)
+        return min(load.trained, _fewest_trained(ladder, load.held)) if pays else load.trained, load.trained
+    return ladder.num_layers, load.held
+
+
+def _most_experts(ladder: Ladder, load: Load, usable_bytes: int) -> Load | None:
+    """``load`` with as many experts as fit, trained ones given up first; None where not even one per layer fits."""
+    for name in ("fewer trained", "fewer held"):
+        low, high = _range(ladder, load, name)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if ladder.needs_bytes(_with_count(ladder, load, name, middle)) <= usable_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        load = _with_count(ladder, load, name, low)
+        if ladder.needs_bytes(load) <= usable_bytes:
+            return load
+    return None
+
+
+def _fewer(ladder: Ladder, load: Load, name: str) -> Iterator[Load]:
+    """``load`` with ever fewer experts, a quarter at a time; nothing when it has the fewest."""
+    least, current = _range(ladder, load, name)
+    while current > least:
+        current = max(least, current - max(1, current // STEP_SHARE))
+        yield _with_count(ladder, load, name, current)
+
+
+# --- words --------------------------------------------------------------------------------------------------------
+
+
+def _rung(name: str, load: Load, saved_bytes: int, sentence: str, *, keeps_plan: bool) -> Rung:
+    return Rung(name, load, saved_bytes, f"{sentence}, saves about {format_bytes(saved_bytes)}", keeps_plan)
+
+
+def _expert_sentence(name: str, before: Load, after: Load) -> str:
+    if name == "fewer trained":
+        return f"{after.trained} of {after.held} experts held are trained instead of {before.trained}"
+    return f"{after.held} experts held instead of {before.held}, {after.trained} trained"
+
+
+def _nothing_fits(ladder: Ladder, least: Load, usable_bytes: int) -> BudgetTooSmall:
+    memory = ladder.memory(least)
+    need = memory.total_bytes
+    what = (
+        f"all {least.held} experts"
+        if ladder.all_experts
+        else f"one expert in each of the {ladder.num_layers} MoE layers"
+    )
+    largest = sorted(memory.parts, key=lambda part: memory.parts[part], reverse=True)[:2]
+    breakdown = ", ".join(f"{format_bytes(memory.parts[part])} {part}" for part in largest)
+    without = "".join(f"; without {name.replace('_', ' ')}: {why}" for name, why in sorted(ladder.problems.items()))
+    setup = least.setup
+    return BudgetTooSmall(
+        f"{what} needs {format_bytes(need)} with every saving ({breakdown}; {setup.batch_size} sequences of "
+        f"{setup.sequence_length} tokens), the device offers the model {format_bytes(max(0, usable_bytes))}{without}",
+        remedy=f"Give the device {format_bytes(need - usable_bytes)} more (--memory, or close other programs), lower "
+        f"--batch-size ({setup.batch_size}) or --sequence-length on the server, or use a smaller model"
+        + (" or a method that needs only some experts (hfedmoe, random)." if ladder.all_experts else "."),
+    )

@@ -1,0 +1,618 @@
+"""Memory that runs out or gets tight in the middle of a round: the plan shrinks, the owner hears of it, it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgefed.agent import local_trainer as trainer_module
+from edgefed.agent import memory_guard
+from edgefed.agent.interrupt import StopRequested
+from edgefed.agent.local_trainer import LocalTrainer
+from edgefed.agent.memory_guard import MemoryGuard
+from edgefed.agent.planner import PLAN_FILE, DeviceLimits
+from edgefed.agent.progress import NullProgress
+from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.embedded import tiny_model_directory
+from edgefed.errors import BudgetTooSmall, ConfigError, DeviceLost, OutOfMemory
+from edgefed.hardware.budget import MemoryBudget
+from edgefed.hardware.facts import MemoryKind
+from edgefed.hardware.watch import Pressure
+from edgefed.protocol import frames
+from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
+from edgefed.runs import RunReader, import_model
+from edgefed.training import steps as steps_module
+from edgefed.training.savings import make_optimizer
+
+TEGRA = (
+    'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/opt/torch/c10/cuda/CUDACachingAllocator.cpp":1131, please report '
+    "a bug to PyTorch."
+)
+CUDA = "CUDA out of memory. Tried to allocate 256.00 MiB. GPU 0 has a total capacity of 7.79 GiB."
+CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+STEPS = 4
+MIB = 2**20
+
+
+class Heard(NullProgress):
+    """Keeps what the owner was told, and can ask to stop."""
+
+    def __init__(self):
+        self.messages, self.phases, self.stop_in = [], [], None
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def phase(self, name, total=None, unit="B"):
+        self.phases.append(name)
+
+    def advance(self, n):
+        if self.stop_in is not None and self.phases[-1] == self.stop_in:
+            raise StopRequested
+
+    def said(self, *words):
+        return [text for text in self.messages if all(word in text for word in words)]
+
+
+class Rig:
+    """A run on disk, a device that takes part in it, and the arguments of its rounds."""
+
+    def __init__(self, folder: Path, method="hfedmoe", options=None, share=0.5, **training):
+        training = {"local_steps": STEPS, "batch_size": 4, "sequence_length": 128, "profile_tokens": 512, **training}
+        run = RunConfig(
+            run_id="run", model="tiny", method=method, method_options=options or {}, rounds=4, seed=3,
+            training=TrainingConfig(evaluation_tokens=256, **training),
+        )  # fmt: skip
+        import_model(str(tiny_model_directory()), folder / "run", run, RoundPolicy(rounds=4, min_clients=1))
+        self.folder, self.reader = folder, RunReader(folder / "run")
+        self.data = folder / "notes.jsonl"
+        lines = [{"text": f"def function_{i}(argument):\n    return argument + {i}\n" * 8} for i in range(40)]
+        self.data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.share = share
+        self.heard = Heard()
+        self.fetched = []
+
+    def trainer(self, memory=64 << 30, name="me", **options):
+        limits = DeviceLimits(memory, self.share)
+        return LocalTrainer(str(self.data), self.folder / name, limits, name, held_out_share=0.2, **options)
+
+    def fetch(self, items):
+        items = tuple(items)
+        self.fetched += items
+        return {item.sha256: self.reader._blobs.path(item.sha256) for item in items}
+
+    def round(self, trainer, server_round=1):
+        self.update = self.folder / "update"
+        assignment = Assignment(server_round=server_round, deadline_s=None, seed=7)
+        return trainer.train_round(
+            self.reader.run, self.reader.manifest(), assignment, self.fetch, self.heard, self.update
+        )
+
+    def sent_experts(self):
+        keys = {name.rpartition("|")[0] for name in frames.read_header(self.update)}
+        return keys & {unit.key for unit in self.reader.manifest().units if unit.kind == "expert"}
+
+    def close(self):
+        self.reader.__exit__()
+
+
+@pytest.fixture
+def rig(tmp_path):
+    made = []
+
+    def make(**options):
+        made.append(Rig(tmp_path / f"rig-{len(made)}", **options))
+        return made[-1]
+
+    (tmp_path / "rig-0").mkdir()
+    (tmp_path / "rig-1").mkdir()
+    yield make
+    for each in made:
+        each.close()
+
+
+def fail(monkeypatch, owner, name, error, times=1, after=0):
+    """Let ``owner.name`` raise ``error`` on ``times`` calls, the first ``after`` excepted. Returns the call count."""
+    original, calls = getattr(owner, name), []
+
+    def replacement(*args, **kwargs):
+        calls.append(name)
+        if after < len(calls) <= after + times:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, replacement)
+    return calls
+
+
+# --- out of memory, wherever it happens -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [TEGRA, CUDA, CPU], ids=["tegra", "cuda", "cpu"])
+def test_a_step_that_runs_out_starts_the_round_again_a_rung_lower(rig, monkeypatch, text):
+    table = rig()
+    fail(monkeypatch, steps_module, "batch_loss", RuntimeError(text), after=2)
+    update = table.round(table.trainer())
+    assert update.metrics["memory_shrinks"] == 1
+    assert table.heard.said("out of memory while training", text[:60], "saves about", "start again")
+    assert update.num_tokens == STEPS * 4 * 128  # all steps, and none of them twice
+    assert len(update.experts) == 32  # the first rungs keep the plan
+
+
+def test_what_a_half_done_optimizer_step_changed_is_thrown_away(rig, monkeypatch):
+    """The update after a failure is bit for bit that of a device that began with the smaller setup."""
+    table = rig()
+    load = {}
+
+    def poisoned_step(optimizer):
+        for group in optimizer.param_groups:  # half of the parameters are changed, then memory runs out
+            for parameter in group["params"][: len(group["params"]) // 2]:
+                parameter.data.add_(1.0)
+        raise torch.OutOfMemoryError(CUDA)
+
+    def optimizer_that_fails_once(parameters, name, **options):
+        optimizer = make_optimizer(parameters, name, **options)
+        if not load:
+            load["failed"] = True
+            optimizer.step = lambda: poisoned_step(optimizer)
+        return optimizer
+
+    monkeypatch.setattr(steps_module, "make_optimizer", optimizer_that_fails_once)
+    trainer = table.trainer()
+    table.round(trainer)
+    failed = table.update.read_bytes()
+    assert trainer._planner.load.setup.chunked_loss  # the rung that was taken
+    monkeypatch.undo()
+
+    other = rig()
+    trainer = other.trainer()
+    original = trainer._planner.make_plan
+
+    def with_chunks(*args, **kwargs):
+        plan = original(*args, **kwargs)
+        setup = dataclasses.replace(trainer._planner.load.setup, chunked_loss=True)
+        trainer._planner.load = dataclasses.replace(trainer._planner.load, setup=setup)
+        return plan
+
+    trainer._planner.make_plan = with_chunks
+    other.round(trainer)
+    assert other.update.read_bytes() == failed
+
+
+def test_the_ladder_goes_down_to_its_end_and_then_refuses_by_name(rig, monkeypatch):
+    table = rig(share=0.12)
+    trainer = table.trainer()
+
+    def always(*args, **kwargs):
+        raise RuntimeError(TEGRA)
+
+    monkeypatch.setattr(steps_module, "batch_loss", always)
+    with pytest.raises(OutOfMemory, match="ran out while training, and nothing is left to give up") as caught:
+        table.round(trainer)
+    assert "--batch-size" in caught.value.remedy
+    load = trainer._planner.load
+    assert load.held == load.trained == 4  # one per layer
+    assert load.setup.chunked_loss and load.setup.checkpointing and load.setup.sequence_length == 32
+    said = [text for text in table.heard.messages if "out of memory" in text]
+    order = ["256 tokens at a time", "checkpointing on", "sequences of 64", "sequences of 32", "are trained instead",
+             "experts held instead"]  # fmt: skip
+    places = [next(i for i, text in enumerate(said) if words in text) for words in order]
+    assert places == sorted(places) and len(said) < memory_guard.MAX_SHRINKS
+    assert not table.update.exists()
+
+
+def test_fewer_experts_after_out_of_memory_are_what_is_reported_and_sent(rig, monkeypatch):
+    """Chunked loss, checkpointing, two lengths, then experts: the sixth failure has frozen some of them."""
+    table = rig()
+    full = table.round(table.trainer(name="first"))
+    trained_in_full = len(table.sent_experts())
+    profile = json.loads((table.folder / "first" / PLAN_FILE).read_text())
+    fail(monkeypatch, steps_module, "batch_loss", RuntimeError(CUDA), times=5)
+    trainer = table.trainer(name="first")  # the same name: the same draw of experts
+    update = table.round(trainer)
+    load = trainer._planner.load
+    assert load.trained < load.held == 32
+    assert len(table.sent_experts()) == load.trained < trained_in_full
+    assert len(update.experts) == load.held == len(full.experts)
+    stepped = {(report.layer, report.expert) for report in update.experts if report.steps}
+    assert len(stepped) <= load.trained
+    assert {report.layer for report in update.experts} == {0, 1, 2, 3}
+    saved = json.loads((table.folder / "first" / PLAN_FILE).read_text())
+    assert sum(np.sum(np.array(row) == 2) for row in saved["roles"]) == load.trained
+    assert saved["profile"] == profile["profile"]
+
+
+@pytest.mark.parametrize(
+    ("place", "doing"),
+    [
+        ("apply_plan", "loading the planned experts"),
+        ("evaluate_loss", "evaluating"),
+        ("run_steps", "training"),
+    ],
+)
+def test_out_of_memory_at_each_place_of_a_round(rig, monkeypatch, place, doing):
+    table = rig(batch_size=1)  # no smaller batch to evaluate with
+    owner = trainer_module if place != "apply_plan" else trainer_module.MoeModel
+    fail(monkeypatch, owner, place, torch.OutOfMemoryError(CUDA))
+    update = table.round(table.trainer())
+    assert update.metrics["memory_shrinks"] == 1
+    assert table.heard.said(f"out of memory while {doing}")
+    assert update.metrics["held_out_loss_after"] > 0
+
+
+def test_evaluation_and_profile_need_only_smaller_batches(rig, monkeypatch):
+    table = rig(batch_size=4)
+    expected = rig(batch_size=4)
+    plain = expected.round(expected.trainer())
+    calls = fail(monkeypatch, trainer_module, "evaluate_loss", torch.OutOfMemoryError(CUDA))
+    from edgefed.agent import planner
+
+    fail(monkeypatch, planner, "profile_blocks", torch.OutOfMemoryError(CUDA))
+    update = table.round(table.trainer())
+    assert update.metrics["memory_shrinks"] == 0 and len(calls) == 3
+    assert table.heard.said("out of memory while evaluating; 2 sequences")
+    assert table.heard.said("out of memory in the profile; 2 sequences")
+    for name in ("held_out_loss_before", "held_out_loss_after"):
+        assert update.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-5)
+
+
+def test_after_a_failure_the_load_stays_down_until_the_budget_grows(rig, monkeypatch):
+    table = rig(options={"exploration": 0.0})
+    budget = {"now": 8 << 30}
+    measure = lambda: MemoryBudget(MemoryKind.CPU, budget["now"], None, (), "test")  # noqa: E731
+    trainer = table.trainer(measure_budget=measure)
+    fail(monkeypatch, steps_module, "batch_loss", RuntimeError(CUDA))
+    table.round(trainer)
+    down = trainer._planner.load
+    table.round(trainer, 2)
+    assert trainer._planner.load == down
+    budget["now"] = 9 << 30  # more than a tenth
+    table.round(trainer, 3)
+    assert trainer._planner.load.rank() > down.rank()
+    assert table.heard.said("more than before")
+
+
+def test_other_errors_are_not_taken_for_memory(rig, monkeypatch):
+    table = rig()
+    fail(monkeypatch, steps_module, "batch_loss", RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        table.round(table.trainer())
+
+
+def test_a_lost_gpu_ends_the_round_with_what_to_do(rig, monkeypatch):
+    table = rig()
+    fail(monkeypatch, steps_module, "batch_loss", RuntimeError("CUDA error: unspecified launch failure\nmore"))
+    with pytest.raises(DeviceLost, match="stopped answering: CUDA error: unspecified launch failure") as caught:
+        table.round(table.trainer())
+    assert "dmesg" in caught.value.remedy
+
+
+def test_a_method_without_exchange_gets_its_own_weights_back(rig, monkeypatch):
+    """`local` never returns to the global model: what a failing round spoils comes from the device's own copy."""
+    table = rig(method="local")
+    trainer = table.trainer()
+    first = table.round(trainer)
+
+    def spoil(*args, **kwargs):
+        with torch.no_grad():
+            for parameter in trainer._model.trainable_parameters():
+                parameter.add_(1.0)
+        raise torch.OutOfMemoryError(CUDA)
+
+    original = steps_module.batch_loss
+    answers = [spoil]
+    monkeypatch.setattr(
+        steps_module, "batch_loss", lambda *a, **k: answers.pop()(*a, **k) if answers else original(*a, **k)
+    )
+    second = table.round(trainer, 2)
+    assert second.metrics["memory_shrinks"] == 1
+    assert second.metrics["held_out_loss_before"] == pytest.approx(first.metrics["held_out_loss_after"], rel=1e-5)
+
+
+def test_ctrl_c_comes_through_while_the_plan_shrinks(rig, monkeypatch):
+    table = rig()
+    trainer = table.trainer()
+
+    def ask_to_stop(*args, **kwargs):
+        table.heard.stop_in = "train"
+        raise torch.OutOfMemoryError(CUDA)
+
+    monkeypatch.setattr(steps_module, "make_optimizer", fail_first(ask_to_stop, make_optimizer))
+    with pytest.raises(StopRequested):
+        table.round(trainer)
+    assert table.heard.said("out of memory while training")
+
+
+def fail_first(first, then):
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        return (first if len(calls) == 1 else then)(*args, **kwargs)
+
+    return call
+
+
+# --- pressure ---------------------------------------------------------------------------------------------------------
+
+
+class FakeWatch:
+    """A `PressureWatch` whose answers are written down: one per question, then None."""
+
+    def __init__(self, *answers, lost=""):
+        self.answers, self.told_lost = list(answers), lost
+        self.relieved = self.started = 0
+        self.on_event = None
+
+    def __enter__(self):
+        self.started += 1
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def pressure(self):
+        return self.answers.pop(0) if self.answers else None
+
+    def relieve(self):
+        self.relieved += 1
+
+    def lost(self):
+        return self.told_lost
+
+
+TIGHT = Pressure("available", "the machine has 900 MiB of memory left, 1.2 GiB must stay free")
+
+
+def test_pressure_takes_a_rung_that_keeps_the_plan_and_goes_on_with_the_next_step(rig):
+    table = rig()
+    trainer = table.trainer(watch=FakeWatch(TIGHT))
+    update = table.round(trainer)
+    assert update.metrics["memory_shrinks"] == 1
+    assert table.heard.said("900 MiB of memory left", "256 tokens at a time")
+    assert table.heard.phases.count("train") == 1  # nothing started again
+    assert update.num_tokens == STEPS * 4 * 128
+    assert trainer._planner.load.setup.chunked_loss
+
+
+def test_pressure_seen_before_a_rung_can_have_helped_is_not_taken_for_more(rig):
+    watch = FakeWatch(TIGHT, TIGHT, None)
+    table = rig()
+    update = table.round(table.trainer(watch=watch))
+    assert update.metrics["memory_shrinks"] == 1 and watch.relieved == 2
+
+
+def test_pressure_that_lasts_goes_down_to_fewer_experts_and_starts_the_steps_again(rig):
+    watch = FakeWatch(*[TIGHT] * 9)  # every second one counts: chunks, checkpointing, 64, 32, then experts
+    table = rig(local_steps=12)
+    trainer = table.trainer(watch=watch)
+    update = table.round(trainer)
+    assert update.metrics["memory_shrinks"] == 5
+    load = trainer._planner.load
+    assert load.trained < load.held == 32
+    assert table.heard.phases.count("train") == 2 and watch.started == 2
+    assert len(table.sent_experts()) == load.trained
+    assert update.num_tokens == 12 * 4 * 32
+
+
+def test_a_gpu_that_the_watch_sees_lost_ends_the_round(rig):
+    table = rig()
+    with pytest.raises(DeviceLost, match="GPU is lost in the middle of a round"):
+        table.round(table.trainer(watch=FakeWatch(lost="GPU is lost")))
+
+
+def test_with_nothing_left_it_waits_for_others_and_then_refuses(monkeypatch):
+    monkeypatch.setattr(memory_guard, "_LOOK_S", 0.01)
+    heard = Heard()
+    heard.phase("train")
+    guard = MemoryGuard(lambda: None, heard, "cpu", FakeWatch(TIGHT, TIGHT, TIGHT, None), patience_s=10)
+    assert guard.reconsider() is None
+    assert heard.said("nothing is left to give up; waiting")
+
+    class Always(FakeWatch):
+        def pressure(self):
+            return TIGHT
+
+    with pytest.raises(OutOfMemory, match="900 MiB of memory left.* with the smallest plan"):
+        MemoryGuard(lambda: None, heard, "cpu", Always(), patience_s=0.02).reconsider()
+    heard.stop_in = "train"
+    with pytest.raises(StopRequested):
+        MemoryGuard(lambda: None, heard, "cpu", Always(), patience_s=10).reconsider()
+
+
+def test_shrinking_has_an_end_whatever_the_ladder_says(monkeypatch):
+    monkeypatch.setattr(memory_guard, "MAX_SHRINKS", 3)
+    from edgefed.moe.memory import StepSetup
+    from edgefed.training.shrinking import Load, Rung
+
+    rung = Rung("chunked loss", Load(StepSetup(1, 32), 4, 4), 1, "again and again", True)
+    guard = MemoryGuard(lambda: (rung, None), Heard(), "cpu")
+    for _ in range(3):
+        guard.ran_out("training", "text")
+    with pytest.raises(OutOfMemory, match="nothing is left"):
+        guard.ran_out("training", "text")
+
+
+# --- the budget, measured again before each round ---------------------------------------------------------------------
+
+
+def budget_of(size_bytes, origin="test"):
+    return MemoryBudget(MemoryKind.CPU, size_bytes, None, (), origin)
+
+
+def test_a_smaller_budget_shrinks_the_next_round_and_growth_waits_for_a_tenth(rig):
+    table = rig(options={"exploration": 0.0}, share=1.0)
+    budget = {"now": 64 << 30}
+    trainer = table.trainer(measure_budget=lambda: budget_of(budget["now"]))
+    table.round(trainer)
+    assert (trainer._planner.load.held, trainer._planner.load.trained) == (64, 64)
+    own, planner = trainer._own_bytes_before_model, trainer._planner
+    process = planner.correction.process_bytes
+    need = planner._ladder.needs_bytes(planner.load)
+
+    budget["now"] = own + process + int(0.6 * need)
+    table.fetched.clear()
+    update = table.round(trainer, 2)
+    shrunk = planner.load
+    assert table.heard.said("less than before", "experts held")
+    assert planner._ladder.needs_bytes(shrunk) <= 0.6 * need
+    assert update.metrics["memory_shrinks"] == 0  # planned, not suffered
+    assert not {item.key for item in table.fetched if getattr(item, "kind", "") == "expert"} - {
+        unit.key for unit in table.reader.manifest().units
+    }
+    budget["now"] = own + process + int(0.62 * need)
+    table.heard.messages.clear()
+    table.round(trainer, 3)
+    assert planner.load == shrunk and not table.heard.said("than before")
+    budget["now"] = own + process + int(1.3 * need)
+    table.round(trainer, 4)
+    assert planner.load.held == planner.load.trained == 64 and table.heard.said("more than before")
+    assert "profile" not in table.heard.phases[table.heard.phases.index("train") :]  # once is enough
+
+
+def test_the_plan_of_a_tight_budget_is_of_the_methods_best_experts(rig):
+    """Freezing and leaving out follow the method's ranking: what is trained is part of what a smaller share draws."""
+    table = rig(options={"exploration": 0.0}, share=1.0)
+    trainer = table.trainer(measure_budget=lambda: budget_of(64 << 30))
+    table.round(trainer)
+    planner = trainer._planner
+    small = planner._ladder.layout(24, 8)
+    trained_alone = planner._ladder.layout(8, 8)
+    held_alone = planner._ladder.layout(24, 24)
+    for layer in range(4):
+        assert set(small.tuned(layer)) == set(trained_alone.tuned(layer)) and len(small.tuned(layer))
+        assert set(small.resident(layer)) == set(held_alone.tuned(layer))
+
+
+def test_nothing_fits_is_told_before_any_expert_is_downloaded(rig):
+    table = rig()
+    trainer = table.trainer(measure_budget=lambda: budget_of(50 * MIB))
+    with pytest.raises(BudgetTooSmall, match="one expert in each of the 4 MoE layers needs .* MiB") as caught:
+        table.round(trainer)
+    assert "more (--memory" in caught.value.remedy
+    assert not [item for item in table.fetched if getattr(item, "kind", "") == "expert"]
+
+
+def test_a_budget_that_nobody_knows_is_asked_for(rig):
+    table = rig()
+    trainer = table.trainer(measure_budget=lambda: budget_of(None, "NVML memory: no permission"))
+    with pytest.raises(ConfigError, match="NVML memory: no permission") as caught:
+        table.round(trainer)
+    assert "--memory" in caught.value.remedy
+    with pytest.raises(ConfigError, match="neither a memory limit"):
+        table.round(table.trainer(memory=None, name="other"))
+
+
+def test_one_step_of_a_run_is_measured_and_kept_for_later_plans(rig):
+    table = rig()
+    trainer = table.trainer()
+    table.round(trainer)
+    correction = trainer._planner.correction
+    assert correction is not None and "measured on cpu" in correction.origin
+    saved = json.loads((table.folder / "me" / PLAN_FILE).read_text())
+    assert saved["correction"] == dataclasses.asdict(correction)
+    again = table.trainer()  # a restart
+    table.round(again)
+    assert again._planner.correction == correction
+
+
+def test_a_loss_that_cannot_be_chunked_is_planned_without(rig, monkeypatch):
+    """The check comes after the plan, when there are experts to run; then another plan is made, of the same budget."""
+    table = rig()
+    probe = table.trainer(name="probe")
+    table.round(probe)
+    ladder, load = probe._planner._ladder, probe._planner.load
+    chunked = dataclasses.replace(load, setup=dataclasses.replace(load.setup, chunked_loss=True))
+    between = (ladder.needs_bytes(chunked) + ladder.needs_bytes(load)) // 2
+    monkeypatch.setattr(trainer_module, "chunking_problem", lambda *args: "it has terms beside it")
+    trainer = table.trainer(name="other")
+    monkeypatch.setattr(trainer, "_usable_bytes", lambda: between)
+    trainer._planner._saved = probe._planner._saved
+    with_correction = trainer._planner._restore
+
+    def restore(run):
+        with_correction(run)
+        trainer._planner._saved.correction = dataclasses.replace(probe._planner.correction, process_bytes=0)
+
+    monkeypatch.setattr(trainer._planner, "_restore", restore)
+    update = table.round(trainer)
+    assert table.heard.said("cannot be computed in chunks: it has terms beside it")
+    setup = trainer._planner.load.setup
+    assert not setup.chunked_loss and setup.checkpointing
+    assert len(update.experts) == 32 and update.metrics["memory_shrinks"] == 0
+
+
+# --- real limits of the operating system ------------------------------------------------------------------------------
+
+LIMITED = """
+    import json, resource, sys
+    from pathlib import Path
+    sys.path.insert(0, {here!r})
+    import torch
+    torch.set_num_threads(1)
+    from test_memory_guard import Rig
+    table = Rig(Path({folder!r}), share=1.0, batch_size=16, sequence_length=256, profile_tokens=1024, local_steps=2)
+    trainer = table.trainer()
+    trainer._planner.correct = lambda correction: None
+    make_plan = trainer._planner.make_plan
+
+    def then_limit(*args, **kwargs):
+        plan = make_plan(*args, **kwargs)
+        if {room_mib}:
+            size = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) * 1024
+            resource.setrlimit(resource.RLIMIT_AS, (size + {room_mib} * 2**20, resource.RLIM_INFINITY))
+        return plan
+
+    trainer._planner.make_plan = then_limit
+    update = table.round(trainer)
+    load = trainer._planner.load
+    print(json.dumps(dict(
+        shrinks=update.metrics["memory_shrinks"], loss=update.metrics["train_loss"],
+        held=trainer._model.plan.num_resident, trained=trainer._model.plan.num_tuned,
+        chunked=load.setup.chunked_loss, checkpointing=load.setup.checkpointing,
+        length=load.setup.sequence_length, messages=table.heard.messages, sent=len(table.sent_experts()),
+        experts=len(update.experts))))
+"""
+
+
+def run_limited(folder: Path, room_mib: int) -> dict:
+    folder.mkdir()
+    code = textwrap.dedent(LIMITED).format(here=str(Path(__file__).parent), folder=str(folder), room_mib=room_mib)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS bounds memory on Linux")
+def test_a_round_under_a_real_limit_shrinks_until_it_fits(tmp_path):
+    """The process may map 300 MiB beside what it has before its experts come: the full plan does not fit into that."""
+    found = run_limited(tmp_path / "limited", 300)
+    assert found["shrinks"] >= 1, found
+    assert any("out of memory while" in text for text in found["messages"])
+    assert found["loss"] > 0 and found["sent"] == found["trained"] and found["experts"] == found["held"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+def test_a_round_on_a_gpu_with_a_real_limit_shrinks_until_it_fits(rig):
+    table = rig(share=1.0, batch_size=64, sequence_length=256)
+    trainer = table.trainer(device="cuda:0")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(400 * MIB / total)
+    try:
+        update = table.round(trainer)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert update.metrics["memory_shrinks"] >= 1
+    assert table.heard.said("out of memory while")
