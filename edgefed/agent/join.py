@@ -114,7 +114,9 @@ class DeviceMemory:
             # An owner who gives more than the policy would leaves less in reserve: that is no reason to shrink.
             left = available + process_rss_bytes() - self._memory_bytes
             limits = limits.with_reserve_at_most(left)
-        return PressureWatch(MemorySensors(facts), limits)
+        # A GPU that torch cannot use may be lost, or full: training on the CPU is not concerned.
+        watched = facts if facts.trains_on_gpu else dataclasses.replace(facts, gpu=None)
+        return PressureWatch(MemorySensors(watched), limits)
 
     def _plan(self, facts: DeviceFacts) -> MemoryBudget:
         return plan_budget(

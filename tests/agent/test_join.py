@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from edgefed.agent.join import DeviceMemory
 from edgefed.aggregator.admission import check_register
 from edgefed.errors import BudgetTooSmall, ConfigError, DeviceNotFound
+from edgefed.hardware.probe import probe_device
+from edgefed.hardware.profiles import facts_of, find_profile
 from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.messages import Register
 
@@ -76,3 +80,16 @@ def test_a_device_that_is_not_there_or_has_nothing_to_spare_is_refused_by_name(m
     with pytest.raises(ConfigError, match="unknown") as caught:
         DeviceMemory("cpu", None)
     assert "--memory" in caught.value.remedy
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_watched(machine, monkeypatch):
+    machine(16 * KIB * KIB, 12 * KIB * KIB)
+    host, card = probe_device("cpu").host, facts_of(find_profile("rtx-4090"))
+    unused = dataclasses.replace(card, host=host, gpu=dataclasses.replace(card.gpu, cuda_index=None, nvml_index=0))
+    used = dataclasses.replace(unused, gpu=dataclasses.replace(unused.gpu, cuda_index=0))
+    watched = []
+    monkeypatch.setattr("edgefed.agent.join.MemorySensors", lambda facts: watched.append(facts.gpu))
+    for facts in (unused, used):
+        monkeypatch.setattr("edgefed.agent.join.probe_device", lambda device, facts=facts: facts)
+        DeviceMemory(None, 2**30).make_watch()
+    assert watched == [None, used.gpu]
