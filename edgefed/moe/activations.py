@@ -116,6 +116,8 @@ def outside_experts(shape: ModelShape, layer: LayerShape, setup: StepSetup, *, m
     T (8 H + 2 w H) for two norms (float32 copy, residual), 7/4 w for each number that the mixer's projections give,
     2 w for each that the dense ones give, 8 T E for the router; attention scores where they are kept. Where attention
     trains, the inputs of its projections; by LoRA also its weights with their updates, which are made in each pass.
+    A selective scan keeps 12 bytes for each number of its state (14 in half precision), measured on transformers' own
+    form of Jamba's, the one that runs without hub kernels.
     """
     tokens, w = setup.tokens, setup.width
     size = tokens * shape.hidden_size * (4 + w) * (2 if mixer else 1)
@@ -125,6 +127,7 @@ def outside_experts(shape: ModelShape, layer: LayerShape, setup: StepSetup, *, m
         size += w * sum(size_in * size_out for size_in, size_out in layer.attention_matrices)
     if mixer:
         size += tokens * (1.75 * w * layer.mixer_width + 4 * layer.num_heads) + score_bytes(shape, layer, setup)
+        size += tokens * layer.scan_states * (12 if w == 4 else 14)
     return size + tokens * (2 * w * layer.dense_width + 8 * layer.num_experts)
 
 
@@ -157,7 +160,7 @@ def forward_transient(shape: ModelShape, layer: LayerShape, setup: StepSetup, pa
     """What the forward pass of one layer needs on the way: the experts' outputs, weighted in float32."""
     experts = pairs * shape.hidden_size * (4 + 2 * setup.width)
     mixer = setup.tokens * setup.width * (layer.mixer_width + layer.dense_width)
-    mixer += 2 * score_bytes(shape, layer, setup)
+    mixer += 2 * score_bytes(shape, layer, setup) + 8 * setup.tokens * layer.scan_states
     return max(experts, mixer) + setup.tokens * shape.hidden_size * (4 + setup.width)
 
 
@@ -167,4 +170,5 @@ def backward_transient(shape: ModelShape, layer: LayerShape, setup: StepSetup, p
     w = setup.width
     experts = pairs * shape.hidden_size * (8 + 3 * w)
     mixer = setup.tokens * w * (2 * layer.mixer_width + 2 * layer.dense_width) + 2 * score_bytes(shape, layer, setup)
+    mixer += 8 * setup.tokens * layer.scan_states
     return max(experts, mixer) + setup.tokens * shape.hidden_size * (4 + w)

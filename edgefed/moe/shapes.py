@@ -35,7 +35,8 @@ class LayerShape:
     ``router_vectors`` the sizes
     of what trains with a router besides, ``expert_biases`` of an expert's. ``kept_by_gate``: numbers that
     an expert's activation keeps for its backward pass, per unit of its width, its input included: 3 for SwiGLU, 1 for
-    an ungated one. Without experts, ``num_experts`` is 0.
+    an ungated one. ``scan_states``: numbers of state per token of a selective scan (Mamba's ``A_log``, inner width by
+    states). Without experts, ``num_experts`` is 0.
     """
 
     mixer_width: int
@@ -51,6 +52,7 @@ class LayerShape:
     expert_matrices: tuple[Matrix, ...] = ()
     expert_biases: tuple[int, ...] = ()
     kept_by_gate: float = 3.0
+    scan_states: int = 0
 
     @property
     def expert_width(self) -> int:
@@ -277,7 +279,7 @@ class _LayerCount:
         self.path = path
         self.experts: ExpertLayer | None = None
         self.matrices: list[Matrix] = []
-        self._mixer_width = self._dense_width = self._other = 0
+        self._mixer_width = self._dense_width = self._other = self._scan_states = 0
         self._router_vectors: list[int] = []
         self._attention: list[Matrix] = []
         self._router: list[Matrix] = []
@@ -294,6 +296,8 @@ class _LayerCount:
             self._other += tensor.numel()
         else:
             size_out, size_in = tensor.shape
+            if place.full_name.endswith(".A_log"):
+                self._scan_states += tensor.numel()
             self.matrices.append((size_in, size_out))
             if unit.is_attention:
                 self._attention.append((size_in, size_out))
@@ -333,6 +337,7 @@ class _LayerCount:
             expert_matrices=matrices,
             expert_biases=biases,
             kept_by_gate=_kept_by_gate(experts, matrices) if experts else 3.0,
+            scan_states=self._scan_states,
         )
 
 
