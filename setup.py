@@ -1,15 +1,21 @@
-"""Builds edgefed, and its native part where a C++ compiler is there.
+"""Builds edgefed, its native part where a C++ compiler is there, and its CUDA part where nvcc is there too.
 
-The native part is one shared library with a plain C interface and no link to Python or torch, so one wheel serves
-every Python and every torch of a platform. Without a compiler the package is complete but slower, and says so.
+Both are shared libraries with a plain C interface and no link to Python or torch, so one wheel serves every Python and
+every torch of a platform. Without a compiler the package is complete but slower, and says so. The CUDA part holds its
+own CUDA runtime and loads on a machine without a driver.
 
-    EDGEFED_NATIVE=0   do not build it
-    EDGEFED_NATIVE=1   fail when it cannot be built
+    EDGEFED_NATIVE=0        build neither
+    EDGEFED_NATIVE=1        fail when the native part cannot be built
+    EDGEFED_CUDA=0          do not build the CUDA part
+    EDGEFED_CUDA=1          fail when the CUDA part cannot be built
+    EDGEFED_CUDA_ARCHS=87   only for these GPUs, as in "80;87"; else for all of CUDA_ARCHS that nvcc knows
 """
 
 import os
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,12 +23,20 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
-# No contraction into fused multiply-add: the numpy fallback must give the same bits.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-shared"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
+# No contraction into fused multiply-add where the result must have the bits of its numpy or PyTorch specification.
+FLAGS_OF_FILE = {"fold.cpp": ["-ffp-contract=off"], "quantize.cpp": ["-ffp-contract=off"]}
+LINK_FLAGS = ["-shared", *(["-pthread", "-ldl"] if sys.platform == "linux" else [])]
+
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cu"))
+CUDA_ARCHS = (75, 80, 86, 87, 89, 90, 100, 110, 120)
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
+# The CUDA runtime's own symbols stay inside: torch brings another runtime into the process.
+CUDA_LINK_FLAGS = ["-shared", "--cudart=static", "-Xlinker", "--exclude-libs,ALL"]
 
 
 class BuildNative(build_ext):
-    """Compile csrc/*.cpp into edgefed/_native.so with the first C++ compiler that works."""
+    """Compile csrc/*.cpp into edgefed/_native.so with the first C++ compiler that works, csrc/*.cu into _cuda.so."""
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + (".dll" if os.name == "nt" else ".so")
@@ -30,15 +44,17 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         wish = os.environ.get("EDGEFED_NATIVE", "auto")
         if wish == "0":
-            print("edgefed: native part left out (EDGEFED_NATIVE=0)")
+            print(f"edgefed: {ext.name} left out (EDGEFED_NATIVE=0)")
             return
+        if ext.name == "edgefed._cuda":
+            return self.build_cuda(ext)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
         try:
             if compiler is None:
                 raise OSError("no C++ compiler (g++, c++, clang++) was found")
-            subprocess.check_call([*compiler.split(), *FLAGS, *ext.sources, "-o", str(target)])
+            self.compile(compiler.split(), ext.sources, target)
         except (OSError, subprocess.CalledProcessError) as fault:
             if wish == "1":
                 raise SystemExit(
@@ -46,8 +62,80 @@ class BuildNative(build_ext):
                 ) from fault
             self.warn(f"native part not built ({fault}); edgefed works without it, aggregation is slower")
 
+    def compile(self, compiler, sources, target):
+        """One object for each file, as many at once as there are cores, then the library."""
+        folder = Path(self.build_temp) / "csrc"
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def build(source):
+            result = folder / (Path(source).stem + ".o")
+            flags = [*FLAGS, *FLAGS_OF_FILE.get(Path(source).name, [])]
+            subprocess.check_call([*compiler, *flags, "-c", source, "-o", str(result)])
+            return str(result)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(build, sources))
+        subprocess.check_call([*compiler, *objects, *LINK_FLAGS, "-o", str(target)])
+
+    def build_cuda(self, ext):
+        """csrc/*.cu for every GPU that nvcc knows, and PTX of the last for those that come later."""
+        wish = os.environ.get("EDGEFED_CUDA", "auto")
+        if wish == "0":
+            print("edgefed: CUDA part left out (EDGEFED_CUDA=0)")
+            return
+        nvcc = find_nvcc()
+        if nvcc is None:
+            if wish == "1":
+                raise SystemExit("edgefed: EDGEFED_CUDA=1, but no nvcc was found in PATH, CUDA_HOME or /usr/local/cuda")
+            print("edgefed: no nvcc, CUDA part left out")
+            return
+        try:
+            archs = choose_archs(nvcc, os.environ.get("EDGEFED_CUDA_ARCHS"))
+            target = Path(self.get_ext_fullpath(ext.name))
+            folder = Path(self.build_temp) / "csrc"
+            for place in (target.parent, folder):
+                place.mkdir(parents=True, exist_ok=True)
+            code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+            code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            cores = os.cpu_count() or 1
+            threads = ["--threads", str(max(1, cores // len(ext.sources)))]
+
+            def build(source):
+                result = folder / (Path(source).stem + ".cu.o")
+                subprocess.check_call([nvcc, *CUDA_FLAGS, *code, *threads, "-c", source, "-o", str(result)])
+                return str(result)
+
+            with ThreadPoolExecutor(cores) as pool:
+                objects = list(pool.map(build, ext.sources))
+            subprocess.check_call([nvcc, *CUDA_LINK_FLAGS, *objects, "-o", str(target)])
+        except (OSError, subprocess.CalledProcessError) as fault:
+            if wish == "1":
+                raise SystemExit(f"edgefed: EDGEFED_CUDA=1, but the CUDA part could not be built: {fault}") from fault
+            self.warn(f"CUDA part not built ({fault}); edgefed works without it")
+
     def get_outputs(self):
         return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+def find_nvcc():
+    """Path of nvcc, or None. Not on Windows, where the flags differ."""
+    if os.name == "nt":
+        return None
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))
+
+
+def choose_archs(nvcc, wish):
+    """Compute capabilities to compile for, ascending: those wished for, else all that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed]
+    if not wish:
+        return known
+    wanted = wish.replace(",", ";").split(";")
+    unknown = [arch for arch in wanted if f"compute_{arch}" not in listed]
+    if unknown:
+        raise SystemExit(f"edgefed: EDGEFED_CUDA_ARCHS has {', '.join(unknown)}, this nvcc knows {', '.join(listed)}")
+    return sorted(map(int, wanted))
 
 
 class PlatformWheel(bdist_wheel):
@@ -75,6 +163,9 @@ setup(
         "edgefed.profiles": "profiles",
     },
     package_data={"edgefed.embedded": ["tiny/*"], "edgefed.profiles": ["*.toml"]},
-    ext_modules=[Extension("edgefed._native", sources=SOURCES)],
+    ext_modules=[
+        Extension("edgefed._native", sources=SOURCES, optional=True),
+        Extension("edgefed._cuda", sources=CUDA_SOURCES, optional=True),
+    ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
-ABI_VERSION = 1
+from edgefed.errors import ConfigError
+
+ABI_VERSION = 2
 _SUFFIXES = (".so", ".dylib", ".dll")
+ISA_CODES = {"scalar": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "neon": 10}
+"""enum EfIsa: instruction sets that kernels are written for; `EDGEFED_ISA` names one to force it."""
+DTYPE_CODES = {"float64": 0, "float32": 1, "float16": 2, "bfloat16": 3, "nf4": 16, "int8": 17}
+"""enum EfDtype and enum EfFormat."""
 
 
 class NativeUnavailable(Exception):
@@ -41,12 +48,74 @@ def load_native(path: Path | None = None) -> ctypes.CDLL:
         raise NativeUnavailable(f"{path} cannot be loaded: {fault}") from fault
     if version != ABI_VERSION:
         raise NativeUnavailable(f"{path} has interface version {version}, this edgefed needs {ABI_VERSION}: rebuild it")
-    pointer, int32, int64, double = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
-    for name, arguments in {
-        "ef_first_nonfinite": [pointer, int32, int64],
-        "ef_fold_block": [pointer, pointer, int32, int64, double],
-        "ef_narrow_block": [pointer, pointer, int32, int64],
-    }.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, int64
+    for name, (result, *arguments) in _FUNCTIONS.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError as fault:
+            raise NativeUnavailable(f"{path} has no function {name}: rebuild it") from fault
+        function.argtypes, function.restype = arguments, result
     return library
+
+
+def isa_names(library: ctypes.CDLL) -> list[str]:
+    """The instruction sets that kernels are written for and that this processor has, best first."""
+    best = [name for name, code in sorted(ISA_CODES.items(), key=lambda item: -item[1])]
+    return [name for name in best if library.ef_has_isa(ISA_CODES[name])]
+
+
+def isa_code(library: ctypes.CDLL, wish: str | None = None) -> int:
+    """Code of the instruction set ``wish``, or of the one that EDGEFED_ISA names, or of the best one.
+
+    Raises ConfigError when that one is unknown, or not on this processor.
+    """
+    wish = wish or os.environ.get("EDGEFED_ISA")
+    if not wish:
+        return _best_isa(library)
+    if wish not in ISA_CODES or not library.ef_has_isa(ISA_CODES[wish]):
+        raise ConfigError(
+            f"instruction set {wish!r} was asked for, this processor has {', '.join(isa_names(library))}",
+            remedy="Set EDGEFED_ISA to one of them, or leave it out to take the best.",
+        )
+    return ISA_CODES[wish]
+
+
+@functools.lru_cache(maxsize=8)
+def _best_isa(library: ctypes.CDLL) -> int:
+    return library.ef_best_isa()
+
+
+class ExpertGroup(ctypes.Structure):
+    """struct EfGroup: the rows of x that meet one expert's matrix."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("row_begin", ctypes.c_int64),
+        ("row_count", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("blocksize", ctypes.c_int32),
+    ]
+
+
+_P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
+_FUNCTIONS: dict[str, list[type]] = {
+    "ef_first_nonfinite": [_L, _P, _I, _L],
+    "ef_fold_block": [_L, _P, _P, _I, _L, _D],
+    "ef_narrow_block": [_L, _P, _P, _I, _L],
+    "ef_best_isa": [_I],
+    "ef_has_isa": [_I, _I],
+    "ef_quantize_nf4": [_L, _P, _I, _L, _L, _P, _P, _I, _I],
+    "ef_quantize_int8": [_L, _P, _I, _L, _L, _P, _P, _I, _I],
+    "ef_dequantize_nf4": [_L, _P, _P, _L, _L, _P, _I, _I, _I],
+    "ef_dequantize_int8": [_L, _P, _P, _L, _L, _P, _I, _I, _I],
+    "ef_sort_pairs": [_L, _P, _L, _L, _P, _P, _P],
+    "ef_can_matmul": [_I, _I, _I, _I, _L, _L, _I, _I, _I],
+    "ef_grouped_matmul": [_L, _P, _L, _P, _P, _P, _I, _L, _L, _I, _I, _I, _I],
+    "ef_outer_bf16": [_L, _P, _P, _P, _P, _L, _L, _L, _I, _I],
+    "ef_combine": [_L, _P, _P, _P, _P, _I, _L, _L, _L, _I],
+    "ef_swiglu": [_L, _P, _P, _I, _L, _L, _I, _I],
+    "ef_swiglu_backward": [_L, _P, _P, _P, _P, _P, _P, _I, _L, _L, _I, _I],
+    "ef_router_statistics": [_L, _P, _P, _I, _I, _P, _P, _I, _L, _L, _L, _I, _I],
+    "ef_arithmetic_steps": [_L, _I, _L, _I],
+}
+"""Result and arguments of each function of csrc/edgefed.h."""

@@ -4,18 +4,31 @@
     Expert_s(x) = finish( activation(x W_up(s) + b_up(s)) W_down(s) + b_down(s) )
 
 A pair (t, k) whose slot is -1 is dropped before any matrix product: an absent expert costs neither time nor memory.
-The function below is the reference: plain PyTorch, autograd derives its backward pass. It knows neither routers nor
-plans; the caller maps experts to slots.
+`masked_experts_reference` is the specification: plain PyTorch, autograd derives its backward pass. It knows neither
+routers nor plans; the caller maps experts to slots. `masked_experts` is the same function by the fastest backend that
+can run: on the CPU, `edgefed.kernels.native_experts`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch.nn import functional as F
+
+from edgefed.errors import ConfigError
+from edgefed.kernels.dispatch import choose, log_choice
+from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts
+
+IMPLEMENTATIONS = {
+    "native": ("edgefed.kernels.native_experts", ("int8_activations", "keep_activations")),
+    "triton": ("edgefed.triton_kernels.masked_experts", ("keep_activations",)),
+    "cuda": ("edgefed.kernels.cuda_experts", ()),
+}
+"""Module of each backend, with ``why_not``, ``masked_experts`` and ``Unsupported``, and the options that it takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +46,12 @@ class SlotWeights:
     backward of such an index writes a gradient as large as the whole stack, once per expert.
 
     ``up`` is gate_up_proj (2I, H), or up_proj (I, H) of an ungated expert; ``down`` is (H, I). Both transposed where
-    the layer says ``is_transposed``.
+    the layer says ``is_transposed``. Either may be quantised; such a weight is frozen, and multiplies as the matrix
+    that it stands for in the dtype that it had.
     """
 
-    up: torch.Tensor
-    down: torch.Tensor
+    up: torch.Tensor | QuantizedMatrix
+    down: torch.Tensor | QuantizedMatrix
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
     up_lora: LowRankPair | None = None
@@ -45,7 +59,10 @@ class SlotWeights:
 
 
 class Slots(Protocol):
-    """S experts by slot. An item is asked for once per call, and only if a token needs it: it may be read from disk."""
+    """S experts by slot. An item is asked for once per call, and only if a token needs it: it may be read from disk.
+
+    With an attribute ``streamed`` that is true, items are asked for one after the other and none is kept.
+    """
 
     def __len__(self) -> int: ...
 
@@ -54,11 +71,13 @@ class Slots(Protocol):
 
 def _project(
     x: torch.Tensor,  # (P, in)
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedMatrix,
     bias: torch.Tensor | None,
     lora: LowRankPair | None,
     is_transposed: bool,
 ) -> torch.Tensor:
+    if isinstance(weight, QuantizedMatrix):
+        weight = dequantize_experts(weight, backend="reference")
     out = x @ weight if is_transposed else F.linear(x, weight)  # (P, out)
     if bias is not None:
         out = out + bias
@@ -77,23 +96,73 @@ def masked_experts(
     activation: Callable[[torch.Tensor], torch.Tensor],
     is_transposed: bool = False,
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    backend: str = "auto",
+    int8_activations: bool | None = None,
+    keep_activations: bool | None = None,
 ) -> torch.Tensor:
     """Compute the weighted sum of each token's resident experts.
 
     Args:
         hidden_states: (T, H) tokens x. Cast to the weights' dtype before the products, as transformers does.
-        slot_indices: (T, K) int64 in [-1, S); -1 means no expert here. The same slot may occur twice in a row.
+        slot_indices: (T, K) int64 in [-1, S); -1 means no expert here. The same slot may occur twice in a row: its
+            weights add up (merged experts).
         expert_weights: (T, K) floating point. What stands at a dropped pair is not read and gets gradient 0.
         slots: the S experts.
-        activation: maps the up projection, (P, 2I) or (P, I), to (P, I): the layer's gating.
+        activation: maps the up projection, (P, 2I) or (P, I), to (P, I), row by row: the layer's gating.
         is_transposed: weights are (in, out) instead of (out, in).
-        finish: applied to each expert's output (P, H) before the weighting.
+        finish: applied to each expert's output (P, H) before the weighting. Reference only.
+        backend: "reference", "native" (CPU), or "auto": the fastest that can run.
+        int8_activations: let int8 weights meet x rounded to 8 bits, row by row, with exact integer sums. The error of x
+            is at most max |x| / 254 of its row: about 1 % of an output. None: where no gradient is asked for and the
+            processor has VNNI. Native only, the reference never rounds.
+        keep_activations: save the up projection (P, 2I) for the backward pass instead of computing it again. None:
+            where it is smaller than the gradients of the dense weights that learn here; never for a layer that is
+            frozen. The reference always saves it.
 
     Returns (T, H) in the dtype of ``hidden_states``; zero for a token without any pair. Sums over k run in at least
-    float32. Differentiable in hidden_states, expert_weights and all tensors of the slots that were used; an expert
-    without a token takes no part in the graph, so its gradient stays None. One host synchronisation (the counts).
-    T = 0, S = 0 and K = 0 are fine. Raises ValueError when shapes do not belong together, IndexError on a slot >= S.
+    float32. Differentiable in hidden_states, expert_weights and all dense tensors of the slots that were used; an
+    expert without a token takes no part in the graph, so its gradient stays None. One host synchronisation (counts).
+    T = 0, S = 0 and K = 0 are fine. Raises ValueError when shapes do not belong together, IndexError on a slot >= S,
+    ConfigError where an explicit backend cannot do this layer.
     """
+    check_pairs(hidden_states, slot_indices, expert_weights)
+    device = hidden_states.device.type
+    name = choose("masked_experts", device, backend)
+    if name != "reference":
+        implementation = importlib.import_module(IMPLEMENTATIONS[name][0])
+        reason = implementation.why_not(hidden_states, expert_weights, slots, finish)
+        if reason is None:
+            options = {"int8_activations": int8_activations, "keep_activations": keep_activations}
+            try:
+                return implementation.masked_experts(
+                    hidden_states,
+                    slot_indices,
+                    expert_weights,
+                    slots,
+                    activation=activation,
+                    is_transposed=is_transposed,
+                    **{option: options[option] for option in IMPLEMENTATIONS[name][1]},
+                )
+            except implementation.Unsupported as fault:
+                reason = str(fault)
+        if backend == name:
+            raise ConfigError(
+                f"backend {name!r} of masked_experts was asked for, but {reason}", remedy="Ask for auto or reference."
+            )
+        log_choice("masked_experts", device, "reference", f"not {name}: {reason}")
+    return masked_experts_reference(
+        hidden_states,
+        slot_indices,
+        expert_weights,
+        slots,
+        activation=activation,
+        is_transposed=is_transposed,
+        finish=finish,
+    )
+
+
+def check_pairs(hidden_states: torch.Tensor, slot_indices: torch.Tensor, expert_weights: torch.Tensor) -> None:
+    """Raise ValueError unless the shapes belong together."""
     if hidden_states.ndim != 2 or slot_indices.ndim != 2 or slot_indices.shape[0] != hidden_states.shape[0]:
         raise ValueError(
             f"hidden_states {tuple(hidden_states.shape)} and slot_indices {tuple(slot_indices.shape)} "
@@ -103,6 +172,20 @@ def masked_experts(
         raise ValueError(
             f"slot_indices {tuple(slot_indices.shape)} and expert_weights {tuple(expert_weights.shape)} differ"
         )
+
+
+def masked_experts_reference(
+    hidden_states: torch.Tensor,
+    slot_indices: torch.Tensor,
+    expert_weights: torch.Tensor,
+    slots: Slots,
+    *,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    is_transposed: bool = False,
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The specification of `masked_experts`, in plain PyTorch."""
+    check_pairs(hidden_states, slot_indices, expert_weights)
     top_k = slot_indices.shape[1]
     flat_slots = slot_indices.reshape(-1)  # (T*K,)
     pairs = (flat_slots >= 0).nonzero().squeeze(1)  # (P,) kept pairs

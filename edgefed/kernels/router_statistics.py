@@ -5,6 +5,7 @@
     gate_complement_log_sum[e] += sum_t (1 - G[t, e]) ln (1 - G[t, e])
     routed_gate_sum[e]   += sum_t sum_k expert_weights[t, k] [expert_indices[t, k] = e]
 
+G comes as it is (kind "probability"), or from a router's logits: softmax, or sigmoid divided by its sum over experts.
 The sums are the inputs of HFedMoE (3), (4), (11) and (16), arXiv 2601.00583, and of the activation frequency of Flux,
 arXiv 2508.19078. This file knows no model: it sees probabilities, indices and weights.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 import torch
 
 from edgefed.experts import LayerRecord
+from edgefed.kernels.dispatch import choose
+from edgefed.native import DTYPE_CODES, isa_code, load_native
 
 TOKENS_PER_EXPERT, GATE_SUM, GATE_MAX, GATE_LOG_SUM, GATE_COMPLEMENT_LOG_SUM, ROUTED_GATE_SUM = range(6)
 NUM_ROWS = 6
@@ -25,33 +28,94 @@ def new_statistics(num_experts: int, device: torch.device | str = "cpu") -> torc
     return torch.zeros(NUM_ROWS, num_experts, dtype=dtype, device=device)
 
 
+GATE_KINDS = ("probability", "softmax", "sigmoid")
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 @torch.no_grad()
 def router_statistics(
     statistics: torch.Tensor,
-    gate: torch.Tensor,
+    router: torch.Tensor,
     expert_indices: torch.Tensor,
     expert_weights: torch.Tensor,
+    *,
+    kind: str = "probability",
+    backend: str = "auto",
 ) -> None:
     """Add one batch of one layer to ``statistics`` in place, without a host synchronisation.
 
     Args:
         statistics: (6, E) from `new_statistics`, on the device of the other arguments.
-        gate: (T, E) router probabilities G in [0, 1], each row with sum 1. Read once, not kept.
+        router: (T, E) what the router says: probabilities G in [0, 1], each row with sum 1, or logits. Read once, not
+            kept; the native backend makes no copy of its size.
         expert_indices: (T, K) int64 experts that the router chose.
         expert_weights: (T, K) the weights that the layer multiplies with.
+        kind: "probability", "softmax" or "sigmoid": how G follows from ``router``.
+        backend: "reference", "native" (CPU) or "auto".
 
-    T = 0 changes nothing. Raises ValueError when the shapes do not belong together. The order of the additions is not
-    fixed on CUDA (atomic adds in float64); counts are exact.
+    T = 0 changes nothing. Raises ValueError when the shapes do not belong together, IndexError for an index outside
+    the experts (CPU). The order of the additions is not fixed on CUDA (atomic adds in float64); counts are exact.
     """
-    if gate.ndim != 2 or statistics.shape != (NUM_ROWS, gate.shape[1]):
-        raise ValueError(f"statistics {tuple(statistics.shape)} and gate {tuple(gate.shape)} must be (6, E) and (T, E)")
-    if expert_indices.shape != expert_weights.shape or expert_indices.shape[0] != gate.shape[0]:
+    if kind not in GATE_KINDS:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(GATE_KINDS)}")
+    if router.ndim != 2 or statistics.shape != (NUM_ROWS, router.shape[1]):
+        raise ValueError(
+            f"statistics {tuple(statistics.shape)} and router {tuple(router.shape)} must be (6, E) and (T, E)"
+        )
+    if expert_indices.shape != expert_weights.shape or expert_indices.shape[0] != router.shape[0]:
         raise ValueError(
             f"expert_indices {tuple(expert_indices.shape)} and expert_weights {tuple(expert_weights.shape)} "
-            f"must both be (T, K) with T = {gate.shape[0]}"
+            f"must both be (T, K) with T = {router.shape[0]}"
         )
-    if gate.shape[0] == 0:
+    if router.shape[0] == 0:
         return
+    name = choose("router_statistics", router.device.type, backend)
+    if (
+        name == "native"
+        and router.dtype in _NATIVE_DTYPES
+        and expert_weights.dtype in _NATIVE_DTYPES
+        and statistics.dtype == torch.float64
+        and expert_indices.dtype == torch.int64
+    ):
+        _add_native(statistics, router, expert_indices, expert_weights, kind)
+    else:
+        gate = router if kind == "probability" else gate_of(router, kind)
+        _add_reference(statistics, gate, expert_indices, expert_weights)
+
+
+def gate_of(logits: torch.Tensor, kind: str) -> torch.Tensor:
+    """G (T, E), at least float32, from logits; ``kind`` as in `router_statistics`."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if kind == "softmax":
+        return torch.softmax(logits, dim=-1)
+    scores = torch.sigmoid(logits) if kind == "sigmoid" else logits
+    return scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def _add_native(
+    statistics: torch.Tensor, router: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, kind: str
+) -> None:
+    library = load_native()
+    router, indices, weights = router.contiguous(), indices.contiguous(), weights.contiguous()
+    sums = statistics if statistics.is_contiguous() else statistics.contiguous()
+    fault = library.ef_router_statistics(
+        sums.data_ptr(), router.data_ptr(), DTYPE_CODES[str(router.dtype)[6:]], GATE_KINDS.index(kind),
+        indices.data_ptr(), weights.data_ptr(), DTYPE_CODES[str(weights.dtype)[6:]], router.shape[0], router.shape[1],
+        indices.shape[1], isa_code(library), torch.get_num_threads(),
+    )  # fmt: skip
+    if fault == -5:
+        raise IndexError(f"an expert index lies outside 0..{router.shape[1] - 1}")
+    if fault:
+        raise RuntimeError(f"the native router statistics failed with code {fault}")
+    if sums is not statistics:
+        statistics.copy_(sums)
+
+
+def _add_reference(
+    statistics: torch.Tensor, gate: torch.Tensor, expert_indices: torch.Tensor, expert_weights: torch.Tensor
+) -> None:
+    """The specification, for probabilities G (T, E)."""
+    gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
     dtype = statistics.dtype
     flat_indices = expert_indices.reshape(-1)  # (T*K,)
     flat_weights = expert_weights.reshape(-1).to(dtype)  # (T*K,)

@@ -153,6 +153,8 @@ class BankSlots:
 class StreamedSlots:
     """All E experts of a layer, each read when it is needed and kept by nobody. Forward only."""
 
+    streamed = True
+
     def __init__(self, layer: ExpertLayer, source: ExpertSource, scope: TrainScope, device: torch.device):
         self._layer, self._source, self._scope, self._device = layer, source, scope, device
 

@@ -14,12 +14,12 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from edgefed.experts import LayerRecord, RouterRecord
-from edgefed.kernels.masked_experts import Slots, masked_experts
+from edgefed.kernels.masked_experts import Slots, SlotWeights, masked_experts
 from edgefed.kernels.router_statistics import new_statistics, router_statistics, to_layer_record
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.bank import ExpertBank
 from edgefed.moe.gate_probe import router_logits_of, split_expert_arguments
-from edgefed.moe.gating import gate_probabilities, route_to_resident
+from edgefed.moe.gating import route_to_resident
 
 IMPLEMENTATION = "edgefed"
 MISSING_MODES = ("renormalize", "skip")
@@ -36,12 +36,12 @@ class StatisticsRecorder:
         self._statistics: dict[int, torch.Tensor] = {}
         self._num_tokens: dict[int, int] = {}
 
-    def add(self, layer: int, gate: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add one batch of one layer: G (T, E), the router's full choice (T, K) and its weights (T, K)."""
+    def add(self, layer: int, logits: torch.Tensor, kind: str, indices: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add one batch of one layer: router logits (T, E) of a gate ``kind``, its full choice and weights (T, K)."""
         if layer not in self._statistics:
-            self._statistics[layer] = new_statistics(gate.shape[1], gate.device)
-        router_statistics(self._statistics[layer], gate, indices, weights)
-        self._num_tokens[layer] = self._num_tokens.get(layer, 0) + gate.shape[0]
+            self._statistics[layer] = new_statistics(logits.shape[1], logits.device)
+        router_statistics(self._statistics[layer], logits, indices, weights, kind=kind)
+        self._num_tokens[layer] = self._num_tokens.get(layer, 0) + logits.shape[0]
 
     def take(self) -> RouterRecord:
         """The record so far; starts again from zero. The one host synchronisation."""
@@ -84,13 +84,13 @@ class LayerRuntime:
             return
         _, indices, weights = split_expert_arguments(args, kwargs)
         with torch.no_grad():
-            gate = gate_probabilities(self.router_logits(), self.layer.gate_kind)  # (T, E)
+            logits, kind = self.router_logits(), self.layer.gate_kind  # (T, E)
             for recorder in self.recorders:
-                recorder.add(self.layer.ordinal, gate, indices, weights)
+                recorder.add(self.layer.ordinal, logits, kind, indices, weights)
             if schedules:
-                batch = new_statistics(gate.shape[1], gate.device)
-                router_statistics(batch, gate, indices, weights)
-                record = to_layer_record(batch, gate.shape[0])
+                batch = new_statistics(logits.shape[1], logits.device)
+                router_statistics(batch, logits, indices, weights, kind=kind)
+                record = to_layer_record(batch, logits.shape[0])
                 self._scheduled = frozenset(int(e) for e in self.schedule(self.layer.ordinal, record))
 
     def _schedules(self, module: nn.Module) -> bool:
@@ -158,9 +158,55 @@ class LayerRuntime:
             bank.trained_tokens += served * torch.tensor(learns, dtype=torch.int64, device=served.device)
 
 
+class StackSlots:
+    """The experts of a transformers module by slot: rows of its own stacks, gradients included.
+
+    Stacks are unbound once: an index into them would make a gradient as large as the stack for each expert.
+    """
+
+    def __init__(self, experts: nn.Module):
+        self._rows = {name: stack.unbind(0) for name, stack in experts.named_parameters(recurse=False)}
+        self._up = "gate_up_proj" if experts.has_gate else "up_proj"
+        self._count = experts.num_experts
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, slot: int) -> SlotWeights:
+        rows, up = self._rows, self._up
+        return SlotWeights(
+            up=rows[up][slot],
+            down=rows["down_proj"][slot],
+            up_bias=rows[f"{up}_bias"][slot] if f"{up}_bias" in rows else None,
+            down_bias=rows["down_proj_bias"][slot] if "down_proj_bias" in rows else None,
+        )
+
+
 def edgefed_experts(experts: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-    """The experts function that transformers calls: (T, H), (T, K), (T, K) -> (T, H)."""
-    return experts.edgefed_runtime.forward(*split_expert_arguments(args, kwargs))
+    """The experts function that transformers calls: (T, H), (T, K), (T, K) -> (T, H).
+
+    A module of a `MoeModel` that holds a plan or streams runs by that; any other with all its own experts. There, an
+    index that is no expert (transformers marks pairs of another device with the number of experts) is dropped.
+    """
+    hidden_states, indices, weights = split_expert_arguments(args, kwargs)
+    runtime = getattr(experts, "edgefed_runtime", None)
+    if runtime is not None and not (runtime.bank is None and runtime.stream is None and holds_own_experts(experts)):
+        return runtime.forward(hidden_states, indices, weights)
+    return masked_experts(
+        hidden_states,
+        torch.where(indices < experts.num_experts, indices, -1),
+        weights,
+        StackSlots(experts),
+        activation=experts._apply_gate if experts.has_gate else experts.act_fn,
+        is_transposed=experts.is_transposed,
+        finish=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+    )
+
+
+def holds_own_experts(experts: nn.Module) -> bool:
+    """Whether the module still has the stacks that transformers gave it, with values."""
+    stack = experts._parameters.get("down_proj")
+    return stack is not None and stack.device.type != "meta" and stack.shape[0] == experts.num_experts
 
 
 def register_implementation() -> None:

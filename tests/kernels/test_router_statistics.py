@@ -9,8 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from edgefed.errors import ConfigError
 from edgefed.experts import LayerRecord
-from edgefed.kernels.router_statistics import new_statistics, router_statistics, to_layer_record
+from edgefed.kernels.dispatch import why_not_native
+from edgefed.kernels.router_statistics import GATE_KINDS, gate_of, new_statistics, router_statistics, to_layer_record
+from edgefed.native import isa_names, load_native
+
+BACKENDS = ["reference", *(f"native:{isa}" for isa in (isa_names(load_native()) if why_not_native() is None else []))]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request, monkeypatch) -> str:
+    """Every test runs with every backend and every instruction set of this processor."""
+    name, _, isa = request.param.partition(":")
+    monkeypatch.setenv("EDGEFED_KERNELS", name)
+    if isa:
+        monkeypatch.setenv("EDGEFED_ISA", isa)
+    return name
 
 
 def _batch(num_tokens: int, num_experts: int, top_k: int, seed: int):
@@ -108,3 +123,56 @@ def test_refuses_shapes(statistics, gate, indices, weights):
         router_statistics(
             torch.zeros(statistics), torch.zeros(gate), torch.zeros(indices, dtype=torch.int64), torch.zeros(weights)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", GATE_KINDS)
+@pytest.mark.parametrize("num_tokens, num_experts", [(1, 3), (200, 64), (300, 17)])
+def test_logits_give_what_their_probabilities_give(num_tokens, num_experts, kind, dtype):
+    """In float64, from the same logits; rows with an expert that takes all, and one that gets nothing."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    logits = (4 * torch.randn(num_tokens, num_experts, generator=generator)).to(dtype)
+    logits[0, 0], logits[-1, 1] = 300.0, -300.0
+    router = gate_of(logits, "softmax").to(dtype) if kind == "probability" else logits
+    exact = router.double() if kind == "probability" else gate_of(router.double(), kind)
+    weights, indices = exact.topk(2, dim=1)
+    weights = weights.to(dtype)
+    found, expected = new_statistics(num_experts), new_statistics(num_experts)
+    for _ in range(2):
+        router_statistics(found, router, indices, weights, kind=kind)
+        router_statistics(expected, exact, indices, weights.double(), backend="reference")
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
+
+
+def test_an_index_that_is_no_expert_is_an_error_and_adds_nothing(backend):
+    gate, indices, weights = _batch(5, 4, 2, 0)
+    statistics = new_statistics(4)
+    for bad in (4, -1):
+        indices[3, 1] = bad
+        with pytest.raises((IndexError, RuntimeError)):
+            router_statistics(statistics, gate, indices, weights)
+        if backend == "native":
+            assert statistics.eq(0).all()
+
+
+def test_the_number_of_threads_changes_no_bit():
+    gate, indices, weights = _batch(900, 32, 4, 0)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            statistics = new_statistics(32)
+            router_statistics(statistics, gate, indices, weights)
+            results.append(statistics)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-12, atol=0)
+
+
+def test_unknown_names_are_refused():
+    gate, indices, weights = _batch(5, 4, 2, 0)
+    with pytest.raises(ValueError, match="hardmax"):
+        router_statistics(new_statistics(4), gate, indices, weights, kind="hardmax")
+    with pytest.raises(ConfigError, match="quantum"):
+        router_statistics(new_statistics(4), gate, indices, weights, backend="quantum")

@@ -1,0 +1,53 @@
+"""What the processor gives at most, measured in the run of a benchmark: bytes read and operations, for a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from edgefed.native import DTYPE_CODES, load_native
+
+
+def best_time(run: Callable[[], object], repetitions: int) -> float:
+    """The shortest of some runs in seconds, after one to warm up."""
+    return interleaved({"": run}, repetitions)[""]
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """The shortest time of each, in seconds; they take turns, so that all see the same machine."""
+    for run in runs.values():
+        run()
+    shortest = dict.fromkeys(runs, float("inf"))
+    for _ in range(repetitions):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            shortest[name] = min(shortest[name], time.perf_counter() - start)
+    return shortest
+
+
+def read_bandwidth(repetitions: int = 9) -> float:
+    """Bytes a second of summing 256 MB, with the threads that torch uses."""
+    values = torch.ones(64 << 20)
+    return values.numel() * 4 / best_time(values.sum, repetitions)
+
+
+def arithmetic(dtype: str, repetitions: int = 5) -> float | None:
+    """Operations a second (a multiply-add is two) of "float32", "bfloat16" or "int8"; None without such a unit."""
+    library, threads = load_native(), torch.get_num_threads()
+    steps = 1_000_000
+    count = library.ef_arithmetic_steps(DTYPE_CODES[dtype], steps, threads)
+    if count < 0:
+        return None
+    return count / best_time(lambda: library.ef_arithmetic_steps(DTYPE_CODES[dtype], steps, threads), repetitions)
+
+
+def limits() -> dict:
+    """All of them, for a row of a result."""
+    rates = {dtype: arithmetic(dtype) for dtype in ("float32", "bfloat16", "int8")}
+    return {
+        "read_gb_per_s": round(read_bandwidth() / 1e9, 1),
+        **{f"{dtype}_gop_per_s": None if rate is None else round(rate / 1e9) for dtype, rate in rates.items()},
+    }

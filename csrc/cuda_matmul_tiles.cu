@@ -1,0 +1,343 @@
+// Products of many rows on tensor cores (half precision from sm_75, bfloat16 from sm_80): tiles of 64 x 64, weights
+// decoded into shared memory on the way, sums in float32. The same loop makes forward products (W as stored), gradients
+// of x (W transposed) and of W (both operands transposed); only how a tile lies in shared memory differs.
+#include <mma.h>
+
+#include "cuda_matmul.cuh"
+
+namespace edgefed {
+namespace {
+
+namespace wmma = nvcuda::wmma;
+
+constexpr int kTile = EF_CUDA_TILE_ROWS;  // rows and columns of a block's result
+constexpr int kDepth = 32;                // of one step along the sum
+constexpr int kThreads = 128;             // four warps, each with 32 x 32 of the result
+constexpr int kFragment = 16;
+constexpr int kPad = 8;  // values behind each row in shared memory, against bank conflicts; keeps 16-byte alignment
+constexpr int kEights = kTile * kDepth / 8 / kThreads;  // groups of eight values that a thread moves in one step
+
+template <typename T>
+struct TensorCores {
+#if defined(__CUDA_ARCH__)
+  static constexpr bool exist = !std::is_same<T, __nv_bfloat16>::value || __CUDA_ARCH__ >= 800;
+#else
+  static constexpr bool exist = true;
+#endif
+};
+
+// --- sources: eight neighbouring values of a matrix, zero beyond its edges ----------------------------------------
+// `line` runs over stored rows, `at` (a multiple of 8) along them.
+
+template <typename T>
+struct DenseSource {
+  struct Raw {
+    uint4 bits;
+  };
+  const T* values;
+  const int32_t* rows;  // which stored row a line is, or NULL
+  int64_t width;
+  int64_t lines;
+
+  EF_DEVICE Raw load(int64_t line, int64_t at) const {
+    if (line >= lines || at >= width) return {make_uint4(0, 0, 0, 0)};
+    const int64_t row = rows != nullptr ? rows[line] : line;
+    return {*reinterpret_cast<const uint4*>(values + row * width + at)};
+  }
+  EF_DEVICE void store(const Raw& raw, const float*, T* to) const { *reinterpret_cast<uint4*>(to) = raw.bits; }
+};
+
+template <typename T>
+struct Nf4Source {
+  struct Raw {
+    uint32_t codes;
+    float scale;
+  };
+  const uint8_t* packed;
+  const float* scales;
+  int64_t width;
+  int64_t lines;
+  int32_t block_shift;
+
+  EF_DEVICE Raw load(int64_t line, int64_t at) const {
+    if (line >= lines || at >= width) return {0, 0.0f};
+    const int64_t first = line * width + at;
+    return {*reinterpret_cast<const uint32_t*>(packed + first / 2), scales[first >> block_shift]};
+  }
+  EF_DEVICE void store(const Raw& raw, const float* table, T* to) const {
+    float values[8];
+    decode_nf4(raw.codes, table, values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] *= raw.scale;
+    store_eight(to, values);
+  }
+};
+
+template <typename T>
+struct Int8Source {
+  struct Raw {
+    uint2 codes;
+    float scale;
+  };
+  const int8_t* packed;
+  const float* scales;
+  int64_t width;
+  int64_t lines;
+
+  EF_DEVICE Raw load(int64_t line, int64_t at) const {
+    if (line >= lines || at >= width) return {make_uint2(0, 0), 0.0f};
+    return {*reinterpret_cast<const uint2*>(packed + line * width + at), scales[line]};
+  }
+  EF_DEVICE void store(const Raw& raw, const float*, T* to) const {
+    float values[8];
+    decode_int8(raw.codes.x, raw.codes.y, values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = int8_value(values[i], raw.scale);
+    store_eight(to, values);
+  }
+};
+
+template <int kFormat, typename T>
+EF_DEVICE auto source_of(const EfCudaMatrix& matrix, int64_t lines, int64_t width) {
+  if constexpr (kFormat == EF_NF4) {
+    return Nf4Source<T>{static_cast<const uint8_t*>(matrix.data), matrix.scale, width, lines, matrix.block_shift};
+  } else if constexpr (kFormat == EF_INT8) {
+    return Int8Source<T>{static_cast<const int8_t*>(matrix.data), matrix.scale, width, lines};
+  } else {
+    return DenseSource<T>{static_cast<const T*>(matrix.data), nullptr, width, lines};
+  }
+}
+
+// --- the loop -----------------------------------------------------------------------------------------------------
+
+// An operand in shared memory. Its lines are those of the source: kAcross, a line is a row of the result (64 lines of 32
+// along the sum); otherwise a line is a step of the sum (32 lines of 64).
+template <typename T, bool kAcross>
+struct Operand {
+  static constexpr int kLines = kAcross ? kTile : kDepth;
+  static constexpr int kWidth = kAcross ? kDepth : kTile;
+  static constexpr int kStride = kWidth + kPad;
+  static constexpr int kValues = kLines * kStride;
+
+  // Where eight number i of this thread lies.
+  static EF_DEVICE int line(int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) / (kWidth / 8); }
+  static EF_DEVICE int at(int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) % (kWidth / 8) * 8; }
+
+  template <typename Source>
+  static EF_DEVICE void load(const Source& source, int64_t across, int64_t along, typename Source::Raw* raw) {
+#pragma unroll
+    for (int i = 0; i < kEights; ++i)
+      raw[i] = kAcross ? source.load(across + line(i), along + at(i)) : source.load(along + line(i), across + at(i));
+  }
+  template <typename Source>
+  static EF_DEVICE void store(const Source& source, const typename Source::Raw* raw, const float* table, T* shared) {
+#pragma unroll
+    for (int i = 0; i < kEights; ++i) source.store(raw[i], table, shared + line(i) * kStride + at(i));
+  }
+  // The 16 x 16 values at (across, along) of the tile.
+  static EF_DEVICE const T* fragment(const T* shared, int across, int along) {
+    return kAcross ? shared + across * kStride + along : shared + along * kStride + across;
+  }
+};
+
+using Sums = wmma::fragment<wmma::accumulator, kFragment, kFragment, kFragment, float>;
+
+// sums += tile of A B^T: rows a_first .. + 64 of A, columns b_first .. + 64, over `depth`.
+template <typename T, bool kAcrossA, bool kAcrossB, typename SourceA, typename SourceB>
+EF_DEVICE void multiply(const SourceA& a, int64_t a_first, const SourceB& b, int64_t b_first, int64_t depth,
+                        const float* table, T* shared_a, T* shared_b, Sums (&sums)[2][2]) {
+  using A = Operand<T, kAcrossA>;
+  using B = Operand<T, kAcrossB>;
+  using LayoutA = std::conditional_t<kAcrossA, wmma::row_major, wmma::col_major>;
+  using LayoutB = std::conditional_t<kAcrossB, wmma::col_major, wmma::row_major>;
+  const int warp = threadIdx.x / kWarp, warp_row = warp / 2 * 32, warp_column = warp % 2 * 32;
+  typename SourceA::Raw raw_a[kEights];
+  typename SourceB::Raw raw_b[kEights];
+  A::load(a, a_first, 0, raw_a);
+  B::load(b, b_first, 0, raw_b);
+  for (int64_t along = 0; along < depth; along += kDepth) {
+    A::store(a, raw_a, table, shared_a);
+    B::store(b, raw_b, table, shared_b);
+    __syncthreads();
+    if (along + kDepth < depth) {  // on the way while the tensor cores work
+      A::load(a, a_first, along + kDepth, raw_a);
+      B::load(b, b_first, along + kDepth, raw_b);
+    }
+#pragma unroll
+    for (int step = 0; step < kDepth; step += kFragment) {
+      wmma::fragment<wmma::matrix_a, kFragment, kFragment, kFragment, T, LayoutA> left[2];
+      wmma::fragment<wmma::matrix_b, kFragment, kFragment, kFragment, T, LayoutB> right[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        wmma::load_matrix_sync(left[i], A::fragment(shared_a, warp_row + kFragment * i, step), A::kStride);
+        wmma::load_matrix_sync(right[i], B::fragment(shared_b, warp_column + kFragment * i, step), B::kStride);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) wmma::mma_sync(sums[i][j], left[i], right[j], sums[i][j]);
+    }
+    __syncthreads();
+  }
+}
+
+// Hands each thread eight neighbouring sums at a time: write(row, column, values) within the tile of the block.
+constexpr int kPatchStride = kFragment + 4;
+template <typename Write>
+EF_DEVICE void write_sums(const Sums (&sums)[2][2], float* patches, Write write) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float* patch = patches + warp * kFragment * kPatchStride;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      wmma::store_matrix_sync(patch, sums[i][j], kPatchStride, wmma::mem_row_major);
+      __syncwarp();
+      const int row = lane / 2, column = lane % 2 * 8;
+      float values[8];
+      load_eight(patch + row * kPatchStride + column, values);
+      write(warp / 2 * 32 + kFragment * i + row, warp % 2 * 32 + kFragment * j + column, values);
+      __syncwarp();
+    }
+}
+
+template <typename T, bool kAcrossA, bool kAcrossB>
+struct Shared {
+  alignas(32) T a[Operand<T, kAcrossA>::kValues];
+  alignas(32) T b[Operand<T, kAcrossB>::kValues];
+  alignas(32) float patches[kThreads / kWarp * kFragment * kPatchStride];
+  float table[16];
+};
+
+EF_DEVICE void clear(Sums (&sums)[2][2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) wmma::fill_fragment(sums[i][j], 0.0f);
+}
+
+// --- kernels ------------------------------------------------------------------------------------------------------
+
+template <int kFormat, typename T, bool kTransposed>
+__global__ void __launch_bounds__(kThreads)
+    tiles_kernel(const __grid_constant__ SlotTable slots, const __grid_constant__ Product product) {
+  if constexpr (TensorCores<T>::exist) {
+    __shared__ Shared<T, true, !kTransposed> shared;
+    const RowTile tile =
+        find_tile(product.positions, product.tiles, slots.first, slots.last, blockIdx.x, EF_CUDA_TILE_ROWS);
+    if (tile.slot < 0) return;
+    const EfCudaMatrix& matrix = slots.matrices[tile.slot - slots.first];
+    if (matrix.format != kFormat || matrix.data == nullptr) return;
+    if (kFormat == EF_NF4) {
+      fill_nf4_table(shared.table, threadIdx.x);
+      __syncthreads();
+    }
+    const int64_t n = product.n, k = product.k, first = static_cast<int64_t>(blockIdx.y) * kTile;
+    // The rows of the tile are the lines [0, count) of x, through x_rows or moved to the tile's begin.
+    const T* x = static_cast<const T*>(product.x) + (product.x_rows != nullptr ? 0 : tile.begin * k);
+    const DenseSource<T> rows = {x, product.x_rows != nullptr ? product.x_rows + tile.begin : nullptr, k, tile.count};
+    const auto weights = source_of<kFormat, T>(matrix, kTransposed ? k : n, kTransposed ? n : k);
+    Sums sums[2][2];
+    clear(sums);
+    multiply<T, true, !kTransposed>(rows, 0, weights, first, k, shared.table, shared.a, shared.b, sums);
+    T* y = static_cast<T*>(product.y);
+    const T* bias = static_cast<const T*>(matrix.bias);
+    write_sums(sums, shared.patches, [&](int row, int column, float* values) {
+      if (row >= tile.count || first + column >= n) return;
+      T* target = y + (tile.begin + row) * n + first + column;
+      float other[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] *= matrix.alpha;
+      if (bias != nullptr) {
+        for (int i = 0; i < 8; ++i) values[i] += to_float(bias[first + column + i]);
+      }
+      if (product.accumulate) {
+        load_eight(target, other);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] += other[i];
+      }
+      store_eight(target, values);
+    });
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    tiles_outer_kernel(const __grid_constant__ OuterTable slots, const __grid_constant__ Outer outer) {
+  if constexpr (TensorCores<T>::exist) {
+    __shared__ Shared<T, false, false> shared;
+    const int slot = slots.first + static_cast<int>(blockIdx.z);
+    T* output = static_cast<T*>(slots.outputs[blockIdx.z]);
+    if (output == nullptr) return;
+    const int32_t begin = outer.positions[slot], count = outer.positions[slot + 1] - begin;
+    const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kTile;
+    const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kTile;
+    const DenseSource<T> a = {static_cast<const T*>(outer.a) + begin * outer.m, nullptr, outer.m, count};
+    const T* b_values = static_cast<const T*>(outer.b) + (outer.b_rows != nullptr ? 0 : begin * outer.n);
+    const DenseSource<T> b = {b_values, outer.b_rows != nullptr ? outer.b_rows + begin : nullptr, outer.n, count};
+    Sums sums[2][2];
+    clear(sums);
+    multiply<T, false, false>(a, first_row, b, first_column, count, shared.table, shared.a, shared.b, sums);
+    const float alpha = slots.alphas[blockIdx.z];
+    write_sums(sums, shared.patches, [&](int row, int column, float* values) {
+      if (first_row + row >= outer.m || first_column + column >= outer.n) return;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] *= alpha;
+      store_eight(output + (first_row + row) * outer.n + first_column + column, values);
+    });
+  }
+}
+
+template <int kFormat, typename T, bool kTransposed>
+int32_t launch(const SlotTable& table, const Product& product, int64_t row_tiles, void* stream) {
+  const dim3 grid(static_cast<unsigned>(row_tiles), static_cast<unsigned>(ceil_div(product.n, kTile)));
+  const auto kernel = tiles_kernel<kFormat, T, kTransposed>;
+  EF_LAUNCH(kernel, grid, kThreads, stream, table, product);
+  return launched();
+}
+
+template <int kFormat, typename T>
+int32_t launch_either(const SlotTable& table, const Product& product, bool transposed, int64_t row_tiles,
+                      void* stream) {
+  return transposed ? launch<kFormat, T, true>(table, product, row_tiles, stream)
+                    : launch<kFormat, T, false>(table, product, row_tiles, stream);
+}
+
+template <typename T>
+int32_t launch_format(const SlotTable& table, const Product& product, int32_t format, bool transposed,
+                      int64_t row_tiles, void* stream) {
+  switch (format) {
+    case EF_NF4: return launch_either<EF_NF4, T>(table, product, transposed, row_tiles, stream);
+    case EF_INT8: return launch_either<EF_INT8, T>(table, product, transposed, row_tiles, stream);
+    default: return launch_either<DtypeOf<T>::value, T>(table, product, transposed, row_tiles, stream);
+  }
+}
+
+template <typename T>
+int32_t launch_outer(const OuterTable& table, const Outer& outer, void* stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(outer.n, kTile)), static_cast<unsigned>(ceil_div(outer.m, kTile)),
+                  static_cast<unsigned>(table.last - table.first));
+  EF_LAUNCH(tiles_outer_kernel<T>, grid, kThreads, stream, table, outer);
+  return launched();
+}
+
+}  // namespace
+
+int32_t launch_tiles(const SlotTable& table, const Product& product, int32_t format, int32_t dtype, bool transposed,
+                     int64_t row_tiles, void* stream) {
+  switch (dtype) {
+    case EF_F16: return launch_format<__half>(table, product, format, transposed, row_tiles, stream);
+    case EF_BF16: return launch_format<__nv_bfloat16>(table, product, format, transposed, row_tiles, stream);
+    default: return EF_UNSUPPORTED;
+  }
+}
+
+int32_t launch_tiles_outer(const OuterTable& table, const Outer& outer, int32_t dtype, void* stream) {
+  switch (dtype) {
+    case EF_F16: return launch_outer<__half>(table, outer, stream);
+    case EF_BF16: return launch_outer<__nv_bfloat16>(table, outer, stream);
+    default: return EF_UNSUPPORTED;
+  }
+}
+
+}  // namespace edgefed

@@ -1,0 +1,523 @@
+// Many rows of x for each expert, AVX-512 with BF16 and VNNI: weights are decoded into panels of 64 outputs, in the
+// order that the multiply-add instructions read, and met by 6 rows of x at a time in 24 accumulators.
+//
+// Products are bfloat16 (or 8-bit) with float32 (int32) sums. A decoded weight is the very bfloat16 value that
+// dequantising gives. Every output is one sum over k in ascending order of the panel, so results do not depend on the
+// number of threads.
+#include "masked_experts.h"
+#include "parallel.h"
+
+#include <algorithm>
+
+#if EF_X86
+#include <immintrin.h>
+
+namespace edgefed {
+namespace {
+
+#define EF_BRAIN EF_TARGET_AVX512_BF16
+#define EF_BRAIN_INLINE EF_TARGET_AVX512_BF16 EF_INLINE
+
+constexpr int64_t kPanel = 64;          // outputs of a panel: four registers
+constexpr int64_t kTileRows = 6;        // rows of x in a register tile
+constexpr int64_t kChunkRows = 256;     // rows of x that meet a panel before it is given up
+constexpr int64_t kPanelBytes = 1 << 18;  // a panel fits into half of a 1 MB second-level cache, beside x
+enum ScratchUse { kScratchX = 1, kScratchPanel = 2, kScratchSums = 3, kScratchScales = 4 };
+
+EF_BRAIN_INLINE __m512i load(const void* at) { return _mm512_loadu_si512(at); }
+EF_BRAIN_INLINE void store(void* at, __m512i value) { _mm512_storeu_si512(at, value); }
+
+struct Pair {
+  __m512i first, second;  // 32 bfloat16 each
+};
+
+// 64 weights as bfloat16. NF4: the even ones, then the odd ones; otherwise in order.
+EF_BRAIN_INLINE Pair decode_nf4(const uint8_t* packed, float absmax) {
+  const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(kNf4), _mm512_set1_ps(absmax));
+  const __m512i table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));
+  const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+  // vpermw reads five bits of an index; the table is there twice, so the fifth does not matter.
+  return {_mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table), _mm512_permutexvar_epi16(pairs, table)};
+}
+
+EF_BRAIN_INLINE __m512 widen_int8(const int8_t* values, __m512 absmax) {
+  const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(wide), absmax), _mm512_set1_ps(kPer127));
+}
+
+EF_BRAIN_INLINE Pair decode_int8(const int8_t* values, float absmax) {
+  const __m512 scale = _mm512_set1_ps(absmax);
+  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(widen_int8(values + 16, scale), widen_int8(values, scale))),
+          reinterpret_cast<__m512i>(
+              _mm512_cvtne2ps_pbh(widen_int8(values + 48, scale), widen_int8(values + 32, scale)))};
+}
+
+// Weights (row, column .. column + 64) of the expert; the matrix has `columns` columns.
+template <int32_t format>
+EF_BRAIN_INLINE Pair decode(const EfGroup& group, int64_t columns, int64_t row, int64_t column) {
+  const int64_t at = row * columns + column;
+  if constexpr (format == EF_NF4)
+    return decode_nf4(static_cast<const uint8_t*>(group.data) + (at >> 1), group.scale[block_of(group, at)]);
+  if constexpr (format == EF_INT8) return decode_int8(static_cast<const int8_t*>(group.data) + at, group.scale[row]);
+  const uint16_t* values = static_cast<const uint16_t*>(group.data) + at;
+  return {load(values), load(values + 32)};
+}
+
+// 16 x 16 words of 32 bits.
+EF_BRAIN_INLINE void transpose16(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// --- panels -----------------------------------------------------------------------------------------------------
+// A panel holds, for each step (two k of bfloat16, four of int8), 64 words of 32 bits: one for each output.
+
+// Outputs are rows of W: output .. output + 64, reduction over the columns begin .. end.
+template <int32_t format>
+EF_BRAIN void pack_rows(const EfGroup& group, int64_t columns, int64_t output, int64_t begin, int64_t end,
+                       uint32_t* panel) {
+  for (int64_t quarter = 0; quarter < kPanel; quarter += 16) {
+    for (int64_t column = begin; column < end; column += kBlock) {
+      __m512i first[16], second[16];
+      for (int i = 0; i < 16; ++i) {
+        // The rows lie apart, which the processor's own prefetching does not follow: ask for the next sixteen.
+        constexpr int64_t kBits = format == EF_NF4 ? 4 : format == EF_INT8 ? 8 : 16;
+        const int64_t next = (output + quarter + 16 + i) * columns + column;
+        _mm_prefetch(static_cast<const char*>(group.data) + (next * kBits >> 3), _MM_HINT_T1);
+        const Pair pair = decode<format>(group, columns, output + quarter + i, column);
+        first[i] = pair.first;
+        second[i] = pair.second;
+      }
+      uint32_t* out = panel + (column - begin) / 2 * kPanel + quarter;
+      transpose16(first);
+      for (int i = 0; i < 16; ++i) store(out + i * kPanel, first[i]);
+      transpose16(second);
+      for (int i = 0; i < 16; ++i) store(out + (16 + i) * kPanel, second[i]);
+    }
+  }
+}
+
+EF_BRAIN_INLINE void interleave_rows(__m512i upper, __m512i lower, uint32_t* out) {
+  const __m512i low = _mm512_unpacklo_epi16(upper, lower), high = _mm512_unpackhi_epi16(upper, lower);
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  store(out, _mm512_permutex2var_epi64(low, first, high));
+  store(out + 16, _mm512_permutex2var_epi64(low, second, high));
+}
+
+// Outputs are columns of W: output .. output + 64, reduction over the rows begin .. end (an even number of them).
+// NF4 outputs lie even before odd in the panel.
+template <int32_t format>
+EF_BRAIN void pack_columns(const EfGroup& group, int64_t columns, int64_t output, int64_t begin, int64_t end,
+                          uint32_t* panel) {
+  constexpr int64_t kBits = format == EF_NF4 ? 4 : format == EF_INT8 ? 8 : 16;
+  for (int64_t row = begin; row < end; row += 2, panel += kPanel) {
+    for (int64_t ahead = 16; ahead < 18; ++ahead)
+      _mm_prefetch(static_cast<const char*>(group.data) + (((row + ahead) * columns + output) * kBits >> 3),
+                   _MM_HINT_T0);
+    const Pair upper = decode<format>(group, columns, row, output);
+    const Pair lower = decode<format>(group, columns, row + 1, output);
+    interleave_rows(upper.first, lower.first, panel);
+    interleave_rows(upper.second, lower.second, panel + 32);
+  }
+}
+
+// As pack_rows with int8 left as it is; also the sum of each output's weights.
+EF_BRAIN void pack_rows_int8(const EfGroup& group, int64_t columns, int64_t output, int64_t begin, int64_t end,
+                            uint32_t* panel, int32_t* sums) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t quarter = 0; quarter < kPanel; quarter += 16) {
+    __m512i sum = load(sums + quarter);
+    for (int64_t column = begin; column < end; column += kBlock) {
+      __m512i words[16];
+      for (int i = 0; i < 16; ++i) {
+        const int8_t* weights = static_cast<const int8_t*>(group.data) + (output + quarter + i) * columns + column;
+        _mm_prefetch(weights + 16 * columns, _MM_HINT_T1);
+        words[i] = load(weights);
+      }
+      transpose16(words);
+      uint32_t* out = panel + (column - begin) / 4 * kPanel + quarter;
+      for (int i = 0; i < 16; ++i) {
+        store(out + i * kPanel, words[i]);
+        sum = _mm512_dpbusd_epi32(sum, ones, words[i]);
+      }
+    }
+    store(sums + quarter, sum);
+  }
+}
+
+// --- x ----------------------------------------------------------------------------------------------------------
+// Rows are cut into blocks of at most 6; a block holds, step by step, one word of 32 bits of each of its rows.
+
+// Rows in block `index` of `blocks` over `rows` rows: as equal as can be.
+EF_INLINE int64_t block_begin(int64_t rows, int64_t blocks, int64_t index) { return rows * index / blocks; }
+
+EF_BRAIN void pack_x(const uint16_t* const* rows, int64_t count, int64_t k, bool evens_first, uint32_t* out) {
+  alignas(64) uint16_t order[64];
+  for (int i = 0; i < 32; ++i) {
+    order[i] = static_cast<uint16_t>(evens_first ? 2 * i : i);
+    order[32 + i] = static_cast<uint16_t>(evens_first ? 2 * i + 1 : 32 + i);
+  }
+  const __m512i low = load(order), high = load(order + 32);
+  alignas(64) uint32_t words[32];
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t at = 0; at < k; at += kBlock) {
+      const __m512i a = load(rows[row] + at), b = load(rows[row] + at + 32);
+      store(words, _mm512_permutex2var_epi16(a, low, b));
+      store(words + 16, _mm512_permutex2var_epi16(a, high, b));
+      uint32_t* target = out + at / 2 * count + row;
+      for (int i = 0; i < 32; ++i) target[i * count] = words[i];
+    }
+  }
+}
+
+// To unsigned 8 bits around 128, one scale for each row: x = scale * (word - 128), |x - rounded| <= scale / 2.
+EF_BRAIN float quantize_row(const uint16_t* row, int64_t k, uint8_t* out) {
+  __m512 largest = _mm512_setzero_ps();
+  for (int64_t at = 0; at < k; at += 16) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + at)));
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))));
+  }
+  const float absmax = _mm512_reduce_max_ps(largest);
+  const __m512 factor = _mm512_set1_ps(absmax > 0 ? 127.0f / absmax : 0.0f);
+  for (int64_t at = 0; at < k; at += 16) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + at)));
+    const __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    const __m512i rounded = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(value, factor)), _mm512_set1_epi32(128));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + at), _mm512_cvtepi32_epi8(rounded));
+  }
+  return absmax / 127.0f;
+}
+
+void pack_x_int8(const uint16_t* const* rows, int64_t count, int64_t k, uint8_t* row_buffer, uint32_t* out,
+                 float* scales) {
+  for (int64_t row = 0; row < count; ++row) {
+    scales[row] = quantize_row(rows[row], k, row_buffer);
+    for (int64_t at = 0; at < k / 4; ++at) std::memcpy(out + at * count + row, row_buffer + 4 * at, 4);
+  }
+}
+
+// --- register tiles ---------------------------------------------------------------------------------------------
+
+struct BrainSteps {
+  using Sum = __m512;
+  static EF_BRAIN_INLINE Sum zero() { return _mm512_setzero_ps(); }
+  static EF_BRAIN_INLINE Sum add(Sum sum, uint32_t x, __m512i w) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x))),
+                            reinterpret_cast<__m512bh>(w));
+  }
+  static EF_BRAIN_INLINE Sum from(const void* at) { return _mm512_loadu_ps(at); }
+  static EF_BRAIN_INLINE void to(void* at, Sum sum) { _mm512_storeu_ps(at, sum); }
+};
+
+struct Int8Steps {
+  using Sum = __m512i;
+  static EF_BRAIN_INLINE Sum zero() { return _mm512_setzero_si512(); }
+  static EF_BRAIN_INLINE Sum add(Sum sum, uint32_t x, __m512i w) {
+    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(static_cast<int>(x)), w);
+  }
+  static EF_BRAIN_INLINE Sum from(const void* at) { return load(at); }
+  static EF_BRAIN_INLINE void to(void* at, Sum sum) { store(at, sum); }
+};
+
+// sums (rows, 64) of 32 bits = (begins ? 0 : sums) + x panel.
+template <typename Steps, int rows>
+EF_BRAIN void tile(const uint32_t* x, const uint32_t* panel, int64_t steps, bool begins, uint32_t* sums) {
+  typename Steps::Sum s[rows][4];
+  // All loops over the sums are unrolled: the compiler keeps them in registers only when no index is variable.
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) s[r][j] = begins ? Steps::zero() : Steps::from(sums + r * kPanel + 16 * j);
+  }
+  for (int64_t step = 0; step < steps; ++step, x += rows, panel += kPanel) {
+    const __m512i w0 = load(panel), w1 = load(panel + 16), w2 = load(panel + 32), w3 = load(panel + 48);
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+      s[r][0] = Steps::add(s[r][0], x[r], w0);
+      s[r][1] = Steps::add(s[r][1], x[r], w1);
+      s[r][2] = Steps::add(s[r][2], x[r], w2);
+      s[r][3] = Steps::add(s[r][3], x[r], w3);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) Steps::to(sums + r * kPanel + 16 * j, s[r][j]);
+  }
+}
+
+template <typename Steps>
+EF_INLINE void run_tile(int64_t rows, const uint32_t* x, const uint32_t* panel, int64_t steps, bool begins,
+                        uint32_t* sums) {
+  switch (rows) {
+    case 1: return tile<Steps, 1>(x, panel, steps, begins, sums);
+    case 2: return tile<Steps, 2>(x, panel, steps, begins, sums);
+    case 3: return tile<Steps, 3>(x, panel, steps, begins, sums);
+    case 4: return tile<Steps, 4>(x, panel, steps, begins, sums);
+    case 5: return tile<Steps, 5>(x, panel, steps, begins, sums);
+    default: return tile<Steps, 6>(x, panel, steps, begins, sums);
+  }
+}
+
+// Past the caches, for results that are not read again soon: a line that is written as a whole need not be read first.
+EF_BRAIN_INLINE void store_past(void* at, __m512i value) { _mm512_stream_si512(static_cast<__m512i*>(at), value); }
+
+// 64 sums to bfloat16. `evens_first`: outputs lie even before odd.
+EF_BRAIN_INLINE void finish_row(const __m512 (&s)[4], bool evens_first, uint16_t* y) {
+  if (evens_first) {
+    for (int half = 0; half < 2; ++half) {
+      const __m512i even = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(s[half])));
+      const __m512i odd = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(s[2 + half])));
+      store(y + 32 * half, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+  } else {
+    store(y, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(s[1], s[0])));
+    store(y + 32, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(s[3], s[2])));
+  }
+}
+
+EF_BRAIN void finish_brain(const uint32_t* sums, int64_t rows, bool evens_first, uint16_t* y, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
+    const __m512 s[4] = {_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums + 32),
+                         _mm512_loadu_ps(sums + 48)};
+    finish_row(s, evens_first, y + r * stride);
+  }
+}
+
+EF_BRAIN void finish_past(const uint32_t* sums, int64_t rows, uint16_t* y, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
+    for (int half = 0; half < 2; ++half) {
+      const float* s = reinterpret_cast<const float*>(sums) + 32 * half;
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(s + 16), _mm512_loadu_ps(s));
+      store_past(y + r * stride + 32 * half, reinterpret_cast<__m512i>(both));
+    }
+  }
+}
+
+inline void finish_stores() { _mm_sfence(); }
+
+EF_BRAIN void finish_int8(const uint32_t* sums, int64_t rows, const float* x_scales, const float* absmax,
+                         const int32_t* weight_sums, uint16_t* y, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
+    __m512 s[4];
+    for (int j = 0; j < 4; ++j) {
+      const __m512i shifted = _mm512_sub_epi32(load(sums + 16 * j), _mm512_slli_epi32(load(weight_sums + 16 * j), 7));
+      const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(absmax + 16 * j), _mm512_set1_ps(x_scales[r] * kPer127));
+      s[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(shifted), scale);
+    }
+    finish_row(s, false, y + r * stride);
+  }
+}
+
+// --- the product ------------------------------------------------------------------------------------------------
+
+struct Problem {
+  const EfGroup* groups;
+  const uint16_t* x;
+  const int64_t* x_rows;
+  uint16_t* y;
+  int64_t n, k;
+  bool transposed, int8;
+};
+
+void pack(const Problem& problem, const EfGroup& group, int64_t output, int64_t begin, int64_t end, uint32_t* panel,
+          int32_t* weight_sums) {
+  if (problem.int8) return pack_rows_int8(group, problem.k, output, begin, end, panel, weight_sums);
+  if (problem.transposed) {
+    if (group.format == EF_NF4) return pack_columns<EF_NF4>(group, problem.n, output, begin, end, panel);
+    if (group.format == EF_INT8) return pack_columns<EF_INT8>(group, problem.n, output, begin, end, panel);
+    return pack_columns<EF_BF16>(group, problem.n, output, begin, end, panel);
+  }
+  if (group.format == EF_NF4) return pack_rows<EF_NF4>(group, problem.k, output, begin, end, panel);
+  if (group.format == EF_INT8) return pack_rows<EF_INT8>(group, problem.k, output, begin, end, panel);
+  return pack_rows<EF_BF16>(group, problem.k, output, begin, end, panel);
+}
+
+// Rows row .. row + rows of the sorted pairs with the panels first .. last of one expert.
+int64_t multiply(const Problem& problem, const EfGroup& group, int64_t row, int64_t rows, int64_t first, int64_t last) {
+  const int64_t k = problem.k, per_word = problem.int8 ? 4 : 2, steps = k / per_word;
+  const int64_t blocks = (rows + kTileRows - 1) / kTileRows;
+  const int64_t part_k = std::min(k, kPanelBytes / 4 / kPanel * per_word / kBlock * kBlock);
+  auto* x = static_cast<uint32_t*>(scratch(kScratchX, static_cast<size_t>(rows * steps) * 4 + static_cast<size_t>(k)));
+  auto* panel = static_cast<uint32_t*>(scratch(kScratchPanel, static_cast<size_t>(part_k / per_word * kPanel) * 4));
+  auto* sums = static_cast<uint32_t*>(scratch(kScratchSums, static_cast<size_t>(rows * kPanel) * 4));
+  auto* scales = static_cast<float*>(scratch(kScratchScales, static_cast<size_t>(rows) * 4));
+  if (x == nullptr || panel == nullptr || sums == nullptr || scales == nullptr) return EF_NO_MEMORY;
+  const bool evens_x = !problem.transposed && group.format == EF_NF4;
+  const bool evens_y = problem.transposed && group.format == EF_NF4;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = block_begin(rows, blocks, block), count = block_begin(rows, blocks, block + 1) - begin;
+    const uint16_t* sources[kTileRows];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = row + begin + i;
+      sources[i] = problem.x + (problem.x_rows ? problem.x_rows[at] : at) * k;
+    }
+    if (problem.int8)
+      pack_x_int8(sources, count, k, reinterpret_cast<uint8_t*>(x + rows * steps), x + begin * steps, scales + begin);
+    else
+      pack_x(sources, count, k, evens_x, x + begin * steps);
+  }
+  for (int64_t output = first * kPanel; output < last * kPanel; output += kPanel) {
+    alignas(64) int32_t weight_sums[kPanel] = {};
+    for (int64_t begin = 0; begin < k; begin += part_k) {
+      const int64_t end = std::min(k, begin + part_k);
+      pack(problem, group, output, begin, end, panel, weight_sums);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t at = block_begin(rows, blocks, block), count = block_begin(rows, blocks, block + 1) - at;
+        const uint32_t* source = x + at * steps + begin / per_word * count;
+        uint32_t* target = sums + at * kPanel;
+        if (problem.int8)
+          run_tile<Int8Steps>(count, source, panel, (end - begin) / per_word, begin == 0, target);
+        else
+          run_tile<BrainSteps>(count, source, panel, (end - begin) / per_word, begin == 0, target);
+        if (end < k) continue;
+        uint16_t* y = problem.y + (row + at) * problem.n + output;
+        if (problem.int8)
+          finish_int8(target, count, scales + at, group.scale + output, weight_sums, y, problem.n);
+        else
+          finish_brain(target, count, evens_y, y, problem.n);
+      }
+    }
+  }
+  return EF_OK;
+}
+
+struct Piece {
+  int64_t group, row, rows, first, last;
+};
+
+}  // namespace
+
+int64_t tiles_matmul(const EfGroup* groups, int64_t num_groups, const uint16_t* x, const int64_t* x_rows, uint16_t* y,
+                     int64_t n, int64_t k, bool transposed, bool int8, int32_t threads) {
+  const Problem problem{groups, x, x_rows, y, n, k, transposed, int8};
+  const int64_t panels = n / kPanel;
+  // Enough pieces that no thread waits long for the last one; each decodes its panels once for all its rows.
+  const int64_t cuts = std::clamp<int64_t>((8 * threads + num_groups - 1) / std::max<int64_t>(num_groups, 1), 1, panels);
+  int64_t count = 0;
+  for (int64_t g = 0; g < num_groups; ++g) count += (groups[g].row_count + kChunkRows - 1) / kChunkRows * cuts;
+  auto* pieces = static_cast<Piece*>(scratch(0, static_cast<size_t>(count + 1) * (sizeof(Piece) + sizeof(int64_t))));
+  if (pieces == nullptr) return EF_NO_MEMORY;
+  int64_t* faults = reinterpret_cast<int64_t*>(pieces + count + 1);
+  int64_t at = 0;
+  for (int64_t g = 0; g < num_groups; ++g) {
+    const int64_t rows = groups[g].row_count, chunks = (rows + kChunkRows - 1) / kChunkRows;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t begin = block_begin(rows, chunks, chunk), end = block_begin(rows, chunks, chunk + 1);
+      for (int64_t cut = 0; cut < cuts; ++cut)
+        pieces[at++] = {g, groups[g].row_begin + begin, end - begin, block_begin(panels, cuts, cut),
+                        block_begin(panels, cuts, cut + 1)};
+    }
+  }
+  parallel(count, threads, [&](int64_t task) {
+    const Piece& piece = pieces[task];
+    faults[task] = multiply(problem, groups[piece.group], piece.row, piece.rows, piece.first, piece.last);
+  });
+  for (int64_t task = 0; task < count; ++task)
+    if (faults[task] != EF_OK) return faults[task];
+  return EF_OK;
+}
+
+// --- the gradient of a weight -----------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int64_t kOuterRows = 192;  // rows of the result in one piece
+
+// Columns column .. column + count of a, two rows of a in a word; an odd last row meets zero.
+void pack_a(const uint16_t* a, int64_t stride, int64_t column, int64_t count, int64_t begin, int64_t end,
+            uint32_t* out) {
+  for (int64_t p = begin; p < end; p += 2)
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t low = a[p * stride + column + i];
+      const uint32_t high = p + 1 < end ? a[(p + 1) * stride + column + i] : 0;
+      *out++ = low | high << 16;
+    }
+}
+
+EF_BRAIN void pack_b(const uint16_t* b, const int64_t* rows, int64_t stride, int64_t column, int64_t begin, int64_t end,
+                    uint32_t* panel) {
+  for (int64_t p = begin; p < end; p += 2, panel += kPanel) {
+    const uint16_t* upper = b + (rows ? rows[p] : p) * stride + column;
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i low0 = zero, low1 = zero;
+    if (p + 1 < end) {
+      const uint16_t* lower = b + (rows ? rows[p + 1] : p + 1) * stride + column;
+      low0 = load(lower);
+      low1 = load(lower + 32);
+    }
+    interleave_rows(load(upper), low0, panel);
+    interleave_rows(load(upper + 32), low1, panel + 32);
+  }
+}
+
+}  // namespace
+
+int64_t tiles_outer(const uint16_t* a, const uint16_t* b, const int64_t* b_rows, uint16_t* out, int64_t rows, int64_t m,
+                    int64_t n, int32_t threads) {
+  constexpr int64_t kPart = kPanelBytes / 4 / kPanel * 2;  // rows of a and b in one panel
+  const int64_t pieces = (m + kOuterRows - 1) / kOuterRows, steps = (std::min(rows, kPart) + 1) / 2;
+  auto* faults = static_cast<int64_t*>(scratch(0, static_cast<size_t>(pieces + 1) * sizeof(int64_t)));
+  if (faults == nullptr) return EF_NO_MEMORY;
+  const bool one_part = rows <= kPart, aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  parallel(pieces, threads, [&](int64_t piece) {
+    const int64_t top = block_begin(m, pieces, piece), height = block_begin(m, pieces, piece + 1) - top;
+    const int64_t blocks = (height + kTileRows - 1) / kTileRows;
+    auto* x = static_cast<uint32_t*>(scratch(kScratchX, static_cast<size_t>(height * steps) * 4));
+    auto* panel = static_cast<uint32_t*>(scratch(kScratchPanel, static_cast<size_t>(steps * kPanel) * 4));
+    auto* sums = static_cast<uint32_t*>(scratch(kScratchSums, static_cast<size_t>(height * kPanel) * 4));
+    faults[piece] = x && panel && sums ? EF_OK : EF_NO_MEMORY;
+    if (faults[piece] != EF_OK) return;
+    auto pack_all_a = [&](int64_t begin, int64_t end) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t at = block_begin(height, blocks, block), count = block_begin(height, blocks, block + 1) - at;
+        pack_a(a, m, top + at, count, begin, end, x + at * ((end - begin + 1) / 2));
+      }
+    };
+    if (one_part) pack_all_a(0, rows);
+    for (int64_t column = 0; column < n; column += kPanel) {
+      for (int64_t begin = 0; begin < rows; begin += kPart) {
+        const int64_t end = std::min(rows, begin + kPart), length = (end - begin + 1) / 2;
+        if (!one_part) pack_all_a(begin, end);
+        pack_b(b, b_rows, n, column, begin, end, panel);
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t at = block_begin(height, blocks, block), count = block_begin(height, blocks, block + 1) - at;
+          run_tile<BrainSteps>(count, x + at * length, panel, length, begin == 0, sums + at * kPanel);
+          if (end < rows) continue;
+          uint16_t* target = out + (top + at) * n + column;
+          if (aligned)
+            finish_past(sums + at * kPanel, count, target, n);
+          else
+            finish_brain(sums + at * kPanel, count, false, target, n);
+        }
+      }
+    }
+    finish_stores();
+  });
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    if (faults[piece] != EF_OK) return faults[piece];
+  return EF_OK;
+}
+
+}  // namespace edgefed
+#endif

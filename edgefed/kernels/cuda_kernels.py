@@ -1,0 +1,283 @@
+"""The functions of csrc/edgefed_cuda.h on tensors. Nothing here waits for the device, except where it says so.
+
+All work goes to the current stream of the tensors' device. T tokens, K experts a token, T*K pairs, S slots; positions
+are the places of pairs sorted by slot. How many pairs are kept is known on the device only, so buffers have T*K rows,
+and rows beyond the kept ones are undefined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from edgefed.kernels.cuda_library import CudaMatrix, error_text, load_cuda
+from edgefed.native import DTYPE_CODES
+
+_NO_FAULT = -1  # of quantisation: the largest uint64
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A weight (rows, columns) on the device: dense, or packed with its absmax. ``code`` is of enum EfFormat."""
+
+    data: torch.Tensor
+    code: int
+    scale: torch.Tensor | None = None
+    blocksize: int = 0
+    bias: torch.Tensor | None = None
+    alpha: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SortedPairs:
+    """The pairs of a layer by slot; see ef_cuda_sort_pairs. ``place`` (T, K), the others one-dimensional, int32."""
+
+    order: torch.Tensor
+    tokens: torch.Tensor
+    place: torch.Tensor
+    work: torch.Tensor
+    num_slots: int
+
+    @property
+    def num_pairs(self) -> int:
+        return self.place.numel()
+
+    def begins(self) -> torch.Tensor:
+        """(S + 1,) begin of each slot's positions; the last is how many pairs are kept."""
+        return self.work[: self.num_slots + 1]
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    return DTYPE_CODES[str(dtype).removeprefix("torch.")]
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.lru_cache(maxsize=1)
+def cuda_kernels() -> CudaKernels:
+    """The kernels of the installed library. Raises NativeUnavailable."""
+    return CudaKernels(load_cuda())
+
+
+class CudaKernels:
+    """The functions of one library. ``emulated``: it runs on the CPU, and so are its tensors (tests)."""
+
+    def __init__(self, library: ctypes.CDLL, *, emulated: bool = False):
+        self.library = library
+        self.emulated = emulated
+
+    def _call(self, name: str, like: torch.Tensor, *arguments: object) -> None:
+        """Call a function that ends in (device, stream), for the device of ``like``."""
+        if self.emulated:
+            device, stream, guard = 0, None, contextlib.nullcontext()
+        else:
+            if not like.is_cuda:
+                raise ValueError(f"expected a CUDA tensor, found one on {like.device}")
+            device, guard = like.device.index, torch.cuda.device(like.device)
+            stream = torch.cuda.current_stream(like.device).cuda_stream
+        with guard:
+            code = getattr(self.library, name)(*arguments, device, stream)
+        if code != 0:
+            raise RuntimeError(f"{name} failed: {error_text(self.library, code)}")
+
+    # --- experts --------------------------------------------------------------------------------------------------
+
+    def sort_pairs(self, slot_indices: torch.Tensor, num_slots: int) -> SortedPairs:
+        """Sort the pairs of slot_indices (T, K) by slot, dropping those < 0. A slot >= S stops the device."""
+        slots = slot_indices.to(torch.int64).contiguous()
+        pairs = slots.numel()
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=slots.device)
+
+        result = SortedPairs(
+            ints(pairs), ints(pairs), ints(*slots.shape), ints(self.library.ef_cuda_work_size(num_slots)), num_slots
+        )
+        scratch = ints(self.library.ef_cuda_sort_scratch(pairs, num_slots))
+        self._call(
+            "ef_cuda_sort_pairs", slots, slots.data_ptr(), pairs, num_slots, max(slots.shape[1], 1),
+            result.order.data_ptr(), result.tokens.data_ptr(), result.place.data_ptr(), result.work.data_ptr(),
+            scratch.data_ptr(),
+        )  # fmt: skip
+        return result
+
+    def grouped_matmul(
+        self,
+        operands: Sequence[Operand | None],
+        pairs: SortedPairs,
+        x: torch.Tensor,
+        x_rows: torch.Tensor | None,
+        outputs: int,
+        *,
+        transposed: bool,
+        kernel: int,
+        add_to: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y (T*K, outputs): each position's row of x, or of x[x_rows], times its slot's W^T (``transposed``: W).
+
+        ``operands`` by slot; None leaves the slot's rows alone. ``add_to``: add to this y instead of a new one.
+        """
+        x = x.contiguous()
+        y = torch.empty(pairs.num_pairs, outputs, dtype=x.dtype, device=x.device) if add_to is None else add_to
+        table = (CudaMatrix * max(len(operands), 1))()
+        for slot, operand in enumerate(operands):
+            if operand is not None:
+                table[slot] = (
+                    operand.data.data_ptr(), _pointer(operand.scale), _pointer(operand.bias), operand.code,
+                    operand.blocksize, operand.alpha, 0,
+                )  # fmt: skip
+        self._call(
+            "ef_cuda_grouped_matmul", x, ctypes.byref(table), len(operands), pairs.work.data_ptr(), pairs.num_pairs,
+            x.data_ptr(), _pointer(x_rows), y.data_ptr(), dtype_code(x.dtype), outputs, x.shape[1], transposed,
+            add_to is not None, kernel,
+        )  # fmt: skip
+        return y
+
+    def grouped_outer(
+        self,
+        wanted: Sequence[float | None],
+        pairs: SortedPairs,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        b_rows: torch.Tensor | None,
+    ) -> list[torch.Tensor | None]:
+        """By slot alpha * sum_p a[p] b[p]^T, (M, N), of a (T*K, M) and b (T*K, N) or b[b_rows].
+
+        ``wanted`` by slot: alpha, or None for no result. A slot without pairs gives zeros.
+        """
+        a, b = a.contiguous(), b.contiguous()
+        results = [
+            None if alpha is None else torch.empty(a.shape[1], b.shape[1], dtype=a.dtype, device=a.device)
+            for alpha in wanted
+        ]
+        targets = (ctypes.c_void_p * max(len(wanted), 1))(*map(_pointer, results))
+        alphas = (ctypes.c_float * max(len(wanted), 1))(*(0.0 if alpha is None else alpha for alpha in wanted))
+        self._call(
+            "ef_cuda_grouped_outer", a, ctypes.byref(targets), ctypes.byref(alphas), len(wanted),
+            pairs.work.data_ptr(), a.data_ptr(), b.data_ptr(), _pointer(b_rows), dtype_code(a.dtype), a.shape[1],
+            b.shape[1],
+        )  # fmt: skip
+        return results
+
+    def combine(self, rows: torch.Tensor, pairs: SortedPairs, weights: torch.Tensor | None) -> torch.Tensor:
+        """y (T, H): the sum over k, in order and in float32, of weights (T, K) float32 times rows at place (T, K)."""
+        tokens, top_k = pairs.place.shape
+        y = torch.empty(tokens, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        self._call(
+            "ef_cuda_combine", rows, rows.data_ptr(), pairs.place.data_ptr(), _pointer(weights), y.data_ptr(),
+            dtype_code(rows.dtype), tokens, top_k, rows.shape[1],
+        )  # fmt: skip
+        return y
+
+    def spread(self, y: torch.Tensor, pairs: SortedPairs, weights: torch.Tensor) -> torch.Tensor:
+        """rows (T*K, H): the token's row of y (T, H) times the pair's weight, float32 (T, K)."""
+        y = y.contiguous()
+        rows = torch.empty(pairs.num_pairs, y.shape[1], dtype=y.dtype, device=y.device)
+        self._call(
+            "ef_cuda_spread", y, y.data_ptr(), pairs.order.data_ptr(), pairs.tokens.data_ptr(), weights.data_ptr(),
+            pairs.work.data_ptr(), pairs.num_slots, rows.data_ptr(), dtype_code(y.dtype), pairs.num_pairs, y.shape[1],
+        )  # fmt: skip
+        return rows
+
+    def pair_dots_(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        b_rows: torch.Tensor | None,
+        pairs: SortedPairs,
+        weights: torch.Tensor | None,
+        dots: torch.Tensor,
+    ) -> None:
+        """dots (T, K) float32 = <a, b> of each kept pair, a (T*K, N), b (T*K, N) or b[b_rows]. Then a *= weights."""
+        self._call(
+            "ef_cuda_pair_dots", a, a.data_ptr(), b.data_ptr(), _pointer(b_rows), pairs.order.data_ptr(),
+            _pointer(weights), pairs.work.data_ptr(), pairs.num_slots, dots.data_ptr(), dtype_code(a.dtype),
+            pairs.num_pairs, a.shape[1],
+        )  # fmt: skip
+
+    # --- router statistics ----------------------------------------------------------------------------------------
+
+    def router_statistics(
+        self,
+        statistics: torch.Tensor,
+        router: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        kind: int = 0,
+    ) -> None:
+        """Add one batch to ``statistics`` (6, E) float64, contiguous, as `edgefed.kernels.router_statistics` does, but
+        always in the same order. ``kind`` is a place in its GATE_KINDS. An index outside the experts stops the device.
+        """
+        if statistics.dtype != torch.float64 or not statistics.is_contiguous():
+            raise ValueError(f"expected contiguous float64 statistics, found {statistics.dtype}")
+        router, indices, weights = router.contiguous(), indices.to(torch.int64).contiguous(), weights.contiguous()
+        if weights.dtype not in (router.dtype, torch.float32):
+            weights = weights.float()
+        tokens, experts = router.shape
+        size = self.library.ef_cuda_statistics_scratch(tokens, experts)
+        partials = torch.empty(size, dtype=torch.float64, device=router.device)
+        self._call(
+            "ef_cuda_router_statistics", router, statistics.data_ptr(), router.data_ptr(), dtype_code(router.dtype),
+            kind, indices.data_ptr(), weights.data_ptr(), dtype_code(weights.dtype), tokens, experts,
+            indices.shape[1], partials.data_ptr(),
+        )  # fmt: skip
+
+    # --- quantisation ---------------------------------------------------------------------------------------------
+
+    def quantize(self, stack: torch.Tensor, format: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(S, rows, columns), contiguous, to packed and absmax, each with a first dimension S.
+
+        Waits once, to raise ValueError where a weight is not finite (int8: beyond float16).
+        """
+        experts, rows, columns = stack.shape
+        size, device, dtype = rows * columns, stack.device, dtype_code(stack.dtype)
+        fault = torch.full((1,), _NO_FAULT, dtype=torch.int64, device=device)
+        if format == "int8":
+            packed = torch.empty(stack.shape, dtype=torch.int8, device=device)
+            absmax = torch.empty(experts, rows, device=device)
+            self._call(
+                "ef_cuda_quantize_int8", stack, stack.data_ptr(), dtype, experts * rows, columns, packed.data_ptr(),
+                absmax.data_ptr(), fault.data_ptr(),
+            )  # fmt: skip
+        else:
+            packed = torch.empty(experts, (size + 1) // 2, dtype=torch.uint8, device=device)
+            absmax = torch.empty(experts, -(-size // blocksize), device=device)
+            together = size % blocksize == 0  # experts that are whole blocks are one flat tensor
+            for first in range(1 if together else experts):
+                self._call(
+                    "ef_cuda_quantize_nf4", stack, stack[first].data_ptr() if experts else None, dtype,
+                    stack.numel() if together else size, blocksize, packed[first:].data_ptr(),
+                    absmax[first:].data_ptr(), fault.data_ptr(),
+                )  # fmt: skip
+        place = int(fault.item())
+        if place != _NO_FAULT:
+            where = f"row {place % max(rows, 1)} of expert {place // max(rows, 1)}" if format == "int8" else "a block"
+            raise ValueError(f"a weight is infinite, not a number, or too large for float16, in {where}")
+        return packed, absmax
+
+    def dequantize(
+        self, packed: torch.Tensor, scales: torch.Tensor, format: str, blocksize: int, out: torch.Tensor
+    ) -> None:
+        """Write the values of a matrix or stack into ``out``, contiguous, (rows, columns) or (S, rows, columns)."""
+        packed, scales, dtype = packed.contiguous(), scales.contiguous(), dtype_code(out.dtype)
+        if format == "int8":
+            self._call(
+                "ef_cuda_dequantize_int8", out, packed.data_ptr(), scales.data_ptr(), scales.numel(), out.shape[-1],
+                out.data_ptr(), dtype,
+            )  # fmt: skip
+            return
+        size = out.shape[-2] * out.shape[-1]
+        together = out.ndim == 2 or size % blocksize == 0
+        pieces = [(packed, scales, out)] if together else zip(packed, scales, out, strict=True)
+        for codes, absmax, values in pieces:
+            self._call(
+                "ef_cuda_dequantize_nf4", out, codes.data_ptr(), absmax.data_ptr(), values.numel(), blocksize,
+                values.data_ptr(), dtype,
+            )  # fmt: skip

@@ -1,0 +1,105 @@
+"""Loader of the optional CUDA part ``edgefed/_cuda.so``: a shared library with the C interface of csrc/edgefed_cuda.h.
+
+It holds its own CUDA runtime, links neither Python nor torch, and loads on a machine without a driver. This module
+needs ctypes alone; `edgefed.kernels.cuda_kernels` calls the functions with tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+from edgefed.native import NativeUnavailable
+
+ABI_VERSION = 1
+ROWS, TILES, PLAIN = 0, 1, 2
+"""enum EfCudaKernel."""
+_SUFFIXES = (".so", ".dll")
+
+
+class CudaMatrix(ctypes.Structure):
+    """struct EfCudaMatrix: what one slot brings to a product. All zero: it takes no part."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("format", ctypes.c_int32),
+        ("blocksize", ctypes.c_int32),
+        ("alpha", ctypes.c_float),
+        ("block_shift", ctypes.c_int32),
+    ]
+
+
+def find_cuda() -> Path:
+    """Path of the built library. Raises NativeUnavailable when there is none."""
+    folder = Path(__file__).parents[1]
+    for suffix in _SUFFIXES:
+        if (folder / f"_cuda{suffix}").is_file():
+            return folder / f"_cuda{suffix}"
+    raise NativeUnavailable(f"no _cuda library in {folder}: the package was built without nvcc")
+
+
+@functools.lru_cache(maxsize=8)
+def load_cuda(path: Path | None = None) -> ctypes.CDLL:
+    """Load the library at ``path``, or the one of this package, and declare its functions.
+
+    Raises NativeUnavailable when it is missing, built for another machine, or of another interface version.
+    """
+    path = path or find_cuda()
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.ef_cuda_abi_version()
+    except (OSError, AttributeError) as fault:
+        raise NativeUnavailable(f"{path} cannot be loaded: {fault}") from fault
+    if version != ABI_VERSION:
+        raise NativeUnavailable(f"{path} has interface version {version}, this edgefed needs {ABI_VERSION}: rebuild it")
+    for name, (result, *arguments) in _FUNCTIONS.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError as fault:
+            raise NativeUnavailable(f"{path} has no function {name}: rebuild it") from fault
+        function.argtypes, function.restype = arguments, result
+    return library
+
+
+def why_not_cuda(device: int = 0) -> str | None:
+    """Why the kernels of the library cannot run on a device, or None."""
+    try:
+        library = load_cuda()
+    except NativeUnavailable as fault:
+        return str(fault)
+    code = library.ef_cuda_device_ready(device)
+    return None if code == 0 else f"CUDA device {device} cannot run them: {error_text(library, code)}"
+
+
+def error_text(library: ctypes.CDLL, code: int) -> str:
+    """What a result other than 0 means."""
+    if code > 0:
+        return f"{library.ef_cuda_error_text(code).decode()} (CUDA error {code})"
+    return {-2: "unknown dtype", -3: "no kernel for this shape"}.get(code, f"code {code}")
+
+
+_P, _I, _L, _S = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p
+_FUNCTIONS: dict[str, list[type]] = {
+    "ef_cuda_abi_version": [_I],
+    "ef_cuda_device_ready": [_I, _I],
+    "ef_cuda_error_text": [_S, _I],
+    "ef_cuda_work_size": [_L, _L],
+    "ef_cuda_sort_scratch": [_L, _L, _L],
+    "ef_cuda_sort_pairs": [_I, _P, _L, _L, _I, _P, _P, _P, _P, _P, _I, _P],
+    "ef_cuda_can_matmul": [_I, _I, _I, _I, _L, _L, _I, _I, _I],
+    "ef_cuda_grouped_matmul": [_I, _P, _L, _P, _L, _P, _P, _P, _I, _L, _L, _I, _I, _I, _I, _P],
+    "ef_cuda_grouped_outer": [_I, _P, _P, _L, _P, _P, _P, _P, _I, _L, _L, _I, _P],
+    "ef_cuda_combine": [_I, _P, _P, _P, _P, _I, _L, _L, _L, _I, _P],
+    "ef_cuda_spread": [_I, _P, _P, _P, _P, _P, _L, _P, _I, _L, _L, _I, _P],
+    "ef_cuda_pair_dots": [_I, _P, _P, _P, _P, _P, _P, _L, _P, _I, _L, _L, _I, _P],
+    "ef_cuda_statistics_scratch": [_L, _L, _L],
+    "ef_cuda_router_statistics": [_I, _P, _P, _I, _I, _P, _P, _I, _L, _L, _L, _P, _I, _P],
+    "ef_cuda_quantize_nf4": [_I, _P, _I, _L, _L, _P, _P, _P, _I, _P],
+    "ef_cuda_quantize_int8": [_I, _P, _I, _L, _L, _P, _P, _P, _I, _P],
+    "ef_cuda_dequantize_nf4": [_I, _P, _P, _L, _L, _P, _I, _I, _P],
+    "ef_cuda_dequantize_int8": [_I, _P, _P, _L, _L, _P, _I, _I, _P],
+}
+"""Result and arguments of each function of csrc/edgefed_cuda.h."""

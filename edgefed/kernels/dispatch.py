@@ -1,0 +1,180 @@
+"""Which implementation of an operation runs where.
+
+    choose("masked_experts", "cpu")             the best that can run, logged once with the reason
+    choose("masked_experts", "cpu", "native")   that one; ConfigError with the reason when it cannot run
+    backend_table()                             all of them, for `edgefed doctor`
+
+An implementation announces itself with `register_backend`: its operation, name, kind of device, and a function that
+says why it cannot run here. The first announced that can run is the best, so fast ones come before ``reference``.
+The environment variable EDGEFED_KERNELS names a backend for everything that asks for "auto".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+
+from edgefed.errors import ConfigError
+from edgefed.native import ISA_CODES, NativeUnavailable, isa_code, load_native
+
+logger = logging.getLogger(__name__)
+
+OPERATIONS = ("quantize_experts", "masked_experts", "router_statistics")
+ANY_DEVICE = "*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation. ``why_not()`` is None when it can run in this process, else the reason in one clause."""
+
+    operation: str
+    name: str
+    device_type: str
+    why_not: Callable[[], str | None]
+    detail: Callable[[], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendRow:
+    """A line of the doctor's table. ``reason`` is why it cannot run, or what it runs with."""
+
+    operation: str
+    name: str
+    device_type: str
+    available: bool
+    reason: str
+
+
+_backends: list[Backend] = []
+_chosen: dict[tuple, str] = {}
+_logged: set[tuple[str, str, str, str]] = set()
+
+
+def register_backend(
+    operation: str,
+    name: str,
+    device_type: str,
+    why_not: Callable[[], str | None],
+    detail: Callable[[], str] = str,
+    *,
+    before: str = "reference",
+) -> None:
+    """Announce an implementation; it is preferred to the one named ``before``. Announcing it again replaces it."""
+    _backends[:] = [b for b in _backends if (b.operation, b.name, b.device_type) != (operation, name, device_type)]
+    _chosen.clear()
+    place = next((i for i, b in enumerate(_backends) if (b.operation, b.name) == (operation, before)), len(_backends))
+    _backends.insert(place, Backend(operation, name, device_type, why_not, detail))
+
+
+def choose(operation: str, device_type: str, wish: str = "auto") -> str:
+    """Name of the backend of ``operation`` for tensors of a device type ("cpu", "cuda").
+
+    Raises ConfigError for an unknown name, and for an explicit wish that cannot run here.
+    """
+    # What was chosen before holds as long as nothing that it was chosen by has changed: this runs for every layer.
+    key = (operation, device_type, wish, os.environ.get("EDGEFED_KERNELS"), os.environ.get("EDGEFED_ISA"))
+    if key not in _chosen:
+        _chosen[key] = _choose(operation, device_type, wish)
+    return _chosen[key]
+
+
+def _choose(operation: str, device_type: str, wish: str) -> str:
+    asked = wish
+    if wish == "auto":
+        wish = os.environ.get("EDGEFED_KERNELS", "auto") or "auto"
+    candidates = [b for b in _backends if b.operation == operation and b.device_type in (device_type, ANY_DEVICE)]
+    if wish != "auto":
+        for backend in candidates:
+            if backend.name == wish:
+                reason = backend.why_not()
+                if reason is None:
+                    return backend.name
+                raise ConfigError(
+                    f"backend {wish!r} of {operation} was asked for, but {reason}",
+                    remedy="Ask for auto or reference, or see `edgefed doctor` for what this machine has.",
+                )
+        names = sorted({b.name for b in _backends if b.operation == operation})
+        elsewhere = sorted({b.device_type for b in _backends if (b.operation, b.name) == (operation, wish)})
+        why = f"it is for {', '.join(elsewhere)}" if elsewhere else f"there are {', '.join(names)}"
+        source = "" if asked != "auto" else " by EDGEFED_KERNELS"
+        raise ConfigError(f"backend {wish!r} of {operation} was asked for{source} on {device_type}, but {why}")
+    refused = []
+    for backend in candidates:
+        reason = backend.why_not()
+        if reason is None:
+            log_choice(operation, device_type, backend.name, "; ".join(refused) or backend.detail())
+            return backend.name
+        refused.append(f"not {backend.name}: {reason}")
+    raise ConfigError(f"no backend of {operation} for {device_type}: {'; '.join(refused)}")
+
+
+def log_choice(operation: str, device_type: str, name: str, reason: str) -> None:
+    """Say once which backend runs, and why."""
+    key = (operation, device_type, name, reason)
+    if key not in _logged:
+        _logged.add(key)
+        logger.info("%s on %s uses %s%s", operation, device_type, name, f" ({reason})" if reason else "")
+
+
+def backend_table() -> list[BackendRow]:
+    """Every implementation, whether it can run here, and why not or with what."""
+    rows = []
+    for backend in _backends:
+        reason = backend.why_not()
+        rows.append(
+            BackendRow(
+                backend.operation,
+                backend.name,
+                backend.device_type,
+                reason is None,
+                backend.detail() if reason is None else reason,
+            )
+        )
+    return rows
+
+
+def why_not_native() -> str | None:
+    """Why the native library cannot be used, or None."""
+    try:
+        isa_code(load_native())
+    except (NativeUnavailable, ConfigError) as fault:
+        return str(fault)
+    return None
+
+
+def native_isa() -> str:
+    """Name of the instruction set that native kernels use now."""
+    code = isa_code(load_native())
+    return next(name for name, value in ISA_CODES.items() if value == code)
+
+
+def why_not_triton() -> str | None:
+    """Why the Triton kernels cannot be used, or None."""
+    try:
+        from edgefed.triton_kernels.availability import why_not
+    except ImportError as fault:
+        return f"the Triton kernels are not there: {fault}"
+    return why_not()
+
+
+def triton_detail() -> str:
+    """What Triton kernels run with."""
+    from edgefed.triton_kernels.availability import detail
+
+    return detail()
+
+
+def why_not_cuda() -> str | None:
+    """Why the CUDA library cannot be used, or None."""
+    from edgefed.kernels.cuda_library import why_not_cuda
+
+    return why_not_cuda()
+
+
+for _operation in OPERATIONS:
+    register_backend(_operation, "reference", ANY_DEVICE, lambda: None, lambda: "plain PyTorch")
+    register_backend(_operation, "native", "cpu", why_not_native, native_isa)
+register_backend("masked_experts", "triton", "cuda", why_not_triton, triton_detail)
+register_backend("masked_experts", "cuda", "cuda", why_not_cuda)

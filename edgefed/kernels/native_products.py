@@ -1,0 +1,242 @@
+"""The native library's products of experts, on tensors: pointers are made from tensors here, and nowhere else.
+
+rows    dot products with weights decoded on the way: few rows of x, the weights' bytes are the limit
+tiles   panels of decoded bfloat16 weights and register tiles: many rows, arithmetic is the limit (AVX-512 BF16)
+torch   the matrix dequantised into a buffer, and torch's product: everything else
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+
+import torch
+
+from edgefed.native import DTYPE_CODES, ExpertGroup, isa_code, load_native
+
+ROWS, ROWS_INT8, TILES, TILES_INT8, TORCH = 0, 1, 2, 3, 4
+# Rows of x up to which decoding row by row is faster than decoding into panels, by the format of the weights. Measured
+# with 2048 x 2048 matrices on an EPYC Genoa (benchmarks/bench_masked_experts.py --crossover): decoding a panel costs
+# what 16 (nf4) to 30 rows (int8) cost; for dense bfloat16 both take the same from 16 rows on.
+ROWS_LIMIT = {DTYPE_CODES["nf4"]: 16, DTYPE_CODES["int8"]: 24, DTYPE_CODES["bfloat16"]: 16}
+# With x in 8 bits: up to 4 rows the bytes of the weights are the limit, and x need not be rounded at all.
+ROWS_LIMIT_INT8_EXACT, ROWS_LIMIT_INT8 = 4, 12
+# Without tiles the alternative writes the whole matrix out, which costs more rows.
+ROWS_LIMIT_WITHOUT_TILES = 32
+
+
+def code_of(dtype: torch.dtype) -> int:
+    return DTYPE_CODES[str(dtype).removeprefix("torch.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """One weight: where its tensors are in the call's list, and what they mean. ``shape`` as it is stored."""
+
+    data: int
+    scale: int
+    code: int
+    shape: tuple[int, int]
+    blocksize: int
+    dtype: torch.dtype
+
+
+# --- grouped products -------------------------------------------------------------------------------------------
+
+
+def can_run(matrix: Matrix, dtype: torch.dtype, transposed: bool, kernel: int) -> bool:
+    """Whether this kernel multiplies x of ``dtype`` with this matrix on this processor."""
+    columns, outputs = matrix.shape if transposed else matrix.shape[::-1]
+    isa = isa_code(load_native())
+    return _can(matrix.code, matrix.blocksize, code_of(dtype), outputs, columns, transposed, kernel, isa)
+
+
+@functools.lru_cache(maxsize=4096)
+def _can(code: int, blocksize: int, dtype: int, n: int, k: int, transposed: bool, kernel: int, isa: int) -> bool:
+    return bool(load_native().ef_can_matmul(code, blocksize, dtype, n, k, transposed, kernel, isa))
+
+
+def choose_kernel(matrix: Matrix, rows: int, dtype: torch.dtype, transposed: bool, int8: bool, isa: int) -> int:
+    """Which kernel multiplies ``rows`` rows of x of ``dtype`` with this matrix (transposed: x W, else x W^T)."""
+    columns, outputs = matrix.shape if transposed else matrix.shape[::-1]
+    facts = (matrix.code, matrix.blocksize, code_of(dtype), outputs, columns, transposed)
+    tiles = _can(*facts, TILES, isa)
+    if int8 and rows > ROWS_LIMIT_INT8_EXACT:
+        if rows <= ROWS_LIMIT_INT8 and _can(*facts, ROWS_INT8, isa):
+            return ROWS_INT8
+        if _can(*facts, TILES_INT8, isa):
+            return TILES_INT8
+    limit = ROWS_LIMIT.get(matrix.code, 0) if tiles else ROWS_LIMIT_WITHOUT_TILES
+    if rows <= limit and _can(*facts, ROWS, isa):
+        return ROWS
+    return TILES if tiles else TORCH
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def raise_fault(fault: int) -> None:
+    if fault == -4:
+        raise MemoryError("no memory for the native experts")
+    if fault < 0:
+        raise RuntimeError(f"the native experts failed with code {fault}")
+
+
+def dense(matrix: Matrix, tensors: list[torch.Tensor], buffers: dict) -> torch.Tensor:
+    """The matrix as a dense tensor: itself, or dequantised into a buffer that the next one overwrites."""
+    data = tensors[matrix.data]
+    if matrix.scale < 0:
+        return data
+    key = (matrix.shape, matrix.dtype)
+    if key not in buffers:
+        buffers[key] = torch.empty(matrix.shape, dtype=matrix.dtype)
+    out, scale, library = buffers[key], tensors[matrix.scale].contiguous(), load_native()
+    isa, threads, data = isa_code(library), torch.get_num_threads(), data.contiguous()
+    if matrix.code == DTYPE_CODES["nf4"]:
+        fault = library.ef_dequantize_nf4(
+            data.data_ptr(), scale.data_ptr(), out.numel(), matrix.blocksize, out.data_ptr(), code_of(out.dtype), isa,
+            threads,
+        )  # fmt: skip
+    else:
+        fault = library.ef_dequantize_int8(
+            data.data_ptr(), scale.data_ptr(), *matrix.shape, out.data_ptr(), code_of(out.dtype), isa, threads
+        )
+    raise_fault(fault)
+    return out
+
+
+def grouped_product(
+    entries: list[tuple[Matrix, int, int]],
+    tensors: list[torch.Tensor],
+    x: torch.Tensor,
+    x_rows: torch.Tensor | None,
+    num_rows: int,
+    transposed: bool,
+    int8: bool,
+) -> torch.Tensor:
+    """y (num_rows, out): for each (matrix, begin, end) rows begin .. end of x, or of x[x_rows], times that matrix.
+
+    ``transposed``: x W, else x W^T. Rows of no entry are undefined.
+    """
+    library = load_native()
+    isa, threads = isa_code(library), torch.get_num_threads()
+    outputs = entries[0][0].shape[1 if transposed else 0]
+    inputs = entries[0][0].shape[0 if transposed else 1]
+    y = torch.empty(num_rows, outputs, dtype=x.dtype)
+    by_kernel: dict[int, list[tuple[Matrix, int, int]]] = {}
+    for matrix, begin, end in entries:
+        kernel = choose_kernel(matrix, end - begin, x.dtype, transposed, int8, isa)
+        by_kernel.setdefault(kernel, []).append((matrix, begin, end))
+    buffers: dict = {}
+    for matrix, begin, end in by_kernel.pop(TORCH, ()):
+        weight = dense(matrix, tensors, buffers)
+        rows = x[begin:end] if x_rows is None else x[x_rows[begin:end]]
+        torch.mm(rows, weight if transposed else weight.t(), out=y[begin:end])
+    for kernel, group in by_kernel.items():
+        structs = (ExpertGroup * len(group))()
+        alive = []
+        for at, (matrix, begin, end) in enumerate(group):
+            data = tensors[matrix.data].contiguous()
+            scale = None if matrix.scale < 0 else tensors[matrix.scale].contiguous()
+            alive += (data, scale)
+            structs[at] = (data.data_ptr(), pointer(scale), begin, end - begin, matrix.code, matrix.blocksize)
+        raise_fault(
+            library.ef_grouped_matmul(
+                ctypes.byref(structs),
+                len(group),
+                x.data_ptr(),
+                pointer(x_rows),
+                y.data_ptr(),
+                code_of(x.dtype),
+                outputs,
+                inputs,
+                transposed,
+                kernel,
+                isa,
+                threads,
+            )  # fmt: skip
+        )
+    return y
+
+
+def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """y (T, H) in ``dtype``: the sum over k of weights (T, K) times rows (P, H) at place (T, K), in float32."""
+    rows = rows.to(dtype).contiguous()
+    y = torch.empty(place.shape[0], rows.shape[1], dtype=dtype)
+    factor = None if weights is None else weights.float().contiguous()
+    raise_fault(
+        load_native().ef_combine(
+            rows.data_ptr(),
+            place.data_ptr(),
+            pointer(factor),
+            y.data_ptr(),
+            code_of(dtype),
+            place.shape[0],
+            place.shape[1],
+            rows.shape[1],
+            torch.get_num_threads(),
+        )  # fmt: skip
+    )
+    return y
+
+
+def outer(a: torch.Tensor, b: torch.Tensor, b_rows: torch.Tensor | None) -> torch.Tensor:
+    """sum_p a[p] b[p]^T, (M, N), of a (P, M) and b (P, N) or b[b_rows]."""
+    library = load_native()
+    isa = isa_code(library)
+    if a.dtype == torch.bfloat16 and isa == 3 and b.shape[1] % 64 == 0:
+        out = torch.empty(a.shape[1], b.shape[1], dtype=a.dtype)
+        a, b = a.contiguous(), b.contiguous()
+        fault = library.ef_outer_bf16(
+            a.data_ptr(), b.data_ptr(), pointer(b_rows), out.data_ptr(), a.shape[0], a.shape[1], b.shape[1], isa,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        raise_fault(fault)
+        return out
+    return torch.mm(a.t(), b if b_rows is None else b[b_rows])
+
+
+def sort_pairs(slot_indices: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """order (P,) kept pairs by slot, place (T, K) of each pair in it or -1, and the counts by slot.
+
+    Raises IndexError on a slot >= num_slots.
+    """
+    slots = slot_indices.to(torch.int64).contiguous()
+    order = torch.empty(slots.numel(), dtype=torch.int64)
+    place = torch.empty_like(slots)
+    counts = (ctypes.c_int64 * max(num_slots, 1))()
+    kept = load_native().ef_sort_pairs(
+        slots.data_ptr(), slots.numel(), num_slots, order.data_ptr(), place.data_ptr(), ctypes.byref(counts)
+    )
+    if kept == -5:
+        raise IndexError(f"slot {int(slots.max())} asked for, there are {num_slots}")
+    raise_fault(kept)
+    return order[:kept], place, list(counts)[:num_slots]
+
+
+def swiglu(up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value, (P, I), of up (P, 2I): float32 arithmetic, one rounding."""
+    library = load_native()
+    act = torch.empty(up.shape[0], up.shape[1] // 2, dtype=up.dtype)
+    raise_fault(
+        library.ef_swiglu(
+            up.data_ptr(), act.data_ptr(), code_of(up.dtype), *act.shape, isa_code(library), torch.get_num_threads()
+        )
+    )
+    return act
+
+
+def swiglu_backward(
+    up: torch.Tensor, d: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """act (P, I), the gradient of up (P, 2I) for weights (P,) float32 times d (P, I), and d . act (P,) float32."""
+    library = load_native()
+    act, d_up, d_weights = torch.empty_like(d), torch.empty_like(up), torch.empty(up.shape[0])
+    fault = library.ef_swiglu_backward(
+        up.data_ptr(), d.data_ptr(), weights.data_ptr(), act.data_ptr(), d_up.data_ptr(), d_weights.data_ptr(),
+        code_of(up.dtype), *act.shape, isa_code(library), torch.get_num_threads(),
+    )  # fmt: skip
+    raise_fault(fault)
+    return act, d_up, d_weights

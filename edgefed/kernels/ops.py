@@ -1,0 +1,149 @@
+"""edgefed's operations as torch operators: for torch.compile(fullgraph=True), torch.export and operator tests.
+
+Importing this module registers them in the namespace ``edgefed``:
+
+    masked_experts      the experts of a layer whose weights are frozen and whose activation has a name
+    dequantize_experts  packed weights to dense ones
+    router_statistics_  adds to an accumulator in place
+
+They are functional, so what depends on the values of the indices is not: which experts have tokens. Hence a weight that
+learns is not for `masked_experts` here, because an expert without tokens must get no gradient, not zeros (an optimiser
+then leaves it alone): it has gradients for the tokens and the gate weights only. Activations that are Python functions,
+adapters, biases, several dtypes in one layer and experts from disk are for `edgefed.kernels.masked_experts` as well,
+which torch.compile leaves to Python (a graph break).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from edgefed.kernels.masked_experts import SlotWeights, masked_experts
+from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts
+from edgefed.kernels.router_statistics import router_statistics
+
+_library = torch.library.Library("edgefed", "FRAGMENT")
+
+
+def swiglu(up: torch.Tensor) -> torch.Tensor:
+    gate, value = up.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def geglu(up: torch.Tensor) -> torch.Tensor:
+    gate, value = up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * value
+
+
+ACTIVATIONS = {
+    "swiglu": swiglu,
+    "geglu": geglu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": lambda up: F.relu(up).square(),
+}
+"""Name -> function of (P, 2I) or (P, I): silu(gate) * value, gelu(gate) * value, and those of ungated experts."""
+_GATED = ("swiglu", "geglu")
+
+_library.define(
+    "masked_experts(Tensor hidden_states, Tensor slot_indices, Tensor expert_weights, Tensor up, Tensor? up_absmax, "
+    "Tensor down, Tensor? down_absmax, str format, int width, int blocksize, ScalarType dtype, str activation) "
+    "-> Tensor"
+)
+_library.define(
+    "masked_experts_backward(Tensor gradient, Tensor hidden_states, Tensor slot_indices, Tensor expert_weights, "
+    "Tensor up, Tensor? up_absmax, Tensor down, Tensor? down_absmax, str format, int width, int blocksize, "
+    "ScalarType dtype, str activation) -> (Tensor, Tensor)"
+)
+_library.define(
+    "dequantize_experts(Tensor packed, Tensor absmax, str format, int[] shape, int blocksize, ScalarType dtype) "
+    "-> Tensor"
+)
+_library.define(
+    "router_statistics_(Tensor(a!) statistics, Tensor router, Tensor expert_indices, Tensor expert_weights, "
+    "str kind) -> ()"
+)
+
+
+def _stack(packed, absmax, format, rows, columns, blocksize, dtype) -> list:
+    """The matrices of a stack, by slot: rows of a dense (S, rows, columns), or quantised."""
+    if format == "dense":
+        return list(packed.unbind(0))
+    shape = (packed.shape[0], rows, columns)
+    stack = QuantizedMatrix(format, packed, absmax, shape, blocksize if format == "nf4" else columns, dtype)
+    return [stack[slot] for slot in range(len(stack))]
+
+
+def _slots(hidden, up, up_absmax, down, down_absmax, format, width, blocksize, dtype, activation) -> list[SlotWeights]:
+    hidden_size = hidden.shape[1]
+    rows = 2 * width if activation in _GATED else width
+    ups = _stack(up, up_absmax, format, rows, hidden_size, blocksize, dtype)
+    downs = _stack(down, down_absmax, format, hidden_size, width, blocksize, dtype)
+    return [SlotWeights(*pair) for pair in zip(ups, downs, strict=True)]
+
+
+def _activation(name: str):
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is none of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _masked_experts(hidden, indices, weights, *stored):
+    with torch.no_grad():
+        return masked_experts(
+            hidden, indices, weights, _slots(hidden, *stored), activation=_activation(stored[-1]),
+            int8_activations=False,
+        )  # fmt: skip
+
+
+def _masked_experts_backward(gradient, hidden, indices, weights, *stored):
+    with torch.enable_grad():
+        leaves = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
+        slots = _slots(hidden, *(t.detach() if isinstance(t, torch.Tensor) else t for t in stored))
+        output = masked_experts(leaves[0], indices, leaves[1], slots, activation=_activation(stored[-1]))
+    if not output.requires_grad:  # no pair at all
+        return torch.zeros_like(hidden), torch.zeros_like(weights)
+    return torch.autograd.grad(output, leaves, gradient)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, indices, weights, up, up_absmax, down, down_absmax, *facts = inputs
+    if up.requires_grad or down.requires_grad:
+        raise ValueError("torch.ops.edgefed.masked_experts has frozen weights; see edgefed.kernels.masked_experts")
+    ctx.save_for_backward(hidden, indices, weights, up, up_absmax, down, down_absmax)
+    ctx.facts = facts
+
+
+def _backward(ctx, gradient):
+    d_hidden, d_weights = torch.ops.edgefed.masked_experts_backward(gradient, *ctx.saved_tensors, *ctx.facts)
+    return d_hidden, None, d_weights, *([None] * 9)
+
+
+def _dequantize(packed, absmax, format, shape, blocksize, dtype):
+    return dequantize_experts(QuantizedMatrix(format, packed, absmax, tuple(shape), blocksize, dtype))
+
+
+def _router_statistics(statistics, router, indices, weights, kind) -> None:
+    router_statistics(statistics, router, indices, weights, kind=kind)
+
+
+_EVERYWHERE = "CompositeExplicitAutograd"
+_library.impl("masked_experts", _masked_experts, _EVERYWHERE)
+_library.impl("masked_experts_backward", _masked_experts_backward, _EVERYWHERE)
+_library.impl("dequantize_experts", _dequantize, _EVERYWHERE)
+_library.impl("router_statistics_", _router_statistics, _EVERYWHERE)
+torch.library.register_fake(
+    "edgefed::masked_experts", lambda hidden, *_: torch.empty_like(hidden).contiguous(), lib=_library
+)
+torch.library.register_fake(
+    "edgefed::masked_experts_backward",
+    lambda gradient, hidden, indices, weights, *_: (torch.empty_like(hidden), torch.empty_like(weights)),
+    lib=_library,
+)
+torch.library.register_fake(
+    "edgefed::dequantize_experts",
+    lambda packed, absmax, format, shape, blocksize, dtype: packed.new_empty(shape, dtype=dtype),
+    lib=_library,
+)
+torch.library.register_fake("edgefed::router_statistics_", lambda *_: None, lib=_library)
+torch.library.register_autograd("edgefed::masked_experts", _backward, setup_context=_setup_context, lib=_library)

@@ -1,0 +1,67 @@
+"""The CUDA kernels compile for the GPUs that they are meant for, without spills, and as the recorded table says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from cuda_resources import (
+    REGISTERS_OF_MULTIPROCESSOR,
+    SHARED_LIMIT,
+    SOURCES,
+    find_nvcc,
+    known_archs,
+    nvcc_version,
+    read_table,
+    report,
+)
+
+RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "cuda_resources.json"
+SAMPLE = [75, 87]  # what these kernels are for; `benchmarks/report_cuda_resources.py` does all
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    nvcc = find_nvcc()
+    if nvcc is None or not SOURCES:
+        pytest.skip("no nvcc, or no sources, to compile the CUDA kernels with")
+    archs = [arch for arch in SAMPLE if arch in known_archs(nvcc)]
+    if not archs:
+        pytest.skip(f"this nvcc knows none of {SAMPLE}")
+    return nvcc, archs, report(nvcc, archs)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return read_table(RECORDED)
+
+
+def check(rows):
+    assert not [row for row in rows if row.stack or row.spilled]
+    assert not [row for row in rows if row.shared > SHARED_LIMIT]
+    # Two blocks of 256 threads, or four of 128, fit into the registers of a multiprocessor.
+    assert not [row for row in rows if row.registers * 512 > REGISTERS_OF_MULTIPROCESSOR]
+
+
+def test_no_kernel_spills_or_needs_more_shared_memory_than_there_is(compiled):
+    _, archs, rows = compiled
+    check(rows)
+    per_arch = Counter(row.arch for row in rows)
+    assert set(per_arch) == set(archs) and len(set(per_arch.values())) == 1  # every kernel, for each
+    assert {row.source for row in rows} == {source.name for source in SOURCES}
+
+
+def test_the_recorded_table_is_whole_and_free_of_spills(recorded):
+    table, rows = recorded
+    check(rows)
+    assert {row.arch for row in rows} == set(table["archs"]) >= {75, 80, 86, 87, 89, 90, 120}
+    assert len(rows) == len({(row.kernel, row.source) for row in rows}) * len(table["archs"])
+
+
+def test_the_recorded_table_is_that_of_these_sources(compiled, recorded):
+    nvcc, archs, rows = compiled
+    table, kept = recorded
+    if nvcc_version(nvcc) != table["nvcc"]:
+        pytest.skip(f"recorded with nvcc {table['nvcc']}, here is {nvcc_version(nvcc)}")
+    assert [row for row in kept if row.arch in archs] == rows

@@ -1,0 +1,355 @@
+"""masked_experts on the GPU: the launches of one MoE layer, forward and backward, without asking the host.
+
+Two ways through a layer, with the same values:
+
+    fused       SwiGLU experts without bias, norm or transposed weights: one autograd node. Gate, products and gate
+                weights run inside two grouped products; the backward pass computes the up projection again, so that a
+                layer saves its tokens, indices, gate weights and the experts' own (packed) tensors, nothing else.
+    composed    everything else: projections, the layer's own gate in PyTorch, and the weighted sum are nodes of
+                their own and save what autograd needs in between.
+
+Buffers are as long as T*K, because only the device knows how many pairs are kept. Gradients of a slot without a token
+stay None, as in the reference: for that the number of tokens per slot is copied to the host while the forward pass
+goes on, and read in the backward pass, when it has long arrived. That is the one place where the host waits, and only
+in a layer that learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .combine import combine, combine_backward
+from .gate import is_swiglu, swiglu, swiglu_backward
+from .grouped_matmul import rows_per_tile
+from .grouped_outer import column_sums, grouped_outer
+from .projection import Projection, SlotLayout, Unsupported, device_table, flatten_slot, new_rows
+from .sort_pairs import MAX_SLOTS, SortedPairs, sort_pairs
+from .tensor_types import TYPES
+
+
+class LayerLayout(NamedTuple):
+    """Where the tensors of a layer stand in the flat list that goes through autograd."""
+
+    up: tuple[SlotLayout, ...]
+    down: tuple[SlotLayout, ...]
+    up_shape: tuple[int, int]
+    down_shape: tuple[int, int]
+
+
+class TokenCounts:
+    """Tokens per slot on the host, some time after the forward pass has run."""
+
+    def __init__(self, pairs: SortedPairs):
+        self._event = None
+        if pairs.offsets.device.type == "cuda":
+            self._offsets = torch.empty(pairs.offsets.shape, dtype=torch.int32, pin_memory=True)
+            self._offsets.copy_(pairs.offsets, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(pairs.offsets.device))
+        else:
+            self._offsets = pairs.offsets
+
+    def has_tokens(self) -> list[bool]:
+        """By slot. Waits until the copy has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return (self._offsets.diff() > 0).tolist()
+
+
+def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object, finish: object) -> str | None:
+    """Why a caller that does not pass ``finish`` on leaves this layer to the reference, or None."""
+    if finish is not None:
+        return "the layer has an operation after its experts"
+    return _why_not_computed(hidden_states, expert_weights, slots)
+
+
+def _why_not_computed(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object) -> str | None:
+    if hidden_states.dtype not in TYPES or expert_weights.dtype not in TYPES:
+        return f"there is no Triton kernel for {hidden_states.dtype} tokens with {expert_weights.dtype} weights"
+    if getattr(slots, "streamed", False):
+        return "streamed experts are read one at a time, and a launch needs all of them"
+    return None
+
+
+def masked_experts(
+    hidden_states: torch.Tensor,
+    slot_indices: torch.Tensor,
+    expert_weights: torch.Tensor,
+    slots,
+    *,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    is_transposed: bool = False,
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    keep_activations: bool | None = None,
+) -> torch.Tensor:
+    """Weighted sum of each token's resident experts, as the reference `edgefed.kernels.masked_experts` defines it.
+
+    Reads every slot once per call, whether a token needs it or not, because only the device knows: streams of experts
+    are for another backend. A slot index >= S counts as dropped, for the same reason. Whether ``activation`` is SwiGLU
+    is measured (`gate.is_swiglu`); then it runs inside the products. ``keep_activations`` saves the up projection
+    (T*K, 2I) for the backward pass instead of computing it again; None does so where it is smaller than the gradients
+    of the dense weights that learn here.
+
+    Raises ValueError for shapes that do not belong together; Unsupported, a ValueError, for dtypes and layouts without
+    a kernel and for more than MAX_SLOTS slots.
+    """
+    if hidden_states.ndim != 2 or slot_indices.ndim != 2 or slot_indices.shape[0] != hidden_states.shape[0]:
+        raise ValueError(
+            f"hidden_states {tuple(hidden_states.shape)} and slot_indices {tuple(slot_indices.shape)} "
+            "must be (T, H) and (T, K)"
+        )
+    if slot_indices.shape != expert_weights.shape:
+        raise ValueError(
+            f"slot_indices {tuple(slot_indices.shape)} and expert_weights {tuple(expert_weights.shape)} differ"
+        )
+    reason = _why_not_computed(hidden_states, expert_weights, slots)
+    if reason is not None:
+        raise Unsupported(reason)
+    num_slots = len(slots)
+    if slot_indices.numel() == 0 or num_slots == 0:
+        return torch.zeros_like(hidden_states)
+    weights = [slots[slot] for slot in range(num_slots)]
+    up_tensors: list[torch.Tensor] = []
+    down_tensors: list[torch.Tensor] = []
+    layout = LayerLayout(
+        tuple(flatten_slot(w.up, w.up_bias, w.up_lora, up_tensors) for w in weights),
+        tuple(flatten_slot(w.down, w.down_bias, w.down_lora, down_tensors) for w in weights),
+        tuple(weights[0].up.shape),
+        tuple(weights[0].down.shape),
+    )
+    if num_slots > MAX_SLOTS:
+        raise Unsupported(f"{num_slots} slots in one layer; the sort takes at most {MAX_SLOTS}")
+    has_bias = any(part.bias >= 0 for part in (*layout.up, *layout.down))
+    is_plain_layer = finish is None and not is_transposed and not has_bias
+    with torch.cuda.device_of(hidden_states):
+        dtype = _work_dtype(layout)
+        rows = rows_per_tile(slot_indices.numel(), num_slots, dtype.itemsize)
+        pairs = sort_pairs(slot_indices, num_slots, rows)
+        expert_weights = expert_weights.contiguous()
+        tokens = hidden_states.to(dtype).contiguous()
+        if is_plain_layer and is_swiglu(activation, layout.down_shape[1]):
+            tensors = (*up_tensors, *down_tensors)
+            if keep_activations is None:
+                dense = [up_tensors[p.weight] for p in layout.up] + [down_tensors[p.weight] for p in layout.down]
+                learning = sum(tensor.numel() for tensor in dense if tensor.requires_grad)
+                keep_activations = pairs.num_pairs * layout.up_shape[0] < learning
+            kept_slots = slot_indices.contiguous() if keep_activations and torch.is_grad_enabled() else None
+            out = _FusedExperts.apply(tokens, expert_weights, pairs, layout, kept_slots, *tensors)
+            return out.to(hidden_states.dtype)
+        up_form = (layout.up, layout.up_shape, is_transposed, True)
+        hidden = activation(_GroupedLinear.apply(tokens, pairs, up_form, *up_tensors)).to(tokens.dtype).contiguous()
+        down_form = (layout.down, layout.down_shape, is_transposed, False)
+        down = _GroupedLinear.apply(hidden, pairs, down_form, *down_tensors)
+        if finish is not None:
+            down = finish(down)
+        return _Combine.apply(down.contiguous(), expert_weights, pairs, hidden_states.dtype)
+
+
+def _work_dtype(layout: LayerLayout) -> torch.dtype:
+    dtype = layout.up[0].dtype
+    for part in (*layout.up, *layout.down):
+        dtype = torch.promote_types(dtype, part.dtype)
+    return dtype
+
+
+class _Gradients:
+    """Gradients of a projection's tensors, by their place in the flat list; None where no token came or none is asked.
+
+    Keeps the stacks of all slots that learn; what it hands out are views of them, one slot each.
+    """
+
+    def __init__(self, projection: Projection, needs_grad: tuple[bool, ...], has_tokens: list[bool]):
+        self._projection, self._needs_grad, self._has_tokens = projection, needs_grad, has_tokens
+        self.values: list[torch.Tensor | None] = [None] * len(needs_grad)
+
+    def learning(self, part: str, slots: list[int]) -> list[int]:
+        """Those of ``slots`` whose tensor ``part`` is there and wants a gradient."""
+        places = {slot: getattr(self._projection.layouts[slot], part) for slot in slots}
+        return [slot for slot, place in places.items() if place >= 0 and self._needs_grad[place]]
+
+    def add(self, part: str, slots: list[int], compute: Callable[[torch.Tensor, torch.dtype], torch.Tensor]) -> None:
+        """Put compute(slot ids on the device, dtype) (num_ids, ...) where the tensors ``part`` of ``slots`` stand."""
+        learning = self.learning(part, slots)
+        if not any(self._has_tokens[slot] for slot in learning):
+            return
+        tensors, layouts = self._projection.tensors, self._projection.layouts
+        first = tensors[getattr(layouts[learning[0]], part)]
+        stack = compute(device_table(tuple(learning), torch.int32, first.device), first.dtype)
+        for row, slot in enumerate(learning):
+            if self._has_tokens[slot]:
+                place = getattr(layouts[slot], part)
+                self.values[place] = stack[row].view(tensors[place].shape)
+
+
+def _add_gradients(
+    gradients: _Gradients,
+    projection: Projection,
+    pairs: SortedPairs,
+    inputs: torch.Tensor,  # (T or T*K, in), natural order of columns
+    grad: torch.Tensor,  # (T or T*K, out)
+    forward_lows: list[torch.Tensor | None],
+    backward_lows: list[torch.Tensor | None],
+    *,
+    inputs_are_tokens: bool,
+    grad_is_tokens: bool,
+) -> None:
+    """dW = grad^T x, dA = low(grad)^T x, dB = grad^T low(x), db = sum of grad, per group."""
+    for group, low_x, low_grad in zip(projection.groups, forward_lows, backward_lows, strict=True):
+        slots = projection.slots_of(group)
+        left, right = (grad, inputs), (grad_is_tokens, inputs_are_tokens)
+        if projection.is_transposed:
+            left, right = left[::-1], right[::-1]
+        if group.layout.format == "plain":
+            gradients.add(
+                "weight",
+                slots,
+                lambda ids, dtype, left=left, right=right: grouped_outer(
+                    *left, pairs, ids, dtype, left_is_tokens=right[0], right_is_tokens=right[1]
+                ),
+            )
+        if low_x is not None:
+            gradients.add(
+                "lora_b",
+                slots,
+                lambda ids, dtype, low=low_x: grouped_outer(
+                    grad, low, pairs, ids, dtype, left_is_tokens=grad_is_tokens
+                ),
+            )
+            gradients.add(
+                "lora_a",
+                slots,
+                lambda ids, dtype, low=low_grad: grouped_outer(
+                    low, inputs, pairs, ids, dtype, right_is_tokens=inputs_are_tokens
+                ),
+            )
+        if group.bias is not None:
+            gradients.add("bias", slots, lambda ids, dtype: column_sums(grad, pairs, ids, dtype))
+
+
+class _FusedExperts(torch.autograd.Function):
+    """tokens (T, H), expert_weights (T, K), then the tensors of the up and of the down projection -> (T, H)."""
+
+    @staticmethod
+    def forward(ctx, tokens, expert_weights, pairs, layout, kept_slots, *tensors):
+        up, down = _projections(layout, tensors)
+        hidden = new_rows(pairs, down.size_in, tokens)
+        gate_up = None
+        if kept_slots is None:
+            up.forward(tokens, hidden, pairs, is_tokens=True, gated=True, splits_out=True)
+        else:
+            gate_up = new_rows(pairs, up.size_out, tokens)
+            up.forward(tokens, gate_up, pairs, is_tokens=True)
+            is_split = tuple(int(part.format == "nf4") for part in layout.down)
+            swiglu(gate_up, hidden, pairs, kept_slots, device_table(is_split, torch.int32, tokens.device))
+        rows = new_rows(pairs, down.size_out, tokens)
+        down.forward(hidden, rows, pairs, is_split=True, row_scale=expert_weights)
+        ctx.save_for_backward(tokens, expert_weights, gate_up, *pairs.tensors(), *tensors)
+        ctx.pairs_form, ctx.layout = (pairs.top_k, pairs.rows_per_tile), layout
+        ctx.counts = TokenCounts(pairs) if any(ctx.needs_input_grad[5:]) else None
+        return combine(rows, pairs, tokens.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        tokens, expert_weights, gate_up, *rest = ctx.saved_tensors
+        pairs = SortedPairs(*rest[:5], *ctx.pairs_form)
+        tensors = tuple(rest[5:])
+        grad = grad.contiguous()
+        up, down = _projections(ctx.layout, tensors)
+        gate_up_grad = new_rows(pairs, up.size_out, tokens)
+        if gate_up is None:
+            gate_up = gate_up_grad  # its gradient takes its place
+            up_lows = up.forward(tokens, gate_up, pairs, is_tokens=True)
+        else:
+            up_lows = up.low_rows(tokens, pairs, is_tokens=True)
+        hidden = new_rows(pairs, down.size_in, tokens)  # dL/dh without the gate weight, then the weighted h
+        down_grad_lows = down.backward(grad, hidden, pairs, is_tokens=True)
+        weight_grad = swiglu_backward(gate_up, hidden, gate_up_grad, pairs, expert_weights)
+        needs = ctx.needs_input_grad[5:]
+        rows = new_rows(pairs, up.size_in, tokens)
+        up_grad_lows = up.backward(gate_up_grad, rows, pairs)
+        token_grad = combine(rows, pairs, tokens.dtype) if ctx.needs_input_grad[0] else None
+        del rows
+        values: list[torch.Tensor | None] = [None] * len(tensors)
+        if any(needs):
+            has_tokens = ctx.counts.has_tokens()
+            num_up = len(up.tensors)
+            up_gradients = _Gradients(up, needs[:num_up], has_tokens)
+            _add_gradients(
+                up_gradients, up, pairs, tokens, gate_up_grad, up_lows, up_grad_lows,
+                inputs_are_tokens=True, grad_is_tokens=False,
+            )  # fmt: skip
+            down_gradients = _Gradients(down, needs[num_up:], has_tokens)
+            down_lows = down.low_rows(hidden, pairs)
+            _add_gradients(
+                down_gradients, down, pairs, hidden, grad, down_lows, down_grad_lows,
+                inputs_are_tokens=False, grad_is_tokens=True,
+            )  # fmt: skip
+            values = up_gradients.values + down_gradients.values
+        return token_grad, weight_grad if ctx.needs_input_grad[1] else None, None, None, None, *values
+
+
+def _projections(layout: LayerLayout, tensors: tuple[torch.Tensor, ...]) -> tuple[Projection, Projection]:
+    num_up = 1 + max(max(p.weight, p.absmax, p.bias, p.lora_a, p.lora_b) for p in layout.up)
+    up = Projection(layout.up, tensors[:num_up], layout.up_shape, next_layouts=layout.down)
+    return up, Projection(layout.down, tensors[num_up:], layout.down_shape)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """a (T, in) tokens or (T*K, in) by position -> (T*K, out) by position; zero where no pair stands."""
+
+    @staticmethod
+    def forward(ctx, a, pairs, form, *tensors):
+        layouts, shape, is_transposed, is_tokens = form
+        projection = Projection(layouts, tensors, shape, is_transposed)
+        out = new_rows(pairs, projection.size_out, a, zeros=True)
+        projection.forward(a, out, pairs, is_tokens=is_tokens)
+        ctx.save_for_backward(a, *pairs.tensors(), *tensors)
+        ctx.form, ctx.pairs_form = form, (pairs.top_k, pairs.rows_per_tile)
+        ctx.counts = TokenCounts(pairs) if any(ctx.needs_input_grad[3:]) else None
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        a, *rest = ctx.saved_tensors
+        pairs = SortedPairs(*rest[:5], *ctx.pairs_form)
+        tensors = tuple(rest[5:])
+        layouts, shape, is_transposed, is_tokens = ctx.form
+        projection = Projection(layouts, tensors, shape, is_transposed)
+        grad = grad.contiguous()
+        rows = new_rows(pairs, projection.size_in, a, zeros=True)
+        grad_lows = projection.backward(grad, rows, pairs)
+        a_grad = combine(rows, pairs, a.dtype) if is_tokens else rows
+        needs = ctx.needs_input_grad[3:]
+        values: list[torch.Tensor | None] = [None] * len(tensors)
+        if any(needs):
+            gradients = _Gradients(projection, needs, ctx.counts.has_tokens())
+            lows = projection.low_rows(a, pairs, is_tokens=is_tokens)
+            _add_gradients(
+                gradients, projection, pairs, a, grad, lows, grad_lows,
+                inputs_are_tokens=is_tokens, grad_is_tokens=False,
+            )  # fmt: skip
+            values = gradients.values
+        return a_grad, None, None, *values
+
+
+class _Combine(torch.autograd.Function):
+    """rows (T*K, H) by position, expert_weights (T, K) -> (T, H)."""
+
+    @staticmethod
+    def forward(ctx, rows, expert_weights, pairs, dtype):
+        ctx.save_for_backward(rows, expert_weights, *pairs.tensors())
+        ctx.pairs_form = (pairs.top_k, pairs.rows_per_tile)
+        return combine(rows, pairs, dtype, expert_weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, expert_weights, *rest = ctx.saved_tensors
+        pairs = SortedPairs(*rest, *ctx.pairs_form)
+        rows_grad, weight_grad = combine_backward(grad.contiguous(), rows, pairs, expert_weights)
+        return rows_grad, weight_grad, None, None

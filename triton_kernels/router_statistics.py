@@ -1,0 +1,158 @@
+"""The record of the router, accumulated in one pass over gate probabilities or logits, on the device.
+
+As `edgefed.kernels.router_statistics` defines it: six rows per expert. Each program walks its share of the tokens and
+writes partial sums; a second launch adds the partials to the statistics in the order of the programs. So the result
+is the same from run to run, nothing of size T x E is written, and the host is not asked.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+GATE_KINDS = {"probability": 0, "softmax": 1, "sigmoid": 2}
+"""From a router's output to its gate G; as `edgefed.moe.gating`."""
+MAX_PROGRAMS = 64
+MAX_TILE = 2048  # elements of a (tokens, experts) tile
+ROWS = tl.constexpr(6)
+
+
+@triton.jit
+def _times_log(value, logarithm):
+    """value * logarithm, 0 where value is 0."""
+    return tl.where(value > 0.0, value * logarithm, 0.0)
+
+
+@triton.jit
+def _log_complement(g, u):
+    """ln(1 - g), u = 1 - g: where u would round a small g away, by -2 artanh(g / (2 - g)), error below 1e-8 of it."""
+    s = g / (2.0 - g)
+    z = s * s
+    series = (
+        -2.0 * s * (1.0 + z * (0.3333333333333333 + z * (0.2 + z * (0.14285714285714285 + z * 0.1111111111111111))))
+    )
+    return tl.where(g < 0.25, series, tl.log(tl.where(u > 0.0, u, 1.0)))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def router_statistics_kernel(
+    scores, indices, weights, partials, num_tokens, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr,
+    KIND: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """partials (num_programs, 6, E) float32: counts, sum G, max G, sum G ln G, sum (1-G) ln (1-G), sum of weights."""
+    program = tl.program_id(0)
+    expert = tl.arange(0, EP)
+    is_expert = expert < E
+    count = tl.zeros((EP,), tl.float32)
+    gate_sum = tl.zeros((EP,), tl.float32)
+    gate_max = tl.zeros((EP,), tl.float32)
+    log_sum = tl.zeros((EP,), tl.float32)
+    complement_sum = tl.zeros((EP,), tl.float32)
+    routed_sum = tl.zeros((EP,), tl.float32)
+    for start in range(program * BT, num_tokens, tl.num_programs(0) * BT):
+        token = start + tl.arange(0, BT)
+        is_token = token < num_tokens
+        mask = is_token[:, None] & is_expert[None, :]
+        at = scores + token.to(tl.int64)[:, None] * E + expert[None, :]
+        if KIND == 1:
+            x = tl.load(at, mask=mask, other=-float("inf")).to(tl.float32)
+            x = tl.where(is_token[:, None], x, 0.0)
+            e = tl.exp(x - tl.max(x, axis=1)[:, None])
+            g = e / tl.sum(e, axis=1)[:, None]
+        else:
+            x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            if KIND == 2:
+                x = tl.where(mask, tl.sigmoid(x), 0.0)
+                g = x / tl.maximum(tl.sum(x, axis=1)[:, None], 1.1754943508222875e-38)
+            else:
+                g = x
+        g = tl.where(mask, g, 0.0)
+        gate_sum += tl.sum(g, axis=0)
+        gate_max = tl.maximum(gate_max, tl.max(g, axis=0))
+        log_sum += tl.sum(_times_log(g, tl.log(tl.where(g > 0.0, g, 1.0))), axis=0)
+        u = 1.0 - g
+        complement_sum += tl.sum(_times_log(u, _log_complement(g, u)), axis=0)
+        for k in range(0, K):
+            pair = token.to(tl.int64) * K + k
+            chosen = tl.load(indices + pair, mask=is_token, other=-1).to(tl.int32)
+            weight = tl.load(weights + pair, mask=is_token, other=0.0).to(tl.float32)
+            hit = chosen[:, None] == expert[None, :]
+            count += tl.sum(tl.where(hit, 1.0, 0.0), axis=0)
+            routed_sum += tl.sum(tl.where(hit, weight[:, None], 0.0), axis=0)
+    to = partials + program * (6 * E) + expert
+    tl.store(to, count, mask=is_expert)
+    tl.store(to + E, gate_sum, mask=is_expert)
+    tl.store(to + 2 * E, gate_max, mask=is_expert)
+    tl.store(to + 3 * E, log_sum, mask=is_expert)
+    tl.store(to + 4 * E, complement_sum, mask=is_expert)
+    tl.store(to + 5 * E, routed_sum, mask=is_expert)
+
+
+@triton.jit(do_not_specialize=["num_programs"])
+def add_partials_kernel(partials, statistics, num_programs, E: tl.constexpr, BE: tl.constexpr):
+    """statistics (6, E) float64 += sum of the partials, max for row 2. One program per row and block of experts."""
+    row = tl.program_id(0)
+    expert = tl.program_id(1) * BE + tl.arange(0, BE)
+    mask = expert < E
+    total = tl.load(statistics + row * E + expert, mask=mask, other=0.0)
+    for program in range(0, num_programs):
+        x = tl.load(partials + (program * 6 + row) * E + expert, mask=mask, other=0.0).to(tl.float64)
+        total = tl.where(row == 2, tl.maximum(total, x), total + x)
+    tl.store(statistics + row * E + expert, total, mask=mask)
+
+
+@torch.no_grad()
+def router_statistics(
+    statistics: torch.Tensor,
+    scores: torch.Tensor,
+    expert_indices: torch.Tensor,
+    expert_weights: torch.Tensor,
+    gate_kind: str = "probability",
+) -> None:
+    """Add one batch of one layer to ``statistics`` (6, E) float64 in place. Two launches, no synchronisation.
+
+    Args:
+        scores: (T, E) gate probabilities, or the router's logits when ``gate_kind`` is "softmax" or "sigmoid"; read
+            once, nothing of that size is written.
+        expert_indices, expert_weights: (T, K) the router's choice and its weights.
+
+    Sums of one program are float32 (at most T / 64 tokens of them), sums over programs float64; counts are exact up
+    to 2^24 tokens a program. Raises ValueError when shapes do not belong together.
+    """
+    num_experts = scores.shape[-1]
+    if scores.ndim != 2 or statistics.shape != (ROWS.value, num_experts):
+        raise ValueError(
+            f"statistics {tuple(statistics.shape)} and scores {tuple(scores.shape)} must be (6, E) and (T, E)"
+        )
+    if expert_indices.shape != expert_weights.shape or expert_indices.shape[0] != scores.shape[0]:
+        raise ValueError(
+            f"expert_indices {tuple(expert_indices.shape)} and expert_weights {tuple(expert_weights.shape)} "
+            f"must both be (T, K) with T = {scores.shape[0]}"
+        )
+    if statistics.dtype != torch.float64 or gate_kind not in GATE_KINDS:
+        raise ValueError(f"statistics in {statistics.dtype}, kind {gate_kind!r}: float64 and {', '.join(GATE_KINDS)}")
+    num_tokens = scores.shape[0]
+    if num_tokens == 0:
+        return
+    padded = max(triton.next_power_of_2(num_experts), 2)
+    block = max(min(MAX_TILE // padded, 32), 1)
+    num_programs = min(triton.cdiv(num_tokens, block), MAX_PROGRAMS)
+    partials = torch.empty(num_programs, 6, num_experts, dtype=torch.float32, device=scores.device)
+    router_statistics_kernel[(num_programs,)](
+        scores.contiguous(),
+        expert_indices.contiguous(),
+        expert_weights.contiguous(),
+        partials,
+        num_tokens,
+        num_experts,
+        padded,
+        expert_indices.shape[1],
+        GATE_KINDS[gate_kind],
+        block,
+        num_warps=4,
+    )
+    width = min(padded, 64)
+    add_partials_kernel[(6, triton.cdiv(num_experts, width))](
+        partials, statistics, num_programs, num_experts, width, num_warps=2
+    )
