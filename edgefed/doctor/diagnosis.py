@@ -82,6 +82,9 @@ def examine(options: Options, on_check: OnCheck = lambda name: None) -> Diagnosi
             findings += torch_faults  # otherwise the packages told already that it is not there
         if build is not None and facts is not None and not options.quick:
             findings += _kernels(worker, facts, on_check)
+        if build is not None:
+            on_check("kernel backends")
+            findings += backend_findings(worker.call(f"{QUERIES}:kernel_table", IMPORT_LIMIT_S))
     on_check("disk")
     findings += _guarded(
         Group.HOST,
@@ -157,6 +160,25 @@ def _native(worker: Worker) -> Finding:
         "Aggregates of a server on this machine would be wrong, or the server would die.",
         "Build it again on this machine, from edgefed's source folder.", REBUILD,
     )  # fmt: skip
+
+
+def backend_findings(outcome: Outcome) -> list[Finding]:
+    """One finding per operation: which implementation can run for which kind of device, and why the others cannot."""
+    if not outcome.ok:
+        return [
+            Finding(
+                Group.NATIVE, "kernel backends", State.PROBLEM, outcome.failure,
+                "Which implementation computes the experts is not known.", "Install edgefed again.", REBUILD,
+            )
+        ]  # fmt: skip
+    operations: dict[str, list[str]] = {}
+    for operation, name, device_type, available, reason in outcome.value:
+        where = "" if device_type == "*" else f" on {device_type}"
+        line = f"{name}{where}: {'yes, ' if available else 'no, '}{reason}"
+        operations.setdefault(operation, []).append(line)
+    return [
+        Finding(Group.NATIVE, operation, State.OK, "; ".join(lines)) for operation, lines in sorted(operations.items())
+    ]
 
 
 def _torch(worker: Worker, limit_s: float) -> tuple[TorchBuild | None, list[Finding]]:

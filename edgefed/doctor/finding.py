@@ -26,7 +26,7 @@ class Group(str, enum.Enum):
     """Chapters of the report, in their order."""
 
     PACKAGES = "Python and packages"
-    NATIVE = "Native part"
+    NATIVE = "Native part and kernels"
     GPU = "Driver and GPU"
     TORCH = "PyTorch on this device"
     MEMORY = "Memory"

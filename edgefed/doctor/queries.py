@@ -43,6 +43,13 @@ def torch_build() -> dict[str, object]:
     }
 
 
+def kernel_table() -> list[list[object]]:
+    """[operation, backend, kind of device, can run, why not or with what] of every implementation of the kernels."""
+    from edgefed.kernels.dispatch import backend_table
+
+    return [[row.operation, row.name, row.device_type, row.available, row.reason] for row in backend_table()]
+
+
 def recording(device: str | None, ask_torch: bool) -> object:
     """Every raw reading, as `edgefed.hardware.recording` writes them."""
     from edgefed.hardware.recording import record_readings

@@ -6,7 +6,8 @@
 
 An implementation announces itself with `register_backend`: its operation, name, kind of device, and a function that
 says why it cannot run here. The first announced that can run is the best, so fast ones come before ``reference``.
-The environment variable EDGEFED_KERNELS names a backend for everything that asks for "auto".
+The environment variable EDGEFED_KERNELS names a backend for every operation that asks for "auto" and has it.
+"auto" never takes a backend that has not been measured on its kind of device: it must be asked for by name.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Backend:
     device_type: str
     why_not: Callable[[], str | None]
     detail: Callable[[], str]
+    only_by_name: str = ""
+    """Why "auto" does not take it though it can run; empty when it does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +63,16 @@ def register_backend(
     detail: Callable[[], str] = str,
     *,
     before: str = "reference",
+    only_by_name: str = "",
 ) -> None:
-    """Announce an implementation; it is preferred to the one named ``before``. Announcing it again replaces it."""
+    """Announce an implementation; it is preferred to the one named ``before``. Announcing it again replaces it.
+
+    ``only_by_name`` is the reason for which "auto" leaves it out.
+    """
     _backends[:] = [b for b in _backends if (b.operation, b.name, b.device_type) != (operation, name, device_type)]
     _chosen.clear()
     place = next((i for i, b in enumerate(_backends) if (b.operation, b.name) == (operation, before)), len(_backends))
-    _backends.insert(place, Backend(operation, name, device_type, why_not, detail))
+    _backends.insert(place, Backend(operation, name, device_type, why_not, detail, only_by_name))
 
 
 def choose(operation: str, device_type: str, wish: str = "auto") -> str:
@@ -84,6 +91,9 @@ def _choose(operation: str, device_type: str, wish: str) -> str:
     asked = wish
     if wish == "auto":
         wish = os.environ.get("EDGEFED_KERNELS", "auto") or "auto"
+        known = {b.name for b in _backends}
+        if wish in known and wish not in {b.name for b in _backends if b.operation == operation}:
+            wish = "auto"
     candidates = [b for b in _backends if b.operation == operation and b.device_type in (device_type, ANY_DEVICE)]
     if wish != "auto":
         for backend in candidates:
@@ -102,7 +112,7 @@ def _choose(operation: str, device_type: str, wish: str) -> str:
         raise ConfigError(f"backend {wish!r} of {operation} was asked for{source} on {device_type}, but {why}")
     refused = []
     for backend in candidates:
-        reason = backend.why_not()
+        reason = backend.why_not() or backend.only_by_name or None
         if reason is None:
             log_choice(operation, device_type, backend.name, "; ".join(refused) or backend.detail())
             return backend.name
@@ -129,7 +139,7 @@ def backend_table() -> list[BackendRow]:
                 backend.name,
                 backend.device_type,
                 reason is None,
-                backend.detail() if reason is None else reason,
+                "; ".join(filter(None, (backend.detail(), backend.only_by_name))) if reason is None else reason,
             )
         )
     return rows
@@ -176,5 +186,6 @@ def why_not_cuda() -> str | None:
 for _operation in OPERATIONS:
     register_backend(_operation, "reference", ANY_DEVICE, lambda: None, lambda: "plain PyTorch")
     register_backend(_operation, "native", "cpu", why_not_native, native_isa)
-register_backend("masked_experts", "triton", "cuda", why_not_triton, triton_detail)
-register_backend("masked_experts", "cuda", "cuda", why_not_cuda)
+NOT_MEASURED = "only by name (EDGEFED_KERNELS): it has not been measured on a GPU yet"
+register_backend("masked_experts", "triton", "cuda", why_not_triton, triton_detail, only_by_name=NOT_MEASURED)
+register_backend("masked_experts", "cuda", "cuda", why_not_cuda, only_by_name=NOT_MEASURED)

@@ -7,6 +7,7 @@ same pass, and dropped.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 import torch
@@ -141,6 +142,7 @@ class LayerRuntime:
             activation=experts._apply_gate if self.layer.has_gate else experts.act_fn,
             is_transposed=self.layer.is_transposed,
             finish=experts.post_expert_norm if self.layer.has_post_expert_norm else None,
+            backend=training_backend() if torch.is_grad_enabled() else "auto",
         )
 
     def _count_tokens(self, bank: ExpertBank, slot_indices: torch.Tensor, scheduled: frozenset[int] | None) -> None:
@@ -156,6 +158,15 @@ class LayerRuntime:
                 for slot, expert in enumerate(bank.experts)
             ]
             bank.trained_tokens += served * torch.tensor(learns, dtype=torch.int64, device=served.device)
+
+
+def training_backend() -> str:
+    """Which backend a planned model trains with: the reference, unless EDGEFED_KERNELS names another.
+
+    The memory model (`edgefed.moe.activations`) is that of the reference. The native kernels keep less for the backward
+    pass, by rules of their own, and a budget must not rest on a model that does not hold.
+    """
+    return "auto" if os.environ.get("EDGEFED_KERNELS") else "reference"
 
 
 class StackSlots:

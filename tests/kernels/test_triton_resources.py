@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from edgefed.triton_kernels import availability
 
 needs_triton = pytest.mark.skipif(

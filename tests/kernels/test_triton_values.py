@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from edgefed.triton_kernels import availability
 
 FILES = sorted(Path(__file__).parent.glob("triton_values_*.py"))

@@ -13,12 +13,12 @@ import sys
 
 import torch
 import triton
-from edgefed.triton_kernels.masked_experts import masked_experts
 from triton.backends.compiler import GPUTarget
 from triton_resources import resources_of
 
 from edgefed.kernels import quantization
 from edgefed.kernels.masked_experts import LowRankPair, SlotWeights
+from edgefed.triton_kernels.masked_experts import masked_experts
 
 HIDDEN, WIDTH, RANK = 128, 64, 8
 

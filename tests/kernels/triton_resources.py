@@ -13,6 +13,10 @@ from pathlib import Path
 
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_source
+
 from edgefed.triton_kernels import (
     combine,
     gate,
@@ -22,9 +26,6 @@ from edgefed.triton_kernels import (
     router_statistics,
     sort_pairs,
 )
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.compiler import compile as compile_source
 
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that one block may have, by compute capability (CUDA programming guide, table of limits)."""

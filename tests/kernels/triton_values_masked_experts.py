@@ -7,16 +7,16 @@ import dataclasses
 
 import pytest
 import torch
-from edgefed.triton_kernels import masked_experts as module
-from edgefed.triton_kernels.gate import is_swiglu
-from edgefed.triton_kernels.masked_experts import masked_experts
-from edgefed.triton_kernels.projection import Unsupported
-from edgefed.triton_kernels.tensor_types import INTERPRETED
 from torch.nn import functional as F
 
 from edgefed.kernels import quantization
 from edgefed.kernels.masked_experts import LowRankPair, SlotWeights
 from edgefed.kernels.masked_experts import masked_experts_reference as reference
+from edgefed.triton_kernels import masked_experts as module
+from edgefed.triton_kernels.gate import is_swiglu
+from edgefed.triton_kernels.masked_experts import masked_experts
+from edgefed.triton_kernels.projection import Unsupported
+from edgefed.triton_kernels.tensor_types import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HIDDEN, WIDTH, RANK = 128, 64, 4

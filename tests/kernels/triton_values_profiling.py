@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from edgefed.triton_kernels import quantize
-from edgefed.triton_kernels import router_statistics as module
-from edgefed.triton_kernels.router_statistics import GATE_KINDS, router_statistics
-from edgefed.triton_kernels.tensor_types import INTERPRETED
 
 from edgefed.kernels import quantization
 from edgefed.kernels import router_statistics as reference
 from edgefed.moe.gating import gate_probabilities
+from edgefed.triton_kernels import quantize
+from edgefed.triton_kernels import router_statistics as module
+from edgefed.triton_kernels.router_statistics import GATE_KINDS, router_statistics
+from edgefed.triton_kernels.tensor_types import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
