@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,17 @@ def test_top_level_folders_are_installed_inside_the_package(tmp_path):
             [sys.executable, "-c", code % ([name],)], cwd=tmp_path, capture_output=True, text=True, check=True
         )
         assert bare.stdout == "[True]\n", f"{name} must not be importable by its bare name"
+
+
+def test_a_checkout_runs_without_being_installed(tmp_path):
+    """`python -m edgefed` in a checkout takes the checkout: the demo starts its agents so."""
+    for name in ("edgefed", *TOP_LEVEL, "setup.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = (
+        "import edgefed.profiles, edgefed.triton_kernels; from edgefed.hardware.profiles import load_profiles as l; l()"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.pathsep.join(sys.path)}"}
+    subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 def test_every_error_is_complete_and_in_the_tree_that_is_drawn():
