@@ -85,6 +85,17 @@ struct Brain {
   static EF_INLINE Bits narrow(float value) { return narrow_brain(value); }
 };
 
+// body of the type of a dtype; EF_UNKNOWN_DTYPE when it is none of them.
+template <typename Body>
+inline int64_t with_dtype(int32_t dtype, Body body) {
+  switch (dtype) {
+    case EF_F32: return body(Float32());
+    case EF_F16: return body(Half());
+    case EF_BF16: return body(Brain());
+    default: return EF_UNKNOWN_DTYPE;
+  }
+}
+
 // The instruction set to use for a wish, or -1 when this processor does not have it.
 inline int32_t choose_isa(int32_t wish) {
   if (wish == EF_ISA_BEST) return ef_best_isa();

@@ -341,16 +341,6 @@ int64_t over_items(int64_t count, int64_t size, int32_t threads, Body body) {
   return EF_OK;
 }
 
-template <typename Body>
-int64_t with_dtype(int32_t dtype, Body body) {
-  switch (dtype) {
-    case EF_F32: return body(Float32());
-    case EF_F16: return body(Half());
-    case EF_BF16: return body(Brain());
-    default: return EF_UNKNOWN_DTYPE;
-  }
-}
-
 }  // namespace
 }  // namespace edgefed
 

@@ -138,16 +138,6 @@ AddTokens<T> instance_of(int32_t wish) {
   }
 }
 
-template <typename Body>
-int64_t with_dtype(int32_t dtype, Body body) {
-  switch (dtype) {
-    case EF_F32: return body(Float32());
-    case EF_F16: return body(Half());
-    case EF_BF16: return body(Brain());
-    default: return EF_UNKNOWN_DTYPE;
-  }
-}
-
 }  // namespace
 }  // namespace edgefed
 

@@ -93,16 +93,6 @@ const Functions<T>* functions_of(int32_t wish) {
 }
 
 template <typename Body>
-int64_t with_dtype(int32_t dtype, Body body) {
-  switch (dtype) {
-    case EF_F32: return body(Float32());
-    case EF_F16: return body(Half());
-    case EF_BF16: return body(Brain());
-    default: return EF_UNKNOWN_DTYPE;
-  }
-}
-
-template <typename Body>
 void over_rows(int64_t rows, int64_t width, int32_t threads, Body body) {
   parallel((rows + kRowsOfTask - 1) / kRowsOfTask, rows * width > (1 << 14) ? threads : 1, [&](int64_t task) {
     body(task * kRowsOfTask, std::min(rows, (task + 1) * kRowsOfTask));

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgefed.errors import ConfigError
@@ -27,11 +28,16 @@ class NativeUnavailable(Exception):
 
 def find_native() -> Path:
     """Path of the built library beside this file. Raises NativeUnavailable when there is none."""
+    return find_library("_native", "a C++ compiler")
+
+
+def find_library(stem: str, built_with: str) -> Path:
+    """Path of a library of this package. Raises NativeUnavailable when there is none, naming what it is built with."""
     folder = Path(__file__).parent
-    for path in sorted(folder.glob("_native*")):
+    for path in sorted(folder.glob(f"{stem}*")):
         if path.suffix in _SUFFIXES:
             return path
-    raise NativeUnavailable(f"no _native library in {folder}: the package was built without a C++ compiler")
+    raise NativeUnavailable(f"no {stem} library in {folder}: the package was built without {built_with}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -40,15 +46,24 @@ def load_native(path: Path | None = None) -> ctypes.CDLL:
 
     Raises NativeUnavailable when it is missing, built for another machine, or of another interface version.
     """
-    path = path or find_native()
+    return load_library(path or find_native(), "ef_abi_version", ABI_VERSION, _FUNCTIONS)
+
+
+def load_library(
+    path: Path, version_function: str, abi_version: int, functions: Mapping[str, Sequence[type]]
+) -> ctypes.CDLL:
+    """Load a library with a C interface and declare its ``functions``: result, then arguments, of each by name.
+
+    Raises NativeUnavailable when it cannot be loaded, is of another interface version, or lacks one of them.
+    """
     try:
         library = ctypes.CDLL(str(path))
-        version = library.ef_abi_version()
+        version = getattr(library, version_function)()
     except (OSError, AttributeError) as fault:
         raise NativeUnavailable(f"{path} cannot be loaded: {fault}") from fault
-    if version != ABI_VERSION:
-        raise NativeUnavailable(f"{path} has interface version {version}, this edgefed needs {ABI_VERSION}: rebuild it")
-    for name, (result, *arguments) in _FUNCTIONS.items():
+    if version != abi_version:
+        raise NativeUnavailable(f"{path} has interface version {version}, this edgefed needs {abi_version}: rebuild it")
+    for name, (result, *arguments) in functions.items():
         try:
             function = getattr(library, name)
         except AttributeError as fault:

@@ -129,9 +129,6 @@ class SortedPairs:
         """What autograd has to save."""
         return (self.order, self.position, self.offsets, self.tile_slot, self.tile_row)
 
-    def with_tensors(self, tensors: tuple[torch.Tensor, ...]) -> SortedPairs:
-        return SortedPairs(*tensors, self.top_k, self.rows_per_tile)
-
 
 def sort_pairs(slot_indices: torch.Tensor, num_slots: int, rows_per_tile: int) -> SortedPairs:
     """Sort the pairs of ``slot_indices`` (T, K), int32 or int64 in [-1, num_slots), T*K > 0 and num_slots > 0.

@@ -162,10 +162,6 @@ class Planner:
         self._saved.correction = correction
         self._write()
 
-    def measured_wanted(self) -> bool:
-        """Whether no step of this run has been measured yet."""
-        return self._saved.correction is None
-
     @property
     def shape(self) -> ModelShape:
         assert self._shape is not None, "there is a plan"

@@ -21,7 +21,6 @@ SLOWEST_CALL_S = 2.0
 """A dtype whose smallest product takes longer is not worth seven samples."""
 MATMUL_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 COPY_SIZES = tuple(MIB * size for size in (64, 128, 256, 512, 1024))
-QUICK_COPY_SIZES = COPY_SIZES[:3:2]
 
 
 def copy_bandwidth(watch: Stopwatch, sampling: Sampling, sizes: tuple[int, ...], free_bytes: int) -> Entry:

@@ -16,17 +16,13 @@ import torch
 from edgefed.bench.compute import product
 from edgefed.bench.report import Sustain, SustainPoint
 from edgefed.bench.stopwatch import Stopwatch
-from edgefed.hardware.notes import SLOWED, throttle_words
+from edgefed.hardware.notes import POWER_CAP, SLOWED, throttle_words
 from edgefed.hardware.reading import Reading
 
 WINDOW_S = 5.0
 POINT_S = 1.0
 BURST_S = 0.1
 """Products between two looks at the clock: a queue that is never empty, and Ctrl-C is heard soon."""
-
-
-POWER_CAP = 0x4
-"""NVML's bit for the software power limit: normal for a card at work, so reported apart."""
 
 
 @dataclasses.dataclass(frozen=True)

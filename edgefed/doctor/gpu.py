@@ -9,14 +9,12 @@ from edgefed.doctor.finding import Finding, Group, State
 from edgefed.hardware.facts import DeviceFacts, GpuFacts, MemoryKind
 from edgefed.hardware.matching import is_divided, is_lost
 from edgefed.hardware.memory import format_bytes
-from edgefed.hardware.notes import IDLE, SLOWED, throttle_words
+from edgefed.hardware.notes import IDLE, POWER_CAP, SLOWED, throttle_words
 from edgefed.hardware.profiles import match_profile
 from edgefed.hardware.reading import Reading, Reason
 
 NO_DRIVER = "no NVIDIA driver found"
 """How `edgefed.hardware.nvml.explain` begins when there may well be no NVIDIA GPU at all: then nothing is wrong."""
-POWER_CAP = 0x4
-"""NVML's bit of a card at its power limit, which is normal under load."""
 SAID_ELSEWHERE = re.compile(
     "does not answer any more|runs slower than it could|^torch |^this torch |memory is limited to"
     "|processors are allowed|L4T release is unknown|^WSL"

@@ -8,9 +8,11 @@ from edgefed.hardware.memory import format_bytes
 from edgefed.hardware.reading import Reason
 
 IDLE = 0x1
+POWER_CAP = 0x4
+"""NVML's bit for the software power limit: normal for a card at work, so reported apart."""
 SLOWED = 0x8 | 0x20 | 0x40 | 0x80
 THROTTLE_WORDS = {
-    0x4: "power limit",
+    POWER_CAP: "power limit",
     0x8: "hardware slowdown",
     0x20: "temperature (software)",
     0x40: "temperature (hardware)",

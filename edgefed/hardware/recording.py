@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +165,6 @@ def record_readings(
 
 def replay(recording: Path | dict[str, Any], device: str | None = None) -> DeviceFacts:
     """The facts of a recorded device. Raises ConfigError when the recording cannot be read or is none."""
-    return _guarded(recording, lambda sources: probe_device(device, sources=sources))
-
-
-def replayed_sources(recording: Path | dict[str, Any]) -> Sources:
-    """The recorded device in the place of this machine, for `probe_device`. Raises ConfigError."""
-    return _guarded(recording, lambda sources: sources)
-
-
-def _guarded(recording: Path | dict[str, Any], use: Callable[[Sources], Any]) -> Any:
     document = recording if isinstance(recording, dict) else _load(recording)
     where = "the recording" if isinstance(recording, dict) else str(recording)
     if document.get("schema") != SCHEMA:
@@ -191,7 +181,8 @@ def _guarded(recording: Path | dict[str, Any], use: Callable[[Sources], Any]) ->
         def cuda_free(index: int) -> Reading[int]:
             return _reading(free.get(str(index)), "torch.cuda.mem_get_info")
 
-        return use(Sources(_ReplayedFiles(files), _ReplayedNvml(nvml), lambda: report, cuda_free))
+        sources = Sources(_ReplayedFiles(files), _ReplayedNvml(nvml), lambda: report, cuda_free)
+        return probe_device(device, sources=sources)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ConfigError(
             f"{where} is damaged: {type(error).__name__}: {error}",

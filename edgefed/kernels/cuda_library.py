@@ -10,12 +10,11 @@ import ctypes
 import functools
 from pathlib import Path
 
-from edgefed.native import NativeUnavailable
+from edgefed.native import NativeUnavailable, find_library, load_library
 
 ABI_VERSION = 1
 ROWS, TILES, PLAIN = 0, 1, 2
 """enum EfCudaKernel."""
-_SUFFIXES = (".so", ".dll")
 
 
 class CudaMatrix(ctypes.Structure):
@@ -34,11 +33,7 @@ class CudaMatrix(ctypes.Structure):
 
 def find_cuda() -> Path:
     """Path of the built library. Raises NativeUnavailable when there is none."""
-    folder = Path(__file__).parents[1]
-    for suffix in _SUFFIXES:
-        if (folder / f"_cuda{suffix}").is_file():
-            return folder / f"_cuda{suffix}"
-    raise NativeUnavailable(f"no _cuda library in {folder}: the package was built without nvcc")
+    return find_library("_cuda", "nvcc")
 
 
 @functools.lru_cache(maxsize=8)
@@ -47,21 +42,7 @@ def load_cuda(path: Path | None = None) -> ctypes.CDLL:
 
     Raises NativeUnavailable when it is missing, built for another machine, or of another interface version.
     """
-    path = path or find_cuda()
-    try:
-        library = ctypes.CDLL(str(path))
-        version = library.ef_cuda_abi_version()
-    except (OSError, AttributeError) as fault:
-        raise NativeUnavailable(f"{path} cannot be loaded: {fault}") from fault
-    if version != ABI_VERSION:
-        raise NativeUnavailable(f"{path} has interface version {version}, this edgefed needs {ABI_VERSION}: rebuild it")
-    for name, (result, *arguments) in _FUNCTIONS.items():
-        try:
-            function = getattr(library, name)
-        except AttributeError as fault:
-            raise NativeUnavailable(f"{path} has no function {name}: rebuild it") from fault
-        function.argtypes, function.restype = arguments, result
-    return library
+    return load_library(path or find_cuda(), "ef_cuda_abi_version", ABI_VERSION, _FUNCTIONS)
 
 
 def why_not_cuda(device: int = 0) -> str | None:
