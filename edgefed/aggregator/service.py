@@ -138,7 +138,8 @@ class Service:
                 return Wait(retry_after_s=RETRY_AFTER_S, reason="the client has left; it can register again")
             if state.is_trainer(client_id):
                 remaining = None if state.deadline is None else max(0.0, state.deadline - now)
-                seed = digest_bytes(f"{run.config.seed}/{state.server_round}/{client_id}")[:4]
+                # The same for all: a client's id differs from run to run, and each mixes in who it is itself.
+                seed = digest_bytes(f"{run.config.seed}/{state.server_round}")[:4]
                 return Assignment(
                     server_round=state.server_round, deadline_s=remaining, seed=int.from_bytes(seed, "little")
                 )

@@ -211,7 +211,11 @@ class Wait(Message, tag="wait"):
 
 
 class Assignment(Message, tag="assignment"):
-    """Train in this round, from the manifest of this round. ``deadline_s`` counts from now; None means none."""
+    """Train in this round, from the manifest of this round. ``deadline_s`` counts from now; None means none.
+
+    ``seed`` is that of the run and the round; a device mixes in its name and data, so that the same devices in the same
+    run do the same again.
+    """
 
     server_round: int
     deadline_s: float | None

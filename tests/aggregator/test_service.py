@@ -404,13 +404,17 @@ def test_a_finished_run_says_so_and_serves_its_final_model(toy):
     again.close()
 
 
-def test_assignments_carry_a_seed_of_their_own_and_the_time_that_is_left(tmp_path):
+def test_assignments_carry_the_seed_of_the_round_and_the_time_that_is_left(tmp_path):
     toy = Toy(make_run(tmp_path / "state", deadline_s=30.0))
     toy.join("a", "b")
     toy.now += 10.0
     first, second = toy.assignment("a"), toy.assignment("b")
-    assert first.deadline_s == 20.0 and first.seed != second.seed
-    assert toy.assignment("a").seed == first.seed
+    assert first.deadline_s == 20.0
+    assert first.seed == second.seed, "a client's id is drawn at random: what depends on it cannot be repeated"
+    toy.send(toy.update("a", 1))
+    toy.send(toy.update("b", 1))
+    toy.run.fold_pending()
+    assert toy.assignment("a").seed != first.seed
     toy.close()
 
 
