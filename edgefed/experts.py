@@ -25,17 +25,38 @@ class Role(enum.IntEnum):
     """On the device, used in the forward pass, never changed."""
     TUNED = 2
     """On the device and trained."""
+    MERGED = 3
+    """On the device only within a frozen expert that is made of several (`MergedGroup`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedGroup:
+    """One frozen expert that stands for several: the sum of ``weights[i]`` times expert ``experts[i]``.
+
+    Tokens of any member go to it, their gate weights added. ``experts`` ascend, ``weights`` sum to 1.
+    """
+
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.experts or list(self.experts) != sorted(set(self.experts)):
+            raise ValueError(f"the members of a merged expert must ascend; found {self.experts}")
+        if len(self.weights) != len(self.experts) or abs(sum(self.weights) - 1) > 1e-6 or min(self.weights) < 0:
+            raise ValueError(f"weights of merged experts {self.experts} must sum to 1, none below 0: {self.weights}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertPlan:
     """The role of every expert on one device.
 
-    ``roles[l]`` is an int8 array (E_l,) of `Role` values. Slots are dense: tuned experts first, then frozen ones, each
-    in ascending expert order, so that the trained part of a bank is one contiguous block.
+    ``roles[l]`` is an int8 array (E_l,) of `Role` values; ``merged[l]`` are the groups of the layer's merged experts,
+    () for a plan without any. Slots are dense: tuned experts first, then frozen ones, each in ascending expert order,
+    so that the trained part of a bank is one contiguous block; then the merged groups in their order.
     """
 
     roles: tuple[np.ndarray, ...]
+    merged: tuple[tuple[MergedGroup, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for layer, roles in enumerate(self.roles):
@@ -43,6 +64,12 @@ class ExpertPlan:
                 raise ValueError(f"roles of layer {layer} must be int8 (E,), found {roles.dtype} {roles.shape}")
             if not np.isin(roles, [role.value for role in Role]).all():
                 raise ValueError(f"roles of layer {layer} hold a value that is no Role: {sorted(set(roles.tolist()))}")
+        if self.merged and len(self.merged) != len(self.roles):
+            raise ValueError(f"{len(self.roles)} layers need as many lists of groups, found {len(self.merged)}")
+        for layer, roles in enumerate(self.roles):
+            members = sorted(expert for group in self.groups(layer) for expert in group.experts)
+            if members != np.flatnonzero(roles == Role.MERGED).tolist():
+                raise ValueError(f"the groups of layer {layer} hold experts {members}, other ones have the role MERGED")
 
     @classmethod
     def full(cls, experts_per_layer: Sequence[int], role: Role = Role.TUNED) -> ExpertPlan:
@@ -81,7 +108,8 @@ class ExpertPlan:
 
     @property
     def num_resident(self) -> int:
-        return int(sum((roles != Role.ABSENT).sum() for roles in self.roles))
+        """Experts in memory: tuned and frozen ones, and one per merged group."""
+        return sum(self.num_slots(layer) for layer in range(self.num_layers))
 
     @property
     def num_tuned(self) -> int:
@@ -95,35 +123,56 @@ class ExpertPlan:
         """Expert ids held but not trained in this layer, ascending (int64)."""
         return np.flatnonzero(self.roles[layer] == Role.FROZEN)
 
+    def groups(self, layer: int) -> tuple[MergedGroup, ...]:
+        """The merged experts of this layer, in slot order."""
+        return self.merged[layer] if self.merged else ()
+
     def resident(self, layer: int) -> np.ndarray:
-        """Expert ids in slot order, (S,) int64: tuned ascending, then frozen ascending."""
+        """Expert ids that are here as themselves, in slot order, int64: tuned ascending, then frozen ascending."""
         return np.concatenate([self.tuned(layer), self.frozen(layer)])
 
+    def num_slots(self, layer: int) -> int:
+        """Experts in memory of this layer: S, merged groups included."""
+        return len(self.resident(layer)) + len(self.groups(layer))
+
     def slots(self, layer: int) -> np.ndarray:
-        """Slot of each expert, (E,) int64; -1 where absent."""
+        """Slot of each expert, (E,) int64; members of a group share one; -1 where absent."""
         slots = np.full(len(self.roles[layer]), -1, dtype=np.int64)
         resident = self.resident(layer)
         slots[resident] = np.arange(len(resident))
+        for slot, group in enumerate(self.groups(layer), start=len(resident)):
+            slots[list(group.experts)] = slot
         return slots
 
     def held_keys(self) -> list[tuple[int, int]]:
-        """All (layer, expert) on the device."""
-        return [(layer, int(expert)) for layer in range(self.num_layers) for expert in sorted(self.resident(layer))]
+        """All (layer, expert) whose weights the device needs: on it as themselves, or within a merged expert."""
+        return [
+            (layer, int(expert))
+            for layer, roles in enumerate(self.roles)
+            for expert in np.flatnonzero(roles != Role.ABSENT)
+        ]
 
-    def to_lists(self) -> list[list[int]]:
-        """Plain lists of role values, for a message or JSON."""
-        return [roles.tolist() for roles in self.roles]
+    def to_dict(self) -> dict:
+        """Plain numbers and lists, for JSON. `from_dict` is the inverse."""
+        groups = [[dataclasses.asdict(group) for group in self.groups(layer)] for layer in range(self.num_layers)]
+        return {"roles": [roles.tolist() for roles in self.roles], "merged": groups if any(groups) else []}
 
     @classmethod
-    def from_lists(cls, lists: Sequence[Sequence[int]]) -> ExpertPlan:
-        """Inverse of `to_lists`. Raises ValueError on a value that is no role."""
-        return cls(tuple(np.asarray(row, dtype=np.int8) for row in lists))
+    def from_dict(cls, data: dict) -> ExpertPlan:
+        """Inverse of `to_dict`. Raises ValueError on a value that is no role, or groups that do not fit the roles."""
+        return cls(
+            tuple(np.asarray(row, dtype=np.int8) for row in data["roles"]),
+            tuple(
+                tuple(MergedGroup(tuple(group["experts"]), tuple(group["weights"])) for group in groups)
+                for groups in data["merged"]
+            ),
+        )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ExpertPlan) and self.to_lists() == other.to_lists()
+        return isinstance(other, ExpertPlan) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash(tuple(roles.tobytes() for roles in self.roles))
+        return hash((tuple(roles.tobytes() for roles in self.roles), self.merged if any(self.merged) else ()))
 
 
 @dataclasses.dataclass(frozen=True)

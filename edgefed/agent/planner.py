@@ -63,7 +63,7 @@ class _Saved:
     """What plan.json holds of this run. ``failed_bytes``: the budget under which a plan ran out of memory, 0: none."""
 
     profile: RouterRecord | None = None
-    roles: list[list[int]] | None = None
+    plan: dict | None = None
     load: dict | None = None
     correction: Correction | None = None
     failed_bytes: int = 0
@@ -127,8 +127,8 @@ class Planner:
         self._ladder = self._make_ladder(run, method, self._layout(run, method, manifest))
         before = self._resumed(wanted)
         self.load = self._settle(before, wanted, usable_bytes, progress)
-        if saved.roles is not None and not method.plans_every_round and before == self.load:
-            plan = ExpertPlan.from_lists(saved.roles)
+        if saved.plan is not None and not method.plans_every_round and before == self.load:
+            plan = ExpertPlan.from_dict(saved.plan)
         else:
             plan = self._ladder.layout(self.load.held, self.load.trained)
         self._usable_bytes = usable_bytes
@@ -302,7 +302,7 @@ class Planner:
             if saved["fingerprint"] == fingerprint:
                 self._saved = _Saved(
                     profile=RouterRecord.from_dict(saved["profile"]) if saved["profile"] else None,
-                    roles=saved["roles"],
+                    plan=saved["plan"],
                     load=_checked_load(saved["load"]),
                     correction=Correction(**saved["correction"]) if saved["correction"] else None,
                     failed_bytes=int(saved["failed_bytes"]),
@@ -314,7 +314,7 @@ class Planner:
 
     def _keep(self, plan: ExpertPlan) -> None:
         load = self.load
-        self._saved.roles = plan.to_lists()
+        self._saved.plan = plan.to_dict()
         self._saved.load = {
             "setup": {name: getattr(load.setup, name) for name in _SAVED_SETUP},
             "held": load.held,
@@ -326,7 +326,7 @@ class Planner:
         saved = self._saved
         content = {
             "fingerprint": self._fingerprint,
-            "roles": saved.roles,
+            "plan": saved.plan,
             "load": saved.load,
             "failed_bytes": saved.failed_bytes,
             "correction": dataclasses.asdict(saved.correction) if saved.correction else None,

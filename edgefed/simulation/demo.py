@@ -155,7 +155,7 @@ def _client_result(federation: LocalFederation, client: LocalClient, losses: Seq
         name=client.name,
         silo=client.data,
         expert_share=client.expert_share,
-        held=tuple(len(plan.resident(layer)) for layer in range(plan.num_layers)),
+        held=tuple(plan.num_slots(layer) for layer in range(plan.num_layers)),
         trained=tuple(len(plan.tuned(layer)) for layer in range(plan.num_layers)),
         bytes_down=sum(entry["bytes_down"] for entry in ledger),
         bytes_up=sum(entry["bytes_up"] for entry in ledger),

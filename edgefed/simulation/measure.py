@@ -68,4 +68,4 @@ def read_plan(client_folder: Path) -> tuple[RouterRecord | None, ExpertPlan]:
     """The profile and plan that an agent keeps in its state folder."""
     saved = json.loads((client_folder / PLAN_FILE).read_text())
     profile = RouterRecord.from_dict(saved["profile"]) if saved["profile"] else None
-    return profile, ExpertPlan.from_lists(saved["roles"])
+    return profile, ExpertPlan.from_dict(saved["plan"])

@@ -275,7 +275,7 @@ def _read(
         backward=tuple(tuple(entry) for entry in backward),
         gradient_bytes=facts["gradients"],
         flows_in=facts["flows_in"],
-        kept=tuple(len(plan.resident(i)) for i in layers),
+        kept=tuple(plan.num_slots(i) for i in layers),
         tuned=tuple(len(plan.tuned(i)) for i in layers),
         tuned_share=tuple(sum(trained[i]) / max(1, sum(served[i])) for i in layers),
         busier_share=tuple(

@@ -89,7 +89,7 @@ class Ladder:
         plan = self.layout(load.held, load.trained)
         layers = range(plan.num_layers)
         return self.estimate(
-            load.setup, [len(plan.resident(layer)) for layer in layers], [len(plan.tuned(layer)) for layer in layers]
+            load.setup, [plan.num_slots(layer) for layer in layers], [len(plan.tuned(layer)) for layer in layers]
         )
 
     def needs_bytes(self, load: Load) -> int:

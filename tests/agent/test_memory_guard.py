@@ -227,7 +227,7 @@ def test_fewer_experts_after_out_of_memory_are_what_is_reported_and_sent(rig, mo
     assert len(stepped) <= load.trained
     assert {report.layer for report in update.experts} == {0, 1, 2, 3}
     saved = json.loads((table.folder / "first" / PLAN_FILE).read_text())
-    assert sum(np.sum(np.array(row) == 2) for row in saved["roles"]) == load.trained
+    assert sum(np.sum(np.array(row) == 2) for row in saved["plan"]["roles"]) == load.trained
     assert saved["profile"] == profile["profile"]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgefed.errors import BudgetTooSmall, ConfigError, UnknownMethod
-from edgefed.experts import ExpertPlan, LayerRecord, Role, RouterRecord
+from edgefed.experts import ExpertPlan, LayerRecord, MergedGroup, Role, RouterRecord
 from edgefed.methods.interface import Contribution, DeviceBudget
 from edgefed.methods.registry import METHODS, make_method, method_options
 from edgefed.protocol.messages import ExpertReport, TensorInfo, UnitInfo
@@ -128,10 +128,25 @@ def test_plan_slots_are_dense_with_tuned_experts_first():
     assert plan.resident(0).tolist() == [1, 4, 0]
     assert plan.slots(0).tolist() == [2, 0, -1, -1, 1, -1]
     assert (plan.num_resident, plan.num_tuned) == (3, 2)
-    assert ExpertPlan.from_lists(plan.to_lists()) == plan
+    assert ExpertPlan.from_dict(plan.to_dict()) == plan
     assert ExpertPlan.full((2, 3), Role.FROZEN).num_tuned == 0
     with pytest.raises(ValueError, match="asked for 6"):
         ExpertPlan.of((6,), tuned=[(6,)])
+
+
+def test_members_of_a_merged_expert_share_a_slot_behind_the_others():
+    roles = np.array([Role.MERGED, Role.TUNED, Role.MERGED, Role.ABSENT, Role.MERGED, Role.FROZEN], dtype=np.int8)
+    plan = ExpertPlan((roles,), ((MergedGroup((0, 4), (0.25, 0.75)), MergedGroup((2,), (1.0,))),))
+    assert plan.resident(0).tolist() == [1, 5]
+    assert plan.slots(0).tolist() == [2, 0, 3, -1, 2, 1]
+    assert (plan.num_resident, plan.num_tuned, plan.num_slots(0)) == (4, 1, 4)
+    assert plan.held_keys() == [(0, expert) for expert in (0, 1, 2, 4, 5)]
+    assert ExpertPlan.from_dict(plan.to_dict()) == plan and hash(ExpertPlan.from_dict(plan.to_dict())) == hash(plan)
+    with pytest.raises(ValueError, match="other ones have the role MERGED"):
+        ExpertPlan((roles,), ((MergedGroup((0, 2), (0.5, 0.5)),),))
+    for experts, weights in (((4, 0), (0.5, 0.5)), ((0, 4), (0.5, 0.6)), ((0,), (0.5, 0.5)), ((), ())):
+        with pytest.raises(ValueError, match="merged expert"):
+            MergedGroup(experts, weights)
 
 
 def test_records_add_up_and_survive_json():
