@@ -26,7 +26,7 @@ from edgefed.disk import disk_errors, write_durably
 from edgefed.errors import BudgetTooSmall, StateCorrupt
 from edgefed.experts import ExpertPlan, Role, RouterRecord
 from edgefed.hardware.memory import format_bytes
-from edgefed.methods.interface import DeviceBudget, Method
+from edgefed.methods.interface import DeviceBudget, Method, RoundContext
 from edgefed.moe.frame_source import FrameSource
 from edgefed.moe.memory import Correction, StepSetup, profiling_memory, training_memory
 from edgefed.moe.model import MoeModel
@@ -235,14 +235,15 @@ class Planner:
         """Which experts, for so many held and trained: the method's choice; drawn from the same numbers each time, so
         fewer experts are a part of more."""
         drawn_in = manifest.server_round if method.plans_every_round else 0
-        run_progress = (manifest.server_round - 1) / (run.rounds - 1) if run.rounds > 1 else 1.0
+        progress = (manifest.server_round - 1) / (run.rounds - 1) if run.rounds > 1 else 1.0
+        context = RoundContext(manifest.server_round, progress)
         profile, sizes = self._saved.profile, manifest.experts_per_layer
 
         @functools.lru_cache(maxsize=64)
         def choose(count: int) -> ExpertPlan:
             rng = np.random.default_rng([run.seed, drawn_in, zlib.crc32(self._identity.encode())])
             return method.plan_experts(
-                profile, sizes, DeviceBudget(count, self._limits.compute_share), rng, run_progress
+                profile, sizes, DeviceBudget(count, self._limits.compute_share), rng, context
             )
 
         def layout(held: int, trained: int) -> ExpertPlan:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from edgefed.aggregator import rounds
 from edgefed.aggregator.admission import check_client_id, digest
+from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.catalog import Catalog
 from edgefed.aggregator.fold import fold_round
@@ -76,6 +77,7 @@ class ActiveRun:
             self._blobs, self.uploads = BlobStore(folder), UploadFolder(folder)
             self.catalog = Catalog(self.store, self._blobs)
             self.catalog.check_files()
+            self.assigner = Assigner(self._method, self.store)
             self._resume()
         except BaseException:
             self.store.close()
@@ -225,6 +227,9 @@ class ActiveRun:
             *(units, plan, paths, self._blobs, self.backend), threads=self._fold_threads, cancelled=self._closing.is_set
         )
         with self.lock:
+            for update in updates:
+                survey, client = update.meta.survey, self.clients[update.client_id]
+                client.survey = client.survey if survey is None else combined_survey(client.survey, survey)
             status = round_status(self.store.current_round(), updates, changed)
             next_phase = Phase.FINISHED if server_round >= self.policy.rounds else Phase.WAITING
             self.store.record_fold(status, changed, next_phase, self.clients.values())

@@ -95,7 +95,7 @@ class Service:
                 device=message.device,
             )
             if known is not None:
-                client.rounds_done, client.metrics = known.rounds_done, known.metrics
+                client.rounds_done, client.metrics, client.survey = known.rounds_done, known.metrics, known.survey
                 client.uploaded_bytes, client.downloaded_bytes = known.uploaded_bytes, known.downloaded_bytes
             run.store.save_clients([client])
             run.clients[client.client_id] = client
@@ -141,7 +141,10 @@ class Service:
                 # The same for all: a client's id differs from run to run, and each mixes in who it is itself.
                 seed = digest_bytes(f"{run.config.seed}/{state.server_round}")[:4]
                 return Assignment(
-                    server_round=state.server_round, deadline_s=remaining, seed=int.from_bytes(seed, "little")
+                    server_round=state.server_round,
+                    deadline_s=remaining,
+                    seed=int.from_bytes(seed, "little"),
+                    experts=run.assigner.assignment(client_id, run.clients, run.catalog.manifest, run.config.seed),
                 )
             return Wait(retry_after_s=RETRY_AFTER_S, reason=_wait_reason(state, client_id, now))
 

@@ -27,7 +27,16 @@ import msgspec
 
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.errors import DiskFull, StateCorrupt, StateLocked, StorageError
-from edgefed.protocol.messages import DeviceInfo, FileInfo, Manifest, RoundStatus, RunConfig, UnitInfo, UpdateMeta
+from edgefed.protocol.messages import (
+    DeviceInfo,
+    ExpertSurvey,
+    FileInfo,
+    Manifest,
+    RoundStatus,
+    RunConfig,
+    UnitInfo,
+    UpdateMeta,
+)
 
 DATABASE_NAME = "edgefed.db"
 LOCK_NAME = "lock"
@@ -46,13 +55,16 @@ CREATE TABLE updates (
     server_round INTEGER, client_id TEXT, attempt INTEGER NOT NULL, sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL,
     accepted_at REAL NOT NULL, meta BLOB, PRIMARY KEY (server_round, client_id)) WITHOUT ROWID;
 """
+_UPDATES = "SELECT server_round, client_id, attempt, sha256, size_bytes, meta FROM updates WHERE server_round = ?"
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass
 class ClientRecord:
-    """What is kept of a client. ``key_sha256``: of its secret, which is not kept. ``joined``: not left since."""
+    """What is kept of a client. ``key_sha256``: of its secret, which is not kept. ``joined``: not left since.
+
+    ``survey``: what it said of its experts up to the last folded round, where the method assigns them."""
 
     client_id: str
     name: str
@@ -67,6 +79,7 @@ class ClientRecord:
     downloaded_bytes: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     device: DeviceInfo | None = None
+    survey: ExpertSurvey | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +271,10 @@ class Store:
             files=self.files,
         )  # fmt: skip
 
+    def last_changed(self) -> dict[str, int]:
+        """Unit key -> the round that brought its present value; 1 for what is as it was imported."""
+        return dict(self._query("SELECT key, MAX(server_round) FROM units GROUP BY key"))
+
     def oldest_round(self) -> int:
         """The oldest round whose manifest is kept."""
         rows = self._query("SELECT value FROM run WHERE name = 'oldest_round'")
@@ -327,21 +344,11 @@ class Store:
 
     def updates(self, server_round: int) -> list[UpdateRecord]:
         """Acknowledged updates of a round, sorted by client."""
-        rows = self._query(
-            "SELECT server_round, client_id, attempt, sha256, size_bytes, meta FROM updates WHERE server_round = ? "
-            "ORDER BY client_id",
-            server_round,
-        )
-        return [_update(row) for row in rows]
+        return [_update(row) for row in self._query(f"{_UPDATES} ORDER BY client_id", server_round)]
 
     def find_update(self, server_round: int, client_id: str) -> UpdateRecord | None:
         """The acknowledged update of a client for a round, of finished rounds too."""
-        rows = self._query(
-            "SELECT server_round, client_id, attempt, sha256, size_bytes, meta FROM updates WHERE server_round = ? "
-            "AND client_id = ?",
-            server_round,
-            client_id,
-        )
+        rows = self._query(f"{_UPDATES} AND client_id = ?", server_round, client_id)
         return _update(rows[0]) if rows else None
 
     def record_update(self, update: UpdateRecord, client: ClientRecord) -> None:

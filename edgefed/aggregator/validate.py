@@ -27,7 +27,7 @@ from edgefed.protocol.frames import (
     storage_dtype,
     update_name,
 )
-from edgefed.protocol.messages import TensorInfo, UnitInfo, UpdateMeta
+from edgefed.protocol.messages import ExpertSurvey, TensorInfo, UnitInfo, UpdateMeta
 
 SCAN_BLOCK_BYTES = 256 * 1024
 MAX_EXAMPLES = 10**9
@@ -86,6 +86,24 @@ def validate_meta(meta: UpdateMeta, experts_per_layer: Sequence[int]) -> None:
         for field, value in (("steps", report.steps), ("tokens", report.tokens)):
             if not 0 <= value <= MAX_COUNT:
                 raise InvalidUpdate(f"{where}: {field} is {value}, expected 0..{MAX_COUNT}")
+    if meta.survey is not None:
+        _check_survey(meta.survey, experts_per_layer)
+
+
+def _check_survey(survey: ExpertSurvey, experts_per_layer: Sequence[int]) -> None:
+    sizes = list(experts_per_layer)
+    for name, rows in (("utility", survey.utility), ("frequency", survey.frequency)):
+        found = [len(row) for row in rows]
+        if found != sizes:
+            raise InvalidUpdate(f"survey: {name} has rows of {found[:8]} numbers, the layers have {sizes[:8]} experts")
+        for row in rows:
+            for value in row:
+                if value is not None and not (math.isfinite(value) and value >= 0.0):
+                    raise InvalidUpdate(f"survey: {name} holds {value}, expected a finite number from 0")
+    if any(value > 1.0 for row in survey.frequency for value in row):
+        raise InvalidUpdate("survey: a frequency is above 1")
+    if not len(sizes) <= survey.tune_slots <= sum(sizes):
+        raise InvalidUpdate(f"survey: tune_slots is {survey.tune_slots}, expected {len(sizes)}..{sum(sizes)}")
 
 
 def validate_update(

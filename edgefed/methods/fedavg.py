@@ -12,20 +12,17 @@ import numpy as np
 from edgefed.errors import BudgetTooSmall
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
 from edgefed.methods.averaging import merge_by_examples
-from edgefed.methods.interface import Contribution, DeviceBudget, UnitMerge
+from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 
 
 @dataclasses.dataclass(frozen=True)
-class FedAvg:
+class FedAvg(Method):
     """Train all experts everywhere. No hyper-parameters of its own."""
 
     name = "fedavg"
     needs_profile = False
-    profiles_every_round = False
     holds_all_experts = True
-    plans_every_round = False
-    exchanges = True
 
     def plan_experts(
         self,
@@ -33,7 +30,7 @@ class FedAvg:
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
-        run_progress: float = 0.0,
+        context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
         """All experts, tuned. Raises BudgetTooSmall when the device cannot hold them."""
         if budget.resident_experts < sum(experts_per_layer):

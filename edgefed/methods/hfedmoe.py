@@ -49,7 +49,7 @@ import numpy as np
 from edgefed.errors import ConfigError
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
 from edgefed.methods.averaging import in_client_order, merge_by_examples, plan_tuned, select_by_score
-from edgefed.methods.interface import Contribution, DeviceBudget, UnitMerge
+from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 
 SMALLEST_SCORE = 1e-6
@@ -57,7 +57,7 @@ SMALLEST_SCORE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class HFedMoE:
+class HFedMoE(Method):
     """Hyper-parameters. The paper states none of the values; the defaults are ours, from sweep_hfedmoe.json."""
 
     lambda_: float = 0.5
@@ -81,8 +81,6 @@ class HFedMoE:
 
     name = "hfedmoe"
     needs_profile = True
-    holds_all_experts = False
-    exchanges = True
 
     def __post_init__(self) -> None:
         for option, allowed in (
@@ -140,13 +138,13 @@ class HFedMoE:
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
-        run_progress: float = 0.0,
+        context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
         """Residency: (15) on the profile under the memory budget. Raises BudgetTooSmall."""
         if record is None:
             raise ValueError("hfedmoe plans from a profile")
         scores = [self._comparable_score(layer) for layer in record.layers]
-        temperature = self.exploration * (1 - run_progress)
+        temperature = self.exploration * (1 - context.progress)
         if temperature > 0:
             scores = [
                 np.log(np.maximum(score, SMALLEST_SCORE)) + temperature * rng.gumbel(size=len(score))

@@ -1,8 +1,8 @@
 """What a federated method is: the two small interfaces between a method and the rest of edgefed.
 
 The client half decides which experts a device holds and which of them learn in a batch. The server half decides with
-which weight each client's tensor enters the global one. Both only decide: downloading, training and averaging are
-done elsewhere, by code that knows no method.
+which weight each client's tensor enters the global one, and may assign experts to clients. Both only decide:
+downloading, training and averaging are done elsewhere, by code that knows no method.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Protocol
 import numpy as np
 
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
-from edgefed.protocol.messages import ExpertReport, UnitInfo
+from edgefed.protocol.messages import ExpertAssignment, ExpertReport, ExpertSurvey, UnitInfo
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceBudget:
     """What one device can afford in this round.
 
-    ``resident_experts``: experts over all layers that fit its memory. ``compute_share``: share (0..1] of the resident
-    experts of a layer whose gradients it computes in one batch.
+    ``resident_experts``: experts over all layers that fit its memory, merged ones included. ``compute_share``: share
+    (0..1] of the resident experts of a layer whose gradients it computes in one batch.
     """
 
     resident_experts: int
@@ -53,19 +53,59 @@ class UnitMerge:
     weights: tuple[tuple[str, float | np.ndarray], ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class RoundContext:
+    """Where a run is when a plan is made. ``progress`` is 0 in the first round and 1 in the last.
+
+    ``server_round`` counts from 1. ``assignment``: what the aggregator wants of this device, None where it said
+    nothing.
+    """
+
+    server_round: int = 1
+    progress: float = 0.0
+    assignment: ExpertAssignment | None = None
+
+
+FIRST_ROUND = RoundContext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """``idle_rounds[l]`` (E_l,): rounds since somebody trained each expert; 0 in the round after that."""
+
+    idle_rounds: tuple[np.ndarray, ...]
+
+
 class Method(Protocol):
-    """A federated method. ``name`` is what `--method` takes."""
+    """A federated method. ``name`` is what `--method` takes. What has a value here need not be said by a method."""
 
     name: str
     needs_profile: bool
     """The client runs all experts over its data once before it plans."""
-    holds_all_experts: bool
+    holds_all_experts: bool = False
     """A device that cannot hold every expert is refused."""
-    profiles_every_round: bool
+    profiles_every_round: bool = False
     """The profile is made anew each round; needs every expert that changed."""
-    plans_every_round: bool
+    profiles_while_waiting: bool = False
+    """The profile of the next round is made after this round's upload, from this round's global experts: it is one
+    round old when it is used, and costs no time while others still train or the aggregator aggregates."""
+    profiles_attention: bool = False
+    """The profile also records the attention that tokens receive."""
+    plans_every_round: bool = False
     """False: the plan of the first round stays, so that later rounds download only what changed in it."""
-    exchanges: bool
+    merges_rest: bool = False
+    """Experts that a plan leaves out are merged into frozen ones, as many as the budget has slots left."""
+    assigns_experts: bool = False
+    """The aggregator assigns experts to clients (`assign_experts`), which measure utilities for it."""
+    utility_probes: int = 0
+    """Random directions by which the gradient of an expert that is held but not trained is estimated, forward only."""
+    expert_storage: str | None = None
+    """How experts that do not learn as themselves are stored on every device; None: the device chooses."""
+    offloads_experts: bool = False
+    """Experts stay in host memory, or on disk, and come to the processor when a token needs them."""
+    trains_experts_as: str | None = None
+    """The only mode of `TrainingConfig.experts` that it works with; None: any."""
+    exchanges: bool = True
     """False: nothing but metadata is uploaded, and nothing is downloaded after the first round."""
 
     def plan_experts(
@@ -74,11 +114,11 @@ class Method(Protocol):
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
-        run_progress: float = 0.0,
+        context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
         """Choose the device's experts for a round. ``record`` is None only if not ``needs_profile``.
 
-        ``run_progress`` is 0 in the first round of the run and 1 in the last.
+        A method that ``merges_rest`` leaves out what is to be merged, and fewer experts than the budget has slots.
         """
         ...
 
@@ -100,3 +140,9 @@ class Method(Protocol):
         of ``contributions``.
         """
         ...
+
+    def assign_experts(
+        self, surveys: Mapping[str, ExpertSurvey], coverage: Coverage, server_round: int, seed: int
+    ) -> dict[str, ExpertAssignment]:
+        """An assignment for every client that has sent a survey. Only called when ``assigns_experts``."""
+        raise NotImplementedError(f"{self.name} assigns no experts")

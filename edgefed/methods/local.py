@@ -13,21 +13,18 @@ import numpy as np
 
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
 from edgefed.methods.hfedmoe import HFedMoE
-from edgefed.methods.interface import Contribution, DeviceBudget, UnitMerge
+from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 
 
 @dataclasses.dataclass(frozen=True)
-class Local:
+class Local(Method):
     """HFedMoE's best experts, without its exchange."""
 
     selection: HFedMoE = dataclasses.field(default_factory=lambda: HFedMoE(exploration=0))
 
     name = "local"
     needs_profile = True
-    profiles_every_round = False
-    holds_all_experts = False
-    plans_every_round = False
     exchanges = False
 
     def plan_experts(
@@ -36,10 +33,10 @@ class Local:
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
-        run_progress: float = 0.0,
+        context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
         """As `HFedMoE.plan_experts`."""
-        return self.selection.plan_experts(record, experts_per_layer, budget, rng, run_progress)
+        return self.selection.plan_experts(record, experts_per_layer, budget, rng, context)
 
     def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
         """As `HFedMoE.schedule_experts`."""

@@ -13,21 +13,18 @@ import numpy as np
 
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
 from edgefed.methods.averaging import merge_by_examples, plan_tuned, select_by_score
-from edgefed.methods.interface import Contribution, DeviceBudget, UnitMerge
+from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomExperts:
+class RandomExperts(Method):
     """``redraw``: choose anew in each round (covers more experts, downloads more) instead of once."""
 
     redraw: bool = False
 
     name = "random"
     needs_profile = False
-    profiles_every_round = False
-    holds_all_experts = False
-    exchanges = True
 
     @property
     def plans_every_round(self) -> bool:
@@ -39,7 +36,7 @@ class RandomExperts:
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
-        run_progress: float = 0.0,
+        context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
         """Uniform over experts, one per layer first. Raises BudgetTooSmall below one expert per layer."""
         scores = [rng.random(count) for count in experts_per_layer]

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 
 from edgefed.errors import ConfigError, UnknownMethod
 from edgefed.methods.fedavg import FedAvg
+from edgefed.methods.frequent import FrequentExperts, Submodel
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import Method
 from edgefed.methods.local import Local
 from edgefed.methods.random_experts import RandomExperts
 
-METHODS: dict[str, type] = {kind.name: kind for kind in (HFedMoE, FedAvg, RandomExperts, Local)}
+METHODS: dict[str, type] = {
+    kind.name: kind for kind in (HFedMoE, FedAvg, FrequentExperts, Submodel, RandomExperts, Local)
+}
 
 Option = float | int | str | bool
 

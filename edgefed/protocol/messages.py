@@ -170,10 +170,23 @@ class ExpertReport(Message):
     tokens: int
 
 
+class ExpertSurvey(Message):
+    """What a client tells an aggregator that assigns experts: numbers per layer and expert.
+
+    ``utility``: u_c(e) of Flux (arXiv 2508.19078), measured in this round, None where it was not. ``frequency``: share
+    of the client's tokens routed to e. ``tune_slots``: experts that the client can hold as themselves, one by one.
+    """
+
+    utility: tuple[tuple[float | None, ...], ...]
+    frequency: tuple[tuple[float, ...], ...]
+    tune_slots: int
+
+
 class UpdateMeta(Message):
     """Closes an upload. ``(client_id, server_round, attempt)`` names it; sending it twice has one effect.
 
-    ``metrics`` are plain numbers for the ledger: losses, seconds, bytes.
+    ``metrics`` are plain numbers for the ledger: losses, seconds, bytes. ``survey`` only where the method assigns
+    experts.
     """
 
     client_id: str
@@ -185,6 +198,7 @@ class UpdateMeta(Message):
     num_tokens: int
     experts: tuple[ExpertReport, ...]
     metrics: dict[str, float]
+    survey: ExpertSurvey | None = None
 
 
 class Leave(Message):
@@ -210,16 +224,26 @@ class Wait(Message, tag="wait"):
     reason: str
 
 
+class ExpertAssignment(Message):
+    """What a client is to do with experts, as (layer, expert), the most useful first: ``tune`` them, or ``explore``:
+    hold them unchanged and measure their utility again. A client that can hold fewer takes the first ones.
+    """
+
+    tune: tuple[tuple[int, int], ...]
+    explore: tuple[tuple[int, int], ...]
+
+
 class Assignment(Message, tag="assignment"):
     """Train in this round, from the manifest of this round. ``deadline_s`` counts from now; None means none.
 
     ``seed`` is that of the run and the round; a device mixes in its name and data, so that the same devices in the same
-    run do the same again.
+    run do the same again. ``experts``: only where the method assigns them, and from a client's second round on.
     """
 
     server_round: int
     deadline_s: float | None
     seed: int
+    experts: ExpertAssignment | None = None
 
 
 class Finished(Message, tag="finished"):

@@ -12,9 +12,10 @@ from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.creation import NewUnit, create_run
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.service import Service
-from edgefed.methods.interface import UnitMerge
+from edgefed.methods.interface import Method, UnitMerge
 from edgefed.protocol.frames import encode_header, map_tensor, read_header, storage_dtype
 from edgefed.protocol.messages import (
+    ExpertAssignment,
     ExpertReport,
     Manifest,
     Register,
@@ -32,15 +33,24 @@ KEY = "k" * 32
 Tensors = dict[str, tuple[str, np.ndarray]]
 
 
-class Mean:
-    """FedAvg over whoever uploaded a unit, by number of examples; router rows by examples of who holds the expert."""
+class Mean(Method):
+    """FedAvg over whoever uploaded a unit, by number of examples; router rows by examples of who holds the expert.
+
+    ``assigns``: each client trains one expert, another one each round; experts idle for long come with it.
+    """
 
     name = "mean"
-    needs_profile = holds_all_experts = False
-    exchanges = True
+    needs_profile = False
 
-    def __init__(self, row_routers: bool = False):
-        self.row_routers = row_routers
+    def __init__(self, row_routers: bool = False, assigns: bool = False):
+        self.row_routers, self.assigns_experts = row_routers, assigns
+
+    def assign_experts(self, surveys, coverage, server_round, seed):
+        idle = [(layer, int(e)) for layer, rounds in enumerate(coverage.idle_rounds) for e in np.flatnonzero(rounds)]
+        return {
+            client: ExpertAssignment(tune=((0, int(survey.utility[0][0] or 0)),), explore=tuple(idle))
+            for client, survey in surveys.items()
+        }
 
     def plan_merge(self, contributions, units) -> dict[str, UnitMerge]:
         plan = {}

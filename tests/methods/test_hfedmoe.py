@@ -10,7 +10,7 @@ from edgefed.errors import BudgetTooSmall, ConfigError
 from edgefed.experts import LayerRecord, RouterRecord
 from edgefed.methods.fedavg import FedAvg
 from edgefed.methods.hfedmoe import HFedMoE
-from edgefed.methods.interface import Contribution, DeviceBudget
+from edgefed.methods.interface import Contribution, DeviceBudget, RoundContext
 from edgefed.protocol.messages import ExpertReport, TensorInfo, UnitInfo
 
 RNG = np.random.default_rng(0)
@@ -148,7 +148,9 @@ def test_exploration_draws_in_proportion_to_the_score():
     ]
     assert draws.count([0]) / len(draws) == pytest.approx(0.75, abs=0.03)
     last = [
-        method.plan_experts(record, (2,), DeviceBudget(1), np.random.default_rng(seed), 1.0).resident(0).tolist()
+        method.plan_experts(record, (2,), DeviceBudget(1), np.random.default_rng(seed), RoundContext(progress=1.0))
+        .resident(0)
+        .tolist()
         for seed in range(50)
     ]
     assert last == [[0]] * 50  # the last round takes the best

@@ -119,7 +119,7 @@ def test_options_are_read_from_text_and_checked():
         make_method("hfedmoe", {"gamma": 1})
     with pytest.raises(ConfigError, match="option beta is 'much', expected float"):
         make_method("hfedmoe", {"beta": "much"})
-    with pytest.raises(UnknownMethod, match="no method 'fedprox'; the methods are hfedmoe, fedavg, random, local"):
+    with pytest.raises(UnknownMethod, match="no method 'fedprox'; the methods are hfedmoe, fedavg, fmes,"):
         make_method("fedprox")
 
 

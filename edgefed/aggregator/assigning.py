@@ -1,0 +1,59 @@
+"""Which experts each client is to train: what clients said of their experts, and the method's decision for a round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgefed.aggregator.store import ClientRecord, Store
+from edgefed.methods.interface import Coverage, Method
+from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, Manifest
+
+
+def combined_survey(before: ExpertSurvey | None, now: ExpertSurvey) -> ExpertSurvey:
+    """``now``, with the last known utility of each expert that was not measured this time."""
+    if before is None:
+        return now
+    utility = tuple(
+        tuple(new if new is not None else old for old, new in zip(old_row, new_row, strict=True))
+        for old_row, new_row in zip(before.utility, now.utility, strict=True)
+    )
+    return ExpertSurvey(utility=utility, frequency=now.frequency, tune_slots=now.tune_slots)
+
+
+def expert_coverage(store: Store, manifest: Manifest) -> Coverage:
+    """How long each expert was trained by nobody, from the rounds in which its unit (or its adapter) changed."""
+    changed = store.last_changed()
+    idle = [np.full(size, manifest.server_round - 1) for size in store.experts_per_layer]
+    for unit in manifest.units:
+        if unit.kind == "expert":
+            since = manifest.server_round - changed[unit.key]
+            idle[unit.layer][unit.expert] = min(idle[unit.layer][unit.expert], since)
+    return Coverage(tuple(idle))
+
+
+class Assigner:
+    """Decides once per round, for all clients that have sent a survey.
+
+    Surveys enter a `ClientRecord` when a round is folded, so a restart in the middle of one decides the same again.
+    Its owner calls it under its own lock.
+    """
+
+    def __init__(self, method: Method, store: Store):
+        self._method, self._store = method, store
+        self._decided: dict[str, ExpertAssignment] = {}
+        self._decided_for = 0
+
+    def assignment(
+        self, client_id: str, clients: Mapping[str, ClientRecord], manifest: Manifest, seed: int
+    ) -> ExpertAssignment | None:
+        """What the method wants of a client in the round of ``manifest``; None: it says nothing, or knows nothing."""
+        if not self._method.assigns_experts:
+            return None
+        if self._decided_for != manifest.server_round:
+            surveys = {client.client_id: client.survey for client in clients.values() if client.survey is not None}
+            coverage = expert_coverage(self._store, manifest)
+            self._decided = self._method.assign_experts(surveys, coverage, manifest.server_round, seed)
+            self._decided_for = manifest.server_round
+        return self._decided.get(client_id)

@@ -1,0 +1,86 @@
+"""Assignments of experts: what clients say of theirs is kept, and a restart decides the same again."""
+
+import pytest
+import toy_run
+from toy_run import Toy, make_run
+
+from edgefed.errors import InvalidUpdate
+from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey
+
+
+def survey(expert: float | None, **changes) -> ExpertSurvey:
+    """The toy method assigns the expert whose number is the first utility."""
+    utility = ((expert, None, 0.0), (None, None, None))
+    facts = {"utility": utility, "frequency": ((0.5, 0.5, 1.0), (0.0, 1.0, 1.0)), "tune_slots": 2}
+    return ExpertSurvey(**{**facts, **changes})
+
+
+@pytest.fixture
+def toy(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", options={"assigns": True}, rounds=4))
+    toy.join("a", "b")
+    yield toy
+    toy.close()
+
+
+def finish_round(toy: Toy, surveys: dict[str, ExpertSurvey | None], units: int = 1) -> None:
+    manifest = toy.manifest()
+    chosen = [unit for unit in manifest.units if unit.trainable and unit.kind == "expert"][:units]
+    for client, said in surveys.items():
+        toy.send(toy_run.make_update(manifest, client, toy_run.trained(chosen, 1), survey=said))
+    toy.run.fold_pending()
+
+
+def test_a_survey_brings_an_assignment_from_the_next_round_on(toy):
+    assert toy.assignment("a").experts is None
+    finish_round(toy, {"a": survey(2.0), "b": None})
+    found = toy.assignment("a").experts
+    assert isinstance(found, ExpertAssignment) and found.tune == ((0, 2),)
+    assert toy.assignment("b").experts is None, "it has said nothing"
+    everything_but_one = {(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)}
+    assert set(found.explore) == everything_but_one, "expert 0 of layer 0 was trained in round 1, the others never"
+
+
+def test_a_utility_that_was_not_measured_again_stays_known(toy):
+    finish_round(toy, {"a": survey(2.0), "b": survey(1.0)})
+    finish_round(toy, {"a": survey(None), "b": survey(0.0)})
+    assert toy.assignment("a").experts.tune == ((0, 2),)
+    assert toy.assignment("b").experts.tune == ((0, 0),)
+
+
+def test_a_restart_in_the_middle_of_a_round_decides_the_same_again(toy):
+    finish_round(toy, {"a": survey(2.0), "b": survey(1.0)})
+    before = toy.assignment("b").experts
+    toy.send(toy.update("a", 5, survey=survey(0.0)))
+    again = toy.reopen()
+    assert again.assignment("b").experts == before
+    again.join("a")
+    assert again.run.clients["a"].survey == survey(2.0), "registering again forgets nothing"
+    again.send(again.update("b", 6))
+    again.run.fold_pending()
+    assert again.assignment("a").experts.tune == ((0, 0),), "what it said in round 2 counts from round 3 on"
+    again.close()
+
+
+def test_methods_that_assign_nothing_say_nothing(tmp_path):
+    toy = Toy(make_run(tmp_path / "state"))
+    toy.join("a", "b")
+    finish_round(toy, {"a": survey(2.0), "b": survey(1.0)})
+    assert toy.assignment("a").experts is None
+    toy.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"utility": ((1.0,), (1.0,))}, r"utility has rows of \[1, 1\] numbers, the layers have \[3, 3\] experts"),
+        ({"frequency": ((0.1,) * 3,)}, "frequency has rows of"),
+        ({"frequency": ((0.1, 0.2, 1.5), (0.0,) * 3)}, "a frequency is above 1"),
+        ({"utility": ((-1.0, 0.0, 0.0), (None,) * 3)}, "utility holds -1.0"),
+        ({"tune_slots": 1}, r"tune_slots is 1, expected 2\.\.6"),
+        ({"tune_slots": 7}, "tune_slots is 7"),
+    ],
+)
+def test_impossible_surveys_are_refused(toy, changes, message):
+    with pytest.raises(InvalidUpdate, match=message):
+        toy.send(toy.update("a", 1, survey=survey(1.0, **changes)))
