@@ -1,13 +1,15 @@
-"""The experts of an OLMoE layer on the CPU, beside transformers' own implementations.
+"""The experts of an OLMoE layer, beside transformers' own implementations.
 
     python benchmarks/bench_masked_experts.py --json benchmarks/results/masked_experts_cpu.json
+    python benchmarks/bench_masked_experts.py --device cuda --json benchmarks/results/masked_experts_gpu.json
+    python benchmarks/bench_masked_experts.py --rehearse           the cases of a GPU on the CPU, small: do they run?
     python benchmarks/bench_masked_experts.py --case nf4-1          one case, short
     python benchmarks/bench_masked_experts.py --crossover           where tiles begin to beat rows
 
 Every case times edgefed and its peers in turn and keeps the shortest. Its limit is
 max(bytes / bandwidth, operations / peak): bytes of the experts that are really hit, as they are stored, operations of
 the pairs that are really computed, bandwidth and peak of the same run. Inputs of one token rotate over eight sets of
-experts, so that weights come from memory and not from the cache.
+experts, so that weights come from memory and not from the cache. A GPU's cases are in `gpu_experts.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu_experts
 import torch
 from cpu_limits import interleaved, limits
+from gpu_limits import Stopwatch, device_facts
 from provenance import provenance
 from torch import nn
 from transformers import OlmoeConfig
@@ -210,6 +214,20 @@ def crossover(repetitions: int) -> dict:
     return table
 
 
+def on_gpu(device: str, wanted: list[str] | None, repetitions: int) -> dict:
+    """All cases of `gpu_experts`; on the CPU small ones, as a rehearsal."""
+    watch = Stopwatch(device)
+    machine = watch.limits()
+    print(device_facts(device), machine, flush=True)
+    result: dict = {"provenance": provenance(), **device_facts(device), "limits": machine, "cases": {}}
+    layer = gpu_experts.Layer(gpu_experts.Size() if device == "cuda" else gpu_experts.SMALL, device)
+    for name, run in gpu_experts.cases(layer, watch, machine, repetitions):
+        if not wanted or name in wanted:
+            result["cases"][name] = run()
+            print(name, json.dumps(result["cases"][name]), flush=True)
+    return result | {"limits_after": watch.limits()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
@@ -217,11 +235,18 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--crossover", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rehearse", action="store_true", help="the cases of a GPU with small shapes on the CPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.device == "cuda" or options.rehearse:
+        result = on_gpu("cpu" if options.rehearse else "cuda", options.case, options.repetitions)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return
     machine = limits()
     print(machine, flush=True)
-    result: dict = {"provenance": provenance(), "threads": options.threads, "limits": machine, "cases": {}}
+    result = {"provenance": provenance(), "threads": options.threads, "limits": machine, "cases": {}}
     if options.crossover:
         result["crossover_ms"] = crossover(options.repetitions)
     else:

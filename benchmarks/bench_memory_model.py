@@ -4,9 +4,11 @@
     python benchmarks/bench_memory_model.py --device cuda --json benchmarks/results/memory_model_cuda.json
 
 Random models of several families (tens of megabytes of parameters) train two steps under each of many plans: experts
-kept and tuned, evenly and unevenly, batch and sequence length, checkpointing, chunked loss. The first step of ONE plan,
-the reference, corrects the memory model; what it then says of every plan is compared with the peak that the allocator
-had in that plan's second step. Beside it: the same with each plan in turn as the reference, and the formulas alone.
+kept and tuned, evenly and unevenly, batch and sequence length, checkpointing, chunked loss, experts that do not learn
+in 4 or 8 bits. The first step of ONE plan, the reference, corrects the memory model; what it then says of every plan is
+compared with the peak that the allocator had in that plan's second step. Beside it: the same with each plan in turn as
+the reference, and the formulas alone. All of it with the kernels that training takes by itself, and again with those
+that ``--kernels`` names besides.
 Embeddings have unit variance, so that tokens differ and routers spread them over the experts as in a trained model; an
 expert that no token reaches takes no gradient, and the row says how many there were.
 """
@@ -17,6 +19,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +90,7 @@ class Plan:
     sequence_length: int = 256
     checkpointing: bool = False
     chunked_loss: bool = False
+    expert_storage: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +123,9 @@ def plans(num_layers: int, experts: int, top_k: int) -> Iterator[Plan]:
         yield even(half, quarter, batch_size=batch_size, sequence_length=sequence_length)
     for (checkpointing, chunked), (kept, tuned) in itertools.product(SAVINGS, ((half, quarter), (experts, experts))):
         yield even(kept, tuned, checkpointing=checkpointing, chunked_loss=chunked)
+    yield even(half, quarter, expert_storage="nf4")
+    yield even(experts, 2, expert_storage="nf4", checkpointing=True, chunked_loss=True)
+    yield even(experts, 2, expert_storage="int8")
 
 
 def build(family: str, dtype: torch.dtype, device: str) -> tuple[MoeModel, ModelShape]:
@@ -145,7 +152,7 @@ def measure_family(family: str, dtype: str, mode: str, device: str) -> tuple[Mod
             [range(count) for count in plan.tuned],
             [range(tuned, kept) for kept, tuned in zip(plan.kept, plan.tuned, strict=True)],
         )
-        model.apply_plan(experts, source, scope)
+        model.apply_plan(experts, source, scope, storage=plan.expert_storage)
         rows.append(measure_plan(model, plan, shape, dtype, mode, device))
     return shape, rows
 
@@ -155,11 +162,13 @@ def measure_plan(model: MoeModel, plan: Plan, shape: ModelShape, dtype: str, mod
         plan.batch_size,
         plan.sequence_length,
         dtype,
+        expert_storage=plan.expert_storage,
         experts=mode,
         lora_rank=LORA_RANK,
         checkpointing=plan.checkpointing,
         chunked_loss=plan.chunked_loss,
         device=device,
+        kernels=model.training_kernels(),
     )
     parameters = list(model.trainable_parameters())
     optimizer = make_optimizer(parameters, "adamw", learning_rate=1e-4, weight_decay=0.0)
@@ -199,6 +208,7 @@ def report(family: str, dtype: str, mode: str, shape: ModelShape, rows: list[Row
         "held_out": family in HELD_OUT,
         "dtype": dtype,
         "experts": mode,
+        "kernels": rows[0].setup.kernels,
         "parameters": shape.num_parameters,
         "correction": dataclasses.asdict(correction),
         "formulas_min": min(formulas),
@@ -222,7 +232,7 @@ def report(family: str, dtype: str, mode: str, shape: ModelShape, rows: list[Row
         ],
     }
     print(
-        f"{family:12} {dtype:9} {mode:5} {len(rows):3}"
+        f"{family:12} {dtype:9} {mode:5} {found['kernels']:9} {len(rows):3}"
         f"  formulas {found['formulas_min']:.3f}-{found['formulas_max']:.3f}"
         f"  corrected {found['corrected_min']:.3f}-{found['corrected_max']:.3f}"
         f"  any reference {found['any_reference_min']:.3f}-{found['any_reference_max']:.3f}"
@@ -238,14 +248,16 @@ def main() -> int:
     parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--modes", default="full,lora")
+    parser.add_argument("--kernels", default="auto,reference", help="what EDGEFED_KERNELS says in each pass")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     results = []
-    for family, dtype, mode in itertools.product(
-        arguments.families.split(","), arguments.dtypes.split(","), arguments.modes.split(",")
+    for kernels, family, dtype, mode in itertools.product(
+        *(getattr(arguments, name).split(",") for name in ("kernels", "families", "dtypes", "modes"))
     ):
+        os.environ["EDGEFED_KERNELS"] = kernels
         shape, rows = measure_family(family, dtype, mode, arguments.device)
         results.append(report(family, dtype, mode, shape, rows))
         if arguments.json:  # after each, so that an interrupted run leaves what it measured

@@ -1,9 +1,11 @@
-"""Quantising and dequantising experts on the CPU, beside bitsandbytes where it is installed.
+"""Quantising and dequantising experts, beside bitsandbytes where it is installed.
 
-    python benchmarks/bench_quantize.py --json benchmarks/results/quantize_cpu.json
+    python benchmarks/bench_quantize.py --json benchmarks/results/quantize.json
+    python benchmarks/bench_quantize.py --device cuda --json benchmarks/results/quantize_gpu.json
+    python benchmarks/bench_quantize.py --rehearse       what a GPU would run, small and on the CPU: does it run?
 
-Rates are millions of parameters a second of one 2048 x 2048 matrix, the shortest of runs in turn. The limit is what
-reading the weights and writing the result takes at the bandwidth of the same run.
+Rates are millions of parameters a second of one 2048 x 2048 matrix (GPU: a stack of 64), the shortest of runs in turn.
+The limit is what reading the weights and writing the result takes at the bandwidth of the same run.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from pathlib import Path
 
 import torch
 from cpu_limits import interleaved, limits
+from gpu_experts import backends
+from gpu_limits import Stopwatch, device_facts
 from provenance import provenance
 
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
@@ -35,40 +39,60 @@ def bitsandbytes_functional():
     return functional
 
 
-def measure(weights: torch.Tensor, peer, bandwidth: float, repetitions: int) -> dict:
-    """Rates of both directions and formats for weights of one dtype."""
+def measure(
+    weights: torch.Tensor, peer, bandwidth: float, repetitions: int, time_all: Callable = interleaved,
+    names: tuple[str, ...] = ("auto",),
+) -> dict:  # fmt: skip
+    """Rates of both directions and formats for weights of one dtype, by each of our backends ``names``."""
     rows: dict[str, dict] = {}
+    ours = {"edgefed" if name == "auto" else f"edgefed-{name}": name for name in names}
+    flat = weights.reshape(-1, weights.shape[-1])
     for format in ("nf4", "int8"):
-        ours = quantize_experts(weights, format)
+        packed = quantize_experts(weights, format)
         out = torch.empty_like(weights)
-        packers: dict[str, Callable[[], object]] = {"edgefed": lambda format=format: quantize_experts(weights, format)}
-        unpackers: dict[str, Callable[[], object]] = {
-            "edgefed": lambda ours=ours, out=out: dequantize_experts(ours, out=out)
-        }
+        packers: dict[str, Callable[[], object]] = {}
+        unpackers: dict[str, Callable[[], object]] = {}
+        for label, name in ours.items():
+            packers[label] = lambda format=format, name=name: quantize_experts(weights, format, backend=name)
+            unpackers[label] = lambda packed=packed, out=out, name=name: dequantize_experts(
+                packed, out=out, backend=name
+            )
         if peer is not None and format == "nf4":
-            packed, state = peer.quantize_4bit(weights, quant_type="nf4")
+            codes, state = peer.quantize_4bit(weights, quant_type="nf4")
             packers["bitsandbytes"] = lambda: peer.quantize_4bit(weights, quant_type="nf4")
-            unpackers["bitsandbytes"] = lambda packed=packed, state=state: peer.dequantize_4bit(packed, state)
+            unpackers["bitsandbytes"] = lambda codes=codes, state=state: peer.dequantize_4bit(codes, state)
         elif peer is not None:
-            half = weights.half()
+            half = flat.half()
             values, absmax, _ = peer.int8_vectorwise_quant(half)
             packers["bitsandbytes"] = lambda half=half: peer.int8_vectorwise_quant(half)
             unpackers["bitsandbytes"] = lambda values=values, absmax=absmax: peer.int8_vectorwise_dequant(
                 values, absmax
             )
-        moved = weights.numel() * weights.element_size() + ours.size_bytes
+        moved = weights.numel() * weights.element_size() + packed.size_bytes
         for direction, runs in (("quantise", packers), ("dequantise", unpackers)):
-            times = interleaved(runs, repetitions)
+            times = time_all(runs, repetitions)
+            best = min(times[label] for label in ours)
             rows[f"{format} {direction}"] = {
                 "m_parameters_per_s": {name: round(weights.numel() / t / 1e6) for name, t in times.items()},
-                "share_of_limit": round(moved / bandwidth / times["edgefed"], 3),
-                **{
-                    f"faster_than_{name}": round(t / times["edgefed"], 1)
-                    for name, t in times.items()
-                    if name != "edgefed"
-                },
+                "share_of_limit": round(moved / bandwidth / best, 3),
+                **{f"faster_than_{name}": round(t / best, 1) for name, t in times.items() if name not in ours},
             }
     return rows
+
+
+def on_gpu(device: str, repetitions: int) -> dict:
+    """A stack of 64 matrices on a GPU; on the CPU a small one, as a rehearsal."""
+    watch, peer = Stopwatch(device), bitsandbytes_functional()
+    machine = watch.limits()
+    result: dict = {"provenance": provenance(), **device_facts(device), "limits": machine, "cases": {}}
+    shape = (64, SIZE, SIZE) if device == "cuda" else (2, 128, 128)
+    for name, dtype in DTYPES.items():
+        weights = torch.randn(shape, device=device).mul_(0.02).to(dtype)
+        bandwidth = machine["read_gb_per_s"] * 1e9
+        rows = measure(weights, peer, bandwidth, repetitions, watch.interleaved, tuple(backends(device)))
+        result["cases"][name] = rows
+        print(name, json.dumps(rows, indent=1), flush=True)
+    return result
 
 
 def main() -> None:
@@ -76,11 +100,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rehearse", action="store_true", help="what a GPU would run, small and on the CPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.device == "cuda" or options.rehearse:
+        result = on_gpu("cpu" if options.rehearse else "cuda", options.repetitions)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return
     machine, peer = limits(), bitsandbytes_functional()
-    result: dict = {
+    result = {
         "provenance": provenance(),
         "threads": options.threads,
         "limits": machine,

@@ -92,6 +92,11 @@ EF_API int64_t ef_dequantize_nf4(const uint8_t* packed, const float* absmax, int
 EF_API int64_t ef_dequantize_int8(const int8_t* packed, const float* absmax, int64_t rows, int64_t columns, void* out,
                                   int32_t dtype, int32_t isa, int32_t threads);
 
+// Nested absmax (experts, blocks): out = values[code] * absmax of each `blocksize` codes + mean of the expert, with two
+// roundings. `values` are the 256 of the code.
+EF_API int64_t ef_unnest_scales(const uint8_t* codes, const float* absmax, const float* mean, const float* values,
+                                int64_t experts, int64_t blocks, int64_t blocksize, float* out, int32_t threads);
+
 // --- masked experts: edgefed/kernels/masked_experts.py ----------------------------------------------------------
 
 // Stable counting sort of the pairs by slot, dropped ones (slot < 0) left out.

@@ -142,7 +142,8 @@ int64_t ef_grouped_matmul(const EfGroup* groups, int64_t num_groups, const void*
   if (num_groups > 0) {
     const EfGroup& end = groups[num_groups - 1];
     const int64_t size = n * (dtype == EF_F32 ? 4 : 2), begin = groups[0].row_begin;
-    expect_writes(static_cast<char*>(y) + begin * size, static_cast<size_t>((end.row_begin + end.row_count - begin) * size));
+    const size_t rows = static_cast<size_t>(end.row_begin + end.row_count - groups[0].row_begin);
+    expect_writes(static_cast<char*>(y) + begin * size, rows * static_cast<size_t>(size), threads);
   }
   const bool int8 = kernel == EF_ROWS_INT8 || kernel == EF_TILES_INT8;
   if (kernel == EF_ROWS || kernel == EF_ROWS_INT8)
@@ -159,7 +160,6 @@ int64_t ef_outer_bf16(const uint16_t* a, const uint16_t* b, const int64_t* b_row
                       int64_t m, int64_t n, int32_t isa, int32_t threads) {
 #if EF_X86
   if (choose_isa(isa) == EF_ISA_AVX512_BF16 && rows > 0 && n % kBlock == 0) {
-    expect_writes(out, static_cast<size_t>(m * n) * sizeof(uint16_t));
     return tiles_outer(a, b, b_rows, out, rows, m, n, threads);
   }
 #else

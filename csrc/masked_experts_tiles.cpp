@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kPanel = 64;          // outputs of a panel: four registers
 constexpr int64_t kTileRows = 6;        // rows of x in a register tile
 constexpr int64_t kChunkRows = 256;     // rows of x that meet a panel before it is given up
-constexpr int64_t kPanelBytes = 1 << 18;  // a panel fits into half of a 1 MB second-level cache, beside x
+constexpr int64_t kPanelBytes = 1 << 17;  // the second-level cache, 1 MB, holds x, a panel and what the next is made of
 enum ScratchUse { kScratchX = 1, kScratchPanel = 2, kScratchSums = 3, kScratchScales = 4 };
 
 EF_BRAIN_INLINE __m512i load(const void* at) { return _mm512_loadu_si512(at); }
@@ -239,9 +239,30 @@ struct Int8Steps {
   static EF_BRAIN_INLINE void to(void* at, Sum sum) { store(at, sum); }
 };
 
-// sums (rows, 64) of 32 bits = (begins ? 0 : sums) + x panel.
+// Memory that is asked for while a panel is multiplied, a few lines at a time: the weights of the next panel. Their
+// bytes then come while only arithmetic waits.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0, rows = 0, stride = 0, line = 0;  // `rows` rows of `lines` lines of 64 bytes, `stride` bytes apart
+
+  EF_INLINE void ask(int64_t count) {
+    for (; count > 0 && rows > 0; --count) {
+      _mm_prefetch(at + 64 * line, _MM_HINT_T1);
+      if (++line == lines) {
+        line = 0;
+        at += stride;
+        --rows;
+      }
+    }
+  }
+};
+
+// sums (rows, 64) of 32 bits = (begins ? 0 : sums) + x panel. After each kAskSteps steps `each` lines of `ahead`.
+constexpr int64_t kAskSteps = 16;
+
 template <typename Steps, int rows>
-EF_BRAIN void tile(const uint32_t* x, const uint32_t* panel, int64_t steps, bool begins, uint32_t* sums) {
+EF_BRAIN void tile(const uint32_t* x, const uint32_t* panel, int64_t steps, bool begins, uint32_t* sums, Ahead& ahead,
+                   int64_t each) {
   typename Steps::Sum s[rows][4];
   // All loops over the sums are unrolled: the compiler keeps them in registers only when no index is variable.
 #pragma GCC unroll 6
@@ -249,14 +270,16 @@ EF_BRAIN void tile(const uint32_t* x, const uint32_t* panel, int64_t steps, bool
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) s[r][j] = begins ? Steps::zero() : Steps::from(sums + r * kPanel + 16 * j);
   }
-  for (int64_t step = 0; step < steps; ++step, x += rows, panel += kPanel) {
-    const __m512i w0 = load(panel), w1 = load(panel + 16), w2 = load(panel + 32), w3 = load(panel + 48);
+  for (int64_t step = 0; step < steps; ahead.ask(each)) {
+    for (const int64_t end = std::min(steps, step + kAskSteps); step < end; ++step, x += rows, panel += kPanel) {
+      const __m512i w0 = load(panel), w1 = load(panel + 16), w2 = load(panel + 32), w3 = load(panel + 48);
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; ++r) {
-      s[r][0] = Steps::add(s[r][0], x[r], w0);
-      s[r][1] = Steps::add(s[r][1], x[r], w1);
-      s[r][2] = Steps::add(s[r][2], x[r], w2);
-      s[r][3] = Steps::add(s[r][3], x[r], w3);
+      for (int r = 0; r < rows; ++r) {
+        s[r][0] = Steps::add(s[r][0], x[r], w0);
+        s[r][1] = Steps::add(s[r][1], x[r], w1);
+        s[r][2] = Steps::add(s[r][2], x[r], w2);
+        s[r][3] = Steps::add(s[r][3], x[r], w3);
+      }
     }
   }
 #pragma GCC unroll 6
@@ -268,14 +291,14 @@ EF_BRAIN void tile(const uint32_t* x, const uint32_t* panel, int64_t steps, bool
 
 template <typename Steps>
 EF_INLINE void run_tile(int64_t rows, const uint32_t* x, const uint32_t* panel, int64_t steps, bool begins,
-                        uint32_t* sums) {
+                        uint32_t* sums, Ahead& ahead, int64_t each) {
   switch (rows) {
-    case 1: return tile<Steps, 1>(x, panel, steps, begins, sums);
-    case 2: return tile<Steps, 2>(x, panel, steps, begins, sums);
-    case 3: return tile<Steps, 3>(x, panel, steps, begins, sums);
-    case 4: return tile<Steps, 4>(x, panel, steps, begins, sums);
-    case 5: return tile<Steps, 5>(x, panel, steps, begins, sums);
-    default: return tile<Steps, 6>(x, panel, steps, begins, sums);
+    case 1: return tile<Steps, 1>(x, panel, steps, begins, sums, ahead, each);
+    case 2: return tile<Steps, 2>(x, panel, steps, begins, sums, ahead, each);
+    case 3: return tile<Steps, 3>(x, panel, steps, begins, sums, ahead, each);
+    case 4: return tile<Steps, 4>(x, panel, steps, begins, sums, ahead, each);
+    case 5: return tile<Steps, 5>(x, panel, steps, begins, sums, ahead, each);
+    default: return tile<Steps, 6>(x, panel, steps, begins, sums, ahead, each);
   }
 }
 
@@ -353,6 +376,16 @@ void pack(const Problem& problem, const EfGroup& group, int64_t output, int64_t 
   return pack_rows<EF_BF16>(group, problem.k, output, begin, end, panel);
 }
 
+// The weights that pack() will read.
+Ahead source_of(const Problem& problem, const EfGroup& group, int64_t output, int64_t begin, int64_t end) {
+  const int64_t bits = group.format == EF_NF4 ? 4 : group.format == EF_INT8 ? 8 : 16;
+  const int64_t columns = problem.transposed ? problem.n : problem.k;
+  const int64_t first = problem.transposed ? begin * columns + output : output * columns + begin;
+  const int64_t width = problem.transposed ? kPanel : end - begin, rows = problem.transposed ? end - begin : kPanel;
+  return {static_cast<const char*>(group.data) + (first * bits >> 3), (width * bits + 511) / 512, rows,
+          columns * bits >> 3, 0};
+}
+
 // Rows row .. row + rows of the sorted pairs with the panels first .. last of one expert.
 int64_t multiply(const Problem& problem, const EfGroup& group, int64_t row, int64_t rows, int64_t first, int64_t last) {
   const int64_t k = problem.k, per_word = problem.int8 ? 4 : 2, steps = k / per_word;
@@ -382,14 +415,21 @@ int64_t multiply(const Problem& problem, const EfGroup& group, int64_t row, int6
     for (int64_t begin = 0; begin < k; begin += part_k) {
       const int64_t end = std::min(k, begin + part_k);
       pack(problem, group, output, begin, end, panel, weight_sums);
+      Ahead ahead;
+      if (end < k)
+        ahead = source_of(problem, group, output, end, std::min(k, end + part_k));
+      else if (output + kPanel < last * kPanel)
+        ahead = source_of(problem, group, output + kPanel, 0, part_k);
+      const int64_t stops = blocks * (((end - begin) / per_word + kAskSteps - 1) / kAskSteps);
+      const int64_t each = (ahead.rows * ahead.lines + stops - 1) / stops;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t at = block_begin(rows, blocks, block), count = block_begin(rows, blocks, block + 1) - at;
         const uint32_t* source = x + at * steps + begin / per_word * count;
         uint32_t* target = sums + at * kPanel;
         if (problem.int8)
-          run_tile<Int8Steps>(count, source, panel, (end - begin) / per_word, begin == 0, target);
+          run_tile<Int8Steps>(count, source, panel, (end - begin) / per_word, begin == 0, target, ahead, each);
         else
-          run_tile<BrainSteps>(count, source, panel, (end - begin) / per_word, begin == 0, target);
+          run_tile<BrainSteps>(count, source, panel, (end - begin) / per_word, begin == 0, target, ahead, each);
         if (end < k) continue;
         uint16_t* y = problem.y + (row + at) * problem.n + output;
         if (problem.int8)
@@ -488,6 +528,7 @@ int64_t tiles_outer(const uint16_t* a, const uint16_t* b, const int64_t* b_rows,
     auto* sums = static_cast<uint32_t*>(scratch(kScratchSums, static_cast<size_t>(height * kPanel) * 4));
     faults[piece] = x && panel && sums ? EF_OK : EF_NO_MEMORY;
     if (faults[piece] != EF_OK) return;
+    expect_writes(out + top * n, static_cast<size_t>(height * n) * sizeof(uint16_t), 1);
     auto pack_all_a = [&](int64_t begin, int64_t end) {
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t at = block_begin(height, blocks, block), count = block_begin(height, blocks, block + 1) - at;
@@ -500,9 +541,10 @@ int64_t tiles_outer(const uint16_t* a, const uint16_t* b, const int64_t* b_rows,
         const int64_t end = std::min(rows, begin + kPart), length = (end - begin + 1) / 2;
         if (!one_part) pack_all_a(begin, end);
         pack_b(b, b_rows, n, column, begin, end, panel);
+        Ahead ahead;
         for (int64_t block = 0; block < blocks; ++block) {
           const int64_t at = block_begin(height, blocks, block), count = block_begin(height, blocks, block + 1) - at;
-          run_tile<BrainSteps>(count, x + at * length, panel, length, begin == 0, sums + at * kPanel);
+          run_tile<BrainSteps>(count, x + at * length, panel, length, begin == 0, sums + at * kPanel, ahead, 0);
           if (end < rows) continue;
           uint16_t* target = out + (top + at) * n + column;
           if (aligned)

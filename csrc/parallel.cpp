@@ -79,18 +79,22 @@ void run_tasks(int64_t tasks, int32_t threads, Task run, void* context) {
   for (std::thread& other : others) other.join();
 }
 
-void expect_writes(void* begin, size_t bytes) {
+void expect_writes(void* begin, size_t bytes, int32_t threads) {
 #if defined(__linux__)
 #if !defined(MADV_POPULATE_WRITE)
 #define MADV_POPULATE_WRITE 23  // Linux 5.14; an older kernel refuses it, and nothing changes
 #endif
   constexpr uintptr_t kPage = 4096;
-  constexpr size_t kWorthIt = 1 << 20;
+  constexpr size_t kWorthIt = 1 << 18, kPart = 1 << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / kPage * kPage;
-  if (bytes >= kWorthIt) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
+  if (bytes < kWorthIt) return;
+  parallel(static_cast<int64_t>((last - first + kPart - 1) / kPart), threads, [&](int64_t part) {
+    const uintptr_t from = first + static_cast<uintptr_t>(part) * kPart, to = last - from < kPart ? last : from + kPart;
+    (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE);
+  });
 #else
-  (void)begin, (void)bytes;
+  (void)begin, (void)bytes, (void)threads;
 #endif
 }
 

@@ -398,6 +398,18 @@ int64_t ef_dequantize_int8(const int8_t* packed, const float* absmax, int64_t ro
   });
 }
 
+int64_t ef_unnest_scales(const uint8_t* codes, const float* absmax, const float* mean, const float* values,
+                         int64_t experts, int64_t blocks, int64_t blocksize, float* out, int32_t threads) {
+  const int64_t pieces = (blocks + blocksize - 1) / blocksize;
+  parallel(experts * pieces, experts * blocks > (1 << 14) ? threads : 1, [&](int64_t task) {
+    const int64_t expert = task / pieces, piece = task % pieces;
+    const int64_t first = expert * blocks + piece * blocksize;
+    const int64_t last = expert * blocks + std::min(blocks, (piece + 1) * blocksize);
+    for (int64_t i = first; i < last; ++i) out[i] = values[codes[i]] * absmax[task] + mean[expert];
+  });
+  return EF_OK;
+}
+
 int32_t ef_has_isa(int32_t isa) {
 #if EF_X86
   __builtin_cpu_init();

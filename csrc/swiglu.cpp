@@ -111,7 +111,7 @@ int64_t ef_swiglu(const void* up, void* act, int32_t dtype, int64_t rows, int64_
     using Bits = typename decltype(type)::Bits;
     const auto* run = functions_of<decltype(type)>(isa);
     if (run == nullptr) return EF_UNSUPPORTED;
-    expect_writes(act, static_cast<size_t>(rows * width) * sizeof(Bits));
+    expect_writes(act, static_cast<size_t>(rows * width) * sizeof(Bits), threads);
     over_rows(rows, width, threads, [&](int64_t first, int64_t last) {
       run->forward(static_cast<const Bits*>(up), static_cast<Bits*>(act), width, first, last);
     });
@@ -125,8 +125,8 @@ int64_t ef_swiglu_backward(const void* up, const void* d, const float* weights, 
     using Bits = typename decltype(type)::Bits;
     const auto* run = functions_of<decltype(type)>(isa);
     if (run == nullptr) return EF_UNSUPPORTED;
-    expect_writes(act, static_cast<size_t>(rows * width) * sizeof(Bits));
-    expect_writes(d_up, static_cast<size_t>(rows * width) * 2 * sizeof(Bits));
+    expect_writes(act, static_cast<size_t>(rows * width) * sizeof(Bits), threads);
+    expect_writes(d_up, static_cast<size_t>(rows * width) * 2 * sizeof(Bits), threads);
     over_rows(rows, width, threads, [&](int64_t first, int64_t last) {
       run->backward(static_cast<const Bits*>(up), static_cast<const Bits*>(d), weights, static_cast<Bits*>(act),
                     static_cast<Bits*>(d_up), d_weights, width, first, last);

@@ -195,6 +195,11 @@ class LayerRecord:
     """Sum over tokens of (1 - G_e) ln (1 - G_e) (<= 0)."""
     routed_gate_sum: np.ndarray
     """Sum of the top-k weight that the layer really multiplies with; 0 outside the top-k."""
+    attention_sum: np.ndarray | None = None
+    """Sum over the tokens routed to e of the attention that each receives; None where it was not recorded.
+
+    That of a token is the mean over heads and over the queries that can see it of its column of the attention matrix:
+    causal masks would otherwise favour early tokens."""
 
     @property
     def num_experts(self) -> int:
@@ -210,8 +215,15 @@ class LayerRecord:
         """Share of tokens routed to each expert, (E,); sums to top-k."""
         return self.tokens_per_expert / max(self.num_tokens, 1)
 
+    @property
+    def mean_attention(self) -> np.ndarray | None:
+        """Mean attention that tokens routed to each expert receive, (E,): a_e of Flux (2). Zero without tokens."""
+        return None if self.attention_sum is None else self.attention_sum / np.maximum(self.tokens_per_expert, 1)
+
     def __add__(self, other: LayerRecord) -> LayerRecord:
-        """The record of both token sets."""
+        """The record of both token sets. Raises ValueError where only one of them has attention."""
+        if (self.attention_sum is None) != (other.attention_sum is None):
+            raise ValueError("one record has the attention that tokens received, the other has not")
         return LayerRecord(
             num_tokens=self.num_tokens + other.num_tokens,
             tokens_per_expert=self.tokens_per_expert + other.tokens_per_expert,
@@ -220,6 +232,7 @@ class LayerRecord:
             gate_log_sum=self.gate_log_sum + other.gate_log_sum,
             gate_complement_log_sum=self.gate_complement_log_sum + other.gate_complement_log_sum,
             routed_gate_sum=self.routed_gate_sum + other.routed_gate_sum,
+            attention_sum=None if self.attention_sum is None else self.attention_sum + other.attention_sum,
         )
 
 

@@ -78,12 +78,19 @@ def isa_names(library: ctypes.CDLL) -> list[str]:
     return [name for name in best if library.ef_has_isa(ISA_CODES[name])]
 
 
+def setting(name: str) -> str | None:
+    """``os.environ.get(name)``, which takes twice as long where there is none: every call of a kernel asks."""
+    if name not in os.environ:
+        return None
+    return os.environ[name]
+
+
 def isa_code(library: ctypes.CDLL, wish: str | None = None) -> int:
     """Code of the instruction set ``wish``, or of the one that EDGEFED_ISA names, or of the best one.
 
     Raises ConfigError when that one is unknown, or not on this processor.
     """
-    wish = wish or os.environ.get("EDGEFED_ISA")
+    wish = wish or setting("EDGEFED_ISA")
     if not wish:
         return _best_isa(library)
     if wish not in ISA_CODES or not library.ef_has_isa(ISA_CODES[wish]):
@@ -123,6 +130,7 @@ _FUNCTIONS: dict[str, list[type]] = {
     "ef_quantize_int8": [_L, _P, _I, _L, _L, _P, _P, _I, _I],
     "ef_dequantize_nf4": [_L, _P, _P, _L, _L, _P, _I, _I, _I],
     "ef_dequantize_int8": [_L, _P, _P, _L, _L, _P, _I, _I, _I],
+    "ef_unnest_scales": [_L, _P, _P, _P, _P, _L, _L, _L, _P, _I],
     "ef_sort_pairs": [_L, _P, _L, _L, _P, _P, _P],
     "ef_can_matmul": [_I, _I, _I, _I, _L, _L, _I, _I, _I],
     "ef_grouped_matmul": [_L, _P, _L, _P, _P, _P, _I, _L, _L, _I, _I, _I, _I],

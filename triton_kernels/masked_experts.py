@@ -59,14 +59,8 @@ class TokenCounts:
         return (self._offsets.diff() > 0).tolist()
 
 
-def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object, finish: object) -> str | None:
-    """Why a caller that does not pass ``finish`` on leaves this layer to the reference, or None."""
-    if finish is not None:
-        return "the layer has an operation after its experts"
-    return _why_not_computed(hidden_states, expert_weights, slots)
-
-
-def _why_not_computed(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object) -> str | None:
+def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object) -> str | None:
+    """Why this layer is for another backend, or None."""
     if hidden_states.dtype not in TYPES or expert_weights.dtype not in TYPES:
         return f"there is no Triton kernel for {hidden_states.dtype} tokens with {expert_weights.dtype} weights"
     if getattr(slots, "streamed", False):
@@ -105,7 +99,7 @@ def masked_experts(
         raise ValueError(
             f"slot_indices {tuple(slot_indices.shape)} and expert_weights {tuple(expert_weights.shape)} differ"
         )
-    reason = _why_not_computed(hidden_states, expert_weights, slots)
+    reason = why_not(hidden_states, expert_weights, slots)
     if reason is not None:
         raise Unsupported(reason)
     num_slots = len(slots)

@@ -321,6 +321,7 @@ class Agent:
             return StepOutcome("dropped", delivered.server_round, str(delivered.error))
         self._rounds += 1
         self._metrics = delivered.metrics
+        self._trainer.between_rounds(self._fetch, self._progress)
         return StepOutcome("accepted", delivered.server_round)
 
     def _fetch(self, items: Iterable[UnitInfo | FileInfo]) -> Mapping[str, Path]:
@@ -354,6 +355,7 @@ class Agent:
             num_tokens=trained.num_tokens,
             experts=trained.experts,
             metrics=finite,
+            survey=trained.survey,
         )
 
 

@@ -33,7 +33,8 @@ _PROGRAMS = re.compile(r" \([^()]*\)")
 class JoinConfig:
     """What `edgefed join` was told. Sizes are bytes, shares are 0..1.
 
-    ``memory_bytes`` None: what is measured, anew before each round. ``device`` as `probe_device` takes it.
+    ``memory_bytes`` None: what is measured, anew before each round. ``device`` as `probe_device` takes it;
+    ``expert_storage`` as `edgefed.agent.expert_storage` has it, ``profile_storage`` as `edgefed.agent.device_profile`.
     """
 
     server: str
@@ -46,6 +47,8 @@ class JoinConfig:
     held_out_share: float = 0.1
     token: str | None = None
     device: str | None = None
+    expert_storage: str = "auto"
+    profile_storage: str = "auto"
 
 
 class DeviceMemory:
@@ -151,7 +154,13 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
     trainer = LocalTrainer(
         config.data,
         config.state,
-        DeviceLimits(config.memory_bytes, config.expert_share, config.compute_share),
+        DeviceLimits(
+            config.memory_bytes,
+            config.expert_share,
+            config.compute_share,
+            config.profile_storage,
+            config.expert_storage,
+        ),
         config.name,
         held_out_share=config.held_out_share,
         device=memory.torch_device,

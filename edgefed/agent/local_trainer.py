@@ -18,31 +18,33 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from edgefed.agent.agent import Fetch, TrainedUpdate
 from edgefed.agent.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.agent.planner import DeviceLimits, Planner
 from edgefed.agent.progress import ProgressSink
+from edgefed.agent.reports import expert_reports, expert_survey, probe_explored, round_metrics, write_update
 from edgefed.disk import disk_errors
-from edgefed.errors import ConfigError, MalformedMessage, TrainingDiverged
+from edgefed.errors import ConfigError, MalformedMessage
 from edgefed.experts import ExpertPlan, Role
 from edgefed.hardware.budget import MemoryBudget
-from edgefed.hardware.memory import process_peak_rss_bytes, process_rss_bytes
+from edgefed.hardware.memory import process_rss_bytes
 from edgefed.hardware.watch import PressureWatch
 from edgefed.methods.interface import Method
 from edgefed.methods.registry import make_method
+from edgefed.moe.alignment import neuron_aligner
 from edgefed.moe.frame_source import FrameSource, raw_array
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol import frames
-from edgefed.protocol.messages import Assignment, ExpertReport, Manifest, RunConfig, UnitInfo
+from edgefed.protocol.messages import Assignment, Manifest, RunConfig, UnitInfo
 from edgefed.training.calibration import correction_from, measure_step
 from edgefed.training.chunked_loss import chunking_problem
 from edgefed.training.data import Corpus, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
 from edgefed.training.evaluate import evaluate_loss
+from edgefed.training.gradient_norms import GradientNorms
 from edgefed.training.out_of_memory import (
     device_lost,
     free_memory,
@@ -52,6 +54,7 @@ from edgefed.training.out_of_memory import (
 )
 from edgefed.training.profiling import load_tokenizer, spread_blocks
 from edgefed.training.steps import StepsOutcome, run_steps, train_scope
+from edgefed.training.utility import ProbeOutcome
 
 OWN_FOLDER = "own"
 """Where a device that exchanges nothing keeps what it trained, so that a round that shrinks can start again."""
@@ -109,6 +112,7 @@ class LocalTrainer:
         self._train_blocks: TokenBlocks | None = None
         self._held_out_blocks: TokenBlocks | None = None
         self._own_bytes_before_model = 0
+        self._last: _Round | None = None
         self._chunking_checked = False
 
     def train_round(
@@ -131,21 +135,40 @@ class LocalTrainer:
         this = _Round(run, method, manifest, assignment, fetch, progress, units, own)
         guard = MemoryGuard(self._planner.shrink, progress, self._device, self._watch)
         outcome, before, after = self._train_within_memory(this, model, guard)
-        plan = model.plan
-        self._write_update(model if method.exchanges else None, units, update_path)
+        plan, probed = model.plan, ProbeOutcome({}, 0)
+        if method.assigns_experts:
+            probed = self._probe(this, model, plan)
+        write_update(model if method.exchanges else None, units, update_path)
         keep = {file.sha256 for file in manifest.files}
         keep |= {
             unit.sha256
             for unit in units.values()
-            if unit.kind != "expert" or method.profiles_every_round or _is_held(unit, plan)
+            if unit.kind != "expert"
+            or method.profiles_every_round
+            or method.profiles_while_waiting
+            or _is_held(unit, plan)
         }
+        self._last = this
+        forwards = {"probe_forwards": float(probed.forwards)} if method.utility_probes else {}
         return TrainedUpdate(
-            experts=_expert_reports(method, plan, outcome),
-            metrics=self._metrics(plan, outcome, before, after, guard.num_shrinks),
+            experts=expert_reports(method, plan, outcome),
+            metrics=round_metrics(plan, outcome, before, after, guard.num_shrinks, **forwards),
             num_examples=len(self._train_blocks),
             num_tokens=outcome.num_tokens,
             keep=frozenset(keep),
+            survey=expert_survey(plan, self._planner.profile, outcome, probed) if method.assigns_experts else None,
         )
+
+    def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:
+        """Make the profile of the next round from the experts of the last one, where the method wants that."""
+        this, self._last = self._last, None
+        if this is None or not this.method.profiles_while_waiting:
+            return
+        source = self._load_shared(self._model, this.units.values(), fetch)
+        self._planner.profile_ahead(
+            this.run, this.method, this.manifest, self._model, self._train_blocks, source, self._usable_bytes(), fetch,
+            progress,
+        )  # fmt: skip
 
     def _train_within_memory(
         self, this: _Round, model: MoeModel, guard: MemoryGuard
@@ -156,20 +179,21 @@ class LocalTrainer:
         optimiser step may have changed half of them.
         """
         plan: ExpertPlan | None = None
-        before: dict[ExpertPlan, float] = {}
+        before: dict[tuple[ExpertPlan, str | None], float] = {}  # by what is held, and how it is stored
         while True:
             trouble = ""
             try:
                 if plan is None:
                     this.doing = "planning"
                     plan = self._plan(this, model)
-                if not (this.own and plan == model.plan):
+                held = (plan, self._planner.load.setup.expert_storage)
+                if not (this.own and held == (model.plan, model.storage)):
                     self._place(this, model, plan)
                 self._check_chunked_loss(this, model)
-                if plan not in before:
-                    before[plan] = self._held_out_loss(this)
+                if held not in before:
+                    before[held] = self._held_out_loss(this)
                 outcome = self._train(this, model, plan, guard)
-                return outcome, before[plan], self._held_out_loss(this)
+                return outcome, before[held], self._held_out_loss(this)
             except PlanShrunk:
                 plan = guard.plan
             except Exception as error:
@@ -264,7 +288,7 @@ class LocalTrainer:
         source = FrameSource() if this.own else self._load_shared(model, this.units.values(), this.fetch)
         return self._planner.make_plan(
             this.run, this.method, this.manifest, model, self._train_blocks, source, usable_bytes, this.fetch,
-            this.progress,
+            this.progress, this.assignment.experts,
         )  # fmt: skip
 
     def _place(self, this: _Round, model: MoeModel, plan: ExpertPlan) -> None:
@@ -275,7 +299,11 @@ class LocalTrainer:
         source.add(held, this.fetch(held))
         for key, path in this.own.items():
             source.add([this.units[key]], {this.units[key].sha256: path})
-        model.apply_plan(plan, source, train_scope(this.run.training), missing=this.run.training.missing)
+        model.apply_plan(
+            plan, source, train_scope(this.run.training), missing=this.run.training.missing,
+            storage=self._planner.load.setup.expert_storage,
+            align=neuron_aligner(model.layers) if this.method.merge_aligned else None,
+        )  # fmt: skip
         for key in this.own:
             if this.units[key].kind != "expert" and not key.endswith(LORA_SUFFIX):
                 model.load_unit(key, source.read(key))
@@ -331,64 +359,42 @@ class LocalTrainer:
                 self._train_blocks,
                 training,
                 compute_share=self._limits.compute_share,
-                seed=zlib.crc32(f"{this.assignment.seed}/{this.assignment.server_round}/{self._identity}".encode()),
+                seed=self._seed(this),
                 setup=setup,
                 on_step=lambda loss: progress.advance(1),
+                norms=GradientNorms(model) if this.method.assigns_experts else None,
                 reconsider=guard.reconsider,
                 measure=measure if self._planner.correction is None else None,
             )
         progress.done()
         return outcome
 
-    def _write_update(self, model: MoeModel | None, units: Mapping[str, UnitInfo], path: Path) -> None:
-        """Write what was trained as one frame; an empty frame when nothing is exchanged. Raises TrainingDiverged."""
-        tensors: dict[str, tuple[str, np.ndarray]] = {}
-        for spec, values in model.trained_units() if model else ():
-            unit = units[spec.key]
-            for info in unit.tensors:
-                value = values[info.name].detach()
-                if not torch.isfinite(value).all():
-                    raise TrainingDiverged(f"{spec.key} {info.name} holds a value that is not finite")
-                tensors[frames.update_name(spec.key, info.name)] = (info.dtype, raw_array(value))
-        with disk_errors(path):
-            frames.write_frame(path, tensors)
+    def _probe(self, this: _Round, model: MoeModel, plan: ExpertPlan) -> ProbeOutcome:
+        """Gradient norms of the explored experts after training; see `edgefed.training.utility`."""
+        method, progress, load = this.method, this.progress, self._planner.load
+        explored = sum(len(plan.frozen(layer)) for layer in range(plan.num_layers))
+        progress.phase("explore", 2 * method.utility_probes * explored, "pass")
+        outcome = probe_explored(
+            model,
+            plan,
+            self._train_blocks.shortened(load.setup.sequence_length),
+            directions=method.utility_probes,
+            batch_size=load.setup.batch_size,
+            seed=self._seed(this),
+            chunked=load.setup.chunked_loss,
+            on_forward=lambda: progress.advance(1),
+            on_smaller=lambda size: progress.message(
+                f"memory: out of memory while exploring; {size} sequences at a time"
+            ),
+        )
+        progress.done()
+        return outcome
 
-    def _metrics(
-        self, plan: ExpertPlan, outcome: StepsOutcome, before: float, after: float, num_shrinks: int
-    ) -> dict[str, float]:
-        metrics = {
-            "train_loss": outcome.loss,
-            "held_out_loss_before": before,
-            "held_out_loss_after": after,
-            "experts_held": float(plan.num_resident),
-            "experts_trained": float(len(outcome.expert_steps)),
-            "memory_shrinks": float(num_shrinks),
-            "peak_expert_bytes": float(outcome.peak_expert_bytes),
-            "peak_rss_bytes": float(process_peak_rss_bytes()),
-            "train_tokens_per_s": outcome.tokens_per_s,
-        }
-        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+    def _seed(self, this: _Round) -> int:
+        """The same for the same device in the same round of the same run, and for nobody else."""
+        return zlib.crc32(f"{this.assignment.seed}/{this.assignment.server_round}/{self._identity}".encode())
 
 
 def _is_held(unit: UnitInfo, plan: ExpertPlan) -> bool:
     """Whether ``unit`` is an expert, or the adapter of one, that the plan puts on the device."""
     return unit.kind == "expert" and plan.roles[unit.layer][unit.expert] != Role.ABSENT
-
-
-def _expert_reports(method: Method, plan: ExpertPlan, outcome: StepsOutcome) -> tuple[ExpertReport, ...]:
-    """What the aggregator is told of each expert held, from the router's statistics over the training tokens."""
-    reports = []
-    for layer, record in enumerate(outcome.record.layers):
-        importance = method.expert_importance(record)
-        for expert in sorted(plan.resident(layer).tolist()):
-            reports.append(
-                ExpertReport(
-                    layer=layer,
-                    expert=expert,
-                    usage=float(min(1.0, record.mean_gate[expert])),
-                    importance=float(importance[expert]),
-                    steps=outcome.expert_steps[layer, expert],
-                    tokens=int(record.tokens_per_expert[expert]),
-                )
-            )
-    return tuple(reports)

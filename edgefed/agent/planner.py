@@ -12,61 +12,49 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from edgefed.agent.agent import Fetch
+from edgefed.agent.device_profile import make_profile
+from edgefed.agent.expert_storage import required_storage
+from edgefed.agent.merged_plan import RestMerger, with_stand_in_groups
 from edgefed.agent.progress import ProgressSink
-from edgefed.disk import disk_errors, write_durably
-from edgefed.errors import BudgetTooSmall, StateCorrupt
+from edgefed.agent.saved_plan import PLAN_FILE, SAVED_SETUP, SavedPlan, read_saved_plan
+from edgefed.errors import BudgetTooSmall
 from edgefed.experts import ExpertPlan, Role, RouterRecord
 from edgefed.hardware.memory import format_bytes
 from edgefed.methods.interface import DeviceBudget, Method, RoundContext
 from edgefed.moe.frame_source import FrameSource
-from edgefed.moe.memory import Correction, StepSetup, profiling_memory, training_memory
+from edgefed.moe.memory import Correction, training_memory
 from edgefed.moe.model import MoeModel
 from edgefed.moe.shapes import ModelShape, shape_from_config
-from edgefed.protocol.messages import Manifest, RunConfig
+from edgefed.protocol.messages import ExpertAssignment, Manifest, RunConfig
 from edgefed.training.encoding import TokenBlocks
-from edgefed.training.out_of_memory import with_smaller_batches
-from edgefed.training.profiling import profile_blocks, spread_blocks
 from edgefed.training.savings import problems
 from edgefed.training.shrinking import Ladder, Load, Rung, describe, fit, next_rung
-from edgefed.training.steps import step_setup, train_scope
-
-PLAN_FILE = "plan.json"
-"""Profile, load, plan and correction, in the device's state folder."""
+from edgefed.training.steps import step_setup
 
 GROWTH = 1.10
 """A load may grow when it would fit into the budget divided by this; see the top of this file."""
-
-_SAVED_SETUP = ("chunked_loss", "checkpointing", "optimizer", "sequence_length")
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceLimits:
     """What the owner allows. ``memory_bytes`` is for the whole process, None: what is measured before each round;
-    ``expert_share`` caps the experts held, ``compute_share`` those that learn from one batch."""
+    ``expert_share`` caps the experts held, ``compute_share`` those that learn from one batch. ``profile_storage``: how
+    a profile holds experts (`edgefed.agent.device_profile`), ``expert_storage``: how training does
+    (`edgefed.agent.expert_storage`)."""
 
     memory_bytes: int | None = None
     expert_share: float = 1.0
     compute_share: float = 1.0
-
-
-@dataclasses.dataclass
-class _Saved:
-    """What plan.json holds of this run. ``failed_bytes``: the budget under which a plan ran out of memory, 0: none."""
-
-    profile: RouterRecord | None = None
-    plan: dict | None = None
-    load: dict | None = None
-    correction: Correction | None = None
-    failed_bytes: int = 0
+    profile_storage: str = "auto"
+    expert_storage: str = "auto"
 
 
 class Planner:
@@ -76,12 +64,14 @@ class Planner:
         self._path = folder / PLAN_FILE
         self._limits = limits
         self._identity = identity
-        self._saved = _Saved()
+        self._saved = SavedPlan()
         self._fingerprint: list = []
         self._ladder: Ladder | None = None
         self._shape: ModelShape | None = None
         self._problems: dict[str, str] | None = None
         self._usable_bytes = 0
+        self._merger = RestMerger()
+        self._merge: Callable[[ExpertPlan], ExpertPlan] = lambda plan: plan
         self.load: Load | None = None
         """What the current plan does; None before the first plan."""
 
@@ -101,36 +91,50 @@ class Planner:
         usable_bytes: int,
         fetch: Fetch,
         progress: ProgressSink,
+        assignment: ExpertAssignment | None = None,
     ) -> ExpertPlan:
         """The plan of this round; `load` then says how its steps are done.
 
-        A profile is made once, or each round if the method asks for it; all experts are downloaded for it and no other
-        reason. ``usable_bytes`` is what the model may use now. Raises BudgetTooSmall before anything is downloaded.
+        A profile is made once, or each round if the method asks for it; all experts are downloaded for it, or to be
+        merged, and for no other reason. ``assignment``: what the aggregator wants. ``usable_bytes`` is what the model
+        may use now. Raises BudgetTooSmall and ConfigError before anything is downloaded.
         """
         self._restore(run)
         saved = self._saved
+        storage = required_storage(self._limits.expert_storage, method, run.training, model)
+        setup = step_setup(model, run.training, expert_storage=storage)
+        if saved.correction and saved.correction.kernels != setup.kernels:
+            saved.correction = None  # it says nothing of these kernels; the next step is measured
         if saved.correction:
             usable_bytes -= saved.correction.process_bytes
         sizes = manifest.experts_per_layer
         self._shape = self._shape or shape_from_config(model.config, run.model)
         if self._problems is None:
             self._problems = problems(model.module, model.module.device)
+            if self._limits.expert_storage == "full":
+                self._problems["nf4_experts"] = "this device was told --expert-storage full"
         # The small term keeps 0.29 of 100 experts at 29; a layer without any expert would pass no gradient.
         count = max(len(sizes), math.floor(self._limits.expert_share * sum(sizes) + 1e-9))
-        wanted = Load(step_setup(model, run.training), count, count)
+        wanted = Load(setup, count, count)
         self._ladder = self._make_ladder(run, method, functools.partial(_spread_evenly, sizes))
         fit(self._ladder, wanted, usable_bytes)  # refuse before anything is downloaded
-        if method.needs_profile and (saved.profile is None or method.profiles_every_round):
-            experts = [unit for unit in manifest.units if unit.kind == "expert"]
-            source.add(experts, fetch(experts))
-            saved.profile = self._make_profile(run, model, blocks, source, usable_bytes, progress)
-        self._ladder = self._make_ladder(run, method, self._layout(run, method, manifest))
+        if method.needs_profile and self._profile_is_due(method, manifest.server_round):
+            self._profile(run, method, manifest, model, blocks, source, usable_bytes, fetch, progress)
+        self._ladder = self._make_ladder(run, method, self._layout(run, method, manifest, assignment))
         before = self._resumed(wanted)
         self.load = self._settle(before, wanted, usable_bytes, progress)
         if saved.plan is not None and not method.plans_every_round and before == self.load:
             plan = ExpertPlan.from_dict(saved.plan)
         else:
             plan = self._ladder.layout(self.load.held, self.load.trained)
+        if method.merges_rest:
+            experts = [unit for unit in manifest.units if unit.kind == "expert"]
+            source.add(experts, fetch(experts))
+            before_merging = ExpertPlan.from_dict(saved.plan) if saved.plan else None
+            self._merge = lambda plan: self._merger.merge(
+                plan, method, saved.profile, model.layers, source, before_merging, progress
+            )
+            plan = self._merge(plan)
         self._usable_bytes = usable_bytes
         self._keep(plan)
         real = dataclasses.replace(self.load, held=plan.num_resident, trained=plan.num_tuned)  # no use for all of them
@@ -148,9 +152,27 @@ class Planner:
             return None
         self.load = rung.load
         self._saved.failed_bytes = self._usable_bytes
-        plan = self._ladder.layout(self.load.held, self.load.trained)
+        plan = self._merge(self._ladder.layout(self.load.held, self.load.trained))
         self._keep(plan)
         return rung, plan
+
+    def profile_ahead(
+        self,
+        run: RunConfig,
+        method: Method,
+        manifest: Manifest,
+        model: MoeModel,
+        blocks: TokenBlocks,
+        source: FrameSource,
+        usable_bytes: int,
+        fetch: Fetch,
+        progress: ProgressSink,
+    ) -> None:
+        """Make the profile of the round after ``manifest``'s now; see `Method.profiles_while_waiting`."""
+        if self._saved.correction:
+            usable_bytes -= self._saved.correction.process_bytes
+        self._profile(run, method, manifest, model, blocks, source, usable_bytes, fetch, progress)
+        self._write()
 
     def exclude(self, saving: str, reason: str) -> None:
         """``saving`` turned out not to work with this model. The next `make_plan` does without."""
@@ -166,6 +188,40 @@ class Planner:
     def shape(self) -> ModelShape:
         assert self._shape is not None, "there is a plan"
         return self._shape
+
+    @property
+    def profile(self) -> RouterRecord:
+        """The newest profile."""
+        assert self._saved.profile is not None, "there was a profile"
+        return self._saved.profile
+
+    def _profile_is_due(self, method: Method, server_round: int) -> bool:
+        if self._saved.profile is None or method.profiles_every_round:
+            return True
+        # One made while waiting is of the round before. An older one was left by a device that was away.
+        return method.profiles_while_waiting and self._saved.profile_round < server_round - 1
+
+    def _profile(
+        self,
+        run: RunConfig,
+        method: Method,
+        manifest: Manifest,
+        model: MoeModel,
+        blocks: TokenBlocks,
+        source: FrameSource,
+        usable_bytes: int,
+        fetch: Fetch,
+        progress: ProgressSink,
+    ) -> None:
+        experts = [unit for unit in manifest.units if unit.kind == "expert"]
+        source.add(experts, fetch(experts))
+        if method.exchanges:
+            model.drop_experts()  # those of the last round; they are placed anew after the plan
+        self._saved.profile = make_profile(
+            model, self.shape, run.training, blocks, source, usable_bytes, progress,
+            storage=self._limits.profile_storage, attention=method.profiles_attention,
+        )  # fmt: skip
+        self._saved.profile_round = manifest.server_round
 
     # --- the load ---------------------------------------------------------------------------------------------------
 
@@ -208,7 +264,7 @@ class Planner:
             load = self.load
         elif self._saved.load is not None:
             saved = self._saved.load
-            setup = dataclasses.replace(wanted.setup, **{name: saved["setup"][name] for name in _SAVED_SETUP})
+            setup = dataclasses.replace(wanted.setup, **{name: saved["setup"][name] for name in SAVED_SETUP})
             load = Load(setup, saved["held"], saved["trained"])
         else:
             return None
@@ -217,6 +273,10 @@ class Planner:
             for problem, field in (("chunked_loss",) * 2, ("checkpointing",) * 2, ("adamw_8bit", "optimizer"))
             if problem in self._problems
         }
+        storage = wanted.setup.expert_storage
+        may_pack = storage is None and "nf4_experts" not in self._problems
+        if load.setup.expert_storage not in ((None, "nf4") if may_pack else (storage,)):
+            changes["expert_storage"] = storage
         held = min(load.held, wanted.held)
         return Load(dataclasses.replace(load.setup, **changes), held, min(load.trained, held))
 
@@ -231,58 +291,27 @@ class Planner:
             all_experts=method.holds_all_experts,
         )
 
-    def _layout(self, run: RunConfig, method: Method, manifest: Manifest) -> Callable[[int, int], ExpertPlan]:
+    def _layout(
+        self, run: RunConfig, method: Method, manifest: Manifest, assignment: ExpertAssignment | None
+    ) -> Callable[[int, int], ExpertPlan]:
         """Which experts, for so many held and trained: the method's choice; drawn from the same numbers each time, so
         fewer experts are a part of more."""
         drawn_in = manifest.server_round if method.plans_every_round else 0
         progress = (manifest.server_round - 1) / (run.rounds - 1) if run.rounds > 1 else 1.0
-        context = RoundContext(manifest.server_round, progress)
+        context = RoundContext(manifest.server_round, progress, assignment)
         profile, sizes = self._saved.profile, manifest.experts_per_layer
 
         @functools.lru_cache(maxsize=64)
         def choose(count: int) -> ExpertPlan:
             rng = np.random.default_rng([run.seed, drawn_in, zlib.crc32(self._identity.encode())])
-            return method.plan_experts(
-                profile, sizes, DeviceBudget(count, self._limits.compute_share), rng, context
-            )
+            budget = DeviceBudget(count, self._limits.compute_share)
+            plan = method.plan_experts(profile, sizes, budget, rng, context)
+            return with_stand_in_groups(plan, count, profile, method.merge_sizes) if method.merges_rest else plan
 
         def layout(held: int, trained: int) -> ExpertPlan:
             return _train_some(choose(held), choose(trained)) if trained < held else choose(held)
 
         return layout
-
-    # --- the profile ------------------------------------------------------------------------------------------------
-
-    def _make_profile(
-        self,
-        run: RunConfig,
-        model: MoeModel,
-        blocks: TokenBlocks,
-        source: FrameSource,
-        usable_bytes: int,
-        progress: ProgressSink,
-    ) -> RouterRecord:
-        """Router statistics of the full model over the training text, the experts streamed from disk."""
-        picked = spread_blocks(blocks, run.training.profile_tokens)
-        setup = step_setup(model, run.training)
-        while setup.batch_size > 1 and self._profiling_bytes(setup) > usable_bytes:
-            setup = dataclasses.replace(setup, batch_size=setup.batch_size // 2)
-
-        def run_with(batch_size: int) -> RouterRecord:
-            progress.phase("profile", picked.num_tokens, "token")
-            scope = train_scope(run.training)
-            return profile_blocks(model, picked, source, scope=scope, batch_size=batch_size, on_batch=progress.advance)
-
-        record = with_smaller_batches(
-            run_with,
-            setup.batch_size,
-            lambda size: progress.message(f"memory: out of memory in the profile; {size} sequences at a time"),
-        )
-        progress.done()
-        return record
-
-    def _profiling_bytes(self, setup: StepSetup) -> int:
-        return profiling_memory(self.shape, setup, 1, streamed=True).total_bytes
 
     # --- plan.json --------------------------------------------------------------------------------------------------
 
@@ -294,54 +323,15 @@ class Planner:
         fingerprint = [run.run_id, self._identity, self._limits.expert_share, self._limits.compute_share]
         if fingerprint == self._fingerprint:
             return
-        self._fingerprint, self._saved, self.load = fingerprint, _Saved(), None
-        if not self._path.exists():
-            return
-        try:
-            with disk_errors(self._path):
-                saved = json.loads(self._path.read_text())
-            if saved["fingerprint"] == fingerprint:
-                self._saved = _Saved(
-                    profile=RouterRecord.from_dict(saved["profile"]) if saved["profile"] else None,
-                    plan=saved["plan"],
-                    load=_checked_load(saved["load"]),
-                    correction=Correction(**saved["correction"]) if saved["correction"] else None,
-                    failed_bytes=int(saved["failed_bytes"]),
-                )
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
-            raise StateCorrupt(
-                f"{self._path} is not what was written: {fault}", remedy="Delete the file; the device plans again."
-            ) from fault
+        self._saved, self.load = read_saved_plan(self._path, fingerprint), None
+        self._fingerprint = fingerprint
 
     def _keep(self, plan: ExpertPlan) -> None:
-        load = self.load
-        self._saved.plan = plan.to_dict()
-        self._saved.load = {
-            "setup": {name: getattr(load.setup, name) for name in _SAVED_SETUP},
-            "held": load.held,
-            "trained": load.trained,
-        }
+        self._saved.keep(plan, self.load)
         self._write()
 
     def _write(self) -> None:
-        saved = self._saved
-        content = {
-            "fingerprint": self._fingerprint,
-            "plan": saved.plan,
-            "load": saved.load,
-            "failed_bytes": saved.failed_bytes,
-            "correction": dataclasses.asdict(saved.correction) if saved.correction else None,
-            "profile": saved.profile.to_dict() if saved.profile else None,
-        }
-        write_durably(self._path, json.dumps(content).encode())
-
-
-def _checked_load(load: Mapping) -> dict:
-    return {
-        "setup": {name: load["setup"][name] for name in _SAVED_SETUP},
-        "held": int(load["held"]),
-        "trained": int(load["trained"]),
-    }
+        self._saved.write(self._path, self._fingerprint)
 
 
 def _spread_evenly(experts_per_layer: tuple[int, ...], held: int, trained: int) -> ExpertPlan:
@@ -370,7 +360,5 @@ def _train_some(held: ExpertPlan, trained: ExpertPlan) -> ExpertPlan:
         both = (mine == Role.TUNED) & (theirs == Role.TUNED)
         if not both.any():
             both[np.flatnonzero(mine == Role.TUNED)[:1]] = True
-        roles.append(
-            np.where(both, Role.TUNED, np.where(mine == Role.ABSENT, Role.ABSENT, Role.FROZEN)).astype(np.int8)
-        )
-    return ExpertPlan(tuple(roles))
+        roles.append(np.where((mine == Role.TUNED) & ~both, Role.FROZEN, mine).astype(np.int8))
+    return ExpertPlan(tuple(roles), held.merged)

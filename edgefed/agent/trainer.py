@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgefed.agent.progress import ProgressSink
-from edgefed.protocol.messages import Assignment, ExpertReport, FileInfo, Manifest, RunConfig, UnitInfo
+from edgefed.protocol.messages import Assignment, ExpertReport, ExpertSurvey, FileInfo, Manifest, RunConfig, UnitInfo
 
 Fetch = Callable[[Iterable[UnitInfo | FileInfo]], Mapping[str, Path]]
 """Local files of units and files, {sha256: path}; downloads what is missing. May be called several times a round."""
@@ -27,6 +27,7 @@ class TrainedUpdate:
     num_examples: int
     num_tokens: int
     keep: frozenset[str]
+    survey: ExpertSurvey | None = None
 
 
 class Trainer(Protocol):
@@ -50,3 +51,8 @@ class Trainer(Protocol):
         of ``fetch`` pass as well: the agent knows which of them only end this round.
         """
         ...
+
+    def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:
+        """Work for the next round that need not wait for it; called once an update was acknowledged, while others still
+        train and the aggregator aggregates. ``fetch`` has the files that the update asked to keep.
+        """

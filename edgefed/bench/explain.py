@@ -90,6 +90,7 @@ def measure(watch: Stopwatch, model: BenchModel, case: PlanCase, work: StepWork)
     scope = TrainScope(setup.experts, setup.router, setup.attention, setup.lora_rank)
     moe, plan, source = build_model(model, depth, case.kept, case.tuned, scope, watch.device)
     del source
+    setup = dataclasses.replace(setup, kernels=moe.training_kernels())  # of this model, where the case assumes
     parameters = list(moe.trainable_parameters())
     optimizer = make_optimizer(parameters, setup.optimizer, learning_rate=LEARNING_RATE, weight_decay=0.0)
     blocks = random_blocks(moe.config.get_text_config().vocab_size, setup.batch_size, setup.sequence_length)

@@ -5,23 +5,31 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+import torch
+
 from edgefed.bench.report import Fit
+from edgefed.moe.layer_runtime import training_kernels
 from edgefed.moe.memory import ADAPTER_BYTES, DTYPE_BYTES, STORAGE_BYTES, ComputeBudget, StepSetup, compute_budget
 from edgefed.moe.shapes import ModelShape
 
 LORA_RANK = 16
 STORAGES = ("bfloat16", "nf4")
-"""How frozen experts lie in memory: as edgefed trains them now, and as quantised ones would."""
+"""How experts that do not learn lie in memory: as they come, and as `edgefed join --expert-storage nf4` has them."""
 CURVE_POINTS = 60
 
 
 def fit_setup(experts: str, storage: str, optimizer: str, device: str) -> StepSetup:
     """What the table assumes: one text of 512 tokens a step, checkpointing, the loss in chunks, bfloat16."""
     return StepSetup(
-        batch_size=1, sequence_length=512, dtype="bfloat16", expert_storage=storage,
-        dense_storage=None if storage in DTYPE_BYTES else storage, experts=experts, router="none",
+        batch_size=1, sequence_length=512, dtype="bfloat16", expert_storage=storage, experts=experts, router="none",
         lora_rank=LORA_RANK, optimizer=optimizer, checkpointing=True, chunked_loss=True, device=device,
+        kernels=planned_kernels(device, torch.bfloat16),
     )  # fmt: skip
+
+
+def planned_kernels(device: str, dtype: torch.dtype) -> str:
+    """What experts will train with, before there is a model: `StepSetup.kernels`. On a GPU the reference."""
+    return training_kernels((), dtype, device) if device == "cpu" else "reference"
 
 
 def fits_of(shape: ModelShape, budget: str, usable_bytes: int | None, optimizer: str, device: str) -> Iterable[Fit]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from edgefed.agent.progress import ProgressSink
 from edgefed.bench import describe
 from edgefed.bench.explain import measure, plan_cases, predict
-from edgefed.bench.fits import fits_of
+from edgefed.bench.fits import fits_of, planned_kernels
 from edgefed.bench.models import BenchModel, find_model
 from edgefed.bench.network import Line, find_line, measure_network, upload_seconds
 from edgefed.bench.plan import DEFAULT_LINE, DEFAULT_MODEL, BenchOptions
@@ -302,8 +302,9 @@ class _Planner:
     def setup(self, model: BenchModel) -> StepSetup:
         """A run's step with its defaults."""
         return StepSetup(
-            batch_size=8, sequence_length=128, dtype=str(model.dtype).removeprefix("torch."), device=self.device
-        )
+            batch_size=8, sequence_length=128, dtype=str(model.dtype).removeprefix("torch."), device=self.device,
+            kernels=planned_kernels(self.device, model.dtype),
+        )  # fmt: skip
 
     def cases(self, model: BenchModel):
         return plan_cases(model, self.setup(model), self.room(self._budget.now_bytes))

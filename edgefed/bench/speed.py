@@ -12,7 +12,7 @@ import torch
 from edgefed.bench import compute
 from edgefed.bench.disk import BLOCK, RANDOM_BLOCK, DiskTest
 from edgefed.bench.experts import expert_forward
-from edgefed.bench.fits import expert_bytes
+from edgefed.bench.fits import expert_bytes, planned_kernels
 from edgefed.bench.models import BenchModel
 from edgefed.bench.plan import BenchOptions
 from edgefed.bench.sensors import DeviceSensors
@@ -177,6 +177,7 @@ class SpeedTests:
         return StepSetup(
             batch_size=work.batch_size, sequence_length=work.sequence_length,
             dtype=str(self.model.dtype).removeprefix("torch."), device=device,
+            kernels=planned_kernels(device, self.model.dtype),
         )  # fmt: skip
 
     def _step_flops(self, work: StepWork) -> float:

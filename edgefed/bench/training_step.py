@@ -24,7 +24,7 @@ from edgefed.moe.scope import TrainScope
 from edgefed.moe.shapes import ModelShape
 from edgefed.moe.sources import ExpertSource
 from edgefed.protocol.messages import TrainingConfig
-from edgefed.training.profiling import profile_blocks
+from edgefed.training.profiling import ProfileWay, profile_blocks
 from edgefed.training.steps import run_steps
 
 WARM_UP_STEPS = 2
@@ -190,7 +190,7 @@ def profile_seconds(
 
     def once() -> float:
         started = time.perf_counter()
-        profile_blocks(moe, blocks, source, scope=scope, batch_size=work.batch_size)
+        profile_blocks(moe, blocks, source, ProfileWay(batch_size=work.batch_size), scope=scope)
         watch.synchronize()
         return time.perf_counter() - started
 

@@ -38,7 +38,7 @@ def print_fits(console: Console, style: Style, report: Report) -> None:
         "profile = forward; LoRA = rank 16 on all kept; full = kept while one a layer trains in full",
     ]
     if wide:
-        notes.append("NF4 = if the frozen experts were quantised, which this version cannot train")
+        notes.append("NF4 = experts that do not learn in 4 bits, as `edgefed join` keeps them where memory is short")
     for note in notes:
         console.print(f"  {note}", style="dim", markup=False)
 

@@ -10,14 +10,14 @@ import click
 
 from edgefed.protocol.messages import Status
 
-COMPARED = ("hfedmoe", "random", "local", "fedavg")
+COMPARED = ("hfedmoe", "flux", "random", "local", "fedavg")
 
 
 @click.command("demo")
 @click.option(
     "--out", type=click.Path(path_type=Path), default="edgefed-demo", show_default=True, help="Folder for everything."
 )
-@click.option("--method", default="hfedmoe", show_default=True, help="hfedmoe, fedavg, random or local.")
+@click.option("--method", default="hfedmoe", show_default=True, help="hfedmoe, flux, or a baseline: see the README.")
 @click.option("--compare", is_flag=True, help="Also run the other methods on the same seed, into table and picture.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True)

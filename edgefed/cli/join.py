@@ -26,6 +26,12 @@ import click
 @click.option(
     "--compute", default="100%", show_default=True, help="Share of the held experts that learn from one batch."
 )
+@click.option("--expert-storage", type=click.Choice(["auto", "full", "int8", "nf4"]), default="auto", show_default=True,
+              help="How experts' weights that do not learn are kept: in 8 or 4 bits, the way they come (full), or in 4 "
+              "bits where memory is short (auto).")  # fmt: skip
+@click.option("--profile-storage", type=click.Choice(["auto", "full", "int8", "nf4"]), default="auto",
+              show_default=True, help="How a profile holds the experts that it runs through: the way they come (full), "
+              "in 8 or 4 bits, or the way they come as long as each need be read only once (auto).")  # fmt: skip
 @click.option("--held-out", default="10%", show_default=True, help="Share of the records kept for evaluation, or 0.")
 @click.option("--state", type=click.Path(path_type=Path), default="edgefed-client", show_default=True,
               help="Folder for identity, downloads and pending updates.")  # fmt: skip
@@ -35,7 +41,8 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON at the end.")
 def join_command(
     server: str, data: str, memory: str | None, device: str | None, profile: str | None, experts: str, compute: str,
-    held_out: str, state: Path, name: str, token: str | None, threads: int | None, as_json: bool,
+    expert_storage: str, profile_storage: str, held_out: str, state: Path, name: str, token: str | None,
+    threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Join the run at SERVER (http://host:port) and train on DATA until it ends or Ctrl-C."""
     from edgefed.agent.transport import check_base_url
@@ -83,6 +90,8 @@ def join_command(
         device=device,
         expert_share=expert_share,
         compute_share=compute_share,
+        expert_storage=expert_storage,
+        profile_storage=profile_storage,
         held_out_share=held_out_share,
     )
     progress.done()

@@ -15,11 +15,15 @@ import click
 @click.option("--tokens", default=16384, show_default=True, help="Most tokens to look at; 0 means all.")
 @click.option("--sequence-length", default=128, show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
+@click.option("--storage", type=click.Choice(["full", "int8", "nf4"]), default="full", show_default=True,
+              help="Hold experts as they come, or quantised: less memory, a profile that is only close.")  # fmt: skip
+@click.option("--attention", is_flag=True, help="Also record the attention that each expert's tokens receive; slower.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Also write the heat map as a PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the router statistics as JSON.")
 def profile_command(
-    model: str, data: str, tokens: int, sequence_length: int, batch_size: int, plot: Path | None, as_json: bool
-) -> None:
+    model: str, data: str, tokens: int, sequence_length: int, batch_size: int, storage: str, attention: bool,
+    plot: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Run text through a model and show which experts its router chooses."""
     from edgefed.cli.heat_map import render_heat_map
     from edgefed.cli.output import TerminalProgress, make_table, print_json, stdout_console
@@ -28,9 +32,10 @@ def profile_command(
     corpus = load_corpus(data, 0.0, 0)  # before torch models are loaded: a bad file is told at once
     from edgefed.embedded import resolve_model
     from edgefed.moe.model import MoeModel
+    from edgefed.moe.sources import MemorySource
     from edgefed.plots import save_heat_map
     from edgefed.training.encoding import encode_examples
-    from edgefed.training.profiling import load_tokenizer, profile_blocks, spread_blocks
+    from edgefed.training.profiling import ProfileWay, load_tokenizer, profile_blocks, spread_blocks
 
     progress = TerminalProgress()
     source = resolve_model(model)
@@ -38,8 +43,16 @@ def profile_command(
     moe = MoeModel.from_checkpoint(source)
     blocks = spread_blocks(encode_examples(corpus.train, load_tokenizer(source), sequence_length), tokens)
     progress.phase("profile", total=blocks.num_tokens, unit="token")
-    record = profile_blocks(moe, blocks, batch_size=batch_size, on_batch=progress.advance)
+    units, way = None, ProfileWay(batch_size=batch_size)
+    if storage != "full":
+        units = MemorySource({spec.key: tensors for spec, tensors in moe.iter_units() if spec.kind == "expert"})
+        way = ProfileWay("layer", storage, batch_size, together=1)
+        moe.drop_experts()
+    notes: list[str] = []
+    record = profile_blocks(moe, blocks, units, way, attention=attention, on_batch=progress.advance, tell=notes.append)
     progress.done()
+    for note in notes:
+        progress.message(note)
     if plot:
         save_heat_map(plot, record, f"{model} on {data}: {record.num_tokens:,} tokens")
     if as_json:
@@ -47,11 +60,14 @@ def profile_command(
         return
     console = stdout_console()
     console.print(
-        f"{model} on {data}: {record.num_tokens:,} tokens, {sum(record.experts_per_layer)} experts", markup=False
+        f"{model} on {data}: {record.num_tokens:,} tokens, {sum(record.experts_per_layer)} experts",
+        markup=False,
+        emoji=False,
     )
     for line in render_heat_map(record, colour=console.is_terminal and not console.no_color):
         console.print(line)
-    table = make_table("busiest experts", "layer", "expert", "tokens", "share %", "mean gate")
+    titles = ("layer", "expert", "tokens", "share %", "mean gate", *(("attention %",) if attention else ()))
+    table = make_table("busiest experts", *titles)
     ranked = sorted(
         ((layer.frequency[e], index, e) for index, layer in enumerate(record.layers) for e in range(layer.num_experts)),
         reverse=True,
@@ -60,8 +76,8 @@ def profile_command(
         layer = record.layers[index]
         table.add_row(
             "", str(index), str(expert), f"{layer.tokens_per_expert[expert]:.0f}", f"{100 * share:.1f}",
-            f"{layer.mean_gate[expert]:.3f}",
+            f"{layer.mean_gate[expert]:.3f}", *((f"{100 * layer.mean_attention[expert]:.2f}",) if attention else ()),
         )  # fmt: skip
     console.print(table)
     if plot:
-        console.print(f"heat map: {plot}", markup=False)
+        console.print(f"heat map: {plot}", markup=False, emoji=False)

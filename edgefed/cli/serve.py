@@ -16,7 +16,7 @@ TRAINED = click.Choice(["full", "lora", "none"])
 @click.option(
     "--model", help="`tiny`, a Hugging Face checkpoint folder, or a hub id. Default: tiny, or the run in --state."
 )
-@click.option("--method", help="hfedmoe (default), fedavg, random or local.")
+@click.option("--method", help="hfedmoe (default), flux, or a baseline: see the README.")
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter of the method; repeatable."
 )
@@ -116,12 +116,13 @@ def _new_run(flags: dict):
     from edgefed.config import parse_assignments
     from edgefed.embedded import TINY, resolve_model
     from edgefed.errors import ConfigError
-    from edgefed.methods.registry import make_method
+    from edgefed.methods.registry import check_training, make_method
     from edgefed.protocol.messages import RunConfig, TrainingConfig
 
     model, method = flags["model"] or TINY, flags["method"] or "hfedmoe"
     options = parse_assignments(flags["options"], "--option")
-    make_method(method, options)  # an unknown method or option is told now, not in the first round
+    # What is unknown or does not go together is told now, not in the first round.
+    check_training(make_method(method, options), flags["experts"])
     if {flags["experts"], flags["router"], flags["attention"]} == {"none"}:
         raise ConfigError("nothing would be trained: experts, router and attention are all none")
     training = TrainingConfig(**{name: flags[name] for name in TrainingConfig.__struct_fields__ if name in flags})

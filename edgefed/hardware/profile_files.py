@@ -55,6 +55,7 @@ FIGURES: dict[str, tuple[str, float, float] | type] = {
     "metal_fp16_tflops": _TFLOPS,  # an Apple GPU's, which edgefed does not use
     "power_limit": ("W", 0.5, 5000.0),
     "gpu_clock": ("MHz", 10.0, 10_000.0),
+    "host_link": ("GB/s", 0.1, 2_000.0),  # one way, between host memory and a GPU's own
     "disk_read": ("MB/s", 0.1, 100_000.0),
     "disk_write": ("MB/s", 0.1, 100_000.0),
     "network": ("Mbit/s", 0.01, 1_000_000.0),

@@ -20,22 +20,15 @@ from torch.autograd.function import once_differentiable
 
 from edgefed.kernels.cuda_kernels import CudaKernels, Operand, SortedPairs, cuda_kernels, dtype_code
 from edgefed.kernels.cuda_library import ROWS, TILES
+from edgefed.kernels.dispatch import FEW_TOKENS, Unsupported
 from edgefed.kernels.quantization import QuantizedMatrix
 from edgefed.native import DTYPE_CODES
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FEW_TOKENS = 16
-"""Below this many tokens, weights are decoded on the way to dot products; from here on, for tiles of tensor cores."""
 
 
-class Unsupported(Exception):
-    """This layer is left to the reference. The message is the reason."""
-
-
-def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object, finish: object) -> str | None:
+def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object) -> str | None:
     """Why this layer is left to the reference, or None."""
-    if finish is not None:
-        return "the layer has an operation after its experts"
     if hidden_states.dtype not in _DTYPES:
         return f"it has no kernel for {hidden_states.dtype}"
     if getattr(slots, "streamed", False):

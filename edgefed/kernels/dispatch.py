@@ -2,12 +2,15 @@
 
     choose("masked_experts", "cpu")             the best that can run, logged once with the reason
     choose("masked_experts", "cpu", "native")   that one; ConfigError with the reason when it cannot run
+    run_best("masked_experts", "cpu", "auto", run)   run(name) by the best one that does not refuse this call
     backend_table()                             all of them, for `edgefed doctor`
 
 An implementation announces itself with `register_backend`: its operation, name, kind of device, and a function that
 says why it cannot run here. The first announced that can run is the best, so fast ones come before ``reference``.
-The environment variable EDGEFED_KERNELS names a backend for every operation that asks for "auto" and has it.
-"auto" never takes a backend that has not been measured on its kind of device: it must be asked for by name.
+The environment variable EDGEFED_KERNELS names a backend for every operation that asks for "auto" and has it on that
+device: with "triton", what runs on the CPU is chosen as ever. "auto" never takes a backend that has not been measured
+on its kind of device: it must be asked for by name. Among those that it may take, one that is announced as
+``for_few_tokens`` goes first in calls of fewer than FEW_TOKENS tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +19,24 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 from edgefed.errors import ConfigError
-from edgefed.native import ISA_CODES, NativeUnavailable, isa_code, load_native
+from edgefed.native import ISA_CODES, NativeUnavailable, isa_code, load_native, setting
 
 logger = logging.getLogger(__name__)
 
 OPERATIONS = ("quantize_experts", "masked_experts", "router_statistics")
 ANY_DEVICE = "*"
+FEW_TOKENS = 16
+"""Below this many tokens a tile of tensor cores is mostly empty (a product of Triton has at least 16 rows), and dot
+products with weights that are decoded on the way are for them."""
+
+Result = TypeVar("Result")
+
+
+class Unsupported(Exception):
+    """This call is not for this backend. The message is the reason, in one clause."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +50,8 @@ class Backend:
     detail: Callable[[], str]
     only_by_name: str = ""
     """Why "auto" does not take it though it can run; empty when it does."""
+    for_few_tokens: bool = False
+    """Whether "auto" prefers it to all others in calls of fewer than FEW_TOKENS tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,37 +79,73 @@ def register_backend(
     *,
     before: str = "reference",
     only_by_name: str = "",
+    for_few_tokens: bool = False,
 ) -> None:
     """Announce an implementation; it is preferred to the one named ``before``. Announcing it again replaces it.
 
-    ``only_by_name`` is the reason for which "auto" leaves it out.
+    ``only_by_name`` is the reason for which "auto" leaves it out; for the others see `Backend`.
     """
     _backends[:] = [b for b in _backends if (b.operation, b.name, b.device_type) != (operation, name, device_type)]
     _chosen.clear()
     place = next((i for i, b in enumerate(_backends) if (b.operation, b.name) == (operation, before)), len(_backends))
-    _backends.insert(place, Backend(operation, name, device_type, why_not, detail, only_by_name))
+    _backends.insert(place, Backend(operation, name, device_type, why_not, detail, only_by_name, for_few_tokens))
 
 
-def choose(operation: str, device_type: str, wish: str = "auto") -> str:
-    """Name of the backend of ``operation`` for tensors of a device type ("cpu", "cuda").
+def run_best(
+    operation: str, device_type: str, wish: str, run: Callable[[str], Result], *, few_tokens: bool = False
+) -> Result:
+    """``run(name)`` of the best backend; one that raises `Unsupported` is passed over, and that is said once.
+
+    ``few_tokens``: the call has fewer than FEW_TOKENS tokens. Raises ConfigError where the backend asked for by name
+    cannot run here, or not this call.
+    """
+    refused: dict[str, str] = {}
+    while True:
+        name = choose(operation, device_type, wish, few_tokens=few_tokens, without=tuple(refused))
+        try:
+            result = run(name)
+        except Unsupported as fault:
+            if name == wish:
+                raise ConfigError(
+                    f"backend {name!r} of {operation} was asked for, but {fault}", remedy="Ask for auto or reference."
+                ) from fault
+            refused[name] = str(fault)
+            continue
+        if refused:
+            reasons = "; ".join(f"not {other}: {reason}" for other, reason in refused.items())
+            log_choice(operation, device_type, name, reasons)
+        return result
+
+
+def choose(
+    operation: str, device_type: str, wish: str = "auto", *, few_tokens: bool = False, without: tuple[str, ...] = ()
+) -> str:
+    """Name of the backend of ``operation`` for tensors of a device type ("cpu", "cuda"), other than ``without``.
 
     Raises ConfigError for an unknown name, and for an explicit wish that cannot run here.
     """
     # What was chosen before holds as long as nothing that it was chosen by has changed: this runs for every layer.
-    key = (operation, device_type, wish, os.environ.get("EDGEFED_KERNELS"), os.environ.get("EDGEFED_ISA"))
+    environment = setting("EDGEFED_KERNELS"), setting("EDGEFED_ISA")
+    key = (operation, device_type, wish, few_tokens, without, *environment)
     if key not in _chosen:
-        _chosen[key] = _choose(operation, device_type, wish)
+        _chosen[key] = _choose(operation, device_type, wish, few_tokens, without)
     return _chosen[key]
 
 
-def _choose(operation: str, device_type: str, wish: str) -> str:
+def _choose(operation: str, device_type: str, wish: str, few_tokens: bool, without: tuple[str, ...]) -> str:
+    candidates = [
+        backend
+        for backend in _backends
+        if backend.operation == operation
+        and backend.device_type in (device_type, ANY_DEVICE)
+        and backend.name not in without
+    ]
     asked = wish
     if wish == "auto":
         wish = os.environ.get("EDGEFED_KERNELS", "auto") or "auto"
-        known = {b.name for b in _backends}
-        if wish in known and wish not in {b.name for b in _backends if b.operation == operation}:
+        known, here = {b.name for b in _backends}, {b.name for b in candidates}
+        if wish in known and wish not in here:
             wish = "auto"
-    candidates = [b for b in _backends if b.operation == operation and b.device_type in (device_type, ANY_DEVICE)]
     if wish != "auto":
         for backend in candidates:
             if backend.name == wish:
@@ -110,11 +161,14 @@ def _choose(operation: str, device_type: str, wish: str) -> str:
         why = f"it is for {', '.join(elsewhere)}" if elsewhere else f"there are {', '.join(names)}"
         source = "" if asked != "auto" else " by EDGEFED_KERNELS"
         raise ConfigError(f"backend {wish!r} of {operation} was asked for{source} on {device_type}, but {why}")
+    if few_tokens:
+        candidates.sort(key=lambda backend: not backend.for_few_tokens)  # stable
     refused = []
     for backend in candidates:
         reason = backend.why_not() or backend.only_by_name or None
         if reason is None:
-            log_choice(operation, device_type, backend.name, "; ".join(refused) or backend.detail())
+            if not without:
+                log_choice(operation, device_type, backend.name, "; ".join(refused) or backend.detail())
             return backend.name
         refused.append(f"not {backend.name}: {reason}")
     raise ConfigError(f"no backend of {operation} for {device_type}: {'; '.join(refused)}")
@@ -183,9 +237,16 @@ def why_not_cuda() -> str | None:
     return why_not_cuda()
 
 
+NOT_MEASURED = "only by name (EDGEFED_KERNELS): it has not been measured on a GPU yet"
 for _operation in OPERATIONS:
     register_backend(_operation, "reference", ANY_DEVICE, lambda: None, lambda: "plain PyTorch")
     register_backend(_operation, "native", "cpu", why_not_native, native_isa)
-NOT_MEASURED = "only by name (EDGEFED_KERNELS): it has not been measured on a GPU yet"
-register_backend("masked_experts", "triton", "cuda", why_not_triton, triton_detail, only_by_name=NOT_MEASURED)
-register_backend("masked_experts", "cuda", "cuda", why_not_cuda, only_by_name=NOT_MEASURED)
+    register_backend(_operation, "triton", "cuda", why_not_triton, triton_detail, only_by_name=NOT_MEASURED)
+    register_backend(
+        _operation,
+        "cuda",
+        "cuda",
+        why_not_cuda,
+        only_by_name=NOT_MEASURED,
+        for_few_tokens=_operation == "masked_experts",
+    )

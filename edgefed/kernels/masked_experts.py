@@ -19,13 +19,12 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from edgefed.errors import ConfigError
-from edgefed.kernels.dispatch import choose, log_choice
+from edgefed.kernels.dispatch import FEW_TOKENS, Unsupported, choose, run_best
 from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts
 
 IMPLEMENTATIONS = {
     "native": ("edgefed.kernels.native_experts", ("int8_activations", "keep_activations")),
-    "triton": ("edgefed.triton_kernels.masked_experts", ("keep_activations",)),
+    "triton": ("edgefed.triton_kernels.masked_experts", ("keep_activations", "finish")),
     "cuda": ("edgefed.kernels.cuda_experts", ()),
 }
 """Module of each backend, with ``why_not``, ``masked_experts`` and ``Unsupported``, and the options that it takes."""
@@ -69,6 +68,23 @@ class Slots(Protocol):
     def __getitem__(self, slot: int) -> SlotWeights: ...
 
 
+class _PackedProduct(torch.autograd.Function):
+    """x (P, in) times a quantised weight, (P, out). The weight is unpacked again for the backward pass: autograd would
+    keep it unpacked until then."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: QuantizedMatrix, is_transposed: bool) -> torch.Tensor:
+        ctx.weight, ctx.is_transposed = weight, is_transposed
+        values = dequantize_experts(weight, backend="reference")
+        return x @ values if is_transposed else F.linear(x, values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        values = dequantize_experts(ctx.weight, backend="reference")
+        return (F.linear(dy, values) if ctx.is_transposed else dy @ values), None, None
+
+
 def _project(
     x: torch.Tensor,  # (P, in)
     weight: torch.Tensor | QuantizedMatrix,
@@ -77,8 +93,9 @@ def _project(
     is_transposed: bool,
 ) -> torch.Tensor:
     if isinstance(weight, QuantizedMatrix):
-        weight = dequantize_experts(weight, backend="reference")
-    out = x @ weight if is_transposed else F.linear(x, weight)  # (P, out)
+        out = _PackedProduct.apply(x, weight, is_transposed)  # (P, out)
+    else:
+        out = x @ weight if is_transposed else F.linear(x, weight)
     if bias is not None:
         out = out + bias
     if lora is not None:
@@ -110,8 +127,9 @@ def masked_experts(
         slots: the S experts.
         activation: maps the up projection, (P, 2I) or (P, I), to (P, I), row by row: the layer's gating.
         is_transposed: weights are (in, out) instead of (out, in).
-        finish: applied to each expert's output (P, H) before the weighting. Reference only.
-        backend: "reference", "native" (CPU), or "auto": the fastest that can run.
+        finish: applied to each expert's output (P, H) before the weighting. Backends other than the reference hold the
+            outputs of all T*K pairs for it, in the dtype of ``hidden_states``.
+        backend: "reference", "native" (CPU), "triton" or "cuda" (GPU), or "auto": the fastest that can run.
         int8_activations: let int8 weights meet x rounded to 8 bits, row by row, with exact integer sums. The error of x
             is at most max |x| / 254 of its row: about 1 % of an output. None: where no gradient is asked for and the
             processor has VNNI. Native only, the reference never rounds.
@@ -126,39 +144,70 @@ def masked_experts(
     ConfigError where an explicit backend cannot do this layer.
     """
     check_pairs(hidden_states, slot_indices, expert_weights)
-    device = hidden_states.device.type
-    name = choose("masked_experts", device, backend)
-    if name != "reference":
-        implementation = importlib.import_module(IMPLEMENTATIONS[name][0])
-        reason = implementation.why_not(hidden_states, expert_weights, slots, finish)
-        if reason is None:
-            options = {"int8_activations": int8_activations, "keep_activations": keep_activations}
-            try:
-                return implementation.masked_experts(
-                    hidden_states,
-                    slot_indices,
-                    expert_weights,
-                    slots,
-                    activation=activation,
-                    is_transposed=is_transposed,
-                    **{option: options[option] for option in IMPLEMENTATIONS[name][1]},
-                )
-            except implementation.Unsupported as fault:
-                reason = str(fault)
-        if backend == name:
-            raise ConfigError(
-                f"backend {name!r} of masked_experts was asked for, but {reason}", remedy="Ask for auto or reference."
+    form = {"activation": activation, "is_transposed": is_transposed}
+    options = {"int8_activations": int8_activations, "keep_activations": keep_activations, "finish": finish}
+
+    def run(name: str) -> torch.Tensor:
+        if name == "reference":
+            return masked_experts_reference(hidden_states, slot_indices, expert_weights, slots, finish=finish, **form)
+        module, taken = IMPLEMENTATIONS[name]
+        implementation = importlib.import_module(module)
+        reason = implementation.why_not(hidden_states, expert_weights, slots)
+        if reason is not None:
+            raise Unsupported(reason)
+        own = form | {option: options[option] for option in taken}
+        try:
+            if finish is None or "finish" in taken:
+                return implementation.masked_experts(hidden_states, slot_indices, expert_weights, slots, **own)
+            return _finish_pairs(
+                implementation.masked_experts, finish, hidden_states, slot_indices, expert_weights, slots, own
             )
-        log_choice("masked_experts", device, "reference", f"not {name}: {reason}")
-    return masked_experts_reference(
-        hidden_states,
-        slot_indices,
-        expert_weights,
-        slots,
-        activation=activation,
-        is_transposed=is_transposed,
-        finish=finish,
-    )
+        except implementation.Unsupported as fault:
+            raise Unsupported(str(fault)) from fault
+
+    few_tokens = hidden_states.shape[0] < FEW_TOKENS
+    return run_best("masked_experts", hidden_states.device.type, backend, run, few_tokens=few_tokens)
+
+
+def backend_for(
+    device_type: str, dtype: torch.dtype, finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[str, str]:
+    """The backend that "auto" trains a layer of ``dtype`` with, and why it is the reference ("" where another runs).
+
+    A layer with ``finish`` trains with the reference here: elsewhere it holds the outputs of all pairs besides.
+    """
+    name = choose("masked_experts", device_type)
+    if name == "reference":
+        return name, "no other backend was chosen"
+    probe = torch.empty(0, 1, dtype=dtype)
+    reason = importlib.import_module(IMPLEMENTATIONS[name][0]).why_not(probe, probe, ())
+    if finish is not None:
+        reason = "the layer has an operation after its experts"
+    return ("reference", f"not {name}: {reason}") if reason else (name, "")
+
+
+def _finish_pairs(
+    function: Callable[..., torch.Tensor],
+    finish: Callable[[torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,  # (T, H)
+    slot_indices: torch.Tensor,  # (T, K)
+    expert_weights: torch.Tensor,  # (T, K)
+    slots: Slots,
+    options: dict,
+) -> torch.Tensor:
+    """Masked experts with an operation on each expert's output, by a ``function`` that knows none.
+
+    Every pair is a token of its own with weight 1, and what comes out is finished, weighted and added up here.
+    """
+    num_tokens, top_k = slot_indices.shape
+    pairs = hidden_states.unsqueeze(1).expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)  # (T*K, H)
+    ones = torch.ones(num_tokens * top_k, 1, dtype=expert_weights.dtype, device=expert_weights.device)
+    outputs = finish(function(pairs, slot_indices.reshape(-1, 1), ones, slots, **options))  # (T*K, H)
+    at_least_float32 = torch.promote_types(hidden_states.dtype, torch.float32)
+    dropped = slot_indices < 0
+    weights = expert_weights.masked_fill(dropped, 0.0).to(at_least_float32)  # what stands there may be no number
+    rows = outputs.view(num_tokens, top_k, -1).masked_fill(dropped.unsqueeze(-1), 0.0)  # finish(0) need not be 0
+    return (rows.to(at_least_float32) * weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
 
 
 def check_pairs(hidden_states: torch.Tensor, slot_indices: torch.Tensor, expert_weights: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -30,16 +31,16 @@ from edgefed.kernels.quantization import QuantizedMatrix
 from edgefed.native import DTYPE_CODES
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATED_ROWS = 256
+"""Pairs whose activation is computed at a time where it is torch's: what it needs on the way does not grow with all."""
 
 
 class Unsupported(Exception):
     """Found after the experts were read: this layer is left to the reference. The message is the reason."""
 
 
-def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object, finish: object) -> str | None:
+def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object) -> str | None:
     """Why this layer is left to the reference, or None."""
-    if finish is not None:
-        return "the layer has an operation after its experts"
     if hidden_states.dtype not in _DTYPES:
         return f"it has no kernel for {hidden_states.dtype}"
     if (
@@ -54,8 +55,7 @@ def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: ob
 # --- what one call is made of -----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """One of the two matrices of an expert, with its bias and its adapter (A, B, scale), as indices; -1 is none."""
 
     matrix: Matrix
@@ -63,8 +63,7 @@ class Projection:
     lora: tuple[int, int, float] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Expert:
+class Expert(NamedTuple):
     """One slot that has tokens: the sorted pairs begin .. end."""
 
     up: Projection
@@ -178,7 +177,7 @@ def forward(
     for run in runs_of(call.experts):
         x = hidden.to(run[0].up.matrix.dtype).contiguous()
         up = project(call, run, "up", tensors, x, tokens[run[0].begin : run[-1].end], call.int8)
-        act = swiglu(up) if call.is_swiglu else call.activation(up).contiguous()
+        act = swiglu(up) if call.is_swiglu else torch.cat([call.activation(part) for part in up.split(ACTIVATED_ROWS)])
         outputs.append(project(call, run, "down", tensors, act, None, call.int8))
         if call.keep_activations:
             kept.append(up)
@@ -188,13 +187,20 @@ def forward(
 # --- backward ---------------------------------------------------------------------------------------------------
 
 
-def _activate(call: Call, up: torch.Tensor, d_act: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """activation(up), and the gradient of up for the gradient ``d_act`` of that."""
-    with torch.enable_grad():
-        source = up.detach().requires_grad_()
-        act = call.activation(source)
-    (d_up,) = torch.autograd.grad(act, source, d_act)
-    return act.detach(), d_up.contiguous()
+def _activation_backward(
+    call: Call, up: torch.Tensor, d: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `swiglu_backward`, for an activation that only torch knows."""
+    act, d_up, d_weights = torch.empty_like(d), torch.empty_like(up), torch.empty_like(weights)
+    for begin in range(0, up.shape[0], ACTIVATED_ROWS):
+        rows = slice(begin, begin + ACTIVATED_ROWS)
+        with torch.enable_grad():
+            source = up[rows].detach().requires_grad_()
+            part = call.activation(source)
+        d_up[rows] = torch.autograd.grad(part, source, d[rows] * weights[rows].unsqueeze(1).to(d.dtype))[0]
+        act[rows] = part.detach()
+        d_weights[rows] = torch.linalg.vecdot(d[rows].float(), act[rows].float())
+    return act, d_up, d_weights
 
 
 class _Gradients:
@@ -284,13 +290,11 @@ def backward(
         rows, factor = tokens[first:last], factors[first:last]
         d_out = back_project(call, run, "down", tensors, g, rows)  # D (p, I)
         up = kept[number] if kept else project(call, run, "up", tensors, x, rows, False)
-
         if call.is_swiglu:
             act, d_up, d_factors[first:last] = swiglu_backward(up, d_out, factor)
         else:
-            act, d_up = _activate(call, up, d_out * factor.unsqueeze(1).to(dtype))
-            if needs_weights:
-                d_factors[first:last] = torch.linalg.vecdot(d_out.float(), act.float())
+            act, d_up, d_factors[first:last] = _activation_backward(call, up, d_out, factor)
+        del d_out, up
         for expert in run:
             begin, end = expert.begin - first, expert.end - first
             down = expert.down
@@ -301,9 +305,12 @@ def backward(
             if any(gradients.wants(index) for index in learns):
                 weighted = g[own] * factor[begin:end].unsqueeze(1).to(dtype)
                 gradients.projection(down, weighted, act[begin:end], None, call.is_transposed)
+                del weighted
             gradients.projection(expert.up, d_up[begin:end], x, own, call.is_transposed)
+        del act  # the weights' gradients needed it; what comes now is as large
         if needs_hidden:
             d_inputs.append(back_project(call, run, "up", tensors, d_up, None))
+        del d_up
     d_hidden = d_weights = None
     if needs_hidden:
         d_hidden = combine(d_inputs[0] if len(d_inputs) == 1 else torch.cat(d_inputs), place, None, hidden.dtype)

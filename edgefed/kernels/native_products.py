@@ -8,8 +8,8 @@ torch   the matrix dequantised into a buffer, and torch's product: everything el
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -27,11 +27,13 @@ ROWS_LIMIT_WITHOUT_TILES = 32
 
 
 def code_of(dtype: torch.dtype) -> int:
-    return DTYPE_CODES[str(dtype).removeprefix("torch.")]
+    return _CODE_OF[dtype]
 
 
-@dataclasses.dataclass(frozen=True)
-class Matrix:
+_CODE_OF = {getattr(torch, name): code for name, code in DTYPE_CODES.items() if code < DTYPE_CODES["nf4"]}
+
+
+class Matrix(NamedTuple):
     """One weight: where its tensors are in the call's list, and what they mean. ``shape`` as it is stored."""
 
     data: int
@@ -59,15 +61,24 @@ def _can(code: int, blocksize: int, dtype: int, n: int, k: int, transposed: bool
 
 def choose_kernel(matrix: Matrix, rows: int, dtype: torch.dtype, transposed: bool, int8: bool, isa: int) -> int:
     """Which kernel multiplies ``rows`` rows of x of ``dtype`` with this matrix (transposed: x W, else x W^T)."""
-    columns, outputs = matrix.shape if transposed else matrix.shape[::-1]
-    facts = (matrix.code, matrix.blocksize, code_of(dtype), outputs, columns, transposed)
+    rows = min(rows, ROWS_LIMIT_WITHOUT_TILES + 1)  # more make no difference
+    return _choose_kernel(matrix.code, matrix.blocksize, matrix.shape, rows, dtype, transposed, int8, isa)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_kernel(
+    code: int, blocksize: int, shape: tuple[int, int], rows: int, dtype: torch.dtype, transposed: bool, int8: bool,
+    isa: int,
+) -> int:  # fmt: skip
+    columns, outputs = shape if transposed else shape[::-1]
+    facts = (code, blocksize, code_of(dtype), outputs, columns, transposed)
     tiles = _can(*facts, TILES, isa)
     if int8 and rows > ROWS_LIMIT_INT8_EXACT:
         if rows <= ROWS_LIMIT_INT8 and _can(*facts, ROWS_INT8, isa):
             return ROWS_INT8
         if _can(*facts, TILES_INT8, isa):
             return TILES_INT8
-    limit = ROWS_LIMIT.get(matrix.code, 0) if tiles else ROWS_LIMIT_WITHOUT_TILES
+    limit = ROWS_LIMIT.get(code, 0) if tiles else ROWS_LIMIT_WITHOUT_TILES
     if rows <= limit and _can(*facts, ROWS, isa):
         return ROWS
     return TILES if tiles else TORCH

@@ -3,6 +3,7 @@
 Importing this module registers them in the namespace ``edgefed``:
 
     masked_experts      the experts of a layer whose weights are frozen and whose activation has a name
+    quantize_experts    dense weights to packed ones and their scales
     dequantize_experts  packed weights to dense ones
     router_statistics_  adds to an accumulator in place
 
@@ -19,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from edgefed.kernels.masked_experts import SlotWeights, masked_experts
-from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts
+from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts, quantize_experts
 from edgefed.kernels.router_statistics import router_statistics
 
 _library = torch.library.Library("edgefed", "FRAGMENT")
@@ -55,6 +56,7 @@ _library.define(
     "Tensor up, Tensor? up_absmax, Tensor down, Tensor? down_absmax, str format, int width, int blocksize, "
     "ScalarType dtype, str activation) -> (Tensor, Tensor)"
 )
+_library.define("quantize_experts(Tensor weights, str format, int blocksize) -> (Tensor, Tensor)")
 _library.define(
     "dequantize_experts(Tensor packed, Tensor absmax, str format, int[] shape, int blocksize, ScalarType dtype) "
     "-> Tensor"
@@ -119,6 +121,24 @@ def _backward(ctx, gradient):
     return d_hidden, None, d_weights, *([None] * 9)
 
 
+def _quantize(weights, format, blocksize):
+    matrix = quantize_experts(weights, format, blocksize=blocksize)
+    return matrix.packed, matrix.absmax
+
+
+def _quantized_shapes(weights, format, blocksize):
+    *experts, rows, columns = weights.shape
+    if format == "int8":
+        return weights.new_empty(weights.shape, dtype=torch.int8), weights.new_empty(
+            (*experts, rows), dtype=torch.float32
+        )
+    size = rows * columns
+    return (
+        weights.new_empty((*experts, (size + 1) // 2), dtype=torch.uint8),
+        weights.new_empty((*experts, -(-size // blocksize)), dtype=torch.float32),
+    )
+
+
 def _dequantize(packed, absmax, format, shape, blocksize, dtype):
     return dequantize_experts(QuantizedMatrix(format, packed, absmax, tuple(shape), blocksize, dtype))
 
@@ -130,6 +150,7 @@ def _router_statistics(statistics, router, indices, weights, kind) -> None:
 _EVERYWHERE = "CompositeExplicitAutograd"
 _library.impl("masked_experts", _masked_experts, _EVERYWHERE)
 _library.impl("masked_experts_backward", _masked_experts_backward, _EVERYWHERE)
+_library.impl("quantize_experts", _quantize, _EVERYWHERE)
 _library.impl("dequantize_experts", _dequantize, _EVERYWHERE)
 _library.impl("router_statistics_", _router_statistics, _EVERYWHERE)
 torch.library.register_fake(
@@ -140,6 +161,7 @@ torch.library.register_fake(
     lambda gradient, hidden, indices, weights, *_: (torch.empty_like(hidden), torch.empty_like(weights)),
     lib=_library,
 )
+torch.library.register_fake("edgefed::quantize_experts", _quantized_shapes, lib=_library)
 torch.library.register_fake(
     "edgefed::dequantize_experts",
     lambda packed, absmax, format, shape, blocksize, dtype: packed.new_empty(shape, dtype=dtype),

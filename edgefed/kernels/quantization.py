@@ -26,7 +26,8 @@ from typing import Literal
 
 import torch
 
-from edgefed.kernels.dispatch import choose
+from edgefed.kernels import gpu_quantization
+from edgefed.kernels.dispatch import choose, run_best
 from edgefed.native import DTYPE_CODES, isa_code, load_native
 
 Format = Literal["nf4", "int8"]
@@ -54,7 +55,10 @@ class NestedScales:
     mean: torch.Tensor
 
     def to_float(self) -> torch.Tensor:
-        """The absmax that it stands for, (S, blocks) float32."""
+        """The absmax that it stands for, (S, blocks) float32. Decoded for every call: kept, it would take four times
+        the memory of what it stands for."""
+        if choose("quantize_experts", self.codes.device.type) == "native":
+            return _unnest_native(self)
         values = _dynamic_code(self.codes.device)[self.codes.to(torch.int64)]  # (S, blocks)
         scales = self.absmax.repeat_interleave(NESTED_BLOCKSIZE, dim=-1)[..., : values.shape[-1]]
         return values * scales + self.mean.unsqueeze(-1)
@@ -133,7 +137,7 @@ def quantize_experts(
     Args:
         blocksize: weights that share an absmax, of nf4; one of BLOCKSIZES.
         nested: quantise the absmax as well (nf4).
-        backend: "reference", "native" (CPU) or "auto".
+        backend: "reference", "native" (CPU), "triton" or "cuda" (GPU), or "auto".
 
     Raises ValueError for other shapes, dtypes or options, and where a weight is not finite (int8: beyond float16).
     """
@@ -146,10 +150,14 @@ def quantize_experts(
     if format == "int8" and nested:
         raise ValueError("int8 has one absmax a row, which nested does not store; it is for nf4")
     weights = weights.detach().contiguous()
-    name = choose("quantize_experts", weights.device.type, backend)
     stack = weights if weights.ndim == 3 else weights.unsqueeze(0)
-    quantize = _quantize_native if name == "native" else _quantize_reference
-    packed, absmax = quantize(stack, format, blocksize)
+
+    def run(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if name in ("native", "reference"):
+            return (_quantize_native if name == "native" else _quantize_reference)(stack, format, blocksize)
+        return gpu_quantization.quantize(name, stack, format, blocksize)
+
+    packed, absmax = run_best("quantize_experts", weights.device.type, backend, run)
     scales = _nest(absmax) if nested else None
     if weights.ndim == 2:
         packed, absmax = packed[0], absmax[0]
@@ -186,10 +194,16 @@ def dequantize_experts(
         raise ValueError(f"expected float32, float16 or bfloat16, found {dtype}")
     if out.numel() == 0:
         return out
-    if choose("quantize_experts", matrix.device.type, backend) == "native":
-        _dequantize_native(matrix, out)
-    else:
-        out.copy_(_dequantize_reference(matrix))
+
+    def run(name: str) -> None:
+        if name == "native":
+            _dequantize_native(matrix, out)
+        elif name == "reference":
+            out.copy_(_dequantize_reference(matrix))
+        else:
+            gpu_quantization.dequantize(name, matrix.packed, matrix.scales(), matrix.format, matrix.blocksize, out)
+
+    run_best("quantize_experts", matrix.device.type, backend, run)
     return out
 
 
@@ -304,6 +318,18 @@ def _raise_fault(fault: int, place: str) -> None:
         raise MemoryError("no memory for the native quantiser")
     if fault:
         raise RuntimeError(f"the native quantiser failed with code {fault}")
+
+
+def _unnest_native(nested: NestedScales) -> torch.Tensor:
+    codes, absmax, mean = nested.codes.contiguous(), nested.absmax.contiguous(), nested.mean.contiguous()
+    out, values = torch.empty(codes.shape, dtype=torch.float32), _dynamic_code(codes.device)
+    blocks = codes.shape[-1]
+    fault = load_native().ef_unnest_scales(
+        codes.data_ptr(), absmax.data_ptr(), mean.data_ptr(), values.data_ptr(), mean.numel(), blocks,
+        NESTED_BLOCKSIZE, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _raise_fault(fault, "")
+    return out
 
 
 def _dequantize_native(matrix: QuantizedMatrix, out: torch.Tensor) -> None:

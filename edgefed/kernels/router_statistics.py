@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from edgefed.experts import LayerRecord
-from edgefed.kernels.dispatch import choose
+from edgefed.kernels.dispatch import Unsupported, choose, run_best
 from edgefed.native import DTYPE_CODES, isa_code, load_native
 
 TOKENS_PER_EXPERT, GATE_SUM, GATE_MAX, GATE_LOG_SUM, GATE_COMPLEMENT_LOG_SUM, ROUTED_GATE_SUM = range(6)
@@ -29,10 +29,9 @@ def new_statistics(num_experts: int, device: torch.device | str = "cpu") -> torc
 
 
 GATE_KINDS = ("probability", "softmax", "sigmoid")
-_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KERNEL_DTYPES = {dtype: DTYPE_CODES[str(dtype)[6:]] for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 
-@torch.no_grad()
 def router_statistics(
     statistics: torch.Tensor,
     router: torch.Tensor,
@@ -51,10 +50,11 @@ def router_statistics(
         expert_indices: (T, K) int64 experts that the router chose.
         expert_weights: (T, K) the weights that the layer multiplies with.
         kind: "probability", "softmax" or "sigmoid": how G follows from ``router``.
-        backend: "reference", "native" (CPU) or "auto".
+        backend: "reference", "native" (CPU), "triton" or "cuda" (GPU), or "auto".
 
     T = 0 changes nothing. Raises ValueError when the shapes do not belong together, IndexError for an index outside
-    the experts (CPU). The order of the additions is not fixed on CUDA (atomic adds in float64); counts are exact.
+    the experts (CPU; the CUDA kernel stops the device, the Triton kernel leaves such a pair out). On a GPU the order of
+    the reference's additions is not fixed (atomic adds in float64), that of the kernels is; counts are exact.
     """
     if kind not in GATE_KINDS:
         raise ValueError(f"kind {kind!r} is none of {', '.join(GATE_KINDS)}")
@@ -69,18 +69,57 @@ def router_statistics(
         )
     if router.shape[0] == 0:
         return
-    name = choose("router_statistics", router.device.type, backend)
+
+    device = router.device.type
+    # Every layer of every batch comes here, so the usual case takes the short way.
     if (
-        name == "native"
-        and router.dtype in _NATIVE_DTYPES
-        and expert_weights.dtype in _NATIVE_DTYPES
-        and statistics.dtype == torch.float64
-        and expert_indices.dtype == torch.int64
+        device == "cpu"
+        and statistics.is_contiguous()
+        and choose("router_statistics", device, backend) == "native"
+        and _why_not(statistics, router, expert_indices, expert_weights) is None
     ):
-        _add_native(statistics, router, expert_indices, expert_weights, kind)
-    else:
-        gate = router if kind == "probability" else gate_of(router, kind)
-        _add_reference(statistics, gate, expert_indices, expert_weights)
+        return _add_native(statistics, router, expert_indices, expert_weights, kind)
+
+    @torch.no_grad()
+    def run(name: str) -> None:
+        if name == "reference":
+            gate = router if kind == "probability" else gate_of(router, kind)
+            _add_reference(statistics, gate, expert_indices, expert_weights)
+            return
+        reason = _why_not(statistics, router, expert_indices, expert_weights)
+        if reason is not None:
+            raise Unsupported(reason)
+        sums = statistics if statistics.is_contiguous() else statistics.contiguous()
+        if name == "native":
+            _add_native(sums, router, expert_indices, expert_weights, kind)
+        elif name == "cuda":
+            from edgefed.kernels.cuda_kernels import cuda_kernels
+
+            cuda_kernels().router_statistics(sums, router, expert_indices, expert_weights, GATE_KINDS.index(kind))
+        else:
+            from edgefed.triton_kernels.router_statistics import router_statistics as add_triton
+
+            add_triton(sums, router, expert_indices, expert_weights, kind)
+        if sums is not statistics:
+            statistics.copy_(sums)
+
+    run_best("router_statistics", device, backend, run)
+    return None
+
+
+def _why_not(
+    statistics: torch.Tensor, router: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> str | None:
+    """Why no kernel takes these, or None."""
+    for what, tensor, dtypes in (
+        ("the router's output", router, _KERNEL_DTYPES),
+        ("expert weights", weights, _KERNEL_DTYPES),
+        ("statistics", statistics, (torch.float64,)),
+        ("expert indices", indices, (torch.int64,)),
+    ):
+        if tensor.dtype not in dtypes:
+            return f"it has no kernel for {what} in {tensor.dtype}"
+    return None
 
 
 def gate_of(logits: torch.Tensor, kind: str) -> torch.Tensor:
@@ -97,18 +136,16 @@ def _add_native(
 ) -> None:
     library = load_native()
     router, indices, weights = router.contiguous(), indices.contiguous(), weights.contiguous()
-    sums = statistics if statistics.is_contiguous() else statistics.contiguous()
+    tokens, experts = router.shape
     fault = library.ef_router_statistics(
-        sums.data_ptr(), router.data_ptr(), DTYPE_CODES[str(router.dtype)[6:]], GATE_KINDS.index(kind),
-        indices.data_ptr(), weights.data_ptr(), DTYPE_CODES[str(weights.dtype)[6:]], router.shape[0], router.shape[1],
+        statistics.data_ptr(), router.data_ptr(), _KERNEL_DTYPES[router.dtype], GATE_KINDS.index(kind),
+        indices.data_ptr(), weights.data_ptr(), _KERNEL_DTYPES[weights.dtype], tokens, experts,
         indices.shape[1], isa_code(library), torch.get_num_threads(),
     )  # fmt: skip
     if fault == -5:
-        raise IndexError(f"an expert index lies outside 0..{router.shape[1] - 1}")
+        raise IndexError(f"an expert index lies outside 0..{experts - 1}")
     if fault:
         raise RuntimeError(f"the native router statistics failed with code {fault}")
-    if sums is not statistics:
-        statistics.copy_(sums)
 
 
 def _add_reference(

@@ -95,6 +95,12 @@ class Method(Protocol):
     """False: the plan of the first round stays, so that later rounds download only what changed in it."""
     merges_rest: bool = False
     """Experts that a plan leaves out are merged into frozen ones, as many as the budget has slots left."""
+    merge_sizes: str = "adaptive"
+    """How many merged experts a layer gets; a `MergingOptions.sizes`."""
+    merge_weights: str = "attention"
+    """What an expert weighs within a merged one; a `MergingOptions.importance`."""
+    merge_aligned: bool = False
+    """Neurons of merged experts are brought into one order before they are averaged."""
     assigns_experts: bool = False
     """The aggregator assigns experts to clients (`assign_experts`), which measure utilities for it."""
     utility_probes: int = 0

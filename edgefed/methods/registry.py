@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from edgefed.errors import ConfigError, UnknownMethod
 from edgefed.methods.fedavg import FedAvg
+from edgefed.methods.flux import Flux
 from edgefed.methods.frequent import FrequentExperts, Submodel
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import Method
@@ -14,7 +15,7 @@ from edgefed.methods.local import Local
 from edgefed.methods.random_experts import RandomExperts
 
 METHODS: dict[str, type] = {
-    kind.name: kind for kind in (HFedMoE, FedAvg, FrequentExperts, Submodel, RandomExperts, Local)
+    kind.name: kind for kind in (HFedMoE, Flux, FedAvg, FrequentExperts, Submodel, RandomExperts, Local)
 }
 
 Option = float | int | str | bool
@@ -44,6 +45,15 @@ def make_method(name: str, options: Mapping[str, object] | None = None) -> Metho
     return kind(**values)
 
 
+def check_training(method: Method, experts: str) -> None:
+    """Raise ConfigError unless ``method`` works with this mode of training experts ("full", "lora", "none")."""
+    if method.trains_experts_as not in (None, experts):
+        raise ConfigError(
+            f"{method.name} trains experts as {method.trains_experts_as!r}; asked for {experts!r}",
+            remedy=f"Pass --train-experts {method.trains_experts_as}.",
+        )
+
+
 def _method_class(name: str) -> type:
     if name not in METHODS:
         raise UnknownMethod(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")
@@ -55,9 +65,11 @@ def _convert(name: str, option: str, value: object, kind: type) -> Option:
         return value.lower() == "true"
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if (kind is float and isinstance(value, int) and not isinstance(value, bool)) or (
+        kind in (int, float) and isinstance(value, str)
+    ):
         try:
-            return float(value)
+            return kind(value)
         except ValueError:
             pass
     raise ConfigError(f"{name}: option {option} is {value!r}, expected {kind.__name__}")

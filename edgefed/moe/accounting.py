@@ -10,11 +10,13 @@ from torch import nn
 
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.bank import ExpertBank
+from edgefed.moe.offloading import offloaded
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertMemory:
-    """Bytes that experts take now: weights (adapters included), gradients and optimiser state."""
+    """Bytes that experts take now: weights (adapters included), gradients and optimiser state. What is offloaded takes
+    none of the memory that is counted here."""
 
     weight_bytes: int
     gradient_bytes: int
@@ -35,13 +37,18 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
+def gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients that are there, but for those of offloaded parameters."""
+    return [p.grad for p in parameters if p.grad is not None and offloaded(p) is None]
+
+
 def expert_tensors(layers: Iterable[ExpertLayer]) -> list[torch.Tensor]:
-    """All parameters of experts on the device: of banks, or the stacks of a full model."""
+    """All weights of experts on the device: of banks, packed ones included, or the stacks of a full model."""
     tensors: list[torch.Tensor] = []
     for layer in layers:
         bank = getattr(layer.experts, "edgefed_bank", None)
         if isinstance(bank, ExpertBank):
-            tensors.extend(bank.parameters())
+            tensors.extend(bank.weights())
         else:
             found = (layer.experts._parameters.get(parameter.name) for parameter in layer.parameters)
             tensors.extend(tensor for tensor in found if tensor is not None)
@@ -50,12 +57,12 @@ def expert_tensors(layers: Iterable[ExpertLayer]) -> list[torch.Tensor]:
 
 def expert_memory(layers: Iterable[ExpertLayer], optimizer: torch.optim.Optimizer | None = None) -> ExpertMemory:
     """Count the experts' weights, their ``.grad`` and what ``optimizer`` keeps for them."""
-    parameters = expert_tensors(layers)
+    parameters = [tensor for tensor in expert_tensors(layers) if offloaded(tensor) is None]
     state = {} if optimizer is None else optimizer.state
     kept = (value for p in parameters if p in state for value in state[p].values() if isinstance(value, torch.Tensor))
     return ExpertMemory(
         weight_bytes=storage_bytes(parameters),
-        gradient_bytes=storage_bytes(p.grad for p in parameters if p.grad is not None),
+        gradient_bytes=storage_bytes(gradients(parameters)),
         optimizer_bytes=storage_bytes(kept),
     )
 
@@ -67,6 +74,6 @@ def model_memory(module: nn.Module, layers: Iterable[ExpertLayer]) -> dict[str, 
     parameters = list(module.parameters())
     return {
         "dense": storage_bytes(tensor for tensor in (*parameters, *module.buffers()) if id(tensor) not in ids),
-        "experts": storage_bytes(experts),
-        "gradients": storage_bytes(p.grad for p in parameters if p.grad is not None),
+        "experts": storage_bytes(tensor for tensor in experts if offloaded(tensor) is None),
+        "gradients": storage_bytes(gradients(parameters)),
     }

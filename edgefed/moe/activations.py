@@ -1,12 +1,15 @@
 """What a training step keeps between forward and backward, and needs on the way: formulas, no torch.
 
-Written from the reference kernels (`edgefed.kernels.masked_experts`) and transformers' blocks. H hidden_size,
-I expert_width, T tokens of a batch, V vocab_size, E experts, P (token, expert) pairs, R LoRA rank, w bytes of a number.
+Written from transformers' blocks and from the kernels of the experts: the reference (`edgefed.kernels.masked_experts`)
+and the native one (`edgefed.kernels.native_experts`, told to keep the up projection). H hidden_size, I expert_width,
+U outputs of the up projection (2I where it is gated), T tokens of a batch, V vocab_size, E experts,
+P (token, expert) pairs, R LoRA rank, w bytes of a number.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from edgefed.moe.shapes import LayerShape, ModelShape
@@ -20,20 +23,26 @@ from edgefed.moe.step_setup import (
 )
 from edgefed.moe.stored import trained_tensors
 
+INDEX_BYTES = 48
+"""Per (token, expert) pair: its slot, its place, its weight, and what choosing it kept."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
     """Bytes per decoder layer: kept for its backward pass ``outside`` and ``inside`` its experts, and needed on the
     way, in its ``forward`` and its ``backward`` pass. ``tail``: what embedding and last norm keep, and
-    attention masks; ``loss``: logits.
+    attention masks; ``loss``: logits. ``scores``: the part of ``outside`` that is attention scores: they grow with the
+    square of the length, so what a step of another length says of the rest says nothing of them.
 
-    ``gathered``: the part of ``inside`` that is the gathered input. Layers before ``first`` have nothing to learn in
-    them or below, so they keep nothing.
+    ``stays``: the part of ``inside`` that is still there when the experts have their gradients: with the reference the
+    gathered input, with native kernels all (infinite). Layers before ``first`` have nothing to learn in them or below,
+    so they keep nothing.
     """
 
     outside: list[float]
+    scores: list[float]
     inside: list[float]
-    gathered: list[float]
+    stays: list[float]
     forward: list[float]
     backward: list[float]
     tail: float
@@ -58,7 +67,8 @@ def activations(
     """
     flows_in = setup.checkpointing if flows_in is None else flows_in
     first = 0 if flows_in else first_trained(shape, setup, tuned)
-    outside, inside, gathered, forward, backward = [], [], [], [], []
+    outside, scores, inside, stays, forward, backward = [], [], [], [], [], []
+    native = setup.kernels == "native"
     counts = iter(enumerate(zip(kept, tuned, strict=True)))
     for index, layer in enumerate(shape.layers):
         moe, (count_kept, count_tuned) = next(counts) if layer.num_experts else (-1, (0, 0))
@@ -69,14 +79,18 @@ def activations(
         below = index > first or setup.attention != "none" or flows_in
         learns = index >= first
         outside.append(outside_experts(shape, layer, setup, mixer=below) if learns else 0.0)
+        scores.append(float(score_bytes(shape, layer, setup)) if learns and below else 0.0)
         inside.append(inside_experts(shape, layer, setup, pairs, share, below) if learns and pairs else 0.0)
-        gathered.append(pairs * shape.hidden_size * setup.width if learns and share else 0.0)
-        forward.append(forward_transient(shape, layer, setup, pairs))
+        gathered = pairs * shape.hidden_size * setup.width if learns and share else 0.0
+        stays.append(math.inf if native else gathered)
+        keeps = learns and not setup.checkpointing
+        forward.append(forward_transient(shape, layer, setup, pairs, keeps=keeps))
         backward.append(backward_transient(shape, layer, setup, pairs) if learns else 0.0)
     tail = setup.tokens * shape.hidden_size * (4 + 2 * setup.width)
     tail += shape.masks * setup.tokens * setup.sequence_length * setup.width
     tokens = min(setup.tokens, CHUNK_TOKENS) if setup.chunked_loss else setup.tokens
-    return Activations(outside, inside, gathered, forward, backward, tail, 12.0 * tokens * shape.vocab_size, first)
+    loss = 12.0 * tokens * shape.vocab_size
+    return Activations(outside, scores, inside, stays, forward, backward, tail, loss, first)
 
 
 def corrected(raw: Activations, correction: Correction | None) -> Activations:
@@ -87,14 +101,15 @@ def corrected(raw: Activations, correction: Correction | None) -> Activations:
     else:
         names = ("activation", "expert", "loss", "transient", "forward")
         factors = {name: CORRECTED_MARGIN * getattr(correction, f"{name}_scale") for name in names}
+    margin = MARGIN if correction is None else CORRECTED_MARGIN
+    rest = [(size - scores) * factors["activation"] for size, scores in zip(raw.outside, raw.scores, strict=True)]
     return dataclasses.replace(
         raw,
-        outside=[size * factors["activation"] for size in raw.outside],
+        outside=[size + scores * margin for size, scores in zip(rest, raw.scores, strict=True)],
         inside=[size * factors["expert"] for size in raw.inside],
-        gathered=raw.gathered,
         forward=[size * factors["forward"] for size in raw.forward],
         backward=[size * factors["transient"] for size in raw.backward],
-        tail=raw.tail * (MARGIN if correction is None else CORRECTED_MARGIN),
+        tail=raw.tail * margin,
         loss=raw.loss * factors["loss"],
     )
 
@@ -144,31 +159,59 @@ def inside_experts(
 ) -> float:
     """What the experts of one layer keep: see `edgefed.kernels.masked_experts`. ``below``: their input has a gradient.
 
-    Per pair: the up projection and the activation's result, where anything flows through; the product that a tuned
-    down projection needs; gathered input and outputs (H); indices.
+    Per pair with the reference: the up projection and the activation's result, where anything flows through; the
+    product that a tuned down projection needs; gathered input and outputs (H); indices. With native kernels: the up
+    projection, whoever learns; indices. And the output (H) per token, which is there when the layer has been counted.
     """
-    w, learns = setup.width, setup.experts != "none" and tuned_share > 0
+    w, output = setup.width, setup.tokens * shape.hidden_size * setup.width
+    if setup.kernels == "native":
+        return pairs * (w * _up_width(layer) + INDEX_BYTES) + output
+    learns = setup.experts != "none" and tuned_share > 0
     through = 1.0 if below else tuned_share
     width = layer.expert_width
-    per_pair = w * (layer.kept_by_gate * width * through + width * tuned_share + shape.hidden_size * (1 + learns)) + 48
+    per_pair = w * (layer.kept_by_gate * width * through + width * tuned_share + shape.hidden_size * (1 + learns))
     if setup.experts == "lora":
         per_pair += 2 * w * setup.lora_rank * through
-    return pairs * per_pair + setup.tokens * shape.hidden_size * w
+    return pairs * (per_pair + INDEX_BYTES) + output
 
 
-def forward_transient(shape: ModelShape, layer: LayerShape, setup: StepSetup, pairs: int) -> float:
-    """What the forward pass of one layer needs on the way: the experts' outputs, weighted in float32."""
-    experts = pairs * shape.hidden_size * (4 + 2 * setup.width)
-    mixer = setup.tokens * setup.width * (layer.mixer_width + layer.dense_width)
+def forward_transient(
+    shape: ModelShape, layer: LayerShape, setup: StepSetup, pairs: int, *, keeps: bool = False
+) -> float:
+    """What the forward pass of one layer needs on the way. By the reference: the experts' outputs, weighted in float32.
+    By native kernels: activation and outputs, the up projection where the layer does not keep it (``keeps``), and what
+    the busiest expert gathers, at most all tokens."""
+    w = setup.width
+    if setup.kernels == "native":
+        experts = w * pairs * (layer.expert_width + shape.hidden_size + (0 if keeps else _up_width(layer)))
+        experts += w * setup.tokens * shape.hidden_size
+    else:
+        experts = pairs * shape.hidden_size * (4 + 2 * w)
+    mixer = setup.tokens * w * (layer.mixer_width + layer.dense_width)
     mixer += 2 * score_bytes(shape, layer, setup) + 8 * setup.tokens * layer.scan_states
-    return max(experts, mixer) + setup.tokens * shape.hidden_size * (4 + setup.width)
+    return max(experts, mixer) + setup.tokens * shape.hidden_size * (4 + w)
 
 
 def backward_transient(shape: ModelShape, layer: LayerShape, setup: StepSetup, pairs: int) -> float:
-    """What the backward pass of one layer needs on the way: gradients of the gathered rows (float32 and w), with the
-    sum over experts that each of them adds to; or of the dense part."""
-    w = setup.width
-    experts = pairs * shape.hidden_size * (8 + 3 * w)
+    """What the backward pass of one layer needs on the way, beside the gradients of its weights; or of its dense part.
+
+    By the reference: gradients of the gathered rows (float32 and w), with the sum over experts that each of them adds
+    to. By native kernels: the activation and the gradient of the up projection while weights get their gradients, with
+    what the busiest expert gathers twice; then the latter and the gradient of the gathered rows.
+    """
+    w, hidden = setup.width, shape.hidden_size
+    if setup.kernels == "native":
+        up, width = _up_width(layer), layer.expert_width
+        activated = pairs * (2 * width + up)  # the gradient of the activation is there until that of the up projection
+        weights = pairs * (width + up) + 2 * hidden * setup.tokens
+        experts = w * max(activated, weights, pairs * (up + hidden)) + pairs * INDEX_BYTES
+    else:
+        experts = pairs * hidden * (8 + 3 * w)
     mixer = setup.tokens * w * (2 * layer.mixer_width + 2 * layer.dense_width) + 2 * score_bytes(shape, layer, setup)
     mixer += 8 * setup.tokens * layer.scan_states
-    return max(experts, mixer) + setup.tokens * shape.hidden_size * (4 + w)
+    return max(experts, mixer) + setup.tokens * hidden * (4 + w)
+
+
+def _up_width(layer: LayerShape) -> int:
+    """U, the outputs of an expert's up projection."""
+    return layer.expert_matrices[0][1] if layer.expert_matrices else 0

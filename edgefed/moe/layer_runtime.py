@@ -7,17 +7,21 @@ same pass, and dropped.
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from transformers.activations import ACT2CLS
 from transformers.integrations.moe import ExpertsInterface
 
 from edgefed.experts import LayerRecord, RouterRecord
-from edgefed.kernels.masked_experts import Slots, SlotWeights, masked_experts
+from edgefed.kernels import ops as _operators  # noqa: F401  registers torch.ops.edgefed
+from edgefed.kernels.dispatch import log_choice
+from edgefed.kernels.masked_experts import Slots, SlotWeights, backend_for, masked_experts
 from edgefed.kernels.router_statistics import new_statistics, router_statistics, to_layer_record
 from edgefed.moe.architecture import ExpertLayer
+from edgefed.moe.attention_received import AttentionCapture
 from edgefed.moe.bank import ExpertBank
 from edgefed.moe.gate_probe import router_logits_of, split_expert_arguments
 from edgefed.moe.gating import route_to_resident
@@ -30,19 +34,27 @@ Schedule = Callable[[int, LayerRecord], Iterable[int]]
 
 
 class StatisticsRecorder:
-    """Router statistics of everything that ran since the last `take`."""
+    """Router statistics of everything that ran since the last `take`; with ``attention``, what tokens received too."""
 
-    def __init__(self, layers: tuple[ExpertLayer, ...]):
+    def __init__(self, layers: tuple[ExpertLayer, ...], attention: AttentionCapture | None = None):
+        self.attention = attention
         self._layers = layers
         self._statistics: dict[int, torch.Tensor] = {}
         self._num_tokens: dict[int, int] = {}
+        self._attention_sums: dict[int, torch.Tensor] = {}
 
     def add(self, layer: int, logits: torch.Tensor, kind: str, indices: torch.Tensor, weights: torch.Tensor) -> None:
         """Add one batch of one layer: router logits (T, E) of a gate ``kind``, its full choice and weights (T, K)."""
         if layer not in self._statistics:
             self._statistics[layer] = new_statistics(logits.shape[1], logits.device)
-        router_statistics(self._statistics[layer], logits, indices, weights, kind=kind)
+        sums = self._statistics[layer]
+        router_statistics(sums, logits, indices, weights, kind=kind)
         self._num_tokens[layer] = self._num_tokens.get(layer, 0) + logits.shape[0]
+        if self.attention is not None:
+            received = self.attention.of(self._layers[layer].experts_path, logits.shape[0], logits.device)  # (T,)
+            per_pair = received.to(sums.dtype).unsqueeze(1).expand_as(indices).reshape(-1)  # (T*K,)
+            total = self._attention_sums.setdefault(layer, sums.new_zeros(logits.shape[1]))
+            total.index_add_(0, indices.reshape(-1), per_pair)
 
     def take(self) -> RouterRecord:
         """The record so far; starts again from zero. The one host synchronisation."""
@@ -51,17 +63,31 @@ class StatisticsRecorder:
             statistics = self._statistics.pop(layer.ordinal, None)
             if statistics is None:
                 statistics = new_statistics(layer.num_experts)
-            records.append(to_layer_record(statistics, self._num_tokens.pop(layer.ordinal, 0)))
+            record = to_layer_record(statistics, self._num_tokens.pop(layer.ordinal, 0))
+            if self.attention is not None:
+                received = self._attention_sums.pop(layer.ordinal, statistics.new_zeros(layer.num_experts))
+                values = received.to(device="cpu", dtype=torch.float64).numpy()
+                record = dataclasses.replace(record, attention_sum=values)
+            records.append(record)
         return RouterRecord(tuple(records))
 
 
 class LayerRuntime:
-    """The state of one MoE layer between and during forward passes."""
+    """The state of one MoE layer between and during forward passes.
 
-    def __init__(self, layer: ExpertLayer, selection_bias: Callable[[], torch.Tensor | None]):
+    ``kernels(dtype, device type)``: what the model trains its experts with, as `training_kernels` says.
+    """
+
+    def __init__(
+        self,
+        layer: ExpertLayer,
+        selection_bias: Callable[[], torch.Tensor | None],
+        kernels: Callable[[torch.dtype, str], str],
+    ):
         self.layer = layer
+        self._kernels = kernels
         self.bank: ExpertBank | None = None
-        self.stream: Slots | None = None
+        self.stream: Callable[[], Slots] | None = None
         self.missing = "renormalize"
         self.schedule: Schedule | None = None
         self.recorders: list[StatisticsRecorder] = []
@@ -112,11 +138,11 @@ class LayerRuntime:
         """The experts' output (T, H) for the router's choice (T, K)."""
         slots: Slots
         if self.stream is not None:
-            slots, slot_indices = self.stream, indices
+            slots, slot_indices = self.stream(), indices
         elif self.bank is not None:
             bank = self.bank
             slot_indices = bank.slot_of[indices]  # (T, K)
-            if self.missing == "renormalize" and len(bank) < self.layer.num_experts:
+            if self.missing == "renormalize" and not bank.is_complete:
                 slot_indices, weights = route_to_resident(
                     self.router_logits(),
                     slot_indices,
@@ -124,6 +150,7 @@ class LayerRuntime:
                     bank.resident,
                     self.layer.gate_kind,
                     self._selection_bias(),
+                    bank.slot_of if bank.num_resident < len(bank) else None,
                 )
             scheduled = self._scheduled if self._schedules(self.layer.experts) else None
             if not self._is_recomputation():
@@ -133,8 +160,14 @@ class LayerRuntime:
             raise RuntimeError(
                 f"no expert of {self.layer.experts_path!r} is on this device: apply a plan, or stream the experts"
             )
-        experts = self.layer.experts
-        return masked_experts(
+        experts, backend, keep = self.layer.experts, "auto", None
+        if torch.is_grad_enabled():
+            # Whether the up projection is kept is fixed here, or nobody could say beforehand what a step takes.
+            if self._kernels(hidden_states.dtype, hidden_states.device.type) == "reference":
+                backend = "reference"
+            else:
+                keep = True
+        output = masked_experts(
             hidden_states,
             slot_indices,
             weights,
@@ -142,8 +175,14 @@ class LayerRuntime:
             activation=experts._apply_gate if self.layer.has_gate else experts.act_fn,
             is_transposed=self.layer.is_transposed,
             finish=experts.post_expert_norm if self.layer.has_post_expert_norm else None,
-            backend=training_backend() if torch.is_grad_enabled() else "auto",
+            backend=backend,
+            keep_activations=keep,
+            # A moved expert is compared with itself: rounded activations would hide the difference.
+            int8_activations=None if self.bank is None or self.bank.perturbation is None else False,
         )
+        if self.bank is not None:
+            self.bank.release()
+        return output
 
     def _count_tokens(self, bank: ExpertBank, slot_indices: torch.Tensor, scheduled: frozenset[int] | None) -> None:
         flat = slot_indices.reshape(-1)
@@ -153,20 +192,26 @@ class LayerRuntime:
             served.index_add_(0, flat.clamp_min(0), here)
         bank.served_tokens += served
         if self.layer.experts.training and torch.is_grad_enabled():
-            learns = [
-                slot < bank.num_tuned and (scheduled is None or expert in scheduled)
-                for slot, expert in enumerate(bank.experts)
-            ]
-            bank.trained_tokens += served * torch.tensor(learns, dtype=torch.int64, device=served.device)
+            learns = torch.arange(len(served), device=served.device) < bank.num_tuned
+            if scheduled is not None:  # made of values on the host; copying a list waits for the device
+                scheduled_here = [expert in scheduled for expert in bank.experts]
+                learns &= torch.tensor(scheduled_here, dtype=torch.bool, device=served.device)
+            bank.trained_tokens += served * learns
 
 
-def training_backend() -> str:
-    """Which backend a planned model trains with: the reference, unless EDGEFED_KERNELS names another.
+def training_kernels(layers: Iterable[ExpertLayer], dtype: torch.dtype, device_type: str) -> str:
+    """What a planned model of ``dtype`` trains its experts with: a `StepSetup.kernels`, the same for all its layers.
 
-    The memory model (`edgefed.moe.activations`) is that of the reference. The native kernels keep less for the backward
-    pass, by rules of their own, and a budget must not rest on a model that does not hold.
+    "native" where the dispatcher has a kernel for such layers: on the CPU by itself, on a GPU if EDGEFED_KERNELS names
+    one. Else, and where a layer does something to each expert's output, "reference", for which the memory model has
+    other formulas.
     """
-    return "auto" if os.environ.get("EDGEFED_KERNELS") else "reference"
+    finishes = (layer.experts.post_expert_norm for layer in layers if layer.has_post_expert_norm)
+    name, reason = backend_for(device_type, dtype, next(finishes, None))
+    if name != "reference":
+        return "native"
+    log_choice("training of masked_experts", device_type, name, reason)
+    return name
 
 
 class StackSlots:
@@ -203,14 +248,31 @@ def edgefed_experts(experts: nn.Module, *args: torch.Tensor, **kwargs: torch.Ten
     runtime = getattr(experts, "edgefed_runtime", None)
     if runtime is not None and not (runtime.bank is None and runtime.stream is None and holds_own_experts(experts)):
         return runtime.forward(hidden_states, indices, weights)
+    slot_indices = torch.where(indices < experts.num_experts, indices, -1)
+    if torch.compiler.is_compiling() and _is_operator(experts):
+        up, down = experts.gate_up_proj, experts.down_proj
+        form = ("dense", down.shape[2], 0, down.dtype, "swiglu")
+        return torch.ops.edgefed.masked_experts(hidden_states, slot_indices, weights, up, None, down, None, *form)
     return masked_experts(
         hidden_states,
-        torch.where(indices < experts.num_experts, indices, -1),
+        slot_indices,
         weights,
         StackSlots(experts),
         activation=experts._apply_gate if experts.has_gate else experts.act_fn,
         is_transposed=experts.is_transposed,
         finish=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+    )
+
+
+def _is_operator(experts: nn.Module) -> bool:
+    """Whether `edgefed.kernels.ops` has an operator for these experts, so that a compiled graph need not break: SwiGLU,
+    no bias, no norm, and stacks that do not learn."""
+    return (
+        experts.has_gate
+        and not (experts.is_transposed or experts.has_bias or getattr(experts, "has_post_expert_norm", False))
+        and type(experts)._apply_gate.__name__ == "_default_apply_gate"
+        and isinstance(experts.act_fn, (nn.SiLU, ACT2CLS["silu"]))
+        and not (torch.is_grad_enabled() and (experts.gate_up_proj.requires_grad or experts.down_proj.requires_grad))
     )
 
 

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from edgefed.errors import ConfigError
-from edgefed.moe.activations import Activations, activations, corrected, forward_transient, outside_experts
+from edgefed.moe.activations import Activations, activations, corrected, forward_transient, outside_experts, score_bytes
 from edgefed.moe.shapes import ModelShape
 from edgefed.moe.step_setup import (
     ADAPTER_BYTES,
@@ -52,6 +52,13 @@ __all__ = [
 ]
 
 _MIB = 1024 * 1024
+ATTENTION_BYTES = 32 * _MIB
+"""A piece of attention weights and its copies: `edgefed.moe.attention_received`, PIECE_BYTES times PIECE_COPIES."""
+PAUSED_HIDDEN, PAUSED_PER_EXPERT, PAUSED_PER_PAIR = 5.5, 8, 24
+"""What a batch keeps per token while it waits for the next layer: hidden states (4 in OLMoE, 5.5 in GPT-OSS, counted),
+logits of the router, its choice."""
+PAUSED_BYTES = 6 * _MIB
+"""What each thread of a waiting batch keeps on a CPU: scratch of the matrix library, up to 4.6 MiB measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +146,8 @@ def _moments(
     body = sum(kept) + found.tail
     gone, cumulated, backward = 0, body, (0, 0, 0)
     for layer in range(len(kept) - 1, found.first - 1, -1):
-        # The experts' tensors go while their gradients come, but for the gathered input, which goes last.
-        grown = max(0, gradients[layer] - max(0, int(found.inside[layer] - found.gathered[layer])))
+        # The experts' tensors go while their gradients come, but for those that go last.
+        grown = max(0, gradients[layer] - int(max(0.0, found.inside[layer] - found.stays[layer])))
         backward = max(backward, (gone + grown, int(cumulated + again[layer] + found.backward[layer]), 0), key=sum)
         gone += gradients[layer]
         cumulated -= kept[layer]
@@ -152,33 +159,62 @@ def _moments(
 
 
 def profiling_memory(
-    shape: ModelShape, setup: StepSetup, kept: int | Sequence[int], *, streamed: bool = False
+    shape: ModelShape,
+    setup: StepSetup,
+    kept: int | Sequence[int],
+    *,
+    hold: str = "all",
+    together: int = 1,
+    attention: bool = False,
+    threads: int = 1,
 ) -> MemoryEstimate:
     """Peak of a forward pass without gradients and with one row of logits, as a profile is made.
 
-    ``streamed``: one expert is in memory at a time, whatever ``kept`` says.
+    ``hold``: "all" holds ``kept`` experts of each layer at once, "layer" those of one layer, "expert" one, of full
+    layers and as it comes (`edgefed.moe.full_layers`). ``together``: batches side by side, of which all but one wait.
+    ``attention``: the attention that tokens receive is recorded. ``threads``: of a CPU, that a batch computes with.
     """
     kept, _ = _counts(shape, kept, 0, setup)
-    setup = dataclasses.replace(setup, experts="lora" if setup.experts == "lora" else "none", attention="none")
+    storage = setup.expert_storage if hold != "expert" else None
+    setup = dataclasses.replace(
+        setup, experts="lora" if setup.experts == "lora" else "none", attention="none", expert_storage=storage
+    )
     static = static_bytes(shape, setup, kept, tuple(0 for _ in kept))
-    experts = static["kept experts"]
-    if streamed:
-        experts = max(rounded_up(expert_bytes(layer, setup)) for layer in shape.moe_layers)
+    sizes = [expert_bytes(layer, setup) for layer in shape.moe_layers]
+    read = max(expert_bytes(layer, setup, setup.dtype) for layer in shape.moe_layers)  # one expert, as it comes
+    if hold == "all":
+        experts = static["kept experts"]
+    else:
+        experts = max(size * count for size, count in zip(sizes, kept, strict=True)) if hold == "layer" else 0
     flowing, pairs = 0, iter(kept)
     for layer in shape.layers:
         held = next(pairs) if layer.num_experts else 0
-        active = setup.tokens * min(layer.top_k, layer.num_experts if streamed else held)
+        active = setup.tokens * min(layer.top_k, layer.num_experts if hold == "expert" else held)
         flowing = max(flowing, forward_transient(shape, layer, setup, active) + outside_experts(shape, layer, setup))
-    logits = setup.batch_size * shape.vocab_size * setup.width
-    workspace = workspace_bytes(shape, setup)
+    if attention:
+        flowing += ATTENTION_BYTES + 2 * setup.tokens * setup.sequence_length * setup.width
+    waiting = _waiting_bytes(shape, setup, attention, threads) if together > 1 else 0
     parts = {
         "dense": static["dense"],
-        "kept experts": experts,
+        "kept experts": rounded_up(experts + (0 if hold == "all" and storage is None else read)),
         "activations": int(flowing),
-        "logits": logits,
-        "workspace": workspace,
+        "waiting batches": (together - 1) * waiting,
+        "logits": setup.batch_size * shape.vocab_size * setup.width,
+        "workspace": workspace_bytes(shape, setup),
     }
     return MemoryEstimate(parts, {"forward": sum(parts.values())})
+
+
+def _waiting_bytes(shape: ModelShape, setup: StepSetup, attention: bool, threads: int) -> int:
+    """What one batch keeps while it waits, with its attention mask, and weights where its attention keeps them."""
+    tokens, hidden = setup.tokens, PAUSED_HIDDEN * shape.hidden_size * setup.width
+    routed = max(PAUSED_PER_EXPERT * layer.num_experts + PAUSED_PER_PAIR * layer.top_k for layer in shape.moe_layers)
+    size = tokens * (hidden + routed) + (PAUSED_BYTES * threads if setup.device == "cpu" else 0)
+    if attention or shape.masks:
+        size += 2 * tokens * setup.sequence_length * setup.width
+    if not attention:  # its pieces are gone
+        size += max(score_bytes(shape, layer, setup) for layer in shape.layers)
+    return int(size)
 
 
 def compute_budget(

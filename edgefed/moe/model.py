@@ -15,6 +15,7 @@ Not safe for use by several threads at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -24,10 +25,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.experts import ExpertPlan
-from edgefed.moe import adapters, loading, units
+from edgefed.moe import adapters, full_layers, loading, units
 from edgefed.moe.accounting import expert_memory, expert_tensors, model_memory
 from edgefed.moe.architecture import ExpertLayer, discover_layers
-from edgefed.moe.bank import ExpertBank, StreamedSlots
+from edgefed.moe.attention_received import AttentionCapture
+from edgefed.moe.bank import ExpertBank
 from edgefed.moe.layer_runtime import (
     IMPLEMENTATION,
     MISSING_MODES,
@@ -35,7 +37,12 @@ from edgefed.moe.layer_runtime import (
     Schedule,
     StatisticsRecorder,
     register_implementation,
+    training_kernels,
 )
+from edgefed.moe.merged_cache import MergedCache
+from edgefed.moe.merged_expert import Align
+from edgefed.moe.offloading import OffloadSpace
+from edgefed.moe.packed import check_storage
 from edgefed.moe.restoring import restore_layer
 from edgefed.moe.scope import TrainScope
 from edgefed.moe.sources import ExpertSource
@@ -54,12 +61,19 @@ class MoeModel:
         self.layers = layers
         self.scope = TrainScope(experts="none", router="none")
         self.plan: ExpertPlan | None = None
+        self.storage: str | None = None
+        """How the experts of the plan that do not learn are kept; None: the way they come."""
+        self.offloads = False
+        """The experts of the plan lie in an `OffloadSpace`."""
         self._device = device
         self._default_implementation = module.config._experts_implementation
         self._fixed = units.find_fixed_units(module, layers)
         self._unloaded: set[str] = set()
         self._adopts_dtype = False
-        self._runtimes = [LayerRuntime(layer, lambda layer=layer: self._selection_bias(layer)) for layer in layers]
+        kernels = functools.partial(training_kernels, layers)
+        self._runtimes = [
+            LayerRuntime(layer, lambda layer=layer: self._selection_bias(layer), kernels) for layer in layers
+        ]
         for layer, runtime in zip(layers, self._runtimes, strict=True):
             layer.experts.edgefed_runtime = runtime
 
@@ -104,6 +118,9 @@ class MoeModel:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the experts' weights: as they are on the device, or as the configuration says before that."""
+        bank = self._runtimes[0].bank
+        if bank is not None and bank.dtype is not None:
+            return bank.dtype
         held = expert_tensors(self.layers[:1])
         return held[0].dtype if held else self.layers[0].parameters[0].dtype
 
@@ -172,7 +189,7 @@ class MoeModel:
 
     def drop_experts(self) -> None:
         """Forget every expert on the device: its memory is free once the caller's own references are gone."""
-        self.plan = None
+        self.plan, self.storage, self.offloads = None, None, False
         for runtime in self._runtimes:
             runtime.bank = None
             experts = runtime.layer.experts
@@ -183,17 +200,27 @@ class MoeModel:
         self.module.set_experts_implementation(IMPLEMENTATION)
 
     def apply_plan(
-        self, plan: ExpertPlan, source: ExpertSource, scope: TrainScope, missing: str = "renormalize"
+        self,
+        plan: ExpertPlan,
+        source: ExpertSource,
+        scope: TrainScope,
+        missing: str = "renormalize",
+        storage: str | None = None,
+        align: Align | None = None,
+        merged: MergedCache | None = None,
+        offload: OffloadSpace | None = None,
     ) -> None:
         """Make exactly the planned experts resident, with fresh values from ``source``, and set what trains.
 
         Reads only planned experts and the adapters that ``scope`` names. Whatever was resident before is dropped
         first, so the peak is one plan. Token counts start at zero. ``missing``: what a token gets whose expert is
-        absent: "renormalize" gives it the next best resident ones, "skip" leaves it out.
-        Raises ConfigError, CheckpointError.
+        absent: "renormalize" gives it the next best resident ones, "skip" leaves it out. ``storage``: how matrices that
+        do not learn are kept, None or one of `edgefed.moe.packed.EXPERT_STORAGES`. ``align`` is `merge_experts`'s.
+        ``merged``, ``offload``: see `ExpertBank`. Raises ConfigError, CheckpointError, StorageError.
         """
         if missing not in MISSING_MODES:
             raise ConfigError(f"missing can be {' or '.join(MISSING_MODES)}; asked for {missing!r}")
+        check_storage(storage)
         if plan.experts_per_layer != self.experts_per_layer:
             raise ConfigError(
                 f"the plan is for layers with {plan.experts_per_layer} experts, the model has {self.experts_per_layer}"
@@ -203,16 +230,14 @@ class MoeModel:
         try:
             for runtime in self._runtimes:
                 runtime.missing = missing
-                runtime.bank = self._make_bank(runtime.layer, plan, source)
+                runtime.bank = ExpertBank(
+                    runtime.layer, plan, source, scope, self._device, storage, align, merged, offload
+                )
                 runtime.layer.experts.add_module("edgefed_bank", runtime.bank)
         except Exception:
             self.drop_experts()  # half a plan is none
             raise
-        self.plan = plan
-
-    def _make_bank(self, layer: ExpertLayer, plan: ExpertPlan, source: ExpertSource) -> ExpertBank:
-        resident, tuned = plan.resident(layer.ordinal), plan.tuned(layer.ordinal)
-        return ExpertBank(layer, resident, len(tuned), source, self.scope, self._device)
+        self.plan, self.storage, self.offloads = plan, storage, offload is not None
 
     def _install_scope(self, scope: TrainScope, source: ExpertSource) -> None:
         self.scope = scope
@@ -226,22 +251,32 @@ class MoeModel:
                 adapters.load_adapter(unit, source.read(unit.key + LORA_SUFFIX))
 
     @contextlib.contextmanager
-    def streaming(self, source: ExpertSource, scope: TrainScope | None = None) -> Iterator[None]:
-        """Within it the model computes the full model's output, without gradients: each expert that a batch hits is
-        read from ``source``, used and dropped. Needs the memory of the dense part and one expert, unless a plan is
-        applied as well (see `drop_experts`). ``scope`` says which adapters exist; None: as applied last. Raises
-        ConfigError when a plan with another scope is applied.
+    def streaming(
+        self,
+        source: ExpertSource,
+        scope: TrainScope | None = None,
+        *,
+        hold: str = "expert",
+        storage: str | None = None,
+    ) -> Iterator[None]:
+        """Within it the model computes the full model's output, without gradients, with experts from ``source``.
+
+        It needs the memory of the dense part and of what it holds at a time (`edgefed.moe.full_layers`): one expert,
+        one layer or all, quantised if ``storage`` says so; and of a plan that is applied as well (see `drop_experts`).
+        ``scope`` says which adapters exist; None: as applied last. Raises ConfigError when a plan with another scope
+        is applied.
         """
         scope = scope or self.scope
         if scope != self.scope:
             if self.plan is not None:
                 raise ConfigError(f"a plan with {self.scope} is applied: the model cannot stream as {scope} beside it")
             self._install_scope(scope, source)
+        streams = full_layers.open_streams(self.layers, source, scope, self._device, hold, storage)
         before = self.module.config._experts_implementation
         register_implementation()
         self.module.set_experts_implementation(IMPLEMENTATION)
-        for runtime in self._runtimes:
-            runtime.stream = StreamedSlots(runtime.layer, source, scope, self._device)
+        for runtime, stream in zip(self._runtimes, streams, strict=True):
+            runtime.stream = stream
         try:
             with torch.no_grad():
                 yield
@@ -267,16 +302,20 @@ class MoeModel:
     # --- training ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def record_statistics(self) -> Iterator[StatisticsRecorder]:
-        """Collect router statistics over all experts, absent ones too: the router's full choice and its weights."""
-        recorder = StatisticsRecorder(self.layers)
-        for runtime in self._runtimes:
-            runtime.recorders.append(recorder)
-        try:
-            yield recorder
-        finally:
+    def record_statistics(self, *, attention: bool = False) -> Iterator[StatisticsRecorder]:
+        """Collect router statistics over all experts, absent ones too: the router's full choice and its weights.
+
+        ``attention``: also the attention that tokens receive (`edgefed.moe.attention_received`); slower.
+        """
+        with AttentionCapture(self.module) if attention else contextlib.nullcontext() as capture:
+            recorder = StatisticsRecorder(self.layers, capture)
             for runtime in self._runtimes:
-                runtime.recorders.remove(recorder)
+                runtime.recorders.append(recorder)
+            try:
+                yield recorder
+            finally:
+                for runtime in self._runtimes:
+                    runtime.recorders.remove(recorder)
 
     def set_schedule(self, schedule: Schedule | None) -> None:
         """Let ``schedule(layer, batch_record)`` choose which tuned experts get weight gradients in each training
@@ -285,16 +324,34 @@ class MoeModel:
         for runtime in self._runtimes:
             runtime.schedule = schedule
 
+    def training_kernels(self) -> str:
+        """What a planned model trains its experts with here and now, as `StepSetup.kernels` has it."""
+        return training_kernels(self.layers, self.dtype, self._device.type)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Everything that an optimiser should get."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def experts_with_gradient(self) -> list[tuple[int, int]]:
         """(layer, expert) of each tuned expert that the next optimiser step will change."""
-        return [(r.layer.ordinal, e) for r in self._banked() for e in r.bank.experts_with_gradient()]
+        return [key for key, _ in self.expert_gradients()]
+
+    def expert_gradients(self) -> Iterator[tuple[tuple[int, int], list[torch.Tensor]]]:
+        """((layer, expert), gradients) of each tuned expert that the next optimiser step will change."""
+        for runtime in self._banked():
+            for expert, gradients in runtime.bank.gradients():
+                yield (runtime.layer.ordinal, expert), gradients
+
+    def bank(self, layer: int) -> ExpertBank:
+        """The experts of a MoE layer (its ordinal) under the plan. Raises CheckpointError without one."""
+        bank = self._runtimes[layer].bank
+        if bank is None:
+            raise CheckpointError(f"layer {layer} holds no experts of a plan: apply one")
+        return bank
 
     def served_tokens(self) -> dict[tuple[int, int], int]:
-        """Tokens that each resident expert has computed since the plan was applied. Synchronises with the device."""
+        """Tokens that each resident expert has computed since the plan was applied; a merged one is named by its first
+        member. Synchronises with the device."""
         return self._token_counts("served_tokens")
 
     def trained_tokens(self) -> dict[tuple[int, int], int]:

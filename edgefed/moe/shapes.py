@@ -36,7 +36,7 @@ class LayerShape:
     of what trains with a router besides, ``expert_biases`` of an expert's. ``kept_by_gate``: numbers that
     an expert's activation keeps for its backward pass, per unit of its width, its input included: 3 for SwiGLU, 1 for
     an ungated one. ``scan_states``: numbers of state per token of a selective scan (Mamba's ``A_log``, inner width by
-    states). Without experts, ``num_experts`` is 0.
+    states). ``is_transposed``: matrices of experts are stored (in, out). Without experts, ``num_experts`` is 0.
     """
 
     mixer_width: int
@@ -53,6 +53,7 @@ class LayerShape:
     expert_biases: tuple[int, ...] = ()
     kept_by_gate: float = 3.0
     scan_states: int = 0
+    is_transposed: bool = False
 
     @property
     def expert_width(self) -> int:
@@ -133,6 +134,7 @@ def uniform_shape(
     scores: str = "",
     masks: int = 0,
     kept_by_gate: float = 3.0,
+    is_transposed: bool = False,
 ) -> ModelShape:
     """A model of equal layers, each with attention and gated experts, and untied embeddings."""
     heads, kv = num_heads * head_dim, num_kv_heads * head_dim
@@ -152,6 +154,7 @@ def uniform_shape(
         expert_matrices=((hidden_size, 2 * expert_width), (expert_width, hidden_size)),
         expert_biases=expert_biases,
         kept_by_gate=kept_by_gate,
+        is_transposed=is_transposed,
     )
     return ModelShape(
         name=name,
@@ -183,7 +186,7 @@ KNOWN_SHAPES: Mapping[str, ModelShape] = MappingProxyType(
                 "gpt-oss-20b", hidden_size=2880, num_layers=24, num_heads=64, num_kv_heads=8, head_dim=64,
                 vocab_size=201088, num_experts=32, top_k=4, expert_width=2880,
                 attention_vectors=4096 + 2 * 512 + 2880 + 64, router_biases=(32,), expert_biases=(2 * 2880, 2880),
-                scores="dtype", masks=2, kept_by_gate=6.0,
+                scores="dtype", masks=2, kept_by_gate=6.0, is_transposed=True,
             ),
             uniform_shape(
                 "Qwen3-30B-A3B", hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128,
@@ -338,6 +341,7 @@ class _LayerCount:
             expert_biases=biases,
             kept_by_gate=_kept_by_gate(experts, matrices) if experts else 3.0,
             scan_states=self._scan_states,
+            is_transposed=experts.is_transposed if experts else False,
         )
 
 

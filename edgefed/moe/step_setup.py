@@ -14,16 +14,20 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, 
 STORAGE_BYTES: Mapping[str, float] = MappingProxyType(
     {
         **DTYPE_BYTES,
-        "int8": 1 + 4 / 64,  # blocks of 64 with a float32 scale
-        "nf4": 0.5 + 4 / 64,
+        "int8": 1.0,  # and SCALE_BYTES for each row of the matrix
+        "nf4": 0.5 + 4 / 64,  # blocks of 64 with a float32 scale
         "nf4_dq": 0.5 + 1 / 64 + 4 / (64 * 256),  # the scales are themselves 8-bit, in blocks of 256
     }
 )
-"""Bytes a stored parameter takes; the quantised ones as bitsandbytes 0.50 stores them."""
+"""Bytes a stored parameter takes; the quantised ones as `edgefed.kernels.quantization` and bitsandbytes have it."""
+SCALE_BYTES, BLOCKSIZE = 4, 64
+UNPACKING_BYTES: Mapping[str, int] = MappingProxyType({"int8": 8, "nf4": 13, "nf4_dq": 13})
+"""Bytes a parameter takes on the way while the reference decodes it, beside the result: 64-bit indices and float32."""
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 MODES = ("full", "lora", "none")
 DEVICES = ("cpu", "cuda", "unified")
+KERNELS = ("reference", "native")
 
 ADAPTER_BYTES = 4  # adapters are float32
 EIGHT_BIT_STATE = 2 + 2 * 4 / 256  # two moments of one byte, a float32 scale for each 256 numbers
@@ -47,7 +51,10 @@ ALLOWANCE = 0.005
 class StepSetup:
     """How a training step is done. ``expert_storage`` and ``dense_storage`` are those of frozen weights (None: dtype).
 
-    ``device``: cpu, cuda, or unified, a GPU without memory of its own, where paging out saves nothing.
+    ``device``: cpu, cuda, or unified, a GPU without memory of its own, where paging out saves nothing. ``kernels``:
+    what the experts train with: the reference, of many torch operations, or one for which a layer is one operation; see
+    `edgefed.moe.layer_runtime.training_kernels`.
+
     Raises ConfigError on a value that does not exist.
     """
 
@@ -64,6 +71,7 @@ class StepSetup:
     checkpointing: bool = False
     chunked_loss: bool = False
     device: str = "cpu"
+    kernels: str = "reference"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -93,6 +101,7 @@ _CHOICES = {
     "attention": MODES,
     "optimizer": OPTIMIZERS,
     "device": DEVICES,
+    "kernels": KERNELS,
 }
 
 
@@ -100,10 +109,11 @@ _CHOICES = {
 class Correction:
     """What one measured step says about the formulas: factors on their parts, and bytes that none of them explains.
 
-    ``activation_scale`` is for what layers keep outside their experts, ``expert_scale`` inside, ``loss_scale`` for
-    logits, ``transient_scale`` for what a layer's backward pass needs on the way, ``forward_scale`` for its forward
-    pass. ``tuned_tokens``: tokens of tuned experts, as a multiple of what their number would get. ``process_bytes``:
-    what the process took beyond the allocator's bytes, 0 on a GPU; not part of an estimate.
+    ``activation_scale`` is for what layers keep outside their experts, attention scores apart, ``expert_scale`` inside,
+    ``loss_scale`` for logits, ``transient_scale`` for what a layer's backward pass needs on the way, ``forward_scale``
+    for its forward pass. ``tuned_tokens``: tokens of tuned experts, as a multiple of what their number would get.
+    ``process_bytes``: what the process took beyond the allocator's bytes, 0 on a GPU; not part of an estimate.
+    ``kernels``: those of the setup that was measured; the factors hold for the formulas of these only.
     """
 
     activation_scale: float
@@ -115,3 +125,4 @@ class Correction:
     forward_scale: float = 1.0
     tuned_tokens: float = TUNED_TOKENS
     process_bytes: int = 0
+    kernels: str = "reference"

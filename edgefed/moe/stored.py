@@ -7,22 +7,35 @@ from collections.abc import Sequence
 from edgefed.moe.shapes import LayerShape, ModelShape
 from edgefed.moe.step_setup import (
     ADAPTER_BYTES,
+    BLOCKSIZE,
     CUBLAS_BYTES,
     DTYPE_BYTES,
     EIGHT_BIT_CODES,
     EIGHT_BIT_MIN_ELEMENTS,
     EIGHT_BIT_STATE,
+    SCALE_BYTES,
     STORAGE_BYTES,
+    UNPACKING_BYTES,
     StepSetup,
 )
 
 
 def expert_bytes(layer: LayerShape, setup: StepSetup, storage: str | None = None) -> float:
     """Bytes of one expert that does not train, with its adapter where the run has one."""
-    stored = STORAGE_BYTES[storage or setup.expert_storage or setup.dtype]
-    matrices = sum(size_in * size_out for size_in, size_out in layer.expert_matrices)
+    stored = storage or setup.expert_storage or setup.dtype
+    matrices = sum(_matrix_bytes(*sizes, stored, layer.is_transposed) for sizes in layer.expert_matrices)
     adapter = ADAPTER_BYTES * _adapter(layer.expert_matrices, setup) if setup.experts == "lora" else 0
-    return matrices * stored + sum(layer.expert_biases) * setup.width + adapter
+    return matrices + sum(layer.expert_biases) * setup.width + adapter
+
+
+def _matrix_bytes(size_in: int, size_out: int, storage: str, is_transposed: bool) -> float:
+    """Bytes of one matrix of an expert, whose scales belong to rows (int8) or to blocks of 64 (nf4)."""
+    size = size_in * size_out
+    if storage == "int8":
+        return size + SCALE_BYTES * (size_in if is_transposed else size_out)
+    if storage == "nf4":
+        return -(-size // 2) + SCALE_BYTES * -(-size // BLOCKSIZE)
+    return size * STORAGE_BYTES[storage]
 
 
 def _adapter(sizes: Sequence[tuple[int, int]], setup: StepSetup) -> int:
@@ -76,7 +89,10 @@ def gradient_bytes(shape: ModelShape, setup: StepSetup, tuned: Sequence[int]) ->
 
 
 def static_bytes(shape: ModelShape, setup: StepSetup, kept: Sequence[int], tuned: Sequence[int]) -> dict[str, int]:
-    """Bytes that are there all the time: weights, adapters and optimiser state."""
+    """Bytes that are there all the time: weights, adapters and optimiser state.
+
+    A merged expert counts as a frozen one. It has no adapter, so with LoRA it takes a little less than that.
+    """
     linear_bytes = STORAGE_BYTES[setup.dense_storage or setup.dtype]
     dense = shape.embedding_parameters * setup.width + shape.own_dtype_bytes + shape.other_parameters * setup.width
     states, frozen, trains, counts = 0.0, 0.0, 0.0, iter(zip(kept, tuned, strict=True))
@@ -119,9 +135,15 @@ def optimizer_temporary(shape: ModelShape, setup: StepSetup, tuned: Sequence[int
 
 
 def workspace_bytes(shape: ModelShape, setup: StepSetup) -> int:
-    """Libraries' scratch, and two weights decoded at a time where weights are quantised."""
-    quantised = {setup.expert_storage, setup.dense_storage} - {None, *DTYPE_BYTES}
-    scratch = 2 * shape.largest_matrix * setup.width if quantised else 0
+    """Libraries' scratch, and where weights are quantised: an expert's matrix decoded, on the way with the reference
+    also its codes and scales at full size; or two matrices of the dense part."""
+    scratch = 0
+    if setup.expert_storage not in (None, *DTYPE_BYTES):
+        largest = max((i * o for layer in shape.moe_layers for i, o in layer.expert_matrices), default=0)
+        unpacking = 0 if setup.kernels == "native" else UNPACKING_BYTES[setup.expert_storage]
+        scratch = largest * (setup.width + unpacking)
+    if setup.dense_storage not in (None, *DTYPE_BYTES):
+        scratch = max(scratch, 2 * shape.largest_matrix * setup.width)
     return scratch + (CUBLAS_BYTES if setup.device != "cpu" else 0)
 
 

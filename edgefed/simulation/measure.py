@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgefed.agent.planner import PLAN_FILE
+from edgefed.agent.saved_plan import PLAN_FILE
 from edgefed.experts import ExpertPlan, RouterRecord
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX

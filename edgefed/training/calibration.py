@@ -129,14 +129,14 @@ def correction_from(measurement: StepMeasurement, shape: ModelShape, setup: Step
     moe = [index for index, layer in enumerate(shape.layers) if layer.num_experts]
     for layer, start, peak in measurement.backward:
         kept = measurement.expert_kept_bytes[moe.index(layer)] if layer in moe else 0
-        gone = max(0, int(kept - raw.gathered[layer]))
+        gone = int(max(0.0, kept - raw.stays[layer]))
         grown = max(0, measurement.gradient_bytes.get(layer, 0) - gone)
         again = measurement.again_bytes.get(layer, 0)
         transients.append((peak - start - grown - again) / raw.backward[layer])
     # Layers that keep nothing show on their way forward what others count as kept: no measure of those.
     forward = measurement.phases["forward"] - base - measurement.kept_bytes
     return Correction(
-        activation_scale=_ratio(outside, sum(raw.outside)),
+        activation_scale=_ratio(outside - sum(raw.scores), sum(raw.outside) - sum(raw.scores)),
         # Of what else was there the formula knows the workspace already.
         overhead_bytes=measurement.other_bytes - (workspace_bytes(shape, setup) if measurement.other_bytes else 0),
         origin=f"one step of {setup.batch_size} x {setup.sequence_length} tokens, measured on {measurement.device}",
@@ -146,6 +146,7 @@ def correction_from(measurement: StepMeasurement, shape: ModelShape, setup: Step
         forward_scale=1.0 if setup.checkpointing else _ratio(forward, max(raw.forward)),
         tuned_tokens=_tuned_tokens(measurement),
         process_bytes=measurement.process_bytes or 0,
+        kernels=setup.kernels,
     )
 
 

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from edgefed.errors import ModelNotFound
-from edgefed.experts import RouterRecord
+from edgefed.experts import LayerRecord, RouterRecord
+from edgefed.moe.lockstep import run_in_lockstep
 from edgefed.moe.model import MoeModel
 from edgefed.moe.scope import TrainScope
 from edgefed.moe.sources import ExpertSource
 from edgefed.training.encoding import TokenBlocks
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileWay:
+    """How a profile is made. ``hold`` and ``storage``: what is in memory of the experts (`edgefed.moe.full_layers`).
+
+    ``together``: batches that go through the layers side by side, 0 for all; where a layer is held, each of its experts
+    is read once for all of them.
+    """
+
+    hold: str = "expert"
+    storage: str | None = None
+    batch_size: int = 8
+    together: int = 1
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -41,34 +59,94 @@ def profile_blocks(
     model: MoeModel,
     blocks: TokenBlocks,
     source: ExpertSource | None = None,
+    way: ProfileWay = ProfileWay(),
     *,
     scope: TrainScope | None = None,
-    batch_size: int = 8,
+    attention: bool = False,
     on_batch: Callable[[int], None] = lambda tokens: None,
+    tell: Callable[[str], None] = lambda message: None,
 ) -> RouterRecord:
     """Run ``blocks`` forward through the full model and return the router's statistics.
 
-    With a ``source`` the experts are read from it one at a time and dropped again, so the pass needs the memory of the
-    dense part and one expert, and ``scope`` says which adapters it has. Without, the model must hold all its experts.
+    With a ``source`` the experts are read from it, ``way`` says how, and ``scope`` says which adapters they have.
+    Without, the model must hold all its experts, and of ``way`` only the batch size counts. No way changes the routers'
+    logits by more than rounding, but for a ``way.storage``.
+
+    ``attention``: also record the attention that tokens receive; ``tell`` hears where there is none. ``on_batch`` hears
+    how many tokens are done, as a share of the layers where batches go side by side.
     """
     module = model.module
     was_training = module.training
     module.eval()
     try:
-        if source is None:
-            return _forward_all(model, blocks, batch_size, on_batch)
-        with model.streaming(source, scope):
-            return _forward_all(model, blocks, batch_size, on_batch)
+        with model.record_statistics(attention=attention) as recorder:
+            if source is None:
+                _forward_all(model, blocks, dataclasses.replace(way, together=1), on_batch)
+            else:
+                with model.streaming(source, scope, hold=way.hold, storage=way.storage):
+                    _forward_all(model, blocks, way, on_batch)
+            for note in recorder.attention.notes if recorder.attention else ():
+                tell(f"attention: {note}")
+            return recorder.take()
     finally:
         module.train(was_training)
 
 
-def _forward_all(
-    model: MoeModel, blocks: TokenBlocks, batch_size: int, on_batch: Callable[[int], None]
-) -> RouterRecord:
-    with model.record_statistics() as statistics:
-        for input_ids, _ in blocks.batches(batch_size):
-            # The routers are all that counts: one row of logits, not one per token, keeps a large vocabulary small.
-            model.module(input_ids=input_ids.to(model.module.device), use_cache=False, logits_to_keep=1)
-            on_batch(input_ids.numel())
-        return statistics.take()
+def _forward_all(model: MoeModel, blocks: TokenBlocks, way: ProfileWay, on_batch: Callable[[int], None]) -> None:
+    def forward(input_ids: torch.Tensor) -> None:
+        # The routers are all that counts: one row of logits, not one per token, keeps a large vocabulary small.
+        model.module(input_ids=input_ids.to(model.module.device), use_cache=False, logits_to_keep=1)
+
+    batches = [input_ids for input_ids, _ in blocks.batches(way.batch_size)]
+    together = way.together or len(batches)
+    for first in range(0, len(batches), together):
+        group = batches[first : first + together]
+        tokens = sum(input_ids.numel() for input_ids in group)
+        if len(group) == 1:
+            forward(group[0])
+            on_batch(tokens)
+            continue
+        done = 0
+
+        def count_round(number: int, tokens: int = tokens) -> None:
+            nonlocal done
+            share = min(tokens, tokens * number // (len(model.layers) + 1))
+            on_batch(share - done)
+            done = share
+
+        passes = [functools.partial(forward, input_ids) for input_ids in group]
+        run_in_lockstep(passes, model.module.device, count_round)
+
+
+def activation_error(estimate: RouterRecord, truth: RouterRecord) -> float:
+    """Mean over layers of the mean over experts with f_e > 0 of |f_hat_e - f_e| / f_e, f_e the activation frequency.
+
+    The measure of Flux (arXiv 2508.19078). Raises ValueError when the records are of different models, or without a
+    token.
+    """
+    errors = []
+    for found, real in _pairs(estimate, truth):
+        used = real.frequency > 0
+        errors.append(np.mean(np.abs(found.frequency - real.frequency)[used] / real.frequency[used]))
+    return float(np.mean(errors))
+
+
+def top_k_agreement(estimate: RouterRecord, truth: RouterRecord, count: int | None = None) -> float:
+    """Share of the ``count`` most used experts of a layer that are also the estimate's; mean over layers.
+
+    None: as many as a token gets. Raises as `activation_error`.
+    """
+    shares = []
+    for found, real in _pairs(estimate, truth):
+        most = count or max(1, round(float(real.frequency.sum())))
+        best = [set(np.argsort(-layer.frequency, kind="stable")[:most].tolist()) for layer in (found, real)]
+        shares.append(len(best[0] & best[1]) / len(best[1]))
+    return float(np.mean(shares))
+
+
+def _pairs(estimate: RouterRecord, truth: RouterRecord) -> list[tuple[LayerRecord, LayerRecord]]:
+    if estimate.experts_per_layer != truth.experts_per_layer:
+        raise ValueError(f"records of layers with {estimate.experts_per_layer} and {truth.experts_per_layer} experts")
+    if not truth.num_tokens:
+        raise ValueError("the true record has no token")
+    return list(zip(estimate.layers, truth.layers, strict=True))

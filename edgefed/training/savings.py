@@ -1,6 +1,7 @@
 """What a training step can do with less memory, for the same loss and gradients: checkpointing and small optimisers.
 
-The chunked loss has a file of its own. `problems` says which of them this model and this device cannot have, in words.
+The chunked loss and quantised experts have files of their own. `problems` says which of them this model and this device
+cannot have, in words.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ from torch.utils.checkpoint import checkpoint
 
 from edgefed.errors import ConfigError
 from edgefed.training.chunked_loss import structural_problem
+from edgefed.training.quantising import packing_is_slow, packing_problem
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _EIGHT_BIT_PROBE = 4096  # elements: bitsandbytes leaves smaller tensors in 32 bit
 
 
 def problems(module: nn.Module, device: torch.device | str) -> dict[str, str]:
-    """Why a saving is not to be had: {"chunked_loss" | "checkpointing" | "adamw_8bit": reason}. Absent: it works.
+    """Why a saving is not to be had: {"chunked_loss" | "checkpointing" | "adamw_8bit" | "nf4_experts": reason}. Absent:
+    it works.
 
     The chunked loss is judged by the model's structure only; `chunking_problem` measures it once experts are there.
     """
+    place = str(torch.device(device))
     found = {
         "chunked_loss": structural_problem(module),
         "checkpointing": checkpointing_problem(module),
-        "adamw_8bit": eight_bit_problem(str(torch.device(device))),
+        "adamw_8bit": eight_bit_problem(place),
+        "nf4_experts": packing_problem("nf4", place, getattr(module, "dtype", torch.float32)) or packing_is_slow(place),
     }
     return {name: reason for name, reason in found.items() if reason}
 

@@ -1,17 +1,19 @@
 """The ladder of savings: what is given up, in which order, when a training step does not fit its memory. Pure.
 
-    1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> 4 shorter sequence -> 5 fewer trained -> 6 fewer held
+    1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> 4 experts in NF4 -> 5 shorter sequence
+      -> 6 fewer trained -> 7 fewer held
 
 `fit` goes down until a memory model says that the step fits: that makes a plan before anything is loaded. `next_rung`
 goes down by one that frees memory: that is what the guard and an out-of-memory do in the middle of a round. Rungs 1 to
-3 change neither loss nor gradients (8-bit moments: hardly), 4 shortens the context, 5 and 6 change the plan.
+3 change neither loss nor gradients (8-bit moments: hardly), 4 rounds the weights that do not learn to 4 bits and loads
+them anew (with adapters, those of all experts: QLoRA), 5 shortens the context, 6 and 7 change the plan.
 
 Which experts go is not decided here: ``layout(held, trained)`` gives the plan of so many experts by the method's own
 ranking, so the least important ones go first. No layer ever has less than one, and it trains.
 
-Rung 5 turns trained experts into frozen ones: the forward pass keeps them, their gradients and moments are gone. It is
-taken where training costs more than holding, as in full training; with adapters it frees next to nothing, and rung 6
-takes an expert with its adapter instead. It stops at a quarter of what is held, and rung 6 keeps that share: a device
+Rung 6 turns trained experts into frozen ones: the forward pass keeps them, their gradients and moments are gone. It is
+taken where training costs more than holding, as in full training; with adapters it frees next to nothing, and rung 7
+takes an expert with its adapter instead. It stops at a quarter of what is held, and rung 7 keeps that share: a device
 that held everything and trained one expert a layer would fit as well, but have nothing to give to the others.
 """
 
@@ -53,13 +55,15 @@ class Load:
     def rank(self) -> tuple:
         """Order on one ladder: a higher load stands higher. For loads of the same run only."""
         setup = self.setup
-        savings = (setup.optimizer == "adamw", not setup.checkpointing, not setup.chunked_loss)
+        savings = (setup.expert_storage is None, setup.optimizer == "adamw", not setup.checkpointing)
+        savings += (not setup.chunked_loss,)
         return (self.held, self.trained, setup.sequence_length, *savings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """One step down. ``sentence`` is for the owner; ``saved_bytes`` at the step's peak, as the memory model has it."""
+    """One step down. ``sentence`` is for the owner; ``saved_bytes`` at the step's peak, as the memory model has it.
+    ``keeps_plan``: what is loaded stays as it is, and the steps that follow may be done so."""
 
     name: str
     load: Load
@@ -73,8 +77,8 @@ class Ladder:
     """What a run, a model and a device make of the ladder.
 
     ``estimate(setup, kept, tuned)``: the step's peak, experts per layer. ``layout(held, trained)``: the plan of so many
-    experts. ``problems``: savings that are not to be had, {"chunked_loss" | "checkpointing" | "adamw_8bit": why}.
-    ``all_experts``: the method trains all or nothing, so rungs 5 and 6 are not there.
+    experts. ``problems``: savings that are not to be had, {"chunked_loss" | "checkpointing" | "adamw_8bit" |
+    "nf4_experts": why}. ``all_experts``: the method trains all or nothing, so rungs 6 and 7 are not there.
     """
 
     estimate: Callable[[StepSetup, list[int], list[int]], MemoryEstimate]
@@ -136,7 +140,7 @@ def next_rung(ladder: Ladder, load: Load) -> Rung | None:
         other = dataclasses.replace(load, setup=dataclasses.replace(load.setup, **{field: getattr(setup, field)}))
         after = ladder.needs_bytes(other)
         if after < need:
-            return _rung(name, other, need - after, sentence, keeps_plan=True)
+            return _rung(name, other, need - after, sentence, keeps_plan=name != _PACKING)
     if ladder.all_experts:
         return None
     for name in ("fewer trained", "fewer held"):
@@ -156,6 +160,7 @@ def describe(load: Load, total: int) -> str:
             (setup.chunked_loss, "chunked loss"),
             (setup.checkpointing, "checkpointing"),
             (setup.optimizer != "adamw", "8-bit optimizer"),
+            (setup.expert_storage is not None, f"experts in {(setup.expert_storage or '').upper()}"),
         )
         if on
     ]
@@ -163,12 +168,14 @@ def describe(load: Load, total: int) -> str:
     return f"{load.held} of {total} experts held{trained}" + (f"; {', '.join(savings)}" if savings else "")
 
 
-# --- rungs 1 to 4: how a step is done -----------------------------------------------------------------------------
+# --- rungs 1 to 5: how a step is done -----------------------------------------------------------------------------
 
+_PACKING = "experts in NF4"
 _FIELD_OF = {
     "chunked loss": "chunked_loss",
     "checkpointing": "checkpointing",
     "8-bit optimizer": "optimizer",
+    _PACKING: "expert_storage",
     "shorter sequence": "sequence_length",
 }
 """Rung -> what it changes in a setup."""
@@ -185,6 +192,9 @@ def _setup_rungs(ladder: Ladder, setup: StepSetup) -> Iterator[tuple[str, StepSe
     if setup.optimizer == "adamw" and "adamw_8bit" not in ladder.problems:
         setup = dataclasses.replace(setup, optimizer="adamw_8bit")
         yield "8-bit optimizer", setup, "8-bit optimizer"
+    if setup.expert_storage is None and "nf4_experts" not in ladder.problems:
+        setup = dataclasses.replace(setup, expert_storage="nf4")
+        yield _PACKING, setup, "experts' weights that do not learn kept in 4 bits (NF4)"
     while setup.sequence_length // 2 >= ladder.shortest_sequence:
         length = setup.sequence_length
         setup = dataclasses.replace(setup, sequence_length=length // 2)
@@ -207,7 +217,7 @@ def _path(ladder: Ladder, wanted: Load, load: Load) -> list[Rung]:
         reached = getattr(load.setup, field)
         if value == reached or (field == "sequence_length" and value > reached):
             setup = dataclasses.replace(at.setup, **{field: value})
-            step(name, dataclasses.replace(at, setup=setup), sentence, True)
+            step(name, dataclasses.replace(at, setup=setup), sentence, name != _PACKING)
     if load.trained < at.trained and load.trained < load.held:
         other = dataclasses.replace(at, trained=load.trained)
         step("fewer trained", other, _expert_sentence("fewer trained", at, other), False)
@@ -216,7 +226,7 @@ def _path(ladder: Ladder, wanted: Load, load: Load) -> list[Rung]:
     return taken
 
 
-# --- rungs 5 and 6: experts ---------------------------------------------------------------------------------------
+# --- rungs 6 and 7: experts ---------------------------------------------------------------------------------------
 
 
 def _freezing_pays(ladder: Ladder, load: Load) -> bool:

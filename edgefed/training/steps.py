@@ -24,6 +24,7 @@ from edgefed.moe.scope import TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.chunked_loss import chunked_loss
 from edgefed.training.encoding import TokenBlocks
+from edgefed.training.gradient_norms import GradientNorms
 from edgefed.training.savings import checkpointing, make_optimizer
 
 
@@ -33,7 +34,7 @@ class StepsOutcome:
 
     ``expert_steps`` counts optimiser steps per (layer, expert) that changed it; ``record`` is the router's statistics
     over all training tokens; ``peak_expert_bytes`` is the largest sum of expert weights, gradients and optimiser state
-    that was ever held.
+    that was ever held. ``expert_gradients``: mean squared gradient norm per (layer, expert), where it was asked for.
     """
 
     loss: float
@@ -43,6 +44,7 @@ class StepsOutcome:
     expert_steps: Counter[tuple[int, int]]
     record: RouterRecord
     peak_expert_bytes: int
+    expert_gradients: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
 
 
 def train_scope(training: TrainingConfig) -> TrainScope:
@@ -57,7 +59,8 @@ def train_scope(training: TrainingConfig) -> TrainScope:
 
 
 def step_setup(model: MoeModel, training: TrainingConfig, **savings: object) -> StepSetup:
-    """How a step of a run is done on the device that ``model`` is on; ``savings`` are other fields of `StepSetup`.
+    """How a step of a run is done on the device that ``model`` is on, and with which kernels; ``savings`` are other
+    fields of `StepSetup`.
 
     float64, which no memory formula knows, counts as float32.
     """
@@ -70,7 +73,7 @@ def step_setup(model: MoeModel, training: TrainingConfig, **savings: object) -> 
         router=training.router,
         attention=training.attention,
         lora_rank=training.lora_rank,
-        **{"device": "cuda" if device == "cuda" else "cpu", **savings},
+        **{"device": "cuda" if device == "cuda" else "cpu", "kernels": model.training_kernels(), **savings},
     )
 
 
@@ -94,9 +97,11 @@ def take_step(
     *,
     setup: StepSetup,
     max_grad_norm: float,
+    on_gradients: Callable[[], None] = lambda: None,
 ) -> tuple[float, list[tuple[int, int]]]:
     """One step of training: (loss, experts that it changed). Gradients stay, for whoever counts memory.
 
+    ``on_gradients`` is called when they are there, before they are clipped.
     Raises TrainingDiverged, and then has changed no weight.
     """
     with checkpointing(model.module, setup.checkpointing):
@@ -106,6 +111,7 @@ def take_step(
             raise TrainingDiverged(f"the training loss is {value}")
         loss.backward()
     del loss
+    on_gradients()
     torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     changed = model.experts_with_gradient()
     optimizer.step()
@@ -123,6 +129,7 @@ def run_steps(
     seed: int,
     setup: StepSetup | None = None,
     on_step: Callable[[float], None] = lambda loss: None,
+    norms: GradientNorms | None = None,
     reconsider: Callable[[], StepSetup | None] = lambda: None,
     measure: Callable[[torch.optim.Optimizer, Callable[[], None]], None] | None = None,
 ) -> StepsOutcome:
@@ -136,11 +143,11 @@ def run_steps(
     ``setup`` says how a step saves memory (None: it does not); its sequence length cuts the blocks. ``reconsider`` is
     asked between steps, when no gradient is held, and may give another setup for the steps that follow: another
     optimizer starts with fresh moments, another length cuts the blocks anew. ``measure(optimizer, step)`` is called
-    for the first step and must call ``step()`` once.
+    for the first step and must call ``step()`` once. ``norms`` counts the gradients of every step.
 
     Raises TrainingDiverged when the loss is not finite, and what ``on_step`` and ``reconsider`` raise.
     """
-    steps = _LocalSteps(model, blocks, training, setup or step_setup(model, training), seed)
+    steps = _LocalSteps(model, blocks, training, setup or step_setup(model, training), seed, norms)
     started = time.perf_counter()
     model.module.train()
     model.set_schedule(make_schedule(plan, method, compute_share))
@@ -172,13 +179,18 @@ def run_steps(
         expert_steps=steps.expert_steps,
         record=record,
         peak_expert_bytes=steps.peak_expert_bytes,
+        expert_gradients=norms.mean_squares() if norms else {},
     )
 
 
 class _LocalSteps:
     """What lives from one step of a round to the next: optimiser, order of the data, and what was counted."""
 
-    def __init__(self, model: MoeModel, blocks: TokenBlocks, training: TrainingConfig, setup: StepSetup, seed: int):
+    def __init__(
+        self, model: MoeModel, blocks: TokenBlocks, training: TrainingConfig, setup: StepSetup, seed: int,
+        norms: GradientNorms | None,
+    ):  # fmt: skip
+        self._on_gradients = norms.add if norms else lambda: None
         self.losses: list[float] = []
         self.expert_steps: Counter[tuple[int, int]] = Counter()
         self.num_tokens = 0
@@ -199,6 +211,7 @@ class _LocalSteps:
             labels,
             setup=self._setup,
             max_grad_norm=self._training.max_grad_norm,
+            on_gradients=self._on_gradients,
         )
         self.losses.append(loss)
         self.expert_steps.update(changed)

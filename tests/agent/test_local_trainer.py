@@ -2,79 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-
 import msgspec
 import numpy as np
 import pytest
+from device_bench import STEPS, trainer_of
 
-from edgefed.agent.local_trainer import LocalTrainer
-from edgefed.agent.planner import DeviceLimits
-from edgefed.agent.progress import NullProgress
-from edgefed.aggregator.rounds import RoundPolicy
-from edgefed.embedded import tiny_model_directory
 from edgefed.errors import BudgetTooSmall, MalformedMessage, TrainingDiverged
 from edgefed.protocol import frames
-from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
-from edgefed.runs import RunReader, import_model
-
-MEMORY_BYTES = 64 << 30
-STEPS = 3
-
-
-@dataclasses.dataclass
-class Bench:
-    """A run on disk, and a fetch that remembers what was asked for."""
-
-    reader: RunReader
-    fetched: list
-
-    def fetch(self, items):
-        items = tuple(items)
-        self.fetched += items
-        return {item.sha256: self.reader._blobs.path(item.sha256) for item in items}
-
-    def expert_keys_fetched(self):
-        return {item.key for item in self.fetched if getattr(item, "kind", "") == "expert"}
-
-    def round(self, trainer, path, server_round=1):
-        manifest = self.reader.manifest()
-        assignment = Assignment(server_round=server_round, deadline_s=None, seed=7)
-        update = trainer.train_round(self.reader.run, manifest, assignment, self.fetch, NullProgress(), path)
-        return manifest, update
-
-
-@pytest.fixture
-def bench(tmp_path):
-    readers = []
-
-    def make(method="hfedmoe", options=None, **training):
-        training = {"local_steps": STEPS, "batch_size": 2, "sequence_length": 64, "profile_tokens": 1024, **training}
-        run = RunConfig(
-            run_id="run", model="tiny", method=method, method_options=options or {}, rounds=1, seed=3,
-            training=TrainingConfig(evaluation_tokens=256, **training),
-        )  # fmt: skip
-        folder = tmp_path / f"run-{len(readers)}"
-        import_model(str(tiny_model_directory()), folder, run, RoundPolicy(rounds=1, min_clients=1))
-        readers.append(RunReader(folder))
-        return Bench(readers[-1], [])
-
-    yield make
-    for reader in readers:
-        reader.__exit__()
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "notes.jsonl"
-    lines = [{"text": f"def function_{i}(argument):\n    return argument + {i}\n" * 8} for i in range(40)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-def trainer_of(data, tmp_path, share=1.0, compute=1.0, memory=MEMORY_BYTES, name="a"):
-    return LocalTrainer(data, tmp_path / name, DeviceLimits(memory, share, compute), name, held_out_share=0.2)
 
 
 def names_in(path):

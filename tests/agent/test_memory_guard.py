@@ -19,8 +19,9 @@ from edgefed.agent import memory_guard
 from edgefed.agent.interrupt import StopRequested
 from edgefed.agent.local_trainer import LocalTrainer
 from edgefed.agent.memory_guard import MemoryGuard
-from edgefed.agent.planner import PLAN_FILE, DeviceLimits
+from edgefed.agent.planner import DeviceLimits
 from edgefed.agent.progress import NullProgress
+from edgefed.agent.saved_plan import PLAN_FILE
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import BudgetTooSmall, ConfigError, DeviceLost, OutOfMemory
@@ -254,9 +255,9 @@ def test_evaluation_and_profile_need_only_smaller_batches(rig, monkeypatch):
     expected = rig(batch_size=4)
     plain = expected.round(expected.trainer())
     calls = fail(monkeypatch, trainer_module, "evaluate_loss", torch.OutOfMemoryError(CUDA))
-    from edgefed.agent import planner
+    from edgefed.agent import device_profile
 
-    fail(monkeypatch, planner, "profile_blocks", torch.OutOfMemoryError(CUDA))
+    fail(monkeypatch, device_profile, "profile_blocks", torch.OutOfMemoryError(CUDA))
     update = table.round(table.trainer())
     assert update.metrics["memory_shrinks"] == 0 and len(calls) == 3
     assert table.heard.said("out of memory while evaluating; 2 sequences")

@@ -34,6 +34,9 @@ class ToyTrainer:
         self.step_s = step_s
         self.rounds: list[int] = []
 
+    def between_rounds(self, fetch, progress) -> None:
+        """Nothing to prepare."""
+
     def train_round(
         self,
         run: RunConfig,

@@ -6,7 +6,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # cuda_rig is a plain module
 
 
-@pytest.fixture(scope="session", params=["emulated", "gpu"])
+@pytest.fixture(scope="session", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def built_rig(request, tmp_path_factory):
     from cuda_rig import make_rig
 

@@ -71,7 +71,7 @@ def make_rig(where: str, folder: Path) -> Rig:
     if where == "emulated":
         return Rig(CudaKernels(load_cuda(build_emulated(folder)), emulated=True), "cpu")
     if not torch.cuda.is_available():
-        pytest.skip("no GPU that torch can use")
+        (pytest.fail if os.environ.get("EDGEFED_REQUIRE_GPU") == "1" else pytest.skip)("no GPU that torch can use")
     reason = why_not_cuda(torch.cuda.current_device())
     if reason is not None:
         pytest.fail(f"there is a GPU, but {reason}")

@@ -257,14 +257,13 @@ def test_the_host_never_waits_for_the_device(rig):
 
 def test_what_it_leaves_to_the_reference(rig):
     hidden, indices, weights = inputs(Layer(), 4, torch.float32, rig.device)
-    assert "float64" in cuda_experts.why_not(hidden.double(), weights, [], None)
-    assert "after its experts" in cuda_experts.why_not(hidden, weights, [], F.relu)
+    assert "float64" in cuda_experts.why_not(hidden.double(), weights, [])
 
     class Streamed(list):
         streamed = True
 
-    assert "streamed" in cuda_experts.why_not(hidden, weights, Streamed(), None)
-    assert cuda_experts.why_not(hidden, weights, [], None) is None
+    assert "streamed" in cuda_experts.why_not(hidden, weights, Streamed())
+    assert cuda_experts.why_not(hidden, weights, []) is None
     mixed = [*make_slots(Layer(), torch.float32, rig.device)[:2], *make_slots(Layer(), torch.float16, rig.device)[2:]]
     with pytest.raises(cuda_experts.Unsupported, match="torch.float16"):
         run_ours(rig, Layer(), hidden, indices, weights, mixed)

@@ -78,3 +78,75 @@ def test_the_table_has_every_operation_and_a_reference_for_each():
 def test_asking_needs_no_torch():
     code = "import edgefed.kernels.dispatch as d, sys; d.choose('masked_experts', 'cpu'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def announce_gpu(*, measured=True):
+    """Triton and CUDA backends that can run, as if here were a GPU."""
+    for operation in dispatch.OPERATIONS:
+        for name in ("triton", "cuda"):
+            few = next(b for b in dispatch._backends if (b.operation, b.name) == (operation, name)).for_few_tokens
+            only_by_name = "" if measured else dispatch.NOT_MEASURED
+            dispatch.register_backend(
+                operation, name, "cuda", lambda: None, only_by_name=only_by_name, for_few_tokens=few
+            )  # fmt: skip
+
+
+def test_few_tokens_on_a_gpu_are_for_dot_products_and_the_rest_for_tiles(monkeypatch):
+    announce_gpu()
+    assert dispatch.choose("masked_experts", "cuda", few_tokens=True) == "cuda"
+    assert dispatch.choose("masked_experts", "cuda", few_tokens=False) == "triton"
+    for wish in ("triton", "cuda", "reference"):  # a name is a name
+        assert dispatch.choose("masked_experts", "cuda", wish, few_tokens=True) == wish
+    assert dispatch.choose("router_statistics", "cuda", few_tokens=True) == "triton"
+    dispatch.register_backend("masked_experts", "cuda", "cuda", lambda: "no library", for_few_tokens=True)
+    assert dispatch.choose("masked_experts", "cuda", few_tokens=True) == "triton"
+
+
+@pytest.mark.parametrize("few_tokens", [False, True])
+def test_what_was_not_measured_runs_only_by_name(monkeypatch, few_tokens):
+    announce_gpu(measured=False)
+    for operation in dispatch.OPERATIONS:
+        assert dispatch.choose(operation, "cuda", few_tokens=few_tokens) == "reference"
+        monkeypatch.setenv("EDGEFED_KERNELS", "triton")
+        assert dispatch.choose(operation, "cuda", few_tokens=few_tokens) == "triton"
+        monkeypatch.delenv("EDGEFED_KERNELS")
+
+
+def test_a_name_in_the_environment_is_for_the_devices_that_have_it(monkeypatch):
+    announce_gpu()
+    expected = dispatch.choose("quantize_experts", "cpu")
+    monkeypatch.setenv("EDGEFED_KERNELS", "cuda")
+    assert dispatch.choose("quantize_experts", "cuda") == "cuda"
+    assert dispatch.choose("quantize_experts", "cpu") == expected
+
+
+def test_a_backend_that_refuses_a_call_is_passed_over_aloud(monkeypatch, caplog):
+    announce_gpu()
+    tried = []
+
+    def run(name):
+        tried.append(name)
+        if name != "reference":
+            raise dispatch.Unsupported(f"{name} has no such shape")
+        return "done"
+
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert dispatch.run_best("masked_experts", "cuda", "auto", run, few_tokens=True) == "done"
+    assert tried == ["cuda", "triton", "reference"] * 2
+    said = [record.message for record in caplog.records if "no such shape" in record.message]
+    assert said == [
+        "masked_experts on cuda uses reference (not cuda: cuda has no such shape; not triton: triton has no such shape)"
+    ]
+    with pytest.raises(ConfigError, match="'triton' of masked_experts was asked for, but triton has no such shape"):
+        dispatch.run_best("masked_experts", "cuda", "triton", run)
+    monkeypatch.setenv("EDGEFED_KERNELS", "triton")  # a wish for all calls: one that it cannot do is done otherwise
+    assert dispatch.run_best("masked_experts", "cuda", "auto", run) == "done"
+
+
+def test_a_fault_of_a_backend_is_no_refusal(monkeypatch):
+    def run(name):
+        raise IndexError("slot 7")
+
+    with pytest.raises(IndexError, match="slot 7"):
+        dispatch.run_best("masked_experts", "cpu", "auto", run)

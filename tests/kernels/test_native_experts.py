@@ -188,7 +188,7 @@ def test_every_kernel_is_the_product_of_the_matrix_that_is_stored(kernel, isa, k
     """More than one panel, more rows than a chunk, a k longer than a panel; gathered rows; both directions."""
     monkeypatch.setenv("EDGEFED_ISA", isa)
     number, ran = getattr(native_products, kernel), 0
-    for rows, columns, counts in ((192, 2112, [1, 7, 3]), (64, 64, [300, 2, 17])):
+    for rows, columns, counts in ((192, 2112, [1, 7, 3]), (64, 64, [300, 2, 17]), (128, 1024, [1, 6, 3])):
         dense = torch.randn(len(counts), rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
         stored = [dense[i] if kind == "dense" else quantize_experts(dense[i], kind) for i in range(len(counts))]
         for transposed in (False, True):
@@ -228,7 +228,8 @@ def test_every_kernel_is_the_product_of_the_matrix_that_is_stored(kernel, isa, k
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40])
-def test_rounding_x_to_eight_bits_costs_one_percent_and_only_where_nothing_learns(num_tokens):
+def test_rounding_x_to_eight_bits_costs_one_percent_and_only_where_nothing_learns(num_tokens, monkeypatch):
+    monkeypatch.delenv("EDGEFED_ISA", raising=False)
     if "avx512_bf16" not in ISAS:
         pytest.skip("needs VNNI")
     slots = make_slots(["int8"] * 2, torch.bfloat16)
@@ -367,11 +368,26 @@ def test_what_native_cannot_do_is_an_error_when_it_is_asked_for_and_said_when_it
         masked_experts(hidden, indices, weights, slots, activation=swiglu, backend="quantum")
     with caplog.at_level("INFO"):
         experts_module.masked_experts(hidden, indices, weights, slots, activation=swiglu)
-    with pytest.raises(ConfigError, match="after its experts"):
-        masked_experts(
-            hidden.float(), indices, weights.float(), make_slots(["dense"], torch.float32), activation=swiglu,
-            finish=torch.tanh, backend="native",
-        )  # fmt: skip
+
+
+def test_an_operation_after_the_experts_is_applied_to_each_pair():
+    """Not linear and not 0 at 0, so that neither the weights nor a dropped pair may come before it."""
+
+    def finish(rows):
+        return torch.tanh(rows) * 2 + 0.5
+
+    results = []
+    for backend in ("native", "reference"):
+        slots = make_slots(["dense", "nf4"], torch.float32)
+        hidden, indices, weights = make_inputs(7, 3, 2, torch.float32)
+        with torch.no_grad():
+            weights[indices < 0] = float("nan")  # what stands at a dropped pair is not read
+        output = masked_experts(hidden, indices, weights, slots, activation=swiglu, finish=finish, backend=backend)
+        output.square().sum().backward()
+        results.append([output.detach(), hidden.grad, weights.grad[indices >= 0], slots[0].up.grad, slots[0].down.grad])
+    assert (indices < 0).any()
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) < 1e-5
 
 
 def test_an_unknown_instruction_set_is_an_error(monkeypatch):

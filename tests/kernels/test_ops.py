@@ -57,9 +57,37 @@ def test_the_operator_is_the_function(format, activation):
 def test_opcheck(format):
     stored, _ = layer(format)
     torch.library.opcheck(torch.ops.edgefed.masked_experts.default, (*inputs(), *stored))
+    hidden, indices, weights = (tensor.detach() for tensor in inputs())
+    arguments = (torch.ones_like(hidden), hidden, indices, weights, *stored)
+    torch.library.opcheck(torch.ops.edgefed.masked_experts_backward.default, arguments)
     if format != "dense":
         arguments = (stored[0], stored[1], format, (SLOTS, 2 * WIDTH, HIDDEN), 64, torch.float32)
         torch.library.opcheck(torch.ops.edgefed.dequantize_experts.default, arguments)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("shape", [(3, 8, 64), (8, 64), (2, 7, 9)])
+def test_opcheck_of_quantising(format, shape):
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    torch.library.opcheck(torch.ops.edgefed.quantize_experts.default, (weights, format, 64))
+    packed, absmax = torch.ops.edgefed.quantize_experts(weights, format, 64)
+    expected = quantize_experts(weights, format)
+    assert torch.equal(packed, expected.packed) and torch.equal(absmax, expected.absmax)
+
+
+def test_quantising_and_multiplying_compile_into_one_graph():
+    def function(up, down, hidden, indices, weights):
+        stored = [part for stack in (up, down) for part in torch.ops.edgefed.quantize_experts(stack, "nf4", 64)]
+        return torch.ops.edgefed.masked_experts(
+            hidden, indices, weights, *stored, "nf4", WIDTH, 64, torch.float32, "swiglu"
+        )
+
+    (up, _, down, *_), _ = layer("dense")
+    hidden, indices, weights = (tensor.detach() for tensor in inputs())
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(up, down, hidden, indices, weights), function(up, down, hidden, indices, weights)
+    )
 
 
 def test_opcheck_of_the_statistics():

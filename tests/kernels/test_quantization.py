@@ -91,6 +91,17 @@ def test_native_gives_the_bits_of_the_reference(rows, columns, format, blocksize
         assert a.dtype == target and torch.equal(a, b)
 
 
+@pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))
+def test_nested_scales_are_decoded_bit_for_bit(monkeypatch):
+    """Short last blocks of 256, one expert and a stack, enough of them for several threads."""
+    for shape in ((5, 13), (3, 64, 300), (4, 512, 1024)):
+        nested = quantize_experts(random_weights(*shape), "nf4", nested=True).nested
+        monkeypatch.setenv("EDGEFED_KERNELS", "reference")
+        expected = nested.to_float()
+        monkeypatch.setenv("EDGEFED_KERNELS", "native")
+        assert torch.equal(nested.to_float(), expected) and expected.shape == nested.codes.shape
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("rows, columns", [(5, 13), (64, 192)])

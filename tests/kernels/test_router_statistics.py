@@ -36,7 +36,9 @@ def _batch(num_tokens: int, num_experts: int, top_k: int, seed: int):
 
 
 def _oracle(batches, num_experts: int) -> dict[str, list[float]]:
-    names = [field.name for field in dataclasses.fields(LayerRecord) if field.name != "num_tokens"]
+    names = [
+        field.name for field in dataclasses.fields(LayerRecord) if field.name not in ("num_tokens", "attention_sum")
+    ]
     result = {name: [0.0] * num_experts for name in names}
     for gate, indices, weights in batches:
         for row, chosen, weight in zip(gate.tolist(), indices.tolist(), weights.tolist(), strict=True):
@@ -142,6 +144,17 @@ def test_logits_give_what_their_probabilities_give(num_tokens, num_experts, kind
         router_statistics(found, router, indices, weights, kind=kind)
         router_statistics(expected, exact, indices, weights.double(), backend="reference")
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
+
+
+def test_an_expert_that_is_masked_by_an_infinite_logit_adds_nothing():
+    logits = torch.randn(40, 20, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = -torch.inf
+    weights, indices = torch.softmax(logits, dim=1).topk(2, dim=1)
+    found, expected = new_statistics(20), new_statistics(20)
+    router_statistics(found, logits, indices, weights, kind="softmax")
+    router_statistics(expected, gate_of(logits.double(), "softmax"), indices, weights, backend="reference")
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
+    assert found[:, 3].eq(0).all()
 
 
 def test_an_index_that_is_no_expert_is_an_error_and_adds_nothing(backend):

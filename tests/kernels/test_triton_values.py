@@ -44,9 +44,13 @@ def test_in_the_interpreter(path):
     run(path, "1")
 
 
-@pytest.mark.skipif(availability.why_not() is not None, reason=f"no kernel can run here: {availability.why_not()}")
+@pytest.mark.gpu
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_on_the_gpu(path):
+    reason = availability.why_not()
+    if reason is not None:
+        required = os.environ.get("EDGEFED_REQUIRE_GPU") == "1"
+        (pytest.fail if required else pytest.skip)(f"no kernel can run here: {reason}")
     run(path, "0")
 
 

@@ -63,7 +63,8 @@ def test_a_plan_keeps_the_budget_and_one_expert_per_layer(name, budget):
             method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(budget), np.random.default_rng(0))
         return
     plan = method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(budget), np.random.default_rng(0))
-    assert plan.num_resident == budget
+    merged = budget - plan.num_resident
+    assert merged == (method.merged_slots(budget, EXPERTS_PER_LAYER) if method.merges_rest else 0)
     assert all(len(plan.tuned(layer)) >= 1 for layer in range(2))
 
 
@@ -117,9 +118,12 @@ def test_options_are_read_from_text_and_checked():
     assert method_options("hfedmoe")["tau"] == 0.5
     with pytest.raises(ConfigError, match="no option 'gamma'; its options are lambda=0.5"):
         make_method("hfedmoe", {"gamma": 1})
+    assert make_method("flux", {"probes": "2", "eps_start": 1}).probes == 2
+    with pytest.raises(ConfigError, match="option probes is '2.5', expected int"):
+        make_method("flux", {"probes": "2.5"})
     with pytest.raises(ConfigError, match="option beta is 'much', expected float"):
         make_method("hfedmoe", {"beta": "much"})
-    with pytest.raises(UnknownMethod, match="no method 'fedprox'; the methods are hfedmoe, fedavg, fmes,"):
+    with pytest.raises(UnknownMethod, match="no method 'fedprox'; the methods are hfedmoe, flux, fedavg, fmes,"):
         make_method("fedprox")
 
 

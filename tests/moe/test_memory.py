@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgefed.errors import ConfigError
 from edgefed.experts import ExpertPlan
 from edgefed.moe.accounting import expert_memory, model_memory, storage_bytes
-from edgefed.moe.activations import activations
+from edgefed.moe.activations import INDEX_BYTES, activations, corrected
 from edgefed.moe.memory import (
     STORAGE_BYTES,
     Correction,
@@ -25,6 +25,7 @@ from edgefed.moe.memory import (
 )
 from edgefed.moe.scope import TrainScope
 from edgefed.moe.shapes import KNOWN_SHAPES, shape_from_config, uniform_shape
+from edgefed.moe.step_setup import CORRECTED_MARGIN
 
 GIB = 2**30
 SMALL = uniform_shape(
@@ -82,6 +83,39 @@ def test_activations_of_olmoe():
     """Two layers at 512 tokens keep 180.8 MiB when their experts train (measured with saved-tensor hooks)."""
     raw = activations(OLMOE, StepSetup(1, 512, "bfloat16"), (64,) * 16, (64,) * 16)
     assert (raw.outside[1] + raw.inside[1]) * 2 == pytest.approx(180.8 * 2**20, rel=0.05)
+
+
+def test_native_kernels_keep_the_up_projection_and_nothing_else_of_a_pair():
+    """Whoever learns; so a trained expert costs its weights, gradients and moments, and no activations."""
+    setup = StepSetup(1, 512, "bfloat16", kernels="native")
+    some, all_tuned = (activations(OLMOE, setup, (64,) * 16, (count,) * 16) for count in (1, 64))
+    pairs = 512 * 8
+    assert some.inside == all_tuned.inside == [pairs * (2 * 2 * 1024 + INDEX_BYTES) + 2 * 512 * 2048] * 16
+    reference = activations(OLMOE, StepSetup(1, 512, "bfloat16"), (64,) * 16, (64,) * 16)
+    assert all_tuned.inside[0] < 0.4 * reference.inside[0] and all_tuned.outside == reference.outside
+    # Their backward pass holds what was kept until the last gradient is made, the reference's lets go on the way.
+    moments = training_memory(OLMOE, dataclasses.replace(setup, chunked_loss=True), 64, 64).phases
+    assert moments["backward"] > moments["loss"]
+
+
+def test_quantised_experts_change_nothing_of_what_is_kept():
+    for kernels in ("reference", "native"):
+        dense = StepSetup(1, 512, kernels=kernels)
+        packed = dataclasses.replace(dense, expert_storage="nf4")
+        assert activations(OLMOE, dense, (64,) * 16, (4,) * 16) == activations(OLMOE, packed, (64,) * 16, (4,) * 16)
+
+
+def test_scores_are_not_scaled_by_what_a_step_of_another_length_says():
+    shape = uniform_shape(
+        "scores", hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16, vocab_size=100,
+        num_experts=4, top_k=2, expert_width=32, scores="float32",
+    )  # fmt: skip
+    setup = StepSetup(1, 256, "float32")
+    raw = activations(shape, setup, (4, 4), (1, 1))
+    assert raw.scores == [0, 4 * 4 * 256 * 256], "nothing flows into the first layer's attention"
+    half = corrected(raw, Correction(0.5, 0, "a test"))
+    expected = CORRECTED_MARGIN * (0.5 * (raw.outside[1] - raw.scores[1]) + raw.scores[1])
+    assert half.outside[1] == pytest.approx(expected)
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs():
@@ -181,6 +215,7 @@ SETUPS = st.builds(
     checkpointing=st.booleans(),
     chunked_loss=st.booleans(),
     device=st.sampled_from(["cpu", "cuda", "unified"]),
+    kernels=st.sampled_from(["reference", "native"]),
 )
 CORRECTIONS = st.one_of(
     st.none(),
@@ -269,7 +304,7 @@ def test_budgets_of_known_devices():
     how = dict(expert_storage="nf4_dq", dense_storage="nf4_dq", checkpointing=True, chunked_loss=True, router="none")
     expected = {
         ("OLMoE-1B-7B", 3.5, "unified"): (58, 35, 45),
-        ("OLMoE-1B-7B", 4.1, "cuda"): (64, 43, 58),
+        ("OLMoE-1B-7B", 4.1, "cuda"): (64, 43, 56),
         ("Qwen3-30B-A3B", 10.2, "unified"): (77, 45, 65),
         ("gpt-oss-20b", 13.8, "cuda"): (32, 29, 27),
         ("Mixtral-8x7B", 3.5, "unified"): (0, 0, 0),
@@ -302,7 +337,7 @@ def test_impossible_counts_are_named():
 
 def test_streaming_holds_one_expert():
     setup = StepSetup(1, 512)
-    streamed = profiling_memory(OLMOE, setup, 0, streamed=True)
+    streamed = profiling_memory(OLMOE, setup, 0, hold="expert")
     assert streamed.parts["kept experts"] == 3 * 2048 * 1024 * 2
     assert streamed.total_bytes < profiling_memory(OLMOE, setup, 2).total_bytes
 

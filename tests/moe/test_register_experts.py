@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,195 @@ def test_a_pair_of_another_device_is_dropped(backend, monkeypatch):
         expected = experts(x, indices.clamp(max=7), kept)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert found[1].eq(0).all()
+
+
+# --- what transformers' own model tests ask of an implementation --------------------------------------------------
+
+THREE = ["olmoe", "mixtral", "qwen3_moe"]
+"""Families whose model tests in transformers were run with "edgefed" (tests/kernels/transformers_suite.py)."""
+
+
+@pytest.fixture
+def both():
+    """f(model) under "eager" and under "edgefed", as a pair."""
+    edgefed.register_experts()
+
+    def compare(model, function):
+        results = []
+        for implementation in ("eager", "edgefed"):
+            model.set_experts_implementation(implementation)
+            results.append(function(model))
+        return results
+
+    return compare
+
+
+def prompt(rows: int = 2, length: int = 6) -> torch.Tensor:
+    return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(use_cache=False),
+        dict(num_beams=3, num_return_sequences=2),
+        dict(do_sample=True, top_k=20),
+        dict(num_beams=2, do_sample=True),
+        dict(cache_implementation="static", disable_compile=True),
+        dict(prompt_lookup_num_tokens=3, eos_token_id=2),  # old versions cannot do without one here
+    ],
+    ids=["greedy", "no cache", "beams", "sampling", "beam sampling", "static cache", "assisted"],
+)
+@pytest.mark.parametrize("family", THREE)
+def test_generation_gives_the_same_tokens(both, family, options):
+    ids = prompt(1 if "prompt_lookup_num_tokens" in options else 2)
+
+    def generate(model):
+        torch.manual_seed(7)
+        defaults = dict(max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **{**defaults, **options})
+
+    expected, found = both(build(family, **wide(family)), generate)
+    assert 6 < expected.shape[1] <= 13 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("family", THREE)
+def test_padding_on_the_left_changes_no_answer(family):
+    edgefed.register_experts()
+    model = build(family, **wide(family))
+    model.set_experts_implementation("edgefed")
+    ids = prompt()
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.int64), ids], dim=1)
+    mask = (torch.arange(11) >= 5).long().expand(2, -1)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits[:, -1]
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        found = model(input_ids=padded, attention_mask=mask, position_ids=positions).logits[:, -1]
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("family", THREE)
+def test_gradient_checkpointing_gives_the_same_gradients(family, use_reentrant):
+    edgefed.register_experts()
+    model = build(family, **wide(family)).train()
+    model.set_experts_implementation("edgefed")
+    ids, found = prompt(), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", THREE)
+def test_a_saved_model_comes_back_and_names_no_implementation(family, tmp_path):
+    edgefed.register_experts()
+    model = build(family, **wide(family))
+    model.set_experts_implementation("edgefed")
+    model.save_pretrained(tmp_path)
+    assert "edgefed" not in (tmp_path / "config.json").read_text()  # who loads it need not know it
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="edgefed")
+    assert again.config._experts_implementation == "edgefed"
+    assert type(model)(again.config)  # a configuration with the name builds a model
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=prompt()).logits, model(input_ids=prompt()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("family", THREE)
+def test_autocast_and_half_precision_train(both, family, dtype):
+    """Under autocast, tokens come in another dtype than the weights."""
+    ids = prompt()
+
+    def autocast(model):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=dtype):
+            output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        return [output.logits.float().detach(), *(p.grad for n, p in model.named_parameters() if "experts" in n)]
+
+    for expected, found in zip(*both(build(family, **wide(family)), autocast), strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 0.05
+    half = build(family, dtype=dtype, **wide(family))
+    half.set_experts_implementation("edgefed")
+    output = half(input_ids=ids, labels=ids)
+    output.loss.backward()
+    assert output.logits.dtype == dtype
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == dtype for p in half.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("family", THREE)
+def test_the_balancing_loss_reads_the_router_as_ever(both, family):
+    ids = prompt()
+
+    def losses(model):
+        output = model(input_ids=ids, labels=ids, output_router_logits=True)
+        gradient = torch.autograd.grad(output.loss, model.model.layers[0].mlp.gate.weight)[0]
+        return [output.aux_loss.detach(), gradient, *(logits.detach() for logits in output.router_logits)]
+
+    for expected, found in zip(*both(build(family, **wide(family)), losses), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", THREE)
+def test_a_model_can_be_resized_copied_pickled_and_switched_back(both, family):
+    model, ids = build(family, **wide(family)), prompt()
+    model.resize_token_embeddings(100)
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    expected, found = both(model, logits)
+    assert found.shape[-1] == 100
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert copied.config._experts_implementation == "edgefed"
+        assert torch.equal(logits(copied), found)
+    model.set_experts_implementation("eager")
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match="edgefedd"):
+        model.set_experts_implementation("edgefedd")
+    model.set_experts_implementation("edgefed")
+    assert torch.equal(logits(model), found)
+
+
+@pytest.mark.parametrize("family", THREE)
+def test_a_model_whose_experts_do_not_learn_compiles_into_one_graph(family):
+    edgefed.register_experts()
+    model, ids = build(family, **wide(family), num_hidden_layers=1), prompt()
+    model.set_experts_implementation("edgefed")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+    layer = model.model.layers[0].mlp.requires_grad_(False)
+    hidden = torch.randn(1, 5, 64, requires_grad=True)
+    gradients = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        output = function(hidden)
+        output = output[0] if isinstance(output, tuple) else output
+        gradients += torch.autograd.grad(output.square().sum(), hidden)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_model_that_learns_compiles_with_breaks_and_learns_the_same():
+    """Which experts have tokens is a value: a graph cannot hold it. Python runs the experts in between."""
+    edgefed.register_experts()
+    model, ids = build("olmoe", **wide("olmoe"), num_hidden_layers=1), prompt()
+    model.set_experts_implementation("edgefed")
+    gradients = []
+    for function in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad(set_to_none=True)
+        function(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)

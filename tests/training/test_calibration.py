@@ -63,7 +63,12 @@ class Bench:
 
     def setup(self, batch_size: int = 2, sequence_length: int = 128, **how: object) -> StepSetup:
         return StepSetup(
-            batch_size, sequence_length, self.dtype, experts=self.scope.experts, lora_rank=self.scope.lora_rank, **how
+            batch_size,
+            sequence_length,
+            self.dtype,
+            experts=self.scope.experts,
+            lora_rank=self.scope.lora_rank,
+            **{"kernels": self.model.training_kernels(), **how},
         )
 
     def apply(self, kept: list[int], tuned: list[int]) -> None:
@@ -96,15 +101,22 @@ class Bench:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "mode"),
-    [("mixtral", "float32", "full"), ("deepseek_v3", "bfloat16", "full"), ("gpt_oss", "float32", "lora")],
+    ("family", "dtype", "mode", "kernels"),
+    [
+        ("mixtral", "float32", "full", "auto"),
+        ("deepseek_v3", "bfloat16", "full", "auto"),
+        ("gpt_oss", "float32", "lora", "auto"),
+        ("mixtral", "float32", "full", "reference"),
+    ],
 )
-def test_one_step_of_one_plan_corrects_all_plans(family, dtype, mode):
+def test_one_step_of_one_plan_corrects_all_plans(family, dtype, mode, kernels, monkeypatch):
+    monkeypatch.setenv("EDGEFED_KERNELS", kernels)
     bench = Bench.of(family, dtype, mode)
     layers = len(bench.model.layers)
     reference = bench.setup()
     [first] = bench.measure(reference, [4] * layers, [2] * layers, steps=1)
     correction = correction_from(first, bench.shape, reference)
+    assert correction.kernels == reference.kernels == bench.model.training_kernels()
     uneven = ([8, 2, 5][:layers], [3, 1, 5][:layers])
     cases = [
         (reference, [4] * layers, [2] * layers),
@@ -121,8 +133,10 @@ def test_one_step_of_one_plan_corrects_all_plans(family, dtype, mode):
         assert 1.0 <= share <= 1.1, (setup, kept, tuned, share)
 
 
-def test_what_a_step_keeps_is_what_autograd_saves():
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_what_a_step_keeps_is_what_autograd_saves(kernels, monkeypatch):
     """The allocator's count of kept tensors against saved-tensor hooks; the difference is below 3 %."""
+    monkeypatch.setenv("EDGEFED_KERNELS", kernels)
     bench = Bench.of("mixtral")
     setup = bench.setup()
     [measured] = bench.measure(setup, [8] * 3, [8] * 3, steps=1)

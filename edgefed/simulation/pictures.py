@@ -1,0 +1,225 @@
+"""The pictures of a simulation: quality over virtual time, where the time went, which experts are used, budget use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgefed.hardware.memory import GIB
+from edgefed.plots import COLOURS, DPI
+from edgefed.simulation.cost_model import PARTS
+from edgefed.simulation.result import MethodRun, SimulationResult
+
+PART_COLOURS = {
+    "download": "#1b6ca8", "load": "#7fb2d6", "profile": "#edae49", "merge": "#8d6a9f", "train": "#66a182",
+    "offload": "#d1495b", "explore": "#b8d8ba", "evaluate": "#00798c", "upload": "#2e4057", "late": "#e8998d",
+    "waits": "#e4e4e4", "hidden": "#f4dfae",
+}  # fmt: skip
+MOST_BARS = 16
+"""Devices with a bar of their own; of a larger fleet, one for each kind of device, its mean."""
+
+
+def save_pictures(folder: Path, result: SimulationResult) -> list[Path]:
+    """Write ``quality.png``, ``time.png``, ``budget.png`` and, where a method profiles, ``experts.png`` to ``folder``.
+
+    Returns the paths. A method without a finished round has no bars.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [(draw_quality, "quality.png"), (draw_time, "time.png"), (draw_budget, "budget.png")]
+    if any(run.usage for run in result.runs):
+        drawn.append((draw_experts, "experts.png"))
+    paths = []
+    for draw, name in drawn:
+        figure = draw(result)
+        figure.savefig(folder / name, dpi=DPI)
+        paths.append(folder / name)
+    return paths
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """(seconds of a unit, its name) in which a length of time is best read."""
+    for size, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * size:
+            return size, name
+    return 1.0, "seconds"
+
+
+def draw_quality(result: SimulationResult):
+    """Held-out loss of the global model over virtual time, a line a method; a large dot where the target is reached."""
+    figure = _figure(8.5, 4.4)
+    axes = figure.add_subplot()
+    size, unit = time_unit(max((run.curve[-1][0] for run in result.runs), default=0.0))
+    target = result.target_loss
+    for index, run in enumerate(result.runs):
+        colour = COLOURS[index % len(COLOURS)]
+        times, losses = zip(*run.curve, strict=True)
+        axes.plot(
+            np.array(times) / size, losses, color=colour, marker="o", markersize=2.5, linewidth=1.5, label=run.label
+        )
+        reached = None if target is None else run.seconds_to(target)
+        if reached is not None:
+            at = next(loss for seconds, loss in run.curve if seconds == reached)
+            axes.plot([reached / size], [at], "o", color=colour, markersize=9, markeredgecolor="white", zorder=5)
+    if target is not None:
+        axes.axhline(target, color="#333333", linestyle="--", linewidth=1)
+        axes.text(0.995, target, "target ", ha="right", va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
+    axes.set_xlabel(f"virtual time, {unit}", fontsize=9)
+    axes.set_ylabel("held-out loss, nats per token", fontsize=9)
+    axes.set_title(_title(result, "quality over virtual time"), fontsize=10, loc="left")
+    axes.legend(fontsize=8, frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def draw_time(result: SimulationResult):
+    """Mean seconds of a round by part and device, stacked; one panel a method."""
+    runs = [run for run in result.runs if run.rounds]
+    bars = {run.label: _mean_seconds(result, run) for run in runs}
+    rows = max((len(each) for each in bars.values()), default=1)
+    figure = _figure(10, 1.3 + len(runs) * (0.55 + 0.24 * rows))
+    shown = [part for part in (*PARTS, "late", "hidden", "waits")
+             if any(seconds.get(part, 0.0) > 0 for each in bars.values() for seconds in each.values())]  # fmt: skip
+    longest = max((sum(seconds.values()) for each in bars.values() for seconds in each.values()), default=1.0)
+    size, unit = time_unit(longest)
+    panels = figure.subplots(len(runs) or 1, 1, sharex=True, squeeze=False)[:, 0]
+    for axes, run in zip(panels, runs, strict=False):
+        names = list(bars[run.label])
+        left = np.zeros(len(names))
+        for part in shown:
+            widths = np.array([bars[run.label][name].get(part, 0.0) for name in names]) / size
+            axes.barh(range(len(names)), widths, left=left, color=PART_COLOURS[part], label=part, height=0.75)
+            left += widths
+        axes.set_yticks(range(len(names)), labels=names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_title(run.label, fontsize=9, loc="left")
+        _tidy(axes)
+    panels[-1].set_xlabel(f"mean of a round, {unit} of virtual time", fontsize=9)
+    if runs:
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=min(10, len(labels)), fontsize=8, frameon=False
+        )
+    return figure
+
+
+def draw_budget(result: SimulationResult):
+    """What a step needs at its peak against what the device has for it, last round; one group a device."""
+    runs = [run for run in result.runs if run.rounds]
+    devices = _representatives(result)
+    figure = _figure(max(6.0, 1.6 + len(devices) * (0.35 + 0.22 * len(runs))), 4.0)
+    axes = figure.add_subplot()
+    width = 0.8 / max(1, len(runs))
+    for index, run in enumerate(runs):
+        at = [position - 0.4 + width * (index + 0.5) for position in range(len(devices))]
+        last = run.rounds[-1].clients
+        heights = [last[name].memory_bytes / GIB if name in last else 0.0 for name in devices]
+        axes.bar(at, heights, width=width * 0.92, color=COLOURS[index % len(COLOURS)], label=run.label)
+        for x, name in zip(at, devices, strict=True):
+            if name in run.refused:
+                axes.text(x, 0, " too small", rotation=90, ha="center", va="bottom", fontsize=7, color="#666666")
+    for position, name in enumerate(devices):
+        budget = result.budgets[name] / GIB
+        axes.plot([position - 0.45, position + 0.45], [budget, budget], color="#1a1a1a", linewidth=1.6,
+                  label="budget" if position == 0 else None)  # fmt: skip
+    axes.set_xticks(range(len(devices)), labels=[_wrapped(result.profiles[name]) for name in devices], fontsize=7)
+    axes.set_ylabel("GiB at the peak of a step", fontsize=9)
+    axes.set_title(_title(result, "budget use"), fontsize=10, loc="left")
+    axes.legend(fontsize=8, frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def draw_experts(result: SimulationResult):
+    """Share of each device's tokens that each expert gets, of the first method that profiles; a row is a layer."""
+    run = next(run for run in result.runs if run.usage)
+    names = list(run.usage)[:MOST_BARS]
+    columns = 2 if len(names) > 1 else 1
+    rows = math.ceil(len(names) / columns)
+    layers, experts = len(run.usage[names[0]]), max(len(row) for row in run.usage[names[0]])
+    figure = _figure(10, 0.8 + rows * (0.75 + 0.14 * layers))
+    panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    grids = {}
+    for name in names:
+        grid = np.full((layers, experts), np.nan)
+        for layer, row in enumerate(run.usage[name]):
+            grid[layer, : len(row)] = np.array(row) * 100
+        grids[name] = grid
+    most = max(float(np.nanmax(grid)) for grid in grids.values())
+    for axes, name in zip(panels, names, strict=False):
+        image = axes.imshow(grids[name], cmap="viridis", aspect="auto", vmin=0, vmax=most)
+        axes.set_title(name, fontsize=8, loc="left")
+        axes.set_ylabel("layer", fontsize=7)
+        axes.tick_params(labelsize=6)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    for axes in panels[max(0, len(names) - columns) : len(names)]:
+        axes.set_xlabel("expert", fontsize=7)
+    bar = figure.colorbar(image, ax=list(panels), pad=0.01, aspect=40)
+    bar.set_label("% of tokens", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle(
+        _title(result, f"experts that each device's text uses ({run.label})"), fontsize=10, x=0.01, ha="left"
+    )
+    return figure
+
+
+def _mean_seconds(result: SimulationResult, run: MethodRun) -> dict[str, dict[str, float]]:
+    """{device, or kind of device: {part: mean seconds over rounds and devices}}."""
+    groups: dict[str, list[str]] = {}
+    for name, profile in result.profiles.items():
+        groups.setdefault(name if len(result.profiles) <= MOST_BARS else profile, []).append(name)
+    found: dict[str, dict[str, float]] = {}
+    for group, names in groups.items():
+        spans = [each.clients[name] for each in run.rounds for name in names if name in each.clients]
+        if not spans:
+            continue
+        totals: dict[str, float] = {}
+        for span in spans:
+            for part, seconds in {
+                **span.seconds,
+                "late": span.late,
+                "hidden": span.hidden,
+                "waits": span.waits,
+            }.items():
+                totals[part] = totals.get(part, 0.0) + seconds / len(spans)
+        found[group if len(names) == 1 else f"{group} x {len(names)}"] = totals
+    return found
+
+
+def _representatives(result: SimulationResult) -> list[str]:
+    """The first device of each kind."""
+    first: dict[str, str] = {}
+    for name, profile in result.profiles.items():
+        first.setdefault(profile, name)
+    return list(first.values())
+
+
+def _title(result: SimulationResult, what: str) -> str:
+    charged = f" charged as {result.cost_shape}" if result.cost_shape else ""
+    return f"{what}: {len(result.profiles)} devices, {Path(result.model).name}{charged}"
+
+
+def _wrapped(profile: str) -> str:
+    words = profile.split("-")
+    half = math.ceil(len(words) / 2)
+    return profile if len(words) < 3 else "-".join(words[:half]) + "-\n" + "-".join(words[half:])
+
+
+def _tidy(axes) -> None:
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+__all__: Sequence[str] = ("draw_budget", "draw_experts", "draw_quality", "draw_time", "save_pictures", "time_unit")

@@ -1,0 +1,111 @@
+"""What a simulation found: losses and seconds by round, and where every client's time and memory went."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientRound:
+    """One client in one round. ``seconds`` by part; ``late``, ``waits``, ``hidden`` as in `virtual_clock.ClientSpan`.
+
+    ``held`` and ``tuned`` are experts per MoE layer of the trained model; bytes, of the model that is charged.
+    ``memory_bytes``: what the step needs at its peak by the memory model.
+    """
+
+    seconds: Mapping[str, float]
+    late: float
+    waits: float
+    hidden: float
+    held: tuple[int, ...]
+    tuned: tuple[int, ...]
+    merged: tuple[int, ...]
+    memory_bytes: int
+    bytes_down: float
+    bytes_up: float
+    train_loss: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundResult:
+    """One round. ``ends``: virtual seconds since the run began. ``loss``: held-out, of the new global model, mean over
+    clients; ``losses`` by client; ``metrics``: whatever else was asked for."""
+
+    server_round: int
+    ends: float
+    aggregation: float
+    slowest: str
+    loss: float
+    accuracy: float
+    losses: Mapping[str, float]
+    metrics: Mapping[str, float]
+    clients: Mapping[str, ClientRound]
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodRun:
+    """One method on the whole fleet. ``first``: the model before the first round, at 0 s. ``refused``: devices that the
+    method cannot run on, and why. ``usage``: {client: share of its tokens routed to each expert, by layer}, of its last
+    profile, where the method makes one."""
+
+    label: str
+    method: str
+    first: RoundResult
+    rounds: tuple[RoundResult, ...]
+    refused: Mapping[str, str]
+    usage: Mapping[str, Sequence[Sequence[float]]]
+    stopped: str = ""
+    """Why there are fewer rounds than asked for."""
+
+    @property
+    def curve(self) -> list[tuple[float, float]]:
+        """(virtual seconds, held-out loss), the start included."""
+        return [(each.ends, each.loss) for each in (self.first, *self.rounds)]
+
+    def seconds_to(self, target: float, metric: str = "loss", *, higher: bool | None = None) -> float | None:
+        """Virtual seconds until the end of the first round whose metric has reached ``target``; None: never.
+
+        ``metric``: "loss", "accuracy" or one of the extra metrics. ``higher``: whether more is better (None: for all
+        but the loss).
+        """
+        higher = metric != "loss" if higher is None else higher
+        for each in (self.first, *self.rounds):
+            value = getattr(each, metric) if metric in ("loss", "accuracy") else each.metrics.get(metric)
+            if value is not None and (value >= target if higher else value <= target):
+                return each.ends
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulationResult:
+    """All methods. ``budgets``: {client: bytes that training may use}; ``profiles``: {client: device profile}."""
+
+    model: str
+    cost_shape: str | None
+    seed: int
+    rounds: int
+    target_loss: float | None
+    budgets: Mapping[str, int]
+    profiles: Mapping[str, str]
+    runs: tuple[MethodRun, ...]
+
+    def run(self, label: str) -> MethodRun:
+        return next(run for run in self.runs if run.label == label)
+
+    def to_dict(self) -> dict:
+        """For JSON, with the seconds to the target."""
+        data = dataclasses.asdict(self)
+        if self.target_loss is not None:
+            data["seconds_to_target"] = {run.label: run.seconds_to(self.target_loss) for run in self.runs}
+        return data
+
+
+def client_round(data: Mapping) -> ClientRound:
+    lists = {name: tuple(data[name]) for name in ("held", "tuned", "merged")}
+    return ClientRound(**{**data, **lists})
+
+
+def round_result(data: Mapping) -> RoundResult:
+    """Inverse of `dataclasses.asdict`."""
+    return RoundResult(**{**data, "clients": {name: client_round(each) for name, each in data["clients"].items()}})

@@ -1,0 +1,127 @@
+"""A simulation as a whole: every method on the same fleet, data and seed.
+
+result = simulate(load_simulation(Path("fleet.toml")), Path("out"), on_event=print)
+result.run("hfedmoe").seconds_to(2.5)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from edgefed.disk import disk_errors, write_durably
+from edgefed.embedded import resolve_model
+from edgefed.errors import ConfigError
+from edgefed.moe.shapes import KNOWN_SHAPES, shape_from_config
+from edgefed.simulation.config import SimulationConfig
+from edgefed.simulation.cost_shape import CostShape
+from edgefed.simulation.device_rates import Calibration, device_rates, memory_budget
+from edgefed.simulation.fleet_data import deal_out
+from edgefed.simulation.result import RoundResult, SimulationResult
+from edgefed.simulation.simulated_device import SharedModel
+from edgefed.simulation.simulated_run import Score, SimulatedRun
+
+RESULT_FILE = "simulation.json"
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulationEvent:
+    """What happens. ``ended`` is set when a round has ended, also one of an earlier process; ``client`` when one begins
+    to train."""
+
+    label: str
+    server_round: int
+    client: str = ""
+    clients_done: int = 0
+    clients: int = 0
+    ended: RoundResult | None = None
+    message: str = ""
+
+
+def simulate(
+    config: SimulationConfig,
+    out: Path,
+    on_event: Callable[[SimulationEvent], None] = lambda event: None,
+    *,
+    score: Score | None = None,
+    calibration: Calibration | None = None,
+) -> SimulationResult:
+    """Run every method of ``config`` and write ``out/simulation.json``. What ``out`` holds of an earlier, interrupted
+    simulation of the same configuration is not done again.
+
+    ``score``: see `simulated_run.Score`; evaluated after each round. The result depends on the configuration (and the
+    kernels and thread count of this machine) alone, not on how long anything took.
+
+    Raises ConfigError when ``out`` holds something else, DataError, ModelError, StorageError.
+    """
+    import torch
+
+    from edgefed.moe.loading import load_config
+
+    torch.set_num_threads(config.threads)
+    _claim(out, config)
+    calibration = calibration or Calibration()
+    source = resolve_model(config.model)
+    shape = shape_from_config(load_config(source), config.model)
+    charged = CostShape.same(shape, config.gpu_optimizer)
+    if config.cost_shape is not None:
+        charged = CostShape(
+            KNOWN_SHAPES[config.cost_shape], shape.experts_per_layer, gpu_optimizer=config.gpu_optimizer
+        )
+    for device in config.fleet:
+        device_rates(device)  # a profile that says too little is told before anything starts
+    budgets = {device.name: memory_budget(device) for device in config.fleet}
+    if config.split is not None:
+        data = deal_out(config.split, [device.name for device in config.fleet], out / "data", config.seed)
+    else:
+        data = {device.name: device.data for device in config.fleet}
+    shared = SharedModel(out / "model")
+    runs = []
+    for choice in config.methods:
+        shared.loaded.clear()
+        shared.model = None  # a method may train another scope: adapters, say
+        run = SimulatedRun(
+            config, choice, out / choice.label, source, shape, charged, budgets, data, shared,
+            lambda **event: on_event(SimulationEvent(**event)), score, calibration,
+        )  # fmt: skip
+        runs.append(run.play())
+    result = SimulationResult(
+        model=config.model,
+        cost_shape=config.cost_shape,
+        seed=config.seed,
+        rounds=config.rounds,
+        target_loss=config.target_loss,
+        budgets=budgets,
+        profiles={device.name: device.profile.id for device in config.fleet},
+        runs=tuple(runs),
+    )
+    write_durably(out / RESULT_FILE, json.dumps(result.to_dict(), indent=1).encode())
+    return result
+
+
+def _claim(out: Path, config: SimulationConfig) -> None:
+    """Make ``out``, or check that it is of the same simulation. More methods may be added to one later."""
+    mark = {"config": fingerprint(config)}
+    path = out / CONFIG_FILE
+    with disk_errors(out):
+        if path.exists():
+            if json.loads(path.read_text()) != mark:
+                raise ConfigError(
+                    f"{out} holds a simulation with other settings", remedy="Choose another --out folder, or delete it."
+                )
+            return
+        if out.exists() and any(out.iterdir()):
+            raise ConfigError(f"{out} is not empty and holds no simulation", remedy="Choose another --out folder.")
+        out.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps(mark).encode())
+
+
+def fingerprint(config: SimulationConfig) -> str:
+    """Hash of everything that a result depends on, but for the list of methods, the evaluation target and the data."""
+    fixed = dataclasses.replace(config, target_loss=None)
+    text = repr([getattr(fixed, field.name) for field in dataclasses.fields(fixed) if field.name != "methods"])
+    return hashlib.sha256(text.encode()).hexdigest()

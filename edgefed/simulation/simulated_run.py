@@ -1,0 +1,309 @@
+"""One method on a simulated fleet: real rounds, each client after the other, and their place on the virtual clock.
+
+    OUT/LABEL/run              the aggregator's state folder
+    OUT/LABEL/clients/ID/      see `simulated_client`
+    OUT/LABEL/rounds/N.json    what came of round N
+
+A client's round is a transaction: until done.json says that it is trained, a restart takes the state back to where the
+round began. So a simulation that was killed anywhere goes on, and gives the same numbers as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from edgefed.agent.trainer import TrainedUpdate
+from edgefed.disk import write_durably
+from edgefed.errors import BudgetTooSmall, StateCorrupt, TrainingDiverged
+from edgefed.methods.interface import Method
+from edgefed.methods.registry import make_method
+from edgefed.moe.shapes import ModelShape
+from edgefed.protocol import frames
+from edgefed.protocol.messages import RunConfig, UnitInfo
+from edgefed.simulation.config import MethodChoice, SimulatedDevice, SimulationConfig
+from edgefed.simulation.cost_model import ClientTimes, CostModel
+from edgefed.simulation.cost_shape import CostShape, byte_kind
+from edgefed.simulation.device_rates import Calibration, device_rates
+from edgefed.simulation.evaluation import GlobalEvaluator
+from edgefed.simulation.in_process import InProcessAggregator, describe_update
+from edgefed.simulation.result import ClientRound, MethodRun, RoundResult, round_result
+from edgefed.simulation.round_work import RoundWork
+from edgefed.simulation.simulated_client import Done, SimulatedClient
+from edgefed.simulation.simulated_device import CountingFetch, CountingProgress, SharedModel, SimulatedTrainer
+from edgefed.simulation.virtual_clock import RoundSpan, VirtualClock
+
+FOLD_BYTES_PER_S = 1.39e9
+"""What the aggregator folds of updates in a second on 2 cores: benchmarks/results/aggregator.json, 32 clients."""
+
+Score = Callable[[object, object, Mapping], Mapping[str, float]]
+"""(transformers model, tokenizer, {client: held-out examples}) -> metrics of the global model."""
+
+
+class SimulatedRun:
+    """One method's run; `play` makes it. See the top of this file."""
+
+    def __init__(
+        self, config: SimulationConfig, choice: MethodChoice, folder: Path, model: str, shape: ModelShape,
+        charged: CostShape, budgets: Mapping[str, int], data: Mapping[str, str], shared: SharedModel,
+        on_event: Callable[..., None], score: Score | None, calibration: Calibration,
+    ):  # fmt: skip
+        self._config, self._choice, self._folder, self._model_source = config, choice, folder, model
+        self._charged, self._budgets, self._shared, self._score = charged, budgets, shared, score
+        self._calibration, self._event = calibration, on_event
+        self._method: Method = make_method(choice.method, choice.options)
+        self._top_k = [layer.top_k for layer in shape.moe_layers]
+        training = config.training
+        if self._method.trains_experts_as is not None:
+            training = msgspec.structs.replace(training, experts=self._method.trains_experts_as)
+        self._run = RunConfig(
+            run_id=f"simulated-{config.seed}", model=config.model, method=choice.method,
+            method_options=dict(choice.options), rounds=config.rounds, seed=config.seed, training=training,
+        )  # fmt: skip
+        self._clients = [
+            self._client(dataclasses.replace(device, data=data[device.name]), index, folder)
+            for index, device in enumerate(config.fleet)
+        ]
+        self._clock = VirtualClock()
+        held_out = {client.device.name: client.trainer.corpus.held_out for client in self._clients}
+        self._held_out = held_out
+        self._evaluator = GlobalEvaluator(shared, held_out, training, config.evaluation_tokens)
+
+    def _client(self, device: SimulatedDevice, index: int, folder: Path) -> SimulatedClient:
+        client_id = f"client-{index:04d}"  # the aggregator takes clients in the order of their ids
+        own = folder / "clients" / client_id
+        usable = self._budgets[device.name]
+        trainer = SimulatedTrainer(
+            device, own / "state", usable, self._charged, self._shared, held_out_share=self._config.held_out_share
+        )
+        return SimulatedClient(device, client_id, own, trainer)
+
+    def play(self) -> MethodRun:
+        """Play all rounds, those of an earlier process from its files. Raises what trainers and aggregator raise,
+        other than BudgetTooSmall and TrainingDiverged, which the result tells."""
+        refused: dict[str, str] = {}
+        rounds: list[RoundResult] = []
+        stopped = ""
+        with InProcessAggregator(
+            self._folder / "run", self._model_source, self._run, [client.client_id for client in self._clients]
+        ) as aggregator:
+            first = self._first(aggregator)
+            for server_round in range(1, self._config.rounds + 1):
+                try:
+                    result = self._round(aggregator, server_round, refused)
+                except TrainingDiverged as fault:
+                    stopped = f"round {server_round}: {fault}"
+                    break
+                if result is None:
+                    stopped = f"round {server_round}: no device of the fleet can take part"
+                    break
+                rounds.append(result)
+                self._event(label=self._choice.label, server_round=server_round, ended=result)
+        usage = {client.device.name: found for client in self._clients if (found := client.usage())}
+        return MethodRun(self._choice.label, self._choice.method, first, tuple(rounds), refused, usage, stopped)
+
+    # --- rounds -----------------------------------------------------------------------------------------------------
+
+    def _first(self, aggregator: InProcessAggregator) -> RoundResult:
+        path = self._folder / "rounds" / "0.json"
+        if path.exists():
+            return round_result(json.loads(path.read_text())["result"])
+        losses, accuracy, metrics = self._evaluate(aggregator, 1)
+        result = RoundResult(0, 0.0, 0.0, "", _mean(losses), accuracy, losses, metrics, {})
+        self._write(path, result, {})
+        return result
+
+    def _round(self, aggregator: InProcessAggregator, server_round: int, refused: dict[str, str]) -> RoundResult | None:
+        """One round; None where nobody can take part. ``refused`` gets who left in it."""
+        path = self._folder / "rounds" / f"{server_round}.json"
+        if path.exists():
+            kept = json.loads(path.read_text())
+            result = round_result(kept["result"])
+            times = {name: ClientTimes(each["parts"], each["in_wait"]) for name, each in kept["times"].items()}
+            self._clock.round(times, result.aggregation)
+            refused.update(kept["refused"])
+            return result
+        if aggregator.server_round == server_round:
+            self._train_all(aggregator, server_round)
+            aggregator.fold()
+        for client in self._clients:
+            if not aggregator.joined(client.client_id):
+                refused.setdefault(client.device.name, client.refusal)
+        done = {client: found for client in self._clients if (found := client.done(server_round))}
+        if not done:
+            return None
+        span, times = self._pass_time(aggregator, server_round, done)
+        losses, accuracy, metrics = self._evaluate(aggregator, server_round + 1)
+        clients = {
+            client.device.name: self._client_round(found, span, client.device.name) for client, found in done.items()
+        }
+        result = RoundResult(
+            server_round, span.ends, span.aggregation, span.slowest, _mean(losses), accuracy, losses, metrics, clients
+        )
+        self._write(path, result, times, refused)
+        return result
+
+    def _train_all(self, aggregator: InProcessAggregator, server_round: int) -> None:
+        for number, client in enumerate(self._clients):
+            if not aggregator.joined(client.client_id):
+                continue
+            self._event(
+                label=self._choice.label, server_round=server_round, client=client.device.name,
+                clients_done=number, clients=len(self._clients),
+            )  # fmt: skip
+            done = client.done(server_round)
+            try:
+                done = done or self._train(aggregator, client, server_round)
+            except BudgetTooSmall as fault:
+                client.refuse(str(fault))
+                aggregator.leave(client.client_id, "its budget is too small")
+                self._event(label=self._choice.label, server_round=server_round, client=client.device.name,
+                            message=f"{client.device.name} takes no part: {fault}")  # fmt: skip
+                continue
+            if aggregator.server_round == server_round and aggregator.assignment(client.client_id) is not None:
+                aggregator.deliver(done.meta, client.update_path)
+            client.update_path.unlink(missing_ok=True)
+
+    def _train(self, aggregator: InProcessAggregator, client: SimulatedClient, server_round: int) -> Done:
+        client.begin(server_round)
+        trainer, manifest = client.trainer, aggregator.manifest(server_round)
+        assignment = aggregator.assignment(client.client_id)
+        if assignment is None:
+            raise StateCorrupt(f"client {client.client_id} has no part in round {server_round}, but has not trained it")
+        held = client.held()
+        if server_round == 1 and self._config.preinstalled:
+            held = {item.sha256 for item in (*manifest.units, *manifest.files)}
+        fetch, progress = CountingFetch(aggregator.blob, held), CountingProgress()
+        update = trainer.train_round(self._run, manifest, assignment, fetch, progress, client.update_path)
+        meta = describe_update(
+            client.client_id, server_round, client.update_path, num_examples=update.num_examples,
+            num_tokens=update.num_tokens, experts=update.experts,
+            metrics={name: value for name, value in update.metrics.items() if math.isfinite(value)},
+            survey=update.survey,
+        )  # fmt: skip
+        units = {unit.key: unit for unit in manifest.units}
+        work = self._work(client, update, progress.counts, fetch.take(), units)
+        # On the clock this comes after the upload; what it does is the same before it, and then a kill loses nothing.
+        fetch.held &= update.keep
+        waiting = CountingProgress()
+        if server_round < self._config.rounds:
+            trainer.between_rounds(fetch, waiting)
+        work = dataclasses.replace(
+            work, waiting_profile_tokens=waiting.counts.get("profile", 0), waiting_down=fetch.take()
+        )
+        plan = trainer.plan
+        merged = tuple(len(plan.groups(layer)) for layer in range(plan.num_layers))
+        done = Done(server_round, meta, work, trainer.step_bytes, merged, update.metrics.get("train_loss"))
+        client.finish(done, fetch.held)
+        return done
+
+    def _work(
+        self, client: SimulatedClient, update: TrainedUpdate, counts: Mapping[str, int], down: Mapping[str, int],
+        units: Mapping[str, UnitInfo],
+    ) -> RoundWork:  # fmt: skip
+        """The facts of a trained round."""
+        trainer, plan = client.trainer, client.trainer.plan
+        layers = range(plan.num_layers)
+        held = tuple(plan.num_slots(layer) for layer in layers)
+        routed = [0] * plan.num_layers
+        for report in update.experts:
+            if report.expert in plan.tuned(report.layer):
+                routed[report.layer] += report.tokens
+        pairs = [max(1, update.num_tokens * min(k, count)) for k, count in zip(self._top_k, held, strict=True)]
+        storage, reads = trainer.profile_reads
+        members = tuple(sum(len(group.experts) for group in plan.groups(layer)) for layer in layers)
+        setup = trainer.setup
+        forwards = counts.get("explore", 0)
+        return RoundWork(
+            held=held,
+            tuned=tuple(len(plan.tuned(layer)) for layer in layers),
+            tuned_pairs=tuple(min(1.0, count / most) for count, most in zip(routed, pairs, strict=True)),
+            setup=setup,
+            steps=self._run.training.local_steps,
+            tokens=update.num_tokens,
+            groups=tuple(len(plan.groups(layer)) for layer in layers),
+            members=members,
+            profile_tokens=counts.get("profile", 0),
+            profile_storage=storage,
+            profile_reads=reads,
+            explored_tokens=forwards * setup.tokens,
+            compares="compare experts" in counts,
+            offloads=self._method.offloads_experts,
+            down=down,
+            up=_uploaded(client.update_path, units),
+        )
+
+    def _pass_time(
+        self, aggregator: InProcessAggregator, server_round: int, done: Mapping[SimulatedClient, Done]
+    ) -> tuple[RoundSpan, dict[str, ClientTimes]]:
+        manifest = aggregator.manifest(server_round + 1)
+        some = next(iter(done.values())).work.setup
+        costs = CostModel(
+            charged=self._charged,
+            ratios=self._charged.byte_ratios(
+                manifest.units, dataclasses.replace(some, dtype=self._charged.dtype or some.dtype)
+            ),
+            server_bytes_per_s=self._config.server_mbit * 1e6 / 8,
+            num_clients=len(done),
+            calibration=self._calibration,
+        )
+        times = {
+            client.device.name: costs.client_times(
+                found.work, device_rates(client.device), self._budgets[client.device.name]
+            )
+            for client, found in done.items()
+        }
+        uploaded: dict[str, int] = {}
+        for found in done.values():
+            for kind, size in found.work.up.items():
+                uploaded[kind] = uploaded.get(kind, 0) + size
+        self._costs = costs
+        return self._clock.round(times, costs.aggregation_seconds(uploaded, FOLD_BYTES_PER_S)), times
+
+    def _client_round(self, done: Done, span: RoundSpan, name: str) -> ClientRound:
+        mine, work = span.clients[name], done.work
+        return ClientRound(
+            seconds=mine.parts, late=mine.late, waits=mine.waits, hidden=mine.hidden, held=work.held, tuned=work.tuned,
+            merged=done.merged, memory_bytes=done.memory_bytes, bytes_down=self._costs.charged_bytes(work.down),
+            bytes_up=self._costs.charged_bytes(work.up), train_loss=done.train_loss,
+        )  # fmt: skip
+
+    def _evaluate(
+        self, aggregator: InProcessAggregator, server_round: int
+    ) -> tuple[dict[str, float], float, dict[str, float]]:
+        self._evaluator.place(aggregator.manifest(server_round), aggregator.blob)
+        try:
+            losses, accuracy = self._evaluator.losses()
+            metrics = {}
+            if self._score is not None:
+                metrics = dict(self._score(self._shared.model.module, self._shared.tokenizer, self._held_out))
+        finally:
+            self._evaluator.release()
+        return losses, accuracy, metrics
+
+    def _write(self, path: Path, result: RoundResult, times: Mapping, refused: Mapping[str, str] | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {
+            "result": dataclasses.asdict(result),
+            "times": {name: {"parts": dict(each.parts), "in_wait": each.in_wait} for name, each in times.items()},
+            "refused": dict(refused or {}),
+        }
+        write_durably(path, json.dumps(kept).encode())
+
+
+def _uploaded(path: Path, units: Mapping[str, UnitInfo]) -> dict[str, int]:
+    """Bytes of an update by kind of unit."""
+    sizes: dict[str, int] = {}
+    for name, entry in frames.read_header(path).items():
+        kind = byte_kind(units[name.rpartition(frames.NAME_SEPARATOR)[0]])
+        sizes[kind] = sizes.get(kind, 0) + entry.size_bytes
+    return sizes
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values) if values else math.nan

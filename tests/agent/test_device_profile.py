@@ -1,0 +1,140 @@
+"""How a device makes its profile: what fits, what the owner asked for, and what it is told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from edgefed.agent import device_profile
+from edgefed.agent.device_profile import MAX_TOGETHER, PROFILE_STORAGES, choose_way
+from edgefed.agent.local_trainer import LocalTrainer
+from edgefed.agent.planner import PLAN_FILE, DeviceLimits
+from edgefed.agent.progress import NullProgress
+from edgefed.aggregator.blobs import BlobStore
+from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.embedded import tiny_model_directory
+from edgefed.errors import ConfigError
+from edgefed.experts import RouterRecord
+from edgefed.moe.memory import StepSetup, profiling_memory
+from edgefed.moe.shapes import KNOWN_SHAPES
+from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
+from edgefed.runs import RunReader, import_model
+from edgefed.training.profiling import ProfileWay
+
+GIB = 1 << 30
+OLMOE = KNOWN_SHAPES["OLMoE-1B-7B"]
+SETUP = StepSetup(8, 128)
+
+
+def test_the_more_memory_the_fewer_reads():
+    """OLMoE, 6.9 G parameters in bfloat16: 13 GB of experts, 0.8 GB a layer."""
+    ways = {budget: choose_way(OLMOE, SETUP, 128, int(budget * GIB))[0] for budget in (64, 8, 3, 2.2, 1.2, 0.1)}
+    assert ways[64] == ProfileWay("all", None, 8, 1)
+    assert ways[8] == ProfileWay("layer", None, 8, 16)
+    assert ways[3].hold == "layer" and ways[3].storage is None and ways[3].batch_size * ways[3].together >= 128
+    assert ways[2.2].hold == "layer" and ways[2.2].storage in ("int8", "nf4")
+    assert ways[0.1] == ProfileWay("expert", None, 1, 1)
+    for budget, way in ways.items():
+        assert way.together <= MAX_TOGETHER
+        if budget != 0.1:
+            each = StepSetup(way.batch_size, 128, expert_storage=way.storage)
+            need = profiling_memory(OLMOE, each, 64, hold=way.hold, together=way.together)
+            assert need.total_bytes <= budget * GIB
+
+
+def test_what_the_owner_asks_for_holds():
+    for budget in (64, 16, 8, 3, 2, 1.5):
+        assert choose_way(OLMOE, SETUP, 128, int(budget * GIB), "full")[0].storage is None
+        for storage in ("int8", "nf4"):
+            way, reason = choose_way(OLMOE, SETUP, 128, int(budget * GIB), storage)
+            assert way.storage == storage or "is too large" in reason
+    assert choose_way(OLMOE, SETUP, 128, 8 * GIB, "nf4")[0].hold == "all"
+    with pytest.raises(ConfigError, match="a profile can hold experts as auto, full, int8, nf4; asked for 'int4'"):
+        choose_way(OLMOE, SETUP, 128, GIB, "int4")
+
+
+def test_experts_that_cannot_be_quantised_are_not():
+    for budget in (8, 3, 2, 1):
+        assert choose_way(OLMOE, SETUP, 128, int(budget * GIB), packable=False)[0].storage is None
+
+
+def test_attention_and_threads_take_memory():
+    def need(**options):
+        return profiling_memory(OLMOE, SETUP, 64, hold="layer", together=16, **options).parts
+
+    assert need(attention=True)["activations"] > need()["activations"]
+    assert need(threads=8)["waiting batches"] > need()["waiting batches"]
+    assert need()["kept experts"] == 64 * 3 * 2048 * 1024 * 2 + 3 * 2048 * 1024 * 2  # a layer, and the one being read
+
+
+def test_no_more_batches_side_by_side_than_threads_are_good_for():
+    way, reason = choose_way(OLMOE, SETUP, 8 * MAX_TOGETHER * 3, 12 * GIB)
+    assert way == ProfileWay("layer", None, 8, MAX_TOGETHER) and "read 3 times" in reason
+
+
+def test_the_owner_hears_which_way_and_why():
+    assert choose_way(OLMOE, SETUP, 128, 64 * GIB)[1].startswith("all experts as they come in memory: ")
+    assert choose_way(OLMOE, SETUP, 128, 8 * GIB)[1].startswith("layer by layer, experts as they come, read once: ")
+    lacking = choose_way(OLMOE, SETUP, 128, 0, "nf4")[1]
+    assert lacking.startswith("one expert at a time (a layer in nf4 is too large), read for each of 128 batches: ")
+    assert lacking.endswith("though only 0 B are free") or "though only" in lacking
+
+
+class Heard(NullProgress):
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    run = RunConfig(
+        run_id="run", model="tiny", method="hfedmoe", method_options={}, rounds=2, seed=3,
+        training=TrainingConfig(
+            local_steps=1, batch_size=4, sequence_length=64, profile_tokens=1024, evaluation_tokens=128
+        ),
+    )  # fmt: skip
+    import_model(str(tiny_model_directory()), folder / "run", run, RoundPolicy(rounds=2, min_clients=1))
+    lines = [{"text": f"def function_{i}(argument):\n    return argument + {i}\n" * 8} for i in range(40)]
+    (folder / "notes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder, run
+
+
+def one_round(run_folder, folder, storage):
+    root, run = run_folder
+    heard, blobs = Heard(), BlobStore(root / "run")
+    limits = DeviceLimits(4 << 30, expert_share=0.5, profile_storage=storage)
+    trainer = LocalTrainer(str(root / "notes.jsonl"), folder, limits, "me")
+    with RunReader(root / "run") as reader:
+        manifest = reader.manifest()
+    trainer.train_round(
+        run, manifest, Assignment(server_round=1, deadline_s=None, seed=0),
+        lambda items: {item.sha256: blobs.path(item.sha256) for item in items}, heard, folder / "update",
+    )  # fmt: skip
+    saved = json.loads((folder / PLAN_FILE).read_text())
+    return RouterRecord.from_dict(saved["profile"]), [text for text in heard.messages if text.startswith("profile:")]
+
+
+def test_a_device_profiles_as_its_owner_wishes(run_folder, tmp_path, monkeypatch):
+    found, ways = {}, []
+    made = device_profile.profile_blocks
+
+    def watched(*args, **kwargs):
+        ways.append(args[3])
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(device_profile, "profile_blocks", watched)
+    for storage in PROFILE_STORAGES:
+        found[storage], heard = one_round(run_folder, tmp_path / storage, storage)
+        assert len(heard) == 1
+    assert [way.storage for way in ways] == [None, None, "int8", "nf4"]
+    assert found["auto"].to_dict() == found["full"].to_dict()
+    for storage in ("int8", "nf4"):
+        assert found[storage].num_tokens == found["full"].num_tokens
+        assert found[storage].to_dict() != found["full"].to_dict()
+    with pytest.raises(ConfigError, match="asked for 'int4'"):
+        one_round(run_folder, tmp_path / "int4", "int4")

@@ -1,0 +1,143 @@
+"""The host never waits for a GPU in a layer: shown without one, on the device "meta", whose tensors have no values.
+
+Whatever asks for a value there, or has a shape that depends on values, raises. A copy between the host and the device
+is caught besides. The kernels themselves do nothing here; what they compute is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from edgefed.kernels import cuda_experts, cuda_kernels, dispatch
+from edgefed.kernels.masked_experts import LowRankPair, SlotWeights, masked_experts
+from edgefed.kernels.quantization import dequantize_experts, quantize_experts
+from edgefed.kernels.router_statistics import GATE_KINDS, new_statistics, router_statistics
+
+HIDDEN, WIDTH = 64, 32
+_spec = importlib.util.spec_from_file_location("_toys", Path(__file__).parents[1] / "moe" / "toy_models.py")
+_toys = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_toys)
+
+
+class Still:
+    """A library whose kernels return at once; sizes are those of any small call."""
+
+    def __init__(self):
+        self.called: list[str] = []
+
+    def __getattr__(self, name):
+        def function(*arguments):
+            self.called.append(name)
+            return 64 if name.endswith(("_size", "_scratch")) else 0
+
+        return function
+
+
+class NoCopies(TorchDispatchMode):
+    """Fails where a tensor with dimensions goes from the host to the device or back."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor) and t.ndim]
+        assert len({t.device.type for t in tensors}) <= 1, f"{function} copies between host and device"
+        return out
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """ "cuda" is the backend of the device "meta", and its library does nothing."""
+    still = Still()
+    kernels = cuda_kernels.CudaKernels(still, emulated=True)
+    monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
+    for module in (cuda_kernels, cuda_experts):
+        monkeypatch.setattr(module, "cuda_kernels", lambda: kernels)
+    for operation in dispatch.OPERATIONS:
+        dispatch.register_backend(operation, "cuda", "meta", lambda: None)
+    return still
+
+
+def swiglu(up: torch.Tensor) -> torch.Tensor:
+    gate, value = up.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def on_meta(*shape, dtype=torch.bfloat16, learns=False):
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=learns)
+
+
+def slots(*, learn: bool) -> list[SlotWeights]:
+    dense = SlotWeights(on_meta(2 * WIDTH, HIDDEN, learns=learn), on_meta(HIDDEN, WIDTH, learns=learn))
+    packed = [
+        quantize_experts(torch.randn(*shape).bfloat16(), "nf4").to("meta") for shape in ((64, HIDDEN), (HIDDEN, WIDTH))
+    ]
+    adapter = LowRankPair(on_meta(4, HIDDEN, learns=learn), on_meta(2 * WIDTH, 4, learns=learn), 0.5)
+    return [dense, SlotWeights(*packed), SlotWeights(*packed, up_lora=adapter), dense]
+
+
+@pytest.mark.parametrize("finish", [None, torch.tanh])
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_layer(library, tokens, learn, finish):
+    """Forwards always; backwards where weights are frozen. Those that learn wait once, for counts that the forward
+    pass sent: an expert without a token must get no gradient."""
+    hidden, weights = on_meta(tokens, HIDDEN, learns=True), on_meta(tokens, 2, learns=True)
+    indices = on_meta(tokens, 2, dtype=torch.int64)
+    layer = slots(learn=learn)
+    with NoCopies():
+        output = masked_experts(hidden, indices, weights, layer, activation=swiglu, finish=finish)
+        if not learn:
+            output.backward(torch.empty_like(output))
+    assert output.shape == hidden.shape and library.called.count("ef_cuda_combine") == (1 if learn else 2)
+    if not learn:
+        assert hidden.grad.shape == hidden.shape and weights.grad.shape == weights.shape
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_the_record_of_a_router(library, kind):
+    with NoCopies():
+        statistics = new_statistics(8, "meta")
+        router_statistics(statistics, on_meta(9, 8), on_meta(9, 2, dtype=torch.int64), on_meta(9, 2), kind=kind)
+    assert "ef_cuda_router_statistics" in library.called
+
+
+def test_dequantising(library):
+    matrix = quantize_experts(torch.randn(2, 8, 64), "nf4").to("meta")
+    with NoCopies():
+        assert dequantize_experts(matrix).shape == (2, 8, 64)
+    assert "ef_cuda_dequantize_nf4" in library.called
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+def test_a_layer_of_transformers_with_its_router(library, family):
+    """What `edgefed.register_experts` hooks in, called as transformers calls it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import edgefed
+
+    edgefed.register_experts()
+    config = AutoConfig.for_model(family, **_toys.FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config).to("meta").eval()
+    model.set_experts_implementation("edgefed")
+    hidden = on_meta(1, 7, config.hidden_size, dtype=torch.float32)
+    with torch.no_grad(), NoCopies():
+        output = model.model.layers[0].mlp(hidden)
+    assert (output[0] if isinstance(output, tuple) else output).shape == hidden.shape
+    assert "ef_cuda_combine" in library.called
+
+
+def test_the_test_would_notice(library):
+    """The reference does wait: for the counts, once a layer."""
+    hidden, indices, weights = on_meta(3, HIDDEN), on_meta(3, 2, dtype=torch.int64), on_meta(3, 2)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        masked_experts(hidden, indices, weights, slots(learn=False), activation=swiglu, backend="reference")
+    with pytest.raises(AssertionError, match="copies between host and device"), NoCopies():
+        torch.ones(3).to("meta")

@@ -1,0 +1,114 @@
+"""The Triton kernels as a user reaches them: by the name "triton" of each operation. Run by test_triton_values.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from edgefed.errors import ConfigError
+from edgefed.kernels import dispatch
+from edgefed.kernels.masked_experts import SlotWeights, masked_experts
+from edgefed.kernels.quantization import dequantize_experts, quantize_experts
+from edgefed.kernels.router_statistics import GATE_KINDS, gate_of, new_statistics, router_statistics
+from edgefed.triton_kernels.tensor_types import INTERPRETED
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def announced(monkeypatch):
+    """In the interpreter, "triton" is a backend for the CPU."""
+    monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
+    for operation in dispatch.OPERATIONS:
+        dispatch.register_backend(operation, "triton", DEVICE, lambda: None, before="native")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(3, 16, 64), (16, 64), (2, 0, 64)])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_quantising_gives_the_bytes_of_the_reference(format, shape, nested):
+    nested = nested and format == "nf4"
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = quantize_experts(weights, format, nested=nested, backend="reference")
+    found = quantize_experts(weights.to(DEVICE), format, nested=nested, backend="triton")
+    assert torch.equal(found.packed.cpu(), expected.packed)
+    torch.testing.assert_close(found.scales().cpu(), expected.scales(), rtol=0, atol=1e-6 if nested else 0)
+    values = dequantize_experts(found, backend="triton")
+    assert torch.equal(values, dequantize_experts(found, backend="reference"))
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(format, value):
+    weights = torch.ones(2, 8, 64, device=DEVICE)
+    weights[1, 2, 3] = value
+    with pytest.raises(ValueError, match="not a number"):
+        quantize_experts(weights, format, backend="triton")
+
+
+def test_int8_refuses_what_float16_cannot_hold_and_nf4_does_not():
+    weights = torch.full((1, 2, 64), 7e4, device=DEVICE)
+    with pytest.raises(ValueError, match="too large for float16"):
+        quantize_experts(weights, "int8", backend="triton")
+    assert dequantize_experts(quantize_experts(weights, "nf4", backend="triton"), backend="triton").eq(7e4).all()
+
+
+def test_part_of_a_block_is_an_error_by_name_and_left_to_another_otherwise(caplog):
+    weights = torch.randn(2, 7, 9, device=DEVICE)
+    with pytest.raises(ConfigError, match="whole number of blocks of 64"):
+        quantize_experts(weights, "nf4", backend="triton")
+    with caplog.at_level("INFO"):
+        matrix = quantize_experts(weights, "nf4")
+    assert "not triton: an expert of 63 weights is no whole number of blocks" in caplog.text
+    with pytest.raises(ConfigError, match="whole number of blocks of 64"):
+        dequantize_experts(matrix, backend="triton")
+    assert torch.equal(dequantize_experts(matrix), dequantize_experts(matrix, backend="reference"))
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_statistics_are_those_of_the_reference(kind):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 16, generator=generator)
+    router = gate_of(logits, "softmax") if kind == "probability" else logits
+    weights, indices = gate_of(logits, "softmax").topk(3, dim=1)
+    expected, wide = new_statistics(16), new_statistics(32).to(DEVICE)
+    found = wide[:, ::2]  # not contiguous
+    for _ in range(2):
+        router_statistics(expected, router, indices, weights, kind=kind, backend="reference")
+        arguments = (t.to(DEVICE) for t in (router, indices, weights))
+        router_statistics(found, *arguments, kind=kind, backend="triton")
+    np.testing.assert_allclose(found.cpu().numpy(), expected.numpy(), rtol=5e-6, atol=5e-6)
+    assert wide[:, 1::2].eq(0).all()
+
+
+def swiglu(up: torch.Tensor) -> torch.Tensor:
+    gate, value = up.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+@pytest.mark.parametrize("finish", [None, lambda rows: torch.tanh(rows) * 2 + 0.5])
+def test_a_layer_is_that_of_the_reference(finish):
+    results = []
+    for backend in ("triton", "reference"):
+        generator = torch.Generator().manual_seed(0)
+        stacks = torch.randn(2, 128, 64, generator=generator) * 0.1, torch.randn(2, 64, 64, generator=generator) * 0.1
+        dense = SlotWeights(*(stack[0].clone().to(DEVICE).requires_grad_() for stack in stacks))
+        frozen = SlotWeights(*(quantize_experts(stack[1], "nf4").to(DEVICE) for stack in stacks))
+        hidden = torch.randn(20, 64, generator=generator).to(DEVICE).requires_grad_()
+        indices = torch.randint(-1, 2, (20, 3), generator=generator).to(DEVICE)
+        indices[0] = 1  # merged experts: one slot, their weights added
+        weights = torch.rand(20, 3, generator=generator).to(DEVICE)
+        weights[indices < 0] = float("nan")  # what stands at a dropped pair is not read
+        weights.requires_grad_()
+        output = masked_experts(
+            hidden, indices, weights, [dense, frozen], activation=swiglu, finish=finish, backend=backend
+        )
+        output.square().sum().backward()
+        results.append([output.detach(), hidden.grad, weights.grad[indices >= 0], dense.up.grad, dense.down.grad])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -1,0 +1,232 @@
+"""The attention that tokens receive, against the whole attention matrices that transformers gives when it is asked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from edgefed.errors import UnsupportedArchitecture
+from edgefed.experts import LayerRecord, RouterRecord
+from edgefed.moe import attention_received
+from edgefed.moe.architecture import discover_layers
+from edgefed.moe.model import MoeModel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toy_models import FAMILIES, MORE_FAMILIES, SINCE  # noqa: E402
+
+LENGTH, WINDOW = 13, 5
+# Every kind of attention: plain, grouped, latent, with sinks and windows, with soft caps and norms, behind a mixer.
+CASES = {
+    **{family: {} for family in FAMILIES},
+    "mixtral": {"sliding_window": WINDOW},
+    "gpt_oss": {"sliding_window": WINDOW},
+    "deepseek_v2": {},
+    "granitemoe": {},
+    "phimoe": {},
+    "ernie4_5_moe": {},
+    "hunyuan_v1_moe": {},
+    "aria_text": {},
+    "gemma4_text": {},
+    "afmoe": {"sliding_window": WINDOW},
+}
+
+
+def build(family, **changes):
+    import transformers
+
+    if int(transformers.__version__.split(".")[1]) < SINCE.get(family, 0):
+        pytest.skip(f"{family} uses the experts interface since transformers 5.{SINCE[family]}")
+    torch.manual_seed(0)
+    try:
+        config = AutoConfig.for_model(family, **{**{**FAMILIES, **MORE_FAMILIES}[family], **changes})
+        module = AutoModelForCausalLM.from_config(config).eval()
+    except (ValueError, KeyError) as fault:
+        pytest.skip(f"this transformers has no {family}: {fault}")
+    return MoeModel(module, discover_layers(module), device=torch.device("cpu"))
+
+
+def tokens(rows=3, length=LENGTH):
+    return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def brute_force(model, input_ids, mask=None):
+    """{layer ordinal: attention_sum (E,)} from whole matrices; who sees whom is counted where weights are not zero."""
+    module = model.module
+    chosen, hooks = {}, []
+    for layer in model.layers:
+        hooks.append(
+            layer.experts.register_forward_pre_hook(
+                lambda m, args, layer=layer: chosen.update({layer.ordinal: args[1].clone()})
+            )
+        )
+    before = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    attentions = module(input_ids=input_ids, attention_mask=mask, output_attentions=True).attentions
+    module.set_attn_implementation(before)
+    for hook in hooks:
+        hook.remove()
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    sums = {}
+    for layer in model.layers:
+        index = int(layer.experts_path.split("layers.")[1].split(".")[0])
+        expected = np.zeros(layer.num_experts)
+        matrix = attentions[index].double().numpy()  # (B, heads, S, S)
+        rows, _, length, _ = matrix.shape
+        for row in range(rows):
+            for token in range(length):
+                if not real[row, token]:
+                    continue
+                column = [matrix[row, :, query, token] for query in range(length) if real[row, query]]
+                seen = [weights.mean() for weights in column if weights.any()]
+                for expert in chosen[layer.ordinal][row * length + token].tolist():
+                    expected[expert] += sum(seen) / len(seen)
+        sums[layer.ordinal] = expected
+    return sums
+
+
+def recorded(model, input_ids, mask=None):
+    with model.record_statistics(attention=True) as recorder, torch.no_grad():
+        logits = model.module(input_ids=input_ids, attention_mask=mask).logits
+    return recorder, recorder.take(), logits
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_equals_the_whole_matrix(family):
+    model = build(family, **CASES[family])
+    expected = brute_force(model, tokens())
+    recorder, record, _ = recorded(model, tokens())
+    assert not recorder.attention.notes
+    for layer, layer_record in zip(model.layers, record.layers, strict=True):
+        np.testing.assert_allclose(layer_record.attention_sum, expected[layer.ordinal], rtol=2e-5, atol=1e-7)
+        assert layer_record.tokens_per_expert.sum() == 3 * LENGTH * layer.top_k
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("piece_bytes", [1, 4 * 4 * LENGTH * 3, 4 * 4 * LENGTH * LENGTH, 4 * 4 * LENGTH * LENGTH * 2])
+def test_pieces_change_nothing_and_stay_small(family, piece_bytes, monkeypatch):
+    model = build(family, **CASES[family])
+    _, whole, logits = recorded(model, tokens())
+    sizes = []
+    file = sys.modules[type(model.module).__module__]
+    eager = file.eager_attention_forward
+
+    def watched(*args, **kwargs):
+        output, weights = eager(*args, **kwargs)
+        sizes.append((weights.numel() * 4, weights.shape[2]))
+        return output, weights
+
+    monkeypatch.setattr(attention_received, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(file, "eager_attention_forward", watched)
+    _, record, again = recorded(model, tokens())
+    torch.testing.assert_close(again, logits, rtol=1e-5, atol=1e-6)
+    assert all(size <= piece_bytes or queries == 1 for size, queries in sizes)
+    assert len(sizes) > len(model.layers)
+    for a, b in zip(whole.layers, record.layers, strict=True):
+        np.testing.assert_allclose(a.attention_sum, b.attention_sum, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_neither_looks_nor_is_seen(family, side):
+    model = build(family, **CASES[family])
+    mask = torch.ones(3, LENGTH, dtype=torch.int64)
+    mask[1, slice(0, 4) if side == "left" else slice(-4, None)] = 0
+    expected = brute_force(model, tokens(), mask)
+    _, record, _ = recorded(model, tokens(), mask)
+    for layer, layer_record in zip(model.layers, record.layers, strict=True):
+        np.testing.assert_allclose(layer_record.attention_sum, expected[layer.ordinal], rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_the_model_computes_the_same_and_is_left_as_it_was(family):
+    model = build(family)
+    implementations = [c._attn_implementation for c in attention_received._configs(model.module)]
+    with torch.no_grad():
+        logits = model.module(tokens()).logits
+    _, record, while_recorded = recorded(model, tokens())
+    torch.testing.assert_close(while_recorded, logits, rtol=1e-4, atol=1e-5)
+    assert [c._attn_implementation for c in attention_received._configs(model.module)] == implementations
+    assert not any(hasattr(module, "edgefed_attention") for module in model.module.modules())
+    assert all(np.isfinite(layer.attention_sum).all() for layer in record.layers)
+    with torch.no_grad():
+        torch.testing.assert_close(model.module(tokens()).logits, logits)
+
+
+def test_it_is_left_as_it_was_after_an_error():
+    model = build("olmoe")
+    before = model.module.config._attn_implementation
+    with pytest.raises(IndexError), model.record_statistics(attention=True):
+        model.module(torch.tensor([[1, 5000]]))
+    assert model.module.config._attn_implementation == before
+    assert not any(hasattr(module, "edgefed_attention") for module in model.module.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "uniform"),
+    [
+        ("jamba", "model.layers.0.feed_forward.experts has no attention matrix before it", [0]),
+        ("qwen3_next", "model.layers.0.mlp.experts has no attention matrix before it", [0]),
+        ("lfm2_moe", "none in its own decoder layer: it takes the last before (model.layers.0.self_attn)", []),
+        ("nemotron_h", "none in its own decoder layer", []),
+    ],
+)
+def test_layers_without_an_attention_matrix_are_told(family, words, uniform):
+    model = build(family)
+    recorder, record, _ = recorded(model, tokens())
+    assert [note for note in recorder.attention.notes if words in note]
+    for ordinal in uniform:
+        np.testing.assert_array_equal(record.layers[ordinal].attention_sum, record.layers[ordinal].tokens_per_expert)
+    # A second pass begins anew: the first layer does not see the attention of the pass before.
+    again, second, _ = recorded(model, tokens())
+    np.testing.assert_array_equal(second.layers[0].attention_sum, record.layers[0].attention_sum)
+
+
+def test_an_attention_of_its_own_is_refused_by_name(monkeypatch):
+    model = build("olmoe")
+    monkeypatch.delattr(sys.modules[type(model.module).__module__], "eager_attention_forward")
+    query = torch.zeros(1, 4, 3, 8)
+    with (
+        pytest.raises(UnsupportedArchitecture, match="no eager attention is written beside OlmoeAttention"),
+        model.record_statistics(attention=True),
+    ):
+        attention_received._attention(model.module.model.layers[0].self_attn, query, query, query, None)
+
+
+def test_batches_add_up_and_nothing_is_recorded_unasked():
+    model = build("olmoe")
+    with model.record_statistics(attention=True) as recorder, torch.no_grad():
+        for row in tokens():
+            model.module(row[None])
+    one_by_one = recorder.take()
+    _, together, _ = recorded(model, tokens())
+    for a, b in zip(one_by_one.layers, together.layers, strict=True):
+        np.testing.assert_allclose(a.attention_sum, b.attention_sum, rtol=1e-5)
+    with model.record_statistics() as recorder, torch.no_grad():
+        model.module(tokens())
+    assert all(layer.attention_sum is None for layer in recorder.take().layers)
+
+
+def layer_record(attention):
+    values = np.array([2.0, 0.0, 4.0])
+    return LayerRecord(5, values, values, values, -values, -values, values, attention)
+
+
+def test_records_with_attention_add_and_travel():
+    record = layer_record(np.array([0.5, 0.0, 1.0]))
+    np.testing.assert_array_equal(record.mean_attention, [0.25, 0.0, 0.25])
+    np.testing.assert_array_equal((record + record).attention_sum, [1.0, 0.0, 2.0])
+    assert (layer_record(None) + layer_record(None)).attention_sum is None and layer_record(None).mean_attention is None
+    with pytest.raises(ValueError, match="one record has the attention"):
+        record + layer_record(None)
+    for layer in (record, layer_record(None)):
+        saved = RouterRecord((layer,)).to_dict()
+        assert RouterRecord.from_dict(saved).to_dict() == saved
+    old = RouterRecord((record,)).to_dict()
+    del old["layers"][0]["attention_sum"]
+    assert RouterRecord.from_dict(old).layers[0].attention_sum is None

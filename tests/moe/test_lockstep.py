@@ -1,0 +1,92 @@
+"""Passes that go side by side: their order, their failures, and that nothing of them is left."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from edgefed.moe.lockstep import pause, run_in_lockstep
+
+CPU = torch.device("cpu")
+
+
+def waiting_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "edgefed-lockstep"]
+
+
+def test_all_come_to_a_point_before_any_goes_on():
+    seen, rounds = [], []
+
+    def steps(name, count):
+        def run():
+            for step in range(count):
+                seen.append((name, step))
+                pause()
+            seen.append((name, "end"))
+
+        return run
+
+    run_in_lockstep([steps("a", 2), steps("b", 2), steps("c", 1)], CPU, rounds.append)
+    assert seen == [
+        ("a", 0), ("b", 0), ("c", 0),
+        ("a", 1), ("b", 1), ("c", "end"),
+        ("a", "end"), ("b", "end"),
+    ]  # fmt: skip
+    assert rounds == [1, 2, 3] and not waiting_threads()
+
+
+def test_one_runs_at_a_time_without_gradients():
+    running, most = [], []
+
+    def run():
+        for _ in range(3):
+            running.append(1)
+            most.append(len(running))
+            assert not torch.is_grad_enabled()
+            running.pop()
+            pause()
+
+    with torch.enable_grad():
+        run_in_lockstep([run] * 5, CPU)
+    assert set(most) == {1} and len(most) == 15
+
+
+def test_a_failure_unwinds_the_others_and_is_raised():
+    unwound, reached = [], []
+
+    def fine():
+        try:
+            pause()
+            reached.append(1)
+        except Exception:  # as a model's code may do: it must not hold the pass up
+            reached.append("caught")
+        finally:
+            unwound.append(1)
+
+    def broken():
+        raise ValueError("no such expert")
+
+    with pytest.raises(ValueError, match="no such expert"):
+        run_in_lockstep([fine, broken, fine], CPU)
+    assert unwound == [1] and not reached  # the third never began
+    assert not waiting_threads()
+
+
+def test_who_listens_may_stop_it():
+    def run():
+        pause()
+        pause()
+
+    def stop(number):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_lockstep([run, run], CPU, stop)
+    assert not waiting_threads()
+
+
+def test_a_pause_alone_does_nothing():
+    pause()
+    run_in_lockstep([], CPU)

@@ -1,0 +1,227 @@
+"""Whole simulations, small: the same twice, the same after a kill, and what devices do to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from edgefed.errors import ConfigError
+from edgefed.hardware.profiles import find_profile
+from edgefed.protocol.messages import TrainingConfig
+from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
+from edgefed.simulation.pictures import save_pictures
+from edgefed.simulation.simulate import CONFIG_FILE, RESULT_FILE, simulate
+
+WORDS = ("def read(path):", "return open(path).read()", "class Reader:", "for line in lines:", "import json", "x = 1")
+TRAINING = TrainingConfig(local_steps=2, batch_size=2, sequence_length=32, profile_tokens=128, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for number, name in enumerate(("fast", "slow")):
+        rows = [" ".join(WORDS[(index * (number + 2) + word) % len(WORDS)] for word in range(8)) + f" # {index}"
+                for index in range(24)]  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return folder
+
+
+def device(texts: Path, name: str, profile: str, network: str = "fibre", **changes) -> SimulatedDevice:
+    return SimulatedDevice(name, find_profile(profile), LINKS[network], str(texts / f"{name}.jsonl"), **changes)
+
+
+def config(texts: Path, *methods: str, **changes) -> SimulationConfig:
+    given = {
+        "fleet": (device(texts, "fast", "rtx-4090"), device(texts, "slow", "jetson-orin-nano-8gb", "cable")),
+        "methods": tuple(MethodChoice(name, {"probes": 1} if name == "flux" else {}) for name in methods),
+        "cost_shape": "OLMoE-1B-7B",
+        "rounds": 2,
+        "training": TRAINING,
+        "evaluation_tokens": 128,
+    }
+    return SimulationConfig(**{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def reference(texts, tmp_path_factory):
+    """One uninterrupted simulation: (its result, its folder)."""
+    out = tmp_path_factory.mktemp("reference")
+    return simulate(config(texts, "flux"), out), out
+
+
+def test_a_fleet_learns_and_every_second_is_accounted_for(reference):
+    result, out = reference
+    run = result.run("flux")
+    assert len(run.rounds) == 2 and not run.refused and not run.stopped
+    assert all(math.isfinite(loss) for _, loss in run.curve)
+    assert run.rounds[-1].loss < run.first.loss  # two steps on a model that was made for such text
+    assert 0 < run.first.accuracy < 1
+    begins = 0.0
+    for each in run.rounds:
+        for client in each.clients.values():
+            total = sum(client.seconds.values()) + client.late + client.waits + client.hidden
+            assert total == pytest.approx(each.ends - begins)
+            assert client.seconds["train"] > 0 and client.seconds["upload"] > 0 and client.bytes_up > 0
+        begins = each.ends
+    assert json.loads((out / RESULT_FILE).read_text()) == json.loads(json.dumps(result.to_dict()))
+
+
+def test_budgets_are_those_of_the_devices_with_the_cost_shape(reference):
+    run = reference[0].run("flux")
+    for each in run.rounds:
+        for name, client in each.clients.items():
+            assert 0 < client.memory_bytes <= reference[0].budgets[name]
+        assert sum(each.clients["slow"].held) < sum(each.clients["fast"].held) == 64
+        # What the small device cannot hold one by one is merged.
+        assert sum(each.clients["slow"].merged) > 0 == sum(each.clients["fast"].merged)
+    assert sum(len(row) for row in run.usage["slow"]) == 64
+
+
+def test_the_slower_device_decides_how_long_a_round_takes(reference):
+    for each in reference[0].run("flux").rounds:
+        assert each.slowest == "slow"
+        assert each.clients["slow"].waits + each.clients["slow"].hidden == pytest.approx(each.aggregation)
+        assert each.clients["fast"].waits > 0
+
+
+def test_a_profile_of_the_next_round_hides_in_the_wait(reference):
+    first, last = reference[0].run("flux").rounds
+    assert first.clients["fast"].hidden > 0 == last.clients["fast"].hidden  # nothing comes after the last round
+    assert first.clients["fast"].seconds["profile"] > 0 == last.clients["fast"].seconds["profile"]
+
+
+TOML = """
+methods = [{ method = "flux", options = { probes = 1 } }]
+cost-shape = "OLMoE-1B-7B"
+rounds = 2
+evaluation-tokens = 128
+[training]
+local-steps = 2
+batch-size = 2
+sequence-length = 32
+profile-tokens = 128
+learning-rate = 1e-3
+[data]
+sources = ["fast.jsonl", "slow.jsonl"]
+[[fleet]]
+name = "fast"
+profile = "rtx-4090"
+[[fleet]]
+name = "slow"
+profile = "jetson-orin-nano-8gb"
+network = "cable"
+"""
+
+
+@pytest.mark.parametrize("moment", ["clients/client-0000/done.json", "clients/client-0001/before-2"])
+def test_a_killed_simulation_goes_on_and_gives_the_same_numbers(
+    reference, texts, tmp_path, processes, wait_for, moment
+):
+    """In other processes: so the numbers depend neither on the process nor on where it was killed."""
+    (texts / "fleet.toml").write_text(TOML)
+    out = tmp_path / "out"
+    command = ("-m", "edgefed", "simulate", texts / "fleet.toml", "--out", out, "--json", "--no-pictures")
+    first = processes(*command, log=tmp_path / "first.log")
+    wait_for(lambda: (out / "flux" / moment).exists() or first.poll() is not None, moment)
+    assert first.poll() is None, (tmp_path / "first.log").read_text()
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (out / RESULT_FILE).exists()
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == json.loads(json.dumps(reference[0].to_dict()))
+    again = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
+    assert json.loads(again.stdout) == found  # nothing was done again
+
+
+def test_two_simulations_are_equal_bit_for_bit(reference, texts, tmp_path):
+    assert simulate(config(texts, "flux"), tmp_path / "again").to_dict() == reference[0].to_dict()
+
+
+def test_devices_that_exchange_nothing_do_not_touch_each_other(texts, tmp_path):
+    """They share one model object here; each must go on from its own weights."""
+    both = simulate(config(texts, "local"), tmp_path / "both").run("local")
+    alone = dataclasses.replace(config(texts, "local"), fleet=config(texts, "local").fleet[1:])
+    single = simulate(alone, tmp_path / "alone").run("local")
+    assert [each.clients["slow"].train_loss for each in both.rounds] == [
+        each.clients["slow"].train_loss for each in single.rounds
+    ]
+    assert both.rounds[-1].loss == both.first.loss  # nobody changed the global model
+    assert both.rounds[1].clients["slow"].train_loss != both.rounds[0].clients["slow"].train_loss
+
+
+def test_a_device_that_is_too_small_is_told_and_the_others_go_on(texts, tmp_path):
+    small = device(texts, "slow", "jetson-orin-nano-8gb", memory_bytes=500 << 20)
+    fleet = (device(texts, "fast", "rtx-4090"), small)
+    seen = []
+    result = simulate(config(texts, "random", fleet=fleet), tmp_path / "out", seen.append)
+    run = result.run("random")
+    assert list(run.refused) == ["slow"] and "one expert in each" in run.refused["slow"]
+    assert [list(each.clients) for each in run.rounds] == [["fast"]] * 2
+    assert any("takes no part" in event.message for event in seen)
+    assert [event.ended.server_round for event in seen if event.ended] == [1, 2]
+    nobody = simulate(config(texts, "random", fleet=(small,)), tmp_path / "nobody").run("random")
+    assert not nobody.rounds and "no device" in nobody.stopped
+
+
+def test_what_is_there_already_is_not_downloaded(texts, tmp_path):
+    plain, installed = (
+        simulate(config(texts, "random", rounds=1, preinstalled=there), tmp_path / str(there)).run("random").rounds[0]
+        for there in (False, True)
+    )
+    assert installed.loss == plain.loss
+    for name in ("fast", "slow"):
+        assert installed.clients[name].bytes_down == 0 < plain.clients[name].bytes_down
+
+
+def test_extra_metrics_are_of_the_global_model_and_targets_find_the_round(texts, tmp_path):
+    calls = []
+
+    def score(module, tokenizer, held_out):
+        calls.append(sorted(held_out))
+        return {"rounds seen": float(len(calls) - 1)}
+
+    own = config(texts, "random", cost_shape=None)  # every device is charged with the model as it is
+    run = simulate(own, tmp_path / "out", score=score).run("random")
+    assert run.rounds[0].clients["slow"].held == (16, 16, 16, 16)
+    assert calls == [["fast", "slow"]] * 3
+    assert run.seconds_to(1.0, "rounds seen") == run.rounds[0].ends
+    assert run.seconds_to(2.0, "rounds seen") == run.rounds[1].ends
+    assert run.seconds_to(9.0, "rounds seen") is None
+    assert run.seconds_to(run.rounds[1].loss) in (run.rounds[0].ends, run.rounds[1].ends)
+    assert run.seconds_to(run.first.loss + 1) == 0
+
+
+def test_a_folder_of_something_else_is_refused(texts, tmp_path, reference):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds no simulation"):
+        simulate(config(texts, "random"), tmp_path)
+    assert (reference[1] / CONFIG_FILE).exists()
+    with pytest.raises(ConfigError, match="other settings"):
+        simulate(config(texts, "flux", seed=1), reference[1])
+
+
+def test_pictures_show_something(reference, tmp_path):
+    result = dataclasses.replace(reference[0], target_loss=reference[0].run("flux").rounds[0].loss)
+    paths = save_pictures(tmp_path, result)
+    assert [path.name for path in paths] == ["quality.png", "time.png", "budget.png", "experts.png"]
+    for path in paths:
+        with Image.open(path) as image:
+            assert min(image.size) > 200
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "edgefed", "simulate", str(tmp_path / "none.toml")], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "cannot read" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,237 @@
+"""Profiles made in every way: the same as of the full model in memory, with as few reads as promised."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import threading
+import weakref
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgefed.errors import CheckpointError, ConfigError
+from edgefed.experts import LayerRecord, RouterRecord
+from edgefed.kernels.quantization import dequantize_experts, quantize_experts
+from edgefed.moe import full_layers
+from edgefed.moe.architecture import discover_layers
+from edgefed.moe.bank import ExpertBank
+from edgefed.moe.model import MoeModel
+from edgefed.moe.scope import TrainScope
+from edgefed.moe.sources import MemorySource
+from edgefed.training.encoding import TokenBlocks
+from edgefed.training.profiling import ProfileWay, activation_error, profile_blocks, top_k_agreement
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toy_training  # noqa: E402
+
+FIELDS = [f.name for f in dataclasses.fields(LayerRecord) if f.name != "num_tokens"]
+BATCHES, ROWS, LENGTH = 4, 4, 12
+HELD = [
+    ProfileWay("expert", None, ROWS, 1),
+    ProfileWay("layer", None, ROWS, 0),
+    ProfileWay("layer", None, ROWS, 3),
+    ProfileWay("all", None, ROWS, 1),
+    ProfileWay("layer", None, 1, 0),
+]
+
+
+class CountingSource(MemorySource):
+    def __init__(self, units):
+        super().__init__(units)
+        self.reads = Counter()
+
+    def read(self, unit_key):
+        self.reads[unit_key] += 1
+        return super().read(unit_key)
+
+
+def make(family, scope=None, **changes):
+    """(full model, its units, blocks of text of which the last batch is smaller)."""
+    module = toy_training.build(family, **changes)
+    if module is None:
+        pytest.skip(f"this transformers has no {family} with an experts interface")
+    model = MoeModel(module, discover_layers(module), device=torch.device("cpu"))
+    units = {s.key: {n: t.clone() for n, t in ts.items()} for s, ts in model.iter_units(scope, seed=7)}
+    ids = torch.randint(3, 96, (BATCHES * ROWS - 1, LENGTH), generator=torch.Generator().manual_seed(3))
+    return model, units, TokenBlocks(ids, ids)
+
+
+def assert_same(record, expected, rtol=1e-6):
+    for found, real in zip(record.layers, expected.layers, strict=True):
+        assert found.num_tokens == real.num_tokens == (BATCHES * ROWS - 1) * LENGTH
+        for name in FIELDS:
+            a, b = getattr(found, name), getattr(real, name)
+            assert (a is None) == (b is None), name
+            if a is not None:
+                np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("family", list(toy_training.KNOWN))
+def test_every_way_records_the_same(family):
+    model, units, blocks = make(family)
+    expected = profile_blocks(model, blocks, way=ProfileWay(batch_size=ROWS), attention=True)
+    model.drop_experts()
+    for way in HELD:
+        record = profile_blocks(model, blocks, MemorySource(units), way, attention=True)
+        assert_same(record, expected, rtol=1e-5)
+        assert all(layer.attention_sum.any() for layer in record.layers)
+
+
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+@pytest.mark.parametrize("family", list(toy_training.FAMILIES))
+def test_quantised_is_the_model_of_the_quantised_values(family, storage):
+    """As if every matrix had been replaced by what its 4 or 8 bits stand for (int8 also rounds what it multiplies)."""
+    model, units, blocks = make(family)
+    stored = {
+        key: {n: dequantize_experts(quantize_experts(t, storage)) if t.ndim == 2 else t for n, t in tensors.items()}
+        if ".experts." in key
+        else tensors
+        for key, tensors in units.items()
+    }
+    plain = profile_blocks(model, blocks, MemorySource(units), ProfileWay("all"))
+    expected = profile_blocks(model, blocks, MemorySource(stored), ProfileWay("all"))
+    for hold in ("layer", "all"):
+        record = profile_blocks(model, blocks, MemorySource(units), ProfileWay(hold, storage, ROWS, 0))
+        for found, real, other in zip(record.layers, expected.layers, plain.layers, strict=True):
+            np.testing.assert_allclose(found.gate_sum, real.gate_sum, rtol=2e-2 if storage == "int8" else 1e-5)
+            if found is record.layers[-1]:
+                assert not np.allclose(found.gate_sum, other.gate_sum, rtol=1e-7)
+
+
+@pytest.mark.parametrize("storage", [None, "int8", "nf4"])
+def test_each_expert_is_read_once_whatever_the_batches(storage):
+    model, units, blocks = make("olmoe")
+    model.drop_experts()
+    for way, reads in (
+        (ProfileWay("layer", storage, ROWS, 0), 1),
+        (ProfileWay("layer", storage, 1, 0), 1),
+        (ProfileWay("all", storage, 1, 1), 1),
+        (ProfileWay("layer", storage, ROWS, 2), 2),
+        (ProfileWay("layer", storage, ROWS, 1), BATCHES),
+    ):
+        source = CountingSource(units)
+        profile_blocks(model, blocks, source, way)
+        assert set(source.reads.values()) == {reads} and len(source.reads) == 16, way
+
+
+def test_only_one_layer_is_held_at_a_time(monkeypatch):
+    """When the experts of a layer are read, those of no other layer are there any more."""
+    model, units, blocks = make("mixtral", num_hidden_layers=4)
+    model.drop_experts()
+    made, alive = [], []
+
+    class Watched(ExpertBank):
+        def __init__(self, *args):
+            gc.collect()
+            alive.append(sum(bank() is not None for bank in made))
+            made.append(weakref.ref(self))
+            super().__init__(*args)
+
+    monkeypatch.setattr(full_layers, "ExpertBank", Watched)
+    profile_blocks(model, blocks, MemorySource(units), ProfileWay("layer", "nf4", ROWS, 0))
+    gc.collect()
+    assert alive == [0, 0, 0, 0] and not any(bank() is not None for bank in made)
+
+
+def test_adapters_are_part_of_it():
+    scope = TrainScope(experts="lora", router="none", lora_rank=2)
+    model, units, blocks = make("olmoe", scope)
+    for key, tensors in units.items():
+        if key.endswith(":lora"):
+            for name, tensor in tensors.items():
+                tensor.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(len(key + name)))
+    base = profile_blocks(model, blocks, MemorySource(units), ProfileWay("all"))
+    expected = profile_blocks(model, blocks, MemorySource(units), HELD[0], scope=scope)
+    assert activation_error(expected, base) > 0
+    for way in HELD[1:]:
+        assert_same(profile_blocks(model, blocks, MemorySource(units), way, scope=scope), expected, rtol=1e-5)
+
+
+def test_progress_adds_up():
+    model, units, blocks = make("olmoe")
+    for way in HELD:
+        done = []
+        profile_blocks(model, blocks, MemorySource(units), way, on_batch=done.append)
+        assert sum(done) == blocks.num_tokens and all(tokens >= 0 for tokens in done) and len(done) > 1
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "edgefed-lockstep"]
+
+
+@pytest.mark.parametrize("way", HELD)
+def test_a_missing_expert_is_told_and_nothing_is_left_behind(way):
+    model, units, blocks = make("olmoe")
+    expected = profile_blocks(model, blocks, MemorySource(units), way)
+    key = model.layers[1].expert_key(int(np.argmax(expected.layers[1].tokens_per_expert)))
+    model.drop_experts()
+    with pytest.raises(CheckpointError, match=f"no unit '{key}'"):
+        profile_blocks(model, blocks, MemorySource({k: t for k, t in units.items() if k != key}), way, attention=True)
+    assert not threads()
+    assert_same(profile_blocks(model, blocks, MemorySource(units), way), expected)
+
+
+def test_who_listens_may_stop_it():
+    model, units, blocks = make("olmoe")
+
+    class Stop(Exception):
+        pass
+
+    def stop(tokens):
+        raise Stop
+
+    for way in HELD:
+        with pytest.raises(Stop):
+            profile_blocks(model, blocks, MemorySource(units), way, on_batch=stop)
+        assert not threads()
+
+
+def test_what_cannot_be_quantised_is_told():
+    model, units, blocks = make("olmoe")
+    key = model.layers[0].expert_key(3)
+    units[key]["down_proj"][0, 0] = torch.inf
+    with pytest.raises(CheckpointError, match=f"'down_proj' of unit '{key}' cannot be stored as nf4"):
+        profile_blocks(model, blocks, MemorySource(units), ProfileWay("layer", "nf4", ROWS, 0))
+    with pytest.raises(ConfigError, match="read one at a time are used as they come"):
+        profile_blocks(model, blocks, MemorySource(units), ProfileWay("expert", "nf4", ROWS, 0))
+    with pytest.raises(ConfigError, match="asked for 'int4'"):
+        profile_blocks(model, blocks, MemorySource(units), ProfileWay("all", "int4", ROWS, 0))
+    with pytest.raises(ConfigError, match="asked for 'disk'"):
+        profile_blocks(model, blocks, MemorySource(units), ProfileWay("disk"))
+
+
+def test_layers_without_attention_are_told():
+    model, units, blocks = make("jamba")
+    heard = []
+    profile_blocks(model, blocks, MemorySource(units), HELD[1], attention=True, tell=heard.append)
+    assert len(heard) == 1 and heard[0].startswith("attention: model.layers.0.feed_forward.experts has no attention")
+
+
+def record(*frequencies):
+    layers = []
+    for values in frequencies:
+        counts = np.array(values, dtype=np.float64)
+        layers.append(LayerRecord(10, counts, counts, counts, -counts, -counts, counts))
+    return RouterRecord(tuple(layers))
+
+
+def test_errors_by_hand():
+    truth = record([10, 5, 0, 5], [2, 2, 8, 8])
+    estimate = record([5, 5, 5, 5], [2, 4, 8, 6])
+    # Layer 0: |5-10|/10, 0, (unused), 0 -> 0.5/3. Layer 1: 0, 1, 0, 0.25 -> 1.25/4.
+    assert activation_error(estimate, truth) == pytest.approx((0.5 / 3 + 1.25 / 4) / 2)
+    assert activation_error(truth, truth) == 0 and top_k_agreement(truth, truth) == 1
+    # Two experts a token. Layer 0: {0, 1} against {0, 1}; layer 1: {2, 3} against {2, 3}.
+    assert top_k_agreement(estimate, truth) == 1
+    assert top_k_agreement(record([1, 9, 9, 1], [9, 9, 1, 1]), truth) == pytest.approx((0.5 + 0) / 2)
+    assert top_k_agreement(record([1, 9, 9, 1], [9, 9, 1, 1]), truth, count=3) == pytest.approx((2 / 3 + 2 / 3) / 2)
+    with pytest.raises(ValueError, match="records of layers with"):
+        activation_error(record([1, 2]), truth)
+    empty = dataclasses.replace(truth.layers[0], num_tokens=0)
+    with pytest.raises(ValueError, match="no token"):
+        activation_error(RouterRecord((empty,)), RouterRecord((empty,)))
