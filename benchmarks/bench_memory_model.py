@@ -91,6 +91,7 @@ class Plan:
     checkpointing: bool = False
     chunked_loss: bool = False
     expert_storage: str | None = None
+    offload: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,7 @@ def measure_plan(model: MoeModel, plan: Plan, shape: ModelShape, dtype: str, mod
         lora_rank=LORA_RANK,
         checkpointing=plan.checkpointing,
         chunked_loss=plan.chunked_loss,
+        offload=plan.offload,
         device=device,
         kernels=model.training_kernels(),
     )

@@ -89,3 +89,21 @@ def hash_file(path: Path) -> tuple[str, int]:
             digest.update(memoryview(buffer)[:count])
             size += count
     return digest.hexdigest(), size
+
+
+def filesystem(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
+    """Type of the filesystem that ``folder`` is on (ext4, tmpfs, overlay), "" where it cannot be found out."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+        place = folder.resolve()
+    except OSError:
+        return ""
+    best, kind = -1, ""
+    for line in lines:
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        mounted = Path(fields[1].replace("\\040", " "))
+        if (place == mounted or mounted in place.parents) and len(mounted.parts) >= best:
+            best, kind = len(mounted.parts), fields[2]
+    return kind

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.experts import ExpertPlan, RouterRecord
+from edgefed.experts import ExpertPlan, Role, RouterRecord
 
 DPI = 144
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#6d597a", "#2e4057", "#8d6a9f", "#00798c")
@@ -23,8 +23,23 @@ def heat_map_rows(record: RouterRecord) -> np.ndarray:
     return rows
 
 
+MARKERS = {
+    Role.TUNED: {"marker": "o", "markersize": 3},
+    Role.FROZEN: {"marker": "o", "markersize": 4, "markerfacecolor": "none"},
+    Role.MERGED: {"marker": "x", "markersize": 2.5, "alpha": 0.6},
+}
+
+
+def _padded(marks: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(marks, (0, width - len(marks)))
+
+
 def draw_heat_map(axes, record: RouterRecord, title: str, plan: ExpertPlan | None = None) -> None:
-    """Draw experts as columns, layers as rows, routed share as colour; a dot marks what ``plan`` holds."""
+    """Draw experts as columns, layers as rows, routed share as colour.
+
+    What ``plan`` trains has a dot, what it holds unchanged a ring, and what is only there within a merged expert a
+    small cross.
+    """
     rows = heat_map_rows(record)
     image = axes.imshow(rows * 100, cmap="viridis", aspect="auto", vmin=0)
     axes.set_title(title, fontsize=9, loc="left")
@@ -33,8 +48,9 @@ def draw_heat_map(axes, record: RouterRecord, title: str, plan: ExpertPlan | Non
     axes.set_yticks(range(len(rows)), labels=range(len(rows)) if len(rows) <= 32 else [""] * len(rows), fontsize=7)
     axes.tick_params(axis="x", labelsize=7)
     if plan is not None:
-        held = plan.held_keys()
-        axes.plot([e for _, e in held], [layer for layer, _ in held], "o", color="white", markersize=3)
+        for role, marker in MARKERS.items():
+            layers, experts = np.nonzero([_padded(roles == role, rows.shape[1]) for roles in plan.roles])
+            axes.plot(experts, layers, linestyle="none", color="white", **marker)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("% of tokens", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -83,8 +99,14 @@ def save_federation_picture(
         axes.legend(fontsize=7, framealpha=0.8, edgecolor="none")
     for index, (client, (record, plan)) in enumerate(profiles.items()):
         axes = figure.add_subplot(grid[1 + index // 2, index % 2])
-        draw_heat_map(axes, record, f"{client}: experts its text uses (dot: held)", plan)
+        draw_heat_map(axes, record, f"{client}: experts its text uses ({_legend(plan)})", plan)
     _save(figure, path)
+
+
+def _legend(plan: ExpertPlan | None) -> str:
+    meanings = {Role.TUNED: "dot: trained", Role.FROZEN: "ring: held", Role.MERGED: "cross: merged"}
+    here = [text for role, text in meanings.items() if plan and any((roles == role).any() for roles in plan.roles)]
+    return ", ".join(here) or "nothing is held"
 
 
 def _subplots(rows: int, columns: int, *, width: float, height: float):

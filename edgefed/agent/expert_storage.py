@@ -31,6 +31,11 @@ def required_storage(wish: str, method: Method, training: TrainingConfig, model:
         wish, asked = method.expert_storage, f"the method {method.name}"
     if wish in ("auto", "full"):
         return None
+    if method.offloads_experts:
+        raise ConfigError(
+            f"{asked} wants {wish}, but {method.name} offloads experts the way they come",
+            remedy="Join without --expert-storage, or run another method.",
+        )
     if method.holds_all_experts and training.experts == "full":
         raise ConfigError(
             f"{asked} wants {wish}, but {method.name} trains every expert in full: none is left to be quantised",

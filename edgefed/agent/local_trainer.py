@@ -22,6 +22,7 @@ import torch
 
 from edgefed.agent.agent import Fetch, TrainedUpdate
 from edgefed.agent.memory_guard import MemoryGuard, PlanShrunk
+from edgefed.agent.placing import ExpertPlacer
 from edgefed.agent.planner import DeviceLimits, Planner
 from edgefed.agent.progress import ProgressSink
 from edgefed.agent.reports import expert_reports, expert_survey, probe_explored, round_metrics, write_update
@@ -33,13 +34,12 @@ from edgefed.hardware.memory import process_rss_bytes
 from edgefed.hardware.watch import PressureWatch
 from edgefed.methods.interface import Method
 from edgefed.methods.registry import make_method
-from edgefed.moe.alignment import neuron_aligner
 from edgefed.moe.frame_source import FrameSource, raw_array
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig, UnitInfo
-from edgefed.training.calibration import correction_from, measure_step
+from edgefed.training.calibration import can_measure, correction_from, measure_step
 from edgefed.training.chunked_loss import chunking_problem
 from edgefed.training.data import Corpus, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
@@ -53,7 +53,7 @@ from edgefed.training.out_of_memory import (
     with_smaller_batches,
 )
 from edgefed.training.profiling import load_tokenizer, spread_blocks
-from edgefed.training.steps import StepsOutcome, run_steps, train_scope
+from edgefed.training.steps import StepsOutcome, run_steps
 from edgefed.training.utility import ProbeOutcome
 
 OWN_FOLDER = "own"
@@ -104,6 +104,7 @@ class LocalTrainer:
         self._limits = limits
         self._identity = f"{name}/{self.corpus.sha256}"
         self._planner = Planner(folder, limits, self._identity)
+        self._placer = ExpertPlacer(folder)
         self._device = device
         self._measure_budget = measure_budget
         self._watch = watch
@@ -187,7 +188,7 @@ class LocalTrainer:
                     this.doing = "planning"
                     plan = self._plan(this, model)
                 held = (plan, self._planner.load.setup.expert_storage)
-                if not (this.own and held == (model.plan, model.storage)):
+                if not (this.own and held == (model.plan, model.storage)):  # own experts are never offloaded
                     self._place(this, model, plan)
                 self._check_chunked_loss(this, model)
                 if held not in before:
@@ -294,16 +295,15 @@ class LocalTrainer:
     def _place(self, this: _Round, model: MoeModel, plan: ExpertPlan) -> None:
         """Put the planned experts on the device, everything with the weights that the round begins with."""
         this.doing = "loading the planned experts"
+        setup = self._planner.load.setup
+        offload = self._placer.reserve(model, plan, setup, self._planner.shape, this.progress)
         source = self._load_shared(model, this.units.values(), this.fetch)
         held = [unit for unit in this.units.values() if _is_held(unit, plan)]
         source.add(held, this.fetch(held))
         for key, path in this.own.items():
             source.add([this.units[key]], {this.units[key].sha256: path})
-        model.apply_plan(
-            plan, source, train_scope(this.run.training), missing=this.run.training.missing,
-            storage=self._planner.load.setup.expert_storage,
-            align=neuron_aligner(model.layers) if this.method.merge_aligned else None,
-        )  # fmt: skip
+        hashes = None if this.own else {key: unit.sha256 for key, unit in this.units.items()}
+        self._placer.place(model, plan, source, this.run, this.method, setup, offload, hashes)
         for key in this.own:
             if this.units[key].kind != "expert" and not key.endswith(LORA_SUFFIX):
                 model.load_unit(key, source.read(key))
@@ -364,7 +364,7 @@ class LocalTrainer:
                 on_step=lambda loss: progress.advance(1),
                 norms=GradientNorms(model) if this.method.assigns_experts else None,
                 reconsider=guard.reconsider,
-                measure=measure if self._planner.correction is None else None,
+                measure=measure if self._planner.correction is None and can_measure(setup) else None,
             )
         progress.done()
         return outcome
@@ -372,21 +372,17 @@ class LocalTrainer:
     def _probe(self, this: _Round, model: MoeModel, plan: ExpertPlan) -> ProbeOutcome:
         """Gradient norms of the explored experts after training; see `edgefed.training.utility`."""
         method, progress, load = this.method, this.progress, self._planner.load
-        explored = sum(len(plan.frozen(layer)) for layer in range(plan.num_layers))
-        progress.phase("explore", 2 * method.utility_probes * explored, "pass")
+        frozen = sum(len(plan.frozen(layer)) for layer in range(plan.num_layers))
+        progress.phase("explore", 1 + 2 * method.utility_probes * min(frozen, method.most_explored), "pass")
+        blocks = self._train_blocks.shortened(load.setup.sequence_length)
         outcome = probe_explored(
-            model,
-            plan,
-            self._train_blocks.shortened(load.setup.sequence_length),
-            directions=method.utility_probes,
-            batch_size=load.setup.batch_size,
-            seed=self._seed(this),
-            chunked=load.setup.chunked_loss,
+            model, plan, blocks, directions=method.utility_probes, most=method.most_explored,
+            batch_size=load.setup.batch_size, seed=self._seed(this), chunked=load.setup.chunked_loss,
             on_forward=lambda: progress.advance(1),
             on_smaller=lambda size: progress.message(
                 f"memory: out of memory while exploring; {size} sequences at a time"
             ),
-        )
+        )  # fmt: skip
         progress.done()
         return outcome
 

@@ -42,6 +42,11 @@ from edgefed.training.steps import step_setup
 GROWTH = 1.10
 """A load may grow when it would fit into the budget divided by this; see the top of this file."""
 
+_OFFLOADING_PROBLEMS = {
+    "adamw_8bit": "moments of offloaded experts stay as they are",
+    "nf4_experts": "a method that offloads experts keeps them as they come",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class DeviceLimits:
@@ -287,8 +292,9 @@ class Planner:
             layout=layout,
             num_layers=len(shape.experts_per_layer),
             run_sequence_length=run.training.sequence_length,
-            problems=self._problems,
+            problems=self._problems | (_OFFLOADING_PROBLEMS if method.offloads_experts else {}),
             all_experts=method.holds_all_experts,
+            may_offload=method.offloads_experts,
         )
 
     def _layout(

@@ -82,17 +82,21 @@ def probe_explored(
     blocks: TokenBlocks,
     *,
     directions: int,
+    most: int,
     batch_size: int,
     seed: int,
     chunked: bool,
     on_forward: Callable[[], None],
     on_smaller: Callable[[int], None],
 ) -> ProbeOutcome:
-    """Gradient norms of the experts that are held as themselves but not trained, by forward passes over one batch.
+    """Gradient norms of experts that are held as themselves but not trained, by forward passes over one batch.
 
-    The batch is the first in an order that depends on ``seed``; out of memory, half of it is taken.
+    ``most`` of them are drawn, and the batch is the first in an order, both by ``seed``. Out of memory, half of the
+    batch is taken.
     """
     explored = [(layer, int(expert)) for layer in range(plan.num_layers) for expert in plan.frozen(layer)]
+    if len(explored) > most:
+        explored = [explored[place] for place in sorted(np.random.default_rng(seed).permutation(len(explored))[:most])]
     if not explored or not directions:
         return ProbeOutcome({}, 0)
 

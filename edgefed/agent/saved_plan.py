@@ -16,7 +16,7 @@ from edgefed.training.shrinking import Load
 PLAN_FILE = "plan.json"
 """Profile, load, plan and correction, in the device's state folder."""
 
-SAVED_SETUP = ("chunked_loss", "checkpointing", "optimizer", "expert_storage", "sequence_length")
+SAVED_SETUP = ("chunked_loss", "checkpointing", "optimizer", "expert_storage", "offload", "sequence_length")
 """Fields of a `StepSetup` that are the device's own; the run says the others."""
 
 

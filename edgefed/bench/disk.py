@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edgefed.bench.statistics import Entry, Sampling, collect
+from edgefed.disk import filesystem
 
 MIB = 2**20
 BLOCK = 4 * MIB
@@ -144,21 +145,3 @@ def cached_share(descriptor: int, size: int) -> float | None:
         except OSError:
             return None
     return hits / PROBES
-
-
-def filesystem(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
-    """Type of the filesystem that ``folder`` is on (ext4, tmpfs, overlay), "" where it cannot be found out."""
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
-        place = folder.resolve()
-    except OSError:
-        return ""
-    best, kind = -1, ""
-    for line in lines:
-        fields = line.split(" ")
-        if len(fields) < 3:
-            continue
-        mounted = Path(fields[1].replace("\\040", " "))
-        if (place == mounted or mounted in place.parents) and len(mounted.parts) >= best:
-            best, kind = len(mounted.parts), fields[2]
-    return kind

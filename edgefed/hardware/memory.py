@@ -42,6 +42,11 @@ def process_rss_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
+def available_memory_bytes() -> int:
+    """Memory of the machine that programs can have now without swapping."""
+    return psutil.virtual_memory().available
+
+
 def process_peak_rss_bytes() -> int:
     """Highest resident memory of this process so far."""
     if sys.platform == "win32":

@@ -168,18 +168,21 @@ def _choose(operation: str, device_type: str, wish: str, few_tokens: bool, witho
         reason = backend.why_not() or backend.only_by_name or None
         if reason is None:
             if not without:
-                log_choice(operation, device_type, backend.name, "; ".join(refused) or backend.detail())
+                log_choice(
+                    operation, device_type, backend.name, "; ".join(refused) or backend.detail(), aloud=bool(refused)
+                )
             return backend.name
         refused.append(f"not {backend.name}: {reason}")
     raise ConfigError(f"no backend of {operation} for {device_type}: {'; '.join(refused)}")
 
 
-def log_choice(operation: str, device_type: str, name: str, reason: str) -> None:
-    """Say once which backend runs, and why."""
+def log_choice(operation: str, device_type: str, name: str, reason: str, *, aloud: bool = True) -> None:
+    """Say once which backend runs, and why; ``aloud`` where a better one was passed over, else for debugging only."""
     key = (operation, device_type, name, reason)
     if key not in _logged:
         _logged.add(key)
-        logger.info("%s on %s uses %s%s", operation, device_type, name, f" ({reason})" if reason else "")
+        level = logging.INFO if aloud else logging.DEBUG
+        logger.log(level, "%s on %s uses %s%s", operation, device_type, name, f" ({reason})" if reason else "")
 
 
 def backend_table() -> list[BackendRow]:

@@ -1,4 +1,4 @@
-"""Arithmetic that methods share: data-weighted averages, and choosing experts under a budget."""
+"""What methods share: data-weighted averages, choosing experts under a budget, scheduling the busiest."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgefed.errors import BudgetTooSmall
-from edgefed.experts import ExpertPlan
-from edgefed.methods.interface import Contribution, UnitMerge
+from edgefed.experts import ExpertPlan, LayerRecord
+from edgefed.methods.interface import Contribution, Method, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 
 
@@ -62,3 +62,20 @@ def select_by_score(
 def plan_tuned(experts_per_layer: Sequence[int], chosen: Sequence[Sequence[int]]) -> ExpertPlan:
     """A plan that trains every chosen expert and holds no other."""
     return ExpertPlan.of(experts_per_layer, chosen)
+
+
+def busiest(batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
+    """At most ``limit`` of the ``tuned`` expert ids, those with the most tokens of the batch."""
+    return tuned[np.argsort(-batch.tokens_per_expert[tuned], kind="stable")[:limit]]
+
+
+class MeanOfHolders(Method):
+    """Schedules the busiest experts and averages each unit over the clients that sent it, weighted by examples."""
+
+    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
+        """The busiest tuned experts of the batch: a schedule needs no importance to save compute."""
+        return busiest(batch, tuned, limit)
+
+    def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
+        """Each unit over the clients that hold it, weighted by examples; nobody: unchanged."""
+        return merge_by_examples(contributions, units)

@@ -34,7 +34,7 @@ import numpy as np
 
 from edgefed.errors import ConfigError
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
-from edgefed.methods.averaging import check_budget, in_client_order, merge_by_examples, select_by_score
+from edgefed.methods.averaging import busiest, check_budget, in_client_order, merge_by_examples, select_by_score
 from edgefed.methods.interface import (
     FIRST_ROUND,
     Contribution,
@@ -74,6 +74,8 @@ class Flux(Method):
     probes: int = 4
     """Random directions per explored expert; each costs two forward passes of one batch. 0: utilities of explored
     experts are not refreshed."""
+    explored: int = 8
+    """Most experts of a device that are explored in a round, drawn from those that it holds and does not train."""
     coverage: str = "none"
     """"none" or "balanced"."""
     coverage_rounds: int = 5
@@ -97,8 +99,8 @@ class Flux(Method):
                 raise ConfigError(f"flux: {option} is {getattr(self, option)}, allowed is above 0 up to 1")
         if not 0 <= self.merged_share <= 1:
             raise ConfigError(f"flux: merged_share is {self.merged_share}, allowed is 0 to 1")
-        if self.eps_step < 0 or self.probes < 0 or self.coverage_rounds < 1:
-            raise ConfigError("flux: eps_step and probes cannot be negative, coverage_rounds is at least 1")
+        if self.eps_step < 0 or self.probes < 0 or self.explored < 0 or self.coverage_rounds < 1:
+            raise ConfigError("flux: eps_step, probes and explored cannot be negative, coverage_rounds is at least 1")
 
     @property
     def profiles_every_round(self) -> bool:
@@ -118,7 +120,11 @@ class Flux(Method):
 
     @property
     def utility_probes(self) -> int:
-        return self.probes
+        return self.probes if self.explored else 0
+
+    @property
+    def most_explored(self) -> int:
+        return self.explored
 
     def exploitation(self, server_round: int) -> float:
         """eps_t = min(eps_max, eps_start + eps_step t), t = 0 in round 1."""
@@ -159,7 +165,7 @@ class Flux(Method):
 
     def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
         """The busiest tuned experts of the batch."""
-        return tuned[np.argsort(-batch.tokens_per_expert[tuned], kind="stable")[:limit]]
+        return busiest(batch, tuned, limit)
 
     def expert_importance(self, record: LayerRecord) -> np.ndarray:
         """The frequency; reported, not used: what counts is in the survey."""

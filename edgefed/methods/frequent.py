@@ -10,18 +10,19 @@ import numpy as np
 
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
 from edgefed.methods.averaging import (
+    MeanOfHolders,
     check_budget,
     in_client_order,
     merge_by_examples,
     plan_tuned,
     select_by_score,
 )
-from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
+from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, RoundContext, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 
 
 @dataclasses.dataclass(frozen=True)
-class FrequentExperts(Method):
+class FrequentExperts(MeanOfHolders):
     """FMES (named in arXiv 2508.19078): keep and tune the experts that the device's tokens use most, discard the rest.
 
     The choice is made once, from the profile of the first round.
@@ -45,17 +46,9 @@ class FrequentExperts(Method):
         used = [layer.tokens_per_expert > 0 for layer in record.layers]
         return plan_tuned(experts_per_layer, select_by_score(scores, used, budget.resident_experts))
 
-    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
-        """The busiest tuned experts of the batch."""
-        return tuned[np.argsort(-batch.tokens_per_expert[tuned], kind="stable")[:limit]]
-
     def expert_importance(self, record: LayerRecord) -> np.ndarray:
         """The frequency; reported, not used."""
         return record.frequency
-
-    def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
-        """Each unit over the clients that hold it, weighted by examples; nobody: unchanged."""
-        return merge_by_examples(contributions, units)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,10 +105,13 @@ class Method(Protocol):
     """The aggregator assigns experts to clients (`assign_experts`), which measure utilities for it."""
     utility_probes: int = 0
     """Random directions by which the gradient of an expert that is held but not trained is estimated, forward only."""
+    most_explored: int = 0
+    """Most experts of a device that are probed in a round."""
     expert_storage: str | None = None
     """How experts that do not learn as themselves are stored on every device; None: the device chooses."""
     offloads_experts: bool = False
-    """Experts stay in host memory, or on disk, and come to the processor when a token needs them."""
+    """Where experts do not fit beside the processor, they lie in host memory or on disk, and come when a token needs
+    them."""
     trains_experts_as: str | None = None
     """The only mode of `TrainingConfig.experts` that it works with; None: any."""
     exchanges: bool = True

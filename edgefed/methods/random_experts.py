@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
-from edgefed.methods.averaging import merge_by_examples, plan_tuned, select_by_score
-from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
-from edgefed.protocol.messages import UnitInfo
+from edgefed.methods.averaging import MeanOfHolders, plan_tuned, select_by_score
+from edgefed.methods.interface import FIRST_ROUND, DeviceBudget, RoundContext
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomExperts(Method):
+class RandomExperts(MeanOfHolders):
     """``redraw``: choose anew in each round (covers more experts, downloads more) instead of once."""
 
     redraw: bool = False
@@ -43,14 +42,6 @@ class RandomExperts(Method):
         eligible = [np.ones(count, dtype=bool) for count in experts_per_layer]
         return plan_tuned(experts_per_layer, select_by_score(scores, eligible, budget.resident_experts))
 
-    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
-        """The busiest tuned experts of the batch: a schedule needs no importance to save compute."""
-        return tuned[np.argsort(-batch.tokens_per_expert[tuned], kind="stable")[:limit]]
-
     def expert_importance(self, record: LayerRecord) -> np.ndarray:
         """The mean gate probability; reported, not used."""
         return record.mean_gate
-
-    def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
-        """Each unit averages over the clients that hold it, weighted by examples; nobody: unchanged."""
-        return merge_by_examples(contributions, units)

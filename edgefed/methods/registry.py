@@ -13,9 +13,21 @@ from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import Method
 from edgefed.methods.local import Local
 from edgefed.methods.random_experts import RandomExperts
+from edgefed.methods.whole_model import OffloadedExperts, QuantizedExperts
 
 METHODS: dict[str, type] = {
-    kind.name: kind for kind in (HFedMoE, Flux, FedAvg, FrequentExperts, Submodel, RandomExperts, Local)
+    kind.name: kind
+    for kind in (
+        HFedMoE,
+        Flux,
+        FedAvg,
+        OffloadedExperts,
+        QuantizedExperts,
+        FrequentExperts,
+        Submodel,
+        RandomExperts,
+        Local,
+    )
 }
 
 Option = float | int | str | bool

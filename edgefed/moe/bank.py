@@ -41,8 +41,8 @@ class ExpertBank(nn.Module):
     Reads each expert once from ``source`` (and its adapter, when the experts train by LoRA: a frozen expert carries
     what others have learned, too; in a merged one the adapters of its members are added to their weights). ``storage``
     is how matrices that do not learn are kept, see `edgefed.moe.packed`; ``align`` is `merge_experts`'s, ``merged`` has
-    merged experts of earlier rounds. With ``offload`` everything that is not packed lies there instead of on ``device``.
-    Raises CheckpointError when a unit does not fit the layer, ConfigError when it cannot be stored so.
+    merged experts of earlier rounds. With ``offload`` what is not packed lies there instead of on ``device``.
+    Raises CheckpointError when a unit does not fit the layer, ConfigError when it cannot be stored so, StorageError.
     """
 
     def __init__(

@@ -116,8 +116,9 @@ def training_memory(
     tuned_tokens = correction.tuned_tokens if correction else TUNED_TOKENS
     found = corrected(activations(shape, setup, kept, tuned, tuned_tokens=tuned_tokens), correction)
     overhead = workspace_bytes(shape, setup) + (correction.overhead_bytes if correction else 0)
-    moments = _moments(shape, setup, found, gradients)
-    moments["optimizer"] = (sum(gradients), optimizer_temporary(shape, setup, tuned), 0)
+    lasting = gradient_bytes(shape, setup, tuned, lasting=True)
+    moments = _moments(shape, setup, found, gradients, lasting)
+    moments["optimizer"] = (sum(lasting), optimizer_temporary(shape, setup, tuned), 0)
     overhead += rounded_up(ALLOWANCE * (base + overhead + max(map(sum, moments.values()))))
     phases = {phase: base + sum(moment) + overhead for phase, moment in moments.items()}
     peak = moments[max(phases, key=phases.__getitem__)]
@@ -135,9 +136,10 @@ def training_memory(
 
 
 def _moments(
-    shape: ModelShape, setup: StepSetup, found: Activations, gradients: Sequence[int]
+    shape: ModelShape, setup: StepSetup, found: Activations, gradients: Sequence[int], lasting: Sequence[int]
 ) -> dict[str, tuple[int, int, int]]:
-    """(gradients, activations, logits) at the peak of the forward pass, the loss and the backward pass."""
+    """(gradients, activations, logits) at the peak of the forward pass, the loss and the backward pass. ``lasting``:
+    the gradients of each layer that stay behind its backward pass."""
     kept = [outside + inside for outside, inside in zip(found.outside, found.inside, strict=True)]
     again = [0.0] * len(kept)
     if setup.checkpointing:  # only a layer's input is kept, the layer runs again in the backward pass
@@ -149,7 +151,7 @@ def _moments(
         # The experts' tensors go while their gradients come, but for those that go last.
         grown = max(0, gradients[layer] - int(max(0.0, found.inside[layer] - found.stays[layer])))
         backward = max(backward, (gone + grown, int(cumulated + again[layer] + found.backward[layer]), 0), key=sum)
-        gone += gradients[layer]
+        gone += lasting[layer]
         cumulated -= kept[layer]
     return {
         "forward": (0, int(body + max(found.forward)), 0),

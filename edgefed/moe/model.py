@@ -385,10 +385,7 @@ class MoeModel:
                 yield units.described(base, tensors, adapter=lora), tensors
 
     def expert_memory_bytes(self, optimizer: torch.optim.Optimizer | None = None) -> int:
-        """Bytes that experts take on the device now, counted: weights, gradients and what ``optimizer`` keeps.
-
-        `edgefed.moe.accounting.expert_memory` gives the three apart.
-        """
+        """Bytes that experts take on the device now; `edgefed.moe.accounting.expert_memory` says of what."""
         return expert_memory(self.layers, optimizer).total_bytes
 
     def memory_bytes(self) -> dict[str, int]:

@@ -51,6 +51,7 @@ ALLOWANCE = 0.005
 class StepSetup:
     """How a training step is done. ``expert_storage`` and ``dense_storage`` are those of frozen weights (None: dtype).
 
+    ``offload``: experts lie away from the processor, see `edgefed.moe.offloading`.
     ``device``: cpu, cuda, or unified, a GPU without memory of its own, where paging out saves nothing. ``kernels``:
     what the experts train with: the reference, of many torch operations, or one for which a layer is one operation; see
     `edgefed.moe.layer_runtime.training_kernels`.
@@ -70,6 +71,7 @@ class StepSetup:
     optimizer: str = "adamw"
     checkpointing: bool = False
     chunked_loss: bool = False
+    offload: bool = False
     device: str = "cpu"
     kernels: str = "reference"
 

@@ -78,12 +78,14 @@ def trained_tensors(layer: LayerShape, setup: StepSetup) -> tuple[list[tuple[int
     return expert, rest
 
 
-def gradient_bytes(shape: ModelShape, setup: StepSetup, tuned: Sequence[int]) -> list[int]:
-    """Gradient bytes per layer."""
+def gradient_bytes(shape: ModelShape, setup: StepSetup, tuned: Sequence[int], *, lasting: bool = False) -> list[int]:
+    """Gradient bytes per layer, as its backward pass makes them; ``lasting``: without offloaded experts', which go."""
     sizes, counts = [], iter(tuned)
     for layer in shape.layers:
         expert, rest = trained_tensors(layer, setup)
         count = next(counts) if layer.num_experts else 0
+        if lasting and setup.offload:
+            count = 0
         sizes.append(count * sum(n * w for n, w in expert) + sum(n * w for n, w in rest))
     return sizes
 
@@ -91,11 +93,14 @@ def gradient_bytes(shape: ModelShape, setup: StepSetup, tuned: Sequence[int]) ->
 def static_bytes(shape: ModelShape, setup: StepSetup, kept: Sequence[int], tuned: Sequence[int]) -> dict[str, int]:
     """Bytes that are there all the time: weights, adapters and optimiser state.
 
-    A merged expert counts as a frozen one. It has no adapter, so with LoRA it takes a little less than that.
+    A merged expert counts as a frozen one. It has no adapter, so with LoRA it takes a little less than that. Of
+    offloaded experts the largest layer is there; on a GPU all of them, unless checkpointing ends what a backward pass
+    needs with each layer.
     """
     linear_bytes = STORAGE_BYTES[setup.dense_storage or setup.dtype]
     dense = shape.embedding_parameters * setup.width + shape.own_dtype_bytes + shape.other_parameters * setup.width
-    states, frozen, trains, counts = 0.0, 0.0, 0.0, iter(zip(kept, tuned, strict=True))
+    states, counts = 0.0, iter(zip(kept, tuned, strict=True))
+    held: list[tuple[float, float]] = []  # bytes of frozen and of trained experts, by layer
     for layer in shape.layers:
         expert, rest = trained_tensors(layer, setup)
         trained_linear = sum(i * o for i, o in layer.attention_matrices) if setup.attention == "full" else 0
@@ -110,15 +115,27 @@ def static_bytes(shape: ModelShape, setup: StepSetup, kept: Sequence[int], tuned
         if not layer.num_experts:
             continue
         count_kept, count_tuned = next(counts)
-        frozen += (count_kept - count_tuned) * expert_bytes(layer, setup)
-        trains += count_tuned * expert_bytes(layer, setup, setup.dtype if setup.experts == "full" else None)
-        states += count_tuned * sum(_state_bytes(setup, width, [size]) for size, width in expert)
+        trained = count_tuned * expert_bytes(layer, setup, setup.dtype if setup.experts == "full" else None)
+        held.append(((count_kept - count_tuned) * expert_bytes(layer, setup), trained))
+        if not setup.offload:
+            states += count_tuned * sum(_state_bytes(setup, width, [size]) for size, width in expert)
+    if setup.offload and (setup.device == "cpu" or setup.checkpointing):
+        held = [max(held, key=sum)] if held else []
     return {
         "dense": rounded_up(dense),
-        "kept experts": rounded_up(frozen),
-        "tuned experts": rounded_up(trains),
+        "kept experts": rounded_up(sum(frozen for frozen, _ in held)),
+        "tuned experts": rounded_up(sum(trained for _, trained in held)),
         "optimizer": rounded_up(states),
     }
+
+
+def offloaded_bytes(shape: ModelShape, setup: StepSetup, kept: Sequence[int], tuned: Sequence[int]) -> int:
+    """Bytes that offloaded experts take where they lie: weights, and gradients and two moments of what trains."""
+    total = 0.0
+    for layer, count_kept, count_tuned in zip(shape.moe_layers, kept, tuned, strict=True):
+        expert, _ = trained_tensors(layer, setup)
+        total += count_kept * expert_bytes(layer, setup) + 3 * count_tuned * sum(n * w for n, w in expert)
+    return rounded_up(total)
 
 
 def optimizer_temporary(shape: ModelShape, setup: StepSetup, tuned: Sequence[int]) -> int:

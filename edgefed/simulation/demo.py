@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgefed.errors import ConfigError
+from edgefed.methods.registry import make_method
 from edgefed.moe.loading import without_progress_bars
 from edgefed.protocol.messages import Status
 from edgefed.simulation.measure import held_out_losses, read_plan
@@ -103,8 +104,11 @@ def run_demo(config: DemoConfig, sink: DemoSink) -> list[MethodResult]:
     results = []
     for method in config.methods:
         sink.method(method)
-        # FedAvg has no notion of a budget: it is shown as the ceiling, with every expert on every device.
-        shares = [1.0 if method == "fedavg" else SHARES[index % len(SHARES)] for index in range(config.clients)]
+        # Methods without a notion of a budget are shown as they are meant, with every expert on every device.
+        shares = [
+            1.0 if make_method(method).holds_all_experts else SHARES[index % len(SHARES)]
+            for index in range(config.clients)
+        ]
         clients = [LocalClient(silo, f"silo:{silo}", share) for silo, share in zip(silos, shares, strict=True)]
         results.append(_run_method(config, method, clients, sink))
     first = config.out / config.methods[0]
@@ -132,6 +136,8 @@ def _run_method(config: DemoConfig, method: str, clients: Sequence[LocalClient],
         "--sequence-length", str(config.sequence_length), "--learning-rate", str(config.learning_rate),
         "--keep-rounds", "0",
     ]  # fmt: skip
+    if (experts := make_method(method).trains_experts_as) is not None:
+        flags += ["--train-experts", experts]
     folder = config.out / method
     with LocalFederation(folder, flags, clients) as federation:
         status = federation.run(sink.status, timeout_s=TIMEOUT_S)

@@ -116,8 +116,11 @@ class SimulatedPlanner(Planner):
 
     def _make_ladder(self, run: RunConfig, method: Method, layout: Callable[[int, int], ExpertPlan]) -> Ladder:
         ladder = super()._make_ladder(run, method, layout)
+        # What is offloaded is charged by the cost model; the training that really runs here needs no files for it.
         return dataclasses.replace(
-            ladder, estimate=lambda setup, kept, tuned: self._estimate(setup, kept, tuned, method.offloads_experts)
+            ladder,
+            estimate=lambda setup, kept, tuned: self._estimate(setup, kept, tuned, method.offloads_experts),
+            may_offload=False,
         )
 
     def _estimate(self, setup: StepSetup, kept: Sequence[int], tuned: Sequence[int], offloads: bool) -> MemoryEstimate:

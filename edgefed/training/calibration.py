@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from edgefed.moe.accounting import storage_bytes
+from edgefed.moe.accounting import gradients, storage_bytes
 from edgefed.moe.activations import activations
 from edgefed.moe.model import MoeModel
+from edgefed.moe.offloading import offloaded
 from edgefed.moe.shapes import ModelShape, decoder_layer_paths
 from edgefed.moe.step_setup import TUNED_TOKENS, Correction, StepSetup
 from edgefed.moe.stored import workspace_bytes
@@ -69,6 +70,12 @@ class StepMeasurement:
         return max(self.phases.values())
 
 
+def can_measure(setup: StepSetup) -> bool:
+    """Whether a measured step says something of the formulas: copies of offloaded experts on a GPU look like what a
+    layer keeps."""
+    return not (setup.offload and setup.device != "cpu")
+
+
 def measure_step(model: MoeModel, optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> StepMeasurement:
     """Run ``step`` (forward, loss, backward, ``optimizer.step()``, once) and read what it takes.
 
@@ -76,14 +83,23 @@ def measure_step(model: MoeModel, optimizer: torch.optim.Optimizer, step: Callab
     """
     device = next(iter(model.module.parameters())).device
     log = CudaLog(device) if device.type == "cuda" else CpuLog()
-    weights = storage_bytes((*model.module.parameters(), *model.module.buffers()))
+    offloads = any(offloaded(parameter) for parameter in model.module.parameters())
+    here = [parameter for parameter in model.module.parameters() if not offloaded(parameter)]
+    weights = storage_bytes((*here, *model.module.buffers()))
     state = storage_bytes(_state_tensors(optimizer))
     served, trained = model.served_tokens(), model.trained_tokens()
     gc.collect()  # what lies about from before would be freed within the step, and torch would warn of it
     clears, rss_before = _reset_peak_rss(), _status_bytes("VmRSS")
     started = time.perf_counter()
     facts: dict = {}
-    with log, _marks(model, optimizer, log.mark, facts), set_checkpoint_early_stop(False):
+    anonymous: list[int] = []  # of the process, at each mark: pages of mapped files are no memory that it needs
+
+    def mark(name: str) -> None:
+        if offloads:
+            anonymous.append(_status_bytes("RssAnon") or 0)
+        log.mark(name)
+
+    with log, _marks(model, optimizer, mark, facts), set_checkpoint_early_stop(False):
         step()
     seconds = time.perf_counter() - started
     spans = log.spans()
@@ -93,6 +109,9 @@ def measure_step(model: MoeModel, optimizer: torch.optim.Optimizer, step: Callab
     process, note = None, "the kernel does not let this process reset its peak (/proc/self/clear_refs)"
     if device.type != "cpu":
         note = "the step's memory is the GPU's"
+    elif offloads and all(anonymous):
+        grown = (now - anonymous[0] - span.start_bytes for now, span in zip(anonymous, spans, strict=False))
+        process, note = max(0, *grown), ""
     elif clears and rss_before is not None:
         process, note = max(0, _status_bytes("VmHWM") - rss_before - peak), ""
     other = max(0, log.before_bytes - weights - state)
@@ -299,12 +318,16 @@ def _gradient_bytes(model: MoeModel) -> dict[int, int]:
     sizes = {}
     for index, path in enumerate(decoder_layer_paths(model.module, model.layers)):
         parameters = model.module.get_submodule(path).parameters()
-        sizes[index] = storage_bytes(p.grad for p in parameters if p.grad is not None)
+        found = [p for p in parameters if p.grad is not None]
+        sizes[index] = storage_bytes(gradients(found))
+        sizes[index] += sum(p.grad.numel() * p.grad.element_size() for p in found if offloaded(p))
     return sizes
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    for state in optimizer.state.values():
+    for parameter, state in optimizer.state.items():
+        if offloaded(parameter):
+            continue
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from edgefed.errors import ConfigError
 from edgefed.training.chunked_loss import structural_problem
+from edgefed.training.offloaded import OffloadedAdamW, is_offloaded
 from edgefed.training.quantising import packing_is_slow, packing_problem
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
@@ -82,12 +83,17 @@ def make_optimizer(
 
     "adamw" keeps two moments in the parameter's dtype, 8 bytes a number in float32. "adamw_8bit" is bitsandbytes'
     with block-wise 8-bit moments (arXiv 2110.02861), 2.03 bytes; tensors below 4096 elements stay in 32 bit. "paged"
-    lets them move to the host: of use with a GPU of its own memory only. Raises ConfigError when it is not to be had.
+    lets them move to the host: of use with a GPU of its own memory only. Moments of offloaded parameters are "adamw"'s
+    and lie where those are. Raises ConfigError when it is not to be had.
     """
     parameters = list(parameters)
     device = parameters[0].device if parameters else torch.device("cpu")
     if name not in OPTIMIZERS:
         raise ConfigError(f"no optimizer {name!r}; known are {', '.join(OPTIMIZERS)}")
+    if is_offloaded(parameters):
+        if name != "adamw":
+            raise ConfigError(f"the experts are offloaded, with moments of their own: asked for {name!r}")
+        return OffloadedAdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     if name == "adamw":
         # foreach, torch's choice on CUDA, needs one more copy of all parameters at its peak.
         implementation = {"fused": True} if device.type == "cuda" else {"foreach": False}

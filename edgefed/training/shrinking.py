@@ -3,6 +3,8 @@
     1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> 4 experts in NF4 -> 5 shorter sequence
       -> 6 fewer trained -> 7 fewer held
 
+A method that offloads its experts (`Method.offloads_experts`) has one more between 4 and 5.
+
 `fit` goes down until a memory model says that the step fits: that makes a plan before anything is loaded. `next_rung`
 goes down by one that frees memory: that is what the guard and an out-of-memory do in the middle of a round. Rungs 1 to
 3 change neither loss nor gradients (8-bit moments: hardly), 4 rounds the weights that do not learn to 4 bits and loads
@@ -56,7 +58,7 @@ class Load:
         """Order on one ladder: a higher load stands higher. For loads of the same run only."""
         setup = self.setup
         savings = (setup.expert_storage is None, setup.optimizer == "adamw", not setup.checkpointing)
-        savings += (not setup.chunked_loss,)
+        savings += (not setup.chunked_loss, not setup.offload)
         return (self.held, self.trained, setup.sequence_length, *savings)
 
 
@@ -79,6 +81,7 @@ class Ladder:
     ``estimate(setup, kept, tuned)``: the step's peak, experts per layer. ``layout(held, trained)``: the plan of so many
     experts. ``problems``: savings that are not to be had, {"chunked_loss" | "checkpointing" | "adamw_8bit" |
     "nf4_experts": why}. ``all_experts``: the method trains all or nothing, so rungs 6 and 7 are not there.
+    ``may_offload``: experts may lie away from the processor.
     """
 
     estimate: Callable[[StepSetup, list[int], list[int]], MemoryEstimate]
@@ -87,6 +90,7 @@ class Ladder:
     run_sequence_length: int
     problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
     all_experts: bool = False
+    may_offload: bool = False
 
     def memory(self, load: Load) -> MemoryEstimate:
         """The peak of a training step under ``load``."""
@@ -140,7 +144,7 @@ def next_rung(ladder: Ladder, load: Load) -> Rung | None:
         other = dataclasses.replace(load, setup=dataclasses.replace(load.setup, **{field: getattr(setup, field)}))
         after = ladder.needs_bytes(other)
         if after < need:
-            return _rung(name, other, need - after, sentence, keeps_plan=name != _PACKING)
+            return _rung(name, other, need - after, sentence, keeps_plan=name not in _PLACED_ANEW)
     if ladder.all_experts:
         return None
     for name in ("fewer trained", "fewer held"):
@@ -161,6 +165,7 @@ def describe(load: Load, total: int) -> str:
             (setup.checkpointing, "checkpointing"),
             (setup.optimizer != "adamw", "8-bit optimizer"),
             (setup.expert_storage is not None, f"experts in {(setup.expert_storage or '').upper()}"),
+            (setup.offload, "experts offloaded"),
         )
         if on
     ]
@@ -170,12 +175,14 @@ def describe(load: Load, total: int) -> str:
 
 # --- rungs 1 to 5: how a step is done -----------------------------------------------------------------------------
 
-_PACKING = "experts in NF4"
+_PACKING, _OFFLOADING = "experts in NF4", "offloaded experts"
+_PLACED_ANEW = (_PACKING, _OFFLOADING)
 _FIELD_OF = {
     "chunked loss": "chunked_loss",
     "checkpointing": "checkpointing",
     "8-bit optimizer": "optimizer",
     _PACKING: "expert_storage",
+    _OFFLOADING: "offload",
     "shorter sequence": "sequence_length",
 }
 """Rung -> what it changes in a setup."""
@@ -195,6 +202,9 @@ def _setup_rungs(ladder: Ladder, setup: StepSetup) -> Iterator[tuple[str, StepSe
     if setup.expert_storage is None and "nf4_experts" not in ladder.problems:
         setup = dataclasses.replace(setup, expert_storage="nf4")
         yield _PACKING, setup, "experts' weights that do not learn kept in 4 bits (NF4)"
+    if ladder.may_offload and not setup.offload:
+        setup = dataclasses.replace(setup, offload=True)
+        yield _OFFLOADING, setup, "experts offloaded, each brought in when a token needs it"
     while setup.sequence_length // 2 >= ladder.shortest_sequence:
         length = setup.sequence_length
         setup = dataclasses.replace(setup, sequence_length=length // 2)
@@ -217,7 +227,7 @@ def _path(ladder: Ladder, wanted: Load, load: Load) -> list[Rung]:
         reached = getattr(load.setup, field)
         if value == reached or (field == "sequence_length" and value > reached):
             setup = dataclasses.replace(at.setup, **{field: value})
-            step(name, dataclasses.replace(at, setup=setup), sentence, name != _PACKING)
+            step(name, dataclasses.replace(at, setup=setup), sentence, name not in _PLACED_ANEW)
     if load.trained < at.trained and load.trained < load.held:
         other = dataclasses.replace(at, trained=load.trained)
         step("fewer trained", other, _expert_sentence("fewer trained", at, other), False)

@@ -25,6 +25,7 @@ from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.chunked_loss import chunked_loss
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.gradient_norms import GradientNorms
+from edgefed.training.offloaded import clip_gradients
 from edgefed.training.savings import checkpointing, make_optimizer
 
 
@@ -112,7 +113,7 @@ def take_step(
         loss.backward()
     del loss
     on_gradients()
-    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    clip_gradients(parameters, max_grad_norm)
     changed = model.experts_with_gradient()
     optimizer.step()
     return value, changed

@@ -9,10 +9,12 @@ import pytest
 from device_bench import trainer_of
 
 from edgefed.agent.merged_plan import left_over, with_stand_in_groups, without_groups
+from edgefed.agent.placing import MERGED_FOLDER, ExpertPlacer
 from edgefed.agent.progress import NullProgress
 from edgefed.agent.saved_plan import PLAN_FILE
 from edgefed.errors import ConfigError
 from edgefed.experts import ExpertPlan, Role, RouterRecord
+from edgefed.moe.frame_source import FrameSource
 from edgefed.protocol import frames
 from edgefed.protocol.messages import ExpertAssignment
 
@@ -130,3 +132,41 @@ def test_stand_in_groups_have_the_right_number(bench, data, tmp_path):
     filled = with_stand_in_groups(plan, 24, record, "adaptive")
     assert filled.num_resident == 24 and without_groups(filled) == plan
     assert with_stand_in_groups(plan, 18, record, "adaptive") == plan
+
+
+def test_merged_experts_are_kept_from_round_to_round_and_across_a_restart(bench, data, tmp_path, monkeypatch):
+    """A round reads a member of a group to place it only if the group changed; similarities are another matter."""
+    table, trainer = bench("flux", OPTIONS, rounds=4), trainer_of(data, tmp_path, share=0.5)
+    reads, placing = [], []
+    read, place = FrameSource.read, ExpertPlacer.place
+    monkeypatch.setattr(
+        FrameSource, "read", lambda self, key: (placing and reads.append(key.removesuffix(":lora")), read(self, key))[1]
+    )
+
+    def watched(self, *args):
+        placing.append(1)
+        place(self, *args)
+        placing.clear()
+
+    monkeypatch.setattr(ExpertPlacer, "place", watched)
+
+    def members_read(device, server_round, assigned):
+        reads.clear()
+        manifest, _ = table.round(device, tmp_path / "update", server_round=server_round, experts=assigned)
+        plan = ExpertPlan.from_dict(saved(tmp_path)["plan"])
+        merged = {u.key for u in manifest.units if u.kind == "expert" and plan.roles[u.layer][u.expert] == Role.MERGED}
+        files = {path.name for path in (tmp_path / "a" / MERGED_FOLDER).iterdir()}
+        assert len(files) == sum(len(plan.groups(layer)) for layer in range(4)) == 16
+        return len(merged & set(reads)), len(merged), files
+
+    wanted = ExpertAssignment(
+        tune=tuple((layer, e) for layer in range(4) for e in (3, 9)),
+        explore=tuple((layer, e) for layer in range(4) for e in (4, 5)),
+    )
+    read_first, merged, files = members_read(trainer, 1, wanted)
+    assert 40 < read_first <= merged == 48, "what weighs nothing is not read"
+    assert members_read(trainer, 2, wanted) == (0, merged, files)
+    assert members_read(trainer_of(data, tmp_path, share=0.5), 3, wanted) == (0, merged, files)
+    other = ExpertAssignment(tune=wanted.tune, explore=((0, 7), *wanted.explore[1:]))
+    again, _, after = members_read(trainer, 4, other)
+    assert 0 < again < merged / 2 and len(files & after) > 8, "a changed layer alone is merged anew"

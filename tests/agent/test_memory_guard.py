@@ -28,6 +28,7 @@ from edgefed.errors import BudgetTooSmall, ConfigError, DeviceLost, OutOfMemory
 from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.watch import Pressure
+from edgefed.moe.memory import training_memory
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
@@ -526,12 +527,30 @@ def test_one_step_of_a_run_is_measured_and_kept_for_later_plans(rig):
     assert again._planner.correction == correction
 
 
+def test_a_step_that_other_kernels_took_says_nothing_and_is_measured_again(rig, monkeypatch):
+    monkeypatch.setenv("EDGEFED_KERNELS", "reference")
+    table = rig()
+    table.round(table.trainer())
+    saved = json.loads((table.folder / "me" / PLAN_FILE).read_text())
+    assert saved["correction"]["kernels"] == "reference"
+    saved["correction"]["kernels"] = "native"
+    (table.folder / "me" / PLAN_FILE).write_text(json.dumps(saved))
+    again = table.trainer()
+    table.round(again)
+    assert again._planner.correction.kernels == "reference"
+    assert again._planner.correction.origin.startswith("one step of")
+
+
 def test_a_loss_that_cannot_be_chunked_is_planned_without(rig, monkeypatch):
     """The check comes after the plan, when there are experts to run; then another plan is made, of the same budget."""
     table = rig()
     probe = table.trainer(name="probe")
     table.round(probe)
-    ladder, load = probe._planner._ladder, probe._planner.load
+    shape, load = probe._planner.shape, probe._planner.load
+    correction = dataclasses.replace(probe._planner.correction, process_bytes=0)
+    ladder = dataclasses.replace(  # that of its round knew no measured step yet, the other's will
+        probe._planner._ladder, estimate=lambda *what: training_memory(shape, *what, correction)
+    )
     chunked = dataclasses.replace(load, setup=dataclasses.replace(load.setup, chunked_loss=True))
     between = (ladder.needs_bytes(chunked) + ladder.needs_bytes(load)) // 2
     monkeypatch.setattr(trainer_module, "chunking_problem", lambda *args: "it has terms beside it")
@@ -542,7 +561,7 @@ def test_a_loss_that_cannot_be_chunked_is_planned_without(rig, monkeypatch):
 
     def restore(run):
         with_correction(run)
-        trainer._planner._saved.correction = dataclasses.replace(probe._planner.correction, process_bytes=0)
+        trainer._planner._saved.correction = correction
 
     monkeypatch.setattr(trainer._planner, "_restore", restore)
     update = table.round(trainer)

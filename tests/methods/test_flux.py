@@ -159,7 +159,7 @@ def test_experts_are_averaged_by_the_tokens_that_trained_them():
     "options",
     [
         {"eps_start": 0.0}, {"eps_max": 1.5}, {"eps_step": -0.1}, {"merged_share": 2.0}, {"merge_sizes": "some"},
-        {"merge_weights": "none"}, {"coverage": "all"}, {"coverage_rounds": 0}, {"probes": -1},
+        {"merge_weights": "none"}, {"coverage": "all"}, {"coverage_rounds": 0}, {"probes": -1}, {"explored": -1},
     ],
 )  # fmt: skip
 def test_impossible_options_are_named(options):

@@ -6,7 +6,7 @@ import pytest
 from edgefed.errors import BudgetTooSmall, ConfigError, UnknownMethod
 from edgefed.experts import ExpertPlan, LayerRecord, MergedGroup, Role, RouterRecord
 from edgefed.methods.interface import Contribution, DeviceBudget
-from edgefed.methods.registry import METHODS, make_method, method_options
+from edgefed.methods.registry import METHODS, check_training, make_method, method_options
 from edgefed.protocol.messages import ExpertReport, TensorInfo, UnitInfo
 
 EXPERTS_PER_LAYER = (4, 6)
@@ -88,6 +88,20 @@ def test_fedavg_weights_by_examples():
     assert merges["d"].weights == (("a", 1.0), ("b", 3.0))
 
 
+@pytest.mark.parametrize("name", ["fmd", "fmq"])
+def test_the_whole_model_baselines_merge_as_fedavg_does(name):
+    sent = [contribution("b", 3, ["d", "0.1"]), contribution("a", 1, ["d"])]
+    assert make_method(name).plan_merge(sent, units()) == make_method("fedavg").plan_merge(sent, units())
+
+
+def test_a_method_that_needs_a_mode_of_training_refuses_others():
+    check_training(make_method("fmq"), "lora")
+    check_training(make_method("fmd"), "full")
+    with pytest.raises(ConfigError, match="fmq trains experts as 'lora'; asked for 'full'") as caught:
+        check_training(make_method("fmq"), "full")
+    assert caught.value.remedy == "Pass --train-experts lora."
+
+
 def test_random_plans_depend_on_the_generator_only():
     method = make_method("random")
 
@@ -123,7 +137,9 @@ def test_options_are_read_from_text_and_checked():
         make_method("flux", {"probes": "2.5"})
     with pytest.raises(ConfigError, match="option beta is 'much', expected float"):
         make_method("hfedmoe", {"beta": "much"})
-    with pytest.raises(UnknownMethod, match="no method 'fedprox'; the methods are hfedmoe, flux, fedavg, fmes,"):
+    with pytest.raises(
+        UnknownMethod, match="no method 'fedprox'; the methods are hfedmoe, flux, fedavg, fmd, fmq, fmes,"
+    ):
         make_method("fedprox")
 
 

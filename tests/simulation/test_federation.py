@@ -209,3 +209,31 @@ def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
     picture = (tmp_path / "demo" / "demo.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     assert (tmp_path / "demo" / "model" / "model.safetensors").exists()
+
+
+def test_the_demo_gives_each_method_the_training_and_the_share_that_it_needs(monkeypatch, tmp_path):
+    from edgefed.simulation import demo
+
+    started = {}
+
+    class Stopped(Exception):
+        pass
+
+    class Recorded:
+        def __init__(self, folder, flags, clients):
+            started[folder.name] = (flags, [client.expert_share for client in clients])
+            raise Stopped
+
+    class Sink:
+        def method(self, name):
+            pass
+
+    monkeypatch.setattr(demo, "LocalFederation", Recorded)
+    for method in ("fmq", "fmd", "hfedmoe"):
+        with pytest.raises(Stopped):
+            demo.run_demo(demo.DemoConfig(out=tmp_path / method, methods=(method,), clients=2), Sink())
+    flags, shares = started["fmq"]
+    assert flags[flags.index("--train-experts") + 1] == "lora" and shares == [1.0, 1.0]
+    flags, shares = started["fmd"]
+    assert "--train-experts" not in flags and shares == [1.0, 1.0]
+    assert started["hfedmoe"][1] == [1.0, 0.5]

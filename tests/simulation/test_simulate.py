@@ -225,3 +225,14 @@ def test_the_command_says_what_is_wrong(tmp_path):
         [sys.executable, "-m", "edgefed", "simulate", str(tmp_path / "none.toml")], capture_output=True, text=True
     )
     assert done.returncode == 2 and "cannot read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_whole_model_baselines_run_on_devices_that_cannot_hold_it(texts, tmp_path):
+    """fmd pays for what it offloads, and its devices really train here without files; fmq trains adapters on NF4."""
+    result = simulate(config(texts, "fmd", "fmq", rounds=1), tmp_path)
+    assert not result.run("fmd").refused, result.run("fmd").refused
+    fmd, fmq = (result.run(name).rounds[0].clients for name in ("fmd", "fmq"))
+    assert fmd["slow"].seconds["offload"] > 0 and not fmq["fast"].seconds.get("offload")
+    assert set(fmq) | set(result.run("fmq").refused) == {"fast", "slow"}
+    assert math.isfinite(result.run("fmd").rounds[0].loss) and math.isfinite(result.run("fmq").rounds[0].loss)
+    assert not list(tmp_path.rglob("offloaded"))

@@ -15,9 +15,11 @@ from edgefed.experts import ExpertPlan
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.memory import Correction, StepSetup, training_memory
 from edgefed.moe.model import MoeModel
+from edgefed.moe.offloading import OffloadSpace
 from edgefed.moe.scope import TrainScope
 from edgefed.moe.shapes import ModelShape, shape_from_config
 from edgefed.moe.sources import MemorySource
+from edgefed.moe.stored import static_bytes
 from edgefed.training import calibration
 from edgefed.training.calibration import StepMeasurement, correction_from, measure_step
 from edgefed.training.savings import make_optimizer
@@ -47,6 +49,7 @@ class Bench:
     source: MemorySource
     scope: TrainScope
     dtype: str
+    offload: OffloadSpace | None = None
 
     @classmethod
     def of(cls, family: str, dtype: str = "float32", mode: str = "full") -> Bench:
@@ -77,7 +80,7 @@ class Bench:
             [range(count) for count in tuned],
             [range(few, many) for few, many in zip(tuned, kept, strict=True)],
         )
-        self.model.apply_plan(plan, self.source, self.scope)
+        self.model.apply_plan(plan, self.source, self.scope, offload=self.offload)
 
     def measure(self, setup: StepSetup, kept: list[int], tuned: list[int], steps: int = 2) -> list[StepMeasurement]:
         self.apply(kept, tuned)
@@ -131,6 +134,27 @@ def test_one_step_of_one_plan_corrects_all_plans(family, dtype, mode, kernels, m
         predicted = training_memory(bench.shape, setup, kept, tuned, correction)
         share = predicted.total_bytes / measured.peak_bytes
         assert 1.0 <= share <= 1.1, (setup, kept, tuned, share)
+
+
+@pytest.mark.parametrize(("mode", "kernels"), [("full", "auto"), ("full", "reference"), ("lora", "auto")])
+def test_a_measured_step_says_what_offloaded_experts_leave_in_memory(tmp_path, mode, kernels, monkeypatch):
+    """The estimate counts one layer's weights, which are pages of files; the allocator sees the rest."""
+    monkeypatch.setenv("EDGEFED_KERNELS", kernels)
+    bench = Bench.of("mixtral", mode=mode)
+    bench.offload = OffloadSpace(torch.device("cpu"), tmp_path)
+    reference, everything = bench.setup(offload=True), [8] * 3
+    [first] = bench.measure(reference, everything, everything, steps=1)
+    assert first.state_bytes == 0 and first.weight_bytes < 0.2 * 3 * 8 * 3 * 128 * 384 * 4
+    correction = correction_from(first, bench.shape, reference)
+    for how in ({}, {"checkpointing": True}, {"checkpointing": True, "chunked_loss": True}):
+        setup = bench.setup(offload=True, **how)
+        measured = bench.measure(setup, everything, everything)[-1]
+        static = static_bytes(bench.shape, setup, everything, everything)
+        layer = static["kept experts"] + static["tuned experts"]
+        predicted = training_memory(bench.shape, setup, everything, everything, correction).total_bytes
+        assert 1.0 <= predicted / (measured.peak_bytes + layer) <= 1.1, how
+        resident = dataclasses.replace(setup, offload=False)
+        assert predicted < training_memory(bench.shape, resident, everything, everything, correction).total_bytes
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])

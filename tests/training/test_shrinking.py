@@ -287,3 +287,32 @@ def test_what_must_be_packed_from_the_start_stays_packed():
     while (rung := next_rung(ladder(), load)) is not None:
         load = rung.load
         assert load.setup.expert_storage == "int8"
+
+
+def offloading(setup, kept, tuned):
+    """`simple`, where offloading leaves one layer of experts."""
+    plain = simple(setup, kept, tuned)
+    return MemoryEstimate(plain.parts | {"experts": 10 * max(kept)}, plain.phases) if setup.offload else plain
+
+
+EXACT = {"nf4_experts": "told so", "adamw_8bit": "told so"}
+OFFLOADS = dict(estimate=offloading, may_offload=True, all_experts=True, problems=EXACT)
+
+
+def test_experts_are_offloaded_before_sequences_get_shorter_and_are_placed_anew():
+    load, rungs = fit(ladder(**OFFLOADS), WANTED, 2000)
+    assert [rung.name for rung in rungs] == ["chunked loss", "checkpointing", "offloaded experts"]
+    assert [rung.keeps_plan for rung in rungs] == [True, True, False]
+    assert load.setup.offload and (load.held, load.trained) == (64, 64) and load.setup.sequence_length == 128
+    assert describe(load, 64).endswith("chunked loss, checkpointing, experts offloaded")
+    resident = dataclasses.replace(load, setup=dataclasses.replace(load.setup, offload=False))
+    assert resident.rank() > load.rank()
+    assert next_rung(ladder(**OFFLOADS), resident).load == load
+    assert next_rung(ladder(**OFFLOADS), load).name == "shorter sequence"
+    with pytest.raises(BudgetTooSmall, match="all 64 experts needs"):
+        fit(ladder(**OFFLOADS), WANTED, 1100)
+
+
+def test_other_methods_never_offload():
+    with pytest.raises(BudgetTooSmall):
+        fit(ladder(**OFFLOADS | {"may_offload": False}), WANTED, 2000)

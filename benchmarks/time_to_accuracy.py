@@ -1,0 +1,257 @@
+"""Time to a target quality on a virtual clock: Flux, HFedMoE and the baselines on the same fleet, seeds and data.
+
+    python benchmarks/time_to_accuracy.py --data DATA --set dolly --json benchmarks/results/time_to_accuracy.json \
+        --figure benchmarks/results/time_to_accuracy.png
+
+Training is real, on the packaged 2.9 M parameter model; time, memory and bytes are charged as OLMoE-1B-7B's on a fleet
+of Jetson Orin Nano, RTX 3060, RTX 4060 Laptop and RTX 4090 (`edgefed.simulation`). The target is a share of what `fmd`
+(the whole model, exact) gains in all its rounds, mean over seeds. Every run gets the same rounds, steps, batches and
+learning rate; `fmq` and `flux-lora` train adapters, with the best of the learning rates tried for them
+(--adapter-rates).
+`DATA` as in `federate_text.py`. Runs that ended are not done again: the work folder (--work) keeps them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from provenance import provenance
+from text_sets import SETS, write_clients
+
+from edgefed.hardware.profiles import effective, find_profile
+from edgefed.protocol.messages import TrainingConfig
+from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
+from edgefed.simulation.simulate import simulate
+
+FLEET = (
+    ("jetson-orin-nano-8gb", "fibre"),
+    ("rtx-3060-12gb", "cable"),
+    ("rtx-4060-laptop-8gb", "cable"),
+    ("rtx-4090", "fibre"),
+    ("rtx-3060-12gb", "fibre"),
+)
+"""Profile and network of each client, in turn."""
+
+METHODS: Mapping[str, tuple[str, dict, str]] = {
+    "flux": ("flux", {"probes": 1}, "full"),
+    "flux-greedy": ("flux", {"probes": 0, "eps_start": 0.9}, "full"),
+    "flux-lora": ("flux", {"probes": 1}, "lora"),
+    "hfedmoe": ("hfedmoe", {}, "full"),
+    "fmd": ("fmd", {}, "full"),
+    "fmq": ("fmq", {}, "lora"),
+    "fmes": ("fmes", {}, "full"),
+    "fedmoe_submodel": ("fedmoe_submodel", {}, "full"),
+    "random": ("random", {}, "full"),
+}
+"""Label: method, its options, how experts are trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One method with one seed. ``files``: each client's records."""
+
+    label: str
+    method: str
+    options: dict
+    experts: str
+    seed: int
+    learning_rate: float
+    files: tuple[str, ...]
+    work: str
+    settings: dict
+
+
+def play(run: Run) -> dict:
+    """Simulate; what is kept of it."""
+    rounds = run.settings["rounds"]
+    training = TrainingConfig(
+        local_steps=run.settings["local_steps"], batch_size=run.settings["batch_size"],
+        sequence_length=run.settings["sequence_length"], learning_rate=run.learning_rate,
+        profile_tokens=run.settings["profile_tokens"], experts=run.experts,
+    )  # fmt: skip
+    fleet = []
+    for index, file in enumerate(run.files):
+        profile, network = FLEET[index % len(FLEET)]
+        fleet.append(
+            SimulatedDevice(f"{index:02d}-{profile}", effective(find_profile(profile), {}, None), LINKS[network], file)
+        )
+    config = SimulationConfig(
+        fleet=tuple(fleet), methods=(MethodChoice(run.method, run.options, run.label),), model="tiny",
+        cost_shape="OLMoE-1B-7B", rounds=rounds, seed=run.seed, training=training,
+        evaluation_tokens=run.settings["evaluation_tokens"], preinstalled=True,
+    )  # fmt: skip
+    out = Path(run.work) / f"{run.label}-{run.learning_rate:g}-{run.seed}"
+    found = simulate(config, out).run(run.label)
+    parts: dict[str, float] = {}
+    for each in found.rounds:
+        for client in each.clients.values():
+            for part, seconds in client.seconds.items():
+                parts[part] = parts.get(part, 0.0) + seconds
+            for part in ("late", "waits"):
+                parts[part] = parts.get(part, 0.0) + getattr(client, part)
+    return {
+        "label": run.label,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "curve": found.curve,
+        "accuracy": [each.accuracy for each in (found.first, *found.rounds)],
+        "refused": dict(found.refused),
+        "stopped": found.stopped,
+        "client_seconds_by_part": parts,
+        "bytes_up": sum(client.bytes_up for each in found.rounds for client in each.clients.values()),
+        "bytes_down": sum(client.bytes_down for each in found.rounds for client in each.clients.values()),
+    }
+
+
+def seconds_to(curve: list, target: float) -> float | None:
+    """Virtual seconds to the end of the first round at or below ``target``."""
+    return next((seconds for seconds, loss in curve if loss <= target), None)
+
+
+def summarise(runs: list[dict], share: float) -> dict:
+    """Per method: final loss, seconds to the target by seed, and how much sooner Flux is there."""
+    by_label: dict[str, list[dict]] = {}
+    for run in runs:
+        by_label.setdefault(run["label"], []).append(run)
+    for label, found in by_label.items():  # adapters: the best of their learning rates, by the final loss
+        rates = {run["learning_rate"] for run in found}
+        best = min(rates, key=lambda rate: np.mean([r["curve"][-1][1] for r in found if r["learning_rate"] == rate]))
+        by_label[label] = [run for run in found if run["learning_rate"] == best]
+    whole = by_label["fmd"]
+    first = float(np.mean([run["curve"][0][1] for run in whole]))
+    last = float(np.mean([run["curve"][-1][1] for run in whole]))
+    target = first - share * (first - last)
+    rows = {}
+    for label, found in by_label.items():
+        times = [seconds_to(run["curve"], target) for run in found]
+        rows[label] = {
+            "seeds": len(found),
+            "learning_rate": found[0]["learning_rate"],
+            "final_loss": float(np.mean([run["curve"][-1][1] for run in found])),
+            "final_loss_std": float(np.std([run["curve"][-1][1] for run in found])),
+            "final_accuracy": float(np.mean([run["accuracy"][-1] for run in found])),
+            "hours": float(np.mean([run["curve"][-1][0] for run in found])) / 3600,
+            "seconds_to_target": times,
+            "mean_seconds_to_target": float(np.mean(times)) if all(t is not None for t in times) else None,
+            "refused_devices": len(found[0]["refused"]),
+            "gigabytes_up": found[0]["bytes_up"] / 1e9,
+            "gigabytes_down": found[0]["bytes_down"] / 1e9,
+        }
+    reached = {label: row["mean_seconds_to_target"] for label, row in rows.items()}
+    speedups = {}
+    if reached.get("flux"):
+        speedups = {label: t / reached["flux"] for label, t in reached.items() if t is not None}
+    return {
+        "first_loss": first,
+        "target_loss": target,
+        "target_share_of_fmd_gain": share,
+        "methods": rows,
+        "flux_is_sooner_by": speedups,
+        "flux_final_loss_against_fmd": rows["flux"]["final_loss"] / rows["fmd"]["final_loss"]
+        if "flux" in rows
+        else None,
+    }
+
+
+def draw(runs: list[dict], summary: dict, title: str, path: Path) -> None:
+    """Loss against virtual time, mean over seeds, and where clients' time went."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    labels = sorted(summary["methods"], key=lambda label: summary["methods"][label]["final_loss"])
+    colours = dict(zip(labels, plt.cm.tab10.colors, strict=False))
+    parts = sorted({part for run in runs for part in run["client_seconds_by_part"]})
+    for label in labels:
+        rate = summary["methods"][label]["learning_rate"]
+        found = [run for run in runs if run["label"] == label and run["learning_rate"] == rate]
+        length = min(len(run["curve"]) for run in found)
+        curve = np.mean([run["curve"][:length] for run in found], axis=0)
+        left.plot(curve[:, 0] / 3600, curve[:, 1], marker="o", markersize=3, label=label, color=colours[label])
+    left.axhline(summary["target_loss"], color="0.4", linestyle=":", label="target")
+    left.set(xlabel="virtual hours", ylabel="held-out loss of the global model", title=title, xscale="symlog")
+    left.legend(fontsize=8)
+    bottom = np.zeros(len(labels))
+    palette = plt.cm.tab20.colors
+    for number, part in enumerate(parts):
+        heights = []
+        for label in labels:
+            rate = summary["methods"][label]["learning_rate"]
+            found = [run for run in runs if run["label"] == label and run["learning_rate"] == rate]
+            total = sum(sum(run["client_seconds_by_part"].values()) for run in found)
+            heights.append(sum(run["client_seconds_by_part"].get(part, 0.0) for run in found) / total)
+        right.bar(labels, heights, bottom=bottom, label=part, color=palette[number % len(palette)])
+        bottom += heights
+    right.set(ylabel="share of all clients' time", title="where the time goes")
+    right.tick_params(axis="x", rotation=30)
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--set", choices=tuple(SETS), default="dolly", dest="name")
+    parser.add_argument("--clients", type=int, default=10, help="the first ten get a file each, others the same again")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--local-steps", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument("--profile-tokens", type=int, default=2048)
+    parser.add_argument("--evaluation-tokens", type=int, default=2048)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--adapter-rates", type=float, nargs="+", default=[3e-3])
+    parser.add_argument("--target-share", type=float, default=0.7)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path)
+    arguments = parser.parse_args()
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("rounds", "local_steps", "batch_size", "sequence_length", "profile_tokens", "evaluation_tokens")
+    }
+    plans = []
+    for seed in arguments.seeds:
+        files = list(write_clients(arguments.name, arguments.data, arguments.work / f"data-{seed}", seed).values())
+        files = tuple(str(files[index % len(files)]) for index in range(arguments.clients))
+        for label in arguments.methods:
+            method, options, experts = METHODS[label]
+            rates = arguments.adapter_rates if experts == "lora" else [arguments.learning_rate]
+            work = str(arguments.work / "runs")
+            plans += [Run(label, method, options, experts, seed, rate, files, work, settings) for rate in rates]
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    runs = []
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+        for future in concurrent.futures.as_completed([pool.submit(play, plan) for plan in plans]):
+            run = future.result()
+            runs.append(run)
+            seconds, loss = run["curve"][-1]
+            print(f"{run['label']:16} seed {run['seed']}: loss {loss:.3f} after {seconds / 3600:.2f} virtual hours")
+    runs.sort(key=lambda run: (run["label"], run["seed"], run["learning_rate"]))
+    summary = summarise(runs, arguments.target_share)
+    print(json.dumps(summary, indent=1))
+    if arguments.json:
+        content = {
+            "provenance": provenance(), "set": arguments.name, "clients": arguments.clients, "fleet": FLEET,
+            "settings": {**settings, "learning_rate": arguments.learning_rate}, "summary": summary, "runs": runs,
+        }  # fmt: skip
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    if arguments.figure:
+        title = f"{arguments.name}, {arguments.clients} clients, mean of {len(arguments.seeds)} seeds"
+        draw(runs, summary, title, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
