@@ -176,9 +176,9 @@ def draw(runs: list[dict], summary: dict, title: str, path: Path) -> None:
         found = [run for run in runs if run["label"] == label and run["learning_rate"] == rate]
         length = min(len(run["curve"]) for run in found)
         curve = np.mean([run["curve"][:length] for run in found], axis=0)
-        left.plot(curve[:, 0] / 3600, curve[:, 1], marker="o", markersize=3, label=label, color=colours[label])
+        left.plot(curve[1:, 0] / 60, curve[1:, 1], marker="o", markersize=3, label=label, color=colours[label])
     left.axhline(summary["target_loss"], color="0.4", linestyle=":", label="target")
-    left.set(xlabel="virtual hours", ylabel="held-out loss of the global model", title=title, xscale="symlog")
+    left.set(xlabel="virtual minutes", ylabel="held-out loss of the global model", title=title, xscale="log")
     left.legend(fontsize=8)
     bottom = np.zeros(len(labels))
     palette = plt.cm.tab20.colors
@@ -192,7 +192,7 @@ def draw(runs: list[dict], summary: dict, title: str, path: Path) -> None:
         right.bar(labels, heights, bottom=bottom, label=part, color=palette[number % len(palette)])
         bottom += heights
     right.set(ylabel="share of all clients' time", title="where the time goes")
-    right.tick_params(axis="x", rotation=30)
+    right.set_xticks(range(len(labels)), labels=labels, rotation=30, ha="right")
     right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
 
