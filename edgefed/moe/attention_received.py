@@ -55,7 +55,8 @@ class AttentionCapture:
         before = [(config, config._attn_implementation) for config in _configs(self._module)]
         for config, _ in before:
             config._attn_implementation = IMPLEMENTATION
-        hook = self._module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        # A pass may go through the decoder alone, without the head.
+        hook = self._module.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._restore = [hook.remove, lambda: _set_implementations(before)]
         return self
 

@@ -93,9 +93,12 @@ def profile_blocks(
 
 
 def _forward_all(model: MoeModel, blocks: TokenBlocks, way: ProfileWay, on_batch: Callable[[int], None]) -> None:
+    # The routers are all that counts. The head would cost more than its logits: for one row per sequence and a frozen
+    # weight, torch copies that weight once per sequence.
+    decoder = model.module.base_model
+
     def forward(input_ids: torch.Tensor) -> None:
-        # The routers are all that counts: one row of logits, not one per token, keeps a large vocabulary small.
-        model.module(input_ids=input_ids.to(model.module.device), use_cache=False, logits_to_keep=1)
+        decoder(input_ids=input_ids.to(model.module.device), use_cache=False)
 
     batches = [input_ids for input_ids, _ in blocks.batches(way.batch_size)]
     together = way.together or len(batches)
