@@ -99,8 +99,9 @@ def test_a_report_compares_with_itself_as_the_same_or_says_why_not(quick, run):
 def test_ctrl_c_leaves_a_report_of_what_there_is(tmp_path):
     words = ["--quick", "--model", "tiny", "--sustain", "600", "--state", ".", "--json", "a.json"]
     child = subprocess.Popen(
-        [*COMMAND, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*COMMAND, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     # At the first measurement that leaves a line; on a machine so quick that none does, in the sustained run.
     late = threading.Timer(LATE_S, lambda: child.send_signal(signal.SIGINT))
     late.start()
