@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import edgefed
 from edgefed.kernels.cuda_library import find_cuda
 from edgefed.native import NativeUnavailable
 
@@ -157,3 +158,10 @@ def test_the_cuda_library_exports_its_interface_and_nothing_of_the_runtime_in_it
     names = {line.split()[-1] for line in text.stdout.splitlines()}
     assert "ef_cuda_grouped_matmul" in names
     assert not [name for name in names if not name.startswith("ef_cuda_")]
+
+
+def test_a_process_of_a_test_runs_the_package_that_the_tests_import():
+    """With `-m` python looks in the working directory first: a checkout there would be run instead, without kernels."""
+    code = "import edgefed; print(edgefed.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert found == edgefed.__file__

@@ -23,7 +23,7 @@ import torch
 from edgefed.agent.agent import Fetch, TrainedUpdate
 from edgefed.agent.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.agent.placing import ExpertPlacer
-from edgefed.agent.planner import DeviceLimits, Planner
+from edgefed.agent.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.agent.progress import ProgressSink
 from edgefed.agent.reports import expert_reports, expert_survey, probe_explored, round_metrics, write_update
 from edgefed.disk import disk_errors
@@ -165,11 +165,8 @@ class LocalTrainer:
         this, self._last = self._last, None
         if this is None or not this.method.profiles_while_waiting:
             return
-        source = self._load_shared(self._model, this.units.values(), fetch)
-        self._planner.profile_ahead(
-            this.run, this.method, this.manifest, self._model, self._train_blocks, source, self._usable_bytes(), fetch,
-            progress,
-        )  # fmt: skip
+        this = dataclasses.replace(this, fetch=fetch, progress=progress)
+        self._planner.profile_ahead(self._plan_request(this, self._model))
 
     def _train_within_memory(
         self, this: _Round, model: MoeModel, guard: MemoryGuard
@@ -285,9 +282,12 @@ class LocalTrainer:
 
     def _plan(self, this: _Round, model: MoeModel) -> ExpertPlan:
         """The plan under the memory of now; profiles first if need be."""
+        return self._planner.make_plan(self._plan_request(this, model))
+
+    def _plan_request(self, this: _Round, model: MoeModel) -> PlanRequest:
         usable_bytes = self._usable_bytes()
         source = FrameSource() if this.own else self._load_shared(model, this.units.values(), this.fetch)
-        return self._planner.make_plan(
+        return PlanRequest(
             this.run, this.method, this.manifest, model, self._train_blocks, source, usable_bytes, this.fetch,
             this.progress, this.assignment.experts,
         )  # fmt: skip

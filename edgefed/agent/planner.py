@@ -62,6 +62,29 @@ class DeviceLimits:
     expert_storage: str = "auto"
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is made from. ``blocks`` is the device's training text, ``source`` has what is loaded of the round's
+    units, ``fetch`` brings more. ``usable_bytes``: what the model may use now. ``assignment``: what the aggregator
+    wants."""
+
+    run: RunConfig
+    method: Method
+    manifest: Manifest
+    model: MoeModel
+    blocks: TokenBlocks
+    source: FrameSource
+    usable_bytes: int
+    fetch: Fetch
+    progress: ProgressSink
+    assignment: ExpertAssignment | None = None
+
+    def add_all_experts(self) -> None:
+        """Make every expert of the round readable in ``source``; downloads what is not there."""
+        experts = [unit for unit in self.manifest.units if unit.kind == "expert"]
+        self.source.add(experts, self.fetch(experts))
+
+
 class Planner:
     """Makes and keeps one device's plan. ``identity`` names the device and its data; it seeds what is random."""
 
@@ -85,34 +108,21 @@ class Planner:
         """What a measured step of this run said about the memory model."""
         return self._saved.correction
 
-    def make_plan(
-        self,
-        run: RunConfig,
-        method: Method,
-        manifest: Manifest,
-        model: MoeModel,
-        blocks: TokenBlocks,
-        source: FrameSource,
-        usable_bytes: int,
-        fetch: Fetch,
-        progress: ProgressSink,
-        assignment: ExpertAssignment | None = None,
-    ) -> ExpertPlan:
+    def make_plan(self, request: PlanRequest) -> ExpertPlan:
         """The plan of this round; `load` then says how its steps are done.
 
         A profile is made once, or each round if the method asks for it; all experts are downloaded for it, or to be
-        merged, and for no other reason. ``assignment``: what the aggregator wants. ``usable_bytes`` is what the model
-        may use now. Raises BudgetTooSmall and ConfigError before anything is downloaded.
+        merged, and for no other reason. Raises BudgetTooSmall and ConfigError before anything is downloaded.
         """
+        run, method, model, progress = request.run, request.method, request.model, request.progress
         self._restore(run)
         saved = self._saved
         storage = required_storage(self._limits.expert_storage, method, run.training, model)
         setup = step_setup(model, run.training, expert_storage=storage)
         if saved.correction and saved.correction.kernels != setup.kernels:
             saved.correction = None  # it says nothing of these kernels; the next step is measured
-        if saved.correction:
-            usable_bytes -= saved.correction.process_bytes
-        sizes = manifest.experts_per_layer
+        usable_bytes = self._usable_of(request)
+        sizes = request.manifest.experts_per_layer
         self._shape = self._shape or shape_from_config(model.config, run.model)
         if self._problems is None:
             self._problems = problems(model.module, model.module.device)
@@ -123,9 +133,9 @@ class Planner:
         wanted = Load(setup, count, count)
         self._ladder = self._make_ladder(run, method, functools.partial(_spread_evenly, sizes))
         fit(self._ladder, wanted, usable_bytes)  # refuse before anything is downloaded
-        if method.needs_profile and self._profile_is_due(method, manifest.server_round):
-            self._profile(run, method, manifest, model, blocks, source, usable_bytes, fetch, progress)
-        self._ladder = self._make_ladder(run, method, self._layout(run, method, manifest, assignment))
+        if method.needs_profile and self._profile_is_due(method, request.manifest.server_round):
+            self._profile(request)
+        self._ladder = self._make_ladder(run, method, self._layout(request))
         before = self._resumed(wanted)
         self.load = self._settle(before, wanted, usable_bytes, progress)
         if saved.plan is not None and not method.plans_every_round and before == self.load:
@@ -133,11 +143,10 @@ class Planner:
         else:
             plan = self._ladder.layout(self.load.held, self.load.trained)
         if method.merges_rest:
-            experts = [unit for unit in manifest.units if unit.kind == "expert"]
-            source.add(experts, fetch(experts))
+            request.add_all_experts()
             before_merging = ExpertPlan.from_dict(saved.plan) if saved.plan else None
             self._merge = lambda plan: self._merger.merge(
-                plan, method, saved.profile, model.layers, source, before_merging, progress
+                plan, method, saved.profile, model.layers, request.source, before_merging, progress
             )
             plan = self._merge(plan)
         self._usable_bytes = usable_bytes
@@ -161,22 +170,9 @@ class Planner:
         self._keep(plan)
         return rung, plan
 
-    def profile_ahead(
-        self,
-        run: RunConfig,
-        method: Method,
-        manifest: Manifest,
-        model: MoeModel,
-        blocks: TokenBlocks,
-        source: FrameSource,
-        usable_bytes: int,
-        fetch: Fetch,
-        progress: ProgressSink,
-    ) -> None:
-        """Make the profile of the round after ``manifest``'s now; see `Method.profiles_while_waiting`."""
-        if self._saved.correction:
-            usable_bytes -= self._saved.correction.process_bytes
-        self._profile(run, method, manifest, model, blocks, source, usable_bytes, fetch, progress)
+    def profile_ahead(self, request: PlanRequest) -> None:
+        """Make the profile of the round after ``request.manifest``'s now; see `Method.profiles_while_waiting`."""
+        self._profile(request)
         self._write()
 
     def exclude(self, saving: str, reason: str) -> None:
@@ -206,27 +202,20 @@ class Planner:
         # One made while waiting is of the round before. An older one was left by a device that was away.
         return method.profiles_while_waiting and self._saved.profile_round < server_round - 1
 
-    def _profile(
-        self,
-        run: RunConfig,
-        method: Method,
-        manifest: Manifest,
-        model: MoeModel,
-        blocks: TokenBlocks,
-        source: FrameSource,
-        usable_bytes: int,
-        fetch: Fetch,
-        progress: ProgressSink,
-    ) -> None:
-        experts = [unit for unit in manifest.units if unit.kind == "expert"]
-        source.add(experts, fetch(experts))
+    def _profile(self, request: PlanRequest) -> None:
+        method, model = request.method, request.model
+        request.add_all_experts()
         if method.exchanges:
             model.drop_experts()  # those of the last round; they are placed anew after the plan
         self._saved.profile = make_profile(
-            model, self.shape, run.training, blocks, source, usable_bytes, progress,
-            storage=self._limits.profile_storage, attention=method.profiles_attention,
+            model, self.shape, request.run.training, request.blocks, request.source, self._usable_of(request),
+            request.progress, storage=self._limits.profile_storage, attention=method.profiles_attention,
         )  # fmt: skip
-        self._saved.profile_round = manifest.server_round
+        self._saved.profile_round = request.manifest.server_round
+
+    def _usable_of(self, request: PlanRequest) -> int:
+        """What the allocator may use: without what a measured step showed that the process takes beside it."""
+        return request.usable_bytes - (self._saved.correction.process_bytes if self._saved.correction else 0)
 
     # --- the load ---------------------------------------------------------------------------------------------------
 
@@ -297,15 +286,14 @@ class Planner:
             may_offload=method.offloads_experts,
         )
 
-    def _layout(
-        self, run: RunConfig, method: Method, manifest: Manifest, assignment: ExpertAssignment | None
-    ) -> Callable[[int, int], ExpertPlan]:
+    def _layout(self, request: PlanRequest) -> Callable[[int, int], ExpertPlan]:
         """Which experts, for so many held and trained: the method's choice; drawn from the same numbers each time, so
         fewer experts are a part of more."""
-        drawn_in = manifest.server_round if method.plans_every_round else 0
-        progress = (manifest.server_round - 1) / (run.rounds - 1) if run.rounds > 1 else 1.0
-        context = RoundContext(manifest.server_round, progress, assignment)
-        profile, sizes = self._saved.profile, manifest.experts_per_layer
+        run, method, server_round = request.run, request.method, request.manifest.server_round
+        drawn_in = server_round if method.plans_every_round else 0
+        progress = (server_round - 1) / (run.rounds - 1) if run.rounds > 1 else 1.0
+        context = RoundContext(server_round, progress, request.assignment)
+        profile, sizes = self._saved.profile, request.manifest.experts_per_layer
 
         @functools.lru_cache(maxsize=64)
         def choose(count: int) -> ExpertPlan:

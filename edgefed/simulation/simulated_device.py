@@ -20,7 +20,7 @@ import numpy as np
 
 from edgefed.agent.device_profile import choose_way
 from edgefed.agent.local_trainer import OWN_FOLDER, LocalTrainer
-from edgefed.agent.planner import DeviceLimits, Planner
+from edgefed.agent.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.agent.progress import ProgressSink
 from edgefed.agent.trainer import Fetch, TrainedUpdate
 from edgefed.disk import disk_errors, write_durably
@@ -35,7 +35,7 @@ from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol.messages import Assignment, FileInfo, Manifest, RunConfig, UnitInfo
 from edgefed.simulation.config import SimulatedDevice
 from edgefed.simulation.cost_shape import FILE, CostShape, byte_kind
-from edgefed.training.encoding import TokenBlocks, encode_examples
+from edgefed.training.encoding import encode_examples
 from edgefed.training.profiling import ProfileWay, load_tokenizer, spread_blocks
 from edgefed.training.shrinking import Ladder
 from edgefed.training.steps import step_setup, train_scope
@@ -80,20 +80,19 @@ class SimulatedPlanner(Planner):
         """How this device makes a profile, of ``profile_blocks`` blocks of text; known from its first plan on."""
         self.profile_blocks = 0
 
-    def make_plan(
-        self, run: RunConfig, method: Method, manifest: Manifest, model: MoeModel, blocks: TokenBlocks,
-        source: FrameSource, usable_bytes: int, *rest, **more,
-    ) -> ExpertPlan:  # fmt: skip
+    def make_plan(self, request: PlanRequest) -> ExpertPlan:
         """As `Planner.make_plan`; a profile holds experts as a device with the cost shape would have to."""
+        method, training = request.method, request.run.training
         if method.needs_profile and self.profile_way is None:
-            setup = self._charged.setup(step_setup(model, run.training), self._kind)
-            self.profile_blocks = len(spread_blocks(blocks, run.training.profile_tokens))
+            setup = self._charged.setup(step_setup(request.model, training), self._kind)
+            self.profile_blocks = len(spread_blocks(request.blocks, training.profile_tokens))
             self.profile_way, _ = choose_way(
-                self._charged.shape, setup, self.profile_blocks, usable_bytes, attention=method.profiles_attention
-            )
+                self._charged.shape, setup, self.profile_blocks, request.usable_bytes,
+                attention=method.profiles_attention,
+            )  # fmt: skip
             self._limits = dataclasses.replace(self._limits, profile_storage=self.profile_way.storage or "full")
         self._restore_points()
-        plan = super().make_plan(run, method, manifest, model, blocks, source, usable_bytes, *rest, **more)
+        plan = super().make_plan(request)
         self._keep_points()
         return plan
 
