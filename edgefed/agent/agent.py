@@ -321,7 +321,10 @@ class Agent:
             return StepOutcome("dropped", delivered.server_round, str(delivered.error))
         self._rounds += 1
         self._metrics = delivered.metrics
-        self._trainer.between_rounds(self._fetch, self._progress)
+        try:
+            self._trainer.between_rounds(self._fetch, self._progress)
+        except (NotFound, RoundClosed) as error:
+            logger.info("not prepared for the next round: %s", error)  # the server moved on; the round does it then
         return StepOutcome("accepted", delivered.server_round)
 
     def _fetch(self, items: Iterable[UnitInfo | FileInfo]) -> Mapping[str, Path]:

@@ -59,6 +59,17 @@ def test_a_whole_run(server: FakeAggregator, tmp_path):
         assert journal.record.bytes_up == first["bytes_up"] + second["bytes_up"]
 
 
+def test_what_the_server_no_longer_has_between_rounds_ends_nothing(server, tmp_path):
+    class Late(ToyTrainer):
+        def between_rounds(self, fetch, progress) -> None:
+            progress.phase("profile", 1, "token")
+            raise NotFound("that blob is of a round long gone")
+
+    with device(server.url, tmp_path, Late()) as agent:
+        summary = agent.run()
+    assert (summary.rounds, summary.finished) == (2, True)
+
+
 def test_steps_drive_several_devices_in_one_process(server, tmp_path):
     server.quorum = 2
     with (
