@@ -14,11 +14,17 @@ import numpy as np
 AGNEWS_TOPICS = ("World", "Sports", "Business", "Technology")
 AGNEWS_CLIENTS, AGNEWS_DIRICHLET = 10, 0.5
 SHAKESPEARE_CLIENTS = 10
+GSM8K_CLIENTS = 10
 
 
-def write_clients(name: str, data: Path, folder: Path, seed: int) -> dict[str, Path]:
-    """Write the clients of a set to ``folder``, {client: file}. Raises SystemExit when the set is not in ``data``."""
+def write_clients(name: str, data: Path, folder: Path, seed: int, parts: int = 1) -> dict[str, Path]:
+    """Write the clients of a set to ``folder``, {client: file}; with ``parts``, so many clients share what is one's.
+
+    Raises SystemExit when the set is not in ``data``.
+    """
     records = SETS[name](data, seed)
+    if parts > 1:
+        records = {f"{client}.{part}": rows[part::parts] for part in range(parts) for client, rows in records.items()}
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for client, rows in records.items():
@@ -74,4 +80,18 @@ def _shakespeare(data: Path, seed: int) -> dict[str, list[dict]]:
     return {f"role-{index}": by_role[role] for index, role in enumerate(largest)}
 
 
-SETS = {"dolly": _dolly, "agnews": _agnews, "shakespeare": _shakespeare}
+def _gsm8k(data: Path, seed: int) -> dict[str, list[dict]]:
+    """Ten clients of as many problems each, by the number of calculations in the answer: from short ones to long."""
+    rows = [json.loads(line) for line in _open(data / "gsm8k" / "train.jsonl.gz").splitlines()]
+    rng = np.random.default_rng(seed)
+    order = sorted(rng.permutation(len(rows)), key=lambda i: rows[i]["answer"].count("<<"))
+    return {
+        f"gsm8k-{index}": [
+            {"prompt": f"{rows[i]['question']}\nAnswer:", "completion": f" {rows[i]['answer']}"}
+            for i in rng.permutation(part)
+        ]
+        for index, part in enumerate(np.array_split(order, GSM8K_CLIENTS))
+    }
+
+
+SETS = {"dolly": _dolly, "agnews": _agnews, "shakespeare": _shakespeare, "gsm8k": _gsm8k}

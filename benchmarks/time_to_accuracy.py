@@ -79,6 +79,7 @@ def play(run: Run) -> dict:
     fleet = []
     for index, file in enumerate(run.files):
         profile, network = FLEET[index % len(FLEET)]
+        network = run.settings["network"] or network
         fleet.append(
             SimulatedDevice(f"{index:02d}-{profile}", effective(find_profile(profile), {}, None), LINKS[network], file)
         )
@@ -201,7 +202,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--set", choices=tuple(SETS), default="dolly", dest="name")
-    parser.add_argument("--clients", type=int, default=10, help="the first ten get a file each, others the same again")
+    parser.add_argument(
+        "--clients", type=int, default=10, help="ten, or a multiple: then the data of each of the ten is dealt out"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=10)
@@ -210,6 +213,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--profile-tokens", type=int, default=2048)
     parser.add_argument("--evaluation-tokens", type=int, default=2048)
+    parser.add_argument("--network", choices=tuple(LINKS), help="of every client; default: fibre and cable mixed")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--adapter-rates", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--target-share", type=float, default=0.7)
@@ -220,12 +224,17 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = {
         name: getattr(arguments, name)
-        for name in ("rounds", "local_steps", "batch_size", "sequence_length", "profile_tokens", "evaluation_tokens")
-    }
+        for name in (
+            "rounds", "local_steps", "batch_size", "sequence_length", "profile_tokens", "evaluation_tokens", "network"
+        )
+    }  # fmt: skip
+    parts, rest = divmod(arguments.clients, 10)
+    if rest or not parts:
+        parser.error(f"--clients {arguments.clients}: a multiple of ten is needed")
     plans = []
     for seed in arguments.seeds:
-        files = list(write_clients(arguments.name, arguments.data, arguments.work / f"data-{seed}", seed).values())
-        files = tuple(str(files[index % len(files)]) for index in range(arguments.clients))
+        folder = arguments.work / f"data-{seed}"
+        files = tuple(map(str, write_clients(arguments.name, arguments.data, folder, seed, parts).values()))
         for label in arguments.methods:
             method, options, experts = METHODS[label]
             rates = arguments.adapter_rates if experts == "lora" else [arguments.learning_rate]
