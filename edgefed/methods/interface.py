@@ -114,6 +114,8 @@ class Method(Protocol):
     them."""
     trains_experts_as: str | None = None
     """The only mode of `TrainingConfig.experts` that it works with; None: any."""
+    personal: bool = False
+    """Every client trains a model of its own; the global model is the extractor that they share, and has no experts."""
     exchanges: bool = True
     """False: nothing but metadata is uploaded, and nothing is downloaded after the first round."""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from edgefed.errors import ConfigError, UnknownMethod
 from edgefed.methods.fedavg import FedAvg
+from edgefed.methods.fedmoe import FedMoE
 from edgefed.methods.flux import Flux
 from edgefed.methods.frequent import FrequentExperts, Submodel
 from edgefed.methods.hfedmoe import HFedMoE
@@ -20,6 +21,7 @@ METHODS: dict[str, type] = {
     for kind in (
         HFedMoE,
         Flux,
+        FedMoE,
         FedAvg,
         OffloadedExperts,
         QuantizedExperts,

@@ -1,0 +1,81 @@
+"""FedMoE (Mei et al., arXiv 2402.01350): model-heterogeneous personalised federated learning.
+
+Every client k trains a model of its own, F_k, and a small homogeneous extractor G(theta), mixed per example by a gate
+(`edgefed.personal.mixture`). Only theta travels:
+
+    theta^t = sum_{k in S} (n_k / n) theta_k^t                                                             (Algorithm 1)
+
+    paper          here
+    eta_theta      ``extractor_lr``
+    eta_omega      ``model_lr``
+    eta_phi        ``gate_lr``
+    E              ``local_epochs``
+    m              ``gate_width``
+    C              `--clients-per-round`
+
+There are no experts to choose here: the two experts of a client are its own model and the shared extractor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgefed.errors import ConfigError
+from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.methods.averaging import MeanOfHolders
+from edgefed.methods.interface import FIRST_ROUND, DeviceBudget, RoundContext
+
+
+@dataclasses.dataclass(frozen=True)
+class FedMoE(MeanOfHolders):
+    """Hyper-parameters with the paper's values."""
+
+    extractor_lr: float = 0.01
+    model_lr: float = 0.01
+    gate_lr: float = 0.01
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    local_epochs: int = 1
+    batch_size: int = 64
+    gate_width: int = 64
+    gate_norm: str = "switch"
+    """"switch": SwitchNorm and BatchNorm, as the paper has it; "layer": LayerNorm, also for batches of one."""
+
+    name = "fedmoe"
+    needs_profile = False
+    personal = True
+
+    def __post_init__(self) -> None:
+        for option in ("extractor_lr", "model_lr", "gate_lr"):
+            if not getattr(self, option) > 0:
+                raise ConfigError(f"fedmoe: {option} is {getattr(self, option)}, it must be above 0")
+        if not 0 <= self.momentum < 1 or self.weight_decay < 0:
+            raise ConfigError("fedmoe: momentum is 0 up to below 1, weight_decay is not negative")
+        for option in ("local_epochs", "batch_size", "gate_width"):
+            if getattr(self, option) < 1:
+                raise ConfigError(f"fedmoe: {option} is {getattr(self, option)}, it must be at least 1")
+        if self.gate_norm not in ("switch", "layer"):
+            raise ConfigError(f"fedmoe: gate_norm is {self.gate_norm!r}, allowed are switch, layer")
+        if self.gate_norm == "switch" and self.batch_size < 2:
+            raise ConfigError(
+                "fedmoe: batch_size is 1, and the statistics of one example say nothing",
+                remedy="Pass --option gate_norm=layer, or a larger batch_size.",
+            )
+
+    def plan_experts(
+        self,
+        record: RouterRecord | None,
+        experts_per_layer: Sequence[int],
+        budget: DeviceBudget,
+        rng: np.random.Generator,
+        context: RoundContext = FIRST_ROUND,
+    ) -> ExpertPlan:
+        """There is nothing to plan. Raises ConfigError."""
+        raise ConfigError("fedmoe has no experts to choose: its clients bring models of their own")
+
+    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+        """There are no experts. Raises ConfigError."""
+        raise ConfigError("fedmoe has no experts whose importance could be told")

@@ -1,0 +1,82 @@
+"""What a client's data look like to its mixture: examples that come in batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Inputs = Tensor | Mapping[str, Tensor]
+"""What an extractor is called with: one tensor (B, ...), or tensors by name, as a tokenizer gives them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """``shared``: inputs of the shared extractor. ``own``: inputs of the client's model, where they differ (another
+    tokenizer). ``labels``: int64, (B,) classes, or (B, T) next tokens with -100 where nothing is learned."""
+
+    shared: Inputs
+    own: Inputs
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(_moved(self.shared, device), _moved(self.own, device), self.labels.to(device))
+
+
+def _moved(inputs: Inputs, device: torch.device | str) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+class Samples(Protocol):
+    """Labelled examples of one client, in memory or on its disk."""
+
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of their labels."""
+    labels: np.ndarray
+    """(N,) int64 class of each example."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The examples of these indices, on the CPU."""
+        ...
+
+    def subset(self, indices: np.ndarray) -> Samples:
+        """Only these examples; the classes stay."""
+        ...
+
+
+def batches(samples: Samples, batch_size: int, rng: np.random.Generator | None = None) -> Iterator[Batch]:
+    """All examples once, shuffled if ``rng`` is given. A last batch of one joins the batch before it: the statistics of
+    one example normalise it to nothing."""
+    order = np.arange(len(samples)) if rng is None else rng.permutation(len(samples))
+    starts = list(range(0, len(order), batch_size))
+    if len(starts) > 1 and len(order) - starts[-1] == 1:
+        starts.pop()
+    for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        yield samples.batch(order[start:end])
+
+
+def num_batches(num_examples: int, batch_size: int) -> int:
+    """How many batches `batches` gives."""
+    whole, rest = divmod(num_examples, batch_size)
+    return max(1, whole) if rest == 1 else whole + (rest > 0)
+
+
+def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
+    """(training, held-out) examples, each class divided alike; at least one example of a class stays for training."""
+    rng = np.random.default_rng(seed)
+    train, held = [], []
+    for label in np.unique(samples.labels):
+        rows = rng.permutation(np.flatnonzero(samples.labels == label))
+        count = min(int(round(share * len(rows))), len(rows) - 1)
+        held.append(rows[:count])
+        train.append(rows[count:])
+    return samples.subset(np.sort(np.concatenate(train))), samples.subset(np.sort(np.concatenate(held)))
