@@ -19,6 +19,7 @@ from edgefed.aggregator.creation import NewUnit, create_run
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError, EdgefedError, StateCorrupt
+from edgefed.methods.registry import make_method
 from edgefed.protocol.messages import (
     Manifest,
     RunConfig,
@@ -49,6 +50,21 @@ def import_in_subprocess(source: str, folder: Path, run: RunConfig, policy: Roun
         if child.stdout.startswith(b"{"):
             raise decode_error(child.stdout)
         raise EdgefedError(f"importing {source} ended with status {child.returncode}")
+
+
+def import_extractor(folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
+    """Make a run of a shared extractor: ``run.model`` names it, ``run.seed`` draws its first weights.
+
+    Raises ConfigError, StorageError.
+    """
+    from edgefed.moe.frame_source import raw_array
+    from edgefed.moe.units import dtype_name
+    from edgefed.personal.extractors import EXTRACTOR_UNIT, make_extractor
+
+    extractor = make_extractor(run.model, run.seed)
+    tensors = {name: (dtype_name(value.dtype), raw_array(value)) for name, value in extractor.state_dict().items()}
+    unit = NewUnit(key=EXTRACTOR_UNIT, kind="dense", layer=-1, expert=-1, trainable=True, tensors=tensors)
+    create_run(folder, run, policy, [unit])
 
 
 def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
@@ -159,6 +175,11 @@ def export_model(folder: Path, to: Path, server_round: int | None = None) -> Pat
     from edgefed.training.steps import train_scope
 
     with RunReader(folder) as reader, tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
+        if make_method(reader.run.method, reader.run.method_options).personal:
+            raise ConfigError(
+                f"{folder} holds a run of {reader.run.method}: clients have models of their own, the server has none",
+                remedy="The mixture of a client is in the folder `personal` of its --state.",
+            )
         manifest = reader.manifest(server_round)
         source = reader.unpack(manifest, Path(scratch))
         return export_checkpoint(source, Path(scratch), to, scope=train_scope(reader.run.training))
@@ -168,6 +189,9 @@ def main() -> int:
     """Import as told on standard input; an error goes to standard output as a protocol error message."""
     request = decode_message(sys.stdin.buffer.read(), ImportRequest)
     try:
+        if make_method(request.run.method, request.run.method_options).personal:
+            import_extractor(Path(request.folder), request.run, request.policy)
+            return 0
         import_model(request.source, Path(request.folder), request.run, request.policy)
     except EdgefedError as error:
         sys.stdout.buffer.write(encode_error(error))

@@ -6,12 +6,14 @@ import dataclasses
 import os
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgefed.agent.agent import AgentSettings, RunSummary, open_agent
 from edgefed.agent.local_trainer import LocalTrainer
 from edgefed.agent.planner import DeviceLimits
 from edgefed.agent.progress import ProgressSink
+from edgefed.agent.trainer import Trainer
 from edgefed.errors import BudgetTooSmall, ConfigError
 from edgefed.hardware.budget import MemoryBudget, OwnMemory, plan_budget
 from edgefed.hardware.facts import DeviceFacts, MemoryKind
@@ -49,6 +51,9 @@ class JoinConfig:
     device: str | None = None
     expert_storage: str = "auto"
     profile_storage: str = "auto"
+    task: str | None = None
+    """"images" or "text": take part with a model of one's own (FedMoE), ``model``; None: train the server's model."""
+    model: str | None = None
 
 
 class DeviceMemory:
@@ -145,11 +150,29 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
     """Take part in the run at ``config.server`` until it is over or ``stop`` is set.
 
     The data is read first, so that a bad file is told before the server hears of this device. Raises what `Agent.run`,
-    `LocalTrainer` and `DeviceMemory` raise.
+    the trainers and `DeviceMemory` raise.
     """
     memory = DeviceMemory(config.device, config.memory_bytes)
     for note in dict.fromkeys((*memory.facts.notes, *memory.first.notes)):
         progress.message(note)
+    make_trainer = _expert_trainer if config.task is None else _personal_trainer
+    trainer = make_trainer(config, memory, progress)
+    settings = AgentSettings(
+        name=config.name,
+        memory_bytes=memory.first.now_bytes,
+        expert_share=config.expert_share,
+        compute_share=config.compute_share,
+        device=memory.describe(),
+        budget_bytes=lambda: memory.latest.now_bytes,
+    )
+    with open_agent(
+        config.server, config.state, settings, trainer, token=config.token, progress=progress, stop=stop
+    ) as agent:
+        return agent.run()
+
+
+def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: ProgressSink) -> Trainer:
+    """Trains experts of the server's model, as many as the device affords."""
     progress.message(f"{config.name}: {memory.first.origin}; at most {100 * config.expert_share:.0f} % of the experts")
     trainer = LocalTrainer(
         config.data,
@@ -167,19 +190,26 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
         measure_budget=memory.measure,
         watch=memory.make_watch(),
     )
-    for problem in trainer.corpus.problems[:MAX_PROBLEMS_SHOWN]:
-        progress.message(f"{config.data} line {problem.line}: {problem.reason}")
-    if len(trainer.corpus.problems) > MAX_PROBLEMS_SHOWN:
-        progress.message(f"{config.data}: {len(trainer.corpus.problems)} lines cannot be used in all")
-    settings = AgentSettings(
-        name=config.name,
-        memory_bytes=memory.first.now_bytes,
-        expert_share=config.expert_share,
-        compute_share=config.compute_share,
-        device=memory.describe(),
-        budget_bytes=lambda: memory.latest.now_bytes,
+    _tell_problems(config.data, [f"line {each.line}: {each.reason}" for each in trainer.corpus.problems], progress)
+    return trainer
+
+
+def _personal_trainer(config: JoinConfig, memory: DeviceMemory, progress: ProgressSink) -> Trainer:
+    """Trains a model of the device's own beside the shared extractor."""
+    from edgefed.agent.personal_trainer import PersonalTrainer
+    from edgefed.personal.tasks import make_task
+
+    task = make_task(config.task, config.data, config.model, config.name, config.held_out_share)
+    _tell_problems(config.data, task.problems, progress)
+    progress.message(
+        f"{config.name}: {task.num_examples} examples of {len(task.classes)} classes, own model {config.model}; "
+        "only the shared extractor leaves this device"
     )
-    with open_agent(
-        config.server, config.state, settings, trainer, token=config.token, progress=progress, stop=stop
-    ) as agent:
-        return agent.run()
+    return PersonalTrainer(task, config.state, device=memory.torch_device)
+
+
+def _tell_problems(data: str, problems: Sequence[str], progress: ProgressSink) -> None:
+    for problem in problems[:MAX_PROBLEMS_SHOWN]:
+        progress.message(f"{data} {problem}")
+    if len(problems) > MAX_PROBLEMS_SHOWN:
+        progress.message(f"{data}: {len(problems)} lines cannot be used in all")

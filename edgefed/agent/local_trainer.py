@@ -130,6 +130,9 @@ class LocalTrainer:
         Raises BudgetTooSmall, OutOfMemory, DeviceLost, DataError, ModelError, TrainingDiverged.
         """
         method = make_method(run.method, run.method_options)
+        if method.personal:
+            fault = f"the run at this server is {run.method!r}: clients train models of their own"
+            raise ConfigError(fault, remedy="Join with --task images or text, --data and --model.")
         units = {unit.key: unit for unit in manifest.units}
         model = self._ensure_model(run, manifest, fetch, progress)
         own = {} if model.plan is None or method.exchanges else self._spool(model, units)

@@ -14,7 +14,11 @@ import click
 
 @click.command("join")
 @click.argument("server")
-@click.option("--data", required=True, help="Text that stays on this device: .txt, .jsonl, or silo:NAME.")
+@click.option("--data", required=True, help="What stays on this device: text as .txt, .jsonl or silo:NAME; with "
+              "--task, labelled examples.")  # fmt: skip
+@click.option("--task", type=click.Choice(["images", "text"]), help="In a run of fedmoe: train a model of your own on "
+              "labelled examples.")  # fmt: skip
+@click.option("--model", help="With --task: cnn1 to cnn5, package:function, or a checkpoint folder. It stays here.")
 @click.option(
     "--memory",
     help="Most memory to use, e.g. 2GiB; default: measured before each round. On a CPU it bounds the process, on a GPU "
@@ -40,9 +44,9 @@ import click
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON at the end.")
 def join_command(
-    server: str, data: str, memory: str | None, device: str | None, profile: str | None, experts: str, compute: str,
-    expert_storage: str, profile_storage: str, held_out: str, state: Path, name: str, token: str | None,
-    threads: int | None, as_json: bool,
+    server: str, data: str, task: str | None, model: str | None, memory: str | None, device: str | None,
+    profile: str | None, experts: str, compute: str, expert_storage: str, profile_storage: str, held_out: str,
+    state: Path, name: str, token: str | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Join the run at SERVER (http://host:port) and train on DATA until it ends or Ctrl-C."""
     from edgefed.agent.transport import check_base_url
@@ -58,6 +62,10 @@ def join_command(
     held_out_share = 0.0 if held_out.strip().rstrip("%") in ("0", "0.0") else parse_share(held_out, "--held-out")
     if memory and profile:
         raise ConfigError("--memory and --profile both say how much memory to use", remedy="Pass one of them.")
+    if model and not task:
+        raise ConfigError(
+            f"--model {model} was given without --task", remedy="Add --task images or text, or leave --model out."
+        )
     memory_bytes = parse_bytes(memory) if memory else None
     if profile:
         memory_bytes = plan_budget(facts_of(find_profile(profile))).now_bytes
@@ -93,6 +101,8 @@ def join_command(
         expert_storage=expert_storage,
         profile_storage=profile_storage,
         held_out_share=held_out_share,
+        task=task,
+        model=model,
     )
     progress.done()
     summary = run_agent(config, progress, stop)

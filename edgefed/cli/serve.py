@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from edgefed.protocol.messages import RunConfig, TrainingConfig
 from edgefed.protocol.routes import DEFAULT_HOST, DEFAULT_PORT
 
 TRAINED = click.Choice(["full", "lora", "none"])
@@ -16,7 +17,8 @@ TRAINED = click.Choice(["full", "lora", "none"])
 @click.option(
     "--model", help="`tiny`, a Hugging Face checkpoint folder, or a hub id. Default: tiny, or the run in --state."
 )
-@click.option("--method", help="hfedmoe (default), flux, or a baseline: see the README.")
+@click.option("--method", help="hfedmoe (default), flux, fedmoe, or a baseline: see the README.")
+@click.option("--extractor", help="With fedmoe: the small network that clients share, cnn1 to cnn5. Default: cnn5.")
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter of the method; repeatable."
 )
@@ -82,22 +84,27 @@ def serve_command(ctx: click.Context, **flags: object) -> None:
     from edgefed.aggregator.server import ServerConfig, bind, check_token, run_server
     from edgefed.aggregator.store import has_run
     from edgefed.cli.output import print_note
+    from edgefed.methods.fedmoe import FedMoE, extractor_task
 
     state: Path = flags["state"]
     check_token(flags["host"], flags["token"])
     bind(flags["host"], flags["port"]).close()  # nobody should wait for an import to learn that the port is taken
     if has_run(state):
-        _check_resumed(ctx, state)
+        run = _check_resumed(ctx, state)
         print_note(f"continuing the run in {state}")
     else:
-        run, policy, source = _new_run(flags)
+        run, policy, source = _new_run(ctx, flags)
         print_note(f"importing {run.model} into {state}")
         from edgefed.runs import import_in_subprocess
 
         import_in_subprocess(source, state, run, policy)
 
+    flags_to_join = "--data FILE"
+    if run.method == FedMoE.name:
+        flags_to_join = f"--task {extractor_task(run.model)} --data DATA --model MODEL"
+
     def on_ready(url: str) -> None:
-        print_note(f"clients join with: edgefed join {url} --data FILE")
+        print_note(f"clients join with: edgefed join {url} {flags_to_join}")
 
     config = ServerConfig(
         state_folder=state,
@@ -111,18 +118,26 @@ def serve_command(ctx: click.Context, **flags: object) -> None:
     run_server(config, on_ready=on_ready)
 
 
-def _new_run(flags: dict):
+def _new_run(ctx: click.Context, flags: dict):
     from edgefed.aggregator.rounds import RoundPolicy
     from edgefed.config import parse_assignments
     from edgefed.embedded import TINY, resolve_model
     from edgefed.errors import ConfigError
     from edgefed.methods.registry import check_training, make_method
-    from edgefed.protocol.messages import RunConfig, TrainingConfig
 
     model, method = flags["model"] or TINY, flags["method"] or "hfedmoe"
     options = parse_assignments(flags["options"], "--option")
     # What is unknown or does not go together is told now, not in the first round.
-    check_training(make_method(method, options), flags["experts"])
+    made = make_method(method, options)
+    if made.personal:
+        model = source = _check_personal(ctx, flags)
+    elif flags["extractor"]:
+        raise ConfigError(
+            f"--extractor {flags['extractor']} was given with --method {method}", remedy="Only fedmoe has an extractor."
+        )
+    else:
+        source = resolve_model(model)
+    check_training(made, flags["experts"])
     if {flags["experts"], flags["router"], flags["attention"]} == {"none"}:
         raise ConfigError("nothing would be trained: experts, router and attention are all none")
     training = TrainingConfig(**{name: flags[name] for name in TrainingConfig.__struct_fields__ if name in flags})
@@ -144,18 +159,40 @@ def _new_run(flags: dict):
         client_timeout_s=flags["client_timeout"],
     )
     policy.check()
-    return run, policy, resolve_model(model)
+    return run, policy, source
 
 
-FIXED = ("model", "method", "rounds", "seed", *(
+def _check_personal(ctx: click.Context, flags: dict) -> str:
+    """The extractor of a run whose clients have models of their own. Raises ConfigError for flags that mean nothing."""
+    from edgefed.errors import ConfigError
+    from edgefed.methods.fedmoe import FedMoE, extractor_task
+    from edgefed.methods.registry import method_options
+
+    name = flags["extractor"] or "cnn5"
+    extractor_task(name)
+    for flag in ("model", *TRAINING):
+        if ctx.get_parameter_source(flag) not in (None, click.core.ParameterSource.DEFAULT):
+            raise ConfigError(
+                f"{_option(ctx, flag)} says nothing to fedmoe: its clients train models of their own",
+                remedy=f"Its own settings go with --option: {', '.join(method_options(FedMoE.name))}.",
+            )
+    return name
+
+
+def _option(ctx: click.Context, name: str) -> str:
+    return next(param.opts[0] for param in ctx.command.params if param.name == name)
+
+
+TRAINING = (
     "experts", "router", "attention", "lora_rank", "lora_alpha", "local_steps", "batch_size", "sequence_length",
     "learning_rate", "weight_decay", "missing", "profile_tokens", "evaluation_tokens",
-))  # fmt: skip
+)  # fmt: skip
+FIXED = ("model", "extractor", "method", "rounds", "seed", *TRAINING)
 """Flags that are fixed when a run begins."""
 
 
-def _check_resumed(ctx: click.Context, state: Path) -> None:
-    """Refuse a flag that contradicts the run in the folder: silently ignoring it would be a surprise."""
+def _check_resumed(ctx: click.Context, state: Path) -> RunConfig:
+    """The run in the folder. Refuses a flag that contradicts it: silently ignoring it would be a surprise."""
     from edgefed.errors import ConfigError
     from edgefed.runs import RunReader
 
@@ -164,11 +201,12 @@ def _check_resumed(ctx: click.Context, state: Path) -> None:
     for name in FIXED:
         if ctx.get_parameter_source(name) in (None, click.core.ParameterSource.DEFAULT):
             continue
-        asked = ctx.params[name]
-        found = getattr(run if hasattr(run, name) else run.training, name)
-        option = next(param.opts[0] for param in ctx.command.params if param.name == name)
+        asked, option = ctx.params[name], _option(ctx, name)
+        kept = "model" if name == "extractor" else name
+        found = getattr(run if hasattr(run, kept) else run.training, kept)
         if asked is not None and asked != found:
             raise ConfigError(
                 f"{option} {asked} was asked for, but the run in {state} has {found}",
                 remedy="Leave the flag out to continue that run, or start a new one with another --state.",
             )
+    return run

@@ -19,7 +19,8 @@ There are no experts to choose here: the two experts of a client are its own mod
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -27,6 +28,20 @@ from edgefed.errors import ConfigError
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
 from edgefed.methods.averaging import MeanOfHolders
 from edgefed.methods.interface import FIRST_ROUND, DeviceBudget, RoundContext
+
+IMAGES, TEXT = "images", "text"
+TASKS = (IMAGES, TEXT)
+EXTRACTORS: Mapping[str, str] = MappingProxyType({f"cnn{number}": IMAGES for number in range(1, 6)})
+"""The shared extractors by name, and the task of each; `edgefed.personal.extractors` makes them."""
+
+
+def extractor_task(name: str) -> str:
+    """The task of an extractor. Raises ConfigError for an unknown name."""
+    if name not in EXTRACTORS:
+        raise ConfigError(
+            f"there is no extractor {name!r}", remedy=f"Pass --extractor with one of {', '.join(EXTRACTORS)}."
+        )
+    return EXTRACTORS[name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,11 +54,11 @@ class Samples(Protocol):
 
 
 def batches(samples: Samples, batch_size: int, rng: np.random.Generator | None = None) -> Iterator[Batch]:
-    """All examples once, shuffled if ``rng`` is given. A last batch of one joins the batch before it: the statistics of
-    one example normalise it to nothing."""
+    """All examples once, shuffled if ``rng`` is given. A last batch of one joins the batch before it (unless all are of
+    one): the statistics of one example normalise it to nothing."""
     order = np.arange(len(samples)) if rng is None else rng.permutation(len(samples))
     starts = list(range(0, len(order), batch_size))
-    if len(starts) > 1 and len(order) - starts[-1] == 1:
+    if batch_size > 1 and len(starts) > 1 and len(order) - starts[-1] == 1:
         starts.pop()
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         yield samples.batch(order[start:end])

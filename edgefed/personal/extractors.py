@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edgefed.errors import ConfigError
+from edgefed.methods.fedmoe import IMAGES, extractor_task
 from edgefed.personal.batches import Inputs
 from edgefed.personal.networks import CNNS, IMAGE_SHAPE, cnn_features
 
-IMAGES, TEXT = "images", "text"
-TASKS = (IMAGES, TEXT)
+EXTRACTOR_UNIT = "extractor"
+"""Key of the one unit that theta is on the wire."""
 
 
 class SharedExtractor(nn.Module):
@@ -46,13 +46,6 @@ class CnnExtractor(SharedExtractor):
     def gate_features(self, inputs: Tensor) -> Tensor:
         """The image itself, flat."""
         return inputs.flatten(1)
-
-
-def extractor_task(name: str) -> str:
-    """The task of an extractor: "images" or "text". Raises ConfigError for an unknown name."""
-    if name in CNNS:
-        return IMAGES
-    raise ConfigError(f"there is no extractor {name!r}", remedy=f"Pass --extractor {', '.join(CNNS)}.")
 
 
 def make_extractor(name: str, seed: int) -> SharedExtractor:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from edgefed.errors import TrainingDiverged
 from edgefed.personal.batches import Batch, Samples, batches
-from edgefed.personal.mixture import LocalMixture
 
 IGNORED_LABEL = -100
 EVALUATION_BATCH = 256
@@ -36,8 +35,14 @@ def make_optimizer(groups: Mapping[str, list[nn.Parameter]], rates: Rates) -> to
     return torch.optim.SGD(settings, momentum=rates.momentum, weight_decay=rates.weight_decay)
 
 
+def mixture_loss(mixture: nn.Module, batch: Batch) -> Tensor:
+    """The paper's loss: end-to-end cross-entropy on theta, own model and gate at once."""
+    logits, _ = mixture(batch)
+    return cross_entropy(logits, batch.labels)
+
+
 def train_epochs(
-    mixture: LocalMixture,
+    mixture: nn.Module,
     samples: Samples,
     optimizer: torch.optim.Optimizer,
     *,
@@ -46,17 +51,17 @@ def train_epochs(
     rng: np.random.Generator,
     device: torch.device | str = "cpu",
     on_step: Callable[[], None] = lambda: None,
+    loss_of: Callable[[nn.Module, Batch], Tensor] = mixture_loss,
 ) -> float:
-    """End-to-end cross-entropy on theta, own model and gate at once. Returns the mean loss per example of the last
-    epoch. ``on_step`` is called after each step; what it raises passes. Raises TrainingDiverged."""
+    """Minimise ``loss_of(mixture, batch)`` over all examples, ``epochs`` times. Returns the mean loss per example of
+    the last epoch. ``on_step`` is called after each step; what it raises passes. Raises TrainingDiverged."""
     mixture.train()
     mean = math.nan
     for _ in range(epochs):
         total, count = 0.0, 0
         for batch in batches(samples, batch_size, rng):
             batch = batch.to(device)
-            logits, _ = mixture(batch)
-            loss = cross_entropy(logits, batch.labels)
+            loss = loss_of(mixture, batch)
             if not torch.isfinite(loss):
                 raise TrainingDiverged(f"the loss is {float(loss)}")
             optimizer.zero_grad(set_to_none=True)
@@ -85,8 +90,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(mixture: LocalMixture, samples: Samples, device: torch.device | str = "cpu") -> Evaluation:
-    """Loss, accuracy and gate weights; the mixture is left in evaluation mode."""
+def evaluate(mixture: nn.Module, samples: Samples, device: torch.device | str = "cpu") -> Evaluation:
+    """Loss, accuracy and gate weights of a `LocalMixture`, or of what answers as one does; it is left in evaluation
+    mode."""
     mixture.eval()
     total, right, count, weights = 0.0, 0, 0, [np.zeros((0, 2), np.float32)]
     for batch in _each(samples, device):

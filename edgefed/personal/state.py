@@ -1,0 +1,129 @@
+"""What a client keeps of its mixture between rounds and restarts; none of it ever leaves the device but theta.
+
+    FOLDER/personal/RUN_ID/round-000003.safetensors     the whole mixture after round 3, with the momentum of its SGD
+
+A round begins from the newest file of an earlier round, so a round that is trained again (the device died before its
+upload was safe) begins where it began the first time. The two newest are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from edgefed.disk import disk_errors, make_folder, settle_file, sync_folder
+from edgefed.errors import ConfigError, StateCorrupt
+
+KEPT_ROUNDS = 2
+_MOMENTUM = "momentum:"
+_LOCAL = ("own.", "projection.", "gate.")
+"""Parts of a mixture that are the client's alone."""
+
+
+class PersonalState:
+    """The files of one run. ``facts``: what the mixture is (model, classes, extractor, gate); fixed in a run."""
+
+    def __init__(self, folder: Path, run_id: str, facts: Mapping[str, str]):
+        self._folder = make_folder(make_folder(folder / "personal") / run_id)
+        self._facts = dict(facts)
+
+    def restore(self, mixture: nn.Module, optimizer: torch.optim.Optimizer, server_round: int) -> int:
+        """Load what the client had before ``server_round``: own model, gate and their momentum; theta stays as it is.
+
+        Returns the round that it is of; 0: there is none, and the mixture is as it was made. Raises ConfigError when
+        the state is of another model or other data, StateCorrupt.
+        """
+        rounds = [number for number in self._rounds() if number < server_round]
+        if not rounds:
+            return 0
+        tensors, facts = read_state(self._path(rounds[-1]))
+        self._check(facts)
+        load_tensors(mixture, {name: tensor for name, tensor in tensors.items() if name.startswith(_LOCAL)}, _LOCAL)
+        for name, parameter in mixture.named_parameters():
+            if f"{_MOMENTUM}{name}" in tensors:
+                buffer = tensors[f"{_MOMENTUM}{name}"].to(parameter.device)
+                optimizer.state[parameter]["momentum_buffer"] = buffer
+        return rounds[-1]
+
+    def save(self, mixture: nn.Module, optimizer: torch.optim.Optimizer, server_round: int) -> Path:
+        """Keep the mixture as it is after ``server_round``; durable when it returns. Older states are removed."""
+        tensors = unaliased(mixture.state_dict())
+        for name, parameter in mixture.named_parameters():
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None and name.startswith(_LOCAL):
+                tensors[f"{_MOMENTUM}{name}"] = buffer
+        path = self._path(server_round)
+        temporary = path.with_suffix(".tmp")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with disk_errors(path):
+            save_file(tensors, temporary, metadata={"facts": json.dumps(self._facts)})
+            settle_file(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+            for number in [number for number in self._rounds() if number <= server_round][:-KEPT_ROUNDS]:
+                self._path(number).unlink(missing_ok=True)
+        return path
+
+    def _check(self, found: Mapping[str, str]) -> None:
+        for name, wanted in self._facts.items():
+            if found.get(name) != wanted:
+                raise ConfigError(
+                    f"{self._folder} holds what was trained with {name} {found.get(name)!r}; now it is {wanted!r}",
+                    remedy=f"Join with the same {name} as before, or with another --state.",
+                )
+
+    def _path(self, server_round: int) -> Path:
+        return self._folder / f"round-{server_round:06d}.safetensors"
+
+    def _rounds(self) -> list[int]:
+        names = (path.stem.removeprefix("round-") for path in self._folder.glob("round-*.safetensors"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+
+def newest_state(folder: Path) -> Path:
+    """The newest mixture of a device, of whichever run; ``folder`` is its --state. Raises ConfigError without one."""
+    found = sorted((folder / "personal").glob("*/round-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    if not found:
+        raise ConfigError(f"{folder} holds no mixture", remedy="Pass the --state of a device that joined with --task.")
+    return found[-1]
+
+
+def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors by name, facts) of a state file. Raises StateCorrupt."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError, KeyError, ValueError) as fault:
+        raise StateCorrupt(f"cannot read {path}: {fault}") from fault
+
+
+def unaliased(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each tensor once: of names that share storage (tied embeddings) only the first."""
+    seen, kept = set(), {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        kept[name] = tensor
+    return kept
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], parts: tuple[str, ...]) -> None:
+    """Load ``tensors`` into the parts of ``module`` whose names begin so. Raises StateCorrupt where they do not fit."""
+    wanted = {name for name in unaliased(module.state_dict()) if name.startswith(parts)}
+    if wanted != tensors.keys():
+        differing = sorted(wanted ^ tensors.keys())
+        raise StateCorrupt(f"the kept mixture and this one differ in {len(differing)} tensors, {differing[0]!r} first")
+    try:
+        module.load_state_dict(tensors, strict=False)
+    except RuntimeError as fault:
+        raise StateCorrupt(f"the kept mixture does not fit: {fault}") from fault
