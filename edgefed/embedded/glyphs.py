@@ -3,7 +3,7 @@
     samples = load_glyphs("glyphs:3")              # what client 3 has: 300 images of its classes, in its style
     samples = glyph_images(1000, style_of(3), seed=1, classes=(4, 5))
 
-A client differs from others in what it sees (`CLASSES_PER_CLIENT` of the ten digits) and in how: its own two fonts,
+A client differs from others in what it sees (`CLASSES_PER_CLIENT` of the ten digits) and in how: its own three fonts,
 colours, tilt, slant, size, and what disturbs it (neighbours that reach into the picture, scratches, noise). So a model
 of its own pays, and strokes that others have seen help it. For demonstrations and tests, not for evidence.
 
@@ -68,11 +68,11 @@ class GlyphStyle:
 
 
 COLOUR_SPREAD = 30
-TILT_SPREAD = 10.0
-SLANT_SPREAD = 0.1
-HEIGHT_SPREAD = 0.15
-SHIFT_PIXELS = 2.5
-LEAST_CONTRAST = 110
+TILT_SPREAD = 12.0
+SLANT_SPREAD = 0.15
+HEIGHT_SPREAD = 0.2
+SHIFT_PIXELS = 3.5
+LEAST_CONTRAST = 100
 """Between the brightness of ink and paper of a style."""
 
 
@@ -113,15 +113,15 @@ def style_of(index: int) -> GlyphStyle:
         if abs(_brightness(ink) - _brightness(paper)) >= LEAST_CONTRAST:
             break
     return GlyphStyle(
-        fonts=tuple(FONTS[i] for i in rng.choice(len(FONTS), 2, replace=False)),
+        fonts=tuple(FONTS[i] for i in rng.choice(len(FONTS), 3, replace=False)),
         ink=tuple(int(value) for value in ink),
         paper=tuple(int(value) for value in paper),
         tilt=float(rng.uniform(-30, 30)),
         slant=float(rng.uniform(-0.3, 0.3)),
         height=float(rng.uniform(18, 26)),
-        neighbours=float(rng.uniform(0.0, 0.6)),
-        scratches=int(rng.integers(0, 3)),
-        noise=int(rng.integers(5, 40)),
+        neighbours=float(rng.uniform(0.2, 0.8)),
+        scratches=int(rng.integers(0, 4)),
+        noise=int(rng.integers(10, 45)),
     )
 
 

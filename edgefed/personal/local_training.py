@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgefed.errors import TrainingDiverged
+from edgefed.errors import DataError, TrainingDiverged
 from edgefed.personal.batches import Batch, Samples, batches
 
 IGNORED_LABEL = -100
@@ -54,16 +54,27 @@ def train_epochs(
     loss_of: Callable[[nn.Module, Batch], Tensor] = mixture_loss,
 ) -> float:
     """Minimise ``loss_of(mixture, batch)`` over all examples, ``epochs`` times. Returns the mean loss per example of
-    the last epoch. ``on_step`` is called after each step; what it raises passes. Raises TrainingDiverged."""
+    the last epoch. ``on_step`` is called after each step; what it raises passes. Raises TrainingDiverged, or DataError
+    when there is no example, or only one where batches are normalised."""
+    if not len(samples):
+        raise DataError("there is no example to train on", remedy="Pass more data, or keep less with --held-out.")
     mixture.train()
     mean = math.nan
     for _ in range(epochs):
         total, count = 0.0, 0
         for batch in batches(samples, batch_size, rng):
             batch = batch.to(device)
-            loss = loss_of(mixture, batch)
+            try:
+                loss = loss_of(mixture, batch)
+            except ValueError as fault:  # torch's and SwitchNorm's refusal of statistics over one example
+                if len(batch.labels) > 1:
+                    raise
+                raise DataError(
+                    f"one example alone cannot be trained on: {fault}",
+                    remedy="Pass more data, or serve with --option gate_norm=layer if no model needs batches.",
+                ) from fault
             if not torch.isfinite(loss):
-                raise TrainingDiverged(f"the loss is {float(loss)}")
+                raise TrainingDiverged(f"the loss is {float(loss.detach())}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -2,8 +2,8 @@
 
     cnn1 .. cnn5                 the paper's
     FOLDER                       an image classifier of transformers (`image_checkpoint`)
-    package.module:function      code of this machine's user (`user_code`), called with those of num_classes, task and
-                                 seed that it has parameters for
+    package.module:function      code of this machine's user (`user_code`), called with those of num_classes, task,
+                                 seed and (text) vocab_size that it has parameters for
 
 What the function returns is either a module with ``extractor`` and ``header`` (and ``width``, checked where it is
 there), or any classifier, which is taken apart at its last linear layer (`splitting`). Inputs are float32 images
@@ -28,14 +28,18 @@ from edgefed.personal.splitting import CONTRACT, Features, described, run, split
 from edgefed.personal.user_code import build_model, is_code
 
 TRIED_EXAMPLES = 4
+"""A model is tried on batches of so many and of one fewer: its last batch will be of another size than the others."""
 
 
-def load_model(spec: str, *, task: str, num_classes: int, seed: int, sample: Inputs | None = None) -> PersonalModel:
+def load_model(
+    spec: str, *, task: str, num_classes: int, seed: int, sample: Inputs | None = None, vocab_size: int | None = None
+) -> PersonalModel:
     """The model that ``spec`` names, for ``num_classes`` classes; new weights are drawn from ``seed``.
 
-    ``sample``: a batch of the client's data; without one images of 3x32x32 are assumed. Raises ConfigError (no such
-    kind of model for the task), ModelNotFound, CheckpointError, and ModelError: the code fails, the model has no split
-    point, widths or numbers of classes do not match, or it refuses the sample.
+    ``sample``: a batch of the client's data; without one images of 3x32x32 are assumed. ``vocab_size``: that of the
+    tokenizer, for text. Raises ConfigError (no such kind of model for the task), ModelNotFound, CheckpointError, and
+    ModelError: the code fails, the model has no split point, widths or numbers of classes do not match, or it refuses
+    the sample.
     """
     if sample is None:
         if task != IMAGES:
@@ -45,7 +49,8 @@ def load_model(spec: str, *, task: str, num_classes: int, seed: int, sample: Inp
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_code(spec) and not Path(spec).exists():
-            return _from_code(spec, task, num_classes, seed, sample)
+            values = {"num_classes": num_classes, "task": task, "seed": seed}
+            return _from_code(spec, values if vocab_size is None else {**values, "vocab_size": vocab_size}, sample)
         if task != IMAGES:
             raise ConfigError(
                 f"--model {spec} is no package.module:function, which is what a model for {task} is loaded from here"
@@ -63,8 +68,8 @@ def load_model(spec: str, *, task: str, num_classes: int, seed: int, sample: Inp
 
 def checked(model: PersonalModel, name: str, num_classes: int, sample: Inputs) -> PersonalModel:
     """The model, tried on a sample: shapes and number of classes are what they should be. Raises ModelError."""
-    for training in (False, True):
-        _try(model, name, num_classes, sample, training)
+    _try(model, name, num_classes, sample, training=False)
+    _try(model, name, num_classes, _rows(sample, len(_first(sample)) - 1), training=True)
     others = [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]
     if others:
         raise ModelError(
@@ -73,8 +78,8 @@ def checked(model: PersonalModel, name: str, num_classes: int, sample: Inputs) -
     return model
 
 
-def _from_code(spec: str, task: str, num_classes: int, seed: int, sample: Inputs) -> PersonalModel:
-    model = build_model(spec, {"num_classes": num_classes, "task": task, "seed": seed})
+def _from_code(spec: str, values: Mapping[str, int | str], sample: Inputs) -> PersonalModel:
+    model, num_classes = build_model(spec, values), values["num_classes"]
     extractor, header = getattr(model, "extractor", None), getattr(model, "header", None)
     if not (isinstance(extractor, nn.Module) and isinstance(header, nn.Module)):
         extractor, header = split_model(model, sample, spec)
@@ -128,7 +133,7 @@ def _try(model: PersonalModel, name: str, num_classes: int, sample: Inputs, trai
 def _width(features: object, sample: Inputs, name: str) -> int:
     """Last dimension of (B, width), or for inputs by name (B, T, width). Raises ModelError for another shape."""
     text = isinstance(sample, Mapping)
-    rows = len(next(iter(sample.values())) if text else sample)
+    rows = len(_first(sample))
     right = (
         isinstance(features, Tensor) and features.is_floating_point() and features.dim() in ((2, 3) if text else (2,))
     )
@@ -142,12 +147,20 @@ def _width(features: object, sample: Inputs, name: str) -> int:
 
 
 def _few(sample: Inputs) -> Inputs:
-    """Two to four examples: enough for statistics over a batch, quick with a large model. Raises DataError."""
-    if isinstance(sample, Mapping):
-        return {key: _few(value) for key, value in sample.items()}
-    if not len(sample):
+    """`TRIED_EXAMPLES` examples, repeated if there are fewer; quick with a large model. Raises DataError."""
+    if not len(_first(sample)):
         raise DataError("there is no example to try the model with")
-    return sample[:TRIED_EXAMPLES] if len(sample) > 1 else sample.repeat(2, *(1,) * (sample.dim() - 1))
+    return _rows(sample, TRIED_EXAMPLES)
+
+
+def _rows(sample: Inputs, count: int) -> Inputs:
+    if isinstance(sample, Mapping):
+        return {key: _rows(value, count) for key, value in sample.items()}
+    return sample[torch.arange(count) % len(sample)]
+
+
+def _first(sample: Inputs) -> Tensor:
+    return next(iter(sample.values())) if isinstance(sample, Mapping) else sample
 
 
 def _shape(value: object) -> str:

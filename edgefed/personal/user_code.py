@@ -40,7 +40,8 @@ def is_code(spec: str) -> bool:
 
 
 def build_model(spec: str, values: Mapping[str, object]) -> nn.Module:
-    """Import the function ``spec`` and call it with those of ``values`` that it has parameters for.
+    """Import the function ``spec`` and call it with those of ``values`` that it has parameters for; one that takes any
+    keyword, as torchvision's do, gets ``num_classes``.
 
     Modules are found as ``python -m`` finds them: in the working directory first. Raises ModelNotFound without such a
     module or function, ModelError when the code raises or gives something else than a model with values on the CPU.
@@ -124,10 +125,9 @@ def _accepted(spec: str, function: Callable[..., object], values: Mapping[str, o
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C
         return {}
+    names = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        names = set(values)
-    else:
-        names = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
+        names.add("num_classes")
     missing = [
         parameter.name
         for parameter in parameters

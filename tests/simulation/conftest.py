@@ -17,12 +17,13 @@ WAIT_S = 120
 
 @pytest.fixture
 def processes():
-    """Start ``python ARGUMENTS``; whatever still runs at the end is killed by its pid."""
+    """Start ``python ARGUMENTS`` (in ``cwd``); whatever still runs at the end is killed by its pid."""
     started: list[subprocess.Popen] = []
 
-    def start(*arguments: object, log: Path) -> subprocess.Popen:
+    def start(*arguments: object, log: Path, cwd: Path | None = None) -> subprocess.Popen:
+        command = [sys.executable, *map(str, arguments)]
         with log.open("wb") as output:
-            process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
         started.append(process)
         return process
 

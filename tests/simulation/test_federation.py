@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
-import socket
-import threading
 from pathlib import Path
 
 import msgspec
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wiretap import Wiretap
 
 from edgefed.agent.transport import AggregatorClient
 from edgefed.embedded import tiny_model_directory
@@ -100,39 +98,6 @@ def test_one_agent_killed_and_one_upload_repeated_give_the_closed_form(serve, pr
                 np.testing.assert_array_equal(frames.map_tensor(blob, entry), expected)
         untouched = [unit for unit in manifest.units if not unit.trainable]
         assert untouched and all(final[unit.key].sha256 == unit.sha256 for unit in untouched)
-
-
-class Wiretap:
-    """A TCP proxy on loopback that keeps every byte of both directions."""
-
-    def __init__(self, target_port: int):
-        self.heard = {"up": bytearray(), "down": bytearray()}
-        self._target = target_port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", self._target))
-            for source, sink, direction in ((near, far, "up"), (far, near, "down")):
-                threading.Thread(target=self._pump, args=(source, sink, direction), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                self.heard[direction] += data
-                sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 @pytest.mark.parametrize("scope", ["full", "lora"])
