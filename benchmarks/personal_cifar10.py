@@ -116,9 +116,7 @@ def play(run: Run) -> dict:
     clients = make_clients(run)
     strategy = make_strategy(run.strategy, clients, FedMoE(**run.method), seed=run.seed, **run.options)
     settings = run.settings
-    history = federate(
-        strategy, Settings(settings["rounds"], settings["share"], settings["evaluate_every"], run.seed)
-    )
+    history = federate(strategy, Settings(settings["rounds"], settings["share"], settings["evaluate_every"], run.seed))
     found = {
         "label": run.label, "split": run.split, "seed": run.seed, "method": run.method, "options": run.options,
         "curve": history.curve(), "accuracy": history.final(), "received": history.received,

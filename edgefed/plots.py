@@ -1,4 +1,4 @@
-"""Pictures as PNG files: the expert heat map and the loss curves. matplotlib is imported when one is drawn."""
+"""Pictures as PNG files: expert heat maps, loss curves, partitions. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -100,6 +100,33 @@ def save_federation_picture(
     for index, (client, (record, plan)) in enumerate(profiles.items()):
         axes = figure.add_subplot(grid[1 + index // 2, index % 2])
         draw_heat_map(axes, record, f"{client}: experts its text uses ({_legend(plan)})", plan)
+    _save(figure, path)
+
+
+def save_partition_picture(path: Path, counts: np.ndarray, classes: Sequence[str], title: str) -> None:
+    """Write how many examples each client has of each class, ``counts`` (clients, classes), as areas of bubbles."""
+    from matplotlib.figure import Figure
+
+    clients, num_classes = counts.shape
+    width, height = (min(2.0 + 0.32 * cells, 24.0) for cells in (clients, num_classes))
+    figure = Figure(figsize=(max(width, 5.0), max(height, 2.6)), layout="constrained")
+    axes = figure.add_subplot()
+    client, label = np.nonzero(counts)
+    cell_points = 72 * min(0.32, (width - 2) / clients, (height - 2) / num_classes)
+    largest = max(int(counts.max(initial=0)), 1)
+    axes.scatter(client, label, s=counts[client, label] / largest * (0.9 * cell_points) ** 2, color=COLOURS[0])
+    axes.set_title(f"{title}\nlargest bubble: {largest:,}", fontsize=9, loc="left", parse_math=False)
+    axes.set_xlabel("client", fontsize=8)
+    axes.set_ylabel("class", fontsize=8)
+    axes.set_xlim(-0.7, clients - 0.3)
+    axes.set_ylim(num_classes - 0.3, -0.7)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if num_classes <= 70:
+        names = [name if len(name) <= 24 else name[:23] + "..." for name in classes]
+        axes.set_yticks(range(num_classes), labels=names, fontsize=7, parse_math=False)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.2)
+    axes.set_axisbelow(True)
     _save(figure, path)
 
 

@@ -55,16 +55,30 @@ def import_in_subprocess(source: str, folder: Path, run: RunConfig, policy: Roun
 def import_extractor(folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
     """Make a run of a shared extractor: ``run.model`` names it, ``run.seed`` draws its first weights.
 
-    Raises ConfigError, StorageError.
+    An extractor of text reads with ``run.tokenizer``, whose files travel with the run. Raises ConfigError,
+    ModelNotFound, StorageError.
     """
+    import tempfile
+
     from edgefed.moe.frame_source import raw_array
     from edgefed.moe.units import dtype_name
     from edgefed.personal.extractors import EXTRACTOR_UNIT, make_extractor
 
-    extractor = make_extractor(run.model, run.seed)
+    tokenizer = vocab_size = None
+    if run.tokenizer:
+        from edgefed.embedded import resolve_model
+        from edgefed.personal.text_samples import vocabulary_size
+        from edgefed.training.profiling import load_tokenizer
+
+        tokenizer = load_tokenizer(resolve_model(run.tokenizer))
+        vocab_size = vocabulary_size(tokenizer)
+    extractor = make_extractor(run.model, run.seed, vocab_size=vocab_size)
     tensors = {name: (dtype_name(value.dtype), raw_array(value)) for name, value in extractor.state_dict().items()}
     unit = NewUnit(key=EXTRACTOR_UNIT, kind="dense", layer=-1, expert=-1, trainable=True, tensors=tensors)
-    create_run(folder, run, policy, [unit])
+    with tempfile.TemporaryDirectory(prefix="edgefed-import-") as scratch:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        create_run(folder, run, policy, [unit], sorted(path for path in Path(scratch).iterdir() if path.is_file()))
 
 
 def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy) -> None:

@@ -28,6 +28,7 @@ FORBIDDEN = {
     "kernels": ("edgefed.moe", "edgefed.methods", "edgefed.agent", "edgefed.aggregator", "edgefed.training"),
     "moe": ("edgefed.methods", "edgefed.agent", "edgefed.aggregator", "edgefed.training", "edgefed.cli"),
     "methods": ("torch", "transformers", "httpx", "starlette", "edgefed.moe", "edgefed.agent", "edgefed.aggregator"),
+    "personal": ("edgefed.agent", "edgefed.aggregator", "edgefed.cli", "httpx", "starlette", "torchvision"),
     "training": ("edgefed.agent", "edgefed.aggregator", "httpx", "starlette"),
     "agent": ("edgefed.aggregator", "starlette", "uvicorn"),
     "aggregator": (*MODEL_SIDE, "edgefed.agent", "httpx"),

@@ -54,6 +54,8 @@ class JoinConfig:
     task: str | None = None
     """"images" or "text": take part with a model of one's own (FedMoE), ``model``; None: train the server's model."""
     model: str | None = None
+    resize: bool = False
+    """Scale images of another size than the shared extractor's."""
 
 
 class DeviceMemory:
@@ -199,10 +201,11 @@ def _personal_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progre
     from edgefed.agent.personal_trainer import PersonalTrainer
     from edgefed.personal.tasks import make_task
 
-    task = make_task(config.task, config.data, config.model, config.name, config.held_out_share)
+    task = make_task(config.task, config.data, config.model, config.name, config.held_out_share, config.resize)
     _tell_problems(config.data, task.problems, progress)
+    of_classes = f" of {len(task.classes)} classes" if task.classes else ""
     progress.message(
-        f"{config.name}: {task.num_examples} examples of {len(task.classes)} classes, own model {config.model}; "
+        f"{config.name}: {task.num_examples} examples{of_classes}, own model {config.model}; "
         "only the shared extractor leaves this device"
     )
     return PersonalTrainer(task, config.state, device=memory.torch_device)

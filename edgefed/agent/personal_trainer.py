@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgefed.agent.agent import Fetch, TrainedUpdate
+from edgefed.agent.agent import Fetch, StopRequested, TrainedUpdate
 from edgefed.agent.progress import ProgressSink
 from edgefed.disk import disk_errors
-from edgefed.errors import ConfigError, OutOfMemory, TrainingDiverged
+from edgefed.errors import ConfigError, EdgefedError, ModelError, OutOfMemory, TrainingDiverged
 from edgefed.hardware.memory import process_peak_rss_bytes
 from edgefed.methods.fedmoe import FedMoE
 from edgefed.methods.registry import make_method
@@ -27,6 +27,7 @@ from edgefed.personal.local_training import Evaluation, Rates, evaluate, make_op
 from edgefed.personal.mixture import LocalMixture
 from edgefed.personal.state import PersonalState
 from edgefed.personal.tasks import OpenTask, PersonalTask
+from edgefed.personal.user_code import fault_text, is_code
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig
 from edgefed.training.out_of_memory import device_lost, is_device_lost, is_out_of_memory
@@ -57,7 +58,7 @@ class PersonalTrainer:
         """One round: theta in, local epochs, theta out. What is not theta stays in the agent's folder.
 
         Raises ConfigError when the run is not FedMoE's or does not fit the task, TrainingDiverged, OutOfMemory,
-        DeviceLost, StateCorrupt.
+        DeviceLost, ModelError (code of the user's model fails), StateCorrupt.
         """
         method = make_method(run.method, run.method_options)
         if not isinstance(method, FedMoE):
@@ -75,7 +76,9 @@ class PersonalTrainer:
         self._state.restore(self._mixture, optimizer, assignment.server_round)
         try:
             loss, before, after = self._train(method, assignment, optimizer, progress)
-        except (RuntimeError, MemoryError) as error:
+        except (EdgefedError, StopRequested):
+            raise
+        except Exception as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(
                     f"a batch of {method.batch_size} examples does not fit this device's memory",
@@ -83,6 +86,10 @@ class PersonalTrainer:
                 ) from error
             if is_device_lost(error):
                 raise device_lost(error, self._device) from error
+            if is_code(self._task.model):
+                raise ModelError(
+                    f"{self._task.model} fails in training: {fault_text(error)}", remedy="Mend it and join again."
+                ) from error
             raise
         self._write_theta(manifest, update_path)
         self._state.save(self._mixture, optimizer, assignment.server_round)
@@ -100,7 +107,9 @@ class PersonalTrainer:
     def _begin(self, run: RunConfig, method: FedMoE, files: dict[str, Path], progress: ProgressSink) -> None:
         """Put the mixture of a run together, with first weights that depend on the device and its data alone."""
         progress.phase("load")
-        self._open = self._task.open(run.model, files, run.seed)
+        self._open = self._task.open(run.model, files, run.seed, run.training.sequence_length)
+        for note in self._open.notes:
+            progress.message(note)
         identity = zlib.crc32(self._task.identity.encode())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(identity)

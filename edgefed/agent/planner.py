@@ -100,6 +100,8 @@ class Planner:
         self._usable_bytes = 0
         self._merger = RestMerger()
         self._merge: Callable[[ExpertPlan], ExpertPlan] = lambda plan: plan
+        self.train_slots = 0
+        """Experts that memory would let learn in this round, spread evenly, were they all to learn that are held."""
         self.load: Load | None = None
         """What the current plan does; None before the first plan."""
 
@@ -132,7 +134,8 @@ class Planner:
         count = max(len(sizes), math.floor(self._limits.expert_share * sum(sizes) + 1e-9))
         wanted = Load(setup, count, count)
         self._ladder = self._make_ladder(run, method, functools.partial(_spread_evenly, sizes))
-        fit(self._ladder, wanted, usable_bytes)  # refuse before anything is downloaded
+        most, _ = fit(self._ladder, wanted, usable_bytes)  # refuse before anything is downloaded
+        self.train_slots = most.trained
         if method.needs_profile and self._profile_is_due(method, request.manifest.server_round):
             self._profile(request)
         self._ladder = self._make_ladder(run, method, self._layout(request))

@@ -109,11 +109,17 @@ def probe_explored(
     return with_smaller_batches(probe, batch_size, on_smaller)
 
 
-def expert_survey(plan: ExpertPlan, profile: RouterRecord, outcome: StepsOutcome, probed: ProbeOutcome) -> ExpertSurvey:
-    """Utilities of the experts that were trained or explored, and how often the device's text uses each."""
+def expert_survey(
+    plan: ExpertPlan, profile: RouterRecord, outcome: StepsOutcome, probed: ProbeOutcome, train_slots: int
+) -> ExpertSurvey:
+    """Utilities of the experts that were trained or explored, and how often the device's text uses each.
+
+    Without the upload rate: the delivery of the update says it (`edgefed.agent.delivery`).
+    """
     squares = {**outcome.expert_gradients, **probed.mean_squares}
     return ExpertSurvey(
         utility=utilities(squares, outcome.record),
         frequency=tuple(tuple(min(1.0, float(share)) for share in layer.frequency) for layer in profile.layers),
         tune_slots=sum(len(plan.resident(layer)) for layer in range(plan.num_layers)),
+        train_slots=train_slots,
     )

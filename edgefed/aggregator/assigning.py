@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 import numpy as np
 
 from edgefed.aggregator.store import ClientRecord, Store
@@ -12,14 +13,15 @@ from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, Manifest
 
 
 def combined_survey(before: ExpertSurvey | None, now: ExpertSurvey) -> ExpertSurvey:
-    """``now``, with the last known utility of each expert that was not measured this time."""
+    """``now``, with the last known utility of each expert, and upload rate, that were not measured this time."""
     if before is None:
         return now
     utility = tuple(
         tuple(new if new is not None else old for old, new in zip(old_row, new_row, strict=True))
         for old_row, new_row in zip(before.utility, now.utility, strict=True)
     )
-    return ExpertSurvey(utility=utility, frequency=now.frequency, tune_slots=now.tune_slots)
+    rate = before.upload_bytes_per_s if now.upload_bytes_per_s is None else now.upload_bytes_per_s
+    return msgspec.structs.replace(now, utility=utility, upload_bytes_per_s=rate)
 
 
 def expert_coverage(store: Store, manifest: Manifest) -> Coverage:

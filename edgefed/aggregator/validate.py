@@ -104,6 +104,11 @@ def _check_survey(survey: ExpertSurvey, experts_per_layer: Sequence[int]) -> Non
         raise InvalidUpdate("survey: a frequency is above 1")
     if not len(sizes) <= survey.tune_slots <= sum(sizes):
         raise InvalidUpdate(f"survey: tune_slots is {survey.tune_slots}, expected {len(sizes)}..{sum(sizes)}")
+    if survey.train_slots is not None and not 1 <= survey.train_slots <= sum(sizes):
+        raise InvalidUpdate(f"survey: train_slots is {survey.train_slots}, expected 1..{sum(sizes)}")
+    rate = survey.upload_bytes_per_s
+    if rate is not None and not (math.isfinite(rate) and rate > 0.0):
+        raise InvalidUpdate(f"survey: upload_bytes_per_s is {rate}, expected a finite number above 0")
 
 
 def validate_update(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from edgefed.errors import ConfigError
 from edgefed.protocol.messages import Status
 
 COMPARED = ("hfedmoe", "flux", "random", "local", "fedavg")
@@ -17,31 +18,41 @@ COMPARED = ("hfedmoe", "flux", "random", "local", "fedavg")
 @click.option(
     "--out", type=click.Path(path_type=Path), default="edgefed-demo", show_default=True, help="Folder for everything."
 )
-@click.option("--method", default="hfedmoe", show_default=True, help="hfedmoe, flux, or a baseline: see the README.")
+@click.option("--method", default="hfedmoe", show_default=True, help="hfedmoe, flux, fedmoe, or a baseline.")
 @click.option("--compare", is_flag=True, help="Also run the other methods on the same seed, into table and picture.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), help="Default: 5; 30 for fedmoe, whose models are small.")
+@click.option("--clients", type=click.IntRange(min=1), help="Default: 4; 5 for fedmoe, a model each.")
 @click.option("--local-steps", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=5e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@click.pass_context
 def demo_command(
-    out: Path, method: str, compare: bool, rounds: int, clients: int, local_steps: int, learning_rate: float, seed: int,
-    as_json: bool,
+    ctx: click.Context, out: Path, method: str, compare: bool, rounds: int | None, clients: int | None,
+    local_steps: int, learning_rate: float, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Run an aggregator and unequal agents over loopback on embedded text, and show what came of it."""
+    """Run an aggregator and unequal agents over loopback on embedded text or images, and show what came of it."""
     from edgefed.cli.output import print_json, stdout_console
     from edgefed.methods.registry import make_method
 
-    make_method(method)  # an unknown one is told before anything starts
+    given = {name: value for name, value in (("rounds", rounds), ("clients", clients)) if value is not None}
+    if make_method(method).personal:  # an unknown one is told before anything starts
+        from edgefed.cli.personal_demo import show_personal_demo
+
+        for name in ("local_steps", "learning_rate"):
+            if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} says nothing to the demo of {method}", remedy="Leave it out."
+                )
+        show_personal_demo(out, compare=compare, seed=seed, as_json=as_json, **given)
+        return
     started = time.monotonic()
     from edgefed.simulation.demo import RESULT_FILE, DemoConfig, as_dict, generate_sample, run_demo
 
     methods = (method, *(name for name in COMPARED if compare and name != method))
     config = DemoConfig(
-        out=out, methods=methods, rounds=rounds, clients=clients, local_steps=local_steps, learning_rate=learning_rate,
-        seed=seed,
-    )  # fmt: skip
+        out=out, methods=methods, local_steps=local_steps, learning_rate=learning_rate, seed=seed, **given
+    )
     config.check()
     with DemoDisplay(config.rounds) as display:
         results = run_demo(config, display)
@@ -97,8 +108,11 @@ class DemoDisplay:
         from edgefed.cli.status import render_status
 
         for done in status.history[self._seen_rounds :]:
-            loss = done.metrics.get("held_out_loss_after")
-            held_out = "" if loss is None else f", held-out loss on the devices {loss:.3f}"
+            held_out = ""
+            if (accuracy := done.metrics.get("held_out_accuracy_after")) is not None:
+                held_out = f", held-out accuracy on the devices {100 * accuracy:.1f} %"
+            elif (loss := done.metrics.get("held_out_loss_after")) is not None:
+                held_out = f", held-out loss on the devices {loss:.3f}"
             self.note(
                 f"{status.run.method}: round {done.server_round} of {self._rounds}, {done.updates} updates, "
                 f"{done.seconds:.1f} s{held_out}"

@@ -16,9 +16,16 @@ import click
 @click.argument("server")
 @click.option("--data", required=True, help="What stays on this device: text as .txt, .jsonl or silo:NAME; with "
               "--task, labelled examples.")  # fmt: skip
-@click.option("--task", type=click.Choice(["images", "text"]), help="In a run of fedmoe: train a model of your own on "
-              "labelled examples.")  # fmt: skip
-@click.option("--model", help="With --task: cnn1 to cnn5, package:function, or a checkpoint folder. It stays here.")
+@click.option("--task", type=click.Choice(["images", "text", "next-token"]), help="In a run of fedmoe: train a model "
+              "of your own, on labelled images or texts, or to continue text.")  # fmt: skip
+@click.option(
+    "--model",
+    help="With --task: cnn1 to cnn5, text-gru, text-cnn, package:function, or a checkpoint "
+    "folder (text: also a hub id). It stays here.",
+)
+@click.option(
+    "--resize", is_flag=True, help="With --task images: scale those that are not 32x32, cropped at the centre."
+)
 @click.option(
     "--memory",
     help="Most memory to use, e.g. 2GiB; default: measured before each round. On a CPU it bounds the process, on a GPU "
@@ -44,7 +51,7 @@ import click
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON at the end.")
 def join_command(
-    server: str, data: str, task: str | None, model: str | None, memory: str | None, device: str | None,
+    server: str, data: str, task: str | None, model: str | None, resize: bool, memory: str | None, device: str | None,
     profile: str | None, experts: str, compute: str, expert_storage: str, profile_storage: str, held_out: str,
     state: Path, name: str, token: str | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
@@ -64,8 +71,11 @@ def join_command(
         raise ConfigError("--memory and --profile both say how much memory to use", remedy="Pass one of them.")
     if model and not task:
         raise ConfigError(
-            f"--model {model} was given without --task", remedy="Add --task images or text, or leave --model out."
+            f"--model {model} was given without --task",
+            remedy="Add --task images, text or next-token, or leave it out.",
         )
+    if resize and task != "images":
+        raise ConfigError("--resize scales images", remedy="Add --task images, or leave it out.")
     memory_bytes = parse_bytes(memory) if memory else None
     if profile:
         memory_bytes = plan_budget(facts_of(find_profile(profile))).now_bytes
@@ -103,6 +113,7 @@ def join_command(
         held_out_share=held_out_share,
         task=task,
         model=model,
+        resize=resize,
     )
     progress.done()
     summary = run_agent(config, progress, stop)

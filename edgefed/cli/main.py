@@ -14,7 +14,7 @@ from edgefed import __version__
 from edgefed.config import load_settings
 from edgefed.errors import DiskFull, EdgefedError, StorageError
 
-VERBS = ("bench", "demo", "doctor", "export", "join", "profile", "serve", "simulate", "status")
+VERBS = ("bench", "demo", "doctor", "export", "join", "partition", "profile", "serve", "simulate", "status")
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 

@@ -18,7 +18,10 @@ TRAINED = click.Choice(["full", "lora", "none"])
     "--model", help="`tiny`, a Hugging Face checkpoint folder, or a hub id. Default: tiny, or the run in --state."
 )
 @click.option("--method", help="hfedmoe (default), flux, fedmoe, or a baseline: see the README.")
-@click.option("--extractor", help="With fedmoe: the small network that clients share, cnn1 to cnn5. Default: cnn5.")
+@click.option("--extractor", help="With fedmoe: the small network that clients share, cnn1 to cnn5 or text-small. "
+              "Default: cnn5.")  # fmt: skip
+@click.option("--tokenizer", help="With --extractor text-small: whose tokens it reads, `tiny`, a checkpoint folder, or "
+              "a hub id. Default: tiny.")  # fmt: skip
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter of the method; repeatable."
 )
@@ -128,12 +131,13 @@ def _new_run(ctx: click.Context, flags: dict):
     model, method = flags["model"] or TINY, flags["method"] or "hfedmoe"
     options = parse_assignments(flags["options"], "--option")
     # What is unknown or does not go together is told now, not in the first round.
-    made = make_method(method, options)
+    made, tokenizer = make_method(method, options), ""
     if made.personal:
-        model = source = _check_personal(ctx, flags)
-    elif flags["extractor"]:
+        model, tokenizer = _check_personal(ctx, flags)
+        source = model
+    elif flag := next((name for name in ("extractor", "tokenizer") if flags[name]), None):
         raise ConfigError(
-            f"--extractor {flags['extractor']} was given with --method {method}", remedy="Only fedmoe has an extractor."
+            f"--{flag} {flags[flag]} was given with --method {method}", remedy=f"--{flag} is for fedmoe alone."
         )
     else:
         source = resolve_model(model)
@@ -149,6 +153,7 @@ def _new_run(ctx: click.Context, flags: dict):
         rounds=flags["rounds"],
         seed=flags["seed"],
         training=training,
+        tokenizer=tokenizer,
     )
     policy = RoundPolicy(
         rounds=flags["rounds"],
@@ -162,21 +167,30 @@ def _new_run(ctx: click.Context, flags: dict):
     return run, policy, source
 
 
-def _check_personal(ctx: click.Context, flags: dict) -> str:
-    """The extractor of a run whose clients have models of their own. Raises ConfigError for flags that mean nothing."""
+def _check_personal(ctx: click.Context, flags: dict) -> tuple[str, str]:
+    """(extractor, its tokenizer or "") of a run whose clients have models of their own. Raises ConfigError for flags
+    that mean nothing."""
+    from edgefed.embedded import TINY
     from edgefed.errors import ConfigError
-    from edgefed.methods.fedmoe import FedMoE, extractor_task
+    from edgefed.methods.fedmoe import TEXT, FedMoE, extractor_task
     from edgefed.methods.registry import method_options
 
     name = flags["extractor"] or "cnn5"
-    extractor_task(name)
+    reads_text = extractor_task(name) == TEXT
+    if flags["tokenizer"] and not reads_text:
+        raise ConfigError(
+            f"--tokenizer {flags['tokenizer']} says nothing to {name}, which sees images",
+            remedy="Leave it out, or pass --extractor text-small.",
+        )
     for flag in ("model", *TRAINING):
+        if flag == "sequence_length" and reads_text:
+            continue
         if ctx.get_parameter_source(flag) not in (None, click.core.ParameterSource.DEFAULT):
             raise ConfigError(
                 f"{_option(ctx, flag)} says nothing to fedmoe: its clients train models of their own",
                 remedy=f"Its own settings go with --option: {', '.join(method_options(FedMoE.name))}.",
             )
-    return name
+    return name, (flags["tokenizer"] or TINY) if reads_text else ""
 
 
 def _option(ctx: click.Context, name: str) -> str:
@@ -187,7 +201,7 @@ TRAINING = (
     "experts", "router", "attention", "lora_rank", "lora_alpha", "local_steps", "batch_size", "sequence_length",
     "learning_rate", "weight_decay", "missing", "profile_tokens", "evaluation_tokens",
 )  # fmt: skip
-FIXED = ("model", "extractor", "method", "rounds", "seed", *TRAINING)
+FIXED = ("model", "extractor", "tokenizer", "method", "rounds", "seed", *TRAINING)
 """Flags that are fixed when a run begins."""
 
 

@@ -29,10 +29,13 @@ from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
 from edgefed.methods.averaging import MeanOfHolders
 from edgefed.methods.interface import FIRST_ROUND, DeviceBudget, RoundContext
 
-IMAGES, TEXT = "images", "text"
-TASKS = (IMAGES, TEXT)
-EXTRACTORS: Mapping[str, str] = MappingProxyType({f"cnn{number}": IMAGES for number in range(1, 6)})
-"""The shared extractors by name, and the task of each; `edgefed.personal.extractors` makes them."""
+IMAGES, TEXT, NEXT_TOKEN = "images", "text", "next-token"
+TASKS = (IMAGES, TEXT, NEXT_TOKEN)
+EXTRACTORS: Mapping[str, str] = MappingProxyType(
+    {**{f"cnn{number}": IMAGES for number in range(1, 6)}, "text-small": TEXT}
+)
+"""The shared extractors by name, and the task of each; `edgefed.personal.extractors` makes them. Those of "text" also
+serve "next-token"."""
 
 
 def extractor_task(name: str) -> str:

@@ -71,12 +71,18 @@ def num_batches(num_examples: int, batch_size: int) -> int:
 
 
 def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
-    """(training, held-out) examples, each class divided alike; at least one example of a class stays for training."""
+    """(training, held-out) examples; see `held_out_rows`."""
+    train, held = held_out_rows(samples.labels, share, seed)
+    return samples.subset(train), samples.subset(held)
+
+
+def held_out_rows(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of (training, held-out) examples, each class divided alike; one of a class at least is trained on."""
     rng = np.random.default_rng(seed)
     train, held = [], []
-    for label in np.unique(samples.labels):
-        rows = rng.permutation(np.flatnonzero(samples.labels == label))
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
         count = min(int(round(share * len(rows))), len(rows) - 1)
         held.append(rows[:count])
         train.append(rows[count:])
-    return samples.subset(np.sort(np.concatenate(train))), samples.subset(np.sort(np.concatenate(held)))
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(held))

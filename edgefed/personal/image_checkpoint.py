@@ -6,6 +6,7 @@ enlarged to `image_size` of its `config.json` if it refuses them as they are. Co
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ def _load_classifier(folder: Path) -> tuple[nn.Module, set[str]]:
             )  # fmt: skip
     except (OSError, SafetensorError, RuntimeError, KeyError) as fault:
         raise CheckpointError(f"the weights of {str(folder)!r} cannot be read: {_first_line(fault)}") from fault
-    except (ValueError, ImportError) as fault:
+    except (ValueError, TypeError, ImportError) as fault:
         raise UnsupportedArchitecture(
             f"{str(folder)!r} holds a {config.model_type}, no image classifier of transformers: {_first_line(fault)}",
             remedy="Pass the folder of an image classifier, or package.module:function that returns a model.",
@@ -113,7 +114,7 @@ def _normalisation(folder: Path, channels: int) -> tuple[list[float], list[float
 def _needed_size(prepared: Prepared, folder: Path, sample: Tensor) -> tuple[int, int] | None:
     """The size the images must have for the model; None: it takes them. Raises ModelError when no size is taken."""
     try:
-        run(prepared, sample, str(folder))
+        run(copy.deepcopy(prepared), sample, str(folder))  # a pass may change a model for good: Swin's windows shrink
         return None
     except ModelError:
         size = getattr(prepared.model.config, "image_size", None)

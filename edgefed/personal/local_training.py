@@ -92,7 +92,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Of held-out examples. ``gate_weights`` (N, 2): [a_G, a_F] of each, in the order of the examples; ``labels`` (N,).
-    ``loss`` in nats per example (per token for next-token prediction). NaN without examples."""
+    ``loss`` in nats per example. For next-token prediction weights are means over tokens, the loss is per token.
+    NaN without examples."""
 
     loss: float
     accuracy: float
@@ -113,13 +114,14 @@ def evaluate(mixture: nn.Module, samples: Samples, device: torch.device | str = 
         total += float(cross_entropy(logits, batch.labels)) * n
         right += int(((logits.argmax(-1) == batch.labels) & known).sum())
         count += n
-        weights.append(gate.float().cpu().numpy())
+        weights.append(gate.float().reshape(len(gate), -1, 2).mean(1).cpu().numpy())
     if not count:
         return Evaluation(math.nan, math.nan, weights[0], np.zeros(0, np.int64))
     return Evaluation(total / count, right / count, np.concatenate(weights), np.asarray(samples.labels))
 
 
 def _each(samples: Samples, device: torch.device | str):
-    for start in range(0, len(samples), EVALUATION_BATCH):
-        batch: Batch = samples.batch(np.arange(start, min(start + EVALUATION_BATCH, len(samples))))
+    size = getattr(samples, "evaluation_batch", EVALUATION_BATCH)
+    for start in range(0, len(samples), size):
+        batch: Batch = samples.batch(np.arange(start, min(start + size, len(samples))))
         yield batch.to(device)

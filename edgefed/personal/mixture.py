@@ -9,7 +9,8 @@
     R          `LocalMixture.features`
 
 Ours: P, a linear map of the client's own, where the widths of the two extractors differ (the paper wants equal ones);
-it is the identity where they are equal.
+it is the identity where they are equal. And for next-token prediction the gate weighs each token, by the text up to it:
+weights of the whole text would tell what comes next.
 """
 
 from __future__ import annotations
@@ -33,18 +34,21 @@ class LocalMixture(nn.Module):
         self.projection = nn.Identity() if same else nn.Linear(shared.width, own.width)
 
     def weights(self, batch: Batch) -> Tensor:
-        """[a_G, a_F] of each example, (B, 2); rows sum to 1."""
-        return self.gate(self.shared.gate_features(batch.shared))
+        """[a_G, a_F] of each example, (B, 2), or of each token, (B, T, 2); rows sum to 1."""
+        seen = self.shared.gate_features(batch.shared)
+        return self.gate(seen.flatten(0, -2)).view(*seen.shape[:-1], 2)
 
     def features(self, batch: Batch, weights: Tensor) -> Tensor:
         """R, (B, width) or (B, T, width)."""
         shared = self.projection(self.shared(batch.shared))
         own = self.own.extractor(batch.own)
-        a = weights.view(len(weights), 2, *(1,) * (own.dim() - 1)).to(own.dtype)  # (B, 2, 1[, 1])
-        return a[:, 0] * shared.to(own.dtype) + a[:, 1] * own
+        a = weights.to(own.dtype)
+        while a.dim() < own.dim():
+            a = a.unsqueeze(-2)
+        return a[..., :1] * shared.to(own.dtype) + a[..., 1:] * own
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(logits (B, classes) or (B, T, classes), weights (B, 2))."""
+        """(logits (B, classes) or (B, T, classes), weights (B, 2) or (B, T, 2))."""
         weights = self.weights(batch)
         return self.own.header(self.features(batch, weights)), weights
 

@@ -16,6 +16,7 @@ hostile: nothing is unpickled, no image is decoded that claims more than `MAX_PI
 from __future__ import annotations
 
 import struct
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -38,8 +39,10 @@ MAX_CLASSES = 65536
 """A larger label is a mistake, and would make a header of gigabytes."""
 
 FORMS = "Pass a .npz file with images and labels, or a folder of images with one subfolder a class."
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, KeyError, struct.error, zipfile.BadZipFile, zlib.error,
-               NotImplementedError, OverflowError, Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error,
+    tokenize.TokenError, zipfile.BadZipFile, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
 """What numpy and pillow raise on damaged files."""
 
 
@@ -81,6 +84,8 @@ def load_images(
 def _read_npz(path: Path, tell: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """(images, labels, classes or None) as they are in the file."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz archive")
         with np.load(path, allow_pickle=False) as archive:
             found = set(archive.files)
             pair = next((names for names in ARRAY_NAMES if found.issuperset(names)), None)
@@ -91,8 +96,11 @@ def _read_npz(path: Path, tell: Callable[[str], None]) -> tuple[np.ndarray, np.n
                 )
             unread = sorted(found.difference(pair, ["classes"]))
             if unread:
-                tell(f"{path}: {', '.join(unread[:8])} not read")
-            return archive[pair[0]], archive[pair[1]], archive["classes"] if "classes" in found else None
+                tell(f"{', '.join(unread[:8])} not read")
+            arrays = [archive[name] if name in found else None for name in (*pair, "classes")]
+            if any(isinstance(array, bytes) for array in arrays):  # what numpy makes of a member that is no array
+                raise ValueError("it has a member that is no array")
+            return arrays[0], arrays[1], arrays[2]
     except _UNREADABLE as fault:
         raise DataError(f"cannot read {path}: {fault}", remedy="Write it again with numpy.savez.") from fault
     except MemoryError as fault:
@@ -110,14 +118,14 @@ def _as_rgb(images: np.ndarray, path: Path, tell: Callable[[str], None]) -> np.n
         )
     if images.dtype.kind == "f":
         images = _from_floats(images, path)
-        tell(f"{path}: floats 0..1 taken as 0..255")
+        tell("floats 0..1 taken as 0..255")
     elif images.dtype != np.uint8:
         raise DataError(
             f"the images of {path} are {images.dtype}; needed is uint8 from 0 to 255 or float from 0 to 1",
             remedy="Convert them with images.astype('uint8').",
         )
     if grey:
-        tell(f"{path}: grey images repeated to three channels")
+        tell("grey images repeated to three channels")
         images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=3)
     return np.ascontiguousarray(images)
 
@@ -152,7 +160,10 @@ def _as_labels(labels: np.ndarray, classes: np.ndarray | None, path: Path) -> tu
         known = names or tuple(sorted(set(labels.tolist())))
         missing = sorted(set(labels.tolist()).difference(known))
         if missing:
-            raise DataError(f"label {missing[0]!r:.60} of {path} is not one of its classes: {_short(known)}")
+            raise DataError(
+                f"label {missing[0]!r:.60} of {path} is not one of its classes: {_short(known)}",
+                remedy="Add it to classes, or leave classes out.",
+            )
         number = {name: index for index, name in enumerate(known)}
         return np.array([number[name] for name in labels.tolist()], np.int64), known
     limit = MAX_CLASSES if names is None else len(names)
@@ -204,7 +215,7 @@ def _load_folder(path: Path, size: tuple[int, int], resize: bool, tell: Callable
     if other and not resize:
         raise _other_sizes(other, size, path)
     if other:
-        tell(f"{path}: {other.total()} of {len(images)} images scaled to {_by(size)}")
+        tell(f"{other.total()} of {len(images)} images scaled to {_by(size)}")
     return ImageSamples(images, labels.astype(np.int64), tuple(folder.name for folder in folders))
 
 
@@ -241,7 +252,7 @@ def _as_size(
         return images
     if not resize or not images.size:
         raise _other_sizes(Counter({images.shape[1:3]: len(images)}), size, path)
-    tell(f"{path}: images scaled from {_by(images.shape[1:3])} to {_by(size)}")
+    tell(f"images scaled from {_by(images.shape[1:3])} to {_by(size)}")
     return np.stack([np.asarray(_fitted(Image.fromarray(image), size)) for image in images])
 
 

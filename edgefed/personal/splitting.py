@@ -19,20 +19,26 @@ from edgefed.errors import ModelError
 from edgefed.personal.batches import Inputs
 from edgefed.personal.user_code import users_code
 
-CONTRACT = "Return a module with `extractor` and `header`, where the header maps features (B, width) to logits."
+CONTRACT = (
+    "Let package.module:function return a module with `extractor` and `header`, where the header maps the features "
+    "(B, width) to logits."
+)
 _LAST_OPERATIONS = {"a softmax": F.softmax, "a log-softmax": F.log_softmax, "a sigmoid": lambda x, dim: x.sigmoid()}
 
 
 class Features(nn.Module):
-    """An extractor around a user's model: tensors go in as they are, a mapping of tensors by name; of a transformers
-    output its logits are taken. (B, ...) -> whatever the model gives."""
+    """A user's model, called as it wants to be: a tensor is its first argument, a mapping its arguments by name; of an
+    object or a mapping that it returns, as transformers' do, the logits are taken."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, inputs: Inputs) -> Tensor:
-        return tensor_of(call(self.model, inputs))
+        output = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+        if isinstance(output, Mapping) and "logits" in output:
+            return output["logits"]
+        return getattr(output, "logits", output)
 
 
 def split_model(model: nn.Module, sample: Inputs, name: str) -> tuple[Features, nn.Linear]:
@@ -41,31 +47,21 @@ def split_model(model: nn.Module, sample: Inputs, name: str) -> tuple[Features, 
     Parameters stay the ones they were, tied or frozen. Raises ModelError: the model cannot take the sample, or there
     is no such layer, or something acts on its output.
     """
-    calls = _linear_calls(model, sample, name)
-    output = run(model, sample, name)
-    if not isinstance(tensor_of(output), Tensor):
-        raise ModelError(f"{name} returned {_kind(output)}, not logits", remedy=f"Return a tensor, or: {CONTRACT}")
-    shape = tensor_of(output).shape
+    extractor = Features(model)
+    calls = _linear_calls(extractor, sample, name)
+    output = run(extractor, sample, name)
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"{name} returned {_kind(output)}, not logits", remedy=f"Return the logits, a tensor. Or: {CONTRACT}"
+        )
+    shape = output.shape
     candidates = [layer for layer in reversed(calls) if calls[layer] == [shape]]
     for layer in candidates:
-        if all(_is_last(model, layer, shape, sample, name, training) for training in (False, True)):
-            _take_out(model, layer)
-            extractor = Features(model)
+        if all(_is_last(extractor, layer, shape, sample, name, training) for training in (False, True)):
+            _take_out(extractor, layer)
             _check_features(extractor, layer, sample, name)
             return extractor, layer
-    raise _no_split_point(model, candidates, shape, sample, name)
-
-
-def call(module: nn.Module, inputs: Inputs) -> object:
-    """What a module gives: a tensor is its first argument, a mapping its arguments by name."""
-    return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-
-
-def tensor_of(output: object) -> object:
-    """The logits of an output: the tensor itself, or ``logits`` of an object or a mapping, as transformers returns."""
-    if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]
-    return getattr(output, "logits", output)
+    raise _no_split_point(extractor, candidates, shape, sample, name)
 
 
 @torch.no_grad()
@@ -75,7 +71,7 @@ def run(module: nn.Module, inputs: Inputs, name: str, training: bool = False) ->
         module.train(training)
         remedy = f"Make the model for such a batch ({described(inputs)}), or convert it at the begin of its forward."
         with users_code(f"{name} cannot take {described(inputs)}", remedy):
-            return call(module, inputs)
+            return module(inputs)
 
 
 def described(inputs: Inputs) -> str:
@@ -120,10 +116,10 @@ def _linear_calls(model: nn.Module, sample: Inputs, name: str) -> dict[nn.Linear
 def _with_output(
     model: nn.Module, layer: nn.Linear, values: Tensor, sample: Inputs, name: str, training: bool
 ) -> object:
-    """The logits when ``layer`` gave ``values``."""
+    """The model's output when ``layer`` gives ``values``."""
     hook = layer.register_forward_hook(lambda *_: values.clone())
     try:
-        return tensor_of(run(model, sample, name, training))
+        return run(model, sample, name, training)
     finally:
         hook.remove()
 

@@ -22,8 +22,8 @@ from edgefed.disk import disk_errors, make_folder, settle_file, sync_folder
 from edgefed.errors import ConfigError, StateCorrupt
 
 KEPT_ROUNDS = 2
-_MOMENTUM = "momentum:"
-_LOCAL = ("own.", "projection.", "gate.")
+MOMENTUM = "momentum:"
+LOCAL_PARTS = ("own.", "projection.", "gate.")
 """Parts of a mixture that are the client's alone."""
 
 
@@ -45,10 +45,12 @@ class PersonalState:
             return 0
         tensors, facts = read_state(self._path(rounds[-1]))
         self._check(facts)
-        load_tensors(mixture, {name: tensor for name, tensor in tensors.items() if name.startswith(_LOCAL)}, _LOCAL)
+        load_tensors(
+            mixture, {name: tensor for name, tensor in tensors.items() if name.startswith(LOCAL_PARTS)}, LOCAL_PARTS
+        )
         for name, parameter in mixture.named_parameters():
-            if f"{_MOMENTUM}{name}" in tensors:
-                buffer = tensors[f"{_MOMENTUM}{name}"].to(parameter.device)
+            if f"{MOMENTUM}{name}" in tensors:
+                buffer = tensors[f"{MOMENTUM}{name}"].to(parameter.device)
                 optimizer.state[parameter]["momentum_buffer"] = buffer
         return rounds[-1]
 
@@ -57,8 +59,8 @@ class PersonalState:
         tensors = unaliased(mixture.state_dict())
         for name, parameter in mixture.named_parameters():
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None and name.startswith(_LOCAL):
-                tensors[f"{_MOMENTUM}{name}"] = buffer
+            if buffer is not None and name.startswith(LOCAL_PARTS):
+                tensors[f"{MOMENTUM}{name}"] = buffer
         path = self._path(server_round)
         temporary = path.with_suffix(".tmp")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -121,6 +121,8 @@ def _import_function(spec: str) -> Callable[..., object]:
 
 def _accepted(spec: str, function: Callable[..., object], values: Mapping[str, object]) -> dict[str, object]:
     """Those values that the function takes by name. Raises ModelError when it wants more than there is."""
+    if isinstance(function, type) and function.__init__ is nn.Module.__init__:  # takes any keyword, and refuses it
+        return {}
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C

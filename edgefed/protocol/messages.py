@@ -100,6 +100,8 @@ class RunConfig(Message):
     rounds: int
     seed: int
     training: TrainingConfig
+    tokenizer: str = ""
+    """Where the tokenizer of a shared extractor of text came from; its files are the manifest's."""
 
 
 # --- what a client says -----------------------------------------------------------------------------------------
@@ -175,11 +177,15 @@ class ExpertSurvey(Message):
 
     ``utility``: u_c(e) of Flux (arXiv 2508.19078), measured in this round, None where it was not. ``frequency``: share
     of the client's tokens routed to e. ``tune_slots``: experts that the client can hold as themselves, one by one.
+    ``train_slots``: experts that its memory lets learn. ``upload_bytes_per_s``: what its uploads reached. Both None
+    where it does not know.
     """
 
     utility: tuple[tuple[float | None, ...], ...]
     frequency: tuple[tuple[float, ...], ...]
     tune_slots: int
+    train_slots: int | None = None
+    upload_bytes_per_s: float | None = None
 
 
 class UpdateMeta(Message):
@@ -226,7 +232,8 @@ class Wait(Message, tag="wait"):
 
 class ExpertAssignment(Message):
     """What a client is to do with experts, as (layer, expert), the most useful first: ``tune`` them, or ``explore``:
-    hold them unchanged and measure their utility again. A client that can hold fewer takes the first ones.
+    hold them unchanged and measure their utility again, as far as the method measures so many. A client that can hold
+    fewer takes the first ones.
     """
 
     tune: tuple[tuple[int, int], ...]

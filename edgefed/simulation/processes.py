@@ -30,11 +30,13 @@ class ProcessFailed(EdgefedError):
 
 @dataclasses.dataclass(frozen=True)
 class LocalClient:
-    """An agent to start: its name, its data (a path or ``silo:NAME``) and the share of the experts it may hold."""
+    """An agent to start: its name, its data (as `edgefed join --data` takes it), the share of the experts that it may
+    hold, and further flags of `edgefed join`."""
 
     name: str
     data: str
-    expert_share: float
+    expert_share: float = 1.0
+    flags: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -126,6 +128,7 @@ class LocalFederation:
         arguments = [
             "join", url, "--data", client.data, "--experts", str(client.expert_share), "--name", client.name,
             "--state", str(self.client_folder(client.name)), "--threads", str(self._threads),
+            *client.flags,
         ]  # fmt: skip
         self._start(client.name, arguments)
 

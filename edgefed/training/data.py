@@ -40,7 +40,7 @@ __all__ = [
 SILO_PREFIX = "silo:"
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
-_HOPELESS_LINES = 1000  # bad lines without one good record before the file is given up: it is some other format
+HOPELESS_LINES = 1000  # bad lines without one good record before the file is given up: it is some other format
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def load_examples(source: str) -> LoadedData:
     if not path.exists():
         raise DataError(f"there is no file {source}", remedy="Check the path; it is relative to the current folder.")
     digest = hashlib.sha256()
-    lines = _read_lines(path, digest)
+    lines = read_lines(path, digest)
     problems: list[LineProblem] = []
     if name.endswith((".txt", ".txt.gz")):
         examples = [(Segment(passage, learn=True),) for passage in cut_passages(lines)]
@@ -108,7 +108,7 @@ def load_examples(source: str) -> LoadedData:
     if not examples and not problems:
         raise DataError(f"{source} is empty: it holds no text")
     if not examples:
-        raise _nothing_usable(source, problems)
+        raise nothing_usable(source, problems)
     return LoadedData(examples, problems, source, digest.hexdigest())
 
 
@@ -178,18 +178,23 @@ def _parse_lines(source: str, lines: Iterator[str], problems: list[LineProblem])
             examples.append(parse_record(line))
         except BadRecord as error:
             problems.append(LineProblem(number, str(error)))
-        if not examples and len(problems) >= _HOPELESS_LINES:
-            raise _nothing_usable(source, problems)
+        if not examples and len(problems) >= HOPELESS_LINES:
+            raise nothing_usable(source, problems)
     return examples
 
 
-def _nothing_usable(source: str, problems: list[LineProblem]) -> DataError:
+def nothing_usable(source: str, problems: Sequence[LineProblem]) -> DataError:
+    """Return the error of a file whose lines are all bad; it names the first three."""
     shown = "; ".join(f"line {problem.line}: {problem.reason}" for problem in problems[:3])
     return DataError(f"{source} has no usable record in {len(problems)} lines: {shown}")
 
 
-def _read_lines(path: pathlib.Path, digest: Any) -> Iterator[str]:
-    """Yield the lines of `path` as text with `\\n` ends, unpacked where gzipped; `digest` sees the unpacked bytes."""
+def read_lines(path: pathlib.Path, digest: Any) -> Iterator[str]:
+    """Yield the lines of `path` as text with `\\n` ends, unpacked where gzipped; `digest` sees the unpacked bytes.
+
+    Raises:
+        DataError: unreadable, damaged gzip, or no UTF-8.
+    """
     number = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:

@@ -57,6 +57,29 @@ def parse_record(line: str) -> Example:
     Raises:
         BadRecord: no JSON, no object, no known form, a field of the wrong type, or nothing in a field that needs text.
     """
+    record = json_object(line)
+    if "messages" in record:
+        return _chat_example(record["messages"])
+    if "prompt" in record or "completion" in record:
+        return Segment(text_field(record, "prompt"), False), Segment(text_field(record, "completion"), True)
+    if "instruction" in record:
+        answer = "response" if "response" in record else "output" if "output" in record else "response"
+        context = "context" if "context" in record else "input"
+        return _instruction_example(
+            text_field(record, "instruction"), text_field(record, context, optional=True), text_field(record, answer)
+        )
+    if "text" in record:
+        return (Segment(text_field(record, "text"), True),)
+    found = ", ".join(sorted(record)[:5]) or "none"
+    raise BadRecord(f"no known field: text, prompt + completion, instruction + response or messages; found {found}")
+
+
+def json_object(line: str) -> dict[str, Any]:
+    """Return the object of one JSON line.
+
+    Raises:
+        BadRecord: an empty line, no JSON, or something else than an object.
+    """
     if not line.strip():
         raise BadRecord("empty line")
     try:
@@ -67,20 +90,7 @@ def parse_record(line: str) -> Example:
         raise BadRecord(f"no valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise BadRecord(f"a record must be a JSON object, this is {_kind(record)}")
-    if "messages" in record:
-        return _chat_example(record["messages"])
-    if "prompt" in record or "completion" in record:
-        return Segment(_text(record, "prompt"), False), Segment(_text(record, "completion"), True)
-    if "instruction" in record:
-        answer = "response" if "response" in record else "output" if "output" in record else "response"
-        context = "context" if "context" in record else "input"
-        return _instruction_example(
-            _text(record, "instruction"), _text(record, context, optional=True), _text(record, answer)
-        )
-    if "text" in record:
-        return (Segment(_text(record, "text"), True),)
-    found = ", ".join(sorted(record)[:5]) or "none"
-    raise BadRecord(f"no known field: text, prompt + completion, instruction + response or messages; found {found}")
+    return record
 
 
 def cut_passages(lines: Iterable[str]) -> Iterator[str]:
@@ -133,17 +143,21 @@ def _chat_example(messages: Any) -> Example:
         if not isinstance(role, str) or role not in ROLES:
             raise BadRecord(f"message {number} has the role {role!r:.40}; known are {', '.join(ROLES)}")
         answer = role == "assistant"
-        content = _text(message, "content", may_be_empty=not answer, where=f"message {number}: ")
+        content = text_field(message, "content", may_be_empty=not answer, where=f"message {number}: ")
         segments.append(Segment(content, answer, role))
     if not any(segment.learn for segment in segments):
         raise BadRecord("no assistant message to learn from")
     return tuple(segments)
 
 
-def _text(
+def text_field(
     record: dict[str, Any], field: str, *, optional: bool = False, may_be_empty: bool = False, where: str = ""
 ) -> str:
-    """Return the string under `field`; "" when it is optional and absent or null."""
+    """Return the string under `field`; "" when it is optional and absent or null.
+
+    Raises:
+        BadRecord: it is missing, no string, empty, or no text that can be written as UTF-8.
+    """
     value = record.get(field)
     if value is None and optional:
         return ""

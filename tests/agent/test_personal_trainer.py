@@ -13,7 +13,7 @@ from edgefed.agent.personal_trainer import PersonalTrainer
 from edgefed.agent.progress import NullProgress
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.embedded.glyphs import glyph_client
-from edgefed.errors import ConfigError, StateCorrupt, TrainingDiverged
+from edgefed.errors import ConfigError, ModelError, StateCorrupt, TrainingDiverged
 from edgefed.methods.interface import Contribution
 from edgefed.methods.registry import make_method
 from edgefed.moe.frame_source import FrameSource
@@ -179,6 +179,34 @@ def test_a_loss_that_is_no_number_ends_the_round_and_keeps_nothing(images, tmp_p
     table = Table(tmp_path / "run", model_lr=1e30, extractor_lr=1e30, local_epochs=3)
     with pytest.raises(TrainingDiverged):
         table.round(trainer_of(images, tmp_path / "me"), tmp_path / "update")
+    assert not state_of(tmp_path / "me").exists()
+
+
+def test_code_of_a_user_that_fails_late_is_named(table, images, tmp_path, monkeypatch):
+    (tmp_path / "fails_late.py").write_text(
+        """
+from torch import nn
+
+class Late(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.out = nn.Flatten(), nn.Linear(3072, 10)
+
+    def forward(self, x):
+        if self.training and len(x) > 10:
+            raise KeyError("no such weather")
+        return self.out(self.body(x))
+
+def build_model():
+    return Late()
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_of(images, tmp_path / "me", "fails_late:build_model")
+    with pytest.raises(
+        ModelError, match=r"build_model fails in training: KeyError.*no such weather.*line 11"
+    ):
+        table.round(trainer, tmp_path / "update")
     assert not state_of(tmp_path / "me").exists()
 
 
