@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
+import msgspec
+
 from edgefed.agent.backoff import Retry
 from edgefed.agent.journal import Journal
 from edgefed.agent.ledger import LEDGER_FILE, LedgerEntry, append_entry, utc_now
@@ -148,13 +150,27 @@ class Delivery:
 
         try:
             self._call(upload)
-            self._call(lambda: self._client.commit(meta))
+            said = self._with_upload_rate(meta)
+            self._call(lambda: self._client.commit(said))
         finally:
             self._progress.done()
         self._write_ledger("accepted")
         self._journal.acknowledge(bytes_down=self._round_bytes_down(), bytes_up=self._client.bytes_up - self._start[1])
         self._refusals = self._setbacks = 0
         return Delivered(meta.server_round, metrics=meta.metrics)
+
+    def _with_upload_rate(self, meta: UpdateMeta) -> UpdateMeta:
+        """``meta`` whose survey, if it has one, says how fast uploads were, this one included.
+
+        Not by the kernel's estimate, which may be a lower bound.
+        """
+        if meta.survey is None:
+            return meta
+        rate = self._client.network_facts().up_bytes_per_s
+        if not rate.known or rate.value < 1:
+            return meta
+        survey = msgspec.structs.replace(meta.survey, upload_bytes_per_s=float(rate.value))
+        return msgspec.structs.replace(meta, survey=survey)
 
     def advance(self, n: int) -> None:
         """Bytes moved, in either direction: progress for the screen, and a reason to be patient with the network."""

@@ -139,9 +139,10 @@ class LocalTrainer:
         this = _Round(run, method, manifest, assignment, fetch, progress, units, own)
         guard = MemoryGuard(self._planner.shrink, progress, self._device, self._watch)
         outcome, before, after = self._train_within_memory(this, model, guard)
-        plan, probed = model.plan, ProbeOutcome({}, 0)
+        plan, probed, survey = model.plan, ProbeOutcome({}, 0), None
         if method.assigns_experts:
             probed = self._probe(this, model, plan)
+            survey = expert_survey(plan, self._planner.profile, self._planner.train_slots, outcome, probed)
         write_update(model if method.exchanges else None, units, update_path)
         keep = {file.sha256 for file in manifest.files}
         keep |= {
@@ -160,7 +161,7 @@ class LocalTrainer:
             num_examples=len(self._train_blocks),
             num_tokens=outcome.num_tokens,
             keep=frozenset(keep),
-            survey=expert_survey(plan, self._planner.profile, outcome, probed) if method.assigns_experts else None,
+            survey=survey,
         )
 
     def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:

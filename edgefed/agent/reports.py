@@ -110,7 +110,7 @@ def probe_explored(
 
 
 def expert_survey(
-    plan: ExpertPlan, profile: RouterRecord, outcome: StepsOutcome, probed: ProbeOutcome, train_slots: int
+    plan: ExpertPlan, profile: RouterRecord, train_slots: int, outcome: StepsOutcome, probed: ProbeOutcome
 ) -> ExpertSurvey:
     """Utilities of the experts that were trained or explored, and how often the device's text uses each.
 

@@ -107,8 +107,8 @@ def _check_survey(survey: ExpertSurvey, experts_per_layer: Sequence[int]) -> Non
     if survey.train_slots is not None and not 1 <= survey.train_slots <= sum(sizes):
         raise InvalidUpdate(f"survey: train_slots is {survey.train_slots}, expected 1..{sum(sizes)}")
     rate = survey.upload_bytes_per_s
-    if rate is not None and not (math.isfinite(rate) and rate > 0.0):
-        raise InvalidUpdate(f"survey: upload_bytes_per_s is {rate}, expected a finite number above 0")
+    if rate is not None and not 1.0 <= rate <= MAX_COUNT:  # also what is no number
+        raise InvalidUpdate(f"survey: upload_bytes_per_s is {rate}, expected 1..{MAX_COUNT}")
 
 
 def validate_update(

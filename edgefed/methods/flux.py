@@ -13,13 +13,17 @@ gradient norm of tuned experts as it trains and of explored ones by forward pass
 and uploads the tuned experts and the utilities.
 
 Departs from the paper
-    * (4) is separable by client: the best experts of each are taken. Every layer tunes at least one.
+    * (4) is separable by client: the best experts of each are taken. Every layer tunes at least one, unless pace or
+      ``first_share`` leaves fewer than there are layers to choose from: then the most useful ones, wherever they are.
+    * The paper's devices compute for most of a round; on home connections they upload. ``pace="fleet"``: a device tunes
+      no more than it can send in about the time that the others need (`paced_limits`). Its other slots hold what is
+      next in utility, as it is; it is explored, not uploaded. Whoever told no upload rate yet goes at its own pace.
     * (4) gives no coverage. ``coverage="balanced"``: an expert that nobody trained for ``coverage_rounds`` rounds goes
       to the client with the largest utility for it, in place of that client's least useful one.
     * Frequencies and gradient norms are no common scale. An expert that was never measured counts as its frequency
       times the median of utility per frequency of those that were, in its layer.
-    * A device with room for every expert trains them all; one with less than two slots per layer merges nothing, and
-      its tokens go to the next best experts that it holds.
+    * A device with room for every expert trains them all, at its own pace; one with less than two slots per layer
+      merges nothing, and its tokens go to the next best experts that it holds.
     * ``merge_sizes`` is not the paper's by default; see there.
     * Weight of a client in the mean of an expert: the tokens that trained it there. Nobody: unchanged.
 """
@@ -27,6 +31,7 @@ Departs from the paper
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -79,6 +84,11 @@ class Flux(Method):
     coverage: str = "none"
     """"none" or "balanced"."""
     coverage_rounds: int = 5
+    pace: str = "fleet"
+    """"own": a device tunes what its memory and eps allow. "fleet": at most what it can send in the fleet's pace."""
+    first_share: float = 0.02
+    """Share of all experts that a device tunes at most, at least one, before the aggregator knows what it uploads in a
+    second. Only with pace "fleet"; 1 is no limit."""
 
     name = "flux"
     needs_profile = True
@@ -91,10 +101,11 @@ class Flux(Method):
             ("merge_sizes", ("adaptive", "deviation", "depth", "uniform", "one")),
             ("merge_weights", ("attention", "frequency")),
             ("coverage", ("none", "balanced")),
+            ("pace", ("own", "fleet")),
         ):
             if getattr(self, option) not in allowed:
                 raise ConfigError(f"flux: {option} is {getattr(self, option)!r}, allowed are {', '.join(allowed)}")
-        for option in ("eps_start", "eps_max"):
+        for option in ("eps_start", "eps_max", "first_share"):
             if not 0 < getattr(self, option) <= 1:
                 raise ConfigError(f"flux: {option} is {getattr(self, option)}, allowed is above 0 up to 1")
         if not 0 <= self.merged_share <= 1:
@@ -130,6 +141,10 @@ class Flux(Method):
         """eps_t = min(eps_max, eps_start + eps_step t), t = 0 in round 1."""
         return min(self.eps_max, self.eps_start + self.eps_step * (server_round - 1))
 
+    def _eps(self, slots: int, total: int, server_round: int) -> float:
+        """eps_t, or 1 for a device with room for every expert, where the plan does not see to that (pace "own")."""
+        return 1.0 if self.pace == "fleet" and slots >= total else self.exploitation(server_round)
+
     # --- client half ----------------------------------------------------------------------------------------------
 
     def merged_slots(self, held: int, experts_per_layer: Sequence[int]) -> int:
@@ -149,16 +164,19 @@ class Flux(Method):
     ) -> ExpertPlan:
         """Tuned and explored (frozen) experts; the rest is left out, to be merged. Raises BudgetTooSmall."""
         check_budget(budget.resident_experts, experts_per_layer)
-        if budget.resident_experts >= sum(experts_per_layer):
+        total, paced = sum(experts_per_layer), self.pace == "fleet"
+        if budget.resident_experts >= total and not paced:
             return ExpertPlan.full(experts_per_layer)
         slots = budget.resident_experts - self.merged_slots(budget.resident_experts, experts_per_layer)
         if context.assignment is not None:
-            tuned, explored = _taken(context.assignment, experts_per_layer, slots)
+            take = _first_taken if paced else _taken
+            tuned, explored = take(context.assignment, experts_per_layer, slots)
         else:
             if record is None:
                 raise ValueError("flux plans from a profile")
             shares = [layer.frequency / max(layer.frequency.sum(), 1e-12) for layer in record.layers]
-            tuned, explored = _split(shares, slots, self.exploitation(context.server_round), rng)
+            limit = max(1, math.floor(self.first_share * total)) if paced else None
+            tuned, explored = _split(shares, slots, self._eps(slots, total, context.server_round), rng, limit)
         return ExpertPlan.of(
             experts_per_layer, _by_layer(tuned, experts_per_layer), _by_layer(explored, experts_per_layer)
         )
@@ -191,22 +209,33 @@ class Flux(Method):
     def assign_experts(
         self, surveys: Mapping[str, ExpertSurvey], coverage: Coverage, server_round: int, seed: int
     ) -> dict[str, ExpertAssignment]:
-        """(4) for each client, split by eps; with coverage, what nobody trained lately is given to somebody."""
+        """(4) for each client, split by eps and limited by pace; with coverage, what nobody trained lately is given to
+        somebody."""
         utilities = {client: complete_utilities(survey) for client, survey in surveys.items()}
+        eps = {
+            client: self._eps(survey.tune_slots, sum(map(len, survey.frequency)), server_round)
+            for client, survey in surveys.items()
+        }
+        limits = paced_limits(surveys, eps) if self.pace == "fleet" else {}
         chosen: dict[str, tuple[list, list]] = {}
         for client, survey in surveys.items():
             # A client's id differs from run to run; what its data look like does not.
             rng = np.random.default_rng([seed, server_round, zlib.crc32(repr(survey.frequency).encode())])
-            chosen[client] = _split(utilities[client], survey.tune_slots, self.exploitation(server_round), rng)
+            chosen[client] = _split(utilities[client], survey.tune_slots, eps[client], rng, limits.get(client))
         if self.coverage == "balanced":
-            self._cover(chosen, utilities, coverage)
+            self._cover(chosen, utilities, coverage, limits)
         return {
             client: ExpertAssignment(tune=tuple(tune), explore=tuple(explore))
             for client, (tune, explore) in chosen.items()
         }
 
-    def _cover(self, chosen: dict[str, tuple[list, list]], utilities: Mapping[str, Scores], coverage: Coverage) -> None:
-        """Give each expert that was idle too long to the client that it is most useful to; see the top of this file."""
+    def _cover(
+        self, chosen: dict[str, tuple[list, list]], utilities: Mapping[str, Scores], coverage: Coverage, limits: Mapping
+    ) -> None:
+        """Give each expert that was idle too long to the client that it is most useful to; see the top of this file.
+
+        No layer is left without a tuned expert by that, but on clients in ``limits``, where there may be such layers.
+        """
         tuned = {pair for tune, _ in chosen.values() for pair in tune}
         idle = [
             (-int(rounds[expert]), layer, int(expert))
@@ -224,7 +253,7 @@ class Flux(Method):
             for client in sorted(shares, key=lambda name: (-shares[name], utilities[name][layer].tobytes())):
                 tune, explore = chosen[client]
                 layers = [at for at, _ in tune]
-                spare = [pair for pair in tune if layers.count(pair[0]) > 1 and pair not in given]
+                spare = [p for p in tune if p not in given and (layers.count(p[0]) > 1 or client in limits)]
                 if spare:
                     tune[tune.index(spare[-1])] = (layer, expert)
                     if (layer, expert) in explore:
@@ -255,13 +284,46 @@ def complete_utilities(survey: ExpertSurvey) -> list[np.ndarray]:
     return found
 
 
+def paced_limits(surveys: Mapping[str, ExpertSurvey], eps: Mapping[str, float]) -> dict[str, int]:
+    """What each client tunes at most, at least one, where that is less than its share by eps.
+
+        n_c = min(eps slots_c, train_slots_c)    what c would tune at its own pace
+        t_c = n_c / rate_c,    pace = (prod_c t_c)^(1/C),    limit_c = min(n_c, floor(rate_c pace))
+
+    Over the clients that told a rate. Experts count as equally large, so their bytes cancel. A geometric mean, because
+    rates differ by orders of magnitude: one very slow or very fast device hardly moves it, and clients that are alike
+    are not limited. The sum is exact (fsum), so their order does not matter.
+    """
+    rates = {client: s.upload_bytes_per_s for client, s in surveys.items() if s.upload_bytes_per_s is not None}
+    if not rates:
+        return {}
+    counts = {
+        client: _own_count(surveys[client].tune_slots, len(surveys[client].frequency), eps[client]) for client in rates
+    }
+    own = {client: min(count, surveys[client].train_slots or count) for client, count in counts.items()}
+    pace = math.exp(math.fsum(math.log(own[client] / rate) for client, rate in rates.items()) / len(rates))
+    # The small term keeps 4.9999999 at 5: clients that are alike must not lose one to a rounding.
+    sent = {client: max(1, math.floor(rate * pace * (1 + 1e-9))) for client, rate in rates.items()}
+    return {
+        client: min(own[client], sent[client]) for client in rates if min(own[client], sent[client]) < counts[client]
+    }
+
+
+def _own_count(slots: int, layers: int, eps: float) -> int:
+    """Experts that are tuned of ``slots``: a share ``eps``, at least one in each layer."""
+    return min(slots, max(layers, round(eps * slots)))
+
+
 def _split(
-    scores: Scores, slots: int, eps: float, rng: np.random.Generator
+    scores: Scores, slots: int, eps: float, rng: np.random.Generator, limit: int | None = None
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(tuned, explored), together ``slots``: the best ``eps`` of the slots, and the rest drawn from all others."""
+    """(tuned, explored), together ``slots``: the best ``eps`` of the slots, and the rest drawn from all others.
+
+    Above ``limit``, the least useful of the best are not tuned; they come first among the explored.
+    """
     layers, total = len(scores), sum(len(row) for row in scores)
     slots = min(slots, total)
-    count = min(slots, max(layers, round(eps * slots)))
+    count = _own_count(slots, layers, eps)
     everything = [np.ones(len(row), dtype=bool) for row in scores]
     best = select_by_score(scores, everything, count)
     tuned = sorted(
@@ -270,7 +332,8 @@ def _split(
     )
     others = [(layer, e) for layer, row in enumerate(scores) for e in range(len(row)) if e not in best[layer]]
     drawn = rng.permutation(len(others))[: slots - count]
-    return tuned, [others[index] for index in drawn]
+    tuned, spared = (tuned, []) if limit is None else (tuned[:limit], tuned[limit:])
+    return tuned, spared + [others[index] for index in drawn]
 
 
 def _taken(
@@ -280,20 +343,46 @@ def _taken(
 
     Raises ConfigError on an expert that the model does not have.
     """
-    tune, explore = list(assignment.tune), list(assignment.explore)
-    for layer, expert in tune + explore:
-        if not (0 <= layer < len(experts_per_layer) and 0 <= expert < experts_per_layer[layer]):
-            raise ConfigError(f"the aggregator assigns expert {expert} of layer {layer}; the model has no such expert")
+    tune, explore = _checked(assignment, experts_per_layer)
     wanted = len(tune) + len(explore)
     count = len(tune) if wanted <= slots else max(len(experts_per_layer), slots * len(tune) // wanted)
     count = min(max(count, len(experts_per_layer)), slots)
-    scores = [np.zeros(size) for size in experts_per_layer]
-    for rank, (layer, expert) in enumerate(explore[::-1] + tune[::-1], start=1):
-        scores[layer][expert] = rank
-    chosen = select_by_score(scores, [row > 0 for row in scores], count)
-    kept = {(layer, expert) for layer, ids in enumerate(chosen) for expert in ids}
+    kept = _first_of(tune + explore, experts_per_layer, count)
     rest = [pair for pair in dict.fromkeys(tune + explore) if pair not in kept]
     return sorted(kept), rest[: slots - len(kept)]
+
+
+def _first_taken(
+    assignment: ExpertAssignment, experts_per_layer: Sequence[int], slots: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The first experts of an assignment that fit, with one in every layer, as what they are assigned.
+
+    Fewer slots do not lower what is tuned as long as it fits: its number was chosen by what the uplink can send. Raises
+    as `_taken` does.
+    """
+    tune, explore = _checked(assignment, experts_per_layer)
+    kept = _first_of(tune + explore, experts_per_layer, slots)
+    tuned = sorted(kept & set(tune)) or sorted(kept)[:1]
+    return tuned, sorted(kept - set(tuned))
+
+
+def _first_of(pairs: Sequence[tuple[int, int]], experts_per_layer: Sequence[int], count: int) -> set[tuple[int, int]]:
+    """The first ``count`` of ``pairs``, with at least one expert in each layer."""
+    scores = [np.zeros(size) for size in experts_per_layer]
+    for rank, (layer, expert) in enumerate(reversed(pairs), start=1):
+        scores[layer][expert] = rank
+    chosen = select_by_score(scores, [row > 0 for row in scores], count)
+    return {(layer, expert) for layer, ids in enumerate(chosen) for expert in ids}
+
+
+def _checked(
+    assignment: ExpertAssignment, experts_per_layer: Sequence[int]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(tune, explore). Raises ConfigError on an expert that the model does not have."""
+    for layer, expert in assignment.tune + assignment.explore:
+        if not (0 <= layer < len(experts_per_layer) and 0 <= expert < experts_per_layer[layer]):
+            raise ConfigError(f"the aggregator assigns expert {expert} of layer {layer}; the model has no such expert")
+    return list(assignment.tune), list(assignment.explore)
 
 
 def _by_layer(pairs: Sequence[tuple[int, int]], experts_per_layer: Sequence[int]) -> list[list[int]]:

@@ -44,6 +44,11 @@ class ClientTimes:
         return sum(self.parts.values())
 
 
+def transfer_bytes_per_s(link_mbit: float, server_bytes_per_s: float, num_clients: int) -> float:
+    """What a client's link carries while ``num_clients`` share the aggregator's evenly."""
+    return min(link_mbit * 1e6 / 8, server_bytes_per_s / num_clients)
+
+
 @dataclasses.dataclass(frozen=True)
 class CostModel:
     """``server_bytes_per_s``: the aggregator's link, shared evenly by ``num_clients``; ``ratios`` as
@@ -104,7 +109,7 @@ class CostModel:
 
     def _transfer(self, sizes: Mapping[str, int], link_mbit: float, rates: DeviceRates) -> float:
         size = self.charged_bytes(sizes)
-        speed = min(link_mbit * 1e6 / 8, self.server_bytes_per_s / self.num_clients)
+        speed = transfer_bytes_per_s(link_mbit, self.server_bytes_per_s, self.num_clients)
         return size / speed + rates.link.latency_ms / 1e3
 
     def _moved(self, size: float, rates: DeviceRates) -> float:

@@ -25,9 +25,9 @@ from edgefed.methods.interface import Method
 from edgefed.methods.registry import make_method
 from edgefed.moe.shapes import ModelShape
 from edgefed.protocol import frames
-from edgefed.protocol.messages import RunConfig, UnitInfo
+from edgefed.protocol.messages import ExpertSurvey, RunConfig, UnitInfo
 from edgefed.simulation.config import MethodChoice, SimulatedDevice, SimulationConfig
-from edgefed.simulation.cost_model import ClientTimes, CostModel
+from edgefed.simulation.cost_model import ClientTimes, CostModel, transfer_bytes_per_s
 from edgefed.simulation.cost_shape import CostShape, byte_kind
 from edgefed.simulation.device_rates import Calibration, device_rates
 from edgefed.simulation.evaluation import GlobalEvaluator
@@ -184,7 +184,7 @@ class SimulatedRun:
             client.client_id, server_round, client.update_path, num_examples=update.num_examples,
             num_tokens=update.num_tokens, experts=update.experts,
             metrics={name: value for name, value in update.metrics.items() if math.isfinite(value)},
-            survey=update.survey,
+            survey=self._with_upload_rate(client, update.survey),
         )  # fmt: skip
         units = {unit.key: unit for unit in manifest.units}
         work = self._work(client, update, progress.counts, fetch.take(), units)
@@ -201,6 +201,15 @@ class SimulatedRun:
         done = Done(server_round, meta, work, trainer.step_bytes, merged, update.metrics.get("train_loss"))
         client.finish(done, fetch.held)
         return done
+
+    def _with_upload_rate(self, client: SimulatedClient, survey: ExpertSurvey | None) -> ExpertSurvey | None:
+        """``survey`` with what a device would have measured of this update's upload."""
+        if survey is None:
+            return None
+        rate = transfer_bytes_per_s(
+            client.device.link.up_mbit, self._config.server_mbit * 1e6 / 8, len(self._config.fleet)
+        )
+        return msgspec.structs.replace(survey, upload_bytes_per_s=rate)
 
     def _work(
         self, client: SimulatedClient, update: TrainedUpdate, counts: Mapping[str, int], down: Mapping[str, int],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -9,8 +10,10 @@ import msgspec
 import pytest
 from agent_rig import Memo, device, ledger, start
 from fake_aggregator import EXPERTS, REFUSED, FakeAggregator
+from throttling_proxy import ThrottlingProxy
 from toy_device import ToyTrainer, toy_value
 
+from edgefed.agent import throughput
 from edgefed.agent.agent import StopRequested
 from edgefed.agent.journal import Journal
 from edgefed.errors import (
@@ -31,6 +34,7 @@ from edgefed.errors import (
     UpdateTooLarge,
     VersionMismatch,
 )
+from edgefed.protocol.messages import ExpertSurvey
 
 
 def test_a_whole_run(server: FakeAggregator, tmp_path):
@@ -57,6 +61,34 @@ def test_a_whole_run(server: FakeAggregator, tmp_path):
     with Journal(tmp_path) as journal:
         assert (journal.record.phase, journal.record.rounds_acknowledged) == ("idle", 2)
         assert journal.record.bytes_up == first["bytes_up"] + second["bytes_up"]
+
+
+class Surveyor(ToyTrainer):
+    """Says something of its experts."""
+
+    def train_round(self, *args):
+        rows = ((0.5,) * EXPERTS,)
+        survey = ExpertSurvey(utility=rows, frequency=rows, tune_slots=EXPERTS, train_slots=2)
+        return dataclasses.replace(super().train_round(*args), survey=survey)
+
+
+@pytest.mark.timeout(60)
+def test_a_survey_says_how_fast_this_very_upload_was(server, tmp_path, monkeypatch):
+    """65 KB at 200 kB/s; what is enough to tell a rate is lowered to that."""
+    monkeypatch.setattr(throughput, "TINY_BYTES", 1024)
+    monkeypatch.setattr(throughput, "ENOUGH_BYTES", 32 * 1024)
+    with ThrottlingProxy(server.port, up=200_000) as proxy, device(proxy.url, tmp_path, Surveyor()) as agent:
+        agent.run()
+    first, second = (meta.survey for meta in server.commits)
+    for said in (first, second):
+        assert 20_000 < said.upload_bytes_per_s < 600_000
+        assert (said.tune_slots, said.train_slots) == (EXPERTS, 2)
+
+
+def test_a_rate_that_was_not_measured_is_not_told(server, tmp_path):
+    with device(server.url, tmp_path, Surveyor()) as agent:
+        agent.step()
+    assert server.commits[0].survey.upload_bytes_per_s is None, "so few bytes say too little"
 
 
 def test_what_the_server_no_longer_has_between_rounds_ends_nothing(server, tmp_path):

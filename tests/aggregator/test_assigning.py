@@ -1,11 +1,14 @@
 """Assignments of experts: what clients say of theirs is kept, and a restart decides the same again."""
 
+import math
+
+import msgspec
 import pytest
 import toy_run
 from toy_run import Toy, make_run
 
 from edgefed.errors import InvalidUpdate
-from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey
+from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, decode_message, encode_message
 
 
 def survey(expert: float | None, **changes) -> ExpertSurvey:
@@ -48,6 +51,22 @@ def test_a_utility_that_was_not_measured_again_stays_known(toy):
     assert toy.assignment("b").experts.tune == ((0, 0),)
 
 
+def test_an_upload_rate_stays_known_until_it_is_measured_again(toy):
+    finish_round(toy, {"a": survey(2.0, upload_bytes_per_s=2e6, train_slots=2), "b": survey(1.0)})
+    finish_round(toy, {"a": survey(None), "b": survey(1.0, upload_bytes_per_s=5e6)})
+    surveys = {client: record.survey for client, record in toy.run.clients.items()}
+    assert (surveys["a"].upload_bytes_per_s, surveys["a"].train_slots) == (2e6, None)
+    assert surveys["b"].upload_bytes_per_s == 5e6
+    finish_round(toy, {"a": survey(2.0, upload_bytes_per_s=1e6), "b": None})
+    assert toy.run.clients["a"].survey.upload_bytes_per_s == 1e6
+
+
+def test_the_survey_of_an_older_client_is_understood():
+    said = msgspec.to_builtins(survey(1.0))
+    del said["upload_bytes_per_s"], said["train_slots"]
+    assert decode_message(encode_message(said), ExpertSurvey) == survey(1.0)
+
+
 def test_a_restart_in_the_middle_of_a_round_decides_the_same_again(toy):
     finish_round(toy, {"a": survey(2.0), "b": survey(1.0)})
     before = toy.assignment("b").experts
@@ -79,6 +98,13 @@ def test_methods_that_assign_nothing_say_nothing(tmp_path):
         ({"utility": ((-1.0, 0.0, 0.0), (None,) * 3)}, "utility holds -1.0"),
         ({"tune_slots": 1}, r"tune_slots is 1, expected 2\.\.6"),
         ({"tune_slots": 7}, "tune_slots is 7"),
+        ({"train_slots": 0}, r"train_slots is 0, expected 1\.\.6"),
+        ({"train_slots": 7}, "train_slots is 7"),
+        ({"upload_bytes_per_s": 0.0}, "upload_bytes_per_s is 0.0"),
+        ({"upload_bytes_per_s": -1e6}, "upload_bytes_per_s is -1000000.0"),
+        ({"upload_bytes_per_s": 1e16}, "upload_bytes_per_s is 1e"),
+        ({"upload_bytes_per_s": math.inf}, "upload_bytes_per_s is inf"),
+        ({"upload_bytes_per_s": math.nan}, "upload_bytes_per_s is nan"),
     ],
 )
 def test_impossible_surveys_are_refused(toy, changes, message):

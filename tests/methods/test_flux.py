@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from edgefed.errors import BudgetTooSmall, ConfigError
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
-from edgefed.methods.flux import Flux, complete_utilities
+from edgefed.methods.flux import Flux, complete_utilities, paced_limits
 from edgefed.methods.interface import Contribution, Coverage, DeviceBudget, RoundContext
 from edgefed.protocol.messages import ExpertAssignment, ExpertReport, ExpertSurvey, TensorInfo, UnitInfo
 
@@ -30,10 +30,11 @@ def rng(seed=0):
 FREQUENCY = ((0.9, 0.5, 0.3, 0.1, 0.1, 0.05, 0.03, 0.02), (0.2, 0.25, 0.3, 0.25, 0.25, 0.25, 0.25, 0.25))
 
 
-def survey(utility, frequency=FREQUENCY, tune_slots=6) -> ExpertSurvey:
+def survey(utility, frequency=FREQUENCY, tune_slots=6, rate=None, train_slots=None) -> ExpertSurvey:
     return ExpertSurvey(
-        utility=tuple(map(tuple, utility)), frequency=tuple(map(tuple, frequency)), tune_slots=tune_slots
-    )
+        utility=tuple(map(tuple, utility)), frequency=tuple(map(tuple, frequency)), tune_slots=tune_slots,
+        train_slots=train_slots, upload_bytes_per_s=rate,
+    )  # fmt: skip
 
 
 UNKNOWN = ((None,) * 8,) * 2
@@ -51,36 +52,67 @@ def test_slots_for_merged_experts(held, merged):
 
 
 def test_the_first_plan_trains_the_most_frequent_and_explores_others():
-    plan = Flux(eps_start=0.5).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
+    method = Flux(eps_start=0.5, pace="own")
+    plan = method.plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
     assert plan.num_resident == 8, "4 of the 12 slots are left for merged experts"
     assert plan.num_tuned == 4
     assert plan.tuned(0).tolist() == [0, 1, 2], "normalised frequencies .45, .25, .15 beat .15 of the flat layer"
     assert plan.tuned(1).tolist() == [2]
     explored = {(layer, int(e)) for layer in (0, 1) for e in plan.frozen(layer)}
     assert len(explored) == 4
-    draws = {Flux(eps_start=0.5).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng(s)) for s in range(6)}
+    draws = {method.plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng(s)) for s in range(6)}
     assert len(draws) > 1, "what is explored is drawn at random"
 
 
+@pytest.mark.parametrize(("share", "tuned"), [(0.02, 1), (0.19, 3), (1.0, 4)])
+def test_before_its_upload_rate_is_known_a_device_tunes_few(share, tuned):
+    own = Flux(eps_start=0.5, pace="own").plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
+    plan = Flux(eps_start=0.5, first_share=share).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
+    best = [(0, 0), (0, 1), (0, 2), (1, 2)]
+    assert [(layer, e) for layer, e in best if e in plan.tuned(layer)] == best[:tuned] and plan.num_tuned == tuned
+    held = [sorted(found.resident(layer).tolist()) for found in (plan, own) for layer in (0, 1)]
+    assert held[:2] == held[2:], "the others are held as they are"
+
+
 def test_room_for_all_trains_all_and_too_little_is_refused():
-    plan = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(16), rng())
-    assert plan == ExpertPlan.full(SIZES)
-    with pytest.raises(BudgetTooSmall):
-        Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(1), rng())
+    for method in (Flux(pace="own"), Flux(first_share=1.0)):
+        plan = method.plan_experts(record(FREQUENCY), SIZES, DeviceBudget(16), rng())
+        assert plan == ExpertPlan.full(SIZES)
+        with pytest.raises(BudgetTooSmall):
+            method.plan_experts(record(FREQUENCY), SIZES, DeviceBudget(1), rng())
+    few = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(16), rng())
+    assert few.num_resident == 16 and few.num_tuned == 1
 
 
 def test_an_assignment_is_followed_as_far_as_it_fits():
     wanted = ExpertAssignment(tune=((0, 5), (1, 7), (0, 6), (0, 1)), explore=((1, 1), (1, 2), (0, 0), (0, 2)))
     context = RoundContext(server_round=2, assignment=wanted)
-    whole = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng(), context)
-    assert [whole.tuned(layer).tolist() for layer in (0, 1)] == [[1, 5, 6], [7]]
-    assert [whole.frozen(layer).tolist() for layer in (0, 1)] == [[0, 2], [1, 2]]
-    half = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(8), rng(), context)
+    for pace in ("own", "fleet"):
+        whole = Flux(pace=pace).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng(), context)
+        assert [whole.tuned(layer).tolist() for layer in (0, 1)] == [[1, 5, 6], [7]]
+        assert [whole.frozen(layer).tolist() for layer in (0, 1)] == [[0, 2], [1, 2]]
+    paced = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(8), rng(), context)
+    assert paced.num_tuned == paced.num_resident == 4, "what the uplink can send stays the same where memory shrinks"
+    half = Flux(pace="own").plan_experts(record(FREQUENCY), SIZES, DeviceBudget(8), rng(), context)
     assert [half.tuned(layer).tolist() for layer in (0, 1)] == [[5], [7]], "the most useful first, one in each layer"
     assert half.num_resident == 4
     with pytest.raises(ConfigError, match="no such expert"):
         bad = RoundContext(assignment=ExpertAssignment(tune=((0, 8),), explore=()))
         Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(8), rng(), bad)
+
+
+def test_in_the_fleets_pace_a_layer_may_have_no_tuned_expert_but_never_none_that_is_held():
+    wanted = ExpertAssignment(tune=((0, 5), (0, 6)), explore=((0, 0), (0, 1), (1, 1), (1, 2)))
+    context = RoundContext(server_round=2, assignment=wanted)
+    plan = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(6), rng(), context)
+    assert [plan.tuned(layer).tolist() for layer in (0, 1)] == [[5, 6], []]
+    assert [plan.frozen(layer).tolist() for layer in (0, 1)] == [[], [1]]
+    everything = ExpertAssignment(
+        tune=((1, 3),), explore=tuple((layer, e) for layer in (0, 1) for e in range(8) if (layer, e) != (1, 3))
+    )
+    room = RoundContext(server_round=2, assignment=everything)
+    plan = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(16), rng(), room)
+    assert [plan.tuned(layer).tolist() for layer in (0, 1)] == [[], [3]] and plan.num_resident == 16
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,9 +124,11 @@ def test_plans_keep_the_budget_and_tune_in_every_layer(held, server_round, data)
     tune_cut = data.draw(st.integers(0, cut))
     assignment = ExpertAssignment(tune=tuple(shuffled[:tune_cut]), explore=tuple(shuffled[tune_cut:cut]))
     for context in (RoundContext(server_round + 1), RoundContext(server_round + 1, assignment=assignment)):
-        plan = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(held), rng(), context)
-        assert plan.num_resident <= held - Flux().merged_slots(held, SIZES)
-        assert all(len(plan.tuned(layer)) >= 1 for layer in (0, 1))
+        for pace in ("own", "fleet"):
+            plan = Flux(pace=pace).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(held), rng(), context)
+            assert plan.num_resident <= held - Flux().merged_slots(held, SIZES)
+            assert all(len(plan.resident(layer)) >= 1 for layer in (0, 1)) and plan.num_tuned >= 1
+            assert pace == "fleet" or all(len(plan.tuned(layer)) >= 1 for layer in (0, 1))
 
 
 def test_utilities_that_were_not_measured_are_estimated_from_frequencies():
@@ -116,6 +150,58 @@ def test_the_aggregator_assigns_each_client_its_best_and_draws_what_is_explored(
     assert renamed == {"b": given["x"], "a": given["y"]}, "ids are drawn at random and must not matter"
     later = Flux(eps_start=0.5).assign_experts(surveys, NO_IDLE, 2, 7)
     assert later["x"].explore != given["x"].explore
+
+
+def test_the_pace_is_the_geometric_mean_of_what_each_would_need():
+    """Times per byte of an expert, in millionths: a 8/4 = 2, b 8/1 = 8, their mean 4: b can send 4 by then, a 16."""
+    a, b, silent = (survey(UNKNOWN, tune_slots=8, rate=rate) for rate in (4e6, 1e6, None))
+    ones = {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert paced_limits({"a": a, "b": b, "c": silent}, ones) == {"b": 4}
+    assert paced_limits({"b": b, "c": silent, "a": a}, ones) == {"b": 4}
+    assert paced_limits({"a": a, "b": b}, {"a": 1.0, "b": 0.5}) == {"b": 2}, "2 and 4: 2.83; 2.83 are sent by then"
+    small = survey(UNKNOWN, tune_slots=8, rate=4e6, train_slots=2)
+    assert paced_limits({"a": small, "b": b}, ones) == {"a": 2, "b": 2}, "its memory lets a learn 2: 0.5 and 8, their mean 2"
+    large = survey(UNKNOWN, tune_slots=16, rate=1e6)
+    assert paced_limits({"a": large, "b": survey(UNKNOWN, tune_slots=4, rate=1e6)}, ones) == {"a": 8}
+    creeping = survey(UNKNOWN, tune_slots=8, rate=1.0)
+    assert paced_limits({"a": a, "b": creeping}, ones) == {"b": 1}, "one is left to everybody"
+
+
+@pytest.mark.parametrize("rate", [None, 3e5, 1.7e6])
+def test_without_rates_or_with_equal_ones_pace_changes_nothing(rate):
+    surveys = {name: survey(UNKNOWN, tune_slots=slots, rate=rate) for name, slots in (("x", 6), ("y", 6), ("z", 6))}
+    for server_round in (1, 2, 7):
+        paced = Flux(eps_start=0.5).assign_experts(surveys, NO_IDLE, server_round, 7)
+        assert paced == Flux(eps_start=0.5, pace="own").assign_experts(surveys, NO_IDLE, server_round, 7)
+
+
+def test_a_slow_device_tunes_what_it_can_send_and_holds_what_is_next_in_utility():
+    high = [[0.0] * 7 + [9.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.2, 0.1]]
+    surveys = {"slow": survey(high, tune_slots=8, rate=1e6), "fast": survey(high, tune_slots=8, rate=4e6)}
+    paced = Flux(eps_start=0.5).assign_experts(surveys, NO_IDLE, 1, 7)
+    own = Flux(eps_start=0.5, pace="own").assign_experts(surveys, NO_IDLE, 1, 7)
+    assert paced["fast"] == own["fast"] and len(own["slow"].tune) == 4
+    assert paced["slow"].tune == ((0, 7), (1, 0)), "times of 4 and 1, their mean 2"
+    assert paced["slow"].explore == ((1, 1), (1, 2), *own["slow"].explore)
+    backwards = dict(reversed(surveys.items()))
+    assert Flux(eps_start=0.5).assign_experts(backwards, NO_IDLE, 1, 7) == paced
+
+
+def test_a_device_with_room_for_all_tunes_them_all_at_its_own_pace_and_less_in_the_fleets():
+    surveys = {"a": survey(UNKNOWN, tune_slots=16, rate=4e6), "b": survey(UNKNOWN, tune_slots=16, rate=1e6)}
+    given = Flux().assign_experts(surveys, NO_IDLE, 1, 7)
+    assert (len(given["a"].tune), len(given["b"].tune), len(given["b"].explore)) == (16, 8, 8)
+
+
+def test_coverage_reaches_slow_devices_too():
+    """A device that tunes one expert in all gives that one up for an idle expert that is most useful to it."""
+    flat, fond = [[1.0] * 8] * 2, [[9.0] * 8, [1.0] * 7 + [6.0]]
+    surveys = {"fast": survey(flat, tune_slots=6, rate=1e8), "slow": survey(fond, tune_slots=6, rate=1e5)}
+    idle = Coverage((np.zeros(8, int), np.array([0, 0, 0, 0, 0, 0, 0, 6])))
+    plain = Flux().assign_experts(surveys, idle, 1, 0)
+    assert plain["slow"].tune == ((0, 0),)
+    balanced = Flux(coverage="balanced").assign_experts(surveys, idle, 1, 0)
+    assert balanced["slow"].tune == ((1, 7),) and balanced["fast"] == plain["fast"]
 
 
 def test_balanced_coverage_gives_idle_experts_to_whom_they_are_most_useful():
@@ -160,6 +246,7 @@ def test_experts_are_averaged_by_the_tokens_that_trained_them():
     [
         {"eps_start": 0.0}, {"eps_max": 1.5}, {"eps_step": -0.1}, {"merged_share": 2.0}, {"merge_sizes": "some"},
         {"merge_weights": "none"}, {"coverage": "all"}, {"coverage_rounds": 0}, {"probes": -1}, {"explored": -1},
+        {"pace": "slow"}, {"first_share": 0.0},
     ],
 )  # fmt: skip
 def test_impossible_options_are_named(options):

@@ -92,7 +92,11 @@ def test_an_extractor_depends_on_its_seed_alone():
 def test_weights_of_an_example_sum_to_one(kind, training):
     torch.manual_seed(0)
     gate = Gate(192, 8, kind).train(training)
-    weights = gate(torch.randn(16, 192))
+    x = torch.randn(16, 192)
+    assert (gate(x) == 0.5).all(), "a gate that has learned nothing takes no side"
+    with torch.no_grad():
+        (gate.out_norm if kind == "switch" else gate.out).weight.normal_()
+    weights = gate(x)
     assert weights.shape == (16, 2) and (weights >= 0).all()
     torch.testing.assert_close(weights.sum(1), torch.ones(16))
     assert weights[:, 0].std() > 0  # it depends on the example
@@ -103,6 +107,7 @@ def test_the_gates_layers_stand_in_the_papers_order():
     assert [type(part).__name__ for part in gate.children()] == [
         "SwitchNorm", "Linear", "BatchNorm1d", "Linear", "BatchNorm1d",
     ]  # fmt: skip
+    torch.nn.init.ones_(gate.out_norm.weight)
     x = torch.randn(4, 5)
     y = gate.hidden_norm(gate.hidden(gate.norm(x)))
     wanted = torch.softmax(gate.out_norm(gate.out(1 / (1 + torch.exp(-y)))), dim=1)
