@@ -28,16 +28,17 @@ from provenance import provenance
 
 FILE = "cifar10/cifar10_10k_2k.npz"
 POOL_SEED = 2024
-METHODS: Mapping[str, tuple[str, dict]] = {
-    "fedmoe": ("fedmoe", {}),
-    "standalone": ("standalone", {}),
-    "fedproto": ("fedproto", {"weight": 1.0}),
-    "lg-fedavg": ("lg-fedavg", {}),
-    "static": ("static", {}),
-    "fml": ("fml", {}),
-    "fedmoe-shared-only": ("fedmoe-shared-only", {}),
+METHODS: Mapping[str, tuple[str, dict, dict]] = {
+    "fedmoe": ("fedmoe", {}, {"gate_norm": "layer", "gate_lr": 1e-4}),
+    "fedmoe-quick-gate": ("fedmoe", {}, {}),
+    "standalone": ("standalone", {}, {}),
+    "fedproto": ("fedproto", {"weight": 1.0}, {}),
+    "lg-fedavg": ("lg-fedavg", {}, {}),
+    "static": ("static", {}, {}),
+    "fml": ("fml", {}, {}),
+    "fedmoe-shared-only": ("fedmoe-shared-only", {}, {}),
 }
-"""Label: strategy and its options."""
+"""Label: strategy, its options, what it changes of the common hyper-parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,17 +225,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--share", type=float, default=1.0, help="of the clients, in a round")
-    parser.add_argument("--images", type=int, default=6400, help="of the set, for all clients together")
-    parser.add_argument("--held-out", type=float, default=0.5)
+    parser.add_argument("--images", type=int, default=4000, help="of the set, for all clients together")
+    parser.add_argument("--held-out", type=float, default=0.6)
     parser.add_argument("--classes-per-client", type=int, default=2)
     parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet split")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--evaluate-every", type=int, default=3)
-    parser.add_argument("--local-epochs", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--evaluate-every", type=int, default=2)
+    parser.add_argument("--local-epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=0.05, help="learning rate of every model, own and shared")
-    parser.add_argument("--gate-rate", type=float, default=0.05)
-    parser.add_argument("--momentum", type=float, default=0.0)
+    parser.add_argument("--rate", type=float, default=0.02, help="learning rate of the clients' own models")
+    parser.add_argument("--extractor-rate", type=float, default=0.06, help="of what travels beside them")
+    parser.add_argument("--gate-rate", type=float, default=0.02)
+    parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--method", type=json.loads, default={}, help='more of FedMoE\'s, as {"gate_width": 128}')
     parser.add_argument("--options", type=json.loads, default={}, help='by label, as {"fedproto": {"weight": 0.1}}')
     parser.add_argument("--tune", action="store_true", help="on the images that the table never sees")
@@ -254,15 +256,14 @@ def main() -> None:
         )
     } | {"data": str(path), "tuning": arguments.tune}  # fmt: skip
     method = {
-        "extractor_lr": arguments.rate, "model_lr": arguments.rate, "gate_lr": arguments.gate_rate,
+        "extractor_lr": arguments.extractor_rate, "model_lr": arguments.rate, "gate_lr": arguments.gate_rate,
         "momentum": arguments.momentum, "local_epochs": arguments.local_epochs, "batch_size": arguments.batch_size,
-        **arguments.method,
     }  # fmt: skip
     arguments.work.mkdir(parents=True, exist_ok=True)
     plans = [
         Run(
-            label, METHODS[label][0], {**METHODS[label][1], **arguments.options.get(label, {})}, method, split, seed,
-            settings, str(arguments.work),
+            label, METHODS[label][0], {**METHODS[label][1], **arguments.options.get(label, {})},
+            {**method, **METHODS[label][2], **arguments.method}, split, seed, settings, str(arguments.work),
         )
         for seed in arguments.seeds for split in arguments.splits for label in arguments.methods
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Images that need no download: digits drawn with the fonts that matplotlib ships, one unlike client per number.
 
-    samples = load_glyphs("glyphs:3")              # what client 3 has: 300 images of its classes, in its style
+    samples = load_glyphs("glyphs:3")              # what client 3 has: 200 images of its classes, in its style
     samples = glyph_images(1000, style_of(3), seed=1, classes=(4, 5))
 
 A client differs from others in what it sees (`CLASSES_PER_CLIENT` of the ten digits) and in how: its own four fonts,
@@ -27,7 +27,7 @@ from edgefed.personal.images import ImageSamples
 PREFIX = "glyphs:"
 CLASSES = tuple("0123456789")
 CLASSES_PER_CLIENT = 5
-IMAGES_PER_CLIENT = 300
+IMAGES_PER_CLIENT = 200
 MAX_CLIENTS = 1000
 """Client numbers are below it; further ones would only repeat what there is."""
 SIDE = 32
@@ -72,7 +72,7 @@ TILT_SPREAD = 15.0
 SLANT_SPREAD = 0.15
 HEIGHT_SPREAD = 0.25
 SHIFT_PIXELS = 3.5
-LEAST_CONTRAST = 110
+LEAST_CONTRAST = 150
 """Between the brightness of ink and paper of a style."""
 
 
@@ -115,12 +115,12 @@ def style_of(index: int) -> GlyphStyle:
         fonts=tuple(FONTS[i] for i in rng.choice(len(FONTS), 4, replace=False)),
         ink=tuple(int(value) for value in ink),
         paper=tuple(int(value) for value in paper),
-        tilt=float(rng.uniform(-30, 30)),
+        tilt=float(rng.uniform(-20, 20)),
         slant=float(rng.uniform(-0.3, 0.3)),
         height=float(rng.uniform(18, 26)),
         neighbours=float(rng.uniform(0.2, 0.8)),
         scratches=int(rng.integers(0, 4)),
-        noise=int(rng.integers(10, 45)),
+        noise=int(rng.integers(10, 30)),
     )
 
 

@@ -13,8 +13,8 @@ gradient norm of tuned experts as it trains and of explored ones by forward pass
 and uploads the tuned experts and the utilities.
 
 Departs from the paper
-    * (4) is separable by client: the best experts of each are taken. Every layer tunes at least one, unless pace or
-      ``first_share`` leaves fewer than there are layers to choose from: then the most useful ones, wherever they are.
+    * (4) is separable by client: the best experts of each are taken. Every layer tunes at least one, but on devices
+      that pace or ``first_share`` limits: these tune the most useful ones, wherever they are.
     * The paper's devices compute for most of a round; on home connections they upload. ``pace="fleet"``: a device tunes
       no more than it can send in about the time that the others need (`paced_limits`). Its other slots hold what is
       next in utility, as it is; it is explored, not uploaded. Whoever told no upload rate yet goes at its own pace.
@@ -86,6 +86,8 @@ class Flux(Method):
     coverage_rounds: int = 5
     pace: str = "fleet"
     """"own": a device tunes what its memory and eps allow. "fleet": at most what it can send in the fleet's pace."""
+    pace_factor: float = 1.0
+    """Multiplies that pace: below 1 rounds are shorter and train less. Then devices that are alike are limited too."""
     first_share: float = 0.02
     """Share of all experts that a device tunes at most, at least one, before the aggregator knows what it uploads in a
     second. Only with pace "fleet"; 1 is no limit."""
@@ -110,6 +112,8 @@ class Flux(Method):
                 raise ConfigError(f"flux: {option} is {getattr(self, option)}, allowed is above 0 up to 1")
         if not 0 <= self.merged_share <= 1:
             raise ConfigError(f"flux: merged_share is {self.merged_share}, allowed is 0 to 1")
+        if not 0 < self.pace_factor <= 1e3:
+            raise ConfigError(f"flux: pace_factor is {self.pace_factor}, allowed is above 0 up to 1000")
         if self.eps_step < 0 or self.probes < 0 or self.explored < 0 or self.coverage_rounds < 1:
             raise ConfigError("flux: eps_step, probes and explored cannot be negative, coverage_rounds is at least 1")
 
@@ -216,7 +220,7 @@ class Flux(Method):
             client: self._eps(survey.tune_slots, sum(map(len, survey.frequency)), server_round)
             for client, survey in surveys.items()
         }
-        limits = paced_limits(surveys, eps) if self.pace == "fleet" else {}
+        limits = paced_limits(surveys, eps, self.pace_factor) if self.pace == "fleet" else {}
         chosen: dict[str, tuple[list, list]] = {}
         for client, survey in surveys.items():
             # A client's id differs from run to run; what its data look like does not.
@@ -284,11 +288,11 @@ def complete_utilities(survey: ExpertSurvey) -> list[np.ndarray]:
     return found
 
 
-def paced_limits(surveys: Mapping[str, ExpertSurvey], eps: Mapping[str, float]) -> dict[str, int]:
+def paced_limits(surveys: Mapping[str, ExpertSurvey], eps: Mapping[str, float], factor: float = 1.0) -> dict[str, int]:
     """What each client tunes at most, at least one, where that is less than its share by eps.
 
         n_c = min(eps slots_c, train_slots_c)    what c would tune at its own pace
-        t_c = n_c / rate_c,    pace = (prod_c t_c)^(1/C),    limit_c = min(n_c, floor(rate_c pace))
+        t_c = n_c / rate_c,    pace = factor (prod_c t_c)^(1/C),    limit_c = min(n_c, floor(rate_c pace))
 
     Over the clients that told a rate. Experts count as equally large, so their bytes cancel. A geometric mean, because
     rates differ by orders of magnitude: one very slow or very fast device hardly moves it, and clients that are alike
@@ -301,7 +305,7 @@ def paced_limits(surveys: Mapping[str, ExpertSurvey], eps: Mapping[str, float]) 
         client: _own_count(surveys[client].tune_slots, len(surveys[client].frequency), eps[client]) for client in rates
     }
     own = {client: min(count, surveys[client].train_slots or count) for client, count in counts.items()}
-    pace = math.exp(math.fsum(math.log(own[client] / rate) for client, rate in rates.items()) / len(rates))
+    pace = factor * math.exp(math.fsum(math.log(own[client] / rate) for client, rate in rates.items()) / len(rates))
     # The small term keeps 4.9999999 at 5: clients that are alike must not lose one to a rounding.
     sent = {client: max(1, math.floor(rate * pace * (1 + 1e-9))) for client, rate in rates.items()}
     return {

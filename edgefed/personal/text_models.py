@@ -37,6 +37,9 @@ _REMEDY = (
     "package.module:function. Where the hub cannot be reached, download elsewhere (`hf download NAME --local-dir "
     "FOLDER`) and copy the folder."
 )
+_DECODER_REMEDY = (
+    "Next-token prediction needs a decoder with its head (Llama, Qwen, GPT ...); or join with --task text."
+)
 _PROBE_LENGTH = 8
 
 
@@ -110,12 +113,12 @@ def check_causal(extractor: nn.Module, vocab_size: int, name: str) -> None:
     if first.dim() != 3 or first.shape[1] != ids.shape[1]:
         raise ConfigError(
             f"{name} gives {tuple(first.shape)} for {tuple(ids.shape)} tokens, not one vector per token",
-            remedy="Use a decoder for next-token prediction, or join with --task text.",
+            remedy=_DECODER_REMEDY,
         )
     if not torch.allclose(first[:, :-1], second[:, :-1], rtol=1e-4, atol=1e-5):
         raise ConfigError(
             f"{name} sees later tokens, so it cannot learn to predict them",
-            remedy="Use a decoder (Llama, Qwen, GPT ...) for next-token prediction, or join with --task text.",
+            remedy=_DECODER_REMEDY,
         )
 
 
@@ -138,7 +141,7 @@ def _load(source: str, config: PretrainedConfig, per_token: bool) -> PreTrainedM
     if per_token and config.is_encoder_decoder:
         raise ConfigError(
             f"{source} is an encoder with a decoder ({config.model_type}); next-token prediction here takes a decoder",
-            remedy="Use a decoder (Llama, Qwen, GPT ...), or join with --task text.",
+            remedy=_DECODER_REMEDY,
         )
     config.return_dict = True
     for name in ("use_cache", "output_router_logits"):
@@ -156,15 +159,13 @@ def _load(source: str, config: PretrainedConfig, per_token: bool) -> PreTrainedM
         what = "language model" if per_token else "model"
         raise UnsupportedArchitecture(
             f"{source!r} holds a {config.model_type}, which transformers loads as no {what}: {_first_line(fault)}",
-            remedy=_REMEDY,
+            remedy=_DECODER_REMEDY if per_token else _REMEDY,
         ) from fault
     missing = sorted(name for name in info.get("missing_keys") or () if not name.startswith("pooler."))
     if missing:
         raise CheckpointError(
             f"{source!r} lacks {len(missing)} tensors of the model, the first is {missing[0]!r}",
-            remedy="Next-token prediction needs a decoder with its head; any model does for --task text."
-            if per_token
-            else None,
+            remedy=_DECODER_REMEDY if per_token else None,
         )
     mismatched = sorted(str(entry) for entry in info.get("mismatched_keys") or ())
     if mismatched:
@@ -220,7 +221,8 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 def _limit_length(tokenizer: Any, model: nn.Module, config: PretrainedConfig) -> None:
     """Tokenizers without a word on it would give learned positions more tokens than there are."""
-    limit = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    limit = limit if limit > 0 else tokenizer.model_max_length  # XLNet says -1
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name:
             behind_padding = 0 if module.padding_idx is None else module.padding_idx + 1  # where RoBERTa begins

@@ -18,7 +18,7 @@ from edgefed.moe.frame_source import FrameSource
 from edgefed.protocol import frames
 from edgefed.protocol.messages import ExpertAssignment
 
-OPTIONS = {"probes": 1, "eps_start": 0.5}
+OPTIONS = {"probes": 1, "eps_start": 0.5, "pace": "own"}
 
 
 def saved(folder, name="a"):

@@ -9,9 +9,12 @@ import sys
 
 import pytest
 
+from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.cli.main import VERBS, main
 from edgefed.config import load_settings, parse_assignments, parse_share
 from edgefed.errors import ConfigError
+from edgefed.protocol.messages import RunConfig, TrainingConfig
+from edgefed.runs import import_extractor
 
 
 @pytest.fixture
@@ -223,3 +226,33 @@ def test_a_reader_that_goes_away_is_no_traceback(text):
         check=False,
     )
     assert "Traceback" not in child.stderr and len(child.stdout) == 10
+
+
+FEDMOE = ("serve", "--method", "fedmoe", "--port", 0)
+
+
+def test_flags_of_a_run_of_text(run):
+    refused(run(*FEDMOE, "--tokenizer", "tiny"), 2, "config", "--tokenizer tiny says nothing to cnn5", "text-small")
+    refused(run("serve", "--tokenizer", "tiny", "--port", 0), 2, "config", "--method hfedmoe", "for fedmoe alone")
+    refused(run(*FEDMOE, "--sequence-length", 64), 2, "config", "--sequence-length says nothing to fedmoe")
+    text = (*FEDMOE, "--extractor", "text-small")
+    refused(run(*text, "--local-steps", 64), 2, "config", "--local-steps says nothing to fedmoe")
+    refused(run(*text, "--tokenizer", "./none"), 3, "model-not-found", "no tokenizer that transformers can load")
+
+
+def test_a_run_keeps_its_tokenizer_and_length(run, tmp_path):
+    config = RunConfig(
+        run_id="t1", model="text-small", method="fedmoe", method_options={}, rounds=1, seed=0,
+        training=TrainingConfig(sequence_length=64), tokenizer="tiny",
+    )  # fmt: skip
+    import_extractor(tmp_path / "run", config, RoundPolicy(rounds=1, min_clients=1))
+    again = (*FEDMOE, "--extractor", "text-small", "--rounds", 1, "--state", "run")
+    refused(run(*again, "--tokenizer", "./mine"), 2, "config", "--tokenizer ./mine was asked for", "has tiny")
+    refused(run(*again, "--sequence-length", 32), 2, "config", "--sequence-length 32 was asked for", "has 64")
+
+
+def test_joining_needs_a_model_for_a_task(run):
+    join = ("join", "http://127.0.0.1:9", "--data", "none.jsonl")
+    refused(run(*join, "--task", "next-token"), 2, "config", "--model is missing", "text-gru")
+    refused(run(*join, "--task", "text", "--model", "text-cnn"), 4, "data", "there is no file")
+    refused(run(*join, "--model", "text-cnn"), 2, "config", "--task")

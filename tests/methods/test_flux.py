@@ -160,7 +160,10 @@ def test_the_pace_is_the_geometric_mean_of_what_each_would_need():
     assert paced_limits({"b": b, "c": silent, "a": a}, ones) == {"b": 4}
     assert paced_limits({"a": a, "b": b}, {"a": 1.0, "b": 0.5}) == {"b": 2}, "2 and 4: 2.83; 2.83 are sent by then"
     small = survey(UNKNOWN, tune_slots=8, rate=4e6, train_slots=2)
-    assert paced_limits({"a": small, "b": b}, ones) == {"a": 2, "b": 2}, "its memory lets a learn 2: 0.5 and 8, their mean 2"
+    assert paced_limits({"a": small, "b": b}, ones) == {"a": 2, "b": 2}, (
+        "its memory lets a learn 2: 0.5 and 8, their mean 2"
+    )
+    assert paced_limits({"a": a, "b": b}, ones, 0.3) == {"a": 4, "b": 1}, "a pace of 1.2: 4.8 and 1.2"
     large = survey(UNKNOWN, tune_slots=16, rate=1e6)
     assert paced_limits({"a": large, "b": survey(UNKNOWN, tune_slots=4, rate=1e6)}, ones) == {"a": 8}
     creeping = survey(UNKNOWN, tune_slots=8, rate=1.0)
@@ -246,7 +249,7 @@ def test_experts_are_averaged_by_the_tokens_that_trained_them():
     [
         {"eps_start": 0.0}, {"eps_max": 1.5}, {"eps_step": -0.1}, {"merged_share": 2.0}, {"merge_sizes": "some"},
         {"merge_weights": "none"}, {"coverage": "all"}, {"coverage_rounds": 0}, {"probes": -1}, {"explored": -1},
-        {"pace": "slow"}, {"first_share": 0.0},
+        {"pace": "slow"}, {"pace_factor": 0.0}, {"first_share": 0.0},
     ],
 )  # fmt: skip
 def test_impossible_options_are_named(options):

@@ -65,7 +65,9 @@ def test_a_plan_keeps_the_budget_and_one_expert_per_layer(name, budget):
     plan = method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(budget), np.random.default_rng(0))
     merged = budget - plan.num_resident
     assert merged == (method.merged_slots(budget, EXPERTS_PER_LAYER) if method.merges_rest else 0)
-    assert all(len(plan.tuned(layer)) >= 1 for layer in range(2))
+    assert all(len(plan.resident(layer)) >= 1 for layer in range(2)) and plan.num_tuned >= 1
+    if name != "flux":  # trains few before its upload rate is known
+        assert all(len(plan.tuned(layer)) >= 1 for layer in range(2))
 
 
 @pytest.mark.parametrize("name", METHODS)

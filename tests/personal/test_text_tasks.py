@@ -122,13 +122,13 @@ def test_labelled_texts(files, labelled, code, model):
 @pytest.mark.parametrize("model", ["text-gru", "my_text:build_model"])
 def test_the_next_token(files, code, tmp_path, model):
     path = tmp_path / "notes.txt"
-    path.write_text("\n\n".join(labelled_lines(60, lines=8, classes=("topics",))[0]))
+    path.write_text("\n\n".join(labelled_lines(20, lines=8, classes=("topics",))[0]))
     task = make_task("next-token", str(path), model, "me", 0.2)
     assert task.num_examples > 3 and task.classes == ()
-    opened = task.open("text-small", files, seed=3, length=48)
+    opened = task.open("text-small", files, seed=3, length=32)
     assert len(opened.train) > len(opened.held_out) > 0
     batch = opened.train.batch(np.arange(2))
-    assert batch.shared["input_ids"].shape == batch.labels.shape == (2, 48)
+    assert batch.shared["input_ids"].shape == batch.labels.shape == (2, 32)
     learns(opened)
 
 

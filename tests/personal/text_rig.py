@@ -27,6 +27,8 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from edgefed.embedded.silos import load_silo
@@ -86,6 +88,12 @@ def tiny_roberta(folder: Path, tokenizer) -> str:
         max_position_embeddings=20, pad_token_id=0,
     )  # fmt: skip
     return save(folder, RobertaModel(config, add_pooling_layer=False), tokenizer)
+
+
+def tiny_xlnet(folder: Path, tokenizer) -> str:
+    """Its positions have no end."""
+    config = XLNetConfig(vocab_size=len(tokenizer), d_model=16, n_layer=1, n_head=2, d_inner=16)
+    return save(folder, XLNetModel(config), tokenizer)
 
 
 def tiny_t5(folder: Path, tokenizer) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError
 from edgefed.hardware.profiles import find_profile
 from edgefed.protocol.messages import TrainingConfig
@@ -85,11 +86,28 @@ def test_budgets_are_those_of_the_devices_with_the_cost_shape(reference):
     assert sum(len(row) for row in run.usage["slow"]) == 64
 
 
-def test_the_slower_device_decides_how_long_a_round_takes(reference):
+def test_the_slowest_device_decides_how_long_a_round_takes(reference):
     for each in reference[0].run("flux").rounds:
-        assert each.slowest == "slow"
-        assert each.clients["slow"].waits + each.clients["slow"].hidden == pytest.approx(each.aggregation)
-        assert each.clients["fast"].waits > 0
+        (other,) = {"fast", "slow"} - {each.slowest}
+        slowest = each.clients[each.slowest]
+        assert slowest.waits + slowest.hidden == pytest.approx(each.aggregation)
+        assert each.clients[other].waits > 0
+    assert reference[0].run("flux").rounds[0].slowest == "slow", "both send one expert, one of them by cable"
+
+
+def test_devices_train_what_their_links_can_send_in_the_fleets_pace(reference):
+    """29 experts fit the memory of the 4090, 4 that of the Orin. At 100 and 15 Mbit/s: 0.29 and 0.267 units of time.
+    The pace is their geometric mean, 0.278, in which 27 and 4 experts are sent."""
+    first, second = reference[0].run("flux").rounds
+    assert [sum(first.clients[name].tuned) for name in ("fast", "slow")] == [1, 1], "no rate is known yet"
+    assert sum(second.clients["fast"].tuned) == 27 and 1 < sum(second.clients["slow"].tuned) <= 4
+    store = Store(reference[1] / "flux" / "run", read_only=True)
+    surveys = {client.name: client.survey for client in store.clients()}
+    store.close()
+    assert {name: (said.upload_bytes_per_s, said.train_slots) for name, said in surveys.items()} == {
+        "client-0000": (100e6 / 8, 29),
+        "client-0001": (15e6 / 8, 4),
+    }
 
 
 def test_a_profile_of_the_next_round_hides_in_the_wait(reference):

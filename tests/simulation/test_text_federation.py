@@ -6,8 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from wiretap import Wiretap
 
+from edgefed.personal.local_training import evaluate
+from edgefed.personal.state import newest_state
+from edgefed.personal.tasks import load_mixture, make_task
 from edgefed.runs import RunReader
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "personal"))
@@ -42,7 +46,14 @@ def test_a_language_model_of_ones_own_beside_a_shared_extractor_of_text(serve, p
     tap.close()
     with RunReader(tmp_path / "run") as reader:
         assert reader.last_round == 3
-        (unit,) = reader.manifest().units
+        manifest = reader.manifest()
+        (unit,), paths = manifest.units, reader.paths(manifest)
+    files = {file.name: paths[file.sha256] for file in manifest.files}
+    mine = make_task("text", str(tmp_path / "mine.jsonl"), str(tmp_path / "my-llm"), "labels", 0.25)
+    kept = load_mixture(newest_state(tmp_path / "labels"), mine, files)
+    found = evaluate(kept, mine.open("text-small", files, 0, 24).held_out)
+    told = json.loads((tmp_path / "labels" / "ledger.jsonl").read_text().splitlines()[-1])["metrics"]
+    assert found.loss == pytest.approx(told["held_out_loss_after"], rel=1e-4)
     for name in agents:
         entries = [json.loads(line) for line in (tmp_path / name / "ledger.jsonl").read_text().splitlines()]
         assert [entry["outcome"] for entry in entries] == ["accepted"] * 2
