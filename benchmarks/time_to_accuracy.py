@@ -45,6 +45,7 @@ METHODS: Mapping[str, tuple[str, dict, str]] = {
     "flux-own-pace": ("flux", {"probes": 1, "pace": "own"}, "full"),
     "flux-greedy": ("flux", {"probes": 0, "eps_start": 0.9, "pace": "own"}, "full"),
     "flux-lora": ("flux", {"probes": 1}, "lora"),
+    "flux-lora-quick": ("flux", {"probes": 0, "pace_factor": 0.8}, "lora"),
     "hfedmoe": ("hfedmoe", {}, "full"),
     "fmd": ("fmd", {}, "full"),
     "fmq": ("fmq", {}, "lora"),

@@ -46,7 +46,7 @@ def render_clients(results: Sequence):
 
     others = list(results[0].others)
     table = make_table(
-        "client", "its model", "parameters", "classes", "examples", "up", "down", "peak RSS", "shared extractor's share",
+        "client", "its model", "parameters", "classes", "examples", "up", "down", "peak RSS", "share of the shared",
         *others, "fedmoe", title="fedmoe: held-out accuracy of each client's own model",
     )  # fmt: skip
     for result in results:

@@ -203,9 +203,7 @@ def build_model():
     )
     monkeypatch.chdir(tmp_path)
     trainer = trainer_of(images, tmp_path / "me", "fails_late:build_model")
-    with pytest.raises(
-        ModelError, match=r"build_model fails in training: KeyError.*no such weather.*line 11"
-    ):
+    with pytest.raises(ModelError, match=r"build_model fails in training: KeyError.*no such weather.*line 11"):
         table.round(trainer, tmp_path / "update")
     assert not state_of(tmp_path / "me").exists()
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import load_file
 from wiretap import Wiretap
 
@@ -68,3 +71,23 @@ def test_unlike_clients_one_of_which_dies_and_nothing_but_theta_crosses_the_wire
         scaled = image.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
         assert image.tobytes()[:64] not in up and scaled.tobytes()[:64] not in up
     assert b"my_package" not in up, "not even the name of the model"
+
+
+def test_the_demo_compares_what_each_client_got(tmp_path):
+    out = tmp_path / "demo"
+    command = ["demo", "--method", "fedmoe", "--rounds", "2", "--clients", "2", "--out", str(out), "--json"]
+    done = subprocess.run([sys.executable, "-m", "edgefed", *command], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(each["name"], each["model"], len(each["accuracy"])) for each in found["results"]] == [
+        ("glyphs-0", "cnn1", 2), ("glyphs-1", "cnn2", 2),
+    ]  # fmt: skip
+    assert all(0 <= each["others"]["standalone"] <= 1 and each["bytes_up"] > THETA_BYTES for each in found["results"])
+    for name in ("demo.png", "gates.png"):
+        with Image.open(out / name) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    assert "round 2 of 2" in done.stderr
+    refused = subprocess.run(
+        [sys.executable, "-m", "edgefed", *command, "--learning-rate", "0.1"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and "--learning-rate says nothing" in refused.stderr

@@ -81,6 +81,7 @@ def test_every_fault_of_a_file_is_told_at_once(tmp_path):
         ('label = "redrawn"', 'label = "../up"', "../up"),
         ('label = "redrawn"', 'label = "hfedmoe"', "two methods are called hfedmoe"),
         ("redraw = true", "redo = true", "redo"),
+        ('methods = ["hfedmoe", ', 'methods = ["fedmoe", ', "models of the clients' own"),
         ("preinstalled = true", "preinstalled = 1", "preinstalled is 1"),
         ("target-loss = 2.5", "held-out = 1.0", "held-out is 1.0"),
         ('sources = ["silo:asyncio", "notes.jsonl", "silo:xml"]', 'label = "x"', "needs data.file"),
