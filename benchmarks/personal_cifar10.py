@@ -29,8 +29,8 @@ from provenance import provenance
 FILE = "cifar10/cifar10_10k_2k.npz"
 POOL_SEED = 2024
 METHODS: Mapping[str, tuple[str, dict, dict]] = {
-    "fedmoe": ("fedmoe", {}, {"gate_norm": "layer", "gate_lr": 1e-4}),
-    "fedmoe-quick-gate": ("fedmoe", {}, {}),
+    "fedmoe": ("fedmoe", {}, {}),
+    "fedmoe-quick-gate": ("fedmoe", {}, {"gate_lr": 0.02}),
     "standalone": ("standalone", {}, {}),
     "fedproto": ("fedproto", {"weight": 1.0}, {}),
     "lg-fedavg": ("lg-fedavg", {}, {}),
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate of the clients' own models")
     parser.add_argument("--extractor-rate", type=float, default=0.06, help="of what travels beside them")
-    parser.add_argument("--gate-rate", type=float, default=0.02)
+    parser.add_argument("--gate-rate", type=float, default=0.001)
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--method", type=json.loads, default={}, help='more of FedMoE\'s, as {"gate_width": 128}')
     parser.add_argument("--options", type=json.loads, default={}, help='by label, as {"fedproto": {"weight": 0.1}}')
@@ -260,13 +260,16 @@ def main() -> None:
         "momentum": arguments.momentum, "local_epochs": arguments.local_epochs, "batch_size": arguments.batch_size,
     }  # fmt: skip
     arguments.work.mkdir(parents=True, exist_ok=True)
-    plans = [
-        Run(
-            label, METHODS[label][0], {**METHODS[label][1], **arguments.options.get(label, {})},
-            {**method, **METHODS[label][2], **arguments.method}, split, seed, settings, str(arguments.work),
-        )
-        for seed in arguments.seeds for split in arguments.splits for label in arguments.methods
-    ]  # fmt: skip
+    plans = []
+    for seed in arguments.seeds:
+        for split in arguments.splits:
+            for label in arguments.methods:
+                strategy, options, changes = METHODS[label]
+                own = {**method, **changes, **arguments.method}
+                if strategy != "fedmoe":
+                    del own["gate_lr"]  # there is no gate that learns
+                options = {**options, **arguments.options.get(label, {})}
+                plans.append(Run(label, strategy, options, own, split, seed, settings, str(arguments.work)))
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     runs = []

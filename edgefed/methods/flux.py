@@ -85,8 +85,8 @@ class Flux(Method):
     """"none" or "balanced"."""
     coverage_rounds: int = 5
     pace: str = "fleet"
-    """"own": a device tunes what its memory and eps allow. "fleet": at most what it can send in the fleet's pace; without
-    probes and with a factor of 0.8 the target of benchmarks/time_to_accuracy.py then comes in half the time of "own"."""
+    """"own": a device tunes what its memory and eps allow. "fleet": at most what it can send in that of the fleet;
+    without probes and with a factor of 0.8 the target of benchmarks/time_to_accuracy.py comes in half the time."""
     pace_factor: float = 1.0
     """Multiplies that pace: below 1 rounds are shorter and train less. Then devices that are alike are limited too."""
     first_share: float = 0.02
