@@ -32,7 +32,7 @@ METHODS: Mapping[str, tuple[str, dict, dict]] = {
     "fedmoe": ("fedmoe", {}, {}),
     "fedmoe-quick-gate": ("fedmoe", {}, {"gate_lr": 0.02}),
     "standalone": ("standalone", {}, {}),
-    "fedproto": ("fedproto", {"weight": 1.0}, {}),
+    "fedproto": ("fedproto", {"weight": 10.0}, {}),
     "lg-fedavg": ("lg-fedavg", {}, {}),
     "static": ("static", {}, {}),
     "fml": ("fml", {}, {}),
@@ -229,8 +229,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=float, default=0.6)
     parser.add_argument("--classes-per-client", type=int, default=2)
     parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet split")
-    parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--evaluate-every", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--evaluate-every", type=int, default=3)
     parser.add_argument("--local-epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=0.02, help="learning rate of the clients' own models")
