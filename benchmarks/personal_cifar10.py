@@ -6,7 +6,7 @@
 Client k has CNN-(k mod 5)+1 of the paper (arXiv 2402.01350, Table 1) and either two classes ("classes") or a Dirichlet
 share of all ("dirichlet"). Every method gets the same clients, first weights, rounds, epochs and batches. Half of a
 client's images are held out: with the paper's 20 % there would be too few to tell methods apart by a point.
-What was tuned (`--tune`) was tuned once, on images that the runs of the table never see.
+What was tuned (`--tune`) was tuned once, on images that the runs of the table never see; those rows are kept beside them.
 `DATA` is the folder with `cifar10/cifar10_10k_2k.npz`. Runs that ended are not done again: --work keeps them.
 """
 
@@ -290,9 +290,14 @@ def main() -> None:
     if arguments.json:
         settings["data"] = FILE
         kept = [{name: value for name, value in run.items() if name != "gates"} for run in runs]
-        content = {
-            "provenance": provenance(), "settings": {**settings, "method": method}, "summary": summary, "runs": kept
-        }  # fmt: skip
+        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        if arguments.tune:
+            content = {**known, "tuning": [*known.get("tuning", []), *({**run, "settings": settings} for run in kept)]}
+        else:
+            content = {
+                "provenance": provenance(), "settings": {**settings, "method": method}, "summary": summary,
+                "runs": kept, "tuning": known.get("tuning", []),
+            }  # fmt: skip
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     with np.load(path, allow_pickle=False) as content:
         classes = tuple(map(str, content["classes"]))
