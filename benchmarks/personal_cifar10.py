@@ -4,9 +4,9 @@
         --figure benchmarks/results/personal_cifar10.png --gates benchmarks/results/personal_cifar10_gates.png
 
 Client k has CNN-(k mod 5)+1 of the paper (arXiv 2402.01350, Table 1) and either two classes ("classes") or a Dirichlet
-share of all ("dirichlet"). Every method gets the same clients, first weights, rounds, epochs and batches. Half of a
-client's images are held out: with the paper's 20 % there would be too few to tell methods apart by a point.
-What was tuned (`--tune`) was tuned once, on images that the runs of the table never see; those rows are kept beside them.
+share of all ("dirichlet"). Every method gets the same clients, first weights, rounds, epochs and batches. 60 % of a
+client's images are held out: the paper's 20 % would be too few to tell methods apart by a point. What was tuned
+(`--tune`) was tuned once, on images that the runs of the table never see; those rows are kept beside them.
 `DATA` is the folder with `cifar10/cifar10_10k_2k.npz`. Runs that ended are not done again: --work keeps them.
 """
 

@@ -116,7 +116,7 @@ def test_over_a_network_that_cuts(server, proxy, tmp_path):
                 break
             except ServerUnreachable:
                 failures += 1
-                assert cache.bytes_to_download(items) < left
+                assert cache.bytes_to_download(items) <= left  # equal: cut before the first byte of an answer
     assert [files[item.sha256].read_bytes() for item in items] == datas and failures >= 1
     assert proxy.cuts_made == 3
     assert client.bytes_down == 12 * 100_000  # no byte that had arrived was fetched again
