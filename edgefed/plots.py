@@ -14,6 +14,29 @@ COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#6d597a", "#2e4057", "#8
 """Distinct on white and for the colour-blind in the first four."""
 
 
+def new_figure(width: float, height: float):
+    """An empty figure, inches wide and high, that needs no display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def tidy_axes(*all_axes) -> None:
+    """Small labels, a faint grid behind what is drawn, no frame above and to the right."""
+    for axes in all_axes:
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+
+
+def save_figure(figure, path: Path, dpi: int = DPI) -> None:
+    """Write a figure in the format of its suffix, PNG without one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, format=path.suffix.lstrip(".") or "png")
+
+
 def heat_map_rows(record: RouterRecord) -> np.ndarray:
     """Share of tokens routed to each expert, (L, E_max); NaN where a layer has fewer experts."""
     width = max(record.experts_per_layer)
@@ -61,7 +84,7 @@ def save_heat_map(path: Path, record: RouterRecord, title: str) -> None:
     figure, axes = _subplots(1, 1, width=max(4.0, 0.22 * max(record.experts_per_layer) + 2.0), height=0.35)
     figure.set_figheight(max(2.4, 0.3 * len(record.layers) + 1.4))
     draw_heat_map(axes[0], record, title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_federation_picture(
@@ -77,10 +100,8 @@ def save_federation_picture(
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     rows = 1 + (len(profiles) + 1) // 2
-    figure = Figure(figsize=(10, 3.2 + 2.1 * (rows - 1)), layout="constrained")
+    figure = new_figure(10, 3.2 + 2.1 * (rows - 1))
     grid = figure.add_gridspec(rows, 2, height_ratios=[1.5] + [1] * (rows - 1))
     for column, (lines, title) in enumerate(
         ((curves, "held-out loss of the global model, mean over clients"), (client_curves, "the same, by client"))
@@ -100,16 +121,14 @@ def save_federation_picture(
     for index, (client, (record, plan)) in enumerate(profiles.items()):
         axes = figure.add_subplot(grid[1 + index // 2, index % 2])
         draw_heat_map(axes, record, f"{client}: experts its text uses ({_legend(plan)})", plan)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_partition_picture(path: Path, counts: np.ndarray, classes: Sequence[str], title: str) -> None:
     """Write how many examples each client has of each class, ``counts`` (clients, classes), as areas of bubbles."""
-    from matplotlib.figure import Figure
-
     clients, num_classes = counts.shape
     width, height = (min(2.0 + 0.32 * cells, 24.0) for cells in (clients, num_classes))
-    figure = Figure(figsize=(max(width, 5.0), max(height, 2.6)), layout="constrained")
+    figure = new_figure(max(width, 5.0), max(height, 2.6))
     axes = figure.add_subplot()
     client, label = np.nonzero(counts)
     cell_points = 72 * min(0.32, (width - 2) / clients, (height - 2) / num_classes)
@@ -127,7 +146,7 @@ def save_partition_picture(path: Path, counts: np.ndarray, classes: Sequence[str
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.2)
     axes.set_axisbelow(True)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _legend(plan: ExpertPlan | None) -> str:
@@ -137,12 +156,5 @@ def _legend(plan: ExpertPlan | None) -> str:
 
 
 def _subplots(rows: int, columns: int, *, width: float, height: float):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
-
-
-def _save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, format=path.suffix.lstrip(".") or "png")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from edgefed.plots import new_figure, save_figure, tidy_axes
+
 DPI = 110
 BINS = 20
 
@@ -22,7 +24,7 @@ def save_comparison(path: Path, splits: Mapping[str, Mapping[str, Sequence[Outco
 
     splits: {split: {method: one outcome per seed}}; the runs of a method have the same rounds and clients.
     """
-    figure = _figure(12, 3.8 * len(splits))
+    figure = new_figure(12, 3.8 * len(splits))
     for row, (split, methods) in enumerate(splits.items()):
         curves = figure.add_subplot(len(splits), 2, 2 * row + 1)
         clients = figure.add_subplot(len(splits), 2, 2 * row + 2)
@@ -38,8 +40,8 @@ def save_comparison(path: Path, splits: Mapping[str, Mapping[str, Sequence[Outco
         clients.set_xticks(range(_clients(methods)))
         low = min(float(np.min(accuracy)) for outcomes in methods.values() for _, accuracy in outcomes)
         clients.set_ylim(max(0.0, 100 * low - 10), None)
-        _tidy(curves, clients)
-    _save(figure, path)
+        tidy_axes(curves, clients)
+    save_figure(figure, path, DPI)
 
 
 def draw_curve(axes, label: str, curves: Sequence[Sequence[tuple[int, float]]], colour: str) -> None:
@@ -69,7 +71,7 @@ def save_gate_histograms(
     """
     columns = min(5, max(1, len(clients)))
     rows = -(-len(clients) // columns)
-    figure = _figure(2.9 * columns, 2.5 * rows)
+    figure = new_figure(2.9 * columns, 2.5 * rows)
     edges = np.linspace(0, 1, BINS + 1)
     for number, (name, (weights, labels)) in enumerate(clients.items()):
         axes = figure.add_subplot(rows, columns, number + 1)
@@ -84,29 +86,9 @@ def save_gate_histograms(
             axes.set_ylabel("% of the class", fontsize=8)
         if number // columns == rows - 1:
             axes.set_xlabel("weight of the shared extractor", fontsize=8)
-        _tidy(axes)
-    _save(figure, path)
+        tidy_axes(axes)
+    save_figure(figure, path, DPI)
 
 
 def _clients(methods: Mapping[str, Sequence[Outcome]]) -> int:
     return max(len(accuracy) for outcomes in methods.values() for _, accuracy in outcomes)
-
-
-def _tidy(*all_axes) -> None:
-    for axes in all_axes:
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-
-
-def _figure(width: float, height: float):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, format=path.suffix.lstrip(".") or "png")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgefed.hardware.memory import GIB
-from edgefed.plots import COLOURS, DPI
+from edgefed.plots import COLOURS, DPI, new_figure, tidy_axes
 from edgefed.simulation.cost_model import PARTS
 from edgefed.simulation.result import MethodRun, SimulationResult
 
@@ -49,7 +49,7 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 def draw_quality(result: SimulationResult):
     """Held-out loss of the global model over virtual time, a line a method; a large dot where the target is reached."""
-    figure = _figure(8.5, 4.4)
+    figure = new_figure(8.5, 4.4)
     axes = figure.add_subplot()
     size, unit = time_unit(max((run.curve[-1][0] for run in result.runs), default=0.0))
     target = result.target_loss
@@ -70,7 +70,7 @@ def draw_quality(result: SimulationResult):
     axes.set_ylabel("held-out loss, nats per token", fontsize=9)
     axes.set_title(_title(result, "quality over virtual time"), fontsize=10, loc="left")
     axes.legend(fontsize=8, frameon=False)
-    _tidy(axes)
+    tidy_axes(axes)
     return figure
 
 
@@ -79,7 +79,7 @@ def draw_time(result: SimulationResult):
     runs = [run for run in result.runs if run.rounds]
     bars = {run.label: _mean_seconds(result, run) for run in runs}
     rows = max((len(each) for each in bars.values()), default=1)
-    figure = _figure(10, 1.3 + len(runs) * (0.55 + 0.24 * rows))
+    figure = new_figure(10, 1.3 + len(runs) * (0.55 + 0.24 * rows))
     shown = [part for part in (*PARTS, "late", "hidden", "waits")
              if any(seconds.get(part, 0.0) > 0 for each in bars.values() for seconds in each.values())]  # fmt: skip
     longest = max((sum(seconds.values()) for each in bars.values() for seconds in each.values()), default=1.0)
@@ -95,7 +95,7 @@ def draw_time(result: SimulationResult):
         axes.set_yticks(range(len(names)), labels=names, fontsize=7)
         axes.invert_yaxis()
         axes.set_title(run.label, fontsize=9, loc="left")
-        _tidy(axes)
+        tidy_axes(axes)
     panels[-1].set_xlabel(f"mean of a round, {unit} of virtual time", fontsize=9)
     if runs:
         handles, labels = panels[0].get_legend_handles_labels()
@@ -109,7 +109,7 @@ def draw_budget(result: SimulationResult):
     """What a step needs at its peak against what the device has for it, last round; one group a device."""
     runs = [run for run in result.runs if run.rounds]
     devices = _representatives(result)
-    figure = _figure(max(6.0, 1.6 + len(devices) * (0.35 + 0.22 * len(runs))), 4.0)
+    figure = new_figure(max(6.0, 1.6 + len(devices) * (0.35 + 0.22 * len(runs))), 4.0)
     axes = figure.add_subplot()
     width = 0.8 / max(1, len(runs))
     for index, run in enumerate(runs):
@@ -128,7 +128,7 @@ def draw_budget(result: SimulationResult):
     axes.set_ylabel("GiB at the peak of a step", fontsize=9)
     axes.set_title(_title(result, "budget use"), fontsize=10, loc="left")
     axes.legend(fontsize=8, frameon=False)
-    _tidy(axes)
+    tidy_axes(axes)
     return figure
 
 
@@ -139,7 +139,7 @@ def draw_experts(result: SimulationResult):
     columns = 2 if len(names) > 1 else 1
     rows = math.ceil(len(names) / columns)
     layers, experts = len(run.usage[names[0]]), max(len(row) for row in run.usage[names[0]])
-    figure = _figure(10, 0.8 + rows * (0.75 + 0.14 * layers))
+    figure = new_figure(10, 0.8 + rows * (0.75 + 0.14 * layers))
     panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     grids = {}
     for name in names:
@@ -206,20 +206,6 @@ def _wrapped(profile: str) -> str:
     words = profile.split("-")
     half = math.ceil(len(words) / 2)
     return profile if len(words) < 3 else "-".join(words[:half]) + "-\n" + "-".join(words[half:])
-
-
-def _tidy(axes) -> None:
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _figure(width: float, height: float):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 __all__: Sequence[str] = ("draw_budget", "draw_experts", "draw_quality", "draw_time", "save_pictures", "time_unit")
