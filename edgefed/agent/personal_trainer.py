@@ -15,7 +15,7 @@ import torch
 from edgefed.agent.agent import Fetch, StopRequested, TrainedUpdate
 from edgefed.agent.progress import ProgressSink
 from edgefed.disk import disk_errors
-from edgefed.errors import ConfigError, EdgefedError, ModelError, OutOfMemory, TrainingDiverged
+from edgefed.errors import ConfigError, EdgefedError, OutOfMemory, TrainingDiverged
 from edgefed.hardware.memory import process_peak_rss_bytes
 from edgefed.methods.fedmoe import FedMoE
 from edgefed.methods.registry import make_method
@@ -25,9 +25,9 @@ from edgefed.personal.extractors import EXTRACTOR_UNIT
 from edgefed.personal.gate import Gate
 from edgefed.personal.local_training import Evaluation, Rates, evaluate, make_optimizer, train_epochs
 from edgefed.personal.mixture import LocalMixture
+from edgefed.personal.models import fault_of_users_code
 from edgefed.personal.state import PersonalState
 from edgefed.personal.tasks import OpenTask, PersonalTask
-from edgefed.personal.user_code import fault_text, is_code
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig
 from edgefed.training.out_of_memory import device_lost, is_device_lost, is_out_of_memory
@@ -86,10 +86,8 @@ class PersonalTrainer:
                 ) from error
             if is_device_lost(error):
                 raise device_lost(error, self._device) from error
-            if is_code(self._task.model):
-                raise ModelError(
-                    f"{self._task.model} fails in training: {fault_text(error)}", remedy="Mend it and join again."
-                ) from error
+            if (fault := fault_of_users_code(self._task.model, error)) is not None:
+                raise fault from error
             raise
         self._write_theta(manifest, update_path)
         self._state.save(self._mixture, optimizer, assignment.server_round)

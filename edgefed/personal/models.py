@@ -25,7 +25,7 @@ from edgefed.personal.batches import Inputs
 from edgefed.personal.image_checkpoint import load_image_checkpoint
 from edgefed.personal.networks import CNNS, IMAGE_SHAPE, PersonalModel, make_cnn
 from edgefed.personal.splitting import CONTRACT, Features, described, run, split_model
-from edgefed.personal.user_code import build_model, is_code
+from edgefed.personal.user_code import build_model, fault_text, is_code
 
 TRIED_EXAMPLES = 4
 """A model is tried on batches of so many and of one fewer: its last batch will be of another size than the others."""
@@ -64,6 +64,13 @@ def load_model(
             )
         extractor, header = load_image_checkpoint(Path(spec), num_classes=num_classes, sample=sample)
         return checked(PersonalModel(extractor, header, header.in_features), spec, num_classes, sample)
+
+
+def fault_of_users_code(spec: str, error: Exception) -> ModelError | None:
+    """What to tell when training with the model of ``spec`` raised ``error``; None where it is no code of a user."""
+    if not is_code(spec):
+        return None
+    return ModelError(f"{spec} fails in training: {fault_text(error)}", remedy="Mend it and join again.")
 
 
 def checked(model: PersonalModel, name: str, num_classes: int, sample: Inputs) -> PersonalModel:
