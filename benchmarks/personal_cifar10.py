@@ -304,8 +304,8 @@ def main() -> None:
             content = {**known, "tuning": [*known.get("tuning", []), *({**run, "settings": settings} for run in kept)]}
         else:
             content = {
-                "provenance": provenance(), "settings": {**settings, "method": method}, "summary": summary,
-                "runs": kept, "tuning": known.get("tuning", []),
+                **known, "provenance": provenance(), "settings": {**settings, "method": method}, "summary": summary,
+                "runs": kept,
             }  # fmt: skip
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     with np.load(path, allow_pickle=False) as content:
