@@ -40,7 +40,7 @@ class PersonalDemoConfig:
     """``compared``: methods that are run on the same clients in this process, `COMPARED`."""
 
     out: Path
-    rounds: int = 30
+    rounds: int = 25
     clients: int = 5
     seed: int = 0
     compared: tuple[str, ...] = (ALONE,)
