@@ -154,8 +154,9 @@ class Delivery:
             self._call(lambda: self._client.commit(said))
         finally:
             self._progress.done()
-        self._write_ledger("accepted")
-        self._journal.acknowledge(bytes_down=self._round_bytes_down(), bytes_up=self._client.bytes_up - self._start[1])
+        entry = self._write_ledger("accepted")
+        # The line's bytes, not the client's by now: heartbeats go on beside this thread, and both accounts must agree.
+        self._journal.acknowledge(bytes_down=entry.bytes_down, bytes_up=entry.bytes_up)
         self._refusals = self._setbacks = 0
         return Delivered(meta.server_round, metrics=meta.metrics)
 
@@ -190,7 +191,7 @@ class Delivery:
     def _round_bytes_down(self) -> int:
         return self.bytes_down + (self._journal.record.round_bytes_down if self._resumed else 0)
 
-    def _write_ledger(self, outcome: str) -> None:
+    def _write_ledger(self, outcome: str) -> LedgerEntry:
         record = self._journal.record
         meta = record.update
         seconds = dict(record.round_seconds)
@@ -211,3 +212,4 @@ class Delivery:
             metrics=meta.metrics if meta else {},
         )
         append_entry(self._journal.folder / LEDGER_FILE, entry)
+        return entry
