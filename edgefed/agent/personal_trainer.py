@@ -94,8 +94,8 @@ class PersonalTrainer:
         return TrainedUpdate(
             experts=(),
             metrics=_metrics(loss, before, after),
-            num_examples=self.num_examples,
-            num_tokens=self.num_examples * method.local_epochs,
+            num_examples=len(self._open.train),  # of text to be continued: blocks of equal length, not records
+            num_tokens=len(self._open.train) * method.local_epochs,
             keep=frozenset(file.sha256 for file in manifest.files),
         )
 

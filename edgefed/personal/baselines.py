@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -68,18 +69,21 @@ class Mixtures(Strategy):
     """FedMoE: theta of every client is averaged, its model and gate stay.
 
     ``shared_weight``: None for the gate that learns; else the fixed a_G of every example (.5: static mixing, 1: the
-    shared extractor and the client's header, 0: standalone).
+    shared extractor and the client's header, 0: standalone). ``vocab_size``, ``per_token``: as `make_extractor` has
+    them, for text.
     """
 
     def __init__(
         self, clients: Sequence[Client], method: Hyperparameters, *, seed: int, extractor: str = "cnn5",
-        shared_weight: float | None = None, device: torch.device | str = "cpu",
+        vocab_size: int | None = None, per_token: bool = False, shared_weight: float | None = None,
+        device: torch.device | str = "cpu",
     ):  # fmt: skip
-        self.extractor, self.shared_weight = extractor, shared_weight
+        self.make_shared = partial(make_extractor, extractor, seed, vocab_size=vocab_size, per_token=per_token)
+        self.shared_weight = shared_weight
         super().__init__(clients, method, seed=seed, device=device)
 
     def build(self, number: int) -> LocalMixture:
-        shared = make_extractor(self.extractor, self.seed)
+        shared = self.make_shared()
         if self.shared_weight is None:
             gate: nn.Module = Gate(shared.gate_in, self.method.gate_width, self.method.gate_norm)
         else:
@@ -178,6 +182,8 @@ class FedProto(Standalone):
 
     def check(self) -> None:
         same_classes("fedproto", self.clients)
+        if not self.clients[0].train.classes:
+            raise ConfigError("fedproto compares classes, and there are none: it cannot learn to continue text")
         for client in self.clients:
             if client.model.width != self.clients[0].model.width:
                 raise ConfigError(
@@ -250,24 +256,27 @@ class Fml(Strategy):
         L_meme = beta  * CE(meme) + (1 - beta)  * KL(p_own  || p_meme)
 
     Each divergence moves only the model that learns. The meme (the shared extractor with a header) is averaged with
-    weights n_k / n; the own model answers and stays.
+    weights n_k / n; the own model answers and stays. ``vocab_size``, ``per_token``: as `make_extractor` has them.
     """
 
     def __init__(
         self, clients: Sequence[Client], method: Hyperparameters, *, seed: int, extractor: str = "cnn5",
-        alpha: float = 0.5, beta: float = 0.5, device: torch.device | str = "cpu",
+        vocab_size: int | None = None, per_token: bool = False, alpha: float = 0.5, beta: float = 0.5,
+        device: torch.device | str = "cpu",
     ):  # fmt: skip
         if not (0 <= alpha <= 1 and 0 <= beta <= 1):
             raise ConfigError(f"fml: alpha is {alpha}, beta {beta}, both are shares from 0 to 1")
-        self.extractor, self.alpha, self.beta = extractor, alpha, beta
+        self.make_shared = partial(make_extractor, extractor, seed, vocab_size=vocab_size, per_token=per_token)
+        self.outputs = vocab_size if per_token else len(clients[0].train.classes)
+        self.alpha, self.beta = alpha, beta
         super().__init__(clients, method, seed=seed, device=device)
         self.loss_of = self._loss
 
     def build(self, number: int) -> MutualPair:
-        shared = make_extractor(self.extractor, self.seed)
+        shared = self.make_shared()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # every client begins with the same meme
-            header = nn.Linear(shared.width, len(self.clients[0].train.classes))
+            header = nn.Linear(shared.width, self.outputs)
         return MutualPair(copy.deepcopy(self.clients[number].model), PersonalModel(shared, header, shared.width))
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ from fake_aggregator import EXPERTS, REFUSED, FakeAggregator
 from throttling_proxy import ThrottlingProxy
 from toy_device import ToyTrainer, toy_value
 
-from edgefed.agent import throughput
+from edgefed.agent import delivery, throughput
 from edgefed.agent.agent import StopRequested
 from edgefed.agent.journal import Journal
 from edgefed.errors import (
@@ -61,6 +61,22 @@ def test_a_whole_run(server: FakeAggregator, tmp_path):
     with Journal(tmp_path) as journal:
         assert (journal.record.phase, journal.record.rounds_acknowledged) == ("idle", 2)
         assert journal.record.bytes_up == first["bytes_up"] + second["bytes_up"]
+
+
+def test_a_heartbeat_at_the_end_of_a_round_does_not_part_the_accounts(server: FakeAggregator, tmp_path, monkeypatch):
+    """The ledger's line and the journal's totals are of the same bytes, whatever is sent between the two."""
+    with device(server.url, tmp_path) as agent:
+        write = delivery.append_entry
+
+        def slow_disk(*args):
+            write(*args)
+            agent._client._channel.count(up=1000, down=100)
+
+        monkeypatch.setattr(delivery, "append_entry", slow_disk)
+        agent.run()
+    with Journal(tmp_path) as journal:
+        for name in ("bytes_up", "bytes_down"):
+            assert getattr(journal.record, name) == sum(line[name] for line in ledger(tmp_path))
 
 
 class Surveyor(ToyTrainer):

@@ -29,11 +29,11 @@ OPTIONS = {"batch_size": 16, "extractor_lr": 0.05, "model_lr": 0.05, "gate_lr": 
 class Table:
     """A run of FedMoE whose blobs lie on this disk."""
 
-    def __init__(self, folder, rounds=3, extractor="cnn5", method="fedmoe", **options):
+    def __init__(self, folder, rounds=3, extractor="cnn5", method="fedmoe", tokenizer="", **options):
         options = {**OPTIONS, **options} if method == "fedmoe" else options
         self.run = RunConfig(
             run_id="r1", model=extractor, method=method, method_options=options, rounds=rounds, seed=3,
-            training=TrainingConfig(),
+            training=TrainingConfig(), tokenizer=tokenizer,
         )  # fmt: skip
         import_extractor(folder, self.run, RoundPolicy(rounds=rounds, min_clients=1))
         self._reader = RunReader(folder)
@@ -206,6 +206,18 @@ def build_model():
     with pytest.raises(ModelError, match=r"build_model fails in training: KeyError.*no such weather.*line 11"):
         table.round(trainer, tmp_path / "update")
     assert not state_of(tmp_path / "me").exists()
+
+
+def test_text_to_be_continued_weighs_by_its_length(tmp_path):
+    """A client with one long text counts for more than one with two short ones."""
+    weights = []
+    for index, texts in enumerate((["to be or not to be " * 200] * 2, ["to be or not " * 30] * 4)):
+        path = tmp_path / f"{index}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        table = Table(tmp_path / f"run{index}", extractor="text-small", tokenizer="tiny")
+        trainer = PersonalTrainer(make_task("next-token", str(path), "text-gru", "me", 0.0), tmp_path / f"d{index}")
+        weights.append(table.round(trainer, tmp_path / "update").num_examples)
+    assert trainer.num_examples == 4 and weights[0] > 5 * weights[1]
 
 
 def test_a_server_has_no_model_to_export(table, tmp_path):

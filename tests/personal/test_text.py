@@ -23,8 +23,11 @@ from torch import nn
 
 from edgefed.embedded import resolve_model
 from edgefed.errors import CheckpointError, ConfigError, DataError, ModelNotFound, UnsupportedArchitecture
+from edgefed.methods.fedmoe import FedMoE
+from edgefed.personal.baselines import make_strategy
 from edgefed.personal.batches import Batch, hold_out
 from edgefed.personal.extractors import TextExtractor, make_extractor
+from edgefed.personal.federation import Client, Settings, run
 from edgefed.personal.gate import FixedGate, Gate
 from edgefed.personal.local_training import Rates, evaluate, make_optimizer, train_epochs
 from edgefed.personal.mixture import LocalMixture
@@ -422,3 +425,35 @@ def test_clients_with_unlike_models_and_tokenizers_share_what_they_learn(package
         mixture.shared.load_state_dict(theta)
         found = evaluate(mixture, held_out)
         assert found.accuracy > BETTER_THAN_CHANCE
+
+
+TOLD = {"fedmoe": 2_102_272, "static": 2_102_272, "fml": 2_102_272 + 257 * 4, "standalone": 0}
+
+
+@pytest.mark.parametrize("name", ["fedmoe", "static", "standalone", "fedavg", "fedproto", "lg-fedavg", "fml"])
+def test_every_method_of_the_comparison_reads_text(name, packaged):
+    clients = []
+    for index in range(2):
+        own, tokenizer = load_text_model("text-gru", num_classes=4, task="text", seed=index)
+        train, held_out = learnable(tokenizer, packaged, slice(16 * index, 16 * index + 16))
+        clients.append(Client(f"{index}", train, held_out.subset(np.arange(0, 192, 8)), own))
+    options = {"vocab_size": 2048, "extractor": "text-small"} if name in ("fedmoe", "static", "fml") else {}
+    history = run(make_strategy(name, clients, FedMoE(batch_size=8), seed=0, **options), Settings(1))
+    sent = history.rounds[0].parameters_up
+    assert all(np.isfinite(loss) for loss in history.rounds[0].losses.values()) and sent[0] == TOLD.get(name, sent[0])
+    assert (max(sent.values()) > 0) == (name != "standalone")
+
+
+@pytest.mark.parametrize("name", ["fedmoe", "fml"])
+def test_the_comparison_continues_text_too(name, packaged, lines):
+    samples = token_samples([(Segment(text, True),) for text in lines[0]], packaged, 16)
+    assert len(samples) >= 8
+    own = load_text_model("text-gru", num_classes=None, task="next-token", seed=0)[0]
+    client = Client("0", samples.subset(np.arange(6)), samples.subset(np.arange(6, 8)), own)
+    strategy = make_strategy(
+        name, [client], FedMoE(batch_size=2), seed=0, extractor="text-small", vocab_size=2048, per_token=True
+    )
+    history = run(strategy, Settings(1))
+    assert np.isfinite(history.rounds[0].losses[0]) and 0 <= history.final()[0] <= 1
+    with pytest.raises(ConfigError, match="there are none: it cannot learn to continue text"):
+        make_strategy("fedproto", [client], FedMoE(), seed=0)
