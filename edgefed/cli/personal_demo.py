@@ -46,13 +46,13 @@ def render_clients(results: Sequence):
 
     others = list(results[0].others)
     table = make_table(
-        "client", "its model", "parameters", "classes", "examples", "up", "down", "peak RSS", "share of the shared",
-        *others, "fedmoe", title="fedmoe: held-out accuracy of each client's own model",
+        "client", "model", "weights", "classes", "images", "up", "peak RSS", "shared", *others, "fedmoe",
+        title="fedmoe: held-out accuracy of each client's own model (shared: the gate's mean weight of what travels)",
     )  # fmt: skip
     for result in results:
         table.add_row(
             result.name, result.model, f"{result.parameters:,}", str(result.classes), str(result.examples),
-            format_bytes(result.bytes_up), format_bytes(result.bytes_down), format_bytes(result.peak_rss_bytes),
+            format_bytes(result.bytes_up), format_bytes(result.peak_rss_bytes),
             f"{100 * result.shared_weight:.0f} %", *(f"{100 * result.others[name]:.1f} %" for name in others),
             f"{100 * result.accuracy[-1]:.1f} %",
         )  # fmt: skip
@@ -60,5 +60,5 @@ def render_clients(results: Sequence):
     means = [sum(result.others[name] for result in results) / count for name in others]
     means.append(sum(result.accuracy[-1] for result in results) / count)
     table.add_section()
-    table.add_row("mean", *[""] * 8, *(f"{100 * mean:.1f} %" for mean in means))
+    table.add_row("mean", *[""] * 7, *(f"{100 * mean:.1f} %" for mean in means))
     return table

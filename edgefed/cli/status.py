@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import click
 import msgspec
@@ -71,10 +71,12 @@ def one_line(status: Status) -> str:
 
 
 def render_status(status: Status) -> RenderableType:
-    """Header, clients and finished rounds as tables."""
+    """Header, clients and finished rounds as tables; where no client has experts, accuracy stands in their place."""
     from edgefed.cli.output import make_table
     from edgefed.hardware.memory import format_bytes
+    from edgefed.methods.fedmoe import FedMoE
 
+    personal = status.run.method == FedMoE.name
     shown_round = min(status.server_round, status.run.rounds)
     header = Text()
     header.append(f"{status.run.method} on {status.run.model}", style="bold")
@@ -83,7 +85,8 @@ def render_status(status: Status) -> RenderableType:
         f"   {len(status.clients)} clients (at least {status.min_clients})"
         f"   server peak {format_bytes(status.memory_peak_bytes)}"
     )
-    clients = make_table("client", "state", "doing", "", "experts", "rounds", "down", "up", "held-out loss", "seen")
+    share, changed = ("accuracy", "accuracy") if personal else ("experts", "experts changed")
+    clients = make_table("client", "state", "doing", "", share, "rounds", "down", "up", "held-out loss", "seen")
     for client in status.clients:
         busy = client.state != "finished"  # the last heartbeat of a finished client tells of the past
         clients.add_row(
@@ -91,7 +94,7 @@ def render_status(status: Status) -> RenderableType:
             client.state,
             client.phase if busy else "-",
             _bar(client.fraction) if busy else "",
-            f"{100 * client.expert_share:.0f} %",
+            _accuracy(client.metrics) if personal else f"{100 * client.expert_share:.0f} %",
             str(client.rounds_done),
             format_bytes(client.downloaded_bytes),
             format_bytes(client.uploaded_bytes),
@@ -108,12 +111,13 @@ def render_status(status: Status) -> RenderableType:
         ]
     if status.history:
         rounds = make_table(
-            "round", "updates", "experts changed", "up", "seconds", "train loss", "held-out before", "after"
-        )
+            "round", "updates", changed, "up", "seconds", "train loss", "held-out before", "after"
+        )  # fmt: skip
         for done in status.history[-10:]:
             metrics = [done.metrics.get(name) for name in ("train_loss", "held_out_loss_before", "held_out_loss_after")]
             rounds.add_row(
-                str(done.server_round), f"{done.updates} of {done.participants}", str(done.experts_changed),
+                str(done.server_round), f"{done.updates} of {done.participants}",
+                _accuracy(done.metrics) if personal else str(done.experts_changed),
                 format_bytes(done.uploaded_bytes), f"{done.seconds:.1f}",
                 *("-" if value is None else f"{value:.3f}" for value in metrics),
             )  # fmt: skip
@@ -144,6 +148,11 @@ def _devices(clients: Iterable[ClientStatus]) -> Table:
 def _bar(fraction: float) -> str:
     full = round(max(0.0, min(1.0, fraction)) * BAR_CELLS)
     return "#" * full + "." * (BAR_CELLS - full)
+
+
+def _accuracy(metrics: Mapping[str, float]) -> str:
+    found = metrics.get("held_out_accuracy_after")
+    return "-" if found is None else f"{100 * found:.1f} %"
 
 
 def _loss(client: ClientStatus) -> str:
