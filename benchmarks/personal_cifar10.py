@@ -32,6 +32,7 @@ POOL_SEED = 2024
 METHODS: Mapping[str, tuple[str, dict, dict]] = {
     "fedmoe": ("fedmoe", {}, {}),
     "fedmoe-quick-gate": ("fedmoe", {}, {"gate_lr": 0.02}),
+    "fedmoe-guided": ("fedmoe", {}, {"expert_loss": 1.0, "feature_pull": 10.0}),
     "standalone": ("standalone", {}, {}),
     "fedproto": ("fedproto", {"weight": 10.0}, {}),
     "fedproto-apart": ("fedproto", {"weight": 10.0, "apart": True}, {}),
@@ -215,7 +216,7 @@ def draw(runs: list[dict], classes: tuple[str, ...], figure: Path | None, gates:
                 for split in sorted({run["split"] for run in runs})
             },
         )
-    chosen = [run for run in runs if "gates" in run and run["seed"] == min(r["seed"] for r in runs)]
+    chosen = [run for run in runs if run["label"] == "fedmoe" and run["seed"] == min(r["seed"] for r in runs)]
     if gates and chosen:
         of_client = {
             f"{run['split']}, client {number}": (np.asarray(each["shared_weight"]), np.asarray(each["labels"]))

@@ -18,17 +18,19 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import msgspec
 import torch
 
+from edgefed.agent import reports
 from edgefed.agent.agent import Fetch, TrainedUpdate
+from edgefed.agent.frozen_copies import FrozenCopies, with_newest_tuned
 from edgefed.agent.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.agent.placing import ExpertPlacer
 from edgefed.agent.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.agent.progress import ProgressSink
-from edgefed.agent.reports import expert_reports, expert_survey, probe_explored, round_metrics, write_update
 from edgefed.disk import disk_errors
 from edgefed.errors import ConfigError, MalformedMessage
-from edgefed.experts import ExpertPlan, Role
+from edgefed.experts import ExpertPlan
 from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.memory import process_rss_bytes
 from edgefed.hardware.watch import PressureWatch
@@ -62,7 +64,8 @@ OWN_FOLDER = "own"
 
 @dataclasses.dataclass
 class _Round:
-    """What belongs to one round. ``own``: files of units whose weights of this device count, not the global ones."""
+    """What belongs to one round. ``newest``: the units of its manifest; ``units``: as this device takes them, some of
+    which may be older. ``own``: files of units whose weights of this device count, not the global ones."""
 
     run: RunConfig
     method: Method
@@ -70,6 +73,7 @@ class _Round:
     assignment: Assignment
     fetch: Fetch
     progress: ProgressSink
+    newest: Mapping[str, UnitInfo]
     units: Mapping[str, UnitInfo]
     own: Mapping[str, Path]
     doing: str = "planning"
@@ -133,34 +137,30 @@ class LocalTrainer:
         if method.personal:
             fault = f"the run at this server is {run.method!r}: clients train models of their own"
             raise ConfigError(fault, remedy="Join with --task images or text, --data and --model.")
-        units = {unit.key: unit for unit in manifest.units}
+        newest = units = {unit.key: unit for unit in manifest.units}
         model = self._ensure_model(run, manifest, fetch, progress)
+        copies = FrozenCopies(self._folder, run.run_id) if method.refresh_rounds > 1 else None
+        if copies:
+            units = copies.view(newest, manifest.server_round, method.refresh_rounds, fetch)
         own = {} if model.plan is None or method.exchanges else self._spool(model, units)
-        this = _Round(run, method, manifest, assignment, fetch, progress, units, own)
+        this = _Round(run, method, manifest, assignment, fetch, progress, newest, units, own)
         guard = MemoryGuard(self._planner.shrink, progress, self._device, self._watch)
         outcome, before, after = self._train_within_memory(this, model, guard)
         plan, probed, survey = model.plan, ProbeOutcome({}, 0), None
         if method.assigns_experts:
             probed = self._probe(this, model, plan)
-            survey = expert_survey(plan, self._planner.profile, self._planner.train_slots, outcome, probed)
-        write_update(model if method.exchanges else None, units, update_path)
-        keep = {file.sha256 for file in manifest.files}
-        keep |= {
-            unit.sha256
-            for unit in units.values()
-            if unit.kind != "expert"
-            or method.profiles_every_round
-            or method.profiles_while_waiting
-            or _is_held(unit, plan)
-        }
+            survey = reports.expert_survey(plan, self._planner.profile, self._planner.train_slots, outcome, probed)
+        reports.write_update(model if method.exchanges else None, newest, update_path)
+        if copies:
+            copies.keep(this.units, newest, manifest.server_round)
         self._last = this
         forwards = {"probe_forwards": float(probed.forwards)} if method.utility_probes else {}
         return TrainedUpdate(
-            experts=expert_reports(method, plan, outcome),
-            metrics=round_metrics(plan, outcome, before, after, guard.num_shrinks, **forwards),
+            experts=reports.expert_reports(method, plan, outcome),
+            metrics=reports.round_metrics(plan, outcome, before, after, guard.num_shrinks, **forwards),
             num_examples=len(self._train_blocks),
             num_tokens=outcome.num_tokens,
-            keep=frozenset(keep),
+            keep=reports.kept_blobs(method, plan, manifest.files, this.units.values()),
             survey=survey,
         )
 
@@ -291,8 +291,9 @@ class LocalTrainer:
     def _plan_request(self, this: _Round, model: MoeModel) -> PlanRequest:
         usable_bytes = self._usable_bytes()
         source = FrameSource() if this.own else self._load_shared(model, this.units.values(), this.fetch)
+        manifest = msgspec.structs.replace(this.manifest, units=tuple(this.units.values()))
         return PlanRequest(
-            this.run, this.method, this.manifest, model, self._train_blocks, source, usable_bytes, this.fetch,
+            this.run, this.method, manifest, model, self._train_blocks, source, usable_bytes, this.fetch,
             this.progress, this.assignment.experts,
         )  # fmt: skip
 
@@ -301,8 +302,9 @@ class LocalTrainer:
         this.doing = "loading the planned experts"
         setup = self._planner.load.setup
         offload = self._placer.reserve(model, plan, setup, self._planner.shape, this.progress)
+        this.units = with_newest_tuned(this.units, this.newest, plan)
         source = self._load_shared(model, this.units.values(), this.fetch)
-        held = [unit for unit in this.units.values() if _is_held(unit, plan)]
+        held = [unit for unit in this.units.values() if reports.is_held(unit, plan)]
         source.add(held, this.fetch(held))
         for key, path in this.own.items():
             source.add([this.units[key]], {this.units[key].sha256: path})
@@ -379,7 +381,7 @@ class LocalTrainer:
         frozen = sum(len(plan.frozen(layer)) for layer in range(plan.num_layers))
         progress.phase("explore", 1 + 2 * method.utility_probes * min(frozen, method.most_explored), "pass")
         blocks = self._train_blocks.shortened(load.setup.sequence_length)
-        outcome = probe_explored(
+        outcome = reports.probe_explored(
             model, plan, blocks, directions=method.utility_probes, most=method.most_explored,
             batch_size=load.setup.batch_size, seed=self._seed(this), chunked=load.setup.chunked_loss,
             on_forward=lambda: progress.advance(1),
@@ -393,8 +395,3 @@ class LocalTrainer:
     def _seed(self, this: _Round) -> int:
         """The same for the same device in the same round of the same run, and for nobody else."""
         return zlib.crc32(f"{this.assignment.seed}/{this.assignment.server_round}/{self._identity}".encode())
-
-
-def _is_held(unit: UnitInfo, plan: ExpertPlan) -> bool:
-    """Whether ``unit`` is an expert, or the adapter of one, that the plan puts on the device."""
-    return unit.kind == "expert" and plan.roles[unit.layer][unit.expert] != Role.ABSENT

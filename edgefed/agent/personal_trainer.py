@@ -23,6 +23,7 @@ from edgefed.moe.frame_source import FrameSource, raw_array
 from edgefed.personal.batches import num_batches
 from edgefed.personal.extractors import EXTRACTOR_UNIT
 from edgefed.personal.gate import Gate
+from edgefed.personal.guided_loss import check_guided, guided_loss
 from edgefed.personal.local_training import Evaluation, Rates, evaluate, make_optimizer, train_epochs
 from edgefed.personal.mixture import LocalMixture
 from edgefed.personal.models import fault_of_users_code
@@ -73,9 +74,9 @@ class PersonalTrainer:
         self._mixture.shared.load_state_dict(source.read(EXTRACTOR_UNIT))
         rates = Rates(method.extractor_lr, method.model_lr, method.gate_lr, method.momentum, method.weight_decay)
         optimizer = make_optimizer(self._mixture.groups(), rates)
-        self._state.restore(self._mixture, optimizer, assignment.server_round)
+        begun = self._state.restore(self._mixture, optimizer, assignment.server_round) > 0
         try:
-            loss, before, after = self._train(method, assignment, optimizer, progress)
+            loss, before, after = self._train(method, assignment, optimizer, progress, begun)
         except (EdgefedError, StopRequested):
             raise
         except Exception as error:
@@ -106,6 +107,7 @@ class PersonalTrainer:
         """Put the mixture of a run together, with first weights that depend on the device and its data alone."""
         progress.phase("load")
         self._open = self._task.open(run.model, files, run.seed, run.training.sequence_length)
+        check_guided(method, self._open.train.classes)
         for note in self._open.notes:
             progress.message(note)
         identity = zlib.crc32(self._task.identity.encode())
@@ -121,7 +123,12 @@ class PersonalTrainer:
         self._run_id = run.run_id
 
     def _train(
-        self, method: FedMoE, assignment: Assignment, optimizer: torch.optim.Optimizer, progress: ProgressSink
+        self,
+        method: FedMoE,
+        assignment: Assignment,
+        optimizer: torch.optim.Optimizer,
+        progress: ProgressSink,
+        begun: bool,
     ) -> tuple[float, Evaluation, Evaluation]:
         train, held_out = self._open.train, self._open.held_out
         rng = np.random.default_rng([assignment.seed, zlib.crc32(self._task.identity.encode())])
@@ -129,10 +136,11 @@ class PersonalTrainer:
             torch.manual_seed(int(rng.integers(2**31)))
             progress.phase("evaluate")
             before = evaluate(self._mixture, held_out, self._device)
+            loss_of = guided_loss(method, self._mixture, train, begun=begun, device=self._device)
             progress.phase("train", method.local_epochs * num_batches(len(train), method.batch_size), "step")
             loss = train_epochs(
                 self._mixture, train, optimizer, epochs=method.local_epochs, batch_size=method.batch_size, rng=rng,
-                device=self._device, on_step=lambda: progress.advance(1),
+                device=self._device, on_step=lambda: progress.advance(1), loss_of=loss_of,
             )  # fmt: skip
             progress.phase("evaluate")
             return loss, before, evaluate(self._mixture, held_out, self._device)

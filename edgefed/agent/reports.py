@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,13 @@ import torch
 
 from edgefed.disk import disk_errors
 from edgefed.errors import TrainingDiverged
-from edgefed.experts import ExpertPlan, RouterRecord
+from edgefed.experts import ExpertPlan, Role, RouterRecord
 from edgefed.hardware.memory import process_peak_rss_bytes
 from edgefed.methods.interface import Method
 from edgefed.moe.frame_source import raw_array
 from edgefed.moe.model import MoeModel
 from edgefed.protocol import frames
-from edgefed.protocol.messages import ExpertReport, ExpertSurvey, UnitInfo
+from edgefed.protocol.messages import ExpertReport, ExpertSurvey, FileInfo, UnitInfo
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.out_of_memory import with_smaller_batches
 from edgefed.training.steps import StepsOutcome
@@ -123,3 +123,17 @@ def expert_survey(
         tune_slots=sum(len(plan.resident(layer)) for layer in range(plan.num_layers)),
         train_slots=train_slots,
     )
+
+
+def is_held(unit: UnitInfo, plan: ExpertPlan) -> bool:
+    """Whether ``unit`` is an expert, or the adapter of one, that the plan puts on the device."""
+    return unit.kind == "expert" and plan.roles[unit.layer][unit.expert] != Role.ABSENT
+
+
+def kept_blobs(
+    method: Method, plan: ExpertPlan, files: Iterable[FileInfo], units: Iterable[UnitInfo]
+) -> frozenset[str]:
+    """Hashes of what the next round may need: `TrainedUpdate.keep`. ``units`` as the round used them."""
+    profiles = method.profiles_every_round or method.profiles_while_waiting
+    kept = {unit.sha256 for unit in units if profiles or unit.kind != "expert" or is_held(unit, plan)}
+    return frozenset(kept | {file.sha256 for file in files})

@@ -49,7 +49,7 @@ def extractor_task(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FedMoE(MeanOfHolders):
-    """Hyper-parameters with the paper's values."""
+    """Hyper-parameters with the paper's values; ``expert_loss`` and ``feature_pull`` are ours, and off."""
 
     extractor_lr: float = 0.01
     model_lr: float = 0.01
@@ -61,6 +61,10 @@ class FedMoE(MeanOfHolders):
     gate_width: int = 64
     gate_norm: str = "switch"
     """"switch": SwitchNorm and BatchNorm, as the paper has it; "layer": LayerNorm, also for batches of one."""
+    expert_loss: float = 0.0
+    """Weight of the mean loss of the two experts, each answering alone (`edgefed.personal.guided_loss`)."""
+    feature_pull: float = 0.0
+    """Weight of the mean square distance of the own model's features to the client's mean for the class."""
 
     name = "fedmoe"
     needs_profile = False
@@ -72,6 +76,9 @@ class FedMoE(MeanOfHolders):
                 raise ConfigError(f"fedmoe: {option} is {getattr(self, option)}, it must be above 0")
         if not 0 <= self.momentum < 1 or self.weight_decay < 0:
             raise ConfigError("fedmoe: momentum is 0 up to below 1, weight_decay is not negative")
+        for option in ("expert_loss", "feature_pull"):
+            if not 0 <= getattr(self, option) <= 1e6:
+                raise ConfigError(f"fedmoe: {option} is {getattr(self, option)}, allowed is 0 to 1000000")
         for option in ("local_epochs", "batch_size", "gate_width"):
             if getattr(self, option) < 1:
                 raise ConfigError(f"fedmoe: {option} is {getattr(self, option)}, it must be at least 1")

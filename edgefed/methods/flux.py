@@ -93,6 +93,9 @@ class Flux(Method):
     """Share of all experts that a device tunes at most, at least one, before the aggregator knows what it uploads in a
     second. Only with pace "fleet"; 1 is no limit."""
 
+    refresh_rounds: int = 4
+    """Rounds after which what a device does not train is fetched anew at the latest (`Method.refresh_rounds`)."""
+
     name = "flux"
     needs_profile = True
     plans_every_round = True
@@ -115,8 +118,8 @@ class Flux(Method):
             raise ConfigError(f"flux: merged_share is {self.merged_share}, allowed is 0 to 1")
         if not 0 < self.pace_factor <= 1e3:
             raise ConfigError(f"flux: pace_factor is {self.pace_factor}, allowed is above 0 up to 1000")
-        if self.eps_step < 0 or self.probes < 0 or self.explored < 0 or self.coverage_rounds < 1:
-            raise ConfigError("flux: eps_step, probes and explored cannot be negative, coverage_rounds is at least 1")
+        if min(self.eps_step, self.probes, self.explored) < 0 or min(self.coverage_rounds, self.refresh_rounds) < 1:
+            raise ConfigError("flux: eps_step, probes, explored are at least 0, coverage_rounds, refresh_rounds 1")
 
     @property
     def profiles_every_round(self) -> bool:

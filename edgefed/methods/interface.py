@@ -93,6 +93,8 @@ class Method(Protocol):
     """The profile also records the attention that tokens receive."""
     plans_every_round: bool = False
     """False: the plan of the first round stays, so that later rounds download only what changed in it."""
+    refresh_rounds: int = 1
+    """Rounds after which an expert that a device holds frozen is fetched anew at the latest; 1: whenever it changed."""
     merges_rest: bool = False
     """Experts that a plan leaves out are merged into frozen ones, as many as the budget has slots left."""
     merge_sizes: str = "adaptive"

@@ -27,11 +27,12 @@ from torch.nn import functional as F
 
 from edgefed.errors import ConfigError
 from edgefed.methods.fedmoe import FedMoE as Hyperparameters
-from edgefed.personal.batches import Batch, batches
+from edgefed.personal.batches import Batch
 from edgefed.personal.extractors import make_extractor
 from edgefed.personal.federation import Client, Strategy, Upload
 from edgefed.personal.gate import FixedGate, Gate
-from edgefed.personal.local_training import EVALUATION_BATCH, IGNORED_LABEL, cross_entropy
+from edgefed.personal.guided_loss import check_guided, class_means, guided_loss, pull
+from edgefed.personal.local_training import IGNORED_LABEL, cross_entropy
 from edgefed.personal.mixture import LocalMixture
 from edgefed.personal.networks import PersonalModel
 
@@ -80,7 +81,18 @@ class Mixtures(Strategy):
     ):  # fmt: skip
         self.make_shared = partial(make_extractor, extractor, seed, vocab_size=vocab_size, per_token=per_token)
         self.shared_weight = shared_weight
+        self.begun: set[int] = set()
         super().__init__(clients, method, seed=seed, device=device)
+
+    def check(self) -> None:
+        for client in self.clients:
+            check_guided(self.method, client.train.classes)
+
+    def loss_for(self, number: int) -> Callable:
+        begun = number in self.begun
+        self.begun.add(number)
+        samples = self.clients[number].train
+        return guided_loss(self.method, self.models[number], samples, begun=begun, device=self.device)
 
     def build(self, number: int) -> LocalMixture:
         shared = self.make_shared()
@@ -208,28 +220,15 @@ class FedProto(Standalone):
     def _loss(self, model: Alone, batch: Batch) -> Tensor:
         features = model.own.extractor(batch.own)
         loss = cross_entropy(model.own.header(features), batch.labels)
-        labels = batch.labels.flatten()
-        known = (labels >= 0) & self.has[labels.clamp(min=0)]
-        if not known.any():
-            return loss
-        distance = (features.float().flatten(0, -2)[known] - self.table[labels[known]]).square().mean(-1)
-        return loss + self.weight * distance.sum() / len(labels)
+        return loss + self.weight * pull(features, batch.labels, self.table, self.has)
 
-    @torch.no_grad()
     def upload(self, number: int) -> Upload:
         """Mean features of each class over all of the client's training examples, weighted by their number."""
-        model, samples = self.models[number], self.clients[number].train
-        model.eval()
-        sums, counts = torch.zeros_like(self.table, dtype=torch.float64), torch.zeros(len(self.table))
-        for batch in batches(samples, EVALUATION_BATCH):
-            batch = batch.to(self.device)
-            labels = batch.labels.flatten()
-            known = labels >= 0
-            sums.index_add_(0, labels[known], model.own.extractor(batch.own).flatten(0, -2)[known].double())
-            counts += torch.bincount(labels[known], minlength=len(counts)).cpu()
+        samples = self.clients[number].train
+        means, counts = class_means(self.models[number].own.extractor, samples, self.device)
         held = counts.nonzero().flatten().tolist()
-        tensors = {str(label): (sums[label] / counts[label]).float() for label in held}
-        return Upload(number, len(samples), tensors, {str(label): float(counts[label]) for label in held})
+        weights = {str(label): float(counts[label]) for label in held}
+        return Upload(number, len(samples), {str(label): means[label] for label in held}, weights)
 
 
 class NearestPrototype(Alone):

@@ -129,6 +129,10 @@ class Strategy(abc.ABC):
     loss_of: Callable = staticmethod(mixture_loss)
     """(model, batch) -> the loss of a step."""
 
+    def loss_for(self, number: int) -> Callable:
+        """`loss_of` for the local epochs of client ``number`` that are about to begin."""
+        return self.loss_of
+
     def receive(self, number: int) -> int:
         """Overwrite what client ``number`` shares with the aggregator's; returns the parameters it downloads. Momentum
         of a tensor that came from elsewhere is dropped."""
@@ -144,7 +148,7 @@ class Strategy(abc.ABC):
         return train_epochs(
             self.models[number], self.clients[number].train, self.optimizers[number],
             epochs=self.method.local_epochs, batch_size=self.method.batch_size, rng=rng, device=self.device,
-            loss_of=self.loss_of,
+            loss_of=self.loss_for(number),
         )  # fmt: skip
 
     def upload(self, number: int) -> Upload:

@@ -6,7 +6,7 @@
     G, theta   ``shared``, the only part that leaves the device
     F_k        ``own``: ``own.extractor`` and ``own.header``
     H, phi_k   ``gate``
-    R          `LocalMixture.features`
+    R          `LocalMixture.mix`
 
 Ours: P, a linear map of the client's own, where the widths of the two extractors differ (the paper wants equal ones);
 it is the identity where they are equal. And for next-token prediction the gate weighs each token, by the text up to it:
@@ -38,19 +38,23 @@ class LocalMixture(nn.Module):
         seen = self.shared.gate_features(batch.shared)
         return self.gate(seen.flatten(0, -2)).view(*seen.shape[:-1], 2)
 
-    def features(self, batch: Batch, weights: Tensor) -> Tensor:
-        """R, (B, width) or (B, T, width)."""
+    def expert_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(P(G(x)), F(x)), each (B, width) or (B, T, width)."""
         shared = self.projection(self.shared(batch.shared))
         own = self.own.extractor(batch.own)
+        return shared.to(own.dtype), own
+
+    def mix(self, shared: Tensor, own: Tensor, weights: Tensor) -> Tensor:
+        """R, shaped as the features."""
         a = weights.to(own.dtype)
         while a.dim() < own.dim():
             a = a.unsqueeze(-2)
-        return a[..., :1] * shared.to(own.dtype) + a[..., 1:] * own
+        return a[..., :1] * shared + a[..., 1:] * own
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(logits (B, classes) or (B, T, classes), weights (B, 2) or (B, T, 2))."""
         weights = self.weights(batch)
-        return self.own.header(self.features(batch, weights)), weights
+        return self.own.header(self.mix(*self.expert_features(batch), weights)), weights
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by learning rate: "extractor" (theta), "model" (F_k and P), "gate"."""
