@@ -150,7 +150,7 @@ class Delivery:
 
         try:
             self._call(upload)
-            said = self._with_upload_rate(meta)
+            said = self._with_rates(meta)
             self._call(lambda: self._client.commit(said))
         finally:
             self._progress.done()
@@ -160,18 +160,17 @@ class Delivery:
         self._refusals = self._setbacks = 0
         return Delivered(meta.server_round, metrics=meta.metrics)
 
-    def _with_upload_rate(self, meta: UpdateMeta) -> UpdateMeta:
-        """``meta`` whose survey, if it has one, says how fast uploads were, this one included.
+    def _with_rates(self, meta: UpdateMeta) -> UpdateMeta:
+        """``meta`` whose survey, if it has one, says how fast transfers were, this upload included.
 
         Not by the kernel's estimate, which may be a lower bound.
         """
         if meta.survey is None:
             return meta
-        rate = self._client.network_facts().up_bytes_per_s
-        if not rate.known or rate.value < 1:
-            return meta
-        survey = msgspec.structs.replace(meta.survey, upload_bytes_per_s=float(rate.value))
-        return msgspec.structs.replace(meta, survey=survey)
+        facts = self._client.network_facts()
+        found = {"upload_bytes_per_s": facts.up_bytes_per_s, "download_bytes_per_s": facts.down_bytes_per_s}
+        rates = {name: float(rate.value) for name, rate in found.items() if rate.known and rate.value >= 1}
+        return msgspec.structs.replace(meta, survey=msgspec.structs.replace(meta.survey, **rates))
 
     def advance(self, n: int) -> None:
         """Bytes moved, in either direction: progress for the screen, and a reason to be patient with the network."""

@@ -13,15 +13,18 @@ from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, Manifest
 
 
 def combined_survey(before: ExpertSurvey | None, now: ExpertSurvey) -> ExpertSurvey:
-    """``now``, with the last known utility of each expert, and upload rate, that were not measured this time."""
+    """``now``, with the last known utility of each expert, and transfer rates, that were not measured this time."""
     if before is None:
         return now
     utility = tuple(
         tuple(new if new is not None else old for old, new in zip(old_row, new_row, strict=True))
         for old_row, new_row in zip(before.utility, now.utility, strict=True)
     )
-    rate = before.upload_bytes_per_s if now.upload_bytes_per_s is None else now.upload_bytes_per_s
-    return msgspec.structs.replace(now, utility=utility, upload_bytes_per_s=rate)
+    rates = {
+        name: getattr(before, name) if getattr(now, name) is None else getattr(now, name)
+        for name in ("upload_bytes_per_s", "download_bytes_per_s")
+    }
+    return msgspec.structs.replace(now, utility=utility, **rates)
 
 
 def expert_coverage(store: Store, manifest: Manifest) -> Coverage:

@@ -106,9 +106,10 @@ def _check_survey(survey: ExpertSurvey, experts_per_layer: Sequence[int]) -> Non
         raise InvalidUpdate(f"survey: tune_slots is {survey.tune_slots}, expected {len(sizes)}..{sum(sizes)}")
     if survey.train_slots is not None and not 1 <= survey.train_slots <= sum(sizes):
         raise InvalidUpdate(f"survey: train_slots is {survey.train_slots}, expected 1..{sum(sizes)}")
-    rate = survey.upload_bytes_per_s
-    if rate is not None and not 1.0 <= rate <= MAX_COUNT:  # also what is no number
-        raise InvalidUpdate(f"survey: upload_bytes_per_s is {rate}, expected 1..{MAX_COUNT}")
+    for name in ("upload_bytes_per_s", "download_bytes_per_s"):
+        rate = getattr(survey, name)
+        if rate is not None and not 1.0 <= rate <= MAX_COUNT:  # also what is no number
+            raise InvalidUpdate(f"survey: {name} is {rate}, expected 1..{MAX_COUNT}")
 
 
 def validate_update(

@@ -16,8 +16,9 @@ Departs from the paper
     * (4) is separable by client: the best experts of each are taken. Every layer tunes at least one, but on devices
       that pace or ``first_share`` limits: these tune the most useful ones, wherever they are.
     * The paper's devices compute for most of a round; on home connections they upload. ``pace="fleet"``: a device tunes
-      no more than it can send in about the time that the others need (`paced_limits`). Its other slots hold what is
-      next in utility, as it is; it is explored, not uploaded. Whoever told no upload rate yet goes at its own pace.
+      no more than it can fetch and send in about the time that the others need (`edgefed.methods.flux_pace`). Its
+      other slots hold what is next in utility, as it is; it is explored, not uploaded. Whoever told no upload rate yet
+      goes at its own pace.
     * (4) gives no coverage. ``coverage="balanced"``: an expert that nobody trained for ``coverage_rounds`` rounds goes
       to the client with the largest utility for it, in place of that client's least useful one.
     * Frequencies and gradient norms are no common scale. An expert that was never measured counts as its frequency
@@ -40,6 +41,7 @@ import numpy as np
 from edgefed.errors import ConfigError
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
 from edgefed.methods.averaging import busiest, check_budget, in_client_order, merge_by_examples, select_by_score
+from edgefed.methods.flux_pace import own_count, paced_limits
 from edgefed.methods.interface import (
     FIRST_ROUND,
     Contribution,
@@ -292,36 +294,6 @@ def complete_utilities(survey: ExpertSurvey) -> list[np.ndarray]:
     return found
 
 
-def paced_limits(surveys: Mapping[str, ExpertSurvey], eps: Mapping[str, float], factor: float = 1.0) -> dict[str, int]:
-    """What each client tunes at most, at least one, where that is less than its share by eps.
-
-        n_c = min(eps slots_c, train_slots_c)    what c would tune at its own pace
-        t_c = n_c / rate_c,    pace = factor (prod_c t_c)^(1/C),    limit_c = min(n_c, floor(rate_c pace))
-
-    Over the clients that told a rate. Experts count as equally large, so their bytes cancel. A geometric mean, because
-    rates differ by orders of magnitude: one very slow or very fast device hardly moves it, and clients that are alike
-    are not limited. The sum is exact (fsum), so their order does not matter.
-    """
-    rates = {client: s.upload_bytes_per_s for client, s in surveys.items() if s.upload_bytes_per_s is not None}
-    if not rates:
-        return {}
-    counts = {
-        client: _own_count(surveys[client].tune_slots, len(surveys[client].frequency), eps[client]) for client in rates
-    }
-    own = {client: min(count, surveys[client].train_slots or count) for client, count in counts.items()}
-    pace = factor * math.exp(math.fsum(math.log(own[client] / rate) for client, rate in rates.items()) / len(rates))
-    # The small term keeps 4.9999999 at 5: clients that are alike must not lose one to a rounding.
-    sent = {client: max(1, math.floor(rate * pace * (1 + 1e-9))) for client, rate in rates.items()}
-    return {
-        client: min(own[client], sent[client]) for client in rates if min(own[client], sent[client]) < counts[client]
-    }
-
-
-def _own_count(slots: int, layers: int, eps: float) -> int:
-    """Experts that are tuned of ``slots``: a share ``eps``, at least one in each layer."""
-    return min(slots, max(layers, round(eps * slots)))
-
-
 def _split(
     scores: Scores, slots: int, eps: float, rng: np.random.Generator, limit: int | None = None
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -331,7 +303,7 @@ def _split(
     """
     layers, total = len(scores), sum(len(row) for row in scores)
     slots = min(slots, total)
-    count = _own_count(slots, layers, eps)
+    count = own_count(slots, layers, eps)
     everything = [np.ones(len(row), dtype=bool) for row in scores]
     best = select_by_score(scores, everything, count)
     tuned = sorted(

@@ -177,8 +177,8 @@ class ExpertSurvey(Message):
 
     ``utility``: u_c(e) of Flux (arXiv 2508.19078), measured in this round, None where it was not. ``frequency``: share
     of the client's tokens routed to e. ``tune_slots``: experts that the client can hold as themselves, one by one.
-    ``train_slots``: experts that its memory lets learn. ``upload_bytes_per_s``: what its uploads reached. Both None
-    where it does not know.
+    ``train_slots``: experts that its memory lets learn. ``upload_bytes_per_s``, ``download_bytes_per_s``: what its
+    transfers reached. None where it does not know.
     """
 
     utility: tuple[tuple[float | None, ...], ...]
@@ -186,6 +186,7 @@ class ExpertSurvey(Message):
     tune_slots: int
     train_slots: int | None = None
     upload_bytes_per_s: float | None = None
+    download_bytes_per_s: float | None = None
 
 
 class UpdateMeta(Message):

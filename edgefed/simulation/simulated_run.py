@@ -184,7 +184,7 @@ class SimulatedRun:
             client.client_id, server_round, client.update_path, num_examples=update.num_examples,
             num_tokens=update.num_tokens, experts=update.experts,
             metrics={name: value for name, value in update.metrics.items() if math.isfinite(value)},
-            survey=self._with_upload_rate(client, update.survey),
+            survey=self._with_rates(client, update.survey),
         )  # fmt: skip
         units = {unit.key: unit for unit in manifest.units}
         work = self._work(client, update, progress.counts, fetch.take(), units)
@@ -202,14 +202,16 @@ class SimulatedRun:
         client.finish(done, fetch.held)
         return done
 
-    def _with_upload_rate(self, client: SimulatedClient, survey: ExpertSurvey | None) -> ExpertSurvey | None:
-        """``survey`` with what a device would have measured of this update's upload."""
+    def _with_rates(self, client: SimulatedClient, survey: ExpertSurvey | None) -> ExpertSurvey | None:
+        """``survey`` with what a device would have measured of its transfers."""
         if survey is None:
             return None
-        rate = transfer_bytes_per_s(
-            client.device.link.up_mbit, self._config.server_mbit * 1e6 / 8, len(self._config.fleet)
+        link, share = client.device.link, (self._config.server_mbit * 1e6 / 8, len(self._config.fleet))
+        return msgspec.structs.replace(
+            survey,
+            upload_bytes_per_s=transfer_bytes_per_s(link.up_mbit, *share),
+            download_bytes_per_s=transfer_bytes_per_s(link.down_mbit, *share),
         )
-        return msgspec.structs.replace(survey, upload_bytes_per_s=rate)
 
     def _work(
         self, client: SimulatedClient, update: TrainedUpdate, counts: Mapping[str, int], down: Mapping[str, int],

@@ -90,14 +90,17 @@ class Surveyor(ToyTrainer):
 
 @pytest.mark.timeout(60)
 def test_a_survey_says_how_fast_this_very_upload_was(server, tmp_path, monkeypatch):
-    """65 KB at 200 kB/s; what is enough to tell a rate is lowered to that."""
+    """65 KB at 200 kB/s, 80 down at 400; what is enough to tell a rate is lowered to that."""
     monkeypatch.setattr(throughput, "TINY_BYTES", 1024)
     monkeypatch.setattr(throughput, "ENOUGH_BYTES", 32 * 1024)
-    with ThrottlingProxy(server.port, up=200_000) as proxy, device(proxy.url, tmp_path, Surveyor()) as agent:
+    with (
+        ThrottlingProxy(server.port, up=200_000, down=400_000) as proxy,
+        device(proxy.url, tmp_path, Surveyor()) as agent,
+    ):
         agent.run()
     first, second = (meta.survey for meta in server.commits)
     for said in (first, second):
-        assert 20_000 < said.upload_bytes_per_s < 600_000
+        assert 20_000 < said.upload_bytes_per_s < 600_000 and 40_000 < said.download_bytes_per_s < 1_200_000
         assert (said.tune_slots, said.train_slots) == (EXPERTS, 2)
 
 

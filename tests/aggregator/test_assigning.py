@@ -51,11 +51,13 @@ def test_a_utility_that_was_not_measured_again_stays_known(toy):
     assert toy.assignment("b").experts.tune == ((0, 0),)
 
 
-def test_an_upload_rate_stays_known_until_it_is_measured_again(toy):
-    finish_round(toy, {"a": survey(2.0, upload_bytes_per_s=2e6, train_slots=2), "b": survey(1.0)})
+def test_a_rate_stays_known_until_it_is_measured_again(toy):
+    known = {"upload_bytes_per_s": 2e6, "download_bytes_per_s": 9e6}
+    finish_round(toy, {"a": survey(2.0, train_slots=2, **known), "b": survey(1.0)})
     finish_round(toy, {"a": survey(None), "b": survey(1.0, upload_bytes_per_s=5e6)})
     surveys = {client: record.survey for client, record in toy.run.clients.items()}
     assert (surveys["a"].upload_bytes_per_s, surveys["a"].train_slots) == (2e6, None)
+    assert surveys["a"].download_bytes_per_s == 9e6
     assert surveys["b"].upload_bytes_per_s == 5e6
     finish_round(toy, {"a": survey(2.0, upload_bytes_per_s=1e6), "b": None})
     assert toy.run.clients["a"].survey.upload_bytes_per_s == 1e6
@@ -63,7 +65,7 @@ def test_an_upload_rate_stays_known_until_it_is_measured_again(toy):
 
 def test_the_survey_of_an_older_client_is_understood():
     said = msgspec.to_builtins(survey(1.0))
-    del said["upload_bytes_per_s"], said["train_slots"]
+    del said["upload_bytes_per_s"], said["download_bytes_per_s"], said["train_slots"]
     assert decode_message(encode_message(said), ExpertSurvey) == survey(1.0)
 
 
@@ -105,6 +107,7 @@ def test_methods_that_assign_nothing_say_nothing(tmp_path):
         ({"upload_bytes_per_s": 1e16}, "upload_bytes_per_s is 1e"),
         ({"upload_bytes_per_s": math.inf}, "upload_bytes_per_s is inf"),
         ({"upload_bytes_per_s": math.nan}, "upload_bytes_per_s is nan"),
+        ({"download_bytes_per_s": 0.5}, "download_bytes_per_s is 0.5"),
     ],
 )
 def test_impossible_surveys_are_refused(toy, changes, message):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from edgefed.errors import BudgetTooSmall, ConfigError
 from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
-from edgefed.methods.flux import Flux, complete_utilities, paced_limits
+from edgefed.methods.flux import Flux, complete_utilities
+from edgefed.methods.flux_pace import paced_limits, round_trip_rate
 from edgefed.methods.interface import Contribution, Coverage, DeviceBudget, RoundContext
 from edgefed.protocol.messages import ExpertAssignment, ExpertReport, ExpertSurvey, TensorInfo, UnitInfo
 
@@ -30,10 +31,10 @@ def rng(seed=0):
 FREQUENCY = ((0.9, 0.5, 0.3, 0.1, 0.1, 0.05, 0.03, 0.02), (0.2, 0.25, 0.3, 0.25, 0.25, 0.25, 0.25, 0.25))
 
 
-def survey(utility, frequency=FREQUENCY, tune_slots=6, rate=None, train_slots=None) -> ExpertSurvey:
+def survey(utility, frequency=FREQUENCY, tune_slots=6, rate=None, train_slots=None, down=None) -> ExpertSurvey:
     return ExpertSurvey(
         utility=tuple(map(tuple, utility)), frequency=tuple(map(tuple, frequency)), tune_slots=tune_slots,
-        train_slots=train_slots, upload_bytes_per_s=rate,
+        train_slots=train_slots, upload_bytes_per_s=rate, download_bytes_per_s=down,
     )  # fmt: skip
 
 
@@ -168,6 +169,15 @@ def test_the_pace_is_the_geometric_mean_of_what_each_would_need():
     assert paced_limits({"a": large, "b": survey(UNKNOWN, tune_slots=4, rate=1e6)}, ones) == {"a": 8}
     creeping = survey(UNKNOWN, tune_slots=8, rate=1.0)
     assert paced_limits({"a": a, "b": creeping}, ones) == {"b": 1}, "one is left to everybody"
+
+
+def test_what_is_fetched_counts_as_what_is_sent():
+    """An aggregator's narrow downlink makes fast uplinks less of an advantage: 1/4 + 1/1 and 1/1 + 1/1."""
+    fast, slow = (survey(UNKNOWN, tune_slots=8, rate=rate, down=1e6) for rate in (4e6, 1e6))
+    assert round_trip_rate(fast) == pytest.approx(0.8e6) and round_trip_rate(slow) == pytest.approx(0.5e6)
+    assert paced_limits({"a": fast, "b": slow}, {"a": 1.0, "b": 1.0}) == {"b": 6}, "10 and 16: 12.6, times .5"
+    assert round_trip_rate(survey(UNKNOWN, rate=4e6)) == 4e6, "nothing is known of its downloads"
+    assert round_trip_rate(survey(UNKNOWN, down=4e6)) is None, "most is not known"
 
 
 @pytest.mark.parametrize("rate", [None, 3e5, 1.7e6])
