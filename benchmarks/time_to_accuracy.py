@@ -42,10 +42,10 @@ FLEET = (
 METHODS: Mapping[str, tuple[str, dict, str]] = {
     "flux": ("flux", {"probes": 1}, "full"),
     "flux-quick": ("flux", {"probes": 0, "pace_factor": 0.8}, "full"),
-    "flux-own-pace": ("flux", {"probes": 1, "pace": "own"}, "full"),
-    "flux-greedy": ("flux", {"probes": 0, "eps_start": 0.9, "pace": "own"}, "full"),
+    "flux-own-pace": ("flux", {"probes": 1, "pace": "own", "refresh_rounds": 1}, "full"),
+    "flux-greedy": ("flux", {"probes": 0, "eps_start": 0.9, "pace": "own", "refresh_rounds": 1}, "full"),
     "flux-lora": ("flux", {"probes": 1}, "lora"),
-    "flux-lora-own-pace": ("flux", {"probes": 1, "pace": "own"}, "lora"),
+    "flux-lora-own-pace": ("flux", {"probes": 1, "pace": "own", "refresh_rounds": 1}, "lora"),
     "flux-lora-quick": ("flux", {"probes": 0, "pace_factor": 0.8}, "lora"),
     "hfedmoe": ("hfedmoe", {}, "full"),
     "fmd": ("fmd", {}, "full"),
