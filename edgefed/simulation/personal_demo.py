@@ -33,6 +33,8 @@ METHOD_OPTIONS = {
 }  # fmt: skip
 """For some hundred images a client, and good for training alone as well; the paper's .01 without momentum is for
 thousands."""
+ADDITIONS = {"expert_loss": 1.0, "feature_pull": 10.0}
+"""What the demo adds to FedMoE (`edgefed.personal.guided_loss`), and to nothing that it is compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class PersonalDemoConfig:
     """``compared``: methods that are run on the same clients in this process, `COMPARED`."""
 
     out: Path
-    rounds: int = 25
+    rounds: int = 20
     clients: int = 5
     seed: int = 0
     compared: tuple[str, ...] = (ALONE,)
@@ -84,7 +86,7 @@ def run_personal_demo(config: PersonalDemoConfig, sink: DemoSink) -> list[Person
         )
         for index in range(config.clients)
     ]  # fmt: skip
-    options = [word for name, value in METHOD_OPTIONS.items() for word in ("--option", f"{name}={value}")]
+    options = [word for name, value in (METHOD_OPTIONS | ADDITIONS).items() for word in ("--option", f"{name}={value}")]
     flags = [
         "--method", FedMoE.name, "--extractor", EXTRACTOR, "--rounds", str(config.rounds), "--seed", str(config.seed),
         *options,
@@ -136,7 +138,7 @@ def as_personal_dict(config: PersonalDemoConfig, results: Sequence[PersonalClien
     """Everything the demo found, for JSON."""
     return {
         "config": {**dataclasses.asdict(config), "out": str(config.out)},
-        "options": METHOD_OPTIONS,
+        "options": METHOD_OPTIONS | ADDITIONS,
         "results": [dataclasses.asdict(result) for result in results],
     }
 
