@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -74,6 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit. No user mistake ends in a traceback."""
     from edgefed.cli.output import print_error, print_note
 
+    # OpenMP reads it when torch is loaded. By default its threads spin while they wait for each other; with as many
+    # threads as cores and anything else at work on the machine, that wait is most of a round.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     try:

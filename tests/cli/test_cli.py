@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -256,3 +257,16 @@ def test_joining_needs_a_model_for_a_task(run):
     refused(run(*join, "--task", "next-token"), 2, "config", "--model is missing", "text-gru")
     refused(run(*join, "--task", "text", "--model", "text-cnn"), 4, "data", "there is no file")
     refused(run(*join, "--model", "text-cnn"), 2, "config", "--task")
+
+
+@pytest.mark.parametrize("given, found", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_do_not_spin_while_they_wait_unless_the_user_wants_it(given, found):
+    """Said before torch is there, or it would be too late."""
+    code = (
+        "import os, sys; from edgefed.cli.main import main; assert 'torch' not in sys.modules\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == found, done.stderr
