@@ -123,6 +123,15 @@ def seconds_to(curve: list, target: float) -> float | None:
     return next((seconds for seconds, loss in curve if loss <= target), None)
 
 
+def crossing(curve: list, target: float) -> float | None:
+    """Virtual seconds until ``target``, were the loss to fall evenly within a round: with rounds of an hour the end of
+    the first round below it says little of a method that missed it by a hair."""
+    for (before, high), (after, low) in zip(curve, curve[1:], strict=False):
+        if low <= target:
+            return before + (after - before) * max(0.0, high - target) / max(high - low, 1e-12)
+    return None
+
+
 def summarise(runs: list[dict], share: float) -> dict:
     """Per method: final loss, seconds to the target by seed, and how much sooner Flux is there."""
     by_label: dict[str, list[dict]] = {}
@@ -139,6 +148,7 @@ def summarise(runs: list[dict], share: float) -> dict:
     rows = {}
     for label, found in by_label.items():
         times = [seconds_to(run["curve"], target) for run in found]
+        crossings = [crossing(run["curve"], target) for run in found]
         rows[label] = {
             "seeds": len(found),
             "learning_rate": found[0]["learning_rate"],
@@ -148,6 +158,7 @@ def summarise(runs: list[dict], share: float) -> dict:
             "hours": float(np.mean([run["curve"][-1][0] for run in found])) / 3600,
             "seconds_to_target": times,
             "mean_seconds_to_target": float(np.mean(times)) if all(t is not None for t in times) else None,
+            "mean_seconds_to_crossing": float(np.mean(crossings)) if None not in crossings else None,
             "refused_devices": len(found[0]["refused"]),
             "gigabytes_up": found[0]["bytes_up"] / 1e9,
             "gigabytes_down": found[0]["bytes_down"] / 1e9,
