@@ -75,9 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit. No user mistake ends in a traceback."""
     from edgefed.cli.output import print_error, print_note
 
-    # OpenMP reads it when torch is loaded. By default its threads spin while they wait for each other; with as many
-    # threads as cores and anything else at work on the machine, that wait is most of a round.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # libgomp reads it when torch is loaded. By default a thread that waits for the others spins for milliseconds; with
+    # as many threads as cores and anything else at work on the machine, that was most of a round.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     try:
