@@ -100,7 +100,7 @@ def test_a_survey_says_how_fast_this_very_upload_was(server, tmp_path, monkeypat
         agent.run()
     first, second = (meta.survey for meta in server.commits)
     for said in (first, second):
-        assert 20_000 < said.upload_bytes_per_s < 600_000 and 40_000 < said.download_bytes_per_s < 1_200_000
+        assert 20_000 < said.upload_bytes_per_s < 600_000 and 10_000 < said.download_bytes_per_s < 1_200_000
         assert (said.tune_slots, said.train_slots) == (EXPERTS, 2)
 
 
