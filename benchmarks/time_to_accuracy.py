@@ -5,9 +5,9 @@
 
 Training is real, on the packaged 2.9 M parameter model; time, memory and bytes are charged as OLMoE-1B-7B's on a fleet
 of Jetson Orin Nano, RTX 3060, RTX 4060 Laptop and RTX 4090 (`edgefed.simulation`). The target is a share of what `fmd`
-(the whole model, exact) gains in all its rounds, mean over seeds. Every run gets the same rounds, steps, batches and
-learning rate; `fmq` and `flux-lora` train adapters, with the best of the learning rates tried for them
-(--adapter-rates).
+(the whole model, exact) gains in all its rounds, mean over seeds. Every run gets the same steps, batches and
+learning rate, and the same rounds but where those are short (MORE_ROUNDS); `fmq` and `flux-lora` train adapters, with
+the best of the learning rates tried for them (--adapter-rates).
 `DATA` as in `federate_text.py`. Runs that ended are not done again: the work folder (--work) keeps them.
 """
 

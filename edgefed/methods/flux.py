@@ -120,8 +120,10 @@ class Flux(Method):
             raise ConfigError(f"flux: merged_share is {self.merged_share}, allowed is 0 to 1")
         if not 0 < self.pace_factor <= 1e3:
             raise ConfigError(f"flux: pace_factor is {self.pace_factor}, allowed is above 0 up to 1000")
-        if min(self.eps_step, self.probes, self.explored) < 0 or min(self.coverage_rounds, self.refresh_rounds) < 1:
-            raise ConfigError("flux: eps_step, probes, explored are at least 0, coverage_rounds, refresh_rounds 1")
+        least = {"eps_step": 0, "probes": 0, "explored": 0, "coverage_rounds": 1, "refresh_rounds": 1}
+        for option, bound in least.items():
+            if not getattr(self, option) >= bound:
+                raise ConfigError(f"flux: {option} is {getattr(self, option)}, it must be at least {bound}")
 
     @property
     def profiles_every_round(self) -> bool:

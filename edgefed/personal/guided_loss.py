@@ -11,14 +11,15 @@ its federation: no prototype is sent or received. The first round of a client go
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from edgefed.errors import ConfigError
 from edgefed.methods.fedmoe import FedMoE
-from edgefed.personal.batches import Batch, Samples, batches
-from edgefed.personal.local_training import EVALUATION_BATCH, cross_entropy, mixture_loss
+from edgefed.personal.batches import Batch, Samples
+from edgefed.personal.local_training import cross_entropy, evaluation_batches, mixture_loss
 from edgefed.personal.mixture import LocalMixture
 
 
@@ -29,8 +30,7 @@ def class_means(extractor: nn.Module, samples: Samples, device: torch.device | s
     extractor.eval()
     counts = torch.zeros(len(samples.classes))
     sums = None
-    for batch in batches(samples, EVALUATION_BATCH):
-        batch = batch.to(device)
+    for batch in evaluation_batches(samples, device):
         labels = batch.labels.flatten()
         known = labels >= 0
         features = extractor(batch.own).flatten(0, -2)[known].double()
@@ -62,16 +62,14 @@ def guided_loss(
 ) -> Callable[[nn.Module, Batch], Tensor]:
     """The loss of a client's steps in a round that is about to begin; the paper's where ``method`` adds nothing.
 
-    ``begun``: the client has trained before, so its features say something. Raises ConfigError (`check_guided`).
+    ``begun``: the client has trained before, so its features say something. `check_guided` has been asked.
     """
-    check_guided(method, samples.classes)
     beta, strength = method.expert_loss, method.feature_pull if begun else 0.0
     if not beta and not strength:
         return mixture_loss
-    means, counts = (
-        class_means(mixture.own.extractor, samples, device) if strength else (torch.zeros(0), torch.zeros(0))
-    )
-    means, known = means.to(device), (counts > 0).to(device)
+    if strength:
+        means, counts = class_means(mixture.own.extractor, samples, device)
+        pulled = partial(pull, means=means.to(device), known=(counts > 0).to(device))
 
     def loss_of(mixture: LocalMixture, batch: Batch) -> Tensor:
         shared, own = mixture.expert_features(batch)
@@ -81,7 +79,7 @@ def guided_loss(
             alone = cross_entropy(header(shared), batch.labels) + cross_entropy(header(own), batch.labels)
             loss = loss + beta / 2 * alone
         if strength:
-            loss = loss + strength * pull(own, batch.labels, means, known)
+            loss = loss + strength * pulled(own, batch.labels)
         return loss
 
     return loss_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def evaluate(mixture: nn.Module, samples: Samples, device: torch.device | str = 
     mode."""
     mixture.eval()
     total, right, count, weights = 0.0, 0, 0, [np.zeros((0, 2), np.float32)]
-    for batch in _each(samples, device):
+    for batch in evaluation_batches(samples, device):
         logits, gate = mixture(batch)
         known = batch.labels != IGNORED_LABEL
         n = int(known.sum())
@@ -120,7 +120,8 @@ def evaluate(mixture: nn.Module, samples: Samples, device: torch.device | str = 
     return Evaluation(total / count, right / count, np.concatenate(weights), np.asarray(samples.labels))
 
 
-def _each(samples: Samples, device: torch.device | str):
+def evaluation_batches(samples: Samples, device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """All examples once, in order and on the device, as many at a time as evaluation holds."""
     size = getattr(samples, "evaluation_batch", EVALUATION_BATCH)
     for start in range(0, len(samples), size):
         batch: Batch = samples.batch(np.arange(start, min(start + size, len(samples))))

@@ -116,10 +116,11 @@ def test_own_model_gate_and_momentum_go_on_and_theta_is_the_rounds(images, tmp_p
         assert torch.equal(value, expected), name
 
 
-def test_a_restart_and_a_repeated_round_end_where_an_uninterrupted_device_ends(images, tmp_path):
+@pytest.mark.parametrize("added", [{}, {"expert_loss": 1.0, "feature_pull": 5.0}])
+def test_a_restart_and_a_repeated_round_end_where_an_uninterrupted_device_ends(images, tmp_path, added):
     updates = {}
     for name in ("once", "restarted"):
-        table = Table(tmp_path / name / "run", momentum=0.5)
+        table = Table(tmp_path / name / "run", momentum=0.5, **added)
         trainer = trainer_of(images, tmp_path / name / "me")
         for server_round in (1, 2, 3):
             if name == "restarted":
@@ -218,6 +219,15 @@ def test_text_to_be_continued_weighs_by_its_length(tmp_path):
         trainer = PersonalTrainer(make_task("next-token", str(path), "text-gru", "me", 0.0), tmp_path / f"d{index}")
         weights.append(table.round(trainer, tmp_path / "update").num_examples)
     assert trainer.num_examples == 4 and weights[0] > 5 * weights[1]
+
+
+def test_a_pull_to_classes_is_refused_where_there_are_none(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("to be or not to be " * 200)
+    table = Table(tmp_path / "run", extractor="text-small", tokenizer="tiny", feature_pull=1.0)
+    trainer = PersonalTrainer(make_task("next-token", str(path), "text-gru", "me", 0.0), tmp_path / "me")
+    with pytest.raises(ConfigError, match="feature_pull is 1.0, and text to be continued has no classes"):
+        table.round(trainer, tmp_path / "update")
 
 
 def test_a_server_has_no_model_to_export(table, tmp_path):
