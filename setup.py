@@ -42,8 +42,8 @@ class BuildNative(build_ext):
         return os.path.join(*fullname.split(".")) + (".dll" if os.name == "nt" else ".so")
 
     def build_extension(self, ext):
-        wish = os.environ.get("EDGEFED_NATIVE", "auto")
-        if wish == "0":
+        requested = os.environ.get("EDGEFED_NATIVE", "auto")
+        if requested == "0":
             print(f"edgefed: {ext.name} left out (EDGEFED_NATIVE=0)")
             return
         if ext.name == "edgefed._cuda":
@@ -55,12 +55,12 @@ class BuildNative(build_ext):
             if compiler is None:
                 raise OSError("no C++ compiler (g++, c++, clang++) was found")
             self.compile(compiler.split(), ext.sources, target)
-        except (OSError, subprocess.CalledProcessError) as fault:
-            if wish == "1":
+        except (OSError, subprocess.CalledProcessError) as error:
+            if requested == "1":
                 raise SystemExit(
-                    f"edgefed: EDGEFED_NATIVE=1, but the native part could not be built: {fault}"
-                ) from fault
-            self.warn(f"native part not built ({fault}); edgefed works without it, aggregation is slower")
+                    f"edgefed: EDGEFED_NATIVE=1, but the native part could not be built: {error}"
+                ) from error
+            self.warn(f"native part not built ({error}); edgefed works without it, aggregation is slower")
 
     def compile(self, compiler, sources, target):
         """One object for each file, as many at once as there are cores, then the library."""
@@ -79,13 +79,13 @@ class BuildNative(build_ext):
 
     def build_cuda(self, ext):
         """csrc/*.cu for every GPU that nvcc knows, and PTX of the last for those that come later."""
-        wish = os.environ.get("EDGEFED_CUDA", "auto")
-        if wish == "0":
+        requested = os.environ.get("EDGEFED_CUDA", "auto")
+        if requested == "0":
             print("edgefed: CUDA part left out (EDGEFED_CUDA=0)")
             return
         nvcc = find_nvcc()
         if nvcc is None:
-            if wish == "1":
+            if requested == "1":
                 raise SystemExit("edgefed: EDGEFED_CUDA=1, but no nvcc was found in PATH, CUDA_HOME or /usr/local/cuda")
             print("edgefed: no nvcc, CUDA part left out")
             return
@@ -108,10 +108,10 @@ class BuildNative(build_ext):
             with ThreadPoolExecutor(cores) as pool:
                 objects = list(pool.map(build, ext.sources))
             subprocess.check_call([nvcc, *CUDA_LINK_FLAGS, *objects, "-o", str(target)])
-        except (OSError, subprocess.CalledProcessError) as fault:
-            if wish == "1":
-                raise SystemExit(f"edgefed: EDGEFED_CUDA=1, but the CUDA part could not be built: {fault}") from fault
-            self.warn(f"CUDA part not built ({fault}); edgefed works without it")
+        except (OSError, subprocess.CalledProcessError) as error:
+            if requested == "1":
+                raise SystemExit(f"edgefed: EDGEFED_CUDA=1, but the CUDA part could not be built: {error}") from error
+            self.warn(f"CUDA part not built ({error}); edgefed works without it")
 
     def get_outputs(self):
         return [path for path in super().get_outputs() if os.path.exists(path)]
@@ -125,13 +125,13 @@ def find_nvcc():
     return shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))
 
 
-def choose_archs(nvcc, wish):
+def choose_archs(nvcc, requested):
     """Compute capabilities to compile for, ascending: those wished for, else all that this nvcc knows."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     known = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed]
-    if not wish:
+    if not requested:
         return known
-    wanted = wish.replace(",", ";").split(";")
+    wanted = requested.replace(",", ";").split(";")
     unknown = [arch for arch in wanted if f"compute_{arch}" not in listed]
     if unknown:
         raise SystemExit(f"edgefed: EDGEFED_CUDA_ARCHS has {', '.join(unknown)}, this nvcc knows {', '.join(listed)}")

@@ -254,8 +254,8 @@ def crowd(url: str, clients: int, share: float) -> dict:
         def guarded(member: Member) -> None:
             try:
                 work(member)
-            except BaseException as fault:
-                faults.append(fault)
+            except BaseException as error:
+                faults.append(error)
 
         threads = [threading.Thread(target=guarded, args=(member,)) for member in members]
         started = time.monotonic()

@@ -121,14 +121,14 @@ def forward_case(layer: Layer, form: str, num_tokens: int, peers: tuple[str, ...
 
 
 def training_case(
-    layer: Layer, tuned: int, frozen: int, peers: tuple[str, ...], machine: dict, reps: int, keep: bool | None
+    layer: Layer, trainable: int, frozen: int, peers: tuple[str, ...], machine: dict, reps: int, keep: bool | None
 ) -> dict:
-    """Forward and backward of 512 tokens: ``tuned`` bfloat16 experts, ``frozen`` NF4 ones, the rest absent."""
+    """Forward and backward of 512 tokens: ``trainable`` bfloat16 experts, ``frozen`` NF4 ones, the rest absent."""
     x, indices, weights = route(512, 0)
     x, weights = x.requires_grad_(), weights.requires_grad_()
     dense = layer.slots("bf16", trains=True)
-    slots = [*dense[:tuned], *(layer.slots("nf4")[tuned : tuned + frozen] if frozen else [])]
-    slot_indices = torch.where(indices < tuned + frozen, indices, -1)
+    slots = [*dense[:trainable], *(layer.slots("nf4")[trainable : trainable + frozen] if frozen else [])]
+    slot_indices = torch.where(indices < trainable + frozen, indices, -1)
     gradient = torch.randn_like(x)
 
     def clear() -> None:
@@ -150,28 +150,32 @@ def training_case(
     runs.update({name: lambda name=name: peer(name) for name in peers})
     times = interleaved(runs, reps)
     clear()
-    tuned_pairs = int((indices < tuned).sum())
+    trainable_pairs = int((indices < trainable).sum())
     pairs = int((slot_indices >= 0).sum())
-    operations = 2 * WEIGHTS * (2 * pairs + tuned_pairs)
-    bytes_read = 2 * WEIGHTS * (tuned * BYTES["bf16"] + frozen * BYTES["nf4"]) + tuned * WEIGHTS * BYTES["bf16"]
-    return {"pairs": pairs, "tuned_pairs": tuned_pairs, **row(times, bytes_read, operations, "bfloat16", machine)}
+    operations = 2 * WEIGHTS * (2 * pairs + trainable_pairs)
+    bytes_read = 2 * WEIGHTS * (trainable * BYTES["bf16"] + frozen * BYTES["nf4"]) + trainable * WEIGHTS * BYTES["bf16"]
+    return {
+        "pairs": pairs,
+        "trainable_pairs": trainable_pairs,
+        **row(times, bytes_read, operations, "bfloat16", machine),
+    }
 
 
 def cases(layer: Layer, machine: dict, reps: int) -> dict[str, Callable[[], dict]]:
     def forward(form: str, num_tokens: int, *peers: str) -> Callable[[], dict]:
         return lambda: forward_case(layer, form, num_tokens, peers or ("grouped_mm",), machine, reps)
 
-    def training(tuned: int, frozen: int, *peers: str, keep: bool | None = None) -> Callable[[], dict]:
-        return lambda: training_case(layer, tuned, frozen, peers, machine, max(2, reps // 2), keep)
+    def training(trainable: int, frozen: int, *peers: str, keep: bool | None = None) -> Callable[[], dict]:
+        return lambda: training_case(layer, trainable, frozen, peers, machine, max(2, reps // 2), keep)
 
     return {
         **{f"{form}-{t}": forward(form, t) for form in ("nf4", "int8", "bf16") for t in (1, 16, 64, 512)},
-        "train-64-tuned": training(64, 0, "grouped_mm"),
+        "train-64-trainable": training(64, 0, "grouped_mm"),
         "train-8-resident": training(8, 0, "grouped_mm"),
-        "train-8-tuned-56-nf4": training(8, 56),
-        "train-8-tuned-56-nf4-recompute": training(8, 56, keep=False),
+        "train-8-trainable-56-nf4": training(8, 56),
+        "train-8-trainable-56-nf4-recompute": training(8, 56, keep=False),
         "train-64-nf4": training(0, 64),
-        "train-64-tuned-eager": lambda: training_case(layer, 64, 0, ("eager",), machine, 1, None),
+        "train-64-trainable-eager": lambda: training_case(layer, 64, 0, ("eager",), machine, 1, None),
     }
 
 

@@ -4,7 +4,7 @@
     python benchmarks/bench_memory_model.py --device cuda --json benchmarks/results/memory_model_cuda.json
 
 Random models of several families (tens of megabytes of parameters) train two steps under each of many plans: experts
-kept and tuned, evenly and unevenly, batch and sequence length, checkpointing, chunked loss, experts that do not learn
+kept and trainable, evenly and unevenly, batch and sequence length, checkpointing, chunked loss, experts that do not learn
 in 4 or 8 bits. The first step of ONE plan, the reference, corrects the memory model; what it then says of every plan is
 compared with the peak that the allocator had in that plan's second step. Beside it: the same with each plan in turn as
 the reference, and the formulas alone. All of it with the kernels that training takes by itself, and again with those
@@ -29,13 +29,12 @@ from provenance import provenance
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from edgefed.costs.memory import StepSetup, training_memory
+from edgefed.costs.shapes import ModelShape, shape_from_config
 from edgefed.experts import ExpertPlan
 from edgefed.moe.architecture import discover_layers
-from edgefed.moe.memory import StepSetup, training_memory
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.shapes import ModelShape, shape_from_config
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.calibration import StepMeasurement, correction_from, measure_step
 from edgefed.training.savings import make_optimizer
 from edgefed.training.steps import take_step
@@ -85,7 +84,7 @@ class Plan:
     """Experts per MoE layer, and how the step is done."""
 
     kept: tuple[int, ...]
-    tuned: tuple[int, ...]
+    trainable: tuple[int, ...]
     batch_size: int = 2
     sequence_length: int = 256
     checkpointing: bool = False
@@ -108,8 +107,8 @@ class Row:
 def plans(num_layers: int, experts: int, top_k: int) -> Iterator[Plan]:
     """The reference first, then what differs from it."""
 
-    def even(kept: int, tuned: int, **how: object) -> Plan:
-        return Plan((kept,) * num_layers, (tuned,) * num_layers, **how)
+    def even(kept: int, trainable: int, **how: object) -> Plan:
+        return Plan((kept,) * num_layers, (trainable,) * num_layers, **how)
 
     half, quarter = experts // 2, max(1, experts // 4)
     yield even(half, quarter)
@@ -122,8 +121,10 @@ def plans(num_layers: int, experts: int, top_k: int) -> Iterator[Plan]:
     yield Plan(uneven, tuple(max(1, count // 2) for count in uneven))
     for batch_size, sequence_length in LENGTHS:
         yield even(half, quarter, batch_size=batch_size, sequence_length=sequence_length)
-    for (checkpointing, chunked), (kept, tuned) in itertools.product(SAVINGS, ((half, quarter), (experts, experts))):
-        yield even(kept, tuned, checkpointing=checkpointing, chunked_loss=chunked)
+    for (checkpointing, chunked), (kept, trainable) in itertools.product(
+        SAVINGS, ((half, quarter), (experts, experts))
+    ):
+        yield even(kept, trainable, checkpointing=checkpointing, chunked_loss=chunked)
     yield even(half, quarter, expert_storage="nf4")
     yield even(experts, 2, expert_storage="nf4", checkpointing=True, chunked_loss=True)
     yield even(experts, 2, expert_storage="int8")
@@ -150,8 +151,8 @@ def measure_family(family: str, dtype: str, mode: str, device: str) -> tuple[Mod
     for plan in plans(len(model.layers), shape.num_experts, shape.top_k):
         experts = ExpertPlan.of(
             model.experts_per_layer,
-            [range(count) for count in plan.tuned],
-            [range(tuned, kept) for kept, tuned in zip(plan.kept, plan.tuned, strict=True)],
+            [range(count) for count in plan.trainable],
+            [range(trainable, kept) for kept, trainable in zip(plan.kept, plan.trainable, strict=True)],
         )
         model.apply_plan(experts, source, scope, storage=plan.expert_storage)
         rows.append(measure_plan(model, plan, shape, dtype, mode, device))
@@ -187,7 +188,7 @@ def measure_plan(model: MoeModel, plan: Plan, shape: ModelShape, dtype: str, mod
     optimizer.zero_grad(set_to_none=True)
     reached = model.trained_tokens()
     idle = sum(
-        not reached[layer.ordinal, expert] for layer in model.layers for expert in range(plan.tuned[layer.ordinal])
+        not reached[layer.ordinal, expert] for layer in model.layers for expert in range(plan.trainable[layer.ordinal])
     )
     return Row(plan, setup, first, second, idle)
 
@@ -196,7 +197,8 @@ def predict(shape: ModelShape, rows: list[Row], reference: Row | None) -> list[f
     """Predicted over measured peak of every row."""
     correction = correction_from(reference.first, shape, reference.setup) if reference else None
     return [
-        training_memory(shape, row.setup, row.plan.kept, row.plan.tuned, correction).total_bytes / row.second.peak_bytes
+        training_memory(shape, row.setup, row.plan.kept, row.plan.trainable, correction).total_bytes
+        / row.second.peak_bytes
         for row in rows
     ]
 

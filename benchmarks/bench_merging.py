@@ -3,7 +3,7 @@
     python benchmarks/bench_merging.py --json benchmarks/results/merging.json
 
 Error: the packaged model; each silo of the standard library is a client, profiled with attention on its training part,
-measured on its held-out part. ``--tuned`` of the experts, the most used of the model, stay as they are; the others
+measured on its held-out part. ``--trainable`` of the experts, the most used of the model, stay as they are; the others
 share ``--slots`` merged experts. Differences are between means over clients and layers. Clustering: all layers in one
 batch, the same layer by layer, one distance matrix of all layers with masked pairs, and scikit-learn where installed.
 """
@@ -23,18 +23,15 @@ from cpu_limits import interleaved
 from provenance import provenance
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.merge_error import layer_output_errors
 from edgefed.embedded import tiny_model_directory
 from edgefed.embedded.silos import SILOS
-from edgefed.experts import ExpertPlan, RouterRecord
-from edgefed.moe.alignment import neuron_aligner
-from edgefed.moe.clustering import cluster_layers
-from edgefed.moe.expert_sketch import expert_points, sketch_layer
-from edgefed.moe.linear_assignment import best_assignment
-from edgefed.moe.merge_error import layer_output_errors
-from edgefed.moe.merging import SIZES, MergingOptions, expert_importance, plan_merging
+from edgefed.experts import ActivationProfile, ExpertPlan
+from edgefed.moe.merging.alignment import best_assignment, neuron_aligner
+from edgefed.moe.merging.clustering import cluster_layers, expert_embeddings, sketch_layer
+from edgefed.moe.merging.plan import SIZES, MergingOptions, expert_importance, plan_merging
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
 from edgefed.training.evaluate import evaluate_loss
@@ -58,11 +55,11 @@ def strategies() -> dict[str, MergingOptions]:
 
 
 def measure_errors(args: argparse.Namespace) -> dict:
-    """Mean error of each strategy, tuned share and slot count."""
+    """Mean error of each strategy, trainable share and slot count."""
     folder = tiny_model_directory()
     model, tokenizer = MoeModel.from_checkpoint(folder), load_tokenizer(folder)
     source = MemorySource({spec.key: tensors for spec, tensors in model.iter_units()})
-    points = expert_points(model.layers, source)
+    points = expert_embeddings(model.layers, source)
     aligner = neuron_aligner(model.layers)
     rows: dict[tuple[float, int, str], list[np.ndarray]] = {}
     attended: dict[tuple[float, int, str], list[np.ndarray]] = {}
@@ -77,13 +74,13 @@ def measure_errors(args: argparse.Namespace) -> dict:
         both = [[expert_importance(layer, kind) for layer in record.layers] for kind in ("attention", "frequency")]
         likeness.append(float(np.corrcoef(*(np.concatenate(alphas) for alphas in both))[0, 1]))
         plans: dict[tuple[float, int, str], ExpertPlan] = {}
-        for tuned in args.tuned:
-            kept = most_used(record, tuned)
+        for trainable in args.trainable:
+            kept = most_used(record, trainable)
             for slots in args.slots:
                 for name, options in strategies().items():
-                    plans[tuned, slots, name] = plan_merging(record, kept, points, slots, options)
+                    plans[trainable, slots, name] = plan_merging(record, kept, points, slots, options)
                     if (options.sizes, options.importance) == ("adaptive", "attention"):
-                        plans[tuned, slots, f"{name}/aligned"] = plans[tuned, slots, name]
+                        plans[trainable, slots, f"{name}/aligned"] = plans[trainable, slots, name]
         aligners = {str(key): aligner for key in plans if key[2].endswith("/aligned")}
         batches = [ids for ids, _ in held_out.batches(8)]
         named = {str(key): plan for key, plan in plans.items()}
@@ -100,17 +97,17 @@ def measure_errors(args: argparse.Namespace) -> dict:
         "attention_frequency_correlation": round(statistics.mean(likeness), 3),
         "errors": [
             {
-                "tuned": tuned,
+                "trainable": trainable,
                 "slots": slots,
                 "strategy": name,
                 "error": round(float(np.mean(values)), 4),
                 "spread_over_clients": round(float(np.std(np.mean(values, axis=1))), 4),
-                "error_by_attention": round(float(np.mean(attended[tuned, slots, name])), 4)
-                if (tuned, slots, name) in attended
+                "error_by_attention": round(float(np.mean(attended[trainable, slots, name])), 4)
+                if (trainable, slots, name) in attended
                 else None,
                 "by_layer": np.round(np.mean(values, axis=0), 4).tolist(),
             }
-            for (tuned, slots, name), values in rows.items()
+            for (trainable, slots, name), values in rows.items()
         ],
     }
 
@@ -121,7 +118,7 @@ def measure_losses(args: argparse.Namespace) -> list[dict]:
     folder = tiny_model_directory()
     model, tokenizer = MoeModel.from_checkpoint(folder), load_tokenizer(folder)
     source = MemorySource({spec.key: tensors for spec, tensors in model.iter_units()})
-    points = expert_points(model.layers, source)
+    points = expert_embeddings(model.layers, source)
     dense = TrainScope(experts="none", router="none")
     values: dict[tuple[float, int, str], list[float]] = {}
     for silo in args.silos[: args.loss_clients]:
@@ -133,29 +130,31 @@ def measure_losses(args: argparse.Namespace) -> list[dict]:
         with model.streaming(source, dense):
             record = profile(model, train)
             values.setdefault((1.0, 0, "nothing merged"), []).append(evaluate_loss(model.module, held_out, 8))
-        for tuned in args.tuned:
+        for trainable in args.trainable:
             for slots in args.slots:
                 for sizes in SIZES:
                     plan = plan_merging(
                         record,
-                        most_used(record, tuned),
+                        most_used(record, trainable),
                         points,
                         slots,
                         MergingOptions(sizes=sizes, weigh_clusters=False),
                     )
                     model.apply_plan(plan, source, dense)
                     with torch.no_grad():
-                        values.setdefault((tuned, slots, sizes), []).append(evaluate_loss(model.module, held_out, 8))
+                        values.setdefault((trainable, slots, sizes), []).append(
+                            evaluate_loss(model.module, held_out, 8)
+                        )
                     model.drop_experts()
         print(f"# losses of {silo}", flush=True)
     return [
-        {"tuned": tuned, "slots": slots, "sizes": sizes, "loss": round(statistics.mean(losses), 4)}
-        for (tuned, slots, sizes), losses in values.items()
+        {"trainable": trainable, "slots": slots, "sizes": sizes, "loss": round(statistics.mean(losses), 4)}
+        for (trainable, slots, sizes), losses in values.items()
     ]
 
 
 @torch.no_grad()
-def profile(model: MoeModel, blocks: TokenBlocks) -> RouterRecord:
+def profile(model: MoeModel, blocks: TokenBlocks) -> ActivationProfile:
     """The router record with attention of the model as it is."""
     with model.record_statistics(attention=True) as recorder:
         for input_ids, _ in blocks.batches(8):
@@ -163,15 +162,15 @@ def profile(model: MoeModel, blocks: TokenBlocks) -> RouterRecord:
         return recorder.take()
 
 
-def most_used(record: RouterRecord, share: float) -> ExpertPlan:
-    """The most used ``share`` of all experts tuned, nothing else held."""
+def most_used(record: ActivationProfile, share: float) -> ExpertPlan:
+    """The most used ``share`` of all experts trainable, nothing else held."""
     ranked = sorted(
         ((-frequency, layer, expert) for layer, row in enumerate(record.layers) for expert, frequency in
          enumerate(row.frequency.tolist())),
     )  # fmt: skip
     chosen = ranked[: round(share * len(ranked))]
-    tuned = [[expert for _, own, expert in chosen if own == layer] for layer in range(len(record.layers))]
-    return ExpertPlan.of(record.experts_per_layer, tuned)
+    trainable = [[expert for _, own, expert in chosen if own == layer] for layer in range(len(record.layers))]
+    return ExpertPlan.of(record.experts_per_layer, trainable)
 
 
 def expert_cosine(model: MoeModel, source: MemorySource) -> float:
@@ -191,19 +190,19 @@ def expert_cosine(model: MoeModel, source: MemorySource) -> float:
 
 
 def compare(errors: list[dict]) -> list[dict]:
-    """How much lower the error is, beside the paper's shares, for each tuned share, slot count and kind of K-means."""
-    table = {(row["tuned"], row["slots"], row["strategy"]): row["error"] for row in errors}
-    attended = {(row["tuned"], row["slots"], row["strategy"]): row["error_by_attention"] for row in errors}
+    """How much lower the error is, beside the paper's shares, for each trainable share, slot count and kind of K-means."""
+    table = {(row["trainable"], row["slots"], row["strategy"]): row["error"] for row in errors}
+    attended = {(row["trainable"], row["slots"], row["strategy"]): row["error_by_attention"] for row in errors}
     found = []
-    for tuned, slots in dict.fromkeys((row["tuned"], row["slots"]) for row in errors):
+    for trainable, slots in dict.fromkeys((row["trainable"], row["slots"]) for row in errors):
         for kmeans in ("plain", "weighted"):
 
-            def error(sizes: str, importance: str = "attention", kmeans=kmeans, at=(tuned, slots), end="") -> float:
+            def error(sizes: str, importance: str = "attention", kmeans=kmeans, at=(trainable, slots), end="") -> float:
                 return table[(*at, f"{sizes}/{importance}/{kmeans}{end}")]
 
             found.append(
                 {
-                    "tuned": tuned,
+                    "trainable": trainable,
                     "slots": slots,
                     "kmeans": kmeans,
                     "adaptive": error("adaptive"),
@@ -214,8 +213,8 @@ def compare(errors: list[dict]) -> list[dict]:
                     "attention below frequency": round(1 - error("adaptive") / error("adaptive", "frequency"), 3),
                     "attention below frequency, tokens counted by attention": round(
                         1
-                        - attended[tuned, slots, f"adaptive/attention/{kmeans}"]
-                        / attended[tuned, slots, f"adaptive/frequency/{kmeans}"],
+                        - attended[trainable, slots, f"adaptive/attention/{kmeans}"]
+                        / attended[trainable, slots, f"adaptive/frequency/{kmeans}"],
                         3,
                     ),
                     "aligned below not": round(1 - error("adaptive", end="/aligned") / error("adaptive"), 3),
@@ -328,7 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--silos", nargs="+", default=list(SILOS))
     parser.add_argument("--tokens", type=int, default=4096, help="tokens profiled, and held out, per client")
-    parser.add_argument("--tuned", type=float, nargs="+", default=[0.0, 0.25])
+    parser.add_argument("--trainable", type=float, nargs="+", default=[0.0, 0.25])
     parser.add_argument("--slots", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--loss-clients", type=int, default=3, help="clients of which the merged model's loss is taken")
     parser.add_argument("--repetitions", type=int, default=7)

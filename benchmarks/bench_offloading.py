@@ -24,13 +24,12 @@ from bench_memory_model import FAMILIES, HELD_OUT, LORA_RANK, SAVINGS, Plan, bui
 from provenance import provenance
 from transformers.utils import logging as transformers_logging
 
+from edgefed.costs.activations import offloaded_bytes, static_bytes
+from edgefed.costs.memory import training_memory
 from edgefed.disk import filesystem
 from edgefed.experts import ExpertPlan
-from edgefed.moe.memory import training_memory
 from edgefed.moe.offloading import OffloadSpace
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
-from edgefed.moe.stored import offloaded_bytes, static_bytes
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.calibration import correction_from
 
 CPU = torch.device("cpu")
@@ -54,7 +53,7 @@ def measure_family(family: str, dtype: str, mode: str, folder: Path) -> dict:
         model.drop_experts()
         correction = correction or correction_from(row.first, shape, row.setup)
         static = static_bytes(shape, row.setup, counts, counts)
-        layer = static["kept experts"] + static["tuned experts"]
+        layer = static["kept experts"] + static["trainable experts"]
         predicted = training_memory(shape, row.setup, counts, counts, correction).total_bytes
         rows.append(
             {

@@ -32,20 +32,19 @@ from provenance import provenance
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from edgefed.costs.memory import profiling_memory
+from edgefed.costs.shapes import ModelShape, shape_from_config
 from edgefed.embedded import resolve_model
-from edgefed.experts import ExpertPlan, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan
 from edgefed.methods.fedavg import FedAvg
 from edgefed.moe.architecture import discover_layers
-from edgefed.moe.memory import profiling_memory
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.shapes import ModelShape, shape_from_config
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
 from edgefed.training.profiling import (
-    ProfileWay,
+    ProfilePass,
     activation_error,
     load_tokenizer,
     profile_blocks,
@@ -64,13 +63,13 @@ OLMOE = dict(
 STEPS_SHARE_TARGET = 0.05
 M_MMAP_THRESHOLD = -3
 WAYS = {
-    "one expert at a time": ProfileWay("expert", None, 8, 1),
-    "layer by layer": ProfileWay("layer", None, 8, 0),
-    "layer by layer, int8": ProfileWay("layer", "int8", 8, 0),
-    "layer by layer, nf4": ProfileWay("layer", "nf4", 8, 0),
-    "all": ProfileWay("all", None, 8, 1),
-    "all, int8": ProfileWay("all", "int8", 8, 1),
-    "all, nf4": ProfileWay("all", "nf4", 8, 1),
+    "one expert at a time": ProfilePass("expert", None, 8, 1),
+    "layer by layer": ProfilePass("layer", None, 8, 0),
+    "layer by layer, int8": ProfilePass("layer", "int8", 8, 0),
+    "layer by layer, nf4": ProfilePass("layer", "nf4", 8, 0),
+    "all": ProfilePass("all", None, 8, 1),
+    "all, int8": ProfilePass("all", "int8", 8, 1),
+    "all, nf4": ProfilePass("all", "nf4", 8, 1),
 }
 
 
@@ -90,7 +89,7 @@ class FolderSource:
         return load_file(self._folder / self._names[unit_key])
 
 
-def attention_error(estimate: RouterRecord, truth: RouterRecord) -> float:
+def attention_error(estimate: ActivationProfile, truth: ActivationProfile) -> float:
     """Mean over used experts of |alpha_hat - alpha| / alpha with alpha_e = f_e a_e, mean over layers."""
     errors = []
     for found, real in zip(estimate.layers, truth.layers, strict=True):
@@ -116,13 +115,13 @@ def measure_accuracy(model: MoeModel, units: dict, blocks: dict[str, TokenBlocks
     """Rows by estimate: mean over silos, and the worst."""
     source, found = MemorySource(units), {}
     for silo in blocks.values():
-        truth = profile_blocks(model, silo, source, ProfileWay("all"), attention=True)
+        truth = profile_blocks(model, silo, source, ProfilePass("all"), attention=True)
         estimates = {
-            s: profile_blocks(model, silo, source, ProfileWay("all", s), attention=True) for s in ("int8", "nf4")
+            s: profile_blocks(model, silo, source, ProfilePass("all", s), attention=True) for s in ("int8", "nf4")
         }
         for tokens in (count for count in FEWER_TOKENS if count < silo.num_tokens):
             few = spread_blocks(silo, tokens)
-            estimates[f"{tokens} tokens"] = profile_blocks(model, few, source, ProfileWay("all"), attention=True)
+            estimates[f"{tokens} tokens"] = profile_blocks(model, few, source, ProfilePass("all"), attention=True)
         for name, estimate in estimates.items():
             row = activation_error(estimate, truth), top_k_agreement(estimate, truth), attention_error(estimate, truth)
             found.setdefault(name, []).append(row)
@@ -142,9 +141,9 @@ def measure_staleness(model: MoeModel, units: dict, blocks: dict[str, TokenBlock
     """Plain FedAvg over the silos; each profiles before and after a round. Error against the model after it."""
     plan, scope, rows = ExpertPlan.full(model.experts_per_layer), TrainScope(), []
 
-    def profiles() -> dict[str | None, dict[str, RouterRecord]]:
+    def profiles() -> dict[str | None, dict[str, ActivationProfile]]:
         model.drop_experts()
-        ways = {storage: ProfileWay("all", storage) for storage in (None, "nf4")}
+        ways = {storage: ProfilePass("all", storage) for storage in (None, "nf4")}
         source = MemorySource(units)
         return {
             s: {silo: profile_blocks(model, b, source, way) for silo, b in blocks.items()} for s, way in ways.items()
@@ -168,7 +167,7 @@ def measure_staleness(model: MoeModel, units: dict, blocks: dict[str, TokenBlock
         load_fixed(model, units)
         after = profiles()
 
-        def error(estimate: dict[str, RouterRecord], truth: dict[str, RouterRecord] = after[None]) -> float:
+        def error(estimate: dict[str, ActivationProfile], truth: dict[str, ActivationProfile] = after[None]) -> float:
             return statistics.mean(activation_error(estimate[silo], truth[silo]) for silo in truth)
 
         fresh, stale = error(after["nf4"]), error(before["nf4"])
@@ -192,7 +191,7 @@ def load_fixed(model: MoeModel, units: dict) -> None:
 
 
 def measure_cost(name: str, model: MoeModel, shape: ModelShape, blocks: TokenBlocks, options) -> dict:
-    """Rows by way, each the shortest of some runs, and the steps of a round with an eighth of the experts tuned."""
+    """Rows by way, each the shortest of some runs, and the steps of a round with an eighth of the experts trainable."""
     dense = model.memory_bytes()["dense"]
     with tempfile.TemporaryDirectory(prefix="edgefed-profiling-") as folder:
         source = FolderSource(Path(folder), model)

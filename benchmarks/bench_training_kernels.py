@@ -25,8 +25,7 @@ from edgefed.embedded import TINY, resolve_model
 from edgefed.experts import ExpertPlan
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.savings import make_optimizer
 from edgefed.training.steps import step_setup, take_step
@@ -36,7 +35,7 @@ OLMOE = dict(
     intermediate_size=512, num_experts=32, num_experts_per_tok=8, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 CASES = (
-    # model, dtype, tuned and frozen experts of a layer, batch size, sequence length
+    # model, dtype, trainable and frozen experts of a layer, batch size, sequence length
     ("demo", torch.float32, 16, 0, 4, 128),
     ("olmoe quarter", torch.bfloat16, 4, 28, 1, 512),
     ("olmoe quarter", torch.bfloat16, 32, 0, 1, 512),
@@ -56,12 +55,12 @@ def build(name: str, dtype: torch.dtype) -> MoeModel:
     return MoeModel(module, discover_layers(module), device=torch.device("cpu"))
 
 
-def measure(name: str, dtype: torch.dtype, tuned: int, frozen: int, batch: int, length: int, steps: int) -> dict:
+def measure(name: str, dtype: torch.dtype, trainable: int, frozen: int, batch: int, length: int, steps: int) -> dict:
     model, scope = build(name, dtype), TrainScope()
     source = MemorySource({spec.key: {n: t.clone() for n, t in ts.items()} for spec, ts in model.iter_units(scope)})
     layers = len(model.layers)
     plan = ExpertPlan.of(
-        model.experts_per_layer, [range(tuned)] * layers, [range(tuned, tuned + frozen)] * layers
+        model.experts_per_layer, [range(trainable)] * layers, [range(trainable, trainable + frozen)] * layers
     )  # fmt: skip
     model.apply_plan(plan, source, scope)
     model.module.train()
@@ -70,8 +69,8 @@ def measure(name: str, dtype: torch.dtype, tuned: int, frozen: int, batch: int, 
     ids = torch.randint(3, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     seconds: dict[str, list[float]] = {}
     for step in range(WARM_UP + steps):
-        for wish in ("reference", "auto"):
-            os.environ["EDGEFED_KERNELS"] = wish
+        for requested in ("reference", "auto"):
+            os.environ["EDGEFED_KERNELS"] = requested
             setup = step_setup(model, TrainingConfig(local_steps=1))
             started = time.process_time()
             take_step(model, optimizer, parameters, ids, ids, setup=setup, max_grad_norm=1.0)
@@ -80,7 +79,7 @@ def measure(name: str, dtype: torch.dtype, tuned: int, frozen: int, batch: int, 
                 seconds.setdefault(setup.kernels, []).append(time.process_time() - started)
     medians = {kernels: statistics.median(taken) for kernels, taken in seconds.items()}
     return {
-        "model": name, "dtype": str(dtype).removeprefix("torch."), "tuned": tuned, "frozen": frozen,
+        "model": name, "dtype": str(dtype).removeprefix("torch."), "trainable": trainable, "frozen": frozen,
         "batch_size": batch, "sequence_length": length, "seconds": seconds, "median_seconds": medians,
     }  # fmt: skip
 
@@ -98,7 +97,8 @@ def main() -> int:
         row = results[-1]
         medians = "  ".join(f"{kernels} {taken:.3f} s" for kernels, taken in row["median_seconds"].items())
         print(
-            f"{row['model']:14} {row['dtype']:9} {row['tuned']:3} tuned {row['frozen']:3} frozen  {medians}", flush=True
+            f"{row['model']:14} {row['dtype']:9} {row['trainable']:3} trainable {row['frozen']:3} frozen  {medians}",
+            flush=True,
         )
     if arguments.json:
         arguments.json.write_text(json.dumps({"provenance": provenance(), "results": results}, indent=1) + "\n")

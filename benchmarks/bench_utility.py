@@ -22,8 +22,7 @@ from provenance import provenance
 from edgefed.embedded import resolve_model
 from edgefed.experts import ExpertPlan
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training import utility
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples

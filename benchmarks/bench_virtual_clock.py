@@ -23,15 +23,14 @@ from provenance import provenance
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from edgefed.costs.roofline import Pass, training_step
+from edgefed.costs.shapes import shape_from_config
+from edgefed.costs.step_setup import StepSetup
 from edgefed.experts import ExpertPlan
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.shapes import shape_from_config
-from edgefed.moe.sources import MemorySource
-from edgefed.moe.step_setup import StepSetup
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.simulation.device_rates import Calibration
-from edgefed.simulation.roofline import Pass, training_step
 from edgefed.training.savings import checkpointing, make_optimizer
 from edgefed.training.steps import batch_loss
 
@@ -49,7 +48,7 @@ class Plan:
 
     name: str
     held: int
-    tuned: int
+    trainable: int
     batch_size: int = 2
     sequence_length: int = 256
     checkpointing: bool = False
@@ -58,9 +57,9 @@ class Plan:
 
 
 PLANS = (
-    Plan("half tuned (calibrates)", 16, 8),
-    Plan("all tuned", 16, 16),
-    Plan("half held, two tuned", 8, 2),
+    Plan("half trainable (calibrates)", 16, 8),
+    Plan("all trainable", 16, 16),
+    Plan("half held, two trainable", 8, 2),
     Plan("few experts, short batch", 4, 4, batch_size=1),
     Plan("checkpointing, chunked loss", 16, 4, checkpointing=True, chunked_loss=True),
     Plan("LoRA on all", 16, 16, experts="lora"),
@@ -91,7 +90,9 @@ class Trainee:
         layers = range(len(model.layers))
         source = MemorySource(units)
         experts = ExpertPlan.of(
-            model.experts_per_layer, [range(plan.tuned) for _ in layers], [range(plan.tuned, plan.held) for _ in layers]
+            model.experts_per_layer,
+            [range(plan.trainable) for _ in layers],
+            [range(plan.trainable, plan.held) for _ in layers],
         )
         model.apply_plan(experts, source, scope)
         self.model, self.experts = model, experts
@@ -102,16 +103,16 @@ class Trainee:
         self.parameters = list(model.trainable_parameters())
         self.optimizer = make_optimizer(self.parameters, "adamw", learning_rate=1e-4, weight_decay=0.0)
         self.ids = torch.randint(3, SIZES["vocab_size"], (plan.batch_size, plan.sequence_length))
-        self.tuned_pairs = self._tuned_pairs()
+        self.trainable_pairs = self._trainable_pairs()
 
-    def _tuned_pairs(self) -> list[float]:
+    def _trainable_pairs(self) -> list[float]:
         with torch.no_grad(), self.model.record_statistics() as statistics:
             self.model.module(input_ids=self.ids, use_cache=False)
             record = statistics.take()
         found = []
         for layer, counts in enumerate(record.layers):
             held = counts.tokens_per_expert[self.experts.resident(layer)].sum()
-            found.append(float(counts.tokens_per_expert[self.experts.tuned(layer)].sum() / max(held, 1)))
+            found.append(float(counts.tokens_per_expert[self.experts.trainable(layer)].sum() / max(held, 1)))
         return found
 
     def step(self) -> dict[str, float]:
@@ -172,7 +173,9 @@ def main() -> None:
             for phase, seconds in trainee.step().items():
                 measured[plan.name][phase] = min(measured[plan.name][phase], seconds)
             layers = len(shape.moe_layers)
-            work = training_step(shape, trainee.setup, [plan.held] * layers, [plan.tuned] * layers, trainee.tuned_pairs)
+            work = training_step(
+                shape, trainee.setup, [plan.held] * layers, [plan.trainable] * layers, trainee.trainable_pairs
+            )
             predicted[plan.name] = ideal(work, flops, bandwidth)
             del trainee
         print(f"# repeat {repeat + 1} of {args.repeats}", file=sys.stderr, flush=True)

@@ -31,8 +31,7 @@ from edgefed.hardware.probe import probe_device
 from edgefed.hardware.sampling import MemorySensors
 from edgefed.hardware.watch import INTERVAL_S, PressureWatch, WatchLimits
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.savings import make_optimizer
 from edgefed.training.steps import step_setup, take_step

@@ -28,12 +28,12 @@ from text_sets import AGNEWS_TOPICS, SETS, write_clients
 from transformers.utils import logging as transformers_logging
 
 from edgefed.agent.agent import AgentSettings, open_agent
-from edgefed.agent.local_trainer import LocalTrainer
-from edgefed.agent.planner import DeviceLimits
 from edgefed.hardware.memory import format_bytes
 from edgefed.runs import export_model
 from edgefed.simulation.measure import held_out_losses
 from edgefed.simulation.processes import read_ledger
+from edgefed.trainer.local_trainer import LocalTrainer
+from edgefed.trainer.planner import DeviceLimits
 from edgefed.training.data import Example
 
 METHODS = {

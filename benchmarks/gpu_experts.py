@@ -182,17 +182,17 @@ def forward_case(layer: Layer, form: str, num_tokens: int, watch: Stopwatch, mac
 
 
 def training_case(
-    layer: Layer, tuned: int, frozen: int, adapters: bool, peers: tuple[str, ...], watch: Stopwatch, machine: dict,
+    layer: Layer, trainable: int, frozen: int, adapters: bool, peers: tuple[str, ...], watch: Stopwatch, machine: dict,
     repetitions: int,
 ) -> dict:  # fmt: skip
-    """Forward and backward: ``tuned`` bfloat16 experts, ``frozen`` NF4 ones (with ``adapters``), the rest absent."""
+    """Forward and backward: ``trainable`` bfloat16 experts, ``frozen`` NF4 ones (with ``adapters``), the rest absent."""
     size, device = layer.size, layer.device
     x, indices, weights = route(size, size.training_tokens, 0, device)
     x, weights = x.requires_grad_(), weights.requires_grad_()
     dense = layer.slots("bf16", trains=True)
-    packed = layer.slots("nf4")[tuned : tuned + frozen] if frozen else []
-    slots = [*dense[:tuned], *(layer.with_adapters(packed) if adapters else packed)]
-    slot_indices = torch.where(indices < tuned + frozen, indices, -1)
+    packed = layer.slots("nf4")[trainable : trainable + frozen] if frozen else []
+    slots = [*dense[:trainable], *(layer.with_adapters(packed) if adapters else packed)]
+    slot_indices = torch.where(indices < trainable + frozen, indices, -1)
     gradient = torch.randn_like(x)
     learning = [t for s in slots for p in (s.up_lora, s.down_lora) if p for t in (p.lora_a, p.lora_b)]
     learning += [t for slot in dense for t in (slot.up, slot.down)]
@@ -217,12 +217,12 @@ def training_case(
     for name in peers:
         if name != "bitsandbytes" or has_bitsandbytes():
             runs[name] = lambda name=name: other(name)
-    tuned_pairs, pairs = int((indices < tuned).sum()), int((slot_indices >= 0).sum())
-    operations = 2 * size.weights * (2 * pairs + tuned_pairs)
-    bytes_read = size.weights * (2 * (tuned * BYTES["bf16"] + frozen * BYTES["nf4"]) + tuned * BYTES["bf16"])
+    trainable_pairs, pairs = int((indices < trainable).sum()), int((slot_indices >= 0).sum())
+    operations = 2 * size.weights * (2 * pairs + trainable_pairs)
+    bytes_read = size.weights * (2 * (trainable * BYTES["bf16"] + frozen * BYTES["nf4"]) + trainable * BYTES["bf16"])
     found = row(watch, runs, bytes_read, operations, machine, repetitions)
     clear()
-    return {"tokens": size.training_tokens, "pairs": pairs, "tuned_pairs": tuned_pairs, **found}
+    return {"tokens": size.training_tokens, "pairs": pairs, "trainable_pairs": trainable_pairs, **found}
 
 
 def cases(layer: Layer, watch: Stopwatch, machine: dict, repetitions: int) -> Iterator[tuple[str, Callable[[], dict]]]:
@@ -235,16 +235,16 @@ def cases(layer: Layer, watch: Stopwatch, machine: dict, repetitions: int) -> It
                 lambda form=form, tokens=tokens: forward_case(layer, form, tokens, watch, machine, repetitions),
             )
     all_of, few = size.experts, size.resident
-    for name, tuned, frozen, adapters, peers in (
-        (f"train-{all_of}-tuned", all_of, 0, False, ("grouped_mm", "eager")),
+    for name, trainable, frozen, adapters, peers in (
+        (f"train-{all_of}-trainable", all_of, 0, False, ("grouped_mm", "eager")),
         (f"train-{few}-resident", few, 0, False, ("grouped_mm",)),
-        (f"train-{few}-tuned-{all_of - few}-nf4", few, all_of - few, False, ()),
+        (f"train-{few}-trainable-{all_of - few}-nf4", few, all_of - few, False, ()),
         (f"train-{all_of}-nf4", 0, all_of, False, ("bitsandbytes",)),
         (f"train-{all_of}-nf4-lora", 0, all_of, True, ()),
     ):
         yield (
             name,
-            lambda tuned=tuned, frozen=frozen, adapters=adapters, peers=peers: training_case(
-                layer, tuned, frozen, adapters, peers, watch, machine, max(3, repetitions // 3)
+            lambda trainable=trainable, frozen=frozen, adapters=adapters, peers=peers: training_case(
+                layer, trainable, frozen, adapters, peers, watch, machine, max(3, repetitions // 3)
             ),
         )

@@ -6,8 +6,8 @@
 Client k has CNN-(k mod 5)+1 of the paper (arXiv 2402.01350, Table 1) and either two classes ("classes") or a Dirichlet
 share of all ("dirichlet"). Every method gets the same clients, first weights, rounds, epochs and batches. 60 % of a
 client's images are held out: with the paper's 20 % there would be too few to tell methods apart by a point. That leaves
-160 to train on; `--images 10000 --held-out 0.2 --rounds 18 --local-epochs 1` gives each client 800. What was tuned
-(`--tune --images 8000 --rounds 16`) was tuned once, on images that the table never sees; those rows are kept beside it.
+160 to train on; `--images 10000 --held-out 0.2 --rounds 18 --local-epochs 1` gives each client 800. What was trainable
+(`--tune --images 8000 --rounds 16`) was trainable once, on images that the table never sees; those rows are kept beside it.
 `DATA` is the folder with `cifar10/cifar10_10k_2k.npz`. Runs that ended are not done again: --work keeps them.
 """
 
@@ -67,7 +67,7 @@ class Run:
 
 def pools(path: Path, images: int):
     """(images of the table, images for tuning): the first ``images`` of a fixed shuffle, and the rest with x_test."""
-    from edgefed.personal.images import ImageSamples
+    from edgefed.personal.batches import ImageSamples
 
     with np.load(path, allow_pickle=False) as content:
         found = {name: content[name] for name in content.files}
@@ -85,9 +85,9 @@ def make_clients(run: Run):
     import torch
 
     from edgefed.personal.batches import hold_out
-    from edgefed.personal.federation import Client
     from edgefed.personal.networks import make_cnn
     from edgefed.personal.partition import partition_by_class, partition_dirichlet
+    from edgefed.simulation.personal_federation import Client
 
     settings = run.settings
     samples = pools(Path(settings["data"]), settings["images"])[1 if settings["tuning"] else 0]
@@ -109,10 +109,10 @@ def play(run: Run) -> dict:
     import torch
 
     from edgefed.methods.fedmoe import FedMoE
-    from edgefed.personal.baselines import make_strategy
-    from edgefed.personal.federation import Settings, worst_decile
-    from edgefed.personal.federation import run as federate
     from edgefed.personal.gate import FixedGate
+    from edgefed.simulation.personal_baselines import make_strategy
+    from edgefed.simulation.personal_federation import Settings, worst_decile
+    from edgefed.simulation.personal_federation import run as federate
 
     if run.path().exists():
         return json.loads(run.path().read_text())
@@ -156,7 +156,7 @@ def play(run: Run) -> dict:
 def summarise(runs: list[dict], reference: str = "standalone") -> dict:
     """{split: {"target": ..., "methods": {label: row}}}. The target is what ``reference`` reaches in all rounds, mean
     over seeds; a method that does not reach it in every seed has None."""
-    from edgefed.personal.federation import rounds_to
+    from edgefed.simulation.personal_federation import rounds_to
 
     rows: dict = {}
     for split in sorted({run["split"] for run in runs}):
@@ -202,7 +202,7 @@ def print_table(summary: dict) -> None:
 
 def draw(runs: list[dict], classes: tuple[str, ...], figure: Path | None, gates: Path | None) -> None:
     """Curves and clients by split; the gate's weights of the first seed."""
-    from edgefed.personal.pictures import save_comparison, save_gate_histograms
+    from edgefed.simulation.personal_pictures import save_comparison, save_gate_histograms
 
     if figure:
         save_comparison(

@@ -53,8 +53,8 @@ def jobs(only: list[str] | None, tile: tuple[int, ...] | None) -> list[tuple]:
     if only is None:
         return [(capability, label, tile) for capability, labels in variants.items() for label in labels]
     found = []
-    for wish in only:
-        capability, _, start = wish.partition(":")
+    for requested in only:
+        capability, _, start = requested.partition(":")
         matches = [label for label in variants.get(int(capability), []) if label.startswith(start)]
         if not matches:
             raise SystemExit(f"no kernel for sm_{capability} is called {start!r}")

@@ -24,8 +24,7 @@ from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import DeviceBudget
 from edgefed.methods.random_experts import RandomExperts
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
 from edgefed.training.evaluate import evaluate_loss

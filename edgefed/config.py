@@ -31,10 +31,10 @@ def load_settings(path: Path, known: Mapping[str, Mapping[str, str]]) -> dict[st
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as fault:
-        raise ConfigError(f"cannot read {path}: {fault.strerror or fault}") from fault
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
-        raise ConfigError(f"{path} is not TOML: {fault}") from fault
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
     settings: dict[str, dict[str, object]] = {}
     faults = []
     for verb, table in tables.items():

@@ -28,13 +28,13 @@ def disk_errors(what: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as fault:
+    except OSError as error:
         action = f"use {what}" if isinstance(what, Path) else what
-        detail = fault.strerror or str(fault)
-        if fault.filename is not None and str(fault.filename) not in action:
-            detail += f": {str(fault.filename)!r}"
-        kind = DiskFull if fault.errno in _FULL else StorageError
-        raise kind(f"cannot {action}: {detail}") from fault
+        detail = error.strerror or str(error)
+        if error.filename is not None and str(error.filename) not in action:
+            detail += f": {str(error.filename)!r}"
+        kind = DiskFull if error.errno in _FULL else StorageError
+        raise kind(f"cannot {action}: {detail}") from error
 
 
 def sync_file(file: BinaryIO) -> None:

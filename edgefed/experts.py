@@ -1,6 +1,6 @@
 """The two records that every layer of edgefed talks about: which experts are where, and how the router used them.
 
-``ExpertPlan`` says which experts a device holds and trains. ``RouterRecord`` says how often and how strongly the
+``ExpertPlan`` says which experts a device holds and trains. ``ActivationProfile`` says how often and how strongly the
 router chose them. Both are plain numpy: methods decide on them without torch, the model side acts on them, and
 they fit into a message.
 
@@ -20,10 +20,10 @@ class Role(enum.IntEnum):
     """What a device does with one expert."""
 
     ABSENT = 0
-    """Not on the device: no memory in forward, backward or optimiser."""
+    """Not on the device: no memory in forward, backward or optimizer."""
     FROZEN = 1
     """On the device, used in the forward pass, never changed."""
-    TUNED = 2
+    TRAINABLE = 2
     """On the device and trained."""
     MERGED = 3
     """On the device only within a frozen expert that is made of several (`MergedGroup`)."""
@@ -51,7 +51,7 @@ class ExpertPlan:
     """The role of every expert on one device.
 
     ``roles[l]`` is an int8 array (E_l,) of `Role` values; ``merged[l]`` are the groups of the layer's merged experts,
-    () for a plan without any. Slots are dense: tuned experts first, then frozen ones, each in ascending expert order,
+    () for a plan without any. Slots are dense: trainable experts first, then frozen ones, each in ascending expert order,
     so that the trained part of a bank is one contiguous block; then the merged groups in their order.
     """
 
@@ -72,7 +72,7 @@ class ExpertPlan:
                 raise ValueError(f"the groups of layer {layer} hold experts {members}, other ones have the role MERGED")
 
     @classmethod
-    def full(cls, experts_per_layer: Sequence[int], role: Role = Role.TUNED) -> ExpertPlan:
+    def full(cls, experts_per_layer: Sequence[int], role: Role = Role.TRAINABLE) -> ExpertPlan:
         """Every expert resident with the same role."""
         return cls(tuple(np.full(count, role, dtype=np.int8) for count in experts_per_layer))
 
@@ -80,7 +80,7 @@ class ExpertPlan:
     def of(
         cls,
         experts_per_layer: Sequence[int],
-        tuned: Sequence[Iterable[int]],
+        trainable: Sequence[Iterable[int]],
         frozen: Sequence[Iterable[int]] | None = None,
     ) -> ExpertPlan:
         """Build from expert ids per layer; everything else is absent. Raises ValueError on an id outside the layer."""
@@ -89,7 +89,7 @@ class ExpertPlan:
             row = np.zeros(count, dtype=np.int8)
             for ids, role in (
                 ((frozen or [()] * len(experts_per_layer))[layer], Role.FROZEN),
-                (tuned[layer], Role.TUNED),
+                (trainable[layer], Role.TRAINABLE),
             ):
                 for expert in ids:
                     if not 0 <= expert < count:
@@ -108,16 +108,16 @@ class ExpertPlan:
 
     @property
     def num_resident(self) -> int:
-        """Experts in memory: tuned and frozen ones, and one per merged group."""
+        """Experts in memory: trainable and frozen ones, and one per merged group."""
         return sum(self.num_slots(layer) for layer in range(self.num_layers))
 
     @property
-    def num_tuned(self) -> int:
-        return int(sum((roles == Role.TUNED).sum() for roles in self.roles))
+    def num_trainable(self) -> int:
+        return int(sum((roles == Role.TRAINABLE).sum() for roles in self.roles))
 
-    def tuned(self, layer: int) -> np.ndarray:
+    def trainable(self, layer: int) -> np.ndarray:
         """Expert ids trained in this layer, ascending (int64)."""
-        return np.flatnonzero(self.roles[layer] == Role.TUNED)
+        return np.flatnonzero(self.roles[layer] == Role.TRAINABLE)
 
     def frozen(self, layer: int) -> np.ndarray:
         """Expert ids held but not trained in this layer, ascending (int64)."""
@@ -128,8 +128,8 @@ class ExpertPlan:
         return self.merged[layer] if self.merged else ()
 
     def resident(self, layer: int) -> np.ndarray:
-        """Expert ids that are here as themselves, in slot order, int64: tuned ascending, then frozen ascending."""
-        return np.concatenate([self.tuned(layer), self.frozen(layer)])
+        """Expert ids that are here as themselves, in slot order, int64: trainable ascending, then frozen ascending."""
+        return np.concatenate([self.trainable(layer), self.frozen(layer)])
 
     def num_slots(self, layer: int) -> int:
         """Experts in memory of this layer: S, merged groups included."""
@@ -144,7 +144,7 @@ class ExpertPlan:
             slots[list(group.experts)] = slot
         return slots
 
-    def held_keys(self) -> list[tuple[int, int]]:
+    def resident_keys(self) -> list[tuple[int, int]]:
         """All (layer, expert) whose weights the device needs: on it as themselves, or within a merged expert."""
         return [
             (layer, int(expert))
@@ -176,7 +176,7 @@ class ExpertPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerRecord:
+class LayerProfile:
     """Router statistics of one MoE layer over ``num_tokens`` tokens. Every array is float64 (E,).
 
     With G_e(x) the router's probability of expert e for token x:
@@ -220,11 +220,11 @@ class LayerRecord:
         """Mean attention that tokens routed to each expert receive, (E,): a_e of Flux (2). Zero without tokens."""
         return None if self.attention_sum is None else self.attention_sum / np.maximum(self.tokens_per_expert, 1)
 
-    def __add__(self, other: LayerRecord) -> LayerRecord:
+    def __add__(self, other: LayerProfile) -> LayerProfile:
         """The record of both token sets. Raises ValueError where only one of them has attention."""
         if (self.attention_sum is None) != (other.attention_sum is None):
             raise ValueError("one record has the attention that tokens received, the other has not")
-        return LayerRecord(
+        return LayerProfile(
             num_tokens=self.num_tokens + other.num_tokens,
             tokens_per_expert=self.tokens_per_expert + other.tokens_per_expert,
             gate_sum=self.gate_sum + other.gate_sum,
@@ -237,10 +237,10 @@ class LayerRecord:
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterRecord:
-    """Router statistics of a whole model: one `LayerRecord` per MoE layer. A few kilobytes."""
+class ActivationProfile:
+    """Router statistics of a whole model: one `LayerProfile` per MoE layer. A few kilobytes."""
 
-    layers: tuple[LayerRecord, ...]
+    layers: tuple[LayerProfile, ...]
 
     @property
     def experts_per_layer(self) -> tuple[int, ...]:
@@ -250,8 +250,8 @@ class RouterRecord:
     def num_tokens(self) -> int:
         return self.layers[0].num_tokens if self.layers else 0
 
-    def __add__(self, other: RouterRecord) -> RouterRecord:
-        return RouterRecord(tuple(a + b for a, b in zip(self.layers, other.layers, strict=True)))
+    def __add__(self, other: ActivationProfile) -> ActivationProfile:
+        return ActivationProfile(tuple(a + b for a, b in zip(self.layers, other.layers, strict=True)))
 
     def to_dict(self) -> dict:
         """Plain numbers and lists, for JSON. `from_dict` is the inverse."""
@@ -259,17 +259,17 @@ class RouterRecord:
             "layers": [
                 {
                     field.name: value.tolist() if isinstance(value := getattr(layer, field.name), np.ndarray) else value
-                    for field in dataclasses.fields(LayerRecord)
+                    for field in dataclasses.fields(LayerProfile)
                 }
                 for layer in self.layers
             ]
         }
 
     @classmethod
-    def from_dict(cls, data: dict) -> RouterRecord:
+    def from_dict(cls, data: dict) -> ActivationProfile:
         return cls(
             tuple(
-                LayerRecord(
+                LayerProfile(
                     **{
                         name: np.asarray(value, dtype=np.float64) if isinstance(value, list) else value
                         for name, value in layer.items()

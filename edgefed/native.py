@@ -59,15 +59,15 @@ def load_library(
     try:
         library = ctypes.CDLL(str(path))
         version = getattr(library, version_function)()
-    except (OSError, AttributeError) as fault:
-        raise NativeUnavailable(f"{path} cannot be loaded: {fault}") from fault
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailable(f"{path} cannot be loaded: {error}") from error
     if version != abi_version:
         raise NativeUnavailable(f"{path} has interface version {version}, this edgefed needs {abi_version}: rebuild it")
     for name, (result, *arguments) in functions.items():
         try:
             function = getattr(library, name)
-        except AttributeError as fault:
-            raise NativeUnavailable(f"{path} has no function {name}: rebuild it") from fault
+        except AttributeError as error:
+            raise NativeUnavailable(f"{path} has no function {name}: rebuild it") from error
         function.argtypes, function.restype = arguments, result
     return library
 
@@ -85,20 +85,20 @@ def setting(name: str) -> str | None:
     return os.environ[name]
 
 
-def isa_code(library: ctypes.CDLL, wish: str | None = None) -> int:
-    """Code of the instruction set ``wish``, or of the one that EDGEFED_ISA names, or of the best one.
+def isa_code(library: ctypes.CDLL, requested: str | None = None) -> int:
+    """Code of the instruction set ``requested``, or of the one that EDGEFED_ISA names, or of the best one.
 
     Raises ConfigError when that one is unknown, or not on this processor.
     """
-    wish = wish or setting("EDGEFED_ISA")
-    if not wish:
+    requested = requested or setting("EDGEFED_ISA")
+    if not requested:
         return _best_isa(library)
-    if wish not in ISA_CODES or not library.ef_has_isa(ISA_CODES[wish]):
+    if requested not in ISA_CODES or not library.ef_has_isa(ISA_CODES[requested]):
         raise ConfigError(
-            f"instruction set {wish!r} was asked for, this processor has {', '.join(isa_names(library))}",
+            f"instruction set {requested!r} was asked for, this processor has {', '.join(isa_names(library))}",
             remedy="Set EDGEFED_ISA to one of them, or leave it out to take the best.",
         )
-    return ISA_CODES[wish]
+    return ISA_CODES[requested]
 
 
 @functools.lru_cache(maxsize=8)

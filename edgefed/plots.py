@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.experts import ExpertPlan, Role, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan, Role
 
 DPI = 144
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#6d597a", "#2e4057", "#8d6a9f", "#00798c")
@@ -37,7 +37,7 @@ def save_figure(figure, path: Path, dpi: int = DPI) -> None:
     figure.savefig(path, dpi=dpi, format=path.suffix.lstrip(".") or "png")
 
 
-def heat_map_rows(record: RouterRecord) -> np.ndarray:
+def heat_map_rows(record: ActivationProfile) -> np.ndarray:
     """Share of tokens routed to each expert, (L, E_max); NaN where a layer has fewer experts."""
     width = max(record.experts_per_layer)
     rows = np.full((len(record.layers), width), np.nan)
@@ -47,7 +47,7 @@ def heat_map_rows(record: RouterRecord) -> np.ndarray:
 
 
 MARKERS = {
-    Role.TUNED: {"marker": "o", "markersize": 3},
+    Role.TRAINABLE: {"marker": "o", "markersize": 3},
     Role.FROZEN: {"marker": "o", "markersize": 4, "markerfacecolor": "none"},
     Role.MERGED: {"marker": "x", "markersize": 2.5, "alpha": 0.6},
 }
@@ -57,7 +57,7 @@ def _padded(marks: np.ndarray, width: int) -> np.ndarray:
     return np.pad(marks, (0, width - len(marks)))
 
 
-def draw_heat_map(axes, record: RouterRecord, title: str, plan: ExpertPlan | None = None) -> None:
+def draw_heat_map(axes, record: ActivationProfile, title: str, plan: ExpertPlan | None = None) -> None:
     """Draw experts as columns, layers as rows, routed share as colour.
 
     What ``plan`` trains has a dot, what it holds unchanged a ring, and what is only there within a merged expert a
@@ -79,7 +79,7 @@ def draw_heat_map(axes, record: RouterRecord, title: str, plan: ExpertPlan | Non
     bar.ax.tick_params(labelsize=7)
 
 
-def save_heat_map(path: Path, record: RouterRecord, title: str) -> None:
+def save_heat_map(path: Path, record: ActivationProfile, title: str) -> None:
     """Write the heat map of one profile to ``path``."""
     figure, axes = _subplots(1, 1, width=max(4.0, 0.22 * max(record.experts_per_layer) + 2.0), height=0.35)
     figure.set_figheight(max(2.4, 0.3 * len(record.layers) + 1.4))
@@ -91,7 +91,7 @@ def save_federation_picture(
     path: Path,
     curves: Mapping[str, Sequence[float]],
     client_curves: Mapping[str, Sequence[float]],
-    profiles: Mapping[str, tuple[RouterRecord, ExpertPlan | None]],
+    profiles: Mapping[str, tuple[ActivationProfile, ExpertPlan | None]],
 ) -> None:
     """Write loss curves (left: one line a method; middle: one a client) and a heat map per client below.
 
@@ -150,7 +150,7 @@ def save_partition_picture(path: Path, counts: np.ndarray, classes: Sequence[str
 
 
 def _legend(plan: ExpertPlan | None) -> str:
-    meanings = {Role.TUNED: "dot: trained", Role.FROZEN: "ring: held", Role.MERGED: "cross: merged"}
+    meanings = {Role.TRAINABLE: "dot: trained", Role.FROZEN: "ring: held", Role.MERGED: "cross: merged"}
     here = [text for role, text in meanings.items() if plan and any((roles == role).any() for roles in plan.roles)]
     return ", ".join(here) or "nothing is held"
 

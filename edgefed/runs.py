@@ -29,7 +29,7 @@ from edgefed.protocol.messages import (
 )
 
 if TYPE_CHECKING:
-    from edgefed.moe.frame_source import FrameSource
+    from edgefed.moe.expert_reading import FrameSource
 
 
 class ImportRequest(msgspec.Struct, frozen=True):
@@ -60,7 +60,7 @@ def import_extractor(folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
     """
     import tempfile
 
-    from edgefed.moe.frame_source import raw_array
+    from edgefed.moe.expert_reading import raw_array
     from edgefed.moe.units import dtype_name
     from edgefed.personal.extractors import EXTRACTOR_UNIT, make_extractor
 
@@ -89,7 +89,7 @@ def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy)
     """
     import tempfile
 
-    from edgefed.moe.frame_source import raw_array
+    from edgefed.moe.expert_reading import raw_array
     from edgefed.moe.loading import load_config
     from edgefed.moe.model import MoeModel
     from edgefed.moe.units import dtype_name
@@ -170,7 +170,7 @@ class RunReader:
         """Copy the files of a manifest (config, tokenizer) into ``folder``; its units become readable in the result."""
         import shutil
 
-        from edgefed.moe.frame_source import FrameSource
+        from edgefed.moe.expert_reading import FrameSource
 
         paths = self.paths(manifest)
         for file in manifest.files:

@@ -130,8 +130,8 @@ def test_gpus_can_be_chosen(build):
 def cuda_library():
     try:
         return find_cuda()
-    except NativeUnavailable as fault:
-        pytest.skip(str(fault))
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
 
 
 def test_the_cuda_library_loads_without_a_driver_and_says_what_is_missing(cuda_library, tmp_path):

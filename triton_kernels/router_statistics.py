@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 GATE_KINDS = {"probability": 0, "softmax": 1, "sigmoid": 2}
-"""From a router's output to its gate G; as `edgefed.moe.gating`."""
+"""From a router's output to its gate G; as `edgefed.moe.gate_probe`."""
 MAX_PROGRAMS = 64
 MAX_TILE = 2048  # elements of a (tokens, experts) tile
 ROWS = tl.constexpr(6)

@@ -25,14 +25,12 @@ from edgefed import __version__
 from edgefed.agent.backoff import Retry
 from edgefed.agent.cache import BlobCache
 from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
-from edgefed.agent.heartbeat import HeartbeatThread
-from edgefed.agent.interrupt import StopRequested, run_interruptibly
 from edgefed.agent.journal import Journal
-from edgefed.agent.progress import NullProgress, ProgressSink, WatchedProgress
-from edgefed.agent.trainer import Fetch, TrainedUpdate, Trainer
 from edgefed.agent.transport import AggregatorClient
 from edgefed.disk import hash_file
 from edgefed.errors import ChecksumMismatch, EdgefedError, NotFound, RoundClosed, UnknownClient
+from edgefed.interrupt import StopRequested, run_interruptibly
+from edgefed.progress import NullProgress, ProgressSink, WatchedProgress
 from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.messages import (
     Assignment,
@@ -45,6 +43,7 @@ from edgefed.protocol.messages import (
     UnitInfo,
     UpdateMeta,
 )
+from edgefed.protocol.trainer import Fetch, TrainedUpdate, Trainer
 
 __all__ = [
     "Agent",
@@ -394,3 +393,34 @@ def open_agent(
                 retry=retry,
             ) as agent:
                 yield agent
+
+
+# Tells the aggregator every few seconds that this device lives and what it does, also while it trains.
+
+logger = logging.getLogger("edgefed.agent")
+
+MIN_INTERVAL_S = 0.05
+MAX_INTERVAL_S = 300.0
+
+
+class HeartbeatThread:
+    """Calls ``send()`` every ``interval_s``. A failure is only logged: the loop's own requests report trouble."""
+
+    def __init__(self, send: Callable[[], None], interval_s: float) -> None:
+        self._send = send
+        self.interval_s = interval_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="edgefed-heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Stop; waits at most ``timeout_s`` for a heartbeat on its way."""
+        self._ended.set()
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while not self._ended.wait(min(max(self.interval_s, MIN_INTERVAL_S), MAX_INTERVAL_S)):
+            try:
+                self._send()
+            except Exception as fault:  # this thread must outlive every failure
+                logger.debug("heartbeat failed: %s", fault)

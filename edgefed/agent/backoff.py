@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from edgefed.agent.interrupt import pause
 from edgefed.errors import EdgefedError, ServerUnreachable
+from edgefed.interrupt import pause
 
 logger = logging.getLogger("edgefed.agent")
 

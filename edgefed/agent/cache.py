@@ -114,8 +114,8 @@ class BlobCache:
                     return
                 try:
                     self._source.download(sha256, size, self.path(sha256), on_bytes)
-                except BaseException as fault:  # raised again in the caller's thread
-                    faults.append(fault)
+                except BaseException as error:  # raised again in the caller's thread
+                    faults.append(error)
 
         threads = [
             threading.Thread(target=work, name="edgefed-download", daemon=True)

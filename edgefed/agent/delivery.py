@@ -12,9 +12,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from edgefed.agent.backoff import Retry
-from edgefed.agent.journal import Journal
-from edgefed.agent.ledger import LEDGER_FILE, LedgerEntry, append_entry, utc_now
-from edgefed.agent.progress import WatchedProgress
+from edgefed.agent.journal import LEDGER_FILE, Journal, LedgerEntry, append_entry, utc_now
 from edgefed.agent.transport import AggregatorClient
 from edgefed.disk import hash_file
 from edgefed.errors import (
@@ -30,6 +28,7 @@ from edgefed.errors import (
     UpdateConflict,
     VersionMismatch,
 )
+from edgefed.progress import WatchedProgress
 from edgefed.protocol.messages import UpdateMeta
 
 MAX_REFUSALS = 3

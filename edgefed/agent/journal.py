@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 import uuid
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,8 +74,8 @@ class Journal:
         with disk_errors(self.folder / LOCK_FILE):
             try:
                 self._lock.acquire()
-            except filelock.Timeout as fault:  # an OSError, so it must be caught inside
-                raise StateLocked(f"another edgefed process uses the state folder {self.folder}") from fault
+            except filelock.Timeout as error:  # an OSError, so it must be caught inside
+                raise StateLocked(f"another edgefed process uses the state folder {self.folder}") from error
         try:
             self.record = self._load()
             self._drop_strays()
@@ -188,8 +189,8 @@ class Journal:
             return record
         try:
             record = decode_message(data, JournalRecord)
-        except MalformedMessage as fault:
-            raise self._corrupt(str(fault)) from fault
+        except MalformedMessage as error:
+            raise self._corrupt(str(error)) from error
         if record.format_version != FORMAT_VERSION:
             raise self._corrupt(f"format {record.format_version}, this edgefed reads format {FORMAT_VERSION}")
         if not _IDENTITY.fullmatch(record.client_id) or not record.client_key:
@@ -205,3 +206,43 @@ class Journal:
             f"{self._path} is not a journal: {found}",
             remedy="Restore it from a copy, or delete the state folder: the device then joins as a new client.",
         )
+
+
+# ledger.jsonl: one line per round, what it cost and what it brought.
+
+LEDGER_FILE = "ledger.jsonl"
+
+
+class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One round of one device. ``outcome``: "accepted", or the code of the error that ended it.
+
+    ``experts_held`` and ``experts_changed`` count (layer, expert) pairs, over all layers; an expert has changed when at
+    least one optimizer step touched it. ``resumed``: the update was trained before a restart; bytes that an earlier
+    process sent are not in ``bytes_up``.
+    """
+
+    ended_at: str
+    run_id: str
+    server_round: int
+    attempt: int
+    outcome: str
+    resumed: bool
+    bytes_down: int
+    bytes_up: int
+    seconds: dict[str, float]
+    experts_held: int
+    experts_changed: int
+    metrics: dict[str, float]
+
+
+def utc_now() -> str:
+    """ISO 8601 with seconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017  datetime.UTC needs Python 3.11
+
+
+def append_entry(path: Path, entry: LedgerEntry) -> None:
+    """Append one line. A line that a crash cut short is closed first, so that it spoils only itself."""
+    with disk_errors(path), path.open("a+b") as file:
+        if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write(msgspec.json.encode(entry) + b"\n")

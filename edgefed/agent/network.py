@@ -115,9 +115,9 @@ def measure_connect(
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     try:
         found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-    except (OSError, UnicodeError) as fault:
-        raise ServerUnreachable(f"no address for {parts.hostname!r}: {fault}") from fault
-    fault: OSError | None = None
+    except (OSError, UnicodeError) as error:
+        raise ServerUnreachable(f"no address for {parts.hostname!r}: {error}") from error
+    error: OSError | None = None
     for family, kind, protocol, _, address in found:  # a host with two families may answer on one only
         samples = []
         for _ in range(tries):
@@ -127,14 +127,14 @@ def measure_connect(
                 try:
                     connection.connect(address)
                 except OSError as refusal:
-                    fault = refusal
+                    error = refusal
                     if not samples:
                         break
                 else:
                     samples.append((clock() - begun) * 1e3)
         if samples:
             return ConnectTimes(tuple(samples))
-    raise ServerUnreachable(f"no answer from {base_url}: {fault}") from fault
+    raise ServerUnreachable(f"no answer from {base_url}: {error}") from error
 
 
 # --- active measurement -----------------------------------------------------------------------------------------

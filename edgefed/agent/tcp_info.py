@@ -51,8 +51,8 @@ def read_tcp_info(connection: socket.socket) -> TcpInfo:
         return _unknown(Reason.NOT_SUPPORTED, f"read on Linux only, this is {sys.platform}")
     try:
         data = connection.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, MOST_BYTES)
-    except (OSError, ValueError) as fault:  # closed meanwhile, no TCP socket, or a sandbox that refuses
-        return _unknown(Reason.FAILED, str(fault))
+    except (OSError, ValueError) as error:  # closed meanwhile, no TCP socket, or a sandbox that refuses
+        return _unknown(Reason.FAILED, str(error))
     return parse_tcp_info(data)
 
 

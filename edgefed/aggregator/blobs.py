@@ -73,8 +73,8 @@ class BlobStore:
                 deleted += 1
             except FileNotFoundError:
                 pass
-            except OSError as fault:  # Windows: a client is just reading it; the next start deletes it
-                logger.warning("blob %s stays for now: %s", sha256, fault)
+            except OSError as error:  # Windows: a client is just reading it; the next start deletes it
+                logger.warning("blob %s stays for now: %s", sha256, error)
         return deleted
 
     def delete_unreferenced(self, referenced: Iterable[str]) -> int:

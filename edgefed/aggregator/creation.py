@@ -61,9 +61,9 @@ class RunWriter:
     def __enter__(self) -> RunWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *fault: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            self._batch.__exit__(kind, *fault)
+            self._batch.__exit__(kind, *error)
         finally:
             self._lock.release()
 

@@ -119,10 +119,10 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     lock = filelock.FileLock(str(folder / LOCK_NAME), thread_local=False)
     try:
         lock.acquire(timeout=0)
-    except filelock.Timeout as fault:
-        raise StateLocked(f"state folder {folder} is in use by another process") from fault
-    except OSError as fault:
-        raise StorageError(f"cannot lock state folder {folder}: {fault}") from fault
+    except filelock.Timeout as error:
+        raise StateLocked(f"state folder {folder} is in use by another process") from error
+    except OSError as error:
+        raise StorageError(f"cannot lock state folder {folder}: {error}") from error
     return lock
 
 
@@ -160,11 +160,11 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     """Turn SQLite's errors into ours: full disk, foreign or damaged file, anything else."""
     try:
         yield
-    except sqlite3.OperationalError as fault:
-        kind = DiskFull if "full" in str(fault) else StorageError
-        raise kind(f"cannot use {path}: {fault}") from fault
-    except (sqlite3.DatabaseError, msgspec.DecodeError) as fault:
-        raise StateCorrupt(f"{path} is damaged or no edgefed database: {fault}") from fault
+    except sqlite3.OperationalError as error:
+        kind = DiskFull if "full" in str(error) else StorageError
+        raise kind(f"cannot use {path}: {error}") from error
+    except (sqlite3.DatabaseError, msgspec.DecodeError) as error:
+        raise StateCorrupt(f"{path} is damaged or no edgefed database: {error}") from error
 
 
 class Store:

@@ -52,7 +52,7 @@ class DiskTest:
     def __enter__(self) -> DiskTest:
         return self
 
-    def __exit__(self, *fault: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def write(self, sampling: Sampling) -> Entry:

@@ -12,8 +12,8 @@ from typing import Any
 from edgefed.bench.models import BenchModel, build_model, random_blocks
 from edgefed.bench.stopwatch import Stopwatch
 from edgefed.bench.training_step import LEARNING_RATE, StepWork, cut_shape, depths
-from edgefed.moe.memory import StepSetup, compute_budget, training_memory
-from edgefed.moe.scope import TrainScope
+from edgefed.costs.memory import StepSetup, compute_budget, training_memory
+from edgefed.moe.units import TrainScope
 from edgefed.training.calibration import correction_from, measure_step
 from edgefed.training.savings import make_optimizer
 from edgefed.training.steps import take_step
@@ -26,7 +26,7 @@ class PlanCase:
     name: str
     setup: StepSetup
     kept: int
-    tuned: int
+    trainable: int
 
 
 def plan_cases(model: BenchModel, setup: StepSetup, usable_bytes: int | None) -> list[PlanCase]:
@@ -57,12 +57,12 @@ def plan_cases(model: BenchModel, setup: StepSetup, usable_bytes: int | None) ->
 
 def predict(model: BenchModel, case: PlanCase, usable_bytes: int | None) -> dict[str, Any]:
     """The parts of one way at its peak, for the whole model."""
-    estimate = training_memory(model.shape, case.setup, case.kept, case.tuned)
+    estimate = training_memory(model.shape, case.setup, case.kept, case.trainable)
     return {
         "plan": case.name,
         "model": model.name,
         "kept": case.kept,
-        "tuned": case.tuned,
+        "trainable": case.trainable,
         "of": model.shape.num_experts,
         "setup": dataclasses.asdict(case.setup),
         "parts": dict(estimate.parts),
@@ -77,10 +77,10 @@ def predict(model: BenchModel, case: PlanCase, usable_bytes: int | None) -> dict
 def measure(watch: Stopwatch, model: BenchModel, case: PlanCase, work: StepWork) -> dict[str, Any]:
     """One real step of the case: {layers, predicted_bytes, measured_bytes, corrected_bytes, phases}.
 
-    The second step is the one that is measured: the first has no optimiser state yet. ``corrected_bytes`` is what the
+    The second step is the one that is measured: the first has no optimizer state yet. ``corrected_bytes`` is what the
     model predicts for this plan once the step has corrected it. Raises MemoryError when not even two layers fit.
     """
-    work = dataclasses.replace(work, kept=case.kept, tuned=case.tuned)
+    work = dataclasses.replace(work, kept=case.kept, trainable=case.trainable)
     found = depths(model, case.setup, work)
     if not found:
         raise MemoryError(f"two layers of {model.name} do not fit")
@@ -88,7 +88,7 @@ def measure(watch: Stopwatch, model: BenchModel, case: PlanCase, work: StepWork)
     shape = cut_shape(model.shape, depth)
     setup = case.setup
     scope = TrainScope(setup.experts, setup.router, setup.attention, setup.lora_rank)
-    moe, plan, source = build_model(model, depth, case.kept, case.tuned, scope, watch.device)
+    moe, plan, source = build_model(model, depth, case.kept, case.trainable, scope, watch.device)
     del source
     setup = dataclasses.replace(setup, kernels=moe.training_kernels())  # of this model, where the case assumes
     parameters = list(moe.trainable_parameters())
@@ -104,9 +104,9 @@ def measure(watch: Stopwatch, model: BenchModel, case: PlanCase, work: StepWork)
     step()
     optimizer.zero_grad(set_to_none=True)
     measured = measure_step(moe, optimizer, step)
-    predicted = training_memory(shape, setup, case.kept, case.tuned)
+    predicted = training_memory(shape, setup, case.kept, case.trainable)
     correction = correction_from(measured, shape, setup)
-    corrected = training_memory(shape, setup, case.kept, case.tuned, correction)
+    corrected = training_memory(shape, setup, case.kept, case.trainable, correction)
     return {
         "layers": depth,
         "layers_of": len(model.shape.layers),

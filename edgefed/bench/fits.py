@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import torch
 
 from edgefed.bench.report import Fit
+from edgefed.costs.memory import ADAPTER_BYTES, DTYPE_BYTES, STORAGE_BYTES, ComputeBudget, StepSetup, compute_budget
+from edgefed.costs.shapes import ModelShape
 from edgefed.moe.layer_runtime import training_kernels
-from edgefed.moe.memory import ADAPTER_BYTES, DTYPE_BYTES, STORAGE_BYTES, ComputeBudget, StepSetup, compute_budget
-from edgefed.moe.shapes import ModelShape
 
 LORA_RANK = 16
 STORAGES = ("bfloat16", "nf4")

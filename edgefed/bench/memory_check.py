@@ -57,8 +57,8 @@ def verify_memory(
                     watch.synchronize()
                     taken += step
                     on_bytes(step)
-                except (RuntimeError, MemoryError) as fault:
-                    if not is_out_of_memory(fault):
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
                         raise
                     stopped, failed = f"out of memory after {format_bytes(taken)}", True
         share = _last_speed_share(watch, blocks)
@@ -98,8 +98,8 @@ def _largest_block(watch: Stopwatch, size: int, is_out_of_memory: Callable[[Base
             block = torch.empty(attempt, dtype=torch.uint8, device=watch.device)
             del block
             low = attempt
-        except (RuntimeError, MemoryError) as fault:
-            if not is_out_of_memory(fault):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             high = attempt
         watch.release()

@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from edgefed.costs.shapes import KNOWN_SHAPES, ModelShape, shape_from_config
 from edgefed.embedded import TINY, resolve_model
 from edgefed.errors import UnsupportedArchitecture
 from edgefed.experts import ExpertPlan
 from edgefed.moe.loading import load_config
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.shapes import KNOWN_SHAPES, ModelShape, shape_from_config
-from edgefed.moe.sources import MemorySource
-from edgefed.moe.units import UnitSpec
+from edgefed.moe.units import MemorySource, TrainScope, UnitSpec
 from edgefed.training.encoding import TokenBlocks
 
 _QWEN = dict(vocab_size=151936, num_attention_heads=16, num_key_value_heads=16)
@@ -107,7 +105,7 @@ def first_moe_layer(shape: ModelShape) -> int:
 
 
 class RandomUnits:
-    """An `edgefed.moe.sources.ExpertSource` of random weights. Experts share their tensors: the bank copies them."""
+    """An `edgefed.moe.units.ExpertSource` of random weights. Experts share their tensors: the bank copies them."""
 
     def __init__(self, specs: list[UnitSpec], dtype: torch.dtype):
         self._specs = {spec.key: spec for spec in specs}
@@ -138,9 +136,9 @@ _DTYPES = {
 
 
 def build_model(
-    model: BenchModel, layers: int, kept: int, tuned: int, scope: TrainScope, device: torch.device
+    model: BenchModel, layers: int, kept: int, trainable: int, scope: TrainScope, device: torch.device
 ) -> tuple[MoeModel, ExpertPlan, Any]:
-    """The first ``layers`` layers on ``device`` with the first ``kept`` experts of each, ``tuned`` of which train.
+    """The first ``layers`` layers on ``device`` with the first ``kept`` experts of each, ``trainable`` of which train.
 
     Returns (model, plan, the source that its experts came from). Raises UnsupportedArchitecture, and whatever an
     allocation raises.
@@ -163,10 +161,10 @@ def build_model(
                 moe.load_unit(spec.key, source.read(spec.key))
     if not moe.layers:
         raise UnsupportedArchitecture(f"the first {layers} layers of {model.name} have no experts")
-    counts = [(min(kept, experts), min(tuned, kept, experts)) for experts in moe.experts_per_layer]
+    counts = [(min(kept, experts), min(trainable, kept, experts)) for experts in moe.experts_per_layer]
     plan = ExpertPlan.of(
         moe.experts_per_layer,
-        tuned=[range(tune) for _, tune in counts],
+        trainable=[range(tune) for _, tune in counts],
         frozen=[range(tune, keep) for keep, tune in counts],
     )
     moe.apply_plan(plan, source, scope)

@@ -130,8 +130,8 @@ def measure_network(
             if record:
                 record(Entry.interrupted(name, unit, better=better))
             raise
-        except EdgefedError as fault:
-            entry = Entry.failed(name, unit, explain(fault, base_url), better=better)
+        except EdgefedError as error:
+            entry = Entry.failed(name, unit, explain(error, base_url), better=better)
         entries.append(entry)
         if record:
             record(entry)
@@ -203,15 +203,15 @@ def _rate(name: str, send: Callable[[int], tuple[probe.Mark, ...]], client: Aggr
     return Entry.of(name, "MB/s", [rate / 1e6 for rate in line.samples], note=note, params=params)
 
 
-def explain(fault: EdgefedError, base_url: str) -> str:
+def explain(error: EdgefedError, base_url: str) -> str:
     """One sentence for a report: what went wrong, without the server's address or name."""
-    if getattr(fault, "received_status", 0) == 429:
-        wait_s = getattr(fault, "retry_after", "")
+    if getattr(error, "received_status", 0) == 429:
+        wait_s = getattr(error, "retry_after", "")
         return f"the server has measured enough for now{f', again in {wait_s} s' if wait_s.isdigit() else ''}"
-    if isinstance(fault, Unauthorized):
+    if isinstance(error, Unauthorized):
         return "the server needs a token, and got none or another one"
-    if isinstance(fault, NotFound) and "no route" in str(fault):
+    if isinstance(error, NotFound) and "no route" in str(error):
         return "the server is older and cannot be measured: it has no probe route"
-    text = str(fault).replace(base_url, "the server")
+    text = str(error).replace(base_url, "the server")
     host = urlsplit(base_url).hostname or ""
     return re.sub(rf"(?<![\w.-])'?\[?{re.escape(host)}\]?'?(?![\w.-])", "the server", text) if host else text

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from edgefed.bench.fits import fit_curve
 from edgefed.bench.report import Report
+from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.errors import StorageError
 from edgefed.hardware.memory import GIB
-from edgefed.moe.shapes import KNOWN_SHAPES
 from edgefed.plots import COLOURS, DPI
 
 LEAST_SHOWN = 0.012
@@ -38,9 +38,9 @@ def save_picture(path: Path, report: Report) -> None:
     try:
         figure.savefig(part, dpi=DPI, format=path.suffix.lstrip(".").lower())
         part.replace(path)
-    except OSError as fault:
+    except OSError as error:
         part.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {fault.strerror or fault}") from fault
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _title(report: Report) -> str:

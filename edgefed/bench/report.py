@@ -218,8 +218,8 @@ def parse_report(text: str | bytes, name: str) -> Report:
     remedy = "Pass a file that `edgefed bench --json FILE` wrote."
     try:
         data = json.loads(text)
-    except (UnicodeDecodeError, ValueError) as fault:
-        raise ConfigError(f"{name} is not JSON: {fault}", remedy=remedy) from fault
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{name} is not JSON: {error}", remedy=remedy) from error
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
         known = isinstance(found, str) and found.startswith("edgefed.bench/")
@@ -231,8 +231,8 @@ def parse_report(text: str | bytes, name: str) -> Report:
         )
     try:
         report = msgspec.convert(data, Report)
-    except msgspec.ValidationError as fault:
-        raise ConfigError(f"{name} is not a complete {SCHEMA} report: {fault}", remedy=remedy) from fault
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name} is not a complete {SCHEMA} report: {error}", remedy=remedy) from error
     for entry in (*report.tests, *report.network):
         if entry.verdict not in (*MEASURED, SKIPPED, FAILED, INTERRUPTED) or entry.measured != (
             entry.median is not None
@@ -247,8 +247,8 @@ def load_report(path: Path) -> Report:
     """Read a report file. Raises ConfigError for one that cannot be read or is no report."""
     try:
         return parse_report(path.read_bytes(), str(path))
-    except OSError as fault:
-        raise ConfigError(f"cannot read {path}: {fault.strerror or fault}") from fault
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 CSV_COLUMNS = (
@@ -283,9 +283,9 @@ def write_text(path: Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
-    except OSError as fault:
+    except OSError as error:
         part.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {fault.strerror or fault}") from fault
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def check_writable(path: Path) -> None:
@@ -296,5 +296,5 @@ def check_writable(path: Path) -> None:
     try:
         part.touch()
         part.unlink()
-    except OSError as fault:
-        raise StorageError(f"cannot write {path}: {fault.strerror or fault}") from fault
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

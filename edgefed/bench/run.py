@@ -11,7 +11,6 @@ import datetime
 import time
 from collections.abc import Iterator
 
-from edgefed.agent.progress import ProgressSink
 from edgefed.bench import describe
 from edgefed.bench.explain import measure, plan_cases, predict
 from edgefed.bench.fits import fits_of, planned_kernels
@@ -24,13 +23,14 @@ from edgefed.bench.session import Session
 from edgefed.bench.speed import SpeedTests, paper_figures
 from edgefed.bench.statistics import Entry
 from edgefed.bench.stopwatch import Stopwatch
+from edgefed.costs.memory import StepSetup
+from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.hardware.budget import MemoryBudget, plan_budget
 from edgefed.hardware.facts import DeviceFacts, MemoryKind
 from edgefed.hardware.memory import GIB, format_bytes, process_rss_bytes
 from edgefed.hardware.probe import probe_device
 from edgefed.hardware.profiles import facts_of, find_profile, in_power_mode, match_profile
-from edgefed.moe.memory import StepSetup
-from edgefed.moe.shapes import KNOWN_SHAPES
+from edgefed.progress import ProgressSink
 from edgefed.training.out_of_memory import is_out_of_memory
 from edgefed.training.savings import eight_bit_problem
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from edgefed.agent.progress import ProgressSink
 from edgefed.bench.statistics import NOISY, STABLE, UNUSABLE, Entry
 from edgefed.errors import EdgefedError
 from edgefed.hardware.reading import Reading
 from edgefed.hardware.scheduling import read_waited_s
+from edgefed.progress import ProgressSink
 from edgefed.training.out_of_memory import is_device_lost, is_out_of_memory
 
 WAIT_NOISY, WAIT_UNUSABLE = 0.05, 0.20
@@ -44,8 +44,8 @@ class Session:
         except KeyboardInterrupt:
             self.keep(Entry.interrupted(name, unit, **more))
             raise
-        except Exception as fault:
-            reason = self.explain(fault)
+        except Exception as error:
+            reason = self.explain(error)
         finally:
             self.progress.done()
         # Outside the handler: its traceback would keep the tensors of the failed measurement alive.
@@ -59,8 +59,8 @@ class Session:
         self.progress.phase(name, total, unit)
         try:
             return work()
-        except Exception as fault:
-            reason = self.explain(fault)
+        except Exception as error:
+            reason = self.explain(error)
         finally:
             self.progress.done()
         self.release()
@@ -74,18 +74,18 @@ class Session:
     def skip(self, name: str, unit: str, reason: str, **more) -> None:
         self.keep(Entry.skipped(name, unit, reason, **more))
 
-    def explain(self, fault: Exception) -> str:
+    def explain(self, error: Exception) -> str:
         """What went wrong, in one line. Remembers a lost GPU."""
-        text = first_line(fault)
-        if is_out_of_memory(fault):
+        text = first_line(error)
+        if is_out_of_memory(error):
             return f"out of memory: {text}"
-        if is_device_lost(fault):
+        if is_device_lost(error):
             self.lost = f"the GPU stopped answering: {text}"
             self.warnings.append(self.lost)
             return self.lost
-        if isinstance(fault, (EdgefedError, OSError)):
+        if isinstance(error, (EdgefedError, OSError)):
             return text
-        return f"{type(fault).__name__}: {text}"
+        return f"{type(error).__name__}: {text}"
 
 
 def judge_contention(entry: Entry, before: Reading[float], after: Reading[float], seconds: float) -> Entry:
@@ -102,7 +102,7 @@ def judge_contention(entry: Entry, before: Reading[float], after: Reading[float]
     return msgspec.structs.replace(entry, verdict=verdict, reason=f"waited {min(share, 9.99):.0%} for a CPU")
 
 
-def first_line(fault: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text, at most 200 characters."""
-    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-    return (lines[0] if lines else type(fault).__name__)[:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]

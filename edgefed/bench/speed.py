@@ -20,10 +20,10 @@ from edgefed.bench.session import Session
 from edgefed.bench.statistics import Entry
 from edgefed.bench.stopwatch import Stopwatch
 from edgefed.bench.training_step import StepWork, cut_shape, depths, measure_training
+from edgefed.costs.memory import StepSetup
+from edgefed.costs.shapes import ModelShape
 from edgefed.hardware.facts import DeviceFacts, MemoryKind
 from edgefed.hardware.profile_files import DeviceProfile
-from edgefed.moe.memory import StepSetup
-from edgefed.moe.shapes import ModelShape
 
 FALLBACK_BYTES = 2**30
 """What tests may take when nobody knows what is left."""
@@ -98,8 +98,8 @@ class SpeedTests:
         )
         try:
             disk = DiskTest(self.options.folder, self.effort.disk_bytes)
-        except OSError as fault:
-            reason = f"{self.options.folder}: {fault.strerror or fault}"
+        except OSError as error:
+            reason = f"{self.options.folder}: {error.strerror or error}"
             for name in ("disk write", *(name for name, _, _ in reads)):
                 self.session.keep(Entry.failed(name, "MB/s", reason))
             return
@@ -146,7 +146,7 @@ class SpeedTests:
         )
         setup = self.setup(work)
         while not depths(self.model, setup, work) and work.kept > 1:
-            work = dataclasses.replace(work, kept=work.kept // 2, tuned=work.kept // 2)
+            work = dataclasses.replace(work, kept=work.kept // 2, trainable=work.kept // 2)
         found: Iterator[Entry] = iter(())
 
         def first() -> Entry:
@@ -166,7 +166,7 @@ class SpeedTests:
         """As many experts as the mode has time for; whether they fit is seen later."""
         count = min(self.model.shape.num_experts, max(self.model.shape.top_k, self.effort.most_experts))
         return StepWork(
-            kept=count, tuned=count, batch_size=max(1, self.effort.tokens // SEQUENCE), sequence_length=SEQUENCE,
+            kept=count, trainable=count, batch_size=max(1, self.effort.tokens // SEQUENCE), sequence_length=SEQUENCE,
             memory_bytes=min(self.free_bytes() // 2, self.effort.step_memory_bytes), limit_s=self.effort.step_limit_s,
             whole_below_bytes=self.effort.step_memory_bytes // 4,
         )  # fmt: skip

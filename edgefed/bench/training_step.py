@@ -15,20 +15,19 @@ from collections.abc import Callable, Iterator
 from edgefed.bench.models import BenchModel, build_model, first_moe_layer, random_blocks
 from edgefed.bench.statistics import Entry, Sampling
 from edgefed.bench.stopwatch import Stopwatch
+from edgefed.costs.memory import StepSetup, training_memory
+from edgefed.costs.shapes import ModelShape
 from edgefed.experts import ExpertPlan
 from edgefed.hardware.reading import Reading
 from edgefed.methods.local import Local
-from edgefed.moe.memory import StepSetup, training_memory
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.shapes import ModelShape
-from edgefed.moe.sources import ExpertSource
+from edgefed.moe.units import ExpertSource, TrainScope
 from edgefed.protocol.messages import TrainingConfig
-from edgefed.training.profiling import ProfileWay, profile_blocks
+from edgefed.training.profiling import ProfilePass, profile_blocks
 from edgefed.training.steps import run_steps
 
 WARM_UP_STEPS = 2
-"""The first makes the optimiser's state; the second finds everything in place."""
+"""The first makes the optimizer's state; the second finds everything in place."""
 LEARNING_RATE = 1e-6
 """Random weights learn nothing: small enough that the loss stays finite."""
 
@@ -38,7 +37,7 @@ class StepWork:
     """What is measured. ``limit_s`` bounds one depth; ``memory_bytes`` the model that is built."""
 
     kept: int
-    tuned: int
+    trainable: int
     batch_size: int
     sequence_length: int
     memory_bytes: int
@@ -53,7 +52,7 @@ def depths(model: BenchModel, setup: StepSetup, work: StepWork) -> tuple[int, ..
     Empty when not even those fit into the memory.
     """
     most = len(model.shape.layers)
-    need = training_memory(model.shape, setup, work.kept, work.tuned).total_bytes
+    need = training_memory(model.shape, setup, work.kept, work.trainable).total_bytes
     if need <= min(work.memory_bytes, work.whole_below_bytes):
         return (most,)
     first = first_moe_layer(model.shape) + 1
@@ -63,7 +62,8 @@ def depths(model: BenchModel, setup: StepSetup, work: StepWork) -> tuple[int, ..
     found = tuple(
         depth
         for depth in dict.fromkeys((first, second))
-        if training_memory(cut_shape(model.shape, depth), setup, work.kept, work.tuned).total_bytes <= work.memory_bytes
+        if training_memory(cut_shape(model.shape, depth), setup, work.kept, work.trainable).total_bytes
+        <= work.memory_bytes
     )
     return found if len(found) == 2 else ()
 
@@ -91,7 +91,7 @@ def measure_training(
     scope = TrainScope(setup.experts, setup.router, setup.attention, setup.lora_rank)
     train_s, profile_s, joules = {}, {}, None
     for depth in measured:
-        moe, plan, source = build_model(model, depth, work.kept, work.tuned, scope, watch.device)
+        moe, plan, source = build_model(model, depth, work.kept, work.trainable, scope, watch.device)
         before = energy()
         started = time.perf_counter()
         train_s[depth] = step_seconds(watch, moe, plan, setup, work, sampling)
@@ -105,7 +105,7 @@ def measure_training(
     tokens = work.batch_size * work.sequence_length
     most = len(model.shape.layers)
     params = {
-        "model": model.name, "layers": list(measured), "layers_of": most, "kept": work.kept, "tuned": work.tuned,
+        "model": model.name, "layers": list(measured), "layers_of": most, "kept": work.kept, "trainable": work.trainable,
         "batch_size": work.batch_size, "sequence_length": work.sequence_length, "dtype": str(model.dtype)[6:],
         "trains": setup.experts, "tokens": tokens,
     }  # fmt: skip
@@ -190,7 +190,7 @@ def profile_seconds(
 
     def once() -> float:
         started = time.perf_counter()
-        profile_blocks(moe, blocks, source, ProfileWay(batch_size=work.batch_size), scope=scope)
+        profile_blocks(moe, blocks, source, ProfilePass(batch_size=work.batch_size), scope=scope)
         watch.synchronize()
         return time.perf_counter() - started
 

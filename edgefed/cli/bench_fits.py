@@ -65,7 +65,7 @@ def print_explain(console: Console, style: Style, report: Report) -> None:
         total = row["total_bytes"]
         fits = {True: "fits", False: "does not fit", None: "budget unknown"}[row["fits"]]
         head = Text(f"  {row['plan']}", style="bold")
-        head.append(f"  {row['kept']} of {row['of']} experts a layer, {row['tuned']} trained")
+        head.append(f"  {row['kept']} of {row['of']} experts a layer, {row['trainable']} trained")
         console.print(head)
         parts = table_of(("", "left"), ("", "right"), ("", "right"), *([("", "left")] if cells else []))
         start = 0.0

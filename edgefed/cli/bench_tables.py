@@ -139,7 +139,7 @@ def _speed(console: Console, style: Style, report: Report) -> None:
         words = [f"model {report.model['name']}"]
         if train is not None and train.measured:
             words.append(
-                f"{params['batch_size']} x {params['sequence_length']} tokens a step, {params['tuned']} of "
+                f"{params['batch_size']} x {params['sequence_length']} tokens a step, {params['trainable']} of "
                 f"{report.model['experts']} experts a layer trained in full, {params['dtype']}"
             )
             if train.derived:

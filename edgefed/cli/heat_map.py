@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from edgefed.experts import RouterRecord
+from edgefed.experts import ActivationProfile
 
 SHADES = " .:-=+*#%@"
 """From no token to the busiest expert of the model, for output without colour."""
 MAX_CELLS = 64
 
 
-def render_heat_map(record: RouterRecord, *, colour: bool) -> list[Text]:
+def render_heat_map(record: ActivationProfile, *, colour: bool) -> list[Text]:
     """Lines to print. Cells are two columns wide; layers with more than `MAX_CELLS` experts are summed in groups."""
     busiest = max(float(layer.frequency.max()) for layer in record.layers) or 1.0
     lines = []

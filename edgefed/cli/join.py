@@ -94,7 +94,7 @@ def join_command(
     progress.phase("load")
     import torch
 
-    from edgefed.agent.join import JoinConfig, run_agent
+    from edgefed.join import JoinConfig, run_agent
 
     if threads:
         torch.set_num_threads(threads)

@@ -85,23 +85,23 @@ def main(arguments: list[str] | None = None) -> None:
         status = cli.main(args=words, prog_name="edgefed", standalone_mode=False) or 0
     except click.exceptions.Abort:
         status = INTERRUPTED
-    except click.ClickException as fault:
-        fault.show()
-        status = fault.exit_code
-    except EdgefedError as fault:
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except EdgefedError as error:
         logging.getLogger("edgefed").debug("traceback", exc_info=True)
-        print_error(fault, as_json=as_json)
-        status = fault.exit_status
+        print_error(error, as_json=as_json)
+        status = error.exit_status
     except KeyboardInterrupt:
         print_note("stopped")
         status = INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         status = 1
-    except OSError as fault:
-        if fault.filename is None and fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        kind = DiskFull if fault.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-        print_error(kind(f"{fault.filename or 'writing'}: {fault.strerror}"), as_json=as_json)
+        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        print_error(kind(f"{error.filename or 'writing'}: {error.strerror}"), as_json=as_json)
         status = kind.exit_status
     sys.exit(status if isinstance(status, int) else 0)

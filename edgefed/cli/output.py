@@ -83,7 +83,7 @@ def set_up_logging(level: str) -> None:
 class TerminalProgress:
     """Progress of an agent or a tool: a bar per phase on a terminal, a line per finished phase elsewhere.
 
-    Implements `edgefed.agent.progress.ProgressSink`. Phases of less than ``quiet_s`` seconds leave no line in a log.
+    Implements `edgefed.progress.ProgressSink`. Phases of less than ``quiet_s`` seconds leave no line in a log.
     """
 
     def __init__(self, quiet_s: float = 0.5):

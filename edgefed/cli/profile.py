@@ -32,10 +32,10 @@ def profile_command(
     corpus = load_corpus(data, 0.0, 0)  # before torch models are loaded: a bad file is told at once
     from edgefed.embedded import resolve_model
     from edgefed.moe.model import MoeModel
-    from edgefed.moe.sources import MemorySource
+    from edgefed.moe.units import MemorySource
     from edgefed.plots import save_heat_map
     from edgefed.training.encoding import encode_examples
-    from edgefed.training.profiling import ProfileWay, load_tokenizer, profile_blocks, spread_blocks
+    from edgefed.training.profiling import ProfilePass, load_tokenizer, profile_blocks, spread_blocks
 
     progress = TerminalProgress()
     source = resolve_model(model)
@@ -43,10 +43,10 @@ def profile_command(
     moe = MoeModel.from_checkpoint(source)
     blocks = spread_blocks(encode_examples(corpus.train, load_tokenizer(source), sequence_length), tokens)
     progress.phase("profile", total=blocks.num_tokens, unit="token")
-    units, way = None, ProfileWay(batch_size=batch_size)
+    units, way = None, ProfilePass(batch_size=batch_size)
     if storage != "full":
         units = MemorySource({spec.key: tensors for spec, tensors in moe.iter_units() if spec.kind == "expert"})
-        way = ProfileWay("layer", storage, batch_size, together=1)
+        way = ProfilePass("layer", storage, batch_size, together=1)
         moe.drop_experts()
     notes: list[str] = []
     record = profile_blocks(moe, blocks, units, way, attention=attention, on_batch=progress.advance, tell=notes.append)

@@ -31,7 +31,7 @@ class DiskProbe:
     folder: Path
     free_bytes: int | None
     bytes_per_s: float | None
-    fault: str = ""
+    error: str = ""
 
 
 def probe_disk(state: Path, *, write: bool) -> DiskProbe:
@@ -57,15 +57,15 @@ def probe_disk(state: Path, *, write: bool) -> DiskProbe:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(name)
-    except OSError as fault:
-        return DiskProbe(folder, free, None, fault.strerror or str(fault))
+    except OSError as error:
+        return DiskProbe(folder, free, None, error.strerror or str(error))
     return DiskProbe(folder, free, PROBE_BYTES / max(seconds, 1e-9))
 
 
 def disk_finding(probe: DiskProbe, state: Path) -> Finding:
     """Room and speed of the state folder's disk."""
     room = "free room unknown" if probe.free_bytes is None else f"{format_bytes(probe.free_bytes)} free"
-    if probe.fault:
+    if probe.error:
         return Finding(
             Group.HOST, "state folder", State.PROBLEM, f"{probe.folder}: {probe.fault}, {room}",
             f"Downloads and pending updates must be written to {state}.",

@@ -86,20 +86,20 @@ def _required(requirements: Sequence[str] | None, version_of: VersionOf) -> list
             continue
         name, bounds = needed
         version = version_of(name)
-        wish = f"{name}{','.join(operator + bound for operator, bound in bounds)}"
+        requested = f"{name}{','.join(operator + bound for operator, bound in bounds)}"
         if version is None:
             findings.append(
                 Finding(
-                    Group.PACKAGES, name, State.PROBLEM, "not installed", f"edgefed needs {wish}.",
+                    Group.PACKAGES, name, State.PROBLEM, "not installed", f"edgefed needs {requested}.",
                     "Install it." if name != "torch" else "Install the PyTorch that fits this machine (pytorch.org).",
-                    f"pip install '{wish}'",
+                    f"pip install '{requested}'",
                 )
             )  # fmt: skip
         elif not within_bounds(version, bounds):
             findings.append(
                 Finding(
-                    Group.PACKAGES, name, State.PROBLEM, version, f"edgefed was written for {wish}.",
-                    "Install a version of that range.", f"pip install '{wish}'",
+                    Group.PACKAGES, name, State.PROBLEM, version, f"edgefed was written for {requested}.",
+                    "Install a version of that range.", f"pip install '{requested}'",
                 )
             )  # fmt: skip
         else:

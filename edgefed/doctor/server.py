@@ -28,9 +28,9 @@ def server_findings(url: str, token: str | None) -> list[Finding]:
         started = time.perf_counter()
         channel.ask("GET", routes.HEALTH, Health)
         trip_ms = (time.perf_counter() - started) * 1e3
-    except EdgefedError as fault:
+    except EdgefedError as error:
         channel.close()
-        return [Finding(Group.NETWORK, "server", State.PROBLEM, str(fault), "", fault.remedy)]
+        return [Finding(Group.NETWORK, "server", State.PROBLEM, str(error), "", error.remedy)]
     with_answer = Finding(Group.NETWORK, "server", State.OK, f"{channel.base_url} answers in {trip_ms:.1f} ms")
     try:
         return [with_answer, _version(health), _token(channel, token)]
@@ -53,13 +53,13 @@ def _token(channel: Channel, token: str | None) -> Finding:
     had = "the token is accepted" if token else "it wants no token"
     try:
         status = channel.ask("GET", routes.STATUS, Status)
-    except Unauthorized as fault:
+    except Unauthorized as error:
         missing = "a token is needed and none was given" if not token else "the token is not the server's"
-        return Finding(Group.NETWORK, "token", State.PROBLEM, missing, str(fault), fault.remedy)
-    except MalformedMessage as fault:  # another version's status; the version finding has the remedy
-        return Finding(Group.NETWORK, "token", State.NOTE, f"{had}, but its status cannot be read", str(fault))
-    except EdgefedError as fault:
-        return Finding(Group.NETWORK, "token", State.PROBLEM, str(fault), "", fault.remedy)
+        return Finding(Group.NETWORK, "token", State.PROBLEM, missing, str(error), error.remedy)
+    except MalformedMessage as error:  # another version's status; the version finding has the remedy
+        return Finding(Group.NETWORK, "token", State.NOTE, f"{had}, but its status cannot be read", str(error))
+    except EdgefedError as error:
+        return Finding(Group.NETWORK, "token", State.PROBLEM, str(error), "", error.remedy)
     run = status.run
     return Finding(
         Group.NETWORK, "token", State.OK, f"{had}; run of {run.model}, round {status.server_round} of {run.rounds}"

@@ -26,14 +26,14 @@ def answer(request: dict) -> dict:
     try:
         module, _, function = request["target"].partition(":")
         return {"value": getattr(importlib.import_module(module), function)(**request["arguments"])}
-    except Exception as fault:  # whatever a broken package raises is the finding
-        kind = type(fault).__name__
+    except Exception as error:  # whatever a broken package raises is the finding
+        kind = type(error).__name__
         return {
             "raised": {
                 "type": kind,
-                "text": str(fault) or kind,
-                "code": getattr(fault, "code", None),
-                "remedy": getattr(fault, "remedy", None),
+                "text": str(error) or kind,
+                "code": getattr(error, "code", None),
+                "remedy": getattr(error, "remedy", None),
             }
         }
 
@@ -51,8 +51,8 @@ def main() -> None:
         faulthandler.cancel_dump_traceback_later()
         try:
             text = json.dumps(reply)
-        except (TypeError, ValueError) as fault:
-            text = json.dumps({"raised": {"type": "TypeError", "text": f"{request['target']}: {fault}"}})
+        except (TypeError, ValueError) as error:
+            text = json.dumps({"raised": {"type": "TypeError", "text": f"{request['target']}: {error}"}})
         replies.write(text + "\n")
         replies.flush()
 

@@ -16,8 +16,7 @@ from transformers import AutoConfig
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StorageError
 from edgefed.moe.loading import without_progress_bars
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import ExpertSource
+from edgefed.moe.units import ExpertSource, TrainScope
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
@@ -65,10 +64,10 @@ def export_checkpoint(
         if target.exists():
             target.rmdir()
         os.replace(temporary, target)
-    except (OSError, SafetensorError) as fault:  # safetensors reports a failed write as an error of its own
-        full = getattr(fault, "errno", None) == errno.ENOSPC or "No space left" in str(fault)
+    except (OSError, SafetensorError) as error:  # safetensors reports a failed write as an error of its own
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         kind = DiskFull if full else StorageError
-        raise kind(f"cannot write the checkpoint to {str(target)!r}: {fault}") from fault
+        raise kind(f"cannot write the checkpoint to {str(target)!r}: {error}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -107,8 +106,8 @@ def _check(folder: Path) -> None:
         for name in names:
             with safe_open(folder / name, framework="pt") as file:
                 found |= set(file.keys())
-    except (OSError, ValueError, KeyError, SafetensorError) as fault:
-        raise CheckpointError(f"the checkpoint that was written cannot be read back: {fault}") from fault
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint that was written cannot be read back: {error}") from error
     if not found or (expected is not None and found != expected):
         raise CheckpointError(f"the checkpoint that was written holds {len(found)} of {len(expected or ())} tensors")
 

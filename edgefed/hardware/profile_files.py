@@ -134,8 +134,8 @@ def parse_profile(text: str, origin: str) -> DeviceProfile:
     """Read one profile. ``origin`` is its file, for messages. Raises ConfigError naming every fault of the file."""
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as fault:
-        raise ConfigError(f"{origin} is not TOML: {fault}") from fault
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin} is not TOML: {error}") from error
     reader = _Reader(tables)
     profile = reader.profile()
     if reader.faults:

@@ -80,11 +80,11 @@ def find_profile(name: str) -> DeviceProfile:
     if name.endswith(".toml") or "/" in name or "\\" in name:
         try:
             text = Path(name).read_text(encoding="utf-8")
-        except UnicodeDecodeError as fault:
-            raise ConfigError(f"{name} is not TOML: {fault}") from fault
-        except (OSError, ValueError) as fault:
-            reason = getattr(fault, "strerror", None) or fault
-            raise UnknownProfile(f"cannot read the device profile {name}: {reason}") from fault
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name} is not TOML: {error}") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UnknownProfile(f"cannot read the device profile {name}: {reason}") from error
         return parse_profile(text, name)
     profiles = load_profiles()
     by_name = {each: profile for profile in profiles.values() for each in (profile.id, *profile.aliases)}

@@ -17,8 +17,8 @@ def read_waited_s(tasks: Path = Path("/proc/self/task")) -> Reading[float]:
     total, seen = 0, False
     try:
         folders = list(tasks.iterdir())
-    except OSError as fault:
-        return Reading.missing(Reason.ABSENT, SOURCE, fault.strerror or str(fault))
+    except OSError as error:
+        return Reading.missing(Reason.ABSENT, SOURCE, error.strerror or str(error))
     for folder in folders:
         try:
             # running ns, waiting ns, time slices

@@ -238,13 +238,13 @@ class CudaKernels:
         """
         experts, rows, columns = stack.shape
         size, device, dtype = rows * columns, stack.device, dtype_code(stack.dtype)
-        fault = torch.full((1,), _NO_FAULT, dtype=torch.int64, device=device)
+        error = torch.full((1,), _NO_FAULT, dtype=torch.int64, device=device)
         if format == "int8":
             packed = torch.empty(stack.shape, dtype=torch.int8, device=device)
             absmax = torch.empty(experts, rows, device=device)
             self._call(
                 "ef_cuda_quantize_int8", stack, stack.data_ptr(), dtype, experts * rows, columns, packed.data_ptr(),
-                absmax.data_ptr(), fault.data_ptr(),
+                absmax.data_ptr(), error.data_ptr(),
             )  # fmt: skip
         else:
             packed = torch.empty(experts, (size + 1) // 2, dtype=torch.uint8, device=device)
@@ -254,9 +254,9 @@ class CudaKernels:
                 self._call(
                     "ef_cuda_quantize_nf4", stack, stack[first].data_ptr() if experts else None, dtype,
                     stack.numel() if together else size, blocksize, packed[first:].data_ptr(),
-                    absmax[first:].data_ptr(), fault.data_ptr(),
+                    absmax[first:].data_ptr(), error.data_ptr(),
                 )  # fmt: skip
-        place = int(fault.item())
+        place = int(error.item())
         if place != _NO_FAULT:
             where = f"row {place % max(rows, 1)} of expert {place // max(rows, 1)}" if format == "int8" else "a block"
             raise ValueError(f"a weight is infinite, not a number, or too large for float16, in {where}")

@@ -49,8 +49,8 @@ def why_not_cuda(device: int = 0) -> str | None:
     """Why the kernels of the library cannot run on a device, or None."""
     try:
         library = load_cuda()
-    except NativeUnavailable as fault:
-        return str(fault)
+    except NativeUnavailable as error:
+        return str(error)
     code = library.ef_cuda_device_ready(device)
     return None if code == 0 else f"CUDA device {device} cannot run them: {error_text(library, code)}"
 

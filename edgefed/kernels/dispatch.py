@@ -92,7 +92,7 @@ def register_backend(
 
 
 def run_best(
-    operation: str, device_type: str, wish: str, run: Callable[[str], Result], *, few_tokens: bool = False
+    operation: str, device_type: str, requested: str, run: Callable[[str], Result], *, few_tokens: bool = False
 ) -> Result:
     """``run(name)`` of the best backend; one that raises `Unsupported` is passed over, and that is said once.
 
@@ -101,15 +101,15 @@ def run_best(
     """
     refused: dict[str, str] = {}
     while True:
-        name = choose(operation, device_type, wish, few_tokens=few_tokens, without=tuple(refused))
+        name = choose(operation, device_type, requested, few_tokens=few_tokens, without=tuple(refused))
         try:
             result = run(name)
-        except Unsupported as fault:
-            if name == wish:
+        except Unsupported as error:
+            if name == requested:
                 raise ConfigError(
-                    f"backend {name!r} of {operation} was asked for, but {fault}", remedy="Ask for auto or reference."
-                ) from fault
-            refused[name] = str(fault)
+                    f"backend {name!r} of {operation} was asked for, but {error}", remedy="Ask for auto or reference."
+                ) from error
+            refused[name] = str(error)
             continue
         if refused:
             reasons = "; ".join(f"not {other}: {reason}" for other, reason in refused.items())
@@ -118,21 +118,26 @@ def run_best(
 
 
 def choose(
-    operation: str, device_type: str, wish: str = "auto", *, few_tokens: bool = False, without: tuple[str, ...] = ()
+    operation: str,
+    device_type: str,
+    requested: str = "auto",
+    *,
+    few_tokens: bool = False,
+    without: tuple[str, ...] = (),
 ) -> str:
     """Name of the backend of ``operation`` for tensors of a device type ("cpu", "cuda"), other than ``without``.
 
-    Raises ConfigError for an unknown name, and for an explicit wish that cannot run here.
+    Raises ConfigError for an unknown name, and for an explicit requested that cannot run here.
     """
     # What was chosen before holds as long as nothing that it was chosen by has changed: this runs for every layer.
     environment = setting("EDGEFED_KERNELS"), setting("EDGEFED_ISA")
-    key = (operation, device_type, wish, few_tokens, without, *environment)
+    key = (operation, device_type, requested, few_tokens, without, *environment)
     if key not in _chosen:
-        _chosen[key] = _choose(operation, device_type, wish, few_tokens, without)
+        _chosen[key] = _choose(operation, device_type, requested, few_tokens, without)
     return _chosen[key]
 
 
-def _choose(operation: str, device_type: str, wish: str, few_tokens: bool, without: tuple[str, ...]) -> str:
+def _choose(operation: str, device_type: str, requested: str, few_tokens: bool, without: tuple[str, ...]) -> str:
     candidates = [
         backend
         for backend in _backends
@@ -140,27 +145,27 @@ def _choose(operation: str, device_type: str, wish: str, few_tokens: bool, witho
         and backend.device_type in (device_type, ANY_DEVICE)
         and backend.name not in without
     ]
-    asked = wish
-    if wish == "auto":
-        wish = os.environ.get("EDGEFED_KERNELS", "auto") or "auto"
+    asked = requested
+    if requested == "auto":
+        requested = os.environ.get("EDGEFED_KERNELS", "auto") or "auto"
         known, here = {b.name for b in _backends}, {b.name for b in candidates}
-        if wish in known and wish not in here:
-            wish = "auto"
-    if wish != "auto":
+        if requested in known and requested not in here:
+            requested = "auto"
+    if requested != "auto":
         for backend in candidates:
-            if backend.name == wish:
+            if backend.name == requested:
                 reason = backend.why_not()
                 if reason is None:
                     return backend.name
                 raise ConfigError(
-                    f"backend {wish!r} of {operation} was asked for, but {reason}",
+                    f"backend {requested!r} of {operation} was asked for, but {reason}",
                     remedy="Ask for auto or reference, or see `edgefed doctor` for what this machine has.",
                 )
         names = sorted({b.name for b in _backends if b.operation == operation})
-        elsewhere = sorted({b.device_type for b in _backends if (b.operation, b.name) == (operation, wish)})
+        elsewhere = sorted({b.device_type for b in _backends if (b.operation, b.name) == (operation, requested)})
         why = f"it is for {', '.join(elsewhere)}" if elsewhere else f"there are {', '.join(names)}"
         source = "" if asked != "auto" else " by EDGEFED_KERNELS"
-        raise ConfigError(f"backend {wish!r} of {operation} was asked for{source} on {device_type}, but {why}")
+        raise ConfigError(f"backend {requested!r} of {operation} was asked for{source} on {device_type}, but {why}")
     if few_tokens:
         candidates.sort(key=lambda backend: not backend.for_few_tokens)  # stable
     refused = []
@@ -206,8 +211,8 @@ def why_not_native() -> str | None:
     """Why the native library cannot be used, or None."""
     try:
         isa_code(load_native())
-    except (NativeUnavailable, ConfigError) as fault:
-        return str(fault)
+    except (NativeUnavailable, ConfigError) as error:
+        return str(error)
     return None
 
 
@@ -221,8 +226,8 @@ def why_not_triton() -> str | None:
     """Why the Triton kernels cannot be used, or None."""
     try:
         from edgefed.triton_kernels.availability import why_not
-    except ImportError as fault:
-        return f"the Triton kernels are not there: {fault}"
+    except ImportError as error:
+        return f"the Triton kernels are not there: {error}"
     return why_not()
 
 

@@ -106,24 +106,24 @@ def _check(raw: np.ndarray, dtype: str, accumulator: np.ndarray | None = None) -
 
 
 @functools.lru_cache(maxsize=4)
-def select_backend(wish: str = "auto") -> FoldBackend:
+def select_backend(requested: str = "auto") -> FoldBackend:
     """Choose a backend: "native", "numpy", or "auto", which prefers native and logs its choice once.
 
     Raises ConfigError when "native" is asked for and cannot be had, or for any other name.
     """
-    if wish == "numpy":
+    if requested == "numpy":
         return NUMPY
-    if wish not in ("auto", "native"):
-        raise ConfigError(f"fold backend {wish!r} is none of auto, native, numpy")
+    if requested not in ("auto", "native"):
+        raise ConfigError(f"fold backend {requested!r} is none of auto, native, numpy")
     try:
         backend = native_backend()
-    except NativeUnavailable as fault:
-        if wish == "native":
+    except NativeUnavailable as error:
+        if requested == "native":
             raise ConfigError(
-                f"fold backend native was asked for, but {fault}",
+                f"fold backend native was asked for, but {error}",
                 remedy="Install edgefed where a C++ compiler is present, or ask for auto or numpy.",
-            ) from fault
-        logger.info("aggregation uses numpy: %s", fault)
+            ) from error
+        logger.info("aggregation uses numpy: %s", error)
         return NUMPY
     logger.info("aggregation uses the native library")
     return backend

@@ -162,8 +162,8 @@ def masked_experts(
             return _finish_pairs(
                 implementation.masked_experts, finish, hidden_states, slot_indices, expert_weights, slots, own
             )
-        except implementation.Unsupported as fault:
-            raise Unsupported(str(fault)) from fault
+        except implementation.Unsupported as error:
+            raise Unsupported(str(error)) from error
 
     few_tokens = hidden_states.shape[0] < FEW_TOKENS
     return run_best("masked_experts", hidden_states.device.type, backend, run, few_tokens=few_tokens)

@@ -88,11 +88,11 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def raise_fault(fault: int) -> None:
-    if fault == -4:
+def raise_fault(error: int) -> None:
+    if error == -4:
         raise MemoryError("no memory for the native experts")
-    if fault < 0:
-        raise RuntimeError(f"the native experts failed with code {fault}")
+    if error < 0:
+        raise RuntimeError(f"the native experts failed with code {error}")
 
 
 def dense(matrix: Matrix, tensors: list[torch.Tensor], buffers: dict) -> torch.Tensor:
@@ -106,15 +106,15 @@ def dense(matrix: Matrix, tensors: list[torch.Tensor], buffers: dict) -> torch.T
     out, scale, library = buffers[key], tensors[matrix.scale].contiguous(), load_native()
     isa, threads, data = isa_code(library), torch.get_num_threads(), data.contiguous()
     if matrix.code == DTYPE_CODES["nf4"]:
-        fault = library.ef_dequantize_nf4(
+        error = library.ef_dequantize_nf4(
             data.data_ptr(), scale.data_ptr(), out.numel(), matrix.blocksize, out.data_ptr(), code_of(out.dtype), isa,
             threads,
         )  # fmt: skip
     else:
-        fault = library.ef_dequantize_int8(
+        error = library.ef_dequantize_int8(
             data.data_ptr(), scale.data_ptr(), *matrix.shape, out.data_ptr(), code_of(out.dtype), isa, threads
         )
-    raise_fault(fault)
+    raise_fault(error)
     return out
 
 
@@ -200,11 +200,11 @@ def outer(a: torch.Tensor, b: torch.Tensor, b_rows: torch.Tensor | None) -> torc
     if a.dtype == torch.bfloat16 and isa == 3 and b.shape[1] % 64 == 0:
         out = torch.empty(a.shape[1], b.shape[1], dtype=a.dtype)
         a, b = a.contiguous(), b.contiguous()
-        fault = library.ef_outer_bf16(
+        error = library.ef_outer_bf16(
             a.data_ptr(), b.data_ptr(), pointer(b_rows), out.data_ptr(), a.shape[0], a.shape[1], b.shape[1], isa,
             torch.get_num_threads(),
         )  # fmt: skip
-        raise_fault(fault)
+        raise_fault(error)
         return out
     return torch.mm(a.t(), b if b_rows is None else b[b_rows])
 
@@ -245,9 +245,9 @@ def swiglu_backward(
     """act (P, I), the gradient of up (P, 2I) for weights (P,) float32 times d (P, I), and d . act (P,) float32."""
     library = load_native()
     act, d_up, d_weights = torch.empty_like(d), torch.empty_like(up), torch.empty(up.shape[0])
-    fault = library.ef_swiglu_backward(
+    error = library.ef_swiglu_backward(
         up.data_ptr(), d.data_ptr(), weights.data_ptr(), act.data_ptr(), d_up.data_ptr(), d_weights.data_ptr(),
         code_of(up.dtype), *act.shape, isa_code(library), torch.get_num_threads(),
     )  # fmt: skip
-    raise_fault(fault)
+    raise_fault(error)
     return act, d_up, d_weights

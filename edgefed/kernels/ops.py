@@ -8,7 +8,7 @@ Importing this module registers them in the namespace ``edgefed``:
     router_statistics_  adds to an accumulator in place
 
 They are functional, so what depends on the values of the indices is not: which experts have tokens. Hence a weight that
-learns is not for `masked_experts` here, because an expert without tokens must get no gradient, not zeros (an optimiser
+learns is not for `masked_experts` here, because an expert without tokens must get no gradient, not zeros (an optimizer
 then leaves it alone): it has gradients for the tokens and the gate weights only. Activations that are Python functions,
 adapters, biases, several dtypes in one layer and experts from disk are for `edgefed.kernels.masked_experts` as well,
 which torch.compile leaves to Python (a graph break).

@@ -293,42 +293,42 @@ def _quantize_native(stack: torch.Tensor, format: Format, blocksize: int) -> tup
     if format == "int8":
         packed = torch.empty(stack.shape, dtype=torch.int8)
         absmax = torch.empty(experts, rows)
-        fault = library.ef_quantize_int8(
+        error = library.ef_quantize_int8(
             stack.data_ptr(), dtype, experts * rows, columns, packed.data_ptr(), absmax.data_ptr(), isa, threads
         )
-        _raise_fault(fault, f"row {(fault - 1) % max(rows, 1)} of expert {(fault - 1) // max(rows, 1)}")
+        _raise_fault(error, f"row {(error - 1) % max(rows, 1)} of expert {(error - 1) // max(rows, 1)}")
         return packed, absmax
     packed = torch.empty(experts, (size + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(experts, -(-size // blocksize))
     # Experts that are whole blocks are one flat tensor.
     together = size % blocksize == 0
     for first in range(1 if together else experts):
-        fault = library.ef_quantize_nf4(
+        error = library.ef_quantize_nf4(
             stack[first].data_ptr(), dtype, stack.numel() if together else size, blocksize, packed[first].data_ptr(),
             absmax[first].data_ptr(), isa, threads,
         )  # fmt: skip
-        _raise_fault(fault, f"block {fault - 1}")
+        _raise_fault(error, f"block {error - 1}")
     return packed, absmax
 
 
-def _raise_fault(fault: int, place: str) -> None:
-    if fault > 0:
+def _raise_fault(error: int, place: str) -> None:
+    if error > 0:
         raise ValueError(f"a weight is infinite, not a number, or too large for float16, in {place}")
-    if fault == -4:
+    if error == -4:
         raise MemoryError("no memory for the native quantiser")
-    if fault:
-        raise RuntimeError(f"the native quantiser failed with code {fault}")
+    if error:
+        raise RuntimeError(f"the native quantiser failed with code {error}")
 
 
 def _unnest_native(nested: NestedScales) -> torch.Tensor:
     codes, absmax, mean = nested.codes.contiguous(), nested.absmax.contiguous(), nested.mean.contiguous()
     out, values = torch.empty(codes.shape, dtype=torch.float32), _dynamic_code(codes.device)
     blocks = codes.shape[-1]
-    fault = load_native().ef_unnest_scales(
+    error = load_native().ef_unnest_scales(
         codes.data_ptr(), absmax.data_ptr(), mean.data_ptr(), values.data_ptr(), mean.numel(), blocks,
         NESTED_BLOCKSIZE, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    _raise_fault(fault, "")
+    _raise_fault(error, "")
     return out
 
 
@@ -338,19 +338,19 @@ def _dequantize_native(matrix: QuantizedMatrix, out: torch.Tensor) -> None:
     packed, scales = matrix.packed.contiguous(), matrix.scales().contiguous()
     if matrix.format == "int8":
         rows = scales.numel()
-        fault = library.ef_dequantize_int8(
+        error = library.ef_dequantize_int8(
             packed.data_ptr(), scales.data_ptr(), rows, matrix.shape[-1], out.data_ptr(), dtype, isa, threads
         )
-        return _raise_fault(fault, "")
+        return _raise_fault(error, "")
     size = matrix.shape[-2] * matrix.shape[-1]
     if len(matrix.shape) == 2 or size % matrix.blocksize == 0:
         pieces = [(packed, scales, out)]
     else:
         pieces = list(zip(packed, scales, out, strict=True))
     for piece, absmax, target in pieces:
-        fault = library.ef_dequantize_nf4(
+        error = library.ef_dequantize_nf4(
             piece.data_ptr(), absmax.data_ptr(), target.numel(), matrix.blocksize, target.data_ptr(), dtype, isa,
             threads,
         )  # fmt: skip
-        _raise_fault(fault, "")
+        _raise_fault(error, "")
     return None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from edgefed.experts import LayerRecord
+from edgefed.experts import LayerProfile
 from edgefed.kernels.dispatch import Unsupported, choose, run_best
 from edgefed.native import DTYPE_CODES, isa_code, load_native
 
@@ -137,15 +137,15 @@ def _add_native(
     library = load_native()
     router, indices, weights = router.contiguous(), indices.contiguous(), weights.contiguous()
     tokens, experts = router.shape
-    fault = library.ef_router_statistics(
+    error = library.ef_router_statistics(
         statistics.data_ptr(), router.data_ptr(), _KERNEL_DTYPES[router.dtype], GATE_KINDS.index(kind),
         indices.data_ptr(), weights.data_ptr(), _KERNEL_DTYPES[weights.dtype], tokens, experts,
         indices.shape[1], isa_code(library), torch.get_num_threads(),
     )  # fmt: skip
-    if fault == -5:
+    if error == -5:
         raise IndexError(f"an expert index lies outside 0..{experts - 1}")
-    if fault:
-        raise RuntimeError(f"the native router statistics failed with code {fault}")
+    if error:
+        raise RuntimeError(f"the native router statistics failed with code {error}")
 
 
 def _add_reference(
@@ -167,10 +167,10 @@ def _add_reference(
     torch.maximum(statistics[GATE_MAX], gate.amax(dim=0).to(dtype), out=statistics[GATE_MAX])
 
 
-def to_layer_record(statistics: torch.Tensor, num_tokens: int) -> LayerRecord:
-    """Copy an accumulator to the host (the one synchronisation) as a `LayerRecord` over ``num_tokens`` tokens."""
+def to_layer_record(statistics: torch.Tensor, num_tokens: int) -> LayerProfile:
+    """Copy an accumulator to the host (the one synchronisation) as a `LayerProfile` over ``num_tokens`` tokens."""
     rows = statistics.detach().to(device="cpu", dtype=torch.float64).numpy()
-    return LayerRecord(
+    return LayerProfile(
         num_tokens=num_tokens,
         tokens_per_expert=rows[TOKENS_PER_EXPERT].copy(),
         gate_sum=rows[GATE_SUM].copy(),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgefed.errors import BudgetTooSmall
-from edgefed.experts import ExpertPlan, LayerRecord
+from edgefed.experts import ExpertPlan, LayerProfile
 from edgefed.methods.interface import Contribution, Method, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 
@@ -59,22 +59,22 @@ def select_by_score(
     return tuple(tuple(sorted(ids)) for ids in chosen)
 
 
-def plan_tuned(experts_per_layer: Sequence[int], chosen: Sequence[Sequence[int]]) -> ExpertPlan:
+def plan_trainable(experts_per_layer: Sequence[int], chosen: Sequence[Sequence[int]]) -> ExpertPlan:
     """A plan that trains every chosen expert and holds no other."""
     return ExpertPlan.of(experts_per_layer, chosen)
 
 
-def busiest(batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
-    """At most ``limit`` of the ``tuned`` expert ids, those with the most tokens of the batch."""
-    return tuned[np.argsort(-batch.tokens_per_expert[tuned], kind="stable")[:limit]]
+def busiest(batch: LayerProfile, trainable: np.ndarray, limit: int) -> np.ndarray:
+    """At most ``limit`` of the ``trainable`` expert ids, those with the most tokens of the batch."""
+    return trainable[np.argsort(-batch.tokens_per_expert[trainable], kind="stable")[:limit]]
 
 
 class MeanOfHolders(Method):
     """Schedules the busiest experts and averages each unit over the clients that sent it, weighted by examples."""
 
-    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
-        """The busiest tuned experts of the batch: a schedule needs no importance to save compute."""
-        return busiest(batch, tuned, limit)
+    def schedule_experts(self, batch: LayerProfile, trainable: np.ndarray, limit: int) -> np.ndarray:
+        """The busiest trainable experts of the batch: a schedule needs no importance to save compute."""
+        return busiest(batch, trainable, limit)
 
     def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
         """Each unit over the clients that hold it, weighted by examples; nobody: unchanged."""

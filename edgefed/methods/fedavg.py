@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgefed.errors import BudgetTooSmall
-from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import merge_by_examples
 from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
 from edgefed.protocol.messages import UnitInfo
@@ -26,13 +26,13 @@ class FedAvg(Method):
 
     def plan_experts(
         self,
-        record: RouterRecord | None,
+        record: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
         context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
-        """All experts, tuned. Raises BudgetTooSmall when the device cannot hold them."""
+        """All experts, trainable. Raises BudgetTooSmall when the device cannot hold them."""
         if budget.resident_experts < sum(experts_per_layer):
             raise BudgetTooSmall(
                 f"{self.name} trains all {sum(experts_per_layer)} experts, this device holds {budget.resident_experts}",
@@ -40,11 +40,11 @@ class FedAvg(Method):
             )
         return ExpertPlan.full(experts_per_layer)
 
-    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
+    def schedule_experts(self, batch: LayerProfile, trainable: np.ndarray, limit: int) -> np.ndarray:
         """All of them: FedAvg has no notion of a compute budget."""
-        return tuned
+        return trainable
 
-    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+    def expert_importance(self, record: LayerProfile) -> np.ndarray:
         """The mean gate probability; reported, not used."""
         return record.mean_gate
 

@@ -25,7 +25,7 @@ from types import MappingProxyType
 import numpy as np
 
 from edgefed.errors import ConfigError
-from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import MeanOfHolders
 from edgefed.methods.interface import FIRST_ROUND, DeviceBudget, RoundContext
 
@@ -92,7 +92,7 @@ class FedMoE(MeanOfHolders):
 
     def plan_experts(
         self,
-        record: RouterRecord | None,
+        record: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
@@ -101,6 +101,6 @@ class FedMoE(MeanOfHolders):
         """There is nothing to plan. Raises ConfigError."""
         raise ConfigError("fedmoe has no experts to choose: its clients bring models of their own")
 
-    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+    def expert_importance(self, record: LayerProfile) -> np.ndarray:
         """There are no experts. Raises ConfigError."""
         raise ConfigError("fedmoe has no experts whose importance could be told")

@@ -6,11 +6,11 @@ Paper symbol -> our name
     B_non(c)      slots of merged experts, `merged_slots`
     x_c^e   (4)   `assign_experts`: the best tune_slots experts by utility
     eps           `exploitation`: share of them that is trained; as many others as are left over are explored
-    alpha_e       frequency x mean attention, the weight within a merged expert (`edgefed.moe.merging`)
+    alpha_e       frequency x mean attention, the weight within a merged expert (`edgefed.moe.merging.plan`)
 
-A device profiles quantised and one round late (`profiles_while_waiting`), trains the tuned experts, measures the
-gradient norm of tuned experts as it trains and of explored ones by forward passes alone (`edgefed.training.utility`),
-and uploads the tuned experts and the utilities.
+A device profiles quantised and one round late (`profiles_while_waiting`), trains the trainable experts, measures the
+gradient norm of trainable experts as it trains and of explored ones by forward passes alone (`edgefed.training.utility`),
+and uploads the trainable experts and the utilities.
 
 Departs from the paper
     * (4) is separable by client: the best experts of each are taken. Every layer tunes at least one, but on devices
@@ -39,7 +39,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgefed.errors import ConfigError
-from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import busiest, check_budget, in_client_order, merge_by_examples, select_by_score
 from edgefed.methods.flux_pace import own_count, paced_limits
 from edgefed.methods.interface import (
@@ -168,13 +168,13 @@ class Flux(Method):
 
     def plan_experts(
         self,
-        record: RouterRecord | None,
+        record: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
         context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
-        """Tuned and explored (frozen) experts; the rest is left out, to be merged. Raises BudgetTooSmall."""
+        """Trainable and explored (frozen) experts; the rest is left out, to be merged. Raises BudgetTooSmall."""
         check_budget(budget.resident_experts, experts_per_layer)
         total, paced = sum(experts_per_layer), self.pace == "fleet"
         if budget.resident_experts >= total and not paced:
@@ -182,22 +182,22 @@ class Flux(Method):
         slots = budget.resident_experts - self.merged_slots(budget.resident_experts, experts_per_layer)
         if context.assignment is not None:
             take = _first_taken if paced else _taken
-            tuned, explored = take(context.assignment, experts_per_layer, slots)
+            trainable, explored = take(context.assignment, experts_per_layer, slots)
         else:
             if record is None:
                 raise ValueError("flux plans from a profile")
             shares = [layer.frequency / max(layer.frequency.sum(), 1e-12) for layer in record.layers]
             limit = max(1, math.floor(self.first_share * total)) if paced else None
-            tuned, explored = _split(shares, slots, self._eps(slots, total, context.server_round), rng, limit)
+            trainable, explored = _split(shares, slots, self._eps(slots, total, context.server_round), rng, limit)
         return ExpertPlan.of(
-            experts_per_layer, _by_layer(tuned, experts_per_layer), _by_layer(explored, experts_per_layer)
+            experts_per_layer, _by_layer(trainable, experts_per_layer), _by_layer(explored, experts_per_layer)
         )
 
-    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
-        """The busiest tuned experts of the batch."""
-        return busiest(batch, tuned, limit)
+    def schedule_experts(self, batch: LayerProfile, trainable: np.ndarray, limit: int) -> np.ndarray:
+        """The busiest trainable experts of the batch."""
+        return busiest(batch, trainable, limit)
 
-    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+    def expert_importance(self, record: LayerProfile) -> np.ndarray:
         """The frequency; reported, not used: what counts is in the survey."""
         return record.frequency
 
@@ -246,9 +246,9 @@ class Flux(Method):
     ) -> None:
         """Give each expert that was idle too long to the client that it is most useful to; see the top of this file.
 
-        No layer is left without a tuned expert by that, but on clients in ``limits``, where there may be such layers.
+        No layer is left without a trainable expert by that, but on clients in ``limits``, where there may be such layers.
         """
-        tuned = {pair for tune, _ in chosen.values() for pair in tune}
+        trainable = {pair for tune, _ in chosen.values() for pair in tune}
         idle = [
             (-int(rounds[expert]), layer, int(expert))
             for layer, rounds in enumerate(coverage.idle_rounds)
@@ -256,7 +256,7 @@ class Flux(Method):
         ]
         given: set[tuple[int, int]] = set()
         for _, layer, expert in sorted(idle):
-            if (layer, expert) in tuned:
+            if (layer, expert) in trainable:
                 continue
             shares = {
                 client: scores[layer][expert] / max(float(scores[layer].sum()), 1e-30)
@@ -299,29 +299,29 @@ def complete_utilities(survey: ExpertSurvey) -> list[np.ndarray]:
 def _split(
     scores: Scores, slots: int, eps: float, rng: np.random.Generator, limit: int | None = None
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(tuned, explored), together ``slots``: the best ``eps`` of the slots, and the rest drawn from all others.
+    """(trainable, explored), together ``slots``: the best ``eps`` of the slots, and the rest drawn from all others.
 
-    Above ``limit``, the least useful of the best are not tuned; they come first among the explored.
+    Above ``limit``, the least useful of the best are not trainable; they come first among the explored.
     """
     layers, total = len(scores), sum(len(row) for row in scores)
     slots = min(slots, total)
     count = own_count(slots, layers, eps)
     everything = [np.ones(len(row), dtype=bool) for row in scores]
     best = select_by_score(scores, everything, count)
-    tuned = sorted(
+    trainable = sorted(
         ((layer, expert) for layer, ids in enumerate(best) for expert in ids),
         key=lambda pair: (-float(scores[pair[0]][pair[1]]), pair),
     )
     others = [(layer, e) for layer, row in enumerate(scores) for e in range(len(row)) if e not in best[layer]]
     drawn = rng.permutation(len(others))[: slots - count]
-    tuned, spared = (tuned, []) if limit is None else (tuned[:limit], tuned[limit:])
-    return tuned, spared + [others[index] for index in drawn]
+    trainable, spared = (trainable, []) if limit is None else (trainable[:limit], trainable[limit:])
+    return trainable, spared + [others[index] for index in drawn]
 
 
 def _taken(
     assignment: ExpertAssignment, experts_per_layer: Sequence[int], slots: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """What fits of an assignment, in its proportions, with a tuned expert in every layer.
+    """What fits of an assignment, in its proportions, with a trainable expert in every layer.
 
     Raises ConfigError on an expert that the model does not have.
     """
@@ -339,13 +339,13 @@ def _first_taken(
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The first experts of an assignment that fit, with one in every layer, as what they are assigned.
 
-    Fewer slots do not lower what is tuned as long as it fits: its number was chosen by what the uplink can send. Raises
+    Fewer slots do not lower what is trainable as long as it fits: its number was chosen by what the uplink can send. Raises
     as `_taken` does.
     """
     tune, explore = _checked(assignment, experts_per_layer)
     kept = _first_of(tune + explore, experts_per_layer, slots)
-    tuned = sorted(kept & set(tune)) or sorted(kept)[:1]
-    return tuned, sorted(kept - set(tuned))
+    trainable = sorted(kept & set(tune)) or sorted(kept)[:1]
+    return trainable, sorted(kept - set(trainable))
 
 
 def _first_of(pairs: Sequence[tuple[int, int]], experts_per_layer: Sequence[int], count: int) -> set[tuple[int, int]]:

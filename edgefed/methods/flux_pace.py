@@ -9,12 +9,12 @@ from edgefed.protocol.messages import ExpertSurvey
 
 
 def own_count(slots: int, layers: int, eps: float) -> int:
-    """Experts that are tuned of ``slots``: a share ``eps``, at least one in each layer."""
+    """Experts that are trainable of ``slots``: a share ``eps``, at least one in each layer."""
     return min(slots, max(layers, round(eps * slots)))
 
 
 def round_trip_rate(survey: ExpertSurvey) -> float | None:
-    """Bytes of tuned experts a second: each is fetched once and sent once. By the upload alone where downloads are
+    """Bytes of trainable experts a second: each is fetched once and sent once. By the upload alone where downloads are
     unknown, None where uploads are."""
     up, down = survey.upload_bytes_per_s, survey.download_bytes_per_s
     return up if up is None or down is None else 1 / (1 / up + 1 / down)

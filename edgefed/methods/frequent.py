@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import (
     MeanOfHolders,
     check_budget,
     in_client_order,
     merge_by_examples,
-    plan_tuned,
+    plan_trainable,
     select_by_score,
 )
 from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, RoundContext, UnitMerge
@@ -33,7 +33,7 @@ class FrequentExperts(MeanOfHolders):
 
     def plan_experts(
         self,
-        record: RouterRecord | None,
+        record: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
@@ -44,9 +44,9 @@ class FrequentExperts(MeanOfHolders):
             raise ValueError(f"{self.name} plans from a profile")
         scores = [layer.frequency for layer in record.layers]
         used = [layer.tokens_per_expert > 0 for layer in record.layers]
-        return plan_tuned(experts_per_layer, select_by_score(scores, used, budget.resident_experts))
+        return plan_trainable(experts_per_layer, select_by_score(scores, used, budget.resident_experts))
 
-    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+    def expert_importance(self, record: LayerProfile) -> np.ndarray:
         """The frequency; reported, not used."""
         return record.frequency
 
@@ -65,7 +65,7 @@ class Submodel(FrequentExperts):
 
     def plan_experts(
         self,
-        record: RouterRecord | None,
+        record: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
@@ -85,7 +85,7 @@ class Submodel(FrequentExperts):
         chosen: list[list[int]] = [[] for _ in experts_per_layer]
         for _, layer, expert in sorted(joins)[: budget.resident_experts]:
             chosen[layer].append(expert)
-        return plan_tuned(experts_per_layer, chosen)
+        return plan_trainable(experts_per_layer, chosen)
 
     def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
         """Experts by their holders; row e of a router by the holders of e."""

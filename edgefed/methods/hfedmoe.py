@@ -1,7 +1,7 @@
 """HFedMoE (arXiv 2601.00583): importance-ranked experts under a budget, aggregated where they are used.
 
 Paper symbol -> our name
-    G_e(x)          router probability of expert e for token x; `LayerRecord` holds its sums
+    G_e(x)          router probability of expert e for token x; `LayerProfile` holds its sums
     B               num_tokens of a batch, or of the profile
     s_cumul(e)      mean_gate                       (3)
     s_specific(e)   gate_max                        (4)
@@ -30,7 +30,7 @@ Departs from the paper
       everywhere and the full global model hardly learns. Here the choice is drawn anew each round, experts with higher
       scores more often: Gumbel-top-k (Kool et al., arXiv 1903.06059) on the profile of the first round. The
       temperature falls linearly to 0 in the last round, so a device ends with its best experts. 0 is the paper.
-    * Usage >= tau does not mean trained: (17) also asks for at least one optimiser step. Nobody left: the old expert.
+    * Usage >= tau does not mean trained: (17) also asks for at least one optimizer step. Nobody left: the old expert.
     * (20)-(21) are not normalised and would shrink the router each round; here the weights are divided by their sum,
       and fall back to example weights when all are zero.
     * ``router_aggregation="row"``: row e of a router belongs to expert e and is averaged over the clients that use e,
@@ -47,8 +47,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgefed.errors import ConfigError
-from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
-from edgefed.methods.averaging import in_client_order, merge_by_examples, plan_tuned, select_by_score
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
+from edgefed.methods.averaging import in_client_order, merge_by_examples, plan_trainable, select_by_score
 from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 
@@ -106,11 +106,11 @@ class HFedMoE(Method):
 
     # --- client half ----------------------------------------------------------------------------------------------
 
-    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+    def expert_importance(self, record: LayerProfile) -> np.ndarray:
         """(5) s(e) = lambda mean G_e + (1 - lambda) max G_e, (E,)."""
         return self.lambda_ * record.mean_gate + (1 - self.lambda_) * record.gate_max
 
-    def information_cost(self, record: LayerRecord) -> np.ndarray:
+    def information_cost(self, record: LayerProfile) -> np.ndarray:
         """I(z_e; x), (E,), in nats.
 
         (11) KL(e) = 1/B sum_i G_e(x_i) ln(G_e(x_i) / m) = gate_log_sum / B - m ln m, with m = mean_gate.
@@ -122,19 +122,19 @@ class HFedMoE(Method):
             cost = cost + record.gate_complement_log_sum / tokens - _x_ln_x(1 - mean)
         return np.maximum(cost, 0.0)  # rounding can leave -1e-17 where the gate is constant
 
-    def bottleneck_score(self, record: LayerRecord) -> np.ndarray:
+    def bottleneck_score(self, record: LayerProfile) -> np.ndarray:
         """(14) I_b(e) = s(e) - beta KL(e), (E,); with score="importance" just s(e)."""
         importance = self.expert_importance(record)
         return importance if self.score == "importance" else importance - self.beta * self.information_cost(record)
 
-    def _comparable_score(self, record: LayerRecord) -> np.ndarray:
+    def _comparable_score(self, record: LayerProfile) -> np.ndarray:
         """`bottleneck_score`, in units of the layer's mean importance if ``layer_scale``."""
         mean = float(self.expert_importance(record).mean())  # never 0 where a token was seen: the gates sum to 1
         return self.bottleneck_score(record) / mean if self.layer_scale and mean > 0 else self.bottleneck_score(record)
 
     def plan_experts(
         self,
-        record: RouterRecord | None,
+        record: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
@@ -151,11 +151,11 @@ class HFedMoE(Method):
                 for score in scores
             ]
         union = [layer.tokens_per_expert > 0 for layer in record.layers]
-        return plan_tuned(experts_per_layer, select_by_score(scores, union, budget.resident_experts))
+        return plan_trainable(experts_per_layer, select_by_score(scores, union, budget.resident_experts))
 
-    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
-        """Schedule: (15) on one batch of one layer, over the tuned experts that the batch is routed to."""
-        routed = tuned[batch.tokens_per_expert[tuned] > 0]
+    def schedule_experts(self, batch: LayerProfile, trainable: np.ndarray, limit: int) -> np.ndarray:
+        """Schedule: (15) on one batch of one layer, over the trainable experts that the batch is routed to."""
+        routed = trainable[batch.tokens_per_expert[trainable] > 0]
         return routed[np.argsort(-self.bottleneck_score(batch)[routed], kind="stable")[:limit]]
 
     # --- server half ----------------------------------------------------------------------------------------------

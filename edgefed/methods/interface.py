@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.protocol.messages import ExpertAssignment, ExpertReport, ExpertSurvey, UnitInfo
 
 
@@ -123,7 +123,7 @@ class Method(Protocol):
 
     def plan_experts(
         self,
-        record: RouterRecord | None,
+        record: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
@@ -135,14 +135,14 @@ class Method(Protocol):
         """
         ...
 
-    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
-        """Choose at most ``limit`` of the ``tuned`` expert ids of a layer that get gradients in this batch.
+    def schedule_experts(self, batch: LayerProfile, trainable: np.ndarray, limit: int) -> np.ndarray:
+        """Choose at most ``limit`` of the ``trainable`` expert ids of a layer that get gradients in this batch.
 
-        ``batch`` is the layer's record of this batch alone. Only called when ``limit < len(tuned)``.
+        ``batch`` is the layer's record of this batch alone. Only called when ``limit < len(trainable)``.
         """
         ...
 
-    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+    def expert_importance(self, record: LayerProfile) -> np.ndarray:
         """Importance s_c(e) of each expert of a layer, (E,), that the client reports with its update."""
         ...
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
 from edgefed.protocol.messages import UnitInfo
@@ -29,7 +29,7 @@ class Local(Method):
 
     def plan_experts(
         self,
-        record: RouterRecord | None,
+        record: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
@@ -38,11 +38,11 @@ class Local(Method):
         """As `HFedMoE.plan_experts`."""
         return self.selection.plan_experts(record, experts_per_layer, budget, rng, context)
 
-    def schedule_experts(self, batch: LayerRecord, tuned: np.ndarray, limit: int) -> np.ndarray:
+    def schedule_experts(self, batch: LayerProfile, trainable: np.ndarray, limit: int) -> np.ndarray:
         """As `HFedMoE.schedule_experts`."""
-        return self.selection.schedule_experts(batch, tuned, limit)
+        return self.selection.schedule_experts(batch, trainable, limit)
 
-    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+    def expert_importance(self, record: LayerProfile) -> np.ndarray:
         """As `HFedMoE.expert_importance`."""
         return self.selection.expert_importance(record)
 

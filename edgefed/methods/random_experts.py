@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
-from edgefed.methods.averaging import MeanOfHolders, plan_tuned, select_by_score
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
+from edgefed.methods.averaging import MeanOfHolders, plan_trainable, select_by_score
 from edgefed.methods.interface import FIRST_ROUND, DeviceBudget, RoundContext
 
 
@@ -31,7 +31,7 @@ class RandomExperts(MeanOfHolders):
 
     def plan_experts(
         self,
-        record: RouterRecord | None,
+        record: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
@@ -40,8 +40,8 @@ class RandomExperts(MeanOfHolders):
         """Uniform over experts, one per layer first. Raises BudgetTooSmall below one expert per layer."""
         scores = [rng.random(count) for count in experts_per_layer]
         eligible = [np.ones(count, dtype=bool) for count in experts_per_layer]
-        return plan_tuned(experts_per_layer, select_by_score(scores, eligible, budget.resident_experts))
+        return plan_trainable(experts_per_layer, select_by_score(scores, eligible, budget.resident_experts))
 
-    def expert_importance(self, record: LayerRecord) -> np.ndarray:
+    def expert_importance(self, record: LayerProfile) -> np.ndarray:
         """The mean gate probability; reported, not used."""
         return record.mean_gate

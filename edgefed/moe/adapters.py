@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from edgefed.errors import CheckpointError
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, FixedUnit, check_tensors, copy_into
+from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, FixedUnit, TrainScope, check_tensors, copy_into
 
 
 class LowRankUpdate(nn.Module):

@@ -39,7 +39,7 @@ class ExpertLayer:
     num_experts: int
     top_k: int
     gate_kind: str
-    """softmax, sigmoid or probability: see `edgefed.moe.gating`."""
+    """softmax, sigmoid or probability: see `edgefed.moe.gate_probe`."""
     selection_bias: str | None
     """Full name of the (E,) tensor that the router adds to its scores to choose, or None."""
     parameters: tuple[ExpertParameter, ...]
@@ -99,8 +99,8 @@ def discover_layers(model: nn.Module) -> tuple[ExpertLayer, ...]:
         if key not in facts:
             try:
                 facts[key] = probe_gate(block, router_name, experts_name, num_experts)
-            except GateNotUnderstood as fault:
-                raise _unsupported(model, f"at {block_path!r} {fault}") from fault
+            except GateNotUnderstood as error:
+                raise _unsupported(model, f"at {block_path!r} {error}") from error
         bias = facts[key].selection_bias
         layers.append(
             ExpertLayer(

@@ -60,7 +60,7 @@ class AttentionCapture:
         self._restore = [hook.remove, lambda: _set_implementations(before)]
         return self
 
-    def __exit__(self, *fault: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for restore in self._restore:
             restore()
         for owner in self._module.modules():

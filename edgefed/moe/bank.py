@@ -1,11 +1,11 @@
 """The experts of one layer that are on this device, and nothing of those that are not.
 
 For each tensor of an expert the bank owns one contiguous storage, slot by slot, and one leaf parameter per slot that
-views its part of it. So a kernel can read all slots as one tensor, while autograd and the optimiser see single
-experts: one without a token gets no gradient, and no optimiser state before its first step.
+views its part of it. So a kernel can read all slots as one tensor, while autograd and the optimizer see single
+experts: one without a token gets no gradient, and no optimizer state before its first step.
 
 Matrices that do not learn may lie quantised instead, in one packed stack: frozen and merged experts, and the base of
-tuned ones whose adapters learn (QLoRA, arXiv 2305.14314). Biases and adapters are never quantised. Each expert is
+trainable ones whose adapters learn (QLoRA, arXiv 2305.14314). Biases and adapters are never quantised. Each expert is
 quantised as it is read, so there is never more than one of them unpacked in memory.
 """
 
@@ -25,18 +25,15 @@ from edgefed.kernels.masked_experts import LowRankPair, Slots, SlotWeights
 from edgefed.kernels.quantization import QuantizedMatrix
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.expert_reading import check_expert, check_expert_adapter, read_with_adapter
-from edgefed.moe.merged_cache import MergedCache
-from edgefed.moe.merged_expert import Align, merge_experts
+from edgefed.moe.merged_cache import Align, MergedCache, merge_experts
 from edgefed.moe.offloading import Offloaded, OffloadSpace, mark_offloaded, release
 from edgefed.moe.packed import PACKABLE, empty_stack, pack_into
 from edgefed.moe.perturbation import Perturbation, PerturbedSlots, typical_weight
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import ExpertSource
-from edgefed.moe.units import LORA_SUFFIX, check_tensors, copy_into
+from edgefed.moe.units import LORA_SUFFIX, ExpertSource, TrainScope, check_tensors, copy_into
 
 
 class ExpertBank(nn.Module):
-    """S slots of ``layer`` as ``plan`` has them: tuned experts, then frozen ones, then merged groups.
+    """S slots of ``layer`` as ``plan`` has them: trainable experts, then frozen ones, then merged groups.
 
     Reads each expert once from ``source`` (and its adapter, when the experts train by LoRA: a frozen expert carries
     what others have learned, too; in a merged one the adapters of its members are added to their weights). ``storage``
@@ -64,11 +61,11 @@ class ExpertBank(nn.Module):
         self.experts = (*(int(expert) for expert in resident), *(group.experts[0] for group in groups))
         """Expert of each slot; of a merged one its first member."""
         self.num_resident = len(resident)
-        self.num_tuned = len(plan.tuned(ordinal)) if scope.experts != "none" else 0
+        self.num_trainable = len(plan.trainable(ordinal)) if scope.experts != "none" else 0
         self.is_complete = bool((slots >= 0).all())
         """No expert of the layer is absent."""
         self.lora_scale = scope.lora_scale if scope.experts == "lora" else None
-        learning = self.num_tuned if scope.experts == "full" else 0
+        learning = self.num_trainable if scope.experts == "full" else 0
         self._first_packed = len(self.experts) if storage is None else learning
         self._format = storage
         self.perturbation: Perturbation | None = None
@@ -93,7 +90,7 @@ class ExpertBank(nn.Module):
             if scope.experts == "lora":
                 adapter = source.read(key + LORA_SUFFIX)
                 check_expert_adapter(layer, key + LORA_SUFFIX, adapter, scope.lora_rank)
-                self._fill(slot, key + LORA_SUFFIX, adapter, slot < self.num_tuned, device)
+                self._fill(slot, key + LORA_SUFFIX, adapter, slot < self.num_trainable, device)
         for slot, group in enumerate(groups, start=len(resident)):
             tensors = _merged_tensors(layer, group, source, scope, align, merged)
             self._fill(slot, f"{layer.experts_path}.{'+'.join(map(str, group.experts))}", tensors, False, device)
@@ -134,7 +131,7 @@ class ExpertBank(nn.Module):
         if not parameter.requires_grad:
             return Offloaded()
         if name not in self._training:
-            shape = (self.num_tuned, *parameter.shape)
+            shape = (self.num_trainable, *parameter.shape)
             self._training[name] = self.offload.gradients_and_moments(shape, parameter.dtype)
         beside = tuple(self.tensors(slot).values()) if is_adapter else ()
         if (rooms := self._training[name]) is None:
@@ -242,7 +239,7 @@ class ExpertBank(nn.Module):
             pack_into(stack, slot - self._first_packed, key, name, tensors[name])
 
     def slots(self, scheduled: Collection[int] | None = None) -> Slots:
-        """The experts as `masked_experts` takes them; tuned ones outside ``scheduled`` (expert ids) are detached."""
+        """The experts as `masked_experts` takes them; trainable ones outside ``scheduled`` (expert ids) are detached."""
         slots = BankSlots(self, scheduled)
         return slots if self.perturbation is None else PerturbedSlots(slots, self.perturbation)
 
@@ -260,8 +257,8 @@ class ExpertBank(nn.Module):
         return typical_weight(self.slots()[self.slot(expert)])
 
     def gradients(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """(expert id, gradients) of each expert whose unit has a gradient now: the next optimiser step changes it."""
-        for slot in range(self.num_tuned):
+        """(expert id, gradients) of each expert whose unit has a gradient now: the next optimizer step changes it."""
+        for slot in range(self.num_trainable):
             parameters = (*self.tensors(slot).values(), *self.tensors(slot, adapter=True).values())
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients:

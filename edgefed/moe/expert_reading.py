@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from edgefed.errors import CheckpointError
 from edgefed.moe.adapters import low_rank_product
 from edgefed.moe.architecture import ExpertLayer
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import ExpertSource
-from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, check_tensors
+from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, ExpertSource, TrainScope, check_tensors, copy_into
+from edgefed.protocol.messages import UnitInfo
 
 
 def read_with_adapter(
@@ -52,3 +55,52 @@ def check_expert_adapter(layer: ExpertLayer, key: str, tensors: Mapping[str, tor
     for name, tensor in tensors.items():
         if tensor.dtype != ADAPTER_DTYPE:
             raise CheckpointError(f"{name!r} of unit {key!r} is {tensor.dtype}, adapters are {ADAPTER_DTYPE}")
+
+
+# Units on disk: one safetensors file each, opened only when a unit is asked for.
+
+
+def raw_array(tensor: torch.Tensor) -> np.ndarray:
+    """The raw bits of a tensor as numpy holds them for a frame: bfloat16 as uint16, bool as uint8."""
+    values = tensor.detach().cpu().contiguous()
+    if values.dtype == torch.bfloat16:
+        return values.view(torch.int16).numpy().view(np.uint16)
+    return values.view(torch.uint8).numpy() if values.dtype == torch.bool else values.numpy()
+
+
+class FrameSource:
+    """An `edgefed.moe.units.ExpertSource` over content-addressed files. Holds paths, never tensors."""
+
+    def __init__(self, units: Iterable[UnitInfo] = (), paths: Mapping[str, Path] | None = None):
+        self._paths: dict[str, Path] = {}
+        self.add(units, paths or {})
+
+    def add(self, units: Iterable[UnitInfo], paths: Mapping[str, Path]) -> None:
+        """Make ``units`` readable; ``paths`` maps their sha256 to local files."""
+        for unit in units:
+            self._paths[unit.key] = Path(paths[unit.sha256])
+
+    def read(self, unit_key: str) -> dict[str, torch.Tensor]:
+        """The tensors of one unit, fresh on the CPU. Raises CheckpointError when it is absent or unreadable."""
+        path = self._paths.get(unit_key)
+        if path is None:
+            raise CheckpointError(f"unit {unit_key!r} is not among the {len(self._paths)} units on this disk")
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read unit {unit_key!r} from {path}: {error}") from error
+
+
+# Puts the experts of a layer back as the stacks that transformers made, adapters merged into them.
+
+
+def restore_layer(layer: ExpertLayer, source: ExpertSource, scope: TrainScope, device: torch.device) -> None:
+    """Give ``layer`` its 3-D parameters again, one expert read at a time. Raises CheckpointError."""
+    for expert in range(layer.num_experts):
+        key = layer.expert_key(expert)
+        for name, value in read_with_adapter(layer, expert, source, scope).items():
+            if expert == 0:
+                stack = torch.empty(layer.num_experts, *value.shape, dtype=value.dtype, device=device)
+                layer.experts.register_parameter(name, nn.Parameter(stack, requires_grad=False))
+            copy_into(key, name, getattr(layer.experts, name).data[expert], value)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.activations import ACT2CLS
 from transformers.integrations.moe import ExpertsInterface
 
-from edgefed.experts import LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, LayerProfile
 from edgefed.kernels import ops as _operators  # noqa: F401  registers torch.ops.edgefed
 from edgefed.kernels.dispatch import log_choice
 from edgefed.kernels.masked_experts import Slots, SlotWeights, backend_for, masked_experts
@@ -23,13 +23,12 @@ from edgefed.kernels.router_statistics import new_statistics, router_statistics,
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.attention_received import AttentionCapture
 from edgefed.moe.bank import ExpertBank
-from edgefed.moe.gate_probe import router_logits_of, split_expert_arguments
-from edgefed.moe.gating import route_to_resident
+from edgefed.moe.gate_probe import route_to_resident, router_logits_of, split_expert_arguments
 
 IMPLEMENTATION = "edgefed"
 MISSING_MODES = ("renormalize", "skip")
 
-Schedule = Callable[[int, LayerRecord], Iterable[int]]
+Schedule = Callable[[int, LayerProfile], Iterable[int]]
 """(layer ordinal, record of this batch) -> expert ids that get weight gradients in this batch."""
 
 
@@ -56,7 +55,7 @@ class StatisticsRecorder:
             total = self._attention_sums.setdefault(layer, sums.new_zeros(logits.shape[1]))
             total.index_add_(0, indices.reshape(-1), per_pair)
 
-    def take(self) -> RouterRecord:
+    def take(self) -> ActivationProfile:
         """The record so far; starts again from zero. The one host synchronisation."""
         records = []
         for layer in self._layers:
@@ -69,7 +68,7 @@ class StatisticsRecorder:
                 values = received.to(device="cpu", dtype=torch.float64).numpy()
                 record = dataclasses.replace(record, attention_sum=values)
             records.append(record)
-        return RouterRecord(tuple(records))
+        return ActivationProfile(tuple(records))
 
 
 class LayerRuntime:
@@ -192,7 +191,7 @@ class LayerRuntime:
             served.index_add_(0, flat.clamp_min(0), here)
         bank.served_tokens += served
         if self.layer.experts.training and torch.is_grad_enabled():
-            learns = torch.arange(len(served), device=served.device) < bank.num_tuned
+            learns = torch.arange(len(served), device=served.device) < bank.num_trainable
             if scheduled is not None:  # made of values on the host; copying a list waits for the device
                 scheduled_here = [expert in scheduled for expert in bank.experts]
                 learns &= torch.tensor(scheduled_here, dtype=torch.bool, device=served.device)

@@ -52,16 +52,16 @@ def load_config(source: str | Path) -> PretrainedConfig:
         try:
             if not isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict):
                 raise ValueError("it is not a JSON object")
-        except (OSError, ValueError) as fault:
-            raise CheckpointError(f"cannot read {str(folder / 'config.json')!r}: {fault}") from fault
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {str(folder / 'config.json')!r}: {error}") from error
     try:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=False, local_files_only=local)
-    except OSError as fault:
+    except OSError as error:
         raise ModelNotFound(
-            f"{str(source)!r} is no folder here, and the hub did not give it: {_first_line(fault)}", remedy=_HUB_REMEDY
-        ) from fault
-    except ValueError as fault:
-        raise UnsupportedArchitecture(f"transformers cannot use {str(source)!r}: {_first_line(fault)}") from fault
+            f"{str(source)!r} is no folder here, and the hub did not give it: {_first_line(error)}", remedy=_HUB_REMEDY
+        ) from error
+    except ValueError as error:
+        raise UnsupportedArchitecture(f"transformers cannot use {str(source)!r}: {_first_line(error)}") from error
 
 
 def load_full(source: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
@@ -79,14 +79,14 @@ def load_full(source: str | Path, dtype: str | torch.dtype = "auto") -> PreTrain
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(source), dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=local
             )
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as fault:
-        raise CheckpointError(f"the weights of {str(source)!r} cannot be read: {_first_line(fault)}") from fault
-    except OSError as fault:
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the weights of {str(source)!r} cannot be read: {_first_line(error)}") from error
+    except OSError as error:
         if local:
-            raise CheckpointError(f"the weights of {str(source)!r} cannot be read: {_first_line(fault)}") from fault
+            raise CheckpointError(f"the weights of {str(source)!r} cannot be read: {_first_line(error)}") from error
         raise ModelNotFound(
-            f"the hub did not give the weights of {str(source)!r}: {_first_line(fault)}", remedy=_HUB_REMEDY
-        ) from fault
+            f"the hub did not give the weights of {str(source)!r}: {_first_line(error)}", remedy=_HUB_REMEDY
+        ) from error
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise CheckpointError(f"{str(source)!r} lacks {len(missing)} tensors of the model, the first is {missing[0]!r}")
@@ -111,10 +111,10 @@ def build_skeleton(config: PretrainedConfig, dtype: str | torch.dtype = "auto") 
     try:
         with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as fault:
+    except ValueError as error:
         raise UnsupportedArchitecture(
-            f"transformers builds no causal language model of type {config.model_type!r}: {_first_line(fault)}"
-        ) from fault
+            f"transformers builds no causal language model of type {config.model_type!r}: {_first_line(error)}"
+        ) from error
     return model.eval()
 
 
@@ -139,6 +139,6 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or source.endswith("/") or "\\" in source
 
 
-def _first_line(fault: BaseException) -> str:
-    lines = str(fault).strip().splitlines()
-    return lines[0] if lines else type(fault).__name__
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -25,11 +25,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.experts import ExpertPlan
-from edgefed.moe import adapters, full_layers, loading, units
+from edgefed.moe import adapters, loading, units
+from edgefed.moe import lockstep as full_layers
 from edgefed.moe.accounting import expert_memory, expert_tensors, model_memory
 from edgefed.moe.architecture import ExpertLayer, discover_layers
 from edgefed.moe.attention_received import AttentionCapture
 from edgefed.moe.bank import ExpertBank
+from edgefed.moe.expert_reading import restore_layer
 from edgefed.moe.layer_runtime import (
     IMPLEMENTATION,
     MISSING_MODES,
@@ -39,14 +41,10 @@ from edgefed.moe.layer_runtime import (
     register_implementation,
     training_kernels,
 )
-from edgefed.moe.merged_cache import MergedCache
-from edgefed.moe.merged_expert import Align
+from edgefed.moe.merged_cache import Align, MergedCache
 from edgefed.moe.offloading import OffloadSpace
 from edgefed.moe.packed import check_storage
-from edgefed.moe.restoring import restore_layer
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import ExpertSource
-from edgefed.moe.units import LORA_SUFFIX, FixedUnit, UnitSpec
+from edgefed.moe.units import LORA_SUFFIX, ExpertSource, FixedUnit, TrainScope, UnitSpec
 
 
 class MoeModel:
@@ -261,7 +259,7 @@ class MoeModel:
     ) -> Iterator[None]:
         """Within it the model computes the full model's output, without gradients, with experts from ``source``.
 
-        It needs the memory of the dense part and of what it holds at a time (`edgefed.moe.full_layers`): one expert,
+        It needs the memory of the dense part and of what it holds at a time (`edgefed.moe.lockstep`): one expert,
         one layer or all, quantised if ``storage`` says so; and of a plan that is applied as well (see `drop_experts`).
         ``scope`` says which adapters exist; None: as applied last. Raises ConfigError when a plan with another scope
         is applied.
@@ -318,7 +316,7 @@ class MoeModel:
                     runtime.recorders.remove(recorder)
 
     def set_schedule(self, schedule: Schedule | None) -> None:
-        """Let ``schedule(layer, batch_record)`` choose which tuned experts get weight gradients in each training
+        """Let ``schedule(layer, batch_record)`` choose which trainable experts get weight gradients in each training
         batch; the others are used as they are. It does not touch gradients through the experts to what lies below.
         """
         for runtime in self._runtimes:
@@ -329,15 +327,15 @@ class MoeModel:
         return training_kernels(self.layers, self.dtype, self._device.type)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Everything that an optimiser should get."""
+        """Everything that an optimizer should get."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def experts_with_gradient(self) -> list[tuple[int, int]]:
-        """(layer, expert) of each tuned expert that the next optimiser step will change."""
+        """(layer, expert) of each trainable expert that the next optimizer step will change."""
         return [key for key, _ in self.expert_gradients()]
 
     def expert_gradients(self) -> Iterator[tuple[tuple[int, int], list[torch.Tensor]]]:
-        """((layer, expert), gradients) of each tuned expert that the next optimiser step will change."""
+        """((layer, expert), gradients) of each trainable expert that the next optimizer step will change."""
         for runtime in self._banked():
             for expert, gradients in runtime.bank.gradients():
                 yield (runtime.layer.ordinal, expert), gradients
@@ -376,13 +374,13 @@ class MoeModel:
                 yield base, unit.tensors()
             elif mode == "lora" and unit.matrices:
                 tensors = {name: t.detach() for name, t in adapters.adapter_tensors(unit).items()}
-                yield units.described(base, tensors, adapter=True), tensors
+                yield units.spec_from_tensors(base, tensors, adapter=True), tensors
         for runtime in self._banked():
-            for slot in range(runtime.bank.num_tuned):
+            for slot in range(runtime.bank.num_trainable):
                 lora = self.scope.experts == "lora"
                 tensors = {n: t.detach() for n, t in runtime.bank.tensors(slot, adapter=lora).items()}
                 base = units.expert_spec(runtime.layer, runtime.bank.experts[slot], self.scope)
-                yield units.described(base, tensors, adapter=lora), tensors
+                yield units.spec_from_tensors(base, tensors, adapter=lora), tensors
 
     def expert_memory_bytes(self, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Bytes that experts take on the device now; `edgefed.moe.accounting.expert_memory` says of what."""

@@ -1,9 +1,9 @@
-"""Experts away from their processor: weights, gradients and optimiser moments lie in files or in host memory.
+"""Experts away from their processor: weights, gradients and optimizer moments lie in files or in host memory.
 
     CPU   files, mapped into memory: the kernel writes pages back and drops them; a layer that is done gives its own
           pages up at once, so that the process never holds more than one layer
     GPU   host memory (pinned where that can be had), or files: a slot's weights are copied to the GPU when its kernels
-          ask for them, gradients flow back to the host, and the optimiser runs there
+          ask for them, gradients flow back to the host, and the optimizer runs there
 
 Nothing of the result depends on it. Files have no name from the moment they exist, so nothing is left of them whatever
 ends the process; where a system cannot do that, the next `OffloadSpace` on the folder removes them.
@@ -147,8 +147,8 @@ def _host_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if torch.cuda.is_available():
         try:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
-        except RuntimeError as fault:  # the driver or a limit of the system
-            _tell_unpinned(str(fault).strip().splitlines()[0])
+        except RuntimeError as error:  # the driver or a limit of the system
+            _tell_unpinned(str(error).strip().splitlines()[0])
     return torch.empty(shape, dtype=dtype)
 
 

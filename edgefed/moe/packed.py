@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from edgefed.costs.step_setup import BLOCKSIZE
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.kernels.quantization import QuantizedMatrix, quantize_experts
-from edgefed.moe.step_setup import BLOCKSIZE
 
 EXPERT_STORAGES = ("int8", "nf4")
 """How experts that do not learn may lie in memory, beside the way they come; see `edgefed.kernels.quantization`."""
@@ -56,7 +56,7 @@ def pack_into(stack: QuantizedMatrix, place: int, key: str, name: str, value: to
         )
     try:
         packed = quantize_experts(value, stack.format, blocksize=BLOCKSIZE)
-    except ValueError as fault:
-        raise CheckpointError(f"{name!r} of unit {key!r} cannot be stored as {stack.format}: {fault}") from fault
+    except ValueError as error:
+        raise CheckpointError(f"{name!r} of unit {key!r} cannot be stored as {stack.format}: {error}") from error
     stack.packed[place].copy_(packed.packed)
     stack.absmax[place].copy_(packed.absmax)

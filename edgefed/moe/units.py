@@ -13,14 +13,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from edgefed.errors import CheckpointError
+from edgefed.errors import CheckpointError, ConfigError
 from edgefed.moe.architecture import ExpertLayer
-from edgefed.moe.scope import TrainScope
 from edgefed.protocol.messages import TensorInfo
 
 LORA_SUFFIX = ":lora"
@@ -209,7 +209,7 @@ def adapter_spec(base: UnitSpec, sizes: Mapping[str, tuple[int, int]], rank: int
     return dataclasses.replace(base, key=base.key + LORA_SUFFIX, trainable=True, tensors=tuple(infos))
 
 
-def described(base: UnitSpec, tensors: Mapping[str, torch.Tensor], *, adapter: bool) -> UnitSpec:
+def spec_from_tensors(base: UnitSpec, tensors: Mapping[str, torch.Tensor], *, adapter: bool) -> UnitSpec:
     """The spec of ``base``, or of its adapter, trainable and with the tensors as they are."""
     key = base.key + LORA_SUFFIX if adapter else base.key
     return dataclasses.replace(base, key=key, trainable=True, tensors=tensor_infos(tensors))
@@ -234,3 +234,65 @@ def copy_into(key: str, name: str, target: torch.Tensor, value: torch.Tensor) ->
         raise CheckpointError(f"{name!r} of unit {key!r} is {value.dtype}, the model holds {target.dtype}")
     with torch.no_grad():
         target.copy_(value)
+
+
+# What a run trains: experts, router and attention, each in full, by LoRA adapters, or not at all.
+
+TRAINING_MODES = ("full", "lora", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainScope:
+    """What is trained. Raises ConfigError on a value that does not exist.
+
+    ``attention`` means the two-dimensional weights below any module whose attribute or class name holds "attn" or
+    "attention". A LoRA update adds ``lora_alpha / lora_rank * B A`` to a weight (out, in).
+    """
+
+    experts: str = "full"
+    router: str = "full"
+    attention: str = "none"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        for part in ("experts", "router", "attention"):
+            mode = getattr(self, part)
+            if mode not in TRAINING_MODES:
+                raise ConfigError(f"{part} can be trained as {', '.join(TRAINING_MODES)}; asked for {mode!r}")
+        if self.lora_rank < 1 or self.lora_alpha <= 0:
+            raise ConfigError(
+                f"LoRA needs a rank of at least 1 and an alpha above 0, found rank {self.lora_rank} and "
+                f"alpha {self.lora_alpha}"
+            )
+
+    @property
+    def lora_scale(self) -> float:
+        return self.lora_alpha / self.lora_rank
+
+    @property
+    def uses_lora(self) -> bool:
+        return "lora" in (self.experts, self.router, self.attention)
+
+
+# Where the weights of experts come from: anything that reads a unit by its key.
+
+
+class ExpertSource(Protocol):
+    """Reads units of the global model. The tensors may be memory-mapped; they are copied, never changed."""
+
+    def read(self, unit_key: str) -> Mapping[str, torch.Tensor]:
+        """The unit's tensors by name. Raises CheckpointError when there is no such unit."""
+        ...
+
+
+class MemorySource:
+    """Units in memory, e.g. ``MemorySource({spec.key: tensors for spec, tensors in model.iter_units()})``."""
+
+    def __init__(self, units: Mapping[str, Mapping[str, torch.Tensor]]):
+        self._units = units
+
+    def read(self, unit_key: str) -> Mapping[str, torch.Tensor]:
+        if unit_key not in self._units:
+            raise CheckpointError(f"no unit {unit_key!r} among the {len(self._units)} units in memory")
+        return self._units[unit_key]

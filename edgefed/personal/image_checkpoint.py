@@ -81,13 +81,13 @@ def _load_classifier(folder: Path) -> tuple[nn.Module, set[str]]:
                 folder, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False,
                 local_files_only=True,
             )  # fmt: skip
-    except (OSError, SafetensorError, RuntimeError, KeyError) as fault:
-        raise CheckpointError(f"the weights of {str(folder)!r} cannot be read: {_first_line(fault)}") from fault
-    except (ValueError, TypeError, ImportError) as fault:
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"the weights of {str(folder)!r} cannot be read: {_first_line(error)}") from error
+    except (ValueError, TypeError, ImportError) as error:
         raise UnsupportedArchitecture(
-            f"{str(folder)!r} holds a {config.model_type}, no image classifier of transformers: {_first_line(fault)}",
+            f"{str(folder)!r} holds a {config.model_type}, no image classifier of transformers: {_first_line(error)}",
             remedy="Pass the folder of an image classifier, or package.module:function that returns a model.",
-        ) from fault
+        ) from error
     if wrong := sorted(str(entry) for entry in info.get("mismatched_keys") or ()):
         raise CheckpointError(f"{str(folder)!r} has tensors of another shape than config.json says: {wrong[0]}")
     return model, set(info.get("missing_keys") or ())
@@ -104,8 +104,8 @@ def _normalisation(folder: Path, channels: int) -> tuple[list[float], list[float
             return [0.0] * channels, [1.0] * channels
         mean, deviation = (settings.get(key, [0.5] * channels) for key in ("image_mean", "image_std"))
         found = [float(value) for value in mean], [float(value) for value in deviation]
-    except (OSError, ValueError, TypeError, AttributeError) as fault:
-        raise CheckpointError(f"cannot read {str(path)!r}: {fault}") from fault
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error}") from error
     if not all(len(values) == channels for values in found) or not all(value > 0 for value in found[1]):
         raise CheckpointError(f"{str(path)!r}: image_mean and image_std need {channels} numbers, the latter above 0")
     return found
@@ -127,6 +127,6 @@ def _needed_size(prepared: Prepared, folder: Path, sample: Tensor) -> tuple[int,
     return size
 
 
-def _first_line(fault: BaseException) -> str:
-    lines = str(fault).strip().splitlines()
-    return lines[0] if lines else type(fault).__name__
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -94,8 +94,8 @@ def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, tuple[str, str] | Ba
     for number, line in enumerate(lines, start=1):
         try:
             yield number, _row(json_object(line))
-        except BadRecord as fault:
-            yield number, fault
+        except BadRecord as error:
+            yield number, error
 
 
 def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, tuple[str, str] | BadRecord]]:
@@ -116,14 +116,14 @@ def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, tuple[str
                 if not cells:
                     raise BadRecord("empty line")
                 yield start, _row(dict(zip(header, cells, strict=True)))
-            except BadRecord as fault:
-                yield start, fault
+            except BadRecord as error:
+                yield start, error
             start = reader.line_num + 1
-    except csv.Error as fault:
+    except csv.Error as error:
         raise DataError(
-            f"{path} is no valid CSV in the row that begins in line {start}: {fault}",
+            f"{path} is no valid CSV in the row that begins in line {start}: {error}",
             remedy="Double the quotes within a quoted text, or write the file as .jsonl.",
-        ) from fault
+        ) from error
 
 
 def _row(record: dict[str, Any]) -> tuple[str, str]:

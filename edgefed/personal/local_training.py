@@ -66,13 +66,13 @@ def train_epochs(
             batch = batch.to(device)
             try:
                 loss = loss_of(mixture, batch)
-            except ValueError as fault:  # torch's and SwitchNorm's refusal of statistics over one example
+            except ValueError as error:  # torch's and SwitchNorm's refusal of statistics over one example
                 if len(batch.labels) > 1:
                     raise
                 raise DataError(
-                    f"one example alone cannot be trained on: {fault}",
+                    f"one example alone cannot be trained on: {error}",
                     remedy="Pass more data, or serve with --option gate_norm=layer if no model needs batches.",
-                ) from fault
+                ) from error
             if not torch.isfinite(loss):
                 raise TrainingDiverged(f"the loss is {float(loss.detach())}")
             optimizer.zero_grad(set_to_none=True)

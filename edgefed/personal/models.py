@@ -24,7 +24,7 @@ from edgefed.methods.fedmoe import IMAGES
 from edgefed.personal.batches import Inputs
 from edgefed.personal.image_checkpoint import load_image_checkpoint
 from edgefed.personal.networks import CNNS, IMAGE_SHAPE, PersonalModel, make_cnn
-from edgefed.personal.splitting import CONTRACT, Features, described, run, split_model
+from edgefed.personal.splitting import CONTRACT, Features, describe_inputs, run, split_model
 from edgefed.personal.user_code import build_model, fault_text, is_code
 
 TRIED_EXAMPLES = 4
@@ -147,7 +147,7 @@ def _width(features: object, sample: Inputs, name: str) -> int:
     if not right or len(features) != rows:
         wanted = f"({rows}, width) or ({rows}, tokens, width)" if text else f"({rows}, width)"
         raise ModelError(
-            f"{name}'s extractor gives {_shape(features)} for {described(sample)}, not features {wanted}",
+            f"{name}'s extractor gives {_shape(features)} for {describe_inputs(sample)}, not features {wanted}",
             remedy="Pool or flatten the features at the end of the extractor.",
         )
     return features.shape[-1]

@@ -20,7 +20,7 @@ import numpy as np
 
 from edgefed.disk import disk_errors, hash_file, make_folder, write_durably
 from edgefed.errors import ConfigError, DataError, StateCorrupt
-from edgefed.personal.images import ImageSamples
+from edgefed.personal.batches import ImageSamples
 from edgefed.personal.labelled_text import LabelledTexts
 from edgefed.personal.partition import class_counts, partition_by_class, partition_dirichlet
 from edgefed.plots import save_partition_picture
@@ -185,10 +185,10 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as fault:
+    except (OSError, ValueError, RecursionError) as error:
         raise StateCorrupt(
-            f"cannot read {path}: {fault}", remedy="Choose another --out, or delete that folder."
-        ) from fault
+            f"cannot read {path}: {error}", remedy="Choose another --out, or delete that folder."
+        ) from error
     return record
 
 
@@ -198,8 +198,8 @@ def _cached(folder: Path, record: dict[str, Any]) -> Partition:
         files = dict(record["files"])
         classes = tuple(str(name) for name in record["classes"])
         counts = np.array(record["counts"], np.int64).reshape(len(files), len(classes))
-    except (KeyError, TypeError, ValueError, OverflowError) as fault:
-        raise _changed(folder, RECORD) from fault
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _changed(folder, RECORD) from error
     for name, sha256 in files.items():
         if Path(name).name != name or not (folder / name).is_file() or hash_file(folder / name)[0] != sha256:
             raise _changed(folder, name)

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from edgefed.errors import DataError
-from edgefed.personal.images import ImageSamples
+from edgefed.personal.batches import ImageSamples
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")

@@ -69,12 +69,14 @@ def run(module: nn.Module, inputs: Inputs, name: str, training: bool = False) ->
     """What the user's module gives; its modes and buffers stay as they were. Raises ModelError for what it raises."""
     with _left_as_it_was(module):
         module.train(training)
-        remedy = f"Make the model for such a batch ({described(inputs)}), or convert it at the begin of its forward."
-        with users_code(f"{name} cannot take {described(inputs)}", remedy):
+        remedy = (
+            f"Make the model for such a batch ({describe_inputs(inputs)}), or convert it at the begin of its forward."
+        )
+        with users_code(f"{name} cannot take {describe_inputs(inputs)}", remedy):
             return module(inputs)
 
 
-def described(inputs: Inputs) -> str:
+def describe_inputs(inputs: Inputs) -> str:
     """Shapes and types, for a message."""
     if isinstance(inputs, Tensor):
         size = "x".join(map(str, inputs.shape[1:]))

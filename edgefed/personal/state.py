@@ -103,8 +103,8 @@ def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError, KeyError, ValueError) as fault:
-        raise StateCorrupt(f"cannot read {path}: {fault}") from fault
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise StateCorrupt(f"cannot read {path}: {error}") from error
 
 
 def unaliased(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -127,5 +127,5 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], parts: 
         raise StateCorrupt(f"the kept mixture and this one differ in {len(differing)} tensors, {differing[0]!r} first")
     try:
         module.load_state_dict(tensors, strict=False)
-    except RuntimeError as fault:
-        raise StateCorrupt(f"the kept mixture does not fit: {fault}") from fault
+    except RuntimeError as error:
+        raise StateCorrupt(f"the kept mixture does not fit: {error}") from error

@@ -9,24 +9,39 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import shutil
+import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
-from edgefed.embedded.glyphs import is_glyphs, load_glyphs
-from edgefed.errors import ConfigError
+from edgefed.errors import ConfigError, MalformedMessage, ModelError
 from edgefed.methods.fedmoe import IMAGES, NEXT_TOKEN, TASKS, TEXT, extractor_task
-from edgefed.personal.batches import Samples, hold_out
+from edgefed.personal.batches import Inputs, Samples, held_out_rows, hold_out
 from edgefed.personal.extractors import SharedExtractor, make_extractor
 from edgefed.personal.gate import Gate
+from edgefed.personal.glyphs import is_glyphs, load_glyphs
+from edgefed.personal.labelled_text import load_labelled_texts
 from edgefed.personal.mixture import LocalMixture
 from edgefed.personal.models import load_model
 from edgefed.personal.networks import PersonalModel
 from edgefed.personal.sample_files import load_images
 from edgefed.personal.state import LOCAL_PARTS, MOMENTUM, load_tensors, read_state
+from edgefed.personal.text_models import check_causal, load_text_model
+from edgefed.personal.text_samples import (
+    check_same_vocabulary,
+    text_samples,
+    token_samples,
+    tokenize,
+    vocabulary_size,
+)
+from edgefed.personal.user_code import is_code
+from edgefed.training.data import load_corpus
+from edgefed.training.profiling import load_tokenizer
 
 DEFAULT_LENGTH = 128
 """Tokens of a text that are looked at, where the run's --sequence-length is not known."""
@@ -93,7 +108,7 @@ def make_task(
             remedy="Pass --model cnn1 to cnn5 (text: text-gru, text-cnn), package:function, or a checkpoint folder.",
         )
     if task != IMAGES:
-        from edgefed.personal import text_tasks  # with transformers, which images do without
+        from edgefed.personal import tasks as text_tasks
 
         kind = text_tasks.TextTask if task == TEXT else text_tasks.NextTokenTask
         return kind(data, model, name, held_out_share)
@@ -126,3 +141,115 @@ def check_task(task: str, extractor: str) -> None:
 def seed_of(identity: str) -> int:
     """A seed from an identity: the same device with the same data draws the same again."""
     return zlib.crc32(identity.encode())
+
+
+# Text that a device brings to FedMoE: labelled texts to classify, or any text whose next tokens are predicted.
+#
+# The run's tokenizer comes with its manifest and is what the shared extractor reads. The device's model reads with its
+# own tokenizer; a model of the user's code has none, so it gets the run's.
+
+_TRIED = 2
+"""Examples that a model of the user's code is tried on."""
+
+
+class TextTask:
+    """Labelled texts and a model that classifies them."""
+
+    def __init__(self, data: str, model: str, name: str, held_out_share: float):
+        labelled = load_labelled_texts(data)
+        self.identity, self.model, self.classes = f"{name}/{labelled.sha256}", model, labelled.classes
+        self.problems = tuple(f"line {each.line}: {each.reason}" for each in labelled.problems)
+        self._texts, self._labels = labelled.texts, labelled.labels
+        self._train, self._held_out = held_out_rows(labelled.labels, held_out_share, seed=0)
+        self.num_examples = len(self._train)
+        self._seed = seed_of(self.identity)
+        # Code is called when the run's vocabulary is known.
+        self._own = None if _is_code(model) else load_text_model(
+            model, num_classes=len(self.classes), task=TEXT, seed=self._seed
+        )  # fmt: skip
+
+    def open(self, extractor: str, files: Mapping[str, Path], seed: int, length: int = DEFAULT_LENGTH) -> OpenTask:
+        """Every text as ids of both tokenizers, cut at ``length`` tokens of each."""
+        check_task(TEXT, extractor)
+        tokenizer = unpack_tokenizer(files)
+        if self._own is None:
+            few = tokenize(self._texts[:_TRIED], tokenizer, length).batch(np.arange(min(_TRIED, len(self._texts))))
+            own = _from_code(self.model, TEXT, len(self.classes), self._seed, few, tokenizer), tokenizer
+        else:
+            own = self._own
+        samples = text_samples(
+            self._texts, self._labels, self.classes, shared_tokenizer=tokenizer, own_tokenizer=own[1], length=length
+        )
+        notes = [
+            f"{rows.cut} of {len(rows)} texts are cut at {rows.longest} tokens of {whose} tokenizer"
+            for rows, whose in ((samples.shared, "the run's"), (samples.own, "its own"))
+            if rows.cut
+        ]
+        shared = make_extractor(extractor, seed, vocab_size=vocabulary_size(tokenizer))
+        train, held_out = samples.subset(self._train), samples.subset(self._held_out)
+        return OpenTask(shared, own[0], train, held_out, tuple(dict.fromkeys(notes)))
+
+
+class NextTokenTask:
+    """Text and a language model that learns to continue it. ``num_examples`` are records, as the file has them."""
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, data: str, model: str, name: str, held_out_share: float):
+        self._corpus = load_corpus(data, held_out_share, seed=0)
+        self.identity, self.model = f"{name}/{self._corpus.sha256}", model
+        self.problems = tuple(f"line {each.line}: {each.reason}" for each in self._corpus.problems)
+        self.num_examples = len(self._corpus.train)
+        self._seed = seed_of(self.identity)
+        self._own = None if _is_code(model) else load_text_model(
+            model, num_classes=None, task=NEXT_TOKEN, seed=self._seed
+        )  # fmt: skip
+
+    def open(self, extractor: str, files: Mapping[str, Path], seed: int, length: int = DEFAULT_LENGTH) -> OpenTask:
+        """The text in blocks of ``length`` tokens. Raises ConfigError where the model has another vocabulary."""
+        check_task(NEXT_TOKEN, extractor)
+        tokenizer = unpack_tokenizer(files)
+        vocab_size = vocabulary_size(tokenizer)
+        if self._own is not None:
+            check_same_vocabulary(tokenizer, self._own[1], self.model)
+            length = min(length, self._own[1].model_max_length)
+        train, held_out = (
+            token_samples(part, tokenizer, length) for part in (self._corpus.train, self._corpus.held_out)
+        )
+        if self._own is None:
+            few = train.batch(np.arange(min(_TRIED, len(train)))).own
+            own = _from_code(self.model, NEXT_TOKEN, vocab_size, self._seed, few, tokenizer)
+            check_causal(own.extractor, vocab_size, self.model)
+        else:
+            own = self._own[0]
+        shared = make_extractor(extractor, seed, vocab_size=vocab_size, per_token=True)
+        return OpenTask(shared, own, train, held_out)
+
+
+def unpack_tokenizer(files: Mapping[str, Path]) -> Any:
+    """The run's tokenizer from the files of its manifest. Raises MalformedMessage, ModelNotFound."""
+    with tempfile.TemporaryDirectory(prefix="edgefed-tokenizer-") as folder:
+        for name, path in files.items():
+            if Path(name).name != name:  # a name with a folder in it could write anywhere
+                raise MalformedMessage(f"the manifest names a file {name[:80]!r}, expected a bare file name")
+            shutil.copyfile(path, Path(folder) / name)
+        return load_tokenizer(folder)
+
+
+def _is_code(model: str) -> bool:
+    return is_code(model) and not Path(model).exists()
+
+
+def _from_code(spec: str, task: str, outputs: int, seed: int, sample: Inputs, tokenizer: Any) -> PersonalModel:
+    vocab_size = vocabulary_size(tokenizer)
+    model = load_model(spec, task=task, num_classes=outputs, seed=seed, sample=sample, vocab_size=vocab_size)
+    with torch.no_grad():
+        features = model.eval().extractor(sample)
+    wanted = 3 if task == NEXT_TOKEN else 2
+    if features.dim() != wanted:
+        raise ModelError(
+            f"{spec}'s extractor gives {tuple(features.shape)}, --task {task} needs one vector per "
+            f"{'token' if task == NEXT_TOKEN else 'text'}",
+            remedy="Pool over the tokens for text, and not for next-token; the function may have a parameter `task`.",
+        )
+    return model

@@ -153,14 +153,14 @@ def _load(source: str, config: PretrainedConfig, per_token: bool) -> PreTrainedM
             model, info = kind.from_pretrained(
                 source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
-    except (SafetensorError, RuntimeError, KeyError, OSError) as fault:
-        raise CheckpointError(f"the weights of {source!r} cannot be read: {_first_line(fault)}") from fault
-    except (ValueError, ImportError) as fault:
+    except (SafetensorError, RuntimeError, KeyError, OSError) as error:
+        raise CheckpointError(f"the weights of {source!r} cannot be read: {_first_line(error)}") from error
+    except (ValueError, ImportError) as error:
         what = "language model" if per_token else "model"
         raise UnsupportedArchitecture(
-            f"{source!r} holds a {config.model_type}, which transformers loads as no {what}: {_first_line(fault)}",
+            f"{source!r} holds a {config.model_type}, which transformers loads as no {what}: {_first_line(error)}",
             remedy=_DECODER_REMEDY if per_token else _REMEDY,
-        ) from fault
+        ) from error
     missing = sorted(name for name in info.get("missing_keys") or () if not name.startswith("pooler."))
     if missing:
         raise CheckpointError(
@@ -204,10 +204,10 @@ def _try(extractor: TransformerFeatures, model: nn.Module, name: str) -> Tensor:
     ids, mask = _probe(_vocabulary(model))
     try:
         return extractor({"input_ids": ids, "attention_mask": mask})
-    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as fault:
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise UnsupportedArchitecture(
-            f"{name} gives no hidden states for tokens alone: {_first_line(fault)}", remedy=_REMEDY
-        ) from fault
+            f"{name} gives no hidden states for tokens alone: {_first_line(error)}", remedy=_REMEDY
+        ) from error
 
 
 def _probe(vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -235,8 +235,8 @@ def _own_remedy() -> Iterator[None]:
     """What is loaded need be no mixture of experts: say so where the loader would ask for one."""
     try:
         yield
-    except (ModelNotFound, UnsupportedArchitecture) as fault:
-        raise type(fault)(str(fault), remedy=_REMEDY) from fault
+    except (ModelNotFound, UnsupportedArchitecture) as error:
+        raise type(error)(str(error), remedy=_REMEDY) from error
 
 
 @contextlib.contextmanager
@@ -250,6 +250,6 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def _first_line(fault: BaseException) -> str:
-    lines = str(fault).strip().splitlines()
-    return lines[0] if lines else type(fault).__name__
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -70,20 +70,20 @@ def users_code(what: str, remedy: str) -> Iterator[None]:
     sys.path.insert(0, here)
     try:
         yield
-    except (Exception, SystemExit) as fault:  # a script may end the process when it is imported
-        raise ModelError(f"{what}: {fault_text(fault)}", remedy=remedy) from fault
+    except (Exception, SystemExit) as error:  # a script may end the process when it is imported
+        raise ModelError(f"{what}: {fault_text(error)}", remedy=remedy) from error
     finally:
         with contextlib.suppress(ValueError):  # the code may have changed the path itself
             sys.path.remove(here)
 
 
-def fault_text(fault: BaseException) -> str:
+def fault_text(error: BaseException) -> str:
     """Kind, first line of the message and the innermost place in code that is no library's."""
-    text = str(fault).strip().splitlines()
-    said = f"{type(fault).__name__}: {text[0]}" if text else type(fault).__name__
-    if isinstance(fault, SyntaxError) and fault.filename:
-        return f"{type(fault).__name__}: {fault.msg} ({fault.filename}, line {fault.lineno})"
-    frames = [frame for frame in traceback.extract_tb(fault.__traceback__) if _is_users(frame.filename)]
+    text = str(error).strip().splitlines()
+    said = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
     return f"{said} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else said
 
 
@@ -93,8 +93,8 @@ def _import_function(spec: str) -> Callable[..., object]:
     with users_code(f"{module_name} cannot be imported", f"See that `python -c 'import {module_name}'` works here."):
         try:
             found: object = importlib.import_module(module_name)
-        except ModuleNotFoundError as fault:
-            missing = fault.name or ""
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
             if module_name != missing and not module_name.startswith(f"{missing}."):
                 raise
             found = None

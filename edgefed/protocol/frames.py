@@ -81,8 +81,8 @@ def read_header(path: Path | str, *, max_header_bytes: int = MAX_HEADER_BYTES) -
         raw = file.read(header_bytes)
     try:
         header = json.loads(raw)
-    except (ValueError, RecursionError) as fault:
-        raise InvalidUpdate(f"frame header is not JSON: {fault}") from fault
+    except (ValueError, RecursionError) as error:
+        raise InvalidUpdate(f"frame header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise InvalidUpdate("frame header is not a JSON object")
     header.pop("__metadata__", None)

@@ -160,7 +160,7 @@ class Heartbeat(Message):
 class ExpertReport(Message):
     """What a client says of one expert that it held in a round.
 
-    ``usage``: mean router probability u_c(e), HFedMoE (16). ``importance``: s_c(e), HFedMoE (5). ``steps``: optimiser
+    ``usage``: mean router probability u_c(e), HFedMoE (16). ``importance``: s_c(e), HFedMoE (5). ``steps``: optimizer
     steps that changed it. ``tokens``: tokens routed to it while it was trained.
     """
 

@@ -123,7 +123,7 @@ class SimulationConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        from edgefed.moe.shapes import KNOWN_SHAPES
+        from edgefed.costs.shapes import KNOWN_SHAPES
 
         faults = []
         if not self.fleet:

@@ -66,10 +66,10 @@ def load_simulation(path: Path) -> SimulationConfig:
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as fault:
-        raise ConfigError(f"cannot read {path}: {fault.strerror or fault}") from fault
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
-        raise ConfigError(f"{path} is not TOML: {fault}") from fault
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
     return _Reader(path).config(tables)
 
 
@@ -96,8 +96,8 @@ class _Reader:
             raise ConfigError(f"{self._path}: {'; '.join(self._faults)}")
         try:
             return SimulationConfig(fleet=tuple(fleet), methods=tuple(methods), split=split, **fields)
-        except ConfigError as fault:
-            raise ConfigError(f"{self._path}: {fault}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{self._path}: {error}") from None
 
     def _method(self, entry: object) -> MethodChoice:
         if isinstance(entry, str):
@@ -162,8 +162,8 @@ class _Reader:
     def _attempt(self, make: Callable[[], T]) -> T | None:
         try:
             return make()
-        except ConfigError as fault:
-            self._faults.append(str(fault))
+        except ConfigError as error:
+            self._faults.append(str(error))
             return None
 
     def _table(self, name: str, value: object) -> dict:

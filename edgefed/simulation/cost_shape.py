@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from edgefed.costs.shapes import LayerShape, ModelShape
+from edgefed.costs.step_setup import ADAPTER_BYTES, StepSetup
 from edgefed.hardware.facts import MemoryKind
-from edgefed.moe.shapes import LayerShape, ModelShape
-from edgefed.moe.step_setup import ADAPTER_BYTES, StepSetup
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol.messages import UnitInfo
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from edgefed.experts import ExpertPlan, Role
-from edgefed.moe.frame_source import FrameSource
+from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol.messages import Manifest, TrainingConfig
 from edgefed.simulation.simulated_device import SharedModel

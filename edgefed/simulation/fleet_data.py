@@ -70,10 +70,10 @@ def _records(split: SplitData) -> dict[str, list[str]]:
                 if not isinstance(record, dict) or not isinstance(record.get(split.label), (str, int)):
                     raise DataError(f"{path} line {number} has no field {split.label!r} with a text or a number")
                 by_label[str(record[split.label])].append(line.strip().decode("utf-8"))
-    except (OSError, EOFError) as fault:
-        raise DataError(f"cannot read {path}: {fault}") from fault
-    except ValueError as fault:  # JSON and UTF-8
-        raise DataError(f"{path} line {number} is not JSON in UTF-8: {fault}") from fault
+    except (OSError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    except ValueError as error:  # JSON and UTF-8
+        raise DataError(f"{path} line {number} is not JSON in UTF-8: {error}") from error
     if not by_label:
         raise DataError(f"{path} holds no record")
     return by_label

@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgefed.agent.saved_plan import PLAN_FILE
-from edgefed.experts import ExpertPlan, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.runs import RunReader
+from edgefed.trainer.planner import PLAN_FILE
 from edgefed.training.data import Example
 from edgefed.training.encoding import encode_examples
 from edgefed.training.evaluate import evaluate_loss
@@ -64,8 +64,8 @@ def held_out_losses(
     return losses
 
 
-def read_plan(client_folder: Path) -> tuple[RouterRecord | None, ExpertPlan]:
+def read_plan(client_folder: Path) -> tuple[ActivationProfile | None, ExpertPlan]:
     """The profile and plan that an agent keeps in its state folder."""
     saved = json.loads((client_folder / PLAN_FILE).read_text())
-    profile = RouterRecord.from_dict(saved["profile"]) if saved["profile"] else None
+    profile = ActivationProfile.from_dict(saved["profile"]) if saved["profile"] else None
     return profile, ExpertPlan.from_dict(saved["plan"])

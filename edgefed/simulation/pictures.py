@@ -10,7 +10,7 @@ import numpy as np
 
 from edgefed.hardware.memory import GIB
 from edgefed.plots import COLOURS, DPI, new_figure, tidy_axes
-from edgefed.simulation.cost_model import PARTS
+from edgefed.simulation.device_rates import PARTS
 from edgefed.simulation.result import MethodRun, SimulationResult
 
 PART_COLOURS = {

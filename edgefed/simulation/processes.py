@@ -103,8 +103,8 @@ class LocalFederation:
         for child in reversed(self._children):  # the server goes last, once every agent has heard the end
             try:
                 child.process.wait(timeout=END_TIMEOUT_S)
-            except subprocess.TimeoutExpired as fault:
-                raise ProcessFailed(f"{child.label} did not end after the run was finished") from fault
+            except subprocess.TimeoutExpired as error:
+                raise ProcessFailed(f"{child.label} did not end after the run was finished") from error
         self._check_children()
         return status
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 class ClientRound:
     """One client in one round. ``seconds`` by part; ``late``, ``waits``, ``hidden`` as in `virtual_clock.ClientSpan`.
 
-    ``held`` and ``tuned`` are experts per MoE layer of the trained model; bytes, of the model that is charged.
+    ``held`` and ``trainable`` are experts per MoE layer of the trained model; bytes, of the model that is charged.
     ``memory_bytes``: what the step needs at its peak by the memory model.
     """
 
@@ -19,7 +19,7 @@ class ClientRound:
     waits: float
     hidden: float
     held: tuple[int, ...]
-    tuned: tuple[int, ...]
+    trainable: tuple[int, ...]
     merged: tuple[int, ...]
     memory_bytes: int
     bytes_down: float
@@ -102,7 +102,7 @@ class SimulationResult:
 
 
 def client_round(data: Mapping) -> ClientRound:
-    lists = {name: tuple(data[name]) for name in ("held", "tuned", "merged")}
+    lists = {name: tuple(data[name]) for name in ("held", "trainable", "merged")}
     return ClientRound(**{**data, **lists})
 
 

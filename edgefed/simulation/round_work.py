@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from edgefed.moe.step_setup import StepSetup
+from edgefed.costs.step_setup import StepSetup
 
 
 @dataclasses.dataclass(frozen=True)
 class RoundWork:
     """One client's round.
 
-    Per MoE layer: ``held`` slots in memory (one for a merged group), ``tuned`` of them that train, ``groups`` of merged
-    experts and ``members`` that went into them, ``tuned_pairs`` share of the (token, expert) pairs that tuned experts
+    Per MoE layer: ``held`` slots in memory (one for a merged group), ``trainable`` of them that train, ``groups`` of merged
+    experts and ``members`` that went into them, ``trainable_pairs`` share of the (token, expert) pairs that trainable experts
     computed. ``setup``: how a step was done. ``steps`` with ``tokens`` in all.
 
     ``profile_tokens`` went forward through all experts, stored as ``profile_storage`` (None: the model's dtype), each
@@ -31,8 +31,8 @@ class RoundWork:
     """
 
     held: tuple[int, ...]
-    tuned: tuple[int, ...]
-    tuned_pairs: tuple[float, ...]
+    trainable: tuple[int, ...]
+    trainable_pairs: tuple[float, ...]
     setup: StepSetup
     steps: int
     tokens: int

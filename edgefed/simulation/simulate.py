@@ -12,10 +12,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from edgefed.costs.shapes import KNOWN_SHAPES, shape_from_config
 from edgefed.disk import disk_errors, write_durably
 from edgefed.embedded import resolve_model
 from edgefed.errors import ConfigError
-from edgefed.moe.shapes import KNOWN_SHAPES, shape_from_config
 from edgefed.simulation.config import SimulationConfig
 from edgefed.simulation.cost_shape import CostShape
 from edgefed.simulation.device_rates import Calibration, device_rates, memory_budget

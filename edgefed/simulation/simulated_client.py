@@ -51,10 +51,10 @@ class Done:
             meta = decode_message(encode_message(data["meta"]), UpdateMeta)
             changes = {"meta": meta, "work": RoundWork.from_dict(data["work"]), "merged": tuple(data["merged"])}
             return cls(**{**data, **changes})
-        except (ValueError, KeyError, TypeError) as fault:
+        except (ValueError, KeyError, TypeError) as error:
             raise StateCorrupt(
-                f"{path} is not what was written: {fault}", remedy="Delete the --out folder and begin anew."
-            ) from fault
+                f"{path} is not what was written: {error}", remedy="Delete the --out folder and begin anew."
+            ) from error
 
 
 class SimulatedClient:

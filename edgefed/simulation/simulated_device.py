@@ -1,6 +1,6 @@
 """One client of a simulation: the real trainer, on a shared model, with the memory of another device.
 
-Differences to `edgefed.agent.local_trainer.LocalTrainer` in a device's own process:
+Differences to `edgefed.trainer.local_trainer.LocalTrainer` in a device's own process:
     * the model object and the tokenizer are shared by all clients, who train one after the other;
     * the budget is that of a device profile, and the memory model that of the cost shape (`SimulatedPlanner`);
     * nothing is measured, so nothing depends on this machine's load: no calibration step, no pressure guard;
@@ -18,26 +18,26 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.agent.device_profile import choose_way
-from edgefed.agent.local_trainer import OWN_FOLDER, LocalTrainer
-from edgefed.agent.planner import DeviceLimits, Planner, PlanRequest
-from edgefed.agent.progress import ProgressSink
-from edgefed.agent.trainer import Fetch, TrainedUpdate
+from edgefed.costs.fallbacks import FallbackSearch
+from edgefed.costs.memory import Correction, MemoryEstimate, training_memory
+from edgefed.costs.step_setup import StepSetup
 from edgefed.disk import disk_errors, write_durably
 from edgefed.experts import ExpertPlan
 from edgefed.methods.interface import Method
 from edgefed.methods.registry import make_method
-from edgefed.moe.frame_source import FrameSource
-from edgefed.moe.memory import Correction, MemoryEstimate, training_memory
+from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.model import MoeModel
-from edgefed.moe.step_setup import StepSetup
 from edgefed.moe.units import LORA_SUFFIX
+from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import Assignment, FileInfo, Manifest, RunConfig, UnitInfo
+from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.simulation.config import SimulatedDevice
 from edgefed.simulation.cost_shape import FILE, CostShape, byte_kind
+from edgefed.trainer.activation_profile import choose_profile_pass
+from edgefed.trainer.local_trainer import OWN_FOLDER, LocalTrainer
+from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.training.encoding import encode_examples
-from edgefed.training.profiling import ProfileWay, load_tokenizer, spread_blocks
-from edgefed.training.shrinking import Ladder
+from edgefed.training.profiling import ProfilePass, load_tokenizer, spread_blocks
 from edgefed.training.steps import step_setup, train_scope
 
 POINTS_FILE = "points.npz"
@@ -76,21 +76,21 @@ class SimulatedPlanner(Planner):
         self._charged, self._kind = charged, device.profile.kind
         self._points_path = folder / POINTS_FILE
         self._estimates: dict[tuple, MemoryEstimate] = {}
-        self.profile_way: ProfileWay | None = None
+        self.profile_pass: ProfilePass | None = None
         """How this device makes a profile, of ``profile_blocks`` blocks of text; known from its first plan on."""
         self.profile_blocks = 0
 
     def make_plan(self, request: PlanRequest) -> ExpertPlan:
         """As `Planner.make_plan`; a profile holds experts as a device with the cost shape would have to."""
         method, training = request.method, request.run.training
-        if method.needs_profile and self.profile_way is None:
+        if method.needs_profile and self.profile_pass is None:
             setup = self._charged.setup(step_setup(request.model, training), self._kind)
             self.profile_blocks = len(spread_blocks(request.blocks, training.profile_tokens))
-            self.profile_way, _ = choose_way(
+            self.profile_pass, _ = choose_profile_pass(
                 self._charged.shape, setup, self.profile_blocks, request.usable_bytes,
                 attention=method.profiles_attention,
             )  # fmt: skip
-            self._limits = dataclasses.replace(self._limits, profile_storage=self.profile_way.storage or "full")
+            self._limits = dataclasses.replace(self._limits, profile_storage=self.profile_pass.storage or "full")
         self._restore_points()
         plan = super().make_plan(request)
         self._keep_points()
@@ -111,25 +111,27 @@ class SimulatedPlanner(Planner):
     @property
     def needs_bytes(self) -> int:
         """Peak of a step under the current load, by the memory model of the simulated device."""
-        return self._ladder.needs_bytes(self.load)
+        return self._search.needs_bytes(self.load)
 
-    def _make_ladder(self, run: RunConfig, method: Method, layout: Callable[[int, int], ExpertPlan]) -> Ladder:
-        ladder = super()._make_ladder(run, method, layout)
+    def _make_search(self, run: RunConfig, method: Method, layout: Callable[[int, int], ExpertPlan]) -> FallbackSearch:
+        search = super()._make_search(run, method, layout)
         # What is offloaded is charged by the cost model; the training that really runs here needs no files for it.
         return dataclasses.replace(
-            ladder,
-            estimate=lambda setup, kept, tuned: self._estimate(setup, kept, tuned, method.offloads_experts),
+            search,
+            estimate=lambda setup, kept, trainable: self._estimate(setup, kept, trainable, method.offloads_experts),
             may_offload=False,
         )
 
-    def _estimate(self, setup: StepSetup, kept: Sequence[int], tuned: Sequence[int], offloads: bool) -> MemoryEstimate:
+    def _estimate(
+        self, setup: StepSetup, kept: Sequence[int], trainable: Sequence[int], offloads: bool
+    ) -> MemoryEstimate:
         charged = self._charged
-        kept, tuned = charged.counts(kept), charged.counts(tuned)
+        kept, trainable = charged.counts(kept), charged.counts(trainable)
         if offloads:  # as many as can be there at a time: one is enough
-            kept, tuned = (tuple(min(1, count) for count in counts) for counts in (kept, tuned))
-        asked = (setup, kept, tuned)
+            kept, trainable = (tuple(min(1, count) for count in counts) for counts in (kept, trainable))
+        asked = (setup, kept, trainable)
         if asked not in self._estimates:
-            self._estimates[asked] = training_memory(charged.shape, charged.setup(setup, self._kind), kept, tuned)
+            self._estimates[asked] = training_memory(charged.shape, charged.setup(setup, self._kind), kept, trainable)
         return self._estimates[asked]
 
 
@@ -201,7 +203,7 @@ class SimulatedTrainer(LocalTrainer):
     @property
     def profile_reads(self) -> tuple[str | None, int]:
         """(how a profile holds experts, how often each of them is read from disk for it)."""
-        way = self._planner.profile_way
+        way = self._planner.profile_pass
         if way is None:
             return None, 1
         batches = -(-self._planner.profile_blocks // way.batch_size)
@@ -246,7 +248,7 @@ class SimulatedTrainer(LocalTrainer):
         kept = json.loads((self._folder / OWN_FILE).read_text())
         own = {key: self._folder / OWN_FOLDER / name for key, name in kept["units"].items()}
         plan = ExpertPlan.from_dict(kept["plan"])
-        here = set(plan.held_keys())
+        here = set(plan.resident_keys())
         source = self._load_shared(model, units.values(), fetch)
         held = [unit for unit in units.values() if (unit.layer, unit.expert) in here]
         source.add(held, fetch(held))

@@ -18,18 +18,17 @@ from pathlib import Path
 
 import msgspec
 
-from edgefed.agent.trainer import TrainedUpdate
+from edgefed.costs.shapes import ModelShape
 from edgefed.disk import write_durably
 from edgefed.errors import BudgetTooSmall, StateCorrupt, TrainingDiverged
 from edgefed.methods.interface import Method
 from edgefed.methods.registry import make_method
-from edgefed.moe.shapes import ModelShape
 from edgefed.protocol import frames
 from edgefed.protocol.messages import ExpertSurvey, RunConfig, UnitInfo
+from edgefed.protocol.trainer import TrainedUpdate
 from edgefed.simulation.config import MethodChoice, SimulatedDevice, SimulationConfig
-from edgefed.simulation.cost_model import ClientTimes, CostModel, transfer_bytes_per_s
 from edgefed.simulation.cost_shape import CostShape, byte_kind
-from edgefed.simulation.device_rates import Calibration, device_rates
+from edgefed.simulation.device_rates import Calibration, ClientTimes, CostModel, device_rates, transfer_bytes_per_s
 from edgefed.simulation.evaluation import GlobalEvaluator
 from edgefed.simulation.in_process import InProcessAggregator, describe_update
 from edgefed.simulation.result import ClientRound, MethodRun, RoundResult, round_result
@@ -96,8 +95,8 @@ class SimulatedRun:
             for server_round in range(1, self._config.rounds + 1):
                 try:
                     result = self._round(aggregator, server_round, refused)
-                except TrainingDiverged as fault:
-                    stopped = f"round {server_round}: {fault}"
+                except TrainingDiverged as error:
+                    stopped = f"round {server_round}: {error}"
                     break
                 if result is None:
                     stopped = f"round {server_round}: no device of the fleet can take part"
@@ -159,11 +158,11 @@ class SimulatedRun:
             done = client.done(server_round)
             try:
                 done = done or self._train(aggregator, client, server_round)
-            except BudgetTooSmall as fault:
-                client.refuse(str(fault))
+            except BudgetTooSmall as error:
+                client.refuse(str(error))
                 aggregator.leave(client.client_id, "its budget is too small")
                 self._event(label=self._choice.label, server_round=server_round, client=client.device.name,
-                            message=f"{client.device.name} takes no part: {fault}")  # fmt: skip
+                            message=f"{client.device.name} takes no part: {error}")  # fmt: skip
                 continue
             if aggregator.server_round == server_round and aggregator.assignment(client.client_id) is not None:
                 aggregator.deliver(done.meta, client.update_path)
@@ -223,7 +222,7 @@ class SimulatedRun:
         held = tuple(plan.num_slots(layer) for layer in layers)
         routed = [0] * plan.num_layers
         for report in update.experts:
-            if report.expert in plan.tuned(report.layer):
+            if report.expert in plan.trainable(report.layer):
                 routed[report.layer] += report.tokens
         pairs = [max(1, update.num_tokens * min(k, count)) for k, count in zip(self._top_k, held, strict=True)]
         storage, reads = trainer.profile_reads
@@ -232,8 +231,8 @@ class SimulatedRun:
         forwards = counts.get("explore", 0)
         return RoundWork(
             held=held,
-            tuned=tuple(len(plan.tuned(layer)) for layer in layers),
-            tuned_pairs=tuple(min(1.0, count / most) for count, most in zip(routed, pairs, strict=True)),
+            trainable=tuple(len(plan.trainable(layer)) for layer in layers),
+            trainable_pairs=tuple(min(1.0, count / most) for count, most in zip(routed, pairs, strict=True)),
             setup=setup,
             steps=self._run.training.local_steps,
             tokens=update.num_tokens,
@@ -279,7 +278,7 @@ class SimulatedRun:
     def _client_round(self, done: Done, span: RoundSpan, name: str) -> ClientRound:
         mine, work = span.clients[name], done.work
         return ClientRound(
-            seconds=mine.parts, late=mine.late, waits=mine.waits, hidden=mine.hidden, held=work.held, tuned=work.tuned,
+            seconds=mine.parts, late=mine.late, waits=mine.waits, hidden=mine.hidden, held=work.held, trainable=work.trainable,
             merged=done.merged, memory_bytes=done.memory_bytes, bytes_down=self._costs.charged_bytes(work.down),
             bytes_up=self._costs.charged_bytes(work.up), train_loss=done.train_loss,
         )  # fmt: skip

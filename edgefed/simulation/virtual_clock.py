@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from edgefed.simulation.cost_model import ClientTimes
+from edgefed.simulation.device_rates import ClientTimes
 
 
 @dataclasses.dataclass(frozen=True)

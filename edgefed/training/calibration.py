@@ -1,7 +1,7 @@
 """One training step, measured: what the allocator held in each phase, and how far the memory model's formulas are off.
 
 Hooks mark where the step is: a layer's experts begin and end, the decoder is done, the gradient of a layer's output is
-there, the optimiser starts. On CUDA the allocator is read at every mark. The CPU allocator keeps no peak, but the
+there, the optimizer starts. On CUDA the allocator is read at every mark. The CPU allocator keeps no peak, but the
 profiler sees its events: their running sum between marks is the same number. Both count what tensors take, temporaries
 inside operations included; what the process takes beyond that is read apart (VmHWM).
 
@@ -13,22 +13,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from edgefed.costs.activations import activations, workspace_bytes
+from edgefed.costs.shapes import ModelShape, decoder_layer_paths
+from edgefed.costs.step_setup import TUNED_TOKENS, Correction, StepSetup
 from edgefed.moe.accounting import gradients, storage_bytes
-from edgefed.moe.activations import activations
 from edgefed.moe.model import MoeModel
 from edgefed.moe.offloading import offloaded
-from edgefed.moe.shapes import ModelShape, decoder_layer_paths
-from edgefed.moe.step_setup import TUNED_TOKENS, Correction, StepSetup
-from edgefed.moe.stored import workspace_bytes
-from edgefed.training.allocation_log import CpuLog, CudaLog, Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,8 @@ class StepMeasurement:
     cuBLAS's workspace for one. ``kept_bytes`` is what the decoder had kept when it was done; ``expert_kept_bytes`` per
     MoE layer what of it is inside the experts, or was when the layer ran again (checkpointing); ``again_bytes`` what
     each layer that ran again kept. ``backward`` lists (decoder layer, bytes when its gradient came, peak until the next
-    one's came). ``flows_in``: gradients flow into the first layer. ``tuned_share``: part of each MoE layer's (token,
-    expert) pairs that tuned experts computed; ``busier_share``: that the busier half of its experts did.
+    one's came). ``flows_in``: gradients flow into the first layer. ``trainable_share``: part of each MoE layer's (token,
+    expert) pairs that trainable experts computed; ``busier_share``: that the busier half of its experts did.
     ``process_bytes``: what the process grew by beyond the allocator's peak, what measuring took included; None with
     the reason in ``process_note``.
     """
@@ -58,8 +58,8 @@ class StepMeasurement:
     gradient_bytes: dict[int, int]
     flows_in: bool
     kept: tuple[int, ...]
-    tuned: tuple[int, ...]
-    tuned_share: tuple[float, ...]
+    trainable: tuple[int, ...]
+    trainable_share: tuple[float, ...]
     busier_share: tuple[float, ...]
     process_bytes: int | None
     process_note: str
@@ -134,8 +134,8 @@ def correction_from(measurement: StepMeasurement, shape: ModelShape, setup: Step
         shape,
         setup,
         measurement.kept,
-        measurement.tuned,
-        measurement.tuned_share,
+        measurement.trainable,
+        measurement.trainable_share,
         flows_in=measurement.flows_in,
     )
     base = measurement.weight_bytes + measurement.state_bytes + measurement.other_bytes
@@ -163,22 +163,22 @@ def correction_from(measurement: StepMeasurement, shape: ModelShape, setup: Step
         loss_scale=_ratio(measurement.phases["loss"] - base - measurement.kept_bytes, raw.loss),
         transient_scale=max(0.0, *transients),
         forward_scale=1.0 if setup.checkpointing else _ratio(forward, max(raw.forward)),
-        tuned_tokens=_tuned_tokens(measurement),
+        trainable_tokens=_trainable_tokens(measurement),
         process_bytes=measurement.process_bytes or 0,
         kernels=setup.kernels,
     )
 
 
-def _tuned_tokens(measurement: StepMeasurement) -> float:
-    """Tokens that tuned experts get, as a multiple of what their number would get, at most twice: of the step's own
-    tuned experts, or of the busier half of all that were there, whichever is more. The mean over layers."""
+def _trainable_tokens(measurement: StepMeasurement) -> float:
+    """Tokens that trainable experts get, as a multiple of what their number would get, at most twice: of the step's own
+    trainable experts, or of the busier half of all that were there, whichever is more. The mean over layers."""
     factors = []
-    for kept, tuned, share, busier in zip(
-        measurement.kept, measurement.tuned, measurement.tuned_share, measurement.busier_share, strict=True
+    for kept, trainable, share, busier in zip(
+        measurement.kept, measurement.trainable, measurement.trainable_share, measurement.busier_share, strict=True
     ):
         if kept > 1:
             half = kept - kept // 2
-            factors.append(max(busier * kept / half, share * kept / tuned if tuned else 0.0))
+            factors.append(max(busier * kept / half, share * kept / trainable if trainable else 0.0))
     return min(TUNED_TOKENS, sum(factors) / len(factors)) if factors else TUNED_TOKENS
 
 
@@ -296,8 +296,8 @@ def _read(
         gradient_bytes=facts["gradients"],
         flows_in=facts["flows_in"],
         kept=tuple(plan.num_slots(i) for i in layers),
-        tuned=tuple(len(plan.tuned(i)) for i in layers),
-        tuned_share=tuple(sum(trained[i]) / max(1, sum(served[i])) for i in layers),
+        trainable=tuple(len(plan.trainable(i)) for i in layers),
+        trainable_share=tuple(sum(trained[i]) / max(1, sum(served[i])) for i in layers),
         busier_share=tuple(
             sum(served[i][: len(served[i]) - len(served[i]) // 2]) / max(1, sum(served[i])) for i in layers
         ),
@@ -348,3 +348,97 @@ def _status_bytes(field: str) -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
+
+
+# What an allocator held between marks: read from CUDA's own counters, or from the CPU profiler's events.
+
+_PREFIX = "edgefed:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """From one mark to the next: bytes held at its start, and the most held in it."""
+
+    name: str
+    start_bytes: int
+    peak_bytes: int
+
+
+class CpuLog:
+    """The CPU allocator's events, from the profiler."""
+
+    before_bytes = 0
+    """What the allocator held before: it does not say."""
+
+    def __init__(self) -> None:
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> CpuLog:
+        level = os.environ.get("KINETO_LOG_LEVEL")
+        os.environ["KINETO_LOG_LEVEL"] = "99"  # or it writes two lines to stderr; read when the first profiler starts
+        try:
+            self._profile.__enter__()
+        finally:
+            del os.environ["KINETO_LOG_LEVEL"]
+            if level is not None:
+                os.environ["KINETO_LOG_LEVEL"] = level
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._profile.__exit__(*exception)
+
+    def mark(self, name: str) -> None:
+        with record_function(_PREFIX + name):
+            pass
+
+    def spans(self) -> list[Span]:
+        events = []
+        for event in self._profile.profiler.kineto_results.events():
+            name = event.name()
+            if name == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+                events.append((event.start_ns(), "", event.nbytes()))
+            elif name.startswith(_PREFIX):
+                events.append((event.start_ns(), name.removeprefix(_PREFIX), 0))
+        events.sort(key=lambda event: event[0])
+        spans: list[Span] = []
+        held, start, peak, current = 0, 0, 0, None
+        for _, name, size in events:
+            if name:
+                if current:
+                    spans.append(Span(current, start, peak))
+                current, start, peak = name, held, held
+            held += size
+            peak = max(peak, held)
+        return spans
+
+
+class CudaLog:
+    """CUDA's caching allocator, read at every mark, above what it held before."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.before_bytes = 0
+        self._marks: list[Span] = []
+        self._current: tuple[str, int] | None = None
+
+    def __enter__(self) -> CudaLog:
+        # cuBLAS takes its workspace from the allocator at its first product, once for each thread: have it before.
+        one = torch.ones(16, 16, device=self._device, requires_grad=True)
+        (one @ one).sum().backward()
+        del one
+        torch.cuda.synchronize(self._device)
+        self.before_bytes = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def mark(self, name: str) -> None:
+        if self._current:
+            peak = torch.cuda.max_memory_allocated(self._device) - self.before_bytes
+            self._marks.append(Span(*self._current, peak))
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._current = name, torch.cuda.memory_allocated(self._device) - self.before_bytes
+
+    def spans(self) -> list[Span]:
+        return self._marks

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from edgefed.moe.step_setup import CHUNK_TOKENS
+from edgefed.costs.step_setup import CHUNK_TOKENS
 from edgefed.training.encoding import IGNORED_LABEL
 
 _PROBE_TOKENS = 48
@@ -112,8 +112,8 @@ def chunking_problem(module: nn.Module, input_ids: torch.Tensor, labels: torch.T
                     lambda: chunked_loss(module, ids, wanted),
                 )
             )
-    except (AttributeError, TypeError, ValueError) as fault:
-        return f"its forward cannot be split: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}"
+    except (AttributeError, TypeError, ValueError) as error:
+        return f"its forward cannot be split: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     limit = _SAME.get(next(module.parameters()).dtype, 2e-3)
     if not abs(own - ours) <= limit * max(abs(own), 1e-3):
         return f"its own loss is {own:.6g}, cross entropy alone is {ours:.6g}: it has terms beside it"

@@ -8,7 +8,7 @@ from edgefed.moe.model import MoeModel
 
 
 class GradientNorms:
-    """Squared gradient norms of the tuned experts over the batches of a round. Call `add` after each backward pass."""
+    """Squared gradient norms of the trainable experts over the batches of a round. Call `add` after each backward pass."""
 
     def __init__(self, model: MoeModel):
         self._model = model

@@ -13,17 +13,16 @@ import torch
 from transformers import AutoTokenizer
 
 from edgefed.errors import ModelNotFound
-from edgefed.experts import LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, LayerProfile
 from edgefed.moe.lockstep import run_in_lockstep
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import ExpertSource
+from edgefed.moe.units import ExpertSource, TrainScope
 from edgefed.training.encoding import TokenBlocks
 
 
 @dataclasses.dataclass(frozen=True)
-class ProfileWay:
-    """How a profile is made. ``hold`` and ``storage``: what is in memory of the experts (`edgefed.moe.full_layers`).
+class ProfilePass:
+    """How a profile is made. ``hold`` and ``storage``: what is in memory of the experts (`edgefed.moe.lockstep`).
 
     ``together``: batches that go through the layers side by side, 0 for all; where a layer is held, each of its experts
     is read once for all of them.
@@ -39,11 +38,11 @@ def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of a checkpoint; code that comes with it is never run. Raises ModelNotFound when there is none."""
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError) as error:
         raise ModelNotFound(
-            f"no tokenizer that transformers can load in {source}: {str(fault).splitlines()[0]}",
+            f"no tokenizer that transformers can load in {source}: {str(error).splitlines()[0]}",
             remedy="Put tokenizer.json and tokenizer_config.json beside the model's config.json.",
-        ) from fault
+        ) from error
 
 
 def spread_blocks(blocks: TokenBlocks, max_tokens: int) -> TokenBlocks:
@@ -59,13 +58,13 @@ def profile_blocks(
     model: MoeModel,
     blocks: TokenBlocks,
     source: ExpertSource | None = None,
-    way: ProfileWay = ProfileWay(),
+    way: ProfilePass = ProfilePass(),
     *,
     scope: TrainScope | None = None,
     attention: bool = False,
     on_batch: Callable[[int], None] = lambda tokens: None,
     tell: Callable[[str], None] = lambda message: None,
-) -> RouterRecord:
+) -> ActivationProfile:
     """Run ``blocks`` forward through the full model and return the router's statistics.
 
     With a ``source`` the experts are read from it, ``way`` says how, and ``scope`` says which adapters they have.
@@ -92,7 +91,7 @@ def profile_blocks(
         module.train(was_training)
 
 
-def _forward_all(model: MoeModel, blocks: TokenBlocks, way: ProfileWay, on_batch: Callable[[int], None]) -> None:
+def _forward_all(model: MoeModel, blocks: TokenBlocks, way: ProfilePass, on_batch: Callable[[int], None]) -> None:
     # The routers are all that counts. The head would cost more than its logits: for one row per sequence and a frozen
     # weight, torch copies that weight once per sequence.
     decoder = model.module.base_model
@@ -121,7 +120,7 @@ def _forward_all(model: MoeModel, blocks: TokenBlocks, way: ProfileWay, on_batch
         run_in_lockstep(passes, model.module.device, count_round)
 
 
-def activation_error(estimate: RouterRecord, truth: RouterRecord) -> float:
+def activation_error(estimate: ActivationProfile, truth: ActivationProfile) -> float:
     """Mean over layers of the mean over experts with f_e > 0 of |f_hat_e - f_e| / f_e, f_e the activation frequency.
 
     The measure of Flux (arXiv 2508.19078). Raises ValueError when the records are of different models, or without a
@@ -134,7 +133,7 @@ def activation_error(estimate: RouterRecord, truth: RouterRecord) -> float:
     return float(np.mean(errors))
 
 
-def top_k_agreement(estimate: RouterRecord, truth: RouterRecord, count: int | None = None) -> float:
+def top_k_agreement(estimate: ActivationProfile, truth: ActivationProfile, count: int | None = None) -> float:
     """Share of the ``count`` most used experts of a layer that are also the estimate's; mean over layers.
 
     None: as many as a token gets. Raises as `activation_error`.
@@ -147,7 +146,7 @@ def top_k_agreement(estimate: RouterRecord, truth: RouterRecord, count: int | No
     return float(np.mean(shares))
 
 
-def _pairs(estimate: RouterRecord, truth: RouterRecord) -> list[tuple[LayerRecord, LayerRecord]]:
+def _pairs(estimate: ActivationProfile, truth: ActivationProfile) -> list[tuple[LayerProfile, LayerProfile]]:
     if estimate.experts_per_layer != truth.experts_per_layer:
         raise ValueError(f"records of layers with {estimate.experts_per_layer} and {truth.experts_per_layer} experts")
     if not truth.num_tokens:

@@ -1,4 +1,4 @@
-"""What a training step can do with less memory, for the same loss and gradients: checkpointing and small optimisers.
+"""What a training step can do with less memory, for the same loss and gradients: checkpointing and small optimizers.
 
 The chunked loss and quantised experts have files of their own. `problems` says which of them this model and this device
 cannot have, in words.
@@ -73,7 +73,7 @@ def checkpointing(module: nn.Module, enabled: bool) -> Iterator[None]:
         module._set_gradient_checkpointing(enable=False)
 
 
-# --- optimisers --------------------------------------------------------------------------------------------------
+# --- optimizers --------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(
@@ -118,10 +118,10 @@ def eight_bit_problem(device: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import bitsandbytes
-    except ImportError as fault:
-        return f"bitsandbytes is not installed ({fault})" if fault.name == "bitsandbytes" else f"bitsandbytes: {fault}"
-    except Exception as fault:  # its import loads native libraries
-        return f"bitsandbytes cannot be loaded: {_first_line(fault)}"
+    except ImportError as error:
+        return f"bitsandbytes is not installed ({error})" if error.name == "bitsandbytes" else f"bitsandbytes: {error}"
+    except Exception as error:  # its import loads native libraries
+        return f"bitsandbytes cannot be loaded: {_first_line(error)}"
     try:
         values = torch.full((_EIGHT_BIT_PROBE,), 1.0, device=device)
         weight = nn.Parameter(values.clone())
@@ -130,8 +130,8 @@ def eight_bit_problem(device: str) -> str:
         optimizer.step()
         moved = (1.0 - weight.detach()).cpu()  # the first step of Adam is the learning rate, whatever the gradient
         held = sum(t.numel() * t.element_size() for t in optimizer.state[weight].values() if torch.is_tensor(t))
-    except Exception as fault:  # a kernel that is not there, a library that does not fit
-        return f"bitsandbytes fails on {device}: {_first_line(fault)}"
+    except Exception as error:  # a kernel that is not there, a library that does not fit
+        return f"bitsandbytes fails on {device}: {_first_line(error)}"
     if not torch.allclose(moved, torch.full_like(moved, 0.5), atol=0.02):
         return f"bitsandbytes computes a wrong step on {device}"
     if held > 4 * _EIGHT_BIT_PROBE:  # two moments of one byte, tables and scales; 32-bit state would be 8 bytes each
@@ -139,6 +139,6 @@ def eight_bit_problem(device: str) -> str:
     return ""
 
 
-def _first_line(fault: BaseException) -> str:
-    lines = str(fault).strip().splitlines()
-    return lines[0] if lines else type(fault).__name__
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from edgefed.costs.memory import StepSetup
 from edgefed.errors import TrainingDiverged
-from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.interface import Method
-from edgefed.moe.memory import StepSetup
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
+from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.chunked_loss import chunked_loss
 from edgefed.training.encoding import TokenBlocks
@@ -33,8 +33,8 @@ from edgefed.training.savings import checkpointing, make_optimizer
 class StepsOutcome:
     """What a round of local steps did.
 
-    ``expert_steps`` counts optimiser steps per (layer, expert) that changed it; ``record`` is the router's statistics
-    over all training tokens; ``peak_expert_bytes`` is the largest sum of expert weights, gradients and optimiser state
+    ``expert_steps`` counts optimizer steps per (layer, expert) that changed it; ``record`` is the router's statistics
+    over all training tokens; ``peak_expert_bytes`` is the largest sum of expert weights, gradients and optimizer state
     that was ever held. ``expert_gradients``: mean squared gradient norm per (layer, expert), where it was asked for.
     """
 
@@ -43,7 +43,7 @@ class StepsOutcome:
     num_tokens: int
     tokens_per_s: float
     expert_steps: Counter[tuple[int, int]]
-    record: RouterRecord
+    record: ActivationProfile
     peak_expert_bytes: int
     expert_gradients: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
 
@@ -136,9 +136,9 @@ def run_steps(
 ) -> StepsOutcome:
     """Train ``training.local_steps`` steps on ``blocks``, in a shuffled order that depends on ``seed`` alone.
 
-    The optimiser is AdamW with a constant learning rate; it starts fresh, as in FedAvg. With ``compute_share`` < 1 the
-    method's schedule decides per batch and layer which tuned experts get gradients; an expert without a gradient is
-    not touched by the optimiser, so neither momentum nor weight decay moves it. Gradients are clipped to
+    The optimizer is AdamW with a constant learning rate; it starts fresh, as in FedAvg. With ``compute_share`` < 1 the
+    method's schedule decides per batch and layer which trainable experts get gradients; an expert without a gradient is
+    not touched by the optimizer, so neither momentum nor weight decay moves it. Gradients are clipped to
     ``max_grad_norm``.
 
     ``setup`` says how a step saves memory (None: it does not); its sequence length cuts the blocks. ``reconsider`` is
@@ -160,8 +160,8 @@ def run_steps(
                         measure(steps.optimizer, steps.take)
                     else:
                         steps.take()
-                except TrainingDiverged as fault:
-                    raise TrainingDiverged(f"{fault} at step {step + 1}") from None
+                except TrainingDiverged as error:
+                    raise TrainingDiverged(f"{error} at step {step + 1}") from None
                 steps.count_memory()
                 on_step(steps.losses[-1])
                 other = reconsider() if step + 1 < training.local_steps else None
@@ -185,7 +185,7 @@ def run_steps(
 
 
 class _LocalSteps:
-    """What lives from one step of a round to the next: optimiser, order of the data, and what was counted."""
+    """What lives from one step of a round to the next: optimizer, order of the data, and what was counted."""
 
     def __init__(
         self, model: MoeModel, blocks: TokenBlocks, training: TrainingConfig, setup: StepSetup, seed: int,
@@ -219,7 +219,7 @@ class _LocalSteps:
         self.num_tokens += input_ids.numel()
 
     def count_memory(self) -> None:
-        """Behind a step gradients and optimiser state live together: experts take most here. Drops the gradients."""
+        """Behind a step gradients and optimizer state live together: experts take most here. Drops the gradients."""
         self.peak_expert_bytes = max(self.peak_expert_bytes, self._model.expert_memory_bytes(self.optimizer))
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -248,17 +248,17 @@ class _LocalSteps:
 def make_schedule(plan: ExpertPlan, method: Method, compute_share: float) -> Callable | None:
     """The callback that the model asks in each layer which experts get gradients; None when all may.
 
-    A layer's limit is ``compute_share`` of its tuned experts, rounded up: never none.
+    A layer's limit is ``compute_share`` of its trainable experts, rounded up: never none.
     """
     if compute_share >= 1:
         return None
-    tuned = [plan.tuned(layer) for layer in range(plan.num_layers)]
-    limits = [math.ceil(compute_share * len(ids)) for ids in tuned]
+    trainable = [plan.trainable(layer) for layer in range(plan.num_layers)]
+    limits = [math.ceil(compute_share * len(ids)) for ids in trainable]
 
-    def schedule(layer: int, batch: LayerRecord) -> list[int]:
-        if limits[layer] >= len(tuned[layer]):
-            return tuned[layer].tolist()
-        return method.schedule_experts(batch, tuned[layer], limits[layer]).tolist()
+    def schedule(layer: int, batch: LayerProfile) -> list[int]:
+        if limits[layer] >= len(trainable[layer]):
+            return trainable[layer].tolist()
+        return method.schedule_experts(batch, trainable[layer], limits[layer]).tolist()
 
     return schedule
 

@@ -3,7 +3,7 @@
     u_c(e) = |D_c^e| sqrt( mean_k ||g_k||^2 )            Oort's form; D_c^e: tokens of client c that reach expert e
 
 g_k is the gradient of a batch's mean loss with respect to the expert, before clipping, for the batches in which a token
-reached it. A tuned expert's is at hand in training. That of an expert which is held but does not train is estimated:
+reached it. A trainable expert's is at hand in training. That of an expert which is held but does not train is estimated:
 
     n = 1/M sum_m [ (L(W + s z_m) - L(W - s z_m)) / (2 s) ]^2,    z_m ~ N(0, I) from a seed,    E[n] = ||g||^2
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from edgefed.experts import RouterRecord
+from edgefed.experts import ActivationProfile
 from edgefed.moe.model import MoeModel
 from edgefed.training.steps import batch_loss
 
@@ -87,7 +87,7 @@ def probe_gradient_norms(
 
 
 def utilities(
-    mean_squares: Mapping[tuple[int, int], float], record: RouterRecord
+    mean_squares: Mapping[tuple[int, int], float], record: ActivationProfile
 ) -> tuple[tuple[float | None, ...], ...]:
     """u_c(e) per layer and expert; None where no gradient is known. ``record``: of the tokens that were trained on."""
     rows = []

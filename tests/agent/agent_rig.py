@@ -71,8 +71,8 @@ def start(agent: Agent) -> tuple[threading.Thread, list]:
     def work() -> None:
         try:
             ends.append(agent.run())
-        except Exception as fault:
-            ends.append(fault)
+        except Exception as error:
+            ends.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -8,13 +8,13 @@ import json
 import msgspec
 import pytest
 
-from edgefed.agent.local_trainer import LocalTrainer
-from edgefed.agent.planner import DeviceLimits
-from edgefed.agent.progress import NullProgress
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.embedded import tiny_model_directory
+from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
+from edgefed.trainer.local_trainer import LocalTrainer
+from edgefed.trainer.planner import DeviceLimits
 
 MEMORY_BYTES = 64 << 30
 STEPS = 3

@@ -9,7 +9,6 @@ import time
 import pytest
 
 from edgefed.agent.backoff import BackoffSchedule, Retry, is_transient
-from edgefed.agent.interrupt import StopRequested, run_interruptibly
 from edgefed.errors import (
     DiskFull,
     EdgefedError,
@@ -19,6 +18,7 @@ from edgefed.errors import (
     ServerUnreachable,
     Unauthorized,
 )
+from edgefed.interrupt import StopRequested, run_interruptibly
 
 
 class FakeTime:

@@ -21,14 +21,14 @@ class CountingSource:
     def __init__(self, blobs: dict[str, bytes]) -> None:
         self.blobs = blobs
         self.asked: list[str] = []
-        self.fault: Exception | None = None
+        self.error: Exception | None = None
         self.gate = threading.Barrier(1)
 
     def download(self, sha256: str, size_bytes: int, path: Path, on_bytes=None) -> None:
         self.asked.append(sha256)
         self.gate.wait(10)
-        if self.fault:
-            raise self.fault
+        if self.error:
+            raise self.error
         path.write_bytes(self.blobs[sha256])
         if on_bytes:
             on_bytes(size_bytes)
@@ -77,11 +77,11 @@ def test_downloads_overlap(tmp_path):
     assert len(source.asked) == 8
 
 
-@pytest.mark.parametrize("fault", [ServerUnreachable("gone"), NotFound("no"), ChecksumMismatch("bad"), KeyError("bug")])
-def test_first_fault_stops_the_rest(tmp_path, fault):
+@pytest.mark.parametrize("error", [ServerUnreachable("gone"), NotFound("no"), ChecksumMismatch("bad"), KeyError("bug")])
+def test_first_fault_stops_the_rest(tmp_path, error):
     items, source = make(*(bytes([n]) for n in range(50)))
-    source.fault = fault
-    with pytest.raises(type(fault)):
+    source.error = error
+    with pytest.raises(type(error)):
         BlobCache(tmp_path, source, parallel=2).ensure(items)
     assert len(source.asked) <= 4
 

@@ -6,21 +6,21 @@ import json
 
 import pytest
 
-from edgefed.agent import device_profile
-from edgefed.agent.device_profile import MAX_TOGETHER, PROFILE_STORAGES, choose_way
-from edgefed.agent.local_trainer import LocalTrainer
-from edgefed.agent.planner import PLAN_FILE, DeviceLimits
-from edgefed.agent.progress import NullProgress
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.costs.memory import StepSetup, profiling_memory
+from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError
-from edgefed.experts import RouterRecord
-from edgefed.moe.memory import StepSetup, profiling_memory
-from edgefed.moe.shapes import KNOWN_SHAPES
+from edgefed.experts import ActivationProfile
+from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
-from edgefed.training.profiling import ProfileWay
+from edgefed.trainer import activation_profile as device_profile
+from edgefed.trainer.activation_profile import MAX_TOGETHER, PROFILE_STORAGES, choose_profile_pass
+from edgefed.trainer.local_trainer import LocalTrainer
+from edgefed.trainer.planner import PLAN_FILE, DeviceLimits
+from edgefed.training.profiling import ProfilePass
 
 GIB = 1 << 30
 OLMOE = KNOWN_SHAPES["OLMoE-1B-7B"]
@@ -29,12 +29,14 @@ SETUP = StepSetup(8, 128)
 
 def test_the_more_memory_the_fewer_reads():
     """OLMoE, 6.9 G parameters in bfloat16: 13 GB of experts, 0.8 GB a layer."""
-    ways = {budget: choose_way(OLMOE, SETUP, 128, int(budget * GIB))[0] for budget in (64, 8, 3, 2.2, 1.2, 0.1)}
-    assert ways[64] == ProfileWay("all", None, 8, 1)
-    assert ways[8] == ProfileWay("layer", None, 8, 16)
+    ways = {
+        budget: choose_profile_pass(OLMOE, SETUP, 128, int(budget * GIB))[0] for budget in (64, 8, 3, 2.2, 1.2, 0.1)
+    }
+    assert ways[64] == ProfilePass("all", None, 8, 1)
+    assert ways[8] == ProfilePass("layer", None, 8, 16)
     assert ways[3].hold == "layer" and ways[3].storage is None and ways[3].batch_size * ways[3].together >= 128
     assert ways[2.2].hold == "layer" and ways[2.2].storage in ("int8", "nf4")
-    assert ways[0.1] == ProfileWay("expert", None, 1, 1)
+    assert ways[0.1] == ProfilePass("expert", None, 1, 1)
     for budget, way in ways.items():
         assert way.together <= MAX_TOGETHER
         if budget != 0.1:
@@ -45,18 +47,18 @@ def test_the_more_memory_the_fewer_reads():
 
 def test_what_the_owner_asks_for_holds():
     for budget in (64, 16, 8, 3, 2, 1.5):
-        assert choose_way(OLMOE, SETUP, 128, int(budget * GIB), "full")[0].storage is None
+        assert choose_profile_pass(OLMOE, SETUP, 128, int(budget * GIB), "full")[0].storage is None
         for storage in ("int8", "nf4"):
-            way, reason = choose_way(OLMOE, SETUP, 128, int(budget * GIB), storage)
+            way, reason = choose_profile_pass(OLMOE, SETUP, 128, int(budget * GIB), storage)
             assert way.storage == storage or "is too large" in reason
-    assert choose_way(OLMOE, SETUP, 128, 8 * GIB, "nf4")[0].hold == "all"
+    assert choose_profile_pass(OLMOE, SETUP, 128, 8 * GIB, "nf4")[0].hold == "all"
     with pytest.raises(ConfigError, match="a profile can hold experts as auto, full, int8, nf4; asked for 'int4'"):
-        choose_way(OLMOE, SETUP, 128, GIB, "int4")
+        choose_profile_pass(OLMOE, SETUP, 128, GIB, "int4")
 
 
 def test_experts_that_cannot_be_quantised_are_not():
     for budget in (8, 3, 2, 1):
-        assert choose_way(OLMOE, SETUP, 128, int(budget * GIB), packable=False)[0].storage is None
+        assert choose_profile_pass(OLMOE, SETUP, 128, int(budget * GIB), packable=False)[0].storage is None
 
 
 def test_attention_and_threads_take_memory():
@@ -69,14 +71,16 @@ def test_attention_and_threads_take_memory():
 
 
 def test_no_more_batches_side_by_side_than_threads_are_good_for():
-    way, reason = choose_way(OLMOE, SETUP, 8 * MAX_TOGETHER * 3, 12 * GIB)
-    assert way == ProfileWay("layer", None, 8, MAX_TOGETHER) and "read 3 times" in reason
+    way, reason = choose_profile_pass(OLMOE, SETUP, 8 * MAX_TOGETHER * 3, 12 * GIB)
+    assert way == ProfilePass("layer", None, 8, MAX_TOGETHER) and "read 3 times" in reason
 
 
 def test_the_owner_hears_which_way_and_why():
-    assert choose_way(OLMOE, SETUP, 128, 64 * GIB)[1].startswith("all experts as they come in memory: ")
-    assert choose_way(OLMOE, SETUP, 128, 8 * GIB)[1].startswith("layer by layer, experts as they come, read once: ")
-    lacking = choose_way(OLMOE, SETUP, 128, 0, "nf4")[1]
+    assert choose_profile_pass(OLMOE, SETUP, 128, 64 * GIB)[1].startswith("all experts as they come in memory: ")
+    assert choose_profile_pass(OLMOE, SETUP, 128, 8 * GIB)[1].startswith(
+        "layer by layer, experts as they come, read once: "
+    )
+    lacking = choose_profile_pass(OLMOE, SETUP, 128, 0, "nf4")[1]
     assert lacking.startswith("one expert at a time (a layer in nf4 is too large), read for each of 128 batches: ")
     assert lacking.endswith("though only 0 B are free") or "though only" in lacking
 
@@ -116,7 +120,9 @@ def one_round(run_folder, folder, storage):
         lambda items: {item.sha256: blobs.path(item.sha256) for item in items}, heard, folder / "update",
     )  # fmt: skip
     saved = json.loads((folder / PLAN_FILE).read_text())
-    return RouterRecord.from_dict(saved["profile"]), [text for text in heard.messages if text.startswith("profile:")]
+    return ActivationProfile.from_dict(saved["profile"]), [
+        text for text in heard.messages if text.startswith("profile:")
+    ]
 
 
 def test_a_device_profiles_as_its_owner_wishes(run_folder, tmp_path, monkeypatch):

@@ -8,19 +8,19 @@ import math
 
 import pytest
 
-from edgefed.agent.local_trainer import LocalTrainer
-from edgefed.agent.planner import PLAN_FILE, DeviceLimits
-from edgefed.agent.progress import NullProgress
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.costs.memory import training_memory
+from edgefed.costs.shapes import shape_from_config
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError
 from edgefed.methods.registry import make_method
 from edgefed.moe.accounting import expert_memory, storage_bytes
-from edgefed.moe.memory import training_memory
-from edgefed.moe.shapes import shape_from_config
+from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
+from edgefed.trainer.local_trainer import LocalTrainer
+from edgefed.trainer.planner import PLAN_FILE, DeviceLimits
 from edgefed.training import steps as steps_module
 from edgefed.training.savings import problems
 from edgefed.training.steps import step_setup
@@ -136,7 +136,7 @@ def test_a_device_that_only_fits_in_4_bits_trains_all_experts_and_goes_on_so_aft
     assert (rich._model.storage, poor._model.storage) == (None, "nf4")
     assert poor._planner.load.setup.sequence_length == 64 and poor._planner.load.held == 64
     plan = poor._model.plan
-    assert plan.num_tuned == plan.num_resident > 48  # all whose score is worth a download
+    assert plan.num_trainable == plan.num_resident > 48  # all whose score is worth a download
     plain, packed = (base_weight_bytes(trainer._model) / trainer._model.plan.num_resident for trainer in (rich, poor))
     assert packed == pytest.approx(plain * 4.5 / 32, rel=0.01)  # from float32 to 4 bits, and a scale for each 64
     assert math.isfinite(update.metrics["held_out_loss_before"])
@@ -150,7 +150,7 @@ def test_a_device_that_only_fits_in_4_bits_trains_all_experts_and_goes_on_so_aft
         assert key.endswith(":lora")
         info = next(info for info in units[key].tensors if info.name == tensor)
         assert entry.info.dtype == info.dtype == "F32" and entry.info.shape == info.shape
-    assert sum(units[name.rpartition("|")[0]].kind == "expert" for name in sent) == 4 * plan.num_tuned
+    assert sum(units[name.rpartition("|")[0]].kind == "expert" for name in sent) == 4 * plan.num_trainable
 
     saved = json.loads((table.folder / "poor" / PLAN_FILE).read_text())
     assert saved["load"]["setup"]["expert_storage"] == "nf4"
@@ -178,12 +178,12 @@ def test_in_full_training_what_is_frozen_is_packed_and_what_learns_is_sent_as_it
     _, path = table.round(free)
     assert told._model.storage is None and free._model.storage == "nf4"
     held, held_plain = free._model.plan, told._model.plan
-    assert held.num_resident + held.num_tuned > 1.05 * (held_plain.num_resident + held_plain.num_tuned)
-    assert 0 < held.num_tuned < held.num_resident
+    assert held.num_resident + held.num_trainable > 1.05 * (held_plain.num_resident + held_plain.num_trainable)
+    assert 0 < held.num_trainable < held.num_resident
     experts = {u.key: u for u in table.reader.manifest().units if u.kind == "expert"}
     sent = {name.rpartition("|")[0] for name in frames.read_header(path)} & set(experts)
-    tuned = {(layer, int(e)) for layer in range(4) for e in held.tuned(layer)}
-    assert {(experts[key].layer, experts[key].expert) for key in sent} == tuned
+    trainable = {(layer, int(e)) for layer in range(4) for e in held.trainable(layer)}
+    assert {(experts[key].layer, experts[key].expert) for key in sent} == trainable
     for name, entry in frames.read_header(path).items():
         key, _, tensor = name.rpartition("|")
         if key in experts:
@@ -241,8 +241,8 @@ def test_what_makes_no_sense_is_refused_by_name(rig):
 
 
 def test_what_a_device_cannot_do_is_refused_or_passed_over(rig, monkeypatch):
-    from edgefed.agent import expert_storage
-    from edgefed.agent import planner as planner_module
+    from edgefed.trainer import planner as expert_storage
+    from edgefed.trainer import planner as planner_module
 
     table = rig(**LORA)
     usable = tight_budget(table)
@@ -260,7 +260,7 @@ def test_what_a_device_cannot_do_is_refused_or_passed_over(rig, monkeypatch):
 
 
 def test_a_method_may_ask_for_a_storage_and_an_owner_not_for_another(rig):
-    from edgefed.agent.expert_storage import required_storage
+    from edgefed.trainer.planner import required_storage
 
     table = rig(**LORA)
     device = table.device()
@@ -270,6 +270,8 @@ def test_a_method_may_ask_for_a_storage_and_an_owner_not_for_another(rig):
     object.__setattr__(method, "expert_storage", "nf4")  # as a method of its own would have it
     assert required_storage("auto", method, training, model) == "nf4"
     assert required_storage("nf4", method, training, model) == "nf4"
-    for wish in ("full", "int8"):
-        with pytest.raises(ConfigError, match=f"keeps experts in nf4, this device was told --expert-storage {wish}"):
-            required_storage(wish, method, training, model)
+    for requested in ("full", "int8"):
+        with pytest.raises(
+            ConfigError, match=f"keeps experts in nf4, this device was told --expert-storage {requested}"
+        ):
+            required_storage(requested, method, training, model)

@@ -12,14 +12,14 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from edgefed.agent.local_trainer import LocalTrainer
-from edgefed.agent.planner import DeviceLimits
-from edgefed.agent.progress import NullProgress
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, export_model, import_model
+from edgefed.trainer.local_trainer import LocalTrainer
+from edgefed.trainer.planner import DeviceLimits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "moe"))
 from toy_models import FAMILIES, MORE_FAMILIES  # noqa: E402
@@ -43,8 +43,8 @@ def test_a_round_of_every_family(family, tokenizer, tmp_path):
     try:
         config = AutoConfig.for_model(family, **KNOWN[family])
         model = AutoModelForCausalLM.from_config(config).eval()
-    except (ValueError, KeyError) as fault:
-        pytest.skip(f"this transformers has no {family}: {fault}")
+    except (ValueError, KeyError) as error:
+        pytest.skip(f"this transformers has no {family}: {error}")
     checkpoint = tmp_path / "checkpoint"
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from device_bench import trainer_of
 
-from edgefed.agent.merged_plan import left_over, with_stand_in_groups, without_groups
-from edgefed.agent.placing import MERGED_FOLDER, ExpertPlacer
-from edgefed.agent.progress import NullProgress
-from edgefed.agent.saved_plan import PLAN_FILE
 from edgefed.errors import ConfigError
-from edgefed.experts import ExpertPlan, Role, RouterRecord
-from edgefed.moe.frame_source import FrameSource
+from edgefed.experts import ActivationProfile, ExpertPlan, Role
+from edgefed.moe.expert_reading import FrameSource
+from edgefed.moe.merging.plan import num_merge_slots, with_placeholder_groups, without_groups
+from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import ExpertAssignment
+from edgefed.trainer.local_trainer import MERGED_FOLDER, ExpertPlacer
+from edgefed.trainer.planner import PLAN_FILE
 
 OPTIONS = {"probes": 1, "eps_start": 0.5, "pace": "own"}
 
@@ -39,14 +39,16 @@ def test_a_round_trains_explores_merges_and_reports(bench, data, tmp_path):
     plan = ExpertPlan.from_dict(saved(tmp_path)["plan"])
     assert plan.num_resident == 32, "half of 64 experts fit"
     merged = sum(len(plan.groups(layer)) for layer in range(4))
-    assert merged == 16 and plan.num_tuned == 8
+    assert merged == 16 and plan.num_trainable == 8
     assert all((roles != Role.ABSENT).all() for roles in plan.roles), "whoever is not here as itself is merged"
     explored = {(layer, int(e)) for layer in range(4) for e in plan.frozen(layer)}
     assert len(explored) == 8
 
-    tuned_keys = {u.key for u in manifest.units if u.kind == "expert" and plan.roles[u.layer][u.expert] == Role.TUNED}
+    trainable_keys = {
+        u.key for u in manifest.units if u.kind == "expert" and plan.roles[u.layer][u.expert] == Role.TRAINABLE
+    }
     sent = {name.rpartition("|")[0] for name in frames.read_header(tmp_path / "update")}
-    assert {key for key in sent if ".experts." in key} == tuned_keys, "merged and explored experts stay here"
+    assert {key for key in sent if ".experts." in key} == trainable_keys, "merged and explored experts stay here"
 
     survey = update.survey
     assert survey.tune_slots == 16
@@ -55,7 +57,7 @@ def test_a_round_trains_explores_merges_and_reports(bench, data, tmp_path):
     assert trained <= known and explored <= known, "utilities of what was trained and explored, of nobody else"
     assert known <= trained | explored | {(r.layer, r.expert) for r in update.experts}
     assert update.metrics["probe_forwards"] <= 1 + 2 * len(explored)
-    profile = RouterRecord.from_dict(saved(tmp_path)["profile"])
+    profile = ActivationProfile.from_dict(saved(tmp_path)["profile"])
     np.testing.assert_allclose(survey.frequency[0], profile.layers[0].frequency)
     assert profile.layers[0].attention_sum is not None, "groups weigh by the attention that tokens receive"
 
@@ -67,7 +69,7 @@ def test_the_aggregators_assignment_is_followed(bench, data, tmp_path):
     wanted = ExpertAssignment(tune=tune, explore=tuple((layer, 5) for layer in range(4)))
     _, update = table.round(trainer, tmp_path / "update", server_round=2, experts=wanted)
     plan = ExpertPlan.from_dict(saved(tmp_path)["plan"])
-    assert [plan.tuned(layer).tolist() for layer in range(4)] == [[3, 9]] * 4
+    assert [plan.trainable(layer).tolist() for layer in range(4)] == [[3, 9]] * 4
     assert [plan.frozen(layer).tolist() for layer in range(4)] == [[5]] * 4
     assert {(r.layer, r.expert) for r in update.experts if r.steps} <= set(tune)
     nowhere = ExpertAssignment(tune=((0, 16),), explore=())
@@ -119,19 +121,19 @@ def test_neuron_alignment_and_frequency_weights_are_options(bench, data, tmp_pat
     _, update = table.round(trainer_of(data, tmp_path, share=0.5), tmp_path / "update")
     plan = ExpertPlan.from_dict(saved(tmp_path)["plan"])
     assert [len(plan.groups(layer)) for layer in range(4)] == [1] * 4
-    assert RouterRecord.from_dict(saved(tmp_path)["profile"]).layers[0].attention_sum is None
+    assert ActivationProfile.from_dict(saved(tmp_path)["profile"]).layers[0].attention_sum is None
     assert update.metrics["held_out_loss_after"] < update.metrics["held_out_loss_before"] + 0.5
 
 
 def test_stand_in_groups_have_the_right_number(bench, data, tmp_path):
     bench("flux", OPTIONS).round(trainer_of(data, tmp_path, share=0.5), tmp_path / "update")
-    record = RouterRecord.from_dict(saved(tmp_path)["profile"])
+    record = ActivationProfile.from_dict(saved(tmp_path)["profile"])
     plan = ExpertPlan.of((16,) * 4, [range(4)] * 4)
-    assert left_over(plan, 16) == 0 and left_over(plan, 19) == 0 and left_over(plan, 20) == 4
-    assert left_over(ExpertPlan.full((16,) * 4), 80) == 0
-    filled = with_stand_in_groups(plan, 24, record, "adaptive")
+    assert num_merge_slots(plan, 16) == 0 and num_merge_slots(plan, 19) == 0 and num_merge_slots(plan, 20) == 4
+    assert num_merge_slots(ExpertPlan.full((16,) * 4), 80) == 0
+    filled = with_placeholder_groups(plan, 24, record, "adaptive")
     assert filled.num_resident == 24 and without_groups(filled) == plan
-    assert with_stand_in_groups(plan, 18, record, "adaptive") == plan
+    assert with_placeholder_groups(plan, 18, record, "adaptive") == plan
 
 
 def test_merged_experts_are_kept_from_round_to_round_and_across_a_restart(bench, data, tmp_path, monkeypatch):

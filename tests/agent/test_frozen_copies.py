@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from device_bench import trainer_of
 
-from edgefed.agent.frozen_copies import COPIES_FILE, FrozenCopies, with_newest_tuned
-from edgefed.agent.progress import NullProgress
-from edgefed.agent.saved_plan import PLAN_FILE
 from edgefed.errors import NotFound
 from edgefed.experts import ExpertPlan, Role
+from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, ExpertAssignment, UnitInfo
+from edgefed.trainer.planner import PLAN_FILE
+from edgefed.trainer.stale_experts import COPIES_FILE, FrozenCopies, with_newest_trainable
 
 LAYERS, EXPERTS = 2, 8
 
@@ -99,9 +99,9 @@ def test_a_copy_that_is_nowhere_is_not_waited_for(tmp_path):
 
 def test_what_learns_is_the_newest():
     plan = ExpertPlan.of((EXPERTS,) * LAYERS, [[3], [5]])
-    used = with_newest_tuned(units_of(1), units_of(2), plan)
-    tuned = {f"{layer}.{expert}" for layer in range(LAYERS) for expert in plan.tuned(layer)}
-    assert len(tuned) == 2 and {key for key in used if version(used, key) == 2} == tuned
+    used = with_newest_trainable(units_of(1), units_of(2), plan)
+    trainable = {f"{layer}.{expert}" for layer in range(LAYERS) for expert in plan.trainable(layer)}
+    assert len(trainable) == 2 and {key for key in used if version(used, key) == 2} == trainable
 
 
 def values(path) -> dict[str, np.ndarray]:
@@ -157,11 +157,11 @@ def test_a_device_downloads_what_it_trains_and_a_share_of_the_rest(bench, data, 
         new = [unit for unit in manifest.units if unit.sha256 in here - before]
         return {(unit.layer, unit.expert) for unit in new}
 
-    tuned = set(wanted.tune)
+    trainable = set(wanted.tune)
     for server_round in (2, 3):
         turn = {(layer, e) for layer in range(4) for e in range(16) if (layer + e + server_round) % 4 == 0}
         assert len(turn) == 16
-        assert next_round(server_round) == turn | tuned, "not one expert more, for the profile or for merging"
+        assert next_round(server_round) == turn | trainable, "not one expert more, for the profile or for merging"
     plan = ExpertPlan.from_dict(json.loads((tmp_path / "a" / PLAN_FILE).read_text())["plan"])
     assert all((roles != Role.ABSENT).all() for roles in plan.roles), "all others are merged, which needs them all"
     (unit,) = (unit for unit in manifest.units if (unit.kind, unit.layer, unit.expert) == ("expert", 0, 3))

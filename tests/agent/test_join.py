@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from edgefed.agent.join import DeviceMemory
 from edgefed.aggregator.admission import check_register
 from edgefed.errors import BudgetTooSmall, ConfigError, DeviceNotFound
 from edgefed.hardware.probe import probe_device
 from edgefed.hardware.profiles import facts_of, find_profile
+from edgefed.join import DeviceMemory
 from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.messages import Register
 
@@ -88,8 +88,8 @@ def test_a_gpu_that_torch_cannot_use_is_not_watched(machine, monkeypatch):
     unused = dataclasses.replace(card, host=host, gpu=dataclasses.replace(card.gpu, cuda_index=None, nvml_index=0))
     used = dataclasses.replace(unused, gpu=dataclasses.replace(unused.gpu, cuda_index=0))
     watched = []
-    monkeypatch.setattr("edgefed.agent.join.MemorySensors", lambda facts: watched.append(facts.gpu))
+    monkeypatch.setattr("edgefed.join.MemorySensors", lambda facts: watched.append(facts.gpu))
     for facts in (unused, used):
-        monkeypatch.setattr("edgefed.agent.join.probe_device", lambda device, facts=facts: facts)
+        monkeypatch.setattr("edgefed.join.probe_device", lambda device, facts=facts: facts)
         DeviceMemory(None, 2**30).make_watch()
     assert watched == [None, used.gpu]

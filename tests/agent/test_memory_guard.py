@@ -14,24 +14,23 @@ import numpy as np
 import pytest
 import torch
 
-from edgefed.agent import local_trainer as trainer_module
-from edgefed.agent import memory_guard
-from edgefed.agent.interrupt import StopRequested
-from edgefed.agent.local_trainer import LocalTrainer
-from edgefed.agent.memory_guard import MemoryGuard
-from edgefed.agent.planner import DeviceLimits
-from edgefed.agent.progress import NullProgress
-from edgefed.agent.saved_plan import PLAN_FILE
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.costs.memory import training_memory
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import BudgetTooSmall, ConfigError, DeviceLost, OutOfMemory
 from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.watch import Pressure
-from edgefed.moe.memory import training_memory
+from edgefed.interrupt import StopRequested
+from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
+from edgefed.trainer import local_trainer as trainer_module
+from edgefed.trainer import memory_guard
+from edgefed.trainer.local_trainer import LocalTrainer
+from edgefed.trainer.memory_guard import MemoryGuard
+from edgefed.trainer.planner import PLAN_FILE, DeviceLimits
 from edgefed.training import steps as steps_module
 from edgefed.training.savings import make_optimizer
 
@@ -147,7 +146,7 @@ def test_a_step_that_runs_out_starts_the_round_again_a_rung_lower(rig, monkeypat
     assert update.metrics["memory_shrinks"] == 1
     assert table.heard.said("out of memory while training", text[:60], "saves about", "start again")
     assert update.num_tokens == STEPS * 4 * 128  # all steps, and none of them twice
-    assert len(update.experts) == 32  # the first rungs keep the plan
+    assert len(update.experts) == 32  # the first fallbacks keep the plan
 
 
 def test_what_a_half_done_optimizer_step_changed_is_thrown_away(rig, monkeypatch):
@@ -172,7 +171,7 @@ def test_what_a_half_done_optimizer_step_changed_is_thrown_away(rig, monkeypatch
     trainer = table.trainer()
     table.round(trainer)
     failed = table.update.read_bytes()
-    assert trainer._planner.load.setup.chunked_loss  # the rung that was taken
+    assert trainer._planner.load.setup.chunked_loss  # the fallback that was taken
     monkeypatch.undo()
 
     other = rig()
@@ -256,7 +255,7 @@ def test_evaluation_and_profile_need_only_smaller_batches(rig, monkeypatch):
     expected = rig(batch_size=4)
     plain = expected.round(expected.trainer())
     calls = fail(monkeypatch, trainer_module, "evaluate_loss", torch.OutOfMemoryError(CUDA))
-    from edgefed.agent import device_profile
+    from edgefed.trainer import activation_profile as device_profile
 
     fail(monkeypatch, device_profile, "profile_blocks", torch.OutOfMemoryError(CUDA))
     update = table.round(table.trainer())
@@ -433,11 +432,11 @@ def test_with_nothing_left_it_waits_for_others_and_then_refuses(monkeypatch):
 
 def test_shrinking_has_an_end_whatever_the_ladder_says(monkeypatch):
     monkeypatch.setattr(memory_guard, "MAX_SHRINKS", 3)
-    from edgefed.moe.memory import StepSetup
-    from edgefed.training.shrinking import Load, Rung
+    from edgefed.costs.fallbacks import Fallback, StepPlan
+    from edgefed.costs.memory import StepSetup
 
-    rung = Rung("chunked loss", Load(StepSetup(1, 32), 4, 4), 1, "again and again", True)
-    guard = MemoryGuard(lambda: (rung, None), Heard(), "cpu")
+    fallback = Fallback("chunked loss", StepPlan(StepSetup(1, 32), 4, 4), 1, "again and again", True)
+    guard = MemoryGuard(lambda: (fallback, None), Heard(), "cpu")
     for _ in range(3):
         guard.ran_out("training", "text")
     with pytest.raises(OutOfMemory, match="nothing is left"):
@@ -459,14 +458,14 @@ def test_a_smaller_budget_shrinks_the_next_round_and_growth_waits_for_a_tenth(ri
     assert (trainer._planner.load.held, trainer._planner.load.trained) == (64, 64)
     own, planner = trainer._own_bytes_before_model, trainer._planner
     process = planner.correction.process_bytes
-    need = planner._ladder.needs_bytes(planner.load)
+    need = planner._search.needs_bytes(planner.load)
 
     budget["now"] = own + process + int(0.6 * need)
     table.fetched.clear()
     update = table.round(trainer, 2)
     shrunk = planner.load
     assert table.heard.said("less than before", "experts held")
-    assert planner._ladder.needs_bytes(shrunk) <= 0.6 * need
+    assert planner._search.needs_bytes(shrunk) <= 0.6 * need
     assert update.metrics["memory_shrinks"] == 0  # planned, not suffered
     assert not {item.key for item in table.fetched if getattr(item, "kind", "") == "expert"} - {
         unit.key for unit in table.reader.manifest().units
@@ -487,12 +486,12 @@ def test_the_plan_of_a_tight_budget_is_of_the_methods_best_experts(rig):
     trainer = table.trainer(measure_budget=lambda: budget_of(64 << 30))
     table.round(trainer)
     planner = trainer._planner
-    small = planner._ladder.layout(24, 8)
-    trained_alone = planner._ladder.layout(8, 8)
-    held_alone = planner._ladder.layout(24, 24)
+    small = planner._search.layout(24, 8)
+    trained_alone = planner._search.layout(8, 8)
+    held_alone = planner._search.layout(24, 24)
     for layer in range(4):
-        assert set(small.tuned(layer)) == set(trained_alone.tuned(layer)) and len(small.tuned(layer))
-        assert set(small.resident(layer)) == set(held_alone.tuned(layer))
+        assert set(small.trainable(layer)) == set(trained_alone.trainable(layer)) and len(small.trainable(layer))
+        assert set(small.resident(layer)) == set(held_alone.trainable(layer))
 
 
 def test_nothing_fits_is_told_before_any_expert_is_downloaded(rig):
@@ -548,11 +547,11 @@ def test_a_loss_that_cannot_be_chunked_is_planned_without(rig, monkeypatch):
     table.round(probe)
     shape, load = probe._planner.shape, probe._planner.load
     correction = dataclasses.replace(probe._planner.correction, process_bytes=0)
-    ladder = dataclasses.replace(  # that of its round knew no measured step yet, the other's will
-        probe._planner._ladder, estimate=lambda *what: training_memory(shape, *what, correction)
+    search = dataclasses.replace(  # that of its round knew no measured step yet, the other's will
+        probe._planner._search, estimate=lambda *what: training_memory(shape, *what, correction)
     )
     chunked = dataclasses.replace(load, setup=dataclasses.replace(load.setup, chunked_loss=True))
-    between = (ladder.needs_bytes(chunked) + ladder.needs_bytes(load)) // 2
+    between = (search.needs_bytes(chunked) + search.needs_bytes(load)) // 2
     monkeypatch.setattr(trainer_module, "chunking_problem", lambda *args: "it has terms beside it")
     trainer = table.trainer(name="other")
     monkeypatch.setattr(trainer, "_usable_bytes", lambda: between)
@@ -597,7 +596,7 @@ LIMITED = """
     load = trainer._planner.load
     print(json.dumps(dict(
         shrinks=update.metrics["memory_shrinks"], loss=update.metrics["train_loss"],
-        held=trainer._model.plan.num_resident, trained=trainer._model.plan.num_tuned,
+        held=trainer._model.plan.num_resident, trained=trainer._model.plan.num_trainable,
         chunked=load.setup.chunked_loss, checkpointing=load.setup.checkpointing,
         length=load.setup.sequence_length, messages=table.heard.messages, sent=len(table.sent_experts()),
         experts=len(update.experts))))

@@ -17,14 +17,13 @@ from pathlib import Path
 import pytest
 from device_bench import trainer_of
 
-from edgefed.agent import placing
-from edgefed.agent.planner import DeviceLimits, Planner
-from edgefed.agent.saved_plan import PLAN_FILE
+from edgefed.costs.memory import training_memory
+from edgefed.costs.shapes import shape_from_config
+from edgefed.costs.step_setup import StepSetup
 from edgefed.disk import filesystem
 from edgefed.errors import BudgetTooSmall, ConfigError, DiskFull, StorageError
-from edgefed.moe.memory import training_memory
-from edgefed.moe.shapes import shape_from_config
-from edgefed.moe.step_setup import StepSetup
+from edgefed.trainer import local_trainer as placing
+from edgefed.trainer.planner import PLAN_FILE, DeviceLimits, Planner
 
 MIB = 2**20
 LEAST = dict(chunked_loss=True, checkpointing=True)
@@ -136,7 +135,7 @@ def test_a_folder_in_memory_is_refused(bench, data, tmp_path, monkeypatch):
 def test_fmq_trains_adapters_on_4_bits_and_refuses_what_even_they_do_not_fit(bench, data, tmp_path):
     table, device = bench("fmq", experts="lora", lora_rank=2), trainer_of(data, tmp_path)
     _, update = table.round(device, tmp_path / "update")
-    assert device._model.storage == "nf4" and device._model.plan.num_tuned == 64
+    assert device._model.storage == "nf4" and device._model.plan.num_trainable == 64
     bank = device._model.bank(0)
     assert {stack.format for stack in bank.stacks().values()} == {"nf4"} and len(bank.packed(0)) == 2
     assert all("lora" in name for name in bank.storages()), "the base does not train"
@@ -164,8 +163,8 @@ PROCESS = """
     import torch
     torch.set_num_threads(1)
     from transformers import AutoConfig, AutoModelForCausalLM
-    from edgefed.agent.local_trainer import LocalTrainer
-    from edgefed.agent.planner import DeviceLimits
+    from edgefed.trainer.local_trainer import LocalTrainer
+    from edgefed.trainer.planner import DeviceLimits
     from edgefed.aggregator.rounds import RoundPolicy
     from edgefed.embedded import tiny_model_directory
     from edgefed.errors import EdgefedError
@@ -224,7 +223,7 @@ PROCESS = """
         print(json.dumps(dict(error=type(error).__name__, text=str(error))))
     else:
         print(json.dumps(dict(loss=update.metrics["train_loss"], shrinks=update.metrics["memory_shrinks"],
-            offloads=device._model.offloads, held=device._model.plan.num_tuned, file_bytes=most["file"])))
+            offloads=device._model.offloads, held=device._model.plan.num_trainable, file_bytes=most["file"])))
 """
 EXPERT_MIB = 6 * 16 * 3 * 256 * 512 * 4 / MIB
 """Of all weights; in training there are gradients and two moments besides."""

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from edgefed.agent.personal_trainer import PersonalTrainer
-from edgefed.agent.progress import NullProgress
 from edgefed.aggregator.rounds import RoundPolicy
-from edgefed.embedded.glyphs import glyph_client
 from edgefed.errors import ConfigError, ModelError, StateCorrupt, TrainingDiverged
 from edgefed.methods.interface import Contribution
 from edgefed.methods.registry import make_method
-from edgefed.moe.frame_source import FrameSource
+from edgefed.moe.expert_reading import FrameSource
+from edgefed.personal.glyphs import glyph_client
 from edgefed.personal.tasks import make_task
+from edgefed.personal.trainer import PersonalTrainer
+from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, export_model, import_extractor

@@ -11,11 +11,11 @@ from edgefed.bench.models import KNOWN_CONFIGS, build_model, find_model, known_n
 from edgefed.bench.statistics import Sampling
 from edgefed.bench.stopwatch import Stopwatch
 from edgefed.bench.training_step import StepWork, depths, measure_training
+from edgefed.costs.memory import StepSetup
+from edgefed.costs.shapes import KNOWN_SHAPES, shape_from_config
 from edgefed.errors import ModelNotFound
 from edgefed.hardware.reading import Reading, Reason
-from edgefed.moe.memory import StepSetup
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.shapes import KNOWN_SHAPES, shape_from_config
+from edgefed.moe.units import TrainScope
 
 GIB = 2**30
 SHORT = Sampling(repeats=3, limit_s=0.3)
@@ -79,7 +79,7 @@ def test_nothing_is_built_where_two_layers_do_not_fit():
 def test_only_planned_experts_are_built():
     moe, plan, _ = build_model(small_model(), 2, 3, 1, TrainScope(), torch.device("cpu"))
     assert len(moe.layers) == 2 and not moe.missing()
-    assert [(len(plan.resident(layer)), len(plan.tuned(layer))) for layer in range(2)] == [(3, 1), (3, 1)]
+    assert [(len(plan.resident(layer)), len(plan.trainable(layer))) for layer in range(2)] == [(3, 1), (3, 1)]
 
 
 def test_experts_are_as_many_as_fit_and_at_least_one():

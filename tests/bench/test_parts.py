@@ -6,7 +6,6 @@ import statistics
 import pytest
 import torch
 
-from edgefed.agent.progress import NullProgress
 from edgefed.bench.disk import BLOCK, DiskTest, cached_share, drop_cache, filesystem
 from edgefed.bench.memory_check import verify_memory
 from edgefed.bench.report import SustainPoint
@@ -17,6 +16,7 @@ from edgefed.bench.sustain import Sensed, energy, summarise_sustained
 from edgefed.bench.training_step import extrapolate
 from edgefed.hardware.reading import Reading, Reason
 from edgefed.hardware.scheduling import read_waited_s
+from edgefed.progress import NullProgress
 from edgefed.training.out_of_memory import is_out_of_memory
 
 MIB = 2**20

@@ -67,9 +67,9 @@ def test_numbers_that_json_cannot_write_become_null():
     ],
 )
 def test_what_is_no_report_is_refused_by_name(text, says):
-    with pytest.raises(ConfigError, match="a.json") as fault:
+    with pytest.raises(ConfigError, match="a.json") as error:
         parse_report(text, "a.json")
-    assert says in str(fault.value) and fault.value.remedy
+    assert says in str(error.value) and error.value.remedy
 
 
 def test_a_report_that_contradicts_itself_is_refused():

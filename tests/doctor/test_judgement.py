@@ -248,13 +248,13 @@ def test_a_clock_before_its_own_files():
 
 def test_the_disk(tmp_path):
     probe = host.probe_disk(tmp_path / "not" / "there" / "yet", write=True)
-    assert probe.folder == tmp_path and probe.bytes_per_s > 0 and not probe.fault
+    assert probe.folder == tmp_path and probe.bytes_per_s > 0 and not probe.error
     assert list(tmp_path.iterdir()) == []
     assert host.probe_disk(tmp_path, write=False).bytes_per_s is None
 
 
 @pytest.mark.parametrize(
-    ("free", "speed", "fault", "state"),
+    ("free", "speed", "error", "state"),
     [
         (100 * GIB, 500e6, "", State.OK),
         (100 * GIB, None, "", State.OK),
@@ -264,9 +264,9 @@ def test_the_disk(tmp_path):
         (None, None, "Permission denied", State.PROBLEM),
     ],
 )
-def test_what_a_disk_is_good_for(tmp_path, free, speed, fault, state):
-    finding = host.disk_finding(host.DiskProbe(tmp_path, free, speed, fault), tmp_path / "state")
-    assert finding.state is state and (not fault or fault in finding.found)
+def test_what_a_disk_is_good_for(tmp_path, free, speed, error, state):
+    finding = host.disk_finding(host.DiskProbe(tmp_path, free, speed, error), tmp_path / "state")
+    assert finding.state is state and (not error or error in finding.found)
 
 
 def test_a_folder_that_is_not_ours(tmp_path, monkeypatch):
@@ -274,7 +274,7 @@ def test_a_folder_that_is_not_ours(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(host.tempfile, "mkstemp", refuse)
-    assert host.probe_disk(tmp_path, write=True).fault == "Permission denied"
+    assert host.probe_disk(tmp_path, write=True).error == "Permission denied"
 
 
 # --- all of it -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from edgefed.embedded import pretrain, tiny_model_directory
+from benchmarks import pretrain_tiny as pretrain
+from edgefed.embedded import tiny_model_directory
 from edgefed.embedded.silos import SILOS, Document, load_silo, pretraining_documents
 from edgefed.training.data import encode_examples, load_corpus
 

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StorageError
 from edgefed.export.huggingface import export_checkpoint
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 
 
 def load(folder, **options):

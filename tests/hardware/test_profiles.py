@@ -277,8 +277,8 @@ def test_garbage_is_refused_by_name_and_never_crashes(text, line, inserted):
     for candidate in (text, "\n".join(lines)):
         try:
             parse_profile(candidate, "mine.toml")
-        except ConfigError as fault:
-            assert str(fault).startswith("mine.toml")
+        except ConfigError as error:
+            assert str(error).startswith("mine.toml")
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ def test_few_tokens_on_a_gpu_are_for_dot_products_and_the_rest_for_tiles(monkeyp
     announce_gpu()
     assert dispatch.choose("masked_experts", "cuda", few_tokens=True) == "cuda"
     assert dispatch.choose("masked_experts", "cuda", few_tokens=False) == "triton"
-    for wish in ("triton", "cuda", "reference"):  # a name is a name
-        assert dispatch.choose("masked_experts", "cuda", wish, few_tokens=True) == wish
+    for requested in ("triton", "cuda", "reference"):  # a name is a name
+        assert dispatch.choose("masked_experts", "cuda", requested, few_tokens=True) == requested
     assert dispatch.choose("router_statistics", "cuda", few_tokens=True) == "triton"
     dispatch.register_backend("masked_experts", "cuda", "cuda", lambda: "no library", for_few_tokens=True)
     assert dispatch.choose("masked_experts", "cuda", few_tokens=True) == "triton"
@@ -140,7 +140,9 @@ def test_a_backend_that_refuses_a_call_is_passed_over_aloud(monkeypatch, caplog)
     ]
     with pytest.raises(ConfigError, match="'triton' of masked_experts was asked for, but triton has no such shape"):
         dispatch.run_best("masked_experts", "cuda", "triton", run)
-    monkeypatch.setenv("EDGEFED_KERNELS", "triton")  # a wish for all calls: one that it cannot do is done otherwise
+    monkeypatch.setenv(
+        "EDGEFED_KERNELS", "triton"
+    )  # a requested for all calls: one that it cannot do is done otherwise
     assert dispatch.run_best("masked_experts", "cuda", "auto", run) == "done"
 
 

@@ -33,7 +33,7 @@ ON_GPU = PLACES[1:]
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    """float32 products without TF32, and no wish from outside."""
+    """float32 products without TF32, and no requested from outside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     monkeypatch.delenv("EDGEFED_KERNELS", raising=False)

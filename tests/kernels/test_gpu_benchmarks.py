@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.mark.parametrize(
     "script, cases",
     [
-        ("bench_masked_experts.py", {"nf4-1", "int8-20", "bf16-20", "train-3-tuned-5-nf4", "train-8-nf4-lora"}),
+        ("bench_masked_experts.py", {"nf4-1", "int8-20", "bf16-20", "train-3-trainable-5-nf4", "train-8-nf4-lora"}),
         ("bench_quantize.py", {"float32", "bfloat16", "float16"}),
         ("bench_router_statistics.py", None),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgefed.errors import ConfigError
-from edgefed.experts import LayerRecord
+from edgefed.experts import LayerProfile
 from edgefed.kernels.dispatch import why_not_native
 from edgefed.kernels.router_statistics import GATE_KINDS, gate_of, new_statistics, router_statistics, to_layer_record
 from edgefed.native import isa_names, load_native
@@ -37,7 +37,7 @@ def _batch(num_tokens: int, num_experts: int, top_k: int, seed: int):
 
 def _oracle(batches, num_experts: int) -> dict[str, list[float]]:
     names = [
-        field.name for field in dataclasses.fields(LayerRecord) if field.name not in ("num_tokens", "attention_sum")
+        field.name for field in dataclasses.fields(LayerProfile) if field.name not in ("num_tokens", "attention_sum")
     ]
     result = {name: [0.0] * num_experts for name in names}
     for gate, indices, weights in batches:

@@ -30,7 +30,7 @@ _calls = 0
 
 
 def pytest_configure(config: object) -> None:
-    """Make "edgefed" what a model without a wish computes its experts with."""
+    """Make "edgefed" what a model without a requested computes its experts with."""
     if CALLS not in os.environ:
         return
     from transformers import PreTrainedModel

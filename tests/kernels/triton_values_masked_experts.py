@@ -35,14 +35,14 @@ def interleaved_clamped(up: torch.Tensor) -> torch.Tensor:
 
 
 def make_slot(
-    index, kind, *, dtype=torch.float32, transposed=False, bias=False, lora=False, gated=True, tuned=True,
+    index, kind, *, dtype=torch.float32, transposed=False, bias=False, lora=False, gated=True, trainable=True,
     hidden=HIDDEN, inner=WIDTH,
 ):  # fmt: skip
-    """A slot of one kind: plain, nf4, int8, nf4 nested. Plain ones learn when tuned; adapters always do."""
+    """A slot of one kind: plain, nf4, int8, nf4 nested. Plain ones learn when trainable; adapters always do."""
     generator = torch.Generator().manual_seed(index)
     width = 2 * inner if gated else inner
 
-    def random(*shape, dtype=dtype, learns=tuned):
+    def random(*shape, dtype=dtype, learns=trainable):
         value = (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(DEVICE, dtype)
         return value.requires_grad_(learns)
 
@@ -218,7 +218,7 @@ def test_a_slot_without_a_token_gets_no_gradient_and_others_do():
 
 
 def test_frozen_slots_pass_the_gradient_on_and_get_none():
-    slots = [make_slot(0, "plain", tuned=False), make_slot(1, "plain")]
+    slots = [make_slot(0, "plain", trainable=False), make_slot(1, "plain")]
     check(slots, choose_slots(9, 2, 2), torch.float32, dict(activation=swiglu))
     assert slots[0].up.grad is None and slots[1].up.grad is not None
 

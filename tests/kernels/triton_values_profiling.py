@@ -7,7 +7,7 @@ import torch
 
 from edgefed.kernels import quantization
 from edgefed.kernels import router_statistics as reference
-from edgefed.moe.gating import gate_probabilities
+from edgefed.moe.gate_probe import gate_probabilities
 from edgefed.triton_kernels import quantize
 from edgefed.triton_kernels import router_statistics as module
 from edgefed.triton_kernels.router_statistics import GATE_KINDS, router_statistics

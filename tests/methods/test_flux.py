@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgefed.errors import BudgetTooSmall, ConfigError
-from edgefed.experts import ExpertPlan, LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.flux import Flux, complete_utilities
 from edgefed.methods.flux_pace import paced_limits, round_trip_rate
 from edgefed.methods.interface import Contribution, Coverage, DeviceBudget, RoundContext
@@ -16,12 +16,12 @@ SIZES = (8, 8)
 NO_IDLE = Coverage((np.zeros(8, int), np.zeros(8, int)))
 
 
-def record(frequencies) -> RouterRecord:
+def record(frequencies) -> ActivationProfile:
     layers = []
     for row in np.asarray(frequencies, dtype=float):
         zeros = np.zeros(len(row))
-        layers.append(LayerRecord(100, row * 100, row * 50, row, zeros, zeros, row * 50))
-    return RouterRecord(tuple(layers))
+        layers.append(LayerProfile(100, row * 100, row * 50, row, zeros, zeros, row * 50))
+    return ActivationProfile(tuple(layers))
 
 
 def rng(seed=0):
@@ -56,21 +56,23 @@ def test_the_first_plan_trains_the_most_frequent_and_explores_others():
     method = Flux(eps_start=0.5, pace="own")
     plan = method.plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
     assert plan.num_resident == 8, "4 of the 12 slots are left for merged experts"
-    assert plan.num_tuned == 4
-    assert plan.tuned(0).tolist() == [0, 1, 2], "normalised frequencies .45, .25, .15 beat .15 of the flat layer"
-    assert plan.tuned(1).tolist() == [2]
+    assert plan.num_trainable == 4
+    assert plan.trainable(0).tolist() == [0, 1, 2], "normalised frequencies .45, .25, .15 beat .15 of the flat layer"
+    assert plan.trainable(1).tolist() == [2]
     explored = {(layer, int(e)) for layer in (0, 1) for e in plan.frozen(layer)}
     assert len(explored) == 4
     draws = {method.plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng(s)) for s in range(6)}
     assert len(draws) > 1, "what is explored is drawn at random"
 
 
-@pytest.mark.parametrize(("share", "tuned"), [(0.02, 1), (0.19, 3), (1.0, 4)])
-def test_before_its_upload_rate_is_known_a_device_tunes_few(share, tuned):
+@pytest.mark.parametrize(("share", "trainable"), [(0.02, 1), (0.19, 3), (1.0, 4)])
+def test_before_its_upload_rate_is_known_a_device_tunes_few(share, trainable):
     own = Flux(eps_start=0.5, pace="own").plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
     plan = Flux(eps_start=0.5, first_share=share).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
     best = [(0, 0), (0, 1), (0, 2), (1, 2)]
-    assert [(layer, e) for layer, e in best if e in plan.tuned(layer)] == best[:tuned] and plan.num_tuned == tuned
+    assert [(layer, e) for layer, e in best if e in plan.trainable(layer)] == best[
+        :trainable
+    ] and plan.num_trainable == trainable
     held = [sorted(found.resident(layer).tolist()) for found in (plan, own) for layer in (0, 1)]
     assert held[:2] == held[2:], "the others are held as they are"
 
@@ -82,7 +84,7 @@ def test_room_for_all_trains_all_and_too_little_is_refused():
         with pytest.raises(BudgetTooSmall):
             method.plan_experts(record(FREQUENCY), SIZES, DeviceBudget(1), rng())
     few = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(16), rng())
-    assert few.num_resident == 16 and few.num_tuned == 1
+    assert few.num_resident == 16 and few.num_trainable == 1
 
 
 def test_an_assignment_is_followed_as_far_as_it_fits():
@@ -90,12 +92,16 @@ def test_an_assignment_is_followed_as_far_as_it_fits():
     context = RoundContext(server_round=2, assignment=wanted)
     for pace in ("own", "fleet"):
         whole = Flux(pace=pace).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng(), context)
-        assert [whole.tuned(layer).tolist() for layer in (0, 1)] == [[1, 5, 6], [7]]
+        assert [whole.trainable(layer).tolist() for layer in (0, 1)] == [[1, 5, 6], [7]]
         assert [whole.frozen(layer).tolist() for layer in (0, 1)] == [[0, 2], [1, 2]]
     paced = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(8), rng(), context)
-    assert paced.num_tuned == paced.num_resident == 4, "what the uplink can send stays the same where memory shrinks"
+    assert paced.num_trainable == paced.num_resident == 4, (
+        "what the uplink can send stays the same where memory shrinks"
+    )
     half = Flux(pace="own").plan_experts(record(FREQUENCY), SIZES, DeviceBudget(8), rng(), context)
-    assert [half.tuned(layer).tolist() for layer in (0, 1)] == [[5], [7]], "the most useful first, one in each layer"
+    assert [half.trainable(layer).tolist() for layer in (0, 1)] == [[5], [7]], (
+        "the most useful first, one in each layer"
+    )
     assert half.num_resident == 4
     with pytest.raises(ConfigError, match="no such expert"):
         bad = RoundContext(assignment=ExpertAssignment(tune=((0, 8),), explore=()))
@@ -106,14 +112,14 @@ def test_in_the_fleets_pace_a_layer_may_have_no_tuned_expert_but_never_none_that
     wanted = ExpertAssignment(tune=((0, 5), (0, 6)), explore=((0, 0), (0, 1), (1, 1), (1, 2)))
     context = RoundContext(server_round=2, assignment=wanted)
     plan = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(6), rng(), context)
-    assert [plan.tuned(layer).tolist() for layer in (0, 1)] == [[5, 6], []]
+    assert [plan.trainable(layer).tolist() for layer in (0, 1)] == [[5, 6], []]
     assert [plan.frozen(layer).tolist() for layer in (0, 1)] == [[], [1]]
     everything = ExpertAssignment(
         tune=((1, 3),), explore=tuple((layer, e) for layer in (0, 1) for e in range(8) if (layer, e) != (1, 3))
     )
     room = RoundContext(server_round=2, assignment=everything)
     plan = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(16), rng(), room)
-    assert [plan.tuned(layer).tolist() for layer in (0, 1)] == [[], [3]] and plan.num_resident == 16
+    assert [plan.trainable(layer).tolist() for layer in (0, 1)] == [[], [3]] and plan.num_resident == 16
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,8 +134,8 @@ def test_plans_keep_the_budget_and_tune_in_every_layer(held, server_round, data)
         for pace in ("own", "fleet"):
             plan = Flux(pace=pace).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(held), rng(), context)
             assert plan.num_resident <= held - Flux().merged_slots(held, SIZES)
-            assert all(len(plan.resident(layer)) >= 1 for layer in (0, 1)) and plan.num_tuned >= 1
-            assert pace == "fleet" or all(len(plan.tuned(layer)) >= 1 for layer in (0, 1))
+            assert all(len(plan.resident(layer)) >= 1 for layer in (0, 1)) and plan.num_trainable >= 1
+            assert pace == "fleet" or all(len(plan.trainable(layer)) >= 1 for layer in (0, 1))
 
 
 def test_utilities_that_were_not_measured_are_estimated_from_frequencies():

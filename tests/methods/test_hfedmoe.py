@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edgefed.errors import BudgetTooSmall, ConfigError
-from edgefed.experts import LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, LayerProfile
 from edgefed.methods.fedavg import FedAvg
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import Contribution, DeviceBudget, RoundContext
@@ -16,7 +16,7 @@ from edgefed.protocol.messages import ExpertReport, TensorInfo, UnitInfo
 RNG = np.random.default_rng(0)
 
 
-def record_of(gates: list[list[float]], top_k: int = 1) -> LayerRecord:
+def record_of(gates: list[list[float]], top_k: int = 1) -> LayerProfile:
     """The record of a layer, from the gate probabilities of each token; slow and plain."""
     table = np.array(gates, dtype=np.float64)
     chosen = np.argsort(-table, axis=1, kind="stable")[:, :top_k]
@@ -24,7 +24,7 @@ def record_of(gates: list[list[float]], top_k: int = 1) -> LayerRecord:
     np.put_along_axis(routed, chosen, np.take_along_axis(table, chosen, 1), 1)
     log_table = [[g * math.log(g) if g else 0.0 for g in row] for row in gates]
     complement = [[(1 - g) * math.log(1 - g) if g < 1 else 0.0 for g in row] for row in gates]
-    return LayerRecord(
+    return LayerProfile(
         num_tokens=len(gates),
         tokens_per_expert=(routed > 0).sum(0).astype(np.float64),
         gate_sum=table.sum(0),
@@ -105,7 +105,7 @@ def test_beta_can_turn_the_ranking_around():
     """Layer 0 is used in bursts (important, but costly in information), layer 1 steadily."""
     bursts = record_of([[0.98, 0.02], [0.02, 0.98], [0.02, 0.98], [0.5, 0.5]])
     steady = record_of([[0.51, 0.49], [0.49, 0.51]] * 2)
-    both = RouterRecord((bursts, steady))
+    both = ActivationProfile((bursts, steady))
     budget = DeviceBudget(resident_experts=3)
     free = HFedMoE(beta=0.0, layer_scale=False, exploration=0).plan_experts(both, (2, 2), budget, RNG)
     costly = HFedMoE(beta=5.0, layer_scale=False, exploration=0).plan_experts(both, (2, 2), budget, RNG)
@@ -117,15 +117,15 @@ def test_residency_takes_the_best_over_all_layers_with_one_in_each():
     strong = record_of([[0.6, 0.4, 0.0], [0.4, 0.6, 0.0]])
     weak = record_of([[0.4, 0.3, 0.3]] * 2)
     method = HFedMoE(beta=0.0, layer_scale=False, exploration=0)
-    plan = method.plan_experts(RouterRecord((strong, weak)), (3, 3), DeviceBudget(3), RNG)
+    plan = method.plan_experts(ActivationProfile((strong, weak)), (3, 3), DeviceBudget(3), RNG)
     assert [plan.resident(0).tolist(), plan.resident(1).tolist()] == [[0, 1], [0]]
-    assert plan.num_tuned == 3
+    assert plan.num_trainable == 3
 
 
 def test_a_layer_with_a_flat_router_keeps_its_share_unless_the_plain_ranking_is_asked_for():
     sharp = record_of([[0.9, 0.1, 0.0, 0.0], [0.1, 0.8, 0.1, 0.0], [0.0, 0.1, 0.8, 0.1]], top_k=2)
     flat = record_of([[0.4, 0.4, 0.1, 0.1]] * 3, top_k=2)
-    both, budget = RouterRecord((sharp, flat)), DeviceBudget(4)
+    both, budget = ActivationProfile((sharp, flat)), DeviceBudget(4)
     plain = HFedMoE(layer_scale=False, exploration=0).plan_experts(both, (4, 4), budget, RNG)
     scaled = HFedMoE(exploration=0).plan_experts(both, (4, 4), budget, RNG)
     assert [len(plain.resident(layer)) for layer in (0, 1)] == [3, 1]
@@ -134,13 +134,13 @@ def test_a_layer_with_a_flat_router_keeps_its_share_unless_the_plain_ranking_is_
 
 def test_experts_that_no_token_chose_are_left_out_even_if_they_fit():
     record = record_of([[0.6, 0.4, 0.0], [0.7, 0.3, 0.0]])
-    plan = HFedMoE().plan_experts(RouterRecord((record,)), (3,), DeviceBudget(3), RNG)
+    plan = HFedMoE().plan_experts(ActivationProfile((record,)), (3,), DeviceBudget(3), RNG)
     assert plan.resident(0).tolist() == [0]
 
 
 def test_exploration_draws_in_proportion_to_the_score():
     """One of two experts per draw, with scores 3 : 1, is the better one in three of four draws."""
-    record = RouterRecord((record_of([[0.75, 0.25], [0.75, 0.25]], top_k=2),))
+    record = ActivationProfile((record_of([[0.75, 0.25], [0.75, 0.25]], top_k=2),))
     method = HFedMoE(beta=0.0, exploration=1.0)
     draws = [
         method.plan_experts(record, (2,), DeviceBudget(1), np.random.default_rng(seed)).resident(0).tolist()
@@ -159,7 +159,7 @@ def test_exploration_draws_in_proportion_to_the_score():
 
 
 def test_budget_below_one_expert_per_layer_is_refused():
-    record = RouterRecord((record_of([[0.6, 0.4]]),) * 3)
+    record = ActivationProfile((record_of([[0.6, 0.4]]),) * 3)
     with pytest.raises(BudgetTooSmall, match="holds 2 experts.*3 MoE layers"):
         HFedMoE().plan_experts(record, (2, 2, 2), DeviceBudget(2), RNG)
 
@@ -249,7 +249,7 @@ def test_full_budget_and_no_threshold_reduce_to_fedavg():
         assert [(c, w / total_ours) for c, w in ours[key].weights] == [
             (c, w / total_fedavg) for c, w in fedavg[key].weights
         ]
-    record = RouterRecord((record_of([[0.6, 0.4], [0.4, 0.6]]),))
+    record = ActivationProfile((record_of([[0.6, 0.4], [0.4, 0.6]]),))
     full = DeviceBudget(resident_experts=2)
     assert HFedMoE().plan_experts(record, (2,), full, RNG) == FedAvg().plan_experts(None, (2,), full, RNG)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgefed.errors import BudgetTooSmall, ConfigError, UnknownMethod
-from edgefed.experts import ExpertPlan, LayerRecord, MergedGroup, Role, RouterRecord
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
 from edgefed.methods.interface import Contribution, DeviceBudget
 from edgefed.methods.registry import METHODS, check_training, make_method, method_options
 from edgefed.protocol.messages import ExpertReport, TensorInfo, UnitInfo
@@ -12,14 +12,14 @@ from edgefed.protocol.messages import ExpertReport, TensorInfo, UnitInfo
 EXPERTS_PER_LAYER = (4, 6)
 
 
-def some_record(seed: int = 0) -> RouterRecord:
+def some_record(seed: int = 0) -> ActivationProfile:
     rng = np.random.default_rng(seed)
     layers = []
     for count in EXPERTS_PER_LAYER:
         gates = rng.dirichlet(np.ones(count), size=50)
         chosen = gates >= np.sort(gates, axis=1)[:, -2:-1]
         layers.append(
-            LayerRecord(
+            LayerProfile(
                 num_tokens=50,
                 tokens_per_expert=chosen.sum(0).astype(float),
                 gate_sum=gates.sum(0),
@@ -29,7 +29,7 @@ def some_record(seed: int = 0) -> RouterRecord:
                 routed_gate_sum=(gates * chosen).sum(0),
             )
         )
-    return RouterRecord(tuple(layers))
+    return ActivationProfile(tuple(layers))
 
 
 def units() -> list[UnitInfo]:
@@ -65,9 +65,9 @@ def test_a_plan_keeps_the_budget_and_one_expert_per_layer(name, budget):
     plan = method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(budget), np.random.default_rng(0))
     merged = budget - plan.num_resident
     assert merged == (method.merged_slots(budget, EXPERTS_PER_LAYER) if method.merges_rest else 0)
-    assert all(len(plan.resident(layer)) >= 1 for layer in range(2)) and plan.num_tuned >= 1
+    assert all(len(plan.resident(layer)) >= 1 for layer in range(2)) and plan.num_trainable >= 1
     if name != "flux":  # trains few before its upload rate is known
-        assert all(len(plan.tuned(layer)) >= 1 for layer in range(2))
+        assert all(len(plan.trainable(layer)) >= 1 for layer in range(2))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -118,7 +118,7 @@ def test_random_covers_every_expert_in_the_long_run():
     method, seen = make_method("random"), set()
     for seed in range(60):
         plan = method.plan_experts(None, EXPERTS_PER_LAYER, DeviceBudget(3), np.random.default_rng(seed))
-        seen.update(plan.held_keys())
+        seen.update(plan.resident_keys())
     assert len(seen) == sum(EXPERTS_PER_LAYER)
 
 
@@ -146,23 +146,23 @@ def test_options_are_read_from_text_and_checked():
 
 
 def test_plan_slots_are_dense_with_tuned_experts_first():
-    plan = ExpertPlan.of((6,), tuned=[(4, 1)], frozen=[(0,)])
+    plan = ExpertPlan.of((6,), trainable=[(4, 1)], frozen=[(0,)])
     assert plan.resident(0).tolist() == [1, 4, 0]
     assert plan.slots(0).tolist() == [2, 0, -1, -1, 1, -1]
-    assert (plan.num_resident, plan.num_tuned) == (3, 2)
+    assert (plan.num_resident, plan.num_trainable) == (3, 2)
     assert ExpertPlan.from_dict(plan.to_dict()) == plan
-    assert ExpertPlan.full((2, 3), Role.FROZEN).num_tuned == 0
+    assert ExpertPlan.full((2, 3), Role.FROZEN).num_trainable == 0
     with pytest.raises(ValueError, match="asked for 6"):
-        ExpertPlan.of((6,), tuned=[(6,)])
+        ExpertPlan.of((6,), trainable=[(6,)])
 
 
 def test_members_of_a_merged_expert_share_a_slot_behind_the_others():
-    roles = np.array([Role.MERGED, Role.TUNED, Role.MERGED, Role.ABSENT, Role.MERGED, Role.FROZEN], dtype=np.int8)
+    roles = np.array([Role.MERGED, Role.TRAINABLE, Role.MERGED, Role.ABSENT, Role.MERGED, Role.FROZEN], dtype=np.int8)
     plan = ExpertPlan((roles,), ((MergedGroup((0, 4), (0.25, 0.75)), MergedGroup((2,), (1.0,))),))
     assert plan.resident(0).tolist() == [1, 5]
     assert plan.slots(0).tolist() == [2, 0, 3, -1, 2, 1]
-    assert (plan.num_resident, plan.num_tuned, plan.num_slots(0)) == (4, 1, 4)
-    assert plan.held_keys() == [(0, expert) for expert in (0, 1, 2, 4, 5)]
+    assert (plan.num_resident, plan.num_trainable, plan.num_slots(0)) == (4, 1, 4)
+    assert plan.resident_keys() == [(0, expert) for expert in (0, 1, 2, 4, 5)]
     assert ExpertPlan.from_dict(plan.to_dict()) == plan and hash(ExpertPlan.from_dict(plan.to_dict())) == hash(plan)
     with pytest.raises(ValueError, match="other ones have the role MERGED"):
         ExpertPlan((roles,), ((MergedGroup((0, 2), (0.5, 0.5)),),))
@@ -179,6 +179,6 @@ def test_records_add_up_and_survive_json():
     assert both.num_tokens == 100
     np.testing.assert_allclose(both.layers[1].gate_sum, one.layers[1].gate_sum + two.layers[1].gate_sum)
     np.testing.assert_array_equal(both.layers[0].gate_max, np.maximum(one.layers[0].gate_max, two.layers[0].gate_max))
-    again = RouterRecord.from_dict(json.loads(json.dumps(both.to_dict())))
+    again = ActivationProfile.from_dict(json.loads(json.dumps(both.to_dict())))
     np.testing.assert_array_equal(again.layers[0].gate_log_sum, both.layers[0].gate_log_sum)
     assert again.num_tokens == 100

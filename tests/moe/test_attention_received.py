@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgefed.errors import UnsupportedArchitecture
-from edgefed.experts import LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, LayerProfile
 from edgefed.moe import attention_received
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
@@ -45,8 +45,8 @@ def build(family, **changes):
     try:
         config = AutoConfig.for_model(family, **{**{**FAMILIES, **MORE_FAMILIES}[family], **changes})
         module = AutoModelForCausalLM.from_config(config).eval()
-    except (ValueError, KeyError) as fault:
-        pytest.skip(f"this transformers has no {family}: {fault}")
+    except (ValueError, KeyError) as error:
+        pytest.skip(f"this transformers has no {family}: {error}")
     return MoeModel(module, discover_layers(module), device=torch.device("cpu"))
 
 
@@ -214,7 +214,7 @@ def test_batches_add_up_and_nothing_is_recorded_unasked():
 
 def layer_record(attention):
     values = np.array([2.0, 0.0, 4.0])
-    return LayerRecord(5, values, values, values, -values, -values, values, attention)
+    return LayerProfile(5, values, values, values, -values, -values, values, attention)
 
 
 def test_records_with_attention_add_and_travel():
@@ -225,8 +225,8 @@ def test_records_with_attention_add_and_travel():
     with pytest.raises(ValueError, match="one record has the attention"):
         record + layer_record(None)
     for layer in (record, layer_record(None)):
-        saved = RouterRecord((layer,)).to_dict()
-        assert RouterRecord.from_dict(saved).to_dict() == saved
-    old = RouterRecord((record,)).to_dict()
+        saved = ActivationProfile((layer,)).to_dict()
+        assert ActivationProfile.from_dict(saved).to_dict() == saved
+    old = ActivationProfile((record,)).to_dict()
     del old["layers"][0]["attention_sum"]
-    assert RouterRecord.from_dict(old).layers[0].attention_sum is None
+    assert ActivationProfile.from_dict(old).layers[0].attention_sum is None

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edgefed.experts import ExpertPlan
-from edgefed.moe.scope import TrainScope
+from edgefed.moe.units import TrainScope
 
 _spec = importlib.util.spec_from_file_location("_toy_models", Path(__file__).with_name("toy_models.py"))
 _toy_models = importlib.util.module_from_spec(_spec)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgefed.moe.gating import GATE_KINDS, gate_probabilities, gate_scores, route_to_resident
+from edgefed.moe.gate_probe import GATE_KINDS, gate_probabilities, gate_scores, route_to_resident
 
 
 def logits_of(kind: str, shape, seed=0) -> torch.Tensor:

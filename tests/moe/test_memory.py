@@ -11,11 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgefed.errors import ConfigError
-from edgefed.experts import ExpertPlan
-from edgefed.moe.accounting import expert_memory, model_memory, storage_bytes
-from edgefed.moe.activations import INDEX_BYTES, activations, corrected
-from edgefed.moe.memory import (
+from edgefed.costs.activations import INDEX_BYTES, activations, corrected
+from edgefed.costs.memory import (
     STORAGE_BYTES,
     Correction,
     StepSetup,
@@ -23,9 +20,12 @@ from edgefed.moe.memory import (
     profiling_memory,
     training_memory,
 )
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.shapes import KNOWN_SHAPES, shape_from_config, uniform_shape
-from edgefed.moe.step_setup import CORRECTED_MARGIN
+from edgefed.costs.shapes import KNOWN_SHAPES, shape_from_config, uniform_shape
+from edgefed.costs.step_setup import CORRECTED_MARGIN
+from edgefed.errors import ConfigError
+from edgefed.experts import ExpertPlan
+from edgefed.moe.accounting import expert_memory, model_memory, storage_bytes
+from edgefed.moe.units import TrainScope
 
 GIB = 2**30
 SMALL = uniform_shape(
@@ -36,19 +36,19 @@ SMALL = uniform_shape(
 OLMOE = KNOWN_SHAPES["OLMoE-1B-7B"]
 
 
-def parts(setup: StepSetup, kept: int, tuned: int, shape=SMALL) -> dict[str, int]:
-    return training_memory(shape, setup, kept, tuned).parts
+def parts(setup: StepSetup, kept: int, trainable: int, shape=SMALL) -> dict[str, int]:
+    return training_memory(shape, setup, kept, trainable).parts
 
 
 # --- by hand -----------------------------------------------------------------------------------------------------
 
 
 def test_weights_and_states_in_full_training():
-    found = parts(StepSetup(1, 4, "float32"), kept=3, tuned=1)
+    found = parts(StepSetup(1, 4, "float32"), kept=3, trainable=1)
     layer = 192 + 32 + 16  # attention, router, two norms
     assert found["dense"] == 4 * (2 * 100 * 8 + 8 + 2 * layer)
     assert found["kept experts"] == 4 * 2 * 2 * 384
-    assert found["tuned experts"] == 4 * 2 * 384
+    assert found["trainable experts"] == 4 * 2 * 384
     # two moments of one expert and the router in each layer, and a step counter for each of their three tensors
     assert found["optimizer"] == 2 * (2 * 4 * (384 + 32) + 3 * 4)
 
@@ -58,14 +58,14 @@ def test_gradients_at_the_optimizer_phase():
     estimate = training_memory(SMALL, setup, 4, 4)
     assert estimate.phase in ("backward", "optimizer")
     largest = 8 * 32 * 4
-    static = sum(estimate.parts[name] for name in ("dense", "kept experts", "tuned experts", "optimizer"))
+    static = sum(estimate.parts[name] for name in ("dense", "kept experts", "trainable experts", "optimizer"))
     assert estimate.phases["optimizer"] - estimate.parts["workspace"] == static + 2 * 4 * (4 * 384 + 32) + 3 * largest
 
 
 def test_lora_states_are_float32_whatever_the_weights_are():
-    found = parts(StepSetup(1, 4, "bfloat16", experts="lora", lora_rank=2, router="none"), kept=3, tuned=1)
+    found = parts(StepSetup(1, 4, "bfloat16", experts="lora", lora_rank=2, router="none"), kept=3, trainable=1)
     adapter = 2 * (8 + 32) + 2 * (16 + 8)
-    assert found["tuned experts"] == 2 * (2 * 384 + 4 * adapter)
+    assert found["trainable experts"] == 2 * (2 * 384 + 4 * adapter)
     assert found["kept experts"] == 2 * 2 * (2 * 384 + 4 * adapter), "a frozen expert carries what others learned"
     assert found["optimizer"] == 2 * (8 * adapter + 4 * 4)
 
@@ -88,11 +88,11 @@ def test_activations_of_olmoe():
 def test_native_kernels_keep_the_up_projection_and_nothing_else_of_a_pair():
     """Whoever learns; so a trained expert costs its weights, gradients and moments, and no activations."""
     setup = StepSetup(1, 512, "bfloat16", kernels="native")
-    some, all_tuned = (activations(OLMOE, setup, (64,) * 16, (count,) * 16) for count in (1, 64))
+    some, all_trainable = (activations(OLMOE, setup, (64,) * 16, (count,) * 16) for count in (1, 64))
     pairs = 512 * 8
-    assert some.inside == all_tuned.inside == [pairs * (2 * 2 * 1024 + INDEX_BYTES) + 2 * 512 * 2048] * 16
+    assert some.inside == all_trainable.inside == [pairs * (2 * 2 * 1024 + INDEX_BYTES) + 2 * 512 * 2048] * 16
     reference = activations(OLMOE, StepSetup(1, 512, "bfloat16"), (64,) * 16, (64,) * 16)
-    assert all_tuned.inside[0] < 0.4 * reference.inside[0] and all_tuned.outside == reference.outside
+    assert all_trainable.inside[0] < 0.4 * reference.inside[0] and all_trainable.outside == reference.outside
     # Their backward pass holds what was kept until the last gradient is made, the reference's lets go on the way.
     moments = training_memory(OLMOE, dataclasses.replace(setup, chunked_loss=True), 64, 64).phases
     assert moments["backward"] > moments["loss"]
@@ -135,7 +135,7 @@ def test_quantised_storage():
     expert = 3 * 2048 * 1024
     assert expert * STORAGE_BYTES["nf4_dq"] / 2**20 == pytest.approx(3.1, abs=0.05)
     assert found["kept experts"] == pytest.approx(16 * 63 * expert * STORAGE_BYTES["nf4_dq"], abs=1)
-    assert found["tuned experts"] == 16 * expert * 2, "what trains in full is not quantised"
+    assert found["trainable experts"] == 16 * expert * 2, "what trains in full is not quantised"
     assert found["dense"] / GIB == pytest.approx(0.52, abs=0.005)
     assert found["workspace"] > 0, "weights are decoded somewhere"
 
@@ -166,15 +166,15 @@ def test_optimizers():
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("attention", ["none", "full", "lora"])
 def test_static_bytes_are_the_counted_ones(mode, attention, toy):
-    """Every family: weights, adapters, buffers, gradients and optimiser state, tensor by tensor."""
+    """Every family: weights, adapters, buffers, gradients and optimizer state, tensor by tensor."""
     router = "lora" if mode == "lora" else "full"
     scope = TrainScope(experts=mode, router=router, attention=attention, lora_rank=4)
     units = toy.units(scope)
     model, source = toy.device(units)
     shape = shape_from_config(model.config)
-    tuned = [[0, 1, 2], *([3] for _ in model.layers[1:])]
+    trainable = [[0, 1, 2], *([3] for _ in model.layers[1:])]
     frozen = [[4], *([5, 6] for _ in model.layers[1:])]
-    model.apply_plan(ExpertPlan.of(model.experts_per_layer, tuned, frozen), source, scope)
+    model.apply_plan(ExpertPlan.of(model.experts_per_layer, trainable, frozen), source, scope)
     trained = model.trainable_parameters()
     optimizer = torch.optim.AdamW(trained)
     for parameter in trained:
@@ -183,16 +183,16 @@ def test_static_bytes_are_the_counted_ones(mode, attention, toy):
     setup = StepSetup(
         1, 8, "float32", experts=mode, router=router, attention=attention, lora_rank=4
     )  # fmt: skip
-    kept_counts = [len(t) + len(f) for t, f in zip(tuned, frozen, strict=True)]
-    estimate = training_memory(shape, setup, kept_counts, [len(t) for t in tuned])
+    kept_counts = [len(t) + len(f) for t, f in zip(trainable, frozen, strict=True)]
+    estimate = training_memory(shape, setup, kept_counts, [len(t) for t in trainable])
     counted, experts = model_memory(model.module, model.layers), expert_memory(model.layers, optimizer)
     counters = sum(b.nbytes for layer in model.layers for b in layer.experts.edgefed_bank.buffers())
-    assert estimate.parts["kept experts"] + estimate.parts["tuned experts"] == experts.weight_bytes
+    assert estimate.parts["kept experts"] + estimate.parts["trainable experts"] == experts.weight_bytes
     assert estimate.parts["dense"] == counted["dense"] - counters
     states = storage_bytes(t for state in optimizer.state.values() for t in state.values())
     assert estimate.parts["optimizer"] == states
     temporary = estimate.phases["optimizer"] - sum(
-        estimate.parts[name] for name in ("dense", "kept experts", "tuned experts", "optimizer", "workspace")
+        estimate.parts[name] for name in ("dense", "kept experts", "trainable experts", "optimizer", "workspace")
     )
     largest = max(parameter.nbytes for parameter in trained)
     assert temporary - 3 * largest == counted["gradients"]
@@ -236,26 +236,29 @@ CORRECTIONS = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(SETUPS, CORRECTIONS, st.lists(st.integers(0, 4), min_size=2, max_size=2), st.data())
 def test_more_of_anything_never_needs_less(setup, correction, kept, data):
-    tuned = [data.draw(st.integers(0, count)) for count in kept]
+    trainable = [data.draw(st.integers(0, count)) for count in kept]
 
-    def total(setup=setup, kept=kept, tuned=tuned) -> int:
-        return training_memory(SMALL, setup, kept, tuned, correction).total_bytes
+    def total(setup=setup, kept=kept, trainable=trainable) -> int:
+        return training_memory(SMALL, setup, kept, trainable, correction).total_bytes
 
     before = total()
     layer = data.draw(st.integers(0, 1))
     more = [min(4, count + (index == layer)) for index, count in enumerate(kept)]
-    if 2 * tuned[layer] >= more[layer]:  # below, another frozen expert takes tokens away from the tuned ones
+    if 2 * trainable[layer] >= more[layer]:  # below, another frozen expert takes tokens away from the trainable ones
         assert total(kept=more) >= before
-    both = [min(m, t + (i == layer)) for i, (m, t) in enumerate(zip(more, tuned, strict=True))]
-    if 2 * tuned[layer] >= kept[layer]:
-        assert total(kept=more, tuned=both) >= before
-    assert total(tuned=[min(k, t + (i == layer)) for i, (k, t) in enumerate(zip(kept, tuned, strict=True))]) >= before
+    both = [min(m, t + (i == layer)) for i, (m, t) in enumerate(zip(more, trainable, strict=True))]
+    if 2 * trainable[layer] >= kept[layer]:
+        assert total(kept=more, trainable=both) >= before
+    assert (
+        total(trainable=[min(k, t + (i == layer)) for i, (k, t) in enumerate(zip(kept, trainable, strict=True))])
+        >= before
+    )
     for name in ("batch_size", "sequence_length", "lora_rank"):
         assert total(setup=dataclasses.replace(setup, **{name: getattr(setup, name) + 1})) >= before
     with_it, without = (dataclasses.replace(setup, chunked_loss=flag) for flag in (True, False))
     assert total(setup=with_it) <= total(setup=without)
-    assert sum(training_memory(SMALL, setup, kept, tuned, correction).parts.values()) == before
-    estimate = training_memory(SMALL, setup, kept, tuned, correction)
+    assert sum(training_memory(SMALL, setup, kept, trainable, correction).parts.values()) == before
+    estimate = training_memory(SMALL, setup, kept, trainable, correction)
     assert max(estimate.phases.values()) == estimate.total_bytes
     assert min(estimate.parts.values()) >= 0
 
@@ -267,8 +270,8 @@ def test_a_budget_is_never_exceeded_and_never_wasted(setup, correction, usable):
     room = usable - (correction.process_bytes if correction else 0)
     trains = int(setup.experts != "none")
 
-    def total(kept: int, tuned: int) -> int:
-        return training_memory(SMALL, setup, kept, tuned, correction).total_bytes
+    def total(kept: int, trainable: int) -> int:
+        return training_memory(SMALL, setup, kept, trainable, correction).total_bytes
 
     assert 0 <= found.tune_per_layer <= found.keep_per_layer <= 4 or not trains
     for count, estimate in (
@@ -322,7 +325,7 @@ def test_budgets_of_known_devices():
 
 def test_impossible_counts_are_named():
     setup = StepSetup(1, 8)
-    with pytest.raises(ConfigError, match=r"found \[2, 2\] tuned of \[1, 1\] kept"):
+    with pytest.raises(ConfigError, match=r"found \[2, 2\] trainable of \[1, 1\] kept"):
         training_memory(SMALL, setup, 1, 2)
     with pytest.raises(ConfigError, match="kept experts of 2 MoE layers are needed"):
         training_memory(SMALL, setup, [1, 1, 1], 1)
@@ -343,5 +346,5 @@ def test_streaming_holds_one_expert():
 
 
 def test_needs_no_torch():
-    code = "import edgefed.moe.memory, edgefed.moe.shapes, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import edgefed.costs.memory, edgefed.costs.shapes, sys; print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

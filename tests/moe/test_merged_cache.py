@@ -9,18 +9,16 @@ import torch
 
 from edgefed.errors import CheckpointError
 from edgefed.experts import ExpertPlan, MergedGroup, Role
-from edgefed.moe.alignment import neuron_aligner
 from edgefed.moe.merged_cache import MergedCache
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
-from edgefed.moe.units import LORA_SUFFIX
+from edgefed.moe.merging.alignment import neuron_aligner
+from edgefed.moe.units import LORA_SUFFIX, MemorySource, TrainScope
 
 GROUPS = (MergedGroup((2, 3, 4), (0.5, 0.25, 0.25)), MergedGroup((5, 6, 7), (0.2, 0.3, 0.5)))
 
 
 def merged_plan(groups=GROUPS):
     roles = torch.full((8,), int(Role.MERGED), dtype=torch.int8)
-    roles[:2] = int(Role.TUNED)
+    roles[:2] = int(Role.TRAINABLE)
     return ExpertPlan((roles.numpy(), roles.numpy()), (groups, groups))
 
 

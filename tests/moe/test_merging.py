@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgefed.errors import BudgetTooSmall, ConfigError
-from edgefed.experts import ExpertPlan, LayerRecord, MergedGroup, Role, RouterRecord
-from edgefed.moe.merging import SIZES, MergingOptions, expert_importance, merge_slots, merged_group, plan_merging
+from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
+from edgefed.moe.merging.plan import SIZES, MergingOptions, expert_importance, merge_slots, merged_group, plan_merging
 
 
 def layer_record(counts, tokens=100, attention=None):
     counts = np.asarray(counts, dtype=np.float64)
     zero = np.zeros_like(counts)
-    return LayerRecord(
+    return LayerProfile(
         num_tokens=tokens,
         tokens_per_expert=counts,
         gate_sum=zero,
@@ -35,7 +35,7 @@ def random_record(sizes, seed=0, tokens=400):
     for size in sizes:
         counts = rng.multinomial(2 * tokens, rng.dirichlet(np.ones(size)))
         layers.append(layer_record(counts, tokens, counts * rng.uniform(0.5, 1.5, size)))
-    return RouterRecord(tuple(layers))
+    return ActivationProfile(tuple(layers))
 
 
 def random_points(sizes, dimensions=6, seed=1):
@@ -59,7 +59,7 @@ def members(plan):
 def test_slots_are_exact_and_within_their_bounds(layers, total, sizes):
     records = [layer_record(data.draw(st.lists(st.integers(0, 100), min_size=n, max_size=n))) for n, data in layers]
     to_merge = [data.draw(st.integers(0, n)) for n, data in layers]
-    record = RouterRecord(tuple(records))
+    record = ActivationProfile(tuple(records))
     needed = sum(n > 0 for n in to_merge)
     if total < needed:
         with pytest.raises(BudgetTooSmall, match=str(needed)):
@@ -73,11 +73,11 @@ def test_slots_are_exact_and_within_their_bounds(layers, total, sizes):
 def test_slots_follow_depth_and_variance():
     """Two layers of equal variance share 3 : 3 - 1 by depth; v and 2 v by 1 / v. Many tokens: no sampling noise."""
     same = [20, 40, 60, 80] * 3
-    equal = RouterRecord((layer_record(same, 10**9), layer_record(same, 10**9)))
+    equal = ActivationProfile((layer_record(same, 10**9), layer_record(same, 10**9)))
     assert merge_slots(equal, [12, 12], 12) == (8, 4)
     wide = [50 + 2**0.5 * (n - 50) for n in same]
     tokens = 10**4
-    unequal = RouterRecord((layer_record(wide, tokens), layer_record(same, tokens), layer_record(same, tokens)))
+    unequal = ActivationProfile((layer_record(wide, tokens), layer_record(same, tokens), layer_record(same, tokens)))
     noise = np.mean([(n / tokens) * (1 - n / tokens) for n in same]) / tokens
     low, high = np.var(np.asarray(same) / tokens) + noise, np.var(np.asarray(wide) / tokens) + noise
     quotas = np.array([3 / high, 2 / low, 1 / low])
@@ -87,9 +87,9 @@ def test_slots_follow_depth_and_variance():
 
 def test_a_router_that_uses_all_alike_is_no_division_by_zero():
     flat, uneven = layer_record([50, 50, 50, 50]), layer_record([5, 5, 90, 100])
-    assert merge_slots(RouterRecord((uneven, flat)), [4, 4], 5) == (1, 4)
+    assert merge_slots(ActivationProfile((uneven, flat)), [4, 4], 5) == (1, 4)
     unused = layer_record([0, 0, 0, 0], tokens=0)
-    assert merge_slots(RouterRecord((unused, unused)), [4, 4], 6) == (4, 2)
+    assert merge_slots(ActivationProfile((unused, unused)), [4, 4], 6) == (4, 2)
 
 
 def test_one_slot_per_layer_and_layers_without_any():
@@ -104,7 +104,7 @@ def test_deviation_is_the_gentler_rule():
     """Four times the variance, at equal depth of b: a quarter of the slots, or half of them."""
     narrow, wide = [40, 48, 52, 60] * 6, [30, 46, 54, 70] * 6
     millions = [[10**6 * count for count in layer] for layer in (narrow, wide)]  # sampling noise is nothing beside v
-    record = RouterRecord(tuple(layer_record(counts, 10**9) for counts in millions))
+    record = ActivationProfile(tuple(layer_record(counts, 10**9) for counts in millions))
     assert np.var(wide) == 4 * np.var(narrow)
     assert merge_slots(record, [24, 24], 18) == (16, 2)  # 2 : 1/4
     assert merge_slots(record, [24, 24], 20, "deviation") == (16, 4)  # 2 : 1/2
@@ -138,12 +138,12 @@ def test_weights_of_a_group():
 def test_every_absent_expert_is_merged_and_the_others_stay():
     sizes = (6, 3, 8)
     record = random_record(sizes)
-    plan = ExpertPlan.of(sizes, tuned=[[1], [0, 1, 2], []], frozen=[[4], [], [7]])
+    plan = ExpertPlan.of(sizes, trainable=[[1], [0, 1, 2], []], frozen=[[4], [], [7]])
     merged = plan_merging(record, plan, random_points(sizes), 5)
     assert [len(merged.groups(layer)) for layer in range(3)][1] == 0
     assert sum(len(merged.groups(layer)) for layer in range(3)) == 5
     for layer in range(3):
-        for role in (Role.TUNED, Role.FROZEN):
+        for role in (Role.TRAINABLE, Role.FROZEN):
             np.testing.assert_array_equal(merged.roles[layer] == role, plan.roles[layer] == role)
         assert not (merged.roles[layer] == Role.ABSENT).any()
     assert merged.num_resident == 4 + 2 + 5
@@ -168,7 +168,7 @@ def test_alike_experts_come_together_whatever_their_number():
 
 
 def test_experts_that_nobody_uses_share_evenly():
-    record = RouterRecord((layer_record([0, 0, 50, 0], attention=[0, 0, 9, 0]),))
+    record = ActivationProfile((layer_record([0, 0, 50, 0], attention=[0, 0, 9, 0]),))
     points = (np.array([[0.0], [0.1], [5.0], [0.2]]),)
     merged = plan_merging(record, ExpertPlan.of((4,), [[]]), points, 2)
     assert members(merged) == [[(0, 1, 3), (2,)]]
@@ -190,7 +190,7 @@ def test_a_slightly_other_profile_keeps_clusters_and_weights():
     sizes = (16, 16)
     record, points, plan = random_record(sizes, tokens=4000), random_points(sizes), ExpertPlan.of(sizes, [[], []])
     first = plan_merging(record, plan, points, 10)
-    nearly = RouterRecord(
+    nearly = ActivationProfile(
         tuple(
             dataclasses.replace(
                 layer,

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from edgefed.errors import UnsupportedArchitecture
 from edgefed.experts import MergedGroup
-from edgefed.moe.alignment import neuron_aligner, neuron_layout, permute_neurons
-from edgefed.moe.linear_assignment import best_assignment
-from edgefed.moe.merged_expert import merge_experts
+from edgefed.moe.merged_cache import merge_experts
+from edgefed.moe.merging.alignment import best_assignment, neuron_aligner, neuron_layout, permute_neurons
 
 
 @settings(deadline=None, max_examples=150)

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgefed.moe.clustering import cluster_layers, principal_components
-from edgefed.moe.expert_sketch import expert_points, sketch_layer
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.merging.clustering import cluster_layers, expert_embeddings, principal_components, sketch_layer
+from edgefed.moe.units import MemorySource
 
 
 def cost(points, labels, weights=None):
@@ -122,7 +121,7 @@ def test_a_sketch_keeps_distances_and_is_linear(olmoe):
 def test_points_of_every_family(toy):
     model, source = toy.device(toy.units())
     done = []
-    points = expert_points(model.layers, source, components=4, on_layer=done.append)
+    points = expert_embeddings(model.layers, source, components=4, on_layer=done.append)
     assert [p.shape for p in points] == [(8, 4)] * len(model.layers)
     assert done == [layer.ordinal for layer in model.layers]
     assert all(np.isfinite(p).all() and p.any() for p in points)

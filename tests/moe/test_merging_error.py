@@ -6,24 +6,23 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.merge_error import layer_output_errors
 from edgefed.errors import ConfigError
 from edgefed.experts import ExpertPlan, MergedGroup, Role
 from edgefed.kernels.masked_experts import masked_experts
-from edgefed.moe.alignment import neuron_aligner
 from edgefed.moe.bank import ExpertBank
-from edgefed.moe.expert_sketch import expert_points
 from edgefed.moe.gate_probe import split_expert_arguments
-from edgefed.moe.merge_error import layer_output_errors
-from edgefed.moe.merging import plan_merging
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.merging.alignment import neuron_aligner
+from edgefed.moe.merging.clustering import expert_embeddings
+from edgefed.moe.merging.plan import plan_merging
+from edgefed.moe.units import MemorySource, TrainScope
 
 DENSE = TrainScope(experts="none", router="none")
 
 
-def merged_plan(layers, groups, tuned=()):
+def merged_plan(layers, groups, trainable=()):
     roles = np.full(8, Role.FROZEN, dtype=np.int8)
-    roles[list(tuned)] = Role.TUNED
+    roles[list(trainable)] = Role.TRAINABLE
     for group in groups:
         roles[list(group.experts)] = Role.MERGED
     return ExpertPlan((roles,) * layers, (tuple(groups),) * layers)
@@ -54,7 +53,7 @@ def test_a_merged_layer_equals_a_computation_by_hand(toy):
     units = toy.units()
     layer = model.layers[0]
     hidden, indices, weights, _ = calls(model, toy.input_ids)[0]
-    plan = merged_plan(len(model.layers), GROUPS, tuned=[4])
+    plan = merged_plan(len(model.layers), GROUPS, trainable=[4])
     bank = ExpertBank(layer, plan, MemorySource(units), DENSE, torch.device("cpu"))
     found = masked_experts(
         hidden,
@@ -186,7 +185,7 @@ def test_from_profile_to_a_merged_model(toy):
         model.module(toy.input_ids)
     record = recorder.take()
     held = ExpertPlan.of(model.experts_per_layer, [[0, 1]] * len(model.layers), [[7]] * len(model.layers))
-    plan = plan_merging(record, held, expert_points(model.layers, source), 2 * len(model.layers) + 1)
+    plan = plan_merging(record, held, expert_embeddings(model.layers, source), 2 * len(model.layers) + 1)
     model.apply_plan(plan, source, TrainScope(), align=neuron_aligner(model.layers))
     with torch.no_grad():
         logits = model.module(toy.input_ids).logits

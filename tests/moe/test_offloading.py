@@ -9,27 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from edgefed.costs.memory import StepSetup
 from edgefed.errors import DiskFull, StorageError
 from edgefed.experts import ExpertPlan
 from edgefed.moe import offloading
 from edgefed.moe.accounting import expert_memory
-from edgefed.moe.memory import StepSetup
 from edgefed.moe.model import MoeModel
 from edgefed.moe.offloading import OffloadSpace, offloaded
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.savings import make_optimizer
 from edgefed.training.steps import take_step
 
 CPU = torch.device("cpu")
-TUNED, FROZEN = [[0, 5, 6], [3, 4]], [[2], [7]]
+TRAINABLE, FROZEN = [[0, 5, 6], [3, 4]], [[2], [7]]
 
 
 def trained(toy, scope, space, kernels="reference", schedule=None, steps=3, max_norm=0.5, checkpointing=False):
     """(model, optimizer, losses) after some steps on the plan above."""
     units = toy.units(scope)
     model, source = toy.device(units)
-    model.apply_plan(ExpertPlan.of(model.experts_per_layer, TUNED, FROZEN), source, scope, offload=space)
+    model.apply_plan(ExpertPlan.of(model.experts_per_layer, TRAINABLE, FROZEN), source, scope, offload=space)
     model.module.train()
     model.set_schedule(schedule)
     parameters = model.trainable_parameters()
@@ -82,7 +81,7 @@ def test_biases_transposed_matrices_and_checkpointing(toys, tmp_path, family):
 
 
 def test_an_expert_outside_the_schedule_keeps_its_weights_and_has_no_moments(toys, tmp_path):
-    toy, schedule = toys("olmoe"), lambda layer, record: [TUNED[layer][0]]
+    toy, schedule = toys("olmoe"), lambda layer, record: [TRAINABLE[layer][0]]
     expected, _, _ = trained(toy, TrainScope(), None, schedule=schedule)
     found, optimizer, _ = trained(toy, TrainScope(), OffloadSpace(CPU, tmp_path), schedule=schedule)
     first, second = values(expected), values(found)
@@ -90,9 +89,11 @@ def test_an_expert_outside_the_schedule_keeps_its_weights_and_has_no_moments(toy
     with_state = {id(p) for p in optimizer.state}
     for layer, bank in enumerate(found.bank(layer) for layer in range(2)):
         own = {
-            bank.experts[slot] for slot in range(bank.num_tuned) if id(bank.tensors(slot)["down_proj"]) in with_state
+            bank.experts[slot]
+            for slot in range(bank.num_trainable)
+            if id(bank.tensors(slot)["down_proj"]) in with_state
         }
-        assert own <= {TUNED[layer][0]}
+        assert own <= {TRAINABLE[layer][0]}
 
 
 def test_nothing_is_counted_as_memory_and_nothing_stays_on_disk(toys, tmp_path):
@@ -164,7 +165,7 @@ def test_on_a_gpu_only_copies_of_a_layer_are_there(toys, tmp_path, place):
         for spec in model.unit_specs():
             if spec.kind != "expert":
                 model.load_unit(spec.key, units[spec.key])
-        plan = ExpertPlan.of(model.experts_per_layer, TUNED, FROZEN)
+        plan = ExpertPlan.of(model.experts_per_layer, TRAINABLE, FROZEN)
         model.apply_plan(plan, MemorySource(units), scope, offload=space)
         model.module.train()
         parameters = model.trainable_parameters()

@@ -11,23 +11,22 @@ import numpy as np
 import pytest
 import torch
 
+from edgefed.costs.memory import StepSetup, training_memory
+from edgefed.costs.shapes import shape_from_config
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.experts import ExpertPlan, MergedGroup, Role
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
 from edgefed.moe.accounting import expert_memory, storage_bytes
-from edgefed.moe.memory import StepSetup, training_memory
-from edgefed.moe.merged_expert import merge_experts
+from edgefed.moe.merged_cache import merge_experts
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.shapes import shape_from_config
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 
 STORAGES = ("nf4", "int8")
-TUNED, FROZEN = [[0, 5, 6], [3]], [[2], [1, 4]]
+TRAINABLE, FROZEN = [[0, 5, 6], [3]], [[2], [1, 4]]
 
 
 def some_experts(model: MoeModel) -> ExpertPlan:
-    return ExpertPlan.of(model.experts_per_layer, TUNED, FROZEN)
+    return ExpertPlan.of(model.experts_per_layer, TRAINABLE, FROZEN)
 
 
 def unpacked(model: MoeModel, units: dict, plan: ExpertPlan, scope: TrainScope, storage: str) -> dict:
@@ -35,7 +34,7 @@ def unpacked(model: MoeModel, units: dict, plan: ExpertPlan, scope: TrainScope, 
     found = {key: dict(tensors) for key, tensors in units.items()}
     for layer in model.layers:
         for expert in plan.resident(layer.ordinal).tolist():
-            if scope.experts == "full" and expert in plan.tuned(layer.ordinal):
+            if scope.experts == "full" and expert in plan.trainable(layer.ordinal):
                 continue
             for parameter in layer.matrices:
                 tensors = found[layer.expert_key(expert)]
@@ -89,9 +88,9 @@ def test_packed_bytes_are_those_of_the_memory_model(toy, storage, mode):
     assert model.storage == storage and found < plain
     setup = StepSetup(1, 8, "float32", expert_storage=storage, experts=mode, router="none", lora_rank=2)
     layers = range(plan.num_layers)
-    kept, tuned = [plan.num_slots(i) for i in layers], [len(plan.tuned(i)) for i in layers]
-    parts = training_memory(shape_from_config(model.config), setup, kept, tuned).parts
-    assert parts["kept experts"] + parts["tuned experts"] == found
+    kept, trainable = [plan.num_slots(i) for i in layers], [len(plan.trainable(i)) for i in layers]
+    parts = training_memory(shape_from_config(model.config), setup, kept, trainable).parts
+    assert parts["kept experts"] + parts["trainable experts"] == found
     matrices = sum(p.numel() for layer in model.layers for p in layer.experts.edgefed_bank.parameters() if p.ndim == 2)
     learning = sum(p.numel() for p in model.trainable_parameters() if p.ndim == 2)
     if mode != "lora":  # beside what learns, no matrix lies about unpacked
@@ -180,8 +179,8 @@ def test_new_values_are_quantised_again(toy):
         model.load_unit(key, {name: value.to(torch.bfloat16) for name, value in other.items()})
     with pytest.raises(CheckpointError, match="has the tensors"):
         model.load_unit(key, {})
-    model.load_unit(layer.expert_key(5), other_tuned := {n: v + 1 for n, v in units[layer.expert_key(5)].items()})
-    assert all(torch.equal(p, other_tuned[name]) for name, p in bank.tensors(1).items())
+    model.load_unit(layer.expert_key(5), other_trainable := {n: v + 1 for n, v in units[layer.expert_key(5)].items()})
+    assert all(torch.equal(p, other_trainable[name]) for name, p in bank.tensors(1).items())
 
 
 def test_moving_and_casting_leave_what_is_packed_as_it_is(olmoe):
@@ -264,14 +263,14 @@ class CountingSource:
 
 
 def merged_plan(absent: bool) -> ExpertPlan:
-    """Layer 0: tuned 0 and 5, frozen 2, {1, 4, 7} and {3, 6} merged, or 6 absent; layer 1: one group of all but 3."""
+    """Layer 0: trainable 0 and 5, frozen 2, {1, 4, 7} and {3, 6} merged, or 6 absent; layer 1: one group of all but 3."""
     first = np.full(8, Role.MERGED, dtype=np.int8)
-    first[[0, 5]], first[2] = Role.TUNED, Role.FROZEN
+    first[[0, 5]], first[2] = Role.TRAINABLE, Role.FROZEN
     groups = [MergedGroup((1, 4, 7), (0.5, 0.125, 0.375)), MergedGroup((3, 6), (0.25, 0.75))]
     if absent:
         first[6], groups[1] = Role.ABSENT, MergedGroup((3,), (1.0,))
     second = np.full(8, Role.MERGED, dtype=np.int8)
-    second[3] = Role.TUNED
+    second[3] = Role.TRAINABLE
     others = tuple(expert for expert in range(8) if expert != 3)
     return ExpertPlan((first, second), (tuple(groups), (MergedGroup(others, (1 / 7,) * 7),)))
 
@@ -345,9 +344,9 @@ def test_merged_experts_are_packed_too(olmoe, storage):
     for name, matrix in bank.packed(3).items():
         assert torch.equal(matrix.packed, quantize_experts(merged[name], storage).packed)
     setup = StepSetup(1, 8, "float32", expert_storage=storage, router="none")
-    kept, tuned = [plan.num_slots(i) for i in range(2)], [len(plan.tuned(i)) for i in range(2)]
-    parts = training_memory(shape_from_config(model.config), setup, kept, tuned).parts
-    assert parts["kept experts"] + parts["tuned experts"] == expert_memory(model.layers).weight_bytes
+    kept, trainable = [plan.num_slots(i) for i in range(2)], [len(plan.trainable(i)) for i in range(2)]
+    parts = training_memory(shape_from_config(model.config), setup, kept, trainable).parts
+    assert parts["kept experts"] + parts["trainable experts"] == expert_memory(model.layers).weight_bytes
 
 
 def test_members_are_read_once_and_one_at_a_time(olmoe):
@@ -355,7 +354,7 @@ def test_members_are_read_once_and_one_at_a_time(olmoe):
     counting = CountingSource(source)
     plan = merged_plan(True)
     model.apply_plan(plan, counting, TrainScope(), storage="nf4")
-    assert sorted(counting.read_keys) == sorted(model.layers[i].expert_key(e) for i, e in plan.held_keys())
+    assert sorted(counting.read_keys) == sorted(model.layers[i].expert_key(e) for i, e in plan.resident_keys())
     gc.collect()
     assert counting.most_alive <= 2 and not counting.alive  # the next is read while the loop still names the last
 

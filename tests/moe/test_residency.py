@@ -11,18 +11,17 @@ import torch
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.experts import ExpertPlan
 from edgefed.moe.accounting import expert_memory, storage_bytes
-from edgefed.moe.gate_probe import router_logits_of
-from edgefed.moe.gating import gate_scores
+from edgefed.moe.gate_probe import gate_scores, router_logits_of
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
+from edgefed.moe.units import TrainScope
 
 NOTHING = TrainScope(experts="none", router="none")
-TUNED, FROZEN = [[0, 5, 6], [3]], [[2], []]
+TRAINABLE, FROZEN = [[0, 5, 6], [3]], [[2], []]
 
 
 def some_experts(model: MoeModel) -> ExpertPlan:
     """Four experts in the first layer, one in the second."""
-    return ExpertPlan.of(model.experts_per_layer, TUNED, FROZEN)
+    return ExpertPlan.of(model.experts_per_layer, TRAINABLE, FROZEN)
 
 
 def resident_ids(plan: ExpertPlan, layer: int) -> set[int]:
@@ -152,7 +151,7 @@ def test_slots_are_views_of_one_contiguous_storage(toy):
         for slot in range(4):
             parameter = bank.parameter(name, slot)
             assert parameter.is_leaf and parameter.data_ptr() == storage[slot].data_ptr()
-    assert bank.experts == (0, 5, 6, 2) and bank.num_tuned == 3
+    assert bank.experts == (0, 5, 6, 2) and bank.num_trainable == 3
 
 
 def test_casting_the_model_keeps_the_views(olmoe):
@@ -216,7 +215,7 @@ def test_a_plan_reads_only_its_experts(toy):
     counting = CountingSource(source)
     plan = some_experts(model)
     model.apply_plan(plan, counting, TrainScope())
-    assert sorted(counting.read_keys) == sorted(model.layers[layer].expert_key(e) for layer, e in plan.held_keys())
+    assert sorted(counting.read_keys) == sorted(model.layers[layer].expert_key(e) for layer, e in plan.resident_keys())
 
 
 def test_streaming_is_the_full_model_with_one_expert_in_memory(toy):

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from edgefed.experts import ExpertPlan
-from edgefed.moe.gate_probe import router_logits_of
-from edgefed.moe.gating import gate_probabilities
-from edgefed.moe.scope import TrainScope
+from edgefed.moe.gate_probe import gate_probabilities, router_logits_of
+from edgefed.moe.units import TrainScope
 
 NAMES = (
     "tokens_per_expert", "gate_sum", "gate_max", "gate_log_sum", "gate_complement_log_sum", "routed_gate_sum"

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from edgefed.experts import ExpertPlan
 from edgefed.moe.accounting import expert_memory
-from edgefed.moe.scope import TrainScope
+from edgefed.moe.units import TrainScope
 
-TUNED, FROZEN = [[0, 5, 6], [3, 4]], [[2], [7]]
+TRAINABLE, FROZEN = [[0, 5, 6], [3, 4]], [[2], [7]]
 
 
 @pytest.fixture
@@ -21,10 +21,10 @@ def device(toy):
     return make_device(toy, TrainScope())
 
 
-def make_device(toy, scope, tuned=TUNED, frozen=FROZEN):
+def make_device(toy, scope, trainable=TRAINABLE, frozen=FROZEN):
     units = toy.units(scope)
     model, source = toy.device(units)
-    model.apply_plan(ExpertPlan.of(model.experts_per_layer, tuned, frozen), source, scope)
+    model.apply_plan(ExpertPlan.of(model.experts_per_layer, trainable, frozen), source, scope)
     model.module.train()
     return model, units
 
@@ -65,8 +65,8 @@ def test_only_tuned_experts_and_routers_change(toy, device):
     losses, stepped, _ = train(model, toy)
     changed = {key for (key, name), value in all_values(model).items() if not torch.equal(value, before[key, name])}
     assert losses[-1] < losses[0]
-    tuned = {(layer, expert) for layer, experts in enumerate(TUNED) for expert in experts}
-    assert stepped <= tuned and stepped
+    trainable = {(layer, expert) for layer, experts in enumerate(TRAINABLE) for expert in experts}
+    assert stepped <= trainable and stepped
     expected = {model.layers[layer].expert_key(expert) for layer, expert in stepped}
     assert changed == expected | {layer.router_path for layer in model.layers}
 
@@ -82,8 +82,8 @@ def test_correction_biases_do_not_train(toys):
 
 
 def test_an_expert_without_tokens_has_no_gradient_and_no_optimizer_state(olmoe):
-    """One token hits two experts a layer; the other tuned experts stay without gradient and state."""
-    model, _ = make_device(olmoe, TrainScope(), tuned=[range(8), range(8)], frozen=None)
+    """One token hits two experts a layer; the other trainable experts stay without gradient and state."""
+    model, _ = make_device(olmoe, TrainScope(), trainable=[range(8), range(8)], frozen=None)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), weight_decay=0.1)
     before = all_values(model)
     model.module(input_ids=olmoe.input_ids[:1, :1]).logits.sum().backward()
@@ -103,7 +103,7 @@ def test_an_expert_without_tokens_has_no_gradient_and_no_optimizer_state(olmoe):
 
 def test_gradients_equal_those_of_the_full_model(toy):
     """With all experts resident, transformers' own backward pass gives the same gradients."""
-    model, _ = make_device(toy, TrainScope(), tuned=[range(8), range(8)], frozen=None)
+    model, _ = make_device(toy, TrainScope(), trainable=[range(8), range(8)], frozen=None)
     model.module.eval()
     loss_of(model, toy).backward()
     full = toy.full()
@@ -165,7 +165,7 @@ def test_schedule_is_not_asked_outside_training(olmoe):
 
 
 def test_token_counts(olmoe):
-    model, _ = make_device(olmoe, TrainScope(), tuned=[range(8), range(7)], frozen=[[], [7]])
+    model, _ = make_device(olmoe, TrainScope(), trainable=[range(8), range(7)], frozen=[[], [7]])
     model.module.eval()
     model.module(olmoe.input_ids)
     assert sum(model.served_tokens().values()) == 2 * 2 * 20 and not any(model.trained_tokens().values())
@@ -186,7 +186,7 @@ def test_activation_checkpointing_counts_a_batch_once_and_gives_the_same_gradien
             for layer in model.module.model.layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         asked = []
-        model.set_schedule(lambda layer, record, asked=asked: asked.append(layer) or TUNED[layer][:1])
+        model.set_schedule(lambda layer, record, asked=asked: asked.append(layer) or TRAINABLE[layer][:1])
         with model.record_statistics() as recorder:
             loss_of(model, olmoe).backward()
         gradients = [p.grad.clone() for p in model.trainable_parameters() if p.grad is not None]
@@ -237,13 +237,13 @@ def test_adapters_train_and_weights_do_not(toy):
     for layer, expert in stepped:
         key = model.layers[layer].expert_key(expert) + ":lora"
         assert any(not torch.equal(value, units[key][name]) for name, value in trained[key][1].items())
-    held = {model.layers[la].expert_key(e) + ":lora" for la, es in enumerate(TUNED) for e in es}
+    held = {model.layers[la].expert_key(e) + ":lora" for la, es in enumerate(TRAINABLE) for e in es}
     assert {key for key, (spec, _) in trained.items() if spec.kind == "expert"} == held
 
 
 def test_merged_adapters_are_the_trained_model(toy):
     """Train all adapters, put them back, merge: the plain model computes what the device computed."""
-    model, units = make_device(toy, LORA, tuned=[range(8), range(8)], frozen=None)
+    model, units = make_device(toy, LORA, trainable=[range(8), range(8)], frozen=None)
     train(model, toy)
     model.module.eval()
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_adapters_depend_on_seed_and_key_alone(olmoe):
 
 def test_a_frozen_expert_carries_its_adapter(olmoe):
     """What others have learned counts in the forward pass; here it does not train."""
-    model, units = make_device(olmoe, LORA, tuned=[[], []], frozen=[range(8), range(8)])
+    model, units = make_device(olmoe, LORA, trainable=[[], []], frozen=[range(8), range(8)])
     assert model.experts_with_gradient() == []
     before = model.module(olmoe.input_ids).logits.detach()
     key = "model.layers.0.mlp.experts.0:lora"

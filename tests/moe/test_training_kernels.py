@@ -11,7 +11,7 @@ import torch
 from edgefed.experts import ExpertPlan
 from edgefed.kernels import dispatch, masked_experts, native_experts
 from edgefed.moe import layer_runtime
-from edgefed.moe.scope import TrainScope
+from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.savings import checkpointing, make_optimizer
 from edgefed.training.steps import step_setup, take_step
@@ -19,7 +19,7 @@ from edgefed.training.steps import step_setup, take_step
 NATIVE = pytest.mark.skipif(dispatch.why_not_native() is not None, reason="needs the native library")
 FULL = TrainScope()
 LORA = TrainScope(experts="lora", router="lora", lora_rank=2)
-TUNED, FROZEN = [[0, 5, 6], [3, 4]], [[2], [7]]
+TRAINABLE, FROZEN = [[0, 5, 6], [3, 4]], [[2], [7]]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def planned(toy, scope=FULL, dtype=torch.float32, storage=None):
     units = toy.units(scope)
     model, source = toy.device(units)
     model.module.to(dtype)
-    plan = ExpertPlan.of(model.experts_per_layer, TUNED, FROZEN)
+    plan = ExpertPlan.of(model.experts_per_layer, TRAINABLE, FROZEN)
     cast = {
         key: {name: t.to(dtype) if ".lora" not in name else t for name, t in tensors.items()}
         for key, tensors in units.items()
@@ -78,9 +78,9 @@ def assert_same(found: dict, expected: dict, rtol: float = 1e-4, atol: float = 1
 @NATIVE
 def test_what_is_said_ahead_is_what_runs(olmoe, ran, monkeypatch):
     model = planned(olmoe)
-    for wish, expected in ((None, "native"), ("native", "native"), ("reference", "reference")):
-        if wish:
-            monkeypatch.setenv("EDGEFED_KERNELS", wish)
+    for requested, expected in ((None, "native"), ("native", "native"), ("reference", "reference")):
+        if requested:
+            monkeypatch.setenv("EDGEFED_KERNELS", requested)
         assert step_setup(model, TrainingConfig(local_steps=1)).kernels == model.training_kernels() == expected
         ran.clear()
         gradients(model, olmoe)
@@ -123,9 +123,9 @@ def test_without_the_native_library_the_reference_is_planned(olmoe, ran, monkeyp
 @NATIVE
 @pytest.mark.parametrize("scope", [FULL, LORA], ids=["full", "lora"])
 def test_gradients_are_those_of_the_reference(toy, scope, ran, monkeypatch):
-    """Every family; tuned and frozen experts, absent ones, and one expert kept out of a batch by the schedule."""
+    """Every family; trainable and frozen experts, absent ones, and one expert kept out of a batch by the schedule."""
     model = planned(toy, scope)
-    schedules = (None, lambda layer, record: TUNED[layer][:1])
+    schedules = (None, lambda layer, record: TRAINABLE[layer][:1])
     for again in (False, True):
         for schedule in schedules:
             ran.clear()
@@ -173,10 +173,10 @@ def test_an_expert_without_a_token_gets_no_gradient(olmoe, ran):
     assert set(ran) == {"native"}
     for layer in model.layers:
         bank = layer.experts.edgefed_bank
-        for slot in range(bank.num_tuned):
+        for slot in range(bank.num_trainable):
             hit = served[layer.ordinal, bank.experts[slot]] > 0
             assert all((tensor.grad is not None) == hit for tensor in bank.tensors(slot).values())
-    assert not all(served[layer, expert] for layer, experts in enumerate(TUNED) for expert in experts)
+    assert not all(served[layer, expert] for layer, experts in enumerate(TRAINABLE) for expert in experts)
 
 
 @NATIVE

@@ -10,7 +10,7 @@ from edgefed.errors import CheckpointError, ModelNotFound
 from edgefed.experts import ExpertPlan
 from edgefed.moe import loading
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
+from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TensorInfo
 
 

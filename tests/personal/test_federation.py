@@ -11,9 +11,13 @@ from torch import nn
 from edgefed.errors import ConfigError, DataError
 from edgefed.methods.fedmoe import FedMoE
 from edgefed.methods.interface import Contribution
-from edgefed.personal import baselines
-from edgefed.personal.baselines import divergence, make_strategy
-from edgefed.personal.federation import (
+from edgefed.personal.batches import ImageSamples
+from edgefed.personal.local_training import cross_entropy, evaluate, mixture_loss
+from edgefed.personal.networks import PersonalModel, make_cnn
+from edgefed.protocol.messages import TensorInfo, UnitInfo
+from edgefed.simulation import personal_baselines as baselines
+from edgefed.simulation.personal_baselines import divergence, make_strategy
+from edgefed.simulation.personal_federation import (
     Client,
     Round,
     Settings,
@@ -24,11 +28,7 @@ from edgefed.personal.federation import (
     sample_clients,
     worst_decile,
 )
-from edgefed.personal.images import ImageSamples
-from edgefed.personal.local_training import cross_entropy, evaluate, mixture_loss
-from edgefed.personal.networks import PersonalModel, make_cnn
-from edgefed.personal.pictures import gate_histograms, save_comparison, save_gate_histograms
-from edgefed.protocol.messages import TensorInfo, UnitInfo
+from edgefed.simulation.personal_pictures import gate_histograms, save_comparison, save_gate_histograms
 
 METHOD = FedMoE(extractor_lr=0.05, model_lr=0.05, gate_lr=0.05, batch_size=8)
 CLASSES = ("dark", "bright", "striped")

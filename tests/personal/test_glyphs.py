@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgefed.embedded.glyphs import (
+from edgefed.errors import DataError
+from edgefed.personal.batches import batches
+from edgefed.personal.glyphs import (
     CLASSES,
     CLASSES_PER_CLIENT,
     FONTS,
@@ -20,8 +22,6 @@ from edgefed.embedded.glyphs import (
     load_glyphs,
     style_of,
 )
-from edgefed.errors import DataError
-from edgefed.personal.batches import batches
 from edgefed.personal.local_training import cross_entropy
 from edgefed.personal.networks import make_cnn
 
@@ -36,7 +36,7 @@ def test_a_client_has_its_classes_alike_often():
 
 def test_the_same_bytes_in_another_process_and_others_for_another_seed():
     code = (
-        "from edgefed.embedded.glyphs import glyph_client as g; import hashlib; "
+        "from edgefed.personal.glyphs import glyph_client as g; import hashlib; "
         "print(hashlib.sha256(g(5, 40).images.tobytes()).hexdigest())"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

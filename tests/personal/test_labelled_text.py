@@ -114,9 +114,9 @@ def test_bad_lines_are_reported_by_number_and_the_others_are_used(tmp_path):
 )
 def test_what_cannot_be_used_is_named_and_never_quoted(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as fault:
+    with pytest.raises(DataError, match=message) as error:
         load_labelled_texts(tmp_path / name)
-    assert "secret" not in str(fault.value) and fault.value.remedy
+    assert "secret" not in str(error.value) and error.value.remedy
 
 
 def test_what_is_not_there_is_named(tmp_path):

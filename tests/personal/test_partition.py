@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgefed.errors import ConfigError, DataError, StateCorrupt
 from edgefed.personal import partition_files
-from edgefed.personal.images import ImageSamples
+from edgefed.personal.batches import ImageSamples
 from edgefed.personal.labelled_text import load_labelled_texts
 from edgefed.personal.partition import class_counts, partition_by_class, partition_dirichlet
 from edgefed.personal.partition_files import PartitionSettings, source_digest, write_partition

@@ -72,9 +72,9 @@ def test_a_single_class_is_fine_and_unread_arrays_are_named(tmp_path):
 def test_other_sizes_are_an_error_that_says_both_and_resize_scales_them(tmp_path):
     large = np.repeat(np.repeat(PIXELS, 2, axis=1), 2, axis=2)
     path = saved(tmp_path / "d.npz", images=large, labels=LABELS)
-    with pytest.raises(DataError, match=r"64x64 \(6\); needed is 32x32") as fault:
+    with pytest.raises(DataError, match=r"64x64 \(6\); needed is 32x32") as error:
         load_images(path)
-    assert "--resize" in fault.value.remedy
+    assert "--resize" in error.value.remedy
     notes = []
     scaled = load_images(path, resize=True, tell=notes.append)
     assert scaled.images.shape == (6, 32, 32, 3)
@@ -112,9 +112,9 @@ NAN = np.where(np.arange(6 * 32 * 32 * 3).reshape(PIXELS.shape) == 3, np.nan, 0.
 )
 def test_wrong_arrays_are_named(tmp_path, arrays, message):
     path = saved(tmp_path / "d.npz", **arrays)
-    with pytest.raises(DataError, match=message) as fault:
+    with pytest.raises(DataError, match=message) as error:
         load_images(path)
-    assert fault.value.remedy != DataError.default_remedy
+    assert error.value.remedy != DataError.default_remedy
 
 
 def test_nothing_is_unpickled(tmp_path):

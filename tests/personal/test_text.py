@@ -24,10 +24,8 @@ from torch import nn
 from edgefed.embedded import resolve_model
 from edgefed.errors import CheckpointError, ConfigError, DataError, ModelNotFound, UnsupportedArchitecture
 from edgefed.methods.fedmoe import FedMoE
-from edgefed.personal.baselines import make_strategy
 from edgefed.personal.batches import Batch, hold_out
 from edgefed.personal.extractors import TextExtractor, make_extractor
-from edgefed.personal.federation import Client, Settings, run
 from edgefed.personal.gate import FixedGate, Gate
 from edgefed.personal.local_training import Rates, evaluate, make_optimizer, train_epochs
 from edgefed.personal.mixture import LocalMixture
@@ -42,6 +40,8 @@ from edgefed.personal.text_samples import (
     tokenize,
     vocabulary_size,
 )
+from edgefed.simulation.personal_baselines import make_strategy
+from edgefed.simulation.personal_federation import Client, Settings, run
 from edgefed.training.data import Segment
 from edgefed.training.profiling import load_tokenizer
 

@@ -8,16 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgefed.costs.shapes import KNOWN_SHAPES, uniform_shape
+from edgefed.costs.step_setup import StepSetup
 from edgefed.errors import ConfigError
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.profiles import find_profile
-from edgefed.moe.shapes import KNOWN_SHAPES, uniform_shape
-from edgefed.moe.step_setup import StepSetup
 from edgefed.protocol.messages import UnitInfo
 from edgefed.simulation.config import LINKS, Link, SimulatedDevice
-from edgefed.simulation.cost_model import CostModel
 from edgefed.simulation.cost_shape import CostShape
-from edgefed.simulation.device_rates import Calibration, device_rates, memory_budget
+from edgefed.simulation.device_rates import Calibration, CostModel, device_rates, memory_budget
 from edgefed.simulation.round_work import RoundWork
 
 GIB = 2**30
@@ -38,7 +37,14 @@ def device(profile: str = "rtx-4090", **changes) -> SimulatedDevice:
 
 
 def work(**changes) -> RoundWork:
-    given = {"held": (8, 8), "tuned": (4, 4), "tuned_pairs": (0.5, 0.5), "setup": SETUP, "steps": 2, "tokens": 1024}
+    given = {
+        "held": (8, 8),
+        "trainable": (4, 4),
+        "trainable_pairs": (0.5, 0.5),
+        "setup": SETUP,
+        "steps": 2,
+        "tokens": 1024,
+    }
     return RoundWork(**{**given, **changes})
 
 
@@ -85,11 +91,11 @@ def test_byte_ratios_take_the_whole_cost_shape_for_the_whole_model():
 def test_experts_are_loaded_from_disk_over_the_host_link():
     on = device(disk_read_mb_s=1000.0)
     rates = device_rates(on)
-    found = times(work(steps=0, tuned=(8, 8)), on)
+    found = times(work(steps=0, trainable=(8, 8)), on)
     loaded = 16 * 32 * EXPERT_BYTES
     assert found.parts["load"] == pytest.approx(loaded / 1e9 + loaded / rates.host_link)
     unified = device("jetson-orin-nano-8gb", disk_read_mb_s=1000.0)
-    assert times(work(steps=0, tuned=(8, 8)), unified).parts["load"] == pytest.approx(loaded / 1e9)
+    assert times(work(steps=0, trainable=(8, 8)), unified).parts["load"] == pytest.approx(loaded / 1e9)
 
 
 def test_a_profile_after_the_upload_is_no_part_of_the_round():
@@ -110,7 +116,7 @@ def test_merging_reads_members_and_comparing_reads_everything():
 
 
 def test_offloading_costs_nothing_where_everything_fits_and_the_disk_where_nothing_does():
-    everything = work(held=(16, 16), tuned=(16, 16), tuned_pairs=(1.0, 1.0), steps=1, offloads=True)
+    everything = work(held=(16, 16), trainable=(16, 16), trainable_pairs=(1.0, 1.0), steps=1, offloads=True)
     assert times(everything, usable=200 * GIB).parts["offload"] == 0
     discrete = times(everything, device(host_memory_bytes=64 * GIB)).parts["offload"]
     small_host = times(everything, device(host_memory_bytes=8 * GIB)).parts["offload"]
@@ -165,7 +171,7 @@ def test_work_survives_json():
     profile=st.integers(0, 4096), size=st.integers(0, 10**9),
 )  # fmt: skip
 def test_more_to_do_never_takes_less(held, more, steps, extra, profile, size):
-    less = work(held=(held, held), tuned=(1, 1), steps=steps, profile_tokens=profile, down={"expert": size})
+    less = work(held=(held, held), trainable=(1, 1), steps=steps, profile_tokens=profile, down={"expert": size})
     larger = dataclasses.replace(
         less,
         held=(min(16, held + more),) * 2,

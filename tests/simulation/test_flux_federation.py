@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import signal
 
-from edgefed.agent.saved_plan import PLAN_FILE
 from edgefed.aggregator.store import Store
 from edgefed.experts import ExpertPlan
 from edgefed.runs import RunReader
+from edgefed.trainer.planner import PLAN_FILE
 
 
 def test_flux_runs_with_unequal_devices_and_survives_an_agents_death(serve, processes, wait_for, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from wiretap import Wiretap
 
-from edgefed.embedded.glyphs import load_glyphs
+from edgefed.personal.glyphs import load_glyphs
 from edgefed.runs import RunReader
 
 THETA_BYTES = 665_048 * 4

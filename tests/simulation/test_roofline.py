@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgefed.moe.shapes import uniform_shape
-from edgefed.moe.step_setup import StepSetup
-from edgefed.simulation.roofline import Op, distinct_experts, forward_pass, training_step
+from edgefed.costs.roofline import Op, distinct_experts, forward_pass, training_step
+from edgefed.costs.shapes import uniform_shape
+from edgefed.costs.step_setup import StepSetup
 
 SHAPE = uniform_shape(
     "small", hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4, vocab_size=32, num_experts=4,
@@ -62,11 +62,11 @@ def test_nothing_but_the_output_embedding_is_added_for_logits():
 def test_all_tuned_doubles_the_experts_backward_pass():
     """dX and dW: twice the forward pass where gradients flow on, in the first layer, where none do, only part of it."""
     frozen = training_step(SHAPE, SETUP, [4, 4], [0, 0], [0, 0])
-    tuned = training_step(SHAPE, SETUP, [4, 4], [4, 4], [1, 1])
+    trainable = training_step(SHAPE, SETUP, [4, 4], [4, 4], [1, 1])
     pairs = TOKENS * 2
     first_layer = 2 * pairs * W / 3  # through the down projection only
-    assert flops(tuned.backward) - flops(frozen.backward) == pytest.approx(2 * (2 * pairs * W) + first_layer)
-    assert flops(tuned.forward) == flops(frozen.forward)
+    assert flops(trainable.backward) - flops(frozen.backward) == pytest.approx(2 * (2 * pairs * W) + first_layer)
+    assert flops(trainable.forward) == flops(frozen.forward)
 
 
 def test_the_optimizer_moves_seven_numbers_a_parameter_and_clipping_three():
@@ -122,12 +122,12 @@ def test_adapters_train_instead_of_weights():
 def test_more_work_never_takes_less(held, share, more, batch):
     setup = dataclasses.replace(SETUP, batch_size=batch)
     larger = dataclasses.replace(setup, batch_size=batch + more)
-    tuned = [1, 1]
+    trainable = [1, 1]
     seconds = [
         sum(op.seconds(1e3, 1e3) for phase in (step.forward, step.backward, step.optimizer) for op in phase)
         for step in (
-            training_step(SHAPE, setup, held, tuned, [share, share]),
-            training_step(SHAPE, larger, held, tuned, [share, share]),
+            training_step(SHAPE, setup, held, trainable, [share, share]),
+            training_step(SHAPE, larger, held, trainable, [share, share]),
             training_step(SHAPE, larger, held, held, [1.0, 1.0]),
         )
     ]

@@ -100,8 +100,8 @@ def test_devices_train_what_their_links_can_send_in_the_fleets_pace(reference):
     aggregator's link) and 200: 0.348 and 0.287 units of time. The pace is their geometric mean, 0.316, in which 26 and
     4 experts are fetched and sent."""
     first, second = reference[0].run("flux").rounds
-    assert [sum(first.clients[name].tuned) for name in ("fast", "slow")] == [1, 1], "no rate is known yet"
-    assert sum(second.clients["fast"].tuned) == 26 and 1 < sum(second.clients["slow"].tuned) <= 4
+    assert [sum(first.clients[name].trainable) for name in ("fast", "slow")] == [1, 1], "no rate is known yet"
+    assert sum(second.clients["fast"].trainable) == 26 and 1 < sum(second.clients["slow"].trainable) <= 4
     store = Store(reference[1] / "flux" / "run", read_only=True)
     surveys = {client.name: client.survey for client in store.clients()}
     store.close()

@@ -61,12 +61,12 @@ def test_every_fault_of_a_file_is_told_at_once(tmp_path):
     text = text.replace('"hfedmoe"', '"hfedmo"')
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, text)
-    for fault in ("rounds is 'three'", "colour", "local-stepz", "fleet.speed", "'much'", "hfedmo", "fleet.toml"):
-        assert fault in str(caught.value)
+    for error in ("rounds is 'three'", "colour", "local-stepz", "fleet.speed", "'much'", "hfedmo", "fleet.toml"):
+        assert error in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "fault"),
+    ("old", "new", "error"),
     [
         ("rounds = 3", "rounds = 0", "rounds is 0"),
         ("OLMoE-1B-7B", "GPT-9", "cost-shape is 'GPT-9'"),
@@ -89,10 +89,10 @@ def test_every_fault_of_a_file_is_told_at_once(tmp_path):
         ("[[fleet]]", "[fleet]", ""),
     ],
 )
-def test_impossible_values_are_named(tmp_path, old, new, fault):
+def test_impossible_values_are_named(tmp_path, old, new, error):
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, GOOD.replace(old, new))
-    assert fault in str(caught.value)
+    assert error in str(caught.value)
 
 
 def test_an_absent_file_and_an_empty_fleet_are_told(tmp_path):

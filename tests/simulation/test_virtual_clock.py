@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgefed.simulation.cost_model import ClientTimes
+from edgefed.simulation.device_rates import ClientTimes
 from edgefed.simulation.virtual_clock import VirtualClock
 
 

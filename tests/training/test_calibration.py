@@ -11,15 +11,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from edgefed.costs.activations import static_bytes
+from edgefed.costs.memory import Correction, StepSetup, training_memory
+from edgefed.costs.shapes import ModelShape, shape_from_config
 from edgefed.experts import ExpertPlan
 from edgefed.moe.architecture import discover_layers
-from edgefed.moe.memory import Correction, StepSetup, training_memory
 from edgefed.moe.model import MoeModel
 from edgefed.moe.offloading import OffloadSpace
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.shapes import ModelShape, shape_from_config
-from edgefed.moe.sources import MemorySource
-from edgefed.moe.stored import static_bytes
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training import calibration
 from edgefed.training.calibration import StepMeasurement, correction_from, measure_step
 from edgefed.training.savings import make_optimizer
@@ -74,16 +73,16 @@ class Bench:
             **{"kernels": self.model.training_kernels(), **how},
         )
 
-    def apply(self, kept: list[int], tuned: list[int]) -> None:
+    def apply(self, kept: list[int], trainable: list[int]) -> None:
         plan = ExpertPlan.of(
             self.model.experts_per_layer,
-            [range(count) for count in tuned],
-            [range(few, many) for few, many in zip(tuned, kept, strict=True)],
+            [range(count) for count in trainable],
+            [range(few, many) for few, many in zip(trainable, kept, strict=True)],
         )
         self.model.apply_plan(plan, self.source, self.scope, offload=self.offload)
 
-    def measure(self, setup: StepSetup, kept: list[int], tuned: list[int], steps: int = 2) -> list[StepMeasurement]:
-        self.apply(kept, tuned)
+    def measure(self, setup: StepSetup, kept: list[int], trainable: list[int], steps: int = 2) -> list[StepMeasurement]:
+        self.apply(kept, trainable)
         parameters = list(self.model.trainable_parameters())
         optimizer = make_optimizer(parameters, "adamw", learning_rate=1e-4, weight_decay=0.0)
         generator = torch.Generator().manual_seed(1)
@@ -129,11 +128,11 @@ def test_one_step_of_one_plan_corrects_all_plans(family, dtype, mode, kernels, m
         (bench.setup(checkpointing=True), [8] * layers, [2] * layers),
         (bench.setup(chunked_loss=True, checkpointing=True), [8] * layers, [8] * layers),
     ]
-    for setup, kept, tuned in cases:
-        measured = bench.measure(setup, kept, tuned)[-1]
-        predicted = training_memory(bench.shape, setup, kept, tuned, correction)
+    for setup, kept, trainable in cases:
+        measured = bench.measure(setup, kept, trainable)[-1]
+        predicted = training_memory(bench.shape, setup, kept, trainable, correction)
         share = predicted.total_bytes / measured.peak_bytes
-        assert 1.0 <= share <= 1.1, (setup, kept, tuned, share)
+        assert 1.0 <= share <= 1.1, (setup, kept, trainable, share)
 
 
 @pytest.mark.parametrize(("mode", "kernels"), [("full", "auto"), ("full", "reference"), ("lora", "auto")])
@@ -150,7 +149,7 @@ def test_a_measured_step_says_what_offloaded_experts_leave_in_memory(tmp_path, m
         setup = bench.setup(offload=True, **how)
         measured = bench.measure(setup, everything, everything)[-1]
         static = static_bytes(bench.shape, setup, everything, everything)
-        layer = static["kept experts"] + static["tuned experts"]
+        layer = static["kept experts"] + static["trainable experts"]
         predicted = training_memory(bench.shape, setup, everything, everything, correction).total_bytes
         assert 1.0 <= predicted / (measured.peak_bytes + layer) <= 1.1, how
         resident = dataclasses.replace(setup, offload=False)
@@ -187,15 +186,15 @@ def test_measured_parts_are_the_counted_ones():
     first, second = bench.measure(bench.setup(), [4] * 3, [2] * 3)
     expert = 3 * 128 * 384 * 4
     assert first.state_bytes == 0
-    assert (first.kept, first.tuned) == ((4, 4, 4), (2, 2, 2))
+    assert (first.kept, first.trainable) == ((4, 4, 4), (2, 2, 2))
     router = 128 * 8 * 4
     assert sum(first.gradient_bytes.values()) == 3 * (2 * expert + router)
     assert second.state_bytes == 2 * 3 * (2 * expert + router) + 4 * 3 * (2 * 2 + 1)
-    assert all(0 < share < 1 for share in first.tuned_share)
+    assert all(0 < share < 1 for share in first.trainable_share)
     assert all(0.5 <= share <= 1 for share in first.busier_share)
     assert [layer for layer, _, _ in first.backward] == [2, 1, 0]
     assert first.peak_bytes == max(first.phases.values()) == first.phases["loss"]
-    assert second.phases["forward"] > first.phases["forward"], "now with optimiser state"
+    assert second.phases["forward"] > first.phases["forward"], "now with optimizer state"
 
 
 def test_measuring_changes_nothing():
@@ -259,7 +258,7 @@ def test_a_process_that_cannot_reset_its_peak_says_so(monkeypatch):
 
 
 def test_a_correction_survives_json():
-    correction = Correction(0.9, 0, "a test", expert_scale=1.1, tuned_tokens=1.4, process_bytes=7)
+    correction = Correction(0.9, 0, "a test", expert_scale=1.1, trainable_tokens=1.4, process_bytes=7)
     assert Correction(**dataclasses.asdict(correction)) == correction
 
 

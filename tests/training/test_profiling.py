@@ -15,28 +15,27 @@ import pytest
 import torch
 
 from edgefed.errors import CheckpointError, ConfigError
-from edgefed.experts import LayerRecord, RouterRecord
+from edgefed.experts import ActivationProfile, LayerProfile
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
-from edgefed.moe import full_layers
+from edgefed.moe import lockstep as full_layers
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.bank import ExpertBank
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.encoding import TokenBlocks
-from edgefed.training.profiling import ProfileWay, activation_error, profile_blocks, top_k_agreement
+from edgefed.training.profiling import ProfilePass, activation_error, profile_blocks, top_k_agreement
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_training  # noqa: E402
 
-FIELDS = [f.name for f in dataclasses.fields(LayerRecord) if f.name != "num_tokens"]
+FIELDS = [f.name for f in dataclasses.fields(LayerProfile) if f.name != "num_tokens"]
 BATCHES, ROWS, LENGTH = 4, 4, 12
 HELD = [
-    ProfileWay("expert", None, ROWS, 1),
-    ProfileWay("layer", None, ROWS, 0),
-    ProfileWay("layer", None, ROWS, 3),
-    ProfileWay("all", None, ROWS, 1),
-    ProfileWay("layer", None, 1, 0),
+    ProfilePass("expert", None, ROWS, 1),
+    ProfilePass("layer", None, ROWS, 0),
+    ProfilePass("layer", None, ROWS, 3),
+    ProfilePass("all", None, ROWS, 1),
+    ProfilePass("layer", None, 1, 0),
 ]
 
 
@@ -74,7 +73,7 @@ def assert_same(record, expected, rtol=1e-6):
 @pytest.mark.parametrize("family", list(toy_training.KNOWN))
 def test_every_way_records_the_same(family):
     model, units, blocks = make(family)
-    expected = profile_blocks(model, blocks, way=ProfileWay(batch_size=ROWS), attention=True)
+    expected = profile_blocks(model, blocks, way=ProfilePass(batch_size=ROWS), attention=True)
     model.drop_experts()
     for way in HELD:
         record = profile_blocks(model, blocks, MemorySource(units), way, attention=True)
@@ -93,10 +92,10 @@ def test_quantised_is_the_model_of_the_quantised_values(family, storage):
         else tensors
         for key, tensors in units.items()
     }
-    plain = profile_blocks(model, blocks, MemorySource(units), ProfileWay("all"))
-    expected = profile_blocks(model, blocks, MemorySource(stored), ProfileWay("all"))
+    plain = profile_blocks(model, blocks, MemorySource(units), ProfilePass("all"))
+    expected = profile_blocks(model, blocks, MemorySource(stored), ProfilePass("all"))
     for hold in ("layer", "all"):
-        record = profile_blocks(model, blocks, MemorySource(units), ProfileWay(hold, storage, ROWS, 0))
+        record = profile_blocks(model, blocks, MemorySource(units), ProfilePass(hold, storage, ROWS, 0))
         for found, real, other in zip(record.layers, expected.layers, plain.layers, strict=True):
             np.testing.assert_allclose(found.gate_sum, real.gate_sum, rtol=2e-2 if storage == "int8" else 1e-5)
             if found is record.layers[-1]:
@@ -108,11 +107,11 @@ def test_each_expert_is_read_once_whatever_the_batches(storage):
     model, units, blocks = make("olmoe")
     model.drop_experts()
     for way, reads in (
-        (ProfileWay("layer", storage, ROWS, 0), 1),
-        (ProfileWay("layer", storage, 1, 0), 1),
-        (ProfileWay("all", storage, 1, 1), 1),
-        (ProfileWay("layer", storage, ROWS, 2), 2),
-        (ProfileWay("layer", storage, ROWS, 1), BATCHES),
+        (ProfilePass("layer", storage, ROWS, 0), 1),
+        (ProfilePass("layer", storage, 1, 0), 1),
+        (ProfilePass("all", storage, 1, 1), 1),
+        (ProfilePass("layer", storage, ROWS, 2), 2),
+        (ProfilePass("layer", storage, ROWS, 1), BATCHES),
     ):
         source = CountingSource(units)
         profile_blocks(model, blocks, source, way)
@@ -133,7 +132,7 @@ def test_only_one_layer_is_held_at_a_time(monkeypatch):
             super().__init__(*args)
 
     monkeypatch.setattr(full_layers, "ExpertBank", Watched)
-    profile_blocks(model, blocks, MemorySource(units), ProfileWay("layer", "nf4", ROWS, 0))
+    profile_blocks(model, blocks, MemorySource(units), ProfilePass("layer", "nf4", ROWS, 0))
     gc.collect()
     assert alive == [0, 0, 0, 0] and not any(bank() is not None for bank in made)
 
@@ -145,7 +144,7 @@ def test_adapters_are_part_of_it():
         if key.endswith(":lora"):
             for name, tensor in tensors.items():
                 tensor.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(len(key + name)))
-    base = profile_blocks(model, blocks, MemorySource(units), ProfileWay("all"))
+    base = profile_blocks(model, blocks, MemorySource(units), ProfilePass("all"))
     expected = profile_blocks(model, blocks, MemorySource(units), HELD[0], scope=scope)
     assert activation_error(expected, base) > 0
     for way in HELD[1:]:
@@ -196,13 +195,13 @@ def test_what_cannot_be_quantised_is_told():
     key = model.layers[0].expert_key(3)
     units[key]["down_proj"][0, 0] = torch.inf
     with pytest.raises(CheckpointError, match=f"'down_proj' of unit '{key}' cannot be stored as nf4"):
-        profile_blocks(model, blocks, MemorySource(units), ProfileWay("layer", "nf4", ROWS, 0))
+        profile_blocks(model, blocks, MemorySource(units), ProfilePass("layer", "nf4", ROWS, 0))
     with pytest.raises(ConfigError, match="read one at a time are used as they come"):
-        profile_blocks(model, blocks, MemorySource(units), ProfileWay("expert", "nf4", ROWS, 0))
+        profile_blocks(model, blocks, MemorySource(units), ProfilePass("expert", "nf4", ROWS, 0))
     with pytest.raises(ConfigError, match="asked for 'int4'"):
-        profile_blocks(model, blocks, MemorySource(units), ProfileWay("all", "int4", ROWS, 0))
+        profile_blocks(model, blocks, MemorySource(units), ProfilePass("all", "int4", ROWS, 0))
     with pytest.raises(ConfigError, match="asked for 'disk'"):
-        profile_blocks(model, blocks, MemorySource(units), ProfileWay("disk"))
+        profile_blocks(model, blocks, MemorySource(units), ProfilePass("disk"))
 
 
 def test_layers_without_attention_are_told():
@@ -216,8 +215,8 @@ def record(*frequencies):
     layers = []
     for values in frequencies:
         counts = np.array(values, dtype=np.float64)
-        layers.append(LayerRecord(10, counts, counts, counts, -counts, -counts, counts))
-    return RouterRecord(tuple(layers))
+        layers.append(LayerProfile(10, counts, counts, counts, -counts, -counts, counts))
+    return ActivationProfile(tuple(layers))
 
 
 def test_errors_by_hand():
@@ -234,4 +233,4 @@ def test_errors_by_hand():
         activation_error(record([1, 2]), truth)
     empty = dataclasses.replace(truth.layers[0], num_tokens=0)
     with pytest.raises(ValueError, match="no token"):
-        activation_error(RouterRecord((empty,)), RouterRecord((empty,)))
+        activation_error(ActivationProfile((empty,)), ActivationProfile((empty,)))

@@ -1,4 +1,4 @@
-"""A step that saves memory computes the same: chunked loss, checkpointing, the optimisers, shorter sequences."""
+"""A step that saves memory computes the same: chunked loss, checkpointing, the optimizers, shorter sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from edgefed.errors import ConfigError
 from edgefed.experts import ExpertPlan
 from edgefed.methods.hfedmoe import HFedMoE
-from edgefed.moe.scope import TrainScope
+from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training import chunked_loss as chunked_module
 from edgefed.training import savings
@@ -26,7 +26,7 @@ from edgefed.training.steps import batch_loss, make_schedule, run_steps, step_se
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_training import KNOWN, batch, build, gradients_of, make_device  # noqa: E402
 
-TUNED, FROZEN = [0, 2, 5, 6], [3, 7]
+TRAINABLE, FROZEN = [0, 2, 5, 6], [3, 7]
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
@@ -159,7 +159,7 @@ def test_evaluation_in_chunks_and_in_small_batches_is_the_same():
 @pytest.mark.parametrize("family", KNOWN)
 def test_checkpointing_gives_the_same_and_counts_once(family, mode, tmp_path):
     scope = TrainScope(experts=mode, router=mode, attention=mode if mode == "lora" else "none", lora_rank=2)
-    model = make_device(family, tmp_path, scope, TUNED, FROZEN)
+    model = make_device(family, tmp_path, scope, TRAINABLE, FROZEN)
     if model is None:
         pytest.skip("not in this transformers")
     ids, labels = batch()
@@ -191,7 +191,7 @@ def test_checkpointing_gives_the_same_and_counts_once(family, mode, tmp_path):
 
 
 def test_checkpointing_keeps_less_for_the_backward_pass(tmp_path):
-    model = make_device("olmoe", tmp_path, TrainScope(), TUNED, num_hidden_layers=6, hidden_size=64)
+    model = make_device("olmoe", tmp_path, TrainScope(), TRAINABLE, num_hidden_layers=6, hidden_size=64)
     ids, labels = batch(rows=2, length=60)
     kept = []
     for on in (False, True):
@@ -216,7 +216,7 @@ def test_a_model_without_checkpointing_is_refused_by_name():
         pass
 
 
-# --- optimisers -------------------------------------------------------------------------------------------------------
+# --- optimizers -------------------------------------------------------------------------------------------------------
 
 
 def test_plain_adamw_is_torchs_without_a_copy_of_all_parameters():
@@ -322,7 +322,7 @@ def test_savings_switched_on_between_steps_change_nothing_but_memory(tmp_path):
 
     outcomes = []
     for number, saving in enumerate((False, True)):
-        model = make_device("olmoe", tmp_path / str(number), TrainScope(), TUNED, FROZEN)
+        model = make_device("olmoe", tmp_path / str(number), TrainScope(), TRAINABLE, FROZEN)
 
         def setups(setup, saving=saving):
             if saving:
@@ -345,7 +345,7 @@ def test_savings_switched_on_between_steps_change_nothing_but_memory(tmp_path):
 def test_a_shorter_sequence_applies_from_the_next_step(tmp_path):
     import dataclasses
 
-    model = make_device("olmoe", tmp_path, TrainScope(), TUNED, FROZEN)
+    model = make_device("olmoe", tmp_path, TrainScope(), TRAINABLE, FROZEN)
     outcome, losses = steps_with(model, lambda setup: iter([dataclasses.replace(setup, sequence_length=10)]))
     assert len(losses) == 4 and outcome.num_tokens == 2 * 20 + 3 * 2 * 10
     assert all(record.num_tokens == outcome.num_tokens for record in outcome.record.layers)
@@ -354,7 +354,7 @@ def test_a_shorter_sequence_applies_from_the_next_step(tmp_path):
 def test_the_first_step_can_be_measured_and_is_the_same_step(tmp_path):
     results = []
     for number in range(2):
-        model = make_device("olmoe", tmp_path / str(number), TrainScope(), TUNED, FROZEN)
+        model = make_device("olmoe", tmp_path / str(number), TrainScope(), TRAINABLE, FROZEN)
         training = TrainingConfig(local_steps=3, batch_size=2, sequence_length=20)
         seen = []
 
@@ -375,7 +375,7 @@ def test_the_first_step_can_be_measured_and_is_the_same_step(tmp_path):
 def test_a_step_that_diverges_changes_no_weight(tmp_path):
     from edgefed.errors import TrainingDiverged
 
-    model = make_device("olmoe", tmp_path, TrainScope(), TUNED)
+    model = make_device("olmoe", tmp_path, TrainScope(), TRAINABLE)
     with torch.no_grad():
         model.module.lm_head.weight.fill_(float("nan"))
     parameters = list(model.trainable_parameters())
@@ -388,7 +388,7 @@ def test_a_step_that_diverges_changes_no_weight(tmp_path):
 
 
 def test_the_setup_names_the_device_and_the_dtype(tmp_path):
-    model = make_device("olmoe", tmp_path, TrainScope(), TUNED)
+    model = make_device("olmoe", tmp_path, TrainScope(), TRAINABLE)
     setup = step_setup(model, TrainingConfig(batch_size=3, sequence_length=40, experts="lora"), checkpointing=True)
     assert (setup.device, setup.dtype, setup.batch_size, setup.sequence_length) == ("cpu", "float32", 3, 40)
     assert setup.experts == "lora" and setup.checkpointing and not setup.chunked_loss

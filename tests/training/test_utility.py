@@ -9,8 +9,7 @@ import torch
 
 from edgefed.experts import ExpertPlan
 from edgefed.kernels.quantization import dequantize_experts
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.gradient_norms import GradientNorms
 from edgefed.training.steps import batch_loss
 from edgefed.training.utility import probe_gradient_norms, utilities
@@ -41,8 +40,8 @@ def true_squares(model, input_ids, labels):
 
 @pytest.fixture
 def device(tmp_path):
-    def make(scope=FULL, tuned=(0, 1, 2, 3), frozen=None, **changes):
-        model = make_device("olmoe", tmp_path / "model", scope, tuned, frozen, **changes)
+    def make(scope=FULL, trainable=(0, 1, 2, 3), frozen=None, **changes):
+        model = make_device("olmoe", tmp_path / "model", scope, trainable, frozen, **changes)
         model.module.eval()
         return model
 
@@ -87,7 +86,7 @@ def test_forward_only_estimates_agree_with_true_gradients(device):
 
 
 def test_probes_leave_the_model_as_it_was(device):
-    model = device(tuned=(0, 1), frozen=(2, 3))
+    model = device(trainable=(0, 1), frozen=(2, 3))
     model.module.train()
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     ids, labels = batch()

@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgefed.experts import ExpertPlan
 from edgefed.moe.model import MoeModel
-from edgefed.moe.scope import TrainScope
-from edgefed.moe.sources import MemorySource
+from edgefed.moe.units import MemorySource, TrainScope
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "moe"))
 from toy_models import FAMILIES, MORE_FAMILIES, SINCE  # noqa: E402
@@ -30,7 +29,7 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes):
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
-def make_device(family: str, folder: Path, scope: TrainScope, tuned, frozen=None, **changes) -> MoeModel | None:
+def make_device(family: str, folder: Path, scope: TrainScope, trainable, frozen=None, **changes) -> MoeModel | None:
     """A model with a plan in place, made from a checkpoint in ``folder``, in training mode."""
     module = build(family, **changes)
     if module is None:
@@ -45,7 +44,7 @@ def make_device(family: str, folder: Path, scope: TrainScope, tuned, frozen=None
         if spec.kind != "expert":
             model.load_unit(spec.key, units[spec.key])
     layers = len(model.experts_per_layer)
-    plan = ExpertPlan.of(model.experts_per_layer, [tuned] * layers, [frozen or []] * layers)
+    plan = ExpertPlan.of(model.experts_per_layer, [trainable] * layers, [frozen or []] * layers)
     model.apply_plan(plan, MemorySource(units), scope)
     model.module.train()
     return model

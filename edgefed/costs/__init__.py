@@ -1,0 +1,1 @@
+"""What a training step costs in memory and time. Pure: no torch, no files, no sensors."""

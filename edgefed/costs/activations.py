@@ -1,0 +1,381 @@
+"""What a training step keeps between forward and backward, and needs on the way: formulas, no torch.
+
+Written from transformers' blocks and from the kernels of the experts: the reference (`edgefed.kernels.masked_experts`)
+and the native one (`edgefed.kernels.native_experts`, told to keep the up projection). H hidden_size, I expert_width,
+U outputs of the up projection (2I where it is gated), T tokens of a batch, V vocab_size, E experts,
+P (token, expert) pairs, R LoRA rank, w bytes of a number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from edgefed.costs.shapes import LayerShape, ModelShape
+from edgefed.costs.step_setup import (
+    ADAPTER_BYTES,
+    BLOCKSIZE,
+    CHUNK_TOKENS,
+    CORRECTED_MARGIN,
+    CUBLAS_BYTES,
+    DTYPE_BYTES,
+    EIGHT_BIT_CODES,
+    EIGHT_BIT_MIN_ELEMENTS,
+    EIGHT_BIT_STATE,
+    MARGIN,
+    SCALE_BYTES,
+    STORAGE_BYTES,
+    TUNED_TOKENS,
+    UNPACKING_BYTES,
+    Correction,
+    StepSetup,
+)
+
+INDEX_BYTES = 48
+"""Per (token, expert) pair: its slot, its place, its weight, and what choosing it kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Bytes per decoder layer: kept for its backward pass ``outside`` and ``inside`` its experts, and needed on the
+    way, in its ``forward`` and its ``backward`` pass. ``tail``: what embedding and last norm keep, and
+    attention masks; ``loss``: logits. ``scores``: the part of ``outside`` that is attention scores: they grow with the
+    square of the length, so what a step of another length says of the rest says nothing of them.
+
+    ``stays``: the part of ``inside`` that is still there when the experts have their gradients: with the reference the
+    gathered input, with native kernels all (infinite). Layers before ``first`` have nothing to learn in them or below,
+    so they keep nothing.
+    """
+
+    outside: list[float]
+    scores: list[float]
+    inside: list[float]
+    stays: list[float]
+    forward: list[float]
+    backward: list[float]
+    tail: float
+    loss: float
+    first: int
+
+
+def activations(
+    shape: ModelShape,
+    setup: StepSetup,
+    kept: Sequence[int],
+    trainable: Sequence[int],
+    trainable_share: Sequence[float] | None = None,
+    trainable_tokens: float = TUNED_TOKENS,
+    flows_in: bool | None = None,
+) -> Activations:
+    """The formulas for one step, without margin or correction.
+
+    ``trainable_share``: part of the (token, expert) pairs of each MoE layer that trainable experts compute; by default that of
+    their number times ``trainable_tokens``. ``flows_in``: the embedding's output takes a gradient,
+    so that the first layer keeps as much as the others; by default with checkpointing, for which transformers asks it.
+    """
+    flows_in = setup.checkpointing if flows_in is None else flows_in
+    first = 0 if flows_in else first_trained(shape, setup, trainable)
+    outside, scores, inside, stays, forward, backward = [], [], [], [], [], []
+    native = setup.kernels == "native"
+    counts = iter(enumerate(zip(kept, trainable, strict=True)))
+    for index, layer in enumerate(shape.layers):
+        moe, (count_kept, count_trainable) = next(counts) if layer.num_experts else (-1, (0, 0))
+        share = 0.0
+        if count_trainable:
+            share = (
+                trainable_share[moe] if trainable_share else min(1.0, trainable_tokens * count_trainable / count_kept)
+            )
+        pairs = setup.tokens * min(layer.top_k, count_kept)
+        below = index > first or setup.attention != "none" or flows_in
+        learns = index >= first
+        outside.append(outside_experts(shape, layer, setup, mixer=below) if learns else 0.0)
+        scores.append(float(score_bytes(shape, layer, setup)) if learns and below else 0.0)
+        inside.append(inside_experts(shape, layer, setup, pairs, share, below) if learns and pairs else 0.0)
+        gathered = pairs * shape.hidden_size * setup.width if learns and share else 0.0
+        stays.append(math.inf if native else gathered)
+        keeps = learns and not setup.checkpointing
+        forward.append(forward_transient(shape, layer, setup, pairs, keeps=keeps))
+        backward.append(backward_transient(shape, layer, setup, pairs) if learns else 0.0)
+    tail = setup.tokens * shape.hidden_size * (4 + 2 * setup.width)
+    tail += shape.masks * setup.tokens * setup.sequence_length * setup.width
+    tokens = min(setup.tokens, CHUNK_TOKENS) if setup.chunked_loss else setup.tokens
+    loss = 12.0 * tokens * shape.vocab_size
+    return Activations(outside, scores, inside, stays, forward, backward, tail, loss, first)
+
+
+def corrected(raw: Activations, correction: Correction | None) -> Activations:
+    """The formulas with what a measured step says about them, and the margin in either case."""
+    if correction is None:
+        factors = dict.fromkeys(("activation", "expert", "loss", "transient", "forward"), MARGIN)
+        factors["loss"] = 1.0
+    else:
+        names = ("activation", "expert", "loss", "transient", "forward")
+        factors = {name: CORRECTED_MARGIN * getattr(correction, f"{name}_scale") for name in names}
+    margin = MARGIN if correction is None else CORRECTED_MARGIN
+    rest = [(size - scores) * factors["activation"] for size, scores in zip(raw.outside, raw.scores, strict=True)]
+    return dataclasses.replace(
+        raw,
+        outside=[size + scores * margin for size, scores in zip(rest, raw.scores, strict=True)],
+        inside=[size * factors["expert"] for size in raw.inside],
+        forward=[size * factors["forward"] for size in raw.forward],
+        backward=[size * factors["transient"] for size in raw.backward],
+        tail=raw.tail * margin,
+        loss=raw.loss * factors["loss"],
+    )
+
+
+def first_trained(shape: ModelShape, setup: StepSetup, trainable: Sequence[int]) -> int:
+    """Index of the first layer with anything that trains."""
+    counts = iter(trainable)
+    for index, layer in enumerate(shape.layers):
+        count = next(counts) if layer.num_experts else 0
+        expert, rest = trained_tensors(layer, setup)
+        if rest or (expert and count):
+            return index
+    return len(shape.layers)
+
+
+def outside_experts(shape: ModelShape, layer: LayerShape, setup: StepSetup, *, mixer: bool = True) -> float:
+    """What one layer keeps outside its experts: norms, attention or what stands for it, router, dense or shared MLP.
+
+    T (8 H + 2 w H) for two norms (float32 copy, residual), 7/4 w for each number that the mixer's projections give,
+    2 w for each that the dense ones give, 8 T E for the router; attention scores where they are kept. Where attention
+    trains, the inputs of its projections; by LoRA also its weights with their updates, which are made in each pass.
+    A selective scan keeps 12 bytes for each number of its state (14 in half precision), measured on transformers' own
+    form of Jamba's, the one that runs without hub kernels.
+    """
+    tokens, w = setup.tokens, setup.width
+    size = tokens * shape.hidden_size * (4 + w) * (2 if mixer else 1)
+    if setup.attention != "none":
+        size += tokens * w * 2 * shape.hidden_size  # what the projections' weight gradients need
+    if setup.attention == "lora":
+        size += w * sum(size_in * size_out for size_in, size_out in layer.attention_matrices)
+    if mixer:
+        size += tokens * (1.75 * w * layer.mixer_width + 4 * layer.num_heads) + score_bytes(shape, layer, setup)
+        size += tokens * layer.scan_states * (12 if w == 4 else 14)
+    return size + tokens * (2 * w * layer.dense_width + 8 * layer.num_experts)
+
+
+def score_bytes(shape: ModelShape, layer: LayerShape, setup: StepSetup) -> int:
+    """Attention scores (T, sequence) of all heads, where they are kept: see `ModelShape.scores`."""
+    if not shape.scores or (shape.scores == "float32" and setup.device != "cpu"):
+        return 0
+    width = {"dtype": setup.width, "float32": 4, "both": 4 + setup.width}[shape.scores]
+    return setup.tokens * setup.sequence_length * layer.num_heads * width
+
+
+def inside_experts(
+    shape: ModelShape, layer: LayerShape, setup: StepSetup, pairs: int, trainable_share: float, below: bool
+) -> float:
+    """What the experts of one layer keep: see `edgefed.kernels.masked_experts`. ``below``: their input has a gradient.
+
+    Per pair with the reference: the up projection and the activation's result, where anything flows through; the
+    product that a trainable down projection needs; gathered input and outputs (H); indices. With native kernels: the up
+    projection, whoever learns; indices. And the output (H) per token, which is there when the layer has been counted.
+    """
+    w, output = setup.width, setup.tokens * shape.hidden_size * setup.width
+    if setup.kernels == "native":
+        return pairs * (w * _up_width(layer) + INDEX_BYTES) + output
+    learns = setup.experts != "none" and trainable_share > 0
+    through = 1.0 if below else trainable_share
+    width = layer.expert_width
+    per_pair = w * (layer.kept_by_gate * width * through + width * trainable_share + shape.hidden_size * (1 + learns))
+    if setup.experts == "lora":
+        per_pair += 2 * w * setup.lora_rank * through
+    return pairs * (per_pair + INDEX_BYTES) + output
+
+
+def forward_transient(
+    shape: ModelShape, layer: LayerShape, setup: StepSetup, pairs: int, *, keeps: bool = False
+) -> float:
+    """What the forward pass of one layer needs on the way. By the reference: the experts' outputs, weighted in float32.
+    By native kernels: activation and outputs, the up projection where the layer does not keep it (``keeps``), and what
+    the busiest expert gathers, at most all tokens."""
+    w = setup.width
+    if setup.kernels == "native":
+        experts = w * pairs * (layer.expert_width + shape.hidden_size + (0 if keeps else _up_width(layer)))
+        experts += w * setup.tokens * shape.hidden_size
+    else:
+        experts = pairs * shape.hidden_size * (4 + 2 * w)
+    mixer = setup.tokens * w * (layer.mixer_width + layer.dense_width)
+    mixer += 2 * score_bytes(shape, layer, setup) + 8 * setup.tokens * layer.scan_states
+    return max(experts, mixer) + setup.tokens * shape.hidden_size * (4 + w)
+
+
+def backward_transient(shape: ModelShape, layer: LayerShape, setup: StepSetup, pairs: int) -> float:
+    """What the backward pass of one layer needs on the way, beside the gradients of its weights; or of its dense part.
+
+    By the reference: gradients of the gathered rows (float32 and w), with the sum over experts that each of them adds
+    to. By native kernels: the activation and the gradient of the up projection while weights get their gradients, with
+    what the busiest expert gathers twice; then the latter and the gradient of the gathered rows.
+    """
+    w, hidden = setup.width, shape.hidden_size
+    if setup.kernels == "native":
+        up, width = _up_width(layer), layer.expert_width
+        activated = pairs * (2 * width + up)  # the gradient of the activation is there until that of the up projection
+        weights = pairs * (width + up) + 2 * hidden * setup.tokens
+        experts = w * max(activated, weights, pairs * (up + hidden)) + pairs * INDEX_BYTES
+    else:
+        experts = pairs * hidden * (8 + 3 * w)
+    mixer = setup.tokens * w * (2 * layer.mixer_width + 2 * layer.dense_width) + 2 * score_bytes(shape, layer, setup)
+    mixer += 8 * setup.tokens * layer.scan_states
+    return max(experts, mixer) + setup.tokens * hidden * (4 + w)
+
+
+def _up_width(layer: LayerShape) -> int:
+    """U, the outputs of an expert's up projection."""
+    return layer.expert_matrices[0][1] if layer.expert_matrices else 0
+
+
+# What a training step stores all the time or until its end, exactly: weights, gradients, optimizer state. No torch.
+
+
+def expert_bytes(layer: LayerShape, setup: StepSetup, storage: str | None = None) -> float:
+    """Bytes of one expert that does not train, with its adapter where the run has one."""
+    stored = storage or setup.expert_storage or setup.dtype
+    matrices = sum(_matrix_bytes(*sizes, stored, layer.is_transposed) for sizes in layer.expert_matrices)
+    adapter = ADAPTER_BYTES * _adapter(layer.expert_matrices, setup) if setup.experts == "lora" else 0
+    return matrices + sum(layer.expert_biases) * setup.width + adapter
+
+
+def _matrix_bytes(size_in: int, size_out: int, storage: str, is_transposed: bool) -> float:
+    """Bytes of one matrix of an expert, whose scales belong to rows (int8) or to blocks of 64 (nf4)."""
+    size = size_in * size_out
+    if storage == "int8":
+        return size + SCALE_BYTES * (size_in if is_transposed else size_out)
+    if storage == "nf4":
+        return -(-size // 2) + SCALE_BYTES * -(-size // BLOCKSIZE)
+    return size * STORAGE_BYTES[storage]
+
+
+def _adapter(sizes: Sequence[tuple[int, int]], setup: StepSetup) -> int:
+    return sum(setup.lora_rank * (size_in + size_out) for size_in, size_out in sizes)
+
+
+def _state_bytes(setup: StepSetup, width: int, sizes: Sequence[int]) -> float:
+    """Bytes that the optimizer keeps for tensors of these numbers of elements."""
+    if setup.optimizer == "adamw":
+        return sum(2 * width * size + 4 for size in sizes)  # a moment has its tensor's dtype; a float32 step counter
+    if setup.optimizer == "paged_adamw_8bit" and setup.device == "cuda":
+        return 0.0  # the driver moves them to the host
+    return sum(
+        EIGHT_BIT_STATE * size + EIGHT_BIT_CODES if size >= EIGHT_BIT_MIN_ELEMENTS else 8 * size for size in sizes
+    )
+
+
+def trained_tensors(layer: LayerShape, setup: StepSetup) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(elements, bytes of a number) of each trained tensor: of one trainable expert, and of the rest of the layer."""
+
+    def adapters(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(setup.lora_rank * size, ADAPTER_BYTES) for pair in sizes for size in pair]
+
+    expert: list[tuple[int, int]] = []
+    if setup.experts == "full":
+        expert = [(i * o, setup.width) for i, o in layer.expert_matrices]
+        expert += [(size, setup.width) for size in layer.expert_biases]
+    elif setup.experts == "lora":
+        expert = adapters(layer.expert_matrices)
+    rest: list[tuple[int, int]] = []
+    for mode, matrices, vectors in (
+        (setup.router, layer.router_matrices, layer.router_vectors),
+        (setup.attention, layer.attention_matrices, ()),
+    ):
+        if mode == "full":
+            rest += [(i * o, setup.width) for i, o in matrices]
+            rest += [(size, setup.width) for size in vectors]
+        elif mode == "lora":
+            rest += adapters(matrices)
+    return expert, rest
+
+
+def gradient_bytes(
+    shape: ModelShape, setup: StepSetup, trainable: Sequence[int], *, lasting: bool = False
+) -> list[int]:
+    """Gradient bytes per layer, as its backward pass makes them; ``lasting``: without offloaded experts', which go."""
+    sizes, counts = [], iter(trainable)
+    for layer in shape.layers:
+        expert, rest = trained_tensors(layer, setup)
+        count = next(counts) if layer.num_experts else 0
+        if lasting and setup.offload:
+            count = 0
+        sizes.append(count * sum(n * w for n, w in expert) + sum(n * w for n, w in rest))
+    return sizes
+
+
+def static_bytes(shape: ModelShape, setup: StepSetup, kept: Sequence[int], trainable: Sequence[int]) -> dict[str, int]:
+    """Bytes that are there all the time: weights, adapters and optimizer state.
+
+    A merged expert counts as a frozen one. It has no adapter, so with LoRA it takes a little less than that. Of
+    offloaded experts the largest layer is there; on a GPU all of them, unless checkpointing ends what a backward pass
+    needs with each layer.
+    """
+    linear_bytes = STORAGE_BYTES[setup.dense_storage or setup.dtype]
+    dense = shape.embedding_parameters * setup.width + shape.own_dtype_bytes + shape.other_parameters * setup.width
+    states, counts = 0.0, iter(zip(kept, trainable, strict=True))
+    held: list[tuple[float, float]] = []  # bytes of frozen and of trained experts, by layer
+    for layer in shape.layers:
+        expert, rest = trained_tensors(layer, setup)
+        trained_linear = sum(i * o for i, o in layer.attention_matrices) if setup.attention == "full" else 0
+        dense += (layer.linear_parameters - trained_linear) * linear_bytes
+        dense += (trained_linear + layer.other_parameters) * setup.width
+        dense += ADAPTER_BYTES * (
+            (_adapter(layer.attention_matrices, setup) if setup.attention == "lora" else 0)
+            + (_adapter(layer.router_matrices, setup) if setup.router == "lora" else 0)
+        )
+        for size, width in rest:
+            states += _state_bytes(setup, width, [size])
+        if not layer.num_experts:
+            continue
+        count_kept, count_trainable = next(counts)
+        trained = count_trainable * expert_bytes(layer, setup, setup.dtype if setup.experts == "full" else None)
+        held.append(((count_kept - count_trainable) * expert_bytes(layer, setup), trained))
+        if not setup.offload:
+            states += count_trainable * sum(_state_bytes(setup, width, [size]) for size, width in expert)
+    if setup.offload and (setup.device == "cpu" or setup.checkpointing):
+        held = [max(held, key=sum)] if held else []
+    return {
+        "dense": rounded_up(dense),
+        "kept experts": rounded_up(sum(frozen for frozen, _ in held)),
+        "trainable experts": rounded_up(sum(trained for _, trained in held)),
+        "optimizer": rounded_up(states),
+    }
+
+
+def offloaded_bytes(shape: ModelShape, setup: StepSetup, kept: Sequence[int], trainable: Sequence[int]) -> int:
+    """Bytes that offloaded experts take where they lie: weights, and gradients and two moments of what trains."""
+    total = 0.0
+    for layer, count_kept, count_trainable in zip(shape.moe_layers, kept, trainable, strict=True):
+        expert, _ = trained_tensors(layer, setup)
+        total += count_kept * expert_bytes(layer, setup) + 3 * count_trainable * sum(n * w for n, w in expert)
+    return rounded_up(total)
+
+
+def optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence[int]) -> int:
+    """torch's AdamW has two copies of the tensor that it updates, and one of the tensor before it; the fused and the
+    8-bit ones have none."""
+    if setup.optimizer != "adamw" or setup.device != "cpu":
+        return 0
+    largest, counts = 0, iter(trainable)
+    for layer in shape.layers:
+        expert, rest = trained_tensors(layer, setup)
+        count = next(counts) if layer.num_experts else 0
+        largest = max([largest, *(n * w for n, w in (expert if count else []) + rest)])
+    return 3 * largest
+
+
+def workspace_bytes(shape: ModelShape, setup: StepSetup) -> int:
+    """Libraries' scratch, and where weights are quantised: an expert's matrix decoded, on the way with the reference
+    also its codes and scales at full size; or two matrices of the dense part."""
+    scratch = 0
+    if setup.expert_storage not in (None, *DTYPE_BYTES):
+        largest = max((i * o for layer in shape.moe_layers for i, o in layer.expert_matrices), default=0)
+        unpacking = 0 if setup.kernels == "native" else UNPACKING_BYTES[setup.expert_storage]
+        scratch = largest * (setup.width + unpacking)
+    if setup.dense_storage not in (None, *DTYPE_BYTES):
+        scratch = max(scratch, 2 * shape.largest_matrix * setup.width)
+    return scratch + (CUBLAS_BYTES if setup.device != "cpu" else 0)
+
+
+def rounded_up(value: float) -> int:
+    return -int(-value // 1)

@@ -1,0 +1,307 @@
+"""How much memory a training step needs at its peak, before anything is loaded. Arithmetic only: no torch, no model.
+
+Symbols: H hidden_size, I expert_width, T tokens of a batch, V vocab_size, K experts per token, P (token, expert) pairs,
+R LoRA rank, w bytes of a number. A step has four phases, and its peak is the largest of them, not their sum:
+
+    forward     weights + optimizer state + what the layers so far keep for the backward pass
+    loss        the same of all layers + logits and their gradient
+    backward    layer by layer from the last: kept tensors go, weight gradients come
+    optimizer   weights + optimizer state + all gradients + what the update of one tensor needs on the way
+
+What layers keep is a formula of the reference kernels (`edgefed.kernels.masked_experts`) and of transformers' blocks;
+one measured step corrects it (`edgefed.training.calibration`). Weights, gradients and states are counted exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from edgefed.costs.activations import (
+    Activations,
+    activations,
+    corrected,
+    expert_bytes,
+    forward_transient,
+    gradient_bytes,
+    optimizer_temporary,
+    outside_experts,
+    rounded_up,
+    score_bytes,
+    static_bytes,
+    workspace_bytes,
+)
+from edgefed.costs.shapes import ModelShape
+from edgefed.costs.step_setup import (
+    ADAPTER_BYTES,
+    ALLOWANCE,
+    DTYPE_BYTES,
+    STORAGE_BYTES,
+    TUNED_TOKENS,
+    Correction,
+    StepSetup,
+)
+from edgefed.errors import ConfigError
+
+__all__ = [
+    "ADAPTER_BYTES",
+    "DTYPE_BYTES",
+    "STORAGE_BYTES",
+    "ComputeBudget",
+    "Correction",
+    "MemoryEstimate",
+    "StepSetup",
+    "compute_budget",
+    "profiling_memory",
+    "training_memory",
+]
+
+_MIB = 1024 * 1024
+ATTENTION_BYTES = 32 * _MIB
+"""A piece of attention weights and its copies: `edgefed.moe.attention_received`, PIECE_BYTES times PIECE_COPIES."""
+PAUSED_HIDDEN, PAUSED_PER_EXPERT, PAUSED_PER_PAIR = 5.5, 8, 24
+"""What a batch keeps per token while it waits for the next layer: hidden states (4 in OLMoE, 5.5 in GPT-OSS, counted),
+logits of the router, its choice."""
+PAUSED_BYTES = 6 * _MIB
+"""What each thread of a waiting batch keeps on a CPU: scratch of the matrix library, up to 4.6 MiB measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """``parts`` is what the peak is made of, in bytes and display order; ``phases`` the peak of each phase."""
+
+    parts: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def phase(self) -> str:
+        """The phase that is the peak."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeBudget:
+    """How many experts per MoE layer fit, each number for itself, at most what the largest layer has.
+
+    ``profile_per_layer``: resident in a forward pass. ``keep_per_layer``: held while one of them trains.
+    ``tune_per_layer``: held while all of them train. 0 means that not even one fits. ``estimate`` is of the last plan
+    that fits (all trainable, else one trainable), or of one expert per layer when nothing does. ``limit`` says in words what
+    ended it, ``limits`` the same for each number: profile, keep, tune.
+    """
+
+    profile_per_layer: int
+    keep_per_layer: int
+    tune_per_layer: int
+    estimate: MemoryEstimate
+    limit: str
+    limits: dict[str, str]
+
+
+def training_memory(
+    shape: ModelShape,
+    setup: StepSetup,
+    kept: int | Sequence[int],
+    trainable: int | Sequence[int],
+    correction: Correction | None = None,
+) -> MemoryEstimate:
+    """Peak of a training step from the second on (the first has no optimizer state yet).
+
+    ``kept`` and ``trainable``: experts of each MoE layer, one number for all or one per layer; trainable ones are among the
+    kept ones. A number above what a layer has means all of them. Raises ConfigError on impossible counts.
+    """
+    kept, trainable = _counts(shape, kept, trainable, setup)
+    static = static_bytes(shape, setup, kept, trainable)
+    gradients = gradient_bytes(shape, setup, trainable)
+    states = static["optimizer"]
+    base = sum(static.values())
+    trainable_tokens = correction.trainable_tokens if correction else TUNED_TOKENS
+    found = corrected(activations(shape, setup, kept, trainable, trainable_tokens=trainable_tokens), correction)
+    overhead = workspace_bytes(shape, setup) + (correction.overhead_bytes if correction else 0)
+    lasting = gradient_bytes(shape, setup, trainable, lasting=True)
+    moments = _moments(shape, setup, found, gradients, lasting)
+    moments["optimizer"] = (sum(lasting), optimizer_temporary(shape, setup, trainable), 0)
+    overhead += rounded_up(ALLOWANCE * (base + overhead + max(map(sum, moments.values()))))
+    phases = {phase: base + sum(moment) + overhead for phase, moment in moments.items()}
+    peak = moments[max(phases, key=phases.__getitem__)]
+    parts = {
+        "dense": static["dense"],
+        "kept experts": static["kept experts"],
+        "trainable experts": static["trainable experts"],
+        "gradients": peak[0],
+        "optimizer": states,
+        "activations": peak[1],
+        "logits": peak[2],
+        "workspace": overhead,
+    }
+    return MemoryEstimate(parts, phases)
+
+
+def _moments(
+    shape: ModelShape, setup: StepSetup, found: Activations, gradients: Sequence[int], lasting: Sequence[int]
+) -> dict[str, tuple[int, int, int]]:
+    """(gradients, activations, logits) at the peak of the forward pass, the loss and the backward pass. ``lasting``:
+    the gradients of each layer that stay behind its backward pass."""
+    kept = [outside + inside for outside, inside in zip(found.outside, found.inside, strict=True)]
+    again = [0.0] * len(kept)
+    if setup.checkpointing:  # only a layer's input is kept, the layer runs again in the backward pass
+        again, hidden = kept, setup.tokens * shape.hidden_size * setup.width
+        kept = [float(hidden)] * len(kept)
+    body = sum(kept) + found.tail
+    gone, cumulated, backward = 0, body, (0, 0, 0)
+    for layer in range(len(kept) - 1, found.first - 1, -1):
+        # The experts' tensors go while their gradients come, but for those that go last.
+        grown = max(0, gradients[layer] - int(max(0.0, found.inside[layer] - found.stays[layer])))
+        backward = max(backward, (gone + grown, int(cumulated + again[layer] + found.backward[layer]), 0), key=sum)
+        gone += lasting[layer]
+        cumulated -= kept[layer]
+    return {
+        "forward": (0, int(body + max(found.forward)), 0),
+        "loss": (0, int(body), int(found.loss)),
+        "backward": backward,
+    }
+
+
+def profiling_memory(
+    shape: ModelShape,
+    setup: StepSetup,
+    kept: int | Sequence[int],
+    *,
+    hold: str = "all",
+    together: int = 1,
+    attention: bool = False,
+    threads: int = 1,
+) -> MemoryEstimate:
+    """Peak of a forward pass without gradients and with one row of logits, as a profile is made.
+
+    ``hold``: "all" holds ``kept`` experts of each layer at once, "layer" those of one layer, "expert" one, of full
+    layers and as it comes (`edgefed.moe.lockstep`). ``together``: batches side by side, of which all but one wait.
+    ``attention``: the attention that tokens receive is recorded. ``threads``: of a CPU, that a batch computes with.
+    """
+    kept, _ = _counts(shape, kept, 0, setup)
+    storage = setup.expert_storage if hold != "expert" else None
+    setup = dataclasses.replace(
+        setup, experts="lora" if setup.experts == "lora" else "none", attention="none", expert_storage=storage
+    )
+    static = static_bytes(shape, setup, kept, tuple(0 for _ in kept))
+    sizes = [expert_bytes(layer, setup) for layer in shape.moe_layers]
+    read = max(expert_bytes(layer, setup, setup.dtype) for layer in shape.moe_layers)  # one expert, as it comes
+    if hold == "all":
+        experts = static["kept experts"]
+    else:
+        experts = max(size * count for size, count in zip(sizes, kept, strict=True)) if hold == "layer" else 0
+    flowing, pairs = 0, iter(kept)
+    for layer in shape.layers:
+        held = next(pairs) if layer.num_experts else 0
+        active = setup.tokens * min(layer.top_k, layer.num_experts if hold == "expert" else held)
+        flowing = max(flowing, forward_transient(shape, layer, setup, active) + outside_experts(shape, layer, setup))
+    if attention:
+        flowing += ATTENTION_BYTES + 2 * setup.tokens * setup.sequence_length * setup.width
+    waiting = _waiting_bytes(shape, setup, attention, threads) if together > 1 else 0
+    parts = {
+        "dense": static["dense"],
+        "kept experts": rounded_up(experts + (0 if hold == "all" and storage is None else read)),
+        "activations": int(flowing),
+        "waiting batches": (together - 1) * waiting,
+        "logits": setup.batch_size * shape.vocab_size * setup.width,
+        "workspace": workspace_bytes(shape, setup),
+    }
+    return MemoryEstimate(parts, {"forward": sum(parts.values())})
+
+
+def _waiting_bytes(shape: ModelShape, setup: StepSetup, attention: bool, threads: int) -> int:
+    """What one batch keeps while it waits, with its attention mask, and weights where its attention keeps them."""
+    tokens, hidden = setup.tokens, PAUSED_HIDDEN * shape.hidden_size * setup.width
+    routed = max(PAUSED_PER_EXPERT * layer.num_experts + PAUSED_PER_PAIR * layer.top_k for layer in shape.moe_layers)
+    size = tokens * (hidden + routed) + (PAUSED_BYTES * threads if setup.device == "cpu" else 0)
+    if attention or shape.masks:
+        size += 2 * tokens * setup.sequence_length * setup.width
+    if not attention:  # its pieces are gone
+        size += max(score_bytes(shape, layer, setup) for layer in shape.layers)
+    return int(size)
+
+
+def compute_budget(
+    shape: ModelShape, setup: StepSetup, usable_bytes: int, correction: Correction | None = None
+) -> ComputeBudget:
+    """How many experts per MoE layer can be profiled, kept and trainable within ``usable_bytes``; see ComputeBudget."""
+    room = usable_bytes - (correction.process_bytes if correction else 0)
+    most = shape.num_experts
+
+    def tuning(kept: int, trainable: int) -> MemoryEstimate:
+        return training_memory(shape, setup, kept, trainable, correction)
+
+    trains = int(setup.experts != "none")
+    estimates: dict[str, Callable[[int], MemoryEstimate]] = {
+        "profile": lambda kept: profiling_memory(shape, setup, kept),
+        "keep": lambda kept: tuning(kept, trains),
+        "tune": lambda kept: tuning(kept, kept),
+    }
+    found = {name: _largest(most, estimate, room) for name, estimate in estimates.items()}
+    if not trains:
+        found["tune"] = 0
+    limits = {name: _limit(found[name], most, estimate, room) for name, estimate in estimates.items()}
+    if not trains:
+        limits["tune"] = "no expert trains in this run"
+    return ComputeBudget(
+        profile_per_layer=found["profile"],
+        keep_per_layer=found["keep"],
+        tune_per_layer=found["tune"],
+        estimate=estimates["tune"](found["tune"]) if found["tune"] else estimates["keep"](max(1, found["keep"])),
+        limit=limits["tune" if trains else "keep"],
+        limits=limits,
+    )
+
+
+def _limit(count: int, most: int, estimate: Callable[[int], MemoryEstimate], room: int) -> str:
+    """Why not one more than ``count``."""
+    if count == most:
+        return f"nothing: all {most} experts of a layer fit"
+    beyond = estimate(count + 1)
+    largest = max(beyond.parts, key=beyond.parts.__getitem__)
+    experts = "one expert" if count == 0 else f"{count + 1} experts"
+    return (
+        f"{experts} per layer would need {_mib(beyond.total_bytes)} at the peak ({beyond.phase}), {_mib(room)} are "
+        f"usable; most of it is {largest} ({_mib(beyond.parts[largest])})"
+    )
+
+
+def _largest(most: int, estimate: Callable[[int], MemoryEstimate], room: int) -> int:
+    """The largest count in 1..most whose estimate fits, 0 when 1 does not. Estimates grow with the count."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if estimate(middle).total_bytes <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _counts(
+    shape: ModelShape, kept: int | Sequence[int], trainable: int | Sequence[int], setup: StepSetup
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    per_layer = shape.experts_per_layer
+
+    def spread(counts: int | Sequence[int], name: str) -> tuple[int, ...]:
+        if isinstance(counts, int):
+            counts = [counts] * len(per_layer)
+        if len(counts) != len(per_layer) or min(counts, default=0) < 0:
+            raise ConfigError(
+                f"{name} experts of {len(per_layer)} MoE layers are needed, none negative; found {list(counts)}"
+            )
+        return tuple(min(int(count), limit) for count, limit in zip(counts, per_layer, strict=True))
+
+    kept, trainable = spread(kept, "kept"), spread(trainable, "trainable")
+    if any(t > k for k, t in zip(kept, trainable, strict=True)):
+        raise ConfigError(
+            f"trainable experts are among the kept ones; found {list(trainable)} trainable of {list(kept)} kept"
+        )
+    return kept, trainable if setup.experts != "none" else tuple(0 for _ in trainable)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / _MIB:.1f} MiB"

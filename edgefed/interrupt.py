@@ -1,0 +1,52 @@
+"""Stopping: one event, set by the command line on Ctrl-C, ends every wait and every transfer.
+
+A blocking socket read does not notice an event, so `run_interruptibly` puts the request on a daemon thread and
+watches both. A request that is left behind ends by itself: its next byte raises `StopRequested`, its socket times
+out, or the process exits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+WATCH_S = 0.1
+"""How often a running request looks at the stop event: the most that Ctrl-C waits for."""
+
+T = TypeVar("T")
+
+
+class StopRequested(Exception):
+    """Somebody asked the agent to stop. Not an error: the journal stays resumable."""
+
+
+def pause(seconds: float, stop: threading.Event) -> None:
+    """Wait ``seconds``. Raises StopRequested as soon as ``stop`` is set."""
+    if stop.wait(seconds):
+        raise StopRequested
+
+
+def run_interruptibly(request: Callable[[], T], stop: threading.Event) -> T:
+    """Return ``request()``, or raise what it raises. Raises StopRequested within `WATCH_S` after ``stop`` is set."""
+    if stop.is_set():
+        raise StopRequested
+    results: list[T] = []
+    faults: list[BaseException] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            results.append(request())
+        except BaseException as error:  # handed to the caller's thread, whatever it is
+            faults.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=work, name="edgefed-request", daemon=True).start()
+    while not ended.wait(WATCH_S):
+        if stop.is_set():
+            raise StopRequested
+    if faults:
+        raise faults[0]
+    return results[0]

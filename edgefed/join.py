@@ -1,0 +1,218 @@
+"""Puts an agent together: what the device is and may use, identity and journal, transport, and the trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgefed.agent.agent import AgentSettings, RunSummary, open_agent
+from edgefed.errors import BudgetTooSmall, ConfigError
+from edgefed.hardware.budget import MemoryBudget, OwnMemory, plan_budget
+from edgefed.hardware.facts import DeviceFacts, MemoryKind
+from edgefed.hardware.memory import process_rss_bytes
+from edgefed.hardware.policy import policy_from_environment
+from edgefed.hardware.probe import probe_device
+from edgefed.hardware.profiles import match_profile
+from edgefed.hardware.sampling import MemorySensors
+from edgefed.hardware.watch import PressureWatch, WatchLimits
+from edgefed.progress import ProgressSink
+from edgefed.protocol.messages import DeviceInfo
+from edgefed.protocol.trainer import Trainer
+from edgefed.trainer.local_trainer import LocalTrainer
+from edgefed.trainer.planner import DeviceLimits
+
+MAX_PROBLEMS_SHOWN = 5
+MAX_TEXT_CHARACTERS = 200
+_PROGRAMS = re.compile(r" \([^()]*\)")
+"""The names of other programs in a budget's origin: the owner's business, not the server's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinConfig:
+    """What `edgefed join` was told. Sizes are bytes, shares are 0..1.
+
+    ``memory_bytes`` None: what is measured, anew before each round. ``device`` as `probe_device` takes it;
+    ``expert_storage`` as `edgefed.trainer.planner` has it, ``profile_storage`` as `edgefed.trainer.activation_profile`.
+    """
+
+    server: str
+    data: str
+    state: Path
+    name: str
+    memory_bytes: int | None = None
+    expert_share: float = 1.0
+    compute_share: float = 1.0
+    held_out_share: float = 0.1
+    token: str | None = None
+    device: str | None = None
+    expert_storage: str = "auto"
+    profile_storage: str = "auto"
+    task: str | None = None
+    """"images" or "text": take part with a model of one's own (FedMoE), ``model``; None: train the server's model."""
+    model: str | None = None
+    resize: bool = False
+    """Scale images of another size than the shared extractor's."""
+
+
+class DeviceMemory:
+    """What the device may use, measured again whenever it is asked; and the guard that looks at it in between.
+
+    Raises DeviceNotFound, ConfigError (the memory cannot be measured), BudgetTooSmall (there is none to spare).
+    """
+
+    def __init__(self, device: str | None, memory_bytes: int | None):
+        self._device, self._memory_bytes = device, memory_bytes
+        self._policy = policy_from_environment(os.environ)
+        self.facts: DeviceFacts = probe_device(device)
+        self.first: MemoryBudget = self._plan(self.facts)
+        self.latest: MemoryBudget = self.first
+        if self.first.now_bytes is None:
+            raise ConfigError(
+                f"how much memory training may use is unknown: {self.first.origin}", remedy="Pass --memory SIZE."
+            )
+        if self.first.now_bytes <= 0:
+            raise BudgetTooSmall(f"this device has no memory to spare: {self.first.origin}")
+
+    @property
+    def torch_device(self) -> str:
+        """Where the model lives: ``cuda:0``, or ``cpu`` where torch cannot use the GPU."""
+        return f"cuda:{self.facts.gpu.cuda_index}" if self.facts.trains_on_gpu else "cpu"
+
+    def measure(self) -> MemoryBudget:
+        """The budget of now, which becomes ``latest``."""
+        self.latest = self._plan(probe_device(self._device))
+        return self.latest
+
+    def describe(self) -> DeviceInfo:
+        """What the aggregator is told of this device at registration."""
+        facts, budget = self.facts, self.latest
+        profile = match_profile(facts)
+        gpu = facts.gpu if budget.kind is not MemoryKind.CPU else None
+        name = (gpu.name if gpu else facts.host.cpu_name).value
+        if budget.kind is MemoryKind.DISCRETE and gpu is not None:
+            total = gpu.memory_total_bytes.value
+        else:
+            total = facts.host.memory_total_bytes.value
+        return DeviceInfo(
+            name=_short(name or (profile.name if profile else "unknown")),
+            kind=budget.kind.value,
+            trains_on=self.torch_device.partition(":")[0],
+            profile=profile.id if profile else "",
+            total_bytes=total,
+            budget_bytes=budget.now_bytes,
+            ideal_budget_bytes=budget.ideal_bytes,
+            budget_origin=_short(_PROGRAMS.sub("", budget.origin)),
+            power_mode=_short(facts.tegra.power_mode.value or "") if facts.tegra else "",
+        )
+
+    def make_watch(self) -> PressureWatch:
+        """A guard with the limits of this device; not started."""
+        facts, kind = self.facts, self.first.kind
+        gpu_total = facts.gpu.memory_total_bytes.value if facts.gpu is not None else None
+        limits = WatchLimits.of(
+            kind,
+            facts.host.memory_total_bytes.value,
+            gpu_total,
+            self._memory_bytes if kind is MemoryKind.CPU else None,
+        )
+        available = facts.host.memory_available_bytes.value
+        if self._memory_bytes is not None and kind is not MemoryKind.DISCRETE and available is not None:
+            # An owner who gives more than the policy would leaves less in reserve: that is no reason to shrink.
+            left = available + process_rss_bytes() - self._memory_bytes
+            limits = limits.with_reserve_at_most(left)
+        # A GPU that torch cannot use may be lost, or full: training on the CPU is not concerned.
+        watched = facts if facts.trains_on_gpu else dataclasses.replace(facts, gpu=None)
+        return PressureWatch(MemorySensors(watched), limits)
+
+    def _plan(self, facts: DeviceFacts) -> MemoryBudget:
+        return plan_budget(
+            facts, override_bytes=self._memory_bytes, own=self._own(facts), policy=self._policy, for_training=True
+        )
+
+    def _own(self, facts: DeviceFacts) -> OwnMemory:
+        reserved = 0
+        if facts.trains_on_gpu:
+            import torch
+
+            reserved = torch.cuda.memory_reserved(facts.gpu.cuda_index)
+        return OwnMemory(rss_bytes=process_rss_bytes(), torch_reserved_bytes=reserved)
+
+
+def _short(text: str) -> str:
+    """Text as the server takes it: one printable line, not too long."""
+    line = "".join(character if character.isprintable() else " " for character in text)
+    return line[:MAX_TEXT_CHARACTERS]
+
+
+def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event) -> RunSummary:
+    """Take part in the run at ``config.server`` until it is over or ``stop`` is set.
+
+    The data is read first, so that a bad file is told before the server hears of this device. Raises what `Agent.run`,
+    the trainers and `DeviceMemory` raise.
+    """
+    memory = DeviceMemory(config.device, config.memory_bytes)
+    for note in dict.fromkeys((*memory.facts.notes, *memory.first.notes)):
+        progress.message(note)
+    make_trainer = _expert_trainer if config.task is None else _personal_trainer
+    trainer = make_trainer(config, memory, progress)
+    settings = AgentSettings(
+        name=config.name,
+        memory_bytes=memory.first.now_bytes,
+        expert_share=config.expert_share,
+        compute_share=config.compute_share,
+        device=memory.describe(),
+        budget_bytes=lambda: memory.latest.now_bytes,
+    )
+    with open_agent(
+        config.server, config.state, settings, trainer, token=config.token, progress=progress, stop=stop
+    ) as agent:
+        return agent.run()
+
+
+def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: ProgressSink) -> Trainer:
+    """Trains experts of the server's model, as many as the device affords."""
+    progress.message(f"{config.name}: {memory.first.origin}; at most {100 * config.expert_share:.0f} % of the experts")
+    trainer = LocalTrainer(
+        config.data,
+        config.state,
+        DeviceLimits(
+            config.memory_bytes,
+            config.expert_share,
+            config.compute_share,
+            config.profile_storage,
+            config.expert_storage,
+        ),
+        config.name,
+        held_out_share=config.held_out_share,
+        device=memory.torch_device,
+        measure_budget=memory.measure,
+        watch=memory.make_watch(),
+    )
+    _tell_problems(config.data, [f"line {each.line}: {each.reason}" for each in trainer.corpus.problems], progress)
+    return trainer
+
+
+def _personal_trainer(config: JoinConfig, memory: DeviceMemory, progress: ProgressSink) -> Trainer:
+    """Trains a model of the device's own beside the shared extractor."""
+    from edgefed.personal.tasks import make_task
+    from edgefed.personal.trainer import PersonalTrainer
+
+    task = make_task(config.task, config.data, config.model, config.name, config.held_out_share, config.resize)
+    _tell_problems(config.data, task.problems, progress)
+    of_classes = f" of {len(task.classes)} classes" if task.classes else ""
+    progress.message(
+        f"{config.name}: {task.num_examples} examples{of_classes}, own model {config.model}; "
+        "only the shared extractor leaves this device"
+    )
+    return PersonalTrainer(task, config.state, device=memory.torch_device)
+
+
+def _tell_problems(data: str, problems: Sequence[str], progress: ProgressSink) -> None:
+    for problem in problems[:MAX_PROBLEMS_SHOWN]:
+        progress.message(f"{data} {problem}")
+    if len(problems) > MAX_PROBLEMS_SHOWN:
+        progress.message(f"{data}: {len(problems)} lines cannot be used in all")

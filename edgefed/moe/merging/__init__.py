@@ -1,0 +1,1 @@
+"""Merging of experts: clustering, neuron alignment, merge plans."""

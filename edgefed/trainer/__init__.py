@@ -1,0 +1,1 @@
+"""One round of training on a device: plan, local steps, update."""

@@ -1,0 +1,139 @@
+"""What a device tells the aggregator of a round: the update, reports of its experts, a survey where it assigns them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgefed.disk import disk_errors
+from edgefed.errors import TrainingDiverged
+from edgefed.experts import ActivationProfile, ExpertPlan, Role
+from edgefed.hardware.memory import process_peak_rss_bytes
+from edgefed.methods.interface import Method
+from edgefed.moe.expert_reading import raw_array
+from edgefed.moe.model import MoeModel
+from edgefed.protocol import frames
+from edgefed.protocol.messages import ExpertReport, ExpertSurvey, FileInfo, UnitInfo
+from edgefed.training.encoding import TokenBlocks
+from edgefed.training.out_of_memory import with_smaller_batches
+from edgefed.training.steps import StepsOutcome
+from edgefed.training.utility import ProbeOutcome, probe_gradient_norms, utilities
+
+
+def write_update(model: MoeModel | None, units: Mapping[str, UnitInfo], path: Path) -> None:
+    """Write what was trained as one frame; an empty frame without a model. Raises TrainingDiverged, StorageError."""
+    tensors: dict[str, tuple[str, np.ndarray]] = {}
+    for spec, values in model.trained_units() if model else ():
+        unit = units[spec.key]
+        for info in unit.tensors:
+            value = values[info.name].detach()
+            if not torch.isfinite(value).all():
+                raise TrainingDiverged(f"{spec.key} {info.name} holds a value that is not finite")
+            tensors[frames.update_name(spec.key, info.name)] = (info.dtype, raw_array(value))
+    with disk_errors(path):
+        frames.write_frame(path, tensors)
+
+
+def round_metrics(
+    plan: ExpertPlan, outcome: StepsOutcome, before: float, after: float, num_shrinks: int, **more: float
+) -> dict[str, float]:
+    """The numbers of the ledger; ``before`` and ``after`` are held-out losses. What is not finite is left out."""
+    metrics = {
+        "train_loss": outcome.loss,
+        "held_out_loss_before": before,
+        "held_out_loss_after": after,
+        "experts_held": float(plan.num_resident),
+        "experts_trained": float(len(outcome.expert_steps)),
+        "memory_shrinks": float(num_shrinks),
+        "peak_expert_bytes": float(outcome.peak_expert_bytes),
+        "peak_rss_bytes": float(process_peak_rss_bytes()),
+        "train_tokens_per_s": outcome.tokens_per_s,
+        **more,
+    }
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def expert_reports(method: Method, plan: ExpertPlan, outcome: StepsOutcome) -> tuple[ExpertReport, ...]:
+    """What the aggregator is told of each expert that is held as itself, from the statistics of the training tokens."""
+    reports = []
+    for layer, record in enumerate(outcome.record.layers):
+        importance = method.expert_importance(record)
+        for expert in sorted(plan.resident(layer).tolist()):
+            reports.append(
+                ExpertReport(
+                    layer=layer,
+                    expert=expert,
+                    usage=float(min(1.0, record.mean_gate[expert])),
+                    importance=float(importance[expert]),
+                    steps=outcome.expert_steps[layer, expert],
+                    tokens=int(record.tokens_per_expert[expert]),
+                )
+            )
+    return tuple(reports)
+
+
+def probe_explored(
+    model: MoeModel,
+    plan: ExpertPlan,
+    blocks: TokenBlocks,
+    *,
+    directions: int,
+    most: int,
+    batch_size: int,
+    seed: int,
+    chunked: bool,
+    on_forward: Callable[[], None],
+    on_smaller: Callable[[int], None],
+) -> ProbeOutcome:
+    """Gradient norms of experts that are held as themselves but not trained, by forward passes over one batch.
+
+    ``most`` of them are drawn, and the batch is the first in an order, both by ``seed``. Out of memory, half of the
+    batch is taken.
+    """
+    explored = [(layer, int(expert)) for layer in range(plan.num_layers) for expert in plan.frozen(layer)]
+    if len(explored) > most:
+        explored = [explored[place] for place in sorted(np.random.default_rng(seed).permutation(len(explored))[:most])]
+    if not explored or not directions:
+        return ProbeOutcome({}, 0)
+
+    def probe(size: int) -> ProbeOutcome:
+        input_ids, labels = next(blocks.batches(size, torch.Generator().manual_seed(seed)))
+        return probe_gradient_norms(
+            model, explored, input_ids, labels, directions=directions, seed=seed, chunked=chunked, on_forward=on_forward
+        )
+
+    return with_smaller_batches(probe, batch_size, on_smaller)
+
+
+def expert_survey(
+    plan: ExpertPlan, profile: ActivationProfile, train_slots: int, outcome: StepsOutcome, probed: ProbeOutcome
+) -> ExpertSurvey:
+    """Utilities of the experts that were trained or explored, and how often the device's text uses each.
+
+    Without the upload rate: the delivery of the update says it (`edgefed.agent.delivery`).
+    """
+    squares = {**outcome.expert_gradients, **probed.mean_squares}
+    return ExpertSurvey(
+        utility=utilities(squares, outcome.record),
+        frequency=tuple(tuple(min(1.0, float(share)) for share in layer.frequency) for layer in profile.layers),
+        tune_slots=sum(len(plan.resident(layer)) for layer in range(plan.num_layers)),
+        train_slots=train_slots,
+    )
+
+
+def is_held(unit: UnitInfo, plan: ExpertPlan) -> bool:
+    """Whether ``unit`` is an expert, or the adapter of one, that the plan puts on the device."""
+    return unit.kind == "expert" and plan.roles[unit.layer][unit.expert] != Role.ABSENT
+
+
+def kept_blobs(
+    method: Method, plan: ExpertPlan, files: Iterable[FileInfo], units: Iterable[UnitInfo]
+) -> frozenset[str]:
+    """Hashes of what the next round may need: `TrainedUpdate.keep`. ``units`` as the round used them."""
+    profiles = method.profiles_every_round or method.profiles_while_waiting
+    kept = {unit.sha256 for unit in units if profiles or unit.kind != "expert" or is_held(unit, plan)}
+    return frozenset(kept | {file.sha256 for file in files})
