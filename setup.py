@@ -45,7 +45,7 @@ class BuildNative(build_ext):
         requested = os.environ.get("EDGEFED_NATIVE", "auto")
         if requested == "0":
             print(f"edgefed: {ext.name} left out (EDGEFED_NATIVE=0)")
-            return
+            return None
         if ext.name == "edgefed._cuda":
             return self.build_cuda(ext)
         target = Path(self.get_ext_fullpath(ext.name))

@@ -114,7 +114,8 @@ def measure_errors(args: argparse.Namespace) -> dict:
 
 def measure_losses(args: argparse.Namespace) -> list[dict]:
     """Held-out loss of the whole model with merged experts, which counts what errors of early layers do to later ones;
-    all sizes, plain K-means, mean over the first ``--loss-clients`` clients."""
+    all sizes, plain K-means, mean over the first ``--loss-clients`` clients.
+    """
     folder = tiny_model_directory()
     model, tokenizer = MoeModel.from_checkpoint(folder), load_tokenizer(folder)
     source = MemorySource({spec.key: tensors for spec, tensors in model.iter_units()})
@@ -263,7 +264,8 @@ def measure_clustering(layers: int, experts: int, slots: int, components: int, r
 
 def masked_kmeans(points: list[np.ndarray], counts: list[int], iterations: int = 20) -> np.ndarray:
     """The paper's picture taken literally: all experts against all centres, pairs of different layers masked. Starts
-    from the first points of each layer, without k-means++, and mends no empty cluster: less work than the others do."""
+    from the first points of each layer, without k-means++, and mends no empty cluster: less work than the others do.
+    """
     x = np.concatenate(points)
     owner = np.repeat(np.arange(len(points)), [len(p) for p in points])
     centres = np.concatenate([p[:count] for p, count in zip(points, counts, strict=True)])

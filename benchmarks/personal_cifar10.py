@@ -155,7 +155,8 @@ def play(run: Run) -> dict:
 
 def summarise(runs: list[dict], reference: str = "standalone") -> dict:
     """{split: {"target": ..., "methods": {label: row}}}. The target is what ``reference`` reaches in all rounds, mean
-    over seeds; a method that does not reach it in every seed has None."""
+    over seeds; a method that does not reach it in every seed has None.
+    """
     from edgefed.simulation.personal_federation import rounds_to
 
     rows: dict = {}

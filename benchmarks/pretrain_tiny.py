@@ -56,6 +56,7 @@ class Recipe:
         weight_decay: of matrices only; three times the usual, because the text is read several times.
         balance_coefficient: weight of the load-balancing loss, one term per layer.
         validation_share: share of the pretraining files that is only measured on.
+
     """
 
     steps: int

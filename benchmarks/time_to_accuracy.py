@@ -126,7 +126,8 @@ def seconds_to(curve: list, target: float) -> float | None:
 
 def crossing(curve: list, target: float) -> float | None:
     """Virtual seconds until ``target``, were the loss to fall evenly within a round: with rounds of an hour the end of
-    the first round below it says little of a method that missed it by a hair."""
+    the first round below it says little of a method that missed it by a hair.
+    """
     for (before, high), (after, low) in zip(curve, curve[1:], strict=False):
         if low <= target:
             return before + (after - before) * max(0.0, high - target) / max(high - low, 1e-12)

@@ -21,7 +21,8 @@ def one_thread():
 @pytest.fixture(scope="session", autouse=True)
 def outside_the_checkout(tmp_path_factory):
     """`python -m edgefed` takes a package of its working directory first: in a checkout its sources, which have no
-    native kernels, and not the installed package that the tests import."""
+    native kernels, and not the installed package that the tests import.
+    """
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("work"))
     yield

@@ -45,7 +45,8 @@ def test_a_durable_write_replaces_the_whole_file_or_nothing(tmp_path, monkeypatc
     assert path.read_bytes() == b"old"
     monkeypatch.undo()
     disk.write_durably(path, b"new")
-    assert [file.name for file in tmp_path.iterdir()] == ["record"] and path.read_bytes() == b"new"
+    assert [file.name for file in tmp_path.iterdir()] == ["record"]
+    assert path.read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("size", [0, 1, disk.READ_BYTES, disk.READ_BYTES + 1])

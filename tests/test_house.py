@@ -162,8 +162,10 @@ def test_every_error_is_complete_and_in_the_tree_that_is_drawn():
     assert len(own) == len(defined), "two errors share a code"
     for code, kind in own.items():
         assert tree[code] is kind
-        assert kind.default_remedy and kind.__name__ in errors.__doc__
-        assert 0 < kind.exit_status < 128 and 400 <= kind.http_status < 600
+        assert kind.default_remedy
+        assert kind.__name__ in errors.__doc__
+        assert 0 < kind.exit_status < 128
+        assert 400 <= kind.http_status < 600
 
 
 def test_the_readme_lists_every_error_and_every_verb():

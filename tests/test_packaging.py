@@ -73,25 +73,29 @@ def test_both_parts_are_built_where_both_compilers_are(build):
         codes = [word.rpartition("=")[2] for word in call.split() if word.startswith("-gencode")]
         assert codes == ["sm_75", "sm_87", "sm_90", "compute_90"]
     (link,) = [call for call in build.calls("nvcc") if " -shared " in call]
-    assert "--cudart=static" in link and "--exclude-libs,ALL" in link
+    assert "--cudart=static" in link
+    assert "--exclude-libs,ALL" in link
 
 
 def test_without_nvcc_the_native_part_is_built_and_it_is_said(build):
     done = build.run()
-    assert done.returncode == 0 and build.built() == {"_native.so"}
+    assert done.returncode == 0
+    assert build.built() == {"_native.so"}
     assert "no nvcc, CUDA part left out" in done.stdout
 
 
 def test_without_any_compiler_the_build_succeeds_and_says_so(build):
     done = build.run(CXX="/nowhere/g++")
-    assert done.returncode == 0 and build.built() == set()
+    assert done.returncode == 0
+    assert build.built() == set()
     assert "native part not built" in done.stdout + done.stderr
 
 
 def test_parts_can_be_left_out(build):
     build.stand_in("nvcc")
     assert build.run(EDGEFED_CUDA="0").returncode == 0
-    assert build.built() == {"_native.so"} and not build.calls("nvcc")
+    assert build.built() == {"_native.so"}
+    assert not build.calls("nvcc")
     shutil.rmtree(build.folder / "lib")
     assert build.run(EDGEFED_NATIVE="0").returncode == 0
     assert build.built() == set()
@@ -99,28 +103,35 @@ def test_parts_can_be_left_out(build):
 
 def test_a_part_that_must_be_built_and_cannot_fails_by_name(build):
     done = build.run(EDGEFED_CUDA="1")
-    assert done.returncode != 0 and "EDGEFED_CUDA=1, but no nvcc" in done.stderr
+    assert done.returncode != 0
+    assert "EDGEFED_CUDA=1, but no nvcc" in done.stderr
     build.stand_in("nvcc", status=1)
     done = build.run(EDGEFED_CUDA="1")
-    assert done.returncode != 0 and "EDGEFED_CUDA=1, but the CUDA part could not be built" in done.stderr
+    assert done.returncode != 0
+    assert "EDGEFED_CUDA=1, but the CUDA part could not be built" in done.stderr
     done = build.run(CXX="/nowhere/g++", EDGEFED_NATIVE="1")
-    assert done.returncode != 0 and "EDGEFED_NATIVE=1" in done.stderr
+    assert done.returncode != 0
+    assert "EDGEFED_NATIVE=1" in done.stderr
 
 
 def test_an_nvcc_that_fails_costs_only_the_cuda_part(build):
     build.stand_in("nvcc", status=1)
     done = build.run()
-    assert done.returncode == 0 and "_native.so" in build.built() and "_cuda.so" not in build.built()
+    assert done.returncode == 0
+    assert "_native.so" in build.built()
+    assert "_cuda.so" not in build.built()
     assert "CUDA part not built" in done.stdout + done.stderr
 
 
 def test_gpus_can_be_chosen(build):
     build.stand_in("nvcc")
     assert build.run(EDGEFED_CUDA_ARCHS="90;88").returncode == 0
-    assert "code=sm_88 " in build.calls("nvcc")[1] and "code=compute_90 " in build.calls("nvcc")[1]
+    assert "code=sm_88 " in build.calls("nvcc")[1]
+    assert "code=compute_90 " in build.calls("nvcc")[1]
     assert "sm_75" not in build.calls("nvcc")[1]
     done = build.run(EDGEFED_CUDA_ARCHS="87;110")
-    assert done.returncode != 0 and "EDGEFED_CUDA_ARCHS has 110" in done.stderr
+    assert done.returncode != 0
+    assert "EDGEFED_CUDA_ARCHS has 110" in done.stderr
 
 
 # --- the built library ------------------------------------------------------------------------------------------
@@ -147,7 +158,8 @@ def test_the_cuda_library_loads_without_a_driver_and_says_what_is_missing(cuda_l
         text=True,
         check=True,
     )
-    assert "CUDA device 0 cannot run them" in done.stdout and "CUDA error" in done.stdout
+    assert "CUDA device 0 cannot run them" in done.stdout
+    assert "CUDA error" in done.stdout
 
 
 def test_the_cuda_library_exports_its_interface_and_nothing_of_the_runtime_in_it(cuda_library):

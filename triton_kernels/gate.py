@@ -24,7 +24,7 @@ def swiglu_kernel(
     gate_up, hidden, order, offsets, slots, slot_is_split, NUM_SLOTS: tl.constexpr, WIDTH: tl.constexpr,
     BI: tl.constexpr
 ):  # fmt: skip
-    """hidden h (T*K, I) from gate_up (T*K, 2I), even columns first where the slot's flag says so. One program a row."""
+    """Hidden h (T*K, I) from gate_up (T*K, 2I), even columns first where the slot's flag says so. One program a row."""
     position = tl.program_id(0).to(tl.int64)
     if position >= tl.load(offsets + NUM_SLOTS):
         return
@@ -44,7 +44,8 @@ def swiglu_backward_kernel(
     WIDTH: tl.constexpr, BI: tl.constexpr
 ):  # fmt: skip
     """From gate_up (T*K, 2I) and q (T*K, I): [dg, du] in gate_up_grad, which may be gate_up itself, and w h in place of
-    q. One program a row."""
+    q. One program a row.
+    """
     position = tl.program_id(0).to(tl.int64)
     if position >= tl.load(offsets + NUM_SLOTS):
         return

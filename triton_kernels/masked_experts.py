@@ -190,7 +190,7 @@ def _add_gradients(
     inputs_are_tokens: bool,
     grad_is_tokens: bool,
 ) -> None:
-    """dW = grad^T x, dA = low(grad)^T x, dB = grad^T low(x), db = sum of grad, per group."""
+    """DW = grad^T x, dA = low(grad)^T x, dB = grad^T low(x), db = sum of grad, per group."""
     for group, low_x, low_grad in zip(projection.groups, forward_lows, backward_lows, strict=True):
         slots = projection.slots_of(group)
         left, right = (grad, inputs), (grad_is_tokens, inputs_are_tokens)

@@ -66,7 +66,8 @@ def _device_table(values: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 
 def device_table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The integers on the device, copied once without waiting; kept per stream, since only that stream's order says
-    that the copy has arrived. Only numbers are kept, never what stands at the addresses."""
+    that the copy has arrived. Only numbers are kept, never what stands at the addresses.
+    """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _device_table(values, dtype, device, stream)
 
@@ -197,6 +198,7 @@ class Projection:
             row_scale: (T*K,) by pair, multiplied in last.
 
         Returns each group's low-rank rows (T*K, R), ``scale * a A^T``, or None.
+
         """
         last = not self.is_transposed
         lows = self.low_rows(a, pairs, is_tokens=is_tokens, is_split=is_split)

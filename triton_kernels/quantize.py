@@ -19,7 +19,8 @@ MAX_COLUMNS = 2048  # of a row at once, int8
 def _nf4_code(x):
     """float32 in [-1, 1] -> the code of the nearest of the sixteen values: how many midpoints lie below.
 
-    The midpoints are rounded to float32, as (code[i] + code[i + 1]) / 2 is there."""
+    The midpoints are rounded to float32, as (code[i] + code[i + 1]) / 2 is there.
+    """
     code = (x > -0.8480963706970215).to(tl.int32)
     code += (x > -0.6106328964233398).to(tl.int32)
     code += (x > -0.4599952697753906).to(tl.int32)

@@ -20,7 +20,7 @@ ROWS = tl.constexpr(6)
 
 @triton.jit
 def _times_log(value, logarithm):
-    """value * logarithm, 0 where value is 0."""
+    """Value * logarithm, 0 where value is 0."""
     return tl.where(value > 0.0, value * logarithm, 0.0)
 
 
@@ -40,7 +40,7 @@ def router_statistics_kernel(
     scores, indices, weights, partials, num_tokens, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr,
     KIND: tl.constexpr, BT: tl.constexpr
 ):  # fmt: skip
-    """partials (num_programs, 6, E) float32: counts, sum G, max G, sum G ln G, sum (1-G) ln (1-G), sum of weights."""
+    """Partials (num_programs, 6, E) float32: counts, sum G, max G, sum G ln G, sum (1-G) ln (1-G), sum of weights."""
     program = tl.program_id(0)
     expert = tl.arange(0, EP)
     is_expert = expert < E
@@ -91,7 +91,7 @@ def router_statistics_kernel(
 
 @triton.jit(do_not_specialize=["num_programs"])
 def add_partials_kernel(partials, statistics, num_programs, E: tl.constexpr, BE: tl.constexpr):
-    """statistics (6, E) float64 += sum of the partials, max for row 2. One program per row and block of experts."""
+    """Statistics (6, E) float64 += sum of the partials, max for row 2. One program per row and block of experts."""
     row = tl.program_id(0)
     expert = tl.program_id(1) * BE + tl.arange(0, BE)
     mask = expert < E
@@ -119,6 +119,7 @@ def router_statistics(
 
     Sums of one program are float32 (at most T / 64 tokens of them), sums over programs float64; counts are exact up
     to 2^24 tokens a program. Raises ValueError when shapes do not belong together.
+
     """
     num_experts = scores.shape[-1]
     if scores.ndim != 2 or statistics.shape != (ROWS.value, num_experts):

@@ -26,7 +26,7 @@ def _one_hot(slots, pair, num_pairs, slot, SP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def count_pairs_kernel(slots, counts, num_pairs, S: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr):
-    """counts (num_blocks, S) int32: pairs of each slot in each block of pairs."""
+    """Counts (num_blocks, S) int32: pairs of each slot in each block of pairs."""
     block = tl.program_id(0)
     slot = tl.arange(0, SP)
     one_hot = _one_hot(slots, block * BLOCK + tl.arange(0, BLOCK), num_pairs, slot, SP)

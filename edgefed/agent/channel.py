@@ -174,7 +174,8 @@ class Channel:
 
     def _refusal(self, response: httpx.Response) -> EdgefedError:
         """What a response without success means. ``received_status`` tells `backoff.is_transient` the status,
-        ``retry_after`` is that header as it came."""
+        ``retry_after`` is that header as it came.
+        """
         body = b""
         try:
             body = self._read(response, PROBLEM_EXCERPT_BYTES)

@@ -172,7 +172,8 @@ def _size(text: str | None, what: str) -> int:
 
 def _address(request: Request) -> str:
     """Who asks, as far as limits go: everybody behind one router, and behind a reverse proxy that does not say for whom
-    it asks, shares one place. A header may have set it, so it is cut."""
+    it asks, shares one place. A header may have set it, so it is cut.
+    """
     return request.client.host[:64] if request.client else ""
 
 

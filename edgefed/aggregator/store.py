@@ -64,7 +64,8 @@ T = TypeVar("T")
 class ClientRecord:
     """What is kept of a client. ``key_sha256``: of its secret, which is not kept. ``joined``: not left since.
 
-    ``survey``: what it said of its experts up to the last folded round, where the method assigns them."""
+    ``survey``: what it said of its experts up to the last folded round, where the method assigns them.
+    """
 
     client_id: str
     name: str

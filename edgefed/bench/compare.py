@@ -25,7 +25,8 @@ SAME_PARAMS = ("n", "dtype", "size_bytes", "batch_size", "sequence_length", "tok
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """One test in both reports. ``ratio`` is b / a. ``verdict``: faster, slower (of b), same, or not comparable, with
-    the ``reasons``."""
+    the ``reasons``.
+    """
 
     name: str
     unit: str

@@ -25,7 +25,8 @@ COPY_SIZES = tuple(MIB * size for size in (64, 128, 256, 512, 1024))
 
 def copy_bandwidth(watch: Stopwatch, sampling: Sampling, sizes: tuple[int, ...], free_bytes: int) -> Entry:
     """Copies on the device between two buffers; the best plateau over ``sizes`` that fit into a quarter of what is
-    free. GB/s, read and write counted."""
+    free. GB/s, read and write counted.
+    """
     params: dict = {"counts": "read + write", "median_by_size": {}}
     best: list[float] = []
     for size in sizes:

@@ -133,7 +133,8 @@ def drop_cache(descriptor: int) -> None:
 
 def cached_share(descriptor: int, size: int) -> float | None:
     """Share of a file's pages that can be read without the disk, by a sample of them. None where the kernel does not
-    tell: it needs Linux 4.14 and a filesystem that knows RWF_NOWAIT."""
+    tell: it needs Linux 4.14 and a filesystem that knows RWF_NOWAIT.
+    """
     if not hasattr(os, "RWF_NOWAIT"):
         return None
     buffer, hits = [bytearray(1)], 0

@@ -51,7 +51,8 @@ def _title(report: Report) -> str:
 
 def draw_memory(axes, report: Report) -> None:
     """One stacked bar from nothing to the total. A name stands within its piece where there is room, else at the end of
-    a line from it: above the bar to the left of its line, or below the bar to the right, so that no two names meet."""
+    a line from it: above the bar to the left of its line, or below the bar to the right, so that no two names meet.
+    """
     terms = [term for term in report.memory.terms if term.size_bytes < 0]
     total = sum(term.size_bytes for term in report.memory.terms if term.size_bytes > 0)
     axes.set_title("memory\n", fontsize=10, loc="left")

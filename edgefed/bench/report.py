@@ -126,7 +126,8 @@ class SustainPoint(msgspec.Struct, frozen=True, kw_only=True):
 class Sustain(msgspec.Struct, frozen=True, kw_only=True):
     """``change`` is last / first - 1 of the medians over the first and the last five seconds. ``throttled`` counts
     thermal and hardware reasons; a card at its power limit is ``power_limited``, which is normal. ``energy_joules``:
-    of the whole run where the device tells it."""
+    of the whole run where the device tells it.
+    """
 
     name: str
     unit: str

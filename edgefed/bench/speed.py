@@ -204,7 +204,7 @@ class SpeedTests:
         return 2 ** int(math.log2(fitting)), ""
 
     def fastest_matmul(self) -> tuple[torch.dtype, int] | None:
-        """dtype and size of the product that ran fastest."""
+        """Dtype and size of the product that ran fastest."""
         products = [e for e in self.session.entries if e.name.startswith("matmul ") and e.measured]
         best = max(products, key=lambda entry: entry.median, default=None)
         return (getattr(torch, best.params["dtype"]), best.params["n"]) if best else None

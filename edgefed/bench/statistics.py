@@ -98,7 +98,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """``mad`` is scaled; ``best`` the highest or lowest sample, whichever is better; ``reason`` explains a verdict that
-    does not follow from the spread alone."""
+    does not follow from the spread alone.
+    """
 
     median: float
     mad: float

@@ -169,7 +169,8 @@ def _new_run(ctx: click.Context, flags: dict):
 
 def _check_personal(ctx: click.Context, flags: dict) -> tuple[str, str]:
     """(extractor, its tokenizer or "") of a run whose clients have models of their own. Raises ConfigError for flags
-    that mean nothing."""
+    that mean nothing.
+    """
     from edgefed.embedded import TINY
     from edgefed.errors import ConfigError
     from edgefed.methods.fedmoe import TEXT, FedMoE, extractor_task

@@ -191,7 +191,8 @@ def forward_transient(
 ) -> float:
     """What the forward pass of one layer needs on the way. By the reference: the experts' outputs, weighted in float32.
     By native kernels: activation and outputs, the up projection where the layer does not keep it (``keeps``), and what
-    the busiest expert gathers, at most all tokens."""
+    the busiest expert gathers, at most all tokens.
+    """
     w = setup.width
     if setup.kernels == "native":
         experts = w * pairs * (layer.expert_width + shape.hidden_size + (0 if keeps else _up_width(layer)))
@@ -352,8 +353,9 @@ def offloaded_bytes(shape: ModelShape, setup: StepSetup, kept: Sequence[int], tr
 
 
 def optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence[int]) -> int:
-    """torch's AdamW has two copies of the tensor that it updates, and one of the tensor before it; the fused and the
-    8-bit ones have none."""
+    """Torch's AdamW has two copies of the tensor that it updates, and one of the tensor before it; the fused and the
+    8-bit ones have none.
+    """
     if setup.optimizer != "adamw" or setup.device != "cpu":
         return 0
     largest, counts = 0, iter(trainable)
@@ -366,7 +368,8 @@ def optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence
 
 def workspace_bytes(shape: ModelShape, setup: StepSetup) -> int:
     """Libraries' scratch, and where weights are quantised: an expert's matrix decoded, on the way with the reference
-    also its codes and scales at full size; or two matrices of the dense part."""
+    also its codes and scales at full size; or two matrices of the dense part.
+    """
     scratch = 0
     if setup.expert_storage not in (None, *DTYPE_BYTES):
         largest = max((i * o for layer in shape.moe_layers for i, o in layer.expert_matrices), default=0)

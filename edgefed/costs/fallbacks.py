@@ -65,7 +65,8 @@ class StepPlan:
 @dataclasses.dataclass(frozen=True)
 class Fallback:
     """One step down. ``sentence`` is for the owner; ``saved_bytes`` at the step's peak, as the memory model has it.
-    ``keeps_plan``: what is loaded stays as it is, and the steps that follow may be done so."""
+    ``keeps_plan``: what is loaded stays as it is, and the steps that follow may be done so.
+    """
 
     name: str
     load: StepPlan

@@ -144,7 +144,8 @@ def _moments(
     shape: ModelShape, setup: StepSetup, found: Activations, gradients: Sequence[int], lasting: Sequence[int]
 ) -> dict[str, tuple[int, int, int]]:
     """(gradients, activations, logits) at the peak of the forward pass, the loss and the backward pass. ``lasting``:
-    the gradients of each layer that stay behind its backward pass."""
+    the gradients of each layer that stay behind its backward pass.
+    """
     kept = [outside + inside for outside, inside in zip(found.outside, found.inside, strict=True)]
     again = [0.0] * len(kept)
     if setup.checkpointing:  # only a layer's input is kept, the layer runs again in the backward pass

@@ -72,7 +72,8 @@ class ModelShape:
     ``scores``: attention keeps a (tokens, sequence) matrix per head in the model's dtype ("dtype": eager attention
     with sinks), in float32 ("float32": torch's on a CPU, when values are not as wide as queries), or in "both" (other
     eager attention); "" when none is kept. ``masks``: attention masks (tokens, sequence) in the model's dtype,
-    one per kind of attention layer."""
+    one per kind of attention layer.
+    """
 
     name: str
     hidden_size: int

@@ -110,7 +110,8 @@ class Worker:
             self._send({"path": sys.path})
 
     def _send(self, message: dict) -> None:
-        assert self._process is not None and self._process.stdin is not None
+        assert self._process is not None
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
 

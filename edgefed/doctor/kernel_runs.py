@@ -130,7 +130,7 @@ def triton_kernel(device: str) -> str:
 
 
 def native_fold() -> str:
-    """edgefed's own library: the fold of weighted updates in every dtype, bit for bit against numpy."""
+    """Edgefed's own library: the fold of weighted updates in every dtype, bit for bit against numpy."""
     import numpy as np
 
     from edgefed.kernels.fold import NUMPY, native_backend

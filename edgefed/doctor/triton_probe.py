@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def scale_rows(x_ptr, scale_ptr, out_ptr, columns, BLOCK: tl.constexpr):
-    """out (rows, columns) = x * scale (rows,); one program a row, BLOCK >= columns."""
+    """Out (rows, columns) = x * scale (rows,); one program a row, BLOCK >= columns."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < columns

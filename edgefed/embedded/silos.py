@@ -61,6 +61,7 @@ class Document:
     Attributes:
         name: path below the standard library with forward slashes (`email/header.py`), or `topics/<topic>`.
         text: the decoded source, newlines as `\\n`.
+
     """
 
     name: str
@@ -76,6 +77,7 @@ class Silo:
         train: the documents to learn from, ordered by name; never empty.
         held_out: whole other documents to measure on, ordered by name; never empty.
         sha256: hex digest over every name and text, train and held-out.
+
     """
 
     name: str
@@ -92,6 +94,7 @@ def load_silo(name: str) -> Silo:
 
     Raises:
         DataError: `name` is not one of `SILOS`, or this Python comes without the source text of it.
+
     """
     if name not in SILOS:
         raise DataError(
@@ -119,6 +122,7 @@ def pretraining_documents() -> tuple[Document, ...]:
 
     Raises:
         DataError: this Python comes without the source text of its standard library.
+
     """
     root = _standard_library()
     excluded = _NOT_PRETRAINING.union(SILOS)

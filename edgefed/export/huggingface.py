@@ -41,6 +41,7 @@ def export_checkpoint(
     The folder appears complete or not at all: it is written beside its place and renamed. Needs the memory of the
     full model. Returns ``to``. Raises ConfigError (target in use), CheckpointError (a unit is missing or does not
     fit), StorageError, DiskFull.
+
     """
     target, files_folder = Path(to), Path(files_folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

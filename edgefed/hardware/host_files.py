@@ -189,7 +189,7 @@ def available_memory(text: Reading[str], fields: dict[str, int]) -> Reading[int]
 
 
 def swapped_out_pages(files: Files) -> Reading[int]:
-    """pswpout of /proc/vmstat: pages written to swap since boot."""
+    """Pswpout of /proc/vmstat: pages written to swap since boot."""
     text = files.text("/proc/vmstat")
     if not text.known:
         return Reading.missing(text.reason, text.source, text.detail)

@@ -64,6 +64,7 @@ def probe_device(
 
     Raises:
         DeviceNotFound: ``device`` is no device of this machine. ConfigError: the root is no folder. Nothing else.
+
     """
     sources = sources or sources_of(root, ask_torch=ask_torch)
     files = sources.files

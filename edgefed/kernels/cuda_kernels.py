@@ -120,7 +120,7 @@ class CudaKernels:
         kernel: int,
         add_to: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y (T*K, outputs): each position's row of x, or of x[x_rows], times its slot's W^T (``transposed``: W).
+        """Y (T*K, outputs): each position's row of x, or of x[x_rows], times its slot's W^T (``transposed``: W).
 
         ``operands`` by slot; None leaves the slot's rows alone. ``add_to``: add to this y instead of a new one.
         """
@@ -167,7 +167,7 @@ class CudaKernels:
         return results
 
     def combine(self, rows: torch.Tensor, pairs: SortedPairs, weights: torch.Tensor | None) -> torch.Tensor:
-        """y (T, H): the sum over k, in order and in float32, of weights (T, K) float32 times rows at place (T, K)."""
+        """Y (T, H): the sum over k, in order and in float32, of weights (T, K) float32 times rows at place (T, K)."""
         tokens, top_k = pairs.place.shape
         y = torch.empty(tokens, rows.shape[1], dtype=rows.dtype, device=rows.device)
         self._call(
@@ -177,7 +177,7 @@ class CudaKernels:
         return y
 
     def spread(self, y: torch.Tensor, pairs: SortedPairs, weights: torch.Tensor) -> torch.Tensor:
-        """rows (T*K, H): the token's row of y (T, H) times the pair's weight, float32 (T, K)."""
+        """Rows (T*K, H): the token's row of y (T, H) times the pair's weight, float32 (T, K)."""
         y = y.contiguous()
         rows = torch.empty(pairs.num_pairs, y.shape[1], dtype=y.dtype, device=y.device)
         self._call(
@@ -195,7 +195,7 @@ class CudaKernels:
         weights: torch.Tensor | None,
         dots: torch.Tensor,
     ) -> None:
-        """dots (T, K) float32 = <a, b> of each kept pair, a (T*K, N), b (T*K, N) or b[b_rows]. Then a *= weights."""
+        """Dots (T, K) float32 = <a, b> of each kept pair, a (T*K, N), b (T*K, N) or b[b_rows]. Then a *= weights."""
         self._call(
             "ef_cuda_pair_dots", a, a.data_ptr(), b.data_ptr(), _pointer(b_rows), pairs.order.data_ptr(),
             _pointer(weights), pairs.work.data_ptr(), pairs.num_slots, dots.data_ptr(), dtype_code(a.dtype),

@@ -70,7 +70,8 @@ class Slots(Protocol):
 
 class _PackedProduct(torch.autograd.Function):
     """x (P, in) times a quantised weight, (P, out). The weight is unpacked again for the backward pass: autograd would
-    keep it unpacked until then."""
+    keep it unpacked until then.
+    """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: QuantizedMatrix, is_transposed: bool) -> torch.Tensor:
@@ -142,6 +143,7 @@ def masked_experts(
     expert without a token takes no part in the graph, so its gradient stays None. One host synchronisation (counts).
     T = 0, S = 0 and K = 0 are fine. Raises ValueError when shapes do not belong together, IndexError on a slot >= S,
     ConfigError where an explicit backend cannot do this layer.
+
     """
     check_pairs(hidden_states, slot_indices, expert_weights)
     form = {"activation": activation, "is_transposed": is_transposed}

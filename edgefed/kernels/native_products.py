@@ -127,7 +127,7 @@ def grouped_product(
     transposed: bool,
     int8: bool,
 ) -> torch.Tensor:
-    """y (num_rows, out): for each (matrix, begin, end) rows begin .. end of x, or of x[x_rows], times that matrix.
+    """Y (num_rows, out): for each (matrix, begin, end) rows begin .. end of x, or of x[x_rows], times that matrix.
 
     ``transposed``: x W, else x W^T. Rows of no entry are undefined.
     """
@@ -173,7 +173,7 @@ def grouped_product(
 
 
 def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """y (T, H) in ``dtype``: the sum over k of weights (T, K) times rows (P, H) at place (T, K), in float32."""
+    """Y (T, H) in ``dtype``: the sum over k of weights (T, K) times rows (P, H) at place (T, K), in float32."""
     rows = rows.to(dtype).contiguous()
     y = torch.empty(place.shape[0], rows.shape[1], dtype=dtype)
     factor = None if weights is None else weights.float().contiguous()
@@ -210,7 +210,7 @@ def outer(a: torch.Tensor, b: torch.Tensor, b_rows: torch.Tensor | None) -> torc
 
 
 def sort_pairs(slot_indices: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """order (P,) kept pairs by slot, place (T, K) of each pair in it or -1, and the counts by slot.
+    """Order (P,) kept pairs by slot, place (T, K) of each pair in it or -1, and the counts by slot.
 
     Raises IndexError on a slot >= num_slots.
     """
@@ -242,7 +242,7 @@ def swiglu(up: torch.Tensor) -> torch.Tensor:
 def swiglu_backward(
     up: torch.Tensor, d: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """act (P, I), the gradient of up (P, 2I) for weights (P,) float32 times d (P, I), and d . act (P,) float32."""
+    """Act (P, I), the gradient of up (P, 2I) for weights (P,) float32 times d (P, I), and d . act (P,) float32."""
     library = load_native()
     act, d_up, d_weights = torch.empty_like(d), torch.empty_like(up), torch.empty(up.shape[0])
     error = library.ef_swiglu_backward(

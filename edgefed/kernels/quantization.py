@@ -56,7 +56,8 @@ class NestedScales:
 
     def to_float(self) -> torch.Tensor:
         """The absmax that it stands for, (S, blocks) float32. Decoded for every call: kept, it would take four times
-        the memory of what it stands for."""
+        the memory of what it stands for.
+        """
         if choose("quantize_experts", self.codes.device.type) == "native":
             return _unnest_native(self)
         values = _dynamic_code(self.codes.device)[self.codes.to(torch.int64)]  # (S, blocks)
@@ -113,7 +114,7 @@ class QuantizedMatrix:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def scales(self) -> torch.Tensor:
-        """absmax in float32, (..., blocks) or (..., rows); computed when it is nested."""
+        """Absmax in float32, (..., blocks) or (..., rows); computed when it is nested."""
         return self.nested.to_float() if self.absmax is None else self.absmax
 
     def to(self, device: torch.device | str) -> QuantizedMatrix:
@@ -140,6 +141,7 @@ def quantize_experts(
         backend: "reference", "native" (CPU), "triton" or "cuda" (GPU), or "auto".
 
     Raises ValueError for other shapes, dtypes or options, and where a weight is not finite (int8: beyond float16).
+
     """
     if weights.ndim not in (2, 3) or weights.dtype not in _DTYPES:
         raise ValueError(f"expected (S, rows, columns) of a float type, found {tuple(weights.shape)} {weights.dtype}")
@@ -253,7 +255,8 @@ def _dequantize_reference(matrix: QuantizedMatrix) -> torch.Tensor:
 @functools.lru_cache(maxsize=8)
 def _dynamic_code(device: torch.device) -> torch.Tensor:
     """The 256 values of a signed 8-bit dynamic float (arXiv 1511.04561): one of seven powers of ten, and a fraction
-    with the more bits the larger that power is, linear between 0.1 and 1. Ascending, float32."""
+    with the more bits the larger that power is, linear between 0.1 and 1. Ascending, float32.
+    """
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
@@ -263,7 +266,7 @@ def _dynamic_code(device: torch.device) -> torch.Tensor:
 
 
 def _nest(absmax: torch.Tensor) -> NestedScales:
-    """absmax (S, blocks) in 8 bits."""
+    """Absmax (S, blocks) in 8 bits."""
     code = _dynamic_code(absmax.device)
     bounds = (code[:-1] + code[1:]) / 2
     grid = torch.arange(_LOOKUP_STEPS, dtype=torch.float32, device=absmax.device) * (2.0 / (_LOOKUP_STEPS - 1)) - 1.0

@@ -55,6 +55,7 @@ def router_statistics(
     T = 0 changes nothing. Raises ValueError when the shapes do not belong together, IndexError for an index outside
     the experts (CPU; the CUDA kernel stops the device, the Triton kernel leaves such a pair out). On a GPU the order of
     the reference's additions is not fixed (atomic adds in float64), that of the kernels is; counts are exact.
+
     """
     if kind not in GATE_KINDS:
         raise ValueError(f"kind {kind!r} is none of {', '.join(GATE_KINDS)}")
@@ -68,7 +69,7 @@ def router_statistics(
             f"must both be (T, K) with T = {router.shape[0]}"
         )
     if router.shape[0] == 0:
-        return
+        return None
 
     device = router.device.type
     # Every layer of every batch comes here, so the usual case takes the short way.

@@ -222,7 +222,8 @@ class Flux(Method):
         self, surveys: Mapping[str, ExpertSurvey], coverage: Coverage, server_round: int, seed: int
     ) -> dict[str, ExpertAssignment]:
         """(4) for each client, split by eps and limited by pace; with coverage, what nobody trained lately is given to
-        somebody."""
+        somebody.
+        """
         utilities = {client: complete_utilities(survey) for client, survey in surveys.items()}
         eps = {
             client: self._eps(survey.tune_slots, sum(map(len, survey.frequency)), server_round)

@@ -15,7 +15,8 @@ def own_count(slots: int, layers: int, eps: float) -> int:
 
 def round_trip_rate(survey: ExpertSurvey) -> float | None:
     """Bytes of trainable experts a second: each is fetched once and sent once. By the upload alone where downloads are
-    unknown, None where uploads are."""
+    unknown, None where uploads are.
+    """
     up, down = survey.upload_bytes_per_s, survey.download_bytes_per_s
     return up if up is None or down is None else 1 / (1 / up + 1 / down)
 

@@ -210,5 +210,5 @@ class HFedMoE(Method):
 
 
 def _x_ln_x(x: np.ndarray) -> np.ndarray:
-    """x ln x with its limit 0 at 0."""
+    """X ln x with its limit 0 at 0."""
     return np.where(x > 0, x * np.log(np.where(x > 0, x, 1.0)), 0.0)

@@ -16,7 +16,8 @@ from edgefed.moe.offloading import offloaded
 @dataclasses.dataclass(frozen=True)
 class ExpertMemory:
     """Bytes that experts take now: weights (adapters included), gradients and optimizer state. What is offloaded takes
-    none of the memory that is counted here."""
+    none of the memory that is counted here.
+    """
 
     weight_bytes: int
     gradient_bytes: int

@@ -33,7 +33,7 @@ class LowRankUpdate(nn.Module):
 
 
 def low_rank_product(lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * B A, (out, in), in the adapters' dtype."""
+    """Scale * B A, (out, in), in the adapters' dtype."""
     return (lora_b @ lora_a) * scale
 
 

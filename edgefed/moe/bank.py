@@ -155,7 +155,8 @@ class ExpertBank(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertBank:
         """Moves and casts keep the parameters views of one storage. What is packed moves; a cast only changes what it
-        is unpacked to. What is offloaded stays."""
+        is unpacked to. What is offloaded stays.
+        """
         if self.offload is None:
             self._storage = {name: fn(storage) for name, storage in self._storage.items()}
         for name, storage in self._storage.items():

@@ -259,6 +259,7 @@ def route_to_resident(
     Returns (slot_indices, expert_weights), both (T, K). Differentiable in router_logits and expert_weights; no host
     synchronisation. Group limits of a router (DeepSeek's n_group) are not applied to the replacement: residents are
     few, and a limit on top of them would leave tokens without an expert.
+
     """
     top_k = slot_indices.shape[1]
     num_chosen = min(top_k, len(resident))

@@ -265,7 +265,8 @@ def edgefed_experts(experts: nn.Module, *args: torch.Tensor, **kwargs: torch.Ten
 
 def _is_operator(experts: nn.Module) -> bool:
     """Whether `edgefed.kernels.ops` has an operator for these experts, so that a compiled graph need not break: SwiGLU,
-    no bias, no norm, and stacks that do not learn."""
+    no bias, no norm, and stacks that do not learn.
+    """
     return (
         experts.has_gate
         and not (experts.is_transposed or experts.has_bias or getattr(experts, "has_post_expert_norm", False))

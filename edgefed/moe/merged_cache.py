@@ -47,7 +47,8 @@ class MergedCache:
         aligned: bool,
     ) -> Mapping[str, torch.Tensor]:
         """The group's merged expert: read, or made by ``merge`` and kept. A file that is broken is made anew; a disk
-        that takes none is told, and nothing is kept."""
+        that takes none is told, and nothing is kept.
+        """
         name = self._name(layer, group, scope, aligned)
         self._asked.add(name)
         path = self._folder / name

@@ -349,7 +349,8 @@ class MoeModel:
 
     def served_tokens(self) -> dict[tuple[int, int], int]:
         """Tokens that each resident expert has computed since the plan was applied; a merged one is named by its first
-        member. Synchronises with the device."""
+        member. Synchronises with the device.
+        """
         return self._token_counts("served_tokens")
 
     def trained_tokens(self) -> dict[tuple[int, int], int]:

@@ -48,7 +48,8 @@ def empty_stack(
 
 def pack_into(stack: QuantizedMatrix, place: int, key: str, name: str, value: torch.Tensor) -> None:
     """Quantise one matrix, where it lies, into a stack. Raises CheckpointError when it does not fit, or cannot be
-    quantised: a number that is not finite, or one beyond float16 in int8."""
+    quantised: a number that is not finite, or one beyond float16 in int8.
+    """
     if value.dtype != stack.dtype or tuple(value.shape) != stack.shape[1:]:
         raise CheckpointError(
             f"{name!r} of unit {key!r} is {value.dtype} {tuple(value.shape)}, the model holds {stack.dtype} "

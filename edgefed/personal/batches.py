@@ -17,7 +17,8 @@ Inputs = Tensor | Mapping[str, Tensor]
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """``shared``: inputs of the shared extractor. ``own``: inputs of the client's model, where they differ (another
-    tokenizer). ``labels``: int64, (B,) classes, or (B, T) next tokens with -100 where nothing is learned."""
+    tokenizer). ``labels``: int64, (B,) classes, or (B, T) next tokens with -100 where nothing is learned.
+    """
 
     shared: Inputs
     own: Inputs
@@ -55,7 +56,8 @@ class Samples(Protocol):
 
 def batches(samples: Samples, batch_size: int, rng: np.random.Generator | None = None) -> Iterator[Batch]:
     """All examples once, shuffled if ``rng`` is given. A last batch of one joins the batch before it (unless all are of
-    one): the statistics of one example normalise it to nothing."""
+    one): the statistics of one example normalise it to nothing.
+    """
     order = np.arange(len(samples)) if rng is None else rng.permutation(len(samples))
     starts = list(range(0, len(order), batch_size))
     if batch_size > 1 and len(starts) > 1 and len(order) - starts[-1] == 1:

@@ -22,7 +22,8 @@ EXTRACTOR_UNIT = "extractor"
 
 class SharedExtractor(nn.Module):
     """inputs -> (B, width), or (B, T, width) for one answer per token. ``gate_features``: what the gate sees of an
-    input, flat (B, gate_in); per token (B, T, gate_in)."""
+    input, flat (B, gate_in); per token (B, T, gate_in).
+    """
 
     task: str
     width: int
@@ -75,7 +76,8 @@ class TextExtractor(SharedExtractor):
 
     def gate_features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Mean of the tokens' embeddings, detached: the gate learns from what the text is, and teaches theta nothing.
-        Per token: of those up to it."""
+        Per token: of those up to it.
+        """
         vectors = self.encoder.embedding(inputs["input_ids"]).detach()
         return (running_mean if self.per_token else masked_mean)(vectors, inputs["attention_mask"])
 

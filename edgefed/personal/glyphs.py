@@ -54,6 +54,7 @@ class GlyphStyle:
         neighbours: share of the images that digits beside it reach into.
         scratches: lines per image.
         noise: half width of each pixel's error, 0..255.
+
     """
 
     fonts: tuple[str, ...]

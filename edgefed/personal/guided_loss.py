@@ -26,7 +26,8 @@ from edgefed.personal.mixture import LocalMixture
 @torch.no_grad()
 def class_means(extractor: nn.Module, samples: Samples, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """(mean features of each class (classes, width), examples of each class (classes,)) on the CPU, in float32; zeros
-    for a class without examples. ``extractor`` is left in evaluation mode."""
+    for a class without examples. ``extractor`` is left in evaluation mode.
+    """
     extractor.eval()
     counts = torch.zeros(len(samples.classes))
     sums = None

@@ -34,7 +34,8 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 @dataclasses.dataclass(frozen=True)
 class LabelledTexts:
     """``texts`` and their ``labels`` (N,) int64, indices into ``classes``; ``problems``: lines that gave no example.
-    ``sha256``: of the file's bytes, unpacked."""
+    ``sha256``: of the file's bytes, unpacked.
+    """
 
     texts: tuple[str, ...]
     labels: np.ndarray
@@ -51,6 +52,7 @@ def load_labelled_texts(path: str | Path) -> LabelledTexts:
 
     Raises:
         DataError: no such file, another suffix, no UTF-8, damaged gzip, no such columns, or not one usable line.
+
     """
     path = Path(path).expanduser()
     if path.is_dir():

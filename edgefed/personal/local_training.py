@@ -55,7 +55,8 @@ def train_epochs(
 ) -> float:
     """Minimise ``loss_of(mixture, batch)`` over all examples, ``epochs`` times. Returns the mean loss per example of
     the last epoch. ``on_step`` is called after each step; what it raises passes. Raises TrainingDiverged, or DataError
-    when there is no example, or only one where batches are normalised."""
+    when there is no example, or only one where batches are normalised.
+    """
     if not len(samples):
         raise DataError("there is no example to train on", remedy="Pass more data, or keep less with --held-out.")
     mixture.train()
@@ -93,7 +94,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class Evaluation:
     """Of held-out examples. ``gate_weights`` (N, 2): [a_G, a_F] of each, in the order of the examples; ``labels`` (N,).
     ``loss`` in nats per example. For next-token prediction weights are means over tokens, the loss is per token.
-    NaN without examples."""
+    NaN without examples.
+    """
 
     loss: float
     accuracy: float
@@ -104,7 +106,8 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(mixture: nn.Module, samples: Samples, device: torch.device | str = "cpu") -> Evaluation:
     """Loss, accuracy and gate weights of a `LocalMixture`, or of what answers as one does; it is left in evaluation
-    mode."""
+    mode.
+    """
     mixture.eval()
     total, right, count, weights = 0.0, 0, 0, [np.zeros((0, 2), np.float32)]
     for batch in evaluation_batches(samples, device):

@@ -27,6 +27,7 @@ def partition_by_class(labels: np.ndarray, clients: int, classes_per_client: int
     Raises:
         ConfigError: fewer classes in ``labels`` than a client should have, or a number below 1.
         DataError: a class has fewer examples than clients who should have it.
+
     """
     _check_clients(clients)
     classes = np.unique(labels)
@@ -67,6 +68,7 @@ def partition_dirichlet(
     Raises:
         ConfigError: alpha not above 0, or a number below 1.
         DataError: too few examples, or `MAX_DRAWS` draws left somebody with too few.
+
     """
     _check_clients(clients)
     if not (np.isfinite(alpha) and alpha > 0):

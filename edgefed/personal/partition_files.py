@@ -33,7 +33,8 @@ RECORD, PICTURE = "partition.json", "partition.png"
 @dataclasses.dataclass(frozen=True)
 class PartitionSettings:
     """How to divide. ``classes_per_client`` is for "class"; ``alpha`` and ``min_examples`` are for "dirichlet";
-    ``resized``: the images were scaled when they were read."""
+    ``resized``: the images were scaled when they were read.
+    """
 
     clients: int
     by: str = BY_CLASS

@@ -61,6 +61,7 @@ def load_images(
     Raises:
         DataError: nothing there, damaged, unknown arrays, other sizes, labels out of range or too few, NaN, no example,
             an empty class folder.
+
     """
     path = Path(path).expanduser()
     if path.is_dir():

@@ -28,7 +28,8 @@ _LAST_OPERATIONS = {"a softmax": F.softmax, "a log-softmax": F.log_softmax, "a s
 
 class Features(nn.Module):
     """A user's model, called as it wants to be: a tensor is its first argument, a mapping its arguments by name; of an
-    object or a mapping that it returns, as transformers' do, the logits are taken."""
+    object or a mapping that it returns, as transformers' do, the logits are taken.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -50,7 +50,8 @@ DEFAULT_LENGTH = 128
 @dataclasses.dataclass(frozen=True)
 class OpenTask:
     """A task within a run: the shared extractor, its weights still the seed's, and examples as both models see them.
-    ``notes``: what the user should hear of it."""
+    ``notes``: what the user should hear of it.
+    """
 
     shared: SharedExtractor
     own: PersonalModel
@@ -70,7 +71,8 @@ class PersonalTask(Protocol):
 
     def open(self, extractor: str, files: Mapping[str, Path], seed: int, length: int = DEFAULT_LENGTH) -> OpenTask:
         """For the run of ``extractor``, whose files are named by ``files``; text is cut at ``length`` tokens.
-        Raises ConfigError when it does not fit."""
+        Raises ConfigError when it does not fit.
+        """
         ...
 
 
@@ -117,7 +119,8 @@ def make_task(
 
 def load_mixture(path: Path, task: PersonalTask, files: Mapping[str, Path]) -> LocalMixture:
     """The mixture in a state file (`edgefed.personal.state`), in evaluation mode: a model of ``task``'s own kind, with
-    the weights of the file. ``files``: those of the run. Raises StateCorrupt, ConfigError."""
+    the weights of the file. ``files``: those of the run. Raises StateCorrupt, ConfigError.
+    """
     tensors, facts = read_state(path)
     opened = task.open(facts["extractor"], files, seed=0)
     width, kind = facts["gate"].split()

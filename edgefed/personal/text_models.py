@@ -59,7 +59,8 @@ class TransformerFeatures(nn.Module):
 
 class LanguageModelHead(nn.Module):
     """Hidden states -> logits: the model's output layer, times ``scale``, and cap * tanh(logits / cap) where there is
-    a ``cap``."""
+    a ``cap``.
+    """
 
     def __init__(self, layer: nn.Module, scale: float, cap: float | None):
         super().__init__()
@@ -241,7 +242,7 @@ def _own_remedy() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers reports heads that stay behind, and poolers that are not there; neither matters here."""
+    """Transformers reports heads that stay behind, and poolers that are not there; neither matters here."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -122,7 +122,8 @@ def text_samples(
 
 def token_samples(examples: Sequence[Example], tokenizer: Any, length: int) -> TokenSamples:
     """Text (records as `edgefed.training.records` has them) in blocks of ``length`` tokens, for next-token prediction.
-    No examples give no blocks. Raises DataError when nothing can be learned from the text."""
+    No examples give no blocks. Raises DataError when nothing can be learned from the text.
+    """
     if not examples:
         nothing = torch.zeros(0, length, dtype=torch.int64)
         return TokenSamples(TokenBlocks(nothing, nothing))
@@ -131,7 +132,8 @@ def token_samples(examples: Sequence[Example], tokenizer: Any, length: int) -> T
 
 def tokenize(texts: Sequence[str], tokenizer: Any, length: int) -> TokenRows:
     """Each text as ids, with the special tokens that the tokenizer adds by itself, cut at ``length`` or at what the
-    tokenizer says its model takes. Raises DataError for a text without a token, ConfigError for a length below 1."""
+    tokenizer says its model takes. Raises DataError for a text without a token, ConfigError for a length below 1.
+    """
     length = min(length, getattr(tokenizer, "model_max_length", length))
     if length < 1:
         raise ConfigError(f"texts cannot be cut at {length} tokens")

@@ -262,7 +262,8 @@ class PersonalDemoConfig:
 @dataclasses.dataclass(frozen=True)
 class PersonalClientResult:
     """One client. ``accuracy``: held-out, after each round's local epochs; ``others``: the last one of each compared
-    method. ``shared_weight``: mean a_G over its held-out examples. Bytes are over all rounds."""
+    method. ``shared_weight``: mean a_G over its held-out examples. Bytes are over all rounds.
+    """
 
     name: str
     model: str

@@ -144,7 +144,8 @@ STATE_BYTES = 2
 @dataclasses.dataclass(frozen=True)
 class ClientTimes:
     """Seconds of one client in one round. ``parts`` by `PARTS`; ``in_wait``: work for the next round that is done after
-    the upload, while others still train or the aggregator aggregates."""
+    the upload, while others still train or the aggregator aggregates.
+    """
 
     parts: Mapping[str, float]
     in_wait: float = 0.0
@@ -162,7 +163,8 @@ def transfer_bytes_per_s(link_mbit: float, server_bytes_per_s: float, num_client
 @dataclasses.dataclass(frozen=True)
 class CostModel:
     """``server_bytes_per_s``: the aggregator's link, shared evenly by ``num_clients``; ``ratios`` as
-    `CostShape.byte_ratios` gives them."""
+    `CostShape.byte_ratios` gives them.
+    """
 
     charged: CostShape
     ratios: Mapping[str, float]

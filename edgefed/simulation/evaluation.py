@@ -48,7 +48,8 @@ class GlobalEvaluator:
 
     def losses(self) -> tuple[dict[str, float], float]:
         """({client: mean cross-entropy per predicted token in nats}, share of predicted tokens whose best guess is
-        right, over all clients). A client without held-out text is left out. Call between `place` and `release`."""
+        right, over all clients). A client without held-out text is left out. Call between `place` and `release`.
+        """
         if not self._blocks:
             for name, examples in self._held_out.items():
                 encoded = encode_examples(examples, self._shared.tokenizer, self._training.sequence_length)

@@ -55,7 +55,7 @@ class Upload:
 
 
 def average(uploads: Sequence[Upload]) -> dict[str, Tensor]:
-    """theta = sum_k (n_k / n) theta_k, tensor by tensor over those who sent it.
+    """Theta = sum_k (n_k / n) theta_k, tensor by tensor over those who sent it.
 
     Summed in float64 in the order of the clients, whatever the order of ``uploads``; the dtype stays.
     """
@@ -79,7 +79,7 @@ def mixed_seed(*numbers: int) -> int:
 
 @contextmanager
 def torch_seed(*numbers: int) -> Iterator[None]:
-    """torch's generator on the CPU starts from these numbers inside and is as before afterwards."""
+    """Torch's generator on the CPU starts from these numbers inside and is as before afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(*numbers))
         yield
@@ -135,7 +135,8 @@ class Strategy(abc.ABC):
 
     def receive(self, number: int) -> int:
         """Overwrite what client ``number`` shares with the aggregator's; returns the parameters it downloads. Momentum
-        of a tensor that came from elsewhere is dropped."""
+        of a tensor that came from elsewhere is dropped.
+        """
         tensors = self.shared(number)
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -168,7 +169,8 @@ class Strategy(abc.ABC):
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """``share``: C of the paper, of the clients that take part in a round. Rounds without evaluation have no accuracy;
-    the last always has."""
+    the last always has.
+    """
 
     rounds: int
     share: float = 1.0
@@ -192,7 +194,8 @@ def sample_clients(clients: int, share: float, seed: int, server_round: int) -> 
 @dataclasses.dataclass(frozen=True)
 class Round:
     """``losses``, ``parameters_up``, ``parameters_down``: by number of the clients that took part. ``accuracy``: of
-    every client, None in a round without evaluation."""
+    every client, None in a round without evaluation.
+    """
 
     server_round: int
     losses: Mapping[int, float]
@@ -205,7 +208,8 @@ class Round:
 class History:
     """``evaluations``: of every client after the last round, with the model it trained (or last trained). ``received``:
     accuracy of every client once it has what the aggregator made of the last round. ``flops``: of a client's local
-    epochs, forward and backward, counted in the first round it took part in (matrix products and convolutions)."""
+    epochs, forward and backward, counted in the first round it took part in (matrix products and convolutions).
+    """
 
     rounds: tuple[Round, ...]
     evaluations: tuple[Evaluation, ...]

@@ -31,7 +31,8 @@ class ProcessFailed(EdgefedError):
 @dataclasses.dataclass(frozen=True)
 class LocalClient:
     """An agent to start: its name, its data (as `edgefed join --data` takes it), the share of the experts that it may
-    hold, and further flags of `edgefed join`."""
+    hold, and further flags of `edgefed join`.
+    """
 
     name: str
     data: str

@@ -30,7 +30,8 @@ class ClientRound:
 @dataclasses.dataclass(frozen=True)
 class RoundResult:
     """One round. ``ends``: virtual seconds since the run began. ``loss``: held-out, of the new global model, mean over
-    clients; ``losses`` by client; ``metrics``: whatever else was asked for."""
+    clients; ``losses`` by client; ``metrics``: whatever else was asked for.
+    """
 
     server_round: int
     ends: float
@@ -47,7 +48,8 @@ class RoundResult:
 class MethodRun:
     """One method on the whole fleet. ``first``: the model before the first round, at 0 s. ``refused``: devices that the
     method cannot run on, and why. ``usage``: {client: share of its tokens routed to each expert, by layer}, of its last
-    profile, where the method makes one."""
+    profile, where the method makes one.
+    """
 
     label: str
     method: str

@@ -31,7 +31,8 @@ CONFIG_FILE = "config.json"
 @dataclasses.dataclass(frozen=True)
 class SimulationEvent:
     """What happens. ``ended`` is set when a round has ended, also one of an earlier process; ``client`` when one begins
-    to train."""
+    to train.
+    """
 
     label: str
     server_round: int

@@ -84,7 +84,8 @@ class SimulatedRun:
 
     def play(self) -> MethodRun:
         """Play all rounds, those of an earlier process from its files. Raises what trainers and aggregator raise,
-        other than BudgetTooSmall and TrainingDiverged, which the result tells."""
+        other than BudgetTooSmall and TrainingDiverged, which the result tells.
+        """
         refused: dict[str, str] = {}
         rounds: list[RoundResult] = []
         stopped = ""

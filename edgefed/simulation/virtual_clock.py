@@ -16,7 +16,8 @@ from edgefed.simulation.device_rates import ClientTimes
 @dataclasses.dataclass(frozen=True)
 class ClientSpan:
     """Where one client's time of a round went, in seconds. ``late``: what was left of the work that the round before
-    should have hidden; ``waits``: idle until the round was over; ``hidden``: work within that wait."""
+    should have hidden; ``waits``: idle until the round was over; ``hidden``: work within that wait.
+    """
 
     parts: Mapping[str, float]
     late: float

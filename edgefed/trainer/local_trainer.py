@@ -70,7 +70,8 @@ OWN_FOLDER = "own"
 @dataclasses.dataclass
 class _Round:
     """What belongs to one round. ``newest``: the units of its manifest; ``units``: as this device takes them, some of
-    which may be older. ``own``: files of units whose weights of this device count, not the global ones."""
+    which may be older. ``own``: files of units whose weights of this device count, not the global ones.
+    """
 
     run: RunConfig
     method: Method
@@ -464,7 +465,8 @@ class ExpertPlacer:
         hashes: Mapping[str, str] | None,
     ) -> None:
         """Apply ``plan``. ``hashes``: of the values that ``source`` has, by unit key; None: merged experts are made
-        anew. Raises CheckpointError, ConfigError, StorageError."""
+        anew. Raises CheckpointError, ConfigError, StorageError.
+        """
         self._merged.hashes = hashes or {}
         model.apply_plan(
             plan, source, train_scope(run.training), missing=run.training.missing, storage=setup.expert_storage,

@@ -56,7 +56,8 @@ class DeviceLimits:
     """What the owner allows. ``memory_bytes`` is for the whole process, None: what is measured before each round;
     ``expert_share`` caps the experts held, ``compute_share`` those that learn from one batch. ``profile_storage``: how
     a profile holds experts (`edgefed.trainer.activation_profile`), ``expert_storage``: how training does
-    (`edgefed.trainer.planner`)."""
+    (`edgefed.trainer.planner`).
+    """
 
     memory_bytes: int | None = None
     expert_share: float = 1.0
@@ -69,7 +70,8 @@ class DeviceLimits:
 class PlanRequest:
     """What a plan is made from. ``blocks`` is the device's training text, ``source`` has what is loaded of the round's
     units, ``fetch`` brings more. ``usable_bytes``: what the model may use now. ``assignment``: what the aggregator
-    wants."""
+    wants.
+    """
 
     run: RunConfig
     method: Method
@@ -296,7 +298,8 @@ class Planner:
 
     def _layout(self, request: PlanRequest) -> Callable[[int, int], ExpertPlan]:
         """Which experts, for so many held and trained: the method's choice; drawn from the same numbers each time, so
-        fewer experts are a part of more."""
+        fewer experts are a part of more.
+        """
         run, method, server_round = request.run, request.method, request.manifest.server_round
         drawn_in = server_round if method.plans_every_round else 0
         progress = (server_round - 1) / (run.rounds - 1) if run.rounds > 1 else 1.0
@@ -378,7 +381,8 @@ SAVED_SETUP = ("chunked_loss", "checkpointing", "optimizer", "expert_storage", "
 @dataclasses.dataclass
 class SavedPlan:
     """``profile_round``: whose experts the profile is of. ``load``: the saved fields of a `Load`. ``failed_bytes``: the
-    budget under which a plan ran out of memory, 0: none."""
+    budget under which a plan ran out of memory, 0: none.
+    """
 
     profile: ActivationProfile | None = None
     profile_round: int = 0

@@ -72,7 +72,8 @@ class StepMeasurement:
 
 def can_measure(setup: StepSetup) -> bool:
     """Whether a measured step says something of the formulas: copies of offloaded experts on a GPU look like what a
-    layer keeps."""
+    layer keeps.
+    """
     return not (setup.offload and setup.device != "cpu")
 
 
@@ -171,7 +172,8 @@ def correction_from(measurement: StepMeasurement, shape: ModelShape, setup: Step
 
 def _trainable_tokens(measurement: StepMeasurement) -> float:
     """Tokens that trainable experts get, as a multiple of what their number would get, at most twice: of the step's own
-    trainable experts, or of the busier half of all that were there, whichever is more. The mean over layers."""
+    trainable experts, or of the busier half of all that were there, whichever is more. The mean over layers.
+    """
     factors = []
     for kept, trainable, share, busier in zip(
         measurement.kept, measurement.trainable, measurement.trainable_share, measurement.busier_share, strict=True
@@ -194,7 +196,8 @@ def _marks(
     model: MoeModel, optimizer: torch.optim.Optimizer, mark: Callable[[str], None], facts: dict
 ) -> Iterator[None]:
     """Within it ``mark`` is called with a name wherever a phase or a layer begins or ends; ``facts`` gets the
-    gradient bytes of each decoder layer, and whether gradients flow into the first."""
+    gradient bytes of each decoder layer, and whether gradients flow into the first.
+    """
     handles = []
     decoder = model.module.base_model
     loss_began = False

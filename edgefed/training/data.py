@@ -50,6 +50,7 @@ class LineProblem:
     Attributes:
         line: its number in the file, from 1.
         reason: what is wrong with it.
+
     """
 
     line: int
@@ -86,6 +87,7 @@ def load_examples(source: str) -> LoadedData:
 
     Raises:
         DataError: no such file or silo, a folder, an unknown suffix, no UTF-8, damaged gzip, or not one usable example.
+
     """
     if source.startswith(SILO_PREFIX):
         silo = load_silo(source[len(SILO_PREFIX) :])
@@ -121,6 +123,7 @@ def split_held_out(examples: Sequence[Example], share: float, seed: int) -> tupl
 
     Raises:
         DataError: `share` is outside [0, 1).
+
     """
     if not 0 <= share < 1:
         raise DataError(f"the held-out share must be at least 0 and less than 1, not {share}")
@@ -148,6 +151,7 @@ def load_corpus(source: str, held_out_share: float, seed: int) -> Corpus:
 
     Raises:
         DataError: as `load_examples` and `split_held_out`.
+
     """
     if source.startswith(SILO_PREFIX):
         silo = load_silo(source[len(SILO_PREFIX) :])
@@ -194,6 +198,7 @@ def read_lines(path: pathlib.Path, digest: Any) -> Iterator[str]:
 
     Raises:
         DataError: unreadable, damaged gzip, or no UTF-8.
+
     """
     number = 0
     try:

@@ -27,6 +27,7 @@ class TokenBlocks:
     Attributes:
         input_ids: (N, S) int64.
         labels: (N, S) int64; the same ids where learned from, -100 elsewhere. Not shifted: transformers shifts.
+
     """
 
     input_ids: torch.Tensor
@@ -66,6 +67,7 @@ class TokenBlocks:
 
         Raises:
             ValueError: `batch_size` is below 1.
+
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -93,6 +95,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any, sequence_length
         DataError: nothing is left to learn from, the tokenizer has no end-of-text token, or its chat template
             refuses a conversation.
         ValueError: `sequence_length` is below 2.
+
     """
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, not {sequence_length}")

@@ -37,6 +37,7 @@ class Segment:
         learn: whether the loss is taken on it.
         role: the speaker of a chat message, or None. Chat is laid out only where the tokenizer, and with it the
             chat template, is known.
+
     """
 
     text: str
@@ -56,6 +57,7 @@ def parse_record(line: str) -> Example:
 
     Raises:
         BadRecord: no JSON, no object, no known form, a field of the wrong type, or nothing in a field that needs text.
+
     """
     record = json_object(line)
     if "messages" in record:
@@ -79,6 +81,7 @@ def json_object(line: str) -> dict[str, Any]:
 
     Raises:
         BadRecord: an empty line, no JSON, or something else than an object.
+
     """
     if not line.strip():
         raise BadRecord("empty line")
@@ -157,6 +160,7 @@ def text_field(
 
     Raises:
         BadRecord: it is missing, no string, empty, or no text that can be written as UTF-8.
+
     """
     value = record.get(field)
     if value is None and optional:

@@ -42,20 +42,25 @@ def test_a_whole_run(server: FakeAggregator, tmp_path):
     with device(server.url, tmp_path, trainer, memo=memo) as agent:
         summary = agent.run()
     assert (summary.rounds, summary.finished, summary.reason) == (2, True, "all rounds done")
-    assert summary.metrics["loss"] == 0.5 and "broken" not in summary.metrics and trainer.rounds == [1, 2]
+    assert summary.metrics["loss"] == 0.5
+    assert "broken" not in summary.metrics
+    assert trainer.rounds == [1, 2]
     assert [server.value_of(expert) for expert in range(EXPERTS)] == [toy_value(1.0, 2)] * EXPERTS
-    assert server.registrations == 1 and server.left == []
+    assert server.registrations == 1
+    assert server.left == []
     register = next(iter(server.clients.values()))
     assert (register.name, register.num_examples) == ("toy", 7)
     first, second = ledger(tmp_path)
     assert (first["outcome"], first["attempt"], first["server_round"]) == ("accepted", 1, 1)
     assert (first["experts_held"], first["experts_changed"], first["resumed"]) == (EXPERTS, EXPERTS, False)
-    assert {"download", "train", "upload"} <= first["seconds"].keys() and first["metrics"]["loss"] == 1.0
+    assert {"download", "train", "upload"} <= first["seconds"].keys()
+    assert first["metrics"]["loss"] == 1.0
     unit = next(iter(server.units.values()))
     # After round 1 the four experts are equal, so they are one blob; the frozen unit is kept, config.json is not.
     assert first["bytes_down"] > 5 * unit.size_bytes > 2 * unit.size_bytes > second["bytes_down"] > unit.size_bytes
     assert second["bytes_up"] > EXPERTS * unit.size_bytes - 4096
-    assert ("train", 3) in memo.phases and memo.advanced["upload"] == dict(memo.phases)["upload"]
+    assert ("train", 3) in memo.phases
+    assert memo.advanced["upload"] == dict(memo.phases)["upload"]
     assert list((tmp_path / "updates").iterdir()) == []
     assert {file.name for file in (tmp_path / "blobs").iterdir()} == {server.units["model.embed"].sha256}
     with Journal(tmp_path) as journal:
@@ -100,7 +105,8 @@ def test_a_survey_says_how_fast_this_very_upload_was(server, tmp_path, monkeypat
         agent.run()
     first, second = (meta.survey for meta in server.commits)
     for said in (first, second):
-        assert 20_000 < said.upload_bytes_per_s < 600_000 and 10_000 < said.download_bytes_per_s < 1_200_000
+        assert 20_000 < said.upload_bytes_per_s < 600_000
+        assert 10_000 < said.download_bytes_per_s < 1_200_000
         assert (said.tune_slots, said.train_slots) == (EXPERTS, 2)
 
 
@@ -128,7 +134,8 @@ def test_steps_drive_several_devices_in_one_process(server, tmp_path):
         device(server.url, tmp_path / "b", ToyTrainer(3.0)) as b,
     ):
         kinds = [(a.step().kind, b.step().kind) for _ in range(2)]
-        assert kinds == [("accepted", "accepted")] * 2 and a.step().kind == b.step().kind == "finished"
+        assert kinds == [("accepted", "accepted")] * 2
+        assert a.step().kind == b.step().kind == "finished"
     assert server.value_of(0) == toy_value(2.0, 2)
 
 
@@ -153,7 +160,8 @@ def test_heartbeat_failures_do_not_matter(server, tmp_path):
     server.fail.append(("heartbeat", 500, 10**6))
     with device(server.url, tmp_path, ToyTrainer(step_s=0.05)) as agent:
         assert agent.run().rounds == 2
-    assert server.heartbeats == [] and server.fail[0][2] < 10**6
+    assert server.heartbeats == []
+    assert server.fail[0][2] < 10**6
 
 
 @pytest.mark.parametrize(
@@ -172,7 +180,8 @@ def test_faults_of_the_server_are_waited_out(server, tmp_path, part, fault):
     server.fail.append((part, fault, 3))
     with device(server.url, tmp_path, memo=(memo := Memo())) as agent:
         assert agent.run().rounds == 2
-    assert server.fail == [] and len(server.accepted) == 2
+    assert server.fail == []
+    assert len(server.accepted) == 2
     assert memo.messages.count("connected again") >= 1
 
 
@@ -188,7 +197,8 @@ def test_cut_connections_everywhere(server, proxy, tmp_path):
     proxy.cut_up += [300, 50_000, 20_000, 30_000]
     with device(proxy.url, tmp_path) as agent:
         assert agent.run().rounds == 2
-    assert proxy.cuts_made >= 4 and len(server.accepted) == 2
+    assert proxy.cuts_made >= 4
+    assert len(server.accepted) == 2
     assert server.value_of(0) == toy_value(0.0, 2)
 
 
@@ -203,7 +213,9 @@ def test_server_restart_in_the_middle(server, tmp_path, wait_until):
         assert thread.is_alive()
         server.start()
         thread.join(15)
-    assert ends[0].rounds == 2 and trainer.rounds == [1, 2] and server.registrations == 1
+    assert ends[0].rounds == 2
+    assert trainer.rounds == [1, 2]
+    assert server.registrations == 1
 
 
 def test_server_that_forgot_its_clients(server, tmp_path, wait_until):
@@ -213,7 +225,9 @@ def test_server_that_forgot_its_clients(server, tmp_path, wait_until):
         wait_until(lambda: trainer.rounds == [1])
         server.clients.clear()
         thread.join(15)
-    assert ends[0].rounds == 2 and server.registrations == 2 and trainer.rounds == [1, 2]  # the update was not lost
+    assert ends[0].rounds == 2
+    assert server.registrations == 2
+    assert trainer.rounds == [1, 2]
 
 
 def test_server_that_never_knows_anybody_ends_it(server, tmp_path):
@@ -228,7 +242,8 @@ def test_run_that_changes_under_a_registered_device(server, tmp_path):
         agent.step()
         server.run = msgspec.structs.replace(server.run, run_id="run-2")
         assert [agent.step().kind for _ in range(2)] == ["unregistered", "accepted"]
-        assert agent._journal.record.run_id == "run-2" and trainer.rounds == [1, 2]
+        assert agent._journal.record.run_id == "run-2"
+        assert trainer.rounds == [1, 2]
 
 
 def test_new_run_at_the_same_address_drops_the_old_work(server, tmp_path, caplog):
@@ -246,7 +261,8 @@ def test_new_run_at_the_same_address_drops_the_old_work(server, tmp_path, caplog
     finally:
         other.stop()
         server.start()
-    assert other.clients.keys() == server.clients.keys() and "forgetting the uploading update" in caplog.text
+    assert other.clients.keys() == server.clients.keys()
+    assert "forgetting the uploading update" in caplog.text
     assert [entry["run_id"] for entry in ledger(tmp_path)] == ["run-2"]
 
 
@@ -254,7 +270,9 @@ def test_lost_acknowledgement_counts_once(server, tmp_path):
     server.lose_acknowledgements = 2
     with device(server.url, tmp_path) as agent:
         assert agent.step().kind == "accepted"
-    assert len(server.commits) == 3 and len(server.accepted) == 1 and len({c.attempt for c in server.commits}) == 1
+    assert len(server.commits) == 3
+    assert len(server.accepted) == 1
+    assert len({c.attempt for c in server.commits}) == 1
 
 
 @pytest.mark.parametrize("error", [RoundClosed("late"), UpdateConflict("other"), NotFound("round is unknown")])
@@ -264,7 +282,8 @@ def test_late_update_is_dropped(server, tmp_path, error):
     with device(server.url, tmp_path, trainer := ToyTrainer()) as agent:
         outcome = agent.step()
         assert (outcome.kind, outcome.detail) == ("dropped", str(error))
-        assert agent._journal.pending is None and list((tmp_path / "updates").iterdir()) == []
+        assert agent._journal.pending is None
+        assert list((tmp_path / "updates").iterdir()) == []
         assert agent.run().rounds == 2
     assert trainer.rounds == [1, 1, 2]
     assert [(entry["outcome"], entry["attempt"]) for entry in ledger(tmp_path)] == [
@@ -296,7 +315,8 @@ def test_upload_that_arrives_damaged_is_sent_again(server, tmp_path):
     server.reset_on_commit = 2
     with device(server.url, tmp_path, trainer := ToyTrainer()) as agent:
         assert agent.step().kind == "accepted"
-        assert trainer.rounds == [1] and [meta.attempt for meta in server.commits] == [1, 2, 3]
+        assert trainer.rounds == [1]
+        assert [meta.attempt for meta in server.commits] == [1, 2, 3]
         server.reset_on_commit = 3
         assert agent.step().kind == "dropped"
 
@@ -304,7 +324,8 @@ def test_upload_that_arrives_damaged_is_sent_again(server, tmp_path):
 def test_bytes_that_the_server_lost_are_sent_again(server, tmp_path):
     server.fail.append(("commit", OffsetMismatch("bytes are missing"), 2))
     with device(server.url, tmp_path, trainer := ToyTrainer()) as agent:
-        assert agent.step().kind == "accepted" and trainer.rounds == [1]
+        assert agent.step().kind == "accepted"
+        assert trainer.rounds == [1]
     assert server.commits[-1].attempt == 1
 
 
@@ -323,7 +344,8 @@ def test_damaged_pending_update_is_trained_again(server, tmp_path):
     next((tmp_path / "updates").iterdir()).write_bytes(b"short")
     with device(server.url, tmp_path, memo=(memo := Memo())) as agent:
         assert [agent.step().kind for _ in range(2)] == ["dropped", "accepted"]
-    assert "damaged or gone" in memo.messages[0] and len(server.accepted) == 1
+    assert "damaged or gone" in memo.messages[0]
+    assert len(server.accepted) == 1
 
 
 @pytest.mark.parametrize("error", [Unauthorized("wrong token"), VersionMismatch("too old")])
@@ -369,7 +391,8 @@ def test_stop_during_training_leaves_and_stays_resumable(server, tmp_path, wait_
         stop.set()
         thread.join(5)
         assert (ends[0].finished, ends[0].reason, ends[0].rounds) == (False, "stopped", 0)
-        assert server.left == ["stopped by its user"] and server.accepted == {}
+        assert server.left == ["stopped by its user"]
+        assert server.accepted == {}
         beats = len(server.heartbeats)
         time.sleep(3 * server.heartbeat_s)
         assert len(server.heartbeats) == beats  # a heartbeat after the goodbye would undo it
@@ -390,7 +413,8 @@ def test_stop_during_a_long_poll_is_quick(server, tmp_path, wait_until):
         stop.set()
         thread.join(5)
         assert time.monotonic() - started < 1
-    assert ends[0].reason == "stopped" and len(server.left) == 1
+    assert ends[0].reason == "stopped"
+    assert len(server.left) == 1
 
 
 def test_stop_while_the_server_is_away(server, tmp_path):

@@ -46,10 +46,12 @@ def test_only_missing_blobs_move(tmp_path):
     assert cache.bytes_to_download(items) == 11
     moved: list[int] = []
     files = cache.ensure([items[0], items[0]], moved.append)
-    assert files[items[0].sha256].read_bytes() == b"one" and moved == [3]
+    assert files[items[0].sha256].read_bytes() == b"one"
+    assert moved == [3]
     assert {sha: path.read_bytes() for sha, path in cache.ensure(items).items()} == source.blobs
     assert sorted(source.asked) == sorted(source.blobs)
-    assert cache.bytes_to_download(items) == 0 and cache.ensure([]) == {}
+    assert cache.bytes_to_download(items) == 0
+    assert cache.ensure([]) == {}
 
 
 def test_blob_of_the_wrong_size_is_fetched_again(tmp_path):
@@ -57,7 +59,8 @@ def test_blob_of_the_wrong_size_is_fetched_again(tmp_path):
     cache = BlobCache(tmp_path, source)
     cache.ensure(items)
     cache.path(items[0].sha256).write_bytes(b"cut")
-    assert cache.ensure(items)[items[0].sha256].read_bytes() == b"content" and len(source.asked) == 2
+    assert cache.ensure(items)[items[0].sha256].read_bytes() == b"content"
+    assert len(source.asked) == 2
 
 
 def test_prune_keeps_what_is_needed(tmp_path):
@@ -117,6 +120,7 @@ def test_over_a_network_that_cuts(server, proxy, tmp_path):
             except ServerUnreachable:
                 failures += 1
                 assert cache.bytes_to_download(items) <= left  # equal: cut before the first byte of an answer
-    assert [files[item.sha256].read_bytes() for item in items] == datas and failures >= 1
+    assert [files[item.sha256].read_bytes() for item in items] == datas
+    assert failures >= 1
     assert proxy.cuts_made == 3
     assert client.bytes_down == 12 * 100_000  # no byte that had arrived was fetched again

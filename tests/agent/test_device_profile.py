@@ -34,8 +34,11 @@ def test_the_more_memory_the_fewer_reads():
     }
     assert ways[64] == ProfilePass("all", None, 8, 1)
     assert ways[8] == ProfilePass("layer", None, 8, 16)
-    assert ways[3].hold == "layer" and ways[3].storage is None and ways[3].batch_size * ways[3].together >= 128
-    assert ways[2.2].hold == "layer" and ways[2.2].storage in ("int8", "nf4")
+    assert ways[3].hold == "layer"
+    assert ways[3].storage is None
+    assert ways[3].batch_size * ways[3].together >= 128
+    assert ways[2.2].hold == "layer"
+    assert ways[2.2].storage in ("int8", "nf4")
     assert ways[0.1] == ProfilePass("expert", None, 1, 1)
     for budget, way in ways.items():
         assert way.together <= MAX_TOGETHER
@@ -72,7 +75,8 @@ def test_attention_and_threads_take_memory():
 
 def test_no_more_batches_side_by_side_than_threads_are_good_for():
     way, reason = choose_profile_pass(OLMOE, SETUP, 8 * MAX_TOGETHER * 3, 12 * GIB)
-    assert way == ProfilePass("layer", None, 8, MAX_TOGETHER) and "read 3 times" in reason
+    assert way == ProfilePass("layer", None, 8, MAX_TOGETHER)
+    assert "read 3 times" in reason
 
 
 def test_the_owner_hears_which_way_and_why():

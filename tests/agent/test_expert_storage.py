@@ -132,9 +132,11 @@ def test_a_device_that_only_fits_in_4_bits_trains_all_experts_and_goes_on_so_aft
     rich, poor, heard = table.device("rich"), table.device("poor", usable), Heard()
     table.round(rich)
     update, path = table.round(poor, heard=heard)
-    assert heard.said("kept in 4 bits (NF4), saves about") and heard.said("plan:", "experts in NF4")
+    assert heard.said("kept in 4 bits (NF4), saves about")
+    assert heard.said("plan:", "experts in NF4")
     assert (rich._model.storage, poor._model.storage) == (None, "nf4")
-    assert poor._planner.load.setup.sequence_length == 64 and poor._planner.load.held == 64
+    assert poor._planner.load.setup.sequence_length == 64
+    assert poor._planner.load.held == 64
     plan = poor._model.plan
     assert plan.num_trainable == plan.num_resident > 48  # all whose score is worth a download
     plain, packed = (base_weight_bytes(trainer._model) / trainer._model.plan.num_resident for trainer in (rich, poor))
@@ -149,7 +151,8 @@ def test_a_device_that_only_fits_in_4_bits_trains_all_experts_and_goes_on_so_aft
         key, _, tensor = name.rpartition("|")
         assert key.endswith(":lora")
         info = next(info for info in units[key].tensors if info.name == tensor)
-        assert entry.info.dtype == info.dtype == "F32" and entry.info.shape == info.shape
+        assert entry.info.dtype == info.dtype == "F32"
+        assert entry.info.shape == info.shape
     assert sum(units[name.rpartition("|")[0]].kind == "expert" for name in sent) == 4 * plan.num_trainable
 
     saved = json.loads((table.folder / "poor" / PLAN_FILE).read_text())
@@ -157,11 +160,13 @@ def test_a_device_that_only_fits_in_4_bits_trains_all_experts_and_goes_on_so_aft
     table.fetched.clear()
     again, heard = table.device("poor", usable), Heard()
     table.round(again, 2, heard)
-    assert again._model.storage == "nf4" and not heard.said("profile:")
+    assert again._model.storage == "nf4"
+    assert not heard.said("profile:")
     assert again._model.plan == poor._model.plan
     freed = table.device("poor", usable, expert_storage="full")  # the owner has changed their mind
     table.round(freed, 2)
-    assert freed._model.storage is None and freed._planner.load.setup.expert_storage is None
+    assert freed._model.storage is None
+    assert freed._planner.load.setup.expert_storage is None
 
 
 def test_in_full_training_what_is_frozen_is_packed_and_what_learns_is_sent_as_it_is(rig):
@@ -176,7 +181,8 @@ def test_in_full_training_what_is_frozen_is_packed_and_what_learns_is_sent_as_it
     free = table.device("auto", usable)
     table.round(told)
     _, path = table.round(free)
-    assert told._model.storage is None and free._model.storage == "nf4"
+    assert told._model.storage is None
+    assert free._model.storage == "nf4"
     held, held_plain = free._model.plan, told._model.plan
     assert held.num_resident + held.num_trainable > 1.05 * (held_plain.num_resident + held_plain.num_trainable)
     assert 0 < held.num_trainable < held.num_resident
@@ -196,7 +202,8 @@ def test_an_owner_may_ask_for_it_with_memory_to_spare(rig, storage):
     table, heard = rig(**LORA), Heard()
     device = table.device(expert_storage=storage)
     table.round(device, heard=heard)
-    assert device._model.storage == storage and heard.said(f"experts in {storage.upper()}")
+    assert device._model.storage == storage
+    assert heard.said(f"experts in {storage.upper()}")
     assert not heard.said("saves about"), "nothing had to be saved"
 
 
@@ -212,10 +219,13 @@ def test_memory_that_runs_out_ends_in_packed_experts_before_any_is_given_up(rig,
 
     monkeypatch.setattr(steps_module, "take_step", take_step)
     update, _ = table.round(device, heard=heard)
-    assert device._model.storage == "nf4" and device._planner.load.held == 64
+    assert device._model.storage == "nf4"
+    assert device._planner.load.held == 64
     assert heard.said("out of memory while training", "4 bits (NF4)", "the local steps start again")
     told = heard.said("out of memory while training")
-    assert update.metrics["memory_shrinks"] == len(told) and "NF4" in told[-1] and "NF4" not in "".join(told[:-1])
+    assert update.metrics["memory_shrinks"] == len(told)
+    assert "NF4" in told[-1]
+    assert "NF4" not in "".join(told[:-1])
     table.round(device, 2)
     assert device._model.storage == "nf4", "what did not fit once is not tried again at once"
 
@@ -226,7 +236,8 @@ def test_a_device_that_exchanges_nothing_keeps_its_weights_and_their_storage(rig
     first, _ = table.round(device)
     table.fetched.clear()
     second, _ = table.round(device, 2)
-    assert not table.fetched and device._model.storage == "nf4"
+    assert not table.fetched
+    assert device._model.storage == "nf4"
     after, before = first.metrics["held_out_loss_after"], second.metrics["held_out_loss_before"]
     assert before == pytest.approx(after, abs=1e-6)
 

@@ -39,7 +39,8 @@ def test_a_round_trains_explores_merges_and_reports(bench, data, tmp_path):
     plan = ExpertPlan.from_dict(saved(tmp_path)["plan"])
     assert plan.num_resident == 32, "half of 64 experts fit"
     merged = sum(len(plan.groups(layer)) for layer in range(4))
-    assert merged == 16 and plan.num_trainable == 8
+    assert merged == 16
+    assert plan.num_trainable == 8
     assert all((roles != Role.ABSENT).all() for roles in plan.roles), "whoever is not here as itself is merged"
     explored = {(layer, int(e)) for layer in range(4) for e in plan.frozen(layer)}
     assert len(explored) == 8
@@ -112,7 +113,8 @@ def test_a_device_with_room_for_all_merges_nothing(bench, data, tmp_path):
     _, update = bench("flux", OPTIONS).round(trainer_of(data, tmp_path), tmp_path / "update")
     plan = ExpertPlan.from_dict(saved(tmp_path)["plan"])
     assert plan == ExpertPlan.full((16,) * 4)
-    assert update.survey.tune_slots == 64 and update.metrics["probe_forwards"] == 0
+    assert update.survey.tune_slots == 64
+    assert update.metrics["probe_forwards"] == 0
 
 
 def test_neuron_alignment_and_frequency_weights_are_options(bench, data, tmp_path):
@@ -129,10 +131,13 @@ def test_stand_in_groups_have_the_right_number(bench, data, tmp_path):
     bench("flux", OPTIONS).round(trainer_of(data, tmp_path, share=0.5), tmp_path / "update")
     record = ActivationProfile.from_dict(saved(tmp_path)["profile"])
     plan = ExpertPlan.of((16,) * 4, [range(4)] * 4)
-    assert num_merge_slots(plan, 16) == 0 and num_merge_slots(plan, 19) == 0 and num_merge_slots(plan, 20) == 4
+    assert num_merge_slots(plan, 16) == 0
+    assert num_merge_slots(plan, 19) == 0
+    assert num_merge_slots(plan, 20) == 4
     assert num_merge_slots(ExpertPlan.full((16,) * 4), 80) == 0
     filled = with_placeholder_groups(plan, 24, record, "adaptive")
-    assert filled.num_resident == 24 and without_groups(filled) == plan
+    assert filled.num_resident == 24
+    assert without_groups(filled) == plan
     assert with_placeholder_groups(plan, 18, record, "adaptive") == plan
 
 

@@ -84,7 +84,8 @@ def test_copies_of_another_run_and_broken_ones_are_not_used(tmp_path, caplog):
     for broken in ("{", "[]", '{"run_id": "run"}', '{"run_id": "run", "copies": {"0.0": [1]}}'):
         (tmp_path / COPIES_FILE).write_text(broken)
         assert FrozenCopies(tmp_path, "run").view(units_of(2), 2, 4, nothing) == units_of(2)
-    assert len(caplog.records) == 4 and "fetched anew" in caplog.text
+    assert len(caplog.records) == 4
+    assert "fetched anew" in caplog.text
 
 
 def test_a_copy_that_is_nowhere_is_not_waited_for(tmp_path):
@@ -101,7 +102,8 @@ def test_what_learns_is_the_newest():
     plan = ExpertPlan.of((EXPERTS,) * LAYERS, [[3], [5]])
     used = with_newest_trainable(units_of(1), units_of(2), plan)
     trainable = {f"{layer}.{expert}" for layer in range(LAYERS) for expert in plan.trainable(layer)}
-    assert len(trainable) == 2 and {key for key in used if version(used, key) == 2} == trainable
+    assert len(trainable) == 2
+    assert {key for key in used if version(used, key) == 2} == trainable
 
 
 def values(path) -> dict[str, np.ndarray]:

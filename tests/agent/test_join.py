@@ -35,7 +35,8 @@ def test_the_budget_is_measured_anew_and_told(machine):
     machine(16 * KIB * KIB, 12 * KIB * KIB)
     memory = DeviceMemory("cpu", None)
     first = memory.first.now_bytes
-    assert memory.torch_device == "cpu" and 0 < first < 16 * 2**30
+    assert memory.torch_device == "cpu"
+    assert 0 < first < 16 * 2**30
     machine(16 * KIB * KIB, 6 * KIB * KIB)  # another program has started
     assert memory.measure().now_bytes < first - 5 * 2**30
     assert memory.latest.now_bytes == memory.describe().budget_bytes < first
@@ -52,7 +53,8 @@ def test_what_a_device_says_of_itself_is_accepted_and_names_no_other_program(mac
     machine(16 * KIB * KIB, 12 * KIB * KIB)
     device = DeviceMemory("cpu", None).describe()
     assert (device.kind, device.trains_on, device.total_bytes) == ("cpu", "cpu", 16 * 2**30)
-    assert "GiB" in device.budget_origin and "(" not in device.budget_origin
+    assert "GiB" in device.budget_origin
+    assert "(" not in device.budget_origin
     check_register(
         Register(
             protocol_version=PROTOCOL_VERSION,

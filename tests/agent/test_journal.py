@@ -43,9 +43,11 @@ def test_identity_is_made_once_and_kept_private(tmp_path):
         first = journal.record
     with Journal(tmp_path / "state") as journal:
         assert journal.record == first
-    assert len(first.client_id) == 32 and len(first.client_key) == 64
+    assert len(first.client_id) == 32
+    assert len(first.client_key) == 64
     with Journal(tmp_path / "other") as other:
-        assert other.record.client_id != first.client_id and other.record.client_key != first.client_key
+        assert other.record.client_id != first.client_id
+        assert other.record.client_key != first.client_key
     if os.name == "posix":
         assert stat.S_IMODE((tmp_path / "state" / "journal.json").stat().st_mode) == 0o600
 
@@ -73,7 +75,8 @@ def test_pending_update_survives_every_transition(tmp_path):
     journal = reopen(journal)
     assert (journal.record.phase, journal.pending, update.exists()) == ("idle", None, False)
     assert (journal.record.rounds_acknowledged, journal.record.bytes_up) == (1, 600)
-    assert journal.begin_training(4) == 4 and journal.begin_training(5) == 1
+    assert journal.begin_training(4) == 4
+    assert journal.begin_training(5) == 1
     journal.close()
 
 
@@ -86,12 +89,16 @@ def test_another_run_or_server_forgets_work_and_keeps_identity(tmp_path, caplog,
         update = journal.update_path()
         journal.finish_training(update, write_update(journal), bytes_down=0, seconds={})
         journal.bind("http://a:1", "run")
-        assert journal.pending is not None and not caplog.records
+        assert journal.pending is not None
+        assert not caplog.records
         journal.bind(*place)
-        assert journal.pending is None and not update.exists() and journal.record.client_id == identity
+        assert journal.pending is None
+        assert not update.exists()
+        assert journal.record.client_id == identity
         assert "forgetting the trained update of round 2" in caplog.text
         assert journal.begin_training(2) == 1
-        assert journal.knows(place[0]) and not journal.knows("http://c:1")
+        assert journal.knows(place[0])
+        assert not journal.knows("http://c:1")
 
 
 def test_stray_files_of_a_crash_are_removed(tmp_path):
@@ -169,6 +176,7 @@ def test_one_folder_has_one_agent(tmp_path):
             Journal(tmp_path)
         code = f"from edgefed.agent.journal import Journal; Journal({str(tmp_path)!r})"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
-        assert other.returncode != 0 and "StateLocked" in other.stderr
+        assert other.returncode != 0
+        assert "StateLocked" in other.stderr
     with Journal(tmp_path):
         pass

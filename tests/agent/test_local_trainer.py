@@ -22,7 +22,8 @@ def test_a_quarter_of_the_experts_takes_a_quarter_of_memory_and_bytes(bench, dat
     _, hfedmoe = bench("hfedmoe").round(trainer_of(data, tmp_path, share=0.25), part)
     assert hfedmoe.metrics["peak_expert_bytes"] <= 0.4 * fedavg.metrics["peak_expert_bytes"]
     assert part.stat().st_size <= 0.35 * full.stat().st_size
-    assert len(hfedmoe.experts) == 16 and len(fedavg.experts) == 64
+    assert len(hfedmoe.experts) == 16
+    assert len(fedavg.experts) == 64
 
 
 def test_expert_memory_is_weights_gradients_and_both_moments(bench, data, tmp_path):
@@ -43,7 +44,8 @@ def test_absent_experts_are_not_fetched_after_the_profile(bench, data, tmp_path)
     held = names_in(tmp_path / "update") & {unit.key for unit in manifest.units if unit.kind == "expert"}
     table.fetched.clear()
     _, update = table.round(trainer, tmp_path / "update", server_round=2)
-    assert table.expert_keys_fetched() == held and len(held) == 16
+    assert table.expert_keys_fetched() == held
+    assert len(held) == 16
     kept = {unit.key for unit in manifest.units if unit.kind == "expert" and unit.sha256 in update.keep}
     assert kept == held
 
@@ -109,7 +111,8 @@ def test_adapters_or_nothing_of_the_experts_are_sent(bench, data, tmp_path, mode
     manifest, update = table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
     names = names_in(tmp_path / "update")
     kinds = {unit.key: unit.kind for unit in manifest.units}
-    assert names and all(name.endswith(":lora") for name in names)
+    assert names
+    assert all(name.endswith(":lora") for name in names)
     assert sum(kinds[name] == "expert" for name in names) == (16 if mode == "lora" else 0)
     assert {"router", "dense"} <= {kinds[name] for name in names}
     assert (tmp_path / "update").stat().st_size < 400_000

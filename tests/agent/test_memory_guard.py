@@ -202,12 +202,15 @@ def test_the_ladder_goes_down_to_its_end_and_then_refuses_by_name(rig, monkeypat
     assert "--batch-size" in caught.value.remedy
     load = trainer._planner.load
     assert load.held == load.trained == 4  # one per layer
-    assert load.setup.chunked_loss and load.setup.checkpointing and load.setup.sequence_length == 32
+    assert load.setup.chunked_loss
+    assert load.setup.checkpointing
+    assert load.setup.sequence_length == 32
     said = [text for text in table.heard.messages if "out of memory" in text]
     order = ["256 tokens at a time", "checkpointing on", "sequences of 64", "sequences of 32", "are trained instead",
              "experts held instead"]  # fmt: skip
     places = [next(i for i, text in enumerate(said) if words in text) for words in order]
-    assert places == sorted(places) and len(said) < memory_guard.MAX_SHRINKS
+    assert places == sorted(places)
+    assert len(said) < memory_guard.MAX_SHRINKS
     assert not table.update.exists()
 
 
@@ -259,7 +262,8 @@ def test_evaluation_and_profile_need_only_smaller_batches(rig, monkeypatch):
 
     fail(monkeypatch, device_profile, "profile_blocks", torch.OutOfMemoryError(CUDA))
     update = table.round(table.trainer())
-    assert update.metrics["memory_shrinks"] == 0 and len(calls) == 3
+    assert update.metrics["memory_shrinks"] == 0
+    assert len(calls) == 3
     assert table.heard.said("out of memory while evaluating; 2 sequences")
     assert table.heard.said("out of memory in the profile; 2 sequences")
     for name in ("held_out_loss_before", "held_out_loss_after"):
@@ -389,7 +393,8 @@ def test_pressure_seen_before_a_rung_can_have_helped_is_not_taken_for_more(rig):
     watch = FakeWatch(TIGHT, TIGHT, None)
     table = rig()
     update = table.round(table.trainer(watch=watch))
-    assert update.metrics["memory_shrinks"] == 1 and watch.relieved == 2
+    assert update.metrics["memory_shrinks"] == 1
+    assert watch.relieved == 2
 
 
 def test_pressure_that_lasts_goes_down_to_fewer_experts_and_starts_the_steps_again(rig):
@@ -400,7 +405,8 @@ def test_pressure_that_lasts_goes_down_to_fewer_experts_and_starts_the_steps_aga
     assert update.metrics["memory_shrinks"] == 5
     load = trainer._planner.load
     assert load.trained < load.held == 32
-    assert table.heard.phases.count("train") == 2 and watch.started == 2
+    assert table.heard.phases.count("train") == 2
+    assert watch.started == 2
     assert len(table.sent_experts()) == load.trained
     assert update.num_tokens == 12 * 4 * 32
 
@@ -473,10 +479,12 @@ def test_a_smaller_budget_shrinks_the_next_round_and_growth_waits_for_a_tenth(ri
     budget["now"] = own + process + int(0.62 * need)
     table.heard.messages.clear()
     table.round(trainer, 3)
-    assert planner.load == shrunk and not table.heard.said("than before")
+    assert planner.load == shrunk
+    assert not table.heard.said("than before")
     budget["now"] = own + process + int(1.3 * need)
     table.round(trainer, 4)
-    assert planner.load.held == planner.load.trained == 64 and table.heard.said("more than before")
+    assert planner.load.held == planner.load.trained == 64
+    assert table.heard.said("more than before")
     assert "profile" not in table.heard.phases[table.heard.phases.index("train") :]  # once is enough
 
 
@@ -490,7 +498,8 @@ def test_the_plan_of_a_tight_budget_is_of_the_methods_best_experts(rig):
     trained_alone = planner._search.layout(8, 8)
     held_alone = planner._search.layout(24, 24)
     for layer in range(4):
-        assert set(small.trainable(layer)) == set(trained_alone.trainable(layer)) and len(small.trainable(layer))
+        assert set(small.trainable(layer)) == set(trained_alone.trainable(layer))
+        assert len(small.trainable(layer))
         assert set(small.resident(layer)) == set(held_alone.trainable(layer))
 
 
@@ -518,7 +527,8 @@ def test_one_step_of_a_run_is_measured_and_kept_for_later_plans(rig):
     trainer = table.trainer()
     table.round(trainer)
     correction = trainer._planner.correction
-    assert correction is not None and "measured on cpu" in correction.origin
+    assert correction is not None
+    assert "measured on cpu" in correction.origin
     saved = json.loads((table.folder / "me" / PLAN_FILE).read_text())
     assert saved["correction"] == dataclasses.asdict(correction)
     again = table.trainer()  # a restart
@@ -566,8 +576,10 @@ def test_a_loss_that_cannot_be_chunked_is_planned_without(rig, monkeypatch):
     update = table.round(trainer)
     assert table.heard.said("cannot be computed in chunks: it has terms beside it")
     setup = trainer._planner.load.setup
-    assert not setup.chunked_loss and setup.checkpointing
-    assert len(update.experts) == 32 and update.metrics["memory_shrinks"] == 0
+    assert not setup.chunked_loss
+    assert setup.checkpointing
+    assert len(update.experts) == 32
+    assert update.metrics["memory_shrinks"] == 0
 
 
 # --- real limits of the operating system ------------------------------------------------------------------------------
@@ -620,7 +632,9 @@ def test_a_round_under_a_real_limit_shrinks_until_it_fits(tmp_path):
     found = run_limited(tmp_path / "limited", 260)
     assert found["shrinks"] >= 1, found
     assert any("out of memory while" in text for text in found["messages"])
-    assert found["loss"] > 0 and found["sent"] == found["trained"] and found["experts"] == found["held"]
+    assert found["loss"] > 0
+    assert found["sent"] == found["trained"]
+    assert found["experts"] == found["held"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")

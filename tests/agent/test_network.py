@@ -59,8 +59,10 @@ def test_a_recorder_keeps_few_marks_and_every_byte(size, chunks):
         left -= min(chunk, left)
         now[0] += 0.01
     marks = recorder.marks()
-    assert marks[0][0] == 0.0 and marks[-1][1] == size == recorder.size_bytes
-    assert list(marks) == sorted(set(marks)) and len(marks) <= probe.MAX_MARKS + 2
+    assert marks[0][0] == 0.0
+    assert marks[-1][1] == size == recorder.size_bytes
+    assert list(marks) == sorted(set(marks))
+    assert len(marks) <= probe.MAX_MARKS + 2
     assert decode_marks({"marks": [list(mark) for mark in marks]}, size) == marks
 
 
@@ -72,17 +74,20 @@ def test_nothing_arrived():
 
 def test_a_steady_line_gives_its_rate_in_seven_pieces():
     rates, settled = steady_rates(line_of(1_000_000)(4_000_000))
-    assert settled and len(rates) == network.SLICES
+    assert settled
+    assert len(rates) == network.SLICES
     assert rates == pytest.approx([1_000_000] * network.SLICES, rel=1e-6)
 
 
 def test_the_beginning_is_left_out_where_enough_follows():
     marks = line_of(1_000_000, settle_s=0.25, faster=10.0)(4_000_000)
     rates, settled = steady_rates(marks)
-    assert settled and rates == pytest.approx([1_000_000] * network.SLICES, rel=1e-6)
+    assert settled
+    assert rates == pytest.approx([1_000_000] * network.SLICES, rel=1e-6)
     short = [mark for mark in marks if mark[0] < 2 * network.SETTLE_S]
     rates, settled = steady_rates(short)
-    assert not settled and max(rates) == pytest.approx(10_000_000, rel=0.1)
+    assert not settled
+    assert max(rates) == pytest.approx(10_000_000, rel=0.1)
 
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 10**6)), min_size=2, max_size=70))
@@ -92,7 +97,8 @@ def test_pieces_never_invent_bytes(steps):
         at, size = at + (seconds if marks else 0.0), size + more
         marks.append((at, size))
     rates, _ = steady_rates(marks)
-    assert len(rates) <= network.SLICES and all(rate > 0 for rate in rates)
+    assert len(rates) <= network.SLICES
+    assert all(rate > 0 for rate in rates)
     if rates:
         pairs = [(b[1] - a[1], b[0] - a[0]) for a in marks for b in marks if b[0] > a[0]]
         fastest = max(moved / seconds for moved, seconds in pairs)
@@ -110,8 +116,10 @@ def test_probes_double_until_one_lasts_a_second():
 def test_probes_end_with_the_largest():
     send = line_of(1e9)
     line = measure_line(send)
-    assert send.asked[-1] == probe.MAX_PROBE_BYTES == line.size_bytes and len(send.asked) == 8
-    assert not line.settled and line.samples == pytest.approx([1e9] * network.SLICES, rel=1e-6)
+    assert send.asked[-1] == probe.MAX_PROBE_BYTES == line.size_bytes
+    assert len(send.asked) == 8
+    assert not line.settled
+    assert line.samples == pytest.approx([1e9] * network.SLICES, rel=1e-6)
 
 
 def test_a_slow_line_ends_with_its_first_probe():
@@ -122,7 +130,8 @@ def test_a_slow_line_ends_with_its_first_probe():
 
 def test_a_probe_that_was_cut_short_ends_the_measurement():
     line = measure_line(lambda size: ((0.0, 10), (0.5, 1000)))
-    assert line.size_bytes == 1000 and line.samples == pytest.approx([1980.0])
+    assert line.size_bytes == 1000
+    assert line.samples == pytest.approx([1980.0])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +195,8 @@ def put_blob(server: FakeAggregator, size: int) -> str:
 def test_messages_alone_tell_the_round_trip_and_no_rate(server):
     with open_client(server.url) as client:
         before = client.network_facts()
-        assert not any(reading.known for reading in vars(before).values()) and before.metrics() == {}
+        assert not any(reading.known for reading in vars(before).values())
+        assert before.metrics() == {}
         registered(client)
         for _ in range(5):
             client.manifest()
@@ -194,7 +204,8 @@ def test_messages_alone_tell_the_round_trip_and_no_rate(server):
     assert facts.up_bytes_per_s.reason is facts.down_bytes_per_s.reason is Reason.ABSENT
     assert facts.uplink_bytes_per_s.reason is Reason.ABSENT
     if sys.platform == "linux":
-        assert facts.rtt_ms.value > 0 and facts.retransmit_share.known
+        assert facts.rtt_ms.value > 0
+        assert facts.retransmit_share.known
         assert set(facts.metrics()) >= {"network_rtt_ms", "network_retransmit_share"}
 
 
@@ -210,7 +221,8 @@ def test_transfers_are_measured_on_the_side(server, tmp_path):
             client.upload(1, attempt, path)
         up, down = client._channel.up.observed, client._channel.down.observed
         facts = client.network_facts()
-    assert up[0] == 2 * 3_000_000 and up[1] > 0
+    assert up[0] == 2 * 3_000_000
+    assert up[1] > 0
     assert 3 * 2_000_000 - 3 * 65536 <= down[0] < 3 * 2_000_000, "all but the first chunk of each"
     assert not any("delivery" in name for name in facts.metrics()), "a lower bound is no metric"
     for reading, (size_bytes, seconds) in ((facts.up_bytes_per_s, up), (facts.down_bytes_per_s, down)):
@@ -230,7 +242,8 @@ def test_throttled_transfers_show_the_line_and_not_the_loopback(server, tmp_path
         client.download(sha256, SIZE, tmp_path / "blob")
         client.upload(1, 1, tmp_path / "update")
         facts = client.network_facts()
-        assert proxy.moved["down"] >= SIZE and proxy.moved["up"] >= SIZE
+        assert proxy.moved["down"] >= SIZE
+        assert proxy.moved["up"] >= SIZE
     assert bytes(server.partial[(CLIENT, 1, 1)]) == data == (tmp_path / "blob").read_bytes()
     for reading in (facts.up_bytes_per_s, facts.down_bytes_per_s):
         assert RATE / 10 < reading.value < 3 * RATE, reading

@@ -68,7 +68,9 @@ def test_a_device_with_too_little_memory_offloads_and_sends_what_fedavg_sends(be
     device = with_room(trainer_of(data, tmp_path, name="poor"), usable)
     manifest, _ = table.round(device, tmp_path / "update")
     load = device._planner.load
-    assert load.setup.offload and device._model.offloads and load.held == load.trained == 64
+    assert load.setup.offload
+    assert device._model.offloads
+    assert load.held == load.trained == 64
     assert device._model.memory_bytes()["experts"] == 0
     folder = tmp_path / "poor" / placing.OFFLOAD_FOLDER
     assert not list(folder.iterdir()), "no file has a name, while all are in use"
@@ -92,13 +94,15 @@ def test_a_device_with_too_little_memory_offloads_and_sends_what_fedavg_sends(be
 
     again = with_room(trainer_of(data, tmp_path, name="poor"), usable)  # a restart remembers
     table.round(again, tmp_path / "update-2", server_round=2)
-    assert again._planner.load == load and again._model.offloads
+    assert again._planner.load == load
+    assert again._model.offloads
 
 
 def test_what_fits_is_not_offloaded(bench, data, tmp_path):
     table, device = bench("fmd"), trainer_of(data, tmp_path)
     table.round(device, tmp_path / "update")
-    assert not device._model.offloads and not (tmp_path / "a" / placing.OFFLOAD_FOLDER).exists()
+    assert not device._model.offloads
+    assert not (tmp_path / "a" / placing.OFFLOAD_FOLDER).exists()
 
 
 def test_a_method_that_offloads_keeps_experts_as_they_come(bench, data, tmp_path):
@@ -135,11 +139,14 @@ def test_a_folder_in_memory_is_refused(bench, data, tmp_path, monkeypatch):
 def test_fmq_trains_adapters_on_4_bits_and_refuses_what_even_they_do_not_fit(bench, data, tmp_path):
     table, device = bench("fmq", experts="lora", lora_rank=2), trainer_of(data, tmp_path)
     _, update = table.round(device, tmp_path / "update")
-    assert device._model.storage == "nf4" and device._model.plan.num_trainable == 64
+    assert device._model.storage == "nf4"
+    assert device._model.plan.num_trainable == 64
     bank = device._model.bank(0)
-    assert {stack.format for stack in bank.stacks().values()} == {"nf4"} and len(bank.packed(0)) == 2
+    assert {stack.format for stack in bank.stacks().values()} == {"nf4"}
+    assert len(bank.packed(0)) == 2
     assert all("lora" in name for name in bank.storages()), "the base does not train"
-    assert update.metrics["experts_trained"] > 48 and update.metrics["train_loss"] > 0
+    assert update.metrics["experts_trained"] > 48
+    assert update.metrics["train_loss"] > 0
 
     model, training = device._model, table.reader.run.training
     lean = needs(model, training, expert_storage="nf4", **LEAST)
@@ -250,11 +257,15 @@ def result_of(process: subprocess.Popen) -> dict:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds anonymous memory on Linux")
 def test_a_round_under_a_real_limit_far_below_what_fedavg_needs(tmp_path):
     """The process may take 110 MiB beside what it has without experts. Their weights alone are 144 MiB, and training
-    has four times that: fedavg runs out, fmd trains them all."""
+    has four times that: fedavg runs out, fmd trains them all.
+    """
     (tmp_path / "fmd").mkdir()
     (tmp_path / "fedavg").mkdir()
     found = result_of(start(tmp_path / "fmd", "fmd", usable_mib=180, room_mib=110))
-    assert found["offloads"] and found["held"] == 96 and found["shrinks"] == 0 and found["loss"] > 0
+    assert found["offloads"]
+    assert found["held"] == 96
+    assert found["shrinks"] == 0
+    assert found["loss"] > 0
     assert found["file_bytes"] < EXPERT_MIB / 2 * MIB, "what a layer is done with leaves the process"
     refused = result_of(start(tmp_path / "fedavg", "fedavg", usable_mib=4096, room_mib=110))
     assert refused["error"] == "OutOfMemory", refused
@@ -283,7 +294,8 @@ def test_whatever_ends_a_round_nothing_stays_on_the_disk(tmp_path, way):
         device.kill()
         device.communicate()
     folder = tmp_path / "device" / placing.OFFLOAD_FOLDER
-    assert folder.is_dir() and not list(folder.iterdir())
+    assert folder.is_dir()
+    assert not list(folder.iterdir())
     if way is signal.SIGKILL:
         assert result_of(start(tmp_path, "fmd", usable_mib=180))["offloads"]
         assert not list(folder.iterdir())

@@ -90,8 +90,11 @@ def test_theta_is_all_that_is_in_the_update(table, images, tmp_path):
         np.testing.assert_array_equal(kept[f"shared.{name}"].numpy(), value)
     own = sum(value.numel() for name, value in kept.items() if name.startswith("own."))
     assert own == 2_621_558, "cnn1 with ten classes stays here"
-    assert update.experts == () and update.survey is None and update.num_examples == 38
-    assert update.metrics["train_loss"] > 0 and 0 <= update.metrics["held_out_accuracy_after"] <= 1
+    assert update.experts == ()
+    assert update.survey is None
+    assert update.num_examples == 38
+    assert update.metrics["train_loss"] > 0
+    assert 0 <= update.metrics["held_out_accuracy_after"] <= 1
     assert 0 < update.metrics["shared_extractor_share"] < 1
 
 
@@ -218,7 +221,8 @@ def test_text_to_be_continued_weighs_by_its_length(tmp_path):
         table = Table(tmp_path / f"run{index}", extractor="text-small", tokenizer="tiny")
         trainer = PersonalTrainer(make_task("next-token", str(path), "text-gru", "me", 0.0), tmp_path / f"d{index}")
         weights.append(table.round(trainer, tmp_path / "update").num_examples)
-    assert trainer.num_examples == 4 and weights[0] > 5 * weights[1]
+    assert trainer.num_examples == 4
+    assert weights[0] > 5 * weights[1]
 
 
 def test_a_pull_to_classes_is_refused_where_there_are_none(tmp_path):

@@ -62,7 +62,8 @@ def test_what_an_older_kernel_does_not_tell_is_unknown(length, known):
     assert {name for name, reading in vars(info).items() if reading.known} == known
     for name, reading in vars(info).items():
         if name not in known:
-            assert reading.reason is Reason.NOT_SUPPORTED and f"{length} bytes" in reading.detail
+            assert reading.reason is Reason.NOT_SUPPORTED
+            assert f"{length} bytes" in reading.detail
 
 
 def test_zero_is_not_a_time_and_not_a_rate():
@@ -156,7 +157,8 @@ def test_a_record_keeps_what_a_later_sample_does_not_know(told):
         told[connection] = structure(**{**FULL, "rtt": 0, "min_rtt": 19_000, "delivery_rate": 7})
         record.note(connection, sending=False)
     newest = record.newest
-    assert newest.rtt_ms.value == 20.5 and newest.min_rtt_ms.value == 18.0
+    assert newest.rtt_ms.value == 20.5
+    assert newest.min_rtt_ms.value == 18.0
     assert newest.delivery_rate_bytes_per_s.value == 1_250_000.0, "a rate of small messages says nothing"
 
 
@@ -178,4 +180,5 @@ def test_a_record_forgets_closed_connections(told):
         connection.close()
         told.clear()
         del connection
-    assert len(record._counted) == 0 and record.retransmit_share.value == pytest.approx(0.05)
+    assert len(record._counted) == 0
+    assert record.retransmit_share.value == pytest.approx(0.05)

@@ -41,7 +41,8 @@ def receive(meter: Throughput, clock: Clock, chunks: int, every_s: float, chunk:
 
 
 def test_nothing_is_known_before_enough_has_moved(meter, clock):
-    assert meter.bytes_per_s is None and meter.observed == (0, 0.0)
+    assert meter.bytes_per_s is None
+    assert meter.observed == (0, 0.0)
     receive(meter, clock, 3, 0.1)
     assert meter.bytes_per_s is None, f"{2 * CHUNK} bytes are less than {ENOUGH_BYTES}"
     receive(meter, clock, 3, 0.1)
@@ -51,7 +52,8 @@ def test_nothing_is_known_before_enough_has_moved(meter, clock):
 
 def test_the_first_chunk_came_before_the_clock_ran(meter, clock):
     receive(meter, clock, 101, 0.1)
-    assert meter.bytes_per_s == pytest.approx(1e6) and meter.observed[0] == 100 * CHUNK
+    assert meter.bytes_per_s == pytest.approx(1e6)
+    assert meter.observed[0] == 100 * CHUNK
 
 
 def test_idle_time_does_not_count(meter, clock):
@@ -104,7 +106,8 @@ def test_a_transfer_that_breaks_ends_with_its_last_chunk(meter, clock):
             pace.moved(CHUNK)
         clock.now += 60.0
         raise TimeoutError
-    assert meter.bytes_per_s == pytest.approx(1e6) and meter.observed[1] == pytest.approx(1.0)
+    assert meter.bytes_per_s == pytest.approx(1e6)
+    assert meter.observed[1] == pytest.approx(1.0)
     receive(meter, clock, 11, 0.1)
     assert meter.bytes_per_s == pytest.approx(1e6)
 

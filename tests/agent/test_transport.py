@@ -108,14 +108,16 @@ def test_messages_and_their_errors(server, client):
     assert client.manifest(1) == client.manifest("latest")
     client.heartbeat(Heartbeat(phase="train", fraction=0.5, server_round=1))
     client.leave("bye")
-    assert server.heartbeats[0].fraction == 0.5 and server.left == ["bye"]
+    assert server.heartbeats[0].fraction == 0.5
+    assert server.left == ["bye"]
     with pytest.raises(NotFound):
         client.manifest(9)
     with AggregatorClient(server.url, "unknown", KEY) as other, pytest.raises(UnknownClient):
         other.assignment(0.1)
     with AggregatorClient(server.url, CLIENT, "wrong") as other, pytest.raises(Unauthorized):
         other.assignment(0.1)
-    assert client.bytes_down > 500 and client.bytes_up > 100
+    assert client.bytes_down > 500
+    assert client.bytes_up > 100
 
 
 def test_token(server, client):
@@ -219,7 +221,9 @@ def test_untrusted_certificate_is_a_network_error_of_its_own(tmp_path):
     fault.__cause__.__context__ = cause
     with AggregatorClient("https://127.0.0.1:1") as client:
         error = client._channel._unreachable(fault)
-    assert type(error) is NetworkError and "self-signed certificate" in str(error) and error.foreign
+    assert type(error) is NetworkError
+    assert "self-signed certificate" in str(error)
+    assert error.foreign
 
 
 def test_oversized_message_is_refused(server, client, monkeypatch):
@@ -242,9 +246,13 @@ def test_download_continues_byte_exactly_after_cuts(server, proxy, flaky, tmp_pa
         except ServerUnreachable:
             failures += 1
             assert not path.exists()
-    assert path.read_bytes() == data and failures == 3 and proxy.cuts_made == 3
+    assert path.read_bytes() == data
+    assert failures == 3
+    assert proxy.cuts_made == 3
     starts = [start for _, start in server.blob_requests]
-    assert starts[0] == 0 and starts == sorted(set(starts)) and len(starts) == 4
+    assert starts[0] == 0
+    assert starts == sorted(set(starts))
+    assert len(starts) == 4
     assert sum(moved) == len(data)  # no byte came twice
     assert not (tmp_path / "blob.part").exists()
 
@@ -262,7 +270,8 @@ def test_complete_and_empty_parts_need_no_request(server, client, tmp_path):
     (tmp_path / "blob.part").write_bytes(data)
     client.download(sha256, len(data), tmp_path / "blob")
     client.download(hashlib.sha256(b"").hexdigest(), 0, tmp_path / "empty")
-    assert (tmp_path / "blob").read_bytes() == data and (tmp_path / "empty").read_bytes() == b""
+    assert (tmp_path / "blob").read_bytes() == data
+    assert (tmp_path / "empty").read_bytes() == b""
     assert server.blob_requests == []
 
 
@@ -328,11 +337,14 @@ def test_upload_continues_at_the_servers_offset(server, proxy, flaky, tmp_path):
             break
         except ServerUnreachable:
             failures += 1
-    assert bytes(server.partial[(CLIENT, 1, 1)]) == data and failures == 2
+    assert bytes(server.partial[(CLIENT, 1, 1)]) == data
+    assert failures == 2
     assert sum(taken for _, taken in server.puts) == len(data)  # every byte was taken once
-    assert [offset for offset, _ in server.puts][0] == 0 and server.puts[-1][0] > 0
+    assert [offset for offset, _ in server.puts][0] == 0
+    assert server.puts[-1][0] > 0
     accepted = flaky.commit(meta_of(data))
-    assert not accepted.repeated and flaky.commit(meta_of(data)).repeated
+    assert not accepted.repeated
+    assert flaky.commit(meta_of(data)).repeated
     assert len(server.accepted) == 1
 
 
@@ -342,7 +354,9 @@ def test_upload_tells_what_was_there_and_what_it_sends(server, client, tmp_path)
     server.partial[(CLIENT, 1, 1)] = bytearray(data[:100_000])
     moved: list[int] = []
     client.upload(1, 1, tmp_path / "update", moved.append)
-    assert moved[0] == 100_000 and sum(moved) == len(data) and bytes(server.partial[(CLIENT, 1, 1)]) == data
+    assert moved[0] == 100_000
+    assert sum(moved) == len(data)
+    assert bytes(server.partial[(CLIENT, 1, 1)]) == data
     client.upload(1, 1, tmp_path / "update")
     assert len(server.puts) == 1  # complete: nothing is sent again
 

@@ -98,10 +98,12 @@ def test_two_devices_on_bad_networks_finish_a_run(tmp_path):
             ends.append(start(agent))
         for thread, _ in ends:
             thread.join(30)
-        assert [end[0].rounds for _, end in ends] == [2, 2] and all(end[0].finished for _, end in ends)
+        assert [end[0].rounds for _, end in ends] == [2, 2]
+        assert all(end[0].finished for _, end in ends)
         assert expert_values(server, tmp_path) == [toy_value(2.0, 2)] * EXPERTS
         status = status_of(server)
-        assert [entry.updates for entry in status.history] == [2, 2] and status.state == "finished"
+        assert [entry.updates for entry in status.history] == [2, 2]
+        assert status.state == "finished"
         assert all(client.downloaded_bytes > 4 * 24_000 for client in status.clients)
 
 
@@ -118,7 +120,8 @@ def test_server_restart_between_training_and_upload(tmp_path, wait_until):
     wait_until(lambda: agent._journal.record.phase == "uploading")
     with stack, serving(tmp_path / "server", port) as server:
         thread.join(30)
-        assert ends[0].rounds == 2 and trainer.rounds == [1, 2]
+        assert ends[0].rounds == 2
+        assert trainer.rounds == [1, 2]
         assert expert_values(server, tmp_path) == [toy_value(1.0, 2)] * EXPERTS
 
 
@@ -146,9 +149,12 @@ def test_device_killed_during_an_upload_goes_on_where_it_was(tmp_path, wait_unti
         assert code == 0 and "message continuing the upload of round 1" in out, err
         (line,) = ledger(tmp_path / "a")
         size = EXPERTS * 4 * shape[0] * shape[1]
-        assert 0 < before < size and line["resumed"] and size - before < line["bytes_up"] < size - before + 4096
+        assert 0 < before < size
+        assert line["resumed"]
+        assert size - before < line["bytes_up"] < size - before + 4096
         status = status_of(server)
-        assert [entry.updates for entry in status.history] == [1] and len(status.clients) == 1
+        assert [entry.updates for entry in status.history] == [1]
+        assert len(status.clients) == 1
         assert json.loads((tmp_path / "a" / "journal.json").read_text())["rounds_acknowledged"] == 1
         assert expert_values(server, tmp_path) == [toy_value(0.0, 1)] * EXPERTS
 

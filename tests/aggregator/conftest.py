@@ -16,7 +16,7 @@ import toy_run  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """httpx obeys proxy variables; loopback must not go through one."""
+    """Httpx obeys proxy variables; loopback must not go through one."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 

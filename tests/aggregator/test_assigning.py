@@ -38,7 +38,8 @@ def test_a_survey_brings_an_assignment_from_the_next_round_on(toy):
     assert toy.assignment("a").experts is None
     finish_round(toy, {"a": survey(2.0), "b": None})
     found = toy.assignment("a").experts
-    assert isinstance(found, ExpertAssignment) and found.tune == ((0, 2),)
+    assert isinstance(found, ExpertAssignment)
+    assert found.tune == ((0, 2),)
     assert toy.assignment("b").experts is None, "it has said nothing"
     everything_but_one = {(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)}
     assert set(found.explore) == everything_but_one, "expert 0 of layer 0 was trained in round 1, the others never"

@@ -68,7 +68,8 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path, start_server, place):
     while {path.name for path in (state / "blobs").glob("??/*")} != wanted and time.monotonic() < until:
         time.sleep(0.05)
     assert {path.name for path in (state / "blobs").glob("??/*")} == wanted
-    assert not list((state / "blobs" / "tmp").iterdir()) and not list((state / "updates").iterdir())
+    assert not list((state / "blobs" / "tmp").iterdir())
+    assert not list((state / "updates").iterdir())
 
 
 def test_a_server_killed_while_bytes_arrive_keeps_them(tmp_path, start_server):

@@ -98,7 +98,8 @@ def test_blocks_threads_and_open_files_change_no_bit(case, monkeypatch, block, t
 
 def test_weights_of_zero_change_nothing(case):
     plan = {unit.key: UnitMerge(tuple((client, 0.0) for client in CLIENTS)) for unit in case.units}
-    assert case.fold(plan) == [] and case.fold({unit.key: UnitMerge(()) for unit in case.units}) == []
+    assert case.fold(plan) == []
+    assert case.fold({unit.key: UnitMerge(()) for unit in case.units}) == []
 
 
 def test_equal_updates_are_their_own_mean_bit_for_bit(case):

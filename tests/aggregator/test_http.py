@@ -77,7 +77,8 @@ def test_health_needs_no_token_and_everything_else_does(shared):
             with pytest.raises(Unauthorized, match="token"):
                 stranger.request(verb, path)
     response = httpx.get(shared.url + routes.STATUS, headers={"authorization": "bearer secret"})
-    assert response.status_code == 401 and response.json()["remedy"]
+    assert response.status_code == 401
+    assert response.json()["remedy"]
 
 
 def test_every_refusal_is_an_error_reply(shared, client):
@@ -160,7 +161,8 @@ def test_blobs_come_whole_or_from_any_byte(client):
     manifest = client.manifest()
     unit = manifest.units[-1]
     whole = client.blob(unit.sha256)
-    assert whole.status_code == 200 and whole.headers["content-length"] == str(unit.size_bytes)
+    assert whole.status_code == 200
+    assert whole.headers["content-length"] == str(unit.size_bytes)
     assert hashlib.sha256(whole.content).hexdigest() == unit.sha256
     size = unit.size_bytes
     for header, begin, end in (
@@ -168,13 +170,15 @@ def test_blobs_come_whole_or_from_any_byte(client):
         (f"bytes=3-{size * 9}", 3, size),
     ):  # fmt: skip
         part = client.blob(unit.sha256, headers={"range": header})
-        assert part.status_code == 206 and part.content == whole.content[begin:end]
+        assert part.status_code == 206
+        assert part.content == whole.content[begin:end]
         assert part.headers["content-range"] == f"bytes {begin}-{end - 1}/{size}"
     for header in (f"bytes={size}-", "bytes=9-3"):
         response = client.request(
             "GET", routes.BLOB, values={"sha256": unit.sha256}, headers={"range": header}, expect=(416,)
         )
-        assert response.headers["content-range"] == f"bytes */{size}" and response.json()["code"] == "not-found"
+        assert response.headers["content-range"] == f"bytes */{size}"
+        assert response.json()["code"] == "not-found"
     for header in ("bytes=-5", "bytes=0-1,3-4", "furlongs=1-2", "bytes=0-"):
         assert client.blob(unit.sha256, headers={"range": header}).content == whole.content
     assert client.blob(manifest.files[0].sha256).json() == {"model_type": "toy"}
@@ -217,13 +221,15 @@ def test_a_whole_run_ends_the_server_when_everybody_knows(tmp_path, start_server
         updates = updates_for(manifest, "ab")
         for each in clients:
             assignment = each.assignment(wait_s=5)
-            assert isinstance(assignment, Assignment) and assignment.server_round == server_round
+            assert isinstance(assignment, Assignment)
+            assert assignment.server_round == server_round
             each.send(updates[each.client_id])
     final = clients[0].wait_for_round(3)
     assert isinstance(clients[0].assignment(wait_s=5), Finished)
     assert [ledger.server_round for ledger in clients[0].status().history] == [1, 2]
     expected = {c: updates[c] for c in "ab"}
-    assert len(clients[0].values(final, tmp_path)) and expected
+    assert len(clients[0].values(final, tmp_path))
+    assert expected
     clients[1].request("POST", routes.LEAVE, content=encode_message(Leave(reason="done")))
     assert server.process.wait(10) == 0
 
@@ -233,7 +239,8 @@ def test_a_long_poll_answers_when_the_round_opens_and_not_before_its_time_otherw
     first, second = Client(server.url, "a"), Client(server.url, "b")
     first.register()
     started = time.monotonic()
-    assert isinstance(first.assignment(wait_s=0.5), Wait) and time.monotonic() - started >= 0.45
+    assert isinstance(first.assignment(wait_s=0.5), Wait)
+    assert time.monotonic() - started >= 0.45
     threading.Timer(0.3, second.register).start()
     started = time.monotonic()
     assert isinstance(first.assignment(wait_s=20), Assignment)
@@ -257,7 +264,8 @@ def test_a_cut_connection_leaves_a_part_and_the_upload_goes_on(tmp_path, start_s
         peer.sendall(head.encode() + update.frame[:half])
         time.sleep(0.3)
     offset, status = clients["a"].offset(update.meta)
-    assert 0 < offset <= half and status == "partial"
+    assert 0 < offset <= half
+    assert status == "partial"
     with pytest.raises(OffsetMismatch) as caught:
         clients["a"].put(update.meta, update.frame, offset=0)
     offset = caught.value.offset
@@ -323,7 +331,8 @@ def test_a_signal_ends_the_server_cleanly_with_a_poll_and_an_upload_under_way(tm
     time.sleep(0.3)
     started = time.monotonic()
     os.kill(server.process.pid, how)
-    assert server.process.wait(10) == 0 and time.monotonic() - started < 8
+    assert server.process.wait(10) == 0
+    assert time.monotonic() - started < 8
     stop.set()
     for thread in threads:
         thread.join(10)

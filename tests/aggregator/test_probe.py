@@ -74,7 +74,8 @@ def test_an_upload_is_answered_with_its_pace(http, state):
     before = sorted(path for path in state.rglob("*") if path.is_file())
     marks = http.post(routes.PROBE, content=bytes(1_000_000)).json()["marks"]
     assert 2 <= len(marks) <= probe.MAX_MARKS + 2
-    assert marks[0][0] == 0.0 and marks[-1][1] == 1_000_000
+    assert marks[0][0] == 0.0
+    assert marks[-1][1] == 1_000_000
     assert marks == sorted(marks)
     assert sorted(path for path in state.rglob("*") if path.is_file()) == before, "nothing of it may reach the disk"
 
@@ -133,7 +134,8 @@ def test_a_refused_upload_is_not_read_to_its_end(server):
             with contextlib.suppress(ConnectionResetError):  # what was not read makes the end a reset
                 while chunk := second.recv(65536):
                     answer += chunk
-            assert answer.startswith(b"HTTP/1.1 429 ") and b"connection: close" in answer.lower()
+            assert answer.startswith(b"HTTP/1.1 429 ")
+            assert b"connection: close" in answer.lower()
 
 
 def test_an_upload_that_does_not_end_is_answered_in_time(server, monkeypatch):
@@ -143,7 +145,8 @@ def test_an_upload_that_does_not_end_is_answered_in_time(server, monkeypatch):
         while chunk := connection.recv(65536):  # the server hangs up after it
             answer += chunk
     head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 ") and b"connection: close" in head.lower()
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close" in head.lower()
     assert json.loads(body)["marks"] == [[0.0, 10]]
     wait_until_running(server, 0)
 
@@ -151,7 +154,8 @@ def test_an_upload_that_does_not_end_is_answered_in_time(server, monkeypatch):
 def test_a_download_on_a_slow_line_is_ended_in_time_and_whole(server, http, monkeypatch):
     monkeypatch.setattr(probe, "MAX_PROBE_S", 0.0)
     response = http.get(routes.PROBE, params={"bytes": 1000})
-    assert response.status_code == 200 and len(response.content) < 1000
+    assert response.status_code == 200
+    assert len(response.content) < 1000
 
 
 def test_a_client_that_does_not_read_holds_its_place_only_for_a_while(server, monkeypatch):
@@ -201,7 +205,8 @@ def test_bytes_of_an_address_within_a_minute():
     assert limiter.wait_s("a", 61) == pytest.approx(WINDOW_S - 10), "for 61, all 100"
     assert limiter.wait_s("b", 100) == 0
     clock.now = 500.0 + WINDOW_S
-    assert limiter.wait_s("a", 60) == 0 and limiter.wait_s("a", 61) > 0
+    assert limiter.wait_s("a", 60) == 0
+    assert limiter.wait_s("a", 61) > 0
 
 
 def test_requests_and_bytes_of_all_together():
@@ -233,7 +238,8 @@ def test_a_whole_measurement_in_both_directions_fits_within_the_limits():
     limits = ProbeLimits()
     sizes = [probe.PROBE_BLOCK_BYTES << step for step in range(8)]
     assert sizes[-1] == probe.MAX_PROBE_BYTES
-    assert 2 * sum(sizes) <= limits.address_bytes and 2 * len(sizes) <= limits.address_requests
+    assert 2 * sum(sizes) <= limits.address_bytes
+    assert 2 * len(sizes) <= limits.address_requests
 
 
 def test_the_limiter_stays_small_whoever_asks():

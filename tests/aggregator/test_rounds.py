@@ -54,8 +54,10 @@ def test_a_round_opens_with_enough_clients_and_closes_with_all():
     machine(UpdateAccepted, "a")
     machine(UpdateAccepted, "b")
     assert machine(Folded, 2) == [Finish(3)]
-    assert machine.state.phase is Phase.FINISHED and machine.state.server_round == 3
-    assert machine(ClientJoined, "c") == [] and machine(Tick, after=1e6) == []
+    assert machine.state.phase is Phase.FINISHED
+    assert machine.state.server_round == 3
+    assert machine(ClientJoined, "c") == []
+    assert machine(Tick, after=1e6) == []
 
 
 def test_a_quorum_closes_the_round_early():
@@ -93,7 +95,8 @@ def test_the_deadline_closes_a_round_with_an_update_and_extends_one_without():
     machine(ClientJoined, "b")
     assert machine(Tick, after=4.9) == []
     assert machine(Tick, after=0.1) == [ExtendDeadline(1)]
-    assert machine.state.deadline == 10.0 and machine.state.phase is Phase.TRAINING
+    assert machine.state.deadline == 10.0
+    assert machine.state.phase is Phase.TRAINING
     machine(UpdateAccepted, "a", after=1.0)
     machine(ClientSeen, "b")
     assert machine(Tick, after=4.0) == [Fold(1, ("a",))]
@@ -104,7 +107,8 @@ def test_a_deserted_round_waits_and_goes_on_when_a_participant_returns():
     machine(ClientJoined, "a")
     machine(ClientJoined, "b")
     assert machine(Tick, after=11.0) == [Abandon(1)]
-    assert machine.state.phase is Phase.WAITING and not machine.state.is_trainer("a")
+    assert machine.state.phase is Phase.WAITING
+    assert not machine.state.is_trainer("a")
     assert machine(ClientSeen, "a") == [OpenRound(1, ("a", "b"))]
     assert machine.state.is_trainer("a")
 
@@ -132,7 +136,8 @@ def test_a_late_client_waits_for_the_next_round_unless_one_is_missing():
     machine = Machine()
     for client in "ab":
         machine(ClientJoined, client)
-    assert machine(ClientJoined, "late") == [] and not machine.state.is_trainer("late")
+    assert machine(ClientJoined, "late") == []
+    assert not machine.state.is_trainer("late")
     machine(ClientLeft, "a")
     assert machine(ClientJoined, "spare") == [OpenRound(1, ("a", "b", "spare"))]
     assert machine.state.is_trainer("spare")
@@ -168,7 +173,9 @@ def test_a_restart_waits_for_everybody_anew():
         policy, 0, phase=Phase.TRAINING, server_round=1, participants="ab", accepted="a", clients="ab", now=500.0
     )
     state, actions = step(state, Tick(504.0))
-    assert actions == () and state.is_trainer("b") and not state.is_trainer("a")
+    assert actions == ()
+    assert state.is_trainer("b")
+    assert not state.is_trainer("a")
     state, actions = step(state, Tick(505.0))
     assert actions == (Fold(1, ("a",)),)
 

@@ -42,12 +42,14 @@ def test_a_round_from_registration_to_the_next_model(toy):
     updates = {name: toy.update(name, seed, num_examples=n) for name, seed, n in (("a", 1, 10), ("b", 2, 30))}
     assert toy.assignment("a").server_round == 1
     assert not toy.send(updates["a"]).repeated
-    assert isinstance(toy.assignment("a"), Wait) and isinstance(toy.assignment("b"), Assignment)
+    assert isinstance(toy.assignment("a"), Wait)
+    assert isinstance(toy.assignment("b"), Assignment)
     toy.send(updates["b"])
     assert toy.run.fold_due
     toy.run.fold_pending()
     manifest = toy.manifest()
-    assert manifest.server_round == 2 and toy.assignment("a").server_round == 2
+    assert manifest.server_round == 2
+    assert toy.assignment("a").server_round == 2
     first, second = (trained([u for u in manifest.units if u.trainable], seed) for seed in (1, 2))
     for name, values in toy.values().items():
         if name in first:
@@ -64,7 +66,8 @@ def test_a_round_from_registration_to_the_next_model(toy):
         "a": (1, "training"),
         "b": (1, "training"),
     }
-    assert not list((toy.folder / "updates").iterdir()) and not list((toy.folder / "uploads").iterdir())
+    assert not list((toy.folder / "updates").iterdir())
+    assert not list((toy.folder / "uploads").iterdir())
 
 
 def test_registering_again_keeps_the_client_and_needs_its_key(toy):
@@ -118,7 +121,8 @@ def test_a_heartbeat_shows_in_the_status_and_keeps_a_client_alive(toy):
     toy.run.tick()
     clients = {client.client_id: client for client in toy.run.status().clients}
     assert (clients["a"].state, clients["a"].phase, clients["a"].fraction) == ("training", "training", 0.25)
-    assert clients["b"].state == "lost" and clients["b"].last_seen_s == 70.0
+    assert clients["b"].state == "lost"
+    assert clients["b"].last_seen_s == 70.0
     with pytest.raises(MalformedMessage):
         toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="x", fraction=2.0, server_round=1))
 
@@ -126,7 +130,8 @@ def test_a_heartbeat_shows_in_the_status_and_keeps_a_client_alive(toy):
 def test_a_device_and_its_newest_budget_show_in_the_status(toy):
     device = DeviceInfo(name="NVIDIA GeForce RTX 3060", kind="discrete", trains_on="cuda", budget_bytes=7 * 2**30)
     toy.service.register(toy_run.register_message("a", device=device, memory_bytes=7 * 2**30))
-    assert toy.run.status().clients[0].device == device and toy.run.status().clients[0].memory_bytes == 7 * 2**30
+    assert toy.run.status().clients[0].device == device
+    assert toy.run.status().clients[0].memory_bytes == 7 * 2**30
     toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="train", fraction=0.5, server_round=1, budget_bytes=5))
     assert toy.run.status().clients[0].memory_bytes == 5
     with pytest.raises(MalformedMessage, match="budget_bytes -1"):
@@ -198,7 +203,8 @@ def test_the_same_update_twice_has_one_effect_even_after_its_round(toy):
         toy.commit(other.meta)
     toy.send(toy.update("b", 2))
     toy.run.fold_pending()
-    assert toy.commit(update.meta).repeated and toy.run.clients["a"].rounds_done == 1
+    assert toy.commit(update.meta).repeated
+    assert toy.run.clients["a"].rounds_done == 1
 
 
 def test_what_comes_after_the_close_is_told_so(toy):
@@ -272,7 +278,8 @@ def test_a_refused_update_leaves_the_round_open(toy):
     tensors["layer0.router|w"][1][0, 0] = np.nan
     with pytest.raises(InvalidUpdate, match=r"layer0.router\|w.*element 0"):
         toy.send(make_update(manifest, "a", tensors))
-    assert not list((toy.folder / "uploads").iterdir()) and isinstance(toy.assignment("a"), Assignment)
+    assert not list((toy.folder / "uploads").iterdir())
+    assert isinstance(toy.assignment("a"), Assignment)
     toy.send(toy.update("a", 1, attempt=2))
 
 
@@ -343,7 +350,8 @@ def test_a_unit_that_nobody_changed_keeps_its_blob(toy):
     for name in "ab":
         toy.send(make_update(manifest, name, same))
     toy.run.fold_pending()
-    assert toy.blobs() == before and toy.run.status().history[0].experts_changed == 0
+    assert toy.blobs() == before
+    assert toy.run.status().history[0].experts_changed == 0
 
 
 def test_empty_updates_close_a_round(toy):
@@ -352,7 +360,8 @@ def test_empty_updates_close_a_round(toy):
     for name in "ab":
         toy.send(make_update(toy.manifest(), name, {}))
     toy.run.fold_pending()
-    assert toy.blobs() == before and toy.manifest().server_round == 2
+    assert toy.blobs() == before
+    assert toy.manifest().server_round == 2
 
 
 def test_old_rounds_are_pruned_and_their_blobs_go(tmp_path):
@@ -391,10 +400,13 @@ def test_a_finished_run_says_so_and_serves_its_final_model(toy):
             toy.send(toy.update(name, seed))
         toy.run.fold_pending()
     finished = toy.assignment("a")
-    assert isinstance(finished, Finished) and finished.server_round == 3 == toy.manifest().server_round
-    assert toy.run.status().state == "finished" and not toy.run.all_heard(0.0)
+    assert isinstance(finished, Finished)
+    assert finished.server_round == 3 == toy.manifest().server_round
+    assert toy.run.status().state == "finished"
+    assert not toy.run.all_heard(0.0)
     toy.service.leave("b", KEY + "b", "done")
-    assert toy.run.all_heard(0.0) and not toy.run.all_heard(5.0)
+    assert toy.run.all_heard(0.0)
+    assert not toy.run.all_heard(5.0)
     toy.now += 5.0
     assert toy.run.all_heard(5.0)
     again = toy.reopen()
@@ -427,7 +439,8 @@ def test_a_restart_keeps_the_open_round_its_updates_and_its_parts(toy):
     second = toy.update("b", 2)
     toy.put("b", second.frame[:50])
     again = toy.reopen()
-    assert isinstance(again.assignment("a"), Wait) and isinstance(again.assignment("b"), Assignment)
+    assert isinstance(again.assignment("a"), Wait)
+    assert isinstance(again.assignment("b"), Assignment)
     assert again.service.upload_state("b", KEY + "b", 1, 1).offset == 50
     again.put("b", second.frame[50:], offset=50)
     again.commit(second.meta)
@@ -448,7 +461,8 @@ def test_orphans_of_a_crash_are_cleaned_and_unacknowledged_updates_resumable(toy
     (toy.folder / "uploads" / "strange").write_bytes(b"x")
     (toy.folder / "updates" / "a-1-1.safetensors").write_bytes(update.frame)
     again = Toy(toy.folder)
-    assert not orphan.exists() and not list((toy.folder / "blobs" / "tmp").iterdir())
+    assert not orphan.exists()
+    assert not list((toy.folder / "blobs" / "tmp").iterdir())
     assert [path.name for path in (toy.folder / "uploads").iterdir()] == ["a-1-1.part"]
     assert not again.commit(update.meta).repeated
     again.close()
@@ -508,7 +522,8 @@ def test_a_full_disk_delays_a_fold(toy, monkeypatch):
         patch.setattr(blobs_module, "write_all", no_room)
         with pytest.raises(DiskFull):
             toy.run.fold_pending()
-    assert toy.run.fold_due and not list((toy.folder / "blobs" / "tmp").iterdir())
+    assert toy.run.fold_due
+    assert not list((toy.folder / "blobs" / "tmp").iterdir())
     toy.run.fold_pending()
     assert toy.manifest().server_round == 2
 
@@ -519,7 +534,8 @@ def test_a_phase_that_could_not_be_saved_is_saved_later(toy, monkeypatch):
         patch.setattr(toy.run.store, "save_round", lambda *_: (_ for _ in ()).throw(DiskFull("full")))
         for seed, name in enumerate("ab"):
             toy.send(toy.update(name, seed))
-        assert toy.run.fold_due and toy.run.store.current_round().phase.value == "training"
+        assert toy.run.fold_due
+        assert toy.run.store.current_round().phase.value == "training"
     toy.run.tick()
     assert toy.run.store.current_round().phase.value == "aggregating"
 

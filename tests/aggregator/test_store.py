@@ -30,16 +30,21 @@ def test_a_run_is_what_was_imported(state):
     store = Store(state)
     manifest = store.manifest(1)
     blobs = BlobStore(state)
-    assert store.run == run_config() and manifest.run_id == "run-1" and manifest.experts_per_layer == (3, 3)
+    assert store.run == run_config()
+    assert manifest.run_id == "run-1"
+    assert manifest.experts_per_layer == (3, 3)
     units = new_units(np.random.default_rng(0))
     assert [unit.key for unit in manifest.units] == [unit.key for unit in units]
     for info, unit in zip(manifest.units, units, strict=True):
         content = blobs.path(info.sha256).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == info.sha256 and len(content) == info.size_bytes
+        assert hashlib.sha256(content).hexdigest() == info.sha256
+        assert len(content) == info.size_bytes
         for name, values in toy_run.unit_values(blobs.path(info.sha256)).items():
-            assert np.array_equal(values, unit.tensors[name][1]) and values.dtype == unit.tensors[name][1].dtype
+            assert np.array_equal(values, unit.tensors[name][1])
+            assert values.dtype == unit.tensors[name][1].dtype
     (file,) = manifest.files
-    assert file.name == "config.json" and b"toy" in blobs.path(file.sha256).read_bytes()
+    assert file.name == "config.json"
+    assert b"toy" in blobs.path(file.sha256).read_bytes()
     store.close()
 
 
@@ -48,7 +53,8 @@ def test_half_an_import_is_no_run_and_can_be_done_again(tmp_path):
     with pytest.raises(RuntimeError), RunWriter(folder) as writer:
         writer.add_unit(new_units(np.random.default_rng(0))[0])
         raise RuntimeError("the importer died")
-    assert not has_run(folder) and not list((folder / "blobs" / "tmp").iterdir())
+    assert not has_run(folder)
+    assert not list((folder / "blobs" / "tmp").iterdir())
     with pytest.raises(StorageError, match="no run"):
         Store(folder)
     (folder / "edgefed.db.new").write_bytes(b"half a database")
@@ -163,11 +169,15 @@ def test_the_manifest_of_every_kept_round_can_be_rebuilt(state):
     assert [u for u in second.units if u not in changed] == [
         u for u in first.units if u.key not in {c.key for c in changed}
     ]
-    assert store.manifest(1) == first and store.manifest(3) is None and store.manifest(0) is None
+    assert store.manifest(1) == first
+    assert store.manifest(3) is None
+    assert store.manifest(0) is None
     assert store.history() == (status,)
     old = {u.sha256 for u in first.units if u.key in {c.key for c in changed}}
-    assert store.prune(2) == [] and set(store.prune(1)) == old
-    assert store.manifest(1) is None and store.manifest(2) == second
+    assert store.prune(2) == []
+    assert set(store.prune(1)) == old
+    assert store.manifest(1) is None
+    assert store.manifest(2) == second
     store.close()
 
 
@@ -200,10 +210,13 @@ def test_blobs_are_named_by_their_content_and_written_once(tmp_path):
     blobs = BlobStore(tmp_path)
     with blobs.batch() as batch:
         names = [batch.put([b"part ", bytes([i % 3])])[0] for i in range(200)]
-    assert len(set(names)) == 3 and all(blobs.has(name) for name in names)
+    assert len(set(names)) == 3
+    assert all(blobs.has(name) for name in names)
     assert names[0] == hashlib.sha256(b"part \0").hexdigest()
     assert blobs.put([b"part \0"]) == (names[0], 6)
-    assert blobs.delete_unreferenced([names[1]]) == 2 and blobs.has(names[1]) and not blobs.has(names[0])
+    assert blobs.delete_unreferenced([names[1]]) == 2
+    assert blobs.has(names[1])
+    assert not blobs.has(names[0])
     assert blobs.delete([names[0]]) == 0
 
 

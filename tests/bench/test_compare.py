@@ -20,7 +20,8 @@ def compared(a, b):
 )
 def test_a_difference_is_one_beyond_two_per_cent(first, second, verdict):
     row = compared(made_entry(median=first), made_entry(median=second))
-    assert row.verdict == verdict and row.ratio == pytest.approx(second / first)
+    assert row.verdict == verdict
+    assert row.ratio == pytest.approx(second / first)
 
 
 def test_a_difference_within_the_spread_is_none():
@@ -32,7 +33,8 @@ def test_a_difference_within_the_spread_is_none():
 
 def test_lower_is_better_for_times():
     a, b = (made_entry("connect", "ms", value, better="lower") for value in (10.0, 20.0))
-    assert compared(a, b).verdict == "slower" and compared(b, a).verdict == "faster"
+    assert compared(a, b).verdict == "slower"
+    assert compared(b, a).verdict == "faster"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,8 @@ def test_lower_is_better_for_times():
 )
 def test_what_spoils_a_test(second, reason):
     row = compared(made_entry(params={"size_bytes": 64}), second)
-    assert row.verdict == "not comparable" and reason in row.reasons
+    assert row.verdict == "not comparable"
+    assert reason in row.reasons
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,8 @@ def test_what_spoils_a_test(second, reason):
 )
 def test_what_spoils_a_report(changes, reason):
     spoiled = made_report(**changes)
-    assert any(reason in each for each in conditions(spoiled)) and not conditions(made_report())
+    assert any(reason in each for each in conditions(spoiled))
+    assert not conditions(made_report())
     rows = compare_reports(made_report(), spoiled)
     assert {row.verdict for row in rows} == {"not comparable"}
     assert any(reason in each and each.startswith("B: ") for each in rows[0].reasons)

@@ -25,7 +25,8 @@ SHORT = Sampling(repeats=3, limit_s=0.3)
 def test_a_known_model_is_built_with_the_sizes_that_are_planned_with(name):
     """The configuration that speed is measured with and the shape that memory is planned with are one model."""
     model = find_model(name.upper())
-    assert set(KNOWN_CONFIGS) == set(KNOWN_SHAPES) and model.dtype is torch.bfloat16
+    assert set(KNOWN_CONFIGS) == set(KNOWN_SHAPES)
+    assert model.dtype is torch.bfloat16
     built = shape_from_config(model.config)
     assert built.num_parameters == model.shape.num_parameters
     assert (built.experts_per_layer, built.top_k) == (model.shape.experts_per_layer, model.shape.top_k)
@@ -37,7 +38,8 @@ def test_a_known_model_is_built_with_the_sizes_that_are_planned_with(name):
 
 
 def test_a_name_is_known_in_any_case_or_not_at_all(tmp_path):
-    assert known_name("olmoe-1b-7b") == "OLMoE-1B-7B" and known_name("olmoe") is None
+    assert known_name("olmoe-1b-7b") == "OLMoE-1B-7B"
+    assert known_name("olmoe") is None
     with pytest.raises(ModelNotFound, match=r"no config\.json"):
         find_model(str(tmp_path))
 
@@ -55,8 +57,10 @@ def test_a_model_of_random_weights_trains_and_profiles_at_two_depths():
     missing = Reading.missing(Reason.ABSENT, "nothing")
     entries = list(measure_training(Stopwatch("cpu"), SHORT, model, setup, work, lambda: missing))
     assert [entry.name for entry in entries] == ["train step", "profile", "energy"]
-    assert all(entry.derived and entry.median > 0 for entry in entries[:2]) and entries[2].verdict == "skipped"
-    assert entries[0].params["layers"] == [1, 2] and entries[0].params["layers_of"] == 4
+    assert all(entry.derived and entry.median > 0 for entry in entries[:2])
+    assert entries[2].verdict == "skipped"
+    assert entries[0].params["layers"] == [1, 2]
+    assert entries[0].params["layers_of"] == 4
 
 
 def test_joules_per_token_come_from_the_devices_counter():
@@ -66,7 +70,9 @@ def test_joules_per_token_come_from_the_devices_counter():
     energy = list(
         measure_training(Stopwatch("cpu"), SHORT, model, setup, work, lambda: Reading.of(float(next(count)), "test"))
     )[2]
-    assert energy.measured and energy.median > 0 and energy.better == "lower"
+    assert energy.measured
+    assert energy.median > 0
+    assert energy.better == "lower"
 
 
 def test_nothing_is_built_where_two_layers_do_not_fit():
@@ -78,7 +84,8 @@ def test_nothing_is_built_where_two_layers_do_not_fit():
 
 def test_only_planned_experts_are_built():
     moe, plan, _ = build_model(small_model(), 2, 3, 1, TrainScope(), torch.device("cpu"))
-    assert len(moe.layers) == 2 and not moe.missing()
+    assert len(moe.layers) == 2
+    assert not moe.missing()
     assert [(len(plan.resident(layer)), len(plan.trainable(layer))) for layer in range(2)] == [(3, 1), (3, 1)]
 
 
@@ -86,7 +93,8 @@ def test_experts_are_as_many_as_fit_and_at_least_one():
     shape = dict(hidden_size=64, expert_width=32, num_experts=8, top_k=2, tokens=16, dtype=torch.float32, model="toy")
     one = 3 * 64 * 32 * 4
     entry = expert_forward(Stopwatch("cpu"), SHORT, free_bytes=4 * 5 * one, **shape)
-    assert entry.params["experts"] == 5 and entry.median > 0
+    assert entry.params["experts"] == 5
+    assert entry.median > 0
     with pytest.raises(MemoryError):
         expert_forward(Stopwatch("cpu"), SHORT, free_bytes=one, **shape)
 
@@ -94,7 +102,9 @@ def test_experts_are_as_many_as_fit_and_at_least_one():
 def test_more_memory_never_fits_fewer_experts_and_unknown_memory_fits_nothing():
     for shape in KNOWN_SHAPES.values():
         shares = fit_curve(shape, 100 * GIB, "adamw_8bit", "cuda").shares
-        assert list(shares) == sorted(shares) and shares[0] == 0 and shares[-1] <= 1
+        assert list(shares) == sorted(shares)
+        assert shares[0] == 0
+        assert shares[-1] <= 1
     assert not list(fits_of(shape, "now", None, "adamw", "cpu"))
 
 
@@ -107,5 +117,7 @@ def test_an_upload_is_what_was_trained():
 
 def test_fits_say_what_stops_them():
     fits = {(f.mode, f.storage): f for f in fits_of(KNOWN_SHAPES["Mixtral-8x7B"], "now", 4 * GIB, "adamw_8bit", "cuda")}
-    assert len(fits) == 6 and fits["full", "bfloat16"].experts == 0
-    assert "would need" in fits["full", "bfloat16"].limit and fits["full", "bfloat16"].upload_bytes is None
+    assert len(fits) == 6
+    assert fits["full", "bfloat16"].experts == 0
+    assert "would need" in fits["full", "bfloat16"].limit
+    assert fits["full", "bfloat16"].upload_bytes is None

@@ -28,11 +28,14 @@ SHORT = Sampling(repeats=3, limit_s=0.5)
 
 def test_the_disk_test_leaves_nothing_behind_and_counts_what_it_moved(tmp_path):
     with DiskTest(tmp_path, 4 * BLOCK) as disk:
-        assert disk.size == 4 * BLOCK and not disk.refused
+        assert disk.size == 4 * BLOCK
+        assert not disk.refused
         assert disk.write(SHORT).median > 0
         assert not list(tmp_path.iterdir())  # nameless: nothing is left even when we are killed here
         entry = disk.read("disk expert read", 3 * MIB, True, SHORT)
-    assert entry.median > 0 and entry.params["block_bytes"] == 3 * MIB and entry.params["reads_per_sample"] == 5
+    assert entry.median > 0
+    assert entry.params["block_bytes"] == 3 * MIB
+    assert entry.params["reads_per_sample"] == 5
     assert "cache" in entry.note or "tmpfs" in entry.note
     assert not list(tmp_path.iterdir())
 
@@ -63,7 +66,8 @@ def test_the_cache_is_asked_and_not_assumed(tmp_path):
         after = cached_share(file.fileno(), 8 * MIB)
     if before is None:
         pytest.skip("this filesystem does not tell")
-    assert before == 1.0 and after <= before
+    assert before == 1.0
+    assert after <= before
 
 
 def test_the_filesystem_is_that_of_the_deepest_mount(tmp_path):
@@ -72,7 +76,8 @@ def test_the_filesystem_is_that_of_the_deepest_mount(tmp_path):
     deep.mkdir(parents=True)
     place = str(tmp_path / "a b").replace(" ", "\\040")
     mounts.write_text(f"/dev/x / ext4 rw 0 0\ntmpfs {place} tmpfs rw 0 0\nbroken\n")
-    assert filesystem(deep, mounts) == "tmpfs" and filesystem(tmp_path, mounts) == "ext4"
+    assert filesystem(deep, mounts) == "tmpfs"
+    assert filesystem(tmp_path, mounts) == "ext4"
     assert filesystem(tmp_path, tmp_path / "none") == ""
 
 
@@ -86,19 +91,26 @@ def verify(asked, room, **more):
 def test_all_that_was_asked_for_is_allocated():
     seen = []
     check = verify(5 * MIB + 1, lambda: 2**40, on_bytes=seen.append)
-    assert check.complete and check.verified_bytes == sum(seen) == 5 * MIB + 1 and not check.stopped
-    assert check.largest_block_bytes == check.verified_bytes and check.last_speed_share > 0
+    assert check.complete
+    assert check.verified_bytes == sum(seen) == 5 * MIB + 1
+    assert not check.stopped
+    assert check.largest_block_bytes == check.verified_bytes
+    assert check.last_speed_share > 0
 
 
 def test_it_stops_at_the_floor_and_asks_before_every_step():
     rooms = iter([10 * MIB, 5 * MIB, MIB - 1])
     check = verify(8 * MIB, lambda: next(rooms))
-    assert check.verified_bytes == 2 * MIB and not check.complete and "above the system's reserve" in check.stopped
+    assert check.verified_bytes == 2 * MIB
+    assert not check.complete
+    assert "above the system's reserve" in check.stopped
 
 
 def test_without_a_sensor_nothing_is_allocated():
     check = verify(8 * MIB, lambda: None)
-    assert check.verified_bytes == 0 and "cannot see" in check.stopped and check.largest_block_bytes is None
+    assert check.verified_bytes == 0
+    assert "cannot see" in check.stopped
+    assert check.largest_block_bytes is None
 
 
 def test_running_out_of_memory_is_a_result_and_other_errors_are_not(monkeypatch):
@@ -112,7 +124,9 @@ def test_running_out_of_memory_is_a_result_and_other_errors_are_not(monkeypatch)
 
     monkeypatch.setattr(torch, "empty", failing)
     check = verify(8 * MIB, lambda: 2**40)
-    assert check.out_of_memory and check.verified_bytes == 3 * MIB and "out of memory after" in check.stopped
+    assert check.out_of_memory
+    assert check.verified_bytes == 3 * MIB
+    assert "out of memory after" in check.stopped
 
     def broken(*size, **more):
         raise RuntimeError("a bug")
@@ -139,14 +153,19 @@ def test_first_and_last_five_seconds_are_compared():
     run = summarise_sustained(
         "float32", points([10, 10, 11, 10, 10, 7, 7, 5, 5, 5, 4, 5]), 0x40 | 0x4, sensed(), sensed()
     )
-    assert (run.first, run.last) == (10, 5) and run.change == pytest.approx(-0.5)
-    assert run.throttled and run.power_limited and len(run.reasons) == 2
-    assert "clock_mhz" in run.unknown and "throttle" not in run.unknown
+    assert (run.first, run.last) == (10, 5)
+    assert run.change == pytest.approx(-0.5)
+    assert run.throttled
+    assert run.power_limited
+    assert len(run.reasons) == 2
+    assert "clock_mhz" in run.unknown
+    assert "throttle" not in run.unknown
 
 
 def test_the_power_limit_alone_and_an_idle_bit_are_no_throttling():
     run = summarise_sustained("float32", points([1, 1, 1]), 0x4 | 0x1, sensed(), sensed())
-    assert not run.throttled and run.power_limited
+    assert not run.throttled
+    assert run.power_limited
 
 
 def test_energy_is_counted_by_the_device_or_integrated_from_power():
@@ -191,8 +210,10 @@ def test_a_failure_becomes_an_entry_and_the_next_test_runs():
     session.measure("b", "s", fail(PermissionError(13, "Permission denied", "/x")))
     session.measure("c", "s", lambda: Entry.of("c", "s", [1.0]))
     assert [entry.verdict for entry in session.entries] == ["failed", "failed", "unusable"]
-    assert session.entries[0].reason.startswith("out of memory: ") and "\n" not in session.entries[0].reason
-    assert "Permission denied" in session.entries[1].reason and len(released) == 2
+    assert session.entries[0].reason.startswith("out of memory: ")
+    assert "\n" not in session.entries[0].reason
+    assert "Permission denied" in session.entries[1].reason
+    assert len(released) == 2
 
 
 def test_a_lost_gpu_ends_what_needs_it_and_nothing_else():
@@ -201,7 +222,8 @@ def test_a_lost_gpu_ends_what_needs_it_and_nothing_else():
     session.measure("b", "s", lambda: pytest.fail("the GPU is gone"))
     session.measure("c", "s", lambda: Entry.of("c", "s", [1.0]), on_device=False)
     assert [entry.verdict for entry in session.entries] == ["failed", "skipped", "unusable"]
-    assert "stopped answering" in session.entries[1].reason and session.warnings
+    assert "stopped answering" in session.entries[1].reason
+    assert session.warnings
 
 
 def test_ctrl_c_is_recorded_and_passed_on():
@@ -224,7 +246,8 @@ def test_a_failed_part_without_entries_is_a_warning():
 def test_a_test_that_waited_for_a_processor_is_not_called_stable(waited_s, verdict, reason):
     entry = Entry.of("copy", "GB/s", [10.0] * 7)
     judged = judge_contention(entry, Reading.of(5.0, "x"), Reading.of(5.0 + waited_s, "x"), seconds=10.0)
-    assert judged.verdict == verdict and judged.reason.startswith(reason)
+    assert judged.verdict == verdict
+    assert judged.reason.startswith(reason)
 
 
 def test_without_the_kernels_account_the_spread_alone_decides():

@@ -10,9 +10,11 @@ from edgefed.bench.statistics import Entry, Sampling, agree, collect, summarise
 def test_median_and_scaled_mad_by_hand():
     # deviations from 100: 4 2 1 0 1 3 400 -> median 2
     numbers = summarise([96, 98, 99, 100, 101, 103, 500])
-    assert numbers.median == 100 and numbers.best == 500
+    assert numbers.median == 100
+    assert numbers.best == 500
     assert numbers.mad == pytest.approx(2 * 1.4826)
-    assert numbers.verdict == "stable" and not numbers.reason  # 2.97 %
+    assert numbers.verdict == "stable"
+    assert not numbers.reason
 
 
 def test_best_is_the_lowest_where_lower_is_better():
@@ -39,7 +41,8 @@ def test_verdicts_change_at_three_and_ten_per_cent(deviation, verdict):
 
 
 def test_few_samples_are_never_stable():
-    assert summarise([5.0] * 6).verdict == "noisy" and summarise([5.0] * 6).reason == "6 of 7 samples"
+    assert summarise([5.0] * 6).verdict == "noisy"
+    assert summarise([5.0] * 6).reason == "6 of 7 samples"
     assert summarise([5.0] * 2).verdict == "unusable"
     assert summarise([5.0] * 7).verdict == "stable"
     with pytest.raises(ValueError, match="no samples"):
@@ -69,31 +72,42 @@ class Ticking:
 def test_the_warm_up_ends_when_two_successive_samples_agree():
     source = Ticking([10, 20, 30, 31, 1, 2, 3])
     samples, warm_up = collect(source.sample, Sampling(repeats=3), clock=source.clock)
-    assert warm_up == [10, 20, 30, 31] and samples == [1, 2, 3]
+    assert warm_up == [10, 20, 30, 31]
+    assert samples == [1, 2, 3]
 
 
 def test_the_warm_up_ends_after_ten_that_never_agree():
     source = Ticking([2.0**n for n in range(20)])
     samples, warm_up = collect(source.sample, Sampling(repeats=7), clock=source.clock)
-    assert len(warm_up) == 10 and len(samples) == 7
+    assert len(warm_up) == 10
+    assert len(samples) == 7
 
 
 def test_time_bounds_a_measurement_and_leaves_at_least_one_sample():
     source = Ticking([1.0] * 50, step_s=2.0)
     samples, warm_up = collect(source.sample, Sampling(repeats=7, limit_s=9.0), clock=source.clock)
-    assert len(warm_up) == 2 and len(samples) == 3  # at 6, 8 and 10 s: the one that runs ends
+    assert len(warm_up) == 2
+    assert len(samples) == 3
     source = Ticking([1.0] * 50, step_s=100.0)
     samples, warm_up = collect(source.sample, Sampling(repeats=7, limit_s=1.0), clock=source.clock)
     assert (len(warm_up), len(samples)) == (1, 1)
 
 
 def test_agreement_is_relative_to_the_larger():
-    assert agree(95, 100) and agree(100, 95) and not agree(94.9, 100) and agree(0, 0)
+    assert agree(95, 100)
+    assert agree(100, 95)
+    assert not agree(94.9, 100)
+    assert agree(0, 0)
 
 
 def test_an_entry_knows_its_share_and_what_it_is():
     entry = Entry.of("copy", "GB/s", [90.0] * 7, paper=100.0)
-    assert entry.measured and entry.share == pytest.approx(0.9) and entry.spread == 0
+    assert entry.measured
+    assert entry.share == pytest.approx(0.9)
+    assert entry.spread == 0
     for other in (Entry.skipped("x", "s", "why"), Entry.failed("x", "s", "why"), Entry.interrupted("x", "s")):
-        assert not other.measured and other.median is None and other.reason and other.share is None
+        assert not other.measured
+        assert other.median is None
+        assert other.reason
+        assert other.share is None
     assert math.isinf(Entry.of("x", "s", [-1.0, 0, 1, 0, 1, 0, -1]).spread)

@@ -59,21 +59,26 @@ def refused(result, status, code, *texts):
 
 def test_help_and_version(run):
     status, out, _ = run("--help")
-    assert status == 0 and all(verb in out for verb in VERBS)
+    assert status == 0
+    assert all(verb in out for verb in VERBS)
     status, out, _ = run("--version")
-    assert status == 0 and out.startswith("edgefed, version ")
+    assert status == 0
+    assert out.startswith("edgefed, version ")
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(run, verb):
     status, out, _ = run(verb, "--help")
-    assert status == 0 and f"edgefed {verb}" in out
+    assert status == 0
+    assert f"edgefed {verb}" in out
 
 
 def test_wrong_words_are_usage_errors(run):
     for words in (["trian"], ["join"], ["serve", "--rounds", "0"], ["serve", "--port", "99999"], ["export"]):
         status, _, err = run(*words)
-        assert status == 2 and "Traceback" not in err and err.strip()
+        assert status == 2
+        assert "Traceback" not in err
+        assert err.strip()
 
 
 def test_unknown_method_and_option(run):
@@ -143,7 +148,8 @@ def test_an_unreachable_server(run):
 
 def test_errors_are_json_for_programs(run, tmp_path):
     status, out, err = run("status", f"http://127.0.0.1:{free_port()}", "--json")
-    assert status == 8 and not out
+    assert status == 8
+    assert not out
     assert json.loads(err)["error"]["code"] == "server-unreachable"
 
 
@@ -162,7 +168,8 @@ def test_profile_draws_and_reports(run, text, tmp_path):
     words = ("profile", "--data", text, "--tokens", 512, "--plot", tmp_path / "map.png")
     status, out, _ = run(*words)
     assert status == 0
-    assert out.count("of 16 used") == 4 and "busiest experts" in out
+    assert out.count("of 16 used") == 4
+    assert "busiest experts" in out
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     status, out, _ = run(*words, "--json")
     record = json.loads(out)
@@ -226,7 +233,8 @@ def test_a_reader_that_goes_away_is_no_traceback(text):
         text=True,
         check=False,
     )
-    assert "Traceback" not in child.stderr and len(child.stdout) == 10
+    assert "Traceback" not in child.stderr
+    assert len(child.stdout) == 10
 
 
 FEDMOE = ("serve", "--method", "fedmoe", "--port", 0)
@@ -260,7 +268,7 @@ def test_joining_needs_a_model_for_a_task(run):
 
 
 @pytest.mark.parametrize(
-    "given, found", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+    ("given", "found"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
 )
 def test_threads_hardly_spin_while_they_wait_unless_the_user_wants_it(given, found):
     """Said before torch is there, or it would be too late."""

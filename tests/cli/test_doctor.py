@@ -32,7 +32,8 @@ def run(capsys, tmp_path, monkeypatch):
 
 def refused(result, status, code, *texts):
     assert result[0] == status and not result[1] and "Traceback" not in result[2], result
-    assert f"error[{code}]" in result[2] and len(result[2].strip().splitlines()) >= 2
+    assert f"error[{code}]" in result[2]
+    assert len(result[2].strip().splitlines()) >= 2
     for text in texts:
         assert text in " ".join(result[2].split())
 
@@ -68,38 +69,52 @@ def test_the_report_fits_its_width_and_commands_stay_whole(width):
 def test_marks_are_words_and_groups_keep_their_order():
     lines = [line for _, line in render(a_diagnosis(), 96)]
     order = [lines.index(str(group)) for group in (Group.PACKAGES, Group.TORCH, Group.MEMORY, Group.HOST)]
-    assert order == sorted(order) and str(Group.NETWORK) not in lines
+    assert order == sorted(order)
+    assert str(Group.NETWORK) not in lines
 
 
 def test_a_healthy_machine_ends_with_status_0(run):
     status, out, err = run("--quick", "--device", "cpu")
-    assert status == 0 and "this device can train, on its CPU" in out and "Traceback" not in out + err
+    assert status == 0
+    assert "this device can train, on its CPU" in out
+    assert "Traceback" not in out + err
     assert "\x1b" not in out
 
 
 def test_json_is_one_document(run):
     status, out, _ = run("--quick", "--device", "cpu", "--json")
     data = json.loads(out)
-    assert status == 0 and data["schema"] == "edgefed.doctor/1" and data["can_train"] is True
-    assert data["counts"]["problem"] == 0 and data["facts"]["kind"] == "cpu"
+    assert status == 0
+    assert data["schema"] == "edgefed.doctor/1"
+    assert data["can_train"] is True
+    assert data["counts"]["problem"] == 0
+    assert data["facts"]["kind"] == "cpu"
     assert {"group", "name", "state", "found", "why", "fix", "command"} == set(data["findings"][0])
     assert any("--quick" in sentence for sentence in data["left_out"])
 
 
 def test_a_device_that_is_not_here_cannot_train(run):
     status, out, _ = run("--quick", "--device", "cuda:9")
-    assert status == 1 and "cuda:9" in out and "PROBLEM" in out and "cannot train" in out
+    assert status == 1
+    assert "cuda:9" in out
+    assert "PROBLEM" in out
+    assert "cannot train" in out
 
 
 def test_record_then_replay(run, tmp_path):
     status, out, err = run("--record", "here.json")
-    assert status == 0 and not out and "here.json" in err
+    assert status == 0
+    assert not out
+    assert "here.json" in err
     assert json.loads((tmp_path / "here.json").read_text())["schema"].startswith("edgefed.recording/")
     assert os.listdir(tmp_path) == ["here.json"]
     status, out, _ = run("--replay", "here.json")
-    assert "A recording was shown" in " ".join(out.split()) and "Memory" in out and "matmul" not in out
+    assert "A recording was shown" in " ".join(out.split())
+    assert "Memory" in out
+    assert "matmul" not in out
     again = run("--replay", "here.json")
-    assert again[1] == out and again[0] == status
+    assert again[1] == out
+    assert again[0] == status
 
 
 def test_a_recording_is_not_overwritten_unless_asked(run, tmp_path):
@@ -108,7 +123,8 @@ def test_a_recording_is_not_overwritten_unless_asked(run, tmp_path):
     refused(run("--record", path), 2, "config", "exists", "--force")
     assert path.read_text() == "precious"
     status, out, _ = run("--record", path, "--force", "--json")
-    assert status == 0 and json.loads(out)["size_bytes"] == path.stat().st_size
+    assert status == 0
+    assert json.loads(out)["size_bytes"] == path.stat().st_size
 
 
 def test_a_recording_that_cannot_be_written(run, tmp_path):
@@ -148,13 +164,17 @@ def test_a_replay_of_nothing(run):
 )
 def test_options_that_do_not_go_together(run, words):
     status, out, err = run(*words)
-    assert status == 2 and not out and "Traceback" not in err and err.strip()
+    assert status == 2
+    assert not out
+    assert "Traceback" not in err
+    assert err.strip()
 
 
 def test_a_server_that_is_away_and_an_address_that_is_none(run, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     status, out, _ = run("--quick", "--server", "http://127.0.0.1:1")
-    assert status == 1 and "no answer from" in " ".join(out.split())
+    assert status == 1
+    assert "no answer from" in " ".join(out.split())
     refused(run("--quick", "--server", "127.0.0.1:8470"), 2, "config", "http://")
 
 
@@ -166,8 +186,10 @@ def test_it_needs_neither_torch_nor_a_terminal(tmp_path):
         [sys.executable, "-m", "edgefed", "doctor", "--quick", "--state", str(tmp_path / "state")],
         env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 1 and "libcublas.so.12" in " ".join(done.stdout.split())
-    assert "Traceback" not in done.stdout + done.stderr and "\x1b" not in done.stdout
+    assert done.returncode == 1
+    assert "libcublas.so.12" in " ".join(done.stdout.split())
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "\x1b" not in done.stdout
     assert done.stdout.rstrip().endswith("this device cannot train")
 
 

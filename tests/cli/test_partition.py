@@ -38,12 +38,14 @@ def test_by_class_prints_the_counts_it_wrote(run, images, tmp_path):
     assert status == 0 and not err, err
     lines = out.splitlines()
     assert lines[0].split() == ["client", "ant", "bee", "[red]cow", "examples", "classes"]
-    assert lines[1].split()[0] == "client-00.npz" and lines[1].split()[-2:] == ["40", "2"]
+    assert lines[1].split()[0] == "client-00.npz"
+    assert lines[1].split()[-2:] == ["40", "2"]
     assert lines[4].split() == ["all", "40", "40", "40", "120", "3"]
     assert lines[-1] == "written: 3 files and partition.png in parts"
     assert sum(len(load_images(tmp_path / "parts" / f"client-0{i}.npz")) for i in range(3)) == 120
     status, again, _ = run(images, "--clients", 3, "--out", "parts")
-    assert status == 0 and again == out.replace("written", "already there")
+    assert status == 0
+    assert again == out.replace("written", "already there")
 
 
 def test_json_of_a_dirichlet_partition(run, images):
@@ -54,8 +56,10 @@ def test_json_of_a_dirichlet_partition(run, images):
     assert told["settings"] == {
         "clients": 4, "by": "dirichlet", "alpha": 0.5, "min_examples": 10, "seed": 7, "resized": False,
     }  # fmt: skip
-    assert not told["cached"] and len(told["files"]) == 4
-    assert np.sum(told["counts"]) == 120 and min(map(sum, told["counts"])) >= 10
+    assert not told["cached"]
+    assert len(told["files"]) == 4
+    assert np.sum(told["counts"]) == 120
+    assert min(map(sum, told["counts"])) >= 10
     assert json.loads(run(*words)[1])["cached"]
 
 
@@ -63,7 +67,8 @@ def test_texts_with_bad_lines_are_divided_and_these_are_told(run, tmp_path):
     rows = [json.dumps({"text": f"number {i}", "label": "odd" if i % 2 else "even"}) for i in range(40)]
     (tmp_path / "all.jsonl").write_text("\n".join(["no json", *rows]))
     status, out, err = run("all.jsonl", "--clients", 2, "--classes-per-client", 1, "--out", "parts")
-    assert status == 0 and "line 1: no valid JSON" in err
+    assert status == 0
+    assert "line 1: no valid JSON" in err
     assert {load_labelled_texts(tmp_path / "parts" / f"client-0{i}.jsonl").classes for i in range(2)} == {
         ("odd",),
         ("even",),
@@ -74,18 +79,26 @@ def test_classes_that_nobody_has_and_long_tables_are_said(run, tmp_path):
     labels = np.repeat(np.arange(20), 10)
     np.savez(tmp_path / "all.npz", images=np.zeros((200, 32, 32, 3), np.uint8), labels=labels)
     status, out, _ = run("all.npz", "--clients", 1, "--classes-per-client", 15, "--out", "parts")
-    assert status == 0 and "50 examples are of classes that no client has" in out
+    assert status == 0
+    assert "50 examples are of classes that no client has" in out
     assert out.splitlines()[1].split()[-3:] == ["30", "150", "15"]  # three classes more than columns
     status, out, _ = run("all.npz", "--clients", 40, "--classes-per-client", 1, "--out", "many")
-    assert status == 0 and "10 more" in out and out.splitlines()[-2].split()[-2:] == ["200", "20"]
+    assert status == 0
+    assert "10 more" in out
+    assert out.splitlines()[-2].split()[-2:] == ["200", "20"]
 
 
 def test_other_sizes_need_resize(run, tmp_path):
     np.savez(tmp_path / "all.npz", images=np.zeros((20, 28, 28), np.uint8), labels=np.arange(20) % 2)
     status, out, err = run("all.npz", "--clients", 2, "--out", "parts")
-    assert status == 4 and "28x28" in err and "--resize" in err and not out
+    assert status == 4
+    assert "28x28" in err
+    assert "--resize" in err
+    assert not out
     status, _, err = run("all.npz", "--clients", 2, "--out", "parts", "--resize")
-    assert status == 0 and "scaled from 28x28 to 32x32" in err and "grey" in err
+    assert status == 0
+    assert "scaled from 28x28 to 32x32" in err
+    assert "grey" in err
 
 
 @pytest.mark.parametrize(
@@ -103,5 +116,7 @@ def test_other_sizes_need_resize(run, tmp_path):
 def test_mistakes_are_named_with_a_remedy(run, images, words, status, code, text):
     found, out, err = run(*words, "--out", "parts")
     assert (found, out) == (status, ""), err
-    assert f"error[{code}]" in err and text in " ".join(err.split()) and "Traceback" not in err
+    assert f"error[{code}]" in err
+    assert text in " ".join(err.split())
+    assert "Traceback" not in err
     assert len(err.strip().splitlines()) >= 2

@@ -34,7 +34,7 @@ def drawn(method: str) -> str:
     return console.export_text()
 
 
-@pytest.mark.parametrize("method, there, absent", [
+@pytest.mark.parametrize(("method", "there", "absent"), [
     ("fedmoe", ["accuracy", "62.5 %"], ["experts", "25 %", "77"]),
     ("hfedmoe", ["experts changed", "25 %", "77"], ["accuracy", "62.5 %"]),
 ])  # fmt: skip

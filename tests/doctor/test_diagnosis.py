@@ -74,10 +74,12 @@ def test_this_machine_can_train_and_the_arithmetic_is_run(tmp_path):
     found = by_name(diagnosed)
     assert diagnosed.can_train, [finding for finding in diagnosed.findings if finding.state is State.PROBLEM]
     for name in ("matmul float32", "matmul bfloat16", "matmul float16", "expert layer"):
-        assert found[name].state is State.OK and "on cpu" in found[name].found
+        assert found[name].state is State.OK
+        assert "on cpu" in found[name].found
     assert found["native library"].state in (State.OK, State.NOTE)
     assert "MB/s" in found["state folder"].found
-    assert diagnosed.facts.kind is MemoryKind.CPU and diagnosed.arithmetic_ran
+    assert diagnosed.facts.kind is MemoryKind.CPU
+    assert diagnosed.arithmetic_ran
     assert {"packages", "sensors", "expert layer", "disk"} <= set(told)
     assert any("--server" in sentence for sentence in diagnosed.left_out)
     assert list(tmp_path.iterdir()) == []
@@ -87,14 +89,17 @@ def test_quick_runs_no_kernel_and_says_so(quick, tmp_path):
     diagnosed = examine(quick)
     assert not any("matmul" in finding.name or "native" in finding.name for finding in diagnosed.findings)
     assert "MB/s" not in by_name(diagnosed)["state folder"].found
-    assert any("--quick" in sentence for sentence in diagnosed.left_out) and not diagnosed.arithmetic_ran
+    assert any("--quick" in sentence for sentence in diagnosed.left_out)
+    assert not diagnosed.arithmetic_ran
 
 
 def test_a_torch_that_cannot_be_imported(quick, replace_module):
     replace_module("torch", "raise OSError('libcudart.so.13: cannot open shared object file')")
     diagnosed = examine(quick)
     finding = by_name(diagnosed)["torch"]
-    assert finding.state is State.PROBLEM and "libcudart.so.13" in finding.found and "reinstall" in finding.command
+    assert finding.state is State.PROBLEM
+    assert "libcudart.so.13" in finding.found
+    assert "reinstall" in finding.command
     assert not diagnosed.can_train
     assert diagnosed.in_group(Group.MEMORY), "the memory is known without torch"
 
@@ -102,7 +107,8 @@ def test_a_torch_that_cannot_be_imported(quick, replace_module):
 def test_a_torch_that_is_not_there(quick, replace_module):
     replace_module("torch", "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     diagnosed = examine(quick)
-    assert by_name(diagnosed)["torch"].found == "not installed" and not diagnosed.can_train
+    assert by_name(diagnosed)["torch"].found == "not installed"
+    assert not diagnosed.can_train
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -110,7 +116,8 @@ def test_a_torch_for_another_processor(tmp_path, replace_module):
     replace_module("torch", f"import os; os.kill(os.getpid(), {int(signal.SIGILL)})")
     diagnosed = examine(Options(state=tmp_path / "state"))
     finding = by_name(diagnosed)["torch"]
-    assert finding.state is State.PROBLEM and "SIGILL" in finding.found
+    assert finding.state is State.PROBLEM
+    assert "SIGILL" in finding.found
     assert by_name(diagnosed)["native library"].state in (State.OK, State.NOTE)
     assert not any("matmul" in name for name in by_name(diagnosed)), "nothing is run on a torch that cannot load"
 
@@ -119,9 +126,11 @@ def test_a_torch_for_another_processor(tmp_path, replace_module):
 def test_sensors_that_crash(quick, replace_module):
     replace_module("pynvml", f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})")
     diagnosed = examine(quick)
-    assert diagnosed.facts is None and not diagnosed.can_train
+    assert diagnosed.facts is None
+    assert not diagnosed.can_train
     finding = by_name(diagnosed)["sensors"]
-    assert "SIGSEGV" in finding.found and finding.command == "nvidia-smi"
+    assert "SIGSEGV" in finding.found
+    assert finding.command == "nvidia-smi"
     assert by_name(diagnosed)["state folder"].state is State.OK
     assert len([finding for finding in diagnosed.findings if finding.name == "sensors"]) == 1
 
@@ -130,7 +139,8 @@ def test_a_driver_that_hangs(quick, replace_module, monkeypatch):
     monkeypatch.setattr(diagnosis, "SENSOR_LIMIT_S", 2.0)
     replace_module("pynvml", "import time; time.sleep(600)")
     diagnosed = examine(quick)
-    assert "did not end within 2 s" in by_name(diagnosed)["sensors"].found and diagnosed.facts is None
+    assert "did not end within 2 s" in by_name(diagnosed)["sensors"].found
+    assert diagnosed.facts is None
     assert by_name(diagnosed)["state folder"].state is State.OK
 
 
@@ -146,14 +156,17 @@ def test_sensors_that_fail_only_beside_torch(quick, monkeypatch):
 
     monkeypatch.setattr(Worker, "call", call)
     diagnosed = examine(quick)
-    assert by_name(diagnosed)["sensors"].state is State.PROBLEM and diagnosed.facts is not None
+    assert by_name(diagnosed)["sensors"].state is State.PROBLEM
+    assert diagnosed.facts is not None
     assert diagnosed.in_group(Group.MEMORY)
 
 
 def test_a_device_that_is_not_here(quick, tmp_path):
     diagnosed = examine(Options(device="cuda:7", state=tmp_path / "state", quick=True))
     finding = by_name(diagnosed)["device"]
-    assert finding.state is State.PROBLEM and "cuda:7" in finding.found and not diagnosed.can_train
+    assert finding.state is State.PROBLEM
+    assert "cuda:7" in finding.found
+    assert not diagnosed.can_train
     assert diagnosed.in_group(Group.MEMORY), "the rest is examined all the same"
 
 
@@ -185,9 +198,11 @@ def test_a_native_library_that_is_wrong_or_not_there(tmp_path):
     from edgefed.doctor.isolation import Outcome
 
     missing = diagnosis._native(Replying(Outcome(failure="NativeUnavailable: no _native library in /x")))
-    assert missing.state is State.NOTE and missing.found.startswith("no _native library")
+    assert missing.state is State.NOTE
+    assert missing.found.startswith("no _native library")
     wrong = diagnosis._native(Replying(Outcome(failure="WrongResult: other bits")))
-    assert wrong.state is State.PROBLEM and "other bits" in wrong.found
+    assert wrong.state is State.PROBLEM
+    assert "other bits" in wrong.found
     crashed = diagnosis._native(Replying(Outcome(failure="killed by SIGILL", died=True)))
     assert crashed.state is State.PROBLEM
 
@@ -219,9 +234,12 @@ def test_a_jetson_by_its_files(quick, jetson_root, monkeypatch):
     monkeypatch.setenv("EDGEFED_SYSROOT", str(jetson_root))
     diagnosed = examine(quick)
     found = by_name(diagnosed)
-    assert "Orin Nano" in diagnosed.device and diagnosed.facts.kind is MemoryKind.UNIFIED
-    assert "JetPack 6" in found["board"].found and "jp6/cu126" in found["wheels"].command
-    assert found["power mode"].found == "15W" and "61% of the arithmetic" in found["power mode"].why
+    assert "Orin Nano" in diagnosed.device
+    assert diagnosed.facts.kind is MemoryKind.UNIFIED
+    assert "JetPack 6" in found["board"].found
+    assert "jp6/cu126" in found["wheels"].command
+    assert found["power mode"].found == "15W"
+    assert "61% of the arithmetic" in found["power mode"].why
     assert found["memory in pieces"].state is State.WARNING
 
 
@@ -238,7 +256,8 @@ def test_a_recording_gives_the_same_findings(quick, jetson_root, monkeypatch):
     ]
     same = {"board", "wheels", "power mode", "memory in pieces", "GPU allocations", "swap", "device profile"}
     texts = [{finding.name: finding.found for finding in each if finding.name in same} for each in (live, recorded)]
-    assert texts[0] == texts[1] and set(texts[0]) == same
+    assert texts[0] == texts[1]
+    assert set(texts[0]) == same
     assert any("recording" in sentence for sentence in replayed.left_out)
 
 
@@ -272,10 +291,14 @@ def test_a_gpu_by_its_driver_alone(tmp_path):
         return data, {finding["name"]: finding for finding in data["findings"]}
 
     data, found = doctor(scenario)
-    assert data["facts"]["kind"] == "discrete" and "RTX 4090" in data["device"]
-    assert found["NVIDIA driver"]["state"] == "ok" and found["device profile"]["found"].startswith("rtx-4090")
+    assert data["facts"]["kind"] == "discrete"
+    assert "RTX 4090" in data["device"]
+    assert found["NVIDIA driver"]["state"] == "ok"
+    assert found["device profile"]["found"].startswith("rtx-4090")
     broken = tmp_path / "mismatch.txt"
     broken.write_text("init = !18\n")
     data, found = doctor(broken)
-    assert found["NVIDIA driver"]["state"] == "warning" and "reboot" in found["NVIDIA driver"]["fix"].lower()
-    assert data["facts"]["kind"] == "cpu" and data["can_train"]
+    assert found["NVIDIA driver"]["state"] == "warning"
+    assert "reboot" in found["NVIDIA driver"]["fix"].lower()
+    assert data["facts"]["kind"] == "cpu"
+    assert data["can_train"]

@@ -78,7 +78,9 @@ def worker(checks):
 
 def test_a_check_returns_its_value(worker, checks):
     outcome = worker.call(f"{checks}:add", 60, one=2, other=3)
-    assert outcome.ok and outcome.value == 5 and not outcome.died
+    assert outcome.ok
+    assert outcome.value == 5
+    assert not outcome.died
 
 
 def test_one_process_serves_many_checks(worker, checks):
@@ -89,14 +91,17 @@ def test_one_process_serves_many_checks(worker, checks):
 def test_an_exception_is_an_answer(worker, checks):
     first = worker.call(f"{checks}:process", 60).value
     outcome = worker.call(f"{checks}:fails", 60)
-    assert not outcome.ok and outcome.failure == "RuntimeError: no kernel image" and not outcome.died
+    assert not outcome.ok
+    assert outcome.failure == "RuntimeError: no kernel image"
+    assert not outcome.died
     assert worker.call(f"{checks}:fails_silently", 60).failure == "KeyError: KeyError"
     assert worker.call(f"{checks}:process", 60).value == first
 
 
 def test_an_edgefed_error_arrives_as_itself(worker, checks):
     outcome = worker.call(f"{checks}:not_here", 60)
-    assert isinstance(outcome.error, DeviceNotFound) and outcome.error.remedy == "Take another."
+    assert isinstance(outcome.error, DeviceNotFound)
+    assert outcome.error.remedy == "Take another."
     assert outcome.failure == "no cuda:7"
 
 
@@ -112,21 +117,25 @@ def test_an_edgefed_error_arrives_as_itself(worker, checks):
 )
 def test_a_crash_is_named_and_the_next_check_runs(worker, checks, number, words):
     outcome = worker.call(f"{checks}:kills_itself", 60, signal_number=int(number))
-    assert outcome.died and not outcome.ok
-    assert signal.Signals(number).name in outcome.failure and words in outcome.failure
+    assert outcome.died
+    assert not outcome.ok
+    assert signal.Signals(number).name in outcome.failure
+    assert words in outcome.failure
     assert "it said: last words" in outcome.failure
     assert worker.call(f"{checks}:add", 60, one=1, other=1).value == 2
 
 
 def test_a_check_that_leaves_is_named(worker, checks):
     outcome = worker.call(f"{checks}:leaves", 60, status=7)
-    assert outcome.died and "exit status 7" in outcome.failure
+    assert outcome.died
+    assert "exit status 7" in outcome.failure
 
 
 def test_a_hang_ends_at_its_limit(worker, checks):
     worker.call(f"{checks}:add", 60, one=1, other=1)
     outcome = worker.call(f"{checks}:sleeps", 0.5)
-    assert outcome.died and outcome.failure == "did not end within 0.5 s"
+    assert outcome.died
+    assert outcome.failure == "did not end within 0.5 s"
     assert worker.call(f"{checks}:add", 60, one=2, other=2).value == 4
 
 
@@ -153,7 +162,8 @@ def test_what_a_hung_check_started_ends_with_it(worker, checks, tmp_path):
 def test_a_worker_that_stops_answering_is_ended(worker, checks):
     worker.call(f"{checks}:add", 60, one=1, other=1)
     outcome = worker.call(f"{checks}:closes_its_answers", 60)
-    assert outcome.died and "closed its output" in outcome.failure
+    assert outcome.died
+    assert "closed its output" in outcome.failure
     assert worker.call(f"{checks}:add", 60, one=1, other=2).value == 3
 
 
@@ -176,7 +186,8 @@ def test_no_process_at_all(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with Worker() as worker:
         outcome = worker.call("x:y", 5)
-    assert not outcome.ok and outcome.failure.startswith("no process could be started")
+    assert not outcome.ok
+    assert outcome.failure.startswith("no process could be started")
 
 
 def test_exits_in_words():

@@ -131,4 +131,5 @@ def test_triton_in_its_interpreter():
 
     with Worker({"TRITON_INTERPRET": "1"}) as worker:
         outcome = worker.call("edgefed.doctor.kernel_runs:triton_kernel", 120, device="cpu")
-    assert outcome.ok and "interpreter" in outcome.value
+    assert outcome.ok
+    assert "interpreter" in outcome.value

@@ -59,15 +59,18 @@ def test_requirement_lines(line, parsed):
 
 def test_the_real_requirements_are_read_and_met_here():
     names = {parsed[0] for line in packages.own_requirements() if (parsed := packages.parse_requirement(line))}
-    assert {"torch", "transformers", "safetensors", "click"} <= names and "pytest" not in names
+    assert {"torch", "transformers", "safetensors", "click"} <= names
+    assert "pytest" not in names
     findings = packages.package_findings(packages.own_requirements())
     assert not [finding for finding in findings if finding.state is State.PROBLEM]
 
 
 def test_all_is_well():
     found = by_name(GOOD)
-    assert found["required packages"].state is State.OK and "torch 2.13.0+cpu" in found["required packages"].found
-    assert found["triton"].state is State.OK and found["bitsandbytes"].state is State.NOTE
+    assert found["required packages"].state is State.OK
+    assert "torch 2.13.0+cpu" in found["required packages"].found
+    assert found["triton"].state is State.OK
+    assert found["bitsandbytes"].state is State.NOTE
     assert "Optional" in found["onnx"].why
 
 
@@ -79,19 +82,24 @@ def test_a_missing_package_is_a_problem_with_its_command():
 
 def test_a_package_out_of_range_is_a_problem():
     found = by_name(GOOD | {"transformers": "4.57.0"})["transformers"]
-    assert found.state is State.PROBLEM and found.found == "4.57.0" and "transformers<6,>=5.8" in found.why
+    assert found.state is State.PROBLEM
+    assert found.found == "4.57.0"
+    assert "transformers<6,>=5.8" in found.why
 
 
 def test_the_dead_pynvml_that_hides_the_living_one():
     found = by_name(GOOD | {"pynvml": "11.5.0"})["pynvml"]
-    assert found.state is State.WARNING and "hides" in found.found and "uninstall" in found.command
+    assert found.state is State.WARNING
+    assert "hides" in found.found
+    assert "uninstall" in found.command
     assert by_name(GOOD | {"pynvml": "13.0.1"})["pynvml"].state is State.NOTE
     assert "pynvml" not in by_name(GOOD)
 
 
 def test_a_checkout_that_is_not_installed():
     found = by_name(GOOD, requirements=None)["edgefed"]
-    assert found.state is State.WARNING and found.command == "pip install -e ."
+    assert found.state is State.WARNING
+    assert found.command == "pip install -e ."
 
 
 def test_python_itself():
@@ -110,7 +118,8 @@ def test_the_name_of_another_project(monkeypatch):
     assert packages._kernel_name_clash() == []
     monkeypatch.syspath_prepend(own.parent)  # as when Python is started in the checkout
     (finding,) = packages._kernel_name_clash()
-    assert finding.state is State.WARNING and str(own) in finding.found
+    assert finding.state is State.WARNING
+    assert str(own) in finding.found
 
 
 def test_broken_metadata_is_no_crash(monkeypatch):

@@ -74,7 +74,8 @@ def test_a_server_that_is_ours(serve):
 )  # fmt: skip
 def test_tokens(serve, token, state, words):
     finding = server_findings(serve(HEALTHY, token="right"), token)[-1]
-    assert finding.state is state and words in finding.found
+    assert finding.state is state
+    assert words in finding.found
     assert state is State.OK or "EDGEFED_TOKEN" in finding.fix
 
 
@@ -82,7 +83,8 @@ def test_another_protocol(serve):
     for version, side in ((PROTOCOL_VERSION + 1, "device"), (0, "server")):
         health = json.dumps({"status": "ok", "protocol_version": version}).encode()
         findings = server_findings(serve(health, b'{"another": "status"}'), None)
-        assert states(findings)["protocol"] is State.PROBLEM and side in findings[1].fix
+        assert states(findings)["protocol"] is State.PROBLEM
+        assert side in findings[1].fix
         assert states(findings)["token"] is State.NOTE
 
 
@@ -98,14 +100,16 @@ def test_another_protocol(serve):
 )
 def test_something_else_answers(serve, health):
     (finding,) = server_findings(serve(health), None)
-    assert finding.state is State.PROBLEM and finding.fix
+    assert finding.state is State.PROBLEM
+    assert finding.fix
 
 
 def test_nobody_answers():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     (finding,) = server_findings(f"http://127.0.0.1:{port}", None)
-    assert finding.state is State.PROBLEM and "no answer" in finding.found
+    assert finding.state is State.PROBLEM
+    assert "no answer" in finding.found
 
 
 @pytest.mark.parametrize(("url", "token"), [("127.0.0.1:80", None), ("http://", None), ("http://127.0.0.1", "ä")])

@@ -30,7 +30,8 @@ def test_a_gpu_that_works(device):
 
 def test_no_gpu_needs_no_cuda(device):
     findings = torch_findings(device("cpu-vm-2core"), build(cuda=None, cuda_available=False), PIP, gpu_asked=False)
-    assert [finding.state for finding in findings] == [State.OK] and "the CPU only" in findings[0].found
+    assert [finding.state for finding in findings] == [State.OK]
+    assert "the CPU only" in findings[0].found
 
 
 NO_CUDA_HERE = {"cuda_available": False, "devices": ()}
@@ -49,17 +50,21 @@ NO_CUDA_HERE = {"cuda_available": False, "devices": ()}
 def test_a_gpu_that_torch_cannot_use(device, torch, words):
     facts = device(gpu={"cuda_index": None})
     finding = on_gpu(facts, torch)
-    assert words in finding.found and finding.state is State.WARNING and (finding.fix or finding.command)
+    assert words in finding.found
+    assert finding.state is State.WARNING
+    assert finding.fix or finding.command
     assert "trains on its CPU" in finding.why
     asked = on_gpu(facts, torch, gpu_asked=True)
-    assert asked.state is State.PROBLEM and "--device" in asked.why
+    assert asked.state is State.PROBLEM
+    assert "--device" in asked.why
 
 
 def test_a_driver_older_than_torch(device, parts):
     facts = device(gpu={"cuda_index": None}, driver=parts["driver"]("540.4.0", "12.6"))
     finding = on_gpu(facts, build(cuda_fault="The NVIDIA driver is too old", **NO_CUDA_HERE))
     assert "needs a driver for CUDA 13.0, this one ends at CUDA 12.6" in finding.found
-    assert finding.command == PIP and "too old" in finding.why
+    assert finding.command == PIP
+    assert "too old" in finding.why
     newer_within_major = on_gpu(facts, build(cuda="12.8", cuda_fault="other", **NO_CUDA_HERE))
     assert "ends at CUDA" not in newer_within_major.found  # CUDA 12.8 runs on a driver for 12.6
 
@@ -67,7 +72,8 @@ def test_a_driver_older_than_torch(device, parts):
 def test_a_gpu_that_is_hidden_from_torch(device):
     facts = device(gpu={"cuda_index": None})
     finding = on_gpu(facts, build(visible_devices="1", devices=(("NVIDIA T4", (7, 5)),)))
-    assert "torch sees NVIDIA T4, and not" in finding.found and "'1'" in finding.why
+    assert "torch sees NVIDIA T4, and not" in finding.found
+    assert "'1'" in finding.why
 
 
 def test_orin_runs_code_of_its_family(device):
@@ -106,6 +112,7 @@ def test_a_recording_tells_of_torch_what_it_holds(device):
     assert fine.state is State.OK
     facts = device(gpu={"cuda_index": None})
     (hidden,) = recorded_torch_findings(facts, PIP)
-    assert hidden.state is State.WARNING and hidden.command == PIP
+    assert hidden.state is State.WARNING
+    assert hidden.command == PIP
     never_asked = device(torch=Reading.missing(Reason.ABSENT, "torch", "not asked"))
     assert recorded_torch_findings(never_asked, PIP) == []

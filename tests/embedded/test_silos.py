@@ -20,7 +20,8 @@ def size(documents):
 def test_no_document_is_on_both_sides_and_the_share_is_about_a_fifth(name):
     silo = load_silo(name)
     train, held_out = ({document.name for document in side} for side in (silo.train, silo.held_out))
-    assert train and held_out
+    assert train
+    assert held_out
     assert not train & held_out
     assert not {d.text for d in silo.train} & {d.text for d in silo.held_out}
     share = size(silo.held_out) / size((*silo.train, *silo.held_out))

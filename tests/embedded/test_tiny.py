@@ -139,8 +139,11 @@ def test_silos_are_unseen_but_not_foreign(tiny):
 def test_schedule_rises_and_decays():
     values = [pretrain.schedule(step / 1000) for step in range(1001)]
     peak = values.index(max(values))
-    assert 0 < values[0] < 0.1 and 15 <= peak <= 25 and max(values) == pytest.approx(1.0, abs=1e-3)
-    assert values[:peak] == sorted(values[:peak]) and values[peak:] == sorted(values[peak:], reverse=True)
+    assert 0 < values[0] < 0.1
+    assert 15 <= peak <= 25
+    assert max(values) == pytest.approx(1.0, abs=1e-3)
+    assert values[:peak] == sorted(values[:peak])
+    assert values[peak:] == sorted(values[peak:], reverse=True)
     assert values[-1] == pytest.approx(0.05)
 
 
@@ -165,7 +168,8 @@ def test_balance_loss_is_one_when_even_and_counts_each_layer():
 def test_validation_files_are_apart_and_the_same_every_time():
     documents = tuple(Document(f"{index}.py", "x" * 100) for index in range(50))
     train, validation = pretrain.split_validation(documents, 0.1)
-    assert len(validation) == 5 and len(train) == 45
+    assert len(validation) == 5
+    assert len(train) == 45
     assert not set(train) & set(validation)
     assert pretrain.split_validation(documents[::-1], 0.1) == (train, validation)
 
@@ -183,7 +187,8 @@ def test_training_is_reproducible_and_learns(tiny):
         before = pretrain.mean_loss(model, stream[:700], 32)
         outcome = pretrain.pretrain(model, stream, recipe)
         losses.append(pretrain.mean_loss(model, stream[:700], 32))
-        assert outcome["steps"] == 6 and outcome["tokens"] == 6 * 2 * 32
+        assert outcome["steps"] == 6
+        assert outcome["tokens"] == 6 * 2 * 32
         assert losses[-1] < before - 0.3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -196,4 +201,5 @@ def test_time_limit_ends_the_run(tiny):
     model.set_experts_implementation("grouped_mm")
     recipe = pretrain.Recipe(steps=10**6, minutes=1 / 600, batch_size=1, sequence_length=16)
     outcome = pretrain.pretrain(model, stream, recipe)
-    assert 1 <= outcome["steps"] < 100 and outcome["wall_s"] < 10
+    assert 1 <= outcome["steps"] < 100
+    assert outcome["wall_s"] < 10

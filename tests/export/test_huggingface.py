@@ -20,7 +20,9 @@ from edgefed.moe.units import MemorySource, TrainScope
 
 def load(folder, **options):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
     return model
 
 
@@ -119,7 +121,7 @@ def test_a_missing_unit_leaves_nothing_behind(missing, olmoe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault, error",
+    ("fault", "error"),
     [
         (OSError(errno.ENOSPC, "no"), DiskFull),
         (OSError(errno.EACCES, "no"), StorageError),

@@ -96,7 +96,8 @@ def test_discrete_by_hand():
     budget = plan_budget(rtx())  # (min(7, 0.95 * 8) - 0.40 - max(0.5, 4 % of 8)) * 0.92
     assert budget.now_bytes == pytest.approx((7 - 0.40 - 0.5) * 0.92 * GIB, abs=8)
     assert budget.ideal_bytes == pytest.approx((7.6 - 0.40 - 0.5) * 0.92 * GIB, abs=8)
-    assert budget.kind is MemoryKind.DISCRETE and "device" in budget.covers
+    assert budget.kind is MemoryKind.DISCRETE
+    assert "device" in budget.covers
     assert steps(budget)["used by the driver"] == GIB
 
 
@@ -168,14 +169,16 @@ def test_processes_without_sizes_leave_the_sum_alone():
 
 def test_nothing_left_is_zero_with_a_reason():
     budget = plan_budget(rtx(free=GIB // 2, processes=of((process(9, "game", 7 * GIB),))))
-    assert budget.now_bytes == 0 and sum(term.signed_bytes for term in budget.terms) == 0
+    assert budget.now_bytes == 0
+    assert sum(term.signed_bytes for term in budget.terms) == 0
     assert any("nothing is left" in note and "7.0 GiB of 8.0 GiB used by others" in note for note in budget.notes)
     assert any("wanted, no more was left" in term.origin for term in budget.terms)
 
 
 def test_a_limit_of_nothing_at_all_is_no_crash():
     budget = plan_budget(laptop(cgroup_limit_bytes=of(0), cgroup_used_bytes=of(0)))
-    assert budget.now_bytes == 0 and any("0 MiB container limit" in note for note in budget.notes)
+    assert budget.now_bytes == 0
+    assert any("0 MiB container limit" in note for note in budget.notes)
 
 
 def test_much_less_than_idle_is_said():
@@ -259,7 +262,8 @@ def test_unified_knows_what_is_loaded_already():
     own = OwnMemory(rss_bytes=GIB)
     budget = plan_budget(jetson(available=13 * GIB), own=own)  # our own GiB is gone from MemAvailable, 0.2 to come
     assert budget.now_bytes == pytest.approx((13 - 1.6 - 0.2 - 0.25) * 0.94 * GIB, abs=8)
-    assert steps(budget)["used by this process"] == GIB and steps(budget)["used by others"] == 2 * GIB
+    assert steps(budget)["used by this process"] == GIB
+    assert steps(budget)["used by others"] == 2 * GIB
 
 
 def test_a_running_agent_on_a_jetson_measures_what_it_measured_before():
@@ -352,7 +356,8 @@ def test_a_gpu_that_torch_cannot_use():
     )  # fmt: skip
     assert plan_budget(unusable).now_bytes == plan_budget(facts).now_bytes
     training = plan_budget(unusable, for_training=True)
-    assert training.kind is MemoryKind.CPU and training.now_bytes == plan_budget(laptop()).now_bytes
+    assert training.kind is MemoryKind.CPU
+    assert training.now_bytes == plan_budget(laptop()).now_bytes
     assert any("built for the CPU" in note for note in training.notes)
     assert plan_budget(facts, for_training=True) == plan_budget(facts)
 
@@ -361,7 +366,8 @@ def test_the_owners_limit_wins():
     budget = plan_budget(rtx(), override_bytes=2 * GIB)
     assert (budget.now_bytes, budget.ideal_bytes) == (2 * GIB, 2 * GIB)
     assert budget.measured_bytes == plan_budget(rtx()).now_bytes
-    assert budget.origin == "2.0 GiB by --memory; 5.6 GiB could be used" and budget.notes == ()
+    assert budget.origin == "2.0 GiB by --memory; 5.6 GiB could be used"
+    assert budget.notes == ()
     assert sum(term.signed_bytes for term in budget.terms) == 2 * GIB
 
 
@@ -373,13 +379,15 @@ def test_a_limit_just_above_what_is_there_is_taken_with_a_warning():
 
 def test_a_limit_above_what_is_there_is_taken_with_a_warning():
     budget = plan_budget(rtx(), override_bytes=20 * GIB)
-    assert budget.now_bytes == 20 * GIB and steps(budget) == {"--memory": 20 * GIB}
+    assert budget.now_bytes == 20 * GIB
+    assert steps(budget) == {"--memory": 20 * GIB}
     assert any("--memory 20.0 GiB is more than the 5.6 GiB" in note for note in budget.notes)
 
 
 def test_a_limit_without_a_measurement():
     budget = plan_budget(without(rtx(), "gpu", "memory_free_bytes"), override_bytes=GIB)
-    assert budget.now_bytes == GIB and budget.measured_bytes is None
+    assert budget.now_bytes == GIB
+    assert budget.measured_bytes is None
     assert any("sensor of memory_free_bytes" in note for note in budget.notes)
     assert any("as it stands" in note for note in budget.notes)
     assert not any("pass --memory" in note for note in budget.notes)
@@ -414,11 +422,14 @@ LIMITED = dict(cgroup_limit_bytes=of(8 * GIB), cgroup_used_bytes=of(GIB))
 @pytest.mark.parametrize("reason", list(Reason))
 def test_a_missing_reading_makes_the_budget_unknown(facts, part, name, ideal, reason):
     budget = plan_budget(without(facts, part, name, reason))
-    assert budget.now_bytes is None and budget.terms == ()
+    assert budget.now_bytes is None
+    assert budget.terms == ()
     assert (budget.ideal_bytes is not None) is ideal
     said = [note for note in budget.notes if f"sensor of {name}" in note]
-    assert len(said) == 1 and str(reason) in said[0]
-    assert budget.origin == f"unknown: {said[0]}" and budget.notes[-1].startswith("pass --memory")
+    assert len(said) == 1
+    assert str(reason) in said[0]
+    assert budget.origin == f"unknown: {said[0]}"
+    assert budget.notes[-1].startswith("pass --memory")
     if reason is Reason.LOST:
         assert "dmesg" in said[0]
     if reason is Reason.NO_PERMISSION:
@@ -432,14 +443,16 @@ def test_total_memory_of_a_gpu_may_come_from_cuda():
 
 def test_a_discrete_device_without_a_gpu_is_unknown():
     budget = plan_budget(make_facts(MemoryKind.DISCRETE))
-    assert budget.now_bytes is None and "no GPU" in budget.origin
+    assert budget.now_bytes is None
+    assert "no GPU" in budget.origin
 
 
 @pytest.mark.parametrize("reason", [Reason.FAILED, Reason.NO_PERMISSION])
 def test_an_unreadable_limit_stops_only_inside_a_container(reason):
     unreadable = dict(cgroup_limit_bytes=Reading.missing(reason, "memory.max"))
     inside = plan_budget(laptop(**unreadable, container=of("docker")))
-    assert inside.now_bytes is None and any("memory.max" in note for note in inside.notes)
+    assert inside.now_bytes is None
+    assert any("memory.max" in note for note in inside.notes)
     outside = plan_budget(laptop(**unreadable))
     assert outside.now_bytes == plan_budget(laptop()).now_bytes
     assert any("memory.max" in note for note in outside.notes)
@@ -502,16 +515,21 @@ def test_never_above_what_is_free_never_negative_never_made_up(facts, own, for_t
     if not free.known:
         assert budget.now_bytes is None
     if budget.now_bytes is None:
-        assert budget.terms == () and len(budget.notes) >= 2 and budget.origin.startswith("unknown: ")
+        assert budget.terms == ()
+        assert len(budget.notes) >= 2
+        assert budget.origin.startswith("unknown: ")
     else:
         assert 0 <= budget.now_bytes <= free.value + held_bytes(facts, own, kind)
         assert all(term.size_bytes > 0 and term.origin and not term.adds for term in budget.terms[1:])
-        assert budget.terms[0].adds and sum(term.signed_bytes for term in budget.terms) == budget.now_bytes
-        assert budget.ideal_bytes is not None and budget.ideal_bytes >= budget.now_bytes
+        assert budget.terms[0].adds
+        assert sum(term.signed_bytes for term in budget.terms) == budget.now_bytes
+        assert budget.ideal_bytes is not None
+        assert budget.ideal_bytes >= budget.now_bytes
         if kind is not MemoryKind.DISCRETE and facts.host.cgroup_limit_bytes.known:
             assert budget.now_bytes <= facts.host.cgroup_limit_bytes.value
     assert budget.ideal_bytes is None or budget.ideal_bytes >= 0
-    assert "\n" not in budget.origin and all(note and "\n" not in note for note in budget.notes)
+    assert "\n" not in budget.origin
+    assert all(note and "\n" not in note for note in budget.notes)
 
 
 @settings(max_examples=300, deadline=None)
@@ -542,7 +560,8 @@ def test_swap_is_never_counted(facts, own, total, used):
 @given(devices, owns, st.integers(1, 2**40))
 def test_the_owners_limit_always_wins(facts, own, limit):
     free, bound = plan_budget(facts, own=own), plan_budget(facts, own=own, override_bytes=limit)
-    assert bound.now_bytes == bound.ideal_bytes == limit and bound.measured_bytes == free.now_bytes
+    assert bound.now_bytes == bound.ideal_bytes == limit
+    assert bound.measured_bytes == free.now_bytes
     assert sum(term.signed_bytes for term in bound.terms) == limit
     above = free.now_bytes is not None and limit > free.now_bytes
     assert any("is more than the" in note for note in bound.notes) is above

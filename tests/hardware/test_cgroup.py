@@ -113,13 +113,15 @@ def test_both_versions_at_once(tmp_path):
 
 def test_a_limit_with_an_unknown_use(tmp_path):
     limit = read_memory_limit(Files(write_root(tmp_path, {f"{V2}/memory.max": str(GIB)})))
-    assert limit.limit_bytes.value == GIB and limit.used_bytes.reason is Reason.ABSENT
+    assert limit.limit_bytes.value == GIB
+    assert limit.used_bytes.reason is Reason.ABSENT
 
 
 @pytest.mark.parametrize("text", ["", "lots", "-5", "1e9", "0x10", b"\xff\xfe", "9" * 40])
 def test_a_limit_that_is_no_number_is_said(tmp_path, text):
     limit = read_memory_limit(Files(write_root(tmp_path, {f"{V2}/memory.max": text}))).limit_bytes
-    assert limit.reason is Reason.FAILED and limit.source == f"{V2}/memory.max"
+    assert limit.reason is Reason.FAILED
+    assert limit.source == f"{V2}/memory.max"
 
 
 def test_a_limit_that_is_forbidden_is_not_no_limit():

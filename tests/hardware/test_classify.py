@@ -59,10 +59,12 @@ def test_a_driver_that_knows_no_memory_never_decides_alone():
     gpu = gpu_of(name="NVIDIA Graphics Device", compute_capability=(8, 6), memory_total_bytes=SILENT)
     verdict = classify(gpu, None, NO_BOARD)
     assert verdict.kind is MemoryKind.DISCRETE
-    assert "unknown" in verdict.notes[0] and "NVML GetMemoryInfo v2" in verdict.notes[0]
+    assert "unknown" in verdict.notes[0]
+    assert "NVML GetMemoryInfo v2" in verdict.notes[0]
     # CUDA knows its size: nothing is left to guess
     verdict = classify(dataclasses.replace(gpu, cuda_total_bytes=Reading.of(2**34, "CUDA")), None, NO_BOARD)
-    assert verdict.kind is MemoryKind.DISCRETE and "CUDA's" in verdict.notes[0]
+    assert verdict.kind is MemoryKind.DISCRETE
+    assert "CUDA's" in verdict.notes[0]
 
 
 def test_not_integrated_does_not_make_a_gh200_discrete():
@@ -77,7 +79,8 @@ def test_an_h100_has_the_same_capability_and_is_discrete():
 
 def test_no_gpu_is_the_cpu_with_its_reason():
     verdict = classify(None, None, NO_BOARD, "no NVIDIA driver found")
-    assert verdict.kind is MemoryKind.CPU and "no NVIDIA driver found" in verdict.evidence[0]
+    assert verdict.kind is MemoryKind.CPU
+    assert "no NVIDIA driver found" in verdict.evidence[0]
 
 
 readings = st.sampled_from([SILENT, Reading.missing(Reason.FAILED, "NVML", "x"), Reading.of(2**34, "NVML"),
@@ -103,14 +106,16 @@ def test_every_combination_has_a_kind_with_its_reasons(name, memory, integrated,
         compute_capability=missing if capability is None else capability,
     )
     verdict = classify(gpu, None, NO_BOARD)
-    assert verdict.kind in (MemoryKind.DISCRETE, MemoryKind.UNIFIED) and len(verdict.evidence) >= 2
+    assert verdict.kind in (MemoryKind.DISCRETE, MemoryKind.UNIFIED)
+    assert len(verdict.evidence) >= 2
     named = bool(chip_of(gpu.name))
     if integrated or named:
         assert verdict.kind is MemoryKind.UNIFIED
     elif memory.known:
         assert verdict.kind is MemoryKind.DISCRETE
     elif verdict.kind is MemoryKind.UNIFIED:
-        assert memory.reason in (Reason.NOT_SUPPORTED, Reason.IMPLAUSIBLE) and capability in SHARED_CAPABILITIES
+        assert memory.reason in (Reason.NOT_SUPPORTED, Reason.IMPLAUSIBLE)
+        assert capability in SHARED_CAPABILITIES
     if verdict.kind is MemoryKind.DISCRETE and not memory.known and memory.reason is not Reason.LOST:
         assert any("unknown" in note for note in verdict.notes)
 
@@ -204,7 +209,8 @@ def raises(error):
 def test_torch_that_is_not_there_or_is_broken(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     report = cuda.ask_torch()
-    assert report.version.reason is report.available.reason is Reason.ABSENT and "torch" in report.version.detail
+    assert report.version.reason is report.available.reason is Reason.ABSENT
+    assert "torch" in report.version.detail
 
     class Broken:
         def find_spec(self, name, path=None, target=None):
@@ -214,7 +220,8 @@ def test_torch_that_is_not_there_or_is_broken(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     report = cuda.ask_torch()
-    assert report.version.reason is Reason.FAILED and "libcudart.so.13" in report.available.detail
+    assert report.version.reason is Reason.FAILED
+    assert "libcudart.so.13" in report.available.detail
 
 
 def test_why_torch_cannot_use_cuda(monkeypatch):
@@ -225,7 +232,8 @@ def test_why_torch_cannot_use_cuda(monkeypatch):
         init=raises(RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore text")),
     )
     report = cuda.ask_torch()
-    assert report.cuda_version.value == "13.0" and not report.devices
+    assert report.cuda_version.value == "13.0"
+    assert not report.devices
     assert report.available.detail == "The NVIDIA driver on your system is too old (found version 11040)."
     broken_torch(monkeypatch, is_available=lambda: False, device_count=lambda: 0, init=lambda: None)
     assert "no CUDA device is visible" in cuda.ask_torch().available.detail
@@ -254,7 +262,9 @@ def test_what_torch_tells_of_a_device(monkeypatch):
     broken_torch(monkeypatch, is_available=lambda: True, device_count=lambda: 1, get_arch_list=lambda: [],
                  get_device_properties=lambda index: properties)  # fmt: skip
     (device,) = cuda.ask_torch().devices
-    assert device.integrated is None and device.uuid == "" and device.runs_here
+    assert device.integrated is None
+    assert device.uuid == ""
+    assert device.runs_here
 
 
 def test_the_torch_that_is_installed_answers():

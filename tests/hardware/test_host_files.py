@@ -28,14 +28,16 @@ def test_a_desktop(plain_machine):
     host = read_host(Files(plain_machine.root))
     assert host.memory_total_bytes.value == 32768000 * KIB
     assert host.memory_available_bytes.value == 24576000 * KIB
-    assert host.swap_total_bytes.value == 2048000 * KIB and host.swap_used_bytes.value == 100000 * KIB
+    assert host.swap_total_bytes.value == 2048000 * KIB
+    assert host.swap_used_bytes.value == 100000 * KIB
     assert (host.huge_pages_total.value, host.huge_pages_free_bytes.value) == (4, 3 * 2048 * KIB)
     assert host.swapped_out_pages.value == 40
     assert host.largest_free_block_bytes.value == 4 * os.sysconf("SC_PAGE_SIZE")
     assert (host.cpu_count.value, host.load_average.value) == (2, 0.52)
     assert host.cpu_name.value == "AMD Ryzen 7 5800X 8-Core Processor"
     assert host.kernel.value == "6.8.0-45-generic"
-    assert not host.is_wsl and host.container.reason is host.battery.reason is Reason.ABSENT
+    assert not host.is_wsl
+    assert host.container.reason is host.battery.reason is Reason.ABSENT
     assert host.zram_used_bytes.reason is host.cgroup_limit_bytes.reason is host.cpu_quota.reason is Reason.ABSENT
     assert host.own_rss_bytes.value > 2**20
 
@@ -43,7 +45,8 @@ def test_a_desktop(plain_machine):
 def test_an_old_kernel_gives_an_estimate_that_says_so(tmp_path):
     meminfo = MEMINFO.replace("MemAvailable", "MemSomething")
     available = host_of(tmp_path, {"/proc/meminfo": meminfo}).memory_available_bytes
-    assert available.value == (8192000 + 15360000 - 512000) * KIB and "estimate" in available.source
+    assert available.value == (8192000 + 15360000 - 512000) * KIB
+    assert "estimate" in available.source
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,8 @@ def test_garbage_in_any_file_is_a_reason_and_no_error(tmp_path, content):
     host = host_of(tmp_path, dict.fromkeys(paths, content))
     readings = [value for value in vars(host).values() if isinstance(value, Reading)]
     assert all(reading.known or reading.detail for reading in readings)
-    assert not host.memory_total_bytes.known and not host.cgroup_limit_bytes.known
+    assert not host.memory_total_bytes.known
+    assert not host.cgroup_limit_bytes.known
 
 
 def test_a_folder_or_a_pipe_in_the_place_of_a_file(tmp_path):
@@ -110,14 +114,17 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, monkeypatch, error, reaso
 
     monkeypatch.setattr(host_files.os, "read", refuse)
     text = Files(tmp_path).text("/proc/meminfo")
-    assert text.reason is reason and text.detail == error.strerror and text.source == "/proc/meminfo"
+    assert text.reason is reason
+    assert text.detail == error.strerror
+    assert text.source == "/proc/meminfo"
 
 
 def test_a_path_that_no_file_can_have(tmp_path):
     files = Files(tmp_path)
     assert files.text("/proc/\0").reason is Reason.FAILED
     assert files.text("/" + "x" * 5000).reason is Reason.ABSENT
-    assert not files.exists("/proc/\0") and files.names("/proc/\0") == ()
+    assert not files.exists("/proc/\0")
+    assert files.names("/proc/\0") == ()
 
 
 def test_a_file_is_read_to_a_limit(tmp_path, monkeypatch):
@@ -129,7 +136,8 @@ def test_a_file_is_read_to_a_limit(tmp_path, monkeypatch):
 def test_compressed_swap_is_told_by_the_memory_it_takes(tmp_path):
     swaps = "Filename\tType\tSize\tUsed\tPriority\n/dev/zram0 partition 650173 2048 5\n/dev/sda2 partition 9 9 -2\n"
     used = host_of(tmp_path, {"/proc/swaps": swaps}).zram_used_bytes
-    assert used.value == 2048 * KIB and "before compression" in used.source
+    assert used.value == 2048 * KIB
+    assert "before compression" in used.source
     used = host_of(tmp_path, {"/sys/block/zram0/mm_stat": "2097152 524288 700416 0 700416 0 0 0 0\n"}).zram_used_bytes
     assert used.value == 700416
     assert host_of(tmp_path, {"/proc/swaps": "Filename\n/dev/sda2 partition 9 9 -2\n"}).zram_used_bytes.reason
@@ -207,14 +215,16 @@ def test_a_raspberry_pi_is_known_by_its_board(tmp_path):
             "/sys/firmware/devicetree/base/model": "Raspberry Pi 5 Model B Rev 1.0\0",
         },
     )
-    assert host.cpu_name.value == "Raspberry Pi 5" and host.board.value == "Raspberry Pi 5 Model B Rev 1.0"
+    assert host.cpu_name.value == "Raspberry Pi 5"
+    assert host.board.value == "Raspberry Pi 5 Model B Rev 1.0"
 
 
 def test_this_machine_answers():
     from pathlib import Path
 
     host = read_host(Files(Path("/")))
-    assert host.own_rss_bytes.value > 2**20 and host.cpu_count.value >= 1
+    assert host.own_rss_bytes.value > 2**20
+    assert host.cpu_count.value >= 1
     assert host.memory_total_bytes.value >= host.memory_available_bytes.value > 0
 
 
@@ -224,7 +234,8 @@ def test_another_system_is_asked_through_psutil(tmp_path, monkeypatch):
     monkeypatch.setitem(host_files._QUESTIONS, "system", ("platform.system", True, lambda: "darwin"))
     monkeypatch.setitem(host_files._QUESTIONS, "battery", ("psutil", False, lambda: {"percent": 71.0, "plugged": True}))
     host = read_host(files)
-    assert host.system == "darwin" and host.memory_total_bytes.source == "psutil.virtual_memory"
+    assert host.system == "darwin"
+    assert host.memory_total_bytes.source == "psutil.virtual_memory"
     assert host.memory_total_bytes.value >= host.memory_available_bytes.value > 0
     assert (host.battery.value.percent, host.battery.value.plugged) == (71.0, True)
 

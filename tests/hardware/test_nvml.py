@@ -29,9 +29,12 @@ from edgefed.hardware.facts import MemoryKind
 def test_a_driver_that_does_not_work_is_explained(machine, line, problem, remedy):
     machine.driver("", line)
     facts = machine.probe()
-    assert facts.kind is MemoryKind.CPU and facts.gpus == ()
-    assert problem in facts.driver.problem and remedy in facts.driver.remedy
-    assert any(problem in note for note in facts.notes) and problem in facts.evidence[0]
+    assert facts.kind is MemoryKind.CPU
+    assert facts.gpus == ()
+    assert problem in facts.driver.problem
+    assert remedy in facts.driver.remedy
+    assert any(problem in note for note in facts.notes)
+    assert problem in facts.evidence[0]
 
 
 def test_a_driver_that_is_updated_or_unloaded_under_us_is_noticed(machine):
@@ -84,10 +87,12 @@ def test_the_library_that_windows_puts_aside_is_found(machine, tmp_path):
     machine.say("rtx4090")
     aside = f"import edgefed.hardware.nvml as nvml\nnvml.WSL_LIBRARY = {str(library)!r}\n"
     found = json.loads(machine.run("-c", aside + SHOW, LD_LIBRARY_PATH="").stdout)
-    assert found[0] == "discrete" and found[2] == "NVIDIA GeForce RTX 4090"
+    assert found[0] == "discrete"
+    assert found[2] == "NVIDIA GeForce RTX 4090"
     library.write_bytes(b"no library")
     kind, problem, _, _ = json.loads(machine.run("-c", aside + SHOW, LD_LIBRARY_PATH="").stdout)
-    assert kind == "cpu" and "no NVIDIA driver found" in problem
+    assert kind == "cpu"
+    assert "no NVIDIA driver found" in problem
 
 
 SHADOW = "__file__ = 'site-packages/pynvml/__init__.py'\ndef nvmlInit(): pass\n"
@@ -108,7 +113,8 @@ def test_a_package_in_the_place_of_nvidia_ml_py_is_named(machine, tmp_path, modu
     result = machine.run("-c", SHOW, PYTHONPATH=str(tmp_path / "shadow"))
     assert result.returncode == 0, result.stderr
     kind, problem, _, _ = json.loads(result.stdout)
-    assert kind == "cpu" and words in problem
+    assert kind == "cpu"
+    assert words in problem
 
 
 def test_a_dead_package_that_still_works_is_used_and_named(machine, tmp_path):
@@ -119,7 +125,8 @@ def test_a_dead_package_that_still_works_is_used_and_named(machine, tmp_path):
     machine.say("rtx4090")
     result = machine.run("-c", SHOW, PYTHONPATH=str(tmp_path / "shadow"))
     kind, problem, name, _ = json.loads(result.stdout)
-    assert (kind, name) == ("discrete", "NVIDIA GeForce RTX 4090") and "pynvml hides nvidia-ml-py" in problem
+    assert (kind, name) == ("discrete", "NVIDIA GeForce RTX 4090")
+    assert "pynvml hides nvidia-ml-py" in problem
 
 
 FORK = """
@@ -178,7 +185,8 @@ def test_a_forked_child_starts_nvml_of_its_own(machine):
 def test_the_fake_driver_is_found_by_its_path_alone(fake_drivers):
     """The test's own footing: the two builds differ in what a driver of 2020 does not have."""
     new, old = (ctypes.CDLL(str(fake_drivers[name])) for name in ("new", "old"))
-    assert hasattr(new, "nvmlDeviceGetMemoryInfo_v2") and not hasattr(old, "nvmlDeviceGetMemoryInfo_v2")
+    assert hasattr(new, "nvmlDeviceGetMemoryInfo_v2")
+    assert not hasattr(old, "nvmlDeviceGetMemoryInfo_v2")
 
 
 def test_probing_imports_neither_torch_nor_a_driver_before_it_is_asked():

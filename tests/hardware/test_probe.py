@@ -18,9 +18,12 @@ def test_a_desktop_card(machine):
     machine.driver("rtx4090")
     facts = machine.probe()
     gpu = facts.gpu
-    assert facts.kind is MemoryKind.DISCRETE and facts.driver.available and not facts.driver.problem
+    assert facts.kind is MemoryKind.DISCRETE
+    assert facts.driver.available
+    assert not facts.driver.problem
     assert (facts.driver.driver_version.value, facts.driver.cuda_driver_version.value) == ("580.95.05", "13.0")
-    assert gpu.name.value == "NVIDIA GeForce RTX 4090" and gpu.compute_capability.value == (8, 9)
+    assert gpu.name.value == "NVIDIA GeForce RTX 4090"
+    assert gpu.compute_capability.value == (8, 9)
     assert gpu.memory_total_bytes.value == 25757220864
     assert gpu.memory_free_bytes.value == 25757220864 - 420478976 - 1610612736
     assert gpu.own_bytes.value == 0
@@ -28,13 +31,16 @@ def test_a_desktop_card(machine):
         (4242, "python3", 734003200),
         (1871, "Xorg", 612368384),
     ]
-    assert gpu.display_active.value is True and gpu.utilization_percent.value == 3
+    assert gpu.display_active.value is True
+    assert gpu.utilization_percent.value == 3
     assert (gpu.sm_clock_mhz.value, gpu.sm_clock_max_mhz.value, gpu.memory_clock_mhz.value) == (2520, 3105, 10501)
     assert (gpu.power_watts.value, gpu.power_limit_watts.value, gpu.energy_joules.value) == (61.25, 450, 123456.789)
-    assert gpu.temperature_celsius.value == 47 and gpu.throttle_reasons.value == 1
+    assert gpu.temperature_celsius.value == 47
+    assert gpu.throttle_reasons.value == 1
     assert (gpu.pcie_generation.value, gpu.pcie_width.value) == (4, 16)
     assert gpu.ecc.reason is gpu.mig_enabled.reason is Reason.NOT_SUPPORTED
-    assert gpu.cuda_index is None and not facts.trains_on_gpu
+    assert gpu.cuda_index is None
+    assert not facts.trains_on_gpu
 
 
 def test_an_old_driver_gives_the_same_through_the_older_calls(machine):
@@ -42,8 +48,10 @@ def test_an_old_driver_gives_the_same_through_the_older_calls(machine):
     gpu = machine.probe().gpu
     assert gpu.memory_free_bytes.value == 25757220864 - 420478976 - 1610612736
     assert gpu.memory_free_bytes.source == "NVML GetMemoryInfo"
-    assert gpu.temperature_celsius.value == 47 and gpu.temperature_celsius.source == "NVML GetTemperature"
-    assert gpu.throttle_reasons.value == 1 and "ThrottleReasons" in gpu.throttle_reasons.source
+    assert gpu.temperature_celsius.value == 47
+    assert gpu.temperature_celsius.source == "NVML GetTemperature"
+    assert gpu.throttle_reasons.value == 1
+    assert "ThrottleReasons" in gpu.throttle_reasons.source
     assert len(gpu.processes.value) == 2
 
 
@@ -78,14 +86,16 @@ def test_the_kind_of_memory(machine, name, lines, kind):
 def test_a_total_of_zero_is_no_size(machine):
     machine.driver("gb10", "0.Memory = 0 0 0")
     memory = machine.probe().gpu.memory_total_bytes
-    assert memory.value is None and memory.reason is Reason.IMPLAUSIBLE
+    assert memory.value is None
+    assert memory.reason is Reason.IMPLAUSIBLE
 
 
 def test_a_board_that_names_the_chip_is_a_second_sign(machine):
     machine.driver("gb10", "0.Name = !999", "0.Capability = !999")
     machine.files({"/sys/class/dmi/id/product_name": "NVIDIA_DGX_Spark\n"})
     facts = machine.probe()
-    assert facts.kind is MemoryKind.UNIFIED and any("NVIDIA_DGX_Spark" in sign for sign in facts.evidence)
+    assert facts.kind is MemoryKind.UNIFIED
+    assert any("NVIDIA_DGX_Spark" in sign for sign in facts.evidence)
 
 
 def test_a_card_in_a_jetson_is_still_a_card(machine):
@@ -127,7 +137,8 @@ def test_a_field_that_is_forbidden_does_not_take_the_others_with_it(machine):
     gpu = facts.gpu
     assert gpu.power_watts.reason is gpu.processes.reason is gpu.own_bytes.reason is Reason.NO_PERMISSION
     assert gpu.uuid.reason is Reason.NO_PERMISSION
-    assert gpu.sm_clock_mhz.reason is gpu.name.reason is Reason.FAILED and gpu.memory_total_bytes.known
+    assert gpu.sm_clock_mhz.reason is gpu.name.reason is Reason.FAILED
+    assert gpu.memory_total_bytes.known
     assert any("not visible to this user" in note for note in facts.notes)
 
 
@@ -157,7 +168,8 @@ def test_wsl_has_processes_without_sizes(machine):
     machine.files({"/proc/version": "Linux version 6.6.87-microsoft-standard-WSL2 (root@x) #1 SMP\n"})
     machine.driver("wsl2", f"0.Compute = 77:-1 {os.getpid()}:-1")
     facts = machine.probe()
-    assert facts.host.is_wsl and facts.gpu.processes.value[0].used_bytes.reason is Reason.NOT_SUPPORTED
+    assert facts.host.is_wsl
+    assert facts.gpu.processes.value[0].used_bytes.reason is Reason.NOT_SUPPORTED
     assert facts.gpu.own_bytes.reason is Reason.NOT_SUPPORTED  # unknown, not 0
     assert any("WSL" in note for note in facts.notes)
 
@@ -173,8 +185,10 @@ def test_mig_instances_are_devices_and_the_whole_card_is_none(machine):
     ]
     assert facts.gpus[0].memory_total_bytes.reason is Reason.NO_PERMISSION
     gpu = facts.gpu
-    assert gpu.mig_index == 2 and gpu.memory_total_bytes.value == 75161927680  # the largest
-    assert gpu.compute_capability.value == (9, 0) and "whole GPU" in gpu.compute_capability.source
+    assert gpu.mig_index == 2
+    assert gpu.memory_total_bytes.value == 75161927680
+    assert gpu.compute_capability.value == (9, 0)
+    assert "whole GPU" in gpu.compute_capability.source
     assert (gpu.temperature_celsius.value, gpu.power_watts.value, gpu.ecc.value) == (52, 210, True)
     assert facts.kind is MemoryKind.DISCRETE
     assert any("MIG mode: its 3 instance(s)" in note for note in facts.notes)
@@ -190,20 +204,25 @@ def test_instances_are_found_though_the_driver_does_not_count_them(machine):
 def test_mig_without_an_instance_leaves_the_cpu(machine):
     machine.driver("", "count = 1", "0.Name = NVIDIA A100-SXM4-40GB", "0.MigMode = 1", "0.Memory = !4")
     facts = machine.probe()
-    assert facts.kind is MemoryKind.CPU and facts.gpu is None and len(facts.gpus) == 1
+    assert facts.kind is MemoryKind.CPU
+    assert facts.gpu is None
+    assert len(facts.gpus) == 1
     assert any("no instance" in note and "nvidia-smi mig" in note for note in facts.notes)
 
 
 def test_the_best_of_several_and_any_by_name(machine):
     machine.driver("two_gpus")
     facts = machine.probe()
-    assert facts.gpu.name.value == "NVIDIA GeForce RTX 3090" and len(facts.gpus) == 2
+    assert facts.gpu.name.value == "NVIDIA GeForce RTX 3090"
+    assert len(facts.gpus) == 2
     assert any("--device" in note for note in facts.notes)
     assert machine.probe("cuda:0").gpu.name.value == "NVIDIA GeForce GTX 1660 Ti"
     assert machine.probe("GPU-11111111-2222").gpu.nvml_index == 0
     assert machine.probe("GPU-aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeee3090").gpu.nvml_index == 1
     cpu = machine.probe("cpu")
-    assert cpu.kind is MemoryKind.CPU and cpu.gpu is None and len(cpu.gpus) == 2
+    assert cpu.kind is MemoryKind.CPU
+    assert cpu.gpu is None
+    assert len(cpu.gpus) == 2
     for wanted in ("cuda:2", "GPU-deadbeef", "gpu-", "tpu", "cuda:-1", "cuda:99999999999"):
         with pytest.raises(DeviceNotFound, match="RTX 3090"):
             machine.probe(wanted)
@@ -251,19 +270,26 @@ def test_a_jetson_without_nvml_is_known_by_its_files(plain_machine):
     plain_machine.files(ORIN)
     plain_machine.files({"/etc/nv_tegra_release": "# R35 (release), REVISION: 4.1, GCID: 33958178\n"})
     facts = plain_machine.probe()
-    assert facts.kind is MemoryKind.UNIFIED and facts.tegra.jetpack.value == "5.1.x"
+    assert facts.kind is MemoryKind.UNIFIED
+    assert facts.tegra.jetpack.value == "5.1.x"
     assert "JetPack 5.1.x brings none" in facts.driver.problem
     gpu = facts.gpu
-    assert gpu.compute_capability.value == (8, 7) and gpu.sm_clock_mhz.value == 306 and gpu.power_watts.value == 6.0
-    assert gpu.memory_total_bytes.reason is Reason.ABSENT and not facts.trains_on_gpu
+    assert gpu.compute_capability.value == (8, 7)
+    assert gpu.sm_clock_mhz.value == 306
+    assert gpu.power_watts.value == 6.0
+    assert gpu.memory_total_bytes.reason is Reason.ABSENT
+    assert not facts.trains_on_gpu
 
 
 def test_a_jetson_with_nvml_takes_from_its_files_what_nvml_does_not_tell(machine):
     machine.files(THOR)
     machine.driver("thor")
     gpu = machine.probe().gpu
-    assert gpu.name.value == "NVIDIA Thor" and gpu.temperature_celsius.source.startswith("NVML")
-    assert gpu.sm_clock_mhz.value == 1575 and gpu.power_watts.value == 38.25 and gpu.memory_clock_mhz.value == 4266
+    assert gpu.name.value == "NVIDIA Thor"
+    assert gpu.temperature_celsius.source.startswith("NVML")
+    assert gpu.sm_clock_mhz.value == 1575
+    assert gpu.power_watts.value == 38.25
+    assert gpu.memory_clock_mhz.value == 4266
 
 
 def test_torch_and_nvml_are_matched_by_uuid(machine):
@@ -274,7 +300,8 @@ def test_torch_and_nvml_are_matched_by_uuid(machine):
     )
     facts = machine.probe()
     assert [(gpu.nvml_index, gpu.cuda_index) for gpu in facts.gpus] == [(0, 1), (1, 0)]
-    assert facts.gpu.cuda_index == 0 and facts.trains_on_gpu
+    assert facts.gpu.cuda_index == 0
+    assert facts.trains_on_gpu
     assert machine.probe("cuda:1").gpu.nvml_index == 0
     assert any("not integrated" in sign for sign in facts.evidence)
 
@@ -285,7 +312,8 @@ def test_an_integrated_device_is_unified_whatever_nvml_says(machine):
         cuda_device(0, "x", "77aa77aa-1212-4343-8989-0123456789ab", (12, 1), integrated=True, total=46477 * 2**20)
     )
     facts = machine.probe()
-    assert facts.kind is MemoryKind.UNIFIED and facts.gpu.cuda_total_bytes.value == 46477 * 2**20
+    assert facts.kind is MemoryKind.UNIFIED
+    assert facts.gpu.cuda_total_bytes.value == 46477 * 2**20
     assert any("carved out" in note for note in facts.notes)
 
 
@@ -297,7 +325,8 @@ def test_a_card_that_only_cuda_knows_has_cudas_memory(plain_machine):
     from edgefed.hardware.reading import Reading
 
     facts = probe_device(sources=replace(sources, cuda_free=lambda index: Reading.of(20 * GIB, "mem_get_info")))
-    assert facts.kind is MemoryKind.DISCRETE and facts.trains_on_gpu
+    assert facts.kind is MemoryKind.DISCRETE
+    assert facts.trains_on_gpu
     assert (facts.gpu.memory_total_bytes.value, facts.gpu.memory_free_bytes.value) == (23 * GIB, 20 * GIB)
 
 
@@ -312,7 +341,8 @@ def test_torch_that_cannot_use_the_card_is_said(machine):
     assert any("torch cannot use" in note and "build for the CPU" in note for note in facts.notes)
     machine.report = cuda_report(cuda_device(0, "x", "6f1d0c52-91b4-4a55-8a3c-0b2f6d1e4090", runs_here=False))
     facts = machine.probe()
-    assert not facts.trains_on_gpu and any("no code for" in note for note in facts.notes)
+    assert not facts.trains_on_gpu
+    assert any("no code for" in note for note in facts.notes)
 
 
 def test_throttling_is_said_in_words(machine):

@@ -113,12 +113,15 @@ def test_every_shipped_profile_is_whole(profile):
         {"power_limit"} if profile.id == "cpu-vm-2core" else set()
     )
     for figure in [*figures.values(), *(each for mode in profile.power_modes for each in mode.figures.values())]:
-        assert figure.basis in BASES and len(figure.source) > 3
+        assert figure.basis in BASES
+        assert len(figure.source) > 3
         assert "from memory" not in figure.note or figure.basis == "derived", "what nobody checked is no data sheet"
     visible, total = profile.value("memory_visible"), profile.value("memory_total")
-    assert visible <= total * 1.001 and visible > 0.85 * total * 10**9 / GIB
+    assert visible <= total * 1.001
+    assert visible > 0.85 * total * 10**9 / GIB
     assert profile.value("memory_idle") < visible / 4
-    assert profile.typical_disk and profile.typical_network
+    assert profile.typical_disk
+    assert profile.typical_network
     if profile.kind is not MemoryKind.CPU:
         capability = tuple(int(part) for part in profile.value("capability").split("."))
         shared = {(7, 5): 64, (8, 7): 163, (8, 6): 99, (8, 9): 99, (12, 0): 99, (12, 1): 99, (9, 0): 227, (11, 0): 227}
@@ -127,7 +130,8 @@ def test_every_shipped_profile_is_whole(profile):
         assert ("bf16_tflops" in figures) is profile.value("bf16")
         assert profile.value("fp16_tflops") > 0
     else:
-        assert "capability" not in figures and "bf16_tflops" not in figures
+        assert "capability" not in figures
+        assert "bf16_tflops" not in figures
         assert "metal_fp16_tflops" in figures or "fp32_tflops" in figures
 
 
@@ -146,7 +150,8 @@ def test_the_figures_are_those_of_the_table():
 def test_a_stand_in_is_recognised_and_can_be_planned_on(profile):
     facts = facts_of(profile)
     assert match_profile(facts) == profile
-    assert facts.kind is profile.kind and facts.trains_on_gpu is (profile.kind is not MemoryKind.CPU)
+    assert facts.kind is profile.kind
+    assert facts.trains_on_gpu is (profile.kind is not MemoryKind.CPU)
     budget = plan_budget(facts)
     assert 0 < budget.now_bytes < profile.value("memory_visible") * GIB
     assert budget.now_bytes <= budget.ideal_bytes <= 1.15 * budget.now_bytes
@@ -186,7 +191,8 @@ def test_a_wheel_has_them(tmp_path):
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"edgefed/profiles/{id}.toml" for id in IDS} <= inside and "edgefed/profiles/__init__.py" in inside
+    assert {f"edgefed/profiles/{id}.toml" for id in IDS} <= inside
+    assert "edgefed/profiles/__init__.py" in inside
 
 
 # the reader ----------------------------------------------------------------------------------------------------------
@@ -207,7 +213,8 @@ bandwidth = { value = 300, unit = "GB/s", basis = "datasheet", source = "maker",
 
 def test_a_small_profile_is_enough():
     profile = parse_profile(VALID, "mine.toml")
-    assert profile.value("bandwidth") == 300 and profile.value("bf16_tflops") is None
+    assert profile.value("bandwidth") == 300
+    assert profile.value("bf16_tflops") is None
     assert profile.figures["bandwidth"].high == 310
     with pytest.raises(KeyError):
         profile.value("bandwith")
@@ -259,7 +266,8 @@ def test_what_is_wrong_is_named_with_file_and_key(old, new, said):
     assert old in VALID
     with pytest.raises(ConfigError) as caught:
         parse_profile(VALID.replace(old, new, 1), "mine.toml")
-    assert said in str(caught.value) and str(caught.value).startswith("mine.toml")
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("mine.toml")
 
 
 def test_all_faults_of_a_file_are_named_at_once():
@@ -319,7 +327,8 @@ def test_profiles_are_found_by_id_and_alias(name, id):
 def test_an_unknown_profile_names_close_ones(name, close):
     with pytest.raises(UnknownProfile) as caught:
         find_profile(name)
-    assert close in str(caught.value) and repr(name) in str(caught.value)
+    assert close in str(caught.value)
+    assert repr(name) in str(caught.value)
 
 
 def test_a_file_of_the_owner_is_a_profile(tmp_path):
@@ -351,7 +360,8 @@ def test_a_file_of_the_owner_is_a_profile(tmp_path):
     ],
 )  # fmt: skip
 def test_plain_names(name, plain):
-    assert plain_name(name) == plain and plain_name(plain) == plain
+    assert plain_name(name) == plain
+    assert plain_name(plain) == plain
 
 
 @pytest.mark.parametrize(
@@ -434,11 +444,14 @@ def test_power_modes_change_what_they_change():
     assert [mode.name for mode in nano.power_modes] == ["7W", "15W", "25W", "MAXN_SUPER"]
     slow = in_power_mode(nano, "15W")
     assert (slow.value("bandwidth"), slow.value("bf16_tflops"), slow.value("gpu_clock")) == (68, 10.2, 625)
-    assert slow == in_power_mode(nano, "MODE_15W") and slow.value("memory_visible") == nano.value("memory_visible")
+    assert slow == in_power_mode(nano, "MODE_15W")
+    assert slow.value("memory_visible") == nano.value("memory_visible")
     fast = in_power_mode(nano, "MAXN SUPER")
-    assert fast.value("bandwidth") == 102 and not fast.figures["bf16_tflops"].note.endswith("is not known")
+    assert fast.value("bandwidth") == 102
+    assert not fast.figures["bf16_tflops"].note.endswith("is not known")
     odd = in_power_mode(nano, "CUSTOM")
-    assert odd.value("bandwidth") == 102 and "what CUSTOM gives is not known" in odd.figures["bandwidth"].note
+    assert odd.value("bandwidth") == 102
+    assert "what CUSTOM gives is not known" in odd.figures["bandwidth"].note
     assert in_power_mode(SHIPPED["rtx-4090"], "15W") == SHIPPED["rtx-4090"]
 
 
@@ -446,7 +459,8 @@ def test_measured_figures_override_the_profile():
     measured = Figure(91.0, "GB/s", "measured", "edgefed bench")
     nano = SHIPPED["jetson-orin-nano-8gb"]
     mine = effective(nano, {"bandwidth": measured}, power_mode="15W")
-    assert mine.figures["bandwidth"] == measured and mine.value("bf16_tflops") == 10.2
+    assert mine.figures["bandwidth"] == measured
+    assert mine.value("bf16_tflops") == 10.2
     assert nano.value("bandwidth") == 102
 
 
@@ -486,8 +500,10 @@ def test_a_profile_of_a_measured_device():
     measured = {"bandwidth": Figure(318.0, "GB/s", "measured", "edgefed bench", low=310.0, high=320.0)}
     profile = profile_of("my-desk", facts, measured)
     assert parse_profile(to_toml(profile), "my-desk.toml") == profile
-    assert profile.figures["bandwidth"].value == 318 and profile.figures["fp16_tflops"].basis == "derived"
-    assert profile.value("memory_visible") == 12 and profile.value("memory_idle") == 1
+    assert profile.figures["bandwidth"].value == 318
+    assert profile.figures["fp16_tflops"].basis == "derived"
+    assert profile.value("memory_visible") == 12
+    assert profile.value("memory_idle") == 1
     assert (
         plan_budget(facts_of(profile)).now_bytes
         == plan_budget(
@@ -501,7 +517,8 @@ def test_a_profile_of_a_device_that_nobody_knows():
     facts = make_facts(MemoryKind.CPU, cpu="Loongson 3A6000", total=16 * GIB, free=14 * GIB, cpus=4)
     profile = profile_of("loong", facts, {})
     assert set(profile.figures) == {"memory_visible", "memory_idle", "cpu_count"}, "a stand-in's figures are not its"
-    assert profile.match.cpu == ("loongson 3a6000",) and profile.name == "Loongson 3A6000"
+    assert profile.match.cpu == ("loongson 3a6000",)
+    assert profile.name == "Loongson 3A6000"
     assert match_profile(facts_of(profile)).id == "cpu-vm-2core"
     board = make_facts(MemoryKind.UNIFIED, tegra="NVIDIA Jetson Orin Nano Developer Kit", total=7619 * MIB)
     assert profile_of("nano", board, {}).power_modes == SHIPPED["jetson-orin-nano-8gb"].power_modes

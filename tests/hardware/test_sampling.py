@@ -16,12 +16,14 @@ def test_a_sample_of_a_card(machine):
     own = os.getpid()
     machine.driver("rtx4090", f"0.Compute = {own}:5000 77:100", "0.Reasons = 0x20")
     sample = machine.sensors(machine.probe()).sample()
-    assert sample.available_bytes.value == 24576000 * KIB and sample.swapped_out_pages.value == 40
+    assert sample.available_bytes.value == 24576000 * KIB
+    assert sample.swapped_out_pages.value == 40
     assert sample.gpu_free_bytes.value == 25757220864 - 420478976 - 1610612736
     assert sample.own_gpu_bytes.value == 5000
     assert sample.process_bytes_sum.value == (4096000 + 1024000) * KIB + 5000 + 100 + 612368384
     assert (sample.throttle_reasons.value, sample.temperature_celsius.value) == (0x20, 47)
-    assert sample.own_rss_bytes.value > 2**20 and sample.cgroup_room_bytes.reason is Reason.ABSENT
+    assert sample.own_rss_bytes.value > 2**20
+    assert sample.cgroup_room_bytes.reason is Reason.ABSENT
 
 
 def test_samples_follow_the_machine(machine):
@@ -33,7 +35,8 @@ def test_samples_follow_the_machine(machine):
     machine.files({"/sys/fs/cgroup/memory.max": "1000", "/sys/fs/cgroup/memory.current": "400"})
     second = sensors.sample()
     assert second.gpu_free_bytes.value == 25757220864 - 24000000000 < first.gpu_free_bytes.value
-    assert second.available_bytes.value == 10 * KIB and second.cgroup_room_bytes.value == 600
+    assert second.available_bytes.value == 10 * KIB
+    assert second.cgroup_room_bytes.value == 600
     assert second.swapped_out_pages.value - first.swapped_out_pages.value == 1
     assert second.time_s >= first.time_s
     assert second.process_bytes_sum.reason is Reason.FAILED  # no AnonPages line: unknown, not small
@@ -94,7 +97,8 @@ def test_a_jetson_without_nvml_has_its_zones_temperature(plain_machine):
 
 def test_a_host_without_a_gpu(plain_machine):
     sample = plain_machine.sensors(plain_machine.probe()).sample()
-    assert sample.available_bytes.known and sample.own_gpu_bytes.reason is Reason.ABSENT
+    assert sample.available_bytes.known
+    assert sample.own_gpu_bytes.reason is Reason.ABSENT
 
 
 def test_samples_while_another_thread_probes(machine):
@@ -112,7 +116,8 @@ def test_samples_while_another_thread_probes(machine):
     for _ in range(10):
         assert machine.probe().gpu is not None
     thread.join(timeout=60)
-    assert not thread.is_alive() and not missing
+    assert not thread.is_alive()
+    assert not missing
 
 
 def test_sensors_find_this_machine_by_themselves(tmp_path, monkeypatch):

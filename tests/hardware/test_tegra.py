@@ -21,9 +21,11 @@ def test_an_orin(tmp_path):
     assert (tegra.gpu_clock_mhz.value, tegra.gpu_clock_max_mhz.value) == (306, 1020)
     assert (tegra.gpu_governor.value, tegra.gpu_load_percent.value) == ("nvhost_podgov", 37.5)
     assert tegra.temperatures_celsius.value == {"cpu-thermal": 48.625, "tj-thermal": 49.312}  # cv0 is switched off
-    assert tegra.temperature_celsius.value == 49.312 and "tj-thermal" in tegra.temperature_celsius.source
+    assert tegra.temperature_celsius.value == 49.312
+    assert "tj-thermal" in tegra.temperature_celsius.source
     assert tegra.power_rails_watts.value == {"VDD_IN": 6.0, "VDD_CPU_GPU_CV": 1.5}  # no NC, no sum
-    assert tegra.power_watts.value == 6.0 and "VDD_IN" in tegra.power_watts.source
+    assert tegra.power_watts.value == 6.0
+    assert "VDD_IN" in tegra.power_watts.source
     assert tegra.power_mode.value == "MAXN_SUPER"
     assert tegra.nvmap_used_bytes.value == 612344 * 1024
     assert tegra.memory_clock_mhz.reason is Reason.ABSENT
@@ -32,9 +34,12 @@ def test_an_orin(tmp_path):
 def test_a_thor(tmp_path):
     tegra = tegra_of(tmp_path, THOR)
     assert (tegra.l4t.value, tegra.jetpack.value, tegra.soc.value) == ("38.4.0", "7.1", "tegra264")
-    assert tegra.gpu_clock_mhz.value == 1575 and tegra.memory_clock_mhz.value == 4266
-    assert tegra.gpu_load_percent.reason is Reason.ABSENT and tegra.nvmap_used_bytes.reason is Reason.FAILED
-    assert tegra.power_watts.value == 38.25 and tegra.temperature_celsius.value == 41.5
+    assert tegra.gpu_clock_mhz.value == 1575
+    assert tegra.memory_clock_mhz.value == 4266
+    assert tegra.gpu_load_percent.reason is Reason.ABSENT
+    assert tegra.nvmap_used_bytes.reason is Reason.FAILED
+    assert tegra.power_watts.value == 38.25
+    assert tegra.temperature_celsius.value == 41.5
 
 
 def test_a_machine_that_is_no_jetson(tmp_path):
@@ -72,20 +77,23 @@ def test_the_release_tells_the_jetpack(tmp_path, release, revision, l4t, jetpack
 
 def test_a_release_of_the_future(tmp_path):
     tegra = tegra_of(tmp_path, {"/etc/nv_tegra_release": "# R47 (release), REVISION: 1.0, GCID: 1\n"})
-    assert tegra.l4t.value == "47.1.0" and tegra.jetpack.reason is Reason.FAILED
+    assert tegra.l4t.value == "47.1.0"
+    assert tegra.jetpack.reason is Reason.FAILED
 
 
 def test_without_a_rail_for_the_whole_module_the_rails_are_summed(tmp_path):
     files = {path: text for path, text in ORIN.items() if "in1_" not in path and "curr1_" not in path}
     files |= {f"{INA}/in3_label": "VDD_SOC\n"}
     tegra = tegra_of(tmp_path, files)
-    assert tegra.power_watts.value == pytest.approx(1.5 + 0.5) and "sum of" in tegra.power_watts.source
+    assert tegra.power_watts.value == pytest.approx(1.5 + 0.5)
+    assert "sum of" in tegra.power_watts.source
 
 
 def test_without_tj_the_gpus_temperature_is_the_headline(tmp_path):
     zone = "/sys/class/thermal/thermal_zone"
     tegra = tegra_of(tmp_path, {**ORIN, f"{zone}2/type": "gpu-thermal\n", f"{zone}2/temp": "45000\n"})
-    assert tegra.temperature_celsius.value == 45 and "gpu-thermal" in tegra.temperature_celsius.source
+    assert tegra.temperature_celsius.value == 45
+    assert "gpu-thermal" in tegra.temperature_celsius.source
 
 
 def test_zones_may_stand_below_virtual_devices_only(tmp_path):

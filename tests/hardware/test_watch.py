@@ -54,7 +54,8 @@ def test_limits_are_those_of_the_budget():
     assert limits.host_reserve_bytes == int(3.2 * GIB)
     assert limits.headroom_bytes == int(0.04 * 24 * GIB)
     small = WatchLimits.of(MemoryKind.CPU, None, None, None)
-    assert small.host_reserve_bytes == GIB and small.headroom_bytes == GIB // 2
+    assert small.host_reserve_bytes == GIB
+    assert small.headroom_bytes == GIB // 2
     assert limits.with_reserve_at_most(GIB).host_reserve_bytes == GIB
     assert limits.with_reserve_at_most(-5).host_reserve_bytes == LEAST_RESERVE_BYTES
     assert limits.with_reserve_at_most(9 * GIB) == limits
@@ -112,7 +113,9 @@ def test_a_container_and_the_owners_limit():
     own = dataclasses.replace(limits, own_limit_bytes=2 * GIB)
     assert rule_of(own, sample(own_rss_bytes=2 * GIB)) is None
     found = find_pressure([sample(own_rss_bytes=2 * GIB + 2**27)], own)
-    assert found.rule == "own" and "2.1 GiB" in found.sentence and "2.0 GiB" in found.sentence
+    assert found.rule == "own"
+    assert "2.1 GiB" in found.sentence
+    assert "2.0 GiB" in found.sentence
 
 
 def test_only_the_newest_sample_counts():
@@ -123,11 +126,14 @@ def test_events_are_lost_and_sick_gpus_not_a_power_limit():
     assert find_event(sample()) is None
     assert find_event(sample(throttle_reasons=0x4)) is None  # how a card at its power limit always runs
     name, sentence = find_event(sample(throttle_reasons=0x4 | 0x20, temperature_celsius=91.0))
-    assert name == "throttled" and "91 °C" in sentence and "software thermal limit" in sentence
+    assert name == "throttled"
+    assert "91 °C" in sentence
+    assert "software thermal limit" in sentence
     lost = sample()
     lost.gpu_free_bytes = Reading.missing(Reason.LOST, "NVML memory v2", "GPU is lost")
     name, sentence = find_event(lost)
-    assert name == "lost" and "NVML memory v2" in sentence
+    assert name == "lost"
+    assert "NVML memory v2" in sentence
 
 
 class FakeSensors:
@@ -209,7 +215,8 @@ def test_an_event_is_told_once_until_it_is_over():
     watch = PressureWatch(sensors, LIMITS[MemoryKind.DISCRETE], on_event=lambda name, sentence: told.append(name))
     for _ in range(3):
         watch.look()
-    assert told == ["throttled"] and not watch.lost()
+    assert told == ["throttled"]
+    assert not watch.lost()
     sensors.now = sample()
     watch.look()
     sensors.now = sample(throttle_reasons=0x40)
@@ -219,7 +226,8 @@ def test_an_event_is_told_once_until_it_is_over():
     sensors.now.gpu_free_bytes = Reading.missing(Reason.LOST, "NVML memory v2")
     watch.look()
     watch.look()
-    assert told[2:] == ["lost"] and "NVML memory v2" in watch.lost()
+    assert told[2:] == ["lost"]
+    assert "NVML memory v2" in watch.lost()
 
 
 def test_with_real_sensors_over_fake_files(tmp_path):
@@ -245,7 +253,8 @@ def test_with_real_sensors_over_fake_files(tmp_path):
     for pages in (0, 10, 20):
         write(6_000_000, pages)
         found = watch.look()
-    assert found.rule == "swapping" and "20 pages" in found.sentence
+    assert found.rule == "swapping"
+    assert "20 pages" in found.sentence
     (proc / "meminfo").unlink()
     (proc / "vmstat").write_bytes(b"\xff\xfe garbage")
     assert watch.look() is None

@@ -1,5 +1,6 @@
 """The CUDA kernels for tests: compiled for the CPU by g++ with the emulator beside this file, and the installed library
-where there is a GPU. `pytest tests/kernels/test_cuda_*.py` on a machine with a GPU runs every test on both."""
+where there is a GPU. `pytest tests/kernels/test_cuda_*.py` on a machine with a GPU runs every test on both.
+"""
 
 from __future__ import annotations
 

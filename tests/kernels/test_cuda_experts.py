@@ -202,7 +202,8 @@ def test_a_slot_without_tokens_has_no_gradient(rig):
     output.sum().backward()
     assert all(t.grad is None for t in tensors_of(slots[2]))
     assert all(t.grad is not None for t in tensors_of(slots[1]))
-    assert weights.grad[indices < 0].eq(0).all() and weights.grad[indices >= 0].ne(0).all()
+    assert weights.grad[indices < 0].eq(0).all()
+    assert weights.grad[indices >= 0].ne(0).all()
 
 
 @pytest.mark.parametrize("tokens", [4, 40])
@@ -219,7 +220,7 @@ def test_a_frozen_nf4_layer_saves_tokens_indices_and_packed_weights(rig, tokens)
     assert sum(t.numel() for t in rest) <= 3 * indices.numel() + rig.kernels.library.ef_cuda_work_size(4)
 
 
-@pytest.mark.parametrize("tokens, top_k, num_slots", [(0, 2, 3), (3, 2, 0), (3, 0, 2), (3, 2, 2)])
+@pytest.mark.parametrize(("tokens", "top_k", "num_slots"), [(0, 2, 3), (3, 2, 0), (3, 0, 2), (3, 2, 2)])
 def test_nothing_to_do_gives_zeros(rig, tokens, top_k, num_slots):
     layer = Layer(formats=("dense",) * num_slots, lora=(0,) * num_slots)
     slots = make_slots(layer, torch.float32, rig.device)
@@ -227,7 +228,8 @@ def test_nothing_to_do_gives_zeros(rig, tokens, top_k, num_slots):
     indices = torch.full((tokens, top_k), -1, device=rig.device)
     weights = torch.rand(tokens, top_k, device=rig.device)
     output = run_ours(rig, layer, hidden, indices, weights, slots)
-    assert output.shape == hidden.shape and output.eq(0).all()
+    assert output.shape == hidden.shape
+    assert output.eq(0).all()
 
 
 def test_one_expert_takes_all(rig):

@@ -20,7 +20,7 @@ def weights_of(shape, dtype, seed=0):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize(
-    "format, shape, blocksize",
+    ("format", "shape", "blocksize"),
     [("nf4", (3, 16, 64), 64), ("nf4", (2, 7, 9), 64), ("nf4", (1, 5, 100), 32), ("nf4", (1, 4, 1100), 4096),
      ("int8", (3, 16, 64), 64), ("int8", (2, 7, 9), 64)],
 )  # fmt: skip
@@ -28,7 +28,8 @@ def test_quantised_bytes_and_values_are_those_of_the_reference(rig, format, shap
     stack = weights_of(shape, dtype)
     expected = quantize_experts(stack, format, blocksize=blocksize, backend="reference")
     packed, absmax = rig.kernels.quantize(stack.to(rig.device), format, blocksize)
-    assert torch.equal(packed.cpu(), expected.packed) and torch.equal(absmax.cpu(), expected.absmax)
+    assert torch.equal(packed.cpu(), expected.packed)
+    assert torch.equal(absmax.cpu(), expected.absmax)
     for target in FLOATS:
         out = torch.full(shape, float("nan"), dtype=target, device=rig.device)
         rig.kernels.dequantize(packed, absmax, format, blocksize, out)
@@ -64,7 +65,7 @@ def batch(tokens, experts, top_k, seed, gate_dtype, weight_dtype):
 @pytest.mark.parametrize("gate_dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("weight_dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize(
-    "sizes, experts, top_k", [([5], 4, 2), ([40, 1, 90], 64, 8), ([0, 17], 130, 3), ([50], 16, 16)]
+    ("sizes", "experts", "top_k"), [([5], 4, 2), ([40, 1, 90], 64, 8), ([0, 17], 130, 3), ([50], 16, 16)]
 )
 def test_statistics_equal_the_reference(rig, sizes, experts, top_k, gate_dtype, weight_dtype):
     ours, expected = new_statistics(experts, rig.device), new_statistics(experts)
@@ -78,7 +79,7 @@ def test_statistics_equal_the_reference(rig, sizes, experts, top_k, gate_dtype, 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("tokens, experts", [(50, 64), (3, 130), (1, 1)])
+@pytest.mark.parametrize(("tokens", "experts"), [(50, 64), (3, 130), (1, 1)])
 def test_statistics_from_logits(rig, kind, dtype, tokens, experts):
     generator = torch.Generator().manual_seed(4)
     logits = (4 * torch.randn(tokens, experts, generator=generator)).to(dtype)
@@ -96,7 +97,8 @@ def test_statistics_of_gates_0_and_1_and_small_ones(rig):
     indices = torch.tensor([[1], [1]], device=rig.device)
     rig.kernels.router_statistics(statistics, gate, indices, torch.ones(2, 1, device=rig.device))
     assert torch.isfinite(statistics).all()
-    assert statistics[4, 0].item() == pytest.approx(-1e-9) and statistics[4, 1].item() == 0.0
+    assert statistics[4, 0].item() == pytest.approx(-1e-9)
+    assert statistics[4, 1].item() == 0.0
 
 
 def test_statistics_have_the_same_bits_in_every_order(rig):

@@ -45,7 +45,7 @@ def rows_of(pairs, slot):
 
 
 @pytest.mark.parametrize(
-    "tokens, top_k, num_slots",
+    ("tokens", "top_k", "num_slots"),
     [(1, 1, 1), (15, 8, 64), (33, 8, 5), (300, 3, 70), (257, 1, 2), (40, 2, 300), (5, 3, 0)],
 )
 def test_sort_is_stable_and_its_tiles_cover_each_slot(rig, tokens, top_k, num_slots):
@@ -64,7 +64,8 @@ def test_sort_is_stable_and_its_tiles_cover_each_slot(rig, tokens, top_k, num_sl
     work = pairs.work.reshape(3, num_slots + 1).cpu()
     for begins, rows in zip(work, (1, 4, 64), strict=True):
         tiles = -(-counts // rows)
-        assert begins[0] == 0 and begins[1:].tolist() == tiles.cumsum(0).tolist()
+        assert begins[0] == 0
+        assert begins[1:].tolist() == tiles.cumsum(0).tolist()
 
 
 def test_sort_with_every_pair_dropped_or_on_one_slot(rig):
@@ -116,7 +117,7 @@ def check_product(rig, kernel, format, dtype, transposed, *, tokens=40, top_k=2,
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @pytest.mark.parametrize("format", ["dense", "nf4", "int8"])
-@pytest.mark.parametrize("kernel, transposed", [("rows", False), ("tiles", False), ("tiles", True), ("plain", False), ("plain", True)])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(("kernel", "transposed"), [("rows", False), ("tiles", False), ("tiles", True), ("plain", False), ("plain", True)])  # fmt: skip  # noqa: E501
 def test_products_of_every_kernel(rig, kernel, transposed, format, dtype):
     code = {"dense": dtype_code(dtype), "nf4": 16, "int8": 17}[format]
     able = rig.kernels.library.ef_cuda_can_matmul(
@@ -129,7 +130,7 @@ def test_products_of_every_kernel(rig, kernel, transposed, format, dtype):
     check_product(rig, KERNELS[kernel], format, dtype, transposed)
 
 
-@pytest.mark.parametrize("format, n, k, blocksize", [("nf4", 8, 40, 32), ("nf4", 7, 9, 32), ("int8", 5, 11, 64), ("dense", 3, 5, 64), ("nf4", 130, 64, 128), ("nf4", 65, 64, 4096)])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(("format", "n", "k", "blocksize"), [("nf4", 8, 40, 32), ("nf4", 7, 9, 32), ("int8", 5, 11, 64), ("dense", 3, 5, 64), ("nf4", 130, 64, 128), ("nf4", 65, 64, 4096)])  # fmt: skip  # noqa: E501
 @pytest.mark.parametrize("transposed", [False, True])
 def test_odd_shapes_fall_to_a_kernel_that_can(rig, format, n, k, blocksize, transposed):
     for kernel in KERNELS.values():
@@ -139,8 +140,10 @@ def test_odd_shapes_fall_to_a_kernel_that_can(rig, format, n, k, blocksize, tran
 def test_capability_75_has_no_bfloat16_tiles(rig):
     can = rig.kernels.library.ef_cuda_can_matmul
     half, brain = dtype_code(torch.float16), dtype_code(torch.bfloat16)
-    assert can(16, 64, half, 64, 64, 0, TILES, 75) and not can(16, 64, brain, 64, 64, 0, TILES, 75)
-    assert can(16, 64, brain, 64, 64, 0, TILES, 80) and can(16, 64, brain, 64, 64, 0, ROWS, 75)
+    assert can(16, 64, half, 64, 64, 0, TILES, 75)
+    assert not can(16, 64, brain, 64, 64, 0, TILES, 75)
+    assert can(16, 64, brain, 64, 64, 0, TILES, 80)
+    assert can(16, 64, brain, 64, 64, 0, ROWS, 75)
     if rig.emulated:
         rig.pretend(capability=75)
         check_product(rig, TILES, "nf4", torch.bfloat16, True)
@@ -170,7 +173,7 @@ def test_bias_factor_accumulation_and_slots_without_a_matrix(rig, kernel):
     assert torch.equal(y[untouched], start[untouched])
 
 
-@pytest.mark.parametrize("kernel, rows", [("rows", 5), ("tiles", 65), ("plain", 65)])
+@pytest.mark.parametrize(("kernel", "rows"), [("rows", 5), ("tiles", 65), ("plain", 65)])
 def test_the_grid_reaches_the_last_tile_where_there_are_as_many_as_can_be(rig, kernel, rows):
     """Each of five slots has one row more than a tile: the bound that the host launches with is then exact."""
     n, k = 24, 32
@@ -192,7 +195,7 @@ def test_more_slots_than_one_launch_takes(rig, kernel):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
-@pytest.mark.parametrize("m, n", [(72, 80), (9, 5), (64, 1)])
+@pytest.mark.parametrize(("m", "n"), [(72, 80), (9, 5), (64, 1)])
 def test_weight_gradients(rig, dtype, m, n):
     slots = pick_slots(rig, 50, 3, 3)
     slots[slots == 2] = 1
@@ -200,7 +203,8 @@ def test_weight_gradients(rig, dtype, m, n):
     pairs = rig.kernels.sort_pairs(slots, 4)
     a, b = random(rig, 150, m, seed=1).to(dtype), random(rig, 50, n, seed=2).to(dtype)
     results = rig.kernels.grouped_outer([1.0, 0.5, 1.0, None], pairs, a, b, pairs.tokens)
-    assert results[3] is None and results[2].eq(0).all()
+    assert results[3] is None
+    assert results[2].eq(0).all()
     for slot, alpha in ((0, 1.0), (1, 0.5)):
         rows = rows_of(pairs, slot)
         chosen = b[pairs.tokens[rows.start : rows.stop].long()].double()

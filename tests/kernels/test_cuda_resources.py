@@ -48,7 +48,8 @@ def test_no_kernel_spills_or_needs_more_shared_memory_than_there_is(compiled):
     _, archs, rows = compiled
     check(rows)
     per_arch = Counter(row.arch for row in rows)
-    assert set(per_arch) == set(archs) and len(set(per_arch.values())) == 1  # every kernel, for each
+    assert set(per_arch) == set(archs)
+    assert len(set(per_arch.values())) == 1
     assert {row.source for row in rows} == {source.name for source in SOURCES}
 
 

@@ -211,7 +211,8 @@ def test_nothing_to_do_gives_zeros(place, shape):
     hidden = torch.randn(tokens, 256, device=device, dtype=torch.bfloat16)
     indices, weights = torch.full((tokens, top_k), -1, device=device), torch.rand(tokens, top_k, device=device)
     output = masked_experts(hidden, indices, weights, slots, activation=swiglu, backend=backend)
-    assert output.shape == hidden.shape and output.eq(0).all()
+    assert output.shape == hidden.shape
+    assert output.eq(0).all()
 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)
@@ -303,7 +304,8 @@ def test_quantised_bytes_are_those_of_the_reference(place, format, dtype):
     weights[0, 0] = 0
     expected = quantize_experts(weights, format, backend="reference")
     found = quantize_experts(weights.to(device), format, backend=backend)
-    assert torch.equal(found.packed.cpu(), expected.packed) and torch.equal(found.absmax.cpu(), expected.absmax)
+    assert torch.equal(found.packed.cpu(), expected.packed)
+    assert torch.equal(found.absmax.cpu(), expected.absmax)
     for target in TOLERANCE:
         values = dequantize_experts(found, target, backend=backend).cpu()
         assert torch.equal(values, dequantize_experts(expected, target, backend="reference"))

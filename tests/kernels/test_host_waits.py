@@ -88,7 +88,8 @@ def slots(*, learn: bool) -> list[SlotWeights]:
 @pytest.mark.parametrize("learn", [False, True])
 def test_a_layer(library, tokens, learn, finish):
     """Forwards always; backwards where weights are frozen. Those that learn wait once, for counts that the forward
-    pass sent: an expert without a token must get no gradient."""
+    pass sent: an expert without a token must get no gradient.
+    """
     hidden, weights = on_meta(tokens, HIDDEN, learns=True), on_meta(tokens, 2, learns=True)
     indices = on_meta(tokens, 2, dtype=torch.int64)
     layer = slots(learn=learn)
@@ -96,9 +97,11 @@ def test_a_layer(library, tokens, learn, finish):
         output = masked_experts(hidden, indices, weights, layer, activation=swiglu, finish=finish)
         if not learn:
             output.backward(torch.empty_like(output))
-    assert output.shape == hidden.shape and library.called.count("ef_cuda_combine") == (1 if learn else 2)
+    assert output.shape == hidden.shape
+    assert library.called.count("ef_cuda_combine") == (1 if learn else 2)
     if not learn:
-        assert hidden.grad.shape == hidden.shape and weights.grad.shape == weights.shape
+        assert hidden.grad.shape == hidden.shape
+        assert weights.grad.shape == weights.shape
 
 
 @pytest.mark.parametrize("kind", GATE_KINDS)

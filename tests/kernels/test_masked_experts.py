@@ -150,9 +150,12 @@ def test_dropped_pairs_cost_nothing_and_get_no_gradient():
     output = run(hidden, indices, weights, watched, LAYOUTS["gated"])
     output.sum().backward()
     assert watched.asked == [2]
-    assert output[1].eq(0).all() and hidden.grad[1].eq(0).all()
-    assert weights.grad[indices < 0].eq(0).all() and weights.grad[indices >= 0].ne(0).all()
-    assert slots[0].up.grad is None and slots[2].up.grad is not None
+    assert output[1].eq(0).all()
+    assert hidden.grad[1].eq(0).all()
+    assert weights.grad[indices < 0].eq(0).all()
+    assert weights.grad[indices >= 0].ne(0).all()
+    assert slots[0].up.grad is None
+    assert slots[2].up.grad is not None
 
 
 def test_a_detached_weight_still_passes_the_gradient_on():
@@ -161,16 +164,18 @@ def test_a_detached_weight_still_passes_the_gradient_on():
     frozen = SlotWeights(up=slots[0].up.detach(), down=slots[0].down.detach())
     hidden, _, weights = inputs(3, 1, 2)
     run(hidden, torch.zeros(3, 1, dtype=torch.int64), weights, [frozen, slots[1]], LAYOUTS["gated"]).sum().backward()
-    assert hidden.grad.ne(0).any() and slots[0].up.grad is None
+    assert hidden.grad.ne(0).any()
+    assert slots[0].up.grad is None
 
 
-@pytest.mark.parametrize("num_tokens, top_k, num_slots", [(0, 2, 3), (3, 2, 0), (3, 0, 2)])
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_slots"), [(0, 2, 3), (3, 2, 0), (3, 0, 2)])
 def test_empty(num_tokens, top_k, num_slots):
     hidden = torch.randn(num_tokens, HIDDEN)
     indices = torch.full((num_tokens, top_k), -1)
     slots = make_slots(num_slots, **LAYOUTS["gated"], dtype=torch.float32)
     output = run(hidden, indices, torch.rand(num_tokens, top_k), slots, LAYOUTS["gated"])
-    assert output.shape == hidden.shape and output.eq(0).all()
+    assert output.shape == hidden.shape
+    assert output.eq(0).all()
 
 
 def test_bfloat16_sums_in_float32():
@@ -184,7 +189,8 @@ def test_bfloat16_sums_in_float32():
         slots,
         layout,
     )
-    assert output.dtype == torch.bfloat16 and output.item() == 512.0
+    assert output.dtype == torch.bfloat16
+    assert output.item() == 512.0
 
 
 def test_refuses_what_does_not_belong_together():

@@ -122,7 +122,8 @@ def assert_same_as_reference(kinds, dtype, num_tokens, *, top_k=2, tolerance=Non
     exact = run(exact_hidden, exact_weights, exact_slots, backend="reference")
     (exact * direction).sum().backward()
     tolerance = tolerance or TOLERANCE[dtype]
-    assert ours.dtype == dtype and relative_error(ours, exact) < tolerance
+    assert ours.dtype == dtype
+    assert relative_error(ours, exact) < tolerance
     pairs = [(hidden, exact_hidden), (weights, exact_weights)]
     used = set(indices.flatten().tolist())
     for number, (slot, exact_slot, kind) in enumerate(zip(slots, exact_slots, kinds, strict=True)):
@@ -245,7 +246,8 @@ def test_rounding_x_to_eight_bits_costs_one_percent_and_only_where_nothing_learn
     assert relative_error(learning, exact) < TOLERANCE[torch.bfloat16]
     assert torch.equal(kept, learning)
     # With few rows the weights' bytes are the limit, and nothing is won by rounding x.
-    assert torch.equal(rounded, kept) == (num_tokens == 1) and relative_error(rounded, exact) < 0.03
+    assert torch.equal(rounded, kept) == (num_tokens == 1)
+    assert relative_error(rounded, exact) < 0.03
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -262,7 +264,8 @@ def test_a_row_rounded_to_eight_bits_is_within_half_a_step(isa, monkeypatch):
     tensors = [identity.packed, identity.scales()]
     found = native_products.grouped_product([(matrix, 0, 9)], tensors, x, None, 9, False, True)
     step = x.abs().amax(dim=1, keepdim=True) / 127
-    assert ((found - x).abs() <= 0.5001 * step).all() and found[4].eq(0).all()
+    assert ((found - x).abs() <= 0.5001 * step).all()
+    assert found[4].eq(0).all()
     assert ((found - x).abs() > 0.1 * step).any()
 
 
@@ -309,14 +312,15 @@ def test_results_do_not_depend_on_the_number_of_threads_or_the_run():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("num_tokens, top_k, num_slots", [(0, 2, 3), (3, 2, 0), (3, 0, 2)])
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_slots"), [(0, 2, 3), (3, 2, 0), (3, 0, 2)])
 def test_empty(num_tokens, top_k, num_slots, isa, monkeypatch):
     monkeypatch.setenv("EDGEFED_ISA", isa)
     hidden = torch.randn(num_tokens, HIDDEN)
     indices = torch.full((num_tokens, top_k), -1)
     slots = make_slots(["nf4"] * num_slots, torch.float32)
     output = masked_experts(hidden, indices, torch.rand(num_tokens, top_k), slots, activation=swiglu, backend="native")
-    assert output.shape == hidden.shape and output.eq(0).all()
+    assert output.shape == hidden.shape
+    assert output.eq(0).all()
 
 
 def test_one_expert_takes_all_and_merged_experts_add_up():
@@ -411,7 +415,7 @@ def test_an_index_beyond_the_slots_is_an_error():
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows, width", [(1, 1), (5, 70), (33, 600)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 70), (33, 600)])
 def test_swiglu_and_its_gradients_are_those_of_autograd(rows, width, dtype, isa, monkeypatch):
     """Large numbers too, where the exponential would overflow."""
     monkeypatch.setenv("EDGEFED_ISA", isa)
@@ -435,7 +439,8 @@ def test_an_activation_is_told_by_what_it_does():
         gate, value = up.chunk(2, dim=-1)
         return F.silu(gate.clamp(max=10)) * value.clamp(-10, 10)
 
-    assert native_experts.is_swiglu(swiglu, 64) and native_experts.is_swiglu(swiglu, 64)
+    assert native_experts.is_swiglu(swiglu, 64)
+    assert native_experts.is_swiglu(swiglu, 64)
     for other in (clamped, interleaved_clamped, F.silu, lambda up: swiglu(up.flip(-1))):
         assert not native_experts.is_swiglu(other, 64)
     assert not native_experts.is_swiglu(F.relu, 63)

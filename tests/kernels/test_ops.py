@@ -72,7 +72,8 @@ def test_opcheck_of_quantising(format, shape):
     torch.library.opcheck(torch.ops.edgefed.quantize_experts.default, (weights, format, 64))
     packed, absmax = torch.ops.edgefed.quantize_experts(weights, format, 64)
     expected = quantize_experts(weights, format)
-    assert torch.equal(packed, expected.packed) and torch.equal(absmax, expected.absmax)
+    assert torch.equal(packed, expected.packed)
+    assert torch.equal(absmax, expected.absmax)
 
 
 def test_quantising_and_multiplying_compile_into_one_graph():
@@ -120,7 +121,8 @@ def test_no_tokens_and_no_pairs():
         hidden.requires_grad_()
         output = torch.ops.edgefed.masked_experts(hidden, indices, torch.rand(indices.shape), *stored)
         output.sum().backward()
-        assert output.eq(0).all() and hidden.grad.eq(0).all()
+        assert output.eq(0).all()
+        assert hidden.grad.eq(0).all()
 
 
 def test_dequantising_is_the_function():

@@ -78,17 +78,19 @@ def test_the_first_bytes_are_in_plain_sight(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format, blocksize", [("nf4", 64), ("nf4", 32), ("nf4", 256), ("int8", 64)])
-@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 7), (33, 65), (64, 192)])
+@pytest.mark.parametrize(("format", "blocksize"), [("nf4", 64), ("nf4", 32), ("nf4", 256), ("int8", 64)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (33, 65), (64, 192)])
 def test_native_gives_the_bits_of_the_reference(rows, columns, format, blocksize, dtype, backend):
     weights = random_weights(3, rows, columns, dtype=dtype)
     weights[1, 0] = 0
     expected = quantize_experts(weights, format, blocksize=blocksize, backend="reference")
     found = quantize_experts(weights, format, blocksize=blocksize, backend=backend)
-    assert torch.equal(found.packed, expected.packed) and torch.equal(found.absmax, expected.absmax)
+    assert torch.equal(found.packed, expected.packed)
+    assert torch.equal(found.absmax, expected.absmax)
     for target in DTYPES:
         a, b = (dequantize_experts(expected, target, backend=name) for name in ("reference", backend))
-        assert a.dtype == target and torch.equal(a, b)
+        assert a.dtype == target
+        assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))
@@ -99,12 +101,13 @@ def test_nested_scales_are_decoded_bit_for_bit(monkeypatch):
         monkeypatch.setenv("EDGEFED_KERNELS", "reference")
         expected = nested.to_float()
         monkeypatch.setenv("EDGEFED_KERNELS", "native")
-        assert torch.equal(nested.to_float(), expected) and expected.shape == nested.codes.shape
+        assert torch.equal(nested.to_float(), expected)
+        assert expected.shape == nested.codes.shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("rows, columns", [(5, 13), (64, 192)])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 13), (64, 192)])
 def test_a_slice_is_what_the_slice_alone_gives(rows, columns, nested, dtype, backend):
     weights = random_weights(4, rows, columns, dtype=dtype)
     for format in ("nf4", "int8") if not nested else ("nf4",):
@@ -167,7 +170,7 @@ def test_int8_refuses_what_float16_cannot_hold(backend):
 
 
 @pytest.mark.parametrize(
-    "weights, options, match",
+    ("weights", "options", "match"),
     [
         (torch.zeros(4), dict(format="nf4"), "S, rows, columns"),
         (torch.zeros(4, 4, dtype=torch.float64), dict(format="nf4"), "float64"),
@@ -185,7 +188,8 @@ def test_bad_options_are_refused(weights, options, match):
 def test_an_output_that_does_not_fit_is_refused_and_one_that_fits_is_used():
     matrix = quantize_experts(random_weights(4, 64), "nf4")
     out = torch.empty(4, 64)
-    assert dequantize_experts(matrix, out=out) is out and out.abs().sum() > 0
+    assert dequantize_experts(matrix, out=out) is out
+    assert out.abs().sum() > 0
     for bad in (torch.empty(4, 32), torch.empty(4, 64, dtype=torch.bfloat16), torch.empty(64, 4).T):
         with pytest.raises(ValueError, match="cannot take"):
             dequantize_experts(matrix, out=bad)
@@ -209,18 +213,21 @@ def test_bitsandbytes_reads_ours_and_we_read_theirs(nested, dtype, backend):
         assert torch.equal(ours.packed, packed.view(-1))
         if nested:
             assert torch.equal(ours.nested.codes, state.absmax)
-            assert torch.equal(ours.nested.absmax, state.state2.absmax) and torch.equal(ours.nested.mean, state.offset)
+            assert torch.equal(ours.nested.absmax, state.state2.absmax)
+            assert torch.equal(ours.nested.mean, state.offset)
         else:
             assert torch.equal(ours.absmax, state.absmax)
         theirs = functional.dequantize_4bit(packed, state)
         assert torch.equal(dequantize_experts(ours, backend=backend), theirs)
         int8 = quantize_experts(weights, "int8", backend=backend)
         values, absmax, _ = functional.int8_vectorwise_quant(weights.half())
-        assert torch.equal(int8.packed, values) and torch.equal(int8.absmax, absmax)
+        assert torch.equal(int8.packed, values)
+        assert torch.equal(int8.absmax, absmax)
         assert torch.equal(
             dequantize_experts(int8, torch.float32, backend=backend), functional.int8_vectorwise_dequant(values, absmax)
         )
     stack = random_weights(3, 64, 128, dtype=dtype)  # whole blocks: the stack as one tensor
     packed, state = functional.quantize_4bit(stack, quant_type="nf4")
     ours = quantize_experts(stack, "nf4", backend=backend)
-    assert torch.equal(ours.packed.view(-1), packed.view(-1)) and torch.equal(ours.absmax.view(-1), state.absmax)
+    assert torch.equal(ours.packed.view(-1), packed.view(-1))
+    assert torch.equal(ours.absmax.view(-1), state.absmax)

@@ -54,7 +54,7 @@ def _oracle(batches, num_experts: int) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize(
-    "sizes, num_experts, top_k",
+    ("sizes", "num_experts", "top_k"),
     [([5], 4, 2), ([3, 7, 1], 8, 3), ([0, 4], 6, 1), ([0], 3, 2)],
     ids=["one batch", "three batches", "an empty batch changes nothing", "only an empty batch"],
 )
@@ -77,7 +77,8 @@ def test_invariants():
     record = to_layer_record(statistics, 200)
     assert record.gate_sum.sum() == pytest.approx(200)
     assert record.tokens_per_expert.sum() == 800
-    assert (record.gate_max <= 1).all() and (record.gate_log_sum <= 0).all()
+    assert (record.gate_max <= 1).all()
+    assert (record.gate_log_sum <= 0).all()
 
 
 def test_a_gate_of_zero_is_no_nan():
@@ -85,7 +86,8 @@ def test_a_gate_of_zero_is_no_nan():
     statistics = new_statistics(2)
     router_statistics(statistics, gate, torch.tensor([[1]]), torch.tensor([[1.0]]))
     record = to_layer_record(statistics, 1)
-    assert record.gate_log_sum.tolist() == [0.0, 0.0] and record.gate_complement_log_sum.tolist() == [0.0, 0.0]
+    assert record.gate_log_sum.tolist() == [0.0, 0.0]
+    assert record.gate_complement_log_sum.tolist() == [0.0, 0.0]
 
 
 def test_the_complement_of_a_small_gate_does_not_vanish():
@@ -111,11 +113,12 @@ def test_bfloat16_counts_beyond_its_precision():
         statistics, gate, torch.zeros(300, 1, dtype=torch.int64), torch.ones(300, 1, dtype=torch.bfloat16)
     )
     record = to_layer_record(statistics, 300)
-    assert record.gate_sum.tolist() == [150.0, 150.0] and record.routed_gate_sum.tolist() == [300.0, 0.0]
+    assert record.gate_sum.tolist() == [150.0, 150.0]
+    assert record.routed_gate_sum.tolist() == [300.0, 0.0]
 
 
 @pytest.mark.parametrize(
-    "statistics, gate, indices, weights",
+    ("statistics", "gate", "indices", "weights"),
     [((6, 4), (3, 5), (3, 2), (3, 2)), ((5, 5), (3, 5), (3, 2), (3, 2)), ((6, 5), (3, 5), (4, 2), (4, 2)),
      ((6, 5), (3, 5), (3, 2), (3, 1))],
     ids=["other expert count", "other rows", "other token count", "indices and weights differ"],
@@ -129,7 +132,7 @@ def test_refuses_shapes(statistics, gate, indices, weights):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", GATE_KINDS)
-@pytest.mark.parametrize("num_tokens, num_experts", [(1, 3), (200, 64), (300, 17)])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 3), (200, 64), (300, 17)])
 def test_logits_give_what_their_probabilities_give(num_tokens, num_experts, kind, dtype):
     """In float64, from the same logits; rows with an expert that takes all, and one that gets nothing."""
     generator = torch.Generator().manual_seed(num_tokens)

@@ -1,5 +1,6 @@
 """masked_experts in Triton against the reference: values and every gradient. Run by test_triton_values.py, in a process
-of its own: in Triton's interpreter where there is no GPU, on the GPU where there is one."""
+of its own: in Triton's interpreter where there is no GPU, on the GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -114,13 +115,15 @@ def run(function, slots, indices, dtype, options, weights_dtype=torch.float32):
 def check(slots, indices, dtype, options, weights_dtype=torch.float32, **ours):
     out, ours_leaves = run(masked_experts, slots, indices, dtype, options | ours, weights_dtype)
     expected, expected_leaves = run(reference, [dense(slot) for slot in slots], indices, dtype, options, weights_dtype)
-    assert out.dtype == expected.dtype and ours_leaves.keys() == expected_leaves.keys()
+    assert out.dtype == expected.dtype
+    assert ours_leaves.keys() == expected_leaves.keys()
     assert_near("output", out, expected, dtype)
     for name, leaf in ours_leaves.items():
         other = expected_leaves[name].grad
         assert (leaf.grad is None) == (other is None), name
         if other is not None:
-            assert leaf.grad.dtype == other.dtype and leaf.grad.shape == other.shape
+            assert leaf.grad.dtype == other.dtype
+            assert leaf.grad.shape == other.shape
             assert_near(name, leaf.grad, other, dtype)
 
 
@@ -160,7 +163,7 @@ def test_half_precision(dtype):
     check(slots, choose_slots(13, 2, len(slots)), dtype, dict(activation=swiglu), dtype)
 
 
-@pytest.mark.parametrize("dtype, num_tokens", [(torch.float32, 24), (torch.bfloat16, 24), (torch.bfloat16, 110)])
+@pytest.mark.parametrize(("dtype", "num_tokens"), [(torch.float32, 24), (torch.bfloat16, 24), (torch.bfloat16, 110)])
 def test_large_tiles_and_sizes_that_are_no_multiple_of_them(dtype, num_tokens):
     """Many rows per slot take the tiles of 64 and 128 rows; 72 and 40 fit no tile."""
     slots = [make_slot(i, "plain", dtype=dtype, hidden=72, inner=40, lora=True) for i in range(2)]
@@ -214,28 +217,33 @@ def test_a_slot_without_a_token_gets_no_gradient_and_others_do():
     slots = [make_slot(i, "plain", lora=i > 1) for i in range(4)]
     run(masked_experts, slots, choose_slots(15, 2, 4, without=(0, 3)), torch.float32, dict(activation=swiglu))
     with_gradient = {name.split()[1] for name, leaf in leaves(slots).items() if leaf.grad is not None}
-    assert with_gradient == {"1", "2"} and all(leaf.grad is None for leaf in leaves([slots[0], slots[3]]).values())
+    assert with_gradient == {"1", "2"}
+    assert all(leaf.grad is None for leaf in leaves([slots[0], slots[3]]).values())
 
 
 def test_frozen_slots_pass_the_gradient_on_and_get_none():
     slots = [make_slot(0, "plain", trainable=False), make_slot(1, "plain")]
     check(slots, choose_slots(9, 2, 2), torch.float32, dict(activation=swiglu))
-    assert slots[0].up.grad is None and slots[1].up.grad is not None
+    assert slots[0].up.grad is None
+    assert slots[1].up.grad is not None
 
 
-@pytest.mark.parametrize("num_tokens, top_k, num_slots", [(0, 2, 3), (3, 2, 0), (3, 0, 2)])
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_slots"), [(0, 2, 3), (3, 2, 0), (3, 0, 2)])
 def test_empty(num_tokens, top_k, num_slots):
     slots = [make_slot(i, "plain") for i in range(num_slots)]
     hidden, weights = torch.randn(num_tokens, HIDDEN, device=DEVICE), torch.rand(num_tokens, top_k, device=DEVICE)
     indices = torch.full((num_tokens, top_k), -1, device=DEVICE)
     out = masked_experts(hidden, indices, weights, slots, activation=swiglu)
-    assert out.shape == hidden.shape and out.eq(0).all()
+    assert out.shape == hidden.shape
+    assert out.eq(0).all()
 
 
 def test_every_pair_dropped():
     slots = [make_slot(i, "plain", lora=True) for i in range(3)]
     out, found = run(masked_experts, slots, torch.full((3, 2), -1), torch.float32, dict(activation=swiglu))
-    assert out.eq(0).all() and found["hidden"].grad.eq(0).all() and found["expert_weights"].grad.eq(0).all()
+    assert out.eq(0).all()
+    assert found["hidden"].grad.eq(0).all()
+    assert found["expert_weights"].grad.eq(0).all()
     assert all(leaf.grad is None for leaf in leaves(slots).values())
 
 
@@ -337,11 +345,15 @@ def test_the_gate_is_measured():
             return swiglu(x)
 
     experts = Experts()
-    assert is_swiglu(experts.gate, 40) and is_swiglu(experts.gate, 40) and is_swiglu(swiglu, WIDTH)
-    assert not is_swiglu(interleaved_clamped, WIDTH) and not is_swiglu(F.relu, WIDTH)
+    assert is_swiglu(experts.gate, 40)
+    assert is_swiglu(experts.gate, 40)
+    assert is_swiglu(swiglu, WIDTH)
+    assert not is_swiglu(interleaved_clamped, WIDTH)
+    assert not is_swiglu(F.relu, WIDTH)
     assert not is_swiglu(lambda x: F.gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], WIDTH)
 
 
 def test_tiles_follow_the_rows_per_slot():
     rows = [module.rows_per_tile(pairs, 64, 2) for pairs in (8, 1024, 4096, 32768)]
-    assert rows == [16, 16, 64, 128] and module.rows_per_tile(32768, 64, 4) == 64
+    assert rows == [16, 16, 64, 128]
+    assert module.rows_per_tile(32768, 64, 4) == 64

@@ -17,7 +17,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @pytest.mark.parametrize("kind", GATE_KINDS)
-@pytest.mark.parametrize("num_tokens, num_experts, top_k", [(70, 6, 2), (1, 64, 8), (50, 300, 2)])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(70, 6, 2), (1, 64, 8), (50, 300, 2)])
 def test_record_equals_the_reference(monkeypatch, kind, num_tokens, num_experts, top_k):
     monkeypatch.setattr(module, "MAX_PROGRAMS", 3)  # so that a program has more than one tile of tokens
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +58,7 @@ def test_no_token_changes_nothing_and_shapes_are_checked():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("format, blocksize", [("nf4", 64), ("nf4", 256), ("int8", 64)])
+@pytest.mark.parametrize(("format", "blocksize"), [("nf4", 64), ("nf4", 256), ("int8", 64)])
 def test_bytes_equal_the_reference_both_ways(dtype, format, blocksize):
     weights = torch.randn(2, 24, 96 if format == "int8" else 128, generator=torch.Generator().manual_seed(1))
     weights[0, 0] = 0.0  # a block of zeros
@@ -66,7 +66,8 @@ def test_bytes_equal_the_reference_both_ways(dtype, format, blocksize):
     weights = weights.to(dtype).to(DEVICE)
     expected = quantization.quantize_experts(weights, format, blocksize=blocksize, backend="reference")
     packed, absmax = quantize.quantize(weights, format, blocksize)
-    assert torch.equal(packed, expected.packed) and torch.equal(absmax, expected.absmax)
+    assert torch.equal(packed, expected.packed)
+    assert torch.equal(absmax, expected.absmax)
     for target in (torch.float32, torch.float16, torch.bfloat16):
         values = quantization.dequantize_experts(expected, target, backend="reference")
         out = torch.empty_like(values)

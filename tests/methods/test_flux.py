@@ -70,9 +70,8 @@ def test_before_its_upload_rate_is_known_a_device_tunes_few(share, trainable):
     own = Flux(eps_start=0.5, pace="own").plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
     plan = Flux(eps_start=0.5, first_share=share).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
     best = [(0, 0), (0, 1), (0, 2), (1, 2)]
-    assert [(layer, e) for layer, e in best if e in plan.trainable(layer)] == best[
-        :trainable
-    ] and plan.num_trainable == trainable
+    assert [(layer, e) for layer, e in best if e in plan.trainable(layer)] == best[:trainable]
+    assert plan.num_trainable == trainable
     held = [sorted(found.resident(layer).tolist()) for found in (plan, own) for layer in (0, 1)]
     assert held[:2] == held[2:], "the others are held as they are"
 
@@ -84,7 +83,8 @@ def test_room_for_all_trains_all_and_too_little_is_refused():
         with pytest.raises(BudgetTooSmall):
             method.plan_experts(record(FREQUENCY), SIZES, DeviceBudget(1), rng())
     few = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(16), rng())
-    assert few.num_resident == 16 and few.num_trainable == 1
+    assert few.num_resident == 16
+    assert few.num_trainable == 1
 
 
 def test_an_assignment_is_followed_as_far_as_it_fits():
@@ -119,7 +119,8 @@ def test_in_the_fleets_pace_a_layer_may_have_no_tuned_expert_but_never_none_that
     )
     room = RoundContext(server_round=2, assignment=everything)
     plan = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(16), rng(), room)
-    assert [plan.trainable(layer).tolist() for layer in (0, 1)] == [[], [3]] and plan.num_resident == 16
+    assert [plan.trainable(layer).tolist() for layer in (0, 1)] == [[], [3]]
+    assert plan.num_resident == 16
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,7 +135,8 @@ def test_plans_keep_the_budget_and_tune_in_every_layer(held, server_round, data)
         for pace in ("own", "fleet"):
             plan = Flux(pace=pace).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(held), rng(), context)
             assert plan.num_resident <= held - Flux().merged_slots(held, SIZES)
-            assert all(len(plan.resident(layer)) >= 1 for layer in (0, 1)) and plan.num_trainable >= 1
+            assert all(len(plan.resident(layer)) >= 1 for layer in (0, 1))
+            assert plan.num_trainable >= 1
             assert pace == "fleet" or all(len(plan.trainable(layer)) >= 1 for layer in (0, 1))
 
 
@@ -151,7 +153,8 @@ def test_the_aggregator_assigns_each_client_its_best_and_draws_what_is_explored(
     surveys = {"x": survey(high), "y": survey(UNKNOWN, tune_slots=4)}
     given = Flux(eps_start=0.5).assign_experts(surveys, NO_IDLE, 1, 7)
     assert given["x"].tune == ((0, 7), (1, 0), (1, 1))
-    assert len(given["x"].explore) == 3 and not set(given["x"].explore) & set(given["x"].tune)
+    assert len(given["x"].explore) == 3
+    assert not set(given["x"].explore) & set(given["x"].tune)
     assert given["y"].tune == ((0, 0), (1, 2)), "never measured: by frequency, one in each layer"
     renamed = Flux(eps_start=0.5).assign_experts({"b": surveys["x"], "a": surveys["y"]}, NO_IDLE, 1, 7)
     assert renamed == {"b": given["x"], "a": given["y"]}, "ids are drawn at random and must not matter"
@@ -180,7 +183,8 @@ def test_the_pace_is_the_geometric_mean_of_what_each_would_need():
 def test_what_is_fetched_counts_as_what_is_sent():
     """An aggregator's narrow downlink makes fast uplinks less of an advantage: 1/4 + 1/1 and 1/1 + 1/1."""
     fast, slow = (survey(UNKNOWN, tune_slots=8, rate=rate, down=1e6) for rate in (4e6, 1e6))
-    assert round_trip_rate(fast) == pytest.approx(0.8e6) and round_trip_rate(slow) == pytest.approx(0.5e6)
+    assert round_trip_rate(fast) == pytest.approx(0.8e6)
+    assert round_trip_rate(slow) == pytest.approx(0.5e6)
     assert paced_limits({"a": fast, "b": slow}, {"a": 1.0, "b": 1.0}) == {"b": 6}, "10 and 16: 12.6, times .5"
     assert round_trip_rate(survey(UNKNOWN, rate=4e6)) == 4e6, "nothing is known of its downloads"
     assert round_trip_rate(survey(UNKNOWN, down=4e6)) is None, "most is not known"
@@ -199,7 +203,8 @@ def test_a_slow_device_tunes_what_it_can_send_and_holds_what_is_next_in_utility(
     surveys = {"slow": survey(high, tune_slots=8, rate=1e6), "fast": survey(high, tune_slots=8, rate=4e6)}
     paced = Flux(eps_start=0.5).assign_experts(surveys, NO_IDLE, 1, 7)
     own = Flux(eps_start=0.5, pace="own").assign_experts(surveys, NO_IDLE, 1, 7)
-    assert paced["fast"] == own["fast"] and len(own["slow"].tune) == 4
+    assert paced["fast"] == own["fast"]
+    assert len(own["slow"].tune) == 4
     assert paced["slow"].tune == ((0, 7), (1, 0)), "times of 4 and 1, their mean 2"
     assert paced["slow"].explore == ((1, 1), (1, 2), *own["slow"].explore)
     backwards = dict(reversed(surveys.items()))
@@ -220,7 +225,8 @@ def test_coverage_reaches_slow_devices_too():
     plain = Flux().assign_experts(surveys, idle, 1, 0)
     assert plain["slow"].tune == ((0, 0),)
     balanced = Flux(coverage="balanced").assign_experts(surveys, idle, 1, 0)
-    assert balanced["slow"].tune == ((1, 7),) and balanced["fast"] == plain["fast"]
+    assert balanced["slow"].tune == ((1, 7),)
+    assert balanced["fast"] == plain["fast"]
 
 
 def test_balanced_coverage_gives_idle_experts_to_whom_they_are_most_useful():

@@ -40,7 +40,8 @@ def test_gate_is_measured(family, build_model):
     for layer in discover_layers(model):
         kind, bias, _ = GATES[family]
         assert (layer.gate_kind, layer.selection_bias) == (kind, None if bias is None else f"{layer.block_path}.{bias}")
-        assert layer.num_experts == 8 and layer.top_k == (3 if family == "qwen2_moe" else 2)
+        assert layer.num_experts == 8
+        assert layer.top_k == (3 if family == "qwen2_moe" else 2)
         assert layer.router is model.get_submodule(layer.router_path)
         assert layer.experts is model.get_submodule(layer.experts_path)
 
@@ -66,18 +67,20 @@ def test_dense_layers_before_the_first_moe_layer_do_not_count(toys):
 
 def test_layouts(toys):
     gpt_oss = toys("gpt_oss").full().layers[0]
-    assert gpt_oss.is_transposed and gpt_oss.has_bias
+    assert gpt_oss.is_transposed
+    assert gpt_oss.has_bias
     assert {p.name: p.shape for p in gpt_oss.parameters} == {
         "gate_up_proj": (32, 32), "gate_up_proj_bias": (32,), "down_proj": (16, 32), "down_proj_bias": (32,)
     }  # fmt: skip
     assert [gpt_oss.input_output_sizes(p) for p in gpt_oss.matrices] == [(32, 32), (16, 32)]
     olmoe = toys("olmoe").full().layers[0]
     assert olmoe.input_output_sizes(olmoe.parameters[1]) == (16, 32)
-    assert olmoe.parameters_per_expert == 32 * 32 + 32 * 16 and olmoe.bytes_per_expert == 4 * 1536
+    assert olmoe.parameters_per_expert == 32 * 32 + 32 * 16
+    assert olmoe.bytes_per_expert == 4 * 1536
 
 
 @pytest.mark.parametrize(
-    "family, reason",
+    ("family", "reason"),
     [
         ("llama", "it has no experts, it is a dense model"),
         ("llama4_text", "do not use transformers' experts interface"),

@@ -221,7 +221,8 @@ def test_records_with_attention_add_and_travel():
     record = layer_record(np.array([0.5, 0.0, 1.0]))
     np.testing.assert_array_equal(record.mean_attention, [0.25, 0.0, 0.25])
     np.testing.assert_array_equal((record + record).attention_sum, [1.0, 0.0, 2.0])
-    assert (layer_record(None) + layer_record(None)).attention_sum is None and layer_record(None).mean_attention is None
+    assert (layer_record(None) + layer_record(None)).attention_sum is None
+    assert layer_record(None).mean_attention is None
     with pytest.raises(ValueError, match="one record has the attention"):
         record + layer_record(None)
     for layer in (record, layer_record(None)):

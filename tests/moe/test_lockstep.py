@@ -34,7 +34,8 @@ def test_all_come_to_a_point_before_any_goes_on():
         ("a", 1), ("b", 1), ("c", "end"),
         ("a", "end"), ("b", "end"),
     ]  # fmt: skip
-    assert rounds == [1, 2, 3] and not waiting_threads()
+    assert rounds == [1, 2, 3]
+    assert not waiting_threads()
 
 
 def test_one_runs_at_a_time_without_gradients():
@@ -50,7 +51,8 @@ def test_one_runs_at_a_time_without_gradients():
 
     with torch.enable_grad():
         run_in_lockstep([run] * 5, CPU)
-    assert set(most) == {1} and len(most) == 15
+    assert set(most) == {1}
+    assert len(most) == 15
 
 
 def test_a_failure_unwinds_the_others_and_is_raised():
@@ -70,7 +72,8 @@ def test_a_failure_unwinds_the_others_and_is_raised():
 
     with pytest.raises(ValueError, match="no such expert"):
         run_in_lockstep([fine, broken, fine], CPU)
-    assert unwound == [1] and not reached  # the third never began
+    assert unwound == [1]
+    assert not reached
     assert not waiting_threads()
 
 

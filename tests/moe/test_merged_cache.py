@@ -68,9 +68,12 @@ def test_a_second_round_reads_no_member(olmoe, tmp_path, scope):
     assert len(device.apply()) == 2 * 6 * (2 if scope.experts == "lora" else 1)
     merged, files = device.values(), device.files()
     assert len(files) == 4
-    assert device.apply() == [] and same(device.values(), merged) and device.files() == files
+    assert device.apply() == []
+    assert same(device.values(), merged)
+    assert device.files() == files
     restarted = Device(olmoe, tmp_path / "merged", scope)
-    assert restarted.apply() == [] and same(restarted.values(), merged)
+    assert restarted.apply() == []
+    assert same(restarted.values(), merged)
 
 
 def test_one_changed_member_merges_only_its_group_again(olmoe, tmp_path):
@@ -106,7 +109,8 @@ def test_what_is_kept_serves_any_storage(olmoe, tmp_path):
     stacks = {name: stack.packed.clone() for name, stack in device.model.bank(0).stacks().items()}
     assert device.apply(storage="nf4") == []
     found = device.model.bank(0).stacks()
-    assert stacks and all(torch.equal(found[name].packed, packed) for name, packed in stacks.items())
+    assert stacks
+    assert all(torch.equal(found[name].packed, packed) for name, packed in stacks.items())
     assert device.apply() == []
 
 
@@ -117,8 +121,10 @@ def test_a_broken_file_is_made_anew_and_a_leftover_goes(olmoe, tmp_path):
     broken = sorted(device.folder.iterdir())[0]
     broken.write_bytes(b"half a file")
     (device.folder / "1.tmp").write_bytes(b"of a process that was killed")
-    assert len(device.apply()) == 3 and same(device.values(), before)
-    assert len(device.files()) == 4 and "1.tmp" not in device.files()
+    assert len(device.apply()) == 3
+    assert same(device.values(), before)
+    assert len(device.files()) == 4
+    assert "1.tmp" not in device.files()
     assert device.apply() == []
 
 
@@ -129,7 +135,8 @@ def test_a_disk_that_takes_nothing_is_told_and_the_round_goes_on(olmoe, tmp_path
     device = Device(olmoe, tmp_path / "merged")
     monkeypatch.setattr(os, "replace", no_room)
     device.apply()
-    assert "not kept for the next round" in caplog.text and "No space left" in caplog.text
+    assert "not kept for the next round" in caplog.text
+    assert "No space left" in caplog.text
     assert not device.files()
 
 

@@ -125,7 +125,8 @@ def test_the_error_is_that_of_each_layer_on_its_own(olmoe):
     batches = [olmoe.input_ids[:1], olmoe.input_ids[1:, :4]]
     errors = layer_output_errors(model, plans, source, batches)
     assert errors["nothing"].max() < 1e-5
-    assert (errors["merged"] > 0.01).all() and (errors["one"] > errors["merged"]).all()
+    assert (errors["merged"] > 0.01).all()
+    assert (errors["one"] > errors["merged"]).all()
     squares, differences = np.zeros(2), np.zeros(2)
     for batch in batches:
         for ordinal, (hidden, indices, weights, output) in enumerate(calls(model, batch)):

@@ -57,17 +57,21 @@ def test_training_is_bit_for_bit_that_of_resident_experts(toys, tmp_path, monkey
     space = OffloadSpace(CPU, tmp_path if "files" in place else None, copies="copied" in place)
     expected, _, losses = trained(toy, scope, None)
     found, optimizer, own_losses = trained(toy, scope, space)
-    assert own_losses == losses and losses[-1] < losses[0]
+    assert own_losses == losses
+    assert losses[-1] < losses[0]
     first, second = values(expected), values(found)
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
     assert found.trained_tokens() == expected.trained_tokens()
     if "files" in place:
         experts = [p for p in found.trainable_parameters() if offloaded(p) is not None]
-        assert experts and all(p.untyped_storage().filename for p in experts)
+        assert experts
+        assert all(p.untyped_storage().filename for p in experts)
         moments = [
             optimizer.state[p][name] for p in experts if p in optimizer.state for name in ("exp_avg", "exp_avg_sq")
         ]
-        assert moments and all(moment.untyped_storage().filename for moment in moments)
+        assert moments
+        assert all(moment.untyped_storage().filename for moment in moments)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "mixtral"])
@@ -98,7 +102,8 @@ def test_an_expert_outside_the_schedule_keeps_its_weights_and_has_no_moments(toy
 
 def test_nothing_is_counted_as_memory_and_nothing_stays_on_disk(toys, tmp_path):
     model, optimizer, _ = trained(toys("olmoe"), TrainScope(), OffloadSpace(CPU, tmp_path))
-    assert model.offloads and expert_memory(model.layers, optimizer).total_bytes == 0
+    assert model.offloads
+    assert expert_memory(model.layers, optimizer).total_bytes == 0
     assert model.memory_bytes()["experts"] == 0 < model.memory_bytes()["dense"]
     assert not list(tmp_path.iterdir())  # the files have no name, though they are in use
     model.drop_experts()
@@ -183,4 +188,5 @@ def test_on_a_gpu_only_copies_of_a_layer_are_there(toys, tmp_path, place):
 
     expected, _, _ = losses(None)
     found, weights, moments = losses(OffloadSpace(device, tmp_path if place == "files" else None))
-    assert found == pytest.approx(expected, rel=1e-4) and weights == moments == {"cpu"}
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert weights == moments == {"cpu"}

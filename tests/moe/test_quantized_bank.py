@@ -69,7 +69,8 @@ def test_a_packed_bank_computes_and_learns_as_its_unpacked_weights(toy, storage,
     ours, our_gradients = train_once(model, toy.input_ids)
     expected, gradients = train_once(dense, toy.input_ids)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    assert our_gradients.keys() == gradients.keys() and len(gradients) > 4
+    assert our_gradients.keys() == gradients.keys()
+    assert len(gradients) > 4
     for name, gradient in gradients.items():
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     untouched, _ = toy.device(units)
@@ -85,7 +86,8 @@ def test_packed_bytes_are_those_of_the_memory_model(toy, storage, mode):
     plan = some_experts(model)
     plain = _weight_bytes(model, plan, source, scope, None)
     found = _weight_bytes(model, plan, source, scope, storage)
-    assert model.storage == storage and found < plain
+    assert model.storage == storage
+    assert found < plain
     setup = StepSetup(1, 8, "float32", expert_storage=storage, experts=mode, router="none", lora_rank=2)
     layers = range(plan.num_layers)
     kept, trainable = [plan.num_slots(i) for i in layers], [len(plan.trainable(i)) for i in layers]
@@ -112,13 +114,16 @@ def test_packed_slots_are_one_stack_per_matrix(toy):
     bank = layer.experts.edgefed_bank
     assert set(bank.stacks()) == {p.name for p in layer.matrices}
     for name, stack in bank.stacks().items():
-        assert len(stack) == 2 and stack.packed.is_contiguous() and stack.absmax.is_contiguous()
+        assert len(stack) == 2
+        assert stack.packed.is_contiguous()
+        assert stack.absmax.is_contiguous()
         assert bank.storages()[name].shape[0] == 1
         for slot in (1, 2):
             assert bank.packed(slot)[name].packed.data_ptr() == stack.packed[slot - 1].data_ptr()
         with pytest.raises(KeyError):
             bank.parameter(name, 1)
-    assert bank.packed(0) == {} and set(bank.tensors(0)) == {p.name for p in layer.parameters}
+    assert bank.packed(0) == {}
+    assert set(bank.tensors(0)) == {p.name for p in layer.parameters}
 
 
 @contextlib.contextmanager
@@ -158,7 +163,8 @@ def test_a_frozen_packed_layer_saves_tokens_indices_and_packed_weights(olmoe, st
         assert sum(t.numel() for t in others) <= tokens * 2 * (4 * per_pair)
         assert not any(tuple(t.shape) in [p.shape for p in layer.matrices] for t in others)
         out.sum().backward()
-        assert hidden.grad is not None and weights.grad is not None
+        assert hidden.grad is not None
+        assert weights.grad is not None
 
 
 def test_new_values_are_quantised_again(toy):
@@ -172,7 +178,8 @@ def test_new_values_are_quantised_again(toy):
     model.load_unit(key, other)
     for name, matrix in bank.packed(3).items():
         expected = quantize_experts(other[name], "nf4")
-        assert torch.equal(matrix.packed, expected.packed) and torch.equal(matrix.absmax, expected.absmax)
+        assert torch.equal(matrix.packed, expected.packed)
+        assert torch.equal(matrix.absmax, expected.absmax)
     for name, parameter in bank.tensors(3).items():
         assert torch.equal(parameter, other[name])
     with pytest.raises(CheckpointError, match="bfloat16"):
@@ -191,8 +198,10 @@ def test_moving_and_casting_leave_what_is_packed_as_it_is(olmoe):
     model.module.to(torch.bfloat16)
     assert bank.dtype == model.dtype == torch.bfloat16
     for name, stack in bank.stacks().items():
-        assert torch.equal(stack.packed, before[name][0]) and torch.equal(stack.absmax, before[name][1])
-        assert stack.dtype == torch.bfloat16 and bank._buffers[f"{name}_packed"] is stack.packed
+        assert torch.equal(stack.packed, before[name][0])
+        assert torch.equal(stack.absmax, before[name][1])
+        assert stack.dtype == torch.bfloat16
+        assert bank._buffers[f"{name}_packed"] is stack.packed
     with torch.no_grad():
         assert model.module(olmoe.input_ids).logits.isfinite().all()
     assert model.memory_bytes()["experts"] == storage_bytes(bank.weights()) + storage_bytes(
@@ -206,7 +215,8 @@ def test_updates_hold_what_trains_and_nothing_that_was_unpacked(toy):
         model, source = toy.device(toy.units(scope))
         model.apply_plan(some_experts(model), source, scope, storage="nf4")
         sent = list(model.trained_units())
-        assert {spec.kind for spec, _ in sent} == kinds and len(sent) == 4
+        assert {spec.kind for spec, _ in sent} == kinds
+        assert len(sent) == 4
         for spec, tensors in sent:
             assert spec.key.endswith(":lora") == (mode == "lora")
             assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
@@ -234,7 +244,9 @@ def test_what_cannot_be_packed_is_told(olmoe):
     units[key]["down_proj"][0, 0] = math.inf
     with pytest.raises(CheckpointError, match=r"'down_proj' of unit '.*experts.2' cannot be stored as nf4"):
         model.apply_plan(some_experts(model), source, TrainScope(), storage="nf4")
-    assert model.plan is None and model.storage is None and model.expert_memory_bytes() == 0
+    assert model.plan is None
+    assert model.storage is None
+    assert model.expert_memory_bytes() == 0
     units[key]["down_proj"][0, 0] = 1e6
     with pytest.raises(CheckpointError, match="float16"):
         model.apply_plan(some_experts(model), source, TrainScope(), storage="int8")
@@ -328,7 +340,8 @@ def test_a_merged_expert_is_its_members_with_one_weight(toy, mode, absent):
     assert set(served) == {(0, 0), (0, 5), (0, 2), (0, 1), (0, 3), (1, 3), (1, 0)}
     assert sum(count for (layer, _), count in served.items() if layer == 0) == pairs
     bank = model.layers[0].experts.edgefed_bank
-    assert len(bank) == plan.num_slots(0) == 5 and bank.is_complete == (not absent)
+    assert len(bank) == plan.num_slots(0) == 5
+    assert bank.is_complete == (not absent)
     assert {spec.expert for spec, _ in model.trained_units() if spec.kind == "expert"} == {0, 5, 3}
 
 
@@ -356,7 +369,8 @@ def test_members_are_read_once_and_one_at_a_time(olmoe):
     model.apply_plan(plan, counting, TrainScope(), storage="nf4")
     assert sorted(counting.read_keys) == sorted(model.layers[i].expert_key(e) for i, e in plan.resident_keys())
     gc.collect()
-    assert counting.most_alive <= 2 and not counting.alive  # the next is read while the loop still names the last
+    assert counting.most_alive <= 2
+    assert not counting.alive
 
 
 def test_merging_sums_in_float32_and_lets_members_be_aligned():
@@ -364,7 +378,8 @@ def test_merging_sums_in_float32_and_lets_members_be_aligned():
     read = lambda expert: {"w": values[expert].to(torch.bfloat16)}  # noqa: E731
     found = merge_experts(read, MergedGroup((0, 1, 2), (0.5, 0.25, 0.25)))["w"]
     exact = torch.tensor(0.5 + 2**-10, dtype=torch.bfloat16)
-    assert found.dtype == torch.bfloat16 and (found == exact).all()
+    assert found.dtype == torch.bfloat16
+    assert (found == exact).all()
     calls = []
 
     def align(reference, member):

@@ -100,7 +100,8 @@ def test_renormalize_keeps_tokens_whose_experts_are_here(toy):
         hook.remove()
     ours = run_block(model, 0, hidden)[0]
     here = torch.isin(seen["indices"], torch.tensor(sorted(resident_ids(plan, 0)))).all(dim=1)
-    assert here.any() and not here.all()
+    assert here.any()
+    assert not here.all()
     assert_close(ours[here], expected[here])
 
     scores = gate_scores(seen["logits"], layer.gate_kind)
@@ -123,7 +124,8 @@ def test_a_layer_without_any_expert_gives_zero(olmoe):
     model, source = olmoe.device(olmoe.units())
     model.apply_plan(ExpertPlan.of(model.experts_per_layer, [[1], []]), source, TrainScope())
     hidden = torch.randn(1, 5, 32)
-    assert run_block(model, 1, hidden).eq(0).all() and run_block(model, 0, hidden).ne(0).any()
+    assert run_block(model, 1, hidden).eq(0).all()
+    assert run_block(model, 0, hidden).ne(0).any()
 
 
 def test_absent_experts_have_no_memory(toy):
@@ -147,11 +149,14 @@ def test_slots_are_views_of_one_contiguous_storage(toy):
     model.apply_plan(some_experts(model), source, TrainScope())
     bank = model.layers[0].experts.edgefed_bank
     for name, storage in bank.storages().items():
-        assert storage.shape[0] == 4 and storage.is_contiguous()
+        assert storage.shape[0] == 4
+        assert storage.is_contiguous()
         for slot in range(4):
             parameter = bank.parameter(name, slot)
-            assert parameter.is_leaf and parameter.data_ptr() == storage[slot].data_ptr()
-    assert bank.experts == (0, 5, 6, 2) and bank.num_trainable == 3
+            assert parameter.is_leaf
+            assert parameter.data_ptr() == storage[slot].data_ptr()
+    assert bank.experts == (0, 5, 6, 2)
+    assert bank.num_trainable == 3
 
 
 def test_casting_the_model_keeps_the_views(olmoe):
@@ -160,7 +165,8 @@ def test_casting_the_model_keeps_the_views(olmoe):
     model.module.to(torch.float64)
     bank = model.layers[0].experts.edgefed_bank
     storage = bank.storages()["down_proj"]
-    assert storage.dtype == torch.float64 and bank.parameter("down_proj", 1).data_ptr() == storage[1].data_ptr()
+    assert storage.dtype == torch.float64
+    assert bank.parameter("down_proj", 1).data_ptr() == storage[1].data_ptr()
     assert bank.resident.dtype == torch.int64
     logits_of(model, olmoe)
 
@@ -227,7 +233,8 @@ def test_streaming_is_the_full_model_with_one_expert_in_memory(toy):
     assert not logits.requires_grad
     # The next expert is read while the loop still names the one before it.
     assert counting.most_alive <= 2
-    assert model.expert_memory_bytes() == 0 and not counting.alive
+    assert model.expert_memory_bytes() == 0
+    assert not counting.alive
 
 
 def test_streaming_reads_only_what_the_batch_hits(olmoe):
@@ -260,10 +267,12 @@ def test_bfloat16_checkpoint(save_toy, tmp_path):
     units = toy.units()
     model, source = toy.device(units)
     model.apply_plan(ExpertPlan.full(model.experts_per_layer), source, TrainScope())
-    assert model.dtype == torch.bfloat16 and model.expert_memory_bytes() == 16 * model.layers[0].bytes_per_expert
+    assert model.dtype == torch.bfloat16
+    assert model.expert_memory_bytes() == 16 * model.layers[0].bytes_per_expert
     # transformers keeps this one in float32 whatever the checkpoint says
     router = units["model.layers.1.mlp.gate"]
-    assert router["e_score_correction_bias"].dtype == torch.float32 and router["weight"].dtype == torch.bfloat16
+    assert router["e_score_correction_bias"].dtype == torch.float32
+    assert router["weight"].dtype == torch.bfloat16
     ours = logits_of(model, toy)
     assert ours.dtype == torch.bfloat16
     # A token whose best experts are a rounding apart may be routed otherwise, by any two ways to add up in bfloat16.
@@ -293,7 +302,8 @@ def test_a_plan_that_fails_leaves_no_half_of_it(olmoe):
     kept = units.pop("model.layers.1.mlp.experts.3")
     with pytest.raises(CheckpointError):
         model.apply_plan(some_experts(model), source, TrainScope())
-    assert model.plan is None and model.expert_memory_bytes() == 0
+    assert model.plan is None
+    assert model.expert_memory_bytes() == 0
     units["model.layers.1.mlp.experts.3"] = kept
     model.apply_plan(some_experts(model), source, TrainScope())
     logits_of(model, olmoe)

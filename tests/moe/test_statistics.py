@@ -72,7 +72,8 @@ def test_of_the_full_model(toy):
         for batch in batches:
             model.module(batch)
         record = recorder.take()
-    assert record.num_tokens == 23 and record.experts_per_layer == (8, 8)
+    assert record.num_tokens == 23
+    assert record.experts_per_layer == (8, 8)
     assert_record(record, slow_record(model, batches))
     for layer, layer_record in zip(model.layers, record.layers, strict=True):
         assert layer_record.tokens_per_expert.sum() == 23 * layer.top_k
@@ -89,7 +90,8 @@ def test_while_streaming_equals_the_full_model(toy):
 
 def test_absent_experts_count_as_the_router_chose_them(toy):
     """The record is of the router's full choice and its weights, whatever the device could serve. First layer only:
-    below, the hidden states are those of the reduced model."""
+    below, the hidden states are those of the reduced model.
+    """
     full = toy.full()
     model, source = toy.device(toy.units())
     model.apply_plan(ExpertPlan.of(model.experts_per_layer, [[1], [1]]), source, TrainScope())

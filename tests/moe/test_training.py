@@ -66,7 +66,8 @@ def test_only_tuned_experts_and_routers_change(toy, device):
     changed = {key for (key, name), value in all_values(model).items() if not torch.equal(value, before[key, name])}
     assert losses[-1] < losses[0]
     trainable = {(layer, expert) for layer, experts in enumerate(TRAINABLE) for expert in experts}
-    assert stepped <= trainable and stepped
+    assert stepped <= trainable
+    assert stepped
     expected = {model.layers[layer].expert_key(expert) for layer, expert in stepped}
     assert changed == expected | {layer.router_path for layer in model.layers}
 
@@ -88,7 +89,8 @@ def test_an_expert_without_tokens_has_no_gradient_and_no_optimizer_state(olmoe):
     before = all_values(model)
     model.module(input_ids=olmoe.input_ids[:1, :1]).logits.sum().backward()
     hit = model.experts_with_gradient()
-    assert len(hit) == 4 and {layer for layer, _ in hit} == {0, 1}
+    assert len(hit) == 4
+    assert {layer for layer, _ in hit} == {0, 1}
     optimizer.step()
     memory = expert_memory(model.layers, optimizer)
     per_expert = model.layers[0].bytes_per_expert
@@ -126,7 +128,8 @@ def test_renormalized_routing_trains_the_router(toy, device):
     loss_of(model, toy).backward()
     for layer in model.layers:
         weight = next(p for p in layer.router.parameters() if p.ndim == 2)
-        assert weight.grad is not None and weight.grad.abs().sum() > 0
+        assert weight.grad is not None
+        assert weight.grad.abs().sum() > 0
 
 
 def test_schedule_leaves_the_others_untouched(toy, device):
@@ -168,7 +171,8 @@ def test_token_counts(olmoe):
     model, _ = make_device(olmoe, TrainScope(), trainable=[range(8), range(7)], frozen=[[], [7]])
     model.module.eval()
     model.module(olmoe.input_ids)
-    assert sum(model.served_tokens().values()) == 2 * 2 * 20 and not any(model.trained_tokens().values())
+    assert sum(model.served_tokens().values()) == 2 * 2 * 20
+    assert not any(model.trained_tokens().values())
     model.module.train()
     loss_of(model, olmoe).backward()
     served, trained = model.served_tokens(), model.trained_tokens()
@@ -227,7 +231,8 @@ def test_fresh_adapters_change_nothing(toy):
 def test_adapters_train_and_weights_do_not(toy):
     model, units = make_device(toy, LORA)
     losses, stepped, _ = train(model, toy, steps=4)
-    assert losses[-1] < losses[0] and stepped
+    assert losses[-1] < losses[0]
+    assert stepped
     for (key, name), value in all_values(model).items():
         assert torch.equal(value, units[key][name]), f"{key} {name} is a base weight"
     trained = dict((spec.key, (spec, tensors)) for spec, tensors in model.trained_units())
@@ -268,7 +273,8 @@ def test_adapters_depend_on_seed_and_key_alone(olmoe):
     other = dict((s.key, t) for s, t in model.iter_units(LORA, seed=2))
     keys = [key for key in first if key.endswith(":lora")]
     values = [first[key]["down_proj.lora_a"] for key in keys if ".experts." in key]
-    assert len(values) == 16 and len({value.sum().item() for value in values}) == 16
+    assert len(values) == 16
+    assert len({value.sum().item() for value in values}) == 16
     for key in keys:
         for name, value in first[key].items():
             assert torch.equal(value, again[key][name])
@@ -293,4 +299,5 @@ def test_a_frozen_expert_carries_its_adapter(olmoe):
     after = model.module(olmoe.input_ids).logits.detach()
     assert not torch.allclose(before, after, atol=1e-2)
     loss_of(model, olmoe).backward()
-    assert model.experts_with_gradient() == [] and key not in {spec.key for spec, _ in model.trained_units()}
+    assert model.experts_with_gradient() == []
+    assert key not in {spec.key for spec, _ in model.trained_units()}

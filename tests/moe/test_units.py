@@ -27,7 +27,8 @@ def test_units_are_the_whole_model_once(toy):
             TensorInfo(name=name, dtype="F32", shape=tuple(tensor.shape)) for name, tensor in tensors.items()
         )
     kinds = [spec.kind for spec, _ in units]
-    assert kinds.count("expert") == 16 and kinds.count("router") == 2
+    assert kinds.count("expert") == 16
+    assert kinds.count("router") == 2
 
 
 def test_specs_are_the_same_for_server_and_client(toy):
@@ -38,9 +39,12 @@ def test_specs_are_the_same_for_server_and_client(toy):
     assert specs == [spec for spec, _ in full.iter_units(scope)]
     by_key = {spec.key: spec for spec in specs}
     expert = full.layers[0].expert_key(3)
-    assert not by_key[expert].trainable and by_key[expert + ":lora"].trainable
-    assert by_key[expert + ":lora"].expert == 3 and by_key[expert + ":lora"].layer == 0
-    assert by_key[full.layers[1].router_path].trainable and by_key[full.layers[1].router_path].layer == 1
+    assert not by_key[expert].trainable
+    assert by_key[expert + ":lora"].trainable
+    assert by_key[expert + ":lora"].expert == 3
+    assert by_key[expert + ":lora"].layer == 0
+    assert by_key[full.layers[1].router_path].trainable
+    assert by_key[full.layers[1].router_path].layer == 1
     up = full.layers[0].up_name
     shapes = {info.name: info.shape for info in by_key[expert + ":lora"].tensors}
     assert shapes == {
@@ -65,7 +69,8 @@ def test_what_is_where(toys):
 def test_tied_embeddings_are_one_unit_and_stay_tied(toys):
     toy = toys("qwen2_moe")
     keys = {spec.key for spec in toy.full().unit_specs()}
-    assert "model.embed_tokens.weight" in keys and "lm_head.weight" not in keys
+    assert "model.embed_tokens.weight" in keys
+    assert "lm_head.weight" not in keys
     model, _ = toy.device(toy.units())
     assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
     assert model.missing() == []
@@ -83,7 +88,8 @@ def test_loading_again_changes_values_in_place(olmoe):
     assert torch.equal(model.module.model.norm.weight, units["model.norm.weight"]["value"] + 1)
     bank = model.layers[0].experts.edgefed_bank
     assert torch.equal(bank.parameter("down_proj", 0), units["model.layers.0.mlp.experts.2"]["down_proj"] + 1)
-    assert bank.parameter("down_proj", 0).requires_grad and model.layers[0].router.weight.requires_grad
+    assert bank.parameter("down_proj", 0).requires_grad
+    assert model.layers[0].router.weight.requires_grad
 
 
 def test_loaded_values_are_copies(olmoe):
@@ -130,7 +136,7 @@ def test_first_load_takes_any_float_dtype_only_when_automatic(olmoe):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (lambda t: t.pop("down_proj"), "has the tensors gate_up_proj, expected down_proj, gate_up_proj"),
         (lambda t: t.update(down_proj=t["down_proj"][:, :3]), r"has shape \(32, 3\), the model needs \(32, 16\)"),
@@ -161,7 +167,8 @@ def test_restored_model_saves_as_an_ordinary_checkpoint(toy, tmp_path):
     model.restore(source)
     model.module.save_pretrained(tmp_path)
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     with torch.no_grad():
         assert torch.equal(again(toy.input_ids).logits, toy.logits)
         assert torch.equal(model.module(toy.input_ids).logits, toy.logits)

@@ -104,10 +104,12 @@ def test_clients_of_a_round_are_drawn_evenly_and_by_seed():
     rounds = [sample_clients(10, 0.3, 5, number) for number in range(1, 401)]
     assert all(len(set(each)) == 3 and list(each) == sorted(each) for each in rounds)
     counts = np.bincount(np.concatenate(rounds), minlength=10)
-    assert counts.min() > 80 and counts.max() < 160  # 120 expected, standard deviation 9
+    assert counts.min() > 80
+    assert counts.max() < 160
     assert rounds == [sample_clients(10, 0.3, 5, number) for number in range(1, 401)]
     assert rounds != [sample_clients(10, 0.3, 6, number) for number in range(1, 401)]
-    assert sample_clients(10, 1.0, 0, 1) == tuple(range(10)) and len(sample_clients(10, 0.01, 0, 1)) == 1
+    assert sample_clients(10, 1.0, 0, 1) == tuple(range(10))
+    assert len(sample_clients(10, 0.01, 0, 1)) == 1
 
 
 @pytest.mark.parametrize("name", ["fedmoe", "standalone", "fedproto", "lg-fedavg", "fml"])
@@ -121,7 +123,8 @@ def test_every_method_is_deterministic_and_leaves_the_given_models_alone(name):
         results.append((run(strategy, Settings(2, seed=3)), [parameters(model) for model in strategy.models]))
     (one, models), (other, others) = results
     assert [each.losses for each in one.rounds] == [each.losses for each in other.rounds]
-    assert one.final() == other.final() and one.received == other.received
+    assert one.final() == other.final()
+    assert one.received == other.received
     assert all(map(same, models, others))
     assert all(same(parameters(client.model), kept) for client, kept in zip(clients, before, strict=True))
 
@@ -245,7 +248,8 @@ def test_prototypes_are_class_means_averaged_by_count():
     # Byte b is b / 127.5 - 1: 0 -> -1, 51 -> -.6, 153 -> .2, 255 -> 1.
     torch.testing.assert_close(uploads[0].tensors["0"], torch.tensor([-0.8, -1.6]))
     torch.testing.assert_close(uploads[0].tensors["1"], torch.tensor([1.0, 2.0]))
-    assert uploads[1].tensors.keys() == {"0"} and uploads[0].weights == {"0": 2.0, "1": 1.0}
+    assert uploads[1].tensors.keys() == {"0"}
+    assert uploads[0].weights == {"0": 2.0, "1": 1.0}
     strategy.aggregate(uploads)
     torch.testing.assert_close(strategy.state["0"], torch.tensor([-0.3, -0.6]))  # (2 * -.8 + 2 * .2) / 4
     torch.testing.assert_close(strategy.state["1"], torch.tensor([1.0, 2.0]))
@@ -268,7 +272,8 @@ def test_answers_of_fedproto_by_prototype():
     strategy.aggregate([strategy.upload(k) for k in range(2)])
     model = strategy.models[0].eval()
     logits, _ = model(grey([0, 230], [0, 1]).batch(np.arange(2)))
-    assert logits.argmax(-1).tolist() == [0, 1] and torch.isneginf(logits[:, 2]).all()
+    assert logits.argmax(-1).tolist() == [0, 1]
+    assert torch.isneginf(logits[:, 2]).all()
 
 
 def test_fedproto_refuses_unequal_widths_and_everything_shared_wants_equal_classes():
@@ -293,7 +298,7 @@ def test_divergence_by_hand():
     assert float(divergence(padded, learner.expand(2, 2), torch.tensor([0, -100]))) == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("alpha, beta", [(0.3, 0.6), (1.0, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.6), (1.0, 1.0), (0.0, 0.0)])
 def test_each_of_the_two_losses_of_fml_moves_its_own_model(alpha, beta):
     strategy = make_strategy("fml", small_clients(1), METHOD, seed=0, alpha=alpha, beta=beta)
     pair, batch = strategy.models[0], images(0, 6).batch(np.arange(6))
@@ -330,7 +335,8 @@ def test_a_round_without_a_client_leaves_it_as_it_was():
 
     run(strategy, Settings(1, share=0.34, seed=2), on_round=look)
     (took_part, changed, accuracy) = seen[0]
-    assert took_part == changed == set(sample_clients(3, 0.34, 2, 1)) and len(changed) == 1
+    assert took_part == changed == set(sample_clients(3, 0.34, 2, 1))
+    assert len(changed) == 1
     assert len(accuracy) == 3
 
 
@@ -373,7 +379,8 @@ def test_summaries():
     assert worst_decile([0.9] * 18 + [0.1, 0.2]) == pytest.approx(0.15)
     assert worst_decile([0.4, 0.6]) == 0.4
     curve = [(2, 0.3), (4, 0.6), (6, 0.5)]
-    assert rounds_to(curve, 0.5) == 4 and rounds_to(curve, 0.7) is None
+    assert rounds_to(curve, 0.5) == 4
+    assert rounds_to(curve, 0.7) is None
 
 
 def test_bad_settings_are_named():

@@ -28,10 +28,13 @@ from edgefed.personal.networks import make_cnn
 
 def test_a_client_has_its_classes_alike_often():
     samples = load_glyphs("glyphs:3")
-    assert samples.images.shape == (200, 32, 32, 3) and samples.images.dtype == np.uint8
-    assert samples.labels.dtype == np.int64 and samples.classes == CLASSES
+    assert samples.images.shape == (200, 32, 32, 3)
+    assert samples.images.dtype == np.uint8
+    assert samples.labels.dtype == np.int64
+    assert samples.classes == CLASSES
     found, counts = np.unique(samples.labels, return_counts=True)
-    assert tuple(found) == classes_of(3) and set(counts) == {40}
+    assert tuple(found) == classes_of(3)
+    assert set(counts) == {40}
 
 
 def test_the_same_bytes_in_another_process_and_others_for_another_seed():

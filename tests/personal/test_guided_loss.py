@@ -59,7 +59,8 @@ def batch_of(samples: ImageSamples = SAMPLES) -> Batch:
 def test_means_of_classes(mixture):
     means, counts = class_means(mixture.own.extractor, SAMPLES)
     torch.testing.assert_close(means, torch.tensor([[-0.8, -1.6], [1.0, 2.0], [0.0, 0.0]]))
-    assert counts.tolist() == [2, 1, 0] and not means.requires_grad
+    assert counts.tolist() == [2, 1, 0]
+    assert not means.requires_grad
 
 
 def test_without_options_the_loss_is_the_papers(mixture):
@@ -123,7 +124,8 @@ def test_features_of_a_class_come_together_and_the_first_round_is_the_papers():
     guided = dataclasses.replace(plain, feature_pull=3.0)
     with_options, without = (make_strategy("fedmoe", clients(), method, seed=0) for method in (guided, plain))
     losses = [[each.losses for each in run(strategy, Settings(4)).rounds] for strategy in (with_options, without)]
-    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] != losses[1][1]
     assert spread(with_options) < 0.8 * spread(without)
 
 

@@ -34,7 +34,9 @@ def test_names_become_classes_in_their_order(tmp_path):
     assert loaded.texts == ("a goal", "a vote", "a match")
     assert loaded.classes == ("politics", "sports")
     np.testing.assert_array_equal(loaded.labels, [1, 0, 1])
-    assert loaded.labels.dtype == np.int64 and loaded.problems == () and len(loaded) == 3
+    assert loaded.labels.dtype == np.int64
+    assert loaded.problems == ()
+    assert len(loaded) == 3
     assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -50,7 +52,8 @@ def test_one_name_among_numbers_makes_names_of_all(tmp_path):
         tmp_path / "d.jsonl", {"text": "t", "label": 10}, {"text": "t", "label": "x"}, {"text": "t", "label": 2}
     )
     loaded = load_labelled_texts(path)
-    assert labels_of(loaded) == ["10", "x", "2"] and loaded.classes == ("10", "2", "x")
+    assert labels_of(loaded) == ["10", "x", "2"]
+    assert loaded.classes == ("10", "2", "x")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
@@ -91,9 +94,11 @@ def test_bad_lines_are_reported_by_number_and_the_others_are_used(tmp_path):
     assert loaded.texts == ("good", "good too")
     assert [problem.line for problem in loaded.problems] == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
     reasons = {problem.line: problem.reason for problem in loaded.problems}
-    assert reasons[3] == "label is missing" and reasons[4] == "text is missing"
+    assert reasons[3] == "label is missing"
+    assert reasons[4] == "text is missing"
     assert reasons[7] == reasons[8] == "label must be a name or an integer"
-    assert "label -1 is out of range" in reasons[9] and "out of range" in reasons[10]
+    assert "label -1 is out of range" in reasons[9]
+    assert "out of range" in reasons[10]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,8 @@ def test_what_cannot_be_used_is_named_and_never_quoted(tmp_path, name, content, 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
         load_labelled_texts(tmp_path / name)
-    assert "secret" not in str(error.value) and error.value.remedy
+    assert "secret" not in str(error.value)
+    assert error.value.remedy
 
 
 def test_what_is_not_there_is_named(tmp_path):

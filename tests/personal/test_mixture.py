@@ -71,7 +71,8 @@ def test_the_papers_models_have_the_papers_sizes():
     assert counts == {"cnn1": 2621558, "cnn2": 1815142, "cnn3": 1320558, "cnn4": 1060358, "cnn5": 670058}
     extractor = make_extractor("cnn5", seed=0)
     assert sum(p.numel() for p in extractor.parameters()) == 665048
-    assert extractor(torch.zeros(2, 3, 32, 32)).shape == (2, 500) and extractor.width == 500
+    assert extractor(torch.zeros(2, 3, 32, 32)).shape == (2, 500)
+    assert extractor.width == 500
     assert extractor.gate_in == 3072
 
 
@@ -96,7 +97,8 @@ def test_weights_of_an_example_sum_to_one(kind, training):
     with torch.no_grad():
         (gate.out_norm if kind == "switch" else gate.out).weight.normal_()
     weights = gate(x)
-    assert weights.shape == (16, 2) and (weights >= 0).all()
+    assert weights.shape == (16, 2)
+    assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(1), torch.ones(16))
     assert weights[:, 0].std() > 0  # it depends on the example
 
@@ -143,7 +145,8 @@ def test_a_batch_of_one_trains_with_the_layer_gate_and_is_refused_with_the_other
     mixture = make_mixture(Gate(192, 8, "layer"))
     assert np.isfinite(train(mixture, mixture.groups(), samples=images(1)))
     gradients = [p.grad for p in mixture.gate.parameters()]
-    assert all(g is not None for g in gradients) and any(g.abs().sum() > 0 for g in gradients)
+    assert all(g is not None for g in gradients)
+    assert any(g.abs().sum() > 0 for g in gradients)
     mixture = make_mixture(Gate(192, 8, "switch"))
     with pytest.raises(DataError, match="one example alone") as error:
         train(mixture, mixture.groups(), samples=images(1))
@@ -213,7 +216,8 @@ def test_one_weight_per_example_also_where_there_is_an_answer_per_token():
     own = PersonalModel(Tokens(9), nn.Linear(9, CLASSES), 9)
     mixture, batch = LocalMixture(Tokens(6), own, FixedGate(0.25)), a_batch()
     logits, weights = mixture(batch)
-    assert logits.shape == (5, 4, CLASSES) and weights.shape == (5, 2)
+    assert logits.shape == (5, 4, CLASSES)
+    assert weights.shape == (5, 2)
     mixed = 0.25 * mixture.projection(mixture.shared(batch.shared)) + 0.75 * own.extractor(batch.own)
     torch.testing.assert_close(logits, own.header(mixed))
 
@@ -223,7 +227,8 @@ def test_what_is_frozen_stays():
     frozen = mixture.own.extractor[1].weight.requires_grad_(False)
     before = frozen.clone()
     train(mixture, mixture.groups(), Rates(0.1, 0.1, 0.1, momentum=0.9, weight_decay=0.1))
-    assert torch.equal(frozen, before) and frozen.grad is None
+    assert torch.equal(frozen, before)
+    assert frozen.grad is None
 
 
 def test_a_mixture_is_what_its_state_says():
@@ -243,8 +248,11 @@ def test_it_learns_and_is_evaluated_on_every_example_in_its_order():
     last = train(mixture, mixture.groups(), Rates(0.1, 0.1, 0.1), epochs=15, samples=samples)
     after = evaluate(mixture, samples)
     assert not mixture.training
-    assert after.loss < before.loss / 2 and last < before.loss and after.accuracy > 0.9
-    assert after.gate_weights.shape == (40, 2) and np.array_equal(after.labels, samples.labels)
+    assert after.loss < before.loss / 2
+    assert last < before.loss
+    assert after.accuracy > 0.9
+    assert after.gate_weights.shape == (40, 2)
+    assert np.array_equal(after.labels, samples.labels)
     every = samples.batch(np.arange(40))
     with torch.no_grad():
         logits, weights = mixture(every)

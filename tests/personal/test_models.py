@@ -185,7 +185,8 @@ def test_the_papers_models_come_by_name_and_from_a_seed(name):
     state = torch.get_rng_state()
     first, again, other = load(name), load(name), load(name, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert first.width == 500 and first(images()).shape == (5, CLASSES)
+    assert first.width == 500
+    assert first(images()).shape == (5, CLASSES)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.header.weight, other.header.weight)
 
@@ -195,7 +196,8 @@ def test_a_classifier_is_taken_apart_where_it_ends(architecture, spec_of):
     whole = built(architecture).eval()
     model = load(spec_of(architecture)).eval()
     assert model.width == ARCHITECTURES[architecture]
-    assert isinstance(model.header, nn.Linear) and model.header.in_features == model.width
+    assert isinstance(model.header, nn.Linear)
+    assert model.header.in_features == model.width
     x = images()
     answer = whole(x)
     assert torch.equal(model(x), getattr(answer, "logits", answer))
@@ -210,7 +212,8 @@ def test_trying_a_model_leaves_no_trace_in_it(architecture, spec_of):
     whole, model = built(architecture), load(spec_of(architecture))
     for name, tensor in whole.named_buffers():
         assert torch.equal(model.extractor.model.get_buffer(name), tensor), name
-    assert model.training and all(part.training for part in model.modules())
+    assert model.training
+    assert all(part.training for part in model.modules())
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
@@ -229,7 +232,8 @@ def test_a_mixture_of_a_users_model_learns_in_all_parts_and_comes_back_from_its_
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
     state = mixture.state_dict()
     parameters = [name for name, _ in mixture.named_parameters()]
-    assert len(parameters) == len({p.data_ptr() for p in mixture.parameters()}) and set(parameters) <= state.keys()
+    assert len(parameters) == len({p.data_ptr() for p in mixture.parameters()})
+    assert set(parameters) <= state.keys()
     assert list(state) == list(again.state_dict())  # names depend on the architecture alone
     again.load_state_dict(state)
     assert torch.equal(again.eval()(batch)[0], mixture.eval()(batch)[0])
@@ -258,7 +262,8 @@ def test_lazy_layers_get_their_shapes_and_stay_frozen_or_not(spec_of):
         )
 
     model = load(spec_of(build))
-    assert model.width == 11 and float(next(model.buffers()).abs().sum()) == 0
+    assert model.width == 11
+    assert float(next(model.buffers()).abs().sum()) == 0
 
 
 def test_what_is_frozen_in_the_users_code_stays_frozen(spec_of):
@@ -270,7 +275,8 @@ def test_what_is_frozen_in_the_users_code_stays_frozen(spec_of):
 
     mixture = a_mixture(load(spec_of(build)))
     frozen = {name for name, p in mixture.own.named_parameters() if not p.requires_grad}
-    assert len(frozen) == 8 and len(mixture.groups()["model"]) == 4 + 2  # bn1 and fc; the projection
+    assert len(frozen) == 8
+    assert len(mixture.groups()["model"]) == 4 + 2
     x = images()
     cross_entropy(mixture(Batch(x, x, torch.arange(5)))[0], torch.arange(5)).backward()
     assert all((p.grad is None) == (name in frozen) for name, p in mixture.own.named_parameters())
@@ -291,7 +297,8 @@ class Parts(nn.Module):
 def test_a_model_that_names_its_parts_is_taken_as_it_is(width, spec_of):
     whole = built(lambda num_classes: Parts(width)).eval()
     model = load(spec_of(lambda: Parts(width))).eval()
-    assert model.width == 6 and isinstance(model.header, nn.Sequential)
+    assert model.width == 6
+    assert isinstance(model.header, nn.Sequential)
     assert torch.equal(model(images()), whole.header(whole.extractor(images())))
 
 
@@ -387,7 +394,8 @@ def test_what_cannot_be_used_is_refused_by_name(what, spec_of):
     function, message, remedy = BAD[what]
     with pytest.raises(ModelError, match=message) as error:
         load(spec_of(function))
-    assert str(error.value).startswith("somebodys_models:build_model") and remedy in error.value.remedy
+    assert str(error.value).startswith("somebodys_models:build_model")
+    assert remedy in error.value.remedy
 
 
 def test_a_module_that_returns_a_tuple_is_told_what_to_return(spec_of):
@@ -404,7 +412,8 @@ def test_a_name_of_nothing_lists_what_there_is(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFound, match="no folder here and no package.module:function") as error:
         load(spec)
-    assert "cnn1" in error.value.remedy and "package.module:function" in error.value.remedy
+    assert "cnn1" in error.value.remedy
+    assert "package.module:function" in error.value.remedy
 
 
 def test_code_lies_in_the_working_directory_and_knows_its_neighbours(user_file, tmp_path):
@@ -438,7 +447,7 @@ def test_what_the_users_code_raises_is_told_with_its_place(user_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source, message",
+    ("source", "message"),
     [
         ("def build_model(:\n", r"cannot be imported: SyntaxError: .*users_file_0.py, line 1\)"),
         ("import not_there_at_all\n", r"cannot be imported: ModuleNotFoundError: .*users_file_0.py, line 1\)"),
@@ -491,7 +500,8 @@ def test_a_text_model_gets_its_inputs_by_name_and_keeps_what_is_tied(spec_of):
     ids = torch.randint(0, 20, (3, 9), generator=torch.Generator().manual_seed(0))
     sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     model = load_model(spec_of(TextModel), task="text", num_classes=20, seed=0, sample=sample, vocab_size=20)
-    assert model.width == 6 and model(sample).shape == (3, 9, 20)
+    assert model.width == 6
+    assert model(sample).shape == (3, 9, 20)
     assert model.header.weight is model.extractor.model.embedding.weight
     assert len([*model.parameters()]) == 1 + 4
     with pytest.raises(ConfigError, match="for text"):
@@ -532,4 +542,5 @@ def test_the_readmes_example_runs_as_it_is_written(user_file):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     example = readme.split("```python\n# mine.py")[1].split("```")[0]
     model = load(f"{user_file('#' + example)}:build_model")
-    assert model.width == 512 and model(images()).shape == (5, CLASSES)
+    assert model.width == 512
+    assert model(images()).shape == (5, CLASSES)

@@ -41,7 +41,8 @@ def test_by_class_every_client_has_so_many_classes(labels, clients, each, seed):
     assert holders.max() - holders.min() <= 1
     for label in classes[holders > 0]:
         shards = counts[counts[:, label] > 0, label]
-        assert shards.sum() == (labels == label).sum() and shards.max() - shards.min() <= 1
+        assert shards.sum() == (labels == label).sum()
+        assert shards.max() - shards.min() <= 1
     if clients * each >= len(classes):
         assert len(used) == len(labels)
     else:
@@ -55,7 +56,8 @@ def test_dirichlet_uses_every_example_once(labels, clients, alpha, seed, least):
         parts = partition_dirichlet(labels, clients, alpha, seed, least)
     except DataError:
         assume(False)
-    assert len(parts) == clients and min(map(len, parts)) >= least
+    assert len(parts) == clients
+    assert min(map(len, parts)) >= least
     assert all((np.diff(part) > 0).all() for part in parts)
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
 
@@ -115,7 +117,8 @@ SETTINGS = PartitionSettings(clients=3, classes_per_client=2)
 def test_files_hold_what_was_divided_and_can_be_joined_with(tmp_path):
     whole = samples()
     partition = write_partition(tmp_path / "out", whole, SETTINGS, "digest")
-    assert partition.files == ("client-00.npz", "client-01.npz", "client-02.npz") and not partition.cached
+    assert partition.files == ("client-00.npz", "client-01.npz", "client-02.npz")
+    assert not partition.cached
     for client, (name, part) in enumerate(zip(partition.files, SETTINGS.divide(whole.labels), strict=True)):
         read = load_images(tmp_path / "out" / name)
         np.testing.assert_array_equal(read.images, whole.images[part])
@@ -124,7 +127,8 @@ def test_files_hold_what_was_divided_and_can_be_joined_with(tmp_path):
         np.testing.assert_array_equal(np.bincount(read.labels, minlength=3), partition.counts[client])
     record = json.loads((tmp_path / "out" / "partition.json").read_text())
     assert record["settings"] == {"clients": 3, "by": "class", "classes_per_client": 2, "seed": 0, "resized": False}
-    assert record["source_sha256"] == "digest" and record["counts"] == partition.counts.tolist()
+    assert record["source_sha256"] == "digest"
+    assert record["counts"] == partition.counts.tolist()
     assert (tmp_path / "out" / "partition.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -147,7 +151,8 @@ def test_the_same_is_not_written_again_and_others_are_refused(tmp_path, monkeypa
     first = write_partition(out, samples(), SETTINGS, "digest")
     times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     again = write_partition(out, samples(), PartitionSettings(clients=3, classes_per_client=2, alpha=9.0), "digest")
-    assert again.cached and again.files == first.files
+    assert again.cached
+    assert again.files == first.files
     np.testing.assert_array_equal(again.counts, first.counts)
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
     with pytest.raises(ConfigError, match="seed 0 instead of 1"):

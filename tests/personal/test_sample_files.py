@@ -51,7 +51,8 @@ def test_grey_images_get_three_equal_channels_and_it_is_said(tmp_path, shape):
     )
     for channel in range(3):
         np.testing.assert_array_equal(samples.images[..., channel], PIXELS[..., 0])
-    assert len(notes) == 1 and "grey" in notes[0]
+    assert len(notes) == 1
+    assert "grey" in notes[0]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -59,7 +60,8 @@ def test_floats_from_0_to_1_give_the_bytes_they_came_from_and_it_is_said(tmp_pat
     notes = []
     path = saved(tmp_path / "d.npz", images=(PIXELS / 255).astype(dtype), labels=LABELS)
     np.testing.assert_array_equal(load_images(path, tell=notes.append).images, PIXELS)
-    assert len(notes) == 1 and "float" in notes[0]
+    assert len(notes) == 1
+    assert "float" in notes[0]
 
 
 def test_a_single_class_is_fine_and_unread_arrays_are_named(tmp_path):
@@ -150,7 +152,8 @@ def test_a_damaged_archive_gives_named_errors_only(archive, data):
         samples = load_images(path)
     except EdgefedError:
         return
-    assert samples.images.dtype == np.uint8 and len(samples) == len(samples.images)
+    assert samples.images.dtype == np.uint8
+    assert len(samples) == len(samples.images)
 
 
 def folder_of(tmp_path, suffix=".png", mode="RGB"):

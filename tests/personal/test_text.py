@@ -155,10 +155,13 @@ def test_each_model_gets_the_ids_of_its_own_tokenizer(packaged, bert):
             assert inputs["input_ids"][row].tolist() == wanted + [tokenizer.pad_token_id] * (longest - len(wanted))
             assert inputs["attention_mask"][row].tolist() == [1] * len(wanted) + [0] * (longest - len(wanted))
     assert batch.own["input_ids"][0, -1] == own.convert_tokens_to_ids("[SEP]"), "a cut text ends as others do"
-    assert batch.labels.tolist() == [1, 1] and batch.labels.dtype == torch.int64
-    assert (samples.shared.longest, samples.own.longest) == (6, 6) and samples.own.cut == 2
+    assert batch.labels.tolist() == [1, 1]
+    assert batch.labels.dtype == torch.int64
+    assert (samples.shared.longest, samples.own.longest) == (6, 6)
+    assert samples.own.cut == 2
     train, held = hold_out(samples, 0.5, seed=0)
-    assert len(train) == len(held) == 2 and sorted(train.labels) == sorted(held.labels) == [0, 1]
+    assert len(train) == len(held) == 2
+    assert sorted(train.labels) == sorted(held.labels) == [0, 1]
     whole = {tuple(row) for part in (train, held) for row in part.batch(np.arange(2)).shared["input_ids"].tolist()}
     assert len(whole) == 4
 
@@ -167,7 +170,8 @@ def test_texts_of_one_vocabulary_are_kept_once(packaged):
     twin = load_tokenizer(resolve_model("tiny"))
     samples = text_samples(TEXTS, LABELS, ("a", "b"), shared_tokenizer=packaged, own_tokenizer=twin, length=9)
     batch = samples.subset(np.arange(3)).batch(np.arange(2))
-    assert samples.own is samples.shared and batch.own is batch.shared
+    assert samples.own is samples.shared
+    assert batch.own is batch.shared
 
 
 @pytest.mark.parametrize("text", ["", "   \n\t "])
@@ -200,10 +204,13 @@ def test_labels_of_next_tokens_are_shifted_and_prompts_are_not_learned(packaged)
     prompt, answer = Segment("What is a list ?", False), Segment("A list is a mutable sequence .", True)
     length = len(packaged(prompt.text)["input_ids"]) + len(packaged(answer.text)["input_ids"]) + 1
     samples = token_samples([(prompt, answer), (answer,)], packaged, length)
-    assert len(samples) >= 1 and samples.labels.tolist() == [0] * len(samples)
+    assert len(samples) >= 1
+    assert samples.labels.tolist() == [0] * len(samples)
     batch = samples.batch(np.arange(len(samples)))
     ids, labels = batch.shared["input_ids"], batch.labels
-    assert batch.own is batch.shared and ids.shape == labels.shape and (labels[:, -1] == -100).all()
+    assert batch.own is batch.shared
+    assert ids.shape == labels.shape
+    assert (labels[:, -1] == -100).all()
     learned = labels != -100
     assert torch.equal(labels[:, :-1][learned[:, :-1]], ids[:, 1:][learned[:, :-1]])
     asked = len(packaged(prompt.text)["input_ids"])
@@ -217,7 +224,8 @@ def test_vocabularies_are_compared_and_not_their_names(packaged, llama):
     twin, other = load_tokenizer(resolve_model("tiny")), load_tokenizer(llama)
     twin.name_or_path = "another"
     other.name_or_path = packaged.name_or_path
-    assert same_vocabulary(packaged, twin) and not same_vocabulary(packaged, other)
+    assert same_vocabulary(packaged, twin)
+    assert not same_vocabulary(packaged, other)
     check_same_vocabulary(packaged, twin, "mine")
     with pytest.raises(ConfigError, match=r"mine has 200 tokens, the run 2048, and 0 of them") as caught:
         check_same_vocabulary(packaged, other, "mine")
@@ -235,7 +243,8 @@ def test_own_models_pool_what_is_real(name, bert, llama):
     model.eval()
     with torch.no_grad():
         features = model.extractor(inputs)
-        assert features.shape == (4, model.width) and model(inputs).shape == (4, 3)
+        assert features.shape == (4, model.width)
+        assert model(inputs).shape == (4, 3)
         torch.testing.assert_close(model.extractor(padded(inputs, 3, 0)), features, rtol=1e-4, atol=1e-5)
     again, _ = load_text_model(spec, num_classes=3, task="text", seed=5)
     assert torch.equal(again.header.weight, model.header.weight)
@@ -350,7 +359,8 @@ def test_the_mixture_predicts_a_token_from_what_comes_before_it_alone(packaged, 
     with torch.no_grad():
         logits, weights = mixture(batch)
         other, other_weights = mixture(Batch(changed, changed, batch.labels))
-    assert logits.shape == (1, 12, 2048) and weights.shape == (1, 12, 2)
+    assert logits.shape == (1, 12, 2048)
+    assert weights.shape == (1, 12, 2)
     torch.testing.assert_close(other[:, :8], logits[:, :8], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other_weights[:, :8], weights[:, :8], rtol=1e-5, atol=1e-5)
     assert (other[:, 8:] - logits[:, 8:]).abs().max() > 1e-3
@@ -386,7 +396,8 @@ def test_the_shared_extractor_alone_learns(packaged):
     own = PersonalModel(NoFeatures(SMALL.width), nn.Linear(SMALL.width, 4), SMALL.width)
     mixture = make_mixture(own, 2048, gate=FixedGate(1.0))
     train, held_out = learnable(packaged, packaged)
-    assert len(held_out) == 192 and evaluate(mixture, held_out).accuracy < BETTER_THAN_CHANCE
+    assert len(held_out) == 192
+    assert evaluate(mixture, held_out).accuracy < BETTER_THAN_CHANCE
     optimizer = make_optimizer(mixture.groups(), Rates(0.1, 0.1, 0.1, momentum=0.9))
     train_epochs(mixture, train, optimizer, epochs=10, batch_size=16, rng=np.random.default_rng(0))
     assert evaluate(mixture, held_out).accuracy > BETTER_THAN_CHANCE
@@ -440,7 +451,8 @@ def test_every_method_of_the_comparison_reads_text(name, packaged):
     options = {"vocab_size": 2048, "extractor": "text-small"} if name in ("fedmoe", "static", "fml") else {}
     history = run(make_strategy(name, clients, FedMoE(batch_size=8), seed=0, **options), Settings(1))
     sent = history.rounds[0].parameters_up
-    assert all(np.isfinite(loss) for loss in history.rounds[0].losses.values()) and sent[0] == TOLD.get(name, sent[0])
+    assert all(np.isfinite(loss) for loss in history.rounds[0].losses.values())
+    assert sent[0] == TOLD.get(name, sent[0])
     assert (max(sent.values()) > 0) == (name != "standalone")
 
 
@@ -454,6 +466,7 @@ def test_the_comparison_continues_text_too(name, packaged, lines):
         name, [client], FedMoE(batch_size=2), seed=0, extractor="text-small", vocab_size=2048, per_token=True
     )
     history = run(strategy, Settings(1))
-    assert np.isfinite(history.rounds[0].losses[0]) and 0 <= history.final()[0] <= 1
+    assert np.isfinite(history.rounds[0].losses[0])
+    assert 0 <= history.final()[0] <= 1
     with pytest.raises(ConfigError, match="there are none: it cannot learn to continue text"):
         make_strategy("fedproto", [client], FedMoE(), seed=0)

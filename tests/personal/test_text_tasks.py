@@ -65,7 +65,8 @@ def files(tmp_path_factory):
     manifest = reader.manifest(1)
     paths = reader.paths(manifest)
     (unit,) = manifest.units
-    assert sum(int(np.prod(tensor.shape)) for tensor in unit.tensors) == 2_102_272 and unit.trainable
+    assert sum(int(np.prod(tensor.shape)) for tensor in unit.tensors) == 2_102_272
+    assert unit.trainable
     return {file.name: paths[file.sha256] for file in manifest.files}
 
 
@@ -91,13 +92,15 @@ def learns(opened) -> None:
     train_epochs(mixture, opened.train, optimizer, epochs=1, batch_size=8, rng=np.random.default_rng(0))
     assert not torch.equal(opened.shared.encoder.embedding.weight, before)
     found = evaluate(mixture, opened.held_out)
-    assert np.isfinite(found.loss) and len(found.gate_weights) == len(opened.held_out)
+    assert np.isfinite(found.loss)
+    assert len(found.gate_weights) == len(opened.held_out)
 
 
 def test_a_tokenizer_travels_as_files_of_the_run(files):
     tokenizer = unpack_tokenizer(files)
     assert vocabulary_size(tokenizer) == 2048
-    assert tokenizer("def f(self):")["input_ids"] and set(files) >= {"tokenizer.json", "tokenizer_config.json"}
+    assert tokenizer("def f(self):")["input_ids"]
+    assert set(files) >= {"tokenizer.json", "tokenizer_config.json"}
     with pytest.raises(MalformedMessage, match="bare file name"):
         unpack_tokenizer({"../tokenizer.json": next(iter(files.values()))})
     with pytest.raises(ModelNotFound, match="no tokenizer"):
@@ -107,13 +110,17 @@ def test_a_tokenizer_travels_as_files_of_the_run(files):
 @pytest.mark.parametrize("model", ["text-cnn", "my_text:build_model"])
 def test_labelled_texts(files, labelled, code, model):
     task = make_task("text", labelled, model, "me", 0.2)
-    assert task.num_examples == 16 and task.classes == ("code", "prose") and len(task.problems) == 1
-    assert "line 21" in task.problems[0] and "label" in task.problems[0]
+    assert task.num_examples == 16
+    assert task.classes == ("code", "prose")
+    assert len(task.problems) == 1
+    assert "line 21" in task.problems[0]
+    assert "label" in task.problems[0]
     opened = task.open("text-small", files, seed=3, length=24)
     assert (len(opened.train), len(opened.held_out)) == (16, 4)
     assert any("tokens of the run's tokenizer" in note for note in opened.notes)
     batch = opened.train.batch(np.arange(16))
-    assert batch.shared["input_ids"].shape == (16, 24) and (batch.own is batch.shared) == (model != "text-cnn")
+    assert batch.shared["input_ids"].shape == (16, 24)
+    assert (batch.own is batch.shared) == (model != "text-cnn")
     assert batch.own["input_ids"].shape == (16, 24)
     learns(opened)
 
@@ -123,7 +130,8 @@ def test_the_next_token(files, code, tmp_path, model):
     path = tmp_path / "notes.txt"
     path.write_text("\n\n".join(labelled_lines(20, lines=8, classes=("topics",))[0]))
     task = make_task("next-token", str(path), model, "me", 0.2)
-    assert task.num_examples > 3 and task.classes == ()
+    assert task.num_examples > 3
+    assert task.classes == ()
     opened = task.open("text-small", files, seed=3, length=32)
     assert len(opened.train) > len(opened.held_out) > 0
     batch = opened.train.batch(np.arange(2))

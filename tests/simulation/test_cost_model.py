@@ -101,7 +101,8 @@ def test_experts_are_loaded_from_disk_over_the_host_link():
 def test_a_profile_after_the_upload_is_no_part_of_the_round():
     now = times(work(profile_tokens=2048, profile_storage="nf4"))
     later = times(work(waiting_profile_tokens=2048, profile_storage="nf4"))
-    assert now.parts["profile"] == pytest.approx(later.in_wait) and now.in_wait == 0
+    assert now.parts["profile"] == pytest.approx(later.in_wait)
+    assert now.in_wait == 0
     assert later.parts["profile"] == 0
     assert times(work()).parts["profile"] == 0
 
@@ -153,7 +154,9 @@ def test_gpus_are_charged_with_the_optimizer_that_was_asked_for():
 def test_every_device_of_a_usual_fleet_has_rates_and_a_budget(name):
     on = device(name)
     rates = device_rates(on)
-    assert rates.flops(2) >= rates.flops(4) > 0 and rates.bandwidth > 0 and rates.disk_read > 0
+    assert rates.flops(2) >= rates.flops(4) > 0
+    assert rates.bandwidth > 0
+    assert rates.disk_read > 0
     assert (rates.host_link is None) == (rates.kind is not MemoryKind.DISCRETE)
     assert 0 < memory_budget(on) < on.profile.value("memory_visible") * GIB
     assert memory_budget(dataclasses.replace(on, memory_bytes=GIB)) == GIB
@@ -199,4 +202,5 @@ def test_the_calibration_is_the_recorded_one():
     for phase in ("forward", "backward", "optimizer"):
         assert getattr(Calibration(), phase) == pytest.approx(recorded["calibration"][phase], abs=0.006)
     predicted = [row["error"] for row in recorded["rows"][1:]]
-    assert len(predicted) >= 3 and max(map(abs, predicted)) < 0.25
+    assert len(predicted) >= 3
+    assert max(map(abs, predicted)) < 0.25

@@ -97,7 +97,8 @@ def test_one_agent_killed_and_one_upload_repeated_give_the_closed_form(serve, pr
             for entry in frames.read_header(blob).values():
                 np.testing.assert_array_equal(frames.map_tensor(blob, entry), expected)
         untouched = [unit for unit in manifest.units if not unit.trainable]
-        assert untouched and all(final[unit.key].sha256 == unit.sha256 for unit in untouched)
+        assert untouched
+        assert all(final[unit.key].sha256 == unit.sha256 for unit in untouched)
 
 
 @pytest.mark.parametrize("scope", ["full", "lora"])
@@ -133,7 +134,8 @@ def test_a_device_trains_and_its_text_never_crosses_the_wire(serve, processes, w
         ids = tokenizer(line)["input_ids"][:8]
         for dtype in (np.int16, np.int32, np.int64):
             assert np.array(ids, dtype).tobytes() not in heard
-        assert ", ".join(map(str, ids)).encode() not in heard and ",".join(map(str, ids)).encode() not in heard
+        assert ", ".join(map(str, ids)).encode() not in heard
+        assert ",".join(map(str, ids)).encode() not in heard
 
     export = processes(
         "-m", "edgefed", "export", "--state", tmp_path / "run", "--to", "hf", tmp_path / "model",
@@ -163,7 +165,10 @@ def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
     )  # fmt: skip
     assert demo.wait(timeout=240) == 0, (tmp_path / "demo.log").read_text()
     log = (tmp_path / "demo.log").read_text()
-    assert "round 1 of 1, 2 updates" in log and "asyncio" in log and "100 %" in log and "50 %" in log
+    assert "round 1 of 1, 2 updates" in log
+    assert "asyncio" in log
+    assert "100 %" in log
+    assert "50 %" in log
     found = json.loads((tmp_path / "demo" / "demo.json").read_text())
     clients = found["results"][0]["clients"]
     assert [sum(client["held"]) for client in clients] == [64, 32]
@@ -172,7 +177,8 @@ def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
     assert len(found["results"][0]["mean_global_losses"]) == 2
     assert found["sample"].startswith("import asyncio")
     picture = (tmp_path / "demo" / "demo.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
     assert (tmp_path / "demo" / "model" / "model.safetensors").exists()
 
 
@@ -198,7 +204,9 @@ def test_the_demo_gives_each_method_the_training_and_the_share_that_it_needs(mon
         with pytest.raises(Stopped):
             demo.run_demo(demo.DemoConfig(out=tmp_path / method, methods=(method,), clients=2), Sink())
     flags, shares = started["fmq"]
-    assert flags[flags.index("--train-experts") + 1] == "lora" and shares == [1.0, 1.0]
+    assert flags[flags.index("--train-experts") + 1] == "lora"
+    assert shares == [1.0, 1.0]
     flags, shares = started["fmd"]
-    assert "--train-experts" not in flags and shares == [1.0, 1.0]
+    assert "--train-experts" not in flags
+    assert shares == [1.0, 1.0]
     assert started["hfedmoe"][1] == [1.0, 0.5]

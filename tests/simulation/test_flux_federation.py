@@ -42,13 +42,15 @@ def test_flux_runs_with_unequal_devices_and_survives_an_agents_death(serve, proc
         name: ExpertPlan.from_dict(json.loads((tmp_path / name / PLAN_FILE).read_text())["plan"])
         for name in ("large", "small")
     }
-    assert plans["large"].num_resident == 32 and plans["small"].num_resident == 16
+    assert plans["large"].num_resident == 32
+    assert plans["small"].num_resident == 16
     assert sum(len(groups) for groups in plans["large"].merged) == 16
     with RunReader(tmp_path / "run") as reader:
         assert reader.last_round == 4
     store = Store(tmp_path / "run", read_only=True)
     clients = {client.name: client for client in store.clients()}
     store.close()
-    assert clients["large"].survey.tune_slots == 16 and clients["small"].survey.tune_slots == 8
+    assert clients["large"].survey.tune_slots == 16
+    assert clients["small"].survey.tune_slots == 8
     measured = [u for row in clients["large"].survey.utility for u in row if u is not None]
     assert len(measured) > 16, "utilities of three rounds: the assignments moved on"

@@ -69,7 +69,8 @@ def test_unlike_clients_one_of_which_dies_and_nothing_but_theta_crosses_the_wire
     images = load_glyphs("glyphs:1").images
     for image in (images[0], images[150]):
         scaled = image.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
-        assert image.tobytes()[:64] not in up and scaled.tobytes()[:64] not in up
+        assert image.tobytes()[:64] not in up
+        assert scaled.tobytes()[:64] not in up
     assert b"my_package" not in up, "not even the name of the model"
 
 
@@ -90,4 +91,5 @@ def test_the_demo_compares_what_each_client_got(tmp_path):
     refused = subprocess.run(
         [sys.executable, "-m", "edgefed", *command, "--learning-rate", "0.1"], capture_output=True, text=True
     )
-    assert refused.returncode == 2 and "--learning-rate says nothing" in refused.stderr
+    assert refused.returncode == 2
+    assert "--learning-rate says nothing" in refused.stderr

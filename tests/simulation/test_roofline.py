@@ -60,7 +60,7 @@ def test_nothing_but_the_output_embedding_is_added_for_logits():
 
 
 def test_all_tuned_doubles_the_experts_backward_pass():
-    """dX and dW: twice the forward pass where gradients flow on, in the first layer, where none do, only part of it."""
+    """DX and dW: twice the forward pass where gradients flow on, in the first layer, where none do, only part of it."""
     frozen = training_step(SHAPE, SETUP, [4, 4], [0, 0], [0, 0])
     trainable = training_step(SHAPE, SETUP, [4, 4], [4, 4], [1, 1])
     pairs = TOKENS * 2

@@ -44,14 +44,16 @@ def read(tmp_path, text: str) -> SimulationConfig:
 def test_a_file_is_read_whole(tmp_path):
     config = read(tmp_path, GOOD)
     assert (config.rounds, config.target_loss, config.preinstalled) == (3, 2.5, True)
-    assert config.training.local_steps == 4 and config.training.learning_rate == 1e-3
+    assert config.training.local_steps == 4
+    assert config.training.learning_rate == 1e-3
     assert [choice.label for choice in config.methods] == ["hfedmoe", "redrawn"]
     assert config.methods[1].options == {"redraw": True}
     big, *small = config.fleet
     assert (big.link.down_mbit, big.link.up_mbit, big.link.latency_ms) == (200, 33, 20)
     assert [device.name for device in small] == ["jetson-orin-nano-8gb-1", "jetson-orin-nano-8gb-2"]
     assert [device.data for device in config.fleet] == ["silo:asyncio", str(tmp_path / "notes.jsonl"), "silo:xml"]
-    assert small[0].memory_bytes == 3 * 2**30 and small[0].expert_share == 0.5
+    assert small[0].memory_bytes == 3 * 2**30
+    assert small[0].expert_share == 0.5
     assert small[0].profile.value("bandwidth") == 68  # of the power mode, not of the fastest
 
 

@@ -49,7 +49,8 @@ def test_every_second_of_every_client_is_accounted_for(rounds):
         assert span.begins == now
         now = span.ends
         for name, client in span.clients.items():
-            assert client.waits >= 0 and client.late >= 0
+            assert client.waits >= 0
+            assert client.late >= 0
             assert 0 <= client.hidden <= times[name].in_wait
             assert client.busy + client.hidden + client.waits == pytest.approx(span.seconds, abs=1e-3)
 

@@ -143,7 +143,8 @@ def test_a_measured_step_says_what_offloaded_experts_leave_in_memory(tmp_path, m
     bench.offload = OffloadSpace(torch.device("cpu"), tmp_path)
     reference, everything = bench.setup(offload=True), [8] * 3
     [first] = bench.measure(reference, everything, everything, steps=1)
-    assert first.state_bytes == 0 and first.weight_bytes < 0.2 * 3 * 8 * 3 * 128 * 384 * 4
+    assert first.state_bytes == 0
+    assert first.weight_bytes < 0.2 * 3 * 8 * 3 * 128 * 384 * 4
     correction = correction_from(first, bench.shape, reference)
     for how in ({}, {"checkpointing": True}, {"checkpointing": True, "chunked_loss": True}):
         setup = bench.setup(offload=True, **how)
@@ -245,7 +246,9 @@ def test_a_step_that_fails_leaves_no_hook():
 def test_nothing_is_written_to_the_terminal(capfd):
     Bench.of("mixtral").measure(StepSetup(1, 32, "float32"), [2] * 3, [1] * 3, steps=1)
     written = capfd.readouterr()
-    assert written.out == "" and "USDT" not in written.err and "profil" not in written.err
+    assert written.out == ""
+    assert "USDT" not in written.err
+    assert "profil" not in written.err
 
 
 def test_a_process_that_cannot_reset_its_peak_says_so(monkeypatch):
@@ -268,7 +271,8 @@ def test_cuda_reads_its_own_allocator():
     bench.model.module.to("cuda")
     bench.model._device = torch.device("cuda")
     [first] = bench.measure(bench.setup(device="cuda"), [4] * 3, [2] * 3, steps=1)
-    assert first.device.startswith("cuda") and first.process_bytes is None
+    assert first.device.startswith("cuda")
+    assert first.process_bytes is None
     assert 0 < first.weight_bytes < first.peak_bytes
 
 

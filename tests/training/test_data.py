@@ -30,7 +30,8 @@ class ByteTokenizer:
         self.chat_template = chat_template
 
     def __call__(self, texts, add_special_tokens, verbose):
-        assert isinstance(texts, list) and add_special_tokens is False
+        assert isinstance(texts, list)
+        assert add_special_tokens is False
         return {"input_ids": [self._encode(text) for text in texts]}
 
     def _encode(self, text):
@@ -258,8 +259,10 @@ def numbered(count):
 def test_split_is_a_partition_in_order(count, share):
     examples = numbered(count)
     train, held_out = split_held_out(examples, share, seed=3)
-    assert train and held_out
-    assert len(train) + len(held_out) == count and set(train) | set(held_out) == set(examples)
+    assert train
+    assert held_out
+    assert len(train) + len(held_out) == count
+    assert set(train) | set(held_out) == set(examples)
     assert len(held_out) == min(max(1, round(share * count)), count - 1)
     assert train == [example for example in examples if example in train]
     assert held_out == [example for example in examples if example in held_out]
@@ -288,7 +291,8 @@ def test_split_of_share_zero_of_one_and_of_none():
 def test_repeated_records_are_never_on_both_sides(seed):
     examples = numbered(10) * 3 + numbered(2) * 20
     train, held_out = split_held_out(examples, 0.1, seed)
-    assert train and held_out
+    assert train
+    assert held_out
     assert not set(train) & set(held_out)
     assert split_held_out(numbered(1) * 4, 0.5, seed)[1] == []
     assert not set.intersection(*map(set, split_held_out(numbered(1) * 9 + numbered(2), 0.1, seed)))
@@ -300,7 +304,8 @@ def test_corpus_of_a_file(tmp_path):
     loaded = load_examples(path)
     assert (corpus.train, corpus.held_out) == split_held_out(loaded.examples, 0.3, 1)
     assert (len(corpus.train), len(corpus.held_out)) == (7, 3)
-    assert corpus.problems == loaded.problems and corpus.problems[0].line == 11
+    assert corpus.problems == loaded.problems
+    assert corpus.problems[0].line == 11
     assert (corpus.sha256, corpus.source) == (loaded.sha256, path)
 
 
@@ -347,7 +352,8 @@ def test_chat_without_template():
     text, mask = encode_one(example)
     assert text == "system: Be kind\nuser: Hi\nassistant: Hello\nuser: Bye\nassistant: So long\n$"
     assert mask.replace("_", "") == "Hello\nSo long\n$"
-    assert mask.index("Hello") == text.index("Hello") and mask.index("So long") == text.index("So long")
+    assert mask.index("Hello") == text.index("Hello")
+    assert mask.index("So long") == text.index("So long")
 
 
 CHATML = (

@@ -127,8 +127,10 @@ def test_a_real_allocation_that_cannot_be_made_is_recognised():
 
 def test_a_lost_device_names_itself_and_what_to_do():
     error = device_lost(RuntimeError("CUDA error: unspecified launch failure\nmore"), "cuda:1")
-    assert isinstance(error, DeviceLost) and str(error).startswith("cuda:1 stopped answering: CUDA error: unspecified")
-    assert "dmesg" in error.remedy and "\n" not in str(error)
+    assert isinstance(error, DeviceLost)
+    assert str(error).startswith("cuda:1 stopped answering: CUDA error: unspecified")
+    assert "dmesg" in error.remedy
+    assert "\n" not in str(error)
     assert str(device_lost(RuntimeError(), "cuda:0")) == "cuda:0 stopped answering: RuntimeError"
 
 
@@ -142,7 +144,8 @@ def test_batches_are_halved_until_they_fit():
         return size * 10
 
     assert with_smaller_batches(run, 9, told.append) == 20
-    assert asked == [9, 4, 2] and told == [4, 2]
+    assert asked == [9, 4, 2]
+    assert told == [4, 2]
 
 
 def test_what_does_not_fit_alone_or_fails_otherwise_passes():

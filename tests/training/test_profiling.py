@@ -134,7 +134,8 @@ def test_only_one_layer_is_held_at_a_time(monkeypatch):
     monkeypatch.setattr(full_layers, "ExpertBank", Watched)
     profile_blocks(model, blocks, MemorySource(units), ProfilePass("layer", "nf4", ROWS, 0))
     gc.collect()
-    assert alive == [0, 0, 0, 0] and not any(bank() is not None for bank in made)
+    assert alive == [0, 0, 0, 0]
+    assert not any(bank() is not None for bank in made)
 
 
 def test_adapters_are_part_of_it():
@@ -156,7 +157,9 @@ def test_progress_adds_up():
     for way in HELD:
         done = []
         profile_blocks(model, blocks, MemorySource(units), way, on_batch=done.append)
-        assert sum(done) == blocks.num_tokens and all(tokens >= 0 for tokens in done) and len(done) > 1
+        assert sum(done) == blocks.num_tokens
+        assert all(tokens >= 0 for tokens in done)
+        assert len(done) > 1
 
 
 def threads():
@@ -208,7 +211,8 @@ def test_layers_without_attention_are_told():
     model, units, blocks = make("jamba")
     heard = []
     profile_blocks(model, blocks, MemorySource(units), HELD[1], attention=True, tell=heard.append)
-    assert len(heard) == 1 and heard[0].startswith("attention: model.layers.0.feed_forward.experts has no attention")
+    assert len(heard) == 1
+    assert heard[0].startswith("attention: model.layers.0.feed_forward.experts has no attention")
 
 
 def record(*frequencies):
@@ -224,7 +228,8 @@ def test_errors_by_hand():
     estimate = record([5, 5, 5, 5], [2, 4, 8, 6])
     # Layer 0: |5-10|/10, 0, (unused), 0 -> 0.5/3. Layer 1: 0, 1, 0, 0.25 -> 1.25/4.
     assert activation_error(estimate, truth) == pytest.approx((0.5 / 3 + 1.25 / 4) / 2)
-    assert activation_error(truth, truth) == 0 and top_k_agreement(truth, truth) == 1
+    assert activation_error(truth, truth) == 0
+    assert top_k_agreement(truth, truth) == 1
     # Two experts a token. Layer 0: {0, 1} against {0, 1}; layer 1: {2, 3} against {2, 3}.
     assert top_k_agreement(estimate, truth) == 1
     assert top_k_agreement(record([1, 9, 9, 1], [9, 9, 1, 1]), truth) == pytest.approx((0.5 + 0) / 2)

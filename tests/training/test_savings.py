@@ -37,7 +37,8 @@ def small_chunks(monkeypatch):
 
 
 def close(a: dict, b: dict, tolerance: float = 2e-5) -> None:
-    assert a.keys() == b.keys() and a
+    assert a.keys() == b.keys()
+    assert a
     for name in a:
         scale = a[name].abs().max().item()
         assert (a[name] - b[name]).abs().max().item() <= tolerance * max(scale, 1e-6), name
@@ -181,12 +182,14 @@ def test_checkpointing_gives_the_same_and_counts_once(family, mode, tmp_path):
     plain, saved = found
     assert plain[0] == pytest.approx(saved[0], rel=1e-6)
     close(plain[1], saved[1])
-    assert plain[3:] == saved[3:] and len(plain[5]) == len(model.layers)
+    assert plain[3:] == saved[3:]
+    assert len(plain[5]) == len(model.layers)
     for a, b in zip(plain[2].layers, saved[2].layers, strict=True):
         assert a.num_tokens == b.num_tokens == ids.numel()
         assert (a.tokens_per_expert == b.tokens_per_expert).all()
     layers = [m for m in model.module.modules() if hasattr(m, "gradient_checkpointing")]
-    assert layers and not any(m.gradient_checkpointing for m in layers)  # off again
+    assert layers
+    assert not any(m.gradient_checkpointing for m in layers)
     assert not model.module.get_input_embeddings()._forward_hooks
 
 
@@ -222,7 +225,8 @@ def test_a_model_without_checkpointing_is_refused_by_name():
 def test_plain_adamw_is_torchs_without_a_copy_of_all_parameters():
     optimizer = make_optimizer([torch.nn.Parameter(torch.ones(3))], "adamw", learning_rate=0.1, weight_decay=0.2)
     assert type(optimizer) is torch.optim.AdamW
-    assert optimizer.defaults["foreach"] is False and optimizer.defaults["weight_decay"] == 0.2
+    assert optimizer.defaults["foreach"] is False
+    assert optimizer.defaults["weight_decay"] == 0.2
 
 
 def test_optimizers_that_are_not_there_are_refused_by_name(monkeypatch):
@@ -297,7 +301,8 @@ def test_blocks_are_cut_without_losing_what_can_be_learned():
     half = blocks.shortened(6)
     assert half.input_ids.tolist() == [list(range(6, 12)), list(range(12, 18)), list(range(18, 24))]
     assert blocks.shortened(5).input_ids.shape == (3, 5)  # the last two of each row are dropped
-    assert blocks.shortened(12) is blocks and blocks.shortened(99) is blocks
+    assert blocks.shortened(12) is blocks
+    assert blocks.shortened(99) is blocks
     hidden = TokenBlocks(ids, torch.full_like(ids, -100))
     assert hidden.shortened(6) is hidden  # nothing would be left
     with pytest.raises(ValueError, match="at least 2"):
@@ -336,7 +341,8 @@ def test_savings_switched_on_between_steps_change_nothing_but_memory(tmp_path):
         }))  # fmt: skip
     (plain, losses, values), (saved, other_losses, other_values) = outcomes
     assert losses == pytest.approx(other_losses, rel=1e-5)
-    assert plain.expert_steps == saved.expert_steps and plain.num_tokens == saved.num_tokens
+    assert plain.expert_steps == saved.expert_steps
+    assert plain.num_tokens == saved.num_tokens
     for key in values:
         for name in values[key]:
             assert torch.allclose(values[key][name], other_values[key][name], atol=2e-5), (key, name)
@@ -347,7 +353,8 @@ def test_a_shorter_sequence_applies_from_the_next_step(tmp_path):
 
     model = make_device("olmoe", tmp_path, TrainScope(), TRAINABLE, FROZEN)
     outcome, losses = steps_with(model, lambda setup: iter([dataclasses.replace(setup, sequence_length=10)]))
-    assert len(losses) == 4 and outcome.num_tokens == 2 * 20 + 3 * 2 * 10
+    assert len(losses) == 4
+    assert outcome.num_tokens == 2 * 20 + 3 * 2 * 10
     assert all(record.num_tokens == outcome.num_tokens for record in outcome.record.layers)
 
 
@@ -391,5 +398,7 @@ def test_the_setup_names_the_device_and_the_dtype(tmp_path):
     model = make_device("olmoe", tmp_path, TrainScope(), TRAINABLE)
     setup = step_setup(model, TrainingConfig(batch_size=3, sequence_length=40, experts="lora"), checkpointing=True)
     assert (setup.device, setup.dtype, setup.batch_size, setup.sequence_length) == ("cpu", "float32", 3, 40)
-    assert setup.experts == "lora" and setup.checkpointing and not setup.chunked_loss
+    assert setup.experts == "lora"
+    assert setup.checkpointing
+    assert not setup.chunked_loss
     assert ExpertPlan.full(model.experts_per_layer).num_resident == 16

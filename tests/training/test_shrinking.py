@@ -67,7 +67,8 @@ def test_what_fits_stays_as_it_is():
 def test_rungs_are_taken_in_the_stated_order(usable, names):
     load, fallbacks = fit(search(), WANTED, usable)
     assert [fallback.name for fallback in fallbacks] == names
-    assert search().needs_bytes(load) <= usable and (load.held, load.trained) == (64, 64)
+    assert search().needs_bytes(load) <= usable
+    assert (load.held, load.trained) == (64, 64)
     assert all(
         fallback.keeps_plan and fallback.saved_bytes > 0 and "saves about" in fallback.sentence
         for fallback in fallbacks
@@ -80,7 +81,8 @@ def test_savings_that_are_not_there_are_passed_over():
     without = search(problems={"adamw_8bit": "bitsandbytes is not installed", "chunked_loss": "more terms"})
     load, fallbacks = fit(without, WANTED, FULL - 449)
     assert [fallback.name for fallback in fallbacks] == ["checkpointing", "shorter sequence"]
-    assert load.setup.optimizer == "adamw" and not load.setup.chunked_loss
+    assert load.setup.optimizer == "adamw"
+    assert not load.setup.chunked_loss
 
 
 def test_a_rung_that_helps_nothing_is_not_taken():
@@ -93,7 +95,9 @@ def test_a_rung_that_helps_nothing_is_not_taken():
 
     load, fallbacks = fit(search(estimate=peak), WANTED, 1000 + 640 + 6399)
     assert [fallback.name for fallback in fallbacks] == ["fewer trained"]
-    assert load.setup == WANTED.setup and load.held == 64 and load.trained == 63
+    assert load.setup == WANTED.setup
+    assert load.held == 64
+    assert load.trained == 63
     assert next_fallback(search(estimate=peak), WANTED).name == "fewer trained"
 
 
@@ -111,7 +115,8 @@ def test_trained_experts_freeze_first_then_fewer_are_held_never_below_one_a_laye
             assert load.trained == max(LAYERS, -(-load.held // 4))  # freezing is done before experts are left out
     for more, less in zip(seen, seen[1:], strict=False):
         assert sum(less) <= 1.06 * sum(more)  # a saving is taken where it leaves more than 5 %
-    assert seen[-1][0] < 12 and any(held == 64 > trained for held, trained in seen)
+    assert seen[-1][0] < 12
+    assert any(held == 64 > trained for held, trained in seen)
     least = search().needs_bytes(StepPlan(least_setup, LAYERS, LAYERS))
     assert fit(search(), WANTED, least)[0] == StepPlan(least_setup, LAYERS, LAYERS)
     with pytest.raises(BudgetTooSmall, match=r"one expert in each of the 4 MoE layers needs .* with every saving") as e:
@@ -137,21 +142,25 @@ def test_the_context_is_not_shortened_for_a_handful_of_experts():
 
     rest = 1000 + 512 // 8 + 512 // 4
     load, _ = fit(search(estimate=heavy), WANTED, rest + 64 * 100 + 30 * 150)
-    assert load.setup.sequence_length == 128 and (load.held, load.trained) == (64, 30)
+    assert load.setup.sequence_length == 128
+    assert (load.held, load.trained) == (64, 30)
     tight, _ = fit(search(estimate=heavy), WANTED, rest + 4 * 250)  # where it leaves one more in four, it is
-    assert tight.setup.sequence_length <= 128 and tight.held >= 4
+    assert tight.setup.sequence_length <= 128
+    assert tight.held >= 4
 
 
 def test_a_method_that_needs_all_experts_gives_up_none():
     load, fallbacks = fit(search(all_experts=True), WANTED, FULL - 1500)
-    assert load.held == load.trained == 64 and len(fallbacks) >= 3
+    assert load.held == load.trained == 64
+    assert len(fallbacks) >= 3
     with pytest.raises(BudgetTooSmall, match="all 64 experts needs") as caught:
         fit(search(all_experts=True), WANTED, 1500)
     assert "hfedmoe, random" in caught.value.remedy
     load = WANTED
     while fallback := next_fallback(search(all_experts=True), load):
         load = fallback.load
-    assert load.held == load.trained == 64 and load.setup.sequence_length == SHORTEST_SEQUENCE
+    assert load.held == load.trained == 64
+    assert load.setup.sequence_length == SHORTEST_SEQUENCE
 
 
 def test_going_down_one_by_one_reaches_the_same_end_and_has_one():
@@ -167,7 +176,8 @@ def test_going_down_one_by_one_reaches_the_same_end_and_has_one():
     assert first == [
         "chunked loss", "checkpointing", "8-bit optimizer", "shorter sequence", "fewer trained", "fewer held",
     ]  # fmt: skip
-    assert names.count("shorter sequence") == 2 and len(names) < 24
+    assert names.count("shorter sequence") == 2
+    assert len(names) < 24
 
 
 @pytest.mark.parametrize(("asked", "shortest"), [(128, 32), (100, 32), (512, 128), (40, 32), (24, 24)])
@@ -183,7 +193,8 @@ def test_sequences_keep_a_quarter_and_32_tokens(asked, shortest):
 def test_words_for_people():
     load, _ = fit(search(), WANTED, 2300)
     words = describe(load, 64)
-    assert words.startswith("64 of 64 experts held") and "chunked loss, checkpointing, 8-bit optimizer" in words
+    assert words.startswith("64 of 64 experts held")
+    assert "chunked loss, checkpointing, 8-bit optimizer" in words
     assert describe(WANTED, 64) == "64 of 64 experts held"
 
 
@@ -218,7 +229,8 @@ def test_whatever_the_model_what_is_found_fits_and_falls_with_the_budget(name, m
             fit(steps, wanted, int(usable * less))
         return
     assert steps.needs_bytes(load) <= usable
-    assert layers <= load.trained <= load.held <= wanted.held and load.setup.sequence_length >= 128
+    assert layers <= load.trained <= load.held <= wanted.held
+    assert load.setup.sequence_length >= 128
     assert (load == wanted) == (not fallbacks)
     try:
         smaller, _ = fit(steps, wanted, int(usable * less))
@@ -246,13 +258,17 @@ def test_experts_are_packed_before_the_context_is_shortened_where_adapters_learn
     small = dataclasses.replace(wanted.setup, chunked_loss=True, checkpointing=True, optimizer="adamw_8bit")
     need = steps.needs_bytes(dataclasses.replace(wanted, setup=small))
     load, fallbacks = fit(steps, wanted, need - 1)
-    assert fallbacks[-1].name == "experts in NF4" and not fallbacks[-1].keeps_plan
+    assert fallbacks[-1].name == "experts in NF4"
+    assert not fallbacks[-1].keeps_plan
     assert "kept in 4 bits (NF4), saves about 440 B" in fallbacks[-1].sentence
-    assert load.setup.expert_storage == "nf4" and load.setup.sequence_length == 128 and load.held == load.trained == 64
+    assert load.setup.expert_storage == "nf4"
+    assert load.setup.sequence_length == 128
+    assert load.held == load.trained == 64
     assert "experts in NF4" in describe(load, 64)
     without = search(estimate=packed, problems={"nf4_experts": "no kernel"})
     load, fallbacks = fit(without, wanted, need - 1)
-    assert load.setup.expert_storage is None and fallbacks[-1].name == "shorter sequence"
+    assert load.setup.expert_storage is None
+    assert fallbacks[-1].name == "shorter sequence"
     with pytest.raises(BudgetTooSmall, match="without nf4 experts: no kernel"):
         fit(without, wanted, 100)
 
@@ -267,8 +283,10 @@ def test_packing_is_no_use_where_every_expert_learns_in_full_and_comes_with_the_
     names = [fallback.name for fallback in fallbacks]
     assert names.count("experts in NF4") == 1
     place = names.index("experts in NF4")
-    assert names[place - 1] == "fewer trained" and "fewer held" not in names[:place]
-    assert load.setup.expert_storage == "nf4" and load.held == LAYERS
+    assert names[place - 1] == "fewer trained"
+    assert "fewer held" not in names[:place]
+    assert load.setup.expert_storage == "nf4"
+    assert load.held == LAYERS
 
 
 def test_a_frozen_expert_is_packed_rather_than_left_out():
@@ -288,7 +306,8 @@ def test_a_frozen_expert_is_packed_rather_than_left_out():
 def test_what_must_be_packed_from_the_start_stays_packed():
     wanted = dataclasses.replace(WANTED, setup=dataclasses.replace(WANTED.setup, expert_storage="int8"))
     load, fallbacks = fit(search(), wanted, 1500)
-    assert load.setup.expert_storage == "int8" and "experts in NF4" not in [fallback.name for fallback in fallbacks]
+    assert load.setup.expert_storage == "int8"
+    assert "experts in NF4" not in [fallback.name for fallback in fallbacks]
     while (fallback := next_fallback(search(), load)) is not None:
         load = fallback.load
         assert load.setup.expert_storage == "int8"
@@ -308,7 +327,9 @@ def test_experts_are_offloaded_before_sequences_get_shorter_and_are_placed_anew(
     load, fallbacks = fit(search(**OFFLOADS), WANTED, 2000)
     assert [fallback.name for fallback in fallbacks] == ["chunked loss", "checkpointing", "offloaded experts"]
     assert [fallback.keeps_plan for fallback in fallbacks] == [True, True, False]
-    assert load.setup.offload and (load.held, load.trained) == (64, 64) and load.setup.sequence_length == 128
+    assert load.setup.offload
+    assert (load.held, load.trained) == (64, 64)
+    assert load.setup.sequence_length == 128
     assert describe(load, 64).endswith("chunked loss, checkpointing, experts offloaded")
     resident = dataclasses.replace(load, setup=dataclasses.replace(load.setup, offload=False))
     assert resident.rank() > load.rank()

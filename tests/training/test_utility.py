@@ -64,7 +64,8 @@ def test_norms_are_those_of_the_expert_gradients_averaged_over_its_batches(devic
                         sum(float(g.double().square().sum()) for g in grads)
                     )
     found = norms.mean_squares()
-    assert found.keys() == expected.keys() and found
+    assert found.keys() == expected.keys()
+    assert found
     for key, squares in expected.items():
         assert found[key] == pytest.approx(np.mean(squares), rel=1e-5)
 
@@ -125,7 +126,8 @@ def test_an_expert_without_tokens_is_worth_nothing_and_costs_nothing(device):
     if not idle:
         pytest.fail("the test needs an expert without tokens")
     outcome = probe_gradient_norms(model, idle, ids, labels, directions=3, seed=0)
-    assert outcome.forwards == 1 and set(outcome.mean_squares.values()) == {0.0}
+    assert outcome.forwards == 1
+    assert set(outcome.mean_squares.values()) == {0.0}
 
 
 def test_utilities_weigh_norms_by_tokens(device):
@@ -137,7 +139,8 @@ def test_utilities_weigh_norms_by_tokens(device):
     tokens = record.layers[0].tokens_per_expert
     rows = utilities({(0, 1): 4.0}, record)
     assert rows[0][1] == 2.0 * tokens[1]
-    assert rows[0][0] is None and set(rows[1]) == {None}
+    assert rows[0][0] is None
+    assert set(rows[1]) == {None}
 
 
 def test_a_quantised_expert_is_probed_at_its_quantised_weights(tmp_path):

@@ -65,6 +65,7 @@ def cluster_layers(
         ordinals: the number of each layer, of which its random numbers are made; None: 0, 1, ...
 
     Labels are numbered by first member. Deterministic. Raises ValueError where counts do not fit the points.
+
     """
     sizes = [len(p) for p in points]
     for layer, (size, count) in enumerate(zip(sizes, counts, strict=True)):

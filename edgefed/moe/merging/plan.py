@@ -117,7 +117,7 @@ def _apportion(shares: np.ndarray, least: np.ndarray, most: np.ndarray, total: i
 
 
 def expert_importance(layer: LayerProfile, importance: str = "attention") -> np.ndarray:
-    """alpha (E,) float64: f_e * a_e with a_e = attention_sum / tokens_per_expert, or f_e. 0 for an unused expert.
+    """Alpha (E,) float64: f_e * a_e with a_e = attention_sum / tokens_per_expert, or f_e. 0 for an unused expert.
 
     Raises ConfigError where attention is asked for and the record has none.
     """
@@ -154,6 +154,7 @@ def plan_merging(
             unless a member's weights were replaced.
 
     Deterministic. Raises BudgetTooSmall, ConfigError (record, plan and points of different models; no attention).
+
     """
     options = options or MergingOptions()
     shape = plan.experts_per_layer
