@@ -217,7 +217,7 @@ def test_errors_do_not_quote_the_text(tmp_path):
         ("a.txt", b"", "is empty"),
         ("a.txt", b" \n\n", "is empty"),
         ("a.jsonl", b"", "is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("a.txt", b"good\nbad \xff\n", "not UTF-8: line 2, byte 4 is 0xff"),
         ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "not UTF-8: line 1"),
         ("a.csv", b"a,b", r"unknown suffix.*\.txt, \.jsonl"),
