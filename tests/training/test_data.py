@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
+import random
 import re
 
 import pytest
@@ -223,8 +223,8 @@ def test_errors_do_not_quote_the_text(tmp_path):
         ("a.csv", b"a,b", r"unknown suffix.*\.txt, \.jsonl"),
         ("jsonl", b"{}", "unknown suffix"),
         ("a.txt.gz", b"not gzip", "cannot read"),
-        ("a.txt.gz", gzip.compress(os.urandom(9000))[:4000], "cannot read|not UTF-8"),
-        ("b.txt.gz", gzip.compress(b"words\n" * 9000)[:-20], "cannot read"),
+        ("a.txt.gz", gzip.compress(random.Random(0).randbytes(9000), mtime=0)[:4000], "cannot read|not UTF-8"),
+        ("b.txt.gz", gzip.compress(b"words\n" * 9000, mtime=0)[:-20], "cannot read"),
     ],
 )
 def test_unusable_file_is_a_data_error(tmp_path, name, content, message):
