@@ -230,6 +230,12 @@ class ChecksumMismatch(ProtocolError):
     default_remedy = "Send the file again from the start."
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """First line with text of an exception's message, at most ``limit`` characters; the type's name if it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:limit]
+
+
 def all_errors() -> dict[str, type[EdgefedError]]:
     """Map each code to its class, the whole tree. Used to turn a server's answer back into an error."""
     found: dict[str, type[EdgefedError]] = {}

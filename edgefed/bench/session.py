@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from edgefed.bench.statistics import NOISY, STABLE, UNUSABLE, Entry
-from edgefed.errors import EdgefedError
+from edgefed.errors import EdgefedError, first_line
 from edgefed.hardware.reading import Reading
 from edgefed.hardware.scheduling import read_waited_s
 from edgefed.progress import ProgressSink
@@ -100,9 +100,3 @@ def judge_contention(entry: Entry, before: Reading[float], after: Reading[float]
         return entry
     verdict = UNUSABLE if share >= WAIT_UNUSABLE else NOISY
     return msgspec.structs.replace(entry, verdict=verdict, reason=f"waited {min(share, 9.99):.0%} for a CPU")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]

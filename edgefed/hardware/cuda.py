@@ -10,6 +10,7 @@ import dataclasses
 import warnings
 from typing import Any
 
+from edgefed.errors import first_line
 from edgefed.hardware.reading import Reading, Reason
 
 
@@ -64,16 +65,12 @@ def ask_torch() -> CudaReport:
                 return CudaReport(version, cuda_version, _unusable(source, "no CUDA device is visible"))
             devices = tuple(_device(torch, index) for index in range(torch.cuda.device_count()))
     except Exception as error:  # RuntimeError, AssertionError, DeferredCudaCallError: torch has many for one thing
-        return CudaReport(version, cuda_version, _unusable(source, _first_line(error)))
+        return CudaReport(version, cuda_version, _unusable(source, first_line(error)))
     return CudaReport(version, cuda_version, Reading.of(True, source), devices)
 
 
 def _unusable(source: str, text: str) -> Reading[bool]:
     return Reading.missing(Reason.FAILED, source, text)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _device(torch: Any, index: int) -> CudaDevice:
@@ -119,4 +116,4 @@ def free_bytes(index: int) -> Reading[int]:
 
         return Reading.of(int(torch.cuda.mem_get_info(index)[0]), source)
     except Exception as error:
-        return Reading.missing(Reason.FAILED, source, _first_line(error))
+        return Reading.missing(Reason.FAILED, source, first_line(error))

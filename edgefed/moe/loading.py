@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from edgefed.errors import CheckpointError, ModelNotFound, UnsupportedArchitecture
+from edgefed.errors import CheckpointError, ModelNotFound, UnsupportedArchitecture, first_line
 from edgefed.moe.architecture import discover_layers
 
 _HUB_REMEDY = (
@@ -58,10 +58,10 @@ def load_config(source: str | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=False, local_files_only=local)
     except OSError as error:
         raise ModelNotFound(
-            f"{str(source)!r} is no folder here, and the hub did not give it: {_first_line(error)}", remedy=_HUB_REMEDY
+            f"{str(source)!r} is no folder here, and the hub did not give it: {first_line(error)}", remedy=_HUB_REMEDY
         ) from error
     except ValueError as error:
-        raise UnsupportedArchitecture(f"transformers cannot use {str(source)!r}: {_first_line(error)}") from error
+        raise UnsupportedArchitecture(f"transformers cannot use {str(source)!r}: {first_line(error)}") from error
 
 
 def load_full(source: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
@@ -80,12 +80,12 @@ def load_full(source: str | Path, dtype: str | torch.dtype = "auto") -> PreTrain
                 str(source), dtype=dtype, output_loading_info=True, trust_remote_code=False, local_files_only=local
             )
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the weights of {str(source)!r} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"the weights of {str(source)!r} cannot be read: {first_line(error)}") from error
     except OSError as error:
         if local:
-            raise CheckpointError(f"the weights of {str(source)!r} cannot be read: {_first_line(error)}") from error
+            raise CheckpointError(f"the weights of {str(source)!r} cannot be read: {first_line(error)}") from error
         raise ModelNotFound(
-            f"the hub did not give the weights of {str(source)!r}: {_first_line(error)}", remedy=_HUB_REMEDY
+            f"the hub did not give the weights of {str(source)!r}: {first_line(error)}", remedy=_HUB_REMEDY
         ) from error
     missing = sorted(info.get("missing_keys") or ())
     if missing:
@@ -113,7 +113,7 @@ def build_skeleton(config: PretrainedConfig, dtype: str | torch.dtype = "auto") 
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise UnsupportedArchitecture(
-            f"transformers builds no causal language model of type {config.model_type!r}: {_first_line(error)}"
+            f"transformers builds no causal language model of type {config.model_type!r}: {first_line(error)}"
         ) from error
     return model.eval()
 
@@ -137,8 +137,3 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or source.endswith("/") or "\\" in source
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgefed.errors import CheckpointError, ModelError, UnsupportedArchitecture
+from edgefed.errors import CheckpointError, ModelError, UnsupportedArchitecture, first_line
 from edgefed.personal.splitting import Features, run, split_model
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,10 @@ def _load_classifier(folder: Path) -> tuple[nn.Module, set[str]]:
                 local_files_only=True,
             )  # fmt: skip
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"the weights of {str(folder)!r} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"the weights of {str(folder)!r} cannot be read: {first_line(error)}") from error
     except (ValueError, TypeError, ImportError) as error:
         raise UnsupportedArchitecture(
-            f"{str(folder)!r} holds a {config.model_type}, no image classifier of transformers: {_first_line(error)}",
+            f"{str(folder)!r} holds a {config.model_type}, no image classifier of transformers: {first_line(error)}",
             remedy="Pass the folder of an image classifier, or package.module:function that returns a model.",
         ) from error
     if wrong := sorted(str(entry) for entry in info.get("mismatched_keys") or ()):
@@ -125,8 +125,3 @@ def _needed_size(prepared: Prepared, folder: Path, sample: Tensor) -> tuple[int,
     run(prepared, sample, str(folder))
     logger.warning("%s: images are enlarged from %dx%d to %dx%d, which it needs", folder, *sample.shape[2:], *size)
     return size
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, ByT5Tokenizer, Pretrai
 from transformers.utils import logging as transformers_logging
 
 from edgefed.embedded import TINY, resolve_model
-from edgefed.errors import CheckpointError, ConfigError, ModelNotFound, UnsupportedArchitecture
+from edgefed.errors import CheckpointError, ConfigError, ModelNotFound, UnsupportedArchitecture, first_line
 from edgefed.methods.fedmoe import NEXT_TOKEN, TEXT
 from edgefed.moe.loading import load_config, without_progress_bars
 from edgefed.personal.networks import PersonalModel
@@ -155,11 +155,11 @@ def _load(source: str, config: PretrainedConfig, per_token: bool) -> PreTrainedM
                 source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
     except (SafetensorError, RuntimeError, KeyError, OSError) as error:
-        raise CheckpointError(f"the weights of {source!r} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"the weights of {source!r} cannot be read: {first_line(error)}") from error
     except (ValueError, ImportError) as error:
         what = "language model" if per_token else "model"
         raise UnsupportedArchitecture(
-            f"{source!r} holds a {config.model_type}, which transformers loads as no {what}: {_first_line(error)}",
+            f"{source!r} holds a {config.model_type}, which transformers loads as no {what}: {first_line(error)}",
             remedy=_DECODER_REMEDY if per_token else _REMEDY,
         ) from error
     missing = sorted(name for name in info.get("missing_keys") or () if not name.startswith("pooler."))
@@ -207,7 +207,7 @@ def _try(extractor: TransformerFeatures, model: nn.Module, name: str) -> Tensor:
         return extractor({"input_ids": ids, "attention_mask": mask})
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise UnsupportedArchitecture(
-            f"{name} gives no hidden states for tokens alone: {_first_line(error)}", remedy=_REMEDY
+            f"{name} gives no hidden states for tokens alone: {first_line(error)}", remedy=_REMEDY
         ) from error
 
 
@@ -249,8 +249,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from edgefed.errors import ConfigError
+from edgefed.errors import ConfigError, first_line
 from edgefed.training.chunked_loss import structural_problem
 from edgefed.training.offloaded import OffloadedAdamW, is_offloaded
 from edgefed.training.quantising import packing_is_slow, packing_problem
@@ -121,7 +121,7 @@ def eight_bit_problem(device: str) -> str:
     except ImportError as error:
         return f"bitsandbytes is not installed ({error})" if error.name == "bitsandbytes" else f"bitsandbytes: {error}"
     except Exception as error:  # its import loads native libraries
-        return f"bitsandbytes cannot be loaded: {_first_line(error)}"
+        return f"bitsandbytes cannot be loaded: {first_line(error)}"
     try:
         values = torch.full((_EIGHT_BIT_PROBE,), 1.0, device=device)
         weight = nn.Parameter(values.clone())
@@ -131,14 +131,9 @@ def eight_bit_problem(device: str) -> str:
         moved = (1.0 - weight.detach()).cpu()  # the first step of Adam is the learning rate, whatever the gradient
         held = sum(t.numel() * t.element_size() for t in optimizer.state[weight].values() if torch.is_tensor(t))
     except Exception as error:  # a kernel that is not there, a library that does not fit
-        return f"bitsandbytes fails on {device}: {_first_line(error)}"
+        return f"bitsandbytes fails on {device}: {first_line(error)}"
     if not torch.allclose(moved, torch.full_like(moved, 0.5), atol=0.02):
         return f"bitsandbytes computes a wrong step on {device}"
     if held > 4 * _EIGHT_BIT_PROBE:  # two moments of one byte, tables and scales; 32-bit state would be 8 bytes each
         return f"bitsandbytes keeps 32-bit state on {device}"
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
