@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 from provenance import provenance
 
-from edgefed.aggregator.creation import NewUnit, create_run
+from edgefed.aggregator.creation import create_run
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.protocol import PROTOCOL_VERSION, routes
 from edgefed.protocol.frames import encode_header
@@ -76,7 +76,12 @@ def make_run(folder: Path, clients: int) -> None:
         return "F32", rng.standard_normal(SHAPE, dtype=np.float32)
 
     units = (
-        NewUnit(f"layers.{layer}.experts.{expert}", "expert", layer, expert, True, {n: tensor() for n in "ugd"})
+        (
+            UnitInfo(
+                key=f"layers.{layer}.experts.{expert}", kind="expert", layer=layer, expert=expert, trainable=True
+            ),
+            {name: tensor() for name in "ugd"},
+        )
         for layer in range(LAYERS)
         for expert in range(EXPERTS)
     )

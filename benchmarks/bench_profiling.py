@@ -185,7 +185,7 @@ def measure_staleness(model: MoeModel, units: dict, blocks: dict[str, TokenBlock
 
 
 def load_fixed(model: MoeModel, units: dict) -> None:
-    for spec in model.unit_specs():
+    for spec in model.unit_infos():
         if spec.kind != "expert":
             model.load_unit(spec.key, units[spec.key])
 

@@ -46,7 +46,7 @@ def planned_model(folder: Path) -> MoeModel:
     scope = TrainScope(experts="full", router="full")
     units = {spec.key: {n: t.clone() for n, t in tensors.items()} for spec, tensors in full.iter_units(scope)}
     model = MoeModel.skeleton(folder)
-    for spec in model.unit_specs():
+    for spec in model.unit_infos():
         if spec.kind != "expert":
             model.load_unit(spec.key, units[spec.key])
     model.apply_plan(ExpertPlan.full(model.experts_per_layer), MemorySource(units), scope)

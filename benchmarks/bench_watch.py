@@ -51,7 +51,7 @@ def load_model(folder: Path | str) -> MoeModel:
     full = MoeModel.from_checkpoint(folder)
     units = {spec.key: {n: t.clone() for n, t in tensors.items()} for spec, tensors in full.iter_units()}
     model = MoeModel.skeleton(folder)
-    for spec in model.unit_specs():
+    for spec in model.unit_infos():
         if spec.kind != "expert":
             model.load_unit(spec.key, units[spec.key])
     model.apply_plan(ExpertPlan.full(model.experts_per_layer), MemorySource(units), TrainScope())

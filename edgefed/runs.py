@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgefed.aggregator.blobs import BlobStore
-from edgefed.aggregator.creation import NewUnit, create_run
+from edgefed.aggregator.creation import RawTensors, create_run
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError, EdgefedError, StateCorrupt
@@ -23,6 +23,7 @@ from edgefed.methods.registry import make_method
 from edgefed.protocol.messages import (
     Manifest,
     RunConfig,
+    UnitInfo,
     decode_error,
     decode_message,
     encode_error,
@@ -74,11 +75,13 @@ def import_extractor(folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
         vocab_size = vocabulary_size(tokenizer)
     extractor = make_extractor(run.model, run.seed, vocab_size=vocab_size)
     tensors = {name: (dtype_name(value.dtype), raw_array(value)) for name, value in extractor.state_dict().items()}
-    unit = NewUnit(key=EXTRACTOR_UNIT, kind="dense", layer=-1, expert=-1, trainable=True, tensors=tensors)
+    unit = UnitInfo(key=EXTRACTOR_UNIT, kind="dense", trainable=True)
     with tempfile.TemporaryDirectory(prefix="edgefed-import-") as scratch:
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        create_run(folder, run, policy, [unit], sorted(path for path in Path(scratch).iterdir() if path.is_file()))
+        create_run(
+            folder, run, policy, [(unit, tensors)], sorted(path for path in Path(scratch).iterdir() if path.is_file())
+        )
 
 
 def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
@@ -101,17 +104,9 @@ def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy)
     tokenizer = load_tokenizer(source)
     model = MoeModel.from_checkpoint(source)
 
-    def units() -> Iterator[NewUnit]:
-        for spec, tensors in model.iter_units(scope, seed=run.seed):
-            raw = {name: (dtype_name(tensor.dtype), raw_array(tensor)) for name, tensor in tensors.items()}
-            yield NewUnit(
-                key=spec.key,
-                kind=spec.kind,
-                layer=spec.layer,
-                expert=spec.expert,
-                trainable=spec.trainable,
-                tensors=raw,
-            )
+    def units() -> Iterator[tuple[UnitInfo, RawTensors]]:
+        for unit, tensors in model.iter_units(scope, seed=run.seed):
+            yield unit, {name: (dtype_name(tensor.dtype), raw_array(tensor)) for name, tensor in tensors.items()}
 
     with tempfile.TemporaryDirectory(prefix="edgefed-import-") as scratch:
         # Written anew rather than copied: the same for a folder and for a hub's cache.

@@ -6,11 +6,11 @@ database into place there is no run in the folder, only blobs that a later impor
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from edgefed.aggregator.blobs import BlobBatch, BlobStore
@@ -23,18 +23,6 @@ from edgefed.protocol.messages import UNIT_KINDS, FileInfo, RunConfig, TensorInf
 
 RawTensors = Mapping[str, tuple[str, np.ndarray]]
 """{name: (safetensors dtype, raw array)}; BF16 is uint16."""
-
-
-@dataclasses.dataclass(frozen=True)
-class NewUnit:
-    """A unit of the first manifest: `protocol.messages.UnitInfo` with its tensors instead of their hash."""
-
-    key: str
-    kind: str
-    layer: int
-    expert: int
-    trainable: bool
-    tensors: RawTensors
 
 
 class RunWriter:
@@ -67,20 +55,19 @@ class RunWriter:
         finally:
             self._lock.release()
 
-    def add_unit(self, unit: NewUnit) -> UnitInfo:
-        """Write one unit. Raises CheckpointError on a unit that no manifest may hold."""
-        _check_unit(unit, self._units)
+    def add_unit(self, unit: UnitInfo, tensors: RawTensors) -> UnitInfo:
+        """Store the tensors of one unit. Returns ``unit`` with their shapes, the hash and the size.
+
+        Raises CheckpointError on a unit that no manifest may contain.
+        """
+        _check_unit(unit, tensors, self._units)
         infos = tuple(
-            TensorInfo(name=name, dtype=dtype, shape=tuple(array.shape))
-            for name, (dtype, array) in unit.tensors.items()
+            TensorInfo(name=name, dtype=dtype, shape=tuple(array.shape)) for name, (dtype, array) in tensors.items()
         )
-        sha256, size_bytes = self._batch.put(_frame_chunks(infos, unit.tensors))
-        info = UnitInfo(
-            key=unit.key, kind=unit.kind, layer=unit.layer, expert=unit.expert, trainable=unit.trainable, sha256=sha256,
-            size_bytes=size_bytes, tensors=infos,
-        )  # fmt: skip
-        self._units[unit.key] = info
-        return info
+        sha256, size_bytes = self._batch.put(_frame_chunks(infos, tensors))
+        stored = msgspec.structs.replace(unit, tensors=infos, sha256=sha256, size_bytes=size_bytes)
+        self._units[unit.key] = stored
+        return stored
 
     def add_file(self, path: Path) -> FileInfo:
         """Copy a small file (config.json, tokenizer.json, ...) in, under its own name."""
@@ -110,30 +97,34 @@ class RunWriter:
 
 
 def create_run(
-    folder: Path, run: RunConfig, policy: RoundPolicy, units: Iterable[NewUnit], files: Iterable[Path] = ()
+    folder: Path,
+    run: RunConfig,
+    policy: RoundPolicy,
+    units: Iterable[tuple[UnitInfo, RawTensors]],
+    files: Iterable[Path] = (),
 ) -> None:
     """Import a model and make it a run, one unit in memory at a time. Raises as `RunWriter` does."""
     with RunWriter(folder) as writer:
-        for unit in units:
-            writer.add_unit(unit)
+        for unit, tensors in units:
+            writer.add_unit(unit, tensors)
         for path in files:
             writer.add_file(path)
         writer.finish(run, policy)
 
 
-def _check_unit(unit: NewUnit, known: Mapping[str, UnitInfo]) -> None:
+def _check_unit(unit: UnitInfo, tensors: RawTensors, known: Mapping[str, UnitInfo]) -> None:
     if unit.key in known:
         raise CheckpointError(f"two units have the key {unit.key!r}")
     if unit.kind not in UNIT_KINDS:
         raise CheckpointError(f"unit {unit.key!r} is of kind {unit.kind!r}, known are {', '.join(UNIT_KINDS)}")
     if (unit.kind == "expert") != (unit.expert >= 0) or (unit.kind == "expert" and unit.layer < 0):
         raise CheckpointError(f"unit {unit.key!r} of kind {unit.kind!r} has layer {unit.layer}, expert {unit.expert}")
-    if not unit.tensors:
+    if not tensors:
         raise CheckpointError(f"unit {unit.key!r} has no tensors")
-    for name in (unit.key, *unit.tensors):
+    for name in (unit.key, *tensors):
         if not name or NAME_SEPARATOR in name:
             raise CheckpointError(f"{name!r} cannot name a unit or a tensor: it is empty or holds {NAME_SEPARATOR!r}")
-    for name, (dtype, array) in unit.tensors.items():
+    for name, (dtype, array) in tensors.items():
         if array.dtype != storage_dtype(dtype):
             raise CheckpointError(f"tensor {name!r} of {unit.key!r}: {dtype} is not stored as {array.dtype}")
         if unit.trainable and dtype not in FLOAT_DTYPES:

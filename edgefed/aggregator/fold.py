@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from edgefed.aggregator.blobs import BlobStore
@@ -101,7 +102,7 @@ def fold_round(
             scratches.own = _Scratch(backend, cancelled)
         chunks = _unit_chunks(unit, plan[unit.key], index, blobs.path(unit.sha256), scratches.own)
         sha256, size_bytes = batch.put(chunks)
-        return unit if sha256 == unit.sha256 else _with_content(unit, sha256, size_bytes)
+        return unit if sha256 == unit.sha256 else msgspec.structs.replace(unit, sha256=sha256, size_bytes=size_bytes)
 
     threads = threads or min(4, os.cpu_count() or 1)
     pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="fold")
@@ -111,13 +112,6 @@ def fold_round(
         finally:  # after an error no further unit begins, and the batch is discarded when no thread uses it any more
             pool.shutdown(wait=True, cancel_futures=True)
     return [new for new, old in zip(folded, planned, strict=True) if new is not old]
-
-
-def _with_content(unit: UnitInfo, sha256: str, size_bytes: int) -> UnitInfo:
-    return UnitInfo(
-        key=unit.key, kind=unit.kind, layer=unit.layer, expert=unit.expert, trainable=unit.trainable, sha256=sha256,
-        size_bytes=size_bytes, tensors=unit.tensors,
-    )  # fmt: skip
 
 
 class _Scratch:

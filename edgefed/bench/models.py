@@ -22,7 +22,8 @@ from edgefed.errors import UnsupportedArchitecture
 from edgefed.experts import ExpertPlan
 from edgefed.moe.loading import load_config
 from edgefed.moe.model import MoeModel
-from edgefed.moe.units import MemorySource, TrainScope, UnitSpec
+from edgefed.moe.units import MemorySource, TrainScope
+from edgefed.protocol.messages import UnitInfo
 from edgefed.training.encoding import TokenBlocks
 
 _QWEN = dict(vocab_size=151936, num_attention_heads=16, num_key_value_heads=16)
@@ -107,15 +108,15 @@ def first_moe_layer(shape: ModelShape) -> int:
 class RandomUnits:
     """An `edgefed.moe.units.ExpertSource` of random weights. Experts share their tensors: the bank copies them."""
 
-    def __init__(self, specs: list[UnitSpec], dtype: torch.dtype):
-        self._specs = {spec.key: spec for spec in specs}
+    def __init__(self, units: list[UnitInfo], dtype: torch.dtype):
+        self._units = {unit.key: unit for unit in units}
         self._dtype = dtype
         self._made: dict[tuple, torch.Tensor] = {}
 
     def read(self, unit_key: str) -> dict[str, torch.Tensor]:
         """The unit's tensors: matrices with entries of about 0.02, vectors of ones (norms) or zeros (biases)."""
-        spec = self._specs[unit_key]
-        return {info.name: self._tensor(info.name, info.dtype, tuple(info.shape), unit_key) for info in spec.tensors}
+        infos = self._units[unit_key].tensors
+        return {info.name: self._tensor(info.name, info.dtype, tuple(info.shape), unit_key) for info in infos}
 
     def _tensor(self, name: str, dtype: str, shape: tuple[int, ...], key: str) -> torch.Tensor:
         kind = getattr(torch, _DTYPES[dtype])
@@ -154,7 +155,7 @@ def build_model(
         with tempfile.TemporaryDirectory(prefix="edgefed-bench-") as folder:
             shortened(model.config, layers).save_pretrained(folder)
             moe = MoeModel.skeleton(folder, model.dtype, device)
-        specs = moe.unit_specs(scope)
+        specs = moe.unit_infos(scope)
         source = RandomUnits(specs, model.dtype)
         for spec in specs:
             if spec.kind != "expert" and not spec.key.endswith(":lora"):

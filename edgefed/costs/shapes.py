@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from edgefed.moe.architecture import ExpertLayer, ExpertParameter
-    from edgefed.moe.units import FixedUnit, TensorPlace
+    from edgefed.moe.units import FixedTensors, TensorPlace
 
 Matrix = tuple[int, int]
 """(in, out)."""
@@ -210,7 +210,7 @@ def shape_from_config(config: PretrainedConfig, name: str | None = None) -> Mode
     """
     from edgefed.moe.architecture import discover_layers
     from edgefed.moe.loading import build_skeleton
-    from edgefed.moe.units import find_fixed_units
+    from edgefed.moe.units import find_fixed_tensors
 
     module = build_skeleton(config)
     experts = discover_layers(module)
@@ -222,7 +222,7 @@ def shape_from_config(config: PretrainedConfig, name: str | None = None) -> Mode
     embeddings = {id(e.weight) for e in (module.get_input_embeddings(), module.get_output_embeddings()) if e}
     own_dtype_bytes = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     embedding_parameters, elsewhere = 0, 0
-    for unit in find_fixed_units(module, experts).values():
+    for unit in find_fixed_tensors(module, experts).values():
         for place in unit.places.values():
             tensor, count = place.get(), _layer_of(counts, place.full_name)
             if place.is_buffer:
@@ -288,9 +288,9 @@ class _LayerCount:
         self._attention: list[Matrix] = []
         self._router: list[Matrix] = []
 
-    def add(self, unit: FixedUnit, place: TensorPlace) -> None:
+    def add(self, fixed: FixedTensors, place: TensorPlace) -> None:
         tensor = place.get()
-        if unit.kind == "router":
+        if fixed.unit.kind == "router":
             self._other += tensor.numel()
             if place.learnable and tensor.ndim == 2:
                 self._router.append((tensor.shape[1], tensor.shape[0]))
@@ -303,7 +303,7 @@ class _LayerCount:
             if place.full_name.endswith(".A_log"):
                 self._scan_states += tensor.numel()
             self.matrices.append((size_in, size_out))
-            if unit.is_attention:
+            if fixed.is_attention:
                 self._attention.append((size_in, size_out))
             if self._is_mixer(place.full_name):
                 self._mixer_width += size_out

@@ -47,7 +47,7 @@ def export_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"cannot export to {str(target)!r}: it exists and is not an empty folder")
     model = MoeModel.skeleton(files_folder)
-    for spec in model.unit_specs():
+    for spec in model.unit_infos():
         if spec.kind != "expert":
             model.load_unit(spec.key, units.read(spec.key))
     model.restore(units, scope)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from edgefed.errors import CheckpointError
-from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, FixedUnit, TrainScope, check_tensors, copy_into
+from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, FixedTensors, TrainScope, check_tensors, copy_into
 
 
 class LowRankUpdate(nn.Module):
@@ -54,7 +54,7 @@ def initial_adapter(key: str, sizes: Mapping[str, tuple[int, int]], rank: int, s
     return tensors
 
 
-def _updates(unit: FixedUnit) -> dict[str, LowRankUpdate]:
+def _updates(unit: FixedTensors) -> dict[str, LowRankUpdate]:
     found = {}
     for name, place in unit.matrices.items():
         module, attribute = place.owners[0]
@@ -63,7 +63,7 @@ def _updates(unit: FixedUnit) -> dict[str, LowRankUpdate]:
     return found
 
 
-def install_adapter(unit: FixedUnit, scope: TrainScope, device: torch.device) -> None:
+def install_adapter(unit: FixedTensors, scope: TrainScope, device: torch.device) -> None:
     """Put a zero adapter on each weight of the unit, in place of any that is there."""
     remove_adapter(unit)
     for place in unit.matrices.values():
@@ -73,7 +73,7 @@ def install_adapter(unit: FixedUnit, scope: TrainScope, device: torch.device) ->
             parametrize.register_parametrization(module, attribute, update, unsafe=True)
 
 
-def remove_adapter(unit: FixedUnit, *, merge: bool = False) -> None:
+def remove_adapter(unit: FixedTensors, *, merge: bool = False) -> None:
     """Take the adapter off; with ``merge`` its update stays in the weight."""
     for name, update in _updates(unit).items():
         place = unit.places[name]
@@ -85,7 +85,7 @@ def remove_adapter(unit: FixedUnit, *, merge: bool = False) -> None:
                 place.get().copy_(merged)
 
 
-def adapter_tensors(unit: FixedUnit) -> dict[str, nn.Parameter]:
+def adapter_tensors(unit: FixedTensors) -> dict[str, nn.Parameter]:
     """The installed adapter's parameters by tensor name; empty when there is none."""
     return {
         f"{name}.{part}": getattr(update, part)
@@ -94,7 +94,7 @@ def adapter_tensors(unit: FixedUnit) -> dict[str, nn.Parameter]:
     }
 
 
-def load_adapter(unit: FixedUnit, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_adapter(unit: FixedTensors, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy values into the installed adapter. Raises CheckpointError."""
     key, targets = unit.key + LORA_SUFFIX, adapter_tensors(unit)
     if not targets:

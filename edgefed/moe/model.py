@@ -7,7 +7,7 @@
     model.apply_plan(plan, source, scope)             # now only the planned experts are here
     optimizer = AdamW(model.trainable_parameters())
     ...
-    for spec, tensors in model.trained_units(): upload(spec, tensors)
+    for unit, tensors in model.trained_units(): upload(unit, tensors)
 
 Not safe for use by several threads at once.
 """
@@ -44,7 +44,8 @@ from edgefed.moe.layer_runtime import (
 from edgefed.moe.merged_cache import Align, MergedCache
 from edgefed.moe.offloading import OffloadSpace
 from edgefed.moe.packed import check_storage
-from edgefed.moe.units import LORA_SUFFIX, ExpertSource, FixedUnit, TrainScope, UnitSpec
+from edgefed.moe.units import LORA_SUFFIX, ExpertSource, FixedTensors, TrainScope
+from edgefed.protocol.messages import UnitInfo
 
 
 class MoeModel:
@@ -65,7 +66,7 @@ class MoeModel:
         """The experts of the plan lie in an `OffloadSpace`."""
         self._device = device
         self._default_implementation = module.config._experts_implementation
-        self._fixed = units.find_fixed_units(module, layers)
+        self._fixed = units.find_fixed_tensors(module, layers)
         self._unloaded: set[str] = set()
         self._adopts_dtype = False
         kernels = functools.partial(training_kernels, layers)
@@ -124,18 +125,18 @@ class MoeModel:
 
     # --- units ---------------------------------------------------------------------------------------------------
 
-    def unit_specs(self, scope: TrainScope | None = None) -> list[UnitSpec]:
+    def unit_infos(self, scope: TrainScope | None = None) -> list[UnitInfo]:
         """All units of the full model, adapters after their base; ``trainable`` as ``scope`` says (None: nothing)."""
-        specs = []
+        found = []
         for base, sizes in units.iter_base_units(self._fixed.values(), self.layers, scope):
-            specs.append(base)
+            found.append(base)
             if sizes:
-                specs.append(units.adapter_spec(base, sizes, scope.lora_rank))
-        return specs
+                found.append(units.adapter_unit(base, sizes, scope.lora_rank))
+        return found
 
     def iter_units(
         self, scope: TrainScope | None = None, seed: int = 0
-    ) -> Iterator[tuple[UnitSpec, dict[str, torch.Tensor]]]:
+    ) -> Iterator[tuple[UnitInfo, dict[str, torch.Tensor]]]:
         """All units of a full model with their tensors (views, no copies), and first adapters from ``seed``.
 
         Raises CheckpointError on a model that does not hold all its experts as transformers made them.
@@ -149,8 +150,8 @@ class MoeModel:
             else:
                 yield base, self._fixed[base.key].tensors()
             if sizes:
-                spec = units.adapter_spec(base, sizes, scope.lora_rank)
-                yield spec, adapters.initial_adapter(spec.key, sizes, scope.lora_rank, seed)
+                adapter = units.adapter_unit(base, sizes, scope.lora_rank)
+                yield adapter, adapters.initial_adapter(adapter.key, sizes, scope.lora_rank, seed)
 
     def load_unit(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy a unit's values into the model: dense, router, a resident expert, or an adapter that is installed.
@@ -173,7 +174,7 @@ class MoeModel:
                 return
         raise CheckpointError(f"the model has no unit {key!r}")
 
-    def _load_fixed(self, unit: FixedUnit, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _load_fixed(self, unit: FixedTensors, tensors: Mapping[str, torch.Tensor]) -> None:
         names = {place.full_name for place in unit.places.values()}
         first = not names.isdisjoint(self._unloaded)
         unit.load(tensors, self._device, materialize=first, adopt_dtype=first and self._adopts_dtype)
@@ -367,21 +368,21 @@ class MoeModel:
     def _banked(self) -> Iterable[LayerRuntime]:
         return (runtime for runtime in self._runtimes if runtime.bank is not None)
 
-    def trained_units(self) -> Iterator[tuple[UnitSpec, dict[str, torch.Tensor]]]:
+    def trained_units(self) -> Iterator[tuple[UnitInfo, dict[str, torch.Tensor]]]:
         """Current values (views) of everything on this device that trains: what a client uploads."""
         for unit in self._fixed.values():
-            mode, base = unit.mode(self.scope), units.fixed_spec(unit, self.scope)
+            mode, base = unit.mode(self.scope), units.fixed_unit(unit, self.scope)
             if mode == "full":
                 yield base, unit.tensors()
             elif mode == "lora" and unit.matrices:
                 tensors = {name: t.detach() for name, t in adapters.adapter_tensors(unit).items()}
-                yield units.spec_from_tensors(base, tensors, adapter=True), tensors
+                yield units.unit_from_tensors(base, tensors, adapter=True), tensors
         for runtime in self._banked():
             for slot in range(runtime.bank.num_trainable):
                 lora = self.scope.experts == "lora"
                 tensors = {n: t.detach() for n, t in runtime.bank.tensors(slot, adapter=lora).items()}
-                base = units.expert_spec(runtime.layer, runtime.bank.experts[slot], self.scope)
-                yield units.spec_from_tensors(base, tensors, adapter=lora), tensors
+                base = units.expert_unit(runtime.layer, runtime.bank.experts[slot], self.scope)
+                yield units.unit_from_tensors(base, tensors, adapter=lora), tensors
 
     def expert_memory_bytes(self, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Bytes that experts take on the device now; `edgefed.moe.accounting.expert_memory` says of what."""

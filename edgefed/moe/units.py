@@ -15,13 +15,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
+import msgspec
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.moe.architecture import ExpertLayer
-from edgefed.protocol.messages import TensorInfo
+from edgefed.protocol.messages import TensorInfo, UnitInfo
 
 LORA_SUFFIX = ":lora"
 VALUE = "value"
@@ -32,18 +33,6 @@ _DTYPE_NAMES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class UnitSpec:
-    """One unit. ``layer`` is the ordinal of its MoE layer, -1 for dense; ``expert`` is -1 unless it is an expert's."""
-
-    key: str
-    kind: str
-    layer: int
-    expert: int
-    trainable: bool
-    tensors: tuple[TensorInfo, ...]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -86,18 +75,24 @@ class TensorPlace:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FixedUnit:
-    """A dense or router unit: its tensors are always on the device."""
+class FixedTensors:
+    """The tensors of a dense or router unit in a model, which are always on the device.
 
-    key: str
-    kind: str
-    layer: int
+    ``unit`` describes it as in a manifest, but without its tensors: their dtypes may still change while it is loaded.
+    """
+
+    unit: UnitInfo
     is_attention: bool
     places: dict[str, TensorPlace]
 
+    @property
+    def key(self) -> str:
+        """Key of the unit."""
+        return self.unit.key
+
     def mode(self, scope: TrainScope) -> str:
         """How it is trained: full, lora or none."""
-        if self.kind == "router":
+        if self.unit.kind == "router":
             return scope.router
         return scope.attention if self.is_attention else "none"
 
@@ -133,7 +128,7 @@ class FixedUnit:
                 copy_into(self.key, name, place.get(), tensors[name])
 
 
-def find_fixed_units(model: nn.Module, layers: tuple[ExpertLayer, ...]) -> dict[str, FixedUnit]:
+def find_fixed_tensors(model: nn.Module, layers: tuple[ExpertLayer, ...]) -> dict[str, FixedTensors]:
     """All dense and router units of ``model`` by key, in module order. Call it before parameters are moved."""
     persistent = set(model.state_dict(keep_vars=True).keys())
     expert_names = {f"{layer.experts_path}.{p.name}" for layer in layers for p in layer.parameters}
@@ -148,16 +143,21 @@ def find_fixed_units(model: nn.Module, layers: tuple[ExpertLayer, ...]) -> dict[
                     continue
                 first.setdefault(id(tensor), (full, is_buffer))
                 owners.setdefault(id(tensor), []).append((module, name))
-    units: dict[str, FixedUnit] = {}
+    units: dict[str, FixedTensors] = {}
     for identity, (full, is_buffer) in first.items():
         place = TensorPlace(full, owners[identity], is_buffer)
         router = next((path for path in routers if full.startswith(f"{path}.")), None)
         if router is not None:
-            unit = units.setdefault(router, FixedUnit(router, "router", routers[router].ordinal, False, {}))
+            unit = units.setdefault(router, FixedTensors(_router_unit(routers[router]), False, {}))
             unit.places[full[len(router) + 1 :]] = place
         else:
-            units[full] = FixedUnit(full, "dense", -1, _is_attention_weight(model, full, place), {VALUE: place})
+            dense = UnitInfo(key=full, kind="dense", trainable=False)
+            units[full] = FixedTensors(dense, _is_attention_weight(model, full, place), {VALUE: place})
     return units
+
+
+def _router_unit(layer: ExpertLayer) -> UnitInfo:
+    return UnitInfo(key=layer.router_path, kind="router", layer=layer.ordinal, trainable=False)
 
 
 def _is_attention_weight(model: nn.Module, full_name: str, place: TensorPlace) -> bool:
@@ -173,46 +173,53 @@ def _is_attention_weight(model: nn.Module, full_name: str, place: TensorPlace) -
 
 
 def iter_base_units(
-    fixed: Iterable[FixedUnit], layers: Iterable[ExpertLayer], scope: TrainScope | None
-) -> Iterator[tuple[UnitSpec, dict[str, tuple[int, int]]]]:
+    fixed: Iterable[FixedTensors], layers: Iterable[ExpertLayer], scope: TrainScope | None
+) -> Iterator[tuple[UnitInfo, dict[str, tuple[int, int]]]]:
     """Each unit that is no adapter, with (in, out) of its matrices if ``scope`` gives it an adapter, else nothing."""
     for unit in fixed:
         lora = scope is not None and unit.mode(scope) == "lora"
-        yield fixed_spec(unit, scope), unit.matrix_sizes() if lora else {}
+        yield fixed_unit(unit, scope), unit.matrix_sizes() if lora else {}
     for layer in layers:
         lora = scope is not None and scope.experts == "lora"
         sizes = {parameter.name: layer.input_output_sizes(parameter) for parameter in layer.matrices} if lora else {}
         for expert in range(layer.num_experts):
-            yield expert_spec(layer, expert, scope), sizes
+            yield expert_unit(layer, expert, scope), sizes
 
 
-def fixed_spec(unit: FixedUnit, scope: TrainScope | None) -> UnitSpec:
-    """The spec of a dense or router unit."""
-    trainable = scope is not None and unit.mode(scope) == "full"
-    return UnitSpec(unit.key, unit.kind, unit.layer, -1, trainable, tensor_infos(unit.tensors()))
+def fixed_unit(fixed: FixedTensors, scope: TrainScope | None) -> UnitInfo:
+    """The record of a dense or router unit."""
+    trainable = scope is not None and fixed.mode(scope) == "full"
+    return msgspec.structs.replace(fixed.unit, trainable=trainable, tensors=tensor_infos(fixed.tensors()))
 
 
-def expert_spec(layer: ExpertLayer, expert: int, scope: TrainScope | None) -> UnitSpec:
-    """The spec of an expert unit, whether or not the expert is on the device."""
+def expert_unit(layer: ExpertLayer, expert: int, scope: TrainScope | None) -> UnitInfo:
+    """The record of an expert unit, whether or not the expert is on the device."""
     infos = tuple(TensorInfo(name=p.name, dtype=dtype_name(p.dtype), shape=p.shape) for p in layer.parameters)
     trainable = scope is not None and scope.experts == "full"
-    return UnitSpec(layer.expert_key(expert), "expert", layer.ordinal, expert, trainable, infos)
+    return UnitInfo(
+        key=layer.expert_key(expert),
+        kind="expert",
+        layer=layer.ordinal,
+        expert=expert,
+        trainable=trainable,
+        tensors=infos,
+    )
 
 
-def adapter_spec(base: UnitSpec, sizes: Mapping[str, tuple[int, int]], rank: int) -> UnitSpec:
-    """The spec of a base unit's adapter; ``sizes`` maps its matrices to (in, out)."""
+def adapter_unit(base: UnitInfo, sizes: Mapping[str, tuple[int, int]], rank: int) -> UnitInfo:
+    """The record of a base unit's adapter; ``sizes`` maps its matrices to (in, out)."""
     name = dtype_name(ADAPTER_DTYPE)
     infos = []
     for tensor, (size_in, size_out) in sizes.items():
         infos.append(TensorInfo(name=f"{tensor}.lora_a", dtype=name, shape=(rank, size_in)))
         infos.append(TensorInfo(name=f"{tensor}.lora_b", dtype=name, shape=(size_out, rank)))
-    return dataclasses.replace(base, key=base.key + LORA_SUFFIX, trainable=True, tensors=tuple(infos))
+    return msgspec.structs.replace(base, key=base.key + LORA_SUFFIX, trainable=True, tensors=tuple(infos))
 
 
-def spec_from_tensors(base: UnitSpec, tensors: Mapping[str, torch.Tensor], *, adapter: bool) -> UnitSpec:
-    """The spec of ``base``, or of its adapter, trainable and with the tensors as they are."""
+def unit_from_tensors(base: UnitInfo, tensors: Mapping[str, torch.Tensor], *, adapter: bool) -> UnitInfo:
+    """The record of ``base``, or of its adapter, as trainable and with these tensors."""
     key = base.key + LORA_SUFFIX if adapter else base.key
-    return dataclasses.replace(base, key=key, trainable=True, tensors=tensor_infos(tensors))
+    return msgspec.structs.replace(base, key=key, trainable=True, tensors=tensor_infos(tensors))
 
 
 def check_tensors(key: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -287,7 +294,7 @@ class ExpertSource(Protocol):
 
 
 class MemorySource:
-    """Units in memory, e.g. ``MemorySource({spec.key: tensors for spec, tensors in model.iter_units()})``."""
+    """Units in memory, e.g. ``MemorySource({unit.key: tensors for unit, tensors in model.iter_units()})``."""
 
     def __init__(self, units: Mapping[str, Mapping[str, torch.Tensor]]):
         self._units = units

@@ -32,22 +32,24 @@ class TensorInfo(Message):
     shape: tuple[int, ...]
 
 
-class UnitInfo(Message):
-    """The smallest thing that is downloaded, trained and averaged on its own: one expert, one router, one dense tensor.
+class UnitInfo(Message, kw_only=True):
+    """The smallest part of a model that is downloaded, trained and averaged on its own.
 
-    ``key`` is unique in a model, e.g. ``model.layers.0.mlp.experts.3``; a LoRA adapter is a unit of its own whose key
-    ends in ``:lora``. ``layer`` is the ordinal of the MoE layer (0..L-1), -1 for dense units; ``expert`` is -1 unless
-    ``kind == "expert"``. The bytes are a safetensors file named by its SHA-256.
+    One expert, one router, one dense tensor, or the LoRA adapter of one of these. ``key`` is unique in a model, e.g.
+    ``model.layers.0.mlp.experts.3``; the key of an adapter ends in ``:lora``. ``kind`` is one of `UNIT_KINDS`.
+    ``layer`` is the ordinal of the MoE layer (0..L-1), -1 for dense units; ``expert`` is -1 unless
+    ``kind == "expert"``. The unit's bytes are a safetensors file, named by its SHA-256; ``sha256`` and ``size_bytes``
+    are empty until the unit is stored in a run.
     """
 
     key: str
     kind: str
-    layer: int
-    expert: int
+    layer: int = -1
+    expert: int = -1
     trainable: bool
-    sha256: str
-    size_bytes: int
-    tensors: tuple[TensorInfo, ...]
+    tensors: tuple[TensorInfo, ...] = ()
+    sha256: str = ""
+    size_bytes: int = 0
 
 
 class FileInfo(Message):

@@ -28,7 +28,10 @@ def units_of(server_round: int, *, kind: str = "expert") -> dict[str, UnitInfo]:
         for expert in range(EXPERTS):
             key = f"{layer}.{expert}"
             sha256 = hashlib.sha256(f"{key} {server_round}".encode()).hexdigest()
-            found[key] = UnitInfo(key, kind, layer, expert, True, sha256, 100 + server_round, ())
+            found[key] = UnitInfo(
+                key=key, kind=kind, layer=layer, expert=expert, trainable=True, sha256=sha256,
+                size_bytes=100 + server_round,
+            )  # fmt: skip
     return found
 
 

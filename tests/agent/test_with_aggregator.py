@@ -16,11 +16,11 @@ from flaky_proxy import FlakyProxy
 from toy_device import ToyTrainer, toy_value
 
 from edgefed.agent.transport import AggregatorClient
-from edgefed.aggregator.creation import NewUnit, create_run
+from edgefed.aggregator.creation import RawTensors, create_run
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.server import AggregatorServer, ServerConfig
 from edgefed.protocol import frames
-from edgefed.protocol.messages import RunConfig, Status, TrainingConfig
+from edgefed.protocol.messages import RunConfig, Status, TrainingConfig, UnitInfo
 
 EXPERTS, SHAPE = 3, (100, 60)
 
@@ -31,10 +31,11 @@ def import_run(folder: Path, *, rounds: int, clients: int, shape: tuple[int, int
         training=TrainingConfig(local_steps=2),
     )  # fmt: skip
 
-    def unit(key: str, expert: int, value: float) -> NewUnit:
+    def unit(key: str, expert: int, value: float) -> tuple[UnitInfo, RawTensors]:
         tensors = {"down_proj": ("F32", np.full(shape, value, np.float32))}
         kind = "expert" if expert >= 0 else "dense"
-        return NewUnit(key, kind, 0 if expert >= 0 else -1, expert, expert >= 0, tensors)
+        layer = 0 if expert >= 0 else -1
+        return UnitInfo(key=key, kind=kind, layer=layer, expert=expert, trainable=expert >= 0), tensors
 
     units = [unit("embed", -1, -1.0), *(unit(f"experts.{expert}", expert, expert) for expert in range(EXPERTS))]
     config = folder.parent / "config.json"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import toy_run
-from toy_run import frame_of, trained, weighted_mean
+from toy_run import frame_of, new_unit, trained, weighted_mean
 
 from edgefed.aggregator import fold
 from edgefed.aggregator.blobs import BlobStore
-from edgefed.aggregator.creation import NewUnit, RunWriter
+from edgefed.aggregator.creation import RunWriter
 from edgefed.errors import StateCorrupt
 from edgefed.kernels.fold import NUMPY, select_backend
 from edgefed.methods.interface import UnitMerge
@@ -25,15 +25,15 @@ class Case:
         rng = np.random.default_rng(0)
         floats = rng.standard_normal((5, 13), dtype=np.float32)
         self.new = [
-            NewUnit("f32", "router", 0, -1, True, {"w": ("F32", floats), "bias": ("F32", floats[:, 0].copy())}),
-            NewUnit("f16", "dense", -1, -1, True, {"w": ("F16", floats.astype(np.float16))}),
-            NewUnit("bf16", "router", 1, -1, True, {"w": ("BF16", (floats.view(np.uint32) >> 16).astype(np.uint16))}),
-            NewUnit(
+            new_unit("f32", "router", 0, -1, True, {"w": ("F32", floats), "bias": ("F32", floats[:, 0].copy())}),
+            new_unit("f16", "dense", -1, -1, True, {"w": ("F16", floats.astype(np.float16))}),
+            new_unit("bf16", "router", 1, -1, True, {"w": ("BF16", (floats.view(np.uint32) >> 16).astype(np.uint16))}),
+            new_unit(
                 "f64", "dense", -1, -1, True, {"w": ("F64", floats.astype(np.float64)), "none": ("F64", np.empty(0))}
             ),
         ]
         with RunWriter(folder) as writer:
-            self.units = [writer.add_unit(unit) for unit in self.new]
+            self.units = [writer.add_unit(*new) for new in self.new]
         self.blobs = BlobStore(folder)
         self.tensors = {}
         self.paths = {}
@@ -71,7 +71,7 @@ def test_every_dtype_and_kind_of_weight_gives_the_closed_form(case):
     for name, tolerance in (("f16|w", {"rtol": 2**-11, "atol": 0}), ("f64|w", {"rtol": 1e-14, "atol": 1e-15})):
         expected = weighted_mean([(1.0, case.tensors["a"][name][1]), (3.0, case.tensors["c"][name][1])])
         np.testing.assert_allclose(values[name].astype(np.float64), expected, **tolerance)
-    old = {f"{unit.key}|{name}": raw for unit in case.new for name, (_, raw) in unit.tensors.items()}
+    old = {f"{unit.key}|{name}": raw for unit, tensors in case.new for name, (_, raw) in tensors.items()}
     for name in ("f32|w", "f32|bias", "bf16|w"):
         for row in range(5):
             held = [c for c in CLIENTS if ROWS[c][row]]

@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 import pytest
 import toy_run
-from toy_run import make_run, new_units, run_config
+from toy_run import NewUnit, make_run, new_unit, new_units, run_config
 
 from edgefed.aggregator import blobs as blobs_module
 from edgefed.aggregator.blobs import BlobStore
-from edgefed.aggregator.creation import NewUnit, RunWriter
+from edgefed.aggregator.creation import RunWriter
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.aggregator.store import Store, has_run
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StateCorrupt, StateLocked, StorageError
@@ -34,14 +34,14 @@ def test_a_run_is_what_was_imported(state):
     assert manifest.run_id == "run-1"
     assert manifest.experts_per_layer == (3, 3)
     units = new_units(np.random.default_rng(0))
-    assert [unit.key for unit in manifest.units] == [unit.key for unit in units]
-    for info, unit in zip(manifest.units, units, strict=True):
+    assert [unit.key for unit in manifest.units] == [unit.key for unit, _ in units]
+    for info, (_, tensors) in zip(manifest.units, units, strict=True):
         content = blobs.path(info.sha256).read_bytes()
         assert hashlib.sha256(content).hexdigest() == info.sha256
         assert len(content) == info.size_bytes
         for name, values in toy_run.unit_values(blobs.path(info.sha256)).items():
-            assert np.array_equal(values, unit.tensors[name][1])
-            assert values.dtype == unit.tensors[name][1].dtype
+            assert np.array_equal(values, tensors[name][1])
+            assert values.dtype == tensors[name][1].dtype
     (file,) = manifest.files
     assert file.name == "config.json"
     assert b"toy" in blobs.path(file.sha256).read_bytes()
@@ -51,7 +51,7 @@ def test_a_run_is_what_was_imported(state):
 def test_half_an_import_is_no_run_and_can_be_done_again(tmp_path):
     folder = tmp_path / "state"
     with pytest.raises(RuntimeError), RunWriter(folder) as writer:
-        writer.add_unit(new_units(np.random.default_rng(0))[0])
+        writer.add_unit(*new_units(np.random.default_rng(0))[0])
         raise RuntimeError("the importer died")
     assert not has_run(folder)
     assert not list((folder / "blobs" / "tmp").iterdir())
@@ -73,7 +73,7 @@ def unit(**changes) -> NewUnit:
         "trainable": True,
         "tensors": {"w": ("F32", values)},
     }
-    return NewUnit(**{**facts, **changes})
+    return new_unit(**{**facts, **changes})
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def unit(**changes) -> NewUnit:
 def test_units_that_no_manifest_may_hold_are_refused(tmp_path, wrong):
     with pytest.raises(CheckpointError), RunWriter(tmp_path / "state") as writer:
         for new in wrong:
-            writer.add_unit(new)
+            writer.add_unit(*new)
         writer.finish(run_config(), POLICY)
     assert not has_run(tmp_path / "state")
 
 
 def test_a_frozen_unit_may_hold_integers(tmp_path):
     with RunWriter(tmp_path / "state") as writer:
-        writer.add_unit(unit(trainable=False, tensors={"ids": ("I64", np.arange(4))}))
+        writer.add_unit(*unit(trainable=False, tensors={"ids": ("I64", np.arange(4))}))
         with pytest.raises(ConfigError, match="rounds"):
             writer.finish(run_config(), RoundPolicy(rounds=9))
         writer.finish(run_config(), POLICY)

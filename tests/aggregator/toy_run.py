@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgefed.aggregator.active_run import ActiveRun
-from edgefed.aggregator.creation import NewUnit, create_run
+from edgefed.aggregator.creation import RawTensors, create_run
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.service import Service
 from edgefed.methods.interface import Method, UnitMerge
@@ -75,6 +75,14 @@ def make_method(name: str, options: dict) -> Mean:
     return Mean(**options)
 
 
+NewUnit = tuple[UnitInfo, RawTensors]
+
+
+def new_unit(key: str, kind: str, layer: int, expert: int, trainable: bool, tensors: RawTensors) -> NewUnit:
+    """A unit and its tensors, as `RunWriter.add_unit` takes them."""
+    return UnitInfo(key=key, kind=kind, layer=layer, expert=expert, trainable=trainable), tensors
+
+
 def new_units(rng: np.random.Generator, *, hidden: int = HIDDEN, experts: int = EXPERTS) -> list[NewUnit]:
     """Experts (F32, two tensors), routers (F32, with a bias), one frozen BF16 unit, one trainable F16 unit."""
 
@@ -82,16 +90,20 @@ def new_units(rng: np.random.Generator, *, hidden: int = HIDDEN, experts: int = 
         return "F32", rng.standard_normal(shape, dtype=np.float32)
 
     units = [
-        NewUnit("embed", "dense", -1, -1, False, {"weight": ("BF16", rng.integers(0, 2**14, (16, hidden), np.uint16))}),
-        NewUnit("norm", "dense", -1, -1, True, {"weight": ("F16", rng.standard_normal(hidden).astype(np.float16))}),
+        new_unit(
+            "embed", "dense", -1, -1, False, {"weight": ("BF16", rng.integers(0, 2**14, (16, hidden), np.uint16))}
+        ),
+        new_unit("norm", "dense", -1, -1, True, {"weight": ("F16", rng.standard_normal(hidden).astype(np.float16))}),
     ]
     for layer in range(LAYERS):
         units.append(
-            NewUnit(f"layer{layer}.router", "router", layer, -1, True, {"w": f32(experts, hidden), "norm": f32(hidden)})
+            new_unit(
+                f"layer{layer}.router", "router", layer, -1, True, {"w": f32(experts, hidden), "norm": f32(hidden)}
+            )
         )
         for expert in range(experts):
             tensors = {"up": f32(4, hidden), "down": f32(hidden, 4)}
-            units.append(NewUnit(f"layer{layer}.expert{expert}", "expert", layer, expert, True, tensors))
+            units.append(new_unit(f"layer{layer}.expert{expert}", "expert", layer, expert, True, tensors))
     return units
 
 

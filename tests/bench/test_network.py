@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "agent"))  # throttling_proxy
 from throttling_proxy import ThrottlingProxy  # noqa: E402
 
 from edgefed.aggregator.app import Endpoints  # noqa: E402
-from edgefed.aggregator.creation import NewUnit, create_run  # noqa: E402
+from edgefed.aggregator.creation import create_run  # noqa: E402
 from edgefed.aggregator.probing import ProbeLimiter, ProbeLimits  # noqa: E402
 from edgefed.aggregator.rounds import RoundPolicy  # noqa: E402
 from edgefed.aggregator.server import AggregatorServer, ServerConfig  # noqa: E402
@@ -25,7 +25,7 @@ from edgefed.bench.network import PRESETS, ROUND_TRIPS, Line, find_line, measure
 from edgefed.bench.statistics import FAILED, INTERRUPTED, SKIPPED, Entry  # noqa: E402
 from edgefed.errors import ConfigError, NetworkError, ServerUnreachable  # noqa: E402
 from edgefed.protocol import routes  # noqa: E402
-from edgefed.protocol.messages import RunConfig, TrainingConfig  # noqa: E402
+from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo  # noqa: E402
 
 TOKEN = "secret"
 NAMES = ["connect", "message", "kernel rtt", "upload", "download"]
@@ -43,8 +43,9 @@ def state(tmp_path_factory):
     run = RunConfig(
         run_id="r", model="toy", method="fedavg", method_options={}, rounds=1, seed=1, training=TrainingConfig()
     )
-    unit = NewUnit("experts.0", "expert", 0, 0, True, {"w": ("F32", np.zeros((2, 2), np.float32))})
-    create_run(folder, run, RoundPolicy(rounds=1, min_clients=1), [unit])
+    unit = UnitInfo(key="experts.0", kind="expert", layer=0, expert=0, trainable=True)
+    tensors = {"w": ("F32", np.zeros((2, 2), np.float32))}
+    create_run(folder, run, RoundPolicy(rounds=1, min_clients=1), [(unit, tensors)])
     return folder
 
 

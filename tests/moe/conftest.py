@@ -47,7 +47,7 @@ class Toy:
     def device(self, units: dict) -> tuple[MoeModel, MemorySource]:
         """A skeleton with its dense part and routers loaded, as a client has it, and the source of its experts."""
         model = MoeModel.skeleton(self.folder)
-        for spec in model.unit_specs():
+        for spec in model.unit_infos():
             if spec.kind != "expert":
                 model.load_unit(spec.key, units[spec.key])
         return model, MemorySource(units)

@@ -167,7 +167,7 @@ def test_on_a_gpu_only_copies_of_a_layer_are_there(toys, tmp_path, place):
 
     def losses(space):
         model = MoeModel.skeleton(toy.folder, device=device)
-        for spec in model.unit_specs():
+        for spec in model.unit_infos():
             if spec.kind != "expert":
                 model.load_unit(spec.key, units[spec.key])
         plan = ExpertPlan.of(model.experts_per_layer, TRAINABLE, FROZEN)

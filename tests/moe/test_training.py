@@ -212,7 +212,7 @@ def test_scope_decides_what_trains(toy, attention):
     assert trained == by_name
     assert bool(trained) == (attention == "full")
     assert all(("attn" in key) and key.endswith("weight") and "norm" not in key for key in trained)
-    assert {spec.key for spec in model.unit_specs(model.scope) if spec.trainable} == trained
+    assert {spec.key for spec in model.unit_infos(model.scope) if spec.trainable} == trained
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------

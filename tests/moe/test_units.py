@@ -34,8 +34,8 @@ def test_units_are_the_whole_model_once(toy):
 def test_specs_are_the_same_for_server_and_client(toy):
     scope = TrainScope(experts="lora", router="full", attention="lora", lora_rank=3)
     full, skeleton = toy.full(), MoeModel.skeleton(toy.folder)
-    specs = full.unit_specs(scope)
-    assert specs == skeleton.unit_specs(scope)
+    specs = full.unit_infos(scope)
+    assert specs == skeleton.unit_infos(scope)
     assert specs == [spec for spec, _ in full.iter_units(scope)]
     by_key = {spec.key: spec for spec in specs}
     expert = full.layers[0].expert_key(3)
@@ -53,13 +53,13 @@ def test_specs_are_the_same_for_server_and_client(toy):
 
 
 def test_what_is_where(toys):
-    specs = {spec.key: spec for spec in toys("deepseek_v3").full().unit_specs(TrainScope())}
+    specs = {spec.key: spec for spec in toys("deepseek_v3").full().unit_infos(TrainScope())}
     router = specs["model.layers.1.mlp.gate"]
     assert [info.name for info in router.tensors] == ["weight", "e_score_correction_bias"]
     assert specs["model.layers.1.mlp.shared_experts.up_proj.weight"].kind == "dense"
     assert specs["model.layers.0.mlp.up_proj.weight"].layer == -1
     assert [info.name for info in specs["lm_head.weight"].tensors] == ["value"]
-    gpt_oss = {spec.key: spec for spec in toys("gpt_oss").full().unit_specs()}
+    gpt_oss = {spec.key: spec for spec in toys("gpt_oss").full().unit_infos()}
     assert [info.name for info in gpt_oss["model.layers.0.mlp.router"].tensors] == ["weight", "bias"]
     assert {info.name for info in gpt_oss["model.layers.1.mlp.experts.7"].tensors} == {
         "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"
@@ -68,7 +68,7 @@ def test_what_is_where(toys):
 
 def test_tied_embeddings_are_one_unit_and_stay_tied(toys):
     toy = toys("qwen2_moe")
-    keys = {spec.key for spec in toy.full().unit_specs()}
+    keys = {spec.key for spec in toy.full().unit_infos()}
     assert "model.embed_tokens.weight" in keys
     assert "lm_head.weight" not in keys
     model, _ = toy.device(toy.units())

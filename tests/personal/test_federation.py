@@ -83,7 +83,7 @@ def test_average_is_weighted_by_examples_and_by_hand():
 def test_average_has_the_weights_of_the_aggregator():
     rng = np.random.default_rng(0)
     uploads = [Upload(k, n, {"w": torch.from_numpy(rng.normal(size=5))}) for k, n in enumerate((17, 4, 90))]
-    unit = UnitInfo("theta", "dense", -1, -1, True, (TensorInfo("w", "F64", (5,)),), "0" * 64, 40)
+    unit = UnitInfo(key="theta", kind="dense", trainable=True, tensors=(TensorInfo("w", "F64", (5,)),))
     merges = METHOD.plan_merge(
         [Contribution(f"{u.client}", u.num_examples, {}, frozenset({"theta"})) for u in uploads], [unit]
     )

@@ -40,7 +40,7 @@ def make_device(family: str, folder: Path, scope: TrainScope, trainable, frozen=
         spec.key: {name: t.clone() for name, t in tensors.items()} for spec, tensors in full.iter_units(scope, seed=7)
     }
     model = MoeModel.skeleton(folder)
-    for spec in model.unit_specs():
+    for spec in model.unit_infos():
         if spec.kind != "expert":
             model.load_unit(spec.key, units[spec.key])
     layers = len(model.experts_per_layer)
