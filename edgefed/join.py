@@ -72,7 +72,7 @@ class DeviceMemory:
         self.latest: MemoryBudget = self.first
         if self.first.now_bytes is None:
             raise ConfigError(
-                f"how much memory training may use is unknown: {self.first.origin}", remedy="Pass --memory SIZE."
+                f"how much memory training may use is unknown: {self.first.origin}", remedy="Set `memory`, e.g. 4GiB."
             )
         if self.first.now_bytes <= 0:
             raise BudgetTooSmall(f"this device has no memory to spare: {self.first.origin}")

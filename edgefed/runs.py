@@ -147,7 +147,7 @@ class RunReader:
         if manifest is None:
             raise ConfigError(
                 f"round {wanted} is not kept; rounds {self.oldest_round} to {self.last_round} are",
-                remedy="Serve with a larger --keep-rounds, or 0 to keep all.",
+                remedy="Serve with a larger `keep_rounds`, or 0 to keep all.",
             )
         return manifest
 
@@ -187,7 +187,7 @@ def export_model(folder: Path, to: Path, server_round: int | None = None) -> Pat
         if make_method(reader.run.method, reader.run.method_options).personal:
             raise ConfigError(
                 f"{folder} holds a run of {reader.run.method}: clients have models of their own, the server has none",
-                remedy="The mixture of a client is in the folder `personal` of its --state.",
+                remedy="The mixture of a client is in the folder personal/ of its `state`.",
             )
         manifest = reader.manifest(server_round)
         source = reader.unpack(manifest, Path(scratch))

@@ -44,7 +44,7 @@ def check_base_url(text: str) -> str:
     if not url.host or "%" in url.host or (url.port is not None and not 0 < url.port < 65536):
         raise ConfigError(f"the server's address needs a host, and a port of 1..65535, found {text!r}", remedy=remedy)
     if url.userinfo:  # not repeated in the message: it is a secret
-        raise ConfigError("the server's address holds a user name or password; use --token", remedy=remedy)
+        raise ConfigError("the server's address holds a user name or password; use `token`", remedy=remedy)
     if url.path != "/" or url.query or url.fragment:
         raise ConfigError(f"the server's address ends after host and port, found {text!r}", remedy=remedy)
     return f"{url.scheme}://{url.netloc.decode('ascii')}"

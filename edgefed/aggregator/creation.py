@@ -41,7 +41,7 @@ class RunWriter:
         if has_run(folder):
             self._lock.release()
             raise ConfigError(
-                f"state folder {folder} holds a run already", remedy="Serve it, or choose another --state."
+                f"state folder {folder} holds a run already", remedy="Serve it, or choose another `state`."
             )
         self._blobs = BlobStore(folder)
         self._batch: BlobBatch = self._blobs.batch()

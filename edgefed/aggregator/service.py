@@ -26,7 +26,7 @@ from edgefed.aggregator.admission import (
 from edgefed.aggregator.rounds import Phase, RoundState
 from edgefed.aggregator.status import Presence
 from edgefed.aggregator.store import ClientRecord, UpdateRecord
-from edgefed.aggregator.uploads import PartWriter, UploadName, offset_mismatch
+from edgefed.aggregator.uploads import PartWriter, UploadName
 from edgefed.aggregator.validate import validate_update
 from edgefed.disk import hash_file
 from edgefed.errors import (
@@ -34,6 +34,7 @@ from edgefed.errors import (
     InvalidUpdate,
     MalformedMessage,
     NotFound,
+    OffsetMismatch,
     ProtocolError,
     StorageError,
     Unauthorized,
@@ -203,7 +204,7 @@ class Service:
         with run.seen(client_id, key):
             update = run.store.find_update(server_round, client_id)
             if update is not None and update.attempt == attempt:
-                raise offset_mismatch("this upload is complete and was accepted", update.size_bytes)
+                raise OffsetMismatch("this upload is complete and was accepted", offset=update.size_bytes)
             run.check_open(client_id, server_round, update)
             limit_bytes = run.catalog.limit_bytes
         if offset + (length or 0) > limit_bytes:
@@ -260,7 +261,7 @@ class Service:
         run = self._run
         arrived = run.uploads.offset(name)
         if arrived < meta.size_bytes:
-            raise offset_mismatch(f"{arrived} of {meta.size_bytes} bytes have arrived", arrived)
+            raise OffsetMismatch(f"{arrived} of {meta.size_bytes} bytes have arrived", offset=arrived)
         try:
             if arrived > meta.size_bytes:
                 raise ChecksumMismatch(f"{arrived} bytes have arrived, the update has {meta.size_bytes}")

@@ -181,7 +181,7 @@ class Store:
         if not has_run(folder):
             raise StorageError(
                 f"state folder {folder} holds no run",
-                remedy="Create one: `edgefed serve` imports a model with --model.",
+                remedy="Create one: `edgefed serve` imports a `model`.",
             )
         self._folder_lock = None if read_only else lock_folder(folder)
         self._lock = threading.RLock()

@@ -35,13 +35,6 @@ class UploadName:
         return f"{self.client_id}-{self.server_round}-{self.attempt}.part"
 
 
-def offset_mismatch(message: str, offset: int) -> OffsetMismatch:
-    """The error that tells a client where to continue; ``offset`` goes into its reply."""
-    error = OffsetMismatch(message)
-    error.offset = offset  # type: ignore[attr-defined]
-    return error
-
-
 class PartWriter:
     """Appends to one part. Another connection or the end of the round takes it over with `stop`."""
 
@@ -105,7 +98,7 @@ class UploadFolder:
             self._delete_parts(lambda other: other.client_id == name.client_id and other != name)
             arrived = self.offset(name)
             if arrived != offset:
-                raise offset_mismatch(f"the upload continues at {arrived}, not at {offset}", arrived)
+                raise OffsetMismatch(f"the upload continues at {arrived}, not at {offset}", offset=arrived)
             writer = self._writers[name] = PartWriter(self.parts / name.part_name, limit_bytes)
             return writer
 

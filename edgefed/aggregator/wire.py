@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgefed.aggregator.admission import parse_number
-from edgefed.errors import EdgefedError, MalformedMessage, NotFound, OffsetMismatch, ServerUnreachable, Unauthorized
+from edgefed.errors import EdgefedError, MalformedMessage, NotFound, ServerUnreachable, Unauthorized
 from edgefed.protocol import routes
 from edgefed.protocol.messages import encode_error, encode_message
 
@@ -89,8 +89,7 @@ def reply(message: object) -> Response:
 
 
 def error_reply(error: EdgefedError) -> Response:
-    offset = getattr(error, "offset", None) if isinstance(error, OffsetMismatch) else None
-    return Response(encode_error(error, offset=offset), error.http_status, media_type="application/json")
+    return Response(encode_error(error), error.http_status, media_type="application/json")
 
 
 def identity(request: Request) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from edgefed.moe.layer_runtime import training_kernels
 
 LORA_RANK = 16
 STORAGES = ("bfloat16", "nf4")
-"""How experts that do not learn lie in memory: as they come, and as `edgefed join --expert-storage nf4` has them."""
+"""How experts that do not learn lie in memory: as they come, and as `expert_storage=nf4` stores them."""
 CURVE_POINTS = 60
 
 

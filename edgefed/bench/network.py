@@ -155,7 +155,7 @@ def measure_network(
         keep("kernel rtt", "ms", "lower", lambda: _kernel(client, round_trips))
         for name, send in rates:
             if not active:
-                skip(name, "MB/s", "higher", "not asked for: --active sends up to 17 MB each way")
+                skip(name, "MB/s", "higher", "not asked for: `active` sends up to 17 MB each way")
             elif not message.measured:
                 skip(name, "MB/s", "higher", message.reason)
             else:

@@ -216,7 +216,7 @@ def _finite(data: Any) -> Any:
 
 def parse_report(text: str | bytes, name: str) -> Report:
     """Read a report back. Raises ConfigError, naming ``name`` and the place, for anything that is none."""
-    remedy = "Pass a file that `edgefed bench --json FILE` wrote."
+    remedy = "Pass a report that `edgefed bench` wrote as JSON."
     try:
         data = json.loads(text)
     except (UnicodeDecodeError, ValueError) as error:

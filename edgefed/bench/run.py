@@ -187,7 +187,7 @@ class _Run:
             if found.spilled:
                 self.session.warnings.append(
                     f"the last blocks copy at {100 * found.last_speed_share:.0f} % of the first ones' speed: "
-                    "GPU memory spilled into system memory; plan with less (--memory)"
+                    "GPU memory spilled into system memory; plan with less (`memory`)"
                 )
 
     def _speed(self) -> None:

@@ -23,6 +23,7 @@ from edgefed.bench.wording import gib, number
 from edgefed.cli.bench_fits import print_explain, print_fits
 from edgefed.cli.bench_style import WIDE, Style, table_of
 from edgefed.cli.output import stdout_console
+from edgefed.cli.phrasing import to_flags
 from edgefed.hardware.memory import GIB, format_bytes
 from edgefed.hardware.profile_files import DeviceProfile
 
@@ -55,7 +56,7 @@ def print_report(report: Report, files: Sequence[Path]) -> None:
     if report.fits:
         print_fits(console, style, report)
     for warning in report.warnings:
-        console.print(f"[yellow]![/] {escape(warning)}")
+        console.print(f"[yellow]![/] {escape(to_flags(warning))}")
     ending = "stopped by Ctrl-C: what was measured until then is above; " if report.interrupted else ""
     went = f"written: {', '.join(map(str, files))}" if files else "nothing written; --json FILE keeps it"
     console.print(f"{ending}{report.seconds:.0f} s {style.dot} {went}", style="dim", markup=False)
@@ -104,13 +105,13 @@ def _memory(console: Console, style: Style, report: Report) -> None:
         size = f"{sign}{abs(term.size_bytes) / GIB:.1f} GiB"
         low, high = sorted((before, left))
         row(
-            f"{term.name} ({term.who})" if term.who else term.name,
+            to_flags(f"{term.name} ({term.who})" if term.who else term.name),
             size,
             low / total if total else 0,
             high / total if total else 0,
-            term.origin,
+            to_flags(term.origin),
         )
-    origin = "" if memory.terms else memory.origin
+    origin = "" if memory.terms else to_flags(memory.origin)
     share = memory.now_bytes / total if memory.now_bytes is not None and total else 0.0
     row("usable now", gib(memory.now_bytes), 0, share, origin, "green" if memory.now_bytes else "red")
     ideal = memory.ideal_bytes
@@ -155,7 +156,7 @@ def _entries(style: Style, entries: Iterable[Entry], width: int, *, paper: bool)
         colour = COLOURS[entry.verdict]
         if not entry.measured:
             cells = [Text("-", style=colour), "", entry.unit, *(["", ""] if paper else [])]
-            reason = Text(entry.reason, style="dim" if entry.verdict == "skipped" else colour, overflow="ellipsis")
+            reason = Text(to_flags(entry.reason), style="dim" if entry.verdict == "skipped" else colour, overflow="ellipsis")
             table.add_row(entry.name, *cells, Text(entry.verdict, style=colour), reason)
             continue
         spread = f"{style.plus_minus}{100 * (entry.spread or 0):.1f} %" if len(entry.samples) > 2 else "-"
@@ -169,7 +170,7 @@ def _entries(style: Style, entries: Iterable[Entry], width: int, *, paper: bool)
         note = entry.note or entry.reason
         if entry.reason and entry.note:
             note = entry.reason if entry.verdict != STABLE else entry.note
-        table.add_row(entry.name, *cells, Text(entry.verdict, style=colour), Text(_short(note), style="dim"))
+        table.add_row(entry.name, *cells, Text(entry.verdict, style=colour), Text(_short(to_flags(note)), style="dim"))
     return table
 
 

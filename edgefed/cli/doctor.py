@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgefed.cli.phrasing import to_flags
+
 if TYPE_CHECKING:
     from edgefed.doctor.finding import Diagnosis, Finding
 
@@ -131,7 +133,7 @@ def _render_finding(finding: Finding, width: int) -> Iterator[tuple[str | None, 
 
 def _wrap(text: str, first: str, later: str, width: int) -> list[str]:
     return textwrap.wrap(
-        text, max(width, NARROWEST), initial_indent=first, subsequent_indent=later, break_long_words=False,
+        to_flags(text), max(width, NARROWEST), initial_indent=first, subsequent_indent=later, break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
 

@@ -71,6 +71,14 @@ def _setting_names(command: click.Command) -> dict[str, str]:
     return {(_flag(param) if isinstance(param, click.Option) else param.name): param.name for param in command.params}
 
 
+def setting_names() -> frozenset[str]:
+    """Every setting of every verb, in snake case."""
+    context = click.Context(cli)
+    commands = [cli, *(cli.get_command(context, verb) for verb in VERBS)]
+    options = [param for command in commands for param in command.params if isinstance(param, click.Option)]
+    return frozenset(_flag(option).replace("-", "_") for option in options)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit. No user mistake ends in a traceback."""
     from edgefed.cli.output import print_error, print_note

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from edgefed.cli.phrasing import to_flags
 from edgefed.errors import EdgefedError
 from edgefed.hardware.memory import format_bytes
 
@@ -46,18 +47,18 @@ def _without_nan(data: object) -> object:
 def print_error(error: EdgefedError, *, as_json: bool) -> None:
     """An error for people (what, then what to do) or, with --json, for programs. Always on stderr."""
     if as_json:
-        reply = {"error": {"code": error.code, "message": str(error), "remedy": error.remedy}}
+        reply = {"error": {"code": error.code, "message": to_flags(str(error)), "remedy": to_flags(error.remedy)}}
         print(json.dumps(reply), file=sys.stderr)
         return
     console = stderr_console()
     console.print(f"[bold red]error\\[{error.code}][/]: ", end="")
-    console.print(str(error), markup=False)
-    console.print(f"  {error.remedy}", markup=False)
+    console.print(to_flags(str(error)), markup=False)
+    console.print(f"  {to_flags(error.remedy)}", markup=False)
 
 
 def print_note(text: str) -> None:
     """One line on stderr that is no error."""
-    stderr_console().print(text, markup=False)
+    stderr_console().print(to_flags(text), markup=False)
 
 
 def make_table(*columns: str, title: str | None = None) -> Table:
@@ -117,7 +118,7 @@ class TerminalProgress:
             self._bar.update(self._task, advance=n, amount=self._amount())
 
     def message(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(to_flags(text), markup=False)
 
     def done(self) -> None:
         if not self._name:

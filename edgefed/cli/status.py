@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from edgefed.cli.phrasing import to_flags
 from edgefed.protocol.messages import ClientStatus, Status
 
 BAR_CELLS = 12
@@ -105,7 +106,7 @@ def render_status(status: Status) -> RenderableType:
     if any(client.device for client in status.clients):
         parts += [Text(""), _devices(status.clients)]
         parts += [
-            Text(f"{client.name}: {client.device.budget_origin}", style="dim")
+            Text(f"{client.name}: {to_flags(client.device.budget_origin)}", style="dim")
             for client in status.clients
             if client.device and client.device.budget_origin
         ]

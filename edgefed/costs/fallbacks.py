@@ -322,7 +322,7 @@ def _nothing_fits(search: FallbackSearch, least: StepPlan, usable_bytes: int) ->
     return BudgetTooSmall(
         f"{what} needs {format_bytes(need)} with every saving ({breakdown}; {setup.batch_size} sequences of "
         f"{setup.sequence_length} tokens), the device offers the model {format_bytes(max(0, usable_bytes))}{without}",
-        remedy=f"Give the device {format_bytes(need - usable_bytes)} more (--memory, or close other programs), lower "
-        f"--batch-size ({setup.batch_size}) or --sequence-length on the server, or use a smaller model"
+        remedy=f"Give the device {format_bytes(need - usable_bytes)} more (`memory`, or close other programs), lower "
+        f"`batch_size` ({setup.batch_size}) or `sequence_length` on the server, or use a smaller model"
         + (" or a method that needs only some experts (hfedmoe, random)." if search.all_experts else "."),
     )

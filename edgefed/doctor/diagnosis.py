@@ -27,8 +27,8 @@ KERNEL_LIMIT_S = 120.0
 SENSOR_LIMIT_S = 30.0
 KERNELS = "edgefed.doctor.kernel_runs"
 QUERIES = "edgefed.doctor.queries"
-QUICK = "no kernel was run and nothing written to the disk (--quick): whether the arithmetic is right is not known"
-NO_SERVER = "the way to the server was not tried (--server URL does); a client needs no open port, it only calls out"
+QUICK = "no kernel was run and nothing written to the disk (`quick`): whether the arithmetic is right is not known"
+NO_SERVER = "the way to the server was not tried (`server` does); a client needs no open port, it only calls out"
 REBUILD = "EDGEFED_NATIVE=1 pip install --force-reinstall --no-deps ."
 REPLAYED = "a recording was shown, not this machine: its sensors only, no packages, kernels, disk or network"
 
@@ -140,7 +140,7 @@ def _guarded(group: Group, check: Callable[[], Iterable[Finding]]) -> list[Findi
         return [
             Finding(
                 group, "check", State.PROBLEM, text, "This is a fault of edgefed: what it was to look at is not known.",
-                "Report it with the output of `edgefed doctor --record`.",
+                "Report it with a recording (`record` of `edgefed doctor`).",
             )
         ]  # fmt: skip
 
@@ -210,7 +210,7 @@ def _sensors(
     if isinstance(outcome.error, DeviceNotFound):
         faults.append(
             Finding(
-                Group.GPU, "device", State.PROBLEM, outcome.failure, "--device asks for it.", outcome.error.remedy
+                Group.GPU, "device", State.PROBLEM, outcome.failure, "`device` asks for it.", outcome.error.remedy
             )
         )  # fmt: skip
         outcome = worker.call(f"{QUERIES}:sensors", SENSOR_LIMIT_S, device=None, ask_torch=ask_torch)

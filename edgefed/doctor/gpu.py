@@ -99,7 +99,7 @@ def _one_gpu(gpu: GpuFacts, chosen: bool, kind: MemoryKind) -> Finding:
         parts.append("compute capability {}.{}".format(*gpu.compute_capability.value))
     if gpu.temperature_celsius.value is not None:
         parts.append(f"{gpu.temperature_celsius.value:.0f} °C")
-    idle = "only its instances compute" if is_divided(gpu) else "not used, see --device"
+    idle = "only its instances compute" if is_divided(gpu) else "not used, see `device`"
     return Finding(Group.GPU, _label(gpu), State.OK, ", ".join(parts) + ("" if chosen else f"; {idle}"))
 
 

@@ -13,7 +13,7 @@ SWAP_SHARE = 0.25
 """Swap in use, as a share of the memory, from which on the machine is called short of memory."""
 
 SAID_ELSEWHERE = re.compile(
-    "could be used if nothing else ran|^torch cannot use this GPU|^nothing is left for|^pass --memory|^WSL"
+    "could be used if nothing else ran|^torch cannot use this GPU|^nothing is left for|^set `memory`|^WSL"
 )
 """Notes of a budget that a finding says with its fix. One that escapes this is said twice, no more."""
 
@@ -51,7 +51,7 @@ def _budget(budget: MemoryBudget) -> Finding:
     if budget.now_bytes <= 0:
         return Finding(
             Group.MEMORY, name, State.PROBLEM, f"nothing: {budget.origin}", "Not one expert fits.",
-            "Close other programs; or pass --memory to go below the reserves, at your own risk.",
+            "Close other programs; or set `memory` to go below the reserves, at your own risk.",
         )  # fmt: skip
     return Finding(Group.MEMORY, name, State.OK, f"{budget.origin}; on an idle device {_size(budget.ideal_bytes)}")
 

@@ -27,7 +27,7 @@ def record_to(path: Path, device: str | None, *, force: bool) -> Recorded:
     written or the sensors cannot be read.
     """
     if path.exists() and not force:
-        raise ConfigError(f"{path} exists", remedy="Choose another name, or pass --force to replace it.")
+        raise ConfigError(f"{path} exists", remedy="Choose another name, or set `force` to replace it.")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigError(f"{path} is no file that could be written", remedy="Pass a file in an existing folder.")
     without_torch = ""

@@ -49,7 +49,7 @@ def torch_findings(facts: DeviceFacts, build: TorchBuild, install_command: str, 
     worse = State.PROBLEM if gpu_asked else State.WARNING
 
     def unusable(found: str, why: str, fix: str, command: str = "") -> list[Finding]:
-        cost = "--device asks for the GPU." if gpu_asked else "Until then this device trains on its CPU."
+        cost = "`device` asks for the GPU." if gpu_asked else "Until then this device trains on its CPU."
         return [
             *findings,
             Finding(Group.TORCH, "torch on the GPU", worse, found, f"{why} {cost}".strip(), fix, command),

@@ -6,7 +6,7 @@
     cpu        usable = (min(MemAvailable, container room) + own RSS - host_reserve) * 0.95
 
 On a GPU, discrete or unified, ``usable`` is what torch may hold there in all (its reserved bytes); on the CPU it is the
-whole process, resident memory with Python and libraries, which is also what ``--memory`` bounds there. What the process
+whole process, resident memory with Python and libraries, which the setting `memory` bounds there too. What the process
 already holds is given back before anything is subtracted, so a running agent measures the same budget as a new one.
 Swap is never counted: a GPU cannot use it, and training in it is no training. Where huge pages are reserved, the free
 ones take MemAvailable's place on a unified device, because CUDA allocates from them alone there.
@@ -65,14 +65,14 @@ def plan_budget(
     """Decide the budget of a device.
 
     ``own`` is what this process holds by its own account; without it, NVML's and /proc's word is taken.
-    ``override_bytes`` is the owner's limit, --memory: it wins over every measurement. ``for_training`` asks for the
-    memory that training really uses: the host's, when torch cannot use the GPU; otherwise the hardware's is meant.
+    ``override_bytes`` is the owner's limit (the setting `memory`): it wins over every measurement. ``for_training`` asks
+    for the memory that training really uses: the host's, when torch cannot use the GPU; otherwise the hardware's is meant.
 
     Never negative; without a limit never above what is free and what the process holds; never falls when more is free.
     Raises ConfigError for a limit that is not above zero.
     """
     if override_bytes is not None and override_bytes <= 0:
-        raise ConfigError(f"--memory is {override_bytes} bytes, expected more than 0")
+        raise ConfigError(f"`memory` is {override_bytes} bytes, expected more than 0")
     kind, notes = facts.kind, []
     if for_training and kind is not MemoryKind.CPU and not facts.trains_on_gpu:
         reading = facts.torch.cuda_available
@@ -86,7 +86,7 @@ def plan_budget(
     if override_bytes is not None:
         return _with_limit(kind, now, override_bytes, notes)
     if now is None:
-        notes.append("pass --memory SIZE to say how much training may use")
+        notes.append("set `memory` to say how much training may use")
     else:
         notes += _advice(now, ideal_bytes)
     return MemoryBudget(kind, measured, ideal_bytes, now.terms if now else (), origin, tuple(notes), measured)
@@ -95,20 +95,20 @@ def plan_budget(
 def _with_limit(kind: MemoryKind, now: Waterfall | None, limit_bytes: int, notes: list[str]) -> MemoryBudget:
     """The owner's word, and a note when the measurement says less."""
     if now is None:
-        notes.append(f"--memory {gib(limit_bytes)} is used as it stands: nothing was measured to hold it against")
+        notes.append(f"`memory` {gib(limit_bytes)} is used as it stands: nothing was measured to hold it against")
     elif limit_bytes > now.left:
         notes.append(
-            f"--memory {gib(limit_bytes)} is more than the {gib(now.left)} that can be used now ({now.line()}): "
+            f"`memory` {gib(limit_bytes)} is more than the {gib(now.left)} that can be used now ({now.line()}): "
             "expect to run out of memory"
         )
     measured = None if now is None else now.left
     if now is not None and limit_bytes <= now.left:
-        now.take("left free by --memory", now.left - limit_bytes, "--memory")
+        now.take("left free by `memory`", now.left - limit_bytes, "`memory`")
         terms = now.terms
     else:
-        terms = (Term("--memory", limit_bytes, "--memory", adds=True),)
+        terms = (Term("`memory`", limit_bytes, "`memory`", adds=True),)
     beside = "" if measured is None else f"; {gib(measured)} could be used"
-    origin = f"{gib(limit_bytes)} by --memory{beside}"
+    origin = f"{gib(limit_bytes)} by `memory`{beside}"
     return MemoryBudget(kind, limit_bytes, limit_bytes, terms, origin, tuple(notes), measured)
 
 
@@ -120,7 +120,7 @@ def _advice(now: Waterfall, ideal_bytes: int | None) -> list[str]:
         largest = max(steps, key=lambda term: term.size_bytes, default=whole)
         notes.append(
             f"nothing is left for training: {gib(largest.size_bytes)} of {gib(whole.size_bytes)} {largest.name}; "
-            "close other programs, or pass --memory to go below the reserves"
+            "close other programs, or set `memory` to go below the reserves"
         )
     elif ideal_bytes is not None and now.left < 0.9 * ideal_bytes:
         notes.append(f"{gib(ideal_bytes)} could be used if nothing else ran here, {gib(now.left)} now")
@@ -130,7 +130,7 @@ def _advice(now: Waterfall, ideal_bytes: int | None) -> list[str]:
 def _unknown(what: str, reading: Reading[int], notes: list[str]) -> None:
     remedy = {
         Reason.LOST: "; the GPU fell off the bus: look into dmesg, then reload the driver or reboot",
-        Reason.NO_PERMISSION: "; another user may see it, or a MIG instance that is given to this one (--device UUID)",
+        Reason.NO_PERMISSION: "; another user may see it, or a MIG instance given to this one (`device`, its UUID)",
     }.get(reading.reason, "")
     notes.append(f"{what} is unknown: {reading.describe()}{remedy}")
 

@@ -75,7 +75,7 @@ def classify(gpu: GpuFacts | None, tegra: TegraFacts | None, board: Reading[str]
         return Verdict(MemoryKind.DISCRETE, (*evidence, "taken for a GPU with memory of its own"), ())
     note = (
         f"the memory of this GPU is unknown: {memory.describe()}. Nothing else says that it shares the host's memory, "
-        "so it is taken for a GPU with memory of its own; give its budget with --memory."
+        "so it is taken for a GPU with memory of its own; give its budget with `memory`."
     )
     return Verdict(MemoryKind.DISCRETE, (*evidence, "no second sign of shared memory"), (note,))
 

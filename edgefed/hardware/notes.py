@@ -60,7 +60,7 @@ def _gpus(facts: DeviceFacts) -> list[str]:
     if gpu is None:
         return notes
     if len([other for other in facts.gpus if not is_divided(other)]) > 1:
-        notes.append(f"{_named(gpu)} {gpu.uuid.value or ''} is used; choose another with --device.".replace("  ", " "))
+        notes.append(f"{_named(gpu)} {gpu.uuid.value or ''} is used; choose another with `device`.".replace("  ", " "))
     bits = gpu.throttle_reasons.value or 0
     if bits & SLOWED and not bits & IDLE:
         notes.append(f"{_named(gpu)} runs slower than it could: {', '.join(throttle_words(bits))}.")

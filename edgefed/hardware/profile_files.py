@@ -141,7 +141,7 @@ def parse_profile(text: str, origin: str) -> DeviceProfile:
     if reader.faults:
         raise ConfigError(
             f"{origin} is no device profile: {'; '.join(reader.faults)}",
-            remedy="Correct the file; `edgefed bench --as-profile NAME` writes a valid one.",
+            remedy="Correct the file; `as_profile` of `edgefed bench` writes a valid one.",
         )
     return profile
 

@@ -1,6 +1,6 @@
 """Every raw reading of a device in one JSON document, with identifiers hashed; and the way back.
 
-    document = record_readings()              # what `edgefed doctor --record` writes
+    document = record_readings()              # what `record` of `edgefed doctor` writes
     facts = replay(Path("orin.json"))         # the same facts, on any machine
 
 The document holds what passed the three seams (`probe.Sources`): file texts, NVML's return codes and values, torch's
@@ -170,7 +170,7 @@ def replay(recording: Path | dict[str, Any], device: str | None = None) -> Devic
     if document.get("schema") != SCHEMA:
         raise ConfigError(
             f"{where} is no recording of this edgefed: schema {str(document.get('schema'))[:60]!r}, not {SCHEMA!r}",
-            remedy="Record again with `edgefed doctor --record PATH`.",
+            remedy="Record again with `record` of `edgefed doctor`.",
         )
     try:
         files = {part: dict(document["files"][part]) for part in ("text", "names", "exists", "environment", "ask")}
@@ -186,7 +186,7 @@ def replay(recording: Path | dict[str, Any], device: str | None = None) -> Devic
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ConfigError(
             f"{where} is damaged: {type(error).__name__}: {error}",
-            remedy="Record again with `edgefed doctor --record PATH`.",
+            remedy="Record again with `record` of `edgefed doctor`.",
         ) from error
 
 
@@ -203,7 +203,7 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError(
             f"{path} is no recording: not a JSON object of at most {SIZE_LIMIT // 2**20} MiB",
-            remedy="Record with `edgefed doctor --record PATH`.",
+            remedy="Record with `record` of `edgefed doctor`.",
         )
     return document
 

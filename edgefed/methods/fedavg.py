@@ -36,7 +36,7 @@ class FedAvg(Method):
         if budget.resident_experts < sum(experts_per_layer):
             raise BudgetTooSmall(
                 f"{self.name} trains all {sum(experts_per_layer)} experts, this device holds {budget.resident_experts}",
-                remedy="Use a method that needs only some experts (hfedmoe, random), or raise --memory or --experts.",
+                remedy="Use a method that needs only some experts (hfedmoe, random), or raise `memory` or `experts`.",
             )
         return ExpertPlan.full(experts_per_layer)
 

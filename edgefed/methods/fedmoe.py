@@ -11,7 +11,7 @@ Every client k trains a model of its own, F_k, and a small homogeneous extractor
     eta_phi        ``gate_lr``
     E              ``local_epochs``
     m              ``gate_width``
-    C              `--clients-per-round`
+    C              `clients_per_round`  
 
 There are no experts to choose here: the two experts of a client are its own model and the shared extractor.
 """
@@ -42,7 +42,7 @@ def extractor_task(name: str) -> str:
     """The task of an extractor. Raises ConfigError for an unknown name."""
     if name not in EXTRACTORS:
         raise ConfigError(
-            f"there is no extractor {name!r}", remedy=f"Pass --extractor with one of {', '.join(EXTRACTORS)}."
+            f"there is no extractor {name!r}", remedy=f"Set `extractor` to one of {', '.join(EXTRACTORS)}."
         )
     return EXTRACTORS[name]
 
@@ -87,7 +87,7 @@ class FedMoE(MeanOfHolders):
         if self.gate_norm == "switch" and self.batch_size < 2:
             raise ConfigError(
                 "fedmoe: batch_size is 1, and the statistics of one example say nothing",
-                remedy="Pass --option gate_norm=layer, or a larger batch_size.",
+                remedy="Set the method's option gate_norm to layer, or a larger batch_size.",
             )
 
     def plan_experts(

@@ -77,7 +77,7 @@ class Coverage:
 
 
 class Method(Protocol):
-    """A federated method. ``name`` is what `--method` takes. What has a value here need not be said by a method."""
+    """A federated method. ``name`` is the value of the setting `method`. Attributes with a value here are optional."""
 
     name: str
     needs_profile: bool

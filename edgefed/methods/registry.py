@@ -64,7 +64,7 @@ def check_training(method: Method, experts: str) -> None:
     if method.trains_experts_as not in (None, experts):
         raise ConfigError(
             f"{method.name} trains experts as {method.trains_experts_as!r}; asked for {experts!r}",
-            remedy=f"Pass --train-experts {method.trains_experts_as}.",
+            remedy=f"Set `train_experts={method.trains_experts_as}`.",
         )
 
 

@@ -33,7 +33,7 @@ def empty_stack(
         names = ", ".join(str(known).removeprefix("torch.") for known in PACKABLE)
         raise ConfigError(
             f"experts in {str(dtype).removeprefix('torch.')} cannot be stored as {storage}, only those in {names}",
-            remedy="Join with --expert-storage full, or serve the model in one of these types.",
+            remedy="Join with `expert_storage=full`, or serve the model in one of these types.",
         )
     rows, columns = shape
     if storage == "int8":

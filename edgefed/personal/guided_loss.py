@@ -54,7 +54,7 @@ def check_guided(method: FedMoE, classes: tuple[str, ...]) -> None:
     if method.feature_pull and not classes:
         raise ConfigError(
             f"fedmoe: feature_pull is {method.feature_pull}, and text to be continued has no classes",
-            remedy="Serve without --option feature_pull, or join with --task text.",
+            remedy="Serve without the method's option feature_pull, or join with `task=text`.",
         )
 
 

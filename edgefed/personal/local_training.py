@@ -58,7 +58,7 @@ def train_epochs(
     when there is no example, or only one where batches are normalised.
     """
     if not len(samples):
-        raise DataError("there is no example to train on", remedy="Pass more data, or keep less with --held-out.")
+        raise DataError("there is no example to train on", remedy="Pass more data, or hold out less (`held_out`).")
     mixture.train()
     mean = math.nan
     for _ in range(epochs):
@@ -72,7 +72,7 @@ def train_epochs(
                     raise
                 raise DataError(
                     f"one example alone cannot be trained on: {error}",
-                    remedy="Pass more data, or serve with --option gate_norm=layer if no model needs batches.",
+                    remedy="Pass more data, or serve with the method option gate_norm=layer if no model needs batches.",
                 ) from error
             if not torch.isfinite(loss):
                 raise TrainingDiverged(f"the loss is {float(loss.detach())}")

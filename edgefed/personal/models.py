@@ -1,4 +1,4 @@
-"""The model that a client brings, by name, from a checkpoint folder, or from its own code (`edgefed join --model`).
+"""The model that a client brings, by name, from a checkpoint folder, or from its own code (the setting `model`).
 
     cnn1 .. cnn5                 the paper's
     FOLDER                       an image classifier of transformers (`image_checkpoint`)
@@ -53,13 +53,13 @@ def load_model(
             return _from_code(spec, values if vocab_size is None else {**values, "vocab_size": vocab_size}, sample)
         if task != IMAGES:
             raise ConfigError(
-                f"--model {spec} is no package.module:function, which is what a model for {task} is loaded from here"
+                f"model {spec!r} is not a package.module:function, which is what a model for {task} is loaded from here"
             )
         if spec in CNNS:
             return checked(make_cnn(spec, num_classes), spec, num_classes, sample)
         if not Path(spec).is_dir():
             raise ModelNotFound(
-                f"--model {spec} is no folder here and no package.module:function",
+                f"model {spec!r} is neither a folder here nor a package.module:function",
                 remedy=f"Pass {', '.join(CNNS)}, the folder of an image classifier, or package.module:function.",
             )
         extractor, header = load_image_checkpoint(Path(spec), num_classes=num_classes, sample=sample)

@@ -34,7 +34,7 @@ def partition_by_class(labels: np.ndarray, clients: int, classes_per_client: int
     if not 1 <= classes_per_client <= len(classes):
         raise ConfigError(
             f"{classes_per_client} classes per client asked, the data have {len(classes)}",
-            remedy=f"Pass --classes-per-client 1 to {len(classes)}.",
+            remedy=f"Set `classes_per_client` to 1 to {len(classes)}.",
         )
     rng = np.random.default_rng(seed)
     holders: list[list[int]] = [[] for _ in classes]
@@ -72,13 +72,13 @@ def partition_dirichlet(
     """
     _check_clients(clients)
     if not (np.isfinite(alpha) and alpha > 0):
-        raise ConfigError(f"alpha is {alpha}, it must be above 0", remedy="Pass --alpha 0.5, say.")
+        raise ConfigError(f"alpha is {alpha}, it must be above 0", remedy="Set `alpha`, for example to 0.5.")
     if min_examples < 1:
         raise ConfigError(f"each client needs at least 1 example, {min_examples} were asked")
     if len(labels) < clients * min_examples:
         raise DataError(
             f"{len(labels)} examples are too few for {clients} clients with at least {min_examples} each",
-            remedy="Ask for fewer clients, or lower --min-examples.",
+            remedy="Ask for fewer clients, or lower `min_examples`.",
         )
     rng = np.random.default_rng(seed)
     classes, sizes = np.unique(labels, return_counts=True)
@@ -90,7 +90,7 @@ def partition_dirichlet(
         raise DataError(
             f"in {MAX_DRAWS} draws with alpha {alpha}, one of {clients} clients always had less than {min_examples} "
             "examples",
-            remedy="Raise --alpha, ask for fewer clients, or lower --min-examples.",
+            remedy="Raise `alpha`, ask for fewer clients, or lower `min_examples`.",
         )
     parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
     for label, cut in zip(classes, cuts, strict=True):
@@ -117,4 +117,4 @@ def _cuts(rng: np.random.Generator, sizes: np.ndarray, clients: int, alpha: floa
 
 def _check_clients(clients: int) -> None:
     if clients < 1:
-        raise ConfigError(f"{clients} clients asked, at least 1 is needed", remedy="Pass --clients 10, say.")
+        raise ConfigError(f"{clients} clients asked, at least 1 is needed", remedy="Set `clients`, for example to 10.")

@@ -100,7 +100,7 @@ def write_partition(
     if before is not None and {name: before.get(name) for name in asked} != asked:
         raise ConfigError(
             f"{folder} holds another partition: {_difference(before, asked)}",
-            remedy="Choose another --out, or delete that folder.",
+            remedy="Choose another `out`, or delete that folder.",
         )
     if before is not None and before.get("complete"):
         return _cached(folder, before)
@@ -118,7 +118,7 @@ def write_partition(
         taken = [name for name in (*names, PICTURE) if (folder / name).exists()]
         if taken:
             raise ConfigError(
-                f"{folder} has a file {taken[0]} that no partition of edgefed wrote", remedy="Choose another --out."
+                f"{folder} has a file {taken[0]} that no partition of edgefed wrote", remedy="Choose another `out`."
             )
     record = {**asked, "classes": list(data.classes), "counts": counts.tolist(), "complete": False}
     make_folder(folder)
@@ -180,7 +180,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.exists():
         if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"{folder} is a file, and --out needs a folder")
+            raise ConfigError(f"{folder} is a file, and `out` needs a folder")
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
             raise ValueError("it is no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise StateCorrupt(
-            f"cannot read {path}: {error}", remedy="Choose another --out, or delete that folder."
+            f"cannot read {path}: {error}", remedy="Choose another `out`, or delete that folder."
         ) from error
     return record
 
@@ -211,7 +211,7 @@ def _cached(folder: Path, record: dict[str, Any]) -> Partition:
 
 def _changed(folder: Path, name: str) -> StateCorrupt:
     return StateCorrupt(
-        f"{folder / name} is not what the partition wrote", remedy="Delete the folder, or choose another --out."
+        f"{folder / name} is not what the partition wrote", remedy="Delete the folder, or choose another `out`."
     )
 
 

@@ -267,7 +267,7 @@ def _other_sizes(found: Counter[tuple[int, int]], size: tuple[int, int], path: P
     more = f" and {len(found) - 3} other sizes" if len(found) > 3 else ""
     return DataError(
         f"{path} has images of {shown}{more}; needed is {_by(size)} (height x width)",
-        remedy="Pass --resize to scale them and crop them at the centre.",
+        remedy="Set `resize` to scale them and crop them at the centre.",
     )
 
 

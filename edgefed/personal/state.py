@@ -78,7 +78,7 @@ class PersonalState:
             if found.get(name) != wanted:
                 raise ConfigError(
                     f"{self._folder} holds what was trained with {name} {found.get(name)!r}; now it is {wanted!r}",
-                    remedy=f"Join with the same {name} as before, or with another --state.",
+                    remedy=f"Join with the same {name} as before, or with another `state`.",
                 )
 
     def _path(self, server_round: int) -> Path:
@@ -90,10 +90,12 @@ class PersonalState:
 
 
 def newest_state(folder: Path) -> Path:
-    """The newest mixture of a device, of whichever run; ``folder`` is its --state. Raises ConfigError without one."""
+    """The newest mixture of a device, of any run; ``folder`` is its state folder. Raises ConfigError without one."""
     found = sorted((folder / "personal").glob("*/round-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     if not found:
-        raise ConfigError(f"{folder} holds no mixture", remedy="Pass the --state of a device that joined with --task.")
+        raise ConfigError(
+            f"{folder} holds no mixture", remedy="Pass the `state` folder of a device that joined with `task`."
+        )
     return found[-1]
 
 

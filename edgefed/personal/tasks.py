@@ -1,4 +1,4 @@
-"""What a device brings to FedMoE: its labelled data and a model of its own (`edgefed join --task ... --model ...`).
+"""What a device brings to FedMoE: its labelled data and a model of its own (the settings `task` and `model`).
 
 A task is opened in two steps. Data and model are read when it is made, so that a bad file is told before the server
 hears of the device; what needs the run (the shared extractor, its tokenizer) is made when the first round begins.
@@ -44,7 +44,7 @@ from edgefed.training.data import load_corpus
 from edgefed.training.profiling import load_tokenizer
 
 DEFAULT_LENGTH = 128
-"""Tokens of a text that are looked at, where the run's --sequence-length is not known."""
+"""Tokens of a text that are looked at, where the run's sequence length is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +106,8 @@ def make_task(
         raise ConfigError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
     if not model:
         raise ConfigError(
-            f"--task {task} trains a model of yours, and --model is missing",
-            remedy="Pass --model cnn1 to cnn5 (text: text-gru, text-cnn), package:function, or a checkpoint folder.",
+            f"`task={task}` trains a model of your own, and `model` is missing",
+            remedy="Set `model` to cnn1 to cnn5 (text: text-gru, text-cnn), package:function, or a checkpoint folder.",
         )
     if task != IMAGES:
         from edgefed.personal import tasks as text_tasks
@@ -137,7 +137,7 @@ def check_task(task: str, extractor: str) -> None:
     if wanted != (TEXT if task == NEXT_TOKEN else task):
         raise ConfigError(
             f"this device has {task}, the run's extractor {extractor} is for {wanted}",
-            remedy=f"Join with --task {wanted} and such data, or a run with another extractor.",
+            remedy=f"Join with `task={wanted}` and such data, or a run with another extractor.",
         )
 
 
@@ -251,7 +251,7 @@ def _from_code(spec: str, task: str, outputs: int, seed: int, sample: Inputs, to
     wanted = 3 if task == NEXT_TOKEN else 2
     if features.dim() != wanted:
         raise ModelError(
-            f"{spec}'s extractor gives {tuple(features.shape)}, --task {task} needs one vector per "
+            f"{spec}'s extractor gives {tuple(features.shape)}, `task={task}` needs one vector per "
             f"{'token' if task == NEXT_TOKEN else 'text'}",
             remedy="Pool over the tokens for text, and not for next-token; the function may have a parameter `task`.",
         )

@@ -38,7 +38,7 @@ _REMEDY = (
     "FOLDER`) and copy the folder."
 )
 _DECODER_REMEDY = (
-    "Next-token prediction needs a decoder with its head (Llama, Qwen, GPT ...); or join with --task text."
+    "Next-token prediction needs a decoder with its head (Llama, Qwen, GPT ...); or join with `task=text`."
 )
 _PROBE_LENGTH = 8
 
@@ -131,7 +131,7 @@ def _network(name: str, per_token: bool) -> tuple[nn.Module, Any]:
     if per_token:
         raise ConfigError(
             f"{name} gives one vector for a whole text and cannot predict its tokens",
-            remedy=f"Pass --model {TEXT_GRU}, or a decoder; or join with --task text.",
+            remedy=f"Set `model={TEXT_GRU}`, or a decoder; or join with `task=text`.",
         )
     tokenizer = ByT5Tokenizer(extra_ids=0)
     return ByteCnnExtractor(vocabulary_size(tokenizer)), tokenizer
@@ -193,7 +193,7 @@ def _language_model(model: PreTrainedModel, name: str) -> PersonalModel:
         raise UnsupportedArchitecture(
             f"{name} ({config.model_type}) does something to its hidden states between decoder and logits that edgefed "
             "does not know",
-            remedy="Use another decoder, or join with --task text.",
+            remedy="Use another decoder, or join with `task=text`.",
         )
     return PersonalModel(extractor, header, features.shape[-1])
 

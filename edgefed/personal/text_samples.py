@@ -182,8 +182,8 @@ def check_same_vocabulary(shared_tokenizer: Any, own_tokenizer: Any, model: str)
     raise ConfigError(
         f"next-token prediction needs one vocabulary: {model} has {len(own)} tokens, the run {len(shared)}, and "
         f"{alike} of them have the same id in both",
-        remedy="Join a run that is served with this model's tokenizer (--tokenizer FOLDER), pass a model with the "
-        "run's tokenizer, or label the texts and join with --task text, where tokenizers may differ.",
+        remedy="Join a run that is served with this model's tokenizer (`tokenizer`), pass a model with the "
+        "run's tokenizer, or label the texts and join with `task=text`, where tokenizers may differ.",
     )
 
 

@@ -65,7 +65,7 @@ class PersonalTrainer:
         if not isinstance(method, FedMoE):
             raise ConfigError(
                 f"the run at this server is {run.method!r}: its clients train a shared language model",
-                remedy="Leave --task and --model out, and pass text to --data.",
+                remedy="Leave `task` and `model` out, and pass text as `data`.",
             )
         blobs = fetch([*manifest.files, *manifest.units])
         if self._run_id != run.run_id:
@@ -83,7 +83,7 @@ class PersonalTrainer:
             if is_out_of_memory(error):
                 raise OutOfMemory(
                     f"a batch of {method.batch_size} examples does not fit this device's memory",
-                    remedy="Use a smaller model, or serve with a smaller --option batch_size.",
+                    remedy="Use a smaller model, or serve with a smaller batch_size among the method's options.",
                 ) from error
             if is_device_lost(error):
                 raise device_lost(error, self._device) from error

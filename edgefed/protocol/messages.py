@@ -356,15 +356,13 @@ def decode_message(data: bytes, kind: type[T]) -> T:
         raise MalformedMessage(f"expected a {label} message, found something else: {fault}") from fault
 
 
-def encode_error(error: EdgefedError, *, offset: int | None = None) -> bytes:
+def encode_error(error: EdgefedError) -> bytes:
     """Encode an error of the tree for the wire."""
-    return encode_message(ErrorReply(code=error.code, message=str(error), remedy=error.remedy, offset=offset))
+    return encode_message(ErrorReply(code=error.code, message=str(error), remedy=error.remedy, offset=error.offset))
 
 
 def decode_error(data: bytes) -> EdgefedError:
     """Turn an error reply back into the exception it was. An unknown code becomes a plain ProtocolError."""
     reply = decode_message(data, ErrorReply)
     kind = all_errors().get(reply.code, ProtocolError)
-    error = kind(reply.message, remedy=reply.remedy)
-    error.offset = reply.offset  # type: ignore[attr-defined]
-    return error
+    return kind(reply.message, remedy=reply.remedy, offset=reply.offset)

@@ -75,7 +75,7 @@ class MethodChoice:
         if make_method(self.method, self.options).personal:  # an unknown one is told before anything starts
             raise ConfigError(
                 f"{self.method} trains models of the clients' own, which no cost shape describes",
-                remedy="Leave it out of the methods; `edgefed demo --method fedmoe --compare` compares it.",
+                remedy="Leave it out of the methods; `edgefed demo` with `method=fedmoe` and `compare` compares it.",
             )
         object.__setattr__(self, "label", self.label or self.method)
         if not all(character.isalnum() or character in "-_." for character in self.label) or self.label[0] == ".":

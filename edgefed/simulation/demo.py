@@ -54,7 +54,7 @@ class DemoConfig:
     def check(self) -> None:
         """Raise ConfigError when there are more clients than silos, or fewer than one."""
         if not 1 <= self.clients <= len(CLIENT_SILOS):
-            raise ConfigError(f"--clients is {self.clients}, the embedded text makes 1 to {len(CLIENT_SILOS)}")
+            raise ConfigError(f"`clients` is {self.clients}, the embedded text makes 1 to {len(CLIENT_SILOS)}")
 
 
 class DemoSink(Protocol):
@@ -134,7 +134,7 @@ def prepare_folder(out: Path) -> None:
     """Make ``out``, or empty it when it holds an earlier demo. Raises ConfigError when it holds anything else."""
     if out.exists() and any(out.iterdir()):
         if not (out / RESULT_FILE).exists():
-            raise ConfigError(f"{out} is not empty and holds no earlier demo", remedy="Choose another --out folder.")
+            raise ConfigError(f"{out} is not empty and holds no earlier demo", remedy="Choose another `out` folder.")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULT_FILE).write_text("{}\n")  # marks the folder as ours from the beginning
@@ -256,7 +256,7 @@ class PersonalDemoConfig:
     def check(self) -> None:
         """Raise ConfigError for a number of clients that the demo has no pictures for."""
         if not 1 <= self.clients <= MOST_CLIENTS:
-            raise ConfigError(f"--clients is {self.clients}, the demo of fedmoe takes 1 to {MOST_CLIENTS}")
+            raise ConfigError(f"`clients` is {self.clients}, the demo of fedmoe takes 1 to {MOST_CLIENTS}")
 
 
 @dataclasses.dataclass(frozen=True)

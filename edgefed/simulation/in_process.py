@@ -45,7 +45,7 @@ class InProcessAggregator:
             if self.active.config != run:
                 raise StateCorrupt(
                     f"the folder {folder} holds a run with other settings",
-                    remedy="Choose another --out folder, or delete it to begin anew.",
+                    remedy="Choose another `out` folder, or delete it to start again.",
                 )
             self._register(clients)
         except BaseException:

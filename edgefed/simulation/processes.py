@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from edgefed.agent.transport import AggregatorClient
-from edgefed.errors import EdgefedError, ServerUnreachable
+from edgefed.errors import ProcessFailed, ServerUnreachable
 from edgefed.protocol.messages import Status
 
 START_TIMEOUT_S = 120.0
@@ -21,16 +21,9 @@ END_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 15
 
 
-class ProcessFailed(EdgefedError):
-    """A process of a local federation ended before its work was done; the message holds the end of its log."""
-
-    code = "process-failed"
-    default_remedy = "The folder of the federation keeps every process's log."
-
-
 @dataclasses.dataclass(frozen=True)
 class LocalClient:
-    """An agent to start: its name, its data (as `edgefed join --data` takes it), the share of the experts that it may
+    """An agent to start: its name, its data (as the setting `data` takes it), the share of the experts that it may
     hold, and further flags of `edgefed join`.
     """
 

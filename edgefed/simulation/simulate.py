@@ -112,11 +112,11 @@ def _claim(out: Path, config: SimulationConfig) -> None:
         if path.exists():
             if json.loads(path.read_text()) != mark:
                 raise ConfigError(
-                    f"{out} holds a simulation with other settings", remedy="Choose another --out folder, or delete it."
+                    f"{out} holds a simulation with other settings", remedy="Choose another `out` folder, or delete it."
                 )
             return
         if out.exists() and any(out.iterdir()):
-            raise ConfigError(f"{out} is not empty and holds no simulation", remedy="Choose another --out folder.")
+            raise ConfigError(f"{out} is not empty and holds no simulation", remedy="Choose another `out` folder.")
         out.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(mark).encode())
 

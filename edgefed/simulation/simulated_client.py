@@ -53,7 +53,7 @@ class Done:
             return cls(**{**data, **changes})
         except (ValueError, KeyError, TypeError) as error:
             raise StateCorrupt(
-                f"{path} is not what was written: {error}", remedy="Delete the --out folder and begin anew."
+                f"{path} is not what was written: {error}", remedy="Delete the `out` folder and start again."
             ) from error
 
 

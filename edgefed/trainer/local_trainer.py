@@ -142,7 +142,7 @@ class LocalTrainer:
         method = make_method(run.method, run.method_options)
         if method.personal:
             fault = f"the run at this server is {run.method!r}: clients train models of their own"
-            raise ConfigError(fault, remedy="Join with --task images or text, --data and --model.")
+            raise ConfigError(fault, remedy="Join with `task`, labelled `data` and a `model` of your own.")
         newest = units = {unit.key: unit for unit in manifest.units}
         model = self._ensure_model(run, manifest, fetch, progress)
         copies = FrozenCopies(self._folder, run.run_id) if method.refresh_rounds > 1 else None
@@ -284,7 +284,7 @@ class LocalTrainer:
             budget_bytes = budget.now_bytes
             if budget_bytes is None:
                 raise ConfigError(
-                    f"how much memory training may use is unknown: {budget.origin}", remedy="Pass --memory SIZE."
+                    f"how much memory training may use is unknown: {budget.origin}", remedy="Set `memory`, e.g. 4GiB."
                 )
         if budget_bytes is None:
             raise ConfigError("neither a memory limit nor a way to measure memory was given")
@@ -440,7 +440,7 @@ class ExpertPlacer:
         if (kind := filesystem(folder)) in _IN_MEMORY:
             raise StorageError(
                 f"experts are to be offloaded to {folder}, which is memory itself ({kind})",
-                remedy="Join with a --state folder that is on a disk.",
+                remedy="Join with a `state` folder that is on a disk.",
             )
         with disk_errors(folder):
             free = shutil.disk_usage(folder).free
@@ -448,7 +448,7 @@ class ExpertPlacer:
             raise DiskFull(
                 f"offloaded experts, their gradients and moments take {format_bytes(size)} in {folder}, "
                 f"{format_bytes(free)} are free",
-                remedy="Free space on that disk, or join with a --state folder on another one.",
+                remedy="Free space on that disk, or join with a `state` folder on another one.",
             )
         progress.message(f"offloading: {format_bytes(size)} of experts, in files")
         return OffloadSpace(device, folder)

@@ -96,7 +96,7 @@ class MemoryGuard:
         if self._go_down(f"out of memory while {doing} ({text})", "; the local steps start again") is None:
             raise OutOfMemory(
                 f"memory ran out while {doing}, and nothing is left to give up: {text}",
-                remedy="Close other programs, lower --batch-size or --sequence-length on the server, or use a smaller "
+                remedy="Close other programs, lower `batch_size` or `sequence_length` on the server, or use a smaller "
                 "model.",
             )
         self._settling = True

@@ -134,7 +134,7 @@ class Planner:
         if self._problems is None:
             self._problems = problems(model.module, model.module.device)
             if self._limits.expert_storage == "full":
-                self._problems["nf4_experts"] = "this device was told --expert-storage full"
+                self._problems["nf4_experts"] = "this device has `expert_storage=full`"
         # The small term keeps 0.29 of 100 experts at 29; a layer without any expert would pass no gradient.
         count = max(len(sizes), math.floor(self._limits.expert_share * sum(sizes) + 1e-9))
         wanted = StepPlan(setup, count, count)
@@ -461,12 +461,12 @@ def required_storage(requested: str, method: Method, training: TrainingConfig, m
     """
     if requested not in STORAGE_CHOICES:
         raise ConfigError(f"experts can be stored as {', '.join(STORAGE_CHOICES)}; asked for {requested!r}")
-    asked = f"--expert-storage {requested}"
+    asked = f"`expert_storage={requested}`"
     if method.expert_storage is not None:
         if requested not in ("auto", method.expert_storage):
             raise ConfigError(
-                f"the method {method.name} keeps experts in {method.expert_storage}, this device was told {asked}",
-                remedy="Join without --expert-storage, or run another method.",
+                f"the method {method.name} keeps experts in {method.expert_storage}, this device has {asked}",
+                remedy="Join without `expert_storage`, or run another method.",
             )
         requested, asked = method.expert_storage, f"the method {method.name}"
     if requested in ("auto", "full"):
@@ -474,15 +474,15 @@ def required_storage(requested: str, method: Method, training: TrainingConfig, m
     if method.offloads_experts:
         raise ConfigError(
             f"{asked} wants {requested}, but {method.name} offloads experts the way they come",
-            remedy="Join without --expert-storage, or run another method.",
+            remedy="Join without `expert_storage`, or run another method.",
         )
     if method.holds_all_experts and training.experts == "full":
         raise ConfigError(
             f"{asked} wants {requested}, but {method.name} trains every expert in full: none is left to be quantised",
-            remedy="Join without --expert-storage, or serve with --train-experts lora.",
+            remedy="Join without `expert_storage`, or serve with `train_experts=lora`.",
         )
     if problem := packing_problem(requested, str(model.module.device), model.dtype):
         raise ConfigError(
-            f"{asked} cannot be had here: {problem}", remedy="Join with --expert-storage full, or on another device."
+            f"{asked} cannot be had here: {problem}", remedy="Join with `expert_storage=full`, or on another device."
         )
     return requested

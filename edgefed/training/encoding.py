@@ -120,7 +120,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any, sequence_length
     if not keep.any():
         raise DataError(
             f"none of {len(ids)} tokens can be learned from in blocks of {length}",
-            remedy="Give more text, a longer --sequence-length, or records with longer answers.",
+            remedy="Give more text, a longer `sequence_length`, or records with longer answers.",
         )
     if not keep.all():
         input_ids, label_blocks = input_ids[keep], label_blocks[keep]

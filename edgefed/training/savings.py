@@ -61,7 +61,7 @@ def checkpointing(module: nn.Module, enabled: bool) -> Iterator[None]:
         yield
         return
     if problem := checkpointing_problem(module):
-        raise ConfigError(problem, remedy="Train without checkpointing, with a shorter --sequence-length.")
+        raise ConfigError(problem, remedy="Train without checkpointing, with a shorter `sequence_length`.")
     # The public switch also makes the embedding's output need a gradient, with a hook more each time it is called:
     # reentrant checkpoints need that; here it would only drag the backward pass through layers where nothing trains.
     module._set_gradient_checkpointing(

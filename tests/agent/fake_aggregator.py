@@ -244,7 +244,7 @@ class FakeAggregator:
         key, offset = self._upload_key(request), int(request.query_params["offset"])
         held = self.partial.setdefault(key, bytearray())
         if offset != len(held):
-            return _error(OffsetMismatch("not there"), len(held))
+            return _error(OffsetMismatch("not there", offset=len(held)))
         place = len(self.puts)
         self.puts.append((offset, 0))
         try:
@@ -320,8 +320,8 @@ def _reply(message: object) -> Response:
     return Response(encode_message(message), media_type="application/json")
 
 
-def _error(error: EdgefedError, offset: int | None = None) -> Response:
-    return Response(encode_error(error, offset=offset), error.http_status, media_type="application/json")
+def _error(error: EdgefedError) -> Response:
+    return Response(encode_error(error), error.http_status, media_type="application/json")
 
 
 REFUSED = InvalidUpdate("a tensor holds NaN")

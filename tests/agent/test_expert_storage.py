@@ -244,7 +244,7 @@ def test_a_device_that_exchanges_nothing_keeps_its_weights_and_their_storage(rig
 
 def test_what_makes_no_sense_is_refused_by_name(rig):
     table = rig(method="fedavg")
-    with pytest.raises(ConfigError, match="--expert-storage nf4 wants nf4, but fedavg trains every expert in full"):
+    with pytest.raises(ConfigError, match="`expert_storage=nf4` wants nf4, but fedavg trains every expert in full"):
         table.round(table.device(expert_storage="nf4"))
     with pytest.raises(ConfigError, match="asked for 'fp4'"):
         table.round(table.device("b", expert_storage="fp4"))
@@ -261,7 +261,7 @@ def test_what_a_device_cannot_do_is_refused_or_passed_over(rig, monkeypatch):
     monkeypatch.setattr(expert_storage, "packing_problem", lambda *args: reason)
     real = problems
     monkeypatch.setattr(planner_module, "problems", lambda *args: {**real(*args), "nf4_experts": reason})
-    with pytest.raises(ConfigError, match="--expert-storage nf4 cannot be had here: quantised experts fail on cpu"):
+    with pytest.raises(ConfigError, match="`expert_storage=nf4` cannot be had here: quantised experts fail on cpu"):
         table.round(table.device("asked", expert_storage="nf4"))
     device = table.device("auto", usable)
     table.round(device)
@@ -283,6 +283,6 @@ def test_a_method_may_ask_for_a_storage_and_an_owner_not_for_another(rig):
     assert required_storage("nf4", method, training, model) == "nf4"
     for requested in ("full", "int8"):
         with pytest.raises(
-            ConfigError, match=f"keeps experts in nf4, this device was told --expert-storage {requested}"
+            ConfigError, match=f"keeps experts in nf4, this device has `expert_storage={requested}`"
         ):
             required_storage(requested, method, training, model)

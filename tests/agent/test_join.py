@@ -81,7 +81,7 @@ def test_a_device_that_is_not_there_or_has_nothing_to_spare_is_refused_by_name(m
     machine(2 * KIB * KIB, None)
     with pytest.raises(ConfigError, match="unknown") as caught:
         DeviceMemory("cpu", None)
-    assert "--memory" in caught.value.remedy
+    assert "`memory`" in caught.value.remedy
 
 
 def test_a_gpu_that_torch_cannot_use_is_not_watched(machine, monkeypatch):

@@ -199,7 +199,7 @@ def test_the_ladder_goes_down_to_its_end_and_then_refuses_by_name(rig, monkeypat
     monkeypatch.setattr(steps_module, "batch_loss", always)
     with pytest.raises(OutOfMemory, match="ran out while training, and nothing is left to give up") as caught:
         table.round(trainer)
-    assert "--batch-size" in caught.value.remedy
+    assert "`batch_size`" in caught.value.remedy
     load = trainer._planner.load
     assert load.held == load.trained == 4  # one per layer
     assert load.setup.chunked_loss
@@ -508,7 +508,7 @@ def test_nothing_fits_is_told_before_any_expert_is_downloaded(rig):
     trainer = table.trainer(measure_budget=lambda: budget_of(50 * MIB))
     with pytest.raises(BudgetTooSmall, match="one expert in each of the 4 MoE layers needs .* MiB") as caught:
         table.round(trainer)
-    assert "more (--memory" in caught.value.remedy
+    assert "more (`memory`" in caught.value.remedy
     assert not [item for item in table.fetched if getattr(item, "kind", "") == "expert"]
 
 
@@ -517,7 +517,7 @@ def test_a_budget_that_nobody_knows_is_asked_for(rig):
     trainer = table.trainer(measure_budget=lambda: budget_of(None, "NVML memory: no permission"))
     with pytest.raises(ConfigError, match="NVML memory: no permission") as caught:
         table.round(trainer)
-    assert "--memory" in caught.value.remedy
+    assert "`memory`" in caught.value.remedy
     with pytest.raises(ConfigError, match="neither a memory limit"):
         table.round(table.trainer(memory=None, name="other"))
 

@@ -108,7 +108,7 @@ def test_what_fits_is_not_offloaded(bench, data, tmp_path):
 def test_a_method_that_offloads_keeps_experts_as_they_come(bench, data, tmp_path):
     table, device = bench("fmd", experts="lora"), trainer_of(data, tmp_path)
     device._planner = Planner(tmp_path / "a", DeviceLimits(64 << 30, expert_storage="nf4"), "a")
-    with pytest.raises(ConfigError, match="--expert-storage nf4 wants nf4, but fmd offloads experts the way they come"):
+    with pytest.raises(ConfigError, match="`expert_storage=nf4` wants nf4, but fmd offloads experts the way they come"):
         table.round(device, tmp_path / "update")
 
 
@@ -133,7 +133,7 @@ def test_a_folder_in_memory_is_refused(bench, data, tmp_path, monkeypatch):
     monkeypatch.setattr(placing, "filesystem", lambda folder: "tmpfs")
     with pytest.raises(StorageError, match="which is memory itself") as caught:
         table.round(device, tmp_path / "update")
-    assert "--state" in caught.value.remedy
+    assert "`state`" in caught.value.remedy
 
 
 def test_fmq_trains_adapters_on_4_bits_and_refuses_what_even_they_do_not_fit(bench, data, tmp_path):

@@ -175,7 +175,7 @@ def test_runs_and_tasks_that_do_not_go_together(images, tmp_path):
         other.round(trainer_of(images, tmp_path / "me"), tmp_path / "update")
     with pytest.raises(ConfigError, match="no task 'sounds'"):
         make_task("sounds", images, "cnn1", "me", 0.1)
-    with pytest.raises(ConfigError, match="--model is missing"):
+    with pytest.raises(ConfigError, match="`model` is missing"):
         make_task("images", images, None, "me", 0.1)
 
 

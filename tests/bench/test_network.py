@@ -91,7 +91,7 @@ def test_without_being_asked_it_sends_next_to_nothing(server):
     assert found["kernel rtt"].measured == linux
     for name in ("upload", "download"):
         assert found[name].verdict == SKIPPED
-        assert "--active" in found[name].reason
+        assert "`active`" in found[name].reason
     assert not server._endpoints._probes._past
 
 

@@ -81,7 +81,7 @@ def test_this_machine_can_train_and_the_arithmetic_is_run(tmp_path):
     assert diagnosed.facts.kind is MemoryKind.CPU
     assert diagnosed.arithmetic_ran
     assert {"packages", "sensors", "expert layer", "disk"} <= set(told)
-    assert any("--server" in sentence for sentence in diagnosed.left_out)
+    assert any("`server`" in sentence for sentence in diagnosed.left_out)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -89,7 +89,7 @@ def test_quick_runs_no_kernel_and_says_so(quick, tmp_path):
     diagnosed = examine(quick)
     assert not any("matmul" in finding.name or "native" in finding.name for finding in diagnosed.findings)
     assert "MB/s" not in by_name(diagnosed)["state folder"].found
-    assert any("--quick" in sentence for sentence in diagnosed.left_out)
+    assert any("`quick`" in sentence for sentence in diagnosed.left_out)
     assert not diagnosed.arithmetic_ran
 
 

@@ -56,7 +56,7 @@ def test_a_gpu_that_torch_cannot_use(device, torch, words):
     assert "trains on its CPU" in finding.why
     asked = on_gpu(facts, torch, gpu_asked=True)
     assert asked.state is State.PROBLEM
-    assert "--device" in asked.why
+    assert "`device`" in asked.why
 
 
 def test_a_driver_older_than_torch(device, parts):

@@ -366,7 +366,7 @@ def test_the_owners_limit_wins():
     budget = plan_budget(rtx(), override_bytes=2 * GIB)
     assert (budget.now_bytes, budget.ideal_bytes) == (2 * GIB, 2 * GIB)
     assert budget.measured_bytes == plan_budget(rtx()).now_bytes
-    assert budget.origin == "2.0 GiB by --memory; 5.6 GiB could be used"
+    assert budget.origin == "2.0 GiB by `memory`; 5.6 GiB could be used"
     assert budget.notes == ()
     assert sum(term.signed_bytes for term in budget.terms) == 2 * GIB
 
@@ -380,8 +380,8 @@ def test_a_limit_just_above_what_is_there_is_taken_with_a_warning():
 def test_a_limit_above_what_is_there_is_taken_with_a_warning():
     budget = plan_budget(rtx(), override_bytes=20 * GIB)
     assert budget.now_bytes == 20 * GIB
-    assert steps(budget) == {"--memory": 20 * GIB}
-    assert any("--memory 20.0 GiB is more than the 5.6 GiB" in note for note in budget.notes)
+    assert steps(budget) == {"`memory`": 20 * GIB}
+    assert any("`memory` 20.0 GiB is more than the 5.6 GiB" in note for note in budget.notes)
 
 
 def test_a_limit_without_a_measurement():
@@ -390,7 +390,7 @@ def test_a_limit_without_a_measurement():
     assert budget.measured_bytes is None
     assert any("sensor of memory_free_bytes" in note for note in budget.notes)
     assert any("as it stands" in note for note in budget.notes)
-    assert not any("pass --memory" in note for note in budget.notes)
+    assert not any("set `memory`" in note for note in budget.notes)
 
 
 @pytest.mark.parametrize("size", [0, -1])
@@ -429,7 +429,7 @@ def test_a_missing_reading_makes_the_budget_unknown(facts, part, name, ideal, re
     assert len(said) == 1
     assert str(reason) in said[0]
     assert budget.origin == f"unknown: {said[0]}"
-    assert budget.notes[-1].startswith("pass --memory")
+    assert budget.notes[-1].startswith("set `memory`")
     if reason is Reason.LOST:
         assert "dmesg" in said[0]
     if reason is Reason.NO_PERMISSION:
@@ -565,7 +565,7 @@ def test_the_owners_limit_always_wins(facts, own, limit):
     assert sum(term.signed_bytes for term in bound.terms) == limit
     above = free.now_bytes is not None and limit > free.now_bytes
     assert any("is more than the" in note for note in bound.notes) is above
-    assert "--memory" in bound.origin
+    assert "`memory`" in bound.origin
 
 
 @settings(max_examples=200, deadline=None)

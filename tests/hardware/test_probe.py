@@ -80,7 +80,7 @@ def test_the_kind_of_memory(machine, name, lines, kind):
     memory = facts.gpu.memory_total_bytes
     assert memory.known or memory.source.startswith("NVML GetMemoryInfo")
     if kind is MemoryKind.DISCRETE and not memory.known:
-        assert any("memory of this GPU is unknown" in note and "--memory" in note for note in facts.notes)
+        assert any("memory of this GPU is unknown" in note and "`memory`" in note for note in facts.notes)
 
 
 def test_a_total_of_zero_is_no_size(machine):
@@ -215,7 +215,7 @@ def test_the_best_of_several_and_any_by_name(machine):
     facts = machine.probe()
     assert facts.gpu.name.value == "NVIDIA GeForce RTX 3090"
     assert len(facts.gpus) == 2
-    assert any("--device" in note for note in facts.notes)
+    assert any("`device`" in note for note in facts.notes)
     assert machine.probe("cuda:0").gpu.name.value == "NVIDIA GeForce GTX 1660 Ti"
     assert machine.probe("GPU-11111111-2222").gpu.nvml_index == 0
     assert machine.probe("GPU-aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeee3090").gpu.nvml_index == 1

@@ -76,7 +76,7 @@ def test_other_sizes_are_an_error_that_says_both_and_resize_scales_them(tmp_path
     path = saved(tmp_path / "d.npz", images=large, labels=LABELS)
     with pytest.raises(DataError, match=r"64x64 \(6\); needed is 32x32") as error:
         load_images(path)
-    assert "--resize" in error.value.remedy
+    assert "`resize`" in error.value.remedy
     notes = []
     scaled = load_images(path, resize=True, tell=notes.append)
     assert scaled.images.shape == (6, 32, 32, 3)

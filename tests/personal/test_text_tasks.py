@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_told(files, labelled, code, tmp_path):
         check_task("images", "text-small")
     with pytest.raises(DataError, match="there is no file"):
         make_task("text", str(tmp_path / "none.jsonl"), "text-gru", "me", 0.2)
-    with pytest.raises(ConfigError, match="--model is missing"):
+    with pytest.raises(ConfigError, match="`model` is missing"):
         make_task("next-token", labelled, None, "me", 0.2)
     with pytest.raises(ModelNotFound):
         make_task("text", labelled, str(tiny_model_directory() / "no-such-folder"), "me", 0.2)
