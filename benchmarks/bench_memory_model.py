@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from edgefed.costs.memory import StepSetup, training_memory
 from edgefed.costs.shapes import ModelShape, shape_from_config
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope

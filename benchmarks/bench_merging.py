@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.merge_error import layer_output_errors
 from edgefed.embedded import tiny_model_directory
 from edgefed.embedded.silos import SILOS
-from edgefed.experts import ActivationProfile, ExpertPlan
+from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.moe.merging.alignment import best_assignment, neuron_aligner
 from edgefed.moe.merging.clustering import cluster_layers, expert_embeddings, sketch_layer
 from edgefed.moe.merging.plan import SIZES, MergingOptions, expert_importance, plan_merging

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from edgefed.costs.activations import offloaded_bytes, static_bytes
 from edgefed.costs.memory import training_memory
 from edgefed.disk import filesystem
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe.offloading import OffloadSpace
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.calibration import correction_from

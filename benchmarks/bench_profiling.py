@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from edgefed.costs.memory import profiling_memory
 from edgefed.costs.shapes import ModelShape, shape_from_config
 from edgefed.embedded import resolve_model
-from edgefed.experts import ActivationProfile, ExpertPlan
+from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.methods.fedavg import FedAvg
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel

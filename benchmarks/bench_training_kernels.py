@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from edgefed.embedded import TINY, resolve_model
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope

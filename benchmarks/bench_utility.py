@@ -20,7 +20,7 @@ import torch
 from provenance import provenance
 
 from edgefed.embedded import resolve_model
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training import utility

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from edgefed.costs.roofline import Pass, training_step
 from edgefed.costs.shapes import shape_from_config
 from edgefed.costs.step_setup import StepSetup
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope

@@ -25,7 +25,7 @@ from provenance import provenance
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgefed.embedded import tiny_model_directory
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.probe import probe_device
 from edgefed.hardware.sampling import MemorySensors

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from edgefed.errors import ConfigError
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.kernels.masked_experts import masked_experts
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.attention_received import AttentionCapture

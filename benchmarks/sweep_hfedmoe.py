@@ -19,7 +19,7 @@ import torch
 from provenance import provenance
 
 from edgefed.embedded import resolve_model
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import DeviceBudget
 from edgefed.methods.random_experts import RandomExperts

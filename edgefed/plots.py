@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.experts import ActivationProfile, ExpertPlan, Role
+from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
 
 DPI = 144
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#6d597a", "#2e4057", "#8d6a9f", "#00798c")

@@ -180,7 +180,7 @@ def export_model(folder: Path, to: Path, server_round: int | None = None) -> Pat
     """
     import tempfile
 
-    from edgefed.export.huggingface import export_checkpoint
+    from edgefed.checkpoint_export import export_checkpoint
     from edgefed.training.steps import train_scope
 
     with RunReader(folder) as reader, tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:

@@ -22,7 +22,7 @@ TOP_LEVEL = {"triton_kernels": "edgefed.triton_kernels", "profiles": "edgefed.pr
 MODEL_SIDE = ("torch", "transformers", "edgefed.moe", "edgefed.training", "edgefed.runs", "edgefed.simulation")
 FORBIDDEN = {
     "errors.py": ("edgefed", "torch", "transformers"),
-    "experts.py": ("torch", "transformers", "edgefed"),
+    "expert_records.py": ("torch", "transformers", "edgefed"),
     "protocol": ("torch", "transformers", "edgefed.moe", "edgefed.agent", "edgefed.aggregator", "edgefed.methods"),
     "hardware": ("transformers", "edgefed.moe", "edgefed.training", "edgefed.agent", "edgefed.aggregator"),
     "kernels": ("edgefed.moe", "edgefed.methods", "edgefed.agent", "edgefed.aggregator", "edgefed.training"),

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from edgefed.costs.shapes import KNOWN_SHAPES, ModelShape, shape_from_config
 from edgefed.embedded import TINY, resolve_model
 from edgefed.errors import UnsupportedArchitecture
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe.loading import load_config
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope

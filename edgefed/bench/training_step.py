@@ -17,7 +17,7 @@ from edgefed.bench.statistics import Entry, Sampling
 from edgefed.bench.stopwatch import Stopwatch
 from edgefed.costs.memory import StepSetup, training_memory
 from edgefed.costs.shapes import ModelShape
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.reading import Reading
 from edgefed.methods.local import Local
 from edgefed.moe.model import MoeModel

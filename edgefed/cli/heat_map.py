@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from edgefed.experts import ActivationProfile
+from edgefed.expert_records import ActivationProfile
 
 SHADES = " .:-=+*#%@"
 """From no token to the busiest expert of the model, for output without colour."""

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from edgefed.costs.memory import MemoryEstimate
 from edgefed.costs.step_setup import CHUNK_TOKENS, StepSetup
 from edgefed.errors import BudgetTooSmall
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.memory import format_bytes
 
 SHORTEST_SEQUENCE = 32

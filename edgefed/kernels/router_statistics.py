@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from edgefed.experts import LayerProfile
+from edgefed.expert_records import LayerProfile
 from edgefed.kernels.dispatch import Unsupported, choose, run_best
 from edgefed.native import DTYPE_CODES, isa_code, load_native
 

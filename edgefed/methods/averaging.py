@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgefed.errors import BudgetTooSmall
-from edgefed.experts import ExpertPlan, LayerProfile
+from edgefed.expert_records import ExpertPlan, LayerProfile
 from edgefed.methods.interface import Contribution, Method, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 

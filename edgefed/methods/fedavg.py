@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgefed.errors import BudgetTooSmall
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import merge_by_examples
 from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
 from edgefed.protocol.messages import UnitInfo

@@ -25,7 +25,7 @@ from types import MappingProxyType
 import numpy as np
 
 from edgefed.errors import ConfigError
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import MeanOfHolders
 from edgefed.methods.interface import FIRST_ROUND, DeviceBudget, RoundContext
 

@@ -39,7 +39,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgefed.errors import ConfigError
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import busiest, check_budget, in_client_order, merge_by_examples, select_by_score
 from edgefed.methods.flux_pace import own_count, paced_limits
 from edgefed.methods.interface import (

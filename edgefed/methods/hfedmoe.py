@@ -47,7 +47,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgefed.errors import ConfigError
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import in_client_order, merge_by_examples, plan_trainable, select_by_score
 from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, Method, RoundContext, UnitMerge
 from edgefed.protocol.messages import UnitInfo

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.protocol.messages import ExpertAssignment, ExpertReport, ExpertSurvey, UnitInfo
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import MeanOfHolders, plan_trainable, select_by_score
 from edgefed.methods.interface import FIRST_ROUND, DeviceBudget, RoundContext
 

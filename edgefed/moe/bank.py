@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from edgefed.errors import CheckpointError
-from edgefed.experts import ExpertPlan, MergedGroup
+from edgefed.expert_records import ExpertPlan, MergedGroup
 from edgefed.kernels.masked_experts import LowRankPair, Slots, SlotWeights
 from edgefed.kernels.quantization import QuantizedMatrix
 from edgefed.moe.architecture import ExpertLayer

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.activations import ACT2CLS
 from transformers.integrations.moe import ExpertsInterface
 
-from edgefed.experts import ActivationProfile, LayerProfile
+from edgefed.expert_records import ActivationProfile, LayerProfile
 from edgefed.kernels import ops as _operators  # noqa: F401  registers torch.ops.edgefed
 from edgefed.kernels.dispatch import log_choice
 from edgefed.kernels.masked_experts import Slots, SlotWeights, backend_for, masked_experts

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from edgefed.errors import ConfigError
-from edgefed.experts import ExpertPlan, Role
+from edgefed.expert_records import ExpertPlan, Role
 from edgefed.kernels.masked_experts import Slots
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.bank import ExpertBank, StreamedSlots

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from edgefed.disk import disk_errors, make_folder
 from edgefed.errors import StorageError
-from edgefed.experts import MergedGroup
+from edgefed.expert_records import MergedGroup
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.units import LORA_SUFFIX, TrainScope
 

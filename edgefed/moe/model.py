@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from edgefed.errors import CheckpointError, ConfigError
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe import adapters, loading, units
 from edgefed.moe import lockstep as full_layers
 from edgefed.moe.accounting import expert_memory, expert_tensors, model_memory

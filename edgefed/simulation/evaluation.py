@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn import functional as F
 
-from edgefed.experts import ExpertPlan, Role
+from edgefed.expert_records import ExpertPlan, Role
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol.messages import Manifest, TrainingConfig

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgefed.experts import ActivationProfile, ExpertPlan
+from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.runs import RunReader

@@ -22,7 +22,7 @@ from edgefed.costs.fallbacks import FallbackSearch
 from edgefed.costs.memory import Correction, MemoryEstimate, training_memory
 from edgefed.costs.step_setup import StepSetup
 from edgefed.disk import disk_errors, write_durably
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.methods.interface import Method
 from edgefed.methods.registry import make_method
 from edgefed.moe.expert_reading import FrameSource

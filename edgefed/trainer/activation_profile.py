@@ -20,7 +20,7 @@ import torch
 from edgefed.costs.memory import StepSetup, profiling_memory
 from edgefed.costs.shapes import ModelShape
 from edgefed.errors import ConfigError
-from edgefed.experts import ActivationProfile
+from edgefed.expert_records import ActivationProfile
 from edgefed.hardware.memory import format_bytes
 from edgefed.moe.model import MoeModel
 from edgefed.moe.packed import PACKABLE

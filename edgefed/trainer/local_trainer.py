@@ -27,7 +27,7 @@ from edgefed.costs.memory import StepSetup
 from edgefed.costs.shapes import ModelShape
 from edgefed.disk import disk_errors, filesystem, make_folder
 from edgefed.errors import ConfigError, DiskFull, MalformedMessage, StorageError
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.memory import available_memory_bytes, format_bytes, process_rss_bytes
 from edgefed.hardware.watch import PressureWatch

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from edgefed.costs.fallbacks import Fallback
 from edgefed.costs.memory import StepSetup
 from edgefed.errors import DeviceLost, OutOfMemory
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.watch import Pressure, PressureWatch
 from edgefed.progress import ProgressSink
 from edgefed.training.out_of_memory import free_memory

@@ -27,7 +27,7 @@ from edgefed.costs.shapes import ModelShape, shape_from_config
 from edgefed.costs.step_setup import Correction
 from edgefed.disk import disk_errors, write_durably
 from edgefed.errors import BudgetTooSmall, ConfigError, StateCorrupt
-from edgefed.experts import ActivationProfile, ExpertPlan, Role
+from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
 from edgefed.hardware.memory import format_bytes
 from edgefed.methods.interface import DeviceBudget, Method, RoundContext
 from edgefed.moe.expert_reading import FrameSource

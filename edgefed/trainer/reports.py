@@ -11,7 +11,7 @@ import torch
 
 from edgefed.disk import disk_errors
 from edgefed.errors import TrainingDiverged
-from edgefed.experts import ActivationProfile, ExpertPlan, Role
+from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
 from edgefed.hardware.memory import process_peak_rss_bytes
 from edgefed.methods.interface import Method
 from edgefed.moe.expert_reading import raw_array

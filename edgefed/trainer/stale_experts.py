@@ -18,7 +18,7 @@ import msgspec
 
 from edgefed.disk import disk_errors, write_durably
 from edgefed.errors import NotFound
-from edgefed.experts import ExpertPlan, Role
+from edgefed.expert_records import ExpertPlan, Role
 from edgefed.protocol.messages import UnitInfo
 from edgefed.protocol.trainer import Fetch
 

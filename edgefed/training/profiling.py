@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from edgefed.errors import ModelNotFound
-from edgefed.experts import ActivationProfile, LayerProfile
+from edgefed.expert_records import ActivationProfile, LayerProfile
 from edgefed.moe.lockstep import run_in_lockstep
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import ExpertSource, TrainScope

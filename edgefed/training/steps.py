@@ -17,7 +17,7 @@ from torch import nn
 
 from edgefed.costs.memory import StepSetup
 from edgefed.errors import TrainingDiverged
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.interface import Method
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import TrainScope

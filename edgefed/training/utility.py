@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from edgefed.experts import ActivationProfile
+from edgefed.expert_records import ActivationProfile
 from edgefed.moe.model import MoeModel
 from edgefed.training.steps import batch_loss
 

@@ -12,7 +12,7 @@ from edgefed.costs.memory import StepSetup, profiling_memory
 from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError
-from edgefed.experts import ActivationProfile
+from edgefed.expert_records import ActivationProfile
 from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model

@@ -9,7 +9,7 @@ import pytest
 from device_bench import trainer_of
 
 from edgefed.errors import ConfigError
-from edgefed.experts import ActivationProfile, ExpertPlan, Role
+from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.merging.plan import num_merge_slots, with_placeholder_groups, without_groups
 from edgefed.progress import NullProgress

@@ -11,7 +11,7 @@ import pytest
 from device_bench import trainer_of
 
 from edgefed.errors import NotFound
-from edgefed.experts import ExpertPlan, Role
+from edgefed.expert_records import ExpertPlan, Role
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, ExpertAssignment, UnitInfo

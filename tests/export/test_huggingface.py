@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from edgefed.checkpoint_export import export_checkpoint
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StorageError
-from edgefed.export.huggingface import export_checkpoint
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope
 
@@ -129,7 +129,7 @@ def test_a_missing_unit_leaves_nothing_behind(missing, olmoe, tmp_path):
     ],
 )
 def test_a_failing_disk_leaves_nothing_behind(fault, error, olmoe, tmp_path, monkeypatch):
-    from edgefed.export import huggingface
+    from edgefed import checkpoint_export as huggingface
 
     def fail(source, target):
         raise fault
@@ -142,7 +142,7 @@ def test_a_failing_disk_leaves_nothing_behind(fault, error, olmoe, tmp_path, mon
 
 
 def test_a_truncated_file_is_not_published(olmoe, tmp_path, monkeypatch):
-    from edgefed.export import huggingface
+    from edgefed import checkpoint_export as huggingface
 
     original = huggingface._copy_files
 

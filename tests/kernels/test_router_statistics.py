@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgefed.errors import ConfigError
-from edgefed.experts import LayerProfile
+from edgefed.expert_records import LayerProfile
 from edgefed.kernels.dispatch import why_not_native
 from edgefed.kernels.router_statistics import GATE_KINDS, gate_of, new_statistics, router_statistics, to_layer_record
 from edgefed.native import isa_names, load_native

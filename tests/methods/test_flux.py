@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgefed.errors import BudgetTooSmall, ConfigError
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.flux import Flux, complete_utilities
 from edgefed.methods.flux_pace import paced_limits, round_trip_rate
 from edgefed.methods.interface import Contribution, Coverage, DeviceBudget, RoundContext

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edgefed.errors import BudgetTooSmall, ConfigError
-from edgefed.experts import ActivationProfile, LayerProfile
+from edgefed.expert_records import ActivationProfile, LayerProfile
 from edgefed.methods.fedavg import FedAvg
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import Contribution, DeviceBudget, RoundContext

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgefed.errors import BudgetTooSmall, ConfigError, UnknownMethod
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
 from edgefed.methods.interface import Contribution, DeviceBudget
 from edgefed.methods.registry import METHODS, check_training, make_method, method_options
 from edgefed.protocol.messages import ExpertReport, TensorInfo, UnitInfo

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgefed.errors import UnsupportedArchitecture
-from edgefed.experts import ActivationProfile, LayerProfile
+from edgefed.expert_records import ActivationProfile, LayerProfile
 from edgefed.moe import attention_received
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe.units import TrainScope
 
 _spec = importlib.util.spec_from_file_location("_toy_models", Path(__file__).with_name("toy_models.py"))

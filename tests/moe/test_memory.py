@@ -23,7 +23,7 @@ from edgefed.costs.memory import (
 from edgefed.costs.shapes import KNOWN_SHAPES, shape_from_config, uniform_shape
 from edgefed.costs.step_setup import CORRECTED_MARGIN
 from edgefed.errors import ConfigError
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe.accounting import expert_memory, model_memory, storage_bytes
 from edgefed.moe.units import TrainScope
 

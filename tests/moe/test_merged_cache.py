@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edgefed.errors import CheckpointError
-from edgefed.experts import ExpertPlan, MergedGroup, Role
+from edgefed.expert_records import ExpertPlan, MergedGroup, Role
 from edgefed.moe.merged_cache import MergedCache
 from edgefed.moe.merging.alignment import neuron_aligner
 from edgefed.moe.units import LORA_SUFFIX, MemorySource, TrainScope

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgefed.errors import BudgetTooSmall, ConfigError
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
 from edgefed.moe.merging.plan import SIZES, MergingOptions, expert_importance, merge_slots, merged_group, plan_merging
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgefed.errors import UnsupportedArchitecture
-from edgefed.experts import MergedGroup
+from edgefed.expert_records import MergedGroup
 from edgefed.moe.merged_cache import merge_experts
 from edgefed.moe.merging.alignment import best_assignment, neuron_aligner, neuron_layout, permute_neurons
 

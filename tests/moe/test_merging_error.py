@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.merge_error import layer_output_errors
 from edgefed.errors import ConfigError
-from edgefed.experts import ExpertPlan, MergedGroup, Role
+from edgefed.expert_records import ExpertPlan, MergedGroup, Role
 from edgefed.kernels.masked_experts import masked_experts
 from edgefed.moe.bank import ExpertBank
 from edgefed.moe.gate_probe import split_expert_arguments

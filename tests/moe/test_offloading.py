@@ -11,7 +11,7 @@ import torch
 
 from edgefed.costs.memory import StepSetup
 from edgefed.errors import DiskFull, StorageError
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe import offloading
 from edgefed.moe.accounting import expert_memory
 from edgefed.moe.model import MoeModel

@@ -14,7 +14,7 @@ import torch
 from edgefed.costs.memory import StepSetup, training_memory
 from edgefed.costs.shapes import shape_from_config
 from edgefed.errors import CheckpointError, ConfigError
-from edgefed.experts import ExpertPlan, MergedGroup, Role
+from edgefed.expert_records import ExpertPlan, MergedGroup, Role
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
 from edgefed.moe.accounting import expert_memory, storage_bytes
 from edgefed.moe.merged_cache import merge_experts

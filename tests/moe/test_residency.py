@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgefed.errors import CheckpointError, ConfigError
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe.accounting import expert_memory, storage_bytes
 from edgefed.moe.gate_probe import gate_scores, router_logits_of
 from edgefed.moe.model import MoeModel

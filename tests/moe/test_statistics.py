@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe.gate_probe import gate_probabilities, router_logits_of
 from edgefed.moe.units import TrainScope
 

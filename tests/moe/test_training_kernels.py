@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.kernels import dispatch, masked_experts, native_experts
 from edgefed.moe import layer_runtime
 from edgefed.moe.units import TrainScope

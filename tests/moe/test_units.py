@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edgefed.errors import CheckpointError, ModelNotFound
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.moe import loading
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import TrainScope

@@ -6,7 +6,7 @@ import json
 import signal
 
 from edgefed.aggregator.store import Store
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.runs import RunReader
 from edgefed.trainer.planner import PLAN_FILE
 

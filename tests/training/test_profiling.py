@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from edgefed.errors import CheckpointError, ConfigError
-from edgefed.experts import ActivationProfile, LayerProfile
+from edgefed.expert_records import ActivationProfile, LayerProfile
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
 from edgefed.moe import lockstep as full_layers
 from edgefed.moe.architecture import discover_layers

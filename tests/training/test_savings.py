@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edgefed.errors import ConfigError
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TrainingConfig

@@ -13,7 +13,7 @@ from edgefed.costs.fallbacks import SHORTEST_SEQUENCE, FallbackSearch, StepPlan,
 from edgefed.costs.memory import MemoryEstimate, StepSetup, training_memory
 from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.errors import BudgetTooSmall
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 
 LAYERS, EXPERTS = 4, 16
 WANTED = StepPlan(StepSetup(4, 128, dtype="float32"), LAYERS * EXPERTS, LAYERS * EXPERTS)

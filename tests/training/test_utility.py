@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgefed.experts import ExpertPlan
+from edgefed.expert_records import ExpertPlan
 from edgefed.kernels.quantization import dequantize_experts
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.gradient_norms import GradientNorms

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgefed.errors import BudgetTooSmall, ConfigError
-from edgefed.experts import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
+from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
 from edgefed.methods.interface import Method
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.merging.clustering import cluster_layers, expert_embeddings

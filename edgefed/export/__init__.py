@@ -1,1 +1,0 @@
-"""Takes a trained global model out of edgefed, in formats that others read."""
