@@ -11,7 +11,7 @@ import msgspec
 from edgefed.bench.statistics import NOISY, STABLE, UNUSABLE, Entry
 from edgefed.errors import EdgefedError, first_line
 from edgefed.hardware.reading import Reading
-from edgefed.hardware.scheduling import read_waited_s
+from edgefed.hardware.sampling import read_waited_s
 from edgefed.progress import ProgressSink
 from edgefed.training.out_of_memory import is_device_lost, is_out_of_memory
 

@@ -16,7 +16,7 @@ import torch
 from edgefed.bench.compute import product
 from edgefed.bench.report import Sustain, SustainPoint
 from edgefed.bench.stopwatch import Stopwatch
-from edgefed.hardware.notes import POWER_CAP, SLOWED, throttle_words
+from edgefed.hardware.nvml import POWER_CAP, SLOWED, throttle_words
 from edgefed.hardware.reading import Reading
 
 WINDOW_S = 5.0

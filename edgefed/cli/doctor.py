@@ -49,7 +49,7 @@ def doctor_command(
 
     _check_options(record, replay, server, force)
     if record is not None:
-        from edgefed.doctor.records import record_to
+        from edgefed.doctor.diagnosis import record_to
 
         recorded = record_to(record, device, force=force)
         if as_json:

@@ -6,17 +6,19 @@ A check that raises becomes a finding itself; only a wrong option (a device name
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 
-from edgefed.doctor import gpu, host, jetson, memory, packages
+from edgefed.disk import write_durably
+from edgefed.doctor import host, jetson, packages, sensors
 from edgefed.doctor.finding import Diagnosis, Finding, Group, State
 from edgefed.doctor.isolation import Outcome, Worker
-from edgefed.doctor.torch_build import TorchBuild, install_command, recorded_torch_findings, torch_findings
-from edgefed.errors import ConfigError, DeviceNotFound
+from edgefed.doctor.packages import TorchBuild, install_command, recorded_torch_findings, torch_findings
+from edgefed.errors import ConfigError, DeviceNotFound, StorageError
 from edgefed.hardware.budget import plan_budget
 from edgefed.hardware.facts import DeviceFacts
 
@@ -26,7 +28,7 @@ KERNEL_LIMIT_S = 120.0
 """For one kernel, compiling it included."""
 SENSOR_LIMIT_S = 30.0
 KERNELS = "edgefed.doctor.kernel_runs"
-QUERIES = "edgefed.doctor.queries"
+QUERIES = "edgefed.doctor.worker"
 QUICK = "no kernel was run and nothing written to the disk (`quick`): whether the arithmetic is right is not known"
 NO_SERVER = "the way to the server was not tried (`server` does); a client needs no open port, it only calls out"
 REBUILD = "EDGEFED_NATIVE=1 pip install --force-reinstall --no-deps ."
@@ -63,7 +65,7 @@ def examine(options: Options, on_check: OnCheck = lambda name: None) -> Diagnosi
     with Worker() as worker:
         if not options.quick:
             on_check("native part")
-            findings.append(_native(worker))
+            findings.append(native_finding(worker))
         # Without torch first: a driver that hangs is then found in seconds, and by its own name.
         on_check("sensors")
         alone = worker.call(f"{QUERIES}:sensors", SENSOR_LIMIT_S, device=None, ask_torch=False)
@@ -96,10 +98,8 @@ def examine(options: Options, on_check: OnCheck = lambda name: None) -> Diagnosi
     if options.server is None:
         left_out.append(NO_SERVER)
     else:
-        from edgefed.doctor.server import server_findings
-
         on_check("server")
-        findings += _guarded(Group.NETWORK, lambda: server_findings(options.server, options.token))
+        findings += _guarded(Group.NETWORK, lambda: host.server_findings(options.server, options.token))
     return Diagnosis(_device_name(facts, options.device), tuple(findings), facts, tuple(left_out), not options.quick)
 
 
@@ -113,10 +113,10 @@ def judge_facts(facts: DeviceFacts) -> list[Finding]:
     """Every finding that follows from the hardware facts alone. The same facts give the same findings."""
 
     def of_memory() -> list[Finding]:
-        return memory.memory_findings(facts, plan_budget(facts, for_training=True), plan_budget(facts))
+        return sensors.memory_findings(facts, plan_budget(facts, for_training=True), plan_budget(facts))
 
     return [
-        *_guarded(Group.GPU, lambda: gpu.gpu_findings(facts)),
+        *_guarded(Group.GPU, lambda: sensors.gpu_findings(facts)),
         *_guarded(Group.MEMORY, of_memory),
         *_guarded(Group.JETSON, lambda: jetson.jetson_findings(facts)),
         *_guarded(Group.HOST, lambda: host.host_findings(facts)),
@@ -145,7 +145,7 @@ def _guarded(group: Group, check: Callable[[], Iterable[Finding]]) -> list[Findi
         ]  # fmt: skip
 
 
-def _native(worker: Worker) -> Finding:
+def native_finding(worker: Worker) -> Finding:
     outcome = worker.call(f"{KERNELS}:native_fold", KERNEL_LIMIT_S)
     if outcome.ok:
         return Finding(Group.NATIVE, "native library", State.OK, str(outcome.value))
@@ -254,7 +254,7 @@ def _kernels(worker: Worker, facts: DeviceFacts, on_check: OnCheck) -> list[Find
         run(f"matmul {dtype}", "matmul", state, why, build, command, worker, dtype=dtype)
     run("expert layer", "masked_experts", State.PROBLEM, "It is what every round trains.", build, command, worker)
     if packages.installed_version("bitsandbytes"):
-        findings += _bitsandbytes(worker, facts, device, on_check)
+        findings += bitsandbytes_findings(worker, facts, device, on_check)
     if packages.installed_version("triton"):
         # Triton reads this when it is imported, so the interpreter needs a process of its own.
         with Worker(None if on_gpu else {"TRITON_INTERPRET": "1"}) as another:
@@ -266,7 +266,7 @@ def _kernels(worker: Worker, facts: DeviceFacts, on_check: OnCheck) -> list[Find
     return findings
 
 
-def _bitsandbytes(worker: Worker, facts: DeviceFacts, device: str, on_check: OnCheck) -> list[Finding]:
+def bitsandbytes_findings(worker: Worker, facts: DeviceFacts, device: str, on_check: OnCheck) -> list[Finding]:
     on_check("bitsandbytes")
     whole = worker.call(f"{KERNELS}:nf4", KERNEL_LIMIT_S, device=device, columns=64)
     if not whole.ok:
@@ -305,3 +305,39 @@ def _device_name(facts: DeviceFacts | None, asked: str | None) -> str:
     if facts.tegra is not None and facts.tegra.model.value:
         return facts.tegra.model.value
     return facts.host.cpu_name.value or "this device"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """``without_torch`` says why torch's part is missing; empty when it is there."""
+
+    size_bytes: int
+    without_torch: str = ""
+
+
+def record_to(path: Path, device: str | None, *, force: bool) -> Recorded:
+    """Read every sensor and write the recording to ``path``, whole or not at all.
+
+    Raises ConfigError when ``path`` exists and not ``force``, DeviceNotFound, and StorageError when it cannot be
+    written or the sensors cannot be read.
+    """
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists", remedy="Choose another name, or set `force` to replace it.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path} is no file that could be written", remedy="Pass a file in an existing folder.")
+    without_torch = ""
+    with Worker() as worker:
+        outcome = worker.call(f"{QUERIES}:recording", IMPORT_LIMIT_S, device=device, ask_torch=True)
+        if outcome.died:
+            without_torch = outcome.failure
+            outcome = worker.call(f"{QUERIES}:recording", SENSOR_LIMIT_S, device=device, ask_torch=False)
+    if outcome.error is not None:
+        raise outcome.error
+    if not outcome.ok:
+        raise StorageError(
+            f"the sensors cannot be read: {outcome.failure}",
+            remedy="Run `nvidia-smi`: if it fails or hangs as well, reinstall the driver or reboot.",
+        )
+    data = json.dumps(outcome.value, indent=1, sort_keys=True).encode()
+    write_durably(path.absolute(), data, mode=0o644)
+    return Recorded(len(data), without_torch)

@@ -1,4 +1,4 @@
-"""The machine around the device: processor, battery, container, clock, and the disk of the state folder."""
+"""Findings about what surrounds the device: processor, battery, container, clock, disk and the way to the server."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import time
 from pathlib import Path
 
 import edgefed
+from edgefed.agent.channel import Channel
 from edgefed.doctor.finding import Finding, Group, State
+from edgefed.errors import EdgefedError, MalformedMessage, Unauthorized
 from edgefed.hardware.facts import DeviceFacts
 from edgefed.hardware.memory import GIB, format_bytes
+from edgefed.protocol import PROTOCOL_VERSION, routes
+from edgefed.protocol.messages import Message, Status
 
 PROBE_BYTES = 16 * 2**20
 """Written once with fsync to see how fast the disk is: a slow SD card needs about two seconds."""
@@ -26,7 +30,7 @@ CLOCK_TOLERANCE_S = 86400.0
 
 @dataclasses.dataclass(frozen=True)
 class DiskProbe:
-    """``folder`` is the nearest one that exists. ``bytes_per_s`` None when not measured; ``fault`` why it could not."""
+    """``folder`` is the nearest one that exists. ``bytes_per_s`` None when not measured; ``error`` says why not."""
 
     folder: Path
     free_bytes: int | None
@@ -67,7 +71,7 @@ def disk_finding(probe: DiskProbe, state: Path) -> Finding:
     room = "free room unknown" if probe.free_bytes is None else f"{format_bytes(probe.free_bytes)} free"
     if probe.error:
         return Finding(
-            Group.HOST, "state folder", State.PROBLEM, f"{probe.folder}: {probe.fault}, {room}",
+            Group.HOST, "state folder", State.PROBLEM, f"{probe.folder}: {probe.error}, {room}",
             f"Downloads and pending updates must be written to {state}.",
             "Choose a folder that you may write to, on a disk with room.", "edgefed join SERVER --state FOLDER ...",
         )  # fmt: skip
@@ -166,3 +170,59 @@ def _battery(facts: DeviceFacts) -> list[Finding]:
             )
         ]  # fmt: skip
     return [Finding(Group.HOST, "battery", State.OK, f"{level}{', plugged in' if battery.plugged else ''}")]
+
+
+TIMEOUT_S = 10.0
+
+
+class Health(Message):
+    """Reply of the aggregator's health route, which needs no token."""
+
+    status: str
+    protocol_version: int
+
+
+def server_findings(url: str, token: str | None) -> list[Finding]:
+    """Ask the aggregator at ``url``. Raises ConfigError for an address or a token that cannot be one."""
+    channel = Channel(url, "", token, connect_s=TIMEOUT_S, read_s=TIMEOUT_S, write_s=TIMEOUT_S, verify=True)
+    try:
+        health = channel.ask("GET", routes.HEALTH, Health)
+        started = time.perf_counter()
+        channel.ask("GET", routes.HEALTH, Health)
+        trip_ms = (time.perf_counter() - started) * 1e3
+    except EdgefedError as error:
+        channel.close()
+        return [Finding(Group.NETWORK, "server", State.PROBLEM, str(error), "", error.remedy)]
+    with_answer = Finding(Group.NETWORK, "server", State.OK, f"{channel.base_url} answers in {trip_ms:.1f} ms")
+    try:
+        return [with_answer, _version(health), _token(channel, token)]
+    finally:
+        channel.close()
+
+
+def _version(health: Health) -> Finding:
+    if health.protocol_version == PROTOCOL_VERSION:
+        return Finding(Group.NETWORK, "protocol", State.OK, f"version {PROTOCOL_VERSION} on both sides")
+    older = "server" if health.protocol_version < PROTOCOL_VERSION else "device"
+    return Finding(
+        Group.NETWORK, "protocol", State.PROBLEM,
+        f"the server speaks version {health.protocol_version}, this device {PROTOCOL_VERSION}",
+        "They cannot work together.", f"Update edgefed on the {older}.", "pip install --upgrade edgefed",
+    )  # fmt: skip
+
+
+def _token(channel: Channel, token: str | None) -> Finding:
+    had = "the token is accepted" if token else "it wants no token"
+    try:
+        status = channel.ask("GET", routes.STATUS, Status)
+    except Unauthorized as error:
+        missing = "a token is needed and none was given" if not token else "the token is not the server's"
+        return Finding(Group.NETWORK, "token", State.PROBLEM, missing, str(error), error.remedy)
+    except MalformedMessage as error:  # another version's status; the version finding has the remedy
+        return Finding(Group.NETWORK, "token", State.NOTE, f"{had}, but its status cannot be read", str(error))
+    except EdgefedError as error:
+        return Finding(Group.NETWORK, "token", State.PROBLEM, str(error), "", error.remedy)
+    run = status.run
+    return Finding(
+        Group.NETWORK, "token", State.OK, f"{had}; run of {run.model}, round {status.server_round} of {run.rounds}"
+    )

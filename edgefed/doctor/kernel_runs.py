@@ -41,7 +41,7 @@ def matmul(device: str, dtype: str) -> str:
     sums = 256 * torch.finfo(torch.float32).eps * (a.double().abs() @ b.double().abs())
     allowed = sums + 2 * torch.finfo(kind).eps * (exact.abs() + exact.square().mean().sqrt())
     found = (a.to(device) @ b.to(device)).cpu().double()
-    return _compare(found, exact, allowed, f"96x256x64 in {dtype}")
+    return compare(found, exact, allowed, f"96x256x64 in {dtype}")
 
 
 def masked_experts(device: str) -> str:
@@ -88,11 +88,11 @@ def masked_experts(device: str) -> str:
         )
     dense.backward(upstream.double())
 
-    _compare(output.detach().cpu().double(), dense.detach(), 1e-4, "the forward pass")
+    compare(output.detach().cpu().double(), dense.detach(), 1e-4, "the forward pass")
     for name, one, other in zip(("x", "weights", *["up"] * slots, *["down"] * slots), found, exact, strict=True):
         # A slot without a token takes no part in the graph: no gradient there, zeros or none in the dense sum.
         one_grad, other_grad = (torch.zeros_like(t) if t.grad is None else t.grad for t in (one, other))
-        _compare(one_grad.cpu().double(), other_grad, 1e-4, f"the gradient of {name}")
+        compare(one_grad.cpu().double(), other_grad, 1e-4, f"the gradient of {name}")
     return "forward and all gradients, 3 experts"
 
 
@@ -109,7 +109,7 @@ def nf4(device: str, columns: int) -> str:
     packed, state = quantizer.quantize_4bit(weight.to(device), blocksize=64, quant_type="nf4")
     back = quantizer.dequantize_4bit(packed, state).cpu().float()
     absmax = weight.reshape(-1, 64).abs().amax(dim=1, keepdim=True).expand(-1, 64).reshape(16, columns)
-    return _compare(back, weight, (NF4_LARGEST_STEP / 2 * 1.01) * absmax, f"16x{columns} to NF4 and back")
+    return compare(back, weight, (NF4_LARGEST_STEP / 2 * 1.01) * absmax, f"16x{columns} to NF4 and back")
 
 
 def triton_kernel(device: str) -> str:
@@ -123,7 +123,7 @@ def triton_kernel(device: str) -> str:
     out = torch.empty(8, 48, device=device)
     started = time.perf_counter()
     scale_rows[(8,)](x.to(device), scale.to(device), out, 48, BLOCK=64)
-    _compare(out.cpu().double(), x.double() * scale.double()[:, None], 1e-6, "the Triton kernel")
+    compare(out.cpu().double(), x.double() * scale.double()[:, None], 1e-6, "the Triton kernel")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "ran in Triton's interpreter, for want of a GPU"
     return f"compiled and ran in {time.perf_counter() - started:.1f} s"
@@ -153,7 +153,7 @@ def native_fold() -> str:
     return f"folds {', '.join(FLOAT_DTYPES)} to the same bits as numpy"
 
 
-def _compare(found: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor | float, what: str) -> str:
+def compare(found: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor | float, what: str) -> str:
     """Raise `WrongResult` where ``found`` is farther from ``exact`` than ``allowed``, or no number."""
     if found.shape != exact.shape:
         raise WrongResult(f"{what}: shape {tuple(found.shape)}, expected {tuple(exact.shape)}")

@@ -22,9 +22,8 @@ import dataclasses
 from edgefed.errors import ConfigError
 from edgefed.hardware.facts import DeviceFacts, GpuFacts, HostFacts, MemoryKind
 from edgefed.hardware.memory import GIB
-from edgefed.hardware.policy import DEFAULT_POLICY, BudgetPolicy
+from edgefed.hardware.policy import DEFAULT_POLICY, BudgetPolicy, Term, Waterfall, gib
 from edgefed.hardware.reading import Reading, Reason
-from edgefed.hardware.waterfall import Term, Waterfall, gib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,27 @@
-"""Which GPU is which: NVML's cards, torch's devices and a Jetson's own files, matched; and the one to use. Pure.
+"""Match NVML's GPUs with torch's devices, choose one, and decide which memory it works in. Pure functions.
 
-NVML numbers cards by their slot, CUDA by speed and by CUDA_VISIBLE_DEVICES: only the UUID joins them. Where one side
-has none (Jetson Orin), what is left over on both sides is joined when it is one to one.
+NVML orders GPUs by slot, CUDA by speed and by CUDA_VISIBLE_DEVICES: only the UUID identifies a GPU on both sides. Where
+one side has no UUID (Jetson Orin), what is left on both sides is matched if there is one of each.
+
+`classify` decides by the first rule that holds:
+    1. CUDA reports an integrated device                                            -> unified (whatever NVML says)
+    2. NVML has no memory figure (not supported, or a total of 0) and a second sign -> unified
+       (a name, board, SoC or architecture that exists only with shared memory)
+    3. the name is on the list of such chips                                        -> unified
+    4. everything else                                                              -> discrete
+Compute capability alone never decides (a GH200 is 9.0 like an H100), and neither does "not supported" alone: a discrete
+GPU may fail to answer, and its memory is then unknown, not the host's.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 from edgefed.hardware.cuda import CudaDevice, CudaReport
-from edgefed.hardware.facts import GpuFacts, TegraFacts
+from edgefed.hardware.facts import GpuFacts, MemoryKind, TegraFacts
+from edgefed.hardware.memory import format_bytes
 from edgefed.hardware.reading import Reading, Reason
 from edgefed.hardware.tegra import SOC_CAPABILITY
 
@@ -46,7 +57,7 @@ def match_cuda(gpus: tuple[GpuFacts, ...], report: CudaReport, visible_devices: 
         )
     )
     merged = [_with_cuda(gpu, partner.get(number), reason) for number, gpu in enumerate(gpus)]
-    unlisted = _unknown_gpu("NVML", "NVML does not list this GPU")
+    unlisted = unlisted_gpu("NVML", "NVML does not list this GPU")
     return (*merged, *(_with_cuda(unlisted, device, reason) for device in left))
 
 
@@ -109,7 +120,7 @@ def _with_cuda(gpu: GpuFacts, device: CudaDevice | None, reason: Reading) -> Gpu
     )
 
 
-def _unknown_gpu(source: str, detail: str) -> GpuFacts:
+def unlisted_gpu(source: str, detail: str) -> GpuFacts:
     missing = Reading.missing(Reason.ABSENT, source, detail)
     values = {
         field.name: missing
@@ -122,7 +133,7 @@ def _unknown_gpu(source: str, detail: str) -> GpuFacts:
 def tegra_gpu(gpus: tuple[GpuFacts, ...], tegra: TegraFacts) -> tuple[GpuFacts, ...]:
     """The Jetson's own GPU, with what its files tell where NVML and CUDA are silent; made from them if not listed."""
     if not gpus:
-        gpus = (_unknown_gpu("NVML", "no NVML here"),)
+        gpus = (unlisted_gpu("NVML", "no NVML here"),)
     capability = SOC_CAPABILITY.get(tegra.soc.value or "")
     own = [n for n, gpu in enumerate(gpus) if not gpu.memory_total_bytes.known and not gpu.is_mig]
     if len(own) != 1:
@@ -185,3 +196,102 @@ def find_gpu(gpus: tuple[GpuFacts, ...], wanted: str, *, by_cuda: bool) -> GpuFa
     begins = [gpu for gpu, uuid in uuids if uuid and len(text) >= 8 and uuid.startswith(text)]
     found = exact or begins
     return found[0] if len(found) == 1 else None
+
+
+SHARED_CHIPS = {
+    r"\bgb10\b": "GB10 (DGX Spark)",
+    r"\bn1x?\b|\brtx spark\b": "N1X (RTX Spark)",
+    r"\bthor\b": "Jetson Thor",
+    r"\borin\b": "Jetson Orin",
+    r"\bxavier\b": "Jetson Xavier",
+    r"\bjetson\b|\btegra|\bnvgpu\b|\bt[0-9]{3}d? ?\(nvgpu\)": "Jetson",
+    r"\bgh200\b": "GH200 (Grace Hopper)",
+    r"\bgb[23]00\b": "GB200 (Grace Blackwell)",
+}
+"""Patterns of lower-case device or board names whose GPU shares memory with the host (or is memory of the host's)."""
+CARD_FAMILIES = re.compile(r"\b(geforce|gtx|rtx|quadro|tesla|titan|[abhlptv]\d{1,4}[a-z]?)\b")
+"""Names of plug-in cards: signs of the board around them say nothing about their memory."""
+SHARED_CAPABILITIES = {(5, 3), (6, 2), (7, 2), (8, 7), (10, 1), (11, 0), (12, 1)}
+"""Architectures that exist only in chips with shared memory. A second sign, never the only one."""
+
+
+class Verdict(NamedTuple):
+    kind: MemoryKind
+    evidence: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def classify(gpu: GpuFacts | None, tegra: TegraFacts | None, board: Reading[str], why_none: str = "") -> Verdict:
+    """The kind of ``gpu``'s memory; CPU without one. ``board`` is the computer's model (device tree or DMI)."""
+    if gpu is None:
+        return Verdict(MemoryKind.CPU, (f"no GPU is used: {why_none or 'none was chosen'}",), ())
+    evidence = _plain_signs(gpu)
+    second = _second_signs(gpu, tegra, board)
+    chip = chip_of(gpu.name)
+    memory = gpu.memory_total_bytes
+    if gpu.integrated.value:
+        notes = ()
+        if memory.known:
+            notes = (
+                f"NVML reports {format_bytes(memory.value)} for this integrated GPU: only a part carved out, which is "
+                "ignored; the memory is the host's.",
+            )
+        return Verdict(MemoryKind.UNIFIED, (*evidence, *second), notes)
+    silent = memory.reason in (Reason.NOT_SUPPORTED, Reason.IMPLAUSIBLE, Reason.ABSENT)
+    if silent and second:
+        return Verdict(MemoryKind.UNIFIED, (*evidence, *second), ())
+    if chip:
+        notes = (
+            (f"NVML reports {format_bytes(memory.value)} of memory, which the host shares.",) if memory.known else ()
+        )
+        return Verdict(MemoryKind.UNIFIED, (*evidence, *second), notes)
+    if memory.known:
+        return Verdict(MemoryKind.DISCRETE, evidence, ())
+    if gpu.cuda_total_bytes.known:
+        notes = (f"NVML tells no memory of this GPU: {memory.describe()}. Its size is CUDA's.",)
+        return Verdict(MemoryKind.DISCRETE, (*evidence, "nothing else says that it shares the host's memory"), notes)
+    if memory.reason is Reason.LOST:
+        return Verdict(MemoryKind.DISCRETE, (*evidence, "taken for a GPU with memory of its own"), ())
+    note = (
+        f"the memory of this GPU is unknown: {memory.describe()}. Nothing else says that it shares the host's memory, "
+        "so it is taken for a GPU with memory of its own; give its budget with `memory`."
+    )
+    return Verdict(MemoryKind.DISCRETE, (*evidence, "no second sign of shared memory"), (note,))
+
+
+def chip_of(name: Reading[str]) -> str:
+    """The chip with shared memory that a name stands for; empty when it is none of the list."""
+    text = (name.value or "").lower()
+    return next((chip for pattern, chip in SHARED_CHIPS.items() if re.search(pattern, text)), "")
+
+
+def _plain_signs(gpu: GpuFacts) -> tuple[str, ...]:
+    integrated, memory = gpu.integrated, gpu.memory_total_bytes
+    if integrated.known:
+        word = "is integrated" if integrated.value else "is not integrated"
+        signs = [f"CUDA says that the GPU {word} ({integrated.source})"]
+    else:
+        signs = [f"CUDA's integrated attribute: {integrated.describe()}"]
+    if memory.known:
+        signs.append(f"NVML reports a memory of {format_bytes(memory.value)} ({memory.source})")
+    else:
+        signs.append(f"NVML reports no memory: {memory.describe()}")
+    return tuple(signs)
+
+
+def _second_signs(gpu: GpuFacts, tegra: TegraFacts | None, board: Reading[str]) -> tuple[str, ...]:
+    signs = []
+    if chip := chip_of(gpu.name):
+        signs.append(f"its name {gpu.name.value!r} means {chip}, which shares the host's memory ({gpu.name.source})")
+    elif CARD_FAMILIES.search((gpu.name.value or "").lower()):
+        return ()  # a card in a slot: what surrounds it is no sign
+    if tegra is not None:
+        known = [reading for reading in (tegra.soc, tegra.model, tegra.l4t) if reading.known]
+        signs.append("this is a Jetson: " + ", ".join(f"{reading.value} ({reading.source})" for reading in known))
+    elif board_chip := chip_of(board.map(lambda name: re.sub(r"[_-]+", " ", name).replace("DGX Spark", "GB10"))):
+        signs.append(f"the computer {board.value!r} has {board_chip}, which shares the host's memory ({board.source})")
+    capability = gpu.compute_capability
+    if capability.value in SHARED_CAPABILITIES:
+        version = ".".join(map(str, capability.value))
+        signs.append(f"compute capability {version} exists only in chips with shared memory ({capability.source})")
+    return tuple(signs)

@@ -35,6 +35,23 @@ _REASONS = {
 WSL_LIBRARY = "/usr/lib/wsl/lib/libnvidia-ml.so.1"
 
 
+IDLE, POWER_CAP, SLOWED = 0x1, 0x4, 0x8 | 0x20 | 0x40 | 0x80
+"""Bits of NVML's throttle reasons. POWER_CAP, the software power limit, is normal for a GPU at work. SLOWED is not:
+hardware slowdown, temperature, power brake."""
+THROTTLE_WORDS = {
+    POWER_CAP: "power limit",
+    0x8: "hardware slowdown",
+    0x20: "software thermal limit",
+    0x40: "hardware thermal limit",
+    0x80: "power brake",
+}
+
+
+def throttle_words(bits: int) -> tuple[str, ...]:
+    """Names of the throttle reasons in ``bits``, without those that are normal for an idle GPU."""
+    return tuple(word for bit, word in THROTTLE_WORDS.items() if bits & bit)
+
+
 class Device(NamedTuple):
     """A GPU by NVML's number, or the MIG instance number ``mig`` of it."""
 

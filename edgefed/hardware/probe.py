@@ -16,13 +16,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgefed.errors import DeviceNotFound
-from edgefed.hardware import cuda, notes
-from edgefed.hardware.classify import classify
+from edgefed.hardware import cuda
 from edgefed.hardware.facts import DeviceFacts, DriverFacts, GpuFacts, MemoryKind, TegraFacts, TorchFacts
 from edgefed.hardware.gpu import count_gpus, read_gpus
 from edgefed.hardware.host_files import Files, read_host, sysroot
-from edgefed.hardware.matching import choose_gpu, find_gpu, match_cuda, tegra_gpu
-from edgefed.hardware.nvml import MALFORMED, Answer, Nvml, Setting, explain, process_library
+from edgefed.hardware.matching import choose_gpu, classify, find_gpu, is_divided, is_lost, match_cuda, tegra_gpu
+from edgefed.hardware.memory import format_bytes
+from edgefed.hardware.nvml import (
+    IDLE,
+    MALFORMED,
+    SLOWED,
+    Answer,
+    Nvml,
+    Setting,
+    explain,
+    process_library,
+    throttle_words,
+)
 from edgefed.hardware.reading import Reading, Reason
 from edgefed.hardware.sampling import MemorySample, MemorySensors
 from edgefed.hardware.tegra import read_tegra
@@ -91,7 +101,7 @@ def probe_device(
         torch=TorchFacts(report.version, report.cuda_version, report.available),
         notes=(),
     )
-    return dataclasses.replace(facts, notes=(*verdict.notes, *notes.notes_of(facts)))
+    return dataclasses.replace(facts, notes=(*verdict.notes, *notes_of(facts)))
 
 
 def _select(device: str | None, gpus: tuple[GpuFacts, ...], report: cuda.CudaReport) -> GpuFacts | None:
@@ -180,3 +190,86 @@ def _cuda_version(answer: Answer) -> Reading[str]:
     if reading.known and not (isinstance(reading.value, int) and 1000 <= reading.value < 100_000):
         return Reading.missing(Reason.IMPLAUSIBLE, reading.source, repr(reading.value)[:80])
     return reading.map(lambda number: f"{number // 1000}.{number % 1000 // 10}")
+
+
+def notes_of(facts: DeviceFacts) -> tuple[str, ...]:
+    """Everything worth a sentence, the most serious first."""
+    return (*_driver(facts), *_gpus(facts), *_torch(facts), *_host(facts))
+
+
+def _driver(facts: DeviceFacts) -> list[str]:
+    driver = facts.driver
+    return [f"{driver.problem}. {driver.remedy}"] if driver.problem else []
+
+
+def _named(gpu: GpuFacts) -> str:
+    number = "" if gpu.nvml_index is None else f"GPU {gpu.nvml_index} "
+    return f"{number}({gpu.name.value or 'without a name'})"
+
+
+def _gpus(facts: DeviceFacts) -> list[str]:
+    notes = []
+    for gpu in facts.gpus:
+        if is_lost(gpu):
+            notes.append(
+                f"{_named(gpu)} does not answer any more (GPU is lost). Look for Xid lines in `sudo dmesg`; reboot or "
+                "reload the driver."
+            )
+        parts = [part for part in facts.gpus if part.is_mig and part.nvml_index == gpu.nvml_index]
+        if is_divided(gpu) and not parts:
+            notes.append(
+                f"{_named(gpu)} is in MIG mode and has no instance that this user can see. Create one with "
+                "`nvidia-smi mig -cgi ... -C`, or switch MIG off."
+            )
+        elif is_divided(gpu):
+            notes.append(f"{_named(gpu)} is in MIG mode: its {len(parts)} instance(s) are used, not the whole GPU.")
+    gpu = facts.gpu
+    if gpu is None:
+        return notes
+    if len([other for other in facts.gpus if not is_divided(other)]) > 1:
+        notes.append(f"{_named(gpu)} {gpu.uuid.value or ''} is used; choose another with `device`.".replace("  ", " "))
+    bits = gpu.throttle_reasons.value or 0
+    if bits & SLOWED and not bits & IDLE:
+        notes.append(f"{_named(gpu)} runs slower than it could: {', '.join(throttle_words(bits))}.")
+    if gpu.processes.reason is Reason.NO_PERMISSION:
+        notes.append(f"who else uses {_named(gpu)} is not visible to this user: {gpu.processes.describe()}.")
+    if facts.kind is MemoryKind.DISCRETE and gpu.memory_total_bytes.known and facts.host.is_wsl:
+        notes.append("WSL: Windows shares this GPU and may silently move its memory to the host's: slow, not an error.")
+    return notes
+
+
+def _torch(facts: DeviceFacts) -> list[str]:
+    gpu, torch = facts.gpu, facts.torch
+    if torch.version.reason is Reason.FAILED:
+        return [f"torch cannot be imported: {torch.version.detail}. Reinstall it for this machine."]
+    asked = torch.version.known
+    if gpu is None or gpu.cuda_index is not None or not asked:
+        return []
+    if torch.cuda_available.known:
+        if gpu.cuda_total_bytes.known:
+            return [f"this torch ({torch.version.value}) has no code for {_named(gpu)}: install a build that has."]
+        return [f"torch does not see {_named(gpu)}: look at CUDA_VISIBLE_DEVICES. Training runs on the CPU."]
+    return [f"torch cannot use {_named(gpu)}: {torch.cuda_available.detail}. Training runs on the CPU."]
+
+
+def _host(facts: DeviceFacts) -> list[str]:
+    host, notes = facts.host, []
+    if not host.memory_total_bytes.known:
+        notes.append(f"the size of the host's memory is unknown: {host.memory_total_bytes.describe()}.")
+    elif not host.memory_available_bytes.known:
+        notes.append(f"the host's free memory is unknown: {host.memory_available_bytes.describe()}.")
+    elif "estimate" in host.memory_available_bytes.source:
+        notes.append(f"free memory is an estimate: {host.memory_available_bytes.source}.")
+    if host.cgroup_limit_bytes.known:
+        limit = format_bytes(host.cgroup_limit_bytes.value)
+        where = f" in this container ({host.container.value})" if host.container.known else ""
+        notes.append(f"memory is limited to {limit}{where} ({host.cgroup_limit_bytes.source}).")
+        if not host.cgroup_used_bytes.known:
+            notes.append(f"how much of that limit is used is unknown: {host.cgroup_used_bytes.describe()}.")
+    elif host.cgroup_limit_bytes.reason is not Reason.ABSENT:
+        notes.append(f"a memory limit may exist and cannot be read: {host.cgroup_limit_bytes.describe()}.")
+    if host.cpu_quota.known:
+        notes.append(f"{host.cpu_quota.value:g} processors are allowed ({host.cpu_quota.source}).")
+    if facts.tegra is not None and not facts.tegra.l4t.known:
+        notes.append(f"the L4T release is unknown: {facts.tegra.l4t.describe()}.")
+    return notes

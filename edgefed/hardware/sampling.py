@@ -1,4 +1,7 @@
-"""Cheap samples of memory while a training runs: a few NVML calls and three small files, well under a millisecond."""
+"""Cheap readings while work runs: memory samples, and how long this process waited for a processor.
+
+A memory sample takes a few NVML calls and three small files: well under a millisecond.
+"""
 
 from __future__ import annotations
 
@@ -125,3 +128,28 @@ def _thermal_zone(files: Files, facts: DeviceFacts) -> str:
         if (files.text(f"{words[0]}/{zone}/type").value or "").strip() == words[1]:
             return f"{words[0]}/{zone}/temp"
     return ""
+
+
+SOURCE = "/proc/self/task/*/schedstat"
+
+
+def read_waited_s(tasks: Path = Path("/proc/self/task")) -> Reading[float]:
+    """Seconds that all threads of this process together have waited in the kernel's run queues. Linux only.
+
+    A thread that ends takes its count along, so the sum can fall; two readings around one piece of work compare well.
+    """
+    total, seen = 0, False
+    try:
+        folders = list(tasks.iterdir())
+    except OSError as error:
+        return Reading.missing(Reason.ABSENT, SOURCE, error.strerror or str(error))
+    for folder in folders:
+        try:
+            # running ns, waiting ns, time slices
+            total += int((folder / "schedstat").read_text().split()[1])
+            seen = True
+        except (OSError, ValueError, IndexError):  # the thread ended, or the kernel keeps no such account
+            continue
+    if not seen:
+        return Reading.missing(Reason.NOT_SUPPORTED, SOURCE, "this kernel keeps no scheduling statistics")
+    return Reading.of(total / 1e9, SOURCE)

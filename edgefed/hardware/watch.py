@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.memory import GIB, format_bytes
+from edgefed.hardware.nvml import SLOWED, throttle_words
 from edgefed.hardware.policy import DEFAULT_POLICY
 from edgefed.hardware.reading import Reason
 
@@ -38,10 +39,6 @@ CGROUP_FLOOR_BYTES = 64 * 2**20
 
 LEAST_RESERVE_BYTES = 256 * 2**20
 """Below half of it no Linux machine is well, whatever its owner allowed."""
-
-THERMAL_BITS = 0x8 | 0x20 | 0x40 | 0x80
-"""NVML's throttle reasons that mean a sick machine: hardware slowdown, thermal, power brake. 0x4, the software power
-cap, is how a card at its limit always runs."""
 
 
 class Sensors(Protocol):
@@ -152,17 +149,11 @@ def find_event(sample: Any) -> tuple[str, str] | None:
         if reading is not None and reading.reason is Reason.LOST:
             return "lost", f"the GPU stopped answering: {reading.describe()}"
     bits = _value(sample, "throttle_reasons")
-    if bits is not None and bits & THERMAL_BITS:
+    if bits is not None and bits & SLOWED:
         heat = _value(sample, "temperature_celsius")
         at = f" at {heat:.0f} °C" if heat is not None else ""
-        return "throttled", f"the GPU runs slower than it could{at} ({', '.join(_throttle_words(bits))})"
+        return "throttled", f"the GPU runs slower than it could{at} ({', '.join(throttle_words(bits & SLOWED))})"
     return None
-
-
-def _throttle_words(bits: int) -> list[str]:
-    words = {0x8: "hardware slowdown", 0x20: "software thermal limit", 0x40: "hardware thermal limit",
-             0x80: "power brake"}  # fmt: skip
-    return [word for bit, word in words.items() if bits & bit]
 
 
 def _value(sample: Any, name: str) -> Any:

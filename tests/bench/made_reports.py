@@ -51,6 +51,6 @@ def made_report(**changes) -> Report:
 def made_sustain(**changes) -> Sustain:
     run = Sustain(
         name="matmul float32", unit="TFLOPS", seconds=10.0, first=2.0, last=1.5, change=-0.25, throttled=True,
-        power_limited=False, reasons=("temperature (software)",), points=(SustainPoint(t_s=1.0, rate=2.0),),
+        power_limited=False, reasons=("software thermal limit",), points=(SustainPoint(t_s=1.0, rate=2.0),),
     )  # fmt: skip
     return msgspec.structs.replace(run, **changes)

@@ -58,7 +58,7 @@ def test_what_spoils_a_test(second, reason):
     ("changes", "reason"),
     [
         ({"interrupted": True}, "stopped by Ctrl-C"),
-        ({"sustain": made_sustain()}, "throttled (temperature (software))"),
+        ({"sustain": made_sustain()}, "throttled (software thermal limit)"),
         ({"host": msgspec.structs.replace(made_report().host, plugged=False)}, "on battery"),
         ({"host": msgspec.structs.replace(made_report().host, load_before=5.0)}, "busy before it began"),
         ({"device": msgspec.structs.replace(made_report().device, stand_in=True)}, "nothing was measured"),

@@ -15,7 +15,7 @@ from edgefed.bench.stopwatch import Stopwatch
 from edgefed.bench.sustain import Sensed, energy, summarise_sustained
 from edgefed.bench.training_step import extrapolate
 from edgefed.hardware.reading import Reading, Reason
-from edgefed.hardware.scheduling import read_waited_s
+from edgefed.hardware.sampling import read_waited_s
 from edgefed.progress import NullProgress
 from edgefed.training.out_of_memory import is_out_of_memory
 

@@ -194,7 +194,7 @@ def test_it_needs_neither_torch_nor_a_terminal(tmp_path):
 
 
 def test_the_command_imports_no_torch(tmp_path):
-    modules = "edgefed.cli.doctor, edgefed.doctor.diagnosis, edgefed.doctor.records, edgefed.doctor.server"
+    modules = "edgefed.cli.doctor, edgefed.doctor.diagnosis, edgefed.doctor.diagnosis, edgefed.doctor.host"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout == "False\n"

@@ -197,13 +197,13 @@ def test_a_native_library_that_is_wrong_or_not_there(tmp_path):
 
     from edgefed.doctor.isolation import Outcome
 
-    missing = diagnosis._native(Replying(Outcome(failure="NativeUnavailable: no _native library in /x")))
+    missing = diagnosis.native_finding(Replying(Outcome(failure="NativeUnavailable: no _native library in /x")))
     assert missing.state is State.NOTE
     assert missing.found.startswith("no _native library")
-    wrong = diagnosis._native(Replying(Outcome(failure="WrongResult: other bits")))
+    wrong = diagnosis.native_finding(Replying(Outcome(failure="WrongResult: other bits")))
     assert wrong.state is State.PROBLEM
     assert "other bits" in wrong.found
-    crashed = diagnosis._native(Replying(Outcome(failure="killed by SIGILL", died=True)))
+    crashed = diagnosis.native_finding(Replying(Outcome(failure="killed by SIGILL", died=True)))
     assert crashed.state is State.PROBLEM
 
 
@@ -225,7 +225,7 @@ def test_bitsandbytes_by_what_it_computes(device, parts, whole, part, states, l4
             return Outcome("fine") if good else Outcome(failure="RuntimeError: named symbol not found")
 
     facts = device("jetson-orin-nano-8gb", tegra=parts["jetson"](l4t=l4t)) if l4t else device()
-    findings = diagnosis._bitsandbytes(Replying(), facts, "cuda:0", lambda name: None)
+    findings = diagnosis.bitsandbytes_findings(Replying(), facts, "cuda:0", lambda name: None)
     assert [finding.state for finding in findings] == states
     assert ("COMPUTE_CAPABILITY=87" in findings[-1].command) is bool(l4t)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from edgefed.doctor import gpu, host, jetson, memory
+from edgefed.doctor import host, jetson, sensors
 from edgefed.doctor.diagnosis import judge_facts, torch_command
 from edgefed.doctor.finding import State
 from edgefed.hardware.budget import plan_budget
@@ -25,14 +25,14 @@ def one(findings, name):
 
 
 def of_memory(facts):
-    return memory.memory_findings(facts, plan_budget(facts, for_training=True), plan_budget(facts))
+    return sensors.memory_findings(facts, plan_budget(facts, for_training=True), plan_budget(facts))
 
 
 # --- driver and GPU ------------------------------------------------------------------------------------------------
 
 
 def test_a_driver_that_works(device):
-    finding = one(gpu.gpu_findings(device()), "NVIDIA driver")
+    finding = one(sensors.gpu_findings(device()), "NVIDIA driver")
     assert finding.state is State.OK
     assert "580.95.05" in finding.found
     assert "13.0" in finding.found
@@ -42,7 +42,7 @@ def test_a_driver_that_works(device):
 def test_no_driver_at_all_is_no_fault(device, parts, setting):
     problem, remedy = explain(Answer(None, LIBRARY_NOT_FOUND), setting)
     facts = device("cpu-vm-2core", driver=parts["broken_driver"](problem, remedy))
-    finding = one(gpu.gpu_findings(facts), "NVIDIA driver")
+    finding = one(sensors.gpu_findings(facts), "NVIDIA driver")
     assert finding.state is State.NOTE
     assert finding.found == problem
     assert finding.fix == remedy
@@ -51,18 +51,18 @@ def test_no_driver_at_all_is_no_fault(device, parts, setting):
 def test_a_driver_that_is_there_and_does_not_work_is_one(device, parts):
     for problem in ("the kernel module is not loaded", "library and module have different versions"):
         facts = device("cpu-vm-2core", driver=parts["broken_driver"](problem, "Reboot."))
-        finding = one(gpu.gpu_findings(facts), "NVIDIA driver")
+        finding = one(sensors.gpu_findings(facts), "NVIDIA driver")
         assert (finding.state, finding.found, finding.fix) == (State.WARNING, problem, "Reboot.")
 
 
 def test_a_jetson_needs_no_nvml(device, parts):
     facts = device("jetson-orin-nano-8gb", tegra=parts["jetson"](), driver=parts["broken_driver"]("no NVML here"))
-    assert one(gpu.gpu_findings(facts), "NVIDIA driver").state is State.NOTE
+    assert one(sensors.gpu_findings(facts), "NVIDIA driver").state is State.NOTE
 
 
 def test_the_kind_comes_with_its_evidence(device):
     facts = device(evidence=("CUDA says not integrated", "NVML reports 24 GiB"))
-    found = one(gpu.gpu_findings(facts), "memory kind").found
+    found = one(sensors.gpu_findings(facts), "memory kind").found
     assert found.startswith("discrete")
     assert "CUDA says not integrated; NVML reports 24 GiB" in found
 
@@ -71,34 +71,34 @@ def test_a_lost_gpu_is_a_problem_and_another_lost_one_a_warning(device):
     lost = Reading.missing(Reason.LOST, "NVML", "GPU is lost")
     names = ("memory_free_bytes", "temperature_celsius", "name", "uuid", "memory_total_bytes", "utilization_percent")
     facts = device(gpu={"nvml_index": 0} | {name: lost for name in names})
-    finding = one(gpu.gpu_findings(facts), "GPU 0 lost")
+    finding = one(sensors.gpu_findings(facts), "GPU 0 lost")
     assert finding.state is State.PROBLEM
     assert "dmesg" in finding.command
-    assert not named(gpu.gpu_findings(facts), "GPU 0")
+    assert not named(sensors.gpu_findings(facts), "GPU 0")
     beside = dataclasses.replace(facts, gpu=device().gpu, gpus=(device().gpu, facts.gpu))
-    assert one(gpu.gpu_findings(beside), "GPU 0 lost").state is State.WARNING
-    assert not [finding for finding in gpu.gpu_findings(device()) if "lost" in finding.name]
+    assert one(sensors.gpu_findings(beside), "GPU 0 lost").state is State.WARNING
+    assert not [finding for finding in sensors.gpu_findings(device()) if "lost" in finding.name]
 
 
 def test_gpus_are_listed_by_what_they_are(device):
     facts = device(gpu={"nvml_index": 1, "temperature_celsius": 47.0})
-    assert one(gpu.gpu_findings(facts), "GPU 1").found.endswith("24.0 GiB, compute capability 8.9, 47 °C")
+    assert one(sensors.gpu_findings(facts), "GPU 1").found.endswith("24.0 GiB, compute capability 8.9, 47 °C")
     instance = device(gpu={"nvml_index": 0, "is_mig": True, "mig_index": 2})
-    assert named(gpu.gpu_findings(instance), "GPU 0 MIG 2")
+    assert named(sensors.gpu_findings(instance), "GPU 0 MIG 2")
     whole = device(gpu={"nvml_index": 0, "mig_enabled": True})
     both = dataclasses.replace(instance, gpus=(whole.gpu, instance.gpu))
-    assert "only its instances compute" in one(gpu.gpu_findings(both), "GPU 0").found
+    assert "only its instances compute" in one(sensors.gpu_findings(both), "GPU 0").found
     spark = device("dgx-spark", gpu={"nvml_index": 0, "memory_total_bytes": 8128 * 2**20})
-    assert "GiB" not in one(gpu.gpu_findings(spark), "GPU 0").found  # a part carved out is not its memory
+    assert "GiB" not in one(sensors.gpu_findings(spark), "GPU 0").found  # a part carved out is not its memory
 
 
 @pytest.mark.parametrize(
     ("bits", "state", "words"),
-    [(0x1, None, ""), (0x4, State.NOTE, "power limit"), (0x24, State.WARNING, "temperature"),
+    [(0x1, None, ""), (0x4, State.NOTE, "power limit"), (0x24, State.WARNING, "thermal limit"),
      (0x8, State.WARNING, "hardware slowdown"), (0x80, State.WARNING, "power brake"), (0x61, None, "")],
 )  # fmt: skip
 def test_clocks(device, bits, state, words):
-    found = named(gpu.gpu_findings(device(gpu={"throttle_reasons": bits})), "clocks")
+    found = named(sensors.gpu_findings(device(gpu={"throttle_reasons": bits})), "clocks")
     assert [finding.state for finding in found] == ([state] if state else [])
     assert all(words in finding.found for finding in found)
 
@@ -107,7 +107,7 @@ def test_sensors_that_do_not_answer_are_named_with_their_reason(device):
     refused = Reading.missing(Reason.NO_PERMISSION, "NVML", "Insufficient Permissions")
     silent = Reading.missing(Reason.NOT_SUPPORTED, "NVML")
     facts = device(gpu={"processes": refused, "power_watts": silent, "memory_free_bytes": silent})
-    found = one(gpu.gpu_findings(facts), "silent sensors").found
+    found = one(sensors.gpu_findings(facts), "silent sensors").found
     assert "no permission: processes" in found
     assert "not supported: memory free, power" in found
 
@@ -117,7 +117,7 @@ def test_notes_of_the_facts_are_passed_on_once(device, parts):
         device("cpu-vm-2core", driver=parts["broken_driver"]("it is broken")),
         notes=("it is broken. Reboot.", "two GPUs are here", "two GPUs are here"),
     )
-    findings = gpu.gpu_findings(facts)
+    findings = sensors.gpu_findings(facts)
     assert [finding.found for finding in named(findings, "sensors")] == ["two GPUs are here"]
 
 

@@ -63,9 +63,9 @@ def test_an_expert_layer_with_a_wrong_result_or_gradient_is_noticed(monkeypatch)
 def test_nothing_that_is_no_number_passes():
     exact = torch.ones(4)
     with pytest.raises(WrongResult, match="1 of 4"):
-        kernel_runs._compare(torch.tensor([1.0, math.nan, 1.0, 1.0]), exact, 0.1, "it")
+        kernel_runs.compare(torch.tensor([1.0, math.nan, 1.0, 1.0]), exact, 0.1, "it")
     with pytest.raises(WrongResult, match="shape"):
-        kernel_runs._compare(torch.ones(3), exact, 0.1, "it")
+        kernel_runs.compare(torch.ones(3), exact, 0.1, "it")
 
 
 def test_the_native_fold_where_it_was_built():

@@ -103,9 +103,9 @@ def test_a_checkout_that_is_not_installed():
 
 
 def test_python_itself():
-    assert packages._python((3, 9, 2), 2**63 - 1).state is State.PROBLEM
-    assert packages._python((3, 10, 0), 2**63 - 1).state is State.OK
-    assert packages._python((3, 12, 0), 2**31 - 1).state is State.PROBLEM
+    assert packages.python_finding((3, 9, 2), 2**63 - 1).state is State.PROBLEM
+    assert packages.python_finding((3, 10, 0), 2**63 - 1).state is State.OK
+    assert packages.python_finding((3, 12, 0), 2**31 - 1).state is State.PROBLEM
 
 
 def test_the_name_of_another_project(monkeypatch):
@@ -115,9 +115,9 @@ def test_the_name_of_another_project(monkeypatch):
     own = Path(importlib.util.find_spec("edgefed.triton_kernels").origin).parent
     # `python -m pytest` in the checkout makes the clash that this is about
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).resolve() != own.parent])
-    assert packages._kernel_name_clash() == []
+    assert packages.name_clash_findings() == []
     monkeypatch.syspath_prepend(own.parent)  # as when Python is started in the checkout
-    (finding,) = packages._kernel_name_clash()
+    (finding,) = packages.name_clash_findings()
     assert finding.state is State.WARNING
     assert str(own) in finding.found
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from edgefed.doctor.finding import State
-from edgefed.doctor.server import server_findings
+from edgefed.doctor.host import server_findings
 from edgefed.errors import ConfigError, Unauthorized
 from edgefed.protocol import PROTOCOL_VERSION, routes
 from edgefed.protocol.messages import RunConfig, Status, TrainingConfig, encode_error, encode_message

@@ -145,18 +145,22 @@ raise SystemExit(os.waitstatus_to_exitcode(status))
 
 FORK_IN_A_CALL = """
 import os, threading
+import pynvml
 from edgefed.hardware.nvml import process_library
 from edgefed.hardware.probe import probe_device
 assert probe_device(ask_torch=False).gpu is not None
 held, release = threading.Event(), threading.Event()
+count = pynvml.nvmlDeviceGetCount
 
-def call():
-    with process_library()._lock:
-        held.set()
-        release.wait(30)
+def slow_count():
+    held.set()
+    release.wait(30)
+    return count()
 
-threading.Thread(target=call, daemon=True).start()
+pynvml.nvmlDeviceGetCount = slow_count
+threading.Thread(target=process_library().start, daemon=True).start()  # holds the library's lock while it counts
 held.wait(30)
+pynvml.nvmlDeviceGetCount = count
 child = os.fork()
 if child == 0:
     import signal

@@ -347,7 +347,7 @@ def test_torch_that_cannot_use_the_card_is_said(machine):
 
 def test_throttling_is_said_in_words(machine):
     machine.driver("rtx4090", "0.Reasons = 0x24")
-    assert any("power limit, temperature (software)" in note for note in machine.probe().notes)
+    assert any("power limit, software thermal limit" in note for note in machine.probe().notes)
     machine.say("rtx4090", "0.Reasons = 0x4")  # normal for a card at work
     assert not any("slower" in note for note in machine.probe().notes)
 

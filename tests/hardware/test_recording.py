@@ -10,7 +10,6 @@ import pytest
 from edgefed_fake_machine import ORIN, THOR, cuda_device, cuda_report
 
 from edgefed.errors import ConfigError, DeviceNotFound
-from edgefed.hardware import anonymise
 from edgefed.hardware.facts import GpuFacts
 from edgefed.hardware.reading import Reading
 from edgefed.hardware.recording import SCHEMA, record_readings, replay
@@ -154,7 +153,7 @@ def test_a_user_without_a_name_is_recorded_too(plain_machine, monkeypatch):
     def nameless():
         raise KeyError("getpwuid(): uid not found: 12345")
 
-    monkeypatch.setattr(anonymise.getpass, "getuser", nameless)
+    monkeypatch.setattr(getpass, "getuser", nameless)
     assert record_readings(sources=plain_machine.sources())["schema"] == SCHEMA
 
 

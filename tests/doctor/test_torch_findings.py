@@ -3,7 +3,7 @@
 import pytest
 
 from edgefed.doctor.finding import State
-from edgefed.doctor.torch_build import TorchBuild, install_command, recorded_torch_findings, torch_findings
+from edgefed.doctor.packages import TorchBuild, install_command, recorded_torch_findings, torch_findings
 from edgefed.hardware.reading import Reading, Reason
 
 PIP = "pip install THIS"

@@ -10,9 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgefed.hardware import cuda
-from edgefed.hardware.classify import CARD_FAMILIES, SHARED_CAPABILITIES, chip_of, classify
 from edgefed.hardware.facts import GpuFacts, MemoryKind
-from edgefed.hardware.matching import _unknown_gpu, bare_uuid, choose_gpu, find_gpu, match_cuda
+from edgefed.hardware.matching import (
+    CARD_FAMILIES,
+    SHARED_CAPABILITIES,
+    bare_uuid,
+    chip_of,
+    choose_gpu,
+    classify,
+    find_gpu,
+    match_cuda,
+    unlisted_gpu,
+)
 from edgefed.hardware.reading import Reading, Reason
 
 NO_BOARD = Reading.missing(Reason.ABSENT, "device tree, DMI")
@@ -23,7 +32,7 @@ def gpu_of(**values) -> GpuFacts:
     plain = {"nvml_index", "cuda_index", "is_mig", "mig_index"}
     given = {name: value if name in plain or isinstance(value, Reading) else Reading.of(value, "test")
              for name, value in values.items()}  # fmt: skip
-    return dataclasses.replace(_unknown_gpu("test", "not given"), **given)
+    return dataclasses.replace(unlisted_gpu("test", "not given"), **given)
 
 
 @pytest.mark.parametrize(
