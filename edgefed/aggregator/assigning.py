@@ -54,7 +54,7 @@ class Assigner:
         self, client_id: str, clients: Mapping[str, ClientRecord], manifest: Manifest, seed: int
     ) -> ExpertAssignment | None:
         """What the method wants of a client in the round of ``manifest``; None: it says nothing, or knows nothing."""
-        if not self._method.assigns_experts:
+        if self._method.personal or self._method.assigning is None:
             return None
         if self._decided_for != manifest.server_round:
             surveys = {client.client_id: client.survey for client in clients.values() if client.survey is not None}

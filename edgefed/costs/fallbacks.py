@@ -3,7 +3,7 @@
     1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> 4 experts in NF4 -> 5 shorter sequence
       -> 6 fewer trained -> 7 fewer held
 
-A method that offloads its experts (`Method.offloads_experts`) has one more between 4 and 5.
+A method that offloads its experts (`edgefed.methods.interface.Requirements.offloading`) has one more between 4 and 5.
 
 `fit` goes down until a memory model says that the step fits: that makes a plan before anything is loaded. `next_fallback`
 goes down by one that frees memory: that is what the guard and an out-of-memory do in the middle of a round. Rungs 1 to

@@ -1,24 +1,26 @@
-"""What methods share: data-weighted averages, choosing experts under a budget, scheduling the busiest."""
+"""What methods share: averages weighted by examples, selection under a budget, and scheduling by tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from edgefed.errors import BudgetTooSmall
 from edgefed.expert_records import ExpertPlan, LayerProfile
-from edgefed.methods.interface import Contribution, Method, UnitMerge
+from edgefed.methods.interface import Array, Contribution, ExpertMethod, UnitMerge
 from edgefed.protocol.messages import UnitInfo
 
 
 def in_client_order(contributions: Sequence[Contribution]) -> list[Contribution]:
-    """Contributions sorted by client id, so that no result depends on who arrived first."""
+    """Contributions sorted by client id, so that results do not depend on the order of arrival."""
     return sorted(contributions, key=lambda contribution: contribution.client_id)
 
 
 def merge_by_examples(contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
-    """FedAvg's weights: each uploaded unit is averaged over the clients that sent it, weighted by ``num_examples``."""
+    """The weights of FedAvg: each uploaded unit is averaged over the clients that sent it, by ``num_examples``."""
     ordered = in_client_order(contributions)
     merges = {}
     for unit in units:
@@ -29,22 +31,29 @@ def merge_by_examples(contributions: Sequence[Contribution], units: Sequence[Uni
 
 
 def check_budget(resident_experts: int, experts_per_layer: Sequence[int]) -> None:
-    """Raise BudgetTooSmall unless one expert per layer fits: a layer without experts passes no gradient."""
+    """Raise BudgetTooSmall unless one expert per layer fits; without one, a layer passes no gradient."""
     if resident_experts < len(experts_per_layer):
         raise BudgetTooSmall(
-            f"the budget holds {resident_experts} experts; the model has {len(experts_per_layer)} MoE layers and "
-            "each needs at least one"
+            f"the budget is {resident_experts} experts; the model has {len(experts_per_layer)} MoE layers, each of "
+            "which needs at least one"
         )
 
 
 def select_by_score(
-    scores: Sequence[np.ndarray], eligible: Sequence[np.ndarray], resident_experts: int
+    scores: Sequence[Array], eligible: Sequence[npt.NDArray[np.bool_]], resident_experts: int
 ) -> tuple[tuple[int, ...], ...]:
     """The ``resident_experts`` best experts over all layers, at least one in each layer.
 
-    scores: per layer (E_l,). eligible: per layer bool (E_l,); an expert that is not eligible is taken only where its
-    layer has no eligible one. Ties go to the lower layer, then the lower expert, so the choice is deterministic.
-    Returns expert ids per layer, ascending. Raises BudgetTooSmall below one expert per layer.
+    Args:
+        scores: (E_l,) per layer.
+        eligible: bool (E_l,) per layer. An ineligible expert is selected only in a layer without eligible ones.
+        resident_experts: number of experts to select.
+
+    Returns:
+        Expert ids per layer, ascending. Ties go to the lower layer, then to the lower expert.
+
+    Raises:
+        BudgetTooSmall: fewer experts than layers.
     """
     check_budget(resident_experts, [len(row) for row in scores])
     chosen: list[set[int]] = []
@@ -60,22 +69,23 @@ def select_by_score(
 
 
 def plan_trainable(experts_per_layer: Sequence[int], chosen: Sequence[Sequence[int]]) -> ExpertPlan:
-    """A plan that trains every chosen expert and holds no other."""
+    """A plan with the chosen experts, all of them trainable."""
     return ExpertPlan.of(experts_per_layer, chosen)
 
 
-def busiest(batch: LayerProfile, trainable: np.ndarray, limit: int) -> np.ndarray:
-    """At most ``limit`` of the ``trainable`` expert ids, those with the most tokens of the batch."""
-    return trainable[np.argsort(-batch.tokens_per_expert[trainable], kind="stable")[:limit]]
+def busiest(batch: LayerProfile, trainable: Array, limit: int) -> Array:
+    """At most ``limit`` of the ``trainable`` expert ids: those with the most tokens in the batch."""
+    chosen: Array = trainable[np.argsort(-batch.tokens_per_expert[trainable], kind="stable")[:limit]]
+    return chosen
 
 
-class MeanOfHolders(Method):
-    """Schedules the busiest experts and averages each unit over the clients that sent it, weighted by examples."""
+class MeanOfHolders(ExpertMethod, Protocol):
+    """Base of methods that schedule the busiest experts and average each unit over its senders, by examples."""
 
-    def schedule_experts(self, batch: LayerProfile, trainable: np.ndarray, limit: int) -> np.ndarray:
-        """The busiest trainable experts of the batch: a schedule needs no importance to save compute."""
+    def schedule_experts(self, batch: LayerProfile, trainable: Array, limit: int) -> Array:
+        """The trainable experts with the most tokens in the batch."""
         return busiest(batch, trainable, limit)
 
     def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
-        """Each unit over the clients that hold it, weighted by examples; nobody: unchanged."""
+        """Average each unit over the clients that sent it, weighted by examples."""
         return merge_by_examples(contributions, units)

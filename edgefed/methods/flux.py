@@ -1,32 +1,34 @@
-"""Flux (arXiv 2508.19078): roles by utility, assigned by the aggregator; what has no role is merged and frozen.
+"""Flux (arXiv 2508.19078): roles by utility, assigned by the aggregator; experts without a role are merged and frozen.
 
 Paper symbol -> our name
     u_c(e)        utility: ExpertSurvey.utility, in the first round the normalised frequency
-    B_tune(c)     ExpertSurvey.tune_slots: experts that the device holds as themselves
+    B_tune(c)     ExpertSurvey.tune_slots: experts that the device holds unmerged
     B_non(c)      slots of merged experts, `merged_slots`
     x_c^e   (4)   `assign_experts`: the best tune_slots experts by utility
-    eps           `exploitation`: share of them that is trained; as many others as are left over are explored
+    eps           `exploitation`: share of them that is trained; as many other experts are explored as slots are left
     alpha_e       frequency x mean attention, the weight within a merged expert (`edgefed.moe.merging.plan`)
 
-A device profiles quantised and one round late (`profiles_while_waiting`), trains the trainable experts, measures the
-gradient norm of trainable experts as it trains and of explored ones by forward passes alone (`edgefed.training.utility`),
-and uploads the trainable experts and the utilities.
+A device profiles with quantised experts and one round late, and trains the trainable experts. It measures the gradient
+norms of trainable experts during training, and estimates those of explored experts by forward passes alone
+(`edgefed.training.utility`). It uploads the trainable experts and the utilities.
 
 Departs from the paper
-    * (4) is separable by client: the best experts of each are taken. Every layer tunes at least one, but on devices
-      that pace or ``first_share`` limits: these tune the most useful ones, wherever they are.
-    * The paper's devices compute for most of a round; on home connections they upload. ``pace="fleet"``: a device tunes
-      no more than it can fetch and send in about the time that the others need (`edgefed.methods.flux_pace`). Its
-      other slots hold what is next in utility, as it is; it is explored, not uploaded. Whoever told no upload rate yet
-      goes at its own pace.
-    * (4) gives no coverage. ``coverage="balanced"``: an expert that nobody trained for ``coverage_rounds`` rounds goes
-      to the client with the largest utility for it, in place of that client's least useful one.
-    * Frequencies and gradient norms are no common scale. An expert that was never measured counts as its frequency
-      times the median of utility per frequency of those that were, in its layer.
-    * A device with room for every expert trains them all, at its own pace; one with less than two slots per layer
-      merges nothing, and its tokens go to the next best experts that it holds.
-    * ``merge_sizes`` is not the paper's by default; see there.
-    * Weight of a client in the mean of an expert: the tokens that trained it there. Nobody: unchanged.
+    * (4) is separable by client: the best experts of each are the solution. Every layer trains at least one, except on
+      devices that are limited by pace or ``first_share``: these train the most useful experts of the model.
+    * The paper's devices compute for most of a round; on home connections they upload. With ``pace="fleet"`` a device
+      trains no more experts than it can download and upload in about the time that the others need
+      (`edgefed.methods.flux_pace`). Its other slots hold the experts next in utility, which are explored and not
+      uploaded. A client whose upload rate is unknown is not limited.
+    * (4) does not ensure coverage. With ``coverage="balanced"``, an expert that no client trained for
+      ``coverage_rounds`` rounds goes to the client with the largest utility for it, in place of the least useful
+      expert of that client.
+    * Frequencies and gradient norms have different scales. The utility of an expert that was never measured is its
+      frequency times the median, over the measured experts of its layer, of utility per frequency.
+    * A device with room for every expert trains all of them with ``pace="own"``. One with less than two slots per layer
+      merges nothing; its tokens go to the next best experts that it holds.
+    * The default of ``merge_sizes`` is not the paper's; see there.
+    * The weight of a client in the mean of an expert is the number of tokens that trained it there. An expert that no
+      client trained is unchanged.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
+from msgspec import Meta
 
 from edgefed.errors import ConfigError
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
@@ -44,167 +48,147 @@ from edgefed.methods.averaging import busiest, check_budget, in_client_order, me
 from edgefed.methods.flux_pace import own_count, paced_limits
 from edgefed.methods.interface import (
     FIRST_ROUND,
+    Array,
+    Assigning,
     Contribution,
     Coverage,
     DeviceBudget,
-    Method,
+    ExpertMethod,
+    MergeSizes,
+    MergeWeights,
+    Merging,
+    Profiling,
     RoundContext,
     UnitMerge,
 )
+from edgefed.methods.options import check_options
 from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, UnitInfo
 
-Scores = Sequence[np.ndarray]
+Scores: TypeAlias = Sequence[Array]
+Pairs: TypeAlias = list[tuple[int, int]]
+"""Experts as (layer, expert)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Flux(Method):
-    """Hyper-parameters; the paper gives none of the values, the defaults are ours."""
+class Flux(ExpertMethod):
+    """Hyper-parameters. The paper gives no values; the defaults are ours."""
 
-    eps_start: float = 0.3
-    """Share of the chosen experts that is trained in the first round."""
-    eps_step: float = 0.05
-    """What it grows by in each round."""
-    eps_max: float = 0.9
-    merged_share: float = 0.25
-    """Slots for merged experts, as a share of all experts of the model; at most half of what the device holds."""
-    merge_sizes: str = "depth"
-    """Slots of a layer: "adaptive" is the paper's (L - l + 1) / v_l, "depth" leaves out the variance of the
-    frequencies, "deviation" takes its root, "uniform" gives each layer as many, "one" just one. With few slots the
-    variance leaves the last layers next to nothing; "depth" lost least in five of six settings
+    eps_start: Annotated[float, Meta(gt=0, le=1)] = 0.3
+    """Share of the selected experts that is trained in the first round."""
+    eps_step: Annotated[float, Meta(ge=0)] = 0.05
+    """Increase of the trained share per round."""
+    eps_max: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    """Maximum of the trained share."""
+    merged_share: Annotated[float, Meta(ge=0, le=1)] = 0.25
+    """Slots for merged experts, as a share of all experts of the model; at most half of the device's slots."""
+    merge_sizes: MergeSizes = "depth"
+    """Slots per layer: "adaptive" is the paper's (L - l + 1) / v_l, "depth" omits the variance v_l of the frequencies,
+    "deviation" takes its root, "uniform" gives every layer the same number, "one" gives each a single slot. With few
+    slots the variance leaves almost none for the last layers; "depth" had the lowest loss in five of six settings
     (benchmarks/results/merging.json)."""
-    merge_weights: str = "attention"
-    """Weights within a merged expert: "attention" (frequency x mean attention) or "frequency"."""
+    merge_weights: MergeWeights = "attention"
+    """Weights within a merged expert: frequency x mean attention, or the frequency."""
     align: bool = False
-    """Bring the neurons of merged experts into one order before they are averaged."""
+    """Bring the neurons of merged experts into a common order before averaging."""
     stale: bool = True
-    """Profile while others train and the aggregator aggregates, one round late; False: at the start of each round."""
-    probes: int = 4
+    """Profile one round late, while other clients train and the aggregator aggregates; False: before each round."""
+    probes: Annotated[int, Meta(ge=0)] = 4
     """Random directions per explored expert; each costs two forward passes of one batch. 0: utilities of explored
-    experts are not refreshed."""
-    explored: int = 8
-    """Most experts of a device that are explored in a round, drawn from those that it holds and does not train."""
-    coverage: str = "none"
-    """"none" or "balanced"."""
-    coverage_rounds: int = 5
-    pace: str = "fleet"
-    """"own": a device tunes what its memory and eps allow. "fleet": at most what it can send in that of the fleet;
-    without probes and with a factor of 0.8 the target of benchmarks/time_to_accuracy.py comes in half the time."""
-    pace_factor: float = 1.0
-    """Multiplies that pace: below 1 rounds are shorter and train less. Then devices that are alike are limited too."""
-    first_share: float = 0.02
-    """Share of all experts that a device tunes at most, at least one, before the aggregator knows what it uploads in a
-    second. Only with pace "fleet"; 1 is no limit."""
-
-    refresh_rounds: int = 4
-    """Rounds after which what a device does not train is fetched anew at the latest (`Method.refresh_rounds`)."""
+    experts are not measured."""
+    explored: Annotated[int, Meta(ge=0)] = 8
+    """Maximum number of experts that a device explores in a round, drawn from those that it holds frozen."""
+    coverage: Literal["none", "balanced"] = "none"
+    """Whether experts that no client trains are assigned to one."""
+    coverage_rounds: Annotated[int, Meta(ge=1)] = 5
+    """Rounds without training after which ``coverage="balanced"`` assigns an expert."""
+    pace: Literal["own", "fleet"] = "fleet"
+    """"own": a device trains what its memory and eps allow. "fleet": at most what it can upload in the fleet's time.
+    With probes=0 and pace_factor=0.8 the target of experiments/time_to_accuracy.py is reached in half the time."""
+    pace_factor: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    """Multiplies the fleet's time. Below 1, rounds are shorter and train less, and equal devices are limited too."""
+    first_share: Annotated[float, Meta(gt=0, le=1)] = 0.02
+    """Maximum share of all experts that a device trains, at least one, before the aggregator knows its upload rate.
+    Only with pace "fleet"; 1: no limit."""
+    refresh_rounds: Annotated[int, Meta(ge=1)] = 4
+    """Maximum age in rounds of an expert that a device does not train; 1: it is downloaded whenever it changed."""
 
     name = "flux"
-    needs_profile = True
     plans_every_round = True
-    merges_rest = True
-    assigns_experts = True
 
     def __post_init__(self) -> None:
-        for option, allowed in (
-            ("merge_sizes", ("adaptive", "deviation", "depth", "uniform", "one")),
-            ("merge_weights", ("attention", "frequency")),
-            ("coverage", ("none", "balanced")),
-            ("pace", ("own", "fleet")),
-        ):
-            if getattr(self, option) not in allowed:
-                raise ConfigError(f"flux: {option} is {getattr(self, option)!r}, allowed are {', '.join(allowed)}")
-        for option in ("eps_start", "eps_max", "first_share"):
-            if not 0 < getattr(self, option) <= 1:
-                raise ConfigError(f"flux: {option} is {getattr(self, option)}, allowed is above 0 up to 1")
-        if not 0 <= self.merged_share <= 1:
-            raise ConfigError(f"flux: merged_share is {self.merged_share}, allowed is 0 to 1")
-        if not 0 < self.pace_factor <= 1e3:
-            raise ConfigError(f"flux: pace_factor is {self.pace_factor}, allowed is above 0 up to 1000")
-        least = {"eps_step": 0, "probes": 0, "explored": 0, "coverage_rounds": 1, "refresh_rounds": 1}
-        for option, bound in least.items():
-            if not getattr(self, option) >= bound:
-                raise ConfigError(f"flux: {option} is {getattr(self, option)}, it must be at least {bound}")
+        check_options(self)
 
     @property
-    def profiles_every_round(self) -> bool:
-        return not self.stale
+    def profiling(self) -> Profiling:
+        """While waiting, or in each round without ``stale``; with attention if merging needs it."""
+        return Profiling("while_waiting" if self.stale else "each_round", attention=self.merge_weights == "attention")
 
     @property
-    def profiles_while_waiting(self) -> bool:
-        return self.stale
+    def merging(self) -> Merging:
+        """As the options say."""
+        return Merging(self.merge_sizes, self.merge_weights, self.align)
 
     @property
-    def profiles_attention(self) -> bool:
-        return self.merge_weights == "attention"
-
-    @property
-    def merge_aligned(self) -> bool:
-        return self.align
-
-    @property
-    def utility_probes(self) -> int:
-        return self.probes if self.explored else 0
-
-    @property
-    def most_explored(self) -> int:
-        return self.explored
+    def assigning(self) -> Assigning:
+        """Utilities of explored experts are measured with ``probes`` directions."""
+        return Assigning(self.probes if self.explored else 0, self.explored)
 
     def exploitation(self, server_round: int) -> float:
         """eps_t = min(eps_max, eps_start + eps_step t), t = 0 in round 1."""
         return min(self.eps_max, self.eps_start + self.eps_step * (server_round - 1))
 
     def _eps(self, slots: int, total: int, server_round: int) -> float:
-        """eps_t, or 1 for a device with room for every expert, where the plan does not see to that (pace "own")."""
+        """eps_t; 1 for a device with room for every expert (with pace "own", `plan_experts` handles that case)."""
         return 1.0 if self.pace == "fleet" and slots >= total else self.exploitation(server_round)
 
     # --- client half ----------------------------------------------------------------------------------------------
 
-    def merged_slots(self, held: int, experts_per_layer: Sequence[int]) -> int:
-        """B_non of a device with ``held`` slots: 0 where it holds every expert, or too few for both."""
+    def merged_slots(self, slots: int, experts_per_layer: Sequence[int]) -> int:
+        """B_non of a device with ``slots`` slots: 0 if it can hold every expert, or has less than two per layer."""
         layers, total = len(experts_per_layer), sum(experts_per_layer)
-        if held >= total or held < 2 * layers:
+        if slots >= total or slots < 2 * layers:
             return 0
-        return min(max(layers, round(self.merged_share * total)), held // 2)
+        return min(max(layers, round(self.merged_share * total)), slots // 2)
 
     def plan_experts(
         self,
-        record: ActivationProfile | None,
+        profile: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
         context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
-        """Trainable and explored (frozen) experts; the rest is left out, to be merged. Raises BudgetTooSmall."""
+        """Trainable and explored (frozen) experts; the others are left out, to be merged. Raises BudgetTooSmall."""
         check_budget(budget.resident_experts, experts_per_layer)
         total, paced = sum(experts_per_layer), self.pace == "fleet"
         if budget.resident_experts >= total and not paced:
             return ExpertPlan.full(experts_per_layer)
         slots = budget.resident_experts - self.merged_slots(budget.resident_experts, experts_per_layer)
         if context.assignment is not None:
-            take = _first_taken if paced else _taken
-            trainable, explored = take(context.assignment, experts_per_layer, slots)
+            fit = _first_that_fit if paced else _fit_in_proportion
+            trainable, explored = fit(context.assignment, experts_per_layer, slots)
         else:
-            if record is None:
-                raise ValueError("flux plans from a profile")
-            shares = [layer.frequency / max(layer.frequency.sum(), 1e-12) for layer in record.layers]
+            if profile is None:
+                raise ValueError("flux needs a profile")
+            shares = [layer.frequency / max(layer.frequency.sum(), 1e-12) for layer in profile.layers]
             limit = max(1, math.floor(self.first_share * total)) if paced else None
             trainable, explored = _split(shares, slots, self._eps(slots, total, context.server_round), rng, limit)
         return ExpertPlan.of(
             experts_per_layer, _by_layer(trainable, experts_per_layer), _by_layer(explored, experts_per_layer)
         )
 
-    def schedule_experts(self, batch: LayerProfile, trainable: np.ndarray, limit: int) -> np.ndarray:
-        """The busiest trainable experts of the batch."""
+    def schedule_experts(self, batch: LayerProfile, trainable: Array, limit: int) -> Array:
+        """The trainable experts with the most tokens in the batch."""
         return busiest(batch, trainable, limit)
 
-    def expert_importance(self, record: LayerProfile) -> np.ndarray:
-        """The frequency; reported, not used: what counts is in the survey."""
-        return record.frequency
+    def expert_importance(self, layer: LayerProfile) -> Array:
+        """The frequency; reported only: assignments use the survey."""
+        return layer.frequency
 
     # --- server half ----------------------------------------------------------------------------------------------
 
     def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
-        """Experts by the tokens that trained them, everything else by examples."""
+        """Average experts by the tokens that trained them, everything else by examples."""
         merges = merge_by_examples(contributions, [unit for unit in units if unit.kind != "expert"])
         for unit in units:
             if unit.kind != "expert":
@@ -221,18 +205,16 @@ class Flux(Method):
     def assign_experts(
         self, surveys: Mapping[str, ExpertSurvey], coverage: Coverage, server_round: int, seed: int
     ) -> dict[str, ExpertAssignment]:
-        """(4) for each client, split by eps and limited by pace; with coverage, what nobody trained lately is given to
-        somebody.
-        """
+        """(4) for each client, split by eps and limited by pace; then coverage."""
         utilities = {client: complete_utilities(survey) for client, survey in surveys.items()}
         eps = {
             client: self._eps(survey.tune_slots, sum(map(len, survey.frequency)), server_round)
             for client, survey in surveys.items()
         }
         limits = paced_limits(surveys, eps, self.pace_factor) if self.pace == "fleet" else {}
-        chosen: dict[str, tuple[list, list]] = {}
+        chosen: dict[str, tuple[Pairs, Pairs]] = {}
         for client, survey in surveys.items():
-            # A client's id differs from run to run; what its data look like does not.
+            # The frequencies, unlike the random client id, are the same when a run is repeated.
             rng = np.random.default_rng([seed, server_round, zlib.crc32(repr(survey.frequency).encode())])
             chosen[client] = _split(utilities[client], survey.tune_slots, eps[client], rng, limits.get(client))
         if self.coverage == "balanced":
@@ -243,11 +225,15 @@ class Flux(Method):
         }
 
     def _cover(
-        self, chosen: dict[str, tuple[list, list]], utilities: Mapping[str, Scores], coverage: Coverage, limits: Mapping
+        self,
+        chosen: Mapping[str, tuple[Pairs, Pairs]],
+        utilities: Mapping[str, Scores],
+        coverage: Coverage,
+        limits: Mapping[str, int],
     ) -> None:
-        """Give each expert that was idle too long to the client that it is most useful to; see the top of this file.
+        """Assign each expert that was idle too long to the client with the largest utility for it; changes ``chosen``.
 
-        No layer is left without a trainable expert by that, but on clients in ``limits``, where there may be such layers.
+        Every layer keeps a trainable expert, except on clients in ``limits``, where layers without one are allowed.
         """
         trainable = {pair for tune, _ in chosen.values() for pair in tune}
         idle = [
@@ -255,7 +241,7 @@ class Flux(Method):
             for layer, rounds in enumerate(coverage.idle_rounds)
             for expert in np.flatnonzero(rounds >= self.coverage_rounds)
         ]
-        given: set[tuple[int, int]] = set()
+        assigned: set[tuple[int, int]] = set()
         for _, layer, expert in sorted(idle):
             if (layer, expert) in trainable:
                 continue
@@ -266,26 +252,27 @@ class Flux(Method):
             for client in sorted(shares, key=lambda name: (-shares[name], utilities[name][layer].tobytes())):
                 tune, explore = chosen[client]
                 layers = [at for at, _ in tune]
-                spare = [p for p in tune if p not in given and (layers.count(p[0]) > 1 or client in limits)]
+                spare = [p for p in tune if p not in assigned and (layers.count(p[0]) > 1 or client in limits)]
                 if spare:
                     tune[tune.index(spare[-1])] = (layer, expert)
                     if (layer, expert) in explore:
                         explore[explore.index((layer, expert))] = spare[-1]
-                    given.add((layer, expert))
+                    assigned.add((layer, expert))
                     break
 
 
-def complete_utilities(survey: ExpertSurvey) -> list[np.ndarray]:
-    """A utility for every expert, per layer (E_l,): measured, or estimated from the frequency (top of this file).
+def complete_utilities(survey: ExpertSurvey) -> list[Array]:
+    """A utility for every expert, (E_l,) per layer: measured, or estimated from the frequency (see the module).
 
-    A layer where nothing was measured takes the median of all layers; without any measurement the frequencies count.
+    A layer without measurements takes the median of all layers. Without any measurement, utilities are frequencies.
     """
     measured = [np.array([np.nan if u is None else u for u in row], dtype=np.float64) for row in survey.utility]
     frequency = [np.asarray(row, dtype=np.float64) for row in survey.frequency]
 
-    def ratios(utility: np.ndarray, share: np.ndarray) -> np.ndarray:
+    def ratios(utility: Array, share: Array) -> Array:
         known = np.isfinite(utility) & (share > 0)
-        return utility[known] / share[known]
+        known_ratios: Array = utility[known] / share[known]
+        return known_ratios
 
     per_layer = [ratios(*pair) for pair in zip(measured, frequency, strict=True)]
     overall = np.concatenate(per_layer) if per_layer else np.zeros(0)
@@ -299,10 +286,10 @@ def complete_utilities(survey: ExpertSurvey) -> list[np.ndarray]:
 
 def _split(
     scores: Scores, slots: int, eps: float, rng: np.random.Generator, limit: int | None = None
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(trainable, explored), together ``slots``: the best ``eps`` of the slots, and the rest drawn from all others.
+) -> tuple[Pairs, Pairs]:
+    """(trainable, explored), together ``slots``: the best experts for a share ``eps``, the others drawn at random.
 
-    Above ``limit``, the least useful of the best are not trainable; they come first among the explored.
+    At most ``limit`` are trainable; the less useful of the best then come first among the explored.
     """
     layers, total = len(scores), sum(len(row) for row in scores)
     slots = min(slots, total)
@@ -319,56 +306,52 @@ def _split(
     return trainable, spared + [others[index] for index in drawn]
 
 
-def _taken(
+def _fit_in_proportion(
     assignment: ExpertAssignment, experts_per_layer: Sequence[int], slots: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """What fits of an assignment, in its proportions, with a trainable expert in every layer.
+) -> tuple[Pairs, Pairs]:
+    """The part of an assignment that fits, in its proportions, with a trainable expert in every layer.
 
-    Raises ConfigError on an expert that the model does not have.
+    Raises ConfigError for an expert that the model does not have.
     """
     tune, explore = _checked(assignment, experts_per_layer)
     wanted = len(tune) + len(explore)
     count = len(tune) if wanted <= slots else max(len(experts_per_layer), slots * len(tune) // wanted)
     count = min(max(count, len(experts_per_layer)), slots)
-    kept = _first_of(tune + explore, experts_per_layer, count)
-    rest = [pair for pair in dict.fromkeys(tune + explore) if pair not in kept]
-    return sorted(kept), rest[: slots - len(kept)]
+    first = _first_of(tune + explore, experts_per_layer, count)
+    rest = [pair for pair in dict.fromkeys(tune + explore) if pair not in first]
+    return sorted(first), rest[: slots - len(first)]
 
 
-def _first_taken(
-    assignment: ExpertAssignment, experts_per_layer: Sequence[int], slots: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The first experts of an assignment that fit, with one in every layer, as what they are assigned.
+def _first_that_fit(assignment: ExpertAssignment, experts_per_layer: Sequence[int], slots: int) -> tuple[Pairs, Pairs]:
+    """The first experts of an assignment that fit, with one in every layer, each in its assigned role.
 
-    Fewer slots do not lower what is trainable as long as it fits: its number was chosen by what the uplink can send. Raises
-    as `_taken` does.
+    Fewer slots do not reduce the trainable experts as long as they fit: their number depends on the uplink. Raises as
+    `_fit_in_proportion` does.
     """
     tune, explore = _checked(assignment, experts_per_layer)
-    kept = _first_of(tune + explore, experts_per_layer, slots)
-    trainable = sorted(kept & set(tune)) or sorted(kept)[:1]
-    return trainable, sorted(kept - set(trainable))
+    first = _first_of(tune + explore, experts_per_layer, slots)
+    trainable = sorted(first & set(tune)) or sorted(first)[:1]
+    return trainable, sorted(first - set(trainable))
 
 
-def _first_of(pairs: Sequence[tuple[int, int]], experts_per_layer: Sequence[int], count: int) -> set[tuple[int, int]]:
+def _first_of(pairs: Pairs, experts_per_layer: Sequence[int], count: int) -> set[tuple[int, int]]:
     """The first ``count`` of ``pairs``, with at least one expert in each layer."""
-    scores = [np.zeros(size) for size in experts_per_layer]
+    scores: list[Array] = [np.zeros(size) for size in experts_per_layer]
     for rank, (layer, expert) in enumerate(reversed(pairs), start=1):
         scores[layer][expert] = rank
     chosen = select_by_score(scores, [row > 0 for row in scores], count)
     return {(layer, expert) for layer, ids in enumerate(chosen) for expert in ids}
 
 
-def _checked(
-    assignment: ExpertAssignment, experts_per_layer: Sequence[int]
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(tune, explore). Raises ConfigError on an expert that the model does not have."""
+def _checked(assignment: ExpertAssignment, experts_per_layer: Sequence[int]) -> tuple[Pairs, Pairs]:
+    """(trainable, explored) of an assignment. Raises ConfigError for an expert that the model does not have."""
     for layer, expert in assignment.tune + assignment.explore:
         if not (0 <= layer < len(experts_per_layer) and 0 <= expert < experts_per_layer[layer]):
-            raise ConfigError(f"the aggregator assigns expert {expert} of layer {layer}; the model has no such expert")
+            raise ConfigError(f"invalid assignment: expert {expert} of layer {layer} does not exist in the model")
     return list(assignment.tune), list(assignment.explore)
 
 
-def _by_layer(pairs: Sequence[tuple[int, int]], experts_per_layer: Sequence[int]) -> list[list[int]]:
+def _by_layer(pairs: Pairs, experts_per_layer: Sequence[int]) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in experts_per_layer]
     for layer, expert in pairs:
         rows[layer].append(expert)

@@ -1,4 +1,4 @@
-"""Baselines that keep some experts by how often they are used: Flux's FMES, and FedMoE's submodels (2408.11304)."""
+"""Baselines that select experts by frequency: FMES of Flux, and the submodels of FedMoE (arXiv 2408.11304)."""
 
 from __future__ import annotations
 
@@ -17,66 +17,74 @@ from edgefed.methods.averaging import (
     plan_trainable,
     select_by_score,
 )
-from edgefed.methods.interface import FIRST_ROUND, Contribution, DeviceBudget, RoundContext, UnitMerge
+from edgefed.methods.interface import (
+    FIRST_ROUND,
+    Array,
+    Contribution,
+    DeviceBudget,
+    Profiling,
+    RoundContext,
+    UnitMerge,
+)
 from edgefed.protocol.messages import UnitInfo
 
 
 @dataclasses.dataclass(frozen=True)
 class FrequentExperts(MeanOfHolders):
-    """FMES (named in arXiv 2508.19078): keep and tune the experts that the device's tokens use most, discard the rest.
+    """FMES (named in arXiv 2508.19078): train the experts that the device's tokens use most, discard the others.
 
-    The choice is made once, from the profile of the first round.
+    The selection is made once, from the profile of the first round.
     """
 
     name = "fmes"
-    needs_profile = True
+    profiling = Profiling()
 
     def plan_experts(
         self,
-        record: ActivationProfile | None,
+        profile: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
         context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
-        """The most frequent experts over all layers, at least one in each. Raises BudgetTooSmall."""
-        if record is None:
-            raise ValueError(f"{self.name} plans from a profile")
-        scores = [layer.frequency for layer in record.layers]
-        used = [layer.tokens_per_expert > 0 for layer in record.layers]
+        """The most frequent experts of all layers, at least one in each. Raises BudgetTooSmall."""
+        if profile is None:
+            raise ValueError(f"{self.name} needs a profile")
+        scores = [layer.frequency for layer in profile.layers]
+        used = [layer.tokens_per_expert > 0 for layer in profile.layers]
         return plan_trainable(experts_per_layer, select_by_score(scores, used, budget.resident_experts))
 
-    def expert_importance(self, record: LayerProfile) -> np.ndarray:
-        """The frequency; reported, not used."""
-        return record.frequency
+    def expert_importance(self, layer: LayerProfile) -> Array:
+        """The frequency; reported only."""
+        return layer.frequency
 
 
 @dataclasses.dataclass(frozen=True)
 class Submodel(FrequentExperts):
-    """FedMoE of Mei et al. (arXiv 2408.11304): per layer the most used experts until their share of the use reaches
-    theta, with the largest theta whose submodel fits. Not the FedMoE of arXiv 2402.01350.
+    """The submodels of FedMoE by Mei et al. (arXiv 2408.11304); not the FedMoE of arXiv 2402.01350.
 
-    Unheld experts stay as they are, one holder's expert is copied, several are averaged by examples; the rows of a
-    router follow their experts. The paper searches theta by bisection; the shares at which an expert joins are finitely
-    many, so the exact largest one is found by sorting them.
+    Each layer keeps its most used experts until their share of all uses reaches theta, with the largest theta whose
+    submodel fits. The paper finds theta by bisection; an expert joins at one of finitely many shares, so sorting them
+    gives the exact value. Each expert is averaged by examples over the clients that hold it, and so is its row of the
+    router; an expert that no client holds stays as it is.
     """
 
     name = "fedmoe_submodel"
 
     def plan_experts(
         self,
-        record: ActivationProfile | None,
+        profile: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
         context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
-        """Raises BudgetTooSmall below one expert per layer."""
-        if record is None:
-            raise ValueError(f"{self.name} plans from a profile")
+        """The submodel of the largest theta that fits. Raises BudgetTooSmall below one expert per layer."""
+        if profile is None:
+            raise ValueError(f"{self.name} needs a profile")
         check_budget(budget.resident_experts, experts_per_layer)
-        joins: list[tuple[float, int, int]] = []  # theta above which an expert is kept, layer, expert
-        for layer, statistics in enumerate(record.layers):
+        joins: list[tuple[float, int, int]] = []  # (smallest theta with the expert, layer, expert)
+        for layer, statistics in enumerate(profile.layers):
             use = statistics.tokens_per_expert / max(statistics.tokens_per_expert.sum(), 1.0)
             order = np.argsort(-use, kind="stable")
             below = np.concatenate([[0.0], np.cumsum(use[order])[:-1]])
@@ -88,7 +96,7 @@ class Submodel(FrequentExperts):
         return plan_trainable(experts_per_layer, chosen)
 
     def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
-        """Experts by their holders; row e of a router by the holders of e."""
+        """Average experts over their holders, and row e of a router over the holders of e."""
         merges = merge_by_examples(contributions, units)
         sizes = Counter(unit.layer for unit in units if unit.kind == "expert" and ":" not in unit.key)
         for unit in units:
@@ -97,7 +105,7 @@ class Submodel(FrequentExperts):
             rows = []
             for contribution in in_client_order(contributions):
                 if unit.key in contribution.units:
-                    holds = np.zeros(sizes[unit.layer])
+                    holds: Array = np.zeros(sizes[unit.layer])
                     holds[[expert for layer, expert in contribution.experts if layer == unit.layer]] = 1.0
                     rows.append((contribution.client_id, holds * contribution.num_examples))
             merges[unit.key] = UnitMerge(tuple(rows))

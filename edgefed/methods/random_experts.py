@@ -1,7 +1,7 @@
-"""Random resident experts: the control group of every expert-selection method.
+"""Random experts: the control group for methods that select experts.
 
-Each client holds as many experts as its budget allows, drawn at random, at least one per layer. Training, masking and
-bytes are those of HFedMoE at the same budget; only the choice differs.
+Each client draws as many experts as its budget allows, at least one per layer. Training, scheduling and traffic are the
+same as those of HFedMoE at the same budget; only the selection differs.
 """
 
 from __future__ import annotations
@@ -13,35 +13,36 @@ import numpy as np
 
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import MeanOfHolders, plan_trainable, select_by_score
-from edgefed.methods.interface import FIRST_ROUND, DeviceBudget, RoundContext
+from edgefed.methods.interface import FIRST_ROUND, Array, DeviceBudget, RoundContext
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomExperts(MeanOfHolders):
-    """``redraw``: choose anew in each round (covers more experts, downloads more) instead of once."""
+    """A random selection of experts."""
 
     redraw: bool = False
+    """Draw again in each round instead of once. This covers more experts and downloads more."""
 
     name = "random"
-    needs_profile = False
 
     @property
     def plans_every_round(self) -> bool:
+        """As ``redraw`` says."""
         return self.redraw
 
     def plan_experts(
         self,
-        record: ActivationProfile | None,
+        profile: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         budget: DeviceBudget,
         rng: np.random.Generator,
         context: RoundContext = FIRST_ROUND,
     ) -> ExpertPlan:
-        """Uniform over experts, one per layer first. Raises BudgetTooSmall below one expert per layer."""
+        """Draw uniformly, at least one expert per layer. Raises BudgetTooSmall below that."""
         scores = [rng.random(count) for count in experts_per_layer]
         eligible = [np.ones(count, dtype=bool) for count in experts_per_layer]
         return plan_trainable(experts_per_layer, select_by_score(scores, eligible, budget.resident_experts))
 
-    def expert_importance(self, record: LayerProfile) -> np.ndarray:
-        """The mean gate probability; reported, not used."""
-        return record.mean_gate
+    def expert_importance(self, layer: LayerProfile) -> Array:
+        """The mean gate probability; reported only."""
+        return layer.mean_gate

@@ -1,9 +1,10 @@
-"""The methods by name, and how their options are read."""
+"""The methods by name. `register` adds one, `make_method` builds one from its name and options."""
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from edgefed.errors import ConfigError, UnknownMethod
 from edgefed.methods.fedavg import FedAvg
@@ -11,79 +12,112 @@ from edgefed.methods.fedmoe import FedMoE
 from edgefed.methods.flux import Flux
 from edgefed.methods.frequent import FrequentExperts, Submodel
 from edgefed.methods.hfedmoe import HFedMoE
-from edgefed.methods.interface import Method
+from edgefed.methods.interface import ExpertMethod, Method, PersonalMethod
 from edgefed.methods.local import Local
+from edgefed.methods.options import Value, check_options, options_of, read_options
 from edgefed.methods.random_experts import RandomExperts
 from edgefed.methods.whole_model import OffloadedExperts, QuantizedExperts
 
-METHODS: dict[str, type] = {
-    kind.name: kind
-    for kind in (
-        HFedMoE,
-        Flux,
-        FedMoE,
-        FedAvg,
-        OffloadedExperts,
-        QuantizedExperts,
-        FrequentExperts,
-        Submodel,
-        RandomExperts,
-        Local,
-    )
-}
+METHODS: dict[str, type[Method]] = {}
+"""The classes by method name, in the order in which they were registered."""
 
-Option = float | int | str | bool
+MethodClass = TypeVar("MethodClass", bound=type[Any])
+
+_SERVER_HALF: tuple[str, ...] = ("plan_merge",)
+_EXPERT_METHOD: tuple[str, ...] = ("plan_experts", "schedule_experts", "expert_importance", *_SERVER_HALF)
 
 
-def method_options(name: str) -> dict[str, Option]:
+def register(kind: MethodClass) -> MethodClass:
+    """Make a method's class known by its ``name``; returns the class, so it also works as a decorator.
+
+    The class is a dataclass whose fields are the options (`edgefed.methods.options`) and either an
+    `edgefed.methods.interface.ExpertMethod` or a `PersonalMethod`; see there for an example. Defining the same class
+    again, as a notebook does that runs a cell twice, replaces it.
+
+    Raises:
+        ConfigError: invalid name, a name that another class has, or a missing function.
+        TypeError: not a dataclass, or a field whose type is not supported for options.
+    """
+    name = getattr(kind, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_.-]{0,63}", name):
+        raise ConfigError(
+            f"invalid method name {name!r} in {kind.__qualname__}",
+            remedy="Set the class attribute name: a lower-case letter, then letters, digits, '_', '-' or '.'.",
+        )
+    other = METHODS.get(name)
+    if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ConfigError(
+            f"the method name {name!r} is already used by {other.__module__}.{other.__qualname__}",
+            remedy="Choose another name.",
+        )
+    options_of(kind)
+    base = next((base for base in (ExpertMethod, PersonalMethod) if base in kind.__mro__), None)
+    if base is None:
+        raise ConfigError(f"the method {name!r} is derived from neither ExpertMethod nor PersonalMethod")
+    needed = _EXPERT_METHOD if base is ExpertMethod else _SERVER_HALF
+    if getattr(kind, "assigning", None) not in (None, ExpertMethod.assigning):
+        needed += ("assign_experts",)
+    missing = [member for member in needed if getattr(kind, member) is getattr(base, member)]
+    if missing:
+        raise ConfigError(
+            f"the method {name!r} does not define {', '.join(missing)}",
+            remedy="Write them, or derive the class from edgefed.methods.averaging.MeanOfHolders.",
+        )
+    METHODS[name] = kind
+    return kind
+
+
+def method_options(name: str) -> dict[str, Value]:
     """Options of a method with their defaults. Raises UnknownMethod."""
-    return {
-        field.name.rstrip("_"): field.default
-        for field in dataclasses.fields(_method_class(name))
-        if field.default is not dataclasses.MISSING
-    }
+    return {option.name: option.default for option in options_of(method_class(name)).values()}
 
 
 def make_method(name: str, options: Mapping[str, object] | None = None) -> Method:
     """Build a method. Option values may be text (from a command line) or typed (from a file or the wire).
 
-    Raises UnknownMethod, or ConfigError for an option that the method does not have or a value of the wrong type.
+    Raises UnknownMethod, or ConfigError for an option that the method does not have or a value that is not allowed.
     """
-    kind, known, values = _method_class(name), method_options(name), {}
-    for option, value in (options or {}).items():
-        if option not in known:
-            allowed = ", ".join(f"{key}={default}" for key, default in known.items()) or "none"
-            raise ConfigError(f"{name} has no option {option!r}; its options are {allowed}")
-        field = next(field.name for field in dataclasses.fields(kind) if field.name.rstrip("_") == option)
-        values[field] = _convert(name, option, value, type(known[option]))
-    return kind(**values)
+    kind = method_class(name)
+    method: Method = kind(**read_options(name, kind, options or {}))
+    check_options(method)
+    return method
 
 
-def check_training(method: Method, experts: str) -> None:
-    """Raise ConfigError unless ``method`` works with this mode of training experts ("full", "lora", "none")."""
-    if method.trains_experts_as not in (None, experts):
-        raise ConfigError(
-            f"{method.name} trains experts as {method.trains_experts_as!r}; asked for {experts!r}",
-            remedy=f"Set `train_experts={method.trains_experts_as}`.",
-        )
+def make_expert_method(name: str, options: Mapping[str, object] | None = None) -> ExpertMethod:
+    """As `make_method`. Raises ConfigError for a method whose clients train models of their own."""
+    method = make_method(name, options)
+    if method.personal:
+        raise ConfigError(f"the clients of {name!r} train models of their own, not experts of a global model")
+    return method
 
 
-def _method_class(name: str) -> type:
+def method_class(name: str) -> type[Method]:
+    """The class of a method. Raises UnknownMethod."""
     if name not in METHODS:
-        raise UnknownMethod(f"there is no method {name!r}; the methods are {', '.join(METHODS)}")
+        raise UnknownMethod(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
     return METHODS[name]
 
 
-def _convert(name: str, option: str, value: object, kind: type) -> Option:
-    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    if (kind is float and isinstance(value, int) and not isinstance(value, bool)) or (
-        kind in (int, float) and isinstance(value, str)
-    ):
-        try:
-            return kind(value)
-        except ValueError:
-            pass
-    raise ConfigError(f"{name}: option {option} is {value!r}, expected {kind.__name__}")
+def check_training(method: Method, experts: str) -> None:
+    """Raise ConfigError unless ``method`` supports this mode of training experts ("full", "lora", "none")."""
+    required = None if method.personal else method.requirements.train_experts
+    if required not in (None, experts):
+        raise ConfigError(
+            f"{method.name} trains experts as {required!r}; asked for {experts!r}",
+            remedy=f"Set `train_experts={required}`.",
+        )
+
+
+for _kind in (
+    HFedMoE,
+    Flux,
+    FedMoE,
+    FedAvg,
+    OffloadedExperts,
+    QuantizedExperts,
+    FrequentExperts,
+    Submodel,
+    RandomExperts,
+    Local,
+):
+    register(_kind)

@@ -1,7 +1,7 @@
-"""Flux's baselines that train every expert on every device: FMD by offloading, FMQ by quantisation.
+"""Two baselines of Flux (arXiv 2508.19078) that train every expert on every device: FMD and FMQ.
 
-Both merge as FedAvg does. FMD is exact, and bound by the link that experts come over. FMQ trains LoRA adapters on
-NF4 weights: quantised weights cannot be trained themselves.
+Both average as FedAvg does. FMD offloads experts: it is exact, and its speed is limited by the link over which experts
+are loaded. FMQ quantises experts to NF4 and trains LoRA adapters on them, because quantised weights cannot be trained.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import dataclasses
 
 from edgefed.methods.fedavg import FedAvg
+from edgefed.methods.interface import Requirements
 
 
 @dataclasses.dataclass(frozen=True)
 class OffloadedExperts(FedAvg):
-    """FMD (named in arXiv 2508.19078): the whole model, experts offloaded and brought in when a token needs them."""
+    """FMD: the whole model; experts are offloaded and loaded when a token is routed to them."""
 
     name = "fmd"
-    offloads_experts = True
+    requirements = Requirements(all_experts=True, offloading=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedExperts(FedAvg):
-    """FMQ (named in arXiv 2508.19078): the whole model in NF4, LoRA adapters of all experts trained on it."""
+    """FMQ: the whole model, with experts in NF4 and a trained LoRA adapter for each."""
 
     name = "fmq"
-    expert_storage = "nf4"
-    trains_experts_as = "lora"
+    requirements = Requirements(all_experts=True, expert_storage="nf4", train_experts="lora")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgefed.errors import ConfigError
-from edgefed.methods.fedmoe import FedMoE
+from edgefed.methods.interface import PersonalMethod
 from edgefed.personal.batches import Batch, Samples
 from edgefed.personal.local_training import cross_entropy, evaluation_batches, mixture_loss
 from edgefed.personal.mixture import LocalMixture
@@ -49,7 +49,7 @@ def pull(features: Tensor, labels: Tensor, means: Tensor, known: Tensor) -> Tens
     return distance.sum() / len(labels)
 
 
-def check_guided(method: FedMoE, classes: tuple[str, ...]) -> None:
+def check_guided(method: PersonalMethod, classes: tuple[str, ...]) -> None:
     """Raise ConfigError where there are no classes to pull features to."""
     if method.feature_pull and not classes:
         raise ConfigError(
@@ -59,7 +59,7 @@ def check_guided(method: FedMoE, classes: tuple[str, ...]) -> None:
 
 
 def guided_loss(
-    method: FedMoE, mixture: LocalMixture, samples: Samples, *, begun: bool, device: torch.device | str = "cpu"
+    method: PersonalMethod, mixture: LocalMixture, samples: Samples, *, begun: bool, device: torch.device | str = "cpu"
 ) -> Callable[[nn.Module, Batch], Tensor]:
     """The loss of a client's steps in a round that is about to begin; the paper's where ``method`` adds nothing.
 

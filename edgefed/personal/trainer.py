@@ -16,7 +16,7 @@ from edgefed.agent.agent import Fetch, StopRequested, TrainedUpdate
 from edgefed.disk import disk_errors
 from edgefed.errors import ConfigError, EdgefedError, OutOfMemory, TrainingDiverged
 from edgefed.hardware.memory import process_peak_rss_bytes
-from edgefed.methods.fedmoe import FedMoE
+from edgefed.methods.interface import PersonalMethod
 from edgefed.methods.registry import make_method
 from edgefed.moe.expert_reading import FrameSource, raw_array
 from edgefed.personal.batches import num_batches
@@ -62,7 +62,7 @@ class PersonalTrainer:
         DeviceLost, ModelError (code of the user's model fails), StateCorrupt.
         """
         method = make_method(run.method, run.method_options)
-        if not isinstance(method, FedMoE):
+        if not method.personal:
             raise ConfigError(
                 f"the run at this server is {run.method!r}: its clients train a shared language model",
                 remedy="Leave `task` and `model` out, and pass text as `data`.",
@@ -103,7 +103,7 @@ class PersonalTrainer:
     def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:
         """Nothing can be done ahead: the next round begins with a theta that is not there yet."""
 
-    def _begin(self, run: RunConfig, method: FedMoE, files: dict[str, Path], progress: ProgressSink) -> None:
+    def _begin(self, run: RunConfig, method: PersonalMethod, files: dict[str, Path], progress: ProgressSink) -> None:
         """Put the mixture of a run together, with first weights that depend on the device and its data alone."""
         progress.phase("load")
         self._open = self._task.open(run.model, files, run.seed, run.training.sequence_length)
@@ -124,7 +124,7 @@ class PersonalTrainer:
 
     def _train(
         self,
-        method: FedMoE,
+        method: PersonalMethod,
         assignment: Assignment,
         optimizer: torch.optim.Optimizer,
         progress: ProgressSink,

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgefed.errors import ConfigError
 from edgefed.methods.fedmoe import IMAGES, FedMoE
-from edgefed.methods.registry import make_method
+from edgefed.methods.registry import make_expert_method
 from edgefed.moe.loading import without_progress_bars
 from edgefed.personal.local_training import evaluate
 from edgefed.personal.mixture import LocalMixture
@@ -117,7 +117,7 @@ def run_demo(config: DemoConfig, sink: DemoSink) -> list[MethodResult]:
         sink.method(method)
         # Methods without a notion of a budget are shown as they are meant, with every expert on every device.
         shares = [
-            1.0 if make_method(method).holds_all_experts else SHARES[index % len(SHARES)]
+            1.0 if make_expert_method(method).requirements.all_experts else SHARES[index % len(SHARES)]
             for index in range(config.clients)
         ]
         clients = [LocalClient(silo, f"silo:{silo}", share) for silo, share in zip(silos, shares, strict=True)]
@@ -147,7 +147,7 @@ def _run_method(config: DemoConfig, method: str, clients: Sequence[LocalClient],
         "--sequence-length", str(config.sequence_length), "--learning-rate", str(config.learning_rate),
         "--keep-rounds", "0",
     ]  # fmt: skip
-    if (experts := make_method(method).trains_experts_as) is not None:
+    if (experts := make_expert_method(method).requirements.train_experts) is not None:
         flags += ["--train-experts", experts]
     folder = config.out / method
     with LocalFederation(folder, flags, clients) as federation:
@@ -352,7 +352,7 @@ def as_personal_dict(config: PersonalDemoConfig, results: Sequence[PersonalClien
 
 def _baseline(name: str, config: PersonalDemoConfig, clients: Sequence[LocalClient], opened: Sequence[OpenTask]):
     """The history of a method on the same examples, from the same first weights, for as many epochs."""
-    method = make_method(FedMoE.name, METHOD_OPTIONS)
+    method = FedMoE(**METHOD_OPTIONS)
     members = [
         Client(client.name, task.train, task.held_out, task.own) for client, task in zip(clients, opened, strict=True)
     ]

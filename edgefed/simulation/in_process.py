@@ -16,7 +16,7 @@ from edgefed.aggregator.service import Service
 from edgefed.aggregator.store import has_run
 from edgefed.disk import hash_file
 from edgefed.errors import StateCorrupt
-from edgefed.methods.registry import make_method
+from edgefed.methods.registry import make_expert_method, make_method
 from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.messages import Assignment, Manifest, Register, RunConfig, UpdateMeta, decode_message
 from edgefed.runs import import_in_subprocess
@@ -38,7 +38,7 @@ class InProcessAggregator:
         if not has_run(folder):
             import_in_subprocess(model, folder, run, policy)
         # Devices keep no files here: what one of them still has of an earlier round is read from the aggregator's.
-        refresh = make_method(run.method, run.method_options).refresh_rounds
+        refresh = make_expert_method(run.method, run.method_options).refresh_rounds
         self.active = ActiveRun(folder, make_method, keep_rounds=1 + refresh, clock=lambda: 0.0)
         self.service = Service(self.active)
         try:

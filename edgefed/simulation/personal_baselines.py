@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgefed.errors import ConfigError
-from edgefed.methods.fedmoe import FedMoE as Hyperparameters
+from edgefed.methods.interface import PersonalMethod as Hyperparameters
 from edgefed.personal.batches import Batch
 from edgefed.personal.extractors import make_extractor
 from edgefed.personal.gate import FixedGate, Gate

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgefed.errors import ConfigError, DataError
-from edgefed.methods.fedmoe import FedMoE
+from edgefed.methods.interface import PersonalMethod
 from edgefed.personal.batches import Samples
 from edgefed.personal.local_training import Evaluation, Rates, evaluate, make_optimizer, mixture_loss, train_epochs
 from edgefed.personal.networks import PersonalModel
@@ -92,7 +92,7 @@ class Strategy(abc.ABC):
     aggregator holds, by name. Raises ConfigError where the method cannot work with these clients.
     """
 
-    def __init__(self, clients: Sequence[Client], method: FedMoE, *, seed: int, device: torch.device | str = "cpu"):
+    def __init__(self, clients: Sequence[Client], method: PersonalMethod, *, seed: int, device: torch.device | str = "cpu"):
         if not clients:
             raise ConfigError("a federation needs at least one client")
         self.clients, self.method, self.seed, self.device = tuple(clients), method, seed, device

@@ -23,8 +23,8 @@ from edgefed.costs.memory import Correction, MemoryEstimate, training_memory
 from edgefed.costs.step_setup import StepSetup
 from edgefed.disk import disk_errors, write_durably
 from edgefed.expert_records import ExpertPlan
-from edgefed.methods.interface import Method
-from edgefed.methods.registry import make_method
+from edgefed.methods.interface import ExpertMethod
+from edgefed.methods.registry import make_expert_method
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
@@ -83,12 +83,12 @@ class SimulatedPlanner(Planner):
     def make_plan(self, request: PlanRequest) -> ExpertPlan:
         """As `Planner.make_plan`; a profile holds experts as a device with the cost shape would have to."""
         method, training = request.method, request.run.training
-        if method.needs_profile and self.profile_pass is None:
+        if method.profiling and self.profile_pass is None:
             setup = self._charged.setup(step_setup(request.model, training), self._kind)
             self.profile_blocks = len(spread_blocks(request.blocks, training.profile_tokens))
             self.profile_pass, _ = choose_profile_pass(
                 self._charged.shape, setup, self.profile_blocks, request.usable_bytes,
-                attention=method.profiles_attention,
+                attention=method.profiling.attention,
             )  # fmt: skip
             self._limits = dataclasses.replace(self._limits, profile_storage=self.profile_pass.storage or "full")
         self._restore_points()
@@ -113,12 +113,12 @@ class SimulatedPlanner(Planner):
         """Peak of a step under the current load, by the memory model of the simulated device."""
         return self._search.needs_bytes(self.load)
 
-    def _make_search(self, run: RunConfig, method: Method, layout: Callable[[int, int], ExpertPlan]) -> FallbackSearch:
+    def _make_search(self, run: RunConfig, method: ExpertMethod, layout: Callable[[int, int], ExpertPlan]) -> FallbackSearch:
         search = super()._make_search(run, method, layout)
         # What is offloaded is charged by the cost model; the training that really runs here needs no files for it.
         return dataclasses.replace(
             search,
-            estimate=lambda setup, kept, trainable: self._estimate(setup, kept, trainable, method.offloads_experts),
+            estimate=lambda setup, kept, trainable: self._estimate(setup, kept, trainable, method.requirements.offloading),
             may_offload=False,
         )
 
@@ -224,7 +224,7 @@ class SimulatedTrainer(LocalTrainer):
         self, run: RunConfig, manifest: Manifest, assignment: Assignment, fetch: Fetch, progress: ProgressSink,
         update_path: Path,
     ) -> TrainedUpdate:  # fmt: skip
-        method = make_method(run.method, run.method_options)
+        method = make_expert_method(run.method, run.method_options)
         model = self._ensure_model(run, manifest, fetch, progress)
         model.drop_experts()
         units = {unit.key: unit for unit in manifest.units}

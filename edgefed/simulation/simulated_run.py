@@ -21,8 +21,8 @@ import msgspec
 from edgefed.costs.shapes import ModelShape
 from edgefed.disk import write_durably
 from edgefed.errors import BudgetTooSmall, StateCorrupt, TrainingDiverged
-from edgefed.methods.interface import Method
-from edgefed.methods.registry import make_method
+from edgefed.methods.interface import ExpertMethod
+from edgefed.methods.registry import make_expert_method
 from edgefed.protocol import frames
 from edgefed.protocol.messages import ExpertSurvey, RunConfig, UnitInfo
 from edgefed.protocol.trainer import TrainedUpdate
@@ -55,11 +55,11 @@ class SimulatedRun:
         self._config, self._choice, self._folder, self._model_source = config, choice, folder, model
         self._charged, self._budgets, self._shared, self._score = charged, budgets, shared, score
         self._calibration, self._event = calibration, on_event
-        self._method: Method = make_method(choice.method, choice.options)
+        self._method: ExpertMethod = make_expert_method(choice.method, choice.options)
         self._top_k = [layer.top_k for layer in shape.moe_layers]
         training = config.training
-        if self._method.trains_experts_as is not None:
-            training = msgspec.structs.replace(training, experts=self._method.trains_experts_as)
+        if self._method.requirements.train_experts is not None:
+            training = msgspec.structs.replace(training, experts=self._method.requirements.train_experts)
         self._run = RunConfig(
             run_id=f"simulated-{config.seed}", model=config.model, method=choice.method,
             method_options=dict(choice.options), rounds=config.rounds, seed=config.seed, training=training,
@@ -244,7 +244,7 @@ class SimulatedRun:
             profile_reads=reads,
             explored_tokens=forwards * setup.tokens,
             compares="compare experts" in counts,
-            offloads=self._method.offloads_experts,
+            offloads=self._method.requirements.offloading,
             down=down,
             up=_uploaded(client.update_path, units),
         )

@@ -31,7 +31,7 @@ from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.memory import available_memory_bytes, format_bytes, process_rss_bytes
 from edgefed.hardware.watch import PressureWatch
-from edgefed.methods.interface import Method
+from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_method
 from edgefed.moe.expert_reading import FrameSource, raw_array
 from edgefed.moe.merged_cache import MergedCache
@@ -74,7 +74,7 @@ class _Round:
     """
 
     run: RunConfig
-    method: Method
+    method: ExpertMethod
     manifest: Manifest
     assignment: Assignment
     fetch: Fetch
@@ -153,14 +153,14 @@ class LocalTrainer:
         guard = MemoryGuard(self._planner.shrink, progress, self._device, self._watch)
         outcome, before, after = self._train_within_memory(this, model, guard)
         plan, probed, survey = model.plan, ProbeOutcome({}, 0), None
-        if method.assigns_experts:
+        if method.assigning:
             probed = self._probe(this, model, plan)
             survey = reports.expert_survey(plan, self._planner.profile, self._planner.train_slots, outcome, probed)
         reports.write_update(model if method.exchanges else None, newest, update_path)
         if copies:
             copies.keep(this.units, newest, manifest.server_round)
         self._last = this
-        forwards = {"probe_forwards": float(probed.forwards)} if method.utility_probes else {}
+        forwards = {"probe_forwards": float(probed.forwards)} if method.assigning and method.assigning.directions else {}
         return TrainedUpdate(
             experts=reports.expert_reports(method, plan, outcome),
             metrics=reports.round_metrics(plan, outcome, before, after, guard.num_shrinks, **forwards),
@@ -173,7 +173,7 @@ class LocalTrainer:
     def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:
         """Make the profile of the next round from the experts of the last one, where the method wants that."""
         this, self._last = self._last, None
-        if this is None or not this.method.profiles_while_waiting:
+        if this is None or this.method.profiling is None or this.method.profiling.when != "while_waiting":
             return
         this = dataclasses.replace(this, fetch=fetch, progress=progress)
         self._planner.profile_ahead(self._plan_request(this, self._model))
@@ -374,7 +374,7 @@ class LocalTrainer:
                 seed=self._seed(this),
                 setup=setup,
                 on_step=lambda loss: progress.advance(1),
-                norms=GradientNorms(model) if this.method.assigns_experts else None,
+                norms=GradientNorms(model) if this.method.assigning else None,
                 reconsider=guard.reconsider,
                 measure=measure if self._planner.correction is None and can_measure(setup) else None,
             )
@@ -383,12 +383,14 @@ class LocalTrainer:
 
     def _probe(self, this: _Round, model: MoeModel, plan: ExpertPlan) -> ProbeOutcome:
         """Gradient norms of the explored experts after training; see `edgefed.training.utility`."""
-        method, progress, load = this.method, this.progress, self._planner.load
+        progress, load = this.progress, self._planner.load
+        assigning = this.method.assigning
+        assert assigning is not None
         frozen = sum(len(plan.frozen(layer)) for layer in range(plan.num_layers))
-        progress.phase("explore", 1 + 2 * method.utility_probes * min(frozen, method.most_explored), "pass")
+        progress.phase("explore", 1 + 2 * assigning.directions * min(frozen, assigning.max_explored), "pass")
         blocks = self._train_blocks.shortened(load.setup.sequence_length)
         outcome = reports.probe_explored(
-            model, plan, blocks, directions=method.utility_probes, most=method.most_explored,
+            model, plan, blocks, directions=assigning.directions, most=assigning.max_explored,
             batch_size=load.setup.batch_size, seed=self._seed(this), chunked=load.setup.chunked_loss,
             on_forward=lambda: progress.advance(1),
             on_smaller=lambda size: progress.message(
@@ -459,7 +461,7 @@ class ExpertPlacer:
         plan: ExpertPlan,
         source: ExpertSource,
         run: RunConfig,
-        method: Method,
+        method: ExpertMethod,
         setup: StepSetup,
         offload: OffloadSpace | None,
         hashes: Mapping[str, str] | None,
@@ -470,7 +472,7 @@ class ExpertPlacer:
         self._merged.hashes = hashes or {}
         model.apply_plan(
             plan, source, train_scope(run.training), missing=run.training.missing, storage=setup.expert_storage,
-            align=neuron_aligner(model.layers) if method.merge_aligned else None,
+            align=neuron_aligner(model.layers) if method.merging and method.merging.align else None,
             merged=self._merged if hashes is not None else None, offload=offload,
         )  # fmt: skip
         self._merged.trim()

@@ -29,7 +29,7 @@ from edgefed.disk import disk_errors, write_durably
 from edgefed.errors import BudgetTooSmall, ConfigError, StateCorrupt
 from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
 from edgefed.hardware.memory import format_bytes
-from edgefed.methods.interface import DeviceBudget, Method, RoundContext
+from edgefed.methods.interface import DeviceBudget, ExpertMethod, Profiling, RoundContext
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.merging.plan import ExpertMerger, with_placeholder_groups
 from edgefed.moe.model import MoeModel
@@ -74,7 +74,7 @@ class PlanRequest:
     """
 
     run: RunConfig
-    method: Method
+    method: ExpertMethod
     manifest: Manifest
     model: MoeModel
     blocks: TokenBlocks
@@ -141,7 +141,7 @@ class Planner:
         self._search = self._make_search(run, method, functools.partial(_spread_evenly, sizes))
         most, _ = fit(self._search, wanted, usable_bytes)  # refuse before anything is downloaded
         self.train_slots = most.trained
-        if method.needs_profile and self._profile_is_due(method, request.manifest.server_round):
+        if method.profiling and self._profile_is_due(method.profiling, request.manifest.server_round):
             self._profile(request)
         self._search = self._make_search(run, method, self._layout(request))
         before = self._resumed(wanted)
@@ -150,11 +150,11 @@ class Planner:
             plan = ExpertPlan.from_dict(saved.plan)
         else:
             plan = self._search.layout(self.load.held, self.load.trained)
-        if method.merges_rest:
+        if merging := method.merging:
             request.add_all_experts()
             before_merging = ExpertPlan.from_dict(saved.plan) if saved.plan else None
             self._merge = lambda plan: self._merger.merge(
-                plan, method, saved.profile, model.layers, request.source, before_merging, progress
+                plan, merging, saved.profile, model.layers, request.source, before_merging, progress
             )
             plan = self._merge(plan)
         self._usable_bytes = usable_bytes
@@ -181,7 +181,7 @@ class Planner:
         return fallback, plan
 
     def profile_ahead(self, request: PlanRequest) -> None:
-        """Make the profile of the round after ``request.manifest``'s now; see `Method.profiles_while_waiting`."""
+        """Make the profile of the round after ``request.manifest``'s now; see `Profiling.when`."""
         self._profile(request)
         self._write()
 
@@ -206,11 +206,11 @@ class Planner:
         assert self._saved.profile is not None, "there was a profile"
         return self._saved.profile
 
-    def _profile_is_due(self, method: Method, server_round: int) -> bool:
-        if self._saved.profile is None or method.profiles_every_round:
+    def _profile_is_due(self, profiling: Profiling, server_round: int) -> bool:
+        if self._saved.profile is None or profiling.when == "each_round":
             return True
         # One made while waiting is of the round before. An older one was left by a device that was away.
-        return method.profiles_while_waiting and self._saved.profile_round < server_round - 1
+        return profiling.when == "while_waiting" and self._saved.profile_round < server_round - 1
 
     def _profile(self, request: PlanRequest) -> None:
         method, model = request.method, request.model
@@ -219,7 +219,7 @@ class Planner:
             model.drop_experts()  # those of the last round; they are placed anew after the plan
         self._saved.profile = make_profile(
             model, self.shape, request.run.training, request.blocks, request.source, self._usable_of(request),
-            request.progress, storage=self._limits.profile_storage, attention=method.profiles_attention,
+            request.progress, storage=self._limits.profile_storage, attention=method.profiling is not None and method.profiling.attention,
         )  # fmt: skip
         self._saved.profile_round = request.manifest.server_round
 
@@ -284,16 +284,16 @@ class Planner:
         held = min(load.held, wanted.held)
         return StepPlan(dataclasses.replace(load.setup, **changes), held, min(load.trained, held))
 
-    def _make_search(self, run: RunConfig, method: Method, layout: Callable[[int, int], ExpertPlan]) -> FallbackSearch:
+    def _make_search(self, run: RunConfig, method: ExpertMethod, layout: Callable[[int, int], ExpertPlan]) -> FallbackSearch:
         shape, correction = self.shape, self._saved.correction
         return FallbackSearch(
             estimate=lambda setup, kept, trainable: training_memory(shape, setup, kept, trainable, correction),
             layout=layout,
             num_layers=len(shape.experts_per_layer),
             run_sequence_length=run.training.sequence_length,
-            problems=self._problems | (_OFFLOADING_PROBLEMS if method.offloads_experts else {}),
-            all_experts=method.holds_all_experts,
-            may_offload=method.offloads_experts,
+            problems=self._problems | (_OFFLOADING_PROBLEMS if method.requirements.offloading else {}),
+            all_experts=method.requirements.all_experts,
+            may_offload=method.requirements.offloading,
         )
 
     def _layout(self, request: PlanRequest) -> Callable[[int, int], ExpertPlan]:
@@ -304,14 +304,14 @@ class Planner:
         drawn_in = server_round if method.plans_every_round else 0
         progress = (server_round - 1) / (run.rounds - 1) if run.rounds > 1 else 1.0
         context = RoundContext(server_round, progress, request.assignment)
-        profile, sizes = self._saved.profile, request.manifest.experts_per_layer
+        merging, profile, sizes = method.merging, self._saved.profile, request.manifest.experts_per_layer
 
         @functools.lru_cache(maxsize=64)
         def choose(count: int) -> ExpertPlan:
             rng = np.random.default_rng([run.seed, drawn_in, zlib.crc32(self._identity.encode())])
             budget = DeviceBudget(count, self._limits.compute_share)
             plan = method.plan_experts(profile, sizes, budget, rng, context)
-            return with_placeholder_groups(plan, count, profile, method.merge_sizes) if method.merges_rest else plan
+            return with_placeholder_groups(plan, count, profile, merging.sizes) if merging else plan
 
         def layout(held: int, trained: int) -> ExpertPlan:
             return _train_some(choose(held), choose(trained)) if trained < held else choose(held)
@@ -453,7 +453,7 @@ STORAGE_CHOICES = ("auto", "full", *EXPERT_STORAGES)
 """What an owner may ask for. "auto": as the search of savings decides; "full": the way experts come, always."""
 
 
-def required_storage(requested: str, method: Method, training: TrainingConfig, model: MoeModel) -> str | None:
+def required_storage(requested: str, method: ExpertMethod, training: TrainingConfig, model: MoeModel) -> str | None:
     """What experts that do not learn must be stored as from the start; None where nobody asks for anything.
 
     ``requested`` is one of STORAGE_CHOICES. Raises ConfigError where it contradicts the method, makes no sense, or cannot be
@@ -462,21 +462,22 @@ def required_storage(requested: str, method: Method, training: TrainingConfig, m
     if requested not in STORAGE_CHOICES:
         raise ConfigError(f"experts can be stored as {', '.join(STORAGE_CHOICES)}; asked for {requested!r}")
     asked = f"`expert_storage={requested}`"
-    if method.expert_storage is not None:
-        if requested not in ("auto", method.expert_storage):
+    fixed = method.requirements.expert_storage
+    if fixed is not None:
+        if requested not in ("auto", fixed):
             raise ConfigError(
-                f"the method {method.name} keeps experts in {method.expert_storage}, this device has {asked}",
+                f"the method {method.name} keeps experts in {fixed}, this device has {asked}",
                 remedy="Join without `expert_storage`, or run another method.",
             )
-        requested, asked = method.expert_storage, f"the method {method.name}"
+        requested, asked = method.requirements.expert_storage, f"the method {method.name}"
     if requested in ("auto", "full"):
         return None
-    if method.offloads_experts:
+    if method.requirements.offloading:
         raise ConfigError(
             f"{asked} wants {requested}, but {method.name} offloads experts the way they come",
             remedy="Join without `expert_storage`, or run another method.",
         )
-    if method.holds_all_experts and training.experts == "full":
+    if method.requirements.all_experts and training.experts == "full":
         raise ConfigError(
             f"{asked} wants {requested}, but {method.name} trains every expert in full: none is left to be quantised",
             remedy="Join without `expert_storage`, or serve with `train_experts=lora`.",

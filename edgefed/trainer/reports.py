@@ -13,7 +13,7 @@ from edgefed.disk import disk_errors
 from edgefed.errors import TrainingDiverged
 from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
 from edgefed.hardware.memory import process_peak_rss_bytes
-from edgefed.methods.interface import Method
+from edgefed.methods.interface import ExpertMethod
 from edgefed.moe.expert_reading import raw_array
 from edgefed.moe.model import MoeModel
 from edgefed.protocol import frames
@@ -57,7 +57,7 @@ def round_metrics(
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def expert_reports(method: Method, plan: ExpertPlan, outcome: StepsOutcome) -> tuple[ExpertReport, ...]:
+def expert_reports(method: ExpertMethod, plan: ExpertPlan, outcome: StepsOutcome) -> tuple[ExpertReport, ...]:
     """What the aggregator is told of each expert that is held as itself, from the statistics of the training tokens."""
     reports = []
     for layer, record in enumerate(outcome.record.layers):
@@ -131,9 +131,9 @@ def is_held(unit: UnitInfo, plan: ExpertPlan) -> bool:
 
 
 def kept_blobs(
-    method: Method, plan: ExpertPlan, files: Iterable[FileInfo], units: Iterable[UnitInfo]
+    method: ExpertMethod, plan: ExpertPlan, files: Iterable[FileInfo], units: Iterable[UnitInfo]
 ) -> frozenset[str]:
     """Hashes of what the next round may need: `TrainedUpdate.keep`. ``units`` as the round used them."""
-    profiles = method.profiles_every_round or method.profiles_while_waiting
+    profiles = method.profiling is not None and method.profiling.when != "once"
     kept = {unit.sha256 for unit in units if profiles or unit.kind != "expert" or is_held(unit, plan)}
     return frozenset(kept | {file.sha256 for file in files})

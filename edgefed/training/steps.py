@@ -18,7 +18,7 @@ from torch import nn
 from edgefed.costs.memory import StepSetup
 from edgefed.errors import TrainingDiverged
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
-from edgefed.methods.interface import Method
+from edgefed.methods.interface import ExpertMethod
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TrainingConfig
@@ -122,7 +122,7 @@ def take_step(
 def run_steps(
     model: MoeModel,
     plan: ExpertPlan,
-    method: Method,
+    method: ExpertMethod,
     blocks: TokenBlocks,
     training: TrainingConfig,
     *,
@@ -245,7 +245,7 @@ class _LocalSteps:
         return _endless_batches(self._blocks.shortened(self._setup.sequence_length), self._setup.batch_size, seed)
 
 
-def make_schedule(plan: ExpertPlan, method: Method, compute_share: float) -> Callable | None:
+def make_schedule(plan: ExpertPlan, method: ExpertMethod, compute_share: float) -> Callable | None:
     """The callback that the model asks in each layer which experts get gradients; None when all may.
 
     A layer's limit is ``compute_share`` of its trainable experts, rounded up: never none.

@@ -13,7 +13,8 @@ from edgefed.costs.memory import training_memory
 from edgefed.costs.shapes import shape_from_config
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError
-from edgefed.methods.registry import make_method
+from edgefed.methods.hfedmoe import HFedMoE
+from edgefed.methods.interface import Requirements
 from edgefed.moe.accounting import expert_memory, storage_bytes
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
@@ -277,8 +278,10 @@ def test_a_method_may_ask_for_a_storage_and_an_owner_not_for_another(rig):
     device = table.device()
     table.round(device)
     training, model = table.reader.run.training, device._model
-    method = make_method("hfedmoe", {})
-    object.__setattr__(method, "expert_storage", "nf4")  # as a method of its own would have it
+    class Quantized(HFedMoE):
+        requirements = Requirements(expert_storage="nf4")
+
+    method = Quantized()
     assert required_storage("auto", method, training, model) == "nf4"
     assert required_storage("nf4", method, training, model) == "nf4"
     for requested in ("full", "int8"):

@@ -74,7 +74,7 @@ def test_the_aggregators_assignment_is_followed(bench, data, tmp_path):
     assert [plan.frozen(layer).tolist() for layer in range(4)] == [[5]] * 4
     assert {(r.layer, r.expert) for r in update.experts if r.steps} <= set(tune)
     nowhere = ExpertAssignment(tune=((0, 16),), explore=())
-    with pytest.raises(ConfigError, match="no such expert"):
+    with pytest.raises(ConfigError, match="expert 16 of layer 0 does not exist"):
         table.round(trainer, tmp_path / "update", server_round=3, experts=nowhere)
 
 

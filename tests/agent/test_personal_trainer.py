@@ -254,6 +254,6 @@ def test_the_aggregator_weighs_by_examples():
         key = "extractor"
 
     assert method.plan_merge(clients, [Unit()])["extractor"].weights == (("a", 10.0), ("b", 30.0))
-    with pytest.raises(ConfigError, match="batch_size is 1"):
+    with pytest.raises(ConfigError, match="batch_size must be at least 2"):
         make_method("fedmoe", {"batch_size": 1})
     assert make_method("fedmoe", {"batch_size": 1, "gate_norm": "layer"}).batch_size == 1

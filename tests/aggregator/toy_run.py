@@ -12,7 +12,7 @@ from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.creation import RawTensors, create_run
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.service import Service
-from edgefed.methods.interface import Method, UnitMerge
+from edgefed.methods.interface import Assigning, ExpertMethod, UnitMerge
 from edgefed.protocol.frames import encode_header, map_tensor, read_header, storage_dtype
 from edgefed.protocol.messages import (
     ExpertAssignment,
@@ -33,17 +33,20 @@ KEY = "k" * 32
 Tensors = dict[str, tuple[str, np.ndarray]]
 
 
-class Mean(Method):
+class Mean(ExpertMethod):
     """FedAvg over whoever uploaded a unit, by number of examples; router rows by examples of who holds the expert.
 
     ``assigns``: each client trains one expert, another one each round; experts idle for long come with it.
     """
 
     name = "mean"
-    needs_profile = False
 
     def __init__(self, row_routers: bool = False, assigns: bool = False):
-        self.row_routers, self.assigns_experts = row_routers, assigns
+        self.row_routers, self._assigning = row_routers, Assigning() if assigns else None
+
+    @property
+    def assigning(self) -> Assigning | None:
+        return self._assigning
 
     def assign_experts(self, surveys, coverage, server_round, seed):
         idle = [(layer, int(e)) for layer, rounds in enumerate(coverage.idle_rounds) for e in np.flatnonzero(rounds)]

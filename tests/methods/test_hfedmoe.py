@@ -155,13 +155,13 @@ def test_exploration_draws_in_proportion_to_the_score():
     ]
     assert last == [[0]] * 50  # the last round takes the best
     assert method.plans_every_round
-    assert not method.profiles_every_round
+    assert method.profiling.when == "once"
     assert not HFedMoE(exploration=0).plans_every_round
 
 
 def test_budget_below_one_expert_per_layer_is_refused():
     record = ActivationProfile((record_of([[0.6, 0.4]]),) * 3)
-    with pytest.raises(BudgetTooSmall, match="holds 2 experts.*3 MoE layers"):
+    with pytest.raises(BudgetTooSmall, match="is 2 experts.*3 MoE layers"):
         HFedMoE().plan_experts(record, (2, 2, 2), DeviceBudget(2), RNG)
 
 
@@ -259,11 +259,11 @@ def test_full_budget_and_no_threshold_reduce_to_fedavg():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lambda_": 1.5}, "lambda is 1.5"),
-        ({"beta": -1}, "beta is -1"),
-        ({"tau": math.nan}, "tau is nan"),
-        ({"mi": "exact"}, "mi is 'exact'"),
-        ({"router_aggregation": "mean"}, "allowed are client, row"),
+        ({"lambda_": 1.5}, "lambda must be at least 0 and at most 1, found 1.5"),
+        ({"beta": -1}, "beta must be at least 0, found -1"),
+        ({"tau": math.nan}, "tau must be at least 0, found nan"),
+        ({"mi": "exact"}, "mi must be paper or bernoulli, found 'exact'"),
+        ({"router_aggregation": "mean"}, "must be row or client"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(options, message):

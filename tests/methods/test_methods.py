@@ -1,12 +1,24 @@
 """The baselines, the registry, and what every method must hold to."""
 
+import dataclasses
+from typing import Annotated
+
 import numpy as np
 import pytest
+from msgspec import Meta
 
 from edgefed.errors import BudgetTooSmall, ConfigError, UnknownMethod
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
-from edgefed.methods.interface import Contribution, DeviceBudget
-from edgefed.methods.registry import METHODS, check_training, make_method, method_options
+from edgefed.methods.averaging import MeanOfHolders, plan_trainable, select_by_score
+from edgefed.methods.interface import FIRST_ROUND, Assigning, Contribution, DeviceBudget, ExpertMethod, Profiling
+from edgefed.methods.registry import (
+    METHODS,
+    check_training,
+    make_expert_method,
+    make_method,
+    method_options,
+    register,
+)
 from edgefed.protocol.messages import ExpertReport, TensorInfo, UnitInfo
 
 EXPERTS_PER_LAYER = (4, 6)
@@ -58,13 +70,13 @@ def contribution(client: str, examples: int, keys: list[str]) -> Contribution:
 @pytest.mark.parametrize("budget", [2, 5, 10])
 def test_a_plan_keeps_the_budget_and_one_expert_per_layer(name, budget):
     method = make_method(name)
-    if method.holds_all_experts and budget < 10:
+    if method.requirements.all_experts and budget < 10:
         with pytest.raises(BudgetTooSmall, match=f"trains all 10 experts, this device holds {budget}"):
             method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(budget), np.random.default_rng(0))
         return
     plan = method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(budget), np.random.default_rng(0))
     merged = budget - plan.num_resident
-    assert merged == (method.merged_slots(budget, EXPERTS_PER_LAYER) if method.merges_rest else 0)
+    assert merged == (method.merged_slots(budget, EXPERTS_PER_LAYER) if method.merging else 0)
     assert all(len(plan.resident(layer)) >= 1 for layer in range(2))
     assert plan.num_trainable >= 1
     if name != "flux":  # trains few before its upload rate is known
@@ -102,7 +114,7 @@ def test_a_method_that_needs_a_mode_of_training_refuses_others():
     check_training(make_method("fmd"), "full")
     with pytest.raises(ConfigError, match="fmq trains experts as 'lora'; asked for 'full'") as caught:
         check_training(make_method("fmq"), "full")
-    assert caught.value.remedy == "Set `train_experts=lora`."
+    assert caught.value.remedy == "Pass --train-experts lora."
 
 
 def test_random_plans_depend_on_the_generator_only():
@@ -136,17 +148,95 @@ def test_options_are_read_from_text_and_checked():
     with pytest.raises(ConfigError, match="no option 'gamma'; its options are lambda=0.5"):
         make_method("hfedmoe", {"gamma": 1})
     assert make_method("flux", {"probes": "2", "eps_start": 1}).probes == 2
-    with pytest.raises(ConfigError, match="option probes is '2.5', expected int"):
+    with pytest.raises(ConfigError, match="option probes must be int, found '2.5'"):
         make_method("flux", {"probes": "2.5"})
-    with pytest.raises(ConfigError, match="option beta is 'much', expected float"):
+    with pytest.raises(ConfigError, match="option beta must be float, found 'much'"):
         make_method("hfedmoe", {"beta": "much"})
     with pytest.raises(
-        UnknownMethod, match="no method 'fedprox'; the methods are hfedmoe, flux, fedmoe, fedavg, fmd, fmq, fmes,"
+        UnknownMethod, match="unknown method 'fedprox'; the methods are hfedmoe, flux, fedmoe, fedavg, fmd, fmq, fmes,"
     ):
         make_method("fedprox")
 
 
-def test_plan_slots_are_dense_with_tuned_experts_first():
+@pytest.fixture
+def registry(monkeypatch):
+    """The registered methods, restored after the test."""
+    before = dict(METHODS)
+    yield METHODS
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def test_a_method_of_the_users_own(registry):
+    @register
+    @dataclasses.dataclass(frozen=True)
+    class LargestGate(MeanOfHolders):
+        """Train the experts with the largest mean gate probability."""
+
+        sharpness: Annotated[float, Meta(gt=0)] = 1.0
+
+        name = "largest_gate"
+        profiling = Profiling()
+
+        def plan_experts(self, profile, experts_per_layer, budget, rng, context=FIRST_ROUND):
+            scores = [layer.mean_gate**self.sharpness for layer in profile.layers]
+            used = [layer.tokens_per_expert > 0 for layer in profile.layers]
+            return plan_trainable(experts_per_layer, select_by_score(scores, used, budget.resident_experts))
+
+        def expert_importance(self, layer):
+            return layer.mean_gate
+
+    method = make_expert_method("largest_gate", {"sharpness": "2"})
+    assert (method.sharpness, method.profiling, method.merging) == (2.0, Profiling(), None)
+    plan = method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(5), np.random.default_rng(0))
+    assert plan.num_trainable == 5
+    with pytest.raises(ConfigError, match="option sharpness must be above 0, found 0.0"):
+        make_method("largest_gate", {"sharpness": 0.0})
+    assert register(LargestGate) is LargestGate, "the same class may be registered again"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"name": "fedavg"}, "name 'fedavg' is already used by edgefed.methods.fedavg.FedAvg"),
+        ({"name": "My Method"}, "invalid method name 'My Method'"),
+        ({}, "invalid method name None"),
+        ({"name": "empty"}, "does not define plan_experts, expert_importance"),
+        (
+            {"name": "assigns", "assigning": Assigning(), "plan_experts": print, "expert_importance": print},
+            "does not define assign_experts",
+        ),
+    ],
+)
+def test_a_method_that_is_not_complete_is_refused(registry, attributes, message):
+    kind = dataclasses.dataclass(frozen=True)(type("Own", (MeanOfHolders,), attributes))
+    with pytest.raises(ConfigError, match=message):
+        register(kind)
+    with pytest.raises(ConfigError, match="derived from neither"):
+        register(dataclasses.dataclass(type("Other", (), {"name": "other"})))
+    with pytest.raises(TypeError, match="must be a dataclass"):
+        register(type("Plain", (), {"name": "plain"}))
+    assert registry == METHODS
+
+
+def test_an_option_has_a_simple_type(registry):
+    @dataclasses.dataclass(frozen=True)
+    class Odd(ExpertMethod):
+        rates: tuple = ()
+
+        name = "odd"
+
+    with pytest.raises(TypeError, match="Odd.rates: options must be bool, int, float, str or Literal"):
+        register(Odd)
+
+
+def test_a_personal_method_has_no_experts_to_plan():
+    with pytest.raises(ConfigError, match="clients of 'fedmoe' train models of their own"):
+        make_expert_method("fedmoe")
+    assert make_method("fedmoe").personal
+
+
+def test_plan_slots_are_dense_with_trainable_experts_first():
     plan = ExpertPlan.of((6,), trainable=[(4, 1)], frozen=[(0,)])
     assert plan.resident(0).tolist() == [1, 4, 0]
     assert plan.slots(0).tolist() == [2, 0, -1, -1, 1, -1]

@@ -22,7 +22,7 @@ import numpy as np
 
 from edgefed.errors import BudgetTooSmall, ConfigError
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
-from edgefed.methods.interface import Method
+from edgefed.methods.interface import Merging
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.merging.clustering import cluster_layers, expert_embeddings
 from edgefed.moe.units import ExpertSource
@@ -278,7 +278,7 @@ class ExpertMerger:
     def merge(
         self,
         plan: ExpertPlan,
-        method: Method,
+        merging: Merging,
         record: ActivationProfile,
         layers: Sequence[ExpertLayer],
         source: ExpertSource,
@@ -296,7 +296,7 @@ class ExpertMerger:
             progress.phase("compare experts", len(layers), "layer")
             self._points = expert_embeddings(layers, source, on_layer=lambda ordinal: progress.advance(1))
             progress.done()
-        options = MergingOptions(sizes=method.merge_sizes, importance=method.merge_weights)
+        options = MergingOptions(sizes=merging.sizes, importance=merging.weights)
         if previous is not None and not any(previous.groups(layer) for layer in range(previous.num_layers)):
             previous = None
         return plan_merging(record, without_groups(plan), self._points, slots, options, previous)
