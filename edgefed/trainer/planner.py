@@ -284,7 +284,9 @@ class Planner:
         held = min(load.held, wanted.held)
         return StepPlan(dataclasses.replace(load.setup, **changes), held, min(load.trained, held))
 
-    def _make_search(self, run: RunConfig, method: ExpertMethod, layout: Callable[[int, int], ExpertPlan]) -> FallbackSearch:
+    def _make_search(
+        self, run: RunConfig, method: ExpertMethod, layout: Callable[[int, int], ExpertPlan]
+    ) -> FallbackSearch:
         shape, correction = self.shape, self._saved.correction
         return FallbackSearch(
             estimate=lambda setup, kept, trainable: training_memory(shape, setup, kept, trainable, correction),

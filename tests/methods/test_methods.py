@@ -114,7 +114,7 @@ def test_a_method_that_needs_a_mode_of_training_refuses_others():
     check_training(make_method("fmd"), "full")
     with pytest.raises(ConfigError, match="fmq trains experts as 'lora'; asked for 'full'") as caught:
         check_training(make_method("fmq"), "full")
-    assert caught.value.remedy == "Pass --train-experts lora."
+    assert caught.value.remedy == "Set `train_experts=lora`."
 
 
 def test_random_plans_depend_on_the_generator_only():
