@@ -1,7 +1,7 @@
-"""Two reports beside each other: what is faster, and whether that may be said at all.
+"""Comparison of two reports: what is faster, and whether the two can be compared at all.
 
-A ratio is only given a verdict when both numbers deserve it. What spoils a whole report (throttled, on battery,
-stopped) or a single test (noisy samples, other parameters) is named.
+A ratio gets a verdict only if both numbers are reliable. The reasons against it concern a whole report (throttled, on
+battery, stopped) or a single test (noisy samples, other parameters).
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from edgefed.bench.report import Report
 from edgefed.bench.statistics import NOISY, UNUSABLE, Entry
 
 BUSY_LOAD = 0.5
-"""Load average per core, before the run, above which something else was at work."""
+"""Load average per core, before the run, above which other programs were running."""
 SPREADS = 3.0
-"""A difference below so many combined spreads is none."""
+"""Combined spreads that a difference must exceed."""
 NEVER_BELOW = 0.02
-"""Nor is one of two per cent: clocks and memory layout alone do that from run to run."""
+"""Smallest difference that counts: clocks and memory layout alone vary by 2 % from run to run."""
+NOT_COMPARABLE = "not comparable"
 SAME_PARAMS = ("n", "dtype", "size_bytes", "batch_size", "sequence_length", "tokens", "model", "experts", "block_bytes")
-"""Parameters that must agree for two tests of one name to be the same test."""
+"""Parameters that must be equal for two tests of one name to be comparable."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One test in both reports. ``ratio`` is b / a. ``verdict``: faster, slower (of b), same, or not comparable, with
-    the ``reasons``.
+    """One test in both reports. ``ratio`` is b / a.
+
+    ``verdict`` is faster or slower (b than a), same, or not comparable, for ``reasons``.
     """
 
     name: str
@@ -38,10 +40,10 @@ class Comparison:
 
 
 def conditions(report: Report) -> tuple[str, ...]:
-    """Why the numbers of a whole report should not be compared; empty when they may be."""
+    """Return the reasons against comparing a report with another; empty without any."""
     found = []
     if report.device.stand_in:
-        found.append("nothing was measured: a profile stood in for the device")
+        found.append("nothing was measured: planned for a device profile")
     if report.interrupted:
         found.append("stopped by Ctrl-C")
     if report.sustain is not None and report.sustain.throttled:
@@ -50,14 +52,14 @@ def conditions(report: Report) -> tuple[str, ...]:
         found.append("on battery")
     load, cores = report.host.load_before, report.host.cores
     if load is not None and cores and load / cores > BUSY_LOAD:
-        found.append(f"busy before it began (load {load:.1f} on {cores} cores)")
+        found.append(f"busy before the start (load {load:.1f} on {cores} cores)")
     if report.memory.check is not None and report.memory.check.spilled:
         found.append("GPU memory spilled into system memory")
     return tuple(found)
 
 
 def differences(a: Report, b: Report) -> tuple[str, ...]:
-    """What differs between the machines or the set-ups: not wrong, but to be known when reading ratios."""
+    """Return the differences between the machines or their software, to know when reading ratios."""
     pairs = (
         ("device", a.device.name, b.device.name),
         ("speed measured on", a.device.speed_on, b.device.speed_on),
@@ -72,7 +74,7 @@ def differences(a: Report, b: Report) -> tuple[str, ...]:
 
 
 def compare_reports(a: Report, b: Report) -> list[Comparison]:
-    """Every test of either report, in the order of ``a``."""
+    """Compare every test of either report, in the order of ``a``."""
     spoiled = tuple(f"{label}: {reason}" for label, report in (("A", a), ("B", b)) for reason in conditions(report))
     first = {entry.name: entry for entry in (*a.tests, *a.network)}
     second = {entry.name: entry for entry in (*b.tests, *b.network)}
@@ -83,30 +85,32 @@ def compare_reports(a: Report, b: Report) -> list[Comparison]:
 
 
 def _compare(name: str, a: Entry | None, b: Entry | None, spoiled: tuple[str, ...]) -> Comparison:
-    unit = (a or b).unit
-    reasons = []
-    for label, entry in (("A", a), ("B", b)):
-        if entry is None:
-            reasons.append(f"{label}: not measured")
-        elif not entry.measured:
-            reasons.append(f"{label}: {entry.verdict} ({entry.reason})")
-        elif entry.verdict in (NOISY, UNUSABLE):
-            reasons.append(f"{label}: {entry.verdict}")
-    values = [entry.median if entry is not None and entry.measured else None for entry in (a, b)]
-    if a is not None and b is not None:
-        if a.unit != b.unit:
-            reasons.append(f"units differ: {a.unit} and {b.unit}")
-        reasons += [
-            f"{key} differs: {a.params[key]} and {b.params[key]}"
-            for key in SAME_PARAMS
-            if key in a.params and key in b.params and a.params[key] != b.params[key]
-        ]
-    ratio = values[1] / values[0] if None not in values and values[0] and a.unit == b.unit else None
+    reasons = [reason for label, entry in (("A", a), ("B", b)) if (reason := _problem(label, entry))]
+    first, second = (entry.median if entry is not None else None for entry in (a, b))
+    if a is None or b is None:
+        unit = a.unit if a is not None else b.unit if b is not None else ""
+        return Comparison(name, unit, first, second, None, NOT_COMPARABLE, (*reasons, *spoiled))
+    if a.unit != b.unit:
+        reasons.append(f"units differ: {a.unit} and {b.unit}")
+    reasons += [
+        f"{key} differs: {a.params[key]} and {b.params[key]}"
+        for key in SAME_PARAMS
+        if key in a.params and key in b.params and a.params[key] != b.params[key]
+    ]
     reasons += spoiled
+    ratio = second / first if first and second is not None and a.unit == b.unit else None
     if ratio is None or reasons:
-        return Comparison(name, unit, *values, ratio, "not comparable", tuple(reasons))
+        return Comparison(name, a.unit, first, second, ratio, NOT_COMPARABLE, tuple(reasons))
     noise = max(NEVER_BELOW, SPREADS * math.hypot(a.spread or 0.0, b.spread or 0.0))
     if abs(ratio - 1) <= noise:
-        return Comparison(name, unit, *values, ratio, "same", (f"within {100 * noise:.0f} %",))
+        return Comparison(name, a.unit, first, second, ratio, "same", (f"within {100 * noise:.0f} %",))
     better = ratio > 1 if a.better == "higher" else ratio < 1
-    return Comparison(name, unit, *values, ratio, "faster" if better else "slower")
+    return Comparison(name, a.unit, first, second, ratio, "faster" if better else "slower")
+
+
+def _problem(label: str, entry: Entry | None) -> str:
+    if entry is None:
+        return f"{label}: not measured"
+    if not entry.measured:
+        return f"{label}: {entry.verdict} ({entry.reason})"
+    return f"{label}: {entry.verdict}" if entry.verdict in (NOISY, UNUSABLE) else ""

@@ -1,7 +1,7 @@
-"""The model that speed is measured with: of its real width, with as many layers as there is room and time for.
+"""The model that speed is measured with: its real width, with as many layers as memory and time allow.
 
-Weights are random: they cost the same time as trained ones, and nothing has to be downloaded. Only the packaged tiny
-model comes as it is, so its routers' real choice is what is measured there.
+Weights are random: they take the same time as trained ones and need no download. Only the packaged tiny model has its
+real weights, so it is measured with the choices of its trained routers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgefed.errors import UnsupportedArchitecture
 from edgefed.expert_records import ExpertPlan
 from edgefed.moe.loading import load_config
 from edgefed.moe.model import MoeModel
-from edgefed.moe.units import MemorySource, TrainScope
+from edgefed.moe.units import ExpertSource, MemorySource, TrainScope
 from edgefed.protocol.messages import UnitInfo
 from edgefed.training.encoding import TokenBlocks
 
@@ -50,12 +50,12 @@ KNOWN_CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         vocab_size=32000, num_local_experts=8, num_experts_per_tok=2,
     )),
 }  # fmt: skip
-"""What their config.json says, as far as the defaults of their class do not: for measuring without a download."""
+"""Values of their config.json that differ from their class's defaults: a model is measured without a download."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchModel:
-    """``shape`` is that of the whole model; ``folder`` has weights only for the packaged one."""
+    """A model to measure. ``shape`` is that of the whole model; only the packaged model has weights in ``folder``."""
 
     name: str
     config: Any
@@ -64,19 +64,21 @@ class BenchModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its checkpoint is trained in."""
+        """The dtype of its checkpoint."""
         dtype = getattr(self.config, "dtype", None) or getattr(self.config.get_text_config(), "dtype", None)
         return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.bfloat16
 
 
 def known_name(name: str) -> str | None:
-    """The well-known model that ``name`` means, whatever its case; None when it is none."""
+    """Return the well-known model called ``name`` in any case, None if there is none."""
     return next((known for known in KNOWN_SHAPES if known.lower() == name.lower()), None)
 
 
 def find_model(name: str) -> BenchModel:
-    """``tiny``, a well-known name, a folder with a config.json, or a hub id; of the last two, only the configuration
-    is read. Raises ModelNotFound, CheckpointError, UnsupportedArchitecture.
+    """Find a model: ``tiny``, a well-known name, a directory with a config.json, or a Hugging Face Hub id.
+
+    Only the configuration of a directory or Hub model is read. Raises ModelNotFound, CheckpointError,
+    UnsupportedArchitecture.
     """
     known = known_name(name)
     if known is not None:
@@ -89,7 +91,7 @@ def find_model(name: str) -> BenchModel:
 
 
 def shortened(config: Any, layers: int) -> Any:
-    """A copy of a configuration with its first ``layers`` decoder layers only; lists of one entry a layer are cut."""
+    """Copy a configuration with only its first ``layers`` decoder layers; lists with one entry per layer are cut."""
     short = copy.deepcopy(config)
     text = short.get_text_config()
     depth = text.num_hidden_layers
@@ -101,20 +103,20 @@ def shortened(config: Any, layers: int) -> Any:
 
 
 def first_moe_layer(shape: ModelShape) -> int:
-    """Index of the first decoder layer with experts."""
+    """Return the index of the first decoder layer with experts."""
     return next(index for index, layer in enumerate(shape.layers) if layer.num_experts)
 
 
 class RandomUnits:
-    """An `edgefed.moe.units.ExpertSource` of random weights. Experts share their tensors: the bank copies them."""
+    """An `edgefed.moe.units.ExpertSource` of random weights. Experts share their tensors, which the bank copies."""
 
     def __init__(self, units: list[UnitInfo], dtype: torch.dtype):
         self._units = {unit.key: unit for unit in units}
         self._dtype = dtype
-        self._made: dict[tuple, torch.Tensor] = {}
+        self._made: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def read(self, unit_key: str) -> dict[str, torch.Tensor]:
-        """The unit's tensors: matrices with entries of about 0.02, vectors of ones (norms) or zeros (biases)."""
+        """Return a unit's tensors: matrices with entries of about 0.02, vectors of ones (norms) or zeros (biases)."""
         infos = self._units[unit_key].tensors
         return {info.name: self._tensor(info.name, info.dtype, tuple(info.shape), unit_key) for info in infos}
 
@@ -137,20 +139,16 @@ _DTYPES = {
 
 
 def build_model(
-    model: BenchModel, layers: int, kept: int, trainable: int, scope: TrainScope, device: torch.device
-) -> tuple[MoeModel, ExpertPlan, Any]:
-    """The first ``layers`` layers on ``device`` with the first ``kept`` experts of each, ``trainable`` of which train.
+    model: BenchModel, layers: int, resident: int, trainable: int, scope: TrainScope, device: torch.device
+) -> tuple[MoeModel, ExpertPlan, ExpertSource]:
+    """Build the first ``layers`` layers on ``device``: ``resident`` experts each, the first ``trainable`` trainable.
 
-    Returns (model, plan, the source that its experts came from). Raises UnsupportedArchitecture, and whatever an
-    allocation raises.
+    Returns (model, plan, source of its experts). Raises UnsupportedArchitecture, and the errors of allocations.
     """
     if model.folder is not None and layers == len(model.shape.layers):
         moe = MoeModel.from_checkpoint(model.folder, device=device)
-        if scope.uses_lora:
-            specs = {spec.key: tensors for spec, tensors in moe.iter_units(scope)}
-        else:
-            specs = {spec.key: tensors for spec, tensors in moe.iter_units()}
-        source: Any = MemorySource(specs)
+        units = moe.iter_units(scope) if scope.uses_lora else moe.iter_units()
+        source: ExpertSource = MemorySource({spec.key: tensors for spec, tensors in units})
     else:
         with tempfile.TemporaryDirectory(prefix="edgefed-bench-") as folder:
             shortened(model.config, layers).save_pretrained(folder)
@@ -162,18 +160,18 @@ def build_model(
                 moe.load_unit(spec.key, source.read(spec.key))
     if not moe.layers:
         raise UnsupportedArchitecture(f"the first {layers} layers of {model.name} have no experts")
-    counts = [(min(kept, experts), min(trainable, kept, experts)) for experts in moe.experts_per_layer]
+    counts = [(min(resident, experts), min(trainable, resident, experts)) for experts in moe.experts_per_layer]
     plan = ExpertPlan.of(
         moe.experts_per_layer,
-        trainable=[range(tune) for _, tune in counts],
-        frozen=[range(tune, keep) for keep, tune in counts],
+        trainable=[range(some) for _, some in counts],
+        frozen=[range(some, most) for most, some in counts],
     )
     moe.apply_plan(plan, source, scope)
     return moe, plan, source
 
 
 def random_blocks(vocab_size: int, blocks: int, sequence_length: int) -> TokenBlocks:
-    """Fixed synthetic tokens: (blocks, sequence_length), all of them learned from."""
+    """Return fixed synthetic tokens (blocks, sequence_length), all with labels."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (blocks, sequence_length), generator=generator)
     return TokenBlocks(ids, ids.clone())

@@ -1,13 +1,13 @@
-"""The line to the aggregator as benchmark entries, and how long a round's upload takes on lines of known speed.
+"""The connection to the aggregator as benchmark entries, and upload times on connections of known speed.
 
     connect       ms     open a TCP connection: one round trip
-    message       ms     question and answer on an open connection: round trip and server
-    kernel rtt    ms     what TCP_INFO says of that connection
-    upload        MB/s   only when asked for: sends up to 16 MB that the server throws away
-    download      MB/s   only when asked for
+    message       ms     request and response on an open connection: round trip and server
+    kernel rtt    ms     round-trip time of that connection by TCP_INFO
+    upload        MB/s   only with ``active``: sends up to 16 MB, which the server discards
+    download      MB/s   only with ``active``
 
-A server that is away, refuses the token or does not know a route gives entries that say so. Neither its address nor its
-name is in any of them: a report is meant to be shared.
+A server that does not answer, refuses the token or lacks a route yields entries with that reason. No entry contains its
+address or name: a report is made to be shared.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 from edgefed.agent import network
@@ -27,20 +28,20 @@ from edgefed.bench.statistics import MIN_SAMPLES, Entry
 from edgefed.errors import ConfigError, EdgefedError, NotFound, Unauthorized
 from edgefed.protocol import probe
 
-PATIENCE_S = 10.0
-"""Per phase of a request; a benchmark does not wait as long as an agent does."""
+TIMEOUT_S = 10.0
+"""Time limit for each phase of a request, shorter than an agent's."""
 MSS_BYTES = 1448
-"""Payload of one segment on an Ethernet path."""
+"""Payload of one TCP segment on Ethernet."""
 ROUND_TRIPS = 4
-"""Connection, offset, upload, commit: what one upload waits for beside its bytes."""
+"""Round trips of an upload: connection, offset, upload, commit."""
 
 
-# --- lines of known speed ---------------------------------------------------------------------------------------
+# --- connections of known speed ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """An Internet access. Rates in bytes per second of payload; ``loss`` is the share of packets that get lost."""
+    """An Internet connection. Rates are bytes of payload per second; ``loss`` is the share of lost packets."""
 
     name: str
     down_bytes_per_s: float
@@ -51,9 +52,9 @@ class Line:
 
     @property
     def sustained_up_bytes_per_s(self) -> float:
-        """What one TCP connection gets upwards: at most MSS / RTT * sqrt(3/2 / loss) (Mathis et al., CCR 27(3), 1997).
+        """Upload rate of one TCP connection: at most MSS / RTT * sqrt(3/2 / loss) (Mathis et al., CCR 27(3), 1997).
 
-        That is the law of Reno; CUBIC and BBR do better on lossy lines, so it is the careful figure.
+        This holds for TCP Reno. CUBIC and BBR are faster on lossy connections, so it is a conservative estimate.
         """
         if not self.loss:
             return self.up_bytes_per_s
@@ -76,8 +77,8 @@ PRESETS: dict[str, Line] = {
         _line("starlink", 120, 12, 40),
     )
 }
-"""Fibre, cable and 5G are rounded from the medians that Ookla published for the United States in 2021 and 2022; the
-others are typical figures without a single source. For planning, not a promise."""
+"""Fibre, cable and 5G are rounded medians that Ookla published for the United States in 2021 and 2022; the others are
+typical figures without a single source. For planning only."""
 
 _SCALE = {"k": 1e3, "m": 1e6, "g": 1e9}
 _RATE = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kKmMgG])(bit|bit/s|bps|B|B/s)\s*")
@@ -85,21 +86,21 @@ STATED_RTT_MS = 30.0
 
 
 def find_line(text: str) -> Line:
-    """A preset by name, or an uplink such as ``10mbit`` or ``1.5MB/s`` (bit, byte). Raises ConfigError."""
+    """Return a preset by name, or an uplink such as ``10mbit`` or ``1.5MB/s`` (bit, byte). Raises ConfigError."""
     if preset := PRESETS.get(text.strip().lower()):
         return preset
     found = _RATE.fullmatch(text)
     rate = float(found[1]) * _SCALE[found[2].lower()] / (1 if found[3].startswith("B") else 8) if found else 0.0
-    if not rate:  # "10Mb" may be either, so it is neither
+    if not rate:  # "10Mb" is ambiguous
         raise ConfigError(
-            f"{text!r} is no line",
-            remedy=f"Name one of {', '.join(PRESETS)}, or the uplink's rate such as 10mbit or 1.5MB/s.",
+            f"invalid connection {text!r}",
+            remedy=f"Use one of {', '.join(PRESETS)}, or an upload rate such as 10mbit or 1.5MB/s.",
         )
     return Line(text.strip(), rate, rate, STATED_RTT_MS, basis="stated")
 
 
 def upload_seconds(size_bytes: int, line: Line) -> float:
-    """Seconds until ``size_bytes`` are sent and acknowledged: bytes / rate + `ROUND_TRIPS` round trips."""
+    """Return the seconds to send ``size_bytes`` with acknowledgement: bytes / rate + `ROUND_TRIPS` round trips."""
     return size_bytes / line.sustained_up_bytes_per_s + ROUND_TRIPS * line.rtt_ms / 1e3
 
 
@@ -113,17 +114,18 @@ def measure_network(
     active: bool = False,
     repeats: int = MIN_SAMPLES,
     record: Callable[[Entry], None] | None = None,
+    timeout_s: float = TIMEOUT_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Entry]:
-    """Measure the line to the aggregator at ``url``. ``record`` gets each entry as soon as there is one.
+    """Measure the connection to the aggregator at ``url``. ``record`` gets each entry as soon as it is complete.
 
-    Without ``active`` it sends a few hundred bytes a sample and no more. Raises ConfigError for an address or a token
-    that cannot be one; everything else that goes wrong is in the entries.
+    Without ``active`` it sends only a few hundred bytes a sample. Raises ConfigError for an invalid address or token;
+    all other errors are in the entries.
     """
     base_url = check_base_url(url)
     entries: list[Entry] = []
 
-    def keep(name: str, unit: str, better: str, work: Callable[[], Entry]) -> Entry:
+    def add(name: str, unit: str, better: str, work: Callable[[], Entry]) -> Entry:
         try:
             entry = work()
         except KeyboardInterrupt:
@@ -138,33 +140,34 @@ def measure_network(
         return entry
 
     def skip(name: str, unit: str, better: str, reason: str) -> None:
-        keep(name, unit, better, lambda: Entry.skipped(name, unit, reason, better=better))
+        add(name, unit, better, lambda: Entry.skipped(name, unit, reason, better=better))
 
-    patience = {"connect_s": PATIENCE_S, "read_s": PATIENCE_S, "write_s": PATIENCE_S}
-    with AggregatorClient(base_url, token=token, **patience) as client:
-        there = keep("connect", "ms", "lower", functools.partial(_connect, base_url, repeats))
+    with AggregatorClient(
+        base_url, token=token, connect_s=timeout_s, read_s=timeout_s, write_s=timeout_s
+    ) as client:  # fmt: skip
+        connect = add("connect", "ms", "lower", functools.partial(_connect, base_url, repeats, timeout_s))
         rates = (("upload", client.probe_up), ("download", client.probe_down))
-        if not there.measured:
+        if not connect.measured:
             for name in ("message", "kernel rtt"):
                 skip(name, "ms", "lower", "the server does not answer")
             for name, _ in rates:
                 skip(name, "MB/s", "higher", "the server does not answer")
             return entries
         round_trips: list[float] = []
-        message = keep("message", "ms", "lower", lambda: _message(client, repeats, round_trips, clock))
-        keep("kernel rtt", "ms", "lower", lambda: _kernel(client, round_trips))
+        message = add("message", "ms", "lower", lambda: _message(client, repeats, round_trips, clock))
+        add("kernel rtt", "ms", "lower", lambda: _kernel(client, round_trips))
         for name, send in rates:
             if not active:
-                skip(name, "MB/s", "higher", "not asked for: `active` sends up to 17 MB each way")
+                skip(name, "MB/s", "higher", "not requested: `active` sends up to 17 MB each way")
             elif not message.measured:
                 skip(name, "MB/s", "higher", message.reason)
             else:
-                keep(name, "MB/s", "higher", functools.partial(_rate, name, send, client))
+                add(name, "MB/s", "higher", functools.partial(_rate, name, send, client))
     return entries
 
 
-def _connect(base_url: str, repeats: int) -> Entry:
-    times = network.measure_connect(base_url, tries=repeats, timeout_s=PATIENCE_S)
+def _connect(base_url: str, repeats: int, timeout_s: float) -> Entry:
+    times = network.measure_connect(base_url, tries=repeats, timeout_s=timeout_s)
     return Entry.of("connect", "ms", times.samples_ms, better="lower", params={"min_ms": times.min_ms})
 
 
@@ -173,7 +176,7 @@ def _message(client: AggregatorClient, repeats: int, round_trips: list[float], c
     for turn in range(repeats + 1):
         begun = clock()
         client.status()
-        if turn:  # the first one opens the connection
+        if turn:  # the first request opens the connection
             samples.append((clock() - begun) * 1e3)
             rtt_ms = client.network_facts().rtt_ms.value
             if rtt_ms is not None:
@@ -191,27 +194,29 @@ def _kernel(client: AggregatorClient, round_trips: list[float]) -> Entry:
 
 def _rate(name: str, send: Callable[[int], tuple[probe.Mark, ...]], client: AggregatorClient) -> Entry:
     line = network.measure_line(send)
-    params = {
+    params: dict[str, Any] = {
         "probe_bytes": line.size_bytes, "probe_s": round(line.seconds, 4), "moved_bytes": line.moved_bytes,
         "settled": line.settled,
     }  # fmt: skip
     if name == "upload":
         params["retransmit_share"] = client.network_facts().retransmit_share.value
     if not line.samples:
-        return Entry.failed(name, "MB/s", "over too soon to be timed", params=params)
+        return Entry.failed(name, "MB/s", "too short to be timed", params=params)
     note = "one connection" if line.settled else "one connection, slow start included"
     return Entry.of(name, "MB/s", [rate / 1e6 for rate in line.samples], note=note, params=params)
 
 
 def explain(error: EdgefedError, base_url: str) -> str:
-    """One sentence for a report: what went wrong, without the server's address or name."""
+    """Describe an error in one sentence for a report, without the server's address or name."""
     if getattr(error, "received_status", 0) == 429:
         wait_s = getattr(error, "retry_after", "")
-        return f"the server has measured enough for now{f', again in {wait_s} s' if wait_s.isdigit() else ''}"
+        return (
+            f"the server limits measurements{f', try again in {wait_s} s' if wait_s.isdigit() else ', try again later'}"
+        )
     if isinstance(error, Unauthorized):
-        return "the server needs a token, and got none or another one"
+        return "the server requires a token; it is missing or wrong"
     if isinstance(error, NotFound) and "no route" in str(error):
-        return "the server is older and cannot be measured: it has no probe route"
+        return "the server is too old to be measured: it has no probe route"
     text = str(error).replace(base_url, "the server")
     host = urlsplit(base_url).hostname or ""
     return re.sub(rf"(?<![\w.-])'?\[?{re.escape(host)}\]?'?(?![\w.-])", "the server", text) if host else text

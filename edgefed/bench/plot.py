@@ -1,32 +1,37 @@
-"""The picture of a report: where the memory goes, and how much of each model fits into which budget.
+"""The figure of a report: how the memory is used, and how much of each model fits in which budget.
 
-Labels stand at what they name; there is no legend to look up. matplotlib is imported when a picture is drawn.
+Labels stand beside what they name instead of in a legend. matplotlib is imported when a figure is drawn.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgefed.bench.fits import fit_curve
+from edgefed.bench.planning import fit_curve
 from edgefed.bench.report import Report
 from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.errors import StorageError
 from edgefed.hardware.memory import GIB
 from edgefed.plots import COLOURS, DPI
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 LEAST_SHOWN = 0.012
-"""A step of the waterfall below this share of the total is drawn without a label."""
+"""A term of the budget below this share of the total is drawn without a label."""
 CHARACTERS = 56
-"""Of the labels' type that go over the whole bar."""
+"""Characters of a label that fit over the whole bar."""
 GREYS = ("#8d99ae", "#c9d1dc", "#adb5bd", "#d9dfe6", "#98a4b3")
 MOST_GIB, LEAST_GIB = 192.0, 4.0
 LABEL_GAP = 0.055
-"""Least distance of two labels at the right edge, in shares of experts."""
+"""Smallest distance of two labels at the right edge, as a share of experts."""
 
 
 def save_picture(path: Path, report: Report) -> None:
-    """Write ``path``, PNG or SVG by its ending: left the memory, right the experts that fit. Raises StorageError."""
+    """Write a PNG or SVG file: memory on the left, experts that fit on the right. Raises StorageError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.6), layout="constrained")
@@ -45,27 +50,29 @@ def save_picture(path: Path, report: Report) -> None:
 
 def _title(report: Report) -> str:
     words = [report.device.name]
-    words.append("stand-in, nothing measured" if report.device.stand_in else report.created[:10])
+    words.append("planned, not measured" if report.device.stand_in else report.created[:10])
     return ", ".join(words)
 
 
-def draw_memory(axes, report: Report) -> None:
-    """One stacked bar from nothing to the total. A name stands within its piece where there is room, else at the end of
-    a line from it: above the bar to the left of its line, or below the bar to the right, so that no two names meet.
+def draw_memory(axes: Axes, report: Report) -> None:
+    """Draw one stacked bar from 0 to the total.
+
+    A name stands in its segment if there is room, else at the end of a line: above the bar and left of the line, or
+    below the bar and right of it, so that names never overlap.
     """
     terms = [term for term in report.memory.terms if term.size_bytes < 0]
     total = sum(term.size_bytes for term in report.memory.terms if term.size_bytes > 0)
     axes.set_title("memory\n", fontsize=10, loc="left")
     if not total or report.memory.now_bytes is None:
-        words = "the budget is unknown here:\n" + _wrapped(report.memory.origin, 50)
+        words = "the budget is unknown:\n" + _wrapped(report.memory.origin, 50)
         axes.text(0.5, 0.5, words, ha="center", va="center", fontsize=9, transform=axes.transAxes)
         axes.set_axis_off()
         return
     pieces = [("usable", report.memory.now_bytes, COLOURS[2])]
-    pieces += [
-        (term.name, -term.size_bytes, GREYS[index % len(GREYS)]) for index, term in enumerate(reversed(terms))
-    ]  # fmt: skip
-    start, above, below = 0, [], []
+    pieces += [(term.name, -term.size_bytes, GREYS[index % len(GREYS)]) for index, term in enumerate(reversed(terms))]
+    start = 0
+    above: list[tuple[float, str]] = []
+    below: list[tuple[float, str]] = []
     for name, size, colour in pieces:
         axes.barh(0, size / GIB, left=start / GIB, color=colour, edgecolor="white", height=0.5)
         middle, size_text = (start + size / 2) / GIB, f"{size / GIB:.1f} GiB"
@@ -96,13 +103,11 @@ def draw_memory(axes, report: Report) -> None:
 
 
 def _wrapped(text: str, width: int) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width))
 
 
-def draw_fits(axes, report: Report) -> None:
-    """A line a model: share of its experts that can be kept while one a layer trains, over the budget."""
+def draw_fits(axes: Axes, report: Report) -> None:
+    """Draw one line per model: share of resident experts while one per layer trains, over the budget."""
     planning = report.planning
     now = report.memory.now_bytes
     most = min(MOST_GIB, max(LEAST_GIB, 2.2 * (max(now or 0, report.memory.ideal_bytes or 0) / GIB)))
@@ -115,8 +120,8 @@ def draw_fits(axes, report: Report) -> None:
         axes.text(
             1.015, end, curve.model, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=colour
         )  # fmt: skip
-    lines = [(now, "now", "-"), (report.memory.ideal_bytes, "idle", "--")]
-    lines = [(size / GIB, label, style) for size, label, style in lines if size is not None]
+    budgets = [(now, "now", "-"), (report.memory.ideal_bytes, "idle", "--")]
+    lines = [(size / GIB, label, style) for size, label, style in budgets if size is not None]
     if len(lines) == 2 and abs(lines[0][0] - lines[1][0]) < 0.02 * most:
         lines.pop()
     sides = ("right", "left") if len(lines) == 2 else ("center",)
@@ -126,7 +131,7 @@ def draw_fits(axes, report: Report) -> None:
     axes.set_xlim(0, most)
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
-    axes.set_title("experts that fit, in bfloat16, one a layer trained in full\n", fontsize=10, loc="left")
+    axes.set_title("experts that fit, in bfloat16, one per layer trained in full\n", fontsize=10, loc="left")
     axes.set_xlabel("usable memory, GiB", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
@@ -135,7 +140,7 @@ def draw_fits(axes, report: Report) -> None:
 
 
 def _spread(values: Sequence[float]) -> list[float]:
-    """Heights for labels near ``values``, in the same order from below, at least `LABEL_GAP` apart and at most 1."""
+    """Return label heights near ``values``, in the same order, at least `LABEL_GAP` apart and at most 1."""
     order = sorted(range(len(values)), key=lambda index: values[index])
     heights = [0.0] * len(values)
     low = 0.0
@@ -143,7 +148,7 @@ def _spread(values: Sequence[float]) -> list[float]:
         heights[index] = max(values[index], low)
         low = heights[index] + LABEL_GAP
     high = 1.03
-    for index in reversed(order):  # pushed down again from the top
+    for index in reversed(order):  # pushed down from the top
         heights[index] = min(heights[index], high)
         high = heights[index] - LABEL_GAP
     return heights

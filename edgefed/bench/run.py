@@ -1,30 +1,30 @@
 """The whole benchmark, in order: memory, speed, experts, disk, a sustained run, network, what fits.
 
-`run_bench` measures and never prints; `stand_in` plans for a device that is not here. Ctrl-C at any point ends with a
-report of what there is.
+`run_bench` measures and never prints; `stand_in` plans for a device that is absent. Ctrl-C at any point ends the run
+with a report of the results so far.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import time
-from collections.abc import Iterator
+from typing import Any
 
-from edgefed.bench import describe
-from edgefed.bench.explain import measure, plan_cases, predict
-from edgefed.bench.fits import fits_of, planned_kernels
+from edgefed.bench import report as sections
+from edgefed.bench.capacity import verify_memory
+from edgefed.bench.compute import Stopwatch, dtype_name
 from edgefed.bench.models import BenchModel, find_model
-from edgefed.bench.network import Line, find_line, measure_network, upload_seconds
-from edgefed.bench.plan import DEFAULT_LINE, DEFAULT_MODEL, BenchOptions
-from edgefed.bench.report import Fit, MemoryCheck, Report, Sustain
-from edgefed.bench.sensors import DeviceSensors
-from edgefed.bench.session import Session
-from edgefed.bench.speed import SpeedTests, paper_figures
+from edgefed.bench.network import Line, find_line, measure_network
+from edgefed.bench.options import DEFAULT_LINE, DEFAULT_MODEL, BenchOptions
+from edgefed.bench.planning import Planner, speed_device
+from edgefed.bench.report import MemoryCheck, Report, Sustain
+from edgefed.bench.speed import Session, SpeedTests, paper_figures
 from edgefed.bench.statistics import Entry
-from edgefed.bench.stopwatch import Stopwatch
-from edgefed.costs.memory import StepSetup
-from edgefed.costs.shapes import KNOWN_SHAPES
+from edgefed.bench.sustain import DeviceSensors, run_sustained
+from edgefed.bench.training_step import measure_memory
+from edgefed.errors import ConfigError
 from edgefed.hardware.budget import MemoryBudget, plan_budget
 from edgefed.hardware.facts import DeviceFacts, MemoryKind
 from edgefed.hardware.memory import GIB, format_bytes, process_rss_bytes
@@ -32,34 +32,32 @@ from edgefed.hardware.probe import probe_device
 from edgefed.hardware.profiles import facts_of, find_profile, in_power_mode, match_profile
 from edgefed.progress import ProgressSink
 from edgefed.training.out_of_memory import is_out_of_memory
-from edgefed.training.savings import eight_bit_problem
 
 DEFAULT_RTT_MS = 30.0
 
 
 def stand_in(options: BenchOptions) -> Report:
-    """What would fit on the device of a profile. Nothing is measured.
-
-    Raises UnknownProfile, ConfigError, ModelError.
-    """
+    """Plan for the device of a profile, without measuring. Raises UnknownProfile, ConfigError, ModelError."""
     started = time.monotonic()
+    if options.profile is None:
+        raise ConfigError("missing device profile")
     profile = find_profile(options.profile)
     facts = facts_of(profile)
     budget = plan_budget(facts, override_bytes=options.memory_bytes)
     model = find_model(options.model) if options.model else None
-    planner = _Planner(facts, budget, _line(options, []), stand_in=True)
+    planner = Planner(facts, budget, _line(options, []), stand_in=True)
     return Report(
         created=_now(),
-        tool=describe.tool_section("plan", 0),
-        host=describe.host_section(facts),
-        device=describe.device_section(facts, profile, "", stand_in=True),
-        memory=describe.memory_section(budget),
+        tool=sections.tool_section("plan", 0),
+        host=sections.host_section(facts),
+        device=sections.device_section(facts, profile, "", stand_in=True),
+        memory=sections.memory_section(budget),
         fits=tuple(planner.fits(model)),
         uplink=planner.uplink(),
         planning=planner.planning(),
         model=_model_section(model) if model else {},
         explain=tuple(planner.explain(model)) if options.explain and model else (),
-        warnings=(f"{profile.id} stands in for the device: nothing was measured", *budget.notes),
+        warnings=(f"planned for the profile {profile.id}, not measured", *budget.notes),
         seconds=time.monotonic() - started,
     )
 
@@ -67,8 +65,7 @@ def stand_in(options: BenchOptions) -> Report:
 def run_bench(options: BenchOptions, progress: ProgressSink) -> Report:
     """Measure this device.
 
-    Raises ConfigError and ModelError for what was asked wrongly, before anything is measured; what goes wrong later is
-    in the report.
+    Raises ConfigError and ModelError for invalid options, before measuring; later errors are in the report.
     """
     started = time.monotonic()
     facts = probe_device(options.device)
@@ -91,7 +88,7 @@ class _Run:
         self.options, self.facts, self.budget, self.model, self.line = options, facts, budget, model, line
         self.effort = options.effort
         self.on_gpu = facts.trains_on_gpu
-        self.speed_on = f"cuda:{facts.gpu.cuda_index}" if self.on_gpu else "cpu"
+        self.speed_on = speed_device(facts)
         self.watch = Stopwatch(self.speed_on)
         self.sensors = DeviceSensors(facts, on_gpu=self.on_gpu)
         self.session = Session(progress, self.watch.release)
@@ -102,7 +99,7 @@ class _Run:
         self.check: MemoryCheck | None = None
         self.sustained: Sustain | None = None
         self.network: list[Entry] = []
-        self.explained: list[dict] = []
+        self.explained: list[dict[str, Any]] = []
 
     def report(self, started: float) -> Report:
         interrupted = False
@@ -113,13 +110,13 @@ class _Run:
         except KeyboardInterrupt:
             self.progress.done()
             interrupted = True
-        planner = _Planner(self.facts, self.budget, _line(self.options, self.network, self.line))
+        planner = Planner(self.facts, self.budget, _line(self.options, self.network, self.line))
         return Report(
             created=_now(),
-            tool=describe.tool_section(self.options.mode, self.options.sampling.repeats),
-            host=describe.host_section(self.facts, _load_now(self.options.device)),
-            device=describe.device_section(self.facts, self.profile, self.speed_on, stand_in=False),
-            memory=describe.memory_section(self.budget, self.check),
+            tool=sections.tool_section(self.options.mode, self.options.sampling.repeats),
+            host=sections.host_section(self.facts, _load_now()),
+            device=sections.device_section(self.facts, self.profile, self.speed_on, stand_in=False),
+            memory=sections.memory_section(self.budget, self.check),
             tests=tuple(paper_figures(self.session.entries, self.profile, self.facts, self.on_gpu)),
             sustain=self.sustained,
             fits=tuple(planner.fits(self.model)),
@@ -129,27 +126,25 @@ class _Run:
             model=_model_section(self.model),
             explain=tuple(self.explained),
             warnings=tuple(dict.fromkeys((*self.facts.notes, *self.budget.notes, *self.session.warnings))),
-            unknown=describe.unknown_fields(self.facts),
+            unknown=sections.unknown_fields(self.facts),
             seconds=time.monotonic() - started,
             interrupted=interrupted,
         )
 
     def _warn_about_conditions(self) -> None:
         host, warn = self.facts.host, self.session.warnings.append
-        if host.battery.known and host.battery.value.plugged is False:
-            warn("on battery: the numbers may not be compared")
-        if host.load_average.known and host.cpu_count.known and host.load_average.value > host.cpu_count.value / 2:
-            warn(
-                f"load {host.load_average.value:.1f} before the start: something else is at work here, "
-                "and the speeds are too low"
-            )
+        battery, load, cores = host.battery.value, host.load_average.value, host.cpu_count.value
+        if battery is not None and battery.plugged is False:
+            warn("on battery: do not compare the numbers")
+        if load is not None and cores is not None and load > cores / 2:
+            warn(f"load {load:.1f} before the start: other programs are running, so the speeds are too low")
         if not self.sensors.is_real:
-            warn("EDGEFED_SYSROOT is set: the memory is that of another machine, and is not allocated here")
+            warn("EDGEFED_SYSROOT is set: the memory belongs to another machine and is not allocated here")
 
-    # --- parts, each of which may be interrupted ------------------------------------------------------------------
+    # --- parts; Ctrl-C may interrupt each of them ------------------------------------------------------------------
 
     def _speed_budget(self) -> int | None:
-        """What the place where speed is measured may take."""
+        """Return the budget of the device that speed is measured on."""
         if not self.sensors.is_real:
             return min(2 * GIB, self.budget.now_bytes or 2 * GIB)
         if self.facts.kind is not MemoryKind.CPU and not self.on_gpu:
@@ -157,8 +152,6 @@ class _Run:
         return self.budget.now_bytes
 
     def _memory(self) -> None:
-        from edgefed.bench.memory_check import verify_memory
-
         budget = self._speed_budget()
         if budget is None or not self.sensors.is_real:
             return
@@ -181,12 +174,11 @@ class _Run:
             self.check = found
             if not found.complete:
                 self.session.warnings.append(
-                    f"only {format_bytes(found.verified_bytes)} of {format_bytes(asked)} could be allocated: "
-                    f"{found.stopped}"
+                    f"allocated only {format_bytes(found.verified_bytes)} of {format_bytes(asked)}: {found.stopped}"
                 )
-            if found.spilled:
+            if found.spilled and found.last_speed_share is not None:
                 self.session.warnings.append(
-                    f"the last blocks copy at {100 * found.last_speed_share:.0f} % of the first ones' speed: "
+                    f"the last blocks copy at {100 * found.last_speed_share:.0f} % of the speed of the first: "
                     "GPU memory spilled into system memory; plan with less (`memory`)"
                 )
 
@@ -203,25 +195,23 @@ class _Run:
     def _explain(self) -> None:
         if not self.options.explain:
             return
-        planner = _Planner(self.facts, self.budget, None)
+        planner = Planner(self.facts, self.budget, None)
         self.explained = planner.explain(self.model)
         work = self.tests.step_work()
         for index, (case, row) in enumerate(zip(planner.cases(self.model), self.explained, strict=True)):
             found = self.session.attempt(
-                f"explain {index + 1}", lambda case=case: measure(self.watch, self.model, case, work)
+                f"explain {index + 1}", functools.partial(measure_memory, self.watch, self.model, case, work)
             )
             row["measured"] = found if isinstance(found, dict) else None
             self.watch.release()
 
     def _sustain(self) -> None:
-        from edgefed.bench.sustain import run_sustained
-
         seconds = self.effort.sustain_s
         if seconds <= 0 or self.session.lost:
             return
         chosen = self.tests.fastest_matmul()
         if chosen is None:
-            self.session.warnings.append("no sustained run: no matrix product worked")
+            self.session.warnings.append("no sustained run: every matrix product failed")
             return
         dtype, n = chosen
         done = [0]
@@ -238,7 +228,7 @@ class _Run:
         )
         self.sustained = found if isinstance(found, Sustain) else None
         if self.sustained is not None and self.sustained.throttled:
-            self.session.warnings.append(f"throttled while busy: {', '.join(self.sustained.reasons)}")
+            self.session.warnings.append(f"throttled under load: {', '.join(self.sustained.reasons)}")
 
     def _network(self) -> None:
         if not self.options.network or not self.options.server:
@@ -256,83 +246,19 @@ class _Run:
             self.progress.done()
 
 
-class _Planner:
-    """What fits under a budget, and how long its update would take to send."""
-
-    def __init__(self, facts: DeviceFacts, budget: MemoryBudget, line: Line | None, *, stand_in: bool = False):
-        self._facts, self._budget, self._line = facts, budget, line
-        self.device = {MemoryKind.CPU: "cpu", MemoryKind.UNIFIED: "unified", MemoryKind.DISCRETE: "cuda"}[facts.kind]
-        problem = "" if stand_in and self.device != "cpu" else eight_bit_problem(
-            f"cuda:{facts.gpu.cuda_index}" if facts.trains_on_gpu else "cpu"
-        )  # fmt: skip
-        self.optimizer = "adamw" if problem else "adamw_8bit"
-
-    def room(self, budget_bytes: int | None) -> int | None:
-        """What tensors may take: on the CPU the budget is of the whole process, Python and libraries included."""
-        if budget_bytes is None:
-            return None
-        return max(0, budget_bytes - process_rss_bytes()) if self._facts.kind is MemoryKind.CPU else budget_bytes
-
-    def fits(self, model: BenchModel | None) -> Iterator[Fit]:
-        shapes = dict(KNOWN_SHAPES)
-        if model is not None and model.name not in shapes:
-            shapes = {model.name: model.shape, **shapes}
-        for shape in shapes.values():
-            for name, size in (("now", self._budget.now_bytes), ("ideal", self._budget.ideal_bytes)):
-                for fit in fits_of(shape, name, self.room(size), self.optimizer, self.device):
-                    seconds = upload_seconds(fit.upload_bytes, self._line) if fit.upload_bytes and self._line else None
-                    yield _with(fit, upload_s=seconds)
-
-    def planning(self) -> dict:
-        """What the predictions assume, beside what the tables say."""
-        own = process_rss_bytes() if self._facts.kind is MemoryKind.CPU else 0
-        return {"device": self.device, "optimizer": self.optimizer, "process_bytes": own}
-
-    def uplink(self) -> dict:
-        line = self._line
-        if line is None:
-            return {}
-        return {
-            "name": line.name,
-            "up_bytes_per_s": line.sustained_up_bytes_per_s,
-            "rtt_ms": line.rtt_ms,
-            "basis": line.basis,
-        }
-
-    def setup(self, model: BenchModel) -> StepSetup:
-        """A run's step with its defaults."""
-        return StepSetup(
-            batch_size=8, sequence_length=128, dtype=str(model.dtype).removeprefix("torch."), device=self.device,
-            kernels=planned_kernels(self.device, model.dtype),
-        )  # fmt: skip
-
-    def cases(self, model: BenchModel):
-        return plan_cases(model, self.setup(model), self.room(self._budget.now_bytes))
-
-    def explain(self, model: BenchModel) -> list[dict]:
-        room = self.room(self._budget.now_bytes)
-        return [predict(model, case, room) for case in self.cases(model)]
-
-
-def _with(fit: Fit, **changes: object) -> Fit:
-    import msgspec
-
-    return msgspec.structs.replace(fit, **changes)
-
-
 def _line(options: BenchOptions, network: list[Entry], stated: Line | None = None) -> Line:
-    """The uplink: stated, else measured, else the default, which is named as assumed."""
+    """Return the uplink: the given, else the measured, else the default one, marked as assumed."""
     if options.uplink:
         return stated or find_line(options.uplink)
     upload = next((entry for entry in network if entry.name == "upload" and entry.measured), None)
-    if upload is not None:
+    if upload is not None and upload.median is not None:
         connect = next((entry.median for entry in network if entry.name == "connect" and entry.measured), None)
         rate = upload.median * 1e6
         return Line("measured", rate, rate, connect or DEFAULT_RTT_MS, basis="measured")
     return dataclasses.replace(find_line(DEFAULT_LINE), basis="assumed")
 
 
-def _model_section(model: BenchModel) -> dict:
+def _model_section(model: BenchModel) -> dict[str, Any]:
     shape = model.shape
     return {
         "name": model.name,
@@ -341,7 +267,7 @@ def _model_section(model: BenchModel) -> dict:
         "moe_layers": len(shape.moe_layers),
         "experts": shape.num_experts,
         "top_k": shape.top_k,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
     }
 
 
@@ -349,5 +275,5 @@ def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")  # noqa: UP017
 
 
-def _load_now(device: str | None) -> float | None:
+def _load_now() -> float | None:
     return probe_device("cpu", ask_torch=False).host.load_average.value

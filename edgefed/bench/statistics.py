@@ -1,9 +1,9 @@
-"""From repeated samples to a number that can be trusted, or one that says that it cannot.
+"""From repeated samples to a number with a verdict: stable, noisy or unusable.
 
     warm up -> at least 7 samples -> median, MAD, best -> verdict
 
-The median and the scaled median absolute deviation survive what happens on a desktop: a neighbour that wakes up for one
-sample moves neither. All samples are kept, so that a reader can do otherwise.
+The median and the scaled median absolute deviation are robust: another program that disturbs one sample changes
+neither. All samples are recorded, so that a reader can compute other statistics.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import msgspec
 MIN_SAMPLES = 7
 MAX_WARM_UP = 10
 WARM_UP_AGREEMENT = 0.05
-"""Two successive samples that differ by no more end the warm-up."""
+"""The warm-up ends when two successive samples differ by at most this share."""
 MAD_SCALE = 1.4826
-"""Makes the MAD of normally distributed samples their standard deviation."""
+"""Scales the MAD of normally distributed samples to their standard deviation."""
 STABLE_BELOW, NOISY_BELOW = 0.03, 0.10
-"""Relative spread (scaled MAD / median) up to which samples are called so."""
+"""Relative spread (scaled MAD / median) below which samples are stable, or else noisy."""
 
 STABLE, NOISY, UNUSABLE = "stable", "noisy", "unusable"
 MEASURED = (STABLE, NOISY, UNUSABLE)
@@ -31,12 +31,12 @@ SKIPPED, FAILED, INTERRUPTED = "skipped", "failed", "interrupted"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One named result of the benchmark: measured, or the reason why not.
+    """One named result of the benchmark: a measurement, or the reason why there is none.
 
-    ``verdict`` is stable, noisy or unusable for what was measured, else skipped, failed or interrupted: then
-    ``median``, ``mad`` and ``best`` are None, ``reason`` says why, and ``samples`` may hold what was taken before.
-    ``mad`` is scaled by 1.4826. ``derived`` says that the number was computed from the samples by the rule in ``note``
-    and not observed as such. ``paper`` is what the device's profile states, in ``unit``; ``share`` = median / paper.
+    ``verdict`` is stable, noisy or unusable after a measurement, else skipped, failed or interrupted: then ``median``,
+    ``mad`` and ``best`` are None, ``reason`` says why, and ``samples`` may hold samples taken before. ``mad`` is scaled
+    by 1.4826. A ``derived`` number was computed by the rule in ``note`` instead of observed. ``paper`` is the figure in
+    the device's profile, in ``unit``; ``share`` = median / paper.
     """
 
     name: str
@@ -56,11 +56,12 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def measured(self) -> bool:
+        """Whether the entry has a measurement."""
         return self.verdict in MEASURED
 
     @property
     def share(self) -> float | None:
-        """Of the paper figure; None where there is none or nothing was measured."""
+        """Median relative to the paper figure; None without either."""
         return self.median / self.paper if self.paper and self.median is not None else None
 
     @property
@@ -72,7 +73,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     def of(
         cls, name: str, unit: str, samples: Sequence[float], *, better: str = "higher", reason: str = "", **more: Any
     ) -> Entry:
-        """An entry of measured samples. Raises ValueError without any."""
+        """Make an entry of measured samples. Raises ValueError without samples."""
         numbers = summarise(samples, better)
         return cls(
             name=name, unit=unit, verdict=numbers.verdict, samples=tuple(map(float, samples)), median=numbers.median,
@@ -81,24 +82,25 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def skipped(cls, name: str, unit: str, reason: str, **more: Any) -> Entry:
-        """Not possible or not asked for here."""
+        """Make an entry of a test that is impossible or was not requested here."""
         return cls(name=name, unit=unit, verdict=SKIPPED, reason=reason, **more)
 
     @classmethod
     def failed(cls, name: str, unit: str, reason: str, **more: Any) -> Entry:
-        """Tried, and it went wrong."""
+        """Make an entry of a test that raised an error."""
         return cls(name=name, unit=unit, verdict=FAILED, reason=reason, **more)
 
     @classmethod
     def interrupted(cls, name: str, unit: str, **more: Any) -> Entry:
-        """Stopped by Ctrl-C before it had enough samples."""
+        """Make an entry of a test that Ctrl-C stopped before it had enough samples."""
         return cls(name=name, unit=unit, verdict=INTERRUPTED, reason="stopped by Ctrl-C", **more)
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """``mad`` is scaled; ``best`` the highest or lowest sample, whichever is better; ``reason`` explains a verdict that
-    does not follow from the spread alone.
+    """Statistics of samples. ``mad`` is scaled; ``best`` is the highest or lowest sample, whichever is better.
+
+    ``reason`` explains a verdict that does not follow from the spread alone.
     """
 
     median: float
@@ -109,14 +111,14 @@ class Summary:
 
 
 def summarise(samples: Sequence[float], better: str = "higher") -> Summary:
-    """Median, scaled MAD, best and verdict. ``better``: "higher" or "lower". Raises ValueError without samples.
+    """Compute median, scaled MAD, best and verdict. ``better``: "higher" or "lower". Raises ValueError without samples.
 
-    Fewer than `MIN_SAMPLES` samples are never called stable, fewer than 3 are unusable: their spread says nothing.
+    Fewer than `MIN_SAMPLES` samples are never stable, fewer than 3 are unusable: their spread is meaningless.
     """
     if not samples:
         raise ValueError("no samples")
     if better not in ("higher", "lower"):
-        raise ValueError(f"better can be higher or lower, found {better!r}")
+        raise ValueError(f"better must be higher or lower, found {better!r}")
     median = statistics.median(samples)
     mad = MAD_SCALE * statistics.median([abs(sample - median) for sample in samples])
     spread = _relative(mad, median)
@@ -136,7 +138,7 @@ def _relative(mad: float, median: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How samples are taken. ``limit_s`` bounds a whole measurement, warm-up included; the sample that runs ends."""
+    """How samples are taken. ``limit_s`` bounds a whole measurement, warm-up included; a started sample is finished."""
 
     repeats: int = MIN_SAMPLES
     max_warm_up: int = MAX_WARM_UP
@@ -146,10 +148,10 @@ class Sampling:
 def collect(
     sample: Callable[[], float], sampling: Sampling, *, clock: Callable[[], float] = time.monotonic
 ) -> tuple[list[float], list[float]]:
-    """Warm up, then take samples: returns (samples, warm-up samples).
+    """Warm up, then take samples. Returns (samples, warm-up samples).
 
-    The warm-up ends when two successive samples agree within 5 %, after ``max_warm_up``, or at a third of the time
-    limit: samples are worth more than a perfect start. At least one sample is taken, whatever the time.
+    The warm-up ends when two successive samples agree within 5 %, after ``max_warm_up`` samples, or at a third of the
+    time limit, to leave time for samples. At least one sample is taken, even after the time limit.
     """
     started = clock()
     warm_up: list[float] = []
@@ -166,5 +168,5 @@ def collect(
 
 
 def agree(first: float, second: float) -> bool:
-    """Whether two samples differ by at most 5 % of the larger."""
+    """Return whether two samples differ by at most 5 % of the larger."""
     return abs(first - second) <= WARM_UP_AGREEMENT * max(abs(first), abs(second))

@@ -1,7 +1,7 @@
-"""Tokens per second of training and of profiling, by the code that a round runs.
+"""Training and profiling by the code that a round runs: tokens per second, and the memory of a real step.
 
-A model that is too large for the memory or for two minutes is measured with its first layers only, at two depths; the
-difference is what one layer costs, and the whole is computed from it. Such a number is marked as derived.
+A model that is too large for the memory or for two minutes is measured with its first layers only, at two depths. Their
+difference is the cost of one layer, from which the whole is computed; such a result is marked as derived.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
+from edgefed.bench.compute import Stopwatch, dtype_name
 from edgefed.bench.models import BenchModel, build_model, first_moe_layer, random_blocks
+from edgefed.bench.planning import PlanCase
 from edgefed.bench.statistics import Entry, Sampling
-from edgefed.bench.stopwatch import Stopwatch
 from edgefed.costs.memory import StepSetup, training_memory
 from edgefed.costs.shapes import ModelShape
 from edgefed.expert_records import ExpertPlan
@@ -23,53 +25,53 @@ from edgefed.methods.local import Local
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import ExpertSource, TrainScope
 from edgefed.protocol.messages import TrainingConfig
+from edgefed.training.calibration import correction_from, measure_step
 from edgefed.training.profiling import ProfilePass, profile_blocks
-from edgefed.training.steps import run_steps
+from edgefed.training.savings import make_optimizer
+from edgefed.training.steps import run_steps, take_step
 
 WARM_UP_STEPS = 2
-"""The first makes the optimizer's state; the second finds everything in place."""
+"""The first step creates the optimizer's state; the second runs with everything in place."""
 LEARNING_RATE = 1e-6
-"""Random weights learn nothing: small enough that the loss stays finite."""
+"""Small enough that the loss of random weights stays finite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepWork:
-    """What is measured. ``limit_s`` bounds one depth; ``memory_bytes`` the model that is built."""
+    """Size of the measured step. ``limit_s`` bounds one depth, ``memory_bytes`` the model that is built."""
 
-    kept: int
+    resident: int
     trainable: int
     batch_size: int
     sequence_length: int
     memory_bytes: int
     limit_s: float
     whole_below_bytes: int
-    """A whole model is only built where it needs less: making random weights takes time as well."""
+    """The whole model is built only if it needs less: creating random weights takes time."""
 
 
 def depths(model: BenchModel, setup: StepSetup, work: StepWork) -> tuple[int, ...]:
-    """Numbers of layers to measure: all of them, or the two smallest that have one and two MoE layers.
+    """Return the numbers of layers to measure: all, or the two smallest with one and two MoE layers.
 
-    Empty when not even those fit into the memory.
+    Empty if not even those fit in memory.
     """
     most = len(model.shape.layers)
-    need = training_memory(model.shape, setup, work.kept, work.trainable).total_bytes
+    need = training_memory(model.shape, setup, work.resident, work.trainable).total_bytes
     if need <= min(work.memory_bytes, work.whole_below_bytes):
         return (most,)
     first = first_moe_layer(model.shape) + 1
-    second = next(
-        (i + 1 for i, layer in enumerate(model.shape.layers) if i >= first and layer.num_experts), most
-    )  # fmt: skip
+    second = next((i + 1 for i, layer in enumerate(model.shape.layers) if i >= first and layer.num_experts), most)
     found = tuple(
         depth
         for depth in dict.fromkeys((first, second))
-        if training_memory(cut_shape(model.shape, depth), setup, work.kept, work.trainable).total_bytes
+        if training_memory(cut_shape(model.shape, depth), setup, work.resident, work.trainable).total_bytes
         <= work.memory_bytes
     )
     return found if len(found) == 2 else ()
 
 
 def cut_shape(shape: ModelShape, depth: int) -> ModelShape:
-    """The shape of a model with its first ``depth`` decoder layers only."""
+    """Return the shape of a model with only its first ``depth`` decoder layers."""
     return dataclasses.replace(shape, layers=shape.layers[:depth])
 
 
@@ -81,23 +83,25 @@ def measure_training(
     work: StepWork,
     energy: Callable[[], Reading[float]],
 ) -> Iterator[Entry]:
-    """Training, profiling and, where the device counts its energy, joules per token. Tokens/s over a whole step.
+    """Measure training and profiling in tokens/s, and joules per token if the device counts its energy.
 
-    Raises MemoryError when not even two layers fit, and whatever training raises.
+    Raises MemoryError if not even two layers fit, and the errors of training.
     """
     measured = depths(model, setup, work)
     if not measured:
-        raise MemoryError(f"not even {first_moe_layer(model.shape) + 2} layers of {model.name} fit beside the reserve")
+        raise MemoryError(f"not even {first_moe_layer(model.shape) + 2} layers of {model.name} fit above the reserve")
     scope = TrainScope(setup.experts, setup.router, setup.attention, setup.lora_rank)
-    train_s, profile_s, joules = {}, {}, None
+    train_s: dict[int, list[float]] = {}
+    profile_s: dict[int, list[float]] = {}
+    joules: float | None = None
     for depth in measured:
-        moe, plan, source = build_model(model, depth, work.kept, work.trainable, scope, watch.device)
+        moe, plan, source = build_model(model, depth, work.resident, work.trainable, scope, watch.device)
         before = energy()
         started = time.perf_counter()
         train_s[depth] = step_seconds(watch, moe, plan, setup, work, sampling)
         seconds = time.perf_counter() - started
         after = energy()
-        if before.known and after.known and seconds > 0:
+        if before.value is not None and after.value is not None and seconds > 0:
             joules = (after.value - before.value) / seconds * statistics.median(train_s[depth])
         profile_s[depth] = profile_seconds(watch, moe, source, scope, work, sampling)
         del moe, plan, source
@@ -105,9 +109,9 @@ def measure_training(
     tokens = work.batch_size * work.sequence_length
     most = len(model.shape.layers)
     params = {
-        "model": model.name, "layers": list(measured), "layers_of": most, "kept": work.kept, "trainable": work.trainable,
-        "batch_size": work.batch_size, "sequence_length": work.sequence_length, "dtype": str(model.dtype)[6:],
-        "trains": setup.experts, "tokens": tokens,
+        "model": model.name, "layers": list(measured), "layers_of": most, "resident": work.resident,
+        "trainable": work.trainable, "batch_size": work.batch_size, "sequence_length": work.sequence_length,
+        "dtype": dtype_name(model.dtype), "trains": setup.experts, "tokens": tokens,
     }  # fmt: skip
     whole = measured == (most,)
     note = "" if whole else f"derived from {measured[-1]} layers"
@@ -116,13 +120,11 @@ def measure_training(
         yield Entry.of(
             name, "tokens/s", rates, derived=not whole,
             params={**params, "seconds_by_layers": {str(d): v for d, v in seconds_by_depth.items()}},
-            note=note or ("experts from memory" if name == "profile" else ""),
+            note=note or ("experts read from memory" if name == "profile" else ""),
         )  # fmt: skip
     if joules is None:
-        reading = energy()
-        yield Entry.skipped(
-            "energy", "J/token", "energy is not readable", better="lower", params={"sensor": reading.describe()}
-        )  # fmt: skip
+        reason, sensor = "the energy counter is unreadable", {"sensor": energy().describe()}
+        yield Entry.skipped("energy", "J/token", reason, better="lower", params=sensor)
     else:
         scale = (
             1.0 if whole else statistics.median(extrapolate(train_s, most)) / statistics.median(train_s[measured[-1]])
@@ -131,11 +133,11 @@ def measure_training(
 
 
 def extrapolate(seconds: dict[int, list[float]], layers: int) -> list[float]:
-    """Seconds of a step of ``layers`` layers, from samples at one depth that is all of them, or at two.
+    """Compute the seconds of a step of ``layers`` layers from samples at that depth, or at two smaller ones.
 
-    Each sample of the deeper model is continued with what it took more than the median of the shallower one, so the
-    spread of the result shows how far a small error reaches when it is multiplied by the layers. A layer that seems to
-    take less than nothing is noise: then its share of the deeper model stands for it.
+    Each sample of the deeper model is extended by its difference from the median of the shallower one, so the spread of
+    the result shows the effect of a small error multiplied by the layers. A negative difference is noise: one layer is
+    then estimated as its share of the deeper model.
     """
     deepest = max(seconds)
     if deepest == layers:
@@ -152,13 +154,13 @@ def extrapolate(seconds: dict[int, list[float]], layers: int) -> list[float]:
 
 
 class _Enough(Exception):
-    """The time is over, and there are samples."""
+    """The time limit is reached, and there are samples."""
 
 
 def step_seconds(
     watch: Stopwatch, moe: MoeModel, plan: ExpertPlan, setup: StepSetup, work: StepWork, sampling: Sampling
 ) -> list[float]:
-    """Seconds of each training step after the warm-up: as many as asked for and as the time allows, at least one."""
+    """Return the seconds of each training step after the warm-up, at least one, within the time limit."""
     blocks = random_blocks(moe.config.get_text_config().vocab_size, work.batch_size * 4, work.sequence_length)
     training = TrainingConfig(
         local_steps=WARM_UP_STEPS + sampling.repeats, batch_size=work.batch_size, sequence_length=work.sequence_length,
@@ -183,7 +185,7 @@ def step_seconds(
 def profile_seconds(
     watch: Stopwatch, moe: MoeModel, source: ExpertSource, scope: TrainScope, work: StepWork, sampling: Sampling
 ) -> list[float]:
-    """Seconds of a forward pass over one batch through all experts, one in memory at a time, as a profile runs."""
+    """Return the seconds of a profile over one batch: a forward pass with one expert at a time in memory."""
     blocks = random_blocks(moe.config.get_text_config().vocab_size, work.batch_size, work.sequence_length)
     moe.drop_experts()
     deadline = time.perf_counter() + work.limit_s / 2
@@ -194,8 +196,51 @@ def profile_seconds(
         watch.synchronize()
         return time.perf_counter() - started
 
-    once()  # everything in place
+    once()  # warm up
     seconds = [once()]
     while len(seconds) < sampling.repeats and time.perf_counter() < deadline:
         seconds.append(once())
     return seconds
+
+
+def measure_memory(watch: Stopwatch, model: BenchModel, case: PlanCase, work: StepWork) -> dict[str, Any]:
+    """Measure the memory of a real step: {layers, predicted_bytes, measured_bytes, corrected_bytes, phases}.
+
+    A model that is too large is measured with its first layers, and compared with the prediction for these layers. The
+    second step is measured, because the first has no optimizer state yet. ``corrected_bytes`` is the prediction after
+    the correction by this step. Raises MemoryError if not even two layers fit.
+    """
+    work = dataclasses.replace(work, resident=case.resident, trainable=case.trainable)
+    found = depths(model, case.setup, work)
+    if not found:
+        raise MemoryError(f"two layers of {model.name} do not fit")
+    depth = found[-1]
+    shape = cut_shape(model.shape, depth)
+    setup = case.setup
+    scope = TrainScope(setup.experts, setup.router, setup.attention, setup.lora_rank)
+    moe, plan, source = build_model(model, depth, case.resident, case.trainable, scope, watch.device)
+    del source
+    setup = dataclasses.replace(setup, kernels=moe.training_kernels())  # known now; the case assumes them
+    parameters = list(moe.trainable_parameters())
+    optimizer = make_optimizer(parameters, setup.optimizer, learning_rate=LEARNING_RATE, weight_decay=0.0)
+    blocks = random_blocks(moe.config.get_text_config().vocab_size, setup.batch_size, setup.sequence_length)
+    moe.module.train()
+
+    def step() -> None:
+        take_step(moe, optimizer, parameters, blocks.input_ids, blocks.labels, setup=setup, max_grad_norm=1.0)
+
+    step()
+    optimizer.zero_grad(set_to_none=True)
+    measured = measure_step(moe, optimizer, step)
+    predicted = training_memory(shape, setup, case.resident, case.trainable)
+    correction = correction_from(measured, shape, setup)
+    corrected = training_memory(shape, setup, case.resident, case.trainable, correction)
+    return {
+        "layers": depth,
+        "layers_of": len(model.shape.layers),
+        "predicted_bytes": predicted.total_bytes,
+        "measured_bytes": measured.peak_bytes,
+        "corrected_bytes": corrected.total_bytes,
+        "process_bytes": measured.process_bytes,
+        "phases": dict(measured.phases),
+    }

@@ -91,7 +91,7 @@ def _options(flags: dict):
     """What the flags mean. Raises ConfigError for flags that contradict each other."""
     import tempfile
 
-    from edgefed.bench.plan import BenchOptions
+    from edgefed.bench.options import BenchOptions
     from edgefed.errors import ConfigError
     from edgefed.hardware.memory import parse_bytes
 
@@ -129,7 +129,7 @@ def _options(flags: dict):
 
 def _check_outputs(flags: dict) -> dict[str, Path]:
     """The files to write, by flag. Refuses now what would fail after two minutes, and two documents on one stdout."""
-    from edgefed.bench.report import check_writable
+    from edgefed.bench.formats import check_writable
     from edgefed.errors import ConfigError
 
     named = {name: flags[name] for name in OUTPUTS if flags[name] is not None}
@@ -155,8 +155,8 @@ def _check_outputs(flags: dict) -> dict[str, Path]:
 
 def _write(report, flags: dict, files: dict[str, Path]) -> None:
     """The document that was asked for on stdout, or the tables; and the files."""
-    from edgefed.bench.markdown import to_markdown
-    from edgefed.bench.report import to_csv, to_json, write_text
+    from edgefed.bench.formats import to_csv, to_markdown, write_text
+    from edgefed.bench.report import to_json
     from edgefed.cli.bench_tables import print_report
     from edgefed.cli.output import print_note
 
@@ -181,10 +181,10 @@ def _write(report, flags: dict, files: dict[str, Path]) -> None:
 
 
 def _profile_text(flags: dict, report) -> str:
-    from edgefed.bench.profile import profile_text
+    from edgefed.bench.formats import to_profile
     from edgefed.hardware.probe import probe_device
 
-    return profile_text(flags["as_profile"], probe_device(flags["device"]), report)
+    return to_profile(flags["as_profile"], probe_device(flags["device"]), report)
 
 
 def _compare(first: Path, second: Path, json_path: str | None) -> None:
@@ -192,7 +192,8 @@ def _compare(first: Path, second: Path, json_path: str | None) -> None:
     import json
 
     from edgefed.bench.compare import compare_reports, conditions, differences
-    from edgefed.bench.report import check_writable, load_report, write_text
+    from edgefed.bench.formats import check_writable, write_text
+    from edgefed.bench.report import load_report
     from edgefed.cli.bench_tables import print_comparison
 
     if json_path not in (None, "-"):

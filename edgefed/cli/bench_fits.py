@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from edgefed.bench.formats import MODES, STORAGES, duration
 from edgefed.bench.report import Fit, Report
-from edgefed.bench.wording import MODES, STORAGES, duration
 from edgefed.cli.bench_style import WIDE, Style, table_of
 from edgefed.hardware.memory import format_bytes
 
@@ -65,7 +65,7 @@ def print_explain(console: Console, style: Style, report: Report) -> None:
         total = row["total_bytes"]
         fits = {True: "fits", False: "does not fit", None: "budget unknown"}[row["fits"]]
         head = Text(f"  {row['plan']}", style="bold")
-        head.append(f"  {row['kept']} of {row['of']} experts a layer, {row['trainable']} trained")
+        head.append(f"  {row['resident']} of {row['of']} experts a layer, {row['trainable']} trained")
         console.print(head)
         parts = table_of(("", "left"), ("", "right"), ("", "right"), *([("", "left")] if cells else []))
         start = 0.0

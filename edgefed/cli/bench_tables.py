@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from edgefed.bench.compare import Comparison, conditions, differences
+from edgefed.bench.formats import gib, number
 from edgefed.bench.report import Report
 from edgefed.bench.statistics import FAILED, INTERRUPTED, NOISY, SKIPPED, STABLE, UNUSABLE, Entry
-from edgefed.bench.wording import gib, number
 from edgefed.cli.bench_fits import print_explain, print_fits
 from edgefed.cli.bench_style import WIDE, Style, table_of
 from edgefed.cli.output import stdout_console

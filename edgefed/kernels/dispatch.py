@@ -1,24 +1,27 @@
-"""Which implementation of an operation runs where.
+"""Chooses the implementation of an operation.
 
     choose("masked_experts", "cpu")             the best that can run, logged once with the reason
-    choose("masked_experts", "cpu", "native")   that one; ConfigError with the reason when it cannot run
-    run_best("masked_experts", "cpu", "auto", run)   run(name) by the best one that does not refuse this call
+    choose("masked_experts", "cpu", "native")   that one; ConfigError with the reason if it cannot run
+    run_best("masked_experts", "cpu", "auto", run)   run(name) with the best one that supports this call
+    observe_backends()                          records which backend each operation ran with
     backend_table()                             all of them, for `edgefed doctor`
 
-An implementation announces itself with `register_backend`: its operation, name, kind of device, and a function that
-says why it cannot run here. The first announced that can run is the best, so fast ones come before ``reference``.
-The environment variable EDGEFED_KERNELS names a backend for every operation that asks for "auto" and has it on that
-device: with "triton", what runs on the CPU is chosen as ever. "auto" never takes a backend that has not been measured
-on its kind of device: it must be asked for by name. Among those that it may take, one that is announced as
-``for_few_tokens`` goes first in calls of fewer than FEW_TOKENS tokens.
+`register_backend` adds an implementation: its operation, name, device type, and a function that returns the reason why
+it cannot run here. The first registered one that can run is the best, so fast ones come before ``reference``.
+
+The environment variable EDGEFED_KERNELS names a backend for every operation that requests "auto" and has that backend
+on its device: "triton" does not affect operations on the CPU. "auto" never chooses a backend that has not been measured
+on its device type; such a backend must be requested by name. Among the others, a backend with ``for_few_tokens`` comes
+first in calls of fewer than FEW_TOKENS tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from edgefed.errors import ConfigError
@@ -29,19 +32,19 @@ logger = logging.getLogger(__name__)
 OPERATIONS = ("quantize_experts", "masked_experts", "router_statistics")
 ANY_DEVICE = "*"
 FEW_TOKENS = 16
-"""Below this many tokens a tile of tensor cores is mostly empty (a product of Triton has at least 16 rows), and dot
-products with weights that are decoded on the way are for them."""
+"""Below this many tokens, a tile of tensor cores is mostly empty (a Triton product has at least 16 rows), and dot
+products that decode the weights on the fly are faster."""
 
 Result = TypeVar("Result")
 
 
 class Unsupported(Exception):
-    """This call is not for this backend. The message is the reason, in one clause."""
+    """This backend does not support this call. The message is the reason, in one clause."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation. ``why_not()`` is None when it can run in this process, else the reason in one clause."""
+    """One implementation. ``why_not()`` is None if it can run in this process, else the reason in one clause."""
 
     operation: str
     name: str
@@ -49,14 +52,14 @@ class Backend:
     why_not: Callable[[], str | None]
     detail: Callable[[], str]
     only_by_name: str = ""
-    """Why "auto" does not take it though it can run; empty when it does."""
+    """Why "auto" never chooses it even if it can run; empty if it may."""
     for_few_tokens: bool = False
-    """Whether "auto" prefers it to all others in calls of fewer than FEW_TOKENS tokens."""
+    """Whether "auto" prefers it in calls of fewer than FEW_TOKENS tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BackendRow:
-    """A line of the doctor's table. ``reason`` is why it cannot run, or what it runs with."""
+    """A row of the doctor's table. ``reason`` is why it cannot run, or what it runs with."""
 
     operation: str
     name: str
@@ -66,8 +69,9 @@ class BackendRow:
 
 
 _backends: list[Backend] = []
-_chosen: dict[tuple, str] = {}
+_chosen: dict[tuple[object, ...], str] = {}
 _logged: set[tuple[str, str, str, str]] = set()
+_observers: list[dict[str, str]] = []
 
 
 def register_backend(
@@ -81,9 +85,9 @@ def register_backend(
     only_by_name: str = "",
     for_few_tokens: bool = False,
 ) -> None:
-    """Announce an implementation; it is preferred to the one named ``before``. Announcing it again replaces it.
+    """Add an implementation, preferred to the one named ``before``. It replaces one of the same name.
 
-    ``only_by_name`` is the reason for which "auto" leaves it out; for the others see `Backend`.
+    ``only_by_name`` is the reason why "auto" never chooses it; see `Backend` for the other arguments.
     """
     _backends[:] = [b for b in _backends if (b.operation, b.name, b.device_type) != (operation, name, device_type)]
     _chosen.clear()
@@ -94,10 +98,10 @@ def register_backend(
 def run_best(
     operation: str, device_type: str, requested: str, run: Callable[[str], Result], *, few_tokens: bool = False
 ) -> Result:
-    """``run(name)`` of the best backend; one that raises `Unsupported` is passed over, and that is said once.
+    """Call ``run(name)`` with the best backend; skip one that raises `Unsupported`, which is logged once.
 
-    ``few_tokens``: the call has fewer than FEW_TOKENS tokens. Raises ConfigError where the backend asked for by name
-    cannot run here, or not this call.
+    ``few_tokens``: the call has fewer than FEW_TOKENS tokens. Raises ConfigError if a backend requested by name cannot
+    run here, or does not support this call.
     """
     refused: dict[str, str] = {}
     while True:
@@ -107,14 +111,33 @@ def run_best(
         except Unsupported as error:
             if name == requested:
                 raise ConfigError(
-                    f"backend {name!r} of {operation} was asked for, but {error}", remedy="Ask for auto or reference."
+                    f"cannot run {operation} with the requested backend {name!r}: {error}",
+                    remedy="Request auto or reference.",
                 ) from error
             refused[name] = str(error)
             continue
+        note_backend(operation, name)
         if refused:
             reasons = "; ".join(f"not {other}: {reason}" for other, reason in refused.items())
             log_choice(operation, device_type, name, reasons)
         return result
+
+
+@contextlib.contextmanager
+def observe_backends() -> Iterator[dict[str, str]]:
+    """Record, within the block, the backend that each operation last ran with: operation -> name."""
+    seen: dict[str, str] = {}
+    _observers.append(seen)
+    try:
+        yield seen
+    finally:
+        _observers[:] = [other for other in _observers if other is not seen]
+
+
+def note_backend(operation: str, name: str) -> None:
+    """Tell `observe_backends` that ``operation`` ran with the backend ``name``."""
+    for seen in _observers:
+        seen[operation] = name
 
 
 def choose(
@@ -125,11 +148,11 @@ def choose(
     few_tokens: bool = False,
     without: tuple[str, ...] = (),
 ) -> str:
-    """Name of the backend of ``operation`` for tensors of a device type ("cpu", "cuda"), other than ``without``.
+    """Return the backend of ``operation`` for tensors of a device type ("cpu", "cuda"), except ``without``.
 
-    Raises ConfigError for an unknown name, and for an explicit requested that cannot run here.
+    Raises ConfigError for an unknown name, and for a requested backend that cannot run here.
     """
-    # What was chosen before holds as long as nothing that it was chosen by has changed: this runs for every layer.
+    # Every layer calls this, so choices are cached by everything that they depend on.
     environment = setting("EDGEFED_KERNELS"), setting("EDGEFED_ISA")
     key = (operation, device_type, requested, few_tokens, without, *environment)
     if key not in _chosen:
@@ -145,7 +168,7 @@ def _choose(operation: str, device_type: str, requested: str, few_tokens: bool, 
         and backend.device_type in (device_type, ANY_DEVICE)
         and backend.name not in without
     ]
-    asked = requested
+    original = requested
     if requested == "auto":
         requested = os.environ.get("EDGEFED_KERNELS", "auto") or "auto"
         known, here = {b.name for b in _backends}, {b.name for b in candidates}
@@ -158,17 +181,17 @@ def _choose(operation: str, device_type: str, requested: str, few_tokens: bool, 
                 if reason is None:
                     return backend.name
                 raise ConfigError(
-                    f"backend {requested!r} of {operation} was asked for, but {reason}",
-                    remedy="Ask for auto or reference, or see `edgefed doctor` for what this machine has.",
+                    f"cannot run {operation} with the requested backend {requested!r}: {reason}",
+                    remedy="Request auto or reference; `edgefed doctor` lists the backends of this machine.",
                 )
         names = sorted({b.name for b in _backends if b.operation == operation})
         elsewhere = sorted({b.device_type for b in _backends if (b.operation, b.name) == (operation, requested)})
-        why = f"it is for {', '.join(elsewhere)}" if elsewhere else f"there are {', '.join(names)}"
-        source = "" if asked != "auto" else " by EDGEFED_KERNELS"
-        raise ConfigError(f"backend {requested!r} of {operation} was asked for{source} on {device_type}, but {why}")
+        why = f"it runs on {', '.join(elsewhere)}" if elsewhere else f"expected one of {', '.join(names)}"
+        source = "" if original != "auto" else " (EDGEFED_KERNELS)"
+        raise ConfigError(f"invalid backend {requested!r}{source} of {operation} on {device_type}: {why}")
     if few_tokens:
         candidates.sort(key=lambda backend: not backend.for_few_tokens)  # stable
-    refused = []
+    refused: list[str] = []
     for backend in candidates:
         reason = backend.why_not() or backend.only_by_name or None
         if reason is None:
@@ -182,7 +205,7 @@ def _choose(operation: str, device_type: str, requested: str, few_tokens: bool, 
 
 
 def log_choice(operation: str, device_type: str, name: str, reason: str, *, aloud: bool = True) -> None:
-    """Say once which backend runs, and why; ``aloud`` where a better one was passed over, else for debugging only."""
+    """Log once which backend runs and why: ``aloud`` (INFO) if a better one was skipped, else DEBUG."""
     key = (operation, device_type, name, reason)
     if key not in _logged:
         _logged.add(key)
@@ -191,24 +214,17 @@ def log_choice(operation: str, device_type: str, name: str, reason: str, *, alou
 
 
 def backend_table() -> list[BackendRow]:
-    """Every implementation, whether it can run here, and why not or with what."""
+    """Return every implementation with whether it can run here, and why not or with what."""
     rows = []
     for backend in _backends:
         reason = backend.why_not()
-        rows.append(
-            BackendRow(
-                backend.operation,
-                backend.name,
-                backend.device_type,
-                reason is None,
-                "; ".join(filter(None, (backend.detail(), backend.only_by_name))) if reason is None else reason,
-            )
-        )
+        text = reason or "; ".join(filter(None, (backend.detail(), backend.only_by_name)))
+        rows.append(BackendRow(backend.operation, backend.name, backend.device_type, reason is None, text))
     return rows
 
 
 def why_not_native() -> str | None:
-    """Why the native library cannot be used, or None."""
+    """Return why the native library is unavailable, or None."""
     try:
         isa_code(load_native())
     except (NativeUnavailable, ConfigError) as error:
@@ -217,35 +233,35 @@ def why_not_native() -> str | None:
 
 
 def native_isa() -> str:
-    """Name of the instruction set that native kernels use now."""
+    """Return the name of the instruction set that native kernels use now."""
     code = isa_code(load_native())
     return next(name for name, value in ISA_CODES.items() if value == code)
 
 
 def why_not_triton() -> str | None:
-    """Why the Triton kernels cannot be used, or None."""
+    """Return why the Triton kernels are unavailable, or None."""
     try:
         from edgefed.triton_kernels.availability import why_not
     except ImportError as error:
-        return f"the Triton kernels are not there: {error}"
+        return f"the Triton kernels cannot be imported: {error}"
     return why_not()
 
 
 def triton_detail() -> str:
-    """What Triton kernels run with."""
+    """Return what the Triton kernels run with."""
     from edgefed.triton_kernels.availability import detail
 
     return detail()
 
 
 def why_not_cuda() -> str | None:
-    """Why the CUDA library cannot be used, or None."""
+    """Return why the CUDA library is unavailable, or None."""
     from edgefed.kernels.cuda_library import why_not_cuda
 
     return why_not_cuda()
 
 
-NOT_MEASURED = "only by name (EDGEFED_KERNELS): it has not been measured on a GPU yet"
+NOT_MEASURED = "only by name (EDGEFED_KERNELS): not measured on a GPU yet"
 for _operation in OPERATIONS:
     register_backend(_operation, "reference", ANY_DEVICE, lambda: None, lambda: "plain PyTorch")
     register_backend(_operation, "native", "cpu", why_not_native, native_isa)

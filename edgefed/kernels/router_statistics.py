@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from edgefed.expert_records import LayerProfile
-from edgefed.kernels.dispatch import Unsupported, choose, run_best
+from edgefed.kernels.dispatch import Unsupported, choose, note_backend, run_best
 from edgefed.native import DTYPE_CODES, isa_code, load_native
 
 TOKENS_PER_EXPERT, GATE_SUM, GATE_MAX, GATE_LOG_SUM, GATE_COMPLEMENT_LOG_SUM, ROUTED_GATE_SUM = range(6)
@@ -69,7 +69,7 @@ def router_statistics(
             f"must both be (T, K) with T = {router.shape[0]}"
         )
     if router.shape[0] == 0:
-        return None
+        return
 
     device = router.device.type
     # Every layer of every batch comes here, so the usual case takes the short way.
@@ -79,7 +79,9 @@ def router_statistics(
         and choose("router_statistics", device, backend) == "native"
         and _why_not(statistics, router, expert_indices, expert_weights) is None
     ):
-        return _add_native(statistics, router, expert_indices, expert_weights, kind)
+        _add_native(statistics, router, expert_indices, expert_weights, kind)
+        note_backend("router_statistics", "native")
+        return
 
     @torch.no_grad()
     def run(name: str) -> None:
@@ -105,7 +107,6 @@ def router_statistics(
             statistics.copy_(sums)
 
     run_best("router_statistics", device, backend, run)
-    return None
 
 
 def _why_not(

@@ -1,4 +1,4 @@
-"""Ratios only where they mean something."""
+"""Ratios get a verdict only between reliable numbers."""
 
 import msgspec
 import pytest
@@ -18,13 +18,13 @@ def compared(a, b):
     ("first", "second", "verdict"),
     [(100, 110, "faster"), (100, 90, "slower"), (100, 101.9, "same"), (100, 98.1, "same")],
 )
-def test_a_difference_is_one_beyond_two_per_cent(first, second, verdict):
+def test_differences_count_beyond_two_per_cent(first, second, verdict):
     row = compared(made_entry(median=first), made_entry(median=second))
     assert row.verdict == verdict
     assert row.ratio == pytest.approx(second / first)
 
 
-def test_a_difference_within_the_spread_is_none():
+def test_differences_within_the_spread_do_not_count():
     """Spreads of 2 % each: 3 * sqrt(2) * 2 % = 8.5 %."""
     a = made_entry(median=100, spread=0.02)
     assert compared(a, made_entry(median=108, spread=0.02)).verdict == "same"
@@ -48,7 +48,7 @@ def test_lower_is_better_for_times():
         (made_entry("other"), "B: not measured"),
     ],
 )
-def test_what_spoils_a_test(second, reason):
+def test_reasons_against_comparing_a_test(second, reason):
     row = compared(made_entry(params={"size_bytes": 64}), second)
     assert row.verdict == "not comparable"
     assert reason in row.reasons
@@ -60,7 +60,7 @@ def test_what_spoils_a_test(second, reason):
         ({"interrupted": True}, "stopped by Ctrl-C"),
         ({"sustain": made_sustain()}, "throttled (software thermal limit)"),
         ({"host": msgspec.structs.replace(made_report().host, plugged=False)}, "on battery"),
-        ({"host": msgspec.structs.replace(made_report().host, load_before=5.0)}, "busy before it began"),
+        ({"host": msgspec.structs.replace(made_report().host, load_before=5.0)}, "busy before the start"),
         ({"device": msgspec.structs.replace(made_report().device, stand_in=True)}, "nothing was measured"),
         (
             {
@@ -73,7 +73,7 @@ def test_what_spoils_a_test(second, reason):
         ),
     ],
 )
-def test_what_spoils_a_report(changes, reason):
+def test_reasons_against_comparing_a_report(changes, reason):
     spoiled = made_report(**changes)
     assert any(reason in each for each in conditions(spoiled))
     assert not conditions(made_report())
@@ -87,7 +87,7 @@ def test_a_card_at_its_power_limit_is_not_throttled():
     assert not conditions(made_report(sustain=run))
 
 
-def test_another_device_is_named_and_still_compared():
+def test_different_devices_are_named_and_compared():
     other = made_report(device=msgspec.structs.replace(made_report().device, name="B processor"))
     assert differences(made_report(), other) == ("device: A processor and B processor",)
     assert compare_reports(made_report(), other)[0].verdict == "same"

@@ -1,20 +1,21 @@
-"""The models that are measured: built at their real width, cut in depth, and what fits of them."""
+"""The models that are measured: built at their real width, with fewer layers, and what fits of them."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from edgefed.bench.experts import expert_forward
-from edgefed.bench.fits import fit_curve, fits_of, upload_bytes
+from edgefed.bench.compute import Stopwatch, expert_forward
 from edgefed.bench.models import KNOWN_CONFIGS, build_model, find_model, known_name, shortened
+from edgefed.bench.planning import fit_curve, fits_of, upload_bytes
 from edgefed.bench.statistics import Sampling
-from edgefed.bench.stopwatch import Stopwatch
 from edgefed.bench.training_step import StepWork, depths, measure_training
 from edgefed.costs.memory import StepSetup
 from edgefed.costs.shapes import KNOWN_SHAPES, shape_from_config
 from edgefed.errors import ModelNotFound
 from edgefed.hardware.reading import Reading, Reason
+from edgefed.kernels.dispatch import why_not_native
+from edgefed.kernels.masked_experts import backend_for
 from edgefed.moe.units import TrainScope
 
 GIB = 2**30
@@ -23,7 +24,7 @@ SHORT = Sampling(repeats=3, limit_s=0.3)
 
 @pytest.mark.parametrize("name", KNOWN_CONFIGS)
 def test_a_known_model_is_built_with_the_sizes_that_are_planned_with(name):
-    """The configuration that speed is measured with and the shape that memory is planned with are one model."""
+    """The configuration for speed and the shape for memory describe the same model."""
     model = find_model(name.upper())
     assert set(KNOWN_CONFIGS) == set(KNOWN_SHAPES)
     assert model.dtype is torch.bfloat16
@@ -37,7 +38,7 @@ def test_a_known_model_is_built_with_the_sizes_that_are_planned_with(name):
     assert model.config.get_text_config().num_hidden_layers == len(model.shape.layers)  # the original is untouched
 
 
-def test_a_name_is_known_in_any_case_or_not_at_all(tmp_path):
+def test_names_are_known_in_any_case_but_only_whole(tmp_path):
     assert known_name("olmoe-1b-7b") == "OLMoE-1B-7B"
     assert known_name("olmoe") is None
     with pytest.raises(ModelNotFound, match=r"no config\.json"):
@@ -99,6 +100,20 @@ def test_experts_are_as_many_as_fit_and_at_least_one():
         expert_forward(Stopwatch("cpu"), SHORT, free_bytes=one, **shape)
 
 
+@pytest.mark.parametrize(("environment", "kernel"), [("reference", "reference"), ("native", "native"), (None, None)])
+def test_the_entry_names_the_kernel_that_ran(monkeypatch, environment, kernel):
+    if environment is None:
+        monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
+        kernel, _ = backend_for("cpu", torch.float32)
+    else:
+        monkeypatch.setenv("EDGEFED_KERNELS", environment)
+    if kernel == "native" and (reason := why_not_native()):
+        pytest.skip(reason)
+    shape = dict(hidden_size=64, expert_width=32, num_experts=4, top_k=2, tokens=16, dtype=torch.float32, model="toy")
+    entry = expert_forward(Stopwatch("cpu"), SHORT, free_bytes=GIB, **shape)
+    assert entry.params["kernel"] == kernel
+
+
 def test_more_memory_never_fits_fewer_experts_and_unknown_memory_fits_nothing():
     for shape in KNOWN_SHAPES.values():
         shares = fit_curve(shape, 100 * GIB, "adamw_8bit", "cuda").shares
@@ -108,14 +123,14 @@ def test_more_memory_never_fits_fewer_experts_and_unknown_memory_fits_nothing():
     assert not list(fits_of(shape, "now", None, "adamw", "cpu"))
 
 
-def test_an_upload_is_what_was_trained():
+def test_an_upload_has_the_size_of_the_trained_parameters():
     """One OLMoE expert in bfloat16: 3 * 2048 * 1024 * 2 bytes; its rank 16 adapter: 147456 float32."""
     olmoe = KNOWN_SHAPES["OLMoE-1B-7B"]
     assert upload_bytes(olmoe, "full", 1) == 16 * 3 * 2048 * 1024 * 2
     assert upload_bytes(olmoe, "lora", 64) == 16 * 64 * 16 * (2048 + 2 * 1024 + 1024 + 2048) * 4
 
 
-def test_fits_say_what_stops_them():
+def test_fits_name_their_limit():
     fits = {(f.mode, f.storage): f for f in fits_of(KNOWN_SHAPES["Mixtral-8x7B"], "now", 4 * GIB, "adamw_8bit", "cuda")}
     assert len(fits) == 6
     assert fits["full", "bfloat16"].experts == 0

@@ -1,8 +1,9 @@
-"""The network part of the benchmark: against a real server, a throttled one, an old one, and nobody."""
+"""The network part of the benchmark: with a real server, a throttled one, an old one, and none."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import sys
 import threading
@@ -80,9 +81,20 @@ def by_name(entries: list[Entry], url: str) -> dict[str, Entry]:
 # --- measured -------------------------------------------------------------------------------------------------------
 
 
-def test_without_being_asked_it_sends_next_to_nothing(server):
-    seen = []
-    found = by_name(measure_network(server.url, TOKEN, record=seen.append), server.url)
+def test_only_an_active_measurement_sends_data(state, monkeypatch):
+    seen, probes = [], []
+
+    class Recording(ProbeLimiter):
+        def running(self, address, size_bytes):
+            probes.append(size_bytes)
+            return super().running(address, size_bytes)
+
+    monkeypatch.setattr("edgefed.aggregator.app.ProbeLimiter", Recording)
+    with serving(state) as server:
+        found = by_name(measure_network(server.url, TOKEN, record=seen.append), server.url)
+        assert not probes
+        measure_network(server.url, TOKEN, active=True, repeats=1)
+        assert probes
     assert [entry.name for entry in seen] == NAMES
     for name in ("connect", "message"):
         assert found[name].measured
@@ -91,8 +103,7 @@ def test_without_being_asked_it_sends_next_to_nothing(server):
     assert found["kernel rtt"].measured == linux
     for name in ("upload", "download"):
         assert found[name].verdict == SKIPPED
-        assert "`active`" in found[name].reason
-    assert not server._endpoints._probes._past
+        assert "not requested" in found[name].reason
 
 
 @pytest.mark.timeout(90)
@@ -115,10 +126,10 @@ def test_a_throttled_line_is_measured_in_both_directions(server):
         assert 0 <= found["upload"].params["retransmit_share"] <= 1
 
 
-# --- named results --------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_nobody_answers():
+def test_no_server():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     found = by_name(measure_network(url, None, active=True), url)
@@ -127,18 +138,17 @@ def test_nobody_answers():
     assert all(found[name].verdict == SKIPPED for name in NAMES[1:])
 
 
-def test_a_name_that_nobody_knows_is_not_in_the_report():
+def test_an_unknown_host_is_not_named_in_the_report():
     entries = measure_network("http://no-such-host.invalid:1", None)
     assert entries[0].verdict == FAILED
     assert "no address for the server" in entries[0].reason
     assert not any("no-such-host" in repr(entry) for entry in entries)
 
 
-def test_something_listens_and_says_nothing(monkeypatch):
-    monkeypatch.setattr(network, "PATIENCE_S", 0.3)
+def test_a_server_that_accepts_and_never_answers():
     with socket.create_server(("127.0.0.1", 0), backlog=64) as mute:
         url = f"http://127.0.0.1:{mute.getsockname()[1]}"
-        found = by_name(measure_network(url, None, active=True), url)
+        found = by_name(measure_network(url, None, active=True, timeout_s=0.3), url)
     assert found["connect"].measured
     assert found["message"].verdict == FAILED
     assert "no answer" in found["message"].reason
@@ -162,19 +172,20 @@ def test_an_older_server_has_no_probe_route(state, monkeypatch):
     assert found["message"].measured
     for name in ("upload", "download"):
         assert found[name].verdict == FAILED
-        assert "older" in found[name].reason
+        assert "too old" in found[name].reason
 
 
-def test_a_server_that_has_measured_enough(server):
-    server._endpoints._probes._limits = ProbeLimits(address_bytes=1000)
-    assert isinstance(server._endpoints._probes, ProbeLimiter)
-    found = by_name(measure_network(server.url, TOKEN, active=True), server.url)
+def test_a_server_that_limits_measurements(state, monkeypatch):
+    limits = ProbeLimits(address_bytes=1000)
+    monkeypatch.setattr("edgefed.aggregator.app.ProbeLimiter", functools.partial(ProbeLimiter, limits))
+    with serving(state) as server:
+        found = by_name(measure_network(server.url, TOKEN, active=True), server.url)
     for name in ("upload", "download"):
         assert found[name].verdict == FAILED
-        assert "measured enough" in found[name].reason
+        assert "limits measurements" in found[name].reason
 
 
-def test_a_line_that_breaks_in_the_middle(server, monkeypatch):
+def test_a_connection_that_breaks(server, monkeypatch):
     with ThrottlingProxy(int(server.url.rpartition(":")[2]), up=1_500_000) as proxy:
         real = network.network.measure_line
 
@@ -184,14 +195,13 @@ def test_a_line_that_breaks_in_the_middle(server, monkeypatch):
             return real(send, **options)
 
         monkeypatch.setattr(network.network, "measure_line", breaking)
-        monkeypatch.setattr(network, "PATIENCE_S", 0.5)
-        found = by_name(measure_network(proxy.url, TOKEN, active=True), proxy.url)
+        found = by_name(measure_network(proxy.url, TOKEN, active=True, timeout_s=0.5), proxy.url)
     assert found["message"].measured
     assert found["upload"].verdict == FAILED
     assert "no answer from the server" in found["upload"].reason
 
 
-def test_ctrl_c_leaves_what_was_measured(server, monkeypatch):
+def test_ctrl_c_keeps_the_results_so_far(server, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -204,7 +214,7 @@ def test_ctrl_c_leaves_what_was_measured(server, monkeypatch):
 
 
 @pytest.mark.parametrize(("url", "token"), [("host:80", None), ("http://h/path", None), ("http://h", "to\nken")])
-def test_an_address_or_token_that_cannot_be_one(url, token):
+def test_an_invalid_address_or_token(url, token):
     with pytest.raises(ConfigError):
         measure_network(url, token)
 
@@ -221,12 +231,12 @@ def test_reasons_do_not_name_the_server(text, clean):
     assert network.explain(ServerUnreachable(text), "http://box.lan:8470") == clean
 
 
-def test_a_refusal_says_when_to_come_back():
+def test_a_refusal_says_when_to_try_again():
     error = NetworkError("enough")
     error.received_status, error.retry_after = 429, "17"
-    assert network.explain(error, "http://h").endswith("again in 17 s")
+    assert network.explain(error, "http://h").endswith("try again in 17 s")
     error.retry_after = "Sat, 21 Nov 2026 08:00:00 GMT"
-    assert network.explain(error, "http://h").endswith("for now")
+    assert network.explain(error, "http://h").endswith("try again later")
 
 
 # --- lines of known speed -------------------------------------------------------------------------------------------
@@ -252,8 +262,8 @@ def test_a_stated_uplink(text, rate):
 
 
 @pytest.mark.parametrize("text", ["", "fiber", "0mbit", "-1mbit", "10", "10Mb", "mbit", "1e3mbit", "9" * 400 + "mbit"])
-def test_what_is_no_line(text):
-    with pytest.raises(ConfigError, match="is no line") as caught:
+def test_an_invalid_connection(text):
+    with pytest.raises(ConfigError, match="invalid connection") as caught:
         find_line(text)
     assert "fibre" in caught.value.remedy
     assert "10mbit" in caught.value.remedy

@@ -6,14 +6,14 @@ import statistics
 import pytest
 import torch
 
-from edgefed.bench.disk import BLOCK, DiskTest, cached_share, drop_cache, filesystem
-from edgefed.bench.memory_check import verify_memory
+from edgefed.bench.capacity import BLOCK, DiskTest, cached_share, drop_cache, verify_memory
+from edgefed.bench.compute import Stopwatch
 from edgefed.bench.report import SustainPoint
-from edgefed.bench.session import Session, judge_contention
+from edgefed.bench.speed import Session, judge_contention
 from edgefed.bench.statistics import Entry, Sampling
-from edgefed.bench.stopwatch import Stopwatch
 from edgefed.bench.sustain import Sensed, energy, summarise_sustained
 from edgefed.bench.training_step import extrapolate
+from edgefed.disk import filesystem
 from edgefed.hardware.reading import Reading, Reason
 from edgefed.hardware.sampling import read_waited_s
 from edgefed.progress import NullProgress
@@ -31,7 +31,7 @@ def test_the_disk_test_leaves_nothing_behind_and_counts_what_it_moved(tmp_path):
         assert disk.size == 4 * BLOCK
         assert not disk.refused
         assert disk.write(SHORT).median > 0
-        assert not list(tmp_path.iterdir())  # nameless: nothing is left even when we are killed here
+        assert not list(tmp_path.iterdir())  # without a name: nothing stays even if the process is killed here
         entry = disk.read("disk expert read", 3 * MIB, True, SHORT)
     assert entry.median > 0
     assert entry.params["block_bytes"] == 3 * MIB
@@ -40,22 +40,22 @@ def test_the_disk_test_leaves_nothing_behind_and_counts_what_it_moved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_is_nearly_full_is_left_alone(tmp_path, monkeypatch):
+def test_a_nearly_full_disk_is_not_tested(tmp_path, monkeypatch):
     class Usage:
         free = 2**30 + 3 * BLOCK
 
-    monkeypatch.setattr("edgefed.bench.disk.shutil.disk_usage", lambda folder: Usage)
+    monkeypatch.setattr("edgefed.bench.capacity.shutil.disk_usage", lambda folder: Usage)
     with DiskTest(tmp_path, 64 * MIB) as disk:
         assert "1036 MiB free, 1024 must stay free" in disk.refused
 
 
-def test_nothing_is_read_before_something_is_written(tmp_path):
+def test_a_read_before_a_write_fails(tmp_path):
     with DiskTest(tmp_path, 4 * BLOCK) as disk, pytest.raises(OSError, match="nothing was written"):
         disk.read("disk read", BLOCK, False, SHORT)
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the kernel does not tell what it has cached")
-def test_the_cache_is_asked_and_not_assumed(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the kernel does not report what it has cached")
+def test_the_page_cache_is_checked_after_it_is_dropped(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(os.urandom(8 * MIB))
     with path.open("rb", buffering=0) as file:
@@ -65,7 +65,7 @@ def test_the_cache_is_asked_and_not_assumed(tmp_path):
         drop_cache(file.fileno())
         after = cached_share(file.fileno(), 8 * MIB)
     if before is None:
-        pytest.skip("this filesystem does not tell")
+        pytest.skip("this filesystem does not report it")
     assert before == 1.0
     assert after <= before
 
@@ -88,7 +88,7 @@ def verify(asked, room, **more):
     return verify_memory(Stopwatch("cpu"), asked, room, is_out_of_memory, step_bytes=MIB, **more)
 
 
-def test_all_that_was_asked_for_is_allocated():
+def test_the_requested_memory_is_allocated():
     seen = []
     check = verify(5 * MIB + 1, lambda: 2**40, on_bytes=seen.append)
     assert check.complete
@@ -98,7 +98,7 @@ def test_all_that_was_asked_for_is_allocated():
     assert check.last_speed_share > 0
 
 
-def test_it_stops_at_the_floor_and_asks_before_every_step():
+def test_it_stops_at_the_reserve_and_checks_before_every_step():
     rooms = iter([10 * MIB, 5 * MIB, MIB - 1])
     check = verify(8 * MIB, lambda: next(rooms))
     assert check.verified_bytes == 2 * MIB
@@ -109,7 +109,7 @@ def test_it_stops_at_the_floor_and_asks_before_every_step():
 def test_without_a_sensor_nothing_is_allocated():
     check = verify(8 * MIB, lambda: None)
     assert check.verified_bytes == 0
-    assert "cannot see" in check.stopped
+    assert "free memory is unknown" in check.stopped
     assert check.largest_block_bytes is None
 
 
@@ -162,7 +162,7 @@ def test_first_and_last_five_seconds_are_compared():
     assert "throttle" not in run.unknown
 
 
-def test_the_power_limit_alone_and_an_idle_bit_are_no_throttling():
+def test_the_power_limit_and_an_idle_bit_do_not_count_as_throttling():
     run = summarise_sustained("float32", points([1, 1, 1]), 0x4 | 0x1, sensed(), sensed())
     assert not run.throttled
     assert run.power_limited
@@ -181,10 +181,10 @@ def test_layers_are_extrapolated_from_two_depths():
     """1 s of everything else and 2 s a layer: 16 layers take 33 s."""
     assert extrapolate({1: [3.0, 3.0, 3.0], 2: [5.0, 5.0, 5.0]}, 16) == [33.0, 33.0, 33.0]
     assert extrapolate({4: [7.0]}, 4) == [7.0]
-    assert extrapolate({1: [3.0], 2: [2.9]}, 10) == [pytest.approx(2.9 + 8 * 1.45)]  # noise, not less than nothing
+    assert extrapolate({1: [3.0], 2: [2.9]}, 10) == [pytest.approx(2.9 + 8 * 1.45)]  # noise, not a negative cost
 
 
-def test_noise_is_not_hidden_by_extrapolating():
+def test_extrapolation_shows_the_noise():
     spread = statistics.pstdev(extrapolate({1: [3.0], 2: [4.9, 5.0, 5.1]}, 16))
     assert spread > 10 * statistics.pstdev([4.9, 5.0, 5.1])
 
@@ -216,17 +216,17 @@ def test_a_failure_becomes_an_entry_and_the_next_test_runs():
     assert len(released) == 2
 
 
-def test_a_lost_gpu_ends_what_needs_it_and_nothing_else():
+def test_a_lost_gpu_skips_only_the_tests_that_need_it():
     session, _ = make_session()
     session.measure("a", "s", fail(RuntimeError("CUDA error: unspecified launch failure")))
     session.measure("b", "s", lambda: pytest.fail("the GPU is gone"))
     session.measure("c", "s", lambda: Entry.of("c", "s", [1.0]), on_device=False)
     assert [entry.verdict for entry in session.entries] == ["failed", "skipped", "unusable"]
-    assert "stopped answering" in session.entries[1].reason
+    assert "stopped responding" in session.entries[1].reason
     assert session.warnings
 
 
-def test_ctrl_c_is_recorded_and_passed_on():
+def test_ctrl_c_is_recorded_and_raised_again():
     session, _ = make_session()
     with pytest.raises(KeyboardInterrupt):
         session.measure("a", "s", fail(KeyboardInterrupt()))
@@ -243,21 +243,21 @@ def test_a_failed_part_without_entries_is_a_warning():
     ("waited_s", "verdict", "reason"),
     [(0.0, "stable", ""), (0.4, "stable", ""), (0.6, "noisy", "waited 6% for a CPU"), (3.0, "unusable", "waited 30%")],
 )
-def test_a_test_that_waited_for_a_processor_is_not_called_stable(waited_s, verdict, reason):
+def test_a_test_that_waited_for_a_cpu_is_not_stable(waited_s, verdict, reason):
     entry = Entry.of("copy", "GB/s", [10.0] * 7)
     judged = judge_contention(entry, Reading.of(5.0, "x"), Reading.of(5.0 + waited_s, "x"), seconds=10.0)
     assert judged.verdict == verdict
     assert judged.reason.startswith(reason)
 
 
-def test_without_the_kernels_account_the_spread_alone_decides():
+def test_without_the_kernels_accounting_only_the_spread_counts():
     entry, unknown = Entry.of("copy", "GB/s", [10.0] * 7), Reading.missing(Reason.NOT_SUPPORTED, "x")
     assert judge_contention(entry, unknown, Reading.of(9.0, "x"), 1.0) is entry
     skipped = Entry.skipped("copy", "GB/s", "no GPU")
     assert judge_contention(skipped, Reading.of(0.0, "x"), Reading.of(9.0, "x"), 1.0) is skipped
 
 
-def test_the_kernels_account_of_waiting_is_read(tmp_path):
+def test_the_kernels_accounting_of_waiting_is_read(tmp_path):
     for thread, text in (("1", "100 2000000000 3"), ("2", "7 500000000 1"), ("3", "garbage")):
         (tmp_path / thread).mkdir()
         (tmp_path / thread / "schedstat").write_text(text)

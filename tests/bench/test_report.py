@@ -1,4 +1,4 @@
-"""The file format: read back what was written, refuse what is none, name nobody."""
+"""The file format: what is written reads back, invalid files are refused, nobody is named."""
 
 import csv
 import io
@@ -7,18 +7,8 @@ import json
 import msgspec
 import pytest
 
-from edgefed.bench.report import (
-    SCHEMA,
-    MemoryTerm,
-    Report,
-    check_writable,
-    hashed,
-    load_report,
-    parse_report,
-    to_csv,
-    to_json,
-    write_text,
-)
+from edgefed.bench.formats import check_writable, to_csv, write_text
+from edgefed.bench.report import SCHEMA, MemoryTerm, Report, hashed, load_report, parse_report, to_json
 from edgefed.bench.statistics import Entry
 from edgefed.errors import ConfigError, StorageError
 
@@ -59,14 +49,14 @@ def test_numbers_that_json_cannot_write_become_null():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "is not JSON"),
-        ("[1]", "has schema None"),
-        ('{"schema": "edgefed.bench/99"}', "has schema 'edgefed.bench/99'"),
+        ("{", "invalid JSON"),
+        ("[1]", "expected schema 'edgefed.bench/1', found None"),
+        ('{"schema": "edgefed.bench/99"}', "found 'edgefed.bench/99'"),
         ('{"schema": "edgefed.bench/1"}', "missing required field `created`"),
-        (b"\xff\xfe", "is not JSON"),
+        (b"\xff\xfe", "invalid JSON"),
     ],
 )
-def test_what_is_no_report_is_refused_by_name(text, says):
+def test_an_invalid_report_is_refused_with_its_name(text, says):
     with pytest.raises(ConfigError, match="a.json") as error:
         parse_report(text, "a.json")
     assert says in str(error.value)
@@ -76,7 +66,7 @@ def test_what_is_no_report_is_refused_by_name(text, says):
 def test_a_report_that_contradicts_itself_is_refused():
     data = json.loads(to_json(made_report()))
     data["tests"][0]["verdict"] = "splendid"
-    with pytest.raises(ConfigError, match="'copy' has verdict 'splendid'"):
+    with pytest.raises(ConfigError, match="'copy': verdict 'splendid'"):
         parse_report(json.dumps(data), "x")
     data = json.loads(to_json(made_report()))
     data["tests"][0]["samples"] = ["fast"]
@@ -110,7 +100,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         load_report(tmp_path / "none.json")
 
 
-def test_the_programs_of_others_are_for_the_screen_only():
+def test_programs_of_others_stay_out_of_files():
     memory = made_report().memory
     term = MemoryTerm(name="used by others", size_bytes=-1, origin="NVML", who="secret-game 1.2")
     text = to_json(made_report(memory=msgspec.structs.replace(memory, terms=(term,))))

@@ -1,4 +1,4 @@
-"""Median, spread and verdict by hand; warm-up and sampling with a clock of their own."""
+"""Median, spread and verdict by hand; warm-up and sampling with a fake clock."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a run of the benchmark does, by mode: how much of everything, and how long."""
+"""Options of a benchmark run, and how much each mode measures and for how long."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from edgefed.bench.statistics import MIN_SAMPLES, Sampling
 
 MIB = 2**20
 DEFAULT_MODEL = "OLMoE-1B-7B"
-"""Its configuration is built in, so nothing is downloaded."""
+"""Its configuration is built in, so there is no download."""
 DEFAULT_LINE = "10mbit"
-"""Uplink by which upload times are told when none was measured or stated: a slow home's."""
+"""Uplink for upload times when none was measured or given: a slow home connection."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """Limits of one mode. Seconds bound one measurement; sizes are bytes, None for all of the budget."""
+    """Limits of one mode. Seconds bound one measurement; sizes are bytes, None for the whole budget."""
 
     name: str
     limit_s: float
@@ -40,7 +40,7 @@ EFFORTS = {effort.name: effort for effort in (QUICK, DEFAULT, FULL)}
 
 @dataclasses.dataclass(frozen=True)
 class BenchOptions:
-    """What the user asked for. ``folder`` is where the disk is measured."""
+    """Options of a run. ``folder`` is on the disk to measure; ``profile`` names the device profile for `stand_in`."""
 
     mode: str = "default"
     device: str | None = None
@@ -70,5 +70,6 @@ class BenchOptions:
 
     @property
     def sampling(self) -> Sampling:
+        """How samples are taken in this mode."""
         repeats = self.repeats or (2 * MIN_SAMPLES + 1 if self.mode == "full" else MIN_SAMPLES)
         return Sampling(repeats=repeats, limit_s=self.effort.limit_s)
