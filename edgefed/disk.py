@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,10 @@ from edgefed.errors import DiskFull, StorageError
 
 READ_BYTES = 1024 * 1024
 """One read of a loop over a whole file."""
-_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+logger = logging.getLogger(__name__)
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What a filesystem answers that cannot sync a folder. EIO, EROFS, EBADF and others remain errors."""
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 @contextlib.contextmanager
@@ -33,7 +38,7 @@ def disk_errors(what: str | Path) -> Iterator[None]:
         detail = error.strerror or str(error)
         if error.filename is not None and str(error.filename) not in action:
             detail += f": {str(error.filename)!r}"
-        kind = DiskFull if error.errno in _FULL else StorageError
+        kind = DiskFull if error.errno in FULL else StorageError
         raise kind(f"cannot {action}: {detail}") from error
 
 
@@ -44,14 +49,31 @@ def sync_file(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable. Windows cannot open folders; there the rename itself must do."""
+    """Make a rename in ``folder`` durable, where the filesystem can.
+
+    Windows cannot open folders, and some FUSE, SMB, NFS and 9p mounts (WSL) refuse to sync one. The rename itself must
+    suffice there; the second case is logged once per process.
+    """
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+        _warn_of_unsynced_folders(filesystem(folder) or "unknown filesystem", error.strerror or str(error))
     finally:
         os.close(handle)
+
+
+@functools.cache
+def _warn_of_unsynced_folders(kind: str, reason: str) -> None:
+    logger.warning(
+        "folders on this disk (%s) cannot be synced (%s): after a power failure the newest files may be missing",
+        kind,
+        reason,
+    )
 
 
 def make_folder(folder: Path) -> Path:

@@ -2,6 +2,8 @@
 
 import errno
 import hashlib
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from edgefed import disk
 from edgefed.errors import DiskFull, StorageError
 
 
-@pytest.mark.parametrize("number", sorted(disk._FULL))
+@pytest.mark.parametrize("number", sorted(disk.FULL))
 def test_a_full_disk_has_its_own_error(number):
     with pytest.raises(DiskFull, match="cannot write a blob: ") as caught, disk.disk_errors("write a blob"):
         raise OSError(number, "No space left on device")
@@ -47,6 +49,34 @@ def test_a_durable_write_replaces_the_whole_file_or_nothing(tmp_path, monkeypatc
     disk.write_durably(path, b"new")
     assert [file.name for file in tmp_path.iterdir()] == ["record"]
     assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("number", sorted(disk.CANNOT_SYNC))
+def test_a_folder_that_cannot_be_synced_is_logged_once(tmp_path, monkeypatch, caplog, number):
+    """Some FUSE, SMB and 9p mounts refuse to sync a folder; the files on them are synced as ever."""
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, f"refused with {number}")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for content in (b"one", b"two"):
+        disk.write_durably(tmp_path / "record", content)
+    assert (tmp_path / "record").read_bytes() == b"two"
+    assert [record.message for record in caplog.records if f"refused with {number}" in record.message] == [
+        record.message for record in caplog.records if record.name == "edgefed.disk"
+    ]
+    assert len(caplog.records) == 1
+
+
+def test_a_folder_that_fails_to_sync_is_still_an_error(tmp_path, monkeypatch):
+    def broken(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(StorageError, match="Input/output error"):
+        disk.write_durably(tmp_path / "record", b"one")
 
 
 @pytest.mark.parametrize("size", [0, 1, disk.READ_BYTES, disk.READ_BYTES + 1])

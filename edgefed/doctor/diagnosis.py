@@ -48,8 +48,8 @@ class Options:
     quick: bool = False
 
     @property
-    def gpu_asked(self) -> bool:
-        """Whether the CPU would not be what was asked for."""
+    def gpu_requested(self) -> bool:
+        """Whether ``device`` names a GPU."""
         return self.device not in (None, "auto", "cpu")
 
 
@@ -74,11 +74,11 @@ def examine(options: Options, on_check: OnCheck = lambda name: None) -> Diagnosi
         facts, sensor_faults = _sensors(worker, options, alone, ask_torch=build is not None)
         findings += sensor_faults
         if facts is not None:
-            findings += judge_facts(facts)
+            findings += judge_facts(facts, gpu_requested=options.gpu_requested)
             command = torch_command(facts)
             if build is not None:
                 findings += _guarded(
-                    Group.TORCH, lambda: torch_findings(facts, build, command, gpu_asked=options.gpu_asked)
+                    Group.TORCH, lambda: torch_findings(facts, build, command, gpu_requested=options.gpu_requested)
                 )
         if not any(finding.name == "torch" and finding.state is State.PROBLEM for finding in findings):
             findings += torch_faults  # otherwise the packages told already that it is not there
@@ -109,14 +109,14 @@ def examine_recording(facts: DeviceFacts) -> Diagnosis:
     return Diagnosis(_device_name(facts, None), tuple(findings), facts, (REPLAYED,), arithmetic_ran=False)
 
 
-def judge_facts(facts: DeviceFacts) -> list[Finding]:
+def judge_facts(facts: DeviceFacts, *, gpu_requested: bool = False) -> list[Finding]:
     """Every finding that follows from the hardware facts alone. The same facts give the same findings."""
 
     def of_memory() -> list[Finding]:
         return sensors.memory_findings(facts, plan_budget(facts, for_training=True), plan_budget(facts))
 
     return [
-        *_guarded(Group.GPU, lambda: sensors.gpu_findings(facts)),
+        *_guarded(Group.GPU, lambda: sensors.gpu_findings(facts, gpu_requested=gpu_requested)),
         *_guarded(Group.MEMORY, of_memory),
         *_guarded(Group.JETSON, lambda: jetson.jetson_findings(facts)),
         *_guarded(Group.HOST, lambda: host.host_findings(facts)),

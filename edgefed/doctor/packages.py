@@ -225,10 +225,12 @@ class TorchBuild:
     cpu_level: str
 
 
-def torch_findings(facts: DeviceFacts, build: TorchBuild, install_command: str, *, gpu_asked: bool) -> list[Finding]:
+def torch_findings(
+    facts: DeviceFacts, build: TorchBuild, install_command: str, *, gpu_requested: bool
+) -> list[Finding]:
     """Findings about torch and the chosen GPU.
 
-    ``install_command`` is the line that installs a torch for this machine. Without ``gpu_asked`` a GPU that torch
+    ``install_command`` is the line that installs a torch for this machine. Without ``gpu_requested`` a GPU that torch
     cannot use is a warning, because the device then trains on its CPU; with it, a problem.
     """
     built_for = f"CUDA {build.cuda}" if build.cuda else "the CPU only"
@@ -242,10 +244,10 @@ def torch_findings(facts: DeviceFacts, build: TorchBuild, install_command: str, 
         return findings
     name = facts.gpu.name.value or "the GPU"
     capability = facts.gpu.compute_capability.value
-    worse = State.PROBLEM if gpu_asked else State.WARNING
+    worse = State.PROBLEM if gpu_requested else State.WARNING
 
     def unusable(found: str, why: str, fix: str, command: str = "") -> list[Finding]:
-        cost = "`device` asks for the GPU." if gpu_asked else "Until then this device trains on its CPU."
+        cost = "`device` asks for the GPU." if gpu_requested else "Until then this device trains on its CPU."
         return [
             *findings,
             Finding(Group.TORCH, "torch on the GPU", worse, found, f"{why} {cost}".strip(), fix, command),

@@ -25,12 +25,20 @@ FACT_NOTES_SHOWN_ELSEWHERE = re.compile(
 UNIT = re.compile("_(bytes|mhz|percent|celsius|watts|joules)$")
 
 
-def gpu_findings(facts: DeviceFacts) -> list[Finding]:
-    """Findings about the driver, each GPU, and what its sensors do not tell."""
+def gpu_findings(facts: DeviceFacts, *, gpu_requested: bool = False) -> list[Finding]:
+    """Findings about the driver, each GPU, and the sensors without a value.
+
+    A lost GPU is a problem where training would use it (torch still lists it), or where ``gpu_requested``; otherwise
+    the device trains on its CPU, and the lost GPU is a warning.
+    """
     findings = [_driver(facts), _kind(facts), _profile(facts)]
     for gpu in facts.gpus:
         chosen = gpu == facts.gpu
-        findings.append(_lost(gpu, chosen) if is_lost(gpu) else _one_gpu(gpu, chosen, facts.kind))
+        findings.append(
+            _lost(gpu, facts, chosen and (gpu_requested or facts.trains_on_gpu))
+            if is_lost(gpu)
+            else _one_gpu(gpu, chosen, facts.kind)
+        )
     if facts.gpu is not None and not is_lost(facts.gpu):
         findings += [*_throttled(facts.gpu), *_unanswered(facts.gpu)]
     for note in dict.fromkeys(facts.notes):
@@ -104,11 +112,12 @@ def _one_gpu(gpu: GpuFacts, chosen: bool, kind: MemoryKind) -> Finding:
     return Finding(Group.GPU, _label(gpu), State.OK, ", ".join(parts) + ("" if chosen else f"; {idle}"))
 
 
-def _lost(gpu: GpuFacts, chosen: bool) -> Finding:
+def _lost(gpu: GpuFacts, facts: DeviceFacts, needed: bool) -> Finding:
+    cost = "" if needed or facts.trains_on_gpu else " Until it is back this device trains on its CPU."
     return Finding(
-        Group.GPU, f"{_label(gpu)} lost", State.PROBLEM if chosen else State.WARNING,
-        f"{gpu.name.value or 'it'} was there and does not answer any more",
-        "It fell off the bus: power supply, riser, overheating, or a driver fault. Nothing can be computed on it.",
+        Group.GPU, f"{_label(gpu)} lost", State.PROBLEM if needed else State.WARNING,
+        f"{gpu.name.value or 'the GPU'} does not respond any more",
+        f"It fell off the bus: power supply, riser, overheating, or a driver error. Nothing can run on it.{cost}",
         "Look for 'Xid' in the kernel's log, then reboot.", "sudo dmesg | grep -i -e xid -e nvrm",
     )  # fmt: skip
 

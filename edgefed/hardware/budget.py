@@ -205,6 +205,8 @@ def _discrete(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, n
     def finish(waterfall: Waterfall, context_bytes: int) -> Waterfall:
         most = int(total.value * policy.max_share)
         waterfall.limit(f"above {policy.max_share:.0%}", most, "policy: never the last of a GPU's memory")
+        if gpu.cuda_total_bytes.value is not None:  # less where CUDA sees one MIG instance, and NVML another or the GPU
+            waterfall.limit("beyond CUDA's total", gpu.cuda_total_bytes.value, gpu.cuda_total_bytes.source)
         waterfall.take("CUDA context", context_bytes, held.origin)
         rule = f"max({gib(policy.gpu_headroom_bytes(0, bool(desktop)))}, {policy.headroom_share:.0%} of total)"
         headroom = policy.gpu_headroom_bytes(total.value, bool(desktop))
@@ -330,7 +332,8 @@ def _cpu(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, notes:
     if available.value is None:
         _unknown("the available memory", available, notes)
         return None, ideal
-    ok, room = _container_room(host, rss, notes)
+    # File pages are already left out of what the container uses: only the rest of this process is given back.
+    ok, room = _container_room(host, max(0, rss - (host.own_file_bytes.value or 0)), notes)
     if not ok:
         return None, ideal
     now = Waterfall("total", total.value, total.source)

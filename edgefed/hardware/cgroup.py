@@ -4,7 +4,10 @@ A limit may stand at any level from our own group up to the root, so every level
 path often does not exist below the mount (another cgroup namespace): then the mount's root is our group.
 
     limit = least limit of any level        used = limit - least room of any level
-    room of a level = its limit - (its usage - its inactive file cache, which the kernel drops first)
+    room of a level = its limit - (its usage - its reclaimable cache)
+
+Reclaimable are file pages, active or not, and reclaimable slab: a container that has read a large checkpoint shows
+nearly all of it as active file pages. Shared memory and tmpfs are not among them: the kernel cannot drop those.
 """
 
 from __future__ import annotations
@@ -18,6 +21,13 @@ from edgefed.hardware.reading import Reading, Reason
 MOUNT = "/sys/fs/cgroup"
 NO_LIMIT = 2**60
 """Version 1 writes about 2**63 (rounded down to a page) for "none"."""
+
+
+RECLAIMABLE = {
+    2: ("inactive_file", "active_file", "slab_reclaimable"),
+    1: ("total_inactive_file", "total_active_file"),
+}
+"""Lines of memory.stat by version of control groups. Version 1 does not count slab in its usage."""
 
 
 class TextFiles(Protocol):
@@ -119,12 +129,12 @@ def _number(files: TextFiles, path: str) -> Reading[int]:
 
 
 def _used(files: TextFiles, version: int, folder: str) -> Reading[int]:
-    """Usage of one level without its inactive file cache."""
+    """Usage of one level without what the kernel reclaims before it kills a process."""
     usage = _number(files, f"{folder}/{'memory.current' if version == 2 else 'memory.usage_in_bytes'}")
-    cache = _statistic(files, folder, "inactive_file" if version == 2 else "total_inactive_file")
-    if not usage.known or not cache:
+    reclaimable = sum(_statistic(files, folder, name) or 0 for name in RECLAIMABLE[version])
+    if usage.value is None or not reclaimable:
         return usage
-    return Reading.of(max(0, usage.value - cache), f"{usage.source} - inactive file cache")
+    return Reading.of(max(0, usage.value - reclaimable), f"{usage.source} - reclaimable cache")
 
 
 def _statistic(files: TextFiles, folder: str, name: str) -> int | None:

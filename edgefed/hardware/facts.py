@@ -72,6 +72,8 @@ class GpuFacts:
     mig_enabled: Reading[bool]
     mig_index: int | None = None
     """Number of the MIG instance on the GPU ``nvml_index``; its clocks, temperature and power are the whole GPU's."""
+    mig_ids: Reading[tuple[int, int]] = Reading.missing(Reason.ABSENT, "NVML", "not a MIG instance")
+    """(GPU instance, compute instance): what the old names ``MIG-GPU-<uuid>/<gi>/<ci>`` end in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,8 @@ class HostFacts:
     is_wsl: bool
     container: Reading[str]
     """docker, podman, lxc, kubernetes, ...; absent outside."""
+    own_file_bytes: Reading[int] = Reading.missing(Reason.ABSENT, "/proc/self/statm")
+    """The part of ``own_rss_bytes`` that maps files: libraries, checkpoints. The kernel can reclaim it."""
     board: Reading[str] = Reading.missing(Reason.ABSENT, "device tree, DMI")
     """Model of the board or computer: ``Raspberry Pi 5 Model B Rev 1.0``, ``NVIDIA_DGX_Spark``."""
 

@@ -189,7 +189,20 @@ def read_gpu(nvml: Nvml, files: Files, device: Device, parent: GpuFacts | None =
         pcie_width=whole(link[1], "pcie_width"),
         ecc=whole(card.ask(("GetEccMode",), test=lambda v: v[0] in (0, 1), scale=lambda v: bool(v[0])), "ecc"),
         mig_enabled=card.ask(("GetMigMode",), test=lambda v: v[0] in (0, 1), scale=lambda v: bool(v[0])),
+        mig_ids=_mig_ids(card),
     )
+
+
+def _mig_ids(card: Card) -> Reading[tuple[int, int]]:
+    """(GPU instance, compute instance) of a MIG instance."""
+    if card.device.mig is None:
+        return Reading.missing(Reason.ABSENT, "NVML GetGpuInstanceId", "not a MIG instance")
+    ids = [
+        card.ask((name,), test=lambda number: 0 <= number < 2**16)
+        for name in ("GetGpuInstanceId", "GetComputeInstanceId")
+    ]
+    missing = next((reading for reading in ids if not reading.known), None)
+    return missing or Reading.of((int(ids[0].value), int(ids[1].value)), "NVML instance ids")
 
 
 def is_name(value: Any) -> bool:

@@ -116,6 +116,15 @@ def _resident_bytes() -> int:
         return psutil.Process().memory_info().rss
 
 
+def _resident_file_bytes() -> int | None:
+    """The part of this process's resident memory that maps files. Linux only; None elsewhere."""
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("RssFile:")), None)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _virtual_memory() -> dict[str, int]:
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     return {"total": memory.total, "available": memory.available, "swap_total": swap.total, "swap_used": swap.used}
@@ -153,6 +162,7 @@ _QUESTIONS: dict[str, tuple[str, bool, Any]] = {
     "pid_namespace": ("/proc/self/ns/pid", True, lambda: os.readlink("/proc/self/ns/pid")),
     "pid": ("os.getpid", True, os.getpid),
     "rss": ("/proc/self/statm", True, _resident_bytes),
+    "rss_files": ("/proc/self/status RssFile", True, _resident_file_bytes),
 }
 
 
@@ -368,6 +378,7 @@ def read_host(files: Files) -> HostFacts:
         cgroup_limit_bytes=limit.limit_bytes,
         cgroup_used_bytes=limit.used_bytes,
         own_rss_bytes=files.ask("rss"),
+        own_file_bytes=files.ask("rss_files"),
         battery=read_battery(files),
         is_wsl=is_wsl(files),
         container=read_container(files),

@@ -37,11 +37,15 @@ def is_divided(gpu: GpuFacts) -> bool:
 
 
 def match_cuda(gpus: tuple[GpuFacts, ...], report: CudaReport, visible_devices: str = "") -> tuple[GpuFacts, ...]:
-    """NVML's GPUs with what CUDA knows of each; then CUDA's devices that NVML does not know."""
+    """NVML's GPUs with what CUDA knows of each; then CUDA's devices that NVML does not know.
+
+    ``visible_devices`` is CUDA_VISIBLE_DEVICES.
+    """
+    visible = visible_devices.split(",")
     partner: dict[int, CudaDevice] = {}
     left = []
     for device in report.devices:
-        number = _by_uuid(gpus, device, partner, visible_devices)
+        number = _by_uuid(gpus, device, partner, visible)
         if number is None:
             left.append(device)
         else:
@@ -62,7 +66,7 @@ def match_cuda(gpus: tuple[GpuFacts, ...], report: CudaReport, visible_devices: 
 
 
 def _by_uuid(
-    gpus: tuple[GpuFacts, ...], device: CudaDevice, taken: dict[int, CudaDevice], visible_devices: str
+    gpus: tuple[GpuFacts, ...], device: CudaDevice, taken: dict[int, CudaDevice], visible: list[str]
 ) -> int | None:
     uuid = bare_uuid(device.uuid)
     if not uuid:
@@ -72,12 +76,49 @@ def _by_uuid(
             continue
         if not is_divided(gpu):
             return number
-        # CUDA gave the UUID of the whole card: it means the instance that was made visible, else the first
-        free = [(n, part) for n, part in enumerate(gpus) if part.is_mig and n not in taken]
-        parts = [n for n, part in free if part.nvml_index == gpu.nvml_index]
-        named = [n for n in parts if bare_uuid(gpus[n].uuid.value) and bare_uuid(gpus[n].uuid.value) in visible_devices]
-        return (named or parts or [None])[0]
+        # CUDA reported the UUID of the whole GPU: it means one of its instances.
+        free = [n for n, part in enumerate(gpus) if part.is_mig and n not in taken]
+        return _visible_instance(gpus, [n for n in free if gpus[n].nvml_index == gpu.nvml_index], gpu, device, visible)
     return None
+
+
+def _visible_instance(
+    gpus: tuple[GpuFacts, ...], parts: list[int], parent: GpuFacts, device: CudaDevice, visible: list[str]
+) -> int | None:
+    """Which of ``parts`` (numbers in ``gpus``) a CUDA device is: the visible one, else the one of its size."""
+    named = [n for name in visible for n in parts if names_gpu(name, gpus[n], parent)]
+    if named:
+        return named[0]
+
+    def distance(n: int) -> int:
+        total = gpus[n].memory_total_bytes.value
+        return 2**62 if total is None or device.total_bytes <= 0 else abs(total - device.total_bytes)
+
+    return min(parts, key=distance, default=None)
+
+
+def names_gpu(name: str, gpu: GpuFacts, parent: GpuFacts | None = None) -> bool:
+    """Whether CUDA would understand ``name`` (an entry of CUDA_VISIBLE_DEVICES) as this GPU.
+
+    A UUID, or the beginning of one, in upper or lower case; for a MIG instance of ``parent`` also the old form
+    ``MIG-GPU-<uuid of the GPU>/<GPU instance>/<compute instance>``. Whether a beginning is unique is not checked here.
+    """
+    text = name.strip().lower()
+    wanted, own = bare_uuid(text), bare_uuid(gpu.uuid.value)
+    if not wanted or text.isdecimal():
+        return False
+    if text.startswith(("gpu-", "mig-")) and text.startswith("mig-") is not gpu.is_mig:
+        return False
+    if own == wanted or ("/" not in wanted and own.startswith(wanted)):
+        return True
+    whole, _, ids = wanted.partition("/")
+    return (
+        gpu.mig_ids.value is not None
+        and parent is not None
+        and bool(whole)
+        and bare_uuid(parent.uuid.value).startswith(whole)
+        and ids == "/".join(map(str, gpu.mig_ids.value))
+    )
 
 
 def _contradicts(gpu: GpuFacts, devices: list[CudaDevice]) -> bool:
@@ -191,9 +232,9 @@ def find_gpu(gpus: tuple[GpuFacts, ...], wanted: str, *, by_cuda: bool) -> GpuFa
             return next((gpu for gpu in gpus if gpu.cuda_index == number), None)
         computing = [gpu for gpu in gpus if not is_divided(gpu)]
         return computing[number] if number < len(computing) else None
-    uuids = [(gpu, (gpu.uuid.value or "").lower()) for gpu in gpus]
-    exact = [gpu for gpu, uuid in uuids if uuid and (text == uuid or bare_uuid(text) == bare_uuid(uuid))]
-    begins = [gpu for gpu, uuid in uuids if uuid and len(text) >= 8 and uuid.startswith(text)]
+    parents = {gpu.nvml_index: gpu for gpu in gpus if is_divided(gpu)}
+    exact = [gpu for gpu in gpus if gpu.uuid.value and bare_uuid(text) == bare_uuid(gpu.uuid.value)]
+    begins = [gpu for gpu in gpus if len(text) >= 8 and names_gpu(text, gpu, parents.get(gpu.nvml_index))]
     found = exact or begins
     return found[0] if len(found) == 1 else None
 

@@ -67,6 +67,18 @@ def test_the_kind_comes_with_its_evidence(device):
     assert "CUDA says not integrated; NVML reports 24 GiB" in found
 
 
+def test_a_lost_gpu_that_torch_cannot_use_leaves_the_cpu(device):
+    """As `edgefed join` does: it trains on the CPU unless the GPU was asked for."""
+    lost = Reading.missing(Reason.LOST, "NVML", "GPU is lost")
+    names = ("memory_free_bytes", "name", "uuid", "memory_total_bytes")
+    facts = device(gpu={"nvml_index": 0, "cuda_index": None} | {name: lost for name in names})
+    finding = one(judge_facts(facts), "GPU 0 lost")
+    assert finding.state is State.WARNING
+    assert "trains on its CPU" in finding.why
+    assert plan_budget(facts, for_training=True).now_bytes > 0
+    assert one(judge_facts(facts, gpu_requested=True), "GPU 0 lost").state is State.PROBLEM
+
+
 def test_a_lost_gpu_is_a_problem_and_another_lost_one_a_warning(device):
     lost = Reading.missing(Reason.LOST, "NVML", "GPU is lost")
     names = ("memory_free_bytes", "temperature_celsius", "name", "uuid", "memory_total_bytes", "utilization_percent")

@@ -18,8 +18,8 @@ def build(**changes):
     return TorchBuild(**(fields | changes))
 
 
-def on_gpu(facts, torch, *, gpu_asked=False):
-    findings = torch_findings(facts, torch, PIP, gpu_asked=gpu_asked)
+def on_gpu(facts, torch, *, gpu_requested=False):
+    findings = torch_findings(facts, torch, PIP, gpu_requested=gpu_requested)
     (finding,) = [finding for finding in findings if finding.name == "torch on the GPU"]
     return finding
 
@@ -29,7 +29,7 @@ def test_a_gpu_that_works(device):
 
 
 def test_no_gpu_needs_no_cuda(device):
-    findings = torch_findings(device("cpu-vm-2core"), build(cuda=None, cuda_available=False), PIP, gpu_asked=False)
+    findings = torch_findings(device("cpu-vm-2core"), build(cuda=None, cuda_available=False), PIP, gpu_requested=False)
     assert [finding.state for finding in findings] == [State.OK]
     assert "the CPU only" in findings[0].found
 
@@ -54,7 +54,7 @@ def test_a_gpu_that_torch_cannot_use(device, torch, words):
     assert finding.state is State.WARNING
     assert finding.fix or finding.command
     assert "trains on its CPU" in finding.why
-    asked = on_gpu(facts, torch, gpu_asked=True)
+    asked = on_gpu(facts, torch, gpu_requested=True)
     assert asked.state is State.PROBLEM
     assert "`device`" in asked.why
 
@@ -84,10 +84,11 @@ def test_orin_runs_code_of_its_family(device):
 
 def test_a_card_without_bfloat16_is_told(device):
     names = [
-        finding.name for finding in torch_findings(device("t4"), build(architectures=("sm_75",)), PIP, gpu_asked=False)
+        finding.name
+        for finding in torch_findings(device("t4"), build(architectures=("sm_75",)), PIP, gpu_requested=False)
     ]
     assert "bfloat16" in names
-    names = [finding.name for finding in torch_findings(device(), build(), PIP, gpu_asked=False)]
+    names = [finding.name for finding in torch_findings(device(), build(), PIP, gpu_requested=False)]
     assert "bfloat16" not in names
 
 

@@ -362,6 +362,25 @@ def test_a_gpu_that_torch_cannot_use():
     assert plan_budget(facts, for_training=True) == plan_budget(facts)
 
 
+def test_no_gpu_is_planned_above_what_cuda_has():
+    """NVML may know the whole GPU, or another MIG instance, where CUDA sees one of 10 GiB."""
+    gpu = make_gpu(memory_total_bytes=of(80 * GIB), memory_free_bytes=of(80 * GIB), cuda_total_bytes=of(10 * GIB))
+    budget = plan_budget(make_facts(MemoryKind.DISCRETE, gpu=gpu))
+    assert 0 < budget.now_bytes < budget.ideal_bytes + 1 < 10 * GIB
+    assert steps(budget)["beyond CUDA's total"] == 66 * GIB
+
+
+def test_file_pages_of_this_process_are_not_given_back_twice():
+    """The container's use leaves reclaimable file pages out, so only the rest of the resident memory is added."""
+    host = make_host(
+        memory_total_bytes=of(64 * GIB), memory_available_bytes=of(60 * GIB), cgroup_limit_bytes=of(8 * GIB),
+        cgroup_used_bytes=of(2 * GIB), own_rss_bytes=of(3 * GIB), own_file_bytes=of(2 * GIB),
+    )  # fmt: skip
+    budget = plan_budget(make_facts(MemoryKind.CPU, host=host))
+    assert steps(budget)["container limit"] == 8 * GIB
+    assert steps(budget)["used by others"] == GIB
+
+
 def test_the_owners_limit_wins():
     budget = plan_budget(rtx(), override_bytes=2 * GIB)
     assert (budget.now_bytes, budget.ideal_bytes) == (2 * GIB, 2 * GIB)

@@ -79,6 +79,28 @@ def test_a_path_does_not_lead_out_of_the_mount(tmp_path):
     assert limit_of(tmp_path, files) == (2000, None)
 
 
+def test_everything_that_the_kernel_can_reclaim_is_room(tmp_path):
+    """A container that has read a checkpoint shows it as active file pages; shared memory cannot be dropped."""
+    files = {
+        f"{V2}/memory.max": str(8 * GIB),
+        f"{V2}/memory.current": str(7 * GIB),
+        f"{V2}/memory.stat": (
+            f"anon {GIB}\nfile {6 * GIB}\nshmem {GIB}\ninactive_file {GIB}\nactive_file {4 * GIB}\n"
+            f"slab_reclaimable {GIB // 2}\nslab_unreclaimable {GIB // 4}\n"
+        ),
+    }
+    assert limit_of(tmp_path, files) == (8 * GIB, 3 * GIB // 2)
+
+
+def test_active_file_pages_of_version_1(tmp_path):
+    files = {
+        f"{V1}/memory.limit_in_bytes": str(8 * GIB),
+        f"{V1}/memory.usage_in_bytes": str(7 * GIB),
+        f"{V1}/memory.stat": f"active_file 1\ntotal_inactive_file {GIB}\ntotal_active_file {4 * GIB}\n",
+    }
+    assert limit_of(tmp_path, files) == (8 * GIB, 2 * GIB)
+
+
 def test_version_1(tmp_path):
     files = {
         "/proc/self/cgroup": "9:name=systemd:/\n4:memory:/docker/abc\n0::/\n",

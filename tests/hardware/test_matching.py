@@ -24,6 +24,7 @@ from edgefed.hardware.matching import (
 )
 from edgefed.hardware.reading import Reading, Reason
 
+GIB = 2**30
 NO_BOARD = Reading.missing(Reason.ABSENT, "device tree, DMI")
 SILENT = Reading.missing(Reason.NOT_SUPPORTED, "NVML GetMemoryInfo v2", "Not Supported")
 
@@ -173,6 +174,49 @@ def test_the_uuid_of_a_card_in_mig_mode_means_its_visible_instance():
     assert [gpu.cuda_index for gpu in match_cuda((parent, *parts), report, visible)] == [None, None, None, 0]
     own = cuda_report(cuda_device(0, "x", f"1{UUIDS[1][1:]}"))
     assert [gpu.cuda_index for gpu in match_cuda((parent, *parts), own)] == [None, None, 0, None]
+
+
+MIG_PARENT = gpu_of(nvml_index=0, uuid=f"GPU-{UUIDS[0]}", mig_enabled=True)
+MIG_PARTS = tuple(
+    gpu_of(nvml_index=0, mig_index=n, is_mig=True, uuid=f"MIG-{n}{UUIDS[1][1:]}", mig_ids=(7 + n, 0),
+           memory_total_bytes=(n + 1) * 10 * GIB)
+    for n in range(3)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "visible",
+    [
+        f"MIG-2{UUIDS[1][1:]}",
+        f"mig-2{UUIDS[1][1:]}",
+        f"MIG-2{UUIDS[1][1:].upper()}",
+        f"MIG-2{UUIDS[1][1:8]}",  # the beginning is enough for CUDA
+        " MIG-2aaaa ",
+        f"MIG-GPU-{UUIDS[0]}/9/0",  # the old form: GPU instance 9, compute instance 0
+        f"MIG-GPU-{UUIDS[0].upper()}/9/0",
+        f"GPU-{UUIDS[0]},MIG-2{UUIDS[1][1:]}",
+    ],
+)
+def test_the_visible_instance_is_found_by_every_form_of_its_name(visible):
+    report = cuda_report(cuda_device(0, "x", UUIDS[0]))
+    matched = match_cuda((MIG_PARENT, *MIG_PARTS), report, visible)
+    assert [gpu.cuda_index for gpu in matched] == [None, None, None, 0]
+    asked = visible.split(",")[-1].strip()
+    if len(asked) >= 8:
+        assert find_gpu(matched, asked, by_cuda=True).mig_index == 2
+
+
+def test_an_instance_that_nothing_names_is_the_one_of_cudas_size():
+    report = cuda_report(dataclasses.replace(cuda_device(0, "x", UUIDS[0]), total_bytes=20 * GIB - 2**27))
+    matched = match_cuda((MIG_PARENT, *MIG_PARTS), report, "0")
+    assert [gpu.cuda_index for gpu in matched] == [None, None, 0, None]
+
+
+def test_the_order_of_visible_instances_is_cudas():
+    report = cuda_report(cuda_device(0, "x", UUIDS[0]), cuda_device(1, "x", UUIDS[0]))
+    visible = f"MIG-2{UUIDS[1][1:]},MIG-0{UUIDS[1][1:]}"
+    matched = match_cuda((MIG_PARENT, *MIG_PARTS), report, visible)
+    assert [gpu.cuda_index for gpu in matched] == [None, 1, None, 0]
 
 
 def test_a_beginning_that_two_uuids_share_names_neither():
