@@ -59,6 +59,13 @@ class EdgefedError(Exception):
     http_status: ClassVar[int] = 500
     default_remedy: ClassVar[str] = "Run again with `log_level=debug` and report the output."
 
+    received_status: int = 0
+    """HTTP status that the error arrived with; 0 if it arose in this process."""
+    retry_after: str = ""
+    """The ``Retry-After`` header that came with it."""
+    foreign: bool = False
+    """Whether something else than an edgefed server answered: a proxy, a login page, an untrusted certificate."""
+
     def __init__(self, message: str, *, remedy: str | None = None, offset: int | None = None) -> None:
         super().__init__(message)
         self.remedy = remedy or self.default_remedy

@@ -1,11 +1,11 @@
-"""The loop of a device: register, ask for work, train, deliver, and start again, through every loss of the network.
+"""The loop of a device: register, ask for work, train, deliver, repeat. It survives every loss of the network.
 
     register -> ask -> Wait        sleep, ask again
-                    -> Assignment  manifest -> trainer -> journal -> upload -> commit -> forget
+                    -> Assignment  manifest -> trainer -> journal -> upload -> commit -> delete the update
                     -> Finished    return
 
-The trainer is injected and is the only part that knows a model. An update is forgotten only after the server's
-acknowledgement; a restarted process delivers what its journal holds before it asks for new work.
+The trainer is an argument and the only part that knows a model. An update is deleted only after the server has
+acknowledged it; a restarted process delivers the update in its journal before it asks for new work.
 """
 
 from __future__ import annotations
@@ -43,27 +43,17 @@ from edgefed.protocol.messages import (
     UnitInfo,
     UpdateMeta,
 )
-from edgefed.protocol.trainer import Fetch, TrainedUpdate, Trainer
-
-__all__ = [
-    "Agent",
-    "AgentSettings",
-    "Fetch",
-    "ProgressSink",
-    "RunSummary",
-    "StepOutcome",
-    "StopRequested",
-    "TrainedUpdate",
-    "Trainer",
-    "open_agent",
-]
+from edgefed.protocol.trainer import TrainedUpdate, Trainer
 
 logger = logging.getLogger("edgefed.agent")
 
 BLOBS_FOLDER = "blobs"
 SHORTEST_WAIT_S = 0.05
 LONGEST_WAIT_S = 60.0
-"""Limits on the pause that a server asks for between two requests for work."""
+"""Limits on the pause between two requests for work, which the server asks for."""
+MIN_INTERVAL_S = 0.05
+MAX_INTERVAL_S = 300.0
+"""Limits on the interval between two heartbeats."""
 
 T = TypeVar("T")
 StepKind = Literal["waited", "accepted", "dropped", "unregistered", "finished"]
@@ -71,7 +61,7 @@ StepKind = Literal["waited", "accepted", "dropped", "unregistered", "finished"]
 
 @dataclasses.dataclass(frozen=True)
 class AgentSettings:
-    """Who this device is and how patient it is; seconds and bytes."""
+    """What this device tells the server, and its time-outs; seconds and bytes."""
 
     name: str
     memory_bytes: int
@@ -79,18 +69,18 @@ class AgentSettings:
     compute_share: float = 1.0
     device: DeviceInfo | None = None
     budget_bytes: Callable[[], int | None] = lambda: None
-    """The newest measured memory budget, for the heartbeats; called from their thread."""
+    """Returns the newest measured memory budget; called from the heartbeat's thread."""
     poll_s: float = 20.0
-    """How long the server may hold a request for work."""
+    """Longest time for which the server may hold a request for work."""
     give_up_after_s: float | None = 60.0
-    """How long the first registration is tried; a device that has joined never gives up."""
+    """Time limit of the first registration. A device that has joined before never gives up."""
     leave_s: float = 2.0
-    """Longest goodbye."""
+    """Time limit of the goodbye."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepOutcome:
-    """What one `Agent.step` did. ``detail``: the server's reason, or the error that dropped an update."""
+    """Result of one `Agent.step`. ``detail``: the server's reason, or the error that dropped an update."""
 
     kind: StepKind
     server_round: int = 0
@@ -99,9 +89,9 @@ class StepOutcome:
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """What an agent did since it was made. ``finished``: the run is over; otherwise the agent was stopped.
+    """What an agent did. ``finished``: the run is over; otherwise the agent was stopped.
 
-    ``rounds``: updates acknowledged. ``metrics``: of the last of them.
+    ``rounds``: number of acknowledged updates. ``metrics``: those of the last one.
     """
 
     rounds: int
@@ -114,10 +104,10 @@ class RunSummary:
 
 
 class Agent:
-    """One device in one run. `run` loops until the run is over or ``stop`` is set; `step` does one turn of it.
+    """One device in one run. `run` loops until the run is over or ``stop`` is set; `step` is one iteration.
 
     Call from one thread. Raises Unauthorized, VersionMismatch, ServerUnreachable (only before the device has joined),
-    whatever the trainer raises, StorageError, and the server's refusal at the third in a row.
+    StorageError, the errors of the trainer, and the server's refusal at the third in a row.
     """
 
     def __init__(
@@ -133,7 +123,7 @@ class Agent:
         retry: Retry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``retry`` brings its own schedule, randomness and sleep; it must watch the same ``stop``."""
+        """``retry`` has its own schedule, randomness and sleep; it must watch the same ``stop``."""
         self._settings = settings
         self._trainer = trainer
         self._client = client
@@ -152,6 +142,7 @@ class Agent:
         self._rounds = 0
         self._metrics: Mapping[str, float] = {}
         self._left_out: set[str] = set()
+        self._wait_reason = ""
         self._started = clock()
 
     def __enter__(self) -> Agent:
@@ -161,7 +152,7 @@ class Agent:
         self.close()
 
     def close(self) -> None:
-        """End the heartbeats. Client and journal belong to whoever made them."""
+        """End the heartbeats. The caller closes client and journal."""
         if self._heartbeat:
             self._heartbeat.close()
             self._heartbeat = None
@@ -169,7 +160,7 @@ class Agent:
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def run(self) -> RunSummary:
-        """Take part until the run is over or ``stop`` is set. Says goodbye to the server when it ends otherwise."""
+        """Take part until the run is over or ``stop`` is set. Unless the run is over, tell the server at the end."""
         try:
             while True:
                 outcome = self.step()
@@ -178,17 +169,16 @@ class Agent:
         except StopRequested:
             self.leave("stopped by its user")
             return self._summary(finished=False, reason="stopped")
-        except BaseException as fault:
-            self.leave(fault.code if isinstance(fault, EdgefedError) else type(fault).__name__)
+        except BaseException as error:
+            self.leave(error.code if isinstance(error, EdgefedError) else type(error).__name__)
             raise
         finally:
             self.close()
 
     def step(self) -> StepOutcome:
-        """Do one thing: deliver the update that a former process left, or ask for work and do it.
+        """Deliver the update of an earlier process, or ask for work and do it. Registers first if necessary.
 
-        Registers first if need be. Raises StopRequested when ``stop`` is set; the journal then holds what is needed to
-        go on.
+        Raises StopRequested when ``stop`` is set; the journal then has what the next process needs to continue.
         """
         try:
             if self._run is None:
@@ -203,48 +193,40 @@ class Agent:
             return self._start_over(error)
         if isinstance(reply, Finished):
             return StepOutcome("finished", reply.server_round, reply.reason)
-        # A server that answers at once and asks for no pause must not be polled in a tight loop.
+        if reply.reason != self._wait_reason:
+            self._wait_reason = reply.reason
+            self._progress.message(reply.reason)
+        # Never poll in a tight loop, not even a server that answers at once and asks for no pause.
         self._retry.sleep(min(max(reply.retry_after_s, SHORTEST_WAIT_S), LONGEST_WAIT_S))
         return StepOutcome("waited", self._server_round, reply.reason)
 
     def leave(self, reason: str) -> None:
-        """Tell the server that the device goes, if it can be told quickly. A later `step` registers again."""
-        self.close()  # a heartbeat after the goodbye would bring the device back to life
+        """Tell the server that the device leaves, unless that takes too long. A later `step` registers again."""
+        self.close()  # a heartbeat after the goodbye would count as a return
         if self._run is None:
             return
         self._run = None
         try:
             self._client.leave(reason, timeout_s=self._settings.leave_s)
         except EdgefedError as error:
-            logger.debug("leaving unheard: %s", error)
+            logger.debug("the server was not told that this device leaves: %s", error)
 
     def _summary(self, *, finished: bool, reason: str) -> RunSummary:
         return RunSummary(
-            rounds=self._rounds,
-            bytes_down=self._client.bytes_down,
-            bytes_up=self._client.bytes_up,
-            seconds=self._clock() - self._started,
-            metrics=self._metrics,
-            finished=finished,
-            reason=reason,
-        )
+            rounds=self._rounds, bytes_down=self._client.bytes_down, bytes_up=self._client.bytes_up,
+            seconds=self._clock() - self._started, metrics=self._metrics, finished=finished, reason=reason,
+        )  # fmt: skip
 
     # --- registration and requests --------------------------------------------------------------------------------
 
     def _register(self) -> None:
         record, settings = self._journal.record, self._settings
         message = Register(
-            protocol_version=PROTOCOL_VERSION,
-            client_id=record.client_id,
-            client_key=record.client_key,
-            name=settings.name,
-            memory_bytes=settings.memory_bytes,
-            expert_share=settings.expert_share,
-            compute_share=settings.compute_share,
-            num_examples=self._trainer.num_examples,
-            edgefed_version=__version__,
-            device=settings.device,
-        )
+            protocol_version=PROTOCOL_VERSION, client_id=record.client_id, client_key=record.client_key,
+            name=settings.name, memory_bytes=settings.memory_bytes, expert_share=settings.expert_share,
+            compute_share=settings.compute_share, num_examples=self._trainer.num_examples,
+            edgefed_version=__version__, device=settings.device,
+        )  # fmt: skip
         limit = None if self._joined else settings.give_up_after_s
         registered = self._call(lambda: self._client.register(message), give_up_after_s=limit)
         self._journal.bind(self._client.base_url, registered.run.run_id)
@@ -254,12 +236,12 @@ class Agent:
         self._heartbeat.interval_s = registered.heartbeat_s
 
     def _start_over(self, error: UnknownClient) -> StepOutcome:
-        """Forget the registration, not the work. Raises ``error`` when registering does not help."""
+        """Register again and keep the work. Raises ``error`` if registering does not help."""
         self._run = None
         self._forgotten += 1
         if self._forgotten >= MAX_REFUSALS:
             raise error
-        self._progress.message("the server does not know this device any more; registering again")
+        self._progress.message("the server no longer knows this device; registering again")
         self._retry.wait(self._forgotten)
         return StepOutcome("unregistered", self._server_round, str(error))
 
@@ -271,29 +253,29 @@ class Agent:
         )
 
     def _call(self, request: Callable[[], T], give_up_after_s: float | None = None) -> T:
-        """Repeat ``request`` until it succeeds, and tell the user when that takes more than one try."""
-        told = False
+        """Repeat ``request`` until it succeeds. Report the first failure of each kind, and the success after it."""
+        reported = ""
 
-        def tell(error: EdgefedError) -> None:
-            nonlocal told
-            if not told:
-                self._progress.message(f"{error}; trying again until it works")
-            told = True
+        def report(error: EdgefedError) -> None:
+            nonlocal reported
+            if error.code != reported:
+                self._progress.message(f"{error}; retrying until it works")
+            reported = error.code
 
         result = self._retry.run(
             lambda: run_interruptibly(request, self._stop),
             joined=self._joined,
             give_up_after_s=give_up_after_s,
-            on_wait=tell,
+            on_wait=report,
         )
-        if told:
+        if reported:
             self._progress.message("connected again")
         return result
 
     # --- one round ------------------------------------------------------------------------------------------------
 
     def _take_part(self, assignment: Assignment) -> Delivered:
-        assert self._run is not None, "work needs a registration"
+        assert self._run is not None, "not registered"
         self._server_round = assignment.server_round
         self._delivery.open_account()
         attempt = self._journal.begin_training(assignment.server_round)
@@ -304,7 +286,7 @@ class Agent:
                 raise UnknownClient(f"the server now has run {manifest.run_id!r}, not {self._run.run_id!r}")
             trained = self._trainer.train_round(self._run, manifest, assignment, self._fetch, self._progress, path)
         except (NotFound, RoundClosed) as error:
-            return self._delivery.drop(error)  # the server moved on while the device was downloading
+            return self._delivery.drop(error)  # the server moved on during the download
         except ChecksumMismatch as error:
             return self._delivery.refuse(error)
         self._progress.done()
@@ -323,7 +305,7 @@ class Agent:
         try:
             self._trainer.between_rounds(self._fetch, self._progress)
         except (NotFound, RoundClosed) as error:
-            logger.info("not prepared for the next round: %s", error)  # the server moved on; the round does it then
+            logger.info("not prepared for the next round: %s", error)  # the server moved on; done within the round
         return StepOutcome("accepted", delivered.server_round)
 
     def _fetch(self, items: Iterable[UnitInfo | FileInfo]) -> Mapping[str, Path]:
@@ -333,7 +315,7 @@ class Agent:
             missing_bytes = self._cache.bytes_to_download(items)
             if missing_bytes:
                 self._progress.phase("download", missing_bytes, "B")
-            return self._cache.ensure(items, self._delivery.advance)
+            return self._cache.ensure(items, self._delivery.count_download)
 
         blobs = self._call(ensure)
         if self._progress.snapshot()[0] == "download":
@@ -341,24 +323,19 @@ class Agent:
         return blobs
 
     def _describe(self, trained: TrainedUpdate, server_round: int, attempt: int, path: Path) -> UpdateMeta:
-        metrics = {**trained.metrics, **self._client.network_facts().metrics()}
+        metrics = {**trained.metrics, **self._client.rates.metrics()}
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         if left_out := metrics.keys() - finite.keys() - self._left_out:
             self._left_out |= left_out
-            logger.warning("round %d: no finite number, so not sent: %s", server_round, ", ".join(sorted(left_out)))
+            logger.warning(
+                "round %d: metrics that are not finite are not sent: %s", server_round, ", ".join(sorted(left_out))
+            )
         sha256, size_bytes = hash_file(path)
         return UpdateMeta(
-            client_id=self._journal.record.client_id,
-            server_round=server_round,
-            attempt=attempt,
-            sha256=sha256,
-            size_bytes=size_bytes,
-            num_examples=trained.num_examples,
-            num_tokens=trained.num_tokens,
-            experts=trained.experts,
-            metrics=finite,
-            survey=trained.survey,
-        )
+            client_id=self._journal.record.client_id, server_round=server_round, attempt=attempt, sha256=sha256,
+            size_bytes=size_bytes, num_examples=trained.num_examples, num_tokens=trained.num_tokens,
+            experts=trained.experts, metrics=finite, survey=trained.survey,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -374,9 +351,9 @@ def open_agent(
     stop: threading.Event | None = None,
     retry: Retry | None = None,
 ) -> Iterator[Agent]:
-    """An agent with its client, journal and cache in the folder ``state``; closes all of them at the end.
+    """Open an agent with its client, journal and cache in the folder ``state``, and close them at the end.
 
-    Raises ConfigError for a wrong address or token, StateLocked, StateCorrupt, StorageError.
+    Raises ConfigError for an invalid address or token, StateLocked, StateCorrupt, StorageError.
     """
     with Journal(state) as journal:
         record = journal.record
@@ -395,16 +372,11 @@ def open_agent(
                 yield agent
 
 
-# Tells the aggregator every few seconds that this device lives and what it does, also while it trains.
-
-logger = logging.getLogger("edgefed.agent")
-
-MIN_INTERVAL_S = 0.05
-MAX_INTERVAL_S = 300.0
-
-
 class HeartbeatThread:
-    """Calls ``send()`` every ``interval_s``. A failure is only logged: the loop's own requests report trouble."""
+    """Calls ``send()`` every ``interval_s``, also while the device trains.
+
+    A failure is only logged, because the agent's own requests report problems of the network.
+    """
 
     def __init__(self, send: Callable[[], None], interval_s: float) -> None:
         self._send = send
@@ -414,7 +386,7 @@ class HeartbeatThread:
         self._thread.start()
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Stop; waits at most ``timeout_s`` for a heartbeat on its way."""
+        """Stop. Waits at most ``timeout_s`` for a heartbeat in progress."""
         self._ended.set()
         self._thread.join(timeout_s)
 
@@ -422,5 +394,5 @@ class HeartbeatThread:
         while not self._ended.wait(min(max(self.interval_s, MIN_INTERVAL_S), MAX_INTERVAL_S)):
             try:
                 self._send()
-            except Exception as fault:  # this thread must outlive every failure
-                logger.debug("heartbeat failed: %s", fault)
+            except Exception as error:  # this thread must survive every failure
+                logger.debug("heartbeat failed: %s", error)

@@ -1,8 +1,9 @@
-"""When to ask again: exponential back-off with full jitter, and which errors deserve it.
+"""Retries: exponential back-off with full jitter, and which errors are retried.
 
 A device that has joined never gives up on its server. Before that, a wrong address must end in an error, so the first
-registration has a time limit. Nothing here knows HTTP; generic retry packages cannot resume an upload, this only
-repeats a request that knows how to continue.
+registration has a time limit. This module does not know HTTP: it repeats a request that knows how to continue by
+itself, such as a resumable upload. A library would replace only the loop in `Retry.run`, not the rules beside it:
+progress that resets the waits, a stop event, and a limit that depends on whether the device has joined.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class BackoffSchedule:
-    """Upper limits of the waits: first_s, first_s * factor, ... up to cap_s. All seconds.
+    """Upper limits of the waits in seconds: first_s, first_s * factor, ... up to cap_s.
 
-    The wait itself is drawn uniformly from 0 to the limit ("full jitter"), so that a hundred devices that lost the same
-    server do not come back in step.
+    A wait is drawn uniformly between 0 and its limit ("full jitter"), so that a hundred devices that lost the same
+    server do not return at the same time.
     """
 
     first_s: float = 0.5
@@ -48,14 +49,14 @@ class BackoffSchedule:
 def is_transient(error: EdgefedError, *, joined: bool) -> bool:
     """Whether the same request may succeed later.
 
-    Yes for ServerUnreachable (timeouts and cut connections are that, too) and for whatever the server itself answered
-    with a 5xx status, a full disk for example; the transport leaves that status in ``error.received_status``. An answer
-    that no aggregator gives (``error.foreign``: a web page, an untrusted certificate) means a wrong address before the
-    device has joined. Afterwards it is a proxy or a hotel's login page in the way, which goes away.
+    True for ServerUnreachable, which includes timeouts and cut connections, and for errors that arrived with a 5xx
+    status, such as the server's full disk. An answer that no edgefed server gives (``error.foreign``: a web page, an
+    untrusted certificate) means a wrong address before the device has joined. Afterwards it is a proxy or a login page,
+    which goes away.
     """
-    if isinstance(error, ServerUnreachable) or getattr(error, "received_status", 0) >= 500:
+    if isinstance(error, ServerUnreachable) or error.received_status >= 500:
         return True
-    return joined and getattr(error, "foreign", False)
+    return joined and error.foreign
 
 
 class Retry:
@@ -70,7 +71,7 @@ class Retry:
         sleep: Callable[[float], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``sleep(seconds)`` may raise StopRequested; the default does when ``stop`` is set."""
+        """``sleep(seconds)`` may raise StopRequested; the default raises it when ``stop`` is set."""
         self.schedule = schedule or BackoffSchedule()
         self.sleep = sleep or (lambda seconds: pause(seconds, stop))
         self._rng = rng or random.Random()
@@ -78,11 +79,11 @@ class Retry:
         self._failures = 0
 
     def note_progress(self) -> None:
-        """Bytes moved: the next failure starts again at the shortest wait."""
+        """Reset the waits: the next failure is followed by the shortest one. Call it for bytes that the other side has."""
         self._failures = 0
 
     def wait(self, failures: int, longest_s: float | None = None) -> None:
-        """Wait as after ``failures`` (>= 1) failures in a row, at most ``longest_s``."""
+        """Wait as after ``failures`` (>= 1) failures in a row, but at most ``longest_s``."""
         seconds = self._rng.uniform(0.0, self.schedule.limit_s(failures))
         self.sleep(seconds if longest_s is None else min(seconds, longest_s))
 
@@ -94,10 +95,10 @@ class Retry:
         give_up_after_s: float | None = None,
         on_wait: Callable[[EdgefedError], None] | None = None,
     ) -> T:
-        """Return ``request()``, repeated while it fails with a transient error (`is_transient`).
+        """Return ``request()``; repeat it while it fails with a transient error (`is_transient`).
 
-        ``on_wait(error)`` is told before each wait. Raises the error itself when it is not transient, or when
-        ``give_up_after_s`` seconds have passed since the first try; None never gives up.
+        ``on_wait(error)`` is called before each wait. Raises the error if it is not transient, or after
+        ``give_up_after_s`` seconds since the first try; None never gives up.
         """
         started = self._clock()
         self._failures = 0

@@ -1,37 +1,47 @@
-"""Downloaded parts of the global model, each in a file named by its SHA-256.
+"""Downloaded units of the global model, each in a file named by its SHA-256.
 
-Experts that did not change between rounds have the same hash, so a device downloads only what is new to it. A blob is
-verified once, when it arrives; afterwards its size is checked on every use.
+An expert that did not change between two rounds has the same hash, so a device downloads only what is new to it. A blob
+is verified once, when it arrives; later uses check its size only. A download in progress is a `.part` file, which
+survives an interruption.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import queue
+import re
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
-from edgefed.agent.download import PART_SUFFIX, check_sha256
-from edgefed.agent.transport import OnBytes
-from edgefed.disk import disk_errors, make_folder
+from edgefed.disk import READ_BYTES, disk_errors, make_folder, sync_file
 from edgefed.errors import DiskFull, MalformedMessage
 from edgefed.protocol.messages import FileInfo, UnitInfo
 
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes that have just moved."""
+
+PART_SUFFIX = ".part"
 PARALLEL_DOWNLOADS = 4
 """On loopback, 2 shared cores: 400 blobs of 100 kB take 1.5-2.0 s with one thread, 0.7-1.3 s with 4, no less with 8;
 blobs of 64 MB gain nothing. Over a network each small blob costs a round trip, so overlapping pays more."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class BlobSource(Protocol):
     """What the cache needs of a transport."""
 
-    def download(self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None) -> None: ...
+    def download(self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None) -> None:
+        """Store the blob at ``path``, verified; continue from ``path``.part."""
+        ...
 
 
 class BlobCache:
-    """The blobs of one state folder. One user at a time (the journal holds the folder's lock)."""
+    """The blobs of one state folder. One user at a time: the journal has the folder's lock."""
 
     def __init__(self, folder: Path, source: BlobSource, *, parallel: int = PARALLEL_DOWNLOADS) -> None:
         self.folder = make_folder(folder)
@@ -39,12 +49,13 @@ class BlobCache:
         self._parallel = parallel
 
     def path(self, sha256: str) -> Path:
+        """File of a blob, whether or not it is there."""
         return self.folder / sha256
 
     def missing(self, items: Iterable[UnitInfo | FileInfo]) -> dict[str, int]:
-        """Which of ``items`` are not here yet: {sha256: size_bytes}. Deletes a blob that has the wrong size.
+        """Blobs of ``items`` that are not in the cache: {sha256: size_bytes}. Deletes a blob that has the wrong size.
 
-        Raises MalformedMessage for a hash that is none, or one hash with two sizes.
+        Raises MalformedMessage for an invalid hash, or for one hash with two sizes.
         """
         wanted: dict[str, int] = {}
         for item in items:
@@ -63,14 +74,14 @@ class BlobCache:
         return missing
 
     def bytes_to_download(self, items: Iterable[UnitInfo | FileInfo]) -> int:
-        """Bytes that `ensure` would move, less what an earlier download left behind."""
+        """Bytes that `ensure` would download; partial downloads count as done."""
         return sum(size - self._left_behind(sha256, size) for sha256, size in self.missing(items).items())
 
     def ensure(self, items: Iterable[UnitInfo | FileInfo], on_bytes: OnBytes | None = None) -> dict[str, Path]:
-        """Return {sha256: file} of all ``items``, downloading what is missing.
+        """Download missing ``items`` and return {sha256: file} of all.
 
-        Raises DiskFull before the first byte when the disk cannot take it, and whatever the download raises; what is
-        complete by then stays, and the next call goes on from there. ``on_bytes`` is called from several threads.
+        Raises DiskFull before the first byte if the disk has too little room, and any error of a download. Complete
+        and partial downloads stay, and the next call continues from them. ``on_bytes`` is called from several threads.
         """
         items = tuple(items)
         missing = self.missing(items)
@@ -79,7 +90,7 @@ class BlobCache:
         return {item.sha256: self.path(item.sha256) for item in items}
 
     def prune(self, keep: Iterable[str]) -> int:
-        """Delete every blob and every partial download whose hash is not in ``keep``. Return the bytes freed."""
+        """Delete every blob and partial download whose hash is not in ``keep``. Returns the bytes freed."""
         keep, freed = set(keep), 0
         with disk_errors(self.folder):
             for file in list(self.folder.iterdir()):
@@ -97,17 +108,17 @@ class BlobCache:
         with disk_errors(self.folder):
             free = shutil.disk_usage(self.folder).free
         if need > free:
-            raise DiskFull(f"the model's parts need {need} more bytes in {self.folder}, {free} are free")
+            raise DiskFull(f"the units to download need {need} bytes in {self.folder}, {free} are free")
 
     def _download_all(self, missing: Mapping[str, int], on_bytes: OnBytes | None) -> None:
-        """Daemon threads and a queue; not an executor, whose threads would hold up the exit after Ctrl-C."""
+        """Uses daemon threads and a queue: the threads of an executor would delay the exit after Ctrl-C."""
         todo: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         for entry in missing.items():
             todo.put(entry)
-        faults: list[BaseException] = []
+        errors: list[BaseException] = []
 
         def work() -> None:
-            while not faults:
+            while not errors:
                 try:
                     sha256, size = todo.get_nowait()
                 except queue.Empty:
@@ -115,7 +126,7 @@ class BlobCache:
                 try:
                     self._source.download(sha256, size, self.path(sha256), on_bytes)
                 except BaseException as error:  # raised again in the caller's thread
-                    faults.append(error)
+                    errors.append(error)
 
         threads = [
             threading.Thread(target=work, name="edgefed-download", daemon=True)
@@ -125,12 +136,92 @@ class BlobCache:
             thread.start()
         for thread in threads:
             thread.join()
-        if faults:
-            raise faults[0]
+        if errors:
+            raise errors[0]
+
+
+def check_sha256(sha256: str, size_bytes: int) -> None:
+    """Raise MalformedMessage unless ``sha256`` is a SHA-256: it came from outside and becomes a file name."""
+    if not _SHA256.fullmatch(sha256):
+        raise MalformedMessage(f"invalid SHA-256: expected 64 lower-case hex digits, found {sha256[:80]!r}")
+    if size_bytes < 0:
+        raise MalformedMessage(f"blob {sha256[:12]} has a size of {size_bytes} bytes")
+
+
+class PartFile:
+    """A partial download of the blob at ``path``: ``offset`` of ``size_bytes`` bytes have arrived.
+
+    Use: ``with part.opened(): part.append(...)``, then compare `sha256`, then `publish` or `discard`. Never writes more
+    than ``size_bytes``.
+    """
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + PART_SUFFIX)
+        self.size_bytes = size_bytes
+        self.offset = 0
+        self._digest = hashlib.sha256()
+        self._file: BinaryIO | None = None
+        self._overflowed = False
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Open for appending and hash the existing bytes; flush to the disk at the end, also after an error."""
+        with disk_errors(self.part):
+            self._file = file = open(self.part, "a+b")  # noqa: SIM115  closed below, outlives this block
+        self._digest, self.offset, self._overflowed = hashlib.sha256(), 0, False
+        try:
+            with disk_errors(self.part):
+                file.seek(0)
+                while chunk := file.read(READ_BYTES):
+                    self._digest.update(chunk)
+                    self.offset += len(chunk)
+            if self.offset > self.size_bytes:
+                self.truncate()
+            yield
+        finally:
+            with disk_errors(self.part):
+                try:
+                    sync_file(file)
+                finally:
+                    file.close()
+
+    def append(self, chunk: bytes) -> bool:
+        """Write a chunk. Returns False and writes nothing if it would exceed ``size_bytes``."""
+        if self.offset + len(chunk) > self.size_bytes:
+            self._overflowed = True
+            return False
+        assert self._file is not None, "append() belongs inside opened()"
+        with disk_errors(self.part):
+            self._file.write(chunk)
+        self._digest.update(chunk)
+        self.offset += len(chunk)
+        return True
+
+    def truncate(self) -> None:
+        """Start again from the first byte."""
+        assert self._file is not None, "truncate() belongs inside opened()"
+        with disk_errors(self.part):
+            self._file.truncate(0)  # append mode: the next write goes to the new end
+        self._digest, self.offset = hashlib.sha256(), 0
+
+    def sha256(self) -> str:
+        """Hash of the bytes that arrived; "" unless they have the announced size."""
+        return self._digest.hexdigest() if self.offset == self.size_bytes and not self._overflowed else ""
+
+    def publish(self) -> None:
+        """Rename to the final name. The data is already on the disk; a lost rename costs only another download."""
+        with disk_errors(self.path):
+            os.replace(self.part, self.path)
+
+    def discard(self) -> None:
+        """Delete the partial download."""
+        with disk_errors(self.part):
+            self.part.unlink(missing_ok=True)
 
 
 def _size_of(path: Path) -> int | None:
-    """Size of a file; None when there is none."""
+    """Size of a file; None if it does not exist."""
     with disk_errors(path):
         try:
             return path.stat().st_size

@@ -1,4 +1,4 @@
-"""One HTTP exchange with the aggregator: address, headers, timeouts, byte counts, failures by their edgefed name."""
+"""HTTP exchanges with one aggregator: address, headers, timeouts, byte counts, and errors of `edgefed.errors`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import httpx
 
-from edgefed.agent.tcp_info import ConnectionRecord
-from edgefed.agent.throughput import TINY_BYTES, Throughput
+from edgefed.agent.network import Throughput, TransferRates
 from edgefed.errors import (
     ConfigError,
     EdgefedError,
@@ -18,19 +17,21 @@ from edgefed.errors import (
     NetworkError,
     ProtocolError,
     ServerUnreachable,
+    StorageError,
 )
 from edgefed.protocol import routes
 from edgefed.protocol.messages import T, decode_error, decode_message, encode_message
 
 BUSY_STATUSES = (408, 429)
-"""What a proxy answers when asking again is the thing to do; every 5xx counts, too."""
+"""Answers of a proxy after which a client should try again; so is every 5xx."""
 PROBLEM_EXCERPT_BYTES = 64 * 1024
+SERVER_DISK_REMEDY = "Free space or check the disk on the server; clients continue by themselves."
 
 
 def check_base_url(text: str) -> str:
-    """Return ``text`` as scheme://host[:port].
+    """Normalise ``text`` to scheme://host[:port].
 
-    Raises ConfigError: neither http nor https, no host, a path, a query or a password.
+    Raises ConfigError if it is not http or https, or has no host, a path, a query or a password.
     """
     remedy = f"Pass the address that `edgefed serve` prints, such as http://192.168.1.5:{routes.DEFAULT_PORT}."
     if "://" not in text:
@@ -59,8 +60,8 @@ def _check_token(token: str) -> str:
 class Channel:
     """A pool of connections to one aggregator. Thread-safe.
 
-    ``bytes_up`` and ``bytes_down`` count bodies without headers; whoever streams a body counts it with `count`, and
-    tells ``up`` or ``down`` of its pace. ``connections`` is asked of the kernel after every exchange.
+    ``bytes_up`` and ``bytes_down`` count bodies without headers. Code that streams a body counts it with `count`, and
+    reports its pace to ``up`` or ``down``.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Channel:
     ) -> None:
         self.base_url = check_base_url(base_url)
         self.timeout = httpx.Timeout(connect=connect_s, read=read_s, write=write_s, pool=connect_s)
-        # A compressed answer would have other offsets than the blob that a Range counts in.
+        # A Range counts bytes of the blob itself, so the answer must not be compressed.
         headers = {"accept-encoding": "identity"}
         if client_key:
             headers[routes.CLIENT_KEY_HEADER] = client_key
@@ -86,7 +87,7 @@ class Channel:
             base_url=self.base_url,
             headers=headers,
             timeout=self.timeout,
-            # Loading the authorities takes 50 ms and megabytes; redirects are not followed, so http stays http.
+            # Loading certificate authorities takes 50 ms and megabytes; without redirects, http stays http.
             verify=verify if self.base_url.startswith("https:") else False,
             follow_redirects=False,
         )
@@ -94,10 +95,15 @@ class Channel:
         self.bytes_up = 0
         self.bytes_down = 0
         self.up, self.down = Throughput(), Throughput()
-        self.connections = ConnectionRecord()
 
     def close(self) -> None:
+        """Close all connections."""
         self._http.close()
+
+    @property
+    def rates(self) -> TransferRates:
+        """Pace of the transfers so far."""
+        return TransferRates(self.up.bytes_per_s, self.down.bytes_per_s)
 
     def count(self, *, up: int = 0, down: int = 0) -> None:
         """Add to the byte counts."""
@@ -115,7 +121,7 @@ class Channel:
         params: dict[str, float] | None = None,
         timeout: httpx.Timeout | None = None,
     ) -> T:
-        """Send a message, or nothing, and decode the answer as ``kind``."""
+        """Send ``message``, if any, and decode the answer as ``kind``."""
         content, headers = None, {}
         if message is not None:
             content, headers = encode_message(message), {"content-type": "application/json"}
@@ -135,26 +141,19 @@ class Channel:
         timeout: httpx.Timeout | None = None,
         passed: tuple[int, ...] = (),
     ) -> Iterator[httpx.Response]:
-        """Send a request; hand out the response, body unread, when it succeeded or its status is in ``passed``."""
+        """Send a request and yield the response, body unread, if it succeeded or its status is in ``passed``."""
         try:
             with self._http.stream(
                 method, path, params=params, content=content, headers=headers, timeout=timeout or self.timeout
             ) as response:
-                try:
-                    if not response.is_success and response.status_code not in passed:
-                        raise self._refusal(response)
-                    yield response
-                finally:
-                    stream = response.extensions.get("network_stream")
-                    sent_bytes = int(headers.get("content-length", "0"))
-                    self.connections.note(
-                        stream.get_extra_info("socket") if stream else None, sending=sent_bytes >= TINY_BYTES
-                    )
-        except httpx.HTTPError as fault:
-            raise self._unreachable(fault) from fault
+                if not response.is_success and response.status_code not in passed:
+                    raise self._refusal(response)
+                yield response
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
 
     def decode(self, response: httpx.Response, kind: type[T]) -> T:
-        """Read an answer. Raises MalformedMessage when it is JSON, but another message; otherwise see `foreign`."""
+        """Decode an answer. Raises MalformedMessage for JSON that is another message; for other content see `foreign`."""
         body = self._read(response, routes.MAX_MESSAGE_BYTES)
         try:
             return decode_message(body, kind)
@@ -173,42 +172,52 @@ class Channel:
         return bytes(body)
 
     def _refusal(self, response: httpx.Response) -> EdgefedError:
-        """What a response without success means. ``received_status`` tells `backoff.is_transient` the status,
-        ``retry_after`` is that header as it came.
+        """The error that an unsuccessful response stands for.
+
+        Its ``received_status`` is the HTTP status, for `backoff.is_transient`; ``retry_after`` is that header.
         """
         body = b""
+        error: EdgefedError
         try:
             body = self._read(response, PROBLEM_EXCERPT_BYTES)
             error = decode_error(body)
         except MalformedMessage:
             if response.status_code < 500 and response.status_code not in BUSY_STATUSES:
                 return self.foreign(response, body)
-            error = ServerUnreachable(f"{self.base_url} answered HTTP {response.status_code} and nothing more")
-        error.received_status = response.status_code  # type: ignore[attr-defined]
-        error.retry_after = response.headers.get("retry-after", "")  # type: ignore[attr-defined]
+            error = ServerUnreachable(f"{self.base_url} answered HTTP {response.status_code} without an explanation")
+        if isinstance(error, StorageError):
+            error = type(error)(f"the server {self.base_url} reports: {error}", remedy=SERVER_DISK_REMEDY)
+        error.received_status = response.status_code
+        error.retry_after = response.headers.get("retry-after", "")
         return error
 
     def foreign(self, response: httpx.Response, body: bytes) -> ProtocolError:
-        """Something answered that is no aggregator. ``foreign`` tells `backoff.is_transient`."""
+        """The error for an answer that no aggregator gives; its attribute ``foreign`` is for `backoff.is_transient`."""
         kind = response.headers.get("content-type", "no content type")
         excerpt = " ".join(body[:80].decode("utf-8", "replace").split())
+        if response.status_code == 413:
+            error = ProtocolError(
+                f"a proxy in front of {self.base_url} refuses the size of a request (HTTP 413)",
+                remedy="Raise the body limit of the proxy (nginx: client_max_body_size), or bypass it.",
+            )
+            error.foreign, error.received_status = True, response.status_code
+            return error
         error = ProtocolError(
-            f"{self.base_url} answers, but not as an edgefed aggregator: "
-            f"HTTP {response.status_code}, {kind}, {excerpt!r}",
-            remedy="Check host and port: another program may listen there, or a proxy may be in the way.",
+            f"{self.base_url} does not answer as an edgefed server: HTTP {response.status_code}, {kind}, {excerpt!r}",
+            remedy="Check host and port. Another program or a proxy may have answered.",
         )
-        error.foreign = True  # type: ignore[attr-defined]
+        error.foreign = True
         return error
 
-    def _unreachable(self, fault: httpx.HTTPError) -> EdgefedError:
-        cause: BaseException | None = fault
+    def _unreachable(self, error: httpx.HTTPError) -> EdgefedError:
+        cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
-                error = NetworkError(
+                untrusted = NetworkError(
                     f"the certificate of {self.base_url} is not trusted: {cause.verify_message}",
-                    remedy="Let SSL_CERT_FILE name the file of the authority that signed the server's certificate.",
+                    remedy="Set SSL_CERT_FILE to the certificate of the authority that signed the server's.",
                 )
-                error.foreign = True  # type: ignore[attr-defined]
-                return error
+                untrusted.foreign = True
+                return untrusted
             cause = cause.__cause__ or cause.__context__
-        return ServerUnreachable(f"no answer from {self.base_url}: {fault or type(fault).__name__}")
+        return ServerUnreachable(f"no answer from {self.base_url}: {error or type(error).__name__}")

@@ -1,6 +1,6 @@
-"""Bring the pending update to the server and get rid of it: acknowledged, refused, or too late.
+"""Delivers the pending update to the server, and deletes it when it is acknowledged, refused or too late.
 
-The only place that decides when a trained update may be deleted.
+No other module deletes a trained update.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from edgefed.protocol.messages import UpdateMeta
 MAX_REFUSALS = 3
 """Updates refused in a row before the agent ends with the server's error."""
 MAX_SENDS = 3
-"""How often one update is sent when the server's copy turns out to be another."""
+"""How often one update is sent if the server's copy differs from it."""
 LONGEST_SETBACK_S = 2.0
-"""Longest wait after a dropped round: enough against a tight loop, short enough not to make a slow device later."""
+"""Longest wait after a dropped round: prevents a tight loop without delaying a slow device further."""
 
 T = TypeVar("T")
 
@@ -44,12 +44,14 @@ T = TypeVar("T")
 class Call(Protocol):
     """Repeats a request until it succeeds (`Agent` binds `Retry.run`)."""
 
-    def __call__(self, request: Callable[[], T], /) -> T: ...
+    def __call__(self, request: Callable[[], T], /) -> T:
+        """Return the result of ``request()``."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Delivered:
-    """How a round ended. ``error`` is None when the server acknowledged the update; ``metrics`` are the update's."""
+    """How a round ended. ``error`` is None if the server acknowledged the update; ``metrics`` are the update's."""
 
     server_round: int
     error: EdgefedError | None = None
@@ -57,7 +59,7 @@ class Delivered:
 
 
 class Delivery:
-    """Delivers pending updates, and keeps the account of each round: bytes, refusals, ledger lines."""
+    """Delivers pending updates and counts the bytes and refusals of each round, for the ledger."""
 
     def __init__(
         self, client: AggregatorClient, journal: Journal, retry: Retry, progress: WatchedProgress, call: Call
@@ -71,9 +73,10 @@ class Delivery:
         self._setbacks = 0
         self._resumed = False
         self._start = (0, 0)
+        self._acknowledged = 0
 
     def open_account(self) -> None:
-        """A round begins: its bytes and seconds count from here."""
+        """Start counting the bytes and seconds of a round."""
         self._start = (self._client.bytes_down, self._client.bytes_up)
         self._progress.take_seconds()
         self._resumed = False
@@ -84,20 +87,20 @@ class Delivery:
         return self._client.bytes_down - self._start[0]
 
     def resume(self) -> Delivered:
-        """Deliver an update of an earlier process or connection, if its file is still what was written."""
+        """Deliver the update of an earlier process or connection. Drop it if its file is damaged or missing."""
         meta = self._pending()
         self.open_account()
         self._resumed = True
         if not self._is_intact(meta):
-            return self.drop(StorageError(f"the update of round {meta.server_round} is damaged or gone"))
+            return self.drop(StorageError(f"the update of round {meta.server_round} is damaged or missing"))
         self._progress.message(f"continuing the upload of round {meta.server_round}")
         return self.deliver()
 
     def deliver(self) -> Delivered:
-        """Upload and commit the pending update, then forget it.
+        """Upload and commit the pending update, then delete it.
 
-        Raises UnknownClient, Unauthorized and VersionMismatch with the update kept, and the `MAX_REFUSALS`-th other
-        refusal in a row with the update dropped.
+        Raises UnknownClient, Unauthorized and VersionMismatch and keeps the update; raises the `MAX_REFUSALS`-th other
+        refusal in a row and drops it.
         """
         for send in range(1, MAX_SENDS + 1):
             try:
@@ -105,23 +108,20 @@ class Delivery:
             except (RoundClosed, UpdateConflict) as error:
                 return self.drop(error)
             except (UnknownClient, Unauthorized, VersionMismatch):
-                raise  # the update may still be wanted, once the device is let in again
+                raise  # the update may still count once the device is registered again
             except (ChecksumMismatch, OffsetMismatch, NotFound) as error:
-                # What the server holds is not the file, or a part of it, or nothing: send it again.
+                # The server has other bytes than the file, or none: send it again.
                 if send == MAX_SENDS or not self._is_intact(self._pending()):
                     return self.drop(error) if isinstance(error, NotFound) else self.refuse(error)
                 self._progress.message(f"{error}; sending the update again")
                 if isinstance(error, ChecksumMismatch):
-                    self._journal.begin_next_attempt()  # makes the server start from the first byte
+                    self._journal.begin_next_attempt()  # the server starts again from the first byte
             except ProtocolError as error:
                 return self.refuse(error)
         raise AssertionError("the last send returns or raises")
 
     def refuse(self, error: ProtocolError) -> Delivered:
-        """Drop a round that the server, or its bytes, made impossible.
-
-        Raises ``error`` at the `MAX_REFUSALS`-th in a row.
-        """
+        """Drop the round because of an error of the server. Raises the `MAX_REFUSALS`-th such error in a row."""
         self._refusals += 1
         dropped = self.drop(error)
         if self._refusals >= MAX_REFUSALS:
@@ -129,10 +129,10 @@ class Delivery:
         return dropped
 
     def drop(self, error: EdgefedError) -> Delivered:
-        """Give up the round that the journal names, wait a little, and go on."""
+        """Drop the round in the journal and its update, and wait a little."""
         server_round = self._journal.record.server_round
         self._progress.done()
-        self._progress.message(f"round {server_round} goes on without this device: {error}")
+        self._progress.message(f"round {server_round} continues without this device: {error}")
         self._write_ledger(error.code)
         self._journal.drop_pending()
         self._setbacks += 1
@@ -142,39 +142,43 @@ class Delivery:
     def _send(self) -> Delivered:
         self._journal.begin_upload()
         meta, path = self._pending(), self._journal.pending_path
+        self._acknowledged = 0
 
         def upload() -> None:
             self._progress.phase("upload", meta.size_bytes, "B")
-            self._client.upload(meta.server_round, meta.attempt, path, self.advance)
+            self._client.upload(meta.server_round, meta.attempt, path, self._progress.advance, self._note_offset)
 
         try:
             self._call(upload)
-            said = self._with_rates(meta)
-            self._call(lambda: self._client.commit(said))
+            final = self._with_rates(meta)
+            self._call(lambda: self._client.commit(final))
         finally:
             self._progress.done()
         entry = self._write_ledger("accepted")
-        # The line's bytes, not the client's by now: heartbeats go on beside this thread, and both accounts must agree.
+        # Take the bytes from the entry, not from the client: heartbeats continue in another thread.
         self._journal.acknowledge(bytes_down=entry.bytes_down, bytes_up=entry.bytes_up)
         self._refusals = self._setbacks = 0
         return Delivered(meta.server_round, metrics=meta.metrics)
 
     def _with_rates(self, meta: UpdateMeta) -> UpdateMeta:
-        """``meta`` whose survey, if it has one, says how fast transfers were, this upload included.
-
-        Not by the kernel's estimate, which may be a lower bound.
-        """
+        """Add the rates of transfers, including this upload, to the survey of ``meta``, if it has one."""
         if meta.survey is None:
             return meta
-        facts = self._client.network_facts()
-        found = {"upload_bytes_per_s": facts.up_bytes_per_s, "download_bytes_per_s": facts.down_bytes_per_s}
-        rates = {name: float(rate.value) for name, rate in found.items() if rate.known and rate.value >= 1}
-        return msgspec.structs.replace(meta, survey=msgspec.structs.replace(meta.survey, **rates))
+        rates = self._client.rates
+        found = {"upload_bytes_per_s": rates.up_bytes_per_s, "download_bytes_per_s": rates.down_bytes_per_s}
+        known = {name: rate for name, rate in found.items() if rate is not None and rate >= 1}
+        return msgspec.structs.replace(meta, survey=msgspec.structs.replace(meta.survey, **known))
 
-    def advance(self, n: int) -> None:
-        """Bytes moved, in either direction: progress for the screen, and a reason to be patient with the network."""
+    def count_download(self, n: int) -> None:
+        """Count ``n`` downloaded bytes as progress, on the screen and for the retries."""
         self._retry.note_progress()
         self._progress.advance(n)
+
+    def _note_offset(self, offset: int) -> None:
+        """Only bytes that the server has are progress: a proxy may swallow a body and then refuse it."""
+        if offset > self._acknowledged:
+            self._acknowledged = offset
+            self._retry.note_progress()
 
     def _pending(self) -> UpdateMeta:
         assert self._journal.pending is not None, "no update waits for delivery"
@@ -205,7 +209,7 @@ class Delivery:
             bytes_down=self._round_bytes_down(),
             bytes_up=self._client.bytes_up - self._start[1],
             seconds=seconds,
-            experts_held=len(meta.experts) if meta else 0,
+            experts_resident=len(meta.experts) if meta else 0,
             experts_changed=sum(report.steps > 0 for report in meta.experts) if meta else 0,
             metrics=meta.metrics if meta else {},
         )

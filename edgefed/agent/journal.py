@@ -1,9 +1,11 @@
-"""What a device must not forget: who it is, and the trained update that the server has not acknowledged.
+"""Durable state of a device: its identity, and the trained update that the server has not acknowledged.
 
 One JSON file, replaced durably at every transition:
 
     idle -> training -> trained -> uploading -> idle
-                ^___________________ a restart begins the round again with the next attempt number
+                ^___________________ after a restart the round begins again, with the next attempt number
+
+A second file, the ledger, gets a line per round.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 class JournalRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Content of journal.json.
 
-    ``server_round`` and ``attempt`` name the last work begun and stay after it has ended, so that the number of a later
-    attempt is new. ``update`` and ``update_file`` are set while an update waits for its acknowledgement.
-    ``round_bytes_down`` and ``round_seconds`` carry that round's costs over a restart, for the ledger.
+    ``server_round`` and ``attempt`` belong to the last work that was begun. They stay after it has ended, so that a
+    later attempt gets a new number. ``update`` and ``update_file`` are set while an update waits for its
+    acknowledgement. ``round_bytes_down`` and ``round_seconds`` keep the cost of that round for the ledger.
     """
 
     format_version: int
@@ -60,10 +62,10 @@ class JournalRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Journal:
-    """The open journal of one state folder; holds the folder's lock until `close`.
+    """The open journal of one state folder; keeps the folder locked until `close`.
 
-    Raises StateLocked when another process has the folder, StateCorrupt when journal.json is not a journal, and
-    StorageError or DiskFull when it cannot be written.
+    Raises StateLocked if another process uses the folder, StateCorrupt if journal.json is not a journal, StorageError
+    or DiskFull if it cannot be written.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -90,7 +92,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Let another process use the folder."""
+        """Release the lock of the folder."""
         self._lock.release()
 
     @property
@@ -108,51 +110,52 @@ class Journal:
         return self.record.server == server and self.record.run_id != ""
 
     def bind(self, server: str, run_id: str) -> None:
-        """Note which run the device takes part in. Work for another server or run is forgotten; the identity stays."""
+        """Record the run that the device takes part in. Drops work for another server or run; keeps the identity."""
         record = self.record
         if (record.server, record.run_id) == (server, run_id):
             return
         if record.phase != "idle":
             logger.warning(
-                "forgetting the %s update of round %d: it belongs to run %s at %s, this is run %s at %s",
+                "dropping the %s update of round %d: it belongs to run %s at %s, this is run %s at %s",
                 record.phase, record.server_round, record.run_id, record.server, run_id, server,
             )  # fmt: skip
         self._forget(server=server, run_id=run_id, server_round=0, attempt=0)
 
     def begin_training(self, server_round: int) -> int:
-        """Note that work on a round begins. Return its attempt number: 1, or one more than the last of this round."""
+        """Record that work on a round begins. Returns its attempt number: 1, or the next one of this round."""
         attempt = self.record.attempt + 1 if self.record.server_round == server_round else 1
         self._forget(server_round=server_round, attempt=attempt, phase="training")
         return attempt
 
     def update_path(self) -> Path:
-        """Where the trainer writes the update of the work begun."""
+        """File that the trainer writes the update of the current round to."""
         return self.updates / f"round-{self.record.server_round}-attempt-{self.record.attempt}.safetensors"
 
     def finish_training(self, path: Path, meta: UpdateMeta, *, bytes_down: int, seconds: dict[str, float]) -> None:
-        """The update lies durably at ``path``: from here on no crash loses it."""
+        """Record the finished update at ``path``, durably: from now on no crash loses it."""
         settle_file(path)
         self._change(
             phase="trained", update_file=path.name, update=meta, round_bytes_down=bytes_down, round_seconds=seconds
         )
 
     def begin_upload(self) -> None:
+        """Record that the upload begins."""
         if self.record.phase != "uploading":
             self._change(phase="uploading")
 
     def begin_next_attempt(self) -> None:
-        """Upload the pending update again under a new number: what the server has under the old one is unusable."""
-        assert self.record.update is not None, "no update waits"
+        """Give the pending update a new attempt number: the server cannot use what it has under the old one."""
+        assert self.record.update is not None, "no pending update"
         attempt = self.record.attempt + 1
         update = msgspec.structs.replace(self.record.update, attempt=attempt)
         self._change(phase="trained", attempt=attempt, update=update)
 
     def drop_pending(self) -> None:
-        """Forget the pending update without an acknowledgement: nobody wants it any more."""
+        """Delete the pending update without an acknowledgement."""
         self._forget()
 
     def acknowledge(self, *, bytes_down: int, bytes_up: int) -> None:
-        """The server has the pending update safe: forget it and add the round's bytes to the totals."""
+        """Delete the acknowledged update and add the round's bytes to the totals."""
         record = self.record
         self._forget(
             rounds_acknowledged=record.rounds_acknowledged + 1,
@@ -163,7 +166,7 @@ class Journal:
     def _forget(self, **changes: Any) -> None:
         cleared: dict[str, Any] = {"phase": "idle", "update_file": "", "update": None}
         cleared |= {"round_bytes_down": 0, "round_seconds": {}}
-        # The journal first: an update without a journal entry is a stray, an entry without its update a loss.
+        # The journal first: an update without an entry is only a stray file, an entry without its update is a loss.
         self._change(**(cleared | changes))
         self._drop_strays()
 
@@ -194,21 +197,21 @@ class Journal:
         if record.format_version != FORMAT_VERSION:
             raise self._corrupt(f"format {record.format_version}, this edgefed reads format {FORMAT_VERSION}")
         if not _IDENTITY.fullmatch(record.client_id) or not record.client_key:
-            raise self._corrupt("client_id is no identity or client_key is empty")
+            raise self._corrupt("invalid client_id, or an empty client_key")
         if (record.phase in ("trained", "uploading")) != (record.update is not None):
             raise self._corrupt(f"phase {record.phase} with {'an' if record.update else 'no'} update")
         if record.update is not None and not _FILE_NAME.fullmatch(record.update_file):
-            raise self._corrupt(f"update_file {record.update_file!r} is no file name")
+            raise self._corrupt(f"invalid file name in update_file: {record.update_file!r}")
         return record
 
     def _corrupt(self, found: str) -> StateCorrupt:
         return StateCorrupt(
-            f"{self._path} is not a journal: {found}",
-            remedy="Restore it from a copy, or delete the state folder: the device then joins as a new client.",
+            f"invalid journal {self._path}: {found}",
+            remedy="Restore it from a copy, or delete the state folder; the device then joins as a new client.",
         )
 
 
-# ledger.jsonl: one line per round, what it cost and what it brought.
+# --- ledger.jsonl: one line per round, with its cost and its result ---------------------------------------------
 
 LEDGER_FILE = "ledger.jsonl"
 
@@ -216,9 +219,9 @@ LEDGER_FILE = "ledger.jsonl"
 class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One round of one device. ``outcome``: "accepted", or the code of the error that ended it.
 
-    ``experts_held`` and ``experts_changed`` count (layer, expert) pairs, over all layers; an expert has changed when at
-    least one optimizer step touched it. ``resumed``: the update was trained before a restart; bytes that an earlier
-    process sent are not in ``bytes_up``.
+    ``experts_resident`` and ``experts_changed`` count (layer, expert) pairs over all layers; an expert
+    has changed if at least one optimizer step updated it. ``resumed``: the update was trained before a restart; then
+    ``bytes_up`` leaves out what the earlier process sent.
     """
 
     ended_at: str
@@ -230,18 +233,18 @@ class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True):
     bytes_down: int
     bytes_up: int
     seconds: dict[str, float]
-    experts_held: int
+    experts_resident: int
     experts_changed: int
     metrics: dict[str, float]
 
 
 def utc_now() -> str:
-    """ISO 8601 with seconds."""
+    """Current time in ISO 8601, with seconds."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017  datetime.UTC needs Python 3.11
 
 
 def append_entry(path: Path, entry: LedgerEntry) -> None:
-    """Append one line. A line that a crash cut short is closed first, so that it spoils only itself."""
+    """Append one line. A line that a crash cut short is ended first, so that it does not spoil the new one."""
     with disk_errors(path), path.open("a+b") as file:
         if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
             file.write(b"\n")

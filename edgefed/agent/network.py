@@ -1,8 +1,8 @@
-"""The line to the aggregator in numbers: what transfers and the kernel told, round trips, and active measurements.
+"""Transfer rates to the aggregator: a passive meter on real transfers, and active measurements on request.
 
-Cheapest first: real transfers (`throughput`), TCP_INFO (`tcp_info`), the time to open a connection, and only when its
-owner asks, a measurement that sends bytes for nothing else (`routes.PROBE`). Nobody but the run's own aggregator is
-ever contacted.
+`Throughput` meters the uploads and downloads that a round makes anyway; its rates go into a client's `ExpertSurvey`.
+`measure_connect` and `measure_line` belong to ``edgefed bench network``: the first opens connections, the second sends
+bytes for nothing else (`routes.PROBE`). Only the run's own aggregator is ever contacted.
 """
 
 from __future__ import annotations
@@ -12,90 +12,184 @@ import itertools
 import math
 import socket
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
 from urllib.parse import urlsplit
 
-from edgefed.agent.tcp_info import ConnectionRecord
-from edgefed.agent.throughput import Throughput
 from edgefed.errors import MalformedMessage, ServerUnreachable
-from edgefed.hardware.reading import Reading, Reason
 from edgefed.protocol import probe
 
-CONNECT_TRIES = 5
-SETTLE_S = 0.3
-"""Beginning of a probe that is left out where the probe lasts long enough: slow start, and buffers that fill."""
-ENOUGH_S = 1.0
-"""A probe that lasts this long ends the doubling."""
-SLICES = 7
-"""Samples that one probe is cut into."""
+# --- passive: the pace of real transfers ------------------------------------------------------------------------
+
+HALF_LIFE_S = 20.0
+"""Busy seconds after which a byte counts half: long against one send buffer, short against an evening."""
+TINY_BYTES = 64 * 1024
+"""Smaller transfers last about one round trip on any line, so they are not counted."""
+ENOUGH_BYTES, ENOUGH_TRANSFER_S = 256 * 1024, 0.1
+"""A rate is unknown until this many bytes have moved, in this many busy seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
-class NetworkFacts:
-    """The line to the aggregator as far as it is known. Rates are of bodies, bytes per second.
+class TransferRates:
+    """Rates of bodies, bytes per second. None until enough has moved in that direction; never 0."""
 
-    ``rtt_ms`` is the kernel's smoothed round trip under the load that was, ``min_rtt_ms`` the shortest seen. A rate
-    that no transfer has measured yet is missing; it is never 0.
-    """
-
-    up_bytes_per_s: Reading[float]
-    down_bytes_per_s: Reading[float]
-    rtt_ms: Reading[float]
-    min_rtt_ms: Reading[float]
-    retransmit_share: Reading[float]
-    """Of the bytes that this device sent, 0..1."""
-    delivery_rate_bytes_per_s: Reading[float]
-    """The kernel's own estimate of the uplink, from the last large body that was sent."""
-
-    @classmethod
-    def of(cls, up: Throughput, down: Throughput, connections: ConnectionRecord) -> NetworkFacts:
-        """Read the meters of a channel."""
-        tcp = connections.newest
-        return cls(
-            up_bytes_per_s=_rate(up, "uploads"),
-            down_bytes_per_s=_rate(down, "downloads"),
-            rtt_ms=tcp.rtt_ms,
-            min_rtt_ms=tcp.min_rtt_ms,
-            retransmit_share=connections.retransmit_share,
-            delivery_rate_bytes_per_s=tcp.delivery_rate_bytes_per_s,
-        )
+    up_bytes_per_s: float | None
+    down_bytes_per_s: float | None
 
     def metrics(self) -> dict[str, float]:
-        """What is known, as numbers for an update's metrics: {"network_up_bytes_per_s": ..., ...}.
+        """The known rates as metrics of an update: {"network_up_bytes_per_s": ..., ...}."""
+        return {f"network_{name}": rate for name, rate in dataclasses.asdict(self).items() if rate is not None}
 
-        Without the kernel's estimate, which may be a lower bound, and a number cannot say so.
-        """
-        readings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del readings["delivery_rate_bytes_per_s"]
-        return {f"network_{name}": float(reading.value) for name, reading in readings.items() if reading.known}
+
+class Throughput:
+    """Bytes per second in one direction. Thread-safe; does no input or output of its own.
+
+        rate = sum of bytes, decayed / sum of busy seconds, decayed at the same pace
+
+    Only time during which a transfer is in progress counts, so pauses between files and idle rounds change nothing.
+    Overlapping transfers share the clock: four parallel downloads give the rate of the line, not a quarter of it. The
+    rate is a quotient of two sums and not a mean of rates, because a send buffer swallows the first megabytes at once
+    and pays them back at the end; both are in the same sums.
+    """
+
+    def __init__(self, *, half_life_s: float = HALF_LIFE_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._half_life_s = half_life_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._active = 0
+        self._last = 0.0
+        self._bytes = self._seconds = 0.0
+        self._total_bytes, self._total_s = 0, 0.0
 
     @property
-    def uplink_bytes_per_s(self) -> Reading[float]:
-        """The best that is known of the uplink: what uploads reached, else the kernel's estimate."""
-        return self.up_bytes_per_s if self.up_bytes_per_s.known else self.delivery_rate_bytes_per_s
+    def bytes_per_s(self) -> float | None:
+        """The rate; None before enough has moved."""
+        with self._lock:
+            if self._total_bytes < ENOUGH_BYTES or self._total_s < ENOUGH_TRANSFER_S:
+                return None
+            return self._bytes / self._seconds
+
+    @property
+    def observed(self) -> tuple[int, float]:
+        """(bytes, busy seconds) since the start, without decay."""
+        with self._lock:
+            return self._total_bytes, self._total_s
+
+    @property
+    def active(self) -> int:
+        """Number of transfers in progress."""
+        with self._lock:
+            return self._active
+
+    def transfer(self, size_bytes: int) -> Transfer:
+        """Context manager for one transfer of ``size_bytes``."""
+        return Transfer(self, ignored=size_bytes < TINY_BYTES)
+
+    def begin(self) -> bool:
+        """Start a transfer. Returns whether the clock was running already."""
+        with self._lock:
+            self._active += 1
+            if self._active > 1:
+                return True
+            self._last = self._clock()
+            return False
+
+    def moved(self, size_bytes: int) -> None:
+        """Count bytes that have moved since the last event; 0 counts only the time."""
+        with self._lock:
+            now = self._clock()
+            seconds, self._last = now - self._last, now
+            self._total_bytes += size_bytes
+            if seconds <= 0:
+                self._bytes += size_bytes
+                return
+            self._total_s += seconds
+            kept = 0.5 ** (seconds / self._half_life_s)
+            # The weight of these seconds at their end, each decayed by its own age; the bytes are spread evenly.
+            weight = (1 - kept) * self._half_life_s / math.log(2)
+            self._bytes = self._bytes * kept + size_bytes * weight / seconds
+            self._seconds = self._seconds * kept + weight
+
+    def end(self) -> None:
+        """End a transfer. The time since the last event is not counted."""
+        with self._lock:
+            self._active -= 1
 
 
-def _rate(meter: Throughput, what: str) -> Reading[float]:
-    rate = meter.bytes_per_s
-    size_bytes, seconds = meter.observed
-    if rate is None:
-        return Reading.missing(Reason.ABSENT, what, f"{size_bytes} bytes so far say too little")
-    return Reading.of(rate, f"{what}, {size_bytes / 1e6:.1f} MB in {seconds:.1f} s")
+class Transfer:
+    """One transfer of a `Throughput`, as a context manager that may be left in any way.
+
+    Receiving: call `moved` for every chunk. The clock starts with the first chunk, whose bytes arrived before it and
+    count only while another transfer keeps the clock running. Sending: call `start` before the first chunk, `moved`
+    after each, and `finish` at the answer, because only then have all bytes left. A broken transfer ends with its last
+    chunk.
+    """
+
+    def __init__(self, throughput: Throughput, *, ignored: bool) -> None:
+        self._throughput = throughput
+        self._ignored = ignored
+        self._running = False
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._running:
+            self._running = False
+            self._throughput.end()
+
+    def start(self) -> None:
+        """Start the clock now."""
+        if not self._ignored and not self._running:
+            self._throughput.begin()
+            self._running = True
+
+    def moved(self, size_bytes: int) -> None:
+        """Count a chunk."""
+        if self._ignored:
+            return
+        if not self._running:
+            self._running = True
+            if not self._throughput.begin():
+                return
+        self._throughput.moved(size_bytes)
+
+    def finish(self) -> None:
+        """Count the time until the other side has confirmed everything."""
+        if self._running:
+            self._throughput.moved(0)
+
+
+# --- active: measurements that the owner asks for ---------------------------------------------------------------
+
+CONNECT_TRIES = 5
+SETTLE_S = 0.3
+"""Beginning of a probe that is left out if the probe lasts long enough: slow start, and buffers that fill."""
+ENOUGH_S = 1.0
+"""A probe that lasts this long ends the doubling."""
+SLICES = 7
+"""Samples per probe."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectTimes:
-    """Milliseconds to open a TCP connection, which is one round trip; name look-up left out."""
+    """Milliseconds to open a TCP connection, which is one round trip; without the name look-up."""
 
     samples_ms: tuple[float, ...]
 
     @property
     def min_ms(self) -> float:
+        """Shortest time."""
         return min(self.samples_ms)
 
     @property
     def median_ms(self) -> float:
+        """Median time."""
         return statistics.median(self.samples_ms)
 
 
@@ -106,10 +200,10 @@ def measure_connect(
     timeout_s: float = 5.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> ConnectTimes:
-    """Open ``tries`` connections one after the other and close them again. Raises ServerUnreachable.
+    """Open ``tries`` connections one after the other and close them again.
 
-    Goes straight to the host of ``base_url`` (see `channel.check_base_url`), past any HTTP proxy. A try that gets no
-    answer is left out as long as another gets one.
+    Connects to the host of ``base_url`` (see `channel.check_base_url`) directly, not through an HTTP proxy. A try
+    without an answer is left out as long as another one gets an answer. Raises ServerUnreachable.
     """
     parts = urlsplit(base_url)
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -117,9 +211,9 @@ def measure_connect(
         found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
     except (OSError, UnicodeError) as error:
         raise ServerUnreachable(f"no address for {parts.hostname!r}: {error}") from error
-    error: OSError | None = None
+    last: OSError | None = None
     for family, kind, protocol, _, address in found:  # a host with two families may answer on one only
-        samples = []
+        samples: list[float] = []
         for _ in range(tries):
             with socket.socket(family, kind, protocol) as connection:
                 connection.settimeout(timeout_s)
@@ -127,25 +221,23 @@ def measure_connect(
                 try:
                     connection.connect(address)
                 except OSError as refusal:
-                    error = refusal
+                    last = refusal
                     if not samples:
                         break
                 else:
                     samples.append((clock() - begun) * 1e3)
         if samples:
             return ConnectTimes(tuple(samples))
-    raise ServerUnreachable(f"no answer from {base_url}: {error}") from error
-
-
-# --- active measurement -----------------------------------------------------------------------------------------
+    raise ServerUnreachable(f"no answer from {base_url}: {last}") from last
 
 
 @dataclasses.dataclass(frozen=True)
 class LineRate:
-    """One direction, measured. ``samples`` are the rates of equal pieces of the last probe, bytes per second.
+    """One direction, measured.
 
-    ``seconds`` and ``size_bytes``: of that probe. ``settled``: its first `SETTLE_S` were left out. ``moved_bytes``: all
-    that the measurement cost. ``samples`` is empty when even the largest probe was over at once.
+    ``samples``: rates of equal slices of the last probe, bytes per second; empty when even the largest probe ended too
+    soon. ``seconds`` and ``size_bytes``: of that probe. ``settled``: its first `SETTLE_S` were left out.
+    ``moved_bytes``: total cost of the measurement.
     """
 
     samples: tuple[float, ...]
@@ -161,10 +253,10 @@ def measure_line(
     most_bytes: int = probe.MAX_PROBE_BYTES,
     enough_s: float = ENOUGH_S,
 ) -> LineRate:
-    """Double the probe from 64 KiB until it lasts ``enough_s``, or has ``most_bytes`` bytes.
+    """Double the probe from 64 KiB until it lasts ``enough_s`` or has ``most_bytes`` bytes.
 
-    ``send(size_bytes)`` moves one probe and returns its marks: `AggregatorClient.probe_up` or ``probe_down``, whose
-    errors pass through.
+    ``send(size_bytes)`` moves one probe and returns its marks: `AggregatorClient.probe_up` or ``probe_down``. Their
+    errors propagate.
     """
     size_bytes, moved_bytes = min(probe.PROBE_BLOCK_BYTES, most_bytes), 0
     while True:
@@ -180,10 +272,10 @@ def measure_line(
 def steady_rates(
     marks: Sequence[probe.Mark], *, settle_s: float = SETTLE_S, slices: int = SLICES
 ) -> tuple[tuple[float, ...], bool]:
-    """Rates of up to ``slices`` pieces of about equal size, bytes per second, and whether the beginning was left out.
+    """Rates of up to ``slices`` slices of about equal size, bytes per second, and whether the beginning is left out.
 
-    It is left out where as much again follows. The bytes of the first mark came before the clock ran, so they never
-    count.
+    The first ``settle_s`` seconds are left out if the probe lasts at least twice as long. The bytes of the first mark
+    arrived before the clock started, so they never count.
     """
     steady = [mark for mark in marks if mark[0] >= settle_s]
     settled = len(steady) > 1 and marks[-1][0] >= 2 * settle_s
@@ -191,18 +283,18 @@ def steady_rates(
         steady = list(marks)
     if len(steady) < 2:
         return (), False
-    pieces = min(slices, len(steady) - 1)
+    count = min(slices, len(steady) - 1)
     edges: list[probe.Mark] = []
-    for piece in range(pieces + 1):
-        mark = steady[piece * (len(steady) - 1) // pieces]
-        if not edges or mark[0] > edges[-1][0]:  # marks of one instant have no rate between them
+    for index in range(count + 1):
+        mark = steady[index * (len(steady) - 1) // count]
+        if not edges or mark[0] > edges[-1][0]:  # two marks at the same instant have no rate between them
             edges.append(mark)
     rates = [(after[1] - before[1]) / (after[0] - before[0]) for before, after in itertools.pairwise(edges)]
     return tuple(rates), settled and bool(rates)
 
 
-def decode_marks(answer: dict, size_bytes: int) -> tuple[probe.Mark, ...]:
-    """The marks in a server's answer to an upload of ``size_bytes``. Raises MalformedMessage for nonsense."""
+def decode_marks(answer: Mapping[str, Any], size_bytes: int) -> tuple[probe.Mark, ...]:
+    """Check and return the marks in a server's answer to an upload of ``size_bytes``. Raises MalformedMessage."""
     found = answer.get("marks")
     marks: list[probe.Mark] = []
     for entry in found if isinstance(found, list) else [None]:
@@ -215,6 +307,6 @@ def decode_marks(answer: dict, size_bytes: int) -> tuple[probe.Mark, ...]:
             or type(entry[1]) is not int
             or not (math.isfinite(entry[0]) and before[0] <= entry[0] and before[1] < entry[1] <= size_bytes)
         ):
-            raise MalformedMessage(f"the marks of a probe of {size_bytes} bytes hold {str(entry)[:80]!r}")
+            raise MalformedMessage(f"invalid mark of a probe of {size_bytes} bytes: {str(entry)[:80]!r}")
         marks.append((float(entry[0]), entry[1]))
     return tuple(marks)

@@ -1,22 +1,24 @@
 """HTTP to one aggregator: one typed method per route, resumable transfers, every failure an edgefed error.
 
-A method here makes one attempt and does not wait; `backoff.Retry` repeats it. A repeated download or upload goes on
-where the last one ended, because `.part` files and the server's offset survive. Timeouts are per phase (connect, next
-byte read, next byte written), never total: a slow uplink that still moves is not a failure.
+A method makes one attempt and does not wait; `backoff.Retry` repeats it. A repeated download or upload continues where
+the last one ended, because `.part` files and the server's offset survive. Timeouts apply to a phase (connect, next byte
+read, next byte written), never to the whole request: a slow line that still moves is not a failure.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import httpx
 
-from edgefed.agent.channel import Channel, check_base_url
-from edgefed.agent.download import PartFile, check_sha256
-from edgefed.agent.network import NetworkFacts, decode_marks
+from edgefed.agent.cache import OnBytes, PartFile, check_sha256
+from edgefed.agent.channel import Channel
+from edgefed.agent.network import Throughput, TransferRates, decode_marks
 from edgefed.disk import disk_errors
 from edgefed.errors import ChecksumMismatch, NotFound, OffsetMismatch, ProtocolError
 from edgefed.protocol import probe, routes
@@ -36,22 +38,23 @@ from edgefed.protocol.messages import (
     Wait,
 )
 
-__all__ = ["AggregatorClient", "OnBytes", "check_base_url"]
-
-OnBytes = Callable[[int], None]
+logger = logging.getLogger("edgefed.agent")
 
 MAX_STALLS = 3
-"""Uploads in a row that the server answers without taking a byte, before it is called broken."""
+"""Uploads in a row that the server answers without taking a byte, before that is an error."""
+MIN_PIECE_BYTES = 64 * 1024
+"""Smallest request that an upload is split into when a proxy limits the size of a request."""
 
 
 class AggregatorClient:
     """One client's connection to one aggregator. Thread-safe; close it, or use it in a ``with``.
 
-    ``client_id`` and ``client_key`` may be empty for somebody who only asks for the status. ``verify`` is an SSL
-    context, or True for the usual authorities. ``bytes_up`` and ``bytes_down`` count the bodies of messages and files.
+    ``client_id`` and ``client_key`` may be empty for requests that need no client, such as the status. ``verify`` is an
+    SSL context, or True for the usual authorities. ``bytes_up`` and ``bytes_down`` count the bodies of messages and
+    files.
 
-    Every method raises ServerUnreachable when no answer arrives, the server's own error when it refuses, and
-    ProtocolError when something else than an aggregator answers.
+    Every method raises ServerUnreachable if no answer arrives, the server's own error if it refuses, and ProtocolError
+    if something else than an edgefed server answers.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class AggregatorClient:
         self._channel = Channel(
             base_url, client_key, token, connect_s=connect_s, read_s=read_s, write_s=write_s, verify=verify
         )
+        self._piece_bytes: int | None = None
 
     @property
     def base_url(self) -> str:
@@ -78,11 +82,28 @@ class AggregatorClient:
 
     @property
     def bytes_up(self) -> int:
+        """Bytes sent in bodies."""
         return self._channel.bytes_up
 
     @property
     def bytes_down(self) -> int:
+        """Bytes received in bodies."""
         return self._channel.bytes_down
+
+    @property
+    def up(self) -> Throughput:
+        """Meter of uploads."""
+        return self._channel.up
+
+    @property
+    def down(self) -> Throughput:
+        """Meter of downloads."""
+        return self._channel.down
+
+    @property
+    def rates(self) -> TransferRates:
+        """Rates of the transfers so far. Costs nothing and sends nothing."""
+        return self._channel.rates
 
     def __enter__(self) -> AggregatorClient:
         return self
@@ -94,11 +115,6 @@ class AggregatorClient:
         """Close all connections. A request that still runs in another thread fails."""
         self._channel.close()
 
-    def network_facts(self) -> NetworkFacts:
-        """What real transfers so far and the kernel tell of the line. Costs nothing and sends nothing."""
-        channel = self._channel
-        return NetworkFacts.of(channel.up, channel.down, channel.connections)
-
     # --- messages -------------------------------------------------------------------------------------------------
 
     def register(self, message: Register) -> Registered:
@@ -106,16 +122,17 @@ class AggregatorClient:
         return self._channel.ask("POST", routes.REGISTER, Registered, message)
 
     def heartbeat(self, message: Heartbeat) -> None:
-        """Say that this client lives and what it does."""
-        self._channel.ask("POST", self._own(routes.HEARTBEAT), dict, message)
+        """Report that this client is alive, and what it does."""
+        self._channel.ask("POST", self._own(routes.HEARTBEAT), dict[str, object], message)
 
     def leave(self, reason: str, *, timeout_s: float = 2.0) -> None:
         """Say goodbye; each phase of the request takes at most ``timeout_s``."""
-        self._channel.ask("POST", self._own(routes.LEAVE), dict, Leave(reason=reason), timeout=httpx.Timeout(timeout_s))
+        timeout = httpx.Timeout(timeout_s)
+        self._channel.ask("POST", self._own(routes.LEAVE), dict[str, object], Leave(reason=reason), timeout=timeout)
 
     def assignment(self, wait_s: float) -> Wait | Assignment | Finished:
-        """Ask what to do; the server holds the request up to ``wait_s`` until there is something."""
-        reply: type = AssignmentReply  # type: ignore[assignment]  # a union, which msgspec takes as a type
+        """Ask for work. The server answers at once if there is some, or after ``wait_s`` seconds at the latest."""
+        reply = cast("type[AssignmentReply]", AssignmentReply)  # a union, which msgspec takes as a type
         limits = self._channel.timeout.as_dict()
         limits["read"] = wait_s + (limits["read"] or 0.0)
         return self._channel.ask(
@@ -123,61 +140,91 @@ class AggregatorClient:
         )
 
     def manifest(self, server_round: int | str = "latest") -> Manifest:
-        """The global model at the start of a round. Raises NotFound when the server has moved on."""
+        """The global model at the start of a round. Raises NotFound if the server has moved on."""
         return self._channel.ask("GET", routes.path_for(routes.MANIFEST, server_round=server_round), Manifest)
 
     def status(self) -> Status:
-        """What the aggregator is doing."""
+        """Status of the run."""
         return self._channel.ask("GET", routes.STATUS, Status)
 
     def upload_state(self, server_round: int, attempt: int) -> UploadState:
-        """How much of an update the server has. An upload that it never heard of has offset 0."""
+        """How much of an update the server has. The offset of an unknown upload is 0."""
         try:
             return self._channel.ask("GET", self._own(routes.UPLOAD, server_round, attempt), UploadState)
         except NotFound:
-            # Either nothing has arrived, or the round is unknown; the PUT that follows tells.
+            # Nothing has arrived, or the round is unknown; the PUT that follows tells which.
             return UploadState(offset=0, status="partial")
 
     def commit(self, meta: UpdateMeta) -> UpdateAccepted:
-        """Close an upload: when this returns, the update is safe on the server's disk. Twice has one effect."""
+        """Finish an upload: when this returns, the update is safe on the server's disk. May be repeated."""
         return self._channel.ask(
             "POST", self._own(routes.COMMIT, meta.server_round, meta.attempt), UpdateAccepted, meta
         )
 
     # --- transfers ------------------------------------------------------------------------------------------------
 
-    def upload(self, server_round: int, attempt: int, path: Path, on_bytes: OnBytes | None = None) -> None:
-        """Send the part of ``path`` that the server does not have yet; returns when it has everything.
+    def upload(
+        self,
+        server_round: int,
+        attempt: int,
+        path: Path,
+        on_bytes: OnBytes | None = None,
+        on_offset: OnBytes | None = None,
+    ) -> None:
+        """Send the part of ``path`` that the server does not have yet; return when it has everything.
 
-        ``on_bytes(n)`` is told of every chunk sent, and first of what the server already had. Raises ChecksumMismatch
-        when the server holds more bytes than the file has, ProtocolError when it takes none `MAX_STALLS` times.
+        ``on_bytes(n)`` is called for every chunk sent, and first for what the server already had; ``on_offset(offset)``
+        whenever the server says how much it has. Where a proxy refuses a large request (HTTP 413), the upload is split
+        into smaller ones. Raises ChecksumMismatch if the server has more bytes than the file, ProtocolError if it takes
+        none `MAX_STALLS` times.
         """
         with disk_errors(path):
             size = path.stat().st_size
         state, stalls = self.upload_state(server_round, attempt), 0
+        if on_offset:
+            on_offset(state.offset)
         if on_bytes and state.offset:
             on_bytes(state.offset)
         while state.status != "accepted" and state.offset != size:
             if state.offset > size:
-                raise ChecksumMismatch(f"the server holds {state.offset} bytes of an update that has {size}")
+                raise ChecksumMismatch(f"the server has {state.offset} bytes of an update of {size}")
             before = state.offset
+            end = size if self._piece_bytes is None else min(size, before + self._piece_bytes)
             try:
-                state = self._put(server_round, attempt, path, before, size, on_bytes)
+                state = self._put(server_round, attempt, path, before, end, on_bytes)
             except OffsetMismatch:
                 state = self.upload_state(server_round, attempt)
+            except ProtocolError as error:
+                if not self._split_after(error, end - before):
+                    raise
+                state = self.upload_state(server_round, attempt)
+                continue
+            if on_offset:
+                on_offset(state.offset)
             stalls = 0 if state.offset > before else stalls + 1
             if stalls >= MAX_STALLS and state.status != "accepted":
                 raise ProtocolError(
                     f"{self.base_url} answered {stalls} uploads from byte {before} of {size} without taking any"
                 )
 
+    def _split_after(self, error: ProtocolError, sent_bytes: int) -> bool:
+        """Halve the size of requests after a proxy's 413. Returns False for other errors and at `MIN_PIECE_BYTES`."""
+        if not (error.foreign and error.received_status == 413) or sent_bytes <= MIN_PIECE_BYTES:
+            return False
+        self._piece_bytes = max(MIN_PIECE_BYTES, sent_bytes // 2)
+        logger.warning(
+            "a proxy in front of %s refuses a request of %d bytes (HTTP 413, body limit): uploading in pieces of %d",
+            self.base_url, sent_bytes, self._piece_bytes,
+        )  # fmt: skip
+        return True
+
     def _put(
-        self, server_round: int, attempt: int, path: Path, offset: int, size: int, on_bytes: OnBytes | None
+        self, server_round: int, attempt: int, path: Path, offset: int, end: int, on_bytes: OnBytes | None
     ) -> UploadState:
         def chunks() -> Iterator[bytes]:
-            left = size - offset
+            left = end - offset
             with disk_errors(path):
-                file = open(path, "rb")  # noqa: SIM115  no yield may stand inside disk_errors: it would see socket errors
+                file = open(path, "rb")  # noqa: SIM115  disk_errors must not enclose a yield: it would see socket errors
             with file:
                 file.seek(offset)
                 pace.start()
@@ -185,7 +232,7 @@ class AggregatorClient:
                     with disk_errors(path):
                         chunk = file.read(min(routes.CHUNK_BYTES, left))
                     if not chunk:
-                        raise ChecksumMismatch(f"{path} lost its last {left} bytes while it was sent")
+                        raise ChecksumMismatch(f"{path} became {left} bytes shorter while it was sent")
                     yield chunk
                     left -= len(chunk)
                     self._channel.count(up=len(chunk))
@@ -194,9 +241,9 @@ class AggregatorClient:
                         on_bytes(len(chunk))
 
         path_on_server = self._own(routes.UPLOAD, server_round, attempt)
-        headers = {"content-length": str(size - offset), "content-type": "application/octet-stream"}
+        headers = {"content-length": str(end - offset), "content-type": "application/octet-stream"}
         with (
-            self._channel.up.transfer(size - offset) as pace,
+            self._channel.up.transfer(end - offset) as pace,
             self._channel.exchange(
                 "PUT", path_on_server, params={"offset": offset}, content=chunks(), headers=headers
             ) as response,
@@ -205,10 +252,9 @@ class AggregatorClient:
             return self._channel.decode(response, UploadState)
 
     def download(self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None) -> None:
-        """Fetch one blob to ``path``, durably and verified; goes on from ``path``.part.
+        """Store one blob at ``path``, durably and verified; continue from ``path``.part.
 
-        A wrong hash deletes what came and asks once more. Raises ChecksumMismatch when that is wrong as well, DiskFull,
-        NotFound.
+        After a wrong hash the download starts again, once. Raises ChecksumMismatch, DiskFull, NotFound.
         """
         check_sha256(sha256, size_bytes)
         part = PartFile(path, size_bytes)
@@ -222,8 +268,8 @@ class AggregatorClient:
             found = part.offset
             part.discard()
         raise ChecksumMismatch(
-            f"asked {self.base_url} for blob {sha256[:12]} of {size_bytes} bytes, twice other bytes came ({found})",
-            remedy="The blob may be damaged on the server's disk; look at its log.",
+            f"{self.base_url} sent other content than blob {sha256[:12]} twice: {found} bytes, expected {size_bytes}",
+            remedy="The blob may be damaged on the server's disk; see the server's log.",
         )
 
     def _get_rest(self, sha256: str, part: PartFile, on_bytes: OnBytes | None) -> None:
@@ -233,7 +279,7 @@ class AggregatorClient:
             self._channel.exchange("GET", path_on_server, headers=headers, passed=(416,)) as response,
             self._channel.down.transfer(part.size_bytes - part.offset) as pace,
         ):
-            if response.status_code == 416:  # the server's blob is shorter than what is here
+            if response.status_code == 416:  # the server's blob is shorter than the partial download
                 part.truncate()
                 return
             if response.status_code != 206 or _range_start(response) != part.offset:
@@ -245,17 +291,17 @@ class AggregatorClient:
                 self._channel.count(down=len(chunk))
                 pace.moved(len(chunk))
                 if not part.append(chunk):
-                    return  # longer than the manifest says: the hash decides, the disk stays safe
+                    return  # longer than the manifest says: the hash check fails, and the disk does not fill
                 if on_bytes:
                     on_bytes(len(chunk))
 
     # --- probes ---------------------------------------------------------------------------------------------------
 
     def probe_up(self, size_bytes: int) -> tuple[probe.Mark, ...]:
-        """Send random bytes that the server throws away; returns when they arrived, by its clock.
+        """Send random bytes that the server discards; return when they arrived, by its clock.
 
-        Up to `probe.MAX_PROBE_BYTES`; a slow line gets fewer through. Raises NotFound from a server without this
-        route, and NetworkError with ``received_status`` 429 from one that has measured enough for now.
+        Up to `probe.MAX_PROBE_BYTES`; fewer arrive on a slow line. Raises NotFound if the server has no such route, and
+        NetworkError with ``received_status`` 429 if it has measured enough for now.
         """
         block = os.urandom(min(size_bytes, probe.PROBE_BLOCK_BYTES))
 
@@ -269,10 +315,10 @@ class AggregatorClient:
 
         headers = {"content-length": str(size_bytes), "content-type": "application/octet-stream"}
         with self._channel.exchange("POST", routes.PROBE, content=chunks(), headers=headers) as response:
-            return decode_marks(self._channel.decode(response, dict), size_bytes)
+            return decode_marks(self._channel.decode(response, dict[str, object]), size_bytes)
 
     def probe_down(self, size_bytes: int) -> tuple[probe.Mark, ...]:
-        """Fetch random bytes; returns when they arrived. Limits and errors as in `probe_up`."""
+        """Download random bytes; return when they arrived. Limits and errors as in `probe_up`."""
         recorder = probe.MarkRecorder(size_bytes)
         with self._channel.exchange("GET", routes.PROBE, params={"bytes": size_bytes}, headers={}) as response:
             if response.headers.get("content-type") != "application/octet-stream":
@@ -281,7 +327,7 @@ class AggregatorClient:
                 self._channel.count(down=len(chunk))
                 recorder.arrived(len(chunk))
                 if recorder.size_bytes > size_bytes:
-                    raise ProtocolError(f"{self.base_url} sends more than the {size_bytes} bytes that were asked for")
+                    raise ProtocolError(f"{self.base_url} sends more than the requested {size_bytes} bytes")
         return recorder.marks()
 
     def _own(self, template: str, server_round: int = 0, attempt: int = 0) -> str:
@@ -289,7 +335,7 @@ class AggregatorClient:
 
 
 def _range_start(response: httpx.Response) -> int | None:
-    """First byte of a ``Content-Range: bytes 5-9/10`` header; None when there is none."""
+    """First byte of a ``Content-Range: bytes 5-9/10`` header; None if it is missing or invalid."""
     unit, _, span = response.headers.get("content-range", "").partition(" ")
     start = span.partition("-")[0]
     return int(start) if unit == "bytes" and start.isascii() and start.isdigit() else None

@@ -2,7 +2,6 @@
 
     connect       ms     open a TCP connection: one round trip
     message       ms     request and response on an open connection: round trip and server
-    kernel rtt    ms     round-trip time of that connection by TCP_INFO
     upload        MB/s   only with ``active``: sends up to 16 MB, which the server discards
     download      MB/s   only with ``active``
 
@@ -148,21 +147,18 @@ def measure_network(
         connect = add("connect", "ms", "lower", functools.partial(_connect, base_url, repeats, timeout_s))
         rates = (("upload", client.probe_up), ("download", client.probe_down))
         if not connect.measured:
-            for name in ("message", "kernel rtt"):
-                skip(name, "ms", "lower", "the server does not answer")
+            skip("message", "ms", "lower", "the server does not answer")
             for name, _ in rates:
                 skip(name, "MB/s", "higher", "the server does not answer")
             return entries
-        round_trips: list[float] = []
-        message = add("message", "ms", "lower", lambda: _message(client, repeats, round_trips, clock))
-        add("kernel rtt", "ms", "lower", lambda: _kernel(client, round_trips))
+        message = add("message", "ms", "lower", lambda: _message(client, repeats, clock))
         for name, send in rates:
             if not active:
                 skip(name, "MB/s", "higher", "not requested: `active` sends up to 17 MB each way")
             elif not message.measured:
                 skip(name, "MB/s", "higher", message.reason)
             else:
-                add(name, "MB/s", "higher", functools.partial(_rate, name, send, client))
+                add(name, "MB/s", "higher", functools.partial(_rate, name, send))
     return entries
 
 
@@ -171,35 +167,22 @@ def _connect(base_url: str, repeats: int, timeout_s: float) -> Entry:
     return Entry.of("connect", "ms", times.samples_ms, better="lower", params={"min_ms": times.min_ms})
 
 
-def _message(client: AggregatorClient, repeats: int, round_trips: list[float], clock: Callable[[], float]) -> Entry:
+def _message(client: AggregatorClient, repeats: int, clock: Callable[[], float]) -> Entry:
     samples = []
     for turn in range(repeats + 1):
         begun = clock()
         client.status()
         if turn:  # the first request opens the connection
             samples.append((clock() - begun) * 1e3)
-            rtt_ms = client.network_facts().rtt_ms.value
-            if rtt_ms is not None:
-                round_trips.append(rtt_ms)
     return Entry.of("message", "ms", samples, better="lower", note="status, connection open")
 
 
-def _kernel(client: AggregatorClient, round_trips: list[float]) -> Entry:
-    facts = client.network_facts()
-    if not round_trips:
-        return Entry.skipped("kernel rtt", "ms", facts.rtt_ms.describe(), better="lower")
-    params = {"min_rtt_ms": facts.min_rtt_ms.value, "retransmit_share": facts.retransmit_share.value}
-    return Entry.of("kernel rtt", "ms", round_trips, better="lower", note="TCP_INFO, smoothed", params=params)
-
-
-def _rate(name: str, send: Callable[[int], tuple[probe.Mark, ...]], client: AggregatorClient) -> Entry:
+def _rate(name: str, send: Callable[[int], tuple[probe.Mark, ...]]) -> Entry:
     line = network.measure_line(send)
     params: dict[str, Any] = {
         "probe_bytes": line.size_bytes, "probe_s": round(line.seconds, 4), "moved_bytes": line.moved_bytes,
         "settled": line.settled,
     }  # fmt: skip
-    if name == "upload":
-        params["retransmit_share"] = client.network_facts().retransmit_share.value
     if not line.samples:
         return Entry.failed(name, "MB/s", "too short to be timed", params=params)
     note = "one connection" if line.settled else "one connection, slow start included"

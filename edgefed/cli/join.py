@@ -56,7 +56,7 @@ def join_command(
     state: Path, name: str, token: str | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Join the run at SERVER (http://host:port) and train on DATA until it ends or Ctrl-C."""
-    from edgefed.agent.transport import check_base_url
+    from edgefed.agent.channel import check_base_url
     from edgefed.cli.output import TerminalProgress, print_json, print_note
     from edgefed.config import parse_share
     from edgefed.errors import ConfigError

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgefed.agent.agent import Fetch, StopRequested, TrainedUpdate
 from edgefed.disk import disk_errors
 from edgefed.errors import ConfigError, EdgefedError, OutOfMemory, TrainingDiverged
 from edgefed.hardware.memory import process_peak_rss_bytes
+from edgefed.interrupt import StopRequested
 from edgefed.methods.interface import PersonalMethod
 from edgefed.methods.registry import make_method
 from edgefed.moe.expert_reading import FrameSource, raw_array
@@ -31,6 +31,7 @@ from edgefed.personal.tasks import OpenTask, PersonalTask
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig
+from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.training.out_of_memory import device_lost, is_device_lost, is_out_of_memory
 
 

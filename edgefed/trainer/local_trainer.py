@@ -21,7 +21,6 @@ from pathlib import Path
 import msgspec
 import torch
 
-from edgefed.agent.agent import Fetch, TrainedUpdate
 from edgefed.costs.activations import offloaded_bytes
 from edgefed.costs.memory import StepSetup
 from edgefed.costs.shapes import ModelShape
@@ -42,6 +41,7 @@ from edgefed.moe.units import LORA_SUFFIX, ExpertSource
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig, UnitInfo
+from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
 from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest

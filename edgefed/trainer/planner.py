@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.agent.agent import Fetch
 from edgefed.costs.fallbacks import Fallback, FallbackSearch, StepPlan, describe, fit, next_fallback
 from edgefed.costs.memory import training_memory
 from edgefed.costs.shapes import ModelShape, shape_from_config
@@ -36,6 +35,7 @@ from edgefed.moe.model import MoeModel
 from edgefed.moe.packed import EXPERT_STORAGES
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import ExpertAssignment, Manifest, RunConfig, TrainingConfig
+from edgefed.protocol.trainer import Fetch
 from edgefed.trainer.activation_profile import make_profile
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.quantising import packing_problem

@@ -92,6 +92,10 @@ class FakeAggregator:
         """(sha256, first byte) of every blob request."""
         self.fail: list[tuple[str, EdgefedError | int, int]] = []
         """(what the path contains, error or bare HTTP status, how often); a bare status comes with an HTML body."""
+        self.reasons: list[str] = []
+        """Requests for work get these reasons to wait, one each."""
+        self.body_limit: int | None = None
+        """A PUT of more bytes gets a proxy's bare 413, after its body was swallowed."""
         self.ignore_range = False
         self.corrupt_blobs: dict[str, int] = {}
         """How often a blob is sent with a flipped bit."""
@@ -193,6 +197,8 @@ class FakeAggregator:
 
     async def _assignment(self, request: Request) -> Response:
         client_id, end = request.path_params["client_id"], time.monotonic() + float(request.query_params["wait_s"])
+        if self.reasons:
+            return _reply(Wait(retry_after_s=0.0, reason=self.reasons.pop(0)))
         while True:
             if self.server_round > self.run.rounds:
                 return _reply(Finished(server_round=self.server_round, reason="all rounds done"))
@@ -242,6 +248,9 @@ class FakeAggregator:
 
     async def _upload(self, request: Request) -> Response:
         key, offset = self._upload_key(request), int(request.query_params["offset"])
+        if self.body_limit is not None and int(request.headers["content-length"]) > self.body_limit:
+            await request.body()
+            return Response("<html>413 Request Entity Too Large</html>", 413, media_type="text/html")
         held = self.partial.setdefault(key, bytearray())
         if offset != len(held):
             return _error(OffsetMismatch("not there", offset=len(held)))

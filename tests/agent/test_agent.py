@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import threading
 import time
 
@@ -13,8 +14,9 @@ from fake_aggregator import EXPERTS, REFUSED, FakeAggregator
 from throttling_proxy import ThrottlingProxy
 from toy_device import ToyTrainer, toy_value
 
-from edgefed.agent import delivery, throughput
-from edgefed.agent.agent import StopRequested
+from edgefed.agent import delivery, network
+from edgefed.agent.agent import AgentSettings, open_agent
+from edgefed.agent.backoff import BackoffSchedule, Retry
 from edgefed.agent.journal import Journal
 from edgefed.errors import (
     ChecksumMismatch,
@@ -34,6 +36,7 @@ from edgefed.errors import (
     UpdateTooLarge,
     VersionMismatch,
 )
+from edgefed.interrupt import StopRequested
 from edgefed.protocol.messages import ExpertSurvey
 
 
@@ -52,7 +55,7 @@ def test_a_whole_run(server: FakeAggregator, tmp_path):
     assert (register.name, register.num_examples) == ("toy", 7)
     first, second = ledger(tmp_path)
     assert (first["outcome"], first["attempt"], first["server_round"]) == ("accepted", 1, 1)
-    assert (first["experts_held"], first["experts_changed"], first["resumed"]) == (EXPERTS, EXPERTS, False)
+    assert (first["experts_resident"], first["experts_changed"], first["resumed"]) == (EXPERTS, EXPERTS, False)
     assert {"download", "train", "upload"} <= first["seconds"].keys()
     assert first["metrics"]["loss"] == 1.0
     unit = next(iter(server.units.values()))
@@ -96,8 +99,8 @@ class Surveyor(ToyTrainer):
 @pytest.mark.timeout(60)
 def test_a_survey_says_how_fast_this_very_upload_was(server, tmp_path, monkeypatch):
     """65 KB at 200 kB/s, 80 down at 400; what is enough to tell a rate is lowered to that."""
-    monkeypatch.setattr(throughput, "TINY_BYTES", 1024)
-    monkeypatch.setattr(throughput, "ENOUGH_BYTES", 32 * 1024)
+    monkeypatch.setattr(network, "TINY_BYTES", 1024)
+    monkeypatch.setattr(network, "ENOUGH_BYTES", 32 * 1024)
     with (
         ThrottlingProxy(server.port, up=200_000, down=400_000) as proxy,
         device(proxy.url, tmp_path, Surveyor()) as agent,
@@ -262,7 +265,7 @@ def test_new_run_at_the_same_address_drops_the_old_work(server, tmp_path, caplog
         other.stop()
         server.start()
     assert other.clients.keys() == server.clients.keys()
-    assert "forgetting the uploading update" in caplog.text
+    assert "dropping the uploading update" in caplog.text
     assert [entry["run_id"] for entry in ledger(tmp_path)] == ["run-2"]
 
 
@@ -344,7 +347,7 @@ def test_damaged_pending_update_is_trained_again(server, tmp_path):
     next((tmp_path / "updates").iterdir()).write_bytes(b"short")
     with device(server.url, tmp_path, memo=(memo := Memo())) as agent:
         assert [agent.step().kind for _ in range(2)] == ["dropped", "accepted"]
-    assert "damaged or gone" in memo.messages[0]
+    assert "damaged or missing" in memo.messages[0]
     assert len(server.accepted) == 1
 
 
@@ -378,7 +381,7 @@ def test_wrong_address_ends_before_joining_and_not_after(server, tmp_path):
 
 def test_web_page_before_joining_ends_it(server, tmp_path):
     server.fail.append(("POST /v1/clients", 404, 1))
-    with device(server.url, tmp_path) as agent, pytest.raises(ProtocolError, match="not as an edgefed aggregator"):
+    with device(server.url, tmp_path) as agent, pytest.raises(ProtocolError, match="not answer as an edgefed server"):
         agent.run()
     assert len(server.log) == 1
 
@@ -452,3 +455,43 @@ def test_open_agent_gives_the_folder_back_after_an_error(server, tmp_path):
         raise InvalidUpdate("in the body")
     with device(server.url, tmp_path):
         pass
+
+
+@pytest.mark.parametrize("refusal", [DiskFull("cannot write an upload"), 413], ids=["disk", "proxy"])
+def test_refused_uploads_become_rare_though_their_bytes_went_out(server, tmp_path, refusal):
+    """Only what the server has is progress; otherwise every try would begin with the shortest wait again."""
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 8:
+            server.fail.clear()
+
+    retry = Retry(threading.Event(), schedule=BackoffSchedule(), rng=Longest(), sleep=sleep)
+    server.fail.append(("PUT", refusal, 1000))
+    settings = AgentSettings(name="toy", memory_bytes=1 << 30, poll_s=1.0)
+    with open_agent(server.url, tmp_path, settings, ToyTrainer(), retry=retry, progress=(memo := Memo())) as agent:
+        assert agent.step().kind == "accepted"
+    assert waits[:8] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    told = [line for line in memo.messages if "retrying" in line]
+    assert len(told) == 1
+    assert ("the server" in told[0]) == isinstance(refusal, DiskFull)
+
+
+class Longest(random.Random):
+    """Draws the upper limit."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return b
+
+
+def test_the_server_s_reason_to_wait_is_printed_when_it_changes(server, tmp_path):
+    with device(server.url, tmp_path, memo=(memo := Memo())) as agent:
+        agent.step()
+        server.reasons = ["round 2 waits for 2 clients, 1 are here"] * 3 + ["round 2 runs without this client"]
+        for _ in range(4):
+            assert agent.step().kind == "waited"
+    assert [line for line in memo.messages if "round 2" in line] == [
+        "round 2 waits for 2 clients, 1 are here",
+        "round 2 runs without this client",
+    ]

@@ -95,7 +95,7 @@ def test_another_run_or_server_forgets_work_and_keeps_identity(tmp_path, caplog,
         assert journal.pending is None
         assert not update.exists()
         assert journal.record.client_id == identity
-        assert "forgetting the trained update of round 2" in caplog.text
+        assert "dropping the trained update of round 2" in caplog.text
         assert journal.begin_training(2) == 1
         assert journal.knows(place[0])
         assert not journal.knows("http://c:1")
@@ -154,7 +154,7 @@ def test_damaged_journal_is_named_and_not_overwritten(tmp_path, damage):
     bad = damage(path.read_bytes())
     path.write_bytes(bad)
     for _ in range(2):  # the second time shows that the first released the lock
-        with pytest.raises(StateCorrupt, match="is not a journal") as caught:
+        with pytest.raises(StateCorrupt, match="invalid journal") as caught:
             Journal(tmp_path)
         assert "new client" in caught.value.remedy
     assert path.read_bytes() == bad
@@ -166,7 +166,7 @@ def test_update_file_may_not_leave_the_folder(tmp_path):
         journal.finish_training(journal.update_path(), write_update(journal), bytes_down=0, seconds={})
     path = tmp_path / journal_module.JOURNAL_FILE
     path.write_bytes(change(update_file="../journal.json")(path.read_bytes()))
-    with pytest.raises(StateCorrupt, match="no file name"):
+    with pytest.raises(StateCorrupt, match="invalid file name"):
         Journal(tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgefed.agent.throughput import ENOUGH_BYTES, HALF_LIFE_S, TINY_BYTES, Throughput
+from edgefed.agent.network import ENOUGH_BYTES, HALF_LIFE_S, TINY_BYTES, Throughput
 
 CHUNK = 100_000
 BIG = 10**9

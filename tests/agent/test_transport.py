@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import os
+import re
 import socket
 import ssl
 import threading
@@ -13,7 +14,8 @@ import httpx
 import pytest
 from fake_aggregator import REFUSED
 
-from edgefed.agent.transport import AggregatorClient, check_base_url
+from edgefed.agent.channel import check_base_url
+from edgefed.agent.transport import AggregatorClient
 from edgefed.errors import (
     ChecksumMismatch,
     ConfigError,
@@ -187,7 +189,7 @@ def test_another_kind_of_server_is_recognised(status, kind, body):
     threading.Thread(target=pages.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         with AggregatorClient(f"http://127.0.0.1:{pages.server_port}", CLIENT, KEY) as client:
-            with pytest.raises(ProtocolError, match="not as an edgefed aggregator") as caught:
+            with pytest.raises(ProtocolError, match="not answer as an edgefed server") as caught:
                 register(client)
             assert caught.value.foreign
     finally:
@@ -316,7 +318,7 @@ def test_full_disk_has_a_name(server, client, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("edgefed.agent.download.sync_file", full)
+    monkeypatch.setattr("edgefed.agent.cache.sync_file", full)
     with pytest.raises(DiskFull):
         client.download(sha256, len(data), tmp_path / "blob")
     with pytest.raises(StorageError):
@@ -383,10 +385,43 @@ def test_upload_errors(server, client, tmp_path):
     data = os.urandom(300_000)
     (tmp_path / "update").write_bytes(data)
     server.partial[(CLIENT, 1, 1)] = bytearray(len(data) + 1)
-    with pytest.raises(ChecksumMismatch, match="more|holds"):
+    with pytest.raises(ChecksumMismatch, match="more|has 300001"):
         client.upload(1, 1, tmp_path / "update")
     server.server_round = 2
     with pytest.raises(RoundClosed):
         client.upload(1, 1, tmp_path / "update")
     with pytest.raises(StorageError):
         client.upload(2, 1, tmp_path / "gone")
+
+
+def test_an_upload_is_split_where_a_proxy_limits_the_size_of_a_request(server, client, tmp_path, caplog):
+    data = os.urandom(700_000)
+    (tmp_path / "update").write_bytes(data)
+    server.body_limit = 200_000
+    offsets: list[int] = []
+    client.upload(1, 1, tmp_path / "update", on_offset=offsets.append)
+    assert bytes(server.partial[(CLIENT, 1, 1)]) == data
+    assert offsets == sorted(offsets)
+    assert offsets[-1] == len(data)
+    assert all(taken <= 200_000 for _, taken in server.puts)
+    refused = len(re.findall("body limit", caplog.text))
+    assert refused == 2, "700 kB, 350 kB; then 175 kB fit"
+    client.upload(1, 2, tmp_path / "update")
+    assert len(re.findall("body limit", caplog.text)) == refused, "the size is learned once"
+
+
+def test_a_proxy_that_takes_no_body_at_all_is_named(server, client, tmp_path):
+    (tmp_path / "update").write_bytes(os.urandom(300_000))
+    server.body_limit = 10
+    with pytest.raises(ProtocolError, match="a proxy in front of .* refuses the size") as caught:
+        client.upload(1, 1, tmp_path / "update")
+    assert "client_max_body_size" in caught.value.remedy
+    assert len([entry for entry in server.log if entry[0] == "PUT"]) < 8
+
+
+def test_a_full_disk_of_the_server_is_not_reported_as_ours(server, client, tmp_path):
+    (tmp_path / "update").write_bytes(b"x" * 1000)
+    server.fail.append(("PUT", DiskFull("cannot write an upload: No space left on device"), 1))
+    with pytest.raises(DiskFull, match="the server http.* reports") as caught:
+        client.upload(1, 1, tmp_path / "update")
+    assert "on the server" in caught.value.remedy

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.agent.agent import AgentSettings, Fetch, ProgressSink, TrainedUpdate, open_agent
+from edgefed.agent.agent import AgentSettings, open_agent
 from edgefed.agent.backoff import BackoffSchedule, Retry
+from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, ExpertReport, Manifest, RunConfig
+from edgefed.protocol.trainer import Fetch, TrainedUpdate
 
 
 def toy_value(bias: float, server_round: int) -> float:

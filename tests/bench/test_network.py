@@ -29,7 +29,7 @@ from edgefed.protocol import routes  # noqa: E402
 from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo  # noqa: E402
 
 TOKEN = "secret"
-NAMES = ["connect", "message", "kernel rtt", "upload", "download"]
+NAMES = ["connect", "message", "upload", "download"]
 linux = sys.platform == "linux"
 
 
@@ -100,7 +100,6 @@ def test_only_an_active_measurement_sends_data(state, monkeypatch):
         assert found[name].measured
         assert len(found[name].samples) == 7
         assert found[name].better == "lower"
-    assert found["kernel rtt"].measured == linux
     for name in ("upload", "download"):
         assert found[name].verdict == SKIPPED
         assert "not requested" in found[name].reason
@@ -122,8 +121,6 @@ def test_a_throttled_line_is_measured_in_both_directions(server):
         assert entry.params["probe_s"] >= 1.0
         assert entry.params["moved_bytes"] <= moved[way] < entry.params["moved_bytes"] + 100_000
     assert found["upload"].params["moved_bytes"] < 8_000_000, "it stops once a probe lasts a second"
-    if linux:
-        assert 0 <= found["upload"].params["retransmit_share"] <= 1
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -209,7 +206,7 @@ def test_ctrl_c_keeps_the_results_so_far(server, monkeypatch):
     seen = []
     with pytest.raises(KeyboardInterrupt):
         measure_network(server.url, TOKEN, active=True, record=seen.append)
-    assert [entry.name for entry in seen] == NAMES[:4]
+    assert [entry.name for entry in seen] == NAMES[:3]
     assert seen[-1].verdict == INTERRUPTED
 
 
