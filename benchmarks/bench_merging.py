@@ -35,7 +35,8 @@ from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
 from edgefed.training.evaluate import evaluate_loss
-from edgefed.training.profiling import load_tokenizer, spread_blocks
+from edgefed.training.profiling import spread_blocks
+from edgefed.training.tokenizer import load_tokenizer
 
 PAPER = {"adaptive below one": 0.656, "adaptive below uniform": 0.476, "attention below frequency": 0.192}
 """What Flux reports (arXiv 2508.19078), as shares."""

@@ -43,15 +43,9 @@ from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
-from edgefed.training.profiling import (
-    ProfilePass,
-    activation_error,
-    load_tokenizer,
-    profile_blocks,
-    spread_blocks,
-    top_k_agreement,
-)
+from edgefed.training.profiling import ProfilePass, activation_error, profile_blocks, spread_blocks, top_k_agreement
 from edgefed.training.steps import run_steps, step_setup
+from edgefed.training.tokenizer import load_tokenizer
 
 SILOS = ("unittest", "email", "topics", "xml")
 TRAINING = TrainingConfig()

@@ -27,8 +27,8 @@ from edgefed.training import utility
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
 from edgefed.training.gradient_norms import GradientNorms
-from edgefed.training.profiling import load_tokenizer
 from edgefed.training.steps import batch_loss
+from edgefed.training.tokenizer import load_tokenizer
 
 DIRECTIONS = (1, 4, 16)
 STEPS = (0.05, 0.5, 1.0)

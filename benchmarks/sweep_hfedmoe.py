@@ -28,7 +28,8 @@ from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
 from edgefed.training.evaluate import evaluate_loss
-from edgefed.training.profiling import load_tokenizer, profile_blocks, spread_blocks
+from edgefed.training.profiling import profile_blocks, spread_blocks
+from edgefed.training.tokenizer import load_tokenizer
 
 SILOS = ("unittest", "email", "topics", "xml")
 LAMBDAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 1.0, 2.0)

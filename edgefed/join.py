@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 from edgefed.agent.agent import AgentSettings, RunSummary, open_agent
@@ -24,8 +23,8 @@ from edgefed.protocol.messages import DeviceInfo
 from edgefed.protocol.trainer import Trainer
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
+from edgefed.training.data import problem_notes
 
-MAX_PROBLEMS_SHOWN = 5
 MAX_TEXT_CHARACTERS = 200
 _PROGRAMS = re.compile(r" \([^()]*\)")
 """The names of other programs in a budget's origin: the owner's business, not the server's."""
@@ -192,7 +191,8 @@ def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progress
         measure_budget=memory.measure,
         watch=memory.make_watch(),
     )
-    _tell_problems(config.data, [f"line {each.line}: {each.reason}" for each in trainer.corpus.problems], progress)
+    for note in problem_notes(config.data, trainer.corpus.problems):
+        progress.message(note)
     return trainer
 
 
@@ -202,17 +202,11 @@ def _personal_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progre
     from edgefed.personal.trainer import PersonalTrainer
 
     task = make_task(config.task, config.data, config.model, config.name, config.held_out_share, config.resize)
-    _tell_problems(config.data, task.problems, progress)
+    for note in problem_notes(config.data, task.problems):
+        progress.message(note)
     of_classes = f" of {len(task.classes)} classes" if task.classes else ""
     progress.message(
         f"{config.name}: {task.num_examples} examples{of_classes}, own model {config.model}; "
         "only the shared extractor leaves this device"
     )
     return PersonalTrainer(task, config.state, device=memory.torch_device)
-
-
-def _tell_problems(data: str, problems: Sequence[str], progress: ProgressSink) -> None:
-    for problem in problems[:MAX_PROBLEMS_SHOWN]:
-        progress.message(f"{data} {problem}")
-    if len(problems) > MAX_PROBLEMS_SHOWN:
-        progress.message(f"{data}: {len(problems)} lines cannot be used in all")

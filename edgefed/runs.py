@@ -68,8 +68,7 @@ def import_extractor(folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
     tokenizer = vocab_size = None
     if run.tokenizer:
         from edgefed.embedded import resolve_model
-        from edgefed.personal.text_samples import vocabulary_size
-        from edgefed.training.profiling import load_tokenizer
+        from edgefed.training.tokenizer import load_tokenizer, vocabulary_size
 
         tokenizer = load_tokenizer(resolve_model(run.tokenizer))
         vocab_size = vocabulary_size(tokenizer)
@@ -96,13 +95,14 @@ def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy)
     from edgefed.moe.loading import load_config
     from edgefed.moe.model import MoeModel
     from edgefed.moe.units import dtype_name
-    from edgefed.training.profiling import load_tokenizer
     from edgefed.training.steps import train_scope
+    from edgefed.training.tokenizer import check_vocabulary, load_tokenizer
 
     scope = train_scope(run.training)
     load_config(source)  # what is no checkpoint at all is told as that, not as one without a tokenizer
     tokenizer = load_tokenizer(source)
     model = MoeModel.from_checkpoint(source)
+    check_vocabulary(tokenizer, model.module.get_input_embeddings().num_embeddings, source)
 
     def units() -> Iterator[tuple[UnitInfo, RawTensors]]:
         for unit, tensors in model.iter_units(scope, seed=run.seed):

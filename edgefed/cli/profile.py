@@ -27,7 +27,7 @@ def profile_command(
     """Run text through a model and show which experts its router chooses."""
     from edgefed.cli.heat_map import render_heat_map
     from edgefed.cli.output import TerminalProgress, make_table, print_json, stdout_console
-    from edgefed.training.data import load_corpus
+    from edgefed.training.data import load_corpus, problem_notes
 
     corpus = load_corpus(data, 0.0, 0)  # before torch models are loaded: a bad file is told at once
     from edgefed.embedded import resolve_model
@@ -35,13 +35,21 @@ def profile_command(
     from edgefed.moe.units import MemorySource
     from edgefed.plots import save_heat_map
     from edgefed.training.encoding import encode_examples
-    from edgefed.training.profiling import ProfilePass, load_tokenizer, profile_blocks, spread_blocks
+    from edgefed.training.profiling import ProfilePass, profile_blocks, spread_blocks
+    from edgefed.training.tokenizer import check_vocabulary, load_tokenizer
 
     progress = TerminalProgress()
+    for note in problem_notes(data, corpus.problems):
+        progress.message(note)
     source = resolve_model(model)
     progress.phase("load")
     moe = MoeModel.from_checkpoint(source)
-    blocks = spread_blocks(encode_examples(corpus.train, load_tokenizer(source), sequence_length), tokens)
+    tokenizer = load_tokenizer(source)
+    check_vocabulary(tokenizer, moe.module.get_input_embeddings().num_embeddings, model)
+    encoded = encode_examples(
+        corpus.train, tokenizer, sequence_length, on_message=lambda note: progress.message(f"{data} {note}")
+    )
+    blocks = spread_blocks(encoded, tokens)
     progress.phase("profile", total=blocks.num_tokens, unit="token")
     units, way = None, ProfilePass(batch_size=batch_size)
     if storage != "full":

@@ -41,7 +41,7 @@ from edgefed.personal.text_samples import (
 )
 from edgefed.personal.user_code import is_code
 from edgefed.training.data import load_corpus
-from edgefed.training.profiling import load_tokenizer
+from edgefed.training.tokenizer import load_tokenizer
 
 DEFAULT_LENGTH = 128
 """Tokens of a text that are looked at, where the run's sequence length is not known."""

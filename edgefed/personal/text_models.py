@@ -29,8 +29,7 @@ from edgefed.moe.loading import load_config, without_progress_bars
 from edgefed.personal.networks import PersonalModel
 from edgefed.personal.text_encoder import masked_mean
 from edgefed.personal.text_networks import TEXT_CNN, TEXT_GRU, TEXT_NETWORKS, ByteCnnExtractor, GruExtractor
-from edgefed.personal.text_samples import vocabulary_size
-from edgefed.training.profiling import load_tokenizer
+from edgefed.training.tokenizer import check_vocabulary, load_tokenizer, vocabulary_size
 
 _REMEDY = (
     f"Pass {', '.join(TEXT_NETWORKS)}, {TINY}, the folder of a transformers checkpoint with its tokenizer, or "
@@ -93,8 +92,7 @@ def load_text_model(
             config = load_config(source)
             tokenizer = load_tokenizer(source)
         model = _load(source, config, per_token)
-        if (ids := vocabulary_size(tokenizer)) > _vocabulary(model):
-            raise CheckpointError(f"{path_or_name}: the tokenizer has {ids} tokens, the model {_vocabulary(model)}")
+        check_vocabulary(tokenizer, _vocabulary(model), path_or_name)
         _limit_length(tokenizer, model, config)
         if per_token:
             return _language_model(model, path_or_name), tokenizer

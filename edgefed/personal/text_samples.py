@@ -163,11 +163,6 @@ def padding_id(tokenizer: Any) -> int:
     return 0
 
 
-def vocabulary_size(tokenizer: Any) -> int:
-    """One more than the largest id of a tokenizer."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
 def same_vocabulary(first: Any, second: Any) -> bool:
     """Whether every id stands for the same token in both; names of tokenizers say nothing."""
     return first is second or first.get_vocab() == second.get_vocab()

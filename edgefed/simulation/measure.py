@@ -15,8 +15,9 @@ from edgefed.trainer.planner import PLAN_FILE
 from edgefed.training.data import Example
 from edgefed.training.encoding import encode_examples
 from edgefed.training.evaluate import evaluate_loss
-from edgefed.training.profiling import load_tokenizer, spread_blocks
+from edgefed.training.profiling import spread_blocks
 from edgefed.training.steps import train_scope
+from edgefed.training.tokenizer import load_tokenizer
 
 
 def held_out_losses(

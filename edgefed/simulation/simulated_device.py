@@ -37,8 +37,9 @@ from edgefed.trainer.activation_profile import choose_profile_pass
 from edgefed.trainer.local_trainer import OWN_FOLDER, LocalTrainer
 from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.training.encoding import encode_examples
-from edgefed.training.profiling import ProfilePass, load_tokenizer, spread_blocks
+from edgefed.training.profiling import ProfilePass, spread_blocks
 from edgefed.training.steps import step_setup, train_scope
+from edgefed.training.tokenizer import load_tokenizer
 
 POINTS_FILE = "points.npz"
 OWN_FILE = "own.json"

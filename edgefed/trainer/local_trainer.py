@@ -59,8 +59,9 @@ from edgefed.training.out_of_memory import (
     is_out_of_memory,
     with_smaller_batches,
 )
-from edgefed.training.profiling import load_tokenizer, spread_blocks
+from edgefed.training.profiling import spread_blocks
 from edgefed.training.steps import StepsOutcome, run_steps, train_scope
+from edgefed.training.tokenizer import load_tokenizer
 from edgefed.training.utility import ProbeOutcome
 
 OWN_FOLDER = "own"
@@ -235,9 +236,13 @@ class LocalTrainer:
         model = MoeModel.skeleton(folder, device=self._device)
         tokenizer = load_tokenizer(folder)
         length = run.training.sequence_length
-        self._train_blocks = encode_examples(self.corpus.train, tokenizer, length)
+
+        def report(note: str) -> None:
+            progress.message(f"{self.corpus.source} {note}")
+
+        self._train_blocks = encode_examples(self.corpus.train, tokenizer, length, on_message=report)
         if self.corpus.held_out:
-            self._held_out_blocks = encode_examples(self.corpus.held_out, tokenizer, length)
+            self._held_out_blocks = encode_examples(self.corpus.held_out, tokenizer, length, on_message=report)
         # What this process takes beside the model: the skeleton has no weights yet.
         self._own_bytes_before_model = process_rss_bytes()
         self._model = model

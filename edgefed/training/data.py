@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import pathlib
 import zlib
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ __all__ = [
 SILO_PREFIX = "silo:"
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
+MAX_PROBLEMS_SHOWN = 5
 HOPELESS_LINES = 1000  # bad lines without one good record before the file is given up: it is some other format
 
 
@@ -55,6 +57,10 @@ class LineProblem:
 
     line: int
     reason: str
+
+    def __str__(self) -> str:
+        """Return the problem with its line, for the user."""
+        return f"line {self.line}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def load_examples(source: str) -> LoadedData:
     lines = read_lines(path, digest)
     problems: list[LineProblem] = []
     if name.endswith((".txt", ".txt.gz")):
-        examples = [(Segment(passage, learn=True),) for passage in cut_passages(lines)]
+        examples = [Example((Segment(passage, in_loss=True),)) for passage in cut_passages(lines)]
     else:
         examples = _parse_lines(source, lines, problems)
     if not examples and not problems:
@@ -139,7 +145,7 @@ def split_held_out(examples: Sequence[Example], share: float, seed: int) -> tupl
         if len(held) + len(group) <= goal:
             held.update(group)
     # A record repeated more often than the goal: the rarest one overshoots least.
-    held = held or set(min(ordered, key=len))
+    held = held or set(min(ordered, key=lambda group: len(group)))
     train = [example for index, example in enumerate(examples) if index not in held]
     return train, [examples[index] for index in sorted(held)]
 
@@ -164,14 +170,18 @@ def load_corpus(source: str, held_out_share: float, seed: int) -> Corpus:
 def _example_key(example: Example, seed: int) -> str:
     """Return a digest of seed and content, the same on every machine and Python version (repr is not)."""
     digest = hashlib.sha256(str(seed).encode())
-    for segment in example:
-        digest.update(f"\0{int(segment.learn)}{segment.role or ''}\0".encode())
+    for segment in example.segments:
+        digest.update(f"\0{int(segment.in_loss)}{segment.role or ''}\0".encode())
         digest.update(segment.text.encode("utf-8"))
+        if segment.fields:
+            digest.update(json.dumps(segment.fields, sort_keys=True).encode())
+    if example.tools:
+        digest.update(json.dumps(example.tools, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def _document_examples(documents: Sequence[Document]) -> list[Example]:
-    return [(Segment(document.text, learn=True),) for document in documents]
+    return [Example((Segment(document.text, in_loss=True),)) for document in documents]
 
 
 def _parse_lines(source: str, lines: Iterator[str], problems: list[LineProblem]) -> list[Example]:
@@ -179,7 +189,7 @@ def _parse_lines(source: str, lines: Iterator[str], problems: list[LineProblem])
     examples: list[Example] = []
     for number, line in enumerate(lines, start=1):
         try:
-            examples.append(parse_record(line))
+            examples.append(parse_record(line, number))
         except BadRecord as error:
             problems.append(LineProblem(number, str(error)))
         if not examples and len(problems) >= HOPELESS_LINES:
@@ -187,14 +197,22 @@ def _parse_lines(source: str, lines: Iterator[str], problems: list[LineProblem])
     return examples
 
 
+def problem_notes(source: str, problems: Sequence[LineProblem | str]) -> list[str]:
+    """Return what to tell the user of the lines that cannot be used: the first five, and how many there are."""
+    notes = [f"{source} {problem}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
+    if len(problems) > MAX_PROBLEMS_SHOWN:
+        notes.append(f"{source}: {len(problems)} lines cannot be used in all")
+    return notes
+
+
 def nothing_usable(source: str, problems: Sequence[LineProblem]) -> DataError:
     """Return the error of a file whose lines are all bad; it names the first three."""
-    shown = "; ".join(f"line {problem.line}: {problem.reason}" for problem in problems[:3])
+    shown = "; ".join(str(problem) for problem in problems[:3])
     return DataError(f"{source} has no usable record in {len(problems)} lines: {shown}")
 
 
 def read_lines(path: pathlib.Path, digest: Any) -> Iterator[str]:
-    """Yield the lines of `path` as text with `\\n` ends, unpacked where gzipped; `digest` sees the unpacked bytes.
+    """Yield the lines of `path` with line feeds at their ends, unpacked where gzipped; `digest` sees the unpacked bytes.
 
     Raises:
         DataError: unreadable, damaged gzip, or no UTF-8.

@@ -1,23 +1,30 @@
-"""Token blocks: examples become ids, and a mask says which of them are learned from.
+"""Token blocks: examples become ids and labels, joined and cut into blocks of one length.
 
-Knows tokenizers and their chat templates, but no files and no model. `edgefed.training.data` is the way in.
+Knows neither files nor models. `edgefed.training.data` reads the examples, `edgefed.training.tokenizer` tokenizes.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from edgefed.errors import DataError
-from edgefed.training.records import Example
+from edgefed.training.chat_template import ChatTemplate, ConversationRefused, Layout
+from edgefed.training.records import CHAT_FIELDS, Example
+from edgefed.training.tokenizer import TextEncoder
 
 IGNORED_LABEL = -100  # what transformers and torch's cross entropy leave out of the loss
 
-_ENCODE_BATCH = 256  # examples a tokenizer call: enough for its threads, little enough memory
+MAX_UNUSED_SHARE = 1 / 32
+"""Largest share of the tokens that is dropped because it does not fill the last block."""
+
+_MAX_SHOWN = 10
+_HOPELESS_CONVERSATIONS = 1000  # refused without one that is taken: no other will be taken either
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class TokenBlocks:
 
     Attributes:
         input_ids: (N, S) int64.
-        labels: (N, S) int64; the same ids where learned from, -100 elsewhere. Not shifted: transformers shifts.
+        labels: (N, S) int64; the same ids where in the loss, -100 elsewhere. Not shifted: transformers shifts.
 
     """
 
@@ -34,29 +41,30 @@ class TokenBlocks:
     labels: torch.Tensor
 
     def __len__(self) -> int:
+        """Number of blocks, N."""
         return self.input_ids.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """All tokens, learned from or not: N * S."""
+        """Number of tokens, in the loss or not: N * S."""
         return self.input_ids.numel()
 
     def shortened(self, length: int) -> TokenBlocks:
-        """The same text in blocks of ``length`` tokens: (N, S) becomes (N * (S // length), length).
+        """Return the same text in blocks of ``length`` tokens, cut from each row; self if none is longer.
 
-        What does not fill the last block of a row is dropped, and so are blocks without a label that the shifted loss
-        would see. These blocks themselves where they are no longer than ``length``, or no block would be left.
-        Raises ValueError below 2 tokens.
+        A row's rest is kept or dropped as `encode_examples` does. Blocks without a label that the shifted loss sees are
+        dropped, unless no block would be left.
+
+        Raises:
+            ValueError: ``length`` is below 2.
+
         """
         if length < 2:
-            raise ValueError(f"blocks need at least 2 tokens, not {length}")
-        width = self.input_ids.shape[1]
-        if width <= length:
+            raise ValueError(f"length must be at least 2, not {length}")
+        if self.input_ids.shape[1] <= length:
             return self
-        used = width // length * length
-        input_ids, labels = (t[:, :used].reshape(-1, length) for t in (self.input_ids, self.labels))
-        keep = (labels[:, 1:] != IGNORED_LABEL).any(dim=1)
-        return TokenBlocks(input_ids[keep], labels[keep]) if keep.any() else self
+        shorter = _cut(self.input_ids, self.labels, length)
+        return shorter if len(shorter) else self
 
     def batches(
         self, batch_size: int, generator: torch.Generator | None = None
@@ -66,35 +74,44 @@ class TokenBlocks:
         The order is that of the text, or shuffled where a generator is given (which is advanced).
 
         Raises:
-            ValueError: `batch_size` is below 1.
+            ValueError: ``batch_size`` is below 1.
 
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for rows in order.split(batch_size):
+        for rows in torch.split(order, batch_size):
             yield self.input_ids[rows], self.labels[rows]
 
 
-def encode_examples(examples: Sequence[Example], tokenizer: Any, sequence_length: int) -> TokenBlocks:
-    """Tokenize `examples`, join them with the end-of-text token between, and cut blocks of `sequence_length` tokens.
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    sequence_length: int,
+    on_message: Callable[[str], None] = lambda message: None,
+) -> TokenBlocks:
+    """Tokenize ``examples``, put the end-of-text token behind each, and cut the text into blocks of one length.
 
-    The end-of-text token is learned where the text before it is, so that the model learns to stop. What does not fill
-    the last block is dropped, unless it is all there is: then it becomes the one, shorter block. Blocks without a
-    label that the shifted loss would see are dropped. Prompt and answer get the tokens that the model sees when it
-    is given the prompt alone: a token never spans the border of what is learned.
+    The end-of-text token is in the loss where the text before it is, so that the model learns to stop. If the tokens
+    behind the last full block are more than 1/32 of all, one more block ends with the last token; it repeats earlier
+    tokens, which are not in its loss. Otherwise they are dropped. Text shorter than a block is one shorter block.
+    Blocks without a label that the shifted loss sees are dropped.
 
-    Chat is laid out by `tokenizer.chat_template` where there is one, else as `role: content` lines of which the
-    assistant's contents, with their line ends, are learned.
+    Chat is laid out by ``tokenizer.chat_template`` where there is one (`edgefed.training.chat_template`), else as
+    ``role: content`` lines of which the assistant's contents, with their line ends, are in the loss. Time and memory
+    are linear in the text.
 
     Args:
-        tokenizer: a transformers tokenizer, or anything with its call, `eos_token_id` and `chat_template`.
+        examples: what `edgefed.training.data.load_corpus` gives.
+        tokenizer: a transformers tokenizer, or an object with its call, ``eos_token_id`` and ``chat_template``.
         sequence_length: S, at least 2: the first token of a block is never predicted.
+        on_message: called with each note for the user: conversations that the chat template refuses, by line number;
+            message fields that it does not use; the number of unused tokens.
 
     Raises:
-        DataError: nothing is left to learn from, the tokenizer has no end-of-text token, or its chat template
-            refuses a conversation.
-        ValueError: `sequence_length` is below 2.
+        DataError: nothing is left to train on, the tokenizer has no end-of-text token, or its chat template is broken
+            or refuses every conversation.
+        ValueError: ``sequence_length`` is below 2.
 
     """
     if sequence_length < 2:
@@ -106,114 +123,117 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any, sequence_length
         )
     # Flat machine integers: a list of Python ints for 100 MB of text would take gigabytes.
     ids, labels = array("q"), array("q")
-    for start in range(0, len(examples), _ENCODE_BATCH):
-        for tokens, learned_from in _encode_batch(examples[start : start + _ENCODE_BATCH], tokenizer):
-            ids.extend(tokens)
-            labels.extend(learned_from)
+    for tokens, in_loss in TextEncoder(tokenizer).encode(_lay_out_all(examples, tokenizer, on_message)):
+        ids.extend(tokens)
+        labels.extend(token if use else IGNORED_LABEL for token, use in zip(tokens, in_loss, strict=True))
     if not ids:
-        raise DataError("there is no text to learn from")
+        raise DataError("there is no text to train on")
     length = min(sequence_length, len(ids))
-    used = len(ids) // length * length
-    input_ids = torch.frombuffer(ids, dtype=torch.int64)[:used].view(-1, length)
-    label_blocks = torch.frombuffer(labels, dtype=torch.int64)[:used].view(-1, length)
-    keep = (label_blocks[:, 1:] != IGNORED_LABEL).any(dim=1)  # (N,); a label in front has nothing to be predicted from
-    if not keep.any():
+    row, row_labels = (torch.frombuffer(tokens, dtype=torch.int64).view(1, -1) for tokens in (ids, labels))
+    if 0 < (rest := len(ids) % length) <= MAX_UNUSED_SHARE * len(ids):
+        on_message(f"{rest} of {len(ids)} tokens do not fill the last block of {length} and are not used")
+    blocks = _cut(row, row_labels, length)
+    if not len(blocks):
         raise DataError(
-            f"none of {len(ids)} tokens can be learned from in blocks of {length}",
+            f"none of {len(ids)} tokens is in the loss in blocks of {length}",
             remedy="Give more text, a longer `sequence_length`, or records with longer answers.",
         )
-    if not keep.all():
-        input_ids, label_blocks = input_ids[keep], label_blocks[keep]
-    return TokenBlocks(input_ids, label_blocks)
+    return blocks
 
 
-def _encode_batch(examples: Sequence[Example], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield (ids, labels) per example, closed by the end-of-text token."""
-    all_runs = [_lay_out(example, tokenizer) for example in examples]
-    prefixes = [["".join(text for text, _ in runs[: end + 1]) for end in range(len(runs))] for runs in all_runs]
-    encoded = iter(_tokenize([text for texts in prefixes for text in texts], tokenizer))
-    for runs, texts in zip(all_runs, prefixes, strict=True):
-        stages = [next(encoded) for _ in texts]  # ids of ever longer prefixes; the last is the whole example
-        ids = stages[-1]
-        if any(ids[: len(stage)] != stage for stage in stages):
-            # A token spans a border. At inference the prompt stands alone, so the parts are tokenized alone.
-            parts = _tokenize([text for text, _ in runs], tokenizer)
-        else:
-            starts = [0, *(len(stage) for stage in stages)]
-            parts = [ids[start:end] for start, end in zip(starts, starts[1:], strict=False)]
-        ids = [token for part in parts for token in part]
-        labels = [
-            token if learn else IGNORED_LABEL for part, (_, learn) in zip(parts, runs, strict=True) for token in part
-        ]
-        if not ids or ids[-1] != tokenizer.eos_token_id:  # some chat templates close with it themselves
-            ids.append(tokenizer.eos_token_id)
-            labels.append(tokenizer.eos_token_id if runs[-1][1] else IGNORED_LABEL)
-        yield ids, labels
+def _cut(input_ids: torch.Tensor, labels: torch.Tensor, length: int) -> TokenBlocks:
+    """Cut rows (N, W) into blocks (M, length), without those that have no label the shifted loss sees."""
+    width = input_ids.shape[1]
+    used = width // length * length
+    ids, wanted = (rows[:, :used].reshape(len(rows), -1, length) for rows in (input_ids, labels))  # (N, W // S, S)
+    rest = width - used
+    if rest > MAX_UNUSED_SHARE * width:
+        last = labels[:, -length:].clone()
+        # The block before has counted these; the first of the rest is predicted from the token before it.
+        last[:, : length - rest] = IGNORED_LABEL
+        ids = torch.cat([ids, input_ids[:, None, -length:]], dim=1)
+        wanted = torch.cat([wanted, last[:, None]], dim=1)
+    ids, wanted = ids.flatten(0, 1), wanted.flatten(0, 1)
+    keep = (wanted[:, 1:] != IGNORED_LABEL).any(dim=1)  # a label in front has nothing to be predicted from
+    return TokenBlocks(ids, wanted) if keep.all() else TokenBlocks(ids[keep], wanted[keep])
 
 
-def _tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    # verbose=False: whole documents are longer than the model's window, and are cut into blocks afterwards.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _lay_out(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Return the text of an example as runs (text, learn) in which neighbours differ in `learn`; never empty."""
-    if not any(segment.role for segment in example):
-        pieces = [(segment.text, segment.learn) for segment in example]
-    elif getattr(tokenizer, "chat_template", None):
-        pieces = _lay_out_by_template(example, tokenizer)
-    else:
-        pieces = []
-        for segment in example:
-            pieces += [(f"{segment.role}: ", False), (f"{segment.text}\n", segment.learn)]
-    runs: list[tuple[str, bool]] = []
-    for text, learn in pieces:
-        if runs and runs[-1][1] == learn:
-            runs[-1] = (runs[-1][0] + text, learn)
-        elif text:
-            runs.append((text, learn))
-    return runs or [("", False)]
-
-
-def _lay_out_by_template(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Render a conversation with the tokenizer's template and find the assistant's turns in it.
-
-    A turn begins where the template would ask for an answer and ends where the conversation up to it ends, so the
-    end-of-turn mark is learned. Where a template has no such borders, because it refuses or rewrites a part of a
-    conversation, the bare content is searched for; a turn that it left out or changed is not learned.
-    """
-    from jinja2 import TemplateError
-
-    messages = [{"role": segment.role, "content": segment.text} for segment in example]
-
-    def render(count: int, ask: bool) -> str | None:
-        if count == 0:  # transformers takes no empty conversation
-            return None
-        try:
-            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask)
-        except TemplateError:
-            return None
-
-    whole = render(len(messages), ask=False)
-    if whole is None:
-        raise DataError(
-            f"the tokenizer's chat template refuses a conversation of {', '.join(m['role'] for m in messages)}",
-            remedy="Write the conversations in the order of roles that the model knows, usually user and assistant.",
-        )
-    pieces, cursor = [], 0
-    for index, segment in enumerate(example):
-        if not segment.learn:
+def _lay_out_all(examples: Sequence[Example], tokenizer: Any, on_message: Callable[[str], None]) -> Iterator[Layout]:
+    """Yield each example as text and spans; reports conversations that are left out, and fields that are not used."""
+    template: ChatTemplate | None = None
+    refused: list[str] = []
+    fields: Counter[str] = Counter()
+    taken = skipped_turns = 0
+    for example in examples:
+        if not any(segment.role for segment in example.segments):
+            yield _lay_out_text(example)
+            taken += 1
             continue
-        before, after = render(index, ask=True), render(index + 1, ask=False)
-        if before and after and whole.startswith(after) and after.startswith(before) and len(before) >= cursor:
-            start, end = len(before), len(after)
-        else:
-            content = segment.text.strip()
-            # Behind what precedes it where that is known: the question may hold the same words.
-            start = whole.find(content, max(cursor, len(before)) if before and whole.startswith(before) else cursor)
-            end = start + len(content)
-            if start < 0:
-                continue
-        pieces += [(whole[cursor:start], False), (whole[start:end], True)]
-        cursor = end
-    return [*pieces, (whole[cursor:], False)]
+        fields.update(field for segment in example.segments for field in segment.fields)
+        fields.update(["tools"] if example.tools else [])
+        if not getattr(tokenizer, "chat_template", None):
+            yield _lay_out_lines(example)
+            taken += 1
+            continue
+        template = template or ChatTemplate(tokenizer)
+        try:
+            layout = template.lay_out(example)
+        except ConversationRefused as error:
+            place = f"line {example.line}: " if example.line else ""
+            refused.append(f"{place}{error}")
+            if len(refused) <= _MAX_SHOWN:
+                on_message(refused[-1])
+            if not taken and len(refused) == _HOPELESS_CONVERSATIONS:
+                break
+            continue
+        taken += 1
+        skipped_turns += layout.skipped_turns
+        yield layout
+    if refused and not taken:
+        raise DataError(
+            f"the tokenizer's chat template takes none of {len(refused)} conversations: {refused[0]}",
+            remedy="Write the conversations in the order of roles that the model knows, or repair the template.",
+        )
+    if len(refused) > _MAX_SHOWN:
+        on_message(f"{len(refused)} conversations are left out in all")
+    if skipped_turns:
+        on_message(f"{skipped_turns} assistant turns are not in the loss: the chat template rewrites them")
+    for field in CHAT_FIELDS:
+        if fields[field]:
+            used = template is not None and template.writes(field)
+            on_message(
+                f"chat field {field}, given {fields[field]} times, is "
+                + ("written by the chat template" if used else "not used: " + _why_unused(template))
+            )
+
+
+def _why_unused(template: ChatTemplate | None) -> str:
+    return "the tokenizer has no chat template" if template is None else "the chat template does not write it"
+
+
+def _lay_out_text(example: Example) -> Layout:
+    """Return the segments of an example that is no chat, one behind the other."""
+    return _joined((segment.text, segment.in_loss) for segment in example.segments)
+
+
+def _lay_out_lines(example: Example) -> Layout:
+    """Return a conversation as `role: content` lines, for a tokenizer without a chat template."""
+    return _joined(
+        piece
+        for segment in example.segments
+        for piece in ((f"{segment.role}: ", False), (f"{segment.text}\n", segment.in_loss))
+    )
+
+
+def _joined(pieces: Iterator[tuple[str, bool]]) -> Layout:
+    texts: list[str] = []
+    spans: list[tuple[int, int]] = []
+    length = 0
+    for text, in_loss in pieces:
+        end = length + len(text)
+        if in_loss and text:
+            start = spans.pop()[0] if spans and spans[-1][1] == length else length
+            spans.append((start, end))
+        texts.append(text)
+        length = end
+    return Layout("".join(texts), spans)

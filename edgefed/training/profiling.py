@@ -5,14 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
-from edgefed.errors import ModelNotFound
 from edgefed.expert_records import ActivationProfile, LayerProfile
 from edgefed.moe.lockstep import run_in_lockstep
 from edgefed.moe.model import MoeModel
@@ -32,17 +28,6 @@ class ProfilePass:
     storage: str | None = None
     batch_size: int = 8
     together: int = 1
-
-
-def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a checkpoint; code that comes with it is never run. Raises ModelNotFound when there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelNotFound(
-            f"no tokenizer that transformers can load in {source}: {str(error).splitlines()[0]}",
-            remedy="Put tokenizer.json and tokenizer_config.json beside the model's config.json.",
-        ) from error
 
 
 def spread_blocks(blocks: TokenBlocks, max_tokens: int) -> TokenBlocks:

@@ -1,28 +1,36 @@
-"""One record of user text: what it says and which part of it is learned from. Pure; knows no files and no tokenizer.
+"""One record of user text: what it says and which part of it is in the loss. Pure; knows no files and no tokenizer.
 
 Record forms of a JSON line, tried in this order:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-        the assistant's answers are learned
+        the assistant's turns are in the loss
     {"prompt": "...", "completion": "..."}
-        the completion is learned
+        the completion is in the loss
     {"instruction": "...", "response" (or "output"): "...", optional "context" (or "input"): "..."}
-        the response is learned
+        the response is in the loss
     {"text": "..."}
-        all of it is learned
+        all of it is in the loss
 
-Other fields are ignored. An instruction becomes `### Instruction:`, `### Context:` (when there is one) and
-`### Response:` headings; a prompt and its completion are joined as they are.
+Of a message, ``content`` may be a string or a list of parts of type ``text``, which are joined. An assistant's content
+may be missing beside ``tool_calls``. The fields in `CHAT_FIELDS`, and the record's ``tools``, are handed to the
+tokenizer's chat template. Other fields are ignored. An instruction becomes `### Instruction:`, `### Context:` (when
+there is one) and `### Response:` headings; a prompt and its completion are joined as they are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+
+MESSAGE_FIELDS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "name")
+"""Fields of a message beside role and content that a chat template may write."""
+
+CHAT_FIELDS = (*MESSAGE_FIELDS, "tools")
+"""All that a chat template may write beside roles and contents; ``tools`` belongs to the record."""
 
 PASSAGE_MIN_CHARS = 1000  # a passage ends at the first empty line after this
 PASSAGE_MAX_CHARS = 2000  # or at the line end before this
@@ -34,53 +42,71 @@ class Segment:
 
     Attributes:
         text: the characters; for a chat message its bare content.
-        learn: whether the loss is taken on it.
+        in_loss: whether the loss is taken on it.
         role: the speaker of a chat message, or None. Chat is laid out only where the tokenizer, and with it the
             chat template, is known.
+        fields: the message's `MESSAGE_FIELDS` that are given.
 
     """
 
     text: str
-    learn: bool
+    in_loss: bool
     role: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def message(self) -> dict[str, Any]:
+        """Return the chat message, as chat templates take it."""
+        content = {"content": self.text} if self.text or "tool_calls" not in self.fields else {}
+        return {"role": self.role, **content, **self.fields}
 
 
-Example = tuple[Segment, ...]
+@dataclass(frozen=True)
+class Example:
+    """One record.
+
+    Attributes:
+        segments: its pieces, in order.
+        line: its number in the file, from 1; None if it does not come from a line. Equal records differ in it.
+        tools: what the assistant may call, as JSON schemas; only for chat.
+
+    """
+
+    segments: tuple[Segment, ...]
+    line: int | None = field(default=None, compare=False)
+    tools: list[Any] | None = field(default=None, hash=False)
 
 
 class BadRecord(Exception):
-    """A line is no usable record; the text of the exception is the reason."""
+    """A line is not a usable record; the text of the exception is the reason."""
 
 
-def parse_record(line: str) -> Example:
-    """Return the example of one JSON line.
+def parse_record(line: str, number: int | None = None) -> Example:
+    """Return the example of one JSON line; ``number`` is the line's number.
 
     Raises:
-        BadRecord: no JSON, no object, no known form, a field of the wrong type, or nothing in a field that needs text.
+        BadRecord: invalid JSON, not an object, no known form, a field of the wrong type, or a required field is empty.
 
     """
     record = json_object(line)
     if "messages" in record:
-        return _chat_example(record["messages"])
+        return Example(_chat_segments(record["messages"]), number, _tools(record.get("tools")))
     if "prompt" in record or "completion" in record:
-        return Segment(text_field(record, "prompt"), False), Segment(text_field(record, "completion"), True)
-    if "instruction" in record:
-        answer = "response" if "response" in record else "output" if "output" in record else "response"
-        context = "context" if "context" in record else "input"
-        return _instruction_example(
-            text_field(record, "instruction"), text_field(record, context, optional=True), text_field(record, answer)
-        )
-    if "text" in record:
-        return (Segment(text_field(record, "text"), True),)
-    found = ", ".join(sorted(record)[:5]) or "none"
-    raise BadRecord(f"no known field: text, prompt + completion, instruction + response or messages; found {found}")
+        pieces = text_field(record, "prompt"), text_field(record, "completion")
+    elif "instruction" in record:
+        pieces = _instruction(record)
+    elif "text" in record:
+        return Example((Segment(text_field(record, "text"), True),), number)
+    else:
+        found = ", ".join(sorted(record)[:5]) or "none"
+        raise BadRecord(f"no known field: text, prompt + completion, instruction + response or messages; found {found}")
+    return Example((Segment(pieces[0], False), Segment(pieces[1], True)), number)
 
 
 def json_object(line: str) -> dict[str, Any]:
     """Return the object of one JSON line.
 
     Raises:
-        BadRecord: an empty line, no JSON, or something else than an object.
+        BadRecord: an empty line, invalid JSON, or not an object.
 
     """
     if not line.strip():
@@ -88,11 +114,11 @@ def json_object(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise BadRecord(f"no valid JSON: {error.msg} at column {error.colno}") from error
+        raise BadRecord(f"invalid JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits; a thousand open brackets
-        raise BadRecord(f"no valid JSON: {error}") from error
+        raise BadRecord(f"invalid JSON: {error}") from error
     if not isinstance(record, dict):
-        raise BadRecord(f"a record must be a JSON object, this is {_kind(record)}")
+        raise BadRecord(f"a record must be a JSON object, found {_kind(record)}")
     return record
 
 
@@ -130,52 +156,82 @@ def _close_passage(passage: list[str]) -> Iterator[str]:
         yield text
 
 
-def _instruction_example(instruction: str, context: str, response: str) -> Example:
+def _instruction(record: dict[str, Any]) -> tuple[str, str]:
+    """(prompt, response) of an instruction record."""
+    answer = "response" if "response" in record else "output" if "output" in record else "response"
+    context = text_field(record, "context" if "context" in record else "input", optional=True)
+    instruction, response = text_field(record, "instruction"), text_field(record, answer)
     middle = f"### Context:\n{context}\n\n" if context.strip() else ""
-    return Segment(f"### Instruction:\n{instruction}\n\n{middle}### Response:\n", False), Segment(response, True)
+    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n", response
 
 
-def _chat_example(messages: Any) -> Example:
+def _chat_segments(messages: Any) -> tuple[Segment, ...]:
     if not isinstance(messages, list):
-        raise BadRecord(f"messages must be a list, this is {_kind(messages)}")
+        raise BadRecord(f"messages must be a list, found {_kind(messages)}")
     segments = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise BadRecord(f"message {number} must be an object, this is {_kind(message)}")
+            raise BadRecord(f"message {number} must be an object, found {_kind(message)}")
         role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
             raise BadRecord(f"message {number} has the role {role!r:.40}; known are {', '.join(ROLES)}")
-        answer = role == "assistant"
-        content = text_field(message, "content", may_be_empty=not answer, where=f"message {number}: ")
-        segments.append(Segment(content, answer, role))
-    if not any(segment.learn for segment in segments):
-        raise BadRecord("no assistant message to learn from")
+        fields = {name: message[name] for name in MESSAGE_FIELDS if message.get(name)}
+        _check_characters(json.dumps(fields, ensure_ascii=False), f"message {number}: a field")
+        is_answer = role == "assistant"
+        content = _content(message, f"message {number}: ", may_be_empty=not is_answer, optional="tool_calls" in fields)
+        segments.append(Segment(content, is_answer, role, fields))
+    if not any(segment.in_loss for segment in segments):
+        raise BadRecord("no assistant message to train on")
     return tuple(segments)
 
 
+def _content(message: dict[str, Any], where: str, *, may_be_empty: bool, optional: bool) -> str:
+    """Return the text of a message; parts of type ``text`` are joined. Raises BadRecord."""
+    parts = message.get("content")
+    if isinstance(parts, list):
+        for number, part in enumerate(parts, start=1):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text":
+                raise BadRecord(f"{where}content part {number} has the type {kind!r:.40}; only text can be used")
+        texts = [text_field(part, "text", may_be_empty=True, where=where) for part in parts]
+        message = {"content": "".join(texts)}
+    return text_field(message, "content", optional=optional, may_be_empty=may_be_empty, where=where)
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadRecord("tools must be a list of objects")
+    _check_characters(json.dumps(tools, ensure_ascii=False), "tools")
+    return tools or None
+
+
 def text_field(
-    record: dict[str, Any], field: str, *, optional: bool = False, may_be_empty: bool = False, where: str = ""
+    record: dict[str, Any], name: str, *, optional: bool = False, may_be_empty: bool = False, where: str = ""
 ) -> str:
-    """Return the string under `field`; "" when it is optional and absent or null.
+    """Return the string under ``name``; "" when it is optional and absent or null.
 
     Raises:
-        BadRecord: it is missing, no string, empty, or no text that can be written as UTF-8.
+        BadRecord: it is missing, not a string, empty, or cannot be written as UTF-8.
 
     """
-    value = record.get(field)
+    value = record.get(name)
     if value is None and optional:
         return ""
-    if field not in record:
-        raise BadRecord(f"{where}{field} is missing")
+    if name not in record:
+        raise BadRecord(f"{where}{name} is missing")
     if not isinstance(value, str):
-        raise BadRecord(f"{where}{field} must be a string, this is {_kind(value)}")
+        raise BadRecord(f"{where}{name} must be a string, found {_kind(value)}")
     if not (value.strip() or optional or may_be_empty):
-        raise BadRecord(f"{where}{field} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise BadRecord(f"{where}{field} holds half a surrogate pair, which is no character") from None
+        raise BadRecord(f"{where}{name} is empty")
+    _check_characters(value, f"{where}{name}")
     return value
+
+
+def _check_characters(text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise BadRecord(f"{what} contains half a surrogate pair, which is not a character") from None
 
 
 def _kind(value: Any) -> str:

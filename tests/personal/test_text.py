@@ -42,8 +42,8 @@ from edgefed.personal.text_samples import (
 )
 from edgefed.simulation.personal_baselines import make_strategy
 from edgefed.simulation.personal_federation import Client, Settings, run
-from edgefed.training.data import Segment
-from edgefed.training.profiling import load_tokenizer
+from edgefed.training.data import Example, Segment
+from edgefed.training.tokenizer import load_tokenizer
 
 SMALL = EncoderShape(width=32, layers=1, heads=2, hidden=64)
 TEXTS = ("def close(self): return None", "a", "The value of an expression is an object .", "import os , sys")
@@ -203,7 +203,7 @@ def test_a_text_is_cut_where_the_model_ends(packaged, bert, tmp_path, lines):
 def test_labels_of_next_tokens_are_shifted_and_prompts_are_not_learned(packaged):
     prompt, answer = Segment("What is a list ?", False), Segment("A list is a mutable sequence .", True)
     length = len(packaged(prompt.text)["input_ids"]) + len(packaged(answer.text)["input_ids"]) + 1
-    samples = token_samples([(prompt, answer), (answer,)], packaged, length)
+    samples = token_samples([Example((prompt, answer)), Example((answer,))], packaged, length)
     assert len(samples) >= 1
     assert samples.labels.tolist() == [0] * len(samples)
     batch = samples.batch(np.arange(len(samples)))
@@ -217,7 +217,7 @@ def test_labels_of_next_tokens_are_shifted_and_prompts_are_not_learned(packaged)
     assert learned[0].tolist() == [place >= asked - 1 for place in range(length - 1)] + [False]
     assert len(token_samples([], packaged, 8)) == 0
     with pytest.raises(DataError):
-        token_samples([(Segment("", True),)], packaged, 8)
+        token_samples([Example((Segment("", True),))], packaged, 8)
 
 
 def test_vocabularies_are_compared_and_not_their_names(packaged, llama):
@@ -268,7 +268,7 @@ def test_extractor_and_header_of_a_language_model_are_the_whole_model(tmp_path, 
 
     folder = make(tmp_path, word_tokenizer(lines[0], 80, specials=False, end="<end>"))
     model, tokenizer = load_text_model(folder, num_classes=None, task="next-token")
-    inputs = token_samples([(Segment(lines[0][0], True),)], tokenizer, 12).batch(np.arange(1)).own
+    inputs = token_samples([Example((Segment(lines[0][0], True),))], tokenizer, 12).batch(np.arange(1)).own
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(inputs), whole(**inputs).logits, rtol=1e-4, atol=1e-4)
@@ -305,7 +305,7 @@ def test_checkpoints_that_cannot_be_used_are_told_apart(tmp_path, bert, llama, m
         for name in names:
             with open(f"{source}/{name}", "rb") as file:
                 (mixed / name).write_bytes(file.read())
-    with pytest.raises(CheckpointError, match="the tokenizer has 300 tokens, the model 200"):
+    with pytest.raises(CheckpointError, match="has 300 tokens, its embedding only 200"):
         load_text_model(str(mixed), num_classes=2, task="text")
     (mixed / "model.safetensors").write_bytes(b"no tensors")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -333,7 +333,7 @@ def test_every_group_gets_a_gradient(task, packaged, llama, lines):
         )
     else:
         own, tokenizer = load_text_model("tiny", num_classes=None, task=task)
-        samples = token_samples([(Segment(text, True),) for text in lines[0][:8]], packaged, 16)
+        samples = token_samples([Example((Segment(text, True),)) for text in lines[0][:8]], packaged, 16)
     mixture = make_mixture(own, 2048, per_token=task == "next-token")
     nn.init.ones_(mixture.gate.out_norm.weight)  # at its first 0, what is below learns from the second step on
     before = {name: [p.detach().clone() for p in group] for name, group in mixture.groups().items()}
@@ -353,7 +353,7 @@ def test_the_mixture_predicts_a_token_from_what_comes_before_it_alone(packaged, 
     own, _ = load_text_model("text-gru", num_classes=None, task="next-token")
     mixture = make_mixture(own, 2048, per_token=True).eval()
     nn.init.ones_(mixture.gate.out_norm.weight)  # a new gate says the same of every token
-    batch = token_samples([(Segment(lines[0][0], True),)], packaged, 12).batch(np.array([0]))
+    batch = token_samples([Example((Segment(lines[0][0], True),))], packaged, 12).batch(np.array([0]))
     changed = {**batch.shared, "input_ids": batch.shared["input_ids"].clone()}
     changed["input_ids"][:, 8:] = 77
     with torch.no_grad():
@@ -370,7 +370,7 @@ def test_the_mixture_predicts_a_token_from_what_comes_before_it_alone(packaged, 
 def test_tied_embeddings_stay_tied(packaged, tmp_path, lines):
     folder = tiny_llama(tmp_path, packaged, tied=True)
     own, _ = load_text_model(folder, num_classes=None, task="next-token")
-    samples = token_samples([(Segment(text, True),) for text in lines[0][:4]], packaged, 16)
+    samples = token_samples([Example((Segment(text, True),)) for text in lines[0][:4]], packaged, 16)
     mixture = make_mixture(own, 2048, per_token=True)
     optimizer = make_optimizer(mixture.groups(), Rates(0.05, 0.05, 0.05))
     train_epochs(mixture, samples, optimizer, epochs=1, batch_size=4, rng=np.random.default_rng(0))
@@ -458,7 +458,7 @@ def test_every_method_of_the_comparison_reads_text(name, packaged):
 
 @pytest.mark.parametrize("name", ["fedmoe", "fml"])
 def test_the_comparison_continues_text_too(name, packaged, lines):
-    samples = token_samples([(Segment(text, True),) for text in lines[0]], packaged, 16)
+    samples = token_samples([Example((Segment(text, True),)) for text in lines[0]], packaged, 16)
     assert len(samples) >= 8
     own = load_text_model("text-gru", num_classes=None, task="next-token", seed=0)[0]
     client = Client("0", samples.subset(np.arange(6)), samples.subset(np.arange(6, 8)), own)
