@@ -37,11 +37,10 @@ from edgefed.personal.text_samples import (
     text_samples,
     token_samples,
     tokenize,
-    vocabulary_size,
 )
 from edgefed.personal.user_code import is_code
 from edgefed.training.data import load_corpus
-from edgefed.training.tokenizer import load_tokenizer
+from edgefed.training.tokenizer import load_tokenizer, vocabulary_size
 
 DEFAULT_LENGTH = 128
 """Tokens of a text that are looked at, where the run's sequence length is not known."""

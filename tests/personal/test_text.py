@@ -38,12 +38,11 @@ from edgefed.personal.text_samples import (
     text_samples,
     token_samples,
     tokenize,
-    vocabulary_size,
 )
 from edgefed.simulation.personal_baselines import make_strategy
 from edgefed.simulation.personal_federation import Client, Settings, run
 from edgefed.training.data import Example, Segment
-from edgefed.training.tokenizer import load_tokenizer
+from edgefed.training.tokenizer import load_tokenizer, vocabulary_size
 
 SMALL = EncoderShape(width=32, layers=1, heads=2, hidden=64)
 TEXTS = ("def close(self): return None", "a", "The value of an expression is an object .", "import os , sys")

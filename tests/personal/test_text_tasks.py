@@ -16,9 +16,9 @@ from edgefed.personal.gate import Gate
 from edgefed.personal.local_training import Rates, evaluate, make_optimizer, train_epochs
 from edgefed.personal.mixture import LocalMixture
 from edgefed.personal.tasks import make_task, unpack_tokenizer
-from edgefed.personal.text_samples import vocabulary_size
 from edgefed.protocol.messages import RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_extractor
+from edgefed.training.tokenizer import vocabulary_size
 
 CODE = """
 import torch
