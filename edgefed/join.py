@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from edgefed.agent.agent import AgentSettings, RunSummary, open_agent
 from edgefed.errors import BudgetTooSmall, ConfigError
-from edgefed.hardware.budget import MemoryBudget, OwnMemory, plan_budget
+from edgefed.hardware.budget import MemoryBudget, plan_budget
 from edgefed.hardware.facts import DeviceFacts, MemoryKind
 from edgefed.hardware.memory import process_rss_bytes
+from edgefed.hardware.occupancy import HOST, AgentRegistry, OwnMemory
 from edgefed.hardware.policy import policy_from_environment
 from edgefed.hardware.probe import probe_device
 from edgefed.hardware.profiles import match_profile
@@ -63,18 +65,24 @@ class DeviceMemory:
     Raises DeviceNotFound, ConfigError (the memory cannot be measured), BudgetTooSmall (there is none to spare).
     """
 
-    def __init__(self, device: str | None, memory_bytes: int | None):
+    def __init__(self, device: str | None, memory_bytes: int | None, registry: AgentRegistry | None = None):
         self._device, self._memory_bytes = device, memory_bytes
         self._policy = policy_from_environment(os.environ)
-        self.facts: DeviceFacts = probe_device(device)
-        self.first: MemoryBudget = self._plan(self.facts)
-        self.latest: MemoryBudget = self.first
-        if self.first.now_bytes is None:
-            raise ConfigError(
-                f"how much memory training may use is unknown: {self.first.origin}", remedy="Set `memory`, e.g. 4GiB."
-            )
-        if self.first.now_bytes <= 0:
-            raise BudgetTooSmall(f"this device has no memory to spare: {self.first.origin}")
+        self._registry = registry or AgentRegistry()
+        self._registry.enter(limit_bytes=memory_bytes)  # before the probe, so that agents that start together agree
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._registry.leave)
+            self.facts: DeviceFacts = probe_device(device)
+            self.first: MemoryBudget = self._plan(self.facts)
+            self.latest: MemoryBudget = self.first
+            if self.first.now_bytes is None:
+                raise ConfigError(
+                    f"how much memory training may use is unknown: {self.first.origin}",
+                    remedy="Set `memory`, e.g. 4GiB.",
+                )
+            if self.first.now_bytes <= 0:
+                raise BudgetTooSmall(f"this device has no memory to spare: {self.first.origin}")
+            undo.pop_all()
 
     @property
     def torch_device(self) -> str:
@@ -127,10 +135,19 @@ class DeviceMemory:
         watched = facts if facts.trains_on_gpu else dataclasses.replace(facts, gpu=None)
         return PressureWatch(MemorySensors(watched), limits)
 
+    def close(self) -> None:
+        """Tell the other agents of this machine that this one needs no memory any more."""
+        self._registry.leave()
+
     def _plan(self, facts: DeviceFacts) -> MemoryBudget:
+        memory = HOST
+        if facts.kind is MemoryKind.DISCRETE and facts.gpu is not None and facts.trains_on_gpu:
+            memory = facts.gpu.uuid.value or f"cuda:{facts.gpu.cuda_index}"
+        self._registry.enter(memory, self._memory_bytes)
         return plan_budget(
-            facts, override_bytes=self._memory_bytes, own=self._own(facts), policy=self._policy, for_training=True
-        )
+            facts, override_bytes=self._memory_bytes, own=self._own(facts), policy=self._policy, for_training=True,
+            others=self._registry.others(memory),
+        )  # fmt: skip
 
     def _own(self, facts: DeviceFacts) -> OwnMemory:
         reserved = 0
@@ -154,22 +171,23 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
     the trainers and `DeviceMemory` raise.
     """
     memory = DeviceMemory(config.device, config.memory_bytes)
-    for note in dict.fromkeys((*memory.facts.notes, *memory.first.notes)):
-        progress.message(note)
-    make_trainer = _expert_trainer if config.task is None else _personal_trainer
-    trainer = make_trainer(config, memory, progress)
-    settings = AgentSettings(
-        name=config.name,
-        memory_bytes=memory.first.now_bytes,
-        expert_share=config.expert_share,
-        compute_share=config.compute_share,
-        device=memory.describe(),
-        budget_bytes=lambda: memory.latest.now_bytes,
-    )
-    with open_agent(
-        config.server, config.state, settings, trainer, token=config.token, progress=progress, stop=stop
-    ) as agent:
-        return agent.run()
+    with contextlib.closing(memory):
+        for note in dict.fromkeys((*memory.facts.notes, *memory.first.notes)):
+            progress.message(note)
+        make_trainer = _expert_trainer if config.task is None else _personal_trainer
+        trainer = make_trainer(config, memory, progress)
+        settings = AgentSettings(
+            name=config.name,
+            memory_bytes=memory.first.now_bytes,
+            expert_share=config.expert_share,
+            compute_share=config.compute_share,
+            device=memory.describe(),
+            budget_bytes=lambda: memory.latest.now_bytes,
+        )
+        with open_agent(
+            config.server, config.state, settings, trainer, token=config.token, progress=progress, stop=stop
+        ) as agent:
+            return agent.run()
 
 
 def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: ProgressSink) -> Trainer:

@@ -19,6 +19,12 @@ def one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def agents_of_their_own(tmp_path_factory):
+    """Agents of this session share the memory among themselves, not with agents that somebody else runs here."""
+    os.environ["EDGEFED_AGENTS"] = str(tmp_path_factory.mktemp("agents"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def outside_the_checkout(tmp_path_factory):
     """`python -m edgefed` takes a package of its working directory first: in a checkout its sources, which have no
     native kernels, and not the installed package that the tests import.

@@ -18,21 +18,13 @@ limit and not from the whole host. Ten per cent of a 256 GiB server would leave 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from edgefed.errors import ConfigError
 from edgefed.hardware.facts import DeviceFacts, GpuFacts, HostFacts, MemoryKind
-from edgefed.hardware.memory import GIB
+from edgefed.hardware.occupancy import OtherAgent, OwnMemory, fair_share, held_on_gpu, other_programs
 from edgefed.hardware.policy import DEFAULT_POLICY, BudgetPolicy, Term, Waterfall, gib
 from edgefed.hardware.reading import Reading, Reason
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnMemory:
-    """What this process holds, measured by itself. ``context_bytes`` None until the first kernel has run."""
-
-    rss_bytes: int = 0
-    torch_reserved_bytes: int = 0
-    context_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +51,25 @@ class MemoryBudget:
 
 def plan_budget(
     facts: DeviceFacts, *, override_bytes: int | None = None, own: OwnMemory | None = None,
-    policy: BudgetPolicy = DEFAULT_POLICY, for_training: bool = False,
+    policy: BudgetPolicy = DEFAULT_POLICY, for_training: bool = False, others: Sequence[OtherAgent] = (),
 ) -> MemoryBudget:  # fmt: skip
     """Decide the budget of a device.
 
-    ``own`` is what this process holds by its own account; without it, NVML's and /proc's word is taken.
-    ``override_bytes`` is the owner's limit (the setting `memory`): it wins over every measurement. ``for_training`` asks
-    for the memory that training really uses: the host's, when torch cannot use the GPU; otherwise the hardware's is meant.
+    Never negative. Without a limit, never above what is free plus what this process holds, and it never falls when more
+    is free.
 
-    Never negative; without a limit never above what is free and what the process holds; never falls when more is free.
-    Raises ConfigError for a limit that is not above zero.
+    Args:
+        facts: the device.
+        override_bytes: the owner's limit (the setting `memory`); it wins over every measurement.
+        own: what this process holds by its own account; by default NVML and /proc are asked.
+        policy: the constants.
+        for_training: plan the memory that training uses, which is the host's where torch cannot use the GPU; by default
+            plan the memory of the hardware.
+        others: the other agents that train in this memory; this agent then gets its share.
+
+    Raises:
+        ConfigError: ``override_bytes`` is not above zero.
+
     """
     if override_bytes is not None and override_bytes <= 0:
         raise ConfigError(f"`memory` is {override_bytes} bytes, expected more than 0")
@@ -80,6 +81,8 @@ def plan_budget(
         kind = MemoryKind.CPU
     plan = {MemoryKind.DISCRETE: _discrete, MemoryKind.UNIFIED: _unified, MemoryKind.CPU: _cpu}[kind]
     now, ideal_bytes = plan(facts, own, policy, notes)
+    if now is not None and others:
+        notes.append(_share(now, kind, facts, others))
     measured = None if now is None else now.left
     origin = f"unknown: {notes[-1]}" if now is None else now.line()
     if override_bytes is not None:
@@ -89,6 +92,20 @@ def plan_budget(
     else:
         notes += _advice(now, ideal_bytes)
     return MemoryBudget(kind, measured, ideal_bytes, now.terms if now else (), origin, tuple(notes), measured)
+
+
+def _share(now: Waterfall, kind: MemoryKind, facts: DeviceFacts, others: Sequence[OtherAgent]) -> str:
+    """Limit the budget to this agent's share and return a note for the owner."""
+    if kind is MemoryKind.CPU:
+        held = sum(agent.rss_bytes for agent in others)
+    else:
+        on_gpu = {each.pid: each.used_bytes.value or 0 for each in (facts.gpu and facts.gpu.processes.value) or ()}
+        held = sum(on_gpu.get(agent.pid, 0) for agent in others)
+    share = fair_share(now.left + held, [agent.limit_bytes for agent in others])
+    who = ", ".join(f"pid {agent.pid}" for agent in others)
+    now.limit("for other edgefed agents", share, f"shared with {len(others)}; each measures again before a round", who)
+    agents = "another edgefed agent" if len(others) == 1 else f"{len(others)} other edgefed agents"
+    return f"{agents} on this machine ({who}) may use the same memory: this one plans with its share, {gib(share)}"
 
 
 def _with_limit(kind: MemoryKind, now: Waterfall | None, limit_bytes: int, notes: list[str]) -> MemoryBudget:
@@ -134,56 +151,6 @@ def _unknown(what: str, reading: Reading[int], notes: list[str]) -> None:
     notes.append(f"{what} is unknown: {reading.describe()}{remedy}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Held:
-    """What this process holds on the GPU, and how much of it, or of what comes yet, is no room for tensors."""
-
-    size_bytes: int
-    context_bytes: int
-    origin: str
-
-    def idle_context_bytes(self, own: OwnMemory | None, assumed_bytes: int) -> int:
-        """The context's size, also where it is no part of what is held."""
-        return self.context_bytes or (own and own.context_bytes) or assumed_bytes
-
-
-def _held_on_gpu(gpu: GpuFacts | None, own: OwnMemory | None, context_bytes: int) -> _Held:
-    """Own bytes by NVML, which counts the context; by torch, where NVML does not list us (WSL2, containers, Orin).
-
-    A context that NVML does not list is already missing from what is free, and is not subtracted again.
-    """
-    listed = (gpu.own_bytes.value or 0) if gpu else 0
-    reserved = own.torch_reserved_bytes if own else 0
-    assumed = "assumed until the first kernel has run"
-    if own is None:
-        return _Held(listed, context_bytes, assumed)
-    if listed and listed >= reserved:
-        if own.context_bytes is not None:
-            return _Held(listed, own.context_bytes, "measured by this process")
-        if reserved:
-            return _Held(listed, listed - reserved, "measured: own NVML bytes less torch's")
-        return _Held(listed, max(listed, context_bytes), assumed)
-    if reserved or own.context_bytes:
-        return _Held(reserved, 0, "there already, and not free")
-    return _Held(0, context_bytes, assumed)
-
-
-def _others(gpu: GpuFacts | None) -> tuple[int | None, str]:
-    """Bytes of the other processes on the GPU, None unless all are known; and the two largest by name."""
-    if gpu is None or gpu.processes.value is None:
-        return None, ""
-    known = [process for process in gpu.processes.value if process.used_bytes.value is not None]
-    known.sort(key=lambda process: (-(process.used_bytes.value or 0), process.pid))
-    names = [
-        f"{process.name.value or f'pid {process.pid}:'} {process.used_bytes.value / GIB:.1f}"
-        for process in known[:2]
-        if process.used_bytes.value >= 0.05 * GIB
-    ]
-    if len(known) < len(gpu.processes.value):
-        return None, ", ".join(names)
-    return sum(process.used_bytes.value for process in known), ", ".join(names)
-
-
 _Plan = tuple[Waterfall | None, int | None]
 """The waterfall of now, None when a reading that it needs is missing; bytes of the idle device."""
 
@@ -197,7 +164,7 @@ def _discrete(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, n
     if total.value is None:
         _unknown("the GPU's total memory", gpu.memory_total_bytes, notes)
         return None, None
-    held = _held_on_gpu(gpu, own, policy.context_discrete_bytes)
+    held = held_on_gpu(gpu, own, policy.context_discrete_bytes)
     desktop = _desktop(facts, gpu)
     if facts.host.is_wsl:
         notes.append("WSL2: Windows shares this GPU and may move its memory into system RAM without an error")
@@ -227,7 +194,7 @@ def _discrete(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, n
         return None, ideal
     now = Waterfall("total", total.value, total.source)
     used = total.value - min(total.value, free.value + held.size_bytes)
-    listed, who = _others(gpu)
+    listed, who = other_programs(gpu)
     if listed is None:
         now.take("used by others", used, f"total less free ({free.source}); the process list does not say whose", who)
     else:
@@ -254,7 +221,7 @@ def _unified(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, no
     if total.value is None:
         _unknown("the total memory", total, notes)
         return None, None
-    held = _held_on_gpu(gpu, own, policy.context_unified_bytes)
+    held = held_on_gpu(gpu, own, policy.context_unified_bytes)
     rss = (own.rss_bytes if own else host.own_rss_bytes.value) or 0
     cuda = gpu.cuda_total_bytes if gpu else None
     _unified_notes(facts, policy, notes)
@@ -287,7 +254,7 @@ def _unified(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, no
     now = Waterfall("total", total.value, total.source)
     used = total.value - min(total.value, free.value + held.size_bytes)
     outside = "all but free huge pages" if huge else "used by others"
-    now.take(outside, used - rss, f"total less {free.source}", _others(gpu)[1])
+    now.take(outside, used - rss, f"total less {free.source}", other_programs(gpu)[1])
     now.take("used by this process", min(rss, used), "resident host memory of this process")
     now = finish(now, room, rss, held.context_bytes)
     return now, now.left if huge else max(now.left, ideal)

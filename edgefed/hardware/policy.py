@@ -115,8 +115,9 @@ class Waterfall:
         self.terms += (Term(name, taken, origin, who=who),)
         self.left -= taken
 
-    def limit(self, name: str, most_bytes: int, origin: str) -> None:
-        self.take(name, self.left - most_bytes, origin)
+    def limit(self, name: str, most_bytes: int, origin: str, who: str = "") -> None:
+        """Take what exceeds ``most_bytes``."""
+        self.take(name, self.left - most_bytes, origin, who)
 
     def line(self) -> str:
         """``6.1 GiB of 8.0: 0.9 used by others (Xorg 0.6), 0.4 CUDA context, 0.5 headroom``; small steps left out."""

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgefed.errors import ConfigError
-from edgefed.hardware.budget import OwnMemory, plan_budget
+from edgefed.hardware.budget import plan_budget
 from edgefed.hardware.facts import (
     DeviceFacts,
     DriverFacts,
@@ -18,6 +18,7 @@ from edgefed.hardware.facts import (
     TegraFacts,
     TorchFacts,
 )
+from edgefed.hardware.occupancy import OwnMemory
 from edgefed.hardware.policy import BudgetPolicy, policy_from_environment
 from edgefed.hardware.reading import Reading, Reason
 
