@@ -19,7 +19,6 @@ from edgefed.aggregator.creation import RawTensors, create_run
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError, EdgefedError, StateCorrupt
-from edgefed.methods.registry import make_method
 from edgefed.protocol.messages import (
     Manifest,
     RunConfig,
@@ -40,11 +39,15 @@ class ImportRequest(msgspec.Struct, frozen=True):
     folder: str
     run: RunConfig
     policy: RoundPolicy
+    personal: bool = False
+    """The run shares an extractor instead of a model. Methods of the user's own are not known to that process."""
 
 
-def import_in_subprocess(source: str, folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
+def import_in_subprocess(
+    source: str, folder: Path, run: RunConfig, policy: RoundPolicy, *, personal: bool = False
+) -> None:
     """Make a run of a checkpoint, in another process. Raises what `import_model` raises."""
-    request = msgspec.json.encode(ImportRequest(source=source, folder=str(folder), run=run, policy=policy))
+    request = msgspec.json.encode(ImportRequest(source, str(folder), run, policy, personal))
     # The child says what went wrong on stdout; its stderr (progress of libraries) goes where ours goes.
     child = subprocess.run([sys.executable, "-m", "edgefed.runs"], input=request, stdout=subprocess.PIPE, check=False)
     if child.returncode:
@@ -181,15 +184,16 @@ def export_model(folder: Path, to: Path, server_round: int | None = None) -> Pat
     import tempfile
 
     from edgefed.checkpoint_export import export_checkpoint
+    from edgefed.personal.extractors import EXTRACTOR_UNIT
     from edgefed.training.steps import train_scope
 
     with RunReader(folder) as reader, tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
-        if make_method(reader.run.method, reader.run.method_options).personal:
+        manifest = reader.manifest(server_round)
+        if any(unit.key == EXTRACTOR_UNIT for unit in manifest.units):
             raise ConfigError(
                 f"{folder} holds a run of {reader.run.method}: clients have models of their own, the server has none",
                 remedy="The mixture of a client is in the folder personal/ of its `state`.",
             )
-        manifest = reader.manifest(server_round)
         source = reader.unpack(manifest, Path(scratch))
         return export_checkpoint(source, Path(scratch), to, scope=train_scope(reader.run.training))
 
@@ -198,7 +202,7 @@ def main() -> int:
     """Import as told on standard input; an error goes to standard output as a protocol error message."""
     request = decode_message(sys.stdin.buffer.read(), ImportRequest)
     try:
-        if make_method(request.run.method, request.run.method_options).personal:
+        if request.personal:
             import_extractor(Path(request.folder), request.run, request.policy)
             return 0
         import_model(request.source, Path(request.folder), request.run, request.policy)

@@ -2,165 +2,194 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
+from edgefed.cli.options import command
+from edgefed.config import Setting
+
+if TYPE_CHECKING:
+    from edgefed.bench.options import BenchOptions
+    from edgefed.bench.report import Report
+
 INTERRUPTED = 130
-OUTPUTS = ("json_path", "csv_path", "markdown_path", "plot_path")
+OUTPUTS = ("json", "csv", "markdown", "plot")
 
 
-@click.command("bench")
-@click.option("--quick", "mode", flag_value="quick", help="About 30 seconds.")
-@click.option("--full", "mode", flag_value="full", help="As long as it takes; allocates the whole budget.")
-@click.option(
-    "--model",
-    help="tiny, OLMoE-1B-7B, Qwen1.5-MoE-A2.7B, gpt-oss-20b, Qwen3-30B-A3B, Mixtral-8x7B, a folder with a config.json, "
-    "or a hub id; of the last two only the configuration is read.  [default: OLMoE-1B-7B]",
-)
-@click.option("--explain", is_flag=True, help="Show where every byte of a training step goes.")
-@click.option("--device", help="cpu, cuda:N, or a GPU's or MIG instance's UUID; default: the best.")
-@click.option("--memory", metavar="SIZE", help="Plan with so much, such as 8GiB, whatever the sensors say.")
-@click.option("--verify", is_flag=True, help="Allocate the whole planned memory, not only a part.")
-@click.option("--sustain", type=click.FloatRange(min=0), metavar="SECONDS", help="Length of the sustained run.")
-@click.option("--no-sustain", is_flag=True, help="No sustained run.")
-@click.option(
-    "--repeats",
-    type=click.IntRange(3, 1000),
-    metavar="N",
-    help="Samples of each test; fewer than 7 are never called stable.  [default: 7]",
-)
-@click.option(
-    "--state",
-    type=click.Path(path_type=Path),
-    help="Measure the disk of this folder.  [default: the folder of temporary files]",
-)
-@click.option("--server", metavar="URL", help="Measure the line to this aggregator, too.")
-@click.option("--token", envvar="EDGEFED_TOKEN", help="The server's token.")
-@click.option("--active", is_flag=True, help="Send some megabytes to and from --server to measure its rates.")
-@click.option("--no-network", is_flag=True, help="Leave the network alone, whatever the settings say.")
-@click.option(
-    "--uplink",
-    metavar="LINE",
-    help="Tell upload times for this uplink: 10mbit, 1.5MB/s, or fibre, cable, dsl, lte, 5g, wifi-bad, starlink.",
-)
-@click.option("--json", "json_path", metavar="PATH|-", help="Write the report as JSON; - is stdout.")
-@click.option("--csv", "csv_path", metavar="PATH|-", help="Write the tests as CSV.")
-@click.option("--markdown", "markdown_path", metavar="PATH|-", help="Write the tables as Markdown.")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draw memory and what fits: .png or .svg.")
-@click.option(
-    "--compare",
-    nargs=2,
-    type=click.Path(path_type=Path),
-    metavar="A.json B.json",
-    help="Hold two reports against each other; nothing is measured.",
-)
-@click.option("--profile", help="Let a device profile stand in for the device; nothing is measured.")
-@click.option("--list-profiles", is_flag=True, help="Show the device profiles.")
-@click.option("--as-profile", metavar="NAME", help="Write a device profile from what was measured to stdout.")
-@click.pass_context
-def bench_command(ctx: click.Context, **flags: object) -> None:
-    """Measure memory, bandwidth, compute, training, disk and network of this device, and what fits on it.
+@dataclasses.dataclass
+class BenchSettings:
+    """What `edgefed bench` takes."""
 
-    About two minutes. The default and the --full run leave edgefed-bench-DATE.json and .png in this folder unless
-    another output is named.
+    quick: Annotated[bool, Setting("About 30 seconds.")] = False
+    full: Annotated[bool, Setting("As long as it takes; allocates the whole budget.")] = False
+    model: Annotated[
+        str | None,
+        Setting("tiny, OLMoE-1B-7B, Qwen1.5-MoE-A2.7B, gpt-oss-20b, Qwen3-30B-A3B, Mixtral-8x7B, a folder with a "
+                "config.json, or a hub id; of the last two only the configuration is read.", default="OLMoE-1B-7B"),
+    ] = None  # fmt: skip
+    explain: Annotated[bool, Setting("Show how a training step uses memory, byte by byte.")] = False
+    device: Annotated[str | None, Setting("cpu, cuda:N, or the UUID of a GPU or MIG instance; default: the best.")] = (
+        None
+    )
+    memory: Annotated[
+        str | None, Setting("Plan with this much memory, e.g. 8GiB, whatever the sensors report.", metavar="SIZE")
+    ] = None
+    verify: Annotated[bool, Setting("Allocate the whole planned memory, not only a part.")] = False
+    sustain: Annotated[float | None, Setting("Length of the sustained run.", minimum=0, metavar="SECONDS")] = None
+    no_sustain: Annotated[bool, Setting("Skip the sustained run.")] = False
+    repeats: Annotated[
+        int | None,
+        Setting("Samples of each test; a test with fewer than 7 is never called stable.", default="7", minimum=3,
+                maximum=1000, metavar="N"),
+    ] = None  # fmt: skip
+    state: Annotated[
+        Path | None, Setting("Measure the disk of this folder.", default="the folder of temporary files")
+    ] = None
+    server: Annotated[str | None, Setting("Also measure the connection to this server.", metavar="URL")] = None
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    active: Annotated[bool, Setting("Exchange some megabytes with `server` to measure its rates.")] = False
+    no_network: Annotated[bool, Setting("Skip the network, whatever the settings say.")] = False
+    uplink: Annotated[
+        str | None,
+        Setting("Show upload times for this uplink: 10mbit, 1.5MB/s, or fibre, cable, dsl, lte, 5g, wifi-bad, "
+                "starlink.", metavar="LINE"),
+    ] = None  # fmt: skip
+    json: Annotated[str | None, Setting("Write the report as JSON; - is stdout.", metavar="PATH|-")] = None
+    csv: Annotated[str | None, Setting("Write the tests as CSV.", metavar="PATH|-")] = None
+    markdown: Annotated[str | None, Setting("Write the tables as Markdown.", metavar="PATH|-")] = None
+    plot: Annotated[Path | None, Setting("Draw memory and what fits: .png or .svg.")] = None
+    compare: Annotated[
+        tuple[Path, Path] | None, Setting("Compare two reports; nothing is measured.", metavar="A.json B.json")
+    ] = None
+    device_profile: Annotated[
+        str | None,
+        Setting("Use a device profile in place of the device; nothing is measured.", formerly="profile"),
+    ] = None
+    list_profiles: Annotated[bool, Setting("List the device profiles.")] = False
+    as_profile: Annotated[
+        str | None, Setting("Write a device profile of the measurements to stdout.", metavar="NAME")
+    ] = None
+
+
+@command("bench", BenchSettings)
+def bench_command(settings: BenchSettings) -> None:
+    """Measure this device and show which models fit.
+
+    Measures memory, bandwidth, compute, training, disk and network in about two minutes. The default and the --full run
+    leave edgefed-bench-DATE.json and .png in this folder unless another output is named.
     """
-    if flags["list_profiles"]:
-        _list_profiles(flags["json_path"])
+    if settings.list_profiles:
+        _list_profiles(settings.json)
         return
-    if flags["compare"]:
-        _compare(*flags["compare"], flags["json_path"])
+    if settings.compare:
+        _compare(*settings.compare, settings.json)
         return
-    outputs = _check_outputs(flags)
+    outputs = _check_outputs(settings)
     from edgefed.cli.output import TerminalProgress
 
-    options = _options(flags)
+    options = _options(settings)
     from edgefed.bench.run import run_bench, stand_in
 
-    if flags["as_profile"]:
-        _profile_text(flags, None)  # a name that cannot be is told before anything is measured
+    if settings.as_profile:
+        _profile_text(settings, None)  # an invalid name is reported before anything is measured
 
     report = stand_in(options) if options.profile else run_bench(options, TerminalProgress())
-    _write(report, flags, outputs)
+    _write(report, settings, outputs)
     if report.interrupted:
-        ctx.exit(INTERRUPTED)
+        click.get_current_context().exit(INTERRUPTED)
 
 
-def _options(flags: dict):
-    """What the flags mean. Raises ConfigError for flags that contradict each other."""
+def _options(settings: BenchSettings) -> BenchOptions:
+    """The options of the run. Raises ConfigError for settings that contradict each other."""
     import tempfile
 
     from edgefed.bench.options import BenchOptions
     from edgefed.errors import ConfigError
     from edgefed.hardware.memory import parse_bytes
 
-    if flags["profile"] and flags["device"]:
-        raise ConfigError(f"--profile {flags['profile']} stands in for the device: --device has no meaning beside it")
-    if flags["profile"] and flags["as_profile"]:
-        raise ConfigError("--as-profile writes what was measured; with --profile nothing is")
-    if flags["active"] and (not flags["server"] or flags["no_network"]):
-        raise ConfigError("--active measures the line to --server, and there is none")
-    if flags["no_sustain"] and flags["sustain"]:
-        raise ConfigError(f"--sustain {flags['sustain']:g} and --no-sustain contradict each other")
-    if flags["explain"] and flags["profile"] and not flags["model"]:
-        raise ConfigError("--explain with --profile needs a --model", remedy="Add --model OLMoE-1B-7B, for one.")
-    if flags["state"] is not None and not flags["state"].is_dir():
-        raise ConfigError(f"--state {flags['state']} is no folder", remedy="Name a folder on the disk to be measured.")
-    sustain_s = 0.0 if flags["no_sustain"] else flags["sustain"]
+    if settings.device_profile and settings.device:
+        raise ConfigError(f"`device` has no effect beside `device_profile={settings.device_profile}`")
+    if settings.device_profile and settings.as_profile:
+        raise ConfigError("`as_profile` writes measurements, and with `device_profile` nothing is measured")
+    if settings.active and (not settings.server or settings.no_network):
+        raise ConfigError("`active` measures the connection to `server`, which is missing")
+    if settings.no_sustain and settings.sustain:
+        raise ConfigError(f"`sustain={settings.sustain:g}` and `no_sustain` contradict each other")
+    if settings.explain and settings.device_profile and not settings.model:
+        raise ConfigError(
+            "`explain` with `device_profile` needs a `model`", remedy="Add `model=OLMoE-1B-7B`, for example."
+        )
+    if settings.state is not None and not settings.state.is_dir():
+        raise ConfigError(f"`state={settings.state}` is not a directory", remedy="Pass one on the disk to measure.")
+    sustain_s = 0.0 if settings.no_sustain else settings.sustain
     return BenchOptions(
-        mode=flags["mode"] or "default",
-        device=flags["device"],
-        memory_bytes=parse_bytes(flags["memory"]) if flags["memory"] else None,
-        model=flags["model"],
-        explain=flags["explain"],
-        server=flags["server"],
-        token=flags["token"],
-        active=flags["active"],
-        network=not flags["no_network"],
+        mode=_mode(settings),
+        device=settings.device,
+        memory_bytes=parse_bytes(settings.memory) if settings.memory else None,
+        model=settings.model,
+        explain=settings.explain,
+        server=settings.server,
+        token=settings.token,
+        active=settings.active,
+        network=not settings.no_network,
         sustain_s=sustain_s,
-        repeats=flags["repeats"],
-        verify=flags["verify"],
-        folder=flags["state"] or Path(tempfile.gettempdir()),
-        uplink=flags["uplink"],
-        profile=flags["profile"],
+        repeats=settings.repeats,
+        verify=settings.verify,
+        folder=settings.state or Path(tempfile.gettempdir()),
+        uplink=settings.uplink,
+        profile=settings.device_profile,
     )
 
 
-def _check_outputs(flags: dict) -> dict[str, Path]:
-    """The files to write, by flag. Refuses now what would fail after two minutes, and two documents on one stdout."""
+def _mode(settings: BenchSettings) -> str:
+    from edgefed.errors import ConfigError
+
+    if settings.quick and settings.full:
+        raise ConfigError("`quick` and `full` contradict each other", remedy="Set one of them.")
+    return "quick" if settings.quick else "full" if settings.full else "default"
+
+
+def _check_outputs(settings: BenchSettings) -> dict[str, Path]:
+    """The files to write, by setting.
+
+    Raises ConfigError now for what would fail after two minutes, and for two documents on stdout.
+    """
     from edgefed.bench.formats import check_writable
     from edgefed.errors import ConfigError
 
-    named = {name: flags[name] for name in OUTPUTS if flags[name] is not None}
-    on_stdout = [name.removesuffix("_path") for name, path in named.items() if str(path) == "-"]
-    if flags["as_profile"]:
-        on_stdout.append("as-profile")
+    named = {name: value for name in OUTPUTS if (value := getattr(settings, name)) is not None}
+    on_stdout = [f"`{name}`" for name, path in named.items() if str(path) == "-"]
+    if settings.as_profile:
+        on_stdout.append("`as_profile`")
     if len(on_stdout) > 1:
-        raise ConfigError(f"--{' and --'.join(on_stdout)} both want stdout", remedy="Give all but one a file.")
-    if on_stdout == ["plot"]:
-        raise ConfigError("--plot needs a file that ends in .png or .svg")
+        raise ConfigError(f"{' and '.join(on_stdout)} cannot all go to stdout", remedy="Pass files for all but one.")
+    if on_stdout == ["`plot`"]:
+        raise ConfigError("`plot` needs a file that ends in .png or .svg")
     files = {name: Path(path) for name, path in named.items() if str(path) != "-"}
-    measures = not flags["profile"]
-    if not named and not flags["as_profile"] and measures and flags["mode"] != "quick":
+    measures = not settings.device_profile
+    if not named and not settings.as_profile and measures and not settings.quick:
         stem = f"edgefed-bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        files = {"json_path": Path(f"{stem}.json"), "plot_path": Path(f"{stem}.png")}
-    plot = files.get("plot_path")
+        files = {"json": Path(f"{stem}.json"), "plot": Path(f"{stem}.png")}
+    plot = files.get("plot")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise ConfigError(f"--plot {plot} ends in neither .png nor .svg")
+        raise ConfigError(f"`plot` {plot} ends in neither .png nor .svg")
     for path in files.values():
         check_writable(path)
     return files
 
 
-def _write(report, flags: dict, files: dict[str, Path]) -> None:
-    """The document that was asked for on stdout, or the tables; and the files."""
+def _write(report: Report, settings: BenchSettings, files: dict[str, Path]) -> None:
+    """Write the requested document or the tables to stdout, and the files."""
     from edgefed.bench.formats import to_csv, to_markdown, write_text
     from edgefed.bench.report import to_json
     from edgefed.cli.bench_tables import print_report
     from edgefed.cli.output import print_note
 
-    texts = {"json_path": to_json, "csv_path": to_csv, "markdown_path": to_markdown}
+    texts = {"json": to_json, "csv": to_csv, "markdown": to_markdown}
     for name, path in files.items():
         if name in texts:
             write_text(path, texts[name](report))
@@ -168,9 +197,9 @@ def _write(report, flags: dict, files: dict[str, Path]) -> None:
             from edgefed.bench.plot import save_picture
 
             save_picture(path, report)
-    piped = next((name for name in texts if flags[name] == "-"), None)
-    if flags["as_profile"]:
-        click.echo(_profile_text(flags, report), nl=False)
+    piped = next((name for name in texts if getattr(settings, name) == "-"), None)
+    if settings.as_profile:
+        click.echo(_profile_text(settings, report), nl=False)
     elif piped:
         click.echo(texts[piped](report), nl=False)
     else:
@@ -180,11 +209,12 @@ def _write(report, flags: dict, files: dict[str, Path]) -> None:
         print_note(f"written: {path}")
 
 
-def _profile_text(flags: dict, report) -> str:
+def _profile_text(settings: BenchSettings, report: Report | None) -> str:
     from edgefed.bench.formats import to_profile
     from edgefed.hardware.probe import probe_device
 
-    return to_profile(flags["as_profile"], probe_device(flags["device"]), report)
+    assert settings.as_profile is not None
+    return to_profile(settings.as_profile, probe_device(settings.device), report)
 
 
 def _compare(first: Path, second: Path, json_path: str | None) -> None:
@@ -231,4 +261,4 @@ def _list_profiles(json_path: str | None) -> None:
         figures = {name: {key: f.value for key, f in each.figures.items()} for name, each in profiles.items()}
         print_json({"profiles": figures})
     else:
-        raise ConfigError("--list-profiles writes JSON to stdout only: --json -")
+        raise ConfigError("`list_profiles` writes JSON to stdout only: `json=-`")

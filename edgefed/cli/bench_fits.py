@@ -12,6 +12,7 @@ from edgefed.hardware.memory import format_bytes
 
 
 def print_fits(console: Console, style: Style, report: Report) -> None:
+    """Print how many experts per layer of each model fit."""
     wide = console.width >= WIDE
     storages = list(STORAGES) if wide else ["bfloat16"]
     console.print("\nExperts per layer that fit", style="bold", end="")
@@ -58,6 +59,7 @@ def _fit_cell(now: Fit | None, ideal: Fit | None) -> Text:
 
 
 def print_explain(console: Console, style: Style, report: Report) -> None:
+    """Print how each way to train uses memory, predicted and measured."""
     model = report.explain[0]["model"]
     console.print(f"\nWhere the memory of a training step of {model} goes", style="bold", markup=False)
     cells = style.cells(console.width)

@@ -35,6 +35,7 @@ class Style:
 
 
 def table_of(*columns: tuple[str, str]) -> Table:
+    """A table of (title, justify) columns; without any title it has no header."""
     titled = any(title for title, _ in columns)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1), show_header=titled)
     for index, (title, justify) in enumerate(columns):

@@ -156,7 +156,9 @@ def _entries(style: Style, entries: Iterable[Entry], width: int, *, paper: bool)
         colour = COLOURS[entry.verdict]
         if not entry.measured:
             cells = [Text("-", style=colour), "", entry.unit, *(["", ""] if paper else [])]
-            reason = Text(to_flags(entry.reason), style="dim" if entry.verdict == "skipped" else colour, overflow="ellipsis")
+            reason = Text(
+                to_flags(entry.reason), style="dim" if entry.verdict == "skipped" else colour, overflow="ellipsis"
+            )
             table.add_row(entry.name, *cells, Text(entry.verdict, style=colour), reason)
             continue
         spread = f"{style.plus_minus}{100 * (entry.spread or 0):.1f} %" if len(entry.samples) > 2 else "-"
@@ -247,4 +249,4 @@ def print_profiles(profiles: Mapping[str, DeviceProfile]) -> None:
         unit = f"{number(values[0])} GiB {profile.kind}"
         table.add_row(name, unit, *cells, *([profile.name, profile.typical_disk] if wide else []))
     console.print(table)
-    console.print("edgefed bench --profile NAME plans for one of them", style="dim", markup=False)
+    console.print("edgefed bench --device-profile NAME plans for one of them", style="dim", markup=False)

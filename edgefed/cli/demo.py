@@ -2,63 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
-
+from edgefed.cli.options import command
+from edgefed.config import Setting
 from edgefed.errors import ConfigError
-from edgefed.protocol.messages import Status
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edgefed.protocol.messages import Status
+    from edgefed.simulation.demo import MethodResult, PersonalClientResult
 
 COMPARED = ("hfedmoe", "flux", "random", "local", "fedavg")
 
 
-@click.command("demo")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="edgefed-demo", show_default=True, help="Folder for everything."
-)
-@click.option("--method", default="hfedmoe", show_default=True, help="hfedmoe, flux, fedmoe, or a baseline.")
-@click.option("--compare", is_flag=True, help="Also run the other methods on the same seed, into table and picture.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Default: 5; 20 for fedmoe, whose models are small.")
-@click.option("--clients", type=click.IntRange(min=1), help="Default: 4; 5 for fedmoe, a model each.")
-@click.option("--local-steps", type=click.IntRange(min=1), default=20, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=5e-4, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-@click.pass_context
-def demo_command(
-    ctx: click.Context, out: Path, method: str, compare: bool, rounds: int | None, clients: int | None,
-    local_steps: int, learning_rate: float, seed: int, as_json: bool,
-) -> None:  # fmt: skip
-    """Run an aggregator and unequal agents over loopback on embedded text or images, and show what came of it."""
+@dataclasses.dataclass
+class DemoSettings:
+    """What `edgefed demo` takes."""
+
+    out: Annotated[Path, Setting("Folder for everything the demo writes.")] = Path("edgefed-demo")
+    method: Annotated[str, Setting("hfedmoe, flux, fedmoe, or a baseline.")] = "hfedmoe"
+    compare: Annotated[bool, Setting("Also run the other methods on the same seed, into table and picture.")] = False
+    rounds: Annotated[int | None, Setting("Number of rounds.", default="5; fedmoe: 20", minimum=1)] = None
+    clients: Annotated[int | None, Setting("Number of clients.", default="4; fedmoe: 5", minimum=1)] = None
+    local_steps: Annotated[int | None, Setting("Optimizer steps of a client in a round.", default="20", minimum=1)] = (
+        None
+    )
+    learning_rate: Annotated[float | None, Setting("Learning rate of clients.", default="0.0005", above=0)] = None
+    seed: Annotated[int, Setting("Seed of the run.", minimum=0)] = 0
+    json: Annotated[bool, Setting("Print the results as JSON.")] = False
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the named settings that are not None."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@command("demo", DemoSettings)
+def demo_command(settings: DemoSettings) -> None:
+    """Run a whole federation on this machine.
+
+    An aggregator and unequal agents train over loopback, on text or images that come with edgefed.
+    """
     from edgefed.cli.output import print_json, stdout_console
     from edgefed.methods.registry import make_method
 
-    given = {name: value for name, value in (("rounds", rounds), ("clients", clients)) if value is not None}
-    if make_method(method).personal:  # an unknown one is told before anything starts
-        for name in ("local_steps", "learning_rate"):
-            if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} says nothing to the demo of {method}", remedy="Leave it out."
-                )
-        show_personal_demo(out, compare=compare, seed=seed, as_json=as_json, **given)
+    out, method = settings.out, settings.method
+    if make_method(method).personal:  # an unknown method is reported before anything starts
+        for name in settings.given("local_steps", "learning_rate"):
+            raise ConfigError(f"`{name}` has no effect in the demo of {method}", remedy="Remove it.")
+        show_personal_demo(settings)
         return
     started = time.monotonic()
     from edgefed.simulation.demo import RESULT_FILE, DemoConfig, as_dict, generate_sample, run_demo
 
-    methods = (method, *(name for name in COMPARED if compare and name != method))
-    config = DemoConfig(
-        out=out, methods=methods, local_steps=local_steps, learning_rate=learning_rate, seed=seed, **given
-    )
+    methods = (method, *(name for name in COMPARED if settings.compare and name != method))
+    given = settings.given("rounds", "clients", "local_steps", "learning_rate")
+    config = DemoConfig(out=out, methods=methods, seed=settings.seed, **given)
     config.check()
     with DemoDisplay(config.rounds) as display:
         results = run_demo(config, display)
     sample = generate_sample(out / "model")
     data = as_dict(config, results, sample)
     (out / RESULT_FILE).write_text(json.dumps(data, indent=2) + "\n")
-    if as_json:
+    if settings.json:
         print_json(data)
         return
     console = stdout_console()
@@ -79,7 +91,7 @@ def demo_command(
 class DemoDisplay:
     """Live progress of the demo: tables on a terminal, a line per finished round elsewhere."""
 
-    def __init__(self, rounds: int):
+    def __init__(self, rounds: int) -> None:
         from rich.live import Live
 
         from edgefed.cli.output import stderr_console
@@ -100,10 +112,12 @@ class DemoDisplay:
             self._live.stop()
 
     def method(self, name: str) -> None:
+        """Report the start of a method's run."""
         self._seen_rounds = 0
         self.note(f"{name}: starting the aggregator and the agents")
 
     def status(self, status: Status) -> None:
+        """Show the status of the run, and a line for each round that ended since the last call."""
         from edgefed.cli.status import render_status
 
         for done in status.history[self._seen_rounds :]:
@@ -121,17 +135,18 @@ class DemoDisplay:
             self._live.update(render_status(status), refresh=True)
 
     def note(self, text: str) -> None:
+        """Print one line."""
         self._console.print(text, markup=False)
 
 
-def render_results(results: list):
+def render_results(results: Sequence[MethodResult]) -> list[Table]:
     """Tables: the clients of the first method, and the methods against each other if there are several."""
     from edgefed.cli.output import make_table
     from edgefed.hardware.memory import format_bytes
 
     first = results[0]
     clients = make_table(
-        "client", "budget", "experts held by layer", "trained", "down", "up", "peak expert memory", "peak RSS",
+        "client", "budget", "resident experts by layer", "trained", "down", "up", "peak expert memory", "peak RSS",
         "held-out loss", "on device", title=f"{first.method}: clients",
     )  # fmt: skip
     for client in first.clients:
@@ -167,8 +182,8 @@ def render_results(results: list):
 # ``edgefed demo --method fedmoe``: its progress and its table.
 
 
-def show_personal_demo(out: Path, *, compare: bool, seed: int, as_json: bool, **given: int) -> None:
-    """Run the demonstration of FedMoE and print what came of it. ``given``: rounds and clients, where asked for."""
+def show_personal_demo(settings: DemoSettings) -> None:
+    """Run the demo of FedMoE and print its results."""
     from edgefed.cli.output import print_json, stdout_console
     from edgefed.simulation.demo import (
         COMPARED,
@@ -181,13 +196,16 @@ def show_personal_demo(out: Path, *, compare: bool, seed: int, as_json: bool, **
     )
 
     started = time.monotonic()
-    config = PersonalDemoConfig(out=out, seed=seed, **given, **({"compared": COMPARED} if compare else {}))
+    out, given = settings.out, settings.given("rounds", "clients")
+    if settings.compare:
+        given["compared"] = COMPARED
+    config = PersonalDemoConfig(out=out, seed=settings.seed, **given)
     config.check()
     with DemoDisplay(config.rounds) as display:
         results = run_personal_demo(config, display)
     data = as_personal_dict(config, results)
     (out / RESULT_FILE).write_text(json.dumps(data, indent=2) + "\n")
-    if as_json:
+    if settings.json:
         print_json(data)
         return
     console = stdout_console()
@@ -198,7 +216,7 @@ def show_personal_demo(out: Path, *, compare: bool, seed: int, as_json: bool, **
     console.print(f"{time.monotonic() - started:.0f} s in all", markup=False)
 
 
-def render_clients(results: Sequence):
+def render_clients(results: Sequence[PersonalClientResult]) -> Table:
     """A row for each client, and the mean."""
     from edgefed.cli.output import make_table
     from edgefed.hardware.memory import format_bytes

@@ -8,11 +8,13 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
+from edgefed.cli.options import command
 from edgefed.cli.phrasing import to_flags
+from edgefed.config import Setting
 
 if TYPE_CHECKING:
     from edgefed.doctor.finding import Diagnosis, Finding
@@ -24,67 +26,82 @@ NARROWEST = 40
 """Below this many columns, lines run over instead of breaking after every word."""
 
 
-@click.command("doctor")
-@click.option("--device", help="cpu, cuda, cuda:1, or the UUID of a GPU or MIG instance; default: the best one.")
-@click.option("--quick", is_flag=True, help="Run no kernel and write nothing to the disk.")
-@click.option("--state", type=click.Path(path_type=Path), default="edgefed-client", show_default=True,
-              help="Folder that `edgefed join` will use: its disk is examined.")  # fmt: skip
-@click.option("--server", help="Also try the way to this aggregator, http://host:port.")
-@click.option("--token", envvar="EDGEFED_TOKEN", help="The server's token.")
-@click.option("--record", type=click.Path(path_type=Path),
-              help="Instead, write every raw reading to this file, identifiers hashed.")  # fmt: skip
-@click.option("--replay", type=click.Path(path_type=Path), help="Instead, judge the sensors that such a file holds.")
-@click.option("--force", is_flag=True, help="Let --record replace a file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-@click.pass_context
-def doctor_command(
-    ctx: click.Context, device: str | None, quick: bool, state: Path, server: str | None, token: str | None,
-    record: Path | None, replay: Path | None, force: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Examine this device: packages, driver, arithmetic, memory, disk. Ends with status 0 when it can train."""
+@dataclasses.dataclass
+class DoctorSettings:
+    """What `edgefed doctor` takes."""
+
+    device: Annotated[
+        str | None, Setting("cpu, cuda, cuda:1, or the UUID of a GPU or MIG instance; default: the best one.")
+    ] = None
+    quick: Annotated[bool, Setting("Run no kernel and write nothing to the disk.")] = False
+    state: Annotated[Path, Setting("Folder that `edgefed join` will use: its disk is examined.")] = Path(
+        "edgefed-client"
+    )
+    server: Annotated[str | None, Setting("Also try the connection to this server, http://host:port.")] = None
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    record: Annotated[Path | None, Setting("Only write every raw reading to this file, with identifiers hashed.")] = (
+        None
+    )
+    replay: Annotated[Path | None, Setting("Only judge the readings in such a file.")] = None
+    force: Annotated[bool, Setting("Let `record` replace a file.")] = False
+    json: Annotated[bool, Setting("Print the findings as JSON.")] = False
+
+
+@command("doctor", DoctorSettings)
+def doctor_command(settings: DoctorSettings) -> None:
+    """Check this device and name what to fix.
+
+    Examines packages, driver, arithmetic, memory and disk. Exits with status 0 when the device can train.
+    """
     from rich.text import Text
 
     from edgefed.cli.output import TerminalProgress, print_json, print_note, stdout_console
     from edgefed.doctor.diagnosis import Options, examine, examine_recording
 
-    _check_options(record, replay, server, force)
-    if record is not None:
+    _check_options(settings)
+    if settings.record is not None:
         from edgefed.doctor.diagnosis import record_to
 
-        recorded = record_to(record, device, force=force)
-        if as_json:
-            print_json({"recorded": str(record), **dataclasses.asdict(recorded)})
+        recorded = record_to(settings.record, settings.device, force=settings.force)
+        if settings.json:
+            print_json({"recorded": str(settings.record), **dataclasses.asdict(recorded)})
             return
         if recorded.without_torch:
             print_note(f"without what torch knows: {recorded.without_torch}")
-        print_note(f"{record}: {recorded.size_bytes} bytes; serials, UUIDs, addresses and names in it are hashed")
+        print_note(
+            f"{settings.record}: {recorded.size_bytes} bytes; serials, UUIDs, addresses and names in it are hashed"
+        )
         return
-    if replay is not None:
+    if settings.replay is not None:
         from edgefed.hardware.recording import replay as replay_facts
 
-        diagnosis = examine_recording(replay_facts(replay, device))
+        diagnosis = examine_recording(replay_facts(settings.replay, settings.device))
     else:
         progress = TerminalProgress(quiet_s=float("inf"))
         try:
-            diagnosis = examine(Options(device, state, server, token, quick), progress.phase)
+            diagnosis = examine(
+                Options(settings.device, settings.state, settings.server, settings.token, settings.quick),
+                progress.phase,
+            )
         finally:
             progress.done()
-    if as_json:
+    if settings.json:
         print_json(to_json(diagnosis))
     else:
         console = stdout_console()
         width = console.width if sys.stdout.isatty() else shutil.get_terminal_size((100, 24)).columns
         for style, line in render(diagnosis, width):
             console.print(Text(line, style or ""), soft_wrap=True)
-    ctx.exit(0 if diagnosis.can_train else 1)
+    click.get_current_context().exit(0 if diagnosis.can_train else 1)
 
 
-def _check_options(record: Path | None, replay: Path | None, server: str | None, force: bool) -> None:
-    if record is not None and replay is not None:
+def _check_options(settings: DoctorSettings) -> None:
+    recording = settings.record is not None or settings.replay is not None
+    if settings.record is not None and settings.replay is not None:
         raise click.UsageError("--record and --replay exclude each other")
-    if (record is not None or replay is not None) and server is not None:
+    if recording and settings.server is not None:
         raise click.UsageError("--server goes with neither --record nor --replay")
-    if force and record is None:
+    if settings.force and settings.record is None:
         raise click.UsageError("--force goes with --record only")
 
 

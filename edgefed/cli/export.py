@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Annotated, Literal
 
-import click
+from edgefed.cli.options import command
+from edgefed.config import Setting
 
 
-@click.command("export")
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option(
-    "--state", type=click.Path(path_type=Path), default="edgefed-run", show_default=True, help="Folder of the run."
-)
-@click.option(
-    "--to", "form", type=click.Choice(["hf"]), default="hf", show_default=True, help="Hugging Face checkpoint."
-)
-@click.option(
-    "--round", "server_round", type=click.IntRange(min=1), help="The model at the start of this round; default: newest."
-)
-@click.option("--json", "as_json", is_flag=True)
-def export_command(target: Path, state: Path, form: str, server_round: int | None, as_json: bool) -> None:
-    """Write the global model to the folder TARGET."""
+@dataclasses.dataclass
+class ExportSettings:
+    """What `edgefed export` takes."""
+
+    target: Annotated[Path, Setting("Folder to write to.", positional=True)]
+    state: Annotated[Path, Setting("Folder of the run.")] = Path("edgefed-run")
+    format: Annotated[Literal["hf"], Setting("Hugging Face checkpoint.", flag="to")] = "hf"
+    server_round: Annotated[
+        int | None, Setting("The model at the start of this round; default: the newest.", flag="round", minimum=1)
+    ] = None
+    json: Annotated[bool, Setting("Print path and size as JSON.")] = False
+
+
+@command("export", ExportSettings)
+def export_command(settings: ExportSettings) -> None:
+    """Write the global model of a run as a checkpoint.
+
+    The folder TARGET must not exist or be empty; transformers loads it without edgefed.
+    """
+    from edgefed.api.runs import export
     from edgefed.cli.output import print_json, print_note
     from edgefed.hardware.memory import format_bytes
-    from edgefed.runs import export_model
 
-    folder = export_model(state, target, server_round)
+    folder = export(settings.state, settings.target, format=settings.format, server_round=settings.server_round)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    if as_json:
-        print_json({"path": str(folder), "form": form, "size_bytes": size})
+    if settings.json:
+        print_json({"path": str(folder), "form": settings.format, "size_bytes": size})
         return
     print_note(f"wrote {folder} ({format_bytes(size)}): AutoModelForCausalLM.from_pretrained({str(folder)!r})")

@@ -8,33 +8,54 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgefed import __version__
-from edgefed.config import load_settings
 from edgefed.errors import DiskFull, EdgefedError, StorageError
 
-VERBS = ("bench", "demo", "doctor", "export", "join", "partition", "profile", "serve", "simulate", "status")
+if TYPE_CHECKING:
+    from edgefed.cli.options import SettingsCommand
+
+VERBS = {
+    "bench": "Measure this device and show which models fit.",
+    "demo": "Run a whole federation on this machine.",
+    "doctor": "Check this device and name what to fix.",
+    "export": "Write the global model of a run as a checkpoint.",
+    "join": "Take part in a run with this device's data.",
+    "partition": "Split a labelled data set among clients.",
+    "profile": "Show which experts a text uses.",
+    "serve": "Coordinate a run.",
+    "simulate": "Simulate a fleet of devices on this machine.",
+    "status": "Show the progress of a run.",
+}
+"""Verb -> summary; each verb is ``NAME_command`` in ``edgefed/cli/NAME.py``, imported when it is used."""
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 
 class LazyGroup(click.Group):
-    """Imports a verb only when it is used: `edgefed status` does not wait for torch."""
+    """Imports a verb only when it is used: `edgefed --help` imports none, `edgefed status` does not wait for torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """All verbs."""
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in VERBS:
-            return None
-        command = getattr(importlib.import_module(f"edgefed.cli.{name}"), f"{name}_command")
-        for param in command.params:
-            # Variables are named after the flags, whatever the parameters are called.
-            if isinstance(param, click.Option) and param.envvar is None:
-                param.envvar = f"EDGEFED_{name}_{_flag(param)}".upper().replace("-", "_")
-        return command
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a verb, imported now; None for an unknown one."""
+        return verb_command(cmd_name) if cmd_name in VERBS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+def verb_command(verb: str) -> SettingsCommand:
+    """The command of a verb."""
+    command: SettingsCommand = getattr(importlib.import_module(f"edgefed.cli.{verb}"), f"{verb}_command")
+    return command
 
 
 @click.group(cls=LazyGroup, context_settings={"auto_envvar_prefix": "EDGEFED", "help_option_names": ["-h", "--help"]})
@@ -43,7 +64,7 @@ class LazyGroup(click.Group):
     "--config",
     "config_path",
     type=click.Path(path_type=Path),
-    help="Settings file; edgefed.toml in this folder is read without being asked.",
+    help="Settings file; default: edgefed.toml in this folder, if there is one.",
 )
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
@@ -54,41 +75,38 @@ def cli(ctx: click.Context, config_path: Path | None, log_level: str) -> None:
 
     Settings come from flags, then EDGEFED_VERB_OPTION variables, then edgefed.toml, then defaults.
     """
-    from edgefed.cli.output import set_up_logging
-
     set_up_logging(log_level)
     path = config_path or Path("edgefed.toml")
     if config_path or path.exists():
-        ctx.default_map = load_settings(path, {verb: _setting_names(cli.get_command(ctx, verb)) for verb in VERBS})
+        from edgefed.config import load_settings
+
+        fields = {verb: {field.flag: field for field in verb_command(verb).fields} for verb in VERBS}
+        ctx.default_map = load_settings(path, fields)
 
 
-def _flag(option: click.Option) -> str:
-    return option.opts[0].lstrip("-")
+def set_up_logging(level: str) -> None:
+    """Log lines of edgefed on stderr, with UTC time."""
+    import time
 
-
-def _setting_names(command: click.Command) -> dict[str, str]:
-    """Key of a settings file -> parameter: the long flag without its dashes, or an argument's own name."""
-    return {(_flag(param) if isinstance(param, click.Option) else param.name): param.name for param in command.params}
-
-
-def setting_names() -> frozenset[str]:
-    """Every setting of every verb, in snake case."""
-    context = click.Context(cli)
-    commands = [cli, *(cli.get_command(context, verb) for verb in VERBS)]
-    options = [param for command in commands for param in command.params if isinstance(param, click.Option)]
-    return frozenset(_flag(option).replace("-", "_") for option in options)
+    handler = logging.StreamHandler()
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    logger = logging.getLogger("edgefed")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level.upper())
+    logger.propagate = False
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit. No user mistake ends in a traceback."""
-    from edgefed.cli.output import print_error, print_note
-
-    # libgomp reads it when torch is loaded. By default a thread that waits for the others spins for milliseconds; with
-    # as many threads as cores and anything else at work on the machine, that was most of a round.
+    # libgomp reads this when torch is loaded. By default a thread that waits for the others spins for milliseconds;
+    # with as many threads as cores and other work on the machine, that took most of a round.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
+    status: Any
     try:
         status = cli.main(args=words, prog_name="edgefed", standalone_mode=False) or 0
     except click.exceptions.Abort:
@@ -98,18 +116,26 @@ def main(arguments: list[str] | None = None) -> None:
         status = error.exit_code
     except EdgefedError as error:
         logging.getLogger("edgefed").debug("traceback", exc_info=True)
-        print_error(error, as_json=as_json)
-        status = error.exit_status
+        status = _report(error, as_json)
     except KeyboardInterrupt:
+        from edgefed.cli.output import print_note
+
         print_note("stopped")
         status = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away
+    except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         status = 1
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not disk_full:
             raise
-        kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-        print_error(kind(f"{error.filename or 'writing'}: {error.strerror}"), as_json=as_json)
-        status = kind.exit_status
+        kind = DiskFull if disk_full else StorageError
+        status = _report(kind(f"{error.filename or 'writing'}: {error.strerror}"), as_json)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _report(error: EdgefedError, as_json: bool) -> int:
+    from edgefed.cli.output import print_error
+
+    print_error(error, as_json=as_json)
+    return error.exit_status

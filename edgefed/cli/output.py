@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 
@@ -67,18 +66,6 @@ def make_table(*columns: str, title: str | None = None) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
-
-
-def set_up_logging(level: str) -> None:
-    """Log lines of edgefed on stderr, with UTC time. The libraries' own loggers stay quiet below warnings."""
-    handler = logging.StreamHandler()
-    formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    logger = logging.getLogger("edgefed")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
 
 
 class TerminalProgress:

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import click
+from edgefed.cli.options import command, given_as_flag
+from edgefed.config import Setting
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from edgefed.personal.partition_files import Partition
 
 SHOWN_CLIENTS = 30
 SHOWN_CLASSES = 12
-"""The table says how much it leaves out; partition.json and partition.png have all."""
+"""The table says how much it leaves out; partition.json and partition.png have everything."""
 
 
-@click.command("partition")
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option("--clients", type=click.IntRange(min=1), required=True, help="How many files to make.")
-@click.option("--by", type=click.Choice(["class", "dirichlet"]), default="class", show_default=True,
-              help="So many classes for each client, or shares of each class drawn from Dir(alpha).")  # fmt: skip
-@click.option("--classes-per-client", type=click.IntRange(min=1), default=2, show_default=True, help="With --by class.")
-@click.option("--alpha", type=click.FloatRange(min=0, min_open=True), default=0.5, show_default=True,
-              help="With --by dirichlet: the smaller, the more unlike.")  # fmt: skip
-@click.option("--min-examples", type=click.IntRange(min=1), default=10, show_default=True,
-              help="With --by dirichlet: drawn again until each client has so many.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--resize", is_flag=True, help="Scale images of another size than 32x32 and crop them at the centre.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the files; reused as a cache.")
-@click.option("--json", "as_json", is_flag=True, help="Print settings, files and counts as JSON.")
-@click.pass_context
-def partition_command(
-    ctx: click.Context, data: Path, clients: int, by: str, classes_per_client: int, alpha: float, min_examples: int,
-    seed: int, resize: bool, out: Path, as_json: bool,
-) -> None:  # fmt: skip
-    """Divide DATA among clients that are unlike each other, for `edgefed join --data OUT/client-00.npz` and so on.
+@dataclasses.dataclass(kw_only=True)
+class PartitionCommandSettings:
+    """What `edgefed partition` takes."""
+
+    data: Annotated[Path, Setting("Labelled images or texts.", positional=True)]
+    clients: Annotated[int, Setting("Number of files to make.", minimum=1)]
+    by: Annotated[
+        Literal["class", "dirichlet"],
+        Setting("A fixed number of classes for each client, or shares of each class drawn from Dir(alpha)."),
+    ] = "class"
+    classes_per_client: Annotated[int, Setting("With `by=class`.", minimum=1)] = 2
+    alpha: Annotated[float, Setting("With `by=dirichlet`: smaller values make clients differ more.", above=0)] = 0.5
+    min_examples: Annotated[
+        int, Setting("With `by=dirichlet`: drawn again until each client has at least this many.", minimum=1)
+    ] = 10
+    seed: Annotated[int, Setting("Seed of the draw.", minimum=0)] = 0
+    resize: Annotated[bool, Setting("Scale images that are not 32x32 and crop them at the centre.")] = False
+    out: Annotated[Path, Setting("Folder of the files; existing files are not overwritten.")]
+    json: Annotated[bool, Setting("Print settings, files and counts as JSON.")] = False
+
+
+@command("partition", PartitionCommandSettings)
+def partition_command(given: PartitionCommandSettings) -> None:
+    """Split a labelled data set among clients.
+
+    Clients differ from each other; each joins with its own file: `edgefed join --data OUT/client-00.npz`.
 
     DATA: a .npz file or a folder of images, or a .jsonl or .csv file of labelled texts.
     """
@@ -40,27 +55,29 @@ def partition_command(
     from edgefed.personal.partition_files import PartitionSettings, source_digest, write_partition
     from edgefed.personal.sample_files import load_images
 
-    unused = {"class": ("alpha", "min_examples"), "dirichlet": ("classes_per_client",)}[by]
+    unused = {"class": ("alpha", "min_examples"), "dirichlet": ("classes_per_client",)}[given.by]
     for name in unused:
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise ConfigError(f"--{name.replace('_', '-')} has no meaning with --by {by}")
-    data = data.expanduser()
+        if given_as_flag(name):
+            raise ConfigError(f"`{name}` has no effect with `by={given.by}`")
+    data = given.data.expanduser()
     if not data.is_dir() and not data.name.lower().endswith((*TEXT_SUFFIXES, ".npz")):
         raise DataError(
-            f"{data} has an unknown suffix; known are .npz, {', '.join(TEXT_SUFFIXES)}, and a folder of images",
-            remedy="The README shows what these files hold.",
+            f"unknown suffix: {data}; known are .npz, {', '.join(TEXT_SUFFIXES)}, and a folder of images",
+            remedy="The documentation shows what these files hold.",
         )
     if not data.is_dir() and data.name.lower().endswith(TEXT_SUFFIXES):
         samples = load_labelled_texts(data)
         for problem in samples.problems[:10]:
             print_note(f"{data}: line {problem.line}: {problem.reason}")
         if len(samples.problems) > 10:
-            print_note(f"{data}: {len(samples.problems)} lines cannot be used in all")
+            print_note(f"{data}: {len(samples.problems)} lines cannot be used in total")
     else:
-        samples = load_images(data, resize=resize, tell=lambda note: print_note(f"{data}: {note}"))
-    settings = PartitionSettings(clients, by, classes_per_client, alpha, min_examples, seed, resize)
-    partition = write_partition(out.expanduser(), samples, settings, source_digest(data))
-    if as_json:
+        samples = load_images(data, resize=given.resize, tell=lambda note: print_note(f"{data}: {note}"))
+    settings = PartitionSettings(
+        given.clients, given.by, given.classes_per_client, given.alpha, given.min_examples, given.seed, given.resize
+    )
+    partition = write_partition(given.out.expanduser(), samples, settings, source_digest(data))
+    if given.json:
         print_json(partition.to_dict())
         return
     console = stdout_console()
@@ -72,8 +89,8 @@ def partition_command(
     console.print(f"{what}: {len(partition.files)} files and partition.png in {partition.folder}", markup=False)
 
 
-def _table(partition):
-    """Counts per client and class, and totals."""
+def _table(partition: Partition) -> Table:
+    """A table of counts per client and class, and totals."""
     from rich.markup import escape
 
     from edgefed.cli.output import make_table
@@ -85,7 +102,7 @@ def _table(partition):
     table = make_table("client", *(escape(name if len(name) <= 12 else name[:11] + "~") for name in names),
                        *(["more"] if more else []), "examples", "classes")  # fmt: skip
 
-    def row(title: str, counts) -> None:
+    def row(title: str, counts: np.ndarray) -> None:
         listed = [str(counts[place]) if counts[place] else "-" for place in shown]
         rest = [str(int(counts.sum() - counts[shown].sum()))] if more else []
         table.add_row(title, *listed, *rest, f"{counts.sum():,}", str(int((counts > 0).sum())))

@@ -5,65 +5,66 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import click
+from edgefed.cli.options import command
+from edgefed.config import Setting
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edgefed.simulation.result import SimulationResult
+    from edgefed.simulation.simulate import SimulationEvent
 
 
-@click.command("simulate")
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="edgefed-simulation", show_default=True,
-    help="Folder for results, pictures and what an interrupted simulation goes on from.",
-)  # fmt: skip
-@click.option("--method", "methods", multiple=True, help="Only this method of the file, by its label; repeatable.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Instead of the file's.")
-@click.option("--seed", type=click.IntRange(min=0), help="Instead of the file's.")
-@click.option("--no-pictures", is_flag=True, help="Write no PNG files.")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-def simulate_command(
-    config: Path, out: Path, methods: tuple[str, ...], rounds: int | None, seed: int | None, no_pictures: bool,
-    as_json: bool,
-) -> None:  # fmt: skip
-    """Simulate the fleet of CONFIG (TOML): every device trains here in turn, its time is taken from its profile.
+@dataclasses.dataclass
+class SimulateSettings:
+    """What `edgefed simulate` takes."""
 
-    Started again with the same --out, an interrupted simulation goes on where it stopped.
+    config: Annotated[Path, Setting("TOML file of the fleet.", positional=True)]
+    out: Annotated[Path, Setting("Folder for results and pictures; an interrupted simulation continues from it.")] = (
+        Path("edgefed-simulation")
+    )
+    method: Annotated[tuple[str, ...], Setting("Run only this method of the file, by its label; repeatable.")] = ()
+    rounds: Annotated[int | None, Setting("Number of rounds, instead of the file's.", minimum=1)] = None
+    seed: Annotated[int | None, Setting("Seed, instead of the file's.", minimum=0)] = None
+    no_pictures: Annotated[bool, Setting("Write no PNG files.")] = False
+    json: Annotated[bool, Setting("Print the results as JSON.")] = False
+
+
+@command("simulate", SimulateSettings)
+def simulate_command(settings: SimulateSettings) -> None:
+    """Simulate a fleet of devices on this machine.
+
+    CONFIG is a TOML file. Devices train one after another; their time is computed from their profiles. An interrupted
+    simulation continues when it is started again with the same --out.
     """
+    from edgefed.api.runs import simulate, simulation_settings
     from edgefed.cli.output import print_json, stdout_console
-    from edgefed.errors import ConfigError
-    from edgefed.simulation.config_file import load_simulation
 
-    settings = load_simulation(config)
-    chosen = tuple(choice for choice in settings.methods if not methods or choice.label in methods)
-    unknown = [name for name in methods if name not in {choice.label for choice in settings.methods}]
-    if unknown:
-        raise ConfigError(
-            f"{config} has no method {', '.join(unknown)}; it has {', '.join(c.label for c in settings.methods)}"
-        )
-    changes = {name: value for name, value in (("rounds", rounds), ("seed", seed)) if value is not None}
-    settings = dataclasses.replace(settings, methods=chosen, **changes)
+    config = simulation_settings(settings.config, methods=settings.method, rounds=settings.rounds, seed=settings.seed)
+    from edgefed.simulation.simulate import RESULT_FILE
 
-    from edgefed.simulation.simulate import RESULT_FILE, simulate
+    logging.getLogger("edgefed.aggregator").setLevel(logging.WARNING)  # it logs every update of every client
 
-    logging.getLogger("edgefed.aggregator").setLevel(logging.WARNING)  # every update of every client is no news here
-
-    with SimulationDisplay(settings.rounds) as display:
-        result = simulate(settings, out, display)
+    with SimulationDisplay(config.rounds) as display:
+        result = simulate(config, settings.out, on_event=display)
     paths = []
-    if not no_pictures:
+    if not settings.no_pictures:
         from edgefed.simulation.pictures import save_pictures
 
-        paths = save_pictures(out, result)
-    if as_json:
+        paths = save_pictures(settings.out, result)
+    if settings.json:
         print_json(result.to_dict())
         return
     console = stdout_console()
     console.print(render_methods(result))
     for run in result.runs:
         for device, reason in run.refused.items():
-            console.print(f"{run.label}: {device} took no part: {reason}", markup=False)
+            console.print(f"{run.label}: {device} did not take part: {reason}", markup=False)
         if run.stopped:
             console.print(f"{run.label} stopped: {run.stopped}", markup=False)
-    console.print(f"results   {out / RESULT_FILE}", markup=False)
+    console.print(f"results   {settings.out / RESULT_FILE}", markup=False)
     if paths:
         console.print(f"pictures  {', '.join(str(path) for path in paths)}", markup=False)
 
@@ -71,7 +72,7 @@ def simulate_command(
 class SimulationDisplay:
     """Progress on stderr: a line that changes on a terminal, a line per finished round elsewhere."""
 
-    def __init__(self, rounds: int):
+    def __init__(self, rounds: int) -> None:
         from edgefed.cli.output import stderr_console
 
         self._console, self._rounds = stderr_console(), rounds
@@ -86,14 +87,14 @@ class SimulationDisplay:
         if self._status:
             self._status.stop()
 
-    def __call__(self, event) -> None:
+    def __call__(self, event: SimulationEvent) -> None:
         where = f"{event.label}: round {event.server_round} of {self._rounds}"
         if event.message:
             self._console.print(f"{where}: {event.message}", markup=False)
         elif event.ended is not None:
             self._console.print(
                 f"{where}: held-out loss {event.ended.loss:.4f}, {format_seconds(event.ended.ends)} on the virtual "
-                f"clock, slowest was {event.ended.slowest}", markup=False,
+                f"clock, slowest: {event.ended.slowest}", markup=False,
             )  # fmt: skip
         elif self._status:
             self._status.update(f"{where}: {event.client} trains, {event.clients_done} of {event.clients} done")
@@ -106,8 +107,8 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def render_methods(result):
-    """A table: quality, virtual time, and where the time of the slowest devices went, a line per method."""
+def render_methods(result: SimulationResult) -> Table:
+    """A table with a row per method: quality, virtual time, and what the slowest devices spent most time on."""
     from edgefed.cli.output import make_table
     from edgefed.hardware.memory import format_bytes
 

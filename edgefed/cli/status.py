@@ -3,46 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated
 
-import click
-import msgspec
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
+from edgefed.cli.options import command
 from edgefed.cli.phrasing import to_flags
-from edgefed.protocol.messages import ClientStatus, Status
+from edgefed.config import Setting
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from edgefed.protocol.messages import ClientStatus, Status
 
 BAR_CELLS = 12
 
 
-@click.command("status")
-@click.argument("server", default="http://127.0.0.1:8470")
-@click.option("--watch", is_flag=True, help="Refresh until the run is finished or Ctrl-C.")
-@click.option(
-    "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds between refreshes."
-)
-@click.option("--token", envvar="EDGEFED_TOKEN", help="The server's token.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line a refresh.")
-def status_command(server: str, watch: bool, interval: float, token: str | None, as_json: bool) -> None:
-    """Show the run at SERVER: its round, its clients and what they are doing."""
+@dataclasses.dataclass
+class StatusSettings:
+    """What `edgefed status` takes."""
+
+    server: Annotated[str, Setting("Address of the server.", positional=True)] = "http://127.0.0.1:8470"
+    watch: Annotated[bool, Setting("Refresh until the run is finished or Ctrl-C.")] = False
+    interval: Annotated[float, Setting("Seconds between refreshes.", minimum=0.1)] = 1.0
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    json: Annotated[bool, Setting("Print JSON; with `watch` one line for each refresh.")] = False
+
+
+@command("status", StatusSettings)
+def status_command(settings: StatusSettings) -> None:
+    """Show the progress of a run.
+
+    Shows the round, the clients and what they are doing at SERVER.
+    """
     from edgefed.agent.transport import AggregatorClient
     from edgefed.cli.output import stdout_console
 
-    with AggregatorClient(server, "status", "status", token) as client:
-        if watch:
-            _watch(client.status, stdout_console(), interval, as_json)
+    with AggregatorClient(settings.server, "status", "status", settings.token) as client:
+        if settings.watch:
+            _watch(client.status, stdout_console(), settings.interval, settings.json)
         else:
-            _print_status(client.status(), stdout_console(), as_json)
+            _print_status(client.status(), stdout_console(), settings.json)
 
 
 def _print_status(status: Status, console: Console, as_json: bool) -> None:
     from edgefed.cli.output import print_json
 
     if as_json:
+        import msgspec
+
         print_json(msgspec.to_builtins(status))
     else:
         console.print(render_status(status))
@@ -50,6 +61,9 @@ def _print_status(status: Status, console: Console, as_json: bool) -> None:
 
 def _watch(fetch: Callable[[], Status], console: Console, interval: float, as_json: bool) -> None:
     """Show the run until it is finished: redrawn on a terminal, a line a refresh elsewhere."""
+    import msgspec
+    from rich.live import Live
+
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
     with live or contextlib.nullcontext():
         while True:
@@ -73,6 +87,9 @@ def one_line(status: Status) -> str:
 
 def render_status(status: Status) -> RenderableType:
     """Header, clients and finished rounds as tables; where no client has experts, accuracy stands in their place."""
+    from rich.console import Group
+    from rich.text import Text
+
     from edgefed.cli.output import make_table
     from edgefed.hardware.memory import format_bytes
     from edgefed.methods.fedmoe import FedMoE

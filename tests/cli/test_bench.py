@@ -142,20 +142,20 @@ def test_ctrl_c_leaves_a_report_of_what_there_is(tmp_path):
 
 
 def test_a_profile_stands_in_without_measuring(run):
-    status, out, _ = run("--profile", "jetson-orin-nano-8gb", "--model", "tiny", "--explain")
+    status, out, _ = run("--device-profile", "jetson-orin-nano-8gb", "--model", "tiny", "--explain")
     assert status == 0
     assert "nothing was measured" in out
     assert "predicted peak" in out
     assert "Speed" not in out
     assert out.isascii()
-    status, out, _ = run("--profile", "rtx-4090", "--memory", "6GiB", "--uplink", "cable", "--json", "-")
+    status, out, _ = run("--device-profile", "rtx-4090", "--memory", "6GiB", "--uplink", "cable", "--json", "-")
     report = json.loads(out)
     assert report["memory"]["now_bytes"] == 6 * 2**30
     assert report["uplink"]["name"] == "cable"
     assert report["device"]["stand_in"]
     assert not report["tests"]
     assert report["device"]["speed_on"] == ""
-    more = json.loads(run("--profile", "rtx-4090", "--json", "-")[1])
+    more = json.loads(run("--device-profile", "rtx-4090", "--json", "-")[1])
     fitting = [sum(fit["experts"] for fit in each["fits"]) for each in (report, more)]
     assert fitting[0] < fitting[1]
 
@@ -184,7 +184,7 @@ def test_a_written_profile_is_one_that_can_stand_in(quick, run, tmp_path):
         assert (figure is None) == (entry.verdict == "unusable")
         assert figure is None or (figure.basis == "measured" and figure.value == pytest.approx(entry.median, abs=1e-4))
     (tmp_path / "my-laptop.toml").write_text(text)
-    status, out, _ = run("--profile", tmp_path / "my-laptop.toml", "--json", "-")
+    status, out, _ = run("--device-profile", tmp_path / "my-laptop.toml", "--json", "-")
     assert status == 0
     assert json.loads(out)["device"]["profile"] == "my-laptop"
 
@@ -192,20 +192,20 @@ def test_a_written_profile_is_one_that_can_stand_in(quick, run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "code", "texts"),
     [
-        (("--profile", "rtx-4080"), 2, "unknown-profile", ("'rtx-4080'", "did you mean")),
-        (("--profile", "t4", "--device", "cpu"), 2, "config", ("stands in",)),
-        (("--profile", "t4", "--explain"), 2, "config", ("needs a --model",)),
-        (("--profile", "t4", "--as-profile", "x"), 2, "config", ("nothing is",)),
+        (("--device-profile", "rtx-4080"), 2, "unknown-profile", ("'rtx-4080'", "did you mean")),
+        (("--device-profile", "t4", "--device", "cpu"), 2, "config", ("no effect beside --device-profile t4",)),
+        (("--device-profile", "t4", "--explain"), 2, "config", ("needs a --model",)),
+        (("--device-profile", "t4", "--as-profile", "x"), 2, "config", ("nothing is measured",)),
         (("--quick", "--model", "/nowhere/model"), 3, "model-not-found", ("/nowhere/model",)),
         (("--quick", "--device", "cuda:99"), 2, "device-not-found", ("cuda:99",)),
-        (("--quick", "--memory", "lots"), 2, "config", ("'lots' is no memory size",)),
+        (("--quick", "--memory", "lots"), 2, "config", ("lots", "memory size")),
         (("--quick", "--json", "no/such/folder/a.json"), 7, "storage", ("no/such/folder/a.json",)),
-        (("--quick", "--json", "-", "--csv", "-"), 2, "config", ("both want stdout",)),
-        (("--quick", "--json", "-", "--as-profile", "x"), 2, "config", ("both want stdout",)),
+        (("--quick", "--json", "-", "--csv", "-"), 2, "config", ("cannot all go to stdout",)),
+        (("--quick", "--json", "-", "--as-profile", "x"), 2, "config", ("cannot all go to stdout",)),
         (("--quick", "--plot", "a.gif"), 2, "config", (".png nor .svg",)),
         (("--quick", "--plot", "-"), 2, "config", ("--plot needs a file",)),
-        (("--quick", "--state", "nowhere"), 2, "config", ("nowhere is no folder",)),
-        (("--quick", "--active"), 2, "config", ("there is none",)),
+        (("--quick", "--state", "nowhere"), 2, "config", ("nowhere is not a directory",)),
+        (("--quick", "--active"), 2, "config", ("which is missing",)),
         (("--quick", "--uplink", "fast"), 2, "config", ("invalid connection 'fast'",)),
         (("--quick", "--as-profile", "My Laptop"), 2, "config", ("no profile id",)),
         (("--quick", "--no-sustain", "--sustain", "5"), 2, "config", ("contradict",)),

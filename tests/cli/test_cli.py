@@ -11,8 +11,9 @@ import sys
 import pytest
 
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.api.server import Server
 from edgefed.cli.main import VERBS, main
-from edgefed.config import load_settings, parse_assignments, parse_share
+from edgefed.config import fields_of, load_settings, parse_assignments, parse_share
 from edgefed.errors import ConfigError
 from edgefed.protocol.messages import RunConfig, TrainingConfig
 from edgefed.runs import import_extractor
@@ -60,7 +61,7 @@ def refused(result, status, code, *texts):
 def test_help_and_version(run):
     status, out, _ = run("--help")
     assert status == 0
-    assert all(verb in out for verb in VERBS)
+    assert all(f"{verb} " in out and summary in out for verb, summary in VERBS.items())
     status, out, _ = run("--version")
     assert status == 0
     assert out.startswith("edgefed, version ")
@@ -85,7 +86,7 @@ def test_unknown_method_and_option(run):
     refused(run("serve", "--method", "fedprox", "--port", 0), 2, "unknown-method", "methods are hfedmoe")
     refused(run("serve", "--option", "gamma=1", "--port", 0), 2, "config", "no option 'gamma'", "lambda=0.5")
     refused(run("serve", "--option", "lambda", "--port", 0), 2, "config", "is not NAME=VALUE")
-    refused(run("serve", "--option", "beta=much", "--port", 0), 2, "config", "expected float")
+    refused(run("serve", "--option", "beta=much", "--port", 0), 2, "config", "must be float")
     refused(run("demo", "--method", "fedprox"), 2, "unknown-method", "fedprox")
     refused(run("demo", "--clients", 50), 2, "config", "1 to 9")
 
@@ -135,7 +136,7 @@ def test_an_unknown_silo(run):
 
 def test_wrong_sizes_shares_and_addresses(run, text):
     address = "http://127.0.0.1:1"
-    refused(run("join", address, "--data", text, "--memory", "lots"), 2, "config", "no memory size", "2GiB")
+    refused(run("join", address, "--data", text, "--memory", "lots"), 2, "config", "memory size", "2GiB")
     refused(run("join", address, "--data", text, "--experts", "150%"), 2, "config", "--experts", "25%")
     refused(run("join", address, "--data", text, "--compute", "0"), 2, "config", "--compute")
     refused(run("join", "ftp://example.org", "--data", text), 2, "config", "http")
@@ -209,20 +210,21 @@ def test_variables_have_the_names_of_the_flags(run, monkeypatch):
 def test_every_fault_of_a_settings_file_is_told_at_once(tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text("[serve]\nmetod = 1\nmin-clients = 3\n[train]\nx = 1\n")
-    with pytest.raises(ConfigError, match=r"\[serve\] has no setting 'metod'; \[train\] is no table"):
-        load_settings(path, {"serve": {"method": "method", "min-clients": "min_clients"}})
+    known = {"serve": {field.flag: field for field in fields_of(Server)}}
+    with pytest.raises(ConfigError, match=r"\[serve\] has no setting 'metod'; \[train\] is not a table"):
+        load_settings(path, known)
     path.write_text("[serve\n")
-    with pytest.raises(ConfigError, match="is not TOML"):
+    with pytest.raises(ConfigError, match="is not valid TOML"):
         load_settings(path, {})
     with pytest.raises(ConfigError, match="cannot read"):
         load_settings(tmp_path / "absent.toml", {})
 
 
 def test_shares_and_assignments():
-    assert parse_share("25%", "--experts") == parse_share("0.25", "--experts") == 0.25
-    assert parse_assignments(("a=1", "b=x=y"), "--option") == {"a": "1", "b": "x=y"}
-    with pytest.raises(ConfigError, match="gives a twice"):
-        parse_assignments(("a=1", "a=2"), "--option")
+    assert parse_share("25%", "experts") == parse_share("0.25", "experts") == 0.25
+    assert parse_assignments(("a=1", "b=x=y"), "options") == {"a": "1", "b": "x=y"}
+    with pytest.raises(ConfigError, match="sets a twice"):
+        parse_assignments(("a=1", "a=2"), "options")
 
 
 def test_a_reader_that_goes_away_is_no_traceback(text):
@@ -241,11 +243,11 @@ FEDMOE = ("serve", "--method", "fedmoe", "--port", 0)
 
 
 def test_flags_of_a_run_of_text(run):
-    refused(run(*FEDMOE, "--tokenizer", "tiny"), 2, "config", "--tokenizer tiny says nothing to cnn5", "text-small")
-    refused(run("serve", "--tokenizer", "tiny", "--port", 0), 2, "config", "--method hfedmoe", "for fedmoe alone")
-    refused(run(*FEDMOE, "--sequence-length", 64), 2, "config", "--sequence-length says nothing to fedmoe")
+    refused(run(*FEDMOE, "--tokenizer", "tiny"), 2, "config", "--tokenizer tiny has no effect with cnn5", "text-small")
+    refused(run("serve", "--tokenizer", "tiny", "--port", 0), 2, "config", "--method hfedmoe", "for fedmoe only")
+    refused(run(*FEDMOE, "--sequence-length", 64), 2, "config", "--sequence-length has no effect with fedmoe")
     text = (*FEDMOE, "--extractor", "text-small")
-    refused(run(*text, "--local-steps", 64), 2, "config", "--local-steps says nothing to fedmoe")
+    refused(run(*text, "--local-steps", 64), 2, "config", "--local-steps has no effect with fedmoe")
     refused(run(*text, "--tokenizer", "./none"), 3, "model-not-found", "no tokenizer that transformers can load")
 
 

@@ -1,0 +1,209 @@
+"""`Client`: takes part in a federated run with the data and memory of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from edgefed.config import Setting, check_settings, parse_share
+from edgefed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgefed.agent.agent import RunSummary
+    from edgefed.progress import ProgressSink
+
+StorageChoice = Literal["auto", "full", "int8", "nf4"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientEvent:
+    """What a client does. ``kind``: "phase" when one begins, "progress" within it, "message" for a line of text."""
+
+    kind: Literal["phase", "progress", "message"]
+    text: str
+    """Name of the phase ("download", "train", "upload", ...), or the message."""
+    done: int = 0
+    total: int | None = None
+    unit: str = ""
+    """Of ``done`` and ``total``: "B", "step" or "token"."""
+
+    def __str__(self) -> str:
+        if self.kind == "message":
+            return self.text
+        amount = "" if not self.done else f" {self.done}" + (f" of {self.total}" if self.total else "")
+        return f"{self.text}{amount} {self.unit}s".rstrip() if amount else self.text
+
+
+@dataclasses.dataclass
+class Client:
+    """Take part in a run with this machine and its own data.
+
+    >>> import edgefed
+    >>> client = edgefed.Client("http://192.168.1.5:8470", data="my.jsonl", memory="2GiB")
+    >>> summary = client.run(on_event=print)                                              # doctest: +SKIP
+
+    Sizes are texts such as "2GiB" or numbers of bytes; shares are texts such as "25%" or numbers up to 1. Raises
+    ConfigError when settings are invalid or contradict each other.
+    """
+
+    server: Annotated[str, Setting("Address of the server, http://host:port.", positional=True)]
+    data: Annotated[
+        str,
+        Setting("Training data, which stays on this device: text as .txt, .jsonl or silo:NAME; with `task`, labelled "
+                "examples."),
+    ]  # fmt: skip
+    _: dataclasses.KW_ONLY
+    task: Annotated[
+        Literal["images", "text", "next-token"] | None,
+        Setting("In a run of fedmoe: train a model of your own, on labelled images or texts, or to continue text."),
+    ] = None
+    model: Annotated[
+        str | None,
+        Setting("With `task`: cnn1 to cnn5, text-gru, text-cnn, package:function, or a checkpoint folder (text: also a "
+                "hub id). It stays on this device."),
+    ] = None  # fmt: skip
+    resize: Annotated[
+        bool, Setting("With `task=images`: scale images that are not 32x32 and crop them at the centre.")
+    ] = False
+    method: Annotated[
+        str | None,
+        Setting("Your own method, as file.py:Class or module:Class, where the run uses one. It must be the server's."),
+    ] = None
+    memory: Annotated[
+        str | int | None,
+        Setting("Memory limit, e.g. 2GiB; default: measured before each round. On a CPU it limits the process, on a "
+                "GPU what torch allocates there."),
+    ] = None  # fmt: skip
+    device: Annotated[
+        str | None, Setting("cpu, cuda, cuda:1, or the UUID of a GPU or MIG instance; default: the best one here.")
+    ] = None
+    device_profile: Annotated[
+        str | None,
+        Setting("Plan within the memory of another device, e.g. jetson-orin-nano-8gb.", formerly="profile"),
+    ] = None
+    experts: Annotated[str | float, Setting("Largest share of the model's experts to keep resident, e.g. 25%.")] = (
+        "100%"
+    )
+    compute: Annotated[str | float, Setting("Share of the resident experts that are trained in one batch.")] = "100%"
+    expert_storage: Annotated[
+        StorageChoice,
+        Setting("Storage of the weights of frozen experts: 4 or 8 bits, unchanged (full), or 4 bits where memory is "
+                "short (auto)."),
+    ] = "auto"  # fmt: skip
+    profile_storage: Annotated[
+        StorageChoice,
+        Setting("Storage of experts during profiling: 4 or 8 bits, unchanged (full), or unchanged as long as each "
+                "expert needs to be read only once (auto)."),
+    ] = "auto"  # fmt: skip
+    held_out: Annotated[str | float, Setting("Share of the records held out for evaluation, or 0.")] = "10%"
+    state: Annotated[Path, Setting("Folder for identity, downloads and pending updates.")] = Path("edgefed-client")
+    name: Annotated[str | None, Setting("Name of this device in `edgefed status`.", default="its host name")] = None
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    threads: Annotated[int | None, Setting("CPU threads; default: chosen by torch.", minimum=1)] = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        self.state = Path(self.state)
+        parse_share(self.experts, "experts")
+        parse_share(self.compute, "compute")
+        parse_share(self.held_out, "held_out", zero=True)
+        if self.memory is not None and self.device_profile:
+            raise ConfigError("`memory` and `device_profile` both set the memory limit", remedy="Set one of them.")
+        if self.model and not self.task:
+            raise ConfigError(
+                f"`model={self.model}` needs `task`", remedy="Set `task` to images, text or next-token, or remove it."
+            )
+        if self.resize and self.task != "images":
+            raise ConfigError("`resize` needs `task=images`", remedy="Set `task=images`, or remove `resize`.")
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory limit in bytes; None: measured before each round. Raises ConfigError, UnknownProfile."""
+        from edgefed.hardware.budget import plan_budget
+        from edgefed.hardware.memory import parse_bytes
+        from edgefed.hardware.profiles import facts_of, find_profile
+
+        if self.device_profile:
+            return plan_budget(facts_of(find_profile(self.device_profile))).now_bytes
+        return None if self.memory is None else parse_bytes(str(self.memory))
+
+    def run(
+        self,
+        on_event: Callable[[ClientEvent], None] | None = None,
+        *,
+        progress: ProgressSink | None = None,
+        stop: threading.Event | None = None,
+    ) -> RunSummary:
+        """Take part until the run is over or ``stop`` is set, and return what was done.
+
+        ``on_event`` gets phases and messages; ``progress`` is a display that gets them instead. Raises the errors of
+        `edgefed.errors`: ConfigError, DataError, BudgetTooSmall, OutOfMemory, DeviceLost, NetworkError, StorageError.
+        """
+        import platform
+
+        from edgefed.agent.channel import check_base_url
+
+        check_base_url(self.server)
+        memory_bytes = self.memory_bytes
+        sink = progress or _EventSink(on_event)
+        sink.phase("load")
+        import torch
+
+        from edgefed.join import JoinConfig, run_agent
+
+        if self.method:
+            from edgefed.methods.custom import load_method
+
+            load_method(self.method)
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        config = JoinConfig(
+            server=self.server,
+            data=self.data,
+            state=self.state,
+            name=self.name or platform.node() or "device",
+            token=self.token,
+            memory_bytes=memory_bytes,
+            device=self.device,
+            expert_share=parse_share(self.experts, "experts"),
+            compute_share=parse_share(self.compute, "compute"),
+            expert_storage=self.expert_storage,
+            profile_storage=self.profile_storage,
+            held_out_share=parse_share(self.held_out, "held_out", zero=True),
+            task=self.task,
+            model=self.model,
+            resize=self.resize,
+        )
+        sink.done()
+        try:
+            return run_agent(config, sink, stop or threading.Event())
+        finally:
+            sink.done()
+
+
+class _EventSink:
+    """An `edgefed.progress.ProgressSink` that calls a function."""
+
+    def __init__(self, on_event: Callable[[ClientEvent], None] | None) -> None:
+        self._on_event = on_event or (lambda event: None)
+        self._event = ClientEvent("phase", "")
+
+    def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
+        """Report the start of a phase."""
+        self._event = ClientEvent("phase", name, 0, total, unit)
+        self._on_event(self._event)
+
+    def advance(self, n: int) -> None:
+        """Report progress within the phase."""
+        self._event = dataclasses.replace(self._event, kind="progress", done=self._event.done + n)
+        self._on_event(self._event)
+
+    def message(self, text: str) -> None:
+        """Report a line of text."""
+        self._on_event(ClientEvent("message", text))
+
+    def done(self) -> None:
+        """The end of a phase is not reported."""

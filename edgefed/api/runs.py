@@ -1,0 +1,82 @@
+"""`simulate` a fleet of devices on this machine, and `export` the model of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edgefed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgefed.simulation.config import SimulationConfig
+    from edgefed.simulation.result import SimulationResult
+    from edgefed.simulation.simulate import SimulationEvent
+
+
+def simulate(
+    config: str | Path | SimulationConfig,
+    out: str | Path = "edgefed-simulation",
+    *,
+    methods: Sequence[str] = (),
+    rounds: int | None = None,
+    seed: int | None = None,
+    on_event: Callable[[SimulationEvent], None] | None = None,
+) -> SimulationResult:
+    """Simulate a fleet: devices train one after another on this machine, in the virtual time of their profiles.
+
+    >>> result = edgefed.simulate("fleet.toml", out="results", on_event=print)            # doctest: +SKIP
+    >>> result.run("hfedmoe").rounds[-1].loss                                             # doctest: +SKIP
+
+    ``config`` is a TOML file or an object. ``methods`` selects some of its methods by their labels; ``rounds`` and
+    ``seed`` replace its values. A simulation that was interrupted continues with the same ``out``.
+
+    Raises ConfigError, UnknownMethod, UnknownProfile, DataError, ModelError, StorageError.
+    """
+    from edgefed.simulation.simulate import simulate as run_simulation
+
+    settings = simulation_settings(config, methods=methods, rounds=rounds, seed=seed)
+    return run_simulation(settings, Path(out), on_event or (lambda event: None))
+
+
+def simulation_settings(
+    config: str | Path | SimulationConfig,
+    *,
+    methods: Sequence[str] = (),
+    rounds: int | None = None,
+    seed: int | None = None,
+) -> SimulationConfig:
+    """What `simulate` runs for these arguments. Raises ConfigError, UnknownMethod, UnknownProfile."""
+    settings: SimulationConfig
+    if isinstance(config, (str, Path)):
+        from edgefed.simulation.config_file import load_simulation
+
+        settings = load_simulation(Path(config))
+    else:
+        settings = config
+    labels = [choice.label for choice in settings.methods]
+    if unknown := [name for name in methods if name not in labels]:
+        raise ConfigError(f"{config} has no method {', '.join(unknown)}; its methods are {', '.join(labels)}")
+    if methods:
+        chosen = tuple(choice for choice in settings.methods if choice.label in methods)
+        settings = dataclasses.replace(settings, methods=chosen)
+    changes = {name: value for name, value in (("rounds", rounds), ("seed", seed)) if value is not None}
+    return dataclasses.replace(settings, **changes)
+
+
+def export(
+    run: str | Path, target: str | Path, *, format: Literal["hf"] = "hf", server_round: int | None = None
+) -> Path:
+    """Write the global model of the run folder ``run`` to the folder ``target``, and return that folder.
+
+    >>> edgefed.export("edgefed-run", "model", format="hf")                               # doctest: +SKIP
+
+    ``format="hf"``: a Hugging Face checkpoint. ``server_round``: the model at the start of this round; None: the
+    newest. Raises ConfigError (unknown format, round not kept, target not empty), StorageError, StateCorrupt.
+    """
+    from edgefed.runs import export_model
+
+    if format != "hf":
+        raise ConfigError(f"invalid `format`: {format!r}; expected hf")
+    return export_model(Path(run), Path(target), server_round)

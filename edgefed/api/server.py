@@ -1,0 +1,296 @@
+"""`Server`: imports a model once, then coordinates the rounds of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from edgefed.config import Setting, check_settings
+from edgefed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgefed.aggregator.rounds import RoundPolicy
+    from edgefed.methods.interface import Method
+    from edgefed.protocol.messages import RunConfig
+else:
+    Method = object
+
+TrainMode = Literal["full", "lora", "none"]
+Option = float | int | str | bool
+
+DEFAULT_METHOD = "hfedmoe"
+DEFAULT_EXTRACTOR = "cnn5"
+TRAINING = (
+    "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "local_steps", "batch_size",
+    "sequence_length", "learning_rate", "weight_decay", "missing", "profile_tokens", "evaluation_tokens",
+)  # fmt: skip
+"""Settings of the training of a language model."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Server:
+    """Coordinate a run: distribute the global model, collect trained updates, aggregate them, repeat.
+
+    >>> import edgefed
+    >>> from edgefed.methods.flux import Flux
+    >>> server = edgefed.Server(model="tiny", method=Flux(pace="own"), rounds=3, port=0)
+    >>> server.serve(on_ready=print)                                                      # doctest: +SKIP
+
+    A setting that is None has its default in a new run, and the run's value in one that continues: `state` names the
+    folder of the run. Raises ConfigError when settings are invalid or contradict each other.
+    """
+
+    model: Annotated[
+        str | Path | None,
+        Setting("`tiny`, a Hugging Face checkpoint folder, or a hub id.", default="tiny, or the run in `state`"),
+    ] = None
+    method: Annotated[
+        str | Method | None,
+        Setting("hfedmoe, flux, fedmoe, a baseline, or a class of your own as file.py:Class or module:Class.",
+                default=DEFAULT_METHOD),
+    ] = None  # fmt: skip
+    extractor: Annotated[
+        str | None,
+        Setting("With fedmoe: the small network that clients share, cnn1 to cnn5 or text-small.",
+                default=DEFAULT_EXTRACTOR),
+    ] = None  # fmt: skip
+    tokenizer: Annotated[
+        str | None,
+        Setting("With `extractor=text-small`: its tokenizer, `tiny`, a checkpoint folder, or a hub id.",
+                default="tiny"),
+    ] = None  # fmt: skip
+    options: Annotated[
+        Mapping[str, Option] | None,
+        Setting("A hyper-parameter of the method; repeatable.", flag="option", metavar="NAME=VALUE"),
+    ] = None
+    rounds: Annotated[int | None, Setting("Number of rounds.", default="5", minimum=1)] = None
+    min_clients: Annotated[
+        int | None, Setting("Clients that must be present before a round starts.", default="2", minimum=1)
+    ] = None
+    clients_per_round: Annotated[int | None, Setting("Clients drawn for each round; default: all.", minimum=1)] = None
+    quorum: Annotated[
+        int | None, Setting("Updates that close a round; default: those of all participants.", minimum=1)
+    ] = None
+    deadline: Annotated[
+        float | None,
+        Setting("Close a round after this time with the updates received so far; default: never.", above=0,
+                metavar="SECONDS"),
+    ] = None  # fmt: skip
+    client_timeout: Annotated[
+        float | None,
+        Setting("Time after which a silent client counts as lost.", default="60", minimum=1, metavar="SECONDS"),
+    ] = None
+    state: Annotated[Path, Setting("Folder of the run; an existing run continues.")] = Path("edgefed-run")
+    host: Annotated[str, Setting("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Setting("Port to listen on; 0 takes any free one.", minimum=0, maximum=65535)] = 8470
+    token: Annotated[
+        str | None,
+        Setting("Secret that every client must present; required unless `host` is local.", variable="EDGEFED_TOKEN"),
+    ] = None
+    train_experts: Annotated[TrainMode | None, Setting("How experts are trained.", default="full")] = None
+    train_router: Annotated[TrainMode | None, Setting("How routers are trained.", default="full")] = None
+    train_attention: Annotated[TrainMode | None, Setting("How attention weights are trained.", default="none")] = None
+    lora_rank: Annotated[int | None, Setting("Rank of LoRA adapters.", default="8", minimum=1)] = None
+    lora_alpha: Annotated[float | None, Setting("Alpha of LoRA adapters.", default="16", above=0)] = None
+    local_steps: Annotated[int | None, Setting("Optimizer steps of a client in a round.", default="20", minimum=1)] = (
+        None
+    )
+    batch_size: Annotated[int | None, Setting("Sequences in a batch.", default="8", minimum=1)] = None
+    sequence_length: Annotated[int | None, Setting("Tokens in a sequence.", default="128", minimum=2)] = None
+    learning_rate: Annotated[float | None, Setting("Learning rate of clients.", default="0.0005", above=0)] = None
+    weight_decay: Annotated[float | None, Setting("Weight decay of clients.", default="0", minimum=0)] = None
+    missing: Annotated[
+        Literal["renormalize", "skip"] | None,
+        Setting("What happens to tokens routed to an expert that is not resident on a client: the next best resident "
+                "expert, or none.", default="renormalize"),
+    ] = None  # fmt: skip
+    profile_tokens: Annotated[
+        int | None,
+        Setting("Most tokens of its training text that a client profiles; 0 means all.", default="16384", minimum=0),
+    ] = None
+    evaluation_tokens: Annotated[
+        int | None,
+        Setting("Most tokens of its held-out text that a client evaluates; 0 means all.", default="4096", minimum=0),
+    ] = None
+    seed: Annotated[int | None, Setting("Seed of the run.", default="0", minimum=0)] = None
+    keep_rounds: Annotated[int, Setting("Rounds whose global model stays on disk; 0 keeps all.", minimum=0)] = 2
+    exit_when_finished: Annotated[bool, Setting("Exit after the last round instead of serving the final model.")] = (
+        False
+    )
+    ready_file: Annotated[Path | None, Setting("Write the address to this file once connections are accepted.")] = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        self.state = Path(self.state)
+        self.run_config: RunConfig | None = None
+        """The run that is served; None before `serve`."""
+        self._running: Any = None
+
+    def serve(
+        self,
+        on_ready: Callable[[str], None] | None = None,
+        *,
+        on_message: Callable[[str], None] | None = None,
+    ) -> None:
+        """Serve until the run is over (``exit_when_finished``), `stop` is called, or the process is interrupted.
+
+        ``on_ready`` gets the URL once connections are accepted, ``on_message`` lines about what happens before. Raises
+        MissingToken, PortInUse, ConfigError, ModelError, StateLocked, StateCorrupt, StorageError.
+        """
+        from edgefed.aggregator.server import AggregatorServer, ServerConfig, bind, check_token
+        from edgefed.aggregator.store import has_run
+
+        tell = on_message or (lambda text: None)
+        check_token(self.host, self.token)
+        bind(self.host, self.port).close()  # a port in use is reported before the import, which takes long
+        if has_run(self.state):
+            self.run_config = self._existing_run()
+            tell(f"continuing the run in {self.state}")
+        else:
+            self.run_config = self._create_run(tell)
+        config = ServerConfig(
+            state_folder=self.state,
+            host=self.host,
+            port=self.port,
+            token=self.token,
+            ready_file=self.ready_file,
+            exit_when_finished=self.exit_when_finished,
+            keep_rounds=self.keep_rounds,
+        )
+        self._running = AggregatorServer(config, on_ready=on_ready or (lambda url: None))
+        self._running.run()
+
+    def stop(self) -> None:
+        """End a running `serve`; callable from any thread. The run continues when it is served again."""
+        if self._running is not None:
+            self._running.stop()
+
+    def _method(self) -> tuple[str, dict[str, Option]]:
+        """(name, options) of the method; one of the user's own is registered."""
+        from edgefed.methods import custom
+
+        options = dict(self.options or {})
+        if self.method is None:
+            return DEFAULT_METHOD, options
+        if isinstance(self.method, str):
+            name = custom.load_method(self.method) if custom.is_location(self.method) else self.method
+            return name, options
+        if options:
+            raise ConfigError("`options` are part of a method object", remedy="Set them where the object is made.")
+        return custom.name_and_options(self.method)
+
+    def _create_run(self, tell: Callable[[str], None]) -> RunConfig:
+        from edgefed.embedded import TINY, resolve_model
+        from edgefed.methods.registry import check_training, make_method
+        from edgefed.protocol.messages import RunConfig
+        from edgefed.runs import import_in_subprocess
+
+        model, tokenizer = str(self.model or TINY), ""
+        name, options = self._method()
+        method = make_method(name, options)
+        if method.personal:
+            model, tokenizer = self._extractor()
+            source = model
+        else:
+            for setting in ("extractor", "tokenizer"):
+                if (value := getattr(self, setting)) is not None:
+                    raise ConfigError(
+                        f"`{setting}={value}` has no effect with `method={name}`",
+                        remedy=f"Remove `{setting}`: it is for fedmoe only.",
+                    )
+            source = resolve_model(model)
+        training = self._training()
+        check_training(method, training.experts)
+        if {training.experts, training.router, training.attention} == {"none"}:
+            raise ConfigError("nothing would be trained: experts, router and attention are all none")
+        run = RunConfig(
+            run_id=secrets.token_hex(8),
+            model=model,
+            method=name,
+            method_options=options,
+            rounds=5 if self.rounds is None else self.rounds,
+            seed=self.seed or 0,
+            training=training,
+            tokenizer=tokenizer,
+        )
+        policy = self._policy(run.rounds)
+        tell(f"importing {run.model} into {self.state}")
+        import_in_subprocess(source, self.state, run, policy, personal=method.personal)
+        return run
+
+    def _training(self) -> Any:
+        from edgefed.protocol.messages import TrainingConfig
+
+        given = {name: getattr(self, name) for name in TRAINING if getattr(self, name) is not None}
+        return TrainingConfig(**{name.removeprefix("train_"): value for name, value in given.items()})
+
+    def _policy(self, rounds: int) -> RoundPolicy:
+        from edgefed.aggregator.rounds import RoundPolicy
+
+        policy = RoundPolicy(
+            rounds=rounds,
+            min_clients=2 if self.min_clients is None else self.min_clients,
+            quorum=self.quorum,
+            deadline_s=self.deadline,
+            clients_per_round=self.clients_per_round,
+            client_timeout_s=60.0 if self.client_timeout is None else self.client_timeout,
+        )
+        policy.check()
+        return policy
+
+    def _extractor(self) -> tuple[str, str]:
+        """(extractor, its tokenizer or "") of a run whose clients have models of their own.
+
+        Raises ConfigError for settings that have no effect there.
+        """
+        from edgefed.embedded import TINY
+        from edgefed.methods.fedmoe import TEXT, FedMoE, extractor_task
+        from edgefed.methods.registry import method_options
+
+        name = self.extractor or DEFAULT_EXTRACTOR
+        reads_text = extractor_task(name) == TEXT
+        if self.tokenizer and not reads_text:
+            raise ConfigError(
+                f"`tokenizer={self.tokenizer}` has no effect with {name}, which takes images",
+                remedy="Remove it, or set `extractor=text-small`.",
+            )
+        for setting in ("model", *TRAINING):
+            if getattr(self, setting) is None or (setting == "sequence_length" and reads_text):
+                continue
+            raise ConfigError(
+                f"`{setting}` has no effect with fedmoe: its clients train models of their own",
+                remedy=f"Set options of the method instead: {', '.join(method_options(FedMoE.name))}.",
+            )
+        return name, (self.tokenizer or TINY) if reads_text else ""
+
+    def _existing_run(self) -> RunConfig:
+        """The run in the state folder. Raises ConfigError for a setting that contradicts it."""
+        from edgefed.methods.registry import make_method
+        from edgefed.runs import RunReader
+
+        with RunReader(self.state) as reader:
+            run = reader.run
+        method, options = self._method() if self.method is not None else (None, dict(self.options or {}))
+        wanted: dict[str, object] = {"model": self.model and str(self.model), "extractor": self.extractor}
+        wanted |= {"method": method, "tokenizer": self.tokenizer, "rounds": self.rounds, "seed": self.seed}
+        wanted |= {name: getattr(self, name) for name in TRAINING}
+        for name, value in wanted.items():
+            attribute = "model" if name == "extractor" else name.removeprefix("train_")
+            found = getattr(run if hasattr(run, attribute) else run.training, attribute)
+            if value is not None and value != found:
+                raise self._contradiction(f"`{name}={value}`", found)
+        if options:
+            found = make_method(run.method, run.method_options)
+            if make_method(run.method, {**run.method_options, **options}) != found:
+                words = ", ".join(f"{name}={value}" for name, value in options.items())
+                raise self._contradiction(f"`options` {words}", found)
+        return run
+
+    def _contradiction(self, asked: str, found: object) -> ConfigError:
+        return ConfigError(
+            f"{asked} was asked for, but the run in {self.state} has {found}",
+            remedy="Remove the setting to continue that run, or start a new one with another `state`.",
+        )

@@ -1,0 +1,112 @@
+"""Makes click commands from settings classes (`edgefed.config`): one definition for flags, variables, file and help."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from edgefed.cli.phrasing import to_flags
+from edgefed.config import SettingField, fields_of, parse_assignments
+
+S = TypeVar("S")
+
+
+class SettingsCommand(click.Command):
+    """A command that calls ``run`` with an instance of ``settings``; ``fields`` are what the user can set."""
+
+    def __init__(self, name: str, settings: type[S], run: Callable[[S], None]) -> None:
+        self.fields = fields_of(settings)
+        self._settings, self._run = settings, run
+        flags = {field.name: f"--{field.flag}" for field in self.fields}
+        params = [_parameter(name, field, flags) for field in self.fields]
+        params += [_renamed(field) for field in self.fields if field.setting.formerly]
+        super().__init__(name, params=params, callback=self._call, help=run.__doc__)
+
+    def _call(self, **values: Any) -> None:
+        given = {field.name: _converted(field, values[field.name]) for field in self.fields}
+        self._run(self._settings(**{name: value for name, value in given.items() if value is not dataclasses.MISSING}))
+
+
+def command(name: str, settings: type[S]) -> Callable[[Callable[[S], None]], SettingsCommand]:
+    """Turn a function of settings into the command ``name``; its docstring is the help text."""
+    return lambda run: SettingsCommand(name, settings, run)
+
+
+def given_as_flag(name: str) -> bool:
+    """Whether the running command got this setting on the command line, rather than from variables or a file."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def variable_of(verb: str, field: SettingField) -> str:
+    """The environment variable of a setting."""
+    return field.setting.variable or f"EDGEFED_{verb}_{field.flag}".upper().replace("-", "_")
+
+
+def default_text(field: SettingField) -> str | None:
+    """The default as help and reference show it; None where there is nothing to show."""
+    if field.setting.default is not None:
+        return field.setting.default
+    if field.required or field.default is None or field.default in (False, ()):
+        return None
+    return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+
+
+def _parameter(verb: str, field: SettingField, flags: Mapping[str, str]) -> click.Parameter:
+    setting, kind = field.setting, _click_type(field)
+    if setting.positional:
+        default = {} if field.required else {"default": field.default}
+        return click.Argument([field.name], type=kind, required=field.required, **default)
+    shown = default_text(field)
+    text = to_flags(setting.help, flags)
+    if setting.default is not None:
+        text = f"{text}  [default: {to_flags(shown or '', flags)}]".strip()
+    many: dict[str, Any] = {"any": {"multiple": True}, "pairs": {"multiple": True}, "two": {"nargs": 2}}.get(
+        field.many, {}
+    )
+    if field.kind is bool:
+        many = {"is_flag": True}
+    return click.Option(
+        [f"--{field.flag}", field.name],
+        type=None if field.kind is bool else kind,
+        help=text or None,
+        default=None if field.required or field.default in (None, ()) else field.default,
+        show_default=shown is not None and setting.default is None,
+        required=field.required,
+        envvar=variable_of(verb, field),
+        metavar=setting.metavar,
+        **many,
+    )
+
+
+def _click_type(field: SettingField) -> click.ParamType:
+    setting = field.setting
+    if field.choices:
+        return click.Choice(field.choices)
+    if field.kind is Path:
+        return click.Path(path_type=Path)
+    if field.kind in (int, float):
+        limits = {"min": setting.minimum if setting.above is None else setting.above, "max": setting.maximum}
+        if field.kind is int:
+            return click.IntRange(**{name: None if value is None else int(value) for name, value in limits.items()})
+        return click.FloatRange(**limits, min_open=setting.above is not None)
+    return click.STRING
+
+
+def _converted(field: SettingField, value: Any) -> Any:
+    if field.many == "pairs":
+        return parse_assignments(value, field.name)
+    return value
+
+
+def _renamed(field: SettingField) -> click.Option:
+    old = field.setting.formerly
+
+    def refuse(ctx: click.Context, param: click.Parameter, value: object) -> None:
+        if value is not None:
+            raise click.UsageError(f"--{old} was renamed: use --{field.flag} {value}")
+
+    return click.Option([f"--{old}", f"formerly_{field.name}"], hidden=True, expose_value=False, callback=refuse)
