@@ -1,7 +1,7 @@
-"""Loader of the optional native part ``edgefed/_native.so``: a shared library with the C interface of csrc/edgefed.h.
+"""Loader of the optional native library ``edgefed/_native.so``, which has the C interface of csrc/edgefed.h.
 
-The library links neither Python nor torch, so this module needs ctypes alone. Where it was not built, everything
-that uses it has a numpy form; whether one may be taken is the caller's decision, not this module's.
+The library links neither Python nor torch, so this module needs only ctypes. Every user of the library also has a form
+without it; the caller decides whether to use that form.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from edgefed.errors import ConfigError
 
 ABI_VERSION = 2
 _SUFFIXES = (".so", ".dylib", ".dll")
 ISA_CODES = {"scalar": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "neon": 10}
-"""enum EfIsa: instruction sets that kernels are written for; `EDGEFED_ISA` names one to force it."""
+"""enum EfIsa: instruction sets that have kernels; the environment variable EDGEFED_ISA forces one."""
 DTYPE_CODES = {"float64": 0, "float32": 1, "float16": 2, "bfloat16": 3, "nf4": 16, "int8": 17}
 """enum EfDtype and enum EfFormat."""
 
 
 class NativeUnavailable(Exception):
-    """The native part cannot be used; the message says why. Never leaves the package: see `kernels.fold`."""
+    """The native library is unavailable; the message is the reason. Internal to the package: see `kernels.fold`."""
 
 
 def find_native() -> Path:
-    """Path of the built library beside this file. Raises NativeUnavailable when there is none."""
+    """Return the path of the built library beside this file. Raises NativeUnavailable if it is missing."""
     return find_library("_native", "a C++ compiler")
 
 
 def find_library(stem: str, built_with: str) -> Path:
-    """Path of a library of this package. Raises NativeUnavailable when there is none, naming what it is built with."""
+    """Return the path of a library of this package. Raises NativeUnavailable, naming what builds it, if missing."""
     folder = Path(__file__).parent
     for path in sorted(folder.glob(f"{stem}*")):
         if path.suffix in _SUFFIXES:
@@ -42,72 +43,78 @@ def find_library(stem: str, built_with: str) -> Path:
 
 @functools.lru_cache(maxsize=8)
 def load_native(path: Path | None = None) -> ctypes.CDLL:
-    """Load the library at ``path``, or the one of this package, and declare its functions.
+    """Load the library at ``path``, by default the one of this package, and declare its functions.
 
-    Raises NativeUnavailable when it is missing, built for another machine, or of another interface version.
+    Raises NativeUnavailable if it is missing, built for another machine, or of another interface version.
     """
     return load_library(path or find_native(), "ef_abi_version", ABI_VERSION, _FUNCTIONS)
 
 
 def load_library(
-    path: Path, version_function: str, abi_version: int, functions: Mapping[str, Sequence[type]]
+    path: Path, version_function: str, abi_version: int, functions: Mapping[str, Sequence[type[Any]]]
 ) -> ctypes.CDLL:
-    """Load a library with a C interface and declare its ``functions``: result, then arguments, of each by name.
+    """Load a library with a C interface and declare its ``functions``: by name, the result and the arguments.
 
-    Raises NativeUnavailable when it cannot be loaded, is of another interface version, or lacks one of them.
+    Raises NativeUnavailable if it cannot be loaded, has another interface version, or lacks a function.
     """
     try:
         library = ctypes.CDLL(str(path))
         version = getattr(library, version_function)()
     except (OSError, AttributeError) as error:
-        raise NativeUnavailable(f"{path} cannot be loaded: {error}") from error
+        raise NativeUnavailable(f"cannot load {path}: {error}") from error
     if version != abi_version:
-        raise NativeUnavailable(f"{path} has interface version {version}, this edgefed needs {abi_version}: rebuild it")
+        raise NativeUnavailable(f"{path} has interface version {version}, expected {abi_version}: rebuild it")
     for name, (result, *arguments) in functions.items():
         try:
             function = getattr(library, name)
         except AttributeError as error:
-            raise NativeUnavailable(f"{path} has no function {name}: rebuild it") from error
+            raise NativeUnavailable(f"{path} lacks the function {name}: rebuild it") from error
         function.argtypes, function.restype = arguments, result
     return library
 
 
 def isa_names(library: ctypes.CDLL) -> list[str]:
-    """The instruction sets that kernels are written for and that this processor has, best first."""
+    """Return the instruction sets of this processor that have kernels, best first."""
     best = [name for name, code in sorted(ISA_CODES.items(), key=lambda item: -item[1])]
     return [name for name in best if library.ef_has_isa(ISA_CODES[name])]
 
 
 def setting(name: str) -> str | None:
-    """``os.environ.get(name)``, which takes twice as long where there is none: every call of a kernel asks."""
+    """Return ``os.environ.get(name)``, in half the time if it is unset: every kernel call reads two settings."""
     if name not in os.environ:
         return None
     return os.environ[name]
 
 
 def isa_code(library: ctypes.CDLL, requested: str | None = None) -> int:
-    """Code of the instruction set ``requested``, or of the one that EDGEFED_ISA names, or of the best one.
+    """Return the code of the instruction set ``requested``, by default that of EDGEFED_ISA, else the best one.
 
-    Raises ConfigError when that one is unknown, or not on this processor.
+    Raises ConfigError if it is unknown, or this processor lacks it.
     """
     requested = requested or setting("EDGEFED_ISA")
     if not requested:
         return _best_isa(library)
     if requested not in ISA_CODES or not library.ef_has_isa(ISA_CODES[requested]):
         raise ConfigError(
-            f"instruction set {requested!r} was asked for, this processor has {', '.join(isa_names(library))}",
-            remedy="Set EDGEFED_ISA to one of them, or leave it out to take the best.",
+            f"invalid instruction set {requested!r}: this processor has {', '.join(isa_names(library))}",
+            remedy="Set EDGEFED_ISA to one of them, or unset it to use the best.",
         )
     return ISA_CODES[requested]
 
 
 @functools.lru_cache(maxsize=8)
 def _best_isa(library: ctypes.CDLL) -> int:
-    return library.ef_best_isa()
+    return int(library.ef_best_isa())
+
+
+@functools.lru_cache(maxsize=32)
+def dtype_code(dtype: object) -> int:
+    """Return the code of a torch dtype. Raises KeyError for one that the library does not know."""
+    return DTYPE_CODES[str(dtype).removeprefix("torch.")]
 
 
 class ExpertGroup(ctypes.Structure):
-    """struct EfGroup: the rows of x that meet one expert's matrix."""
+    """struct EfGroup: the rows of x that are multiplied with one expert's matrix."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -120,7 +127,7 @@ class ExpertGroup(ctypes.Structure):
 
 
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
-_FUNCTIONS: dict[str, list[type]] = {
+_FUNCTIONS: dict[str, list[type[Any]]] = {
     "ef_first_nonfinite": [_L, _P, _I, _L],
     "ef_fold_block": [_L, _P, _P, _I, _L, _D],
     "ef_narrow_block": [_L, _P, _P, _I, _L],

@@ -1,47 +1,51 @@
 """Masked experts on CUDA by the library of csrc/cuda_*.cu: `edgefed.kernels.masked_experts` with the same results.
 
-For devices that Triton does not serve (sm_75, Jetson) and for few tokens everywhere. The host never waits for the
-device: pairs are sorted there, and kernels find their work in device memory. The price: every slot is asked for, needed
-or not, and buffers have room for all T*K pairs, also where most are dropped.
+For devices without Triton support (sm_75, Jetson) and for few tokens everywhere. The host never waits for the device:
+pairs are sorted there, and kernels find their work in device memory. In return, every slot is read, needed or not, and
+buffers have room for all T*K pairs, even if most are dropped.
 
-The backward pass saves tokens, indices, gate weights and the weights as they are stored; it computes the up projection
-again and decodes quantised weights again. With G = dy[token] and D = G W_down of a pair: d weight = D . act + G . bias
-and d act = weight D, so the experts' outputs are not needed. Only where weights learn does it look at the counts, to
-leave the gradient of a slot without tokens None: they were copied to the host during the forward pass.
+The forward pass saves tokens, indices, gate weights and the weights as they are stored; the backward pass computes the
+up projection again and decodes quantized weights again. With G = dy[token] and D = G W_down of a pair: d weight =
+D . act + G . bias and d act = weight D, so the experts' outputs are not needed. The backward pass reads the counts only
+if weights are trainable, to leave the gradient of a slot without tokens None; the forward pass copied them to the host.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from edgefed.kernels.cuda_kernels import CudaKernels, Operand, SortedPairs, cuda_kernels, dtype_code
+from edgefed.kernels.cuda_kernels import CudaKernels, Operand, SortedPairs, cuda_kernels
 from edgefed.kernels.cuda_library import ROWS, TILES
 from edgefed.kernels.dispatch import FEW_TOKENS, Unsupported
 from edgefed.kernels.quantization import QuantizedMatrix
-from edgefed.native import DTYPE_CODES
+from edgefed.native import DTYPE_CODES, dtype_code
+
+if TYPE_CHECKING:
+    from edgefed.kernels.masked_experts import LowRankPair, Slots
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object) -> str | None:
-    """Why this layer is left to the reference, or None."""
+    """Return why this layer needs the reference, or None."""
     if hidden_states.dtype not in _DTYPES:
-        return f"it has no kernel for {hidden_states.dtype}"
+        return f"no kernel for {hidden_states.dtype}"
     if getattr(slots, "streamed", False):
-        return "streamed experts are read one at a time, and CUDA kernels need all of them"
+        return "streamed experts are read one at a time, but CUDA kernels need all of them"
     return None
 
 
-# --- what one call is made of -----------------------------------------------------------------------------------
+# --- the parts of a call ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """One of the two matrices of a slot, with bias and adapter, as indices into the tensors of the call; -1 is none."""
+    """One of a slot's two matrices, with bias and adapter, as indices of the call's tensors; -1 for none."""
 
     data: int
     scale: int
@@ -54,7 +58,7 @@ class Projection:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Everything about a call that is no tensor. ``up_width`` is 2I, or I of an ungated expert."""
+    """Everything about a call except its tensors. ``up_width`` is 2I, or I of an ungated expert."""
 
     kernels: CudaKernels
     ups: tuple[Projection, ...]
@@ -68,7 +72,7 @@ class Call:
 
 
 class _Tensors:
-    """Collects the tensors of a call, and what all its slots must agree on."""
+    """Collects the tensors of a call and the dtypes of its slots."""
 
     def __init__(self) -> None:
         self.all: list[torch.Tensor] = []
@@ -80,7 +84,9 @@ class _Tensors:
         self.all.append(tensor)
         return len(self.all) - 1
 
-    def projection(self, weight: torch.Tensor | QuantizedMatrix, bias: torch.Tensor | None, lora) -> Projection:
+    def projection(
+        self, weight: torch.Tensor | QuantizedMatrix, bias: torch.Tensor | None, lora: LowRankPair | None
+    ) -> Projection:
         self.dtypes.add(weight.dtype)
         if isinstance(weight, QuantizedMatrix):
             data, scale = self.add(weight.packed), self.add(weight.scales())
@@ -93,7 +99,7 @@ class _Tensors:
 
 
 def _prepare(tensors: list[torch.Tensor], call: Call) -> list[torch.Tensor]:
-    """The tensors as kernels want them: contiguous, and of the dtype of the layer unless packed or a scale."""
+    """Make the tensors contiguous and convert them to the layer's dtype, except packed ones and scales."""
     packed = {index for side in (call.ups, call.downs) for p in side if p.scale >= 0 for index in (p.data, p.scale)}
     return [(tensor if index in packed else tensor.to(call.dtype)).contiguous() for index, tensor in enumerate(tensors)]
 
@@ -115,8 +121,10 @@ def _weights(call: Call, side: tuple[Projection, ...], tensors: list[torch.Tenso
     ]
 
 
-def _adapters(call: Call, side: tuple[Projection, ...], tensors: list[torch.Tensor], which: int, scaled: bool):
-    """(rank, operands by slot) of the matrices A (which 0) or B (1), one for each rank that occurs."""
+def _adapters(
+    call: Call, side: tuple[Projection, ...], tensors: list[torch.Tensor], which: Literal[0, 1], scaled: bool
+) -> Iterator[tuple[int, list[Operand | None]]]:
+    """Yield (rank, operands by slot) of the matrices A (which 0) or B (1) for each rank that occurs."""
     own = dtype_code(call.dtype)
     for rank in sorted({p.rank for p in side if p.lora is not None}):
         yield (
@@ -139,7 +147,7 @@ def project(
     x_rows: torch.Tensor | None,
     outputs: int,
 ) -> torch.Tensor:
-    """(T*K, outputs): a projection of all positions, with biases and adapters."""
+    """Compute a projection of all positions, (T*K, outputs), with biases and adapters."""
     run, kernel = call.kernels.grouped_matmul, call.kernel
     weights = _weights(call, side, tensors, biased=True)
     y = run(weights, pairs, x, x_rows, outputs, transposed=call.is_transposed, kernel=kernel)
@@ -160,7 +168,7 @@ def back_project(
     dy_rows: torch.Tensor | None,
     inputs: int,
 ) -> torch.Tensor:
-    """(T*K, inputs): the gradient of a projection's input, for dy (T*K, out) or dy[dy_rows]."""
+    """Compute the gradient of a projection's input, (T*K, inputs), for dy (T*K, out) or dy[dy_rows]."""
     run = call.kernels.grouped_matmul
     weights = _weights(call, side, tensors, biased=False)
     dx = run(weights, pairs, dy, dy_rows, inputs, transposed=not call.is_transposed, kernel=call.kernel)
@@ -182,11 +190,13 @@ def weight_gradients(
     x_rows: torch.Tensor | None,
     wants: Callable[[int], bool],
 ) -> dict[int, torch.Tensor]:
-    """Gradients of weights, biases and adapters of a projection, by index of the tensor. x (T*K, in) or x[x_rows]."""
+    """Compute a projection's gradients of weights, biases and adapters by tensor index. x (T*K, in) or x[x_rows]."""
     found: dict[int, torch.Tensor] = {}
     outer, run = call.kernels.grouped_outer, call.kernels.grouped_matmul
 
-    def collect(indices: list[int], alphas: list[float], a, b, b_rows) -> None:
+    def collect(
+        indices: list[int], alphas: list[float], a: torch.Tensor, b: torch.Tensor, b_rows: torch.Tensor | None
+    ) -> None:
         wanted = [alpha if wants(index) else None for index, alpha in zip(indices, alphas, strict=True)]
         if any(alpha is not None for alpha in wanted):
             for index, gradient in zip(indices, outer(wanted, pairs, a, b, b_rows), strict=True):
@@ -221,7 +231,7 @@ def weight_gradients(
 
 
 def forward(call: Call, x: torch.Tensor, tensors: list[torch.Tensor], pairs: SortedPairs) -> torch.Tensor:
-    """Outputs of all positions, (T*K, H)."""
+    """Compute the outputs of all positions, (T*K, H)."""
     up = project(call, call.ups, tensors, pairs, x, pairs.tokens, call.up_width)
     return project(call, call.downs, tensors, pairs, call.activation(up), None, x.shape[1])
 
@@ -236,9 +246,9 @@ def backward(
     needs_x: bool,
     wants: Callable[[int], bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor, dict[int, torch.Tensor]]:
-    """Gradients of x (T, H), weights (T, K) float32 and tensors by index. dy and x in the dtype of the layer."""
+    """Compute the gradients of x (T, H), weights (T, K) float32 and tensors by index. dy, x: the layer's dtype."""
     kernels = call.kernels
-    learns = any(wants(index) for p in call.downs for index in (p.data, p.bias, *(p.lora[:2] if p.lora else ())))
+    trains_down = any(wants(index) for p in call.downs for index in (p.data, p.bias, *(p.lora[:2] if p.lora else ())))
     up = project(call, call.ups, tensors, pairs, x, pairs.tokens, call.up_width)
     with torch.enable_grad():
         source = up.detach().requires_grad_()
@@ -250,7 +260,7 @@ def backward(
     if any(p.bias >= 0 for p in call.downs):
         d_weights += _bias_dots(call, dy, pairs, tensors)
     gradients: dict[int, torch.Tensor] = {}
-    if learns:
+    if trains_down:
         weighted = kernels.spread(dy, pairs, weights)
         gradients.update(weight_gradients(call, call.downs, tensors, pairs, weighted, inner, None, wants))
     (d_up,) = torch.autograd.grad(act, source, d_act)
@@ -265,7 +275,7 @@ def backward(
 
 
 def _bias_dots(call: Call, dy: torch.Tensor, pairs: SortedPairs, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """dy[token] . b_down of each pair, (T, K) float32; 0 where there is no bias or no pair."""
+    """Compute dy[token] . b_down of each pair, (T, K) float32; 0 without a bias or a pair."""
     zero = torch.zeros(dy.shape[1], dtype=dy.dtype, device=dy.device)
     biases = torch.stack([tensors[p.bias] if p.bias >= 0 else zero for p in call.downs])  # (S, H)
     table = dy.float() @ biases.float().t()  # (T, S)
@@ -276,30 +286,37 @@ def _bias_dots(call: Call, dy: torch.Tensor, pairs: SortedPairs, tensors: list[t
 
 
 def _counts_to_host(pairs: SortedPairs) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """Begins by slot on the host, and the event that says when they are there."""
+    """Copy the begins by slot to the host; the event tells when they have arrived."""
     begins = pairs.begins()
     if not begins.is_cuda:
         return begins.clone(), None
     host = torch.empty(begins.shape, dtype=begins.dtype, pin_memory=True)
     host.copy_(begins, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(begins.device))
     return host, event
 
 
 class _MaskedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, hidden, weights, pairs, *tensors):
+    def forward(
+        ctx: Any,
+        call: Call,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        pairs: SortedPairs,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.call, ctx.num_slots = call, pairs.num_slots
-        ctx.learns = any(ctx.needs_input_grad[4:])
-        ctx.counts = _counts_to_host(pairs) if ctx.learns else None
+        ctx.trains = any(ctx.needs_input_grad[4:])
+        ctx.counts = _counts_to_host(pairs) if ctx.trains else None
         ctx.save_for_backward(hidden, weights, pairs.order, pairs.tokens, pairs.place, pairs.work, *tensors)
         rows = forward(call, hidden.to(call.dtype), _prepare(list(tensors), call), pairs)
         return call.kernels.combine(rows.to(hidden.dtype), pairs, weights.float().contiguous())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         hidden, weights, order, tokens, place, work, *tensors = ctx.saved_tensors
         call, pairs = ctx.call, SortedPairs(order, tokens, place, work, ctx.num_slots)
         needed = ctx.needs_input_grad[4:]
@@ -313,7 +330,7 @@ class _MaskedExperts(torch.autograd.Function):
             ctx.needs_input_grad[1],
             lambda index: index >= 0 and needed[index],
         )
-        if ctx.learns:
+        if ctx.trains:
             begins, event = ctx.counts
             if event is not None:
                 event.synchronize()
@@ -336,25 +353,28 @@ class _MaskedExperts(torch.autograd.Function):
         )
 
 
+_apply: Callable[..., torch.Tensor] = _MaskedExperts.apply
+
+
 # --- the operation ----------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def masked_experts(
     hidden_states: torch.Tensor,
     slot_indices: torch.Tensor,
     expert_weights: torch.Tensor,
-    slots,
+    slots: Slots,
     activation: Callable[[torch.Tensor], torch.Tensor],
     is_transposed: bool,
     *,
     kernels: CudaKernels | None = None,
     kernel: int | None = None,
 ) -> torch.Tensor:
-    """As `edgefed.kernels.masked_experts.masked_experts`, which see; but every slot is asked for, and a slot >= S stops
-    the device. ``kernels``: others than the installed ones; ``kernel``: one of `cuda_library`, None to choose.
+    """Compute `edgefed.kernels.masked_experts.masked_experts` on CUDA.
 
-    Raises Unsupported where slots do not agree on a dtype or shape, or have one that there is no kernel for.
+    Every slot is read, and a slot >= S aborts the device. ``kernels``: None for the installed ones; ``kernel``: one of
+    `cuda_library`, None to choose. Raises Unsupported if slots differ in dtype or shape, or have one without a kernel.
     """
     if slot_indices.numel() == 0 or len(slots) == 0:
         return torch.zeros_like(hidden_states)
@@ -368,9 +388,9 @@ def masked_experts(
         raise Unsupported(f"slots differ in dtype or shape: {sorted(map(str, tensors.dtypes))}, {sorted(shapes)}")
     (dtype,), ((up, down),) = tensors.dtypes, shapes
     if dtype not in _DTYPES:
-        raise Unsupported(f"it has no kernel for weights of {dtype}")
+        raise Unsupported(f"no kernel for weights of {dtype}")
     kernel = kernel if kernel is not None else ROWS if hidden_states.shape[0] < FEW_TOKENS else TILES
     side = 1 if is_transposed else 0
     call = Call(kernels, ups, downs, dtype, up[side], down[1 - side], activation, is_transposed, kernel)
     pairs = kernels.sort_pairs(slot_indices, len(experts))
-    return _MaskedExperts.apply(call, hidden_states, expert_weights, pairs, *tensors.all)
+    return _apply(call, hidden_states, expert_weights, pairs, *tensors.all)

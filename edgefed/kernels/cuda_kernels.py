@@ -1,13 +1,12 @@
-"""The functions of csrc/edgefed_cuda.h on tensors. Nothing here waits for the device, except where it says so.
+"""The functions of csrc/edgefed_cuda.h, called with tensors. They do not wait for the device unless stated.
 
-All work goes to the current stream of the tensors' device. T tokens, K experts a token, T*K pairs, S slots; positions
-are the places of pairs sorted by slot. How many pairs are kept is known on the device only, so buffers have T*K rows,
-and rows beyond the kept ones are undefined.
+All work is queued on the current stream of the tensors' device. T tokens, K experts a token, T*K pairs, S slots;
+positions are the places of pairs sorted by slot. The number of pairs that remain without the dropped ones is known only
+on the device, so buffers have T*K rows, and the rows beyond that number are undefined.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -16,14 +15,15 @@ from collections.abc import Sequence
 import torch
 
 from edgefed.kernels.cuda_library import CudaMatrix, error_text, load_cuda
-from edgefed.native import DTYPE_CODES
+from edgefed.native import dtype_code
 
-_NO_FAULT = -1  # of quantisation: the largest uint64
+_NO_ERROR = -1
+"""Place of an error in quantization, initially the largest uint64."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """A weight (rows, columns) on the device: dense, or packed with its absmax. ``code`` is of enum EfFormat."""
+    """A weight (rows, columns) on the device, dense or packed with its absmax. ``code`` is of enum EfFormat."""
 
     data: torch.Tensor
     code: int
@@ -35,7 +35,7 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class SortedPairs:
-    """The pairs of a layer by slot; see ef_cuda_sort_pairs. ``place`` (T, K), the others one-dimensional, int32."""
+    """The pairs of a layer by slot; see ef_cuda_sort_pairs. ``place`` is (T, K), the others one-dimensional; int32."""
 
     order: torch.Tensor
     tokens: torch.Tensor
@@ -45,15 +45,12 @@ class SortedPairs:
 
     @property
     def num_pairs(self) -> int:
+        """T*K, dropped pairs included."""
         return self.place.numel()
 
     def begins(self) -> torch.Tensor:
-        """(S + 1,) begin of each slot's positions; the last is how many pairs are kept."""
+        """Return the begin of each slot's positions, (S + 1,); the last is the number of pairs that are not dropped."""
         return self.work[: self.num_slots + 1]
-
-
-def dtype_code(dtype: torch.dtype) -> int:
-    return DTYPE_CODES[str(dtype).removeprefix("torch.")]
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
@@ -62,12 +59,12 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 @functools.lru_cache(maxsize=1)
 def cuda_kernels() -> CudaKernels:
-    """The kernels of the installed library. Raises NativeUnavailable."""
+    """Return the kernels of the installed library. Raises NativeUnavailable."""
     return CudaKernels(load_cuda())
 
 
 class CudaKernels:
-    """The functions of one library. ``emulated``: it runs on the CPU, and so are its tensors (tests)."""
+    """The functions of one library. ``emulated``: library and tensors are on the CPU (for tests)."""
 
     def __init__(self, library: ctypes.CDLL, *, emulated: bool = False):
         self.library = library
@@ -75,22 +72,22 @@ class CudaKernels:
 
     def _call(self, name: str, like: torch.Tensor, *arguments: object) -> None:
         """Call a function that ends in (device, stream), for the device of ``like``."""
+        function = getattr(self.library, name)
         if self.emulated:
-            device, stream, guard = 0, None, contextlib.nullcontext()
+            code = function(*arguments, 0, None)
+        elif like.is_cuda:
+            with torch.cuda.device(like.device):
+                stream = torch.cuda.current_stream(like.device).cuda_stream
+                code = function(*arguments, like.device.index, stream)
         else:
-            if not like.is_cuda:
-                raise ValueError(f"expected a CUDA tensor, found one on {like.device}")
-            device, guard = like.device.index, torch.cuda.device(like.device)
-            stream = torch.cuda.current_stream(like.device).cuda_stream
-        with guard:
-            code = getattr(self.library, name)(*arguments, device, stream)
+            raise ValueError(f"expected a CUDA tensor, found one on {like.device}")
         if code != 0:
             raise RuntimeError(f"{name} failed: {error_text(self.library, code)}")
 
     # --- experts --------------------------------------------------------------------------------------------------
 
     def sort_pairs(self, slot_indices: torch.Tensor, num_slots: int) -> SortedPairs:
-        """Sort the pairs of slot_indices (T, K) by slot, dropping those < 0. A slot >= S stops the device."""
+        """Sort the pairs of slot_indices (T, K) by slot and drop those < 0. A slot >= S aborts the device."""
         slots = slot_indices.to(torch.int64).contiguous()
         pairs = slots.numel()
 
@@ -120,16 +117,16 @@ class CudaKernels:
         kernel: int,
         add_to: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Y (T*K, outputs): each position's row of x, or of x[x_rows], times its slot's W^T (``transposed``: W).
+        """Compute Y (T*K, outputs): each position's row of x or x[x_rows] times its slot's W^T (``transposed``: W).
 
-        ``operands`` by slot; None leaves the slot's rows alone. ``add_to``: add to this y instead of a new one.
+        ``operands`` by slot; None skips the slot's rows. ``add_to``: add to this y instead of a new one.
         """
         x = x.contiguous()
         y = torch.empty(pairs.num_pairs, outputs, dtype=x.dtype, device=x.device) if add_to is None else add_to
         table = (CudaMatrix * max(len(operands), 1))()
         for slot, operand in enumerate(operands):
             if operand is not None:
-                table[slot] = (
+                table[slot] = CudaMatrix(
                     operand.data.data_ptr(), _pointer(operand.scale), _pointer(operand.bias), operand.code,
                     operand.blocksize, operand.alpha, 0,
                 )  # fmt: skip
@@ -148,7 +145,7 @@ class CudaKernels:
         b: torch.Tensor,
         b_rows: torch.Tensor | None,
     ) -> list[torch.Tensor | None]:
-        """By slot alpha * sum_p a[p] b[p]^T, (M, N), of a (T*K, M) and b (T*K, N) or b[b_rows].
+        """Compute, by slot, alpha * sum_p a[p] b[p]^T, (M, N), of a (T*K, M) and b (T*K, N) or b[b_rows].
 
         ``wanted`` by slot: alpha, or None for no result. A slot without pairs gives zeros.
         """
@@ -167,7 +164,7 @@ class CudaKernels:
         return results
 
     def combine(self, rows: torch.Tensor, pairs: SortedPairs, weights: torch.Tensor | None) -> torch.Tensor:
-        """Y (T, H): the sum over k, in order and in float32, of weights (T, K) float32 times rows at place (T, K)."""
+        """Compute Y (T, H): the ordered float32 sum over k of weights (T, K) float32 times rows at place (T, K)."""
         tokens, top_k = pairs.place.shape
         y = torch.empty(tokens, rows.shape[1], dtype=rows.dtype, device=rows.device)
         self._call(
@@ -177,7 +174,7 @@ class CudaKernels:
         return y
 
     def spread(self, y: torch.Tensor, pairs: SortedPairs, weights: torch.Tensor) -> torch.Tensor:
-        """Rows (T*K, H): the token's row of y (T, H) times the pair's weight, float32 (T, K)."""
+        """Compute rows (T*K, H): the token's row of y (T, H) times the pair's weight, float32 (T, K)."""
         y = y.contiguous()
         rows = torch.empty(pairs.num_pairs, y.shape[1], dtype=y.dtype, device=y.device)
         self._call(
@@ -195,7 +192,7 @@ class CudaKernels:
         weights: torch.Tensor | None,
         dots: torch.Tensor,
     ) -> None:
-        """Dots (T, K) float32 = <a, b> of each kept pair, a (T*K, N), b (T*K, N) or b[b_rows]. Then a *= weights."""
+        """Compute dots (T, K) = <a, b> of each pair, a (T*K, N), b (T*K, N) or b[b_rows], then a *= weights."""
         self._call(
             "ef_cuda_pair_dots", a, a.data_ptr(), b.data_ptr(), _pointer(b_rows), pairs.order.data_ptr(),
             _pointer(weights), pairs.work.data_ptr(), pairs.num_slots, dots.data_ptr(), dtype_code(a.dtype),
@@ -212,8 +209,10 @@ class CudaKernels:
         weights: torch.Tensor,
         kind: int = 0,
     ) -> None:
-        """Add one batch to ``statistics`` (6, E) float64, contiguous, as `edgefed.kernels.router_statistics` does, but
-        always in the same order. ``kind`` is a place in its GATE_KINDS. An index outside the experts stops the device.
+        """Add one batch to ``statistics`` (6, E), contiguous float64, as `edgefed.kernels.router_statistics`.
+
+        The order of additions is fixed. ``kind`` is an index of its GATE_KINDS. An index outside the experts aborts the
+        device.
         """
         if statistics.dtype != torch.float64 or not statistics.is_contiguous():
             raise ValueError(f"expected contiguous float64 statistics, found {statistics.dtype}")
@@ -229,16 +228,16 @@ class CudaKernels:
             indices.shape[1], partials.data_ptr(),
         )  # fmt: skip
 
-    # --- quantisation ---------------------------------------------------------------------------------------------
+    # --- quantization ---------------------------------------------------------------------------------------------
 
     def quantize(self, stack: torch.Tensor, format: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(S, rows, columns), contiguous, to packed and absmax, each with a first dimension S.
+        """Quantize (S, rows, columns), contiguous, to packed and absmax, each with a first dimension S.
 
-        Waits once, to raise ValueError where a weight is not finite (int8: beyond float16).
+        Waits for the device once, to raise ValueError if a weight is not finite (int8: beyond float16).
         """
         experts, rows, columns = stack.shape
         size, device, dtype = rows * columns, stack.device, dtype_code(stack.dtype)
-        error = torch.full((1,), _NO_FAULT, dtype=torch.int64, device=device)
+        error = torch.full((1,), _NO_ERROR, dtype=torch.int64, device=device)
         if format == "int8":
             packed = torch.empty(stack.shape, dtype=torch.int8, device=device)
             absmax = torch.empty(experts, rows, device=device)
@@ -249,7 +248,7 @@ class CudaKernels:
         else:
             packed = torch.empty(experts, (size + 1) // 2, dtype=torch.uint8, device=device)
             absmax = torch.empty(experts, -(-size // blocksize), device=device)
-            together = size % blocksize == 0  # experts that are whole blocks are one flat tensor
+            together = size % blocksize == 0  # experts of whole blocks are one flat tensor
             for first in range(1 if together else experts):
                 self._call(
                     "ef_cuda_quantize_nf4", stack, stack[first].data_ptr() if experts else None, dtype,
@@ -257,15 +256,15 @@ class CudaKernels:
                     absmax[first:].data_ptr(), error.data_ptr(),
                 )  # fmt: skip
         place = int(error.item())
-        if place != _NO_FAULT:
+        if place != _NO_ERROR:
             where = f"row {place % max(rows, 1)} of expert {place // max(rows, 1)}" if format == "int8" else "a block"
-            raise ValueError(f"a weight is infinite, not a number, or too large for float16, in {where}")
+            raise ValueError(f"a weight is infinite, NaN or too large for float16, in {where}")
         return packed, absmax
 
     def dequantize(
         self, packed: torch.Tensor, scales: torch.Tensor, format: str, blocksize: int, out: torch.Tensor
     ) -> None:
-        """Write the values of a matrix or stack into ``out``, contiguous, (rows, columns) or (S, rows, columns)."""
+        """Write the values of a matrix or stack to ``out``, contiguous, (rows, columns) or (S, rows, columns)."""
         packed, scales, dtype = packed.contiguous(), scales.contiguous(), dtype_code(out.dtype)
         if format == "int8":
             self._call(
@@ -275,7 +274,7 @@ class CudaKernels:
             return
         size = out.shape[-2] * out.shape[-1]
         together = out.ndim == 2 or size % blocksize == 0
-        pieces = [(packed, scales, out)] if together else zip(packed, scales, out, strict=True)
+        pieces = [(packed, scales, out)] if together else list(zip(packed, scales, out, strict=True))
         for codes, absmax, values in pieces:
             self._call(
                 "ef_cuda_dequantize_nf4", out, codes.data_ptr(), absmax.data_ptr(), values.numel(), blocksize,

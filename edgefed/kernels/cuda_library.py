@@ -1,7 +1,7 @@
-"""Loader of the optional CUDA part ``edgefed/_cuda.so``: a shared library with the C interface of csrc/edgefed_cuda.h.
+"""Loader of the optional CUDA library ``edgefed/_cuda.so``, which has the C interface of csrc/edgefed_cuda.h.
 
-It holds its own CUDA runtime, links neither Python nor torch, and loads on a machine without a driver. This module
-needs ctypes alone; `edgefed.kernels.cuda_kernels` calls the functions with tensors.
+It contains the CUDA runtime, links neither Python nor torch, and loads on a machine without a driver. This module needs
+only ctypes; `edgefed.kernels.cuda_kernels` calls the functions with tensors.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any
 
 from edgefed.native import NativeUnavailable, find_library, load_library
 
@@ -18,7 +19,7 @@ ROWS, TILES, PLAIN = 0, 1, 2
 
 
 class CudaMatrix(ctypes.Structure):
-    """struct EfCudaMatrix: what one slot brings to a product. All zero: it takes no part."""
+    """struct EfCudaMatrix: the operand of one slot in a product. All zero: the slot is skipped."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -32,21 +33,21 @@ class CudaMatrix(ctypes.Structure):
 
 
 def find_cuda() -> Path:
-    """Path of the built library. Raises NativeUnavailable when there is none."""
+    """Return the path of the built library. Raises NativeUnavailable if it is missing."""
     return find_library("_cuda", "nvcc")
 
 
 @functools.lru_cache(maxsize=8)
 def load_cuda(path: Path | None = None) -> ctypes.CDLL:
-    """Load the library at ``path``, or the one of this package, and declare its functions.
+    """Load the library at ``path``, by default the one of this package, and declare its functions.
 
-    Raises NativeUnavailable when it is missing, built for another machine, or of another interface version.
+    Raises NativeUnavailable if it is missing, built for another machine, or of another interface version.
     """
     return load_library(path or find_cuda(), "ef_cuda_abi_version", ABI_VERSION, _FUNCTIONS)
 
 
 def why_not_cuda(device: int = 0) -> str | None:
-    """Why the kernels of the library cannot run on a device, or None."""
+    """Return why the library's kernels cannot run on a device, or None."""
     try:
         library = load_cuda()
     except NativeUnavailable as error:
@@ -56,14 +57,14 @@ def why_not_cuda(device: int = 0) -> str | None:
 
 
 def error_text(library: ctypes.CDLL, code: int) -> str:
-    """What a result other than 0 means."""
+    """Describe a result other than 0."""
     if code > 0:
         return f"{library.ef_cuda_error_text(code).decode()} (CUDA error {code})"
     return {-2: "unknown dtype", -3: "no kernel for this shape"}.get(code, f"code {code}")
 
 
 _P, _I, _L, _S = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p
-_FUNCTIONS: dict[str, list[type]] = {
+_FUNCTIONS: dict[str, list[type[Any]]] = {
     "ef_cuda_abi_version": [_I],
     "ef_cuda_device_ready": [_I, _I],
     "ef_cuda_error_text": [_S, _I],

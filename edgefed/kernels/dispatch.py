@@ -95,6 +95,22 @@ def register_backend(
     _backends.insert(place, Backend(operation, name, device_type, why_not, detail, only_by_name, for_few_tokens))
 
 
+@contextlib.contextmanager
+def temporary_backends() -> Iterator[None]:
+    """Discard, after the block, what was registered, chosen and logged in it: for tests and experiments."""
+    saved = list(_backends), dict(_chosen), set(_logged)
+    _chosen.clear()
+    _logged.clear()
+    try:
+        yield
+    finally:
+        _backends[:] = saved[0]
+        _chosen.clear()
+        _chosen.update(saved[1])
+        _logged.clear()
+        _logged.update(saved[2])
+
+
 def run_best(
     operation: str, device_type: str, requested: str, run: Callable[[str], Result], *, few_tokens: bool = False
 ) -> Result:
@@ -244,14 +260,15 @@ def why_not_triton() -> str | None:
         from edgefed.triton_kernels.availability import why_not
     except ImportError as error:
         return f"the Triton kernels cannot be imported: {error}"
-    return why_not()
+    reason: str | None = why_not()
+    return reason
 
 
 def triton_detail() -> str:
     """Return what the Triton kernels run with."""
     from edgefed.triton_kernels.availability import detail
 
-    return detail()
+    return str(detail())
 
 
 def why_not_cuda() -> str | None:

@@ -1,14 +1,14 @@
-"""Weighted sums of raw tensor blocks: the arithmetic of aggregation, in float64 whatever the tensors are.
+"""Weighted sums of raw tensor blocks: the arithmetic of aggregation, always in float64.
 
     acc (n,) float64 += weight * raw (n,)        first_nonfinite, fold_block
     raw (n,) of the unit's dtype = round(acc)    narrow_block
 
 ``raw`` holds the bits of a float dtype of a tensor frame (`edgefed.protocol.frames.storage_dtype`: BF16 as uint16).
-Product and sum are rounded separately, 2**-53 each, so the error of even 2**20 clients is far below the last bit of a
-float32 result. Elements do not depend on each other: neither block size, thread nor vector width changes a bit.
+Product and sum are rounded separately, by 2**-53 each, so the error of even 2**20 clients is far below the last bit of
+a float32 result. Elements are independent: block size, threads and vector width never change a bit.
 
-Two backends with the same bits, tests/kernels/test_fold.py holds them to it: ``numpy`` is the specification,
-``native`` (csrc/fold.cpp) saves its temporaries and releases the interpreter. Knows no torch.
+Two backends give the same bits (tests/kernels/test_fold.py): ``numpy`` is the specification; ``native`` (csrc/fold.cpp)
+avoids temporaries and releases the interpreter lock. Needs no torch.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _EXPONENT: dict[str, np.unsignedinteger] = {
 
 
 def first_nonfinite_reference(raw: np.ndarray, dtype: str) -> int:
-    """Index of the first infinity or NaN in ``raw`` (n,), or -1."""
+    """Return the index of the first infinity or NaN in ``raw`` (n,), or -1."""
     exponent = _EXPONENT[dtype]
     bad = (raw.view(exponent.dtype) & exponent) == exponent
     return int(bad.argmax()) if bad.any() else -1
 
 
 def fold_block_reference(accumulator: np.ndarray, raw: np.ndarray, dtype: str, weight: float) -> int:
-    """``accumulator += weight * raw``. Returns `first_nonfinite_reference`; adds nothing unless that is -1."""
+    """Compute ``accumulator += weight * raw``. Returns `first_nonfinite_reference`; adds only if that is -1."""
     bad = first_nonfinite_reference(raw, dtype)
     if bad < 0:
         accumulator += np.float64(weight) * widen(raw, dtype).astype(np.float64, copy=False)
@@ -54,7 +54,7 @@ def fold_block_reference(accumulator: np.ndarray, raw: np.ndarray, dtype: str, w
 
 def narrow_block_reference(accumulator: np.ndarray, dtype: str, out: np.ndarray) -> None:
     """Round ``accumulator`` (n,) float64 into ``out`` (n,), the raw bits of ``dtype``: to nearest, ties to even."""
-    with np.errstate(over="ignore"):  # beyond the type's range is infinity, as in the native form
+    with np.errstate(over="ignore"):  # values beyond the range become infinity, as in the native form
         out[:] = narrow(accumulator, dtype)
 
 
@@ -63,7 +63,7 @@ def narrow_block_reference(accumulator: np.ndarray, dtype: str, out: np.ndarray)
 
 @dataclasses.dataclass(frozen=True)
 class FoldBackend:
-    """One implementation of the three functions; ``name`` is "native" or "numpy". Arrays must be contiguous."""
+    """One implementation of the three functions, "native" or "numpy". Arrays must be contiguous."""
 
     name: str
     first_nonfinite: Callable[[np.ndarray, str], int]
@@ -75,16 +75,17 @@ NUMPY = FoldBackend("numpy", first_nonfinite_reference, fold_block_reference, na
 
 
 def native_backend(library_path: Path | None = None) -> FoldBackend:
-    """The backend of the shared library. Raises NativeUnavailable."""
+    """Return the backend of the native library. Raises NativeUnavailable."""
     library = load_native(library_path)
 
     def first_nonfinite(raw: np.ndarray, dtype: str) -> int:
         _check(raw, dtype)
-        return library.ef_first_nonfinite(raw.ctypes.data, _NATIVE_DTYPE[dtype], raw.size)
+        return int(library.ef_first_nonfinite(raw.ctypes.data, _NATIVE_DTYPE[dtype], raw.size))
 
     def fold_block(accumulator: np.ndarray, raw: np.ndarray, dtype: str, weight: float) -> int:
         _check(raw, dtype, accumulator)
-        return library.ef_fold_block(accumulator.ctypes.data, raw.ctypes.data, _NATIVE_DTYPE[dtype], raw.size, weight)
+        code = _NATIVE_DTYPE[dtype]
+        return int(library.ef_fold_block(accumulator.ctypes.data, raw.ctypes.data, code, raw.size, weight))
 
     def narrow_block(accumulator: np.ndarray, dtype: str, out: np.ndarray) -> None:
         _check(out, dtype, accumulator)
@@ -94,7 +95,7 @@ def native_backend(library_path: Path | None = None) -> FoldBackend:
 
 
 def _check(raw: np.ndarray, dtype: str, accumulator: np.ndarray | None = None) -> None:
-    """Foreign code gets raw pointers: what they point to is checked here, not trusted."""
+    """Check arrays whose pointers go to foreign code."""
     if dtype not in FLOAT_DTYPES or raw.dtype != storage_dtype(dtype) or not raw.flags.c_contiguous:
         raise ValueError(f"expected contiguous raw bits of a float dtype, found {raw.dtype} for {dtype}")
     if accumulator is not None and (
@@ -107,21 +108,21 @@ def _check(raw: np.ndarray, dtype: str, accumulator: np.ndarray | None = None) -
 
 @functools.lru_cache(maxsize=4)
 def select_backend(requested: str = "auto") -> FoldBackend:
-    """Choose a backend: "native", "numpy", or "auto", which prefers native and logs its choice once.
+    """Return a backend: "native", "numpy", or "auto", which prefers native and logs its choice once.
 
-    Raises ConfigError when "native" is asked for and cannot be had, or for any other name.
+    Raises ConfigError if "native" is requested and unavailable, and for any other name.
     """
     if requested == "numpy":
         return NUMPY
     if requested not in ("auto", "native"):
-        raise ConfigError(f"fold backend {requested!r} is none of auto, native, numpy")
+        raise ConfigError(f"invalid fold backend {requested!r}, expected auto, native or numpy")
     try:
         backend = native_backend()
     except NativeUnavailable as error:
         if requested == "native":
             raise ConfigError(
-                f"fold backend native was asked for, but {error}",
-                remedy="Install edgefed where a C++ compiler is present, or ask for auto or numpy.",
+                f"the requested fold backend native is unavailable: {error}",
+                remedy="Install edgefed with a C++ compiler present, or request auto or numpy.",
             ) from error
         logger.info("aggregation uses numpy: %s", error)
         return NUMPY

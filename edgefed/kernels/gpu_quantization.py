@@ -1,7 +1,7 @@
-"""Quantisation on a GPU: what `edgefed.kernels.quantization` asks of Triton and of the CUDA library.
+"""Quantization on a GPU by Triton or the CUDA library, for `edgefed.kernels.quantization`.
 
-Both write the bytes of the reference. The one wait for the device is for the answer whether all weights are finite;
-dequantising never waits.
+Both write the bytes of the reference. Quantization waits for the device once, to check that all weights are finite;
+dequantization never waits.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ from edgefed.kernels.dispatch import Unsupported
 
 
 def quantize(name: str, stack: torch.Tensor, format: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed and absmax of a contiguous stack (S, rows, columns), by "triton" or "cuda".
+    """Return packed and absmax of a contiguous stack (S, rows, columns), by "triton" or "cuda".
 
-    Raises ValueError where a weight is not finite (int8: beyond float16), Unsupported for what has no kernel.
+    Raises ValueError if a weight is not finite (int8: beyond float16), Unsupported for shapes without a kernel.
     """
     if name == "cuda":
-        return _cuda().quantize(stack, format, blocksize)
+        from edgefed.kernels.cuda_kernels import cuda_kernels
+
+        return cuda_kernels().quantize(stack, format, blocksize)
     _refuse_part_blocks(format, stack.shape[-2] * stack.shape[-1], blocksize)
     if stack.numel():
-        extremes = torch.stack(torch.aminmax(stack))  # not a number where any is
+        extremes = torch.stack(torch.aminmax(stack))  # NaN if any weight is NaN
         if format == "int8":
             extremes = extremes.to(torch.float16)
         if not torch.isfinite(extremes).all():
-            raise ValueError("a weight is infinite, not a number, or too large for float16")
-    return importlib.import_module("edgefed.triton_kernels.quantize").quantize(stack, format, blocksize)
+            raise ValueError("a weight is infinite, NaN or too large for float16")
+    triton = importlib.import_module("edgefed.triton_kernels.quantize")
+    packed, absmax = triton.quantize(stack, format, blocksize)
+    return packed, absmax
 
 
 def dequantize(
@@ -35,18 +39,14 @@ def dequantize(
 ) -> None:
     """Write the values into ``out``, contiguous, (rows, columns) or (S, rows, columns)."""
     if name == "cuda":
-        _cuda().dequantize(packed, scales, format, blocksize, out)
+        from edgefed.kernels.cuda_kernels import cuda_kernels
+
+        cuda_kernels().dequantize(packed, scales, format, blocksize, out)
         return
     _refuse_part_blocks(format, out.shape[-2] * out.shape[-1], blocksize)
     importlib.import_module("edgefed.triton_kernels.quantize").dequantize(packed, scales, out, format, blocksize)
 
 
-def _cuda():
-    from edgefed.kernels.cuda_kernels import cuda_kernels
-
-    return cuda_kernels()
-
-
 def _refuse_part_blocks(format: str, size: int, blocksize: int) -> None:
     if format == "nf4" and size % blocksize:
-        raise Unsupported(f"an expert of {size} weights is no whole number of blocks of {blocksize}")
+        raise Unsupported(f"an expert of {size} weights does not divide into blocks of {blocksize}")

@@ -1,20 +1,21 @@
-"""Masked experts: the feed-forward experts of one MoE layer, of which a device holds only some.
+"""Masked experts: the feed-forward experts of one MoE layer, of which only some are resident on a device.
 
     y[t] = sum_k expert_weights[t, k] * Expert_{slot_indices[t, k]}(x[t])        over the k with slot_indices[t, k] >= 0
     Expert_s(x) = finish( activation(x W_up(s) + b_up(s)) W_down(s) + b_down(s) )
 
-A pair (t, k) whose slot is -1 is dropped before any matrix product: an absent expert costs neither time nor memory.
-`masked_experts_reference` is the specification: plain PyTorch, autograd derives its backward pass. It knows neither
-routers nor plans; the caller maps experts to slots. `masked_experts` is the same function by the fastest backend that
+A pair (t, k) with slot -1 is dropped before any matrix product: an absent expert takes neither time nor memory.
+`masked_experts_reference` is the specification in plain PyTorch; autograd derives its backward pass. The caller maps
+experts to slots: routers and plans are unknown here. `masked_experts` computes the same with the fastest backend that
 can run: on the CPU, `edgefed.kernels.native_experts`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ IMPLEMENTATIONS = {
     "triton": ("edgefed.triton_kernels.masked_experts", ("keep_activations", "finish")),
     "cuda": ("edgefed.kernels.cuda_experts", ()),
 }
-"""Module of each backend, with ``why_not``, ``masked_experts`` and ``Unsupported``, and the options that it takes."""
+"""Module of each backend, with ``why_not``, ``masked_experts`` and ``Unsupported``, and the options it supports."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,14 @@ class LowRankPair:
 
 @dataclasses.dataclass(frozen=True)
 class SlotWeights:
-    """The tensors of one expert. Each is a tensor of its own, never a row of a stack indexed inside the graph: the
-    backward of such an index writes a gradient as large as the whole stack, once per expert.
+    """The tensors of one expert.
 
-    ``up`` is gate_up_proj (2I, H), or up_proj (I, H) of an ungated expert; ``down`` is (H, I). Both transposed where
-    the layer says ``is_transposed``. Either may be quantised; such a weight is frozen, and multiplies as the matrix
-    that it stands for in the dtype that it had.
+    Each is a separate tensor, never a row of a stack indexed inside the graph: the backward pass of such an index
+    writes a gradient as large as the whole stack, once per expert.
+
+    ``up`` is gate_up_proj (2I, H), or up_proj (I, H) of an ungated expert; ``down`` is (H, I). Both are transposed if
+    the layer ``is_transposed``. Either may be quantized; such a weight is frozen, and is dequantized to its original
+    dtype for products.
     """
 
     up: torch.Tensor | QuantizedMatrix
@@ -58,9 +61,9 @@ class SlotWeights:
 
 
 class Slots(Protocol):
-    """S experts by slot. An item is asked for once per call, and only if a token needs it: it may be read from disk.
+    """S experts by slot. An item is read once per call, only if a token needs it: it may come from disk.
 
-    With an attribute ``streamed`` that is true, items are asked for one after the other and none is kept.
+    With a true attribute ``streamed``, items are read one after the other and none stays in memory.
     """
 
     def __len__(self) -> int: ...
@@ -69,21 +72,25 @@ class Slots(Protocol):
 
 
 class _PackedProduct(torch.autograd.Function):
-    """x (P, in) times a quantised weight, (P, out). The weight is unpacked again for the backward pass: autograd would
-    keep it unpacked until then.
+    """x (P, in) times a quantized weight, (P, out).
+
+    The weight is unpacked again for the backward pass; autograd would keep it unpacked until then.
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: QuantizedMatrix, is_transposed: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: QuantizedMatrix, is_transposed: bool) -> torch.Tensor:
         ctx.weight, ctx.is_transposed = weight, is_transposed
         values = dequantize_experts(weight, backend="reference")
         return x @ values if is_transposed else F.linear(x, values)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         values = dequantize_experts(ctx.weight, backend="reference")
         return (F.linear(dy, values) if ctx.is_transposed else dy @ values), None, None
+
+
+_packed_product: Callable[..., torch.Tensor] = _PackedProduct.apply
 
 
 def _project(
@@ -94,7 +101,7 @@ def _project(
     is_transposed: bool,
 ) -> torch.Tensor:
     if isinstance(weight, QuantizedMatrix):
-        out = _PackedProduct.apply(x, weight, is_transposed)  # (P, out)
+        out = _packed_product(x, weight, is_transposed)  # (P, out)
     else:
         out = x @ weight if is_transposed else F.linear(x, weight)
     if bias is not None:
@@ -121,49 +128,52 @@ def masked_experts(
     """Compute the weighted sum of each token's resident experts.
 
     Args:
-        hidden_states: (T, H) tokens x. Cast to the weights' dtype before the products, as transformers does.
-        slot_indices: (T, K) int64 in [-1, S); -1 means no expert here. The same slot may occur twice in a row: its
-            weights add up (merged experts).
-        expert_weights: (T, K) floating point. What stands at a dropped pair is not read and gets gradient 0.
+        hidden_states: (T, H) tokens x. Cast to the weights' dtype before the products, as in transformers.
+        slot_indices: (T, K) int64 in [-1, S); -1 means no expert. A slot may occur twice in a row: its weights add up
+            (merged experts).
+        expert_weights: (T, K) floating point. The value of a dropped pair is not read and gets gradient 0.
         slots: the S experts.
         activation: maps the up projection, (P, 2I) or (P, I), to (P, I), row by row: the layer's gating.
         is_transposed: weights are (in, out) instead of (out, in).
-        finish: applied to each expert's output (P, H) before the weighting. Backends other than the reference hold the
+        finish: applied to each expert's output (P, H) before the weighting. Backends other than the reference store the
             outputs of all T*K pairs for it, in the dtype of ``hidden_states``.
         backend: "reference", "native" (CPU), "triton" or "cuda" (GPU), or "auto": the fastest that can run.
-        int8_activations: let int8 weights meet x rounded to 8 bits, row by row, with exact integer sums. The error of x
-            is at most max |x| / 254 of its row: about 1 % of an output. None: where no gradient is asked for and the
-            processor has VNNI. Native only, the reference never rounds.
-        keep_activations: save the up projection (P, 2I) for the backward pass instead of computing it again. None:
-            where it is smaller than the gradients of the dense weights that learn here; never for a layer that is
-            frozen. The reference always saves it.
+        int8_activations: multiply int8 weights with x rounded to 8 bits row by row, with exact integer sums. The error
+            of x is at most max |x| / 254 of its row: about 1 % of an output. None: if no gradient is needed and the
+            processor has VNNI. Native only; the reference never rounds.
+        keep_activations: save the up projection (P, 2I) for the backward pass instead of computing it again. None: if
+            it is smaller than the gradients of the trainable dense weights; never for a frozen layer. The reference
+            always saves it.
 
-    Returns (T, H) in the dtype of ``hidden_states``; zero for a token without any pair. Sums over k run in at least
-    float32. Differentiable in hidden_states, expert_weights and all dense tensors of the slots that were used; an
-    expert without a token takes no part in the graph, so its gradient stays None. One host synchronisation (counts).
-    T = 0, S = 0 and K = 0 are fine. Raises ValueError when shapes do not belong together, IndexError on a slot >= S,
-    ConfigError where an explicit backend cannot do this layer.
+    Returns (T, H) in the dtype of ``hidden_states``; zero for a token without a pair. Sums over k run in at least
+    float32. Differentiable in hidden_states, expert_weights and all dense tensors of the slots with tokens; an expert
+    without a token is outside the graph, so its gradient stays None. One host synchronization (counts). T = 0, S = 0
+    and K = 0 are valid. Raises ValueError if shapes do not match, IndexError for a slot >= S, ConfigError if an
+    explicit backend does not support this layer.
 
     """
     check_pairs(hidden_states, slot_indices, expert_weights)
-    form = {"activation": activation, "is_transposed": is_transposed}
     options = {"int8_activations": int8_activations, "keep_activations": keep_activations, "finish": finish}
 
     def run(name: str) -> torch.Tensor:
         if name == "reference":
-            return masked_experts_reference(hidden_states, slot_indices, expert_weights, slots, finish=finish, **form)
-        module, taken = IMPLEMENTATIONS[name]
+            return masked_experts_reference(
+                hidden_states, slot_indices, expert_weights, slots, activation=activation, is_transposed=is_transposed,
+                finish=finish,
+            )  # fmt: skip
+        module, supported = IMPLEMENTATIONS[name]
         implementation = importlib.import_module(module)
         reason = implementation.why_not(hidden_states, expert_weights, slots)
         if reason is not None:
             raise Unsupported(reason)
-        own = form | {option: options[option] for option in taken}
+        function: Callable[..., torch.Tensor] = functools.partial(
+            implementation.masked_experts, slots=slots, activation=activation, is_transposed=is_transposed,
+            **{option: options[option] for option in supported},
+        )  # fmt: skip
         try:
-            if finish is None or "finish" in taken:
-                return implementation.masked_experts(hidden_states, slot_indices, expert_weights, slots, **own)
-            return _finish_pairs(
-                implementation.masked_experts, finish, hidden_states, slot_indices, expert_weights, slots, own
-            )
+            if finish is None or "finish" in supported:
+                return function(hidden_states, slot_indices, expert_weights)
+            return _finish_pairs(function, finish, hidden_states, slot_indices, expert_weights)
         except implementation.Unsupported as error:
             raise Unsupported(str(error)) from error
 
@@ -174,9 +184,9 @@ def masked_experts(
 def backend_for(
     device_type: str, dtype: torch.dtype, finish: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> tuple[str, str]:
-    """The backend that "auto" trains a layer of ``dtype`` with, and why it is the reference ("" where another runs).
+    """Return the backend that "auto" trains a layer of ``dtype`` with, and why it is the reference ("" for another).
 
-    A layer with ``finish`` trains with the reference here: elsewhere it holds the outputs of all pairs besides.
+    A layer with ``finish`` trains with the reference: another backend would also store the outputs of all pairs.
     """
     name = choose("masked_experts", device_type)
     if name == "reference":
@@ -194,26 +204,25 @@ def _finish_pairs(
     hidden_states: torch.Tensor,  # (T, H)
     slot_indices: torch.Tensor,  # (T, K)
     expert_weights: torch.Tensor,  # (T, K)
-    slots: Slots,
-    options: dict,
 ) -> torch.Tensor:
-    """Masked experts with an operation on each expert's output, by a ``function`` that knows none.
+    """Masked experts with an operation on each expert's output, by a ``function`` that lacks it.
 
-    Every pair is a token of its own with weight 1, and what comes out is finished, weighted and added up here.
+    Every pair becomes a token with weight 1; the outputs are finished, weighted and added up here.
     """
     num_tokens, top_k = slot_indices.shape
     pairs = hidden_states.unsqueeze(1).expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)  # (T*K, H)
     ones = torch.ones(num_tokens * top_k, 1, dtype=expert_weights.dtype, device=expert_weights.device)
-    outputs = finish(function(pairs, slot_indices.reshape(-1, 1), ones, slots, **options))  # (T*K, H)
+    outputs = finish(function(pairs, slot_indices.reshape(-1, 1), ones))  # (T*K, H)
     at_least_float32 = torch.promote_types(hidden_states.dtype, torch.float32)
     dropped = slot_indices < 0
-    weights = expert_weights.masked_fill(dropped, 0.0).to(at_least_float32)  # what stands there may be no number
+    weights = expert_weights.masked_fill(dropped, 0.0).to(at_least_float32)  # may be NaN
     rows = outputs.view(num_tokens, top_k, -1).masked_fill(dropped.unsqueeze(-1), 0.0)  # finish(0) need not be 0
-    return (rows.to(at_least_float32) * weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+    weighted = rows.to(at_least_float32) * weights.unsqueeze(-1)
+    return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
 def check_pairs(hidden_states: torch.Tensor, slot_indices: torch.Tensor, expert_weights: torch.Tensor) -> None:
-    """Raise ValueError unless the shapes belong together."""
+    """Raise ValueError unless the shapes match."""
     if hidden_states.ndim != 2 or slot_indices.ndim != 2 or slot_indices.shape[0] != hidden_states.shape[0]:
         raise ValueError(
             f"hidden_states {tuple(hidden_states.shape)} and slot_indices {tuple(slot_indices.shape)} "
@@ -242,9 +251,9 @@ def masked_experts_reference(
     pairs = (flat_slots >= 0).nonzero().squeeze(1)  # (P,) kept pairs
     order = torch.sort(flat_slots[pairs], stable=True)
     pairs = pairs[order.indices]  # (P,) sorted by slot
-    tokens_per_slot = torch.bincount(order.values, minlength=len(slots)).tolist()  # the host synchronisation
+    tokens_per_slot = torch.bincount(order.values, minlength=len(slots)).tolist()  # the host synchronization
     if len(tokens_per_slot) > len(slots):
-        raise IndexError(f"slot {len(tokens_per_slot) - 1} asked for, there are {len(slots)}")
+        raise IndexError(f"slot {len(tokens_per_slot) - 1} is out of range: there are {len(slots)} slots")
     tokens = pairs // max(top_k, 1)  # (P,)
     inputs = hidden_states[tokens]  # (P, H)
     outputs = []

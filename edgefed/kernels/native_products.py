@@ -1,8 +1,8 @@
-"""The native library's products of experts, on tensors: pointers are made from tensors here, and nowhere else.
+"""The native library's products of experts, called with tensors. Only this module turns tensors into pointers.
 
-rows    dot products with weights decoded on the way: few rows of x, the weights' bytes are the limit
-tiles   panels of decoded bfloat16 weights and register tiles: many rows, arithmetic is the limit (AVX-512 BF16)
-torch   the matrix dequantised into a buffer, and torch's product: everything else
+rows    dot products that decode the weights on the fly: few rows of x, limited by the weights' bytes
+tiles   panels of decoded bfloat16 weights and register tiles: many rows, limited by arithmetic (AVX-512 BF16)
+torch   the matrix dequantized into a buffer, and torch's product: everything else
 """
 
 from __future__ import annotations
@@ -13,28 +13,23 @@ from typing import NamedTuple
 
 import torch
 
-from edgefed.native import DTYPE_CODES, ExpertGroup, isa_code, load_native
+from edgefed.native import DTYPE_CODES, ExpertGroup, dtype_code, isa_code, load_native
 
 ROWS, ROWS_INT8, TILES, TILES_INT8, TORCH = 0, 1, 2, 3, 4
-# Rows of x up to which decoding row by row is faster than decoding into panels, by the format of the weights. Measured
-# with 2048 x 2048 matrices on an EPYC Genoa (benchmarks/bench_masked_experts.py --crossover): decoding a panel costs
-# what 16 (nf4) to 30 rows (int8) cost; for dense bfloat16 both take the same from 16 rows on.
 ROWS_LIMIT = {DTYPE_CODES["nf4"]: 16, DTYPE_CODES["int8"]: 24, DTYPE_CODES["bfloat16"]: 16}
-# With x in 8 bits: up to 4 rows the bytes of the weights are the limit, and x need not be rounded at all.
+"""Rows of x up to which ``rows`` is faster than ``tiles``, by the format of the weights.
+
+Measured with 2048 x 2048 matrices on an EPYC Genoa (benchmarks/bench_masked_experts.py --crossover): decoding a panel
+takes as long as 16 (nf4) to 30 (int8) rows; for dense bfloat16 both are equal from 16 rows on.
+"""
 ROWS_LIMIT_INT8_EXACT, ROWS_LIMIT_INT8 = 4, 12
-# Without tiles the alternative writes the whole matrix out, which costs more rows.
+"""With x in 8 bits: up to 4 rows the weights' bytes are the limit, so rounding x gains nothing."""
 ROWS_LIMIT_WITHOUT_TILES = 32
-
-
-def code_of(dtype: torch.dtype) -> int:
-    return _CODE_OF[dtype]
-
-
-_CODE_OF = {getattr(torch, name): code for name, code in DTYPE_CODES.items() if code < DTYPE_CODES["nf4"]}
+"""Higher, because without ``tiles`` the alternative writes out the whole matrix."""
 
 
 class Matrix(NamedTuple):
-    """One weight: where its tensors are in the call's list, and what they mean. ``shape`` as it is stored."""
+    """One weight: the indices of its tensors in the call's list, and their format. ``shape`` is the stored shape."""
 
     data: int
     scale: int
@@ -44,14 +39,17 @@ class Matrix(NamedTuple):
     dtype: torch.dtype
 
 
+Buffers = dict[tuple[tuple[int, int], torch.dtype], torch.Tensor]
+
+
 # --- grouped products -------------------------------------------------------------------------------------------
 
 
 def can_run(matrix: Matrix, dtype: torch.dtype, transposed: bool, kernel: int) -> bool:
-    """Whether this kernel multiplies x of ``dtype`` with this matrix on this processor."""
+    """Return whether this kernel multiplies x of ``dtype`` with this matrix on this processor."""
     columns, outputs = matrix.shape if transposed else matrix.shape[::-1]
     isa = isa_code(load_native())
-    return _can(matrix.code, matrix.blocksize, code_of(dtype), outputs, columns, transposed, kernel, isa)
+    return _can(matrix.code, matrix.blocksize, dtype_code(dtype), outputs, columns, transposed, kernel, isa)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -60,8 +58,8 @@ def _can(code: int, blocksize: int, dtype: int, n: int, k: int, transposed: bool
 
 
 def choose_kernel(matrix: Matrix, rows: int, dtype: torch.dtype, transposed: bool, int8: bool, isa: int) -> int:
-    """Which kernel multiplies ``rows`` rows of x of ``dtype`` with this matrix (transposed: x W, else x W^T)."""
-    rows = min(rows, ROWS_LIMIT_WITHOUT_TILES + 1)  # more make no difference
+    """Choose the kernel for ``rows`` rows of x of ``dtype`` times this matrix (transposed: x W, else x W^T)."""
+    rows = min(rows, ROWS_LIMIT_WITHOUT_TILES + 1)  # more rows change nothing
     return _choose_kernel(matrix.code, matrix.blocksize, matrix.shape, rows, dtype, transposed, int8, isa)
 
 
@@ -71,7 +69,7 @@ def _choose_kernel(
     isa: int,
 ) -> int:  # fmt: skip
     columns, outputs = shape if transposed else shape[::-1]
-    facts = (code, blocksize, code_of(dtype), outputs, columns, transposed)
+    facts = (code, blocksize, dtype_code(dtype), outputs, columns, transposed)
     tiles = _can(*facts, TILES, isa)
     if int8 and rows > ROWS_LIMIT_INT8_EXACT:
         if rows <= ROWS_LIMIT_INT8 and _can(*facts, ROWS_INT8, isa):
@@ -85,18 +83,20 @@ def _choose_kernel(
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Return the address of a tensor's data, None for None."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def raise_fault(error: int) -> None:
+def check_result(error: int) -> None:
+    """Raise MemoryError or RuntimeError for a negative result of the native library."""
     if error == -4:
-        raise MemoryError("no memory for the native experts")
+        raise MemoryError("out of memory in the native experts")
     if error < 0:
         raise RuntimeError(f"the native experts failed with code {error}")
 
 
-def dense(matrix: Matrix, tensors: list[torch.Tensor], buffers: dict) -> torch.Tensor:
-    """The matrix as a dense tensor: itself, or dequantised into a buffer that the next one overwrites."""
+def dense(matrix: Matrix, tensors: list[torch.Tensor], buffers: Buffers) -> torch.Tensor:
+    """Return the matrix as a dense tensor: itself, or dequantized into a reused buffer."""
     data = tensors[matrix.data]
     if matrix.scale < 0:
         return data
@@ -107,14 +107,14 @@ def dense(matrix: Matrix, tensors: list[torch.Tensor], buffers: dict) -> torch.T
     isa, threads, data = isa_code(library), torch.get_num_threads(), data.contiguous()
     if matrix.code == DTYPE_CODES["nf4"]:
         error = library.ef_dequantize_nf4(
-            data.data_ptr(), scale.data_ptr(), out.numel(), matrix.blocksize, out.data_ptr(), code_of(out.dtype), isa,
-            threads,
+            data.data_ptr(), scale.data_ptr(), out.numel(), matrix.blocksize, out.data_ptr(), dtype_code(out.dtype),
+            isa, threads,
         )  # fmt: skip
     else:
         error = library.ef_dequantize_int8(
-            data.data_ptr(), scale.data_ptr(), *matrix.shape, out.data_ptr(), code_of(out.dtype), isa, threads
+            data.data_ptr(), scale.data_ptr(), *matrix.shape, out.data_ptr(), dtype_code(out.dtype), isa, threads
         )
-    raise_fault(error)
+    check_result(error)
     return out
 
 
@@ -127,9 +127,9 @@ def grouped_product(
     transposed: bool,
     int8: bool,
 ) -> torch.Tensor:
-    """Y (num_rows, out): for each (matrix, begin, end) rows begin .. end of x, or of x[x_rows], times that matrix.
+    """Compute Y (num_rows, out): for each (matrix, begin, end), rows begin .. end of x or x[x_rows] times the matrix.
 
-    ``transposed``: x W, else x W^T. Rows of no entry are undefined.
+    ``transposed``: x W, else x W^T. Rows outside all entries are undefined.
     """
     library = load_native()
     isa, threads = isa_code(library), torch.get_num_threads()
@@ -140,27 +140,29 @@ def grouped_product(
     for matrix, begin, end in entries:
         kernel = choose_kernel(matrix, end - begin, x.dtype, transposed, int8, isa)
         by_kernel.setdefault(kernel, []).append((matrix, begin, end))
-    buffers: dict = {}
+    buffers: Buffers = {}
     for matrix, begin, end in by_kernel.pop(TORCH, ()):
         weight = dense(matrix, tensors, buffers)
         rows = x[begin:end] if x_rows is None else x[x_rows[begin:end]]
         torch.mm(rows, weight if transposed else weight.t(), out=y[begin:end])
     for kernel, group in by_kernel.items():
         structs = (ExpertGroup * len(group))()
-        alive = []
+        alive: list[torch.Tensor | None] = []  # until the call returns
         for at, (matrix, begin, end) in enumerate(group):
             data = tensors[matrix.data].contiguous()
             scale = None if matrix.scale < 0 else tensors[matrix.scale].contiguous()
             alive += (data, scale)
-            structs[at] = (data.data_ptr(), pointer(scale), begin, end - begin, matrix.code, matrix.blocksize)
-        raise_fault(
+            structs[at] = ExpertGroup(
+                data.data_ptr(), pointer(scale), begin, end - begin, matrix.code, matrix.blocksize
+            )  # fmt: skip
+        check_result(
             library.ef_grouped_matmul(
                 ctypes.byref(structs),
                 len(group),
                 x.data_ptr(),
                 pointer(x_rows),
                 y.data_ptr(),
-                code_of(x.dtype),
+                dtype_code(x.dtype),
                 outputs,
                 inputs,
                 transposed,
@@ -173,17 +175,17 @@ def grouped_product(
 
 
 def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Y (T, H) in ``dtype``: the sum over k of weights (T, K) times rows (P, H) at place (T, K), in float32."""
+    """Compute Y (T, H) in ``dtype``: the float32 sum over k of weights (T, K) times rows (P, H) at place (T, K)."""
     rows = rows.to(dtype).contiguous()
     y = torch.empty(place.shape[0], rows.shape[1], dtype=dtype)
     factor = None if weights is None else weights.float().contiguous()
-    raise_fault(
+    check_result(
         load_native().ef_combine(
             rows.data_ptr(),
             place.data_ptr(),
             pointer(factor),
             y.data_ptr(),
-            code_of(dtype),
+            dtype_code(dtype),
             place.shape[0],
             place.shape[1],
             rows.shape[1],
@@ -194,7 +196,7 @@ def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor | Non
 
 
 def outer(a: torch.Tensor, b: torch.Tensor, b_rows: torch.Tensor | None) -> torch.Tensor:
-    """sum_p a[p] b[p]^T, (M, N), of a (P, M) and b (P, N) or b[b_rows]."""
+    """Compute sum_p a[p] b[p]^T, (M, N), of a (P, M) and b (P, N) or b[b_rows]."""
     library = load_native()
     isa = isa_code(library)
     if a.dtype == torch.bfloat16 and isa == 3 and b.shape[1] % 64 == 0:
@@ -204,15 +206,16 @@ def outer(a: torch.Tensor, b: torch.Tensor, b_rows: torch.Tensor | None) -> torc
             a.data_ptr(), b.data_ptr(), pointer(b_rows), out.data_ptr(), a.shape[0], a.shape[1], b.shape[1], isa,
             torch.get_num_threads(),
         )  # fmt: skip
-        raise_fault(error)
+        check_result(error)
         return out
     return torch.mm(a.t(), b if b_rows is None else b[b_rows])
 
 
 def sort_pairs(slot_indices: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Order (P,) kept pairs by slot, place (T, K) of each pair in it or -1, and the counts by slot.
+    """Sort pairs by slot and drop those of slot -1.
 
-    Raises IndexError on a slot >= num_slots.
+    Returns the order (P,) of the remaining pairs, the place (T, K) of each pair in it or -1, and the counts by slot.
+    Raises IndexError for a slot >= num_slots.
     """
     slots = slot_indices.to(torch.int64).contiguous()
     order = torch.empty(slots.numel(), dtype=torch.int64)
@@ -222,18 +225,18 @@ def sort_pairs(slot_indices: torch.Tensor, num_slots: int) -> tuple[torch.Tensor
         slots.data_ptr(), slots.numel(), num_slots, order.data_ptr(), place.data_ptr(), ctypes.byref(counts)
     )
     if kept == -5:
-        raise IndexError(f"slot {int(slots.max())} asked for, there are {num_slots}")
-    raise_fault(kept)
+        raise IndexError(f"slot {int(slots.max())} is out of range: there are {num_slots} slots")
+    check_result(kept)
     return order[:kept], place, list(counts)[:num_slots]
 
 
 def swiglu(up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * value, (P, I), of up (P, 2I): float32 arithmetic, one rounding."""
+    """Compute silu(gate) * value, (P, I), of up (P, 2I), in float32 with one rounding."""
     library = load_native()
     act = torch.empty(up.shape[0], up.shape[1] // 2, dtype=up.dtype)
-    raise_fault(
+    check_result(
         library.ef_swiglu(
-            up.data_ptr(), act.data_ptr(), code_of(up.dtype), *act.shape, isa_code(library), torch.get_num_threads()
+            up.data_ptr(), act.data_ptr(), dtype_code(up.dtype), *act.shape, isa_code(library), torch.get_num_threads()
         )
     )
     return act
@@ -242,12 +245,12 @@ def swiglu(up: torch.Tensor) -> torch.Tensor:
 def swiglu_backward(
     up: torch.Tensor, d: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Act (P, I), the gradient of up (P, 2I) for weights (P,) float32 times d (P, I), and d . act (P,) float32."""
+    """Return act (P, I), the gradient of up (P, 2I) for weights (P,) times d (P, I), and d . act (P,) in float32."""
     library = load_native()
     act, d_up, d_weights = torch.empty_like(d), torch.empty_like(up), torch.empty(up.shape[0])
     error = library.ef_swiglu_backward(
         up.data_ptr(), d.data_ptr(), weights.data_ptr(), act.data_ptr(), d_up.data_ptr(), d_weights.data_ptr(),
-        code_of(up.dtype), *act.shape, isa_code(library), torch.get_num_threads(),
+        dtype_code(up.dtype), *act.shape, isa_code(library), torch.get_num_threads(),
     )  # fmt: skip
-    raise_fault(error)
+    check_result(error)
     return act, d_up, d_weights

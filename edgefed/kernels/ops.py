@@ -1,49 +1,53 @@
-"""edgefed's operations as torch operators: for torch.compile(fullgraph=True), torch.export and operator tests.
+"""edgefed's operations as torch operators, for torch.compile(fullgraph=True), torch.export and operator tests.
 
 Importing this module registers them in the namespace ``edgefed``:
 
-    masked_experts      the experts of a layer whose weights are frozen and whose activation has a name
+    masked_experts      the experts of a layer with frozen weights and a named activation
     quantize_experts    dense weights to packed ones and their scales
     dequantize_experts  packed weights to dense ones
     router_statistics_  adds to an accumulator in place
 
-They are functional, so what depends on the values of the indices is not: which experts have tokens. Hence a weight that
-learns is not for `masked_experts` here, because an expert without tokens must get no gradient, not zeros (an optimizer
-then leaves it alone): it has gradients for the tokens and the gate weights only. Activations that are Python functions,
-adapters, biases, several dtypes in one layer and experts from disk are for `edgefed.kernels.masked_experts` as well,
-which torch.compile leaves to Python (a graph break).
+The operators are functional, so their graph cannot depend on which experts have tokens. An expert without tokens must
+get no gradient instead of zeros (the optimizer then skips it); therefore `masked_experts` has gradients only for the
+tokens and the gate weights. For trainable weights, Python activations, adapters, biases, several dtypes in one layer
+and experts from disk, use `edgefed.kernels.masked_experts`, which torch.compile runs in Python (a graph break).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
 from edgefed.kernels.masked_experts import SlotWeights, masked_experts
-from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts, quantize_experts
+from edgefed.kernels.quantization import Format, QuantizedMatrix, dequantize_experts, quantize_experts
 from edgefed.kernels.router_statistics import router_statistics
 
-_library = torch.library.Library("edgefed", "FRAGMENT")
+_library: Any = torch.library.Library("edgefed", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def swiglu(up: torch.Tensor) -> torch.Tensor:
+    """Compute silu(gate) * value, (P, I), of up (P, 2I)."""
     gate, value = up.chunk(2, dim=-1)
     return F.silu(gate) * value
 
 
 def geglu(up: torch.Tensor) -> torch.Tensor:
+    """Compute gelu(gate) * value, (P, I), of up (P, 2I), with the tanh approximation of gelu."""
     gate, value = up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * value
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": swiglu,
     "geglu": geglu,
     "silu": F.silu,
     "relu": F.relu,
     "relu2": lambda up: F.relu(up).square(),
 }
-"""Name -> function of (P, 2I) or (P, I): silu(gate) * value, gelu(gate) * value, and those of ungated experts."""
+"""Name -> function of (P, 2I) for gated or (P, I) for ungated experts."""
 _GATED = ("swiglu", "geglu")
 
 _library.define(
@@ -67,8 +71,16 @@ _library.define(
 )
 
 
-def _stack(packed, absmax, format, rows, columns, blocksize, dtype) -> list:
-    """The matrices of a stack, by slot: rows of a dense (S, rows, columns), or quantised."""
+def _stack(
+    packed: torch.Tensor,
+    absmax: torch.Tensor | None,
+    format: Literal["dense"] | Format,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    dtype: torch.dtype,
+) -> Sequence[torch.Tensor | QuantizedMatrix]:
+    """Return the matrices of a stack by slot: rows of a dense (S, rows, columns), or quantized."""
     if format == "dense":
         return list(packed.unbind(0))
     shape = (packed.shape[0], rows, columns)
@@ -76,21 +88,32 @@ def _stack(packed, absmax, format, rows, columns, blocksize, dtype) -> list:
     return [stack[slot] for slot in range(len(stack))]
 
 
-def _slots(hidden, up, up_absmax, down, down_absmax, format, width, blocksize, dtype, activation) -> list[SlotWeights]:
+def _slots(
+    hidden: torch.Tensor,
+    up: torch.Tensor,
+    up_absmax: torch.Tensor | None,
+    down: torch.Tensor,
+    down_absmax: torch.Tensor | None,
+    format: Literal["dense"] | Format,
+    width: int,
+    blocksize: int,
+    dtype: torch.dtype,
+    activation: str,
+) -> list[SlotWeights]:
     hidden_size = hidden.shape[1]
     rows = 2 * width if activation in _GATED else width
     ups = _stack(up, up_absmax, format, rows, hidden_size, blocksize, dtype)
     downs = _stack(down, down_absmax, format, hidden_size, width, blocksize, dtype)
-    return [SlotWeights(*pair) for pair in zip(ups, downs, strict=True)]
+    return [SlotWeights(up=up, down=down) for up, down in zip(ups, downs, strict=True)]
 
 
-def _activation(name: str):
+def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is none of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"invalid activation {name!r}, expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
-def _masked_experts(hidden, indices, weights, *stored):
+def _masked_experts(hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, *stored: Any) -> torch.Tensor:
     with torch.no_grad():
         return masked_experts(
             hidden, indices, weights, _slots(hidden, *stored), activation=_activation(stored[-1]),
@@ -98,40 +121,42 @@ def _masked_experts(hidden, indices, weights, *stored):
         )  # fmt: skip
 
 
-def _masked_experts_backward(gradient, hidden, indices, weights, *stored):
+def _masked_experts_backward(
+    gradient: torch.Tensor, hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, *stored: Any
+) -> tuple[torch.Tensor, ...]:
     with torch.enable_grad():
         leaves = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
-        slots = _slots(hidden, *(t.detach() if isinstance(t, torch.Tensor) else t for t in stored))
+        detached: list[Any] = [value.detach() if isinstance(value, torch.Tensor) else value for value in stored]
+        slots = _slots(hidden, *detached)
         output = masked_experts(leaves[0], indices, leaves[1], slots, activation=_activation(stored[-1]))
-    if not output.requires_grad:  # no pair at all
+    if not output.requires_grad:  # no pairs
         return torch.zeros_like(hidden), torch.zeros_like(weights)
     return torch.autograd.grad(output, leaves, gradient)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     hidden, indices, weights, up, up_absmax, down, down_absmax, *facts = inputs
     if up.requires_grad or down.requires_grad:
-        raise ValueError("torch.ops.edgefed.masked_experts has frozen weights; see edgefed.kernels.masked_experts")
+        raise ValueError("torch.ops.edgefed.masked_experts needs frozen weights; use edgefed.kernels.masked_experts")
     ctx.save_for_backward(hidden, indices, weights, up, up_absmax, down, down_absmax)
     ctx.facts = facts
 
 
-def _backward(ctx, gradient):
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     d_hidden, d_weights = torch.ops.edgefed.masked_experts_backward(gradient, *ctx.saved_tensors, *ctx.facts)
     return d_hidden, None, d_weights, *([None] * 9)
 
 
-def _quantize(weights, format, blocksize):
+def _quantize(weights: torch.Tensor, format: Format, blocksize: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     matrix = quantize_experts(weights, format, blocksize=blocksize)
     return matrix.packed, matrix.absmax
 
 
-def _quantized_shapes(weights, format, blocksize):
+def _quantized_shapes(weights: torch.Tensor, format: Format, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     *experts, rows, columns = weights.shape
     if format == "int8":
-        return weights.new_empty(weights.shape, dtype=torch.int8), weights.new_empty(
-            (*experts, rows), dtype=torch.float32
-        )
+        absmax = weights.new_empty((*experts, rows), dtype=torch.float32)
+        return weights.new_empty(weights.shape, dtype=torch.int8), absmax
     size = rows * columns
     return (
         weights.new_empty((*experts, (size + 1) // 2), dtype=torch.uint8),
@@ -139,11 +164,15 @@ def _quantized_shapes(weights, format, blocksize):
     )
 
 
-def _dequantize(packed, absmax, format, shape, blocksize, dtype):
+def _dequantize(
+    packed: torch.Tensor, absmax: torch.Tensor, format: Format, shape: list[int], blocksize: int, dtype: torch.dtype
+) -> torch.Tensor:
     return dequantize_experts(QuantizedMatrix(format, packed, absmax, tuple(shape), blocksize, dtype))
 
 
-def _router_statistics(statistics, router, indices, weights, kind) -> None:
+def _router_statistics(
+    statistics: torch.Tensor, router: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, kind: str
+) -> None:
     router_statistics(statistics, router, indices, weights, kind=kind)
 
 

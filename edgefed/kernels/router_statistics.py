@@ -5,9 +5,9 @@
     gate_complement_log_sum[e] += sum_t (1 - G[t, e]) ln (1 - G[t, e])
     routed_gate_sum[e]   += sum_t sum_k expert_weights[t, k] [expert_indices[t, k] = e]
 
-G comes as it is (kind "probability"), or from a router's logits: softmax, or sigmoid divided by its sum over experts.
-The sums are the inputs of HFedMoE (3), (4), (11) and (16), arXiv 2601.00583, and of the activation frequency of Flux,
-arXiv 2508.19078. This file knows no model: it sees probabilities, indices and weights.
+G is given (kind "probability"), or computed from a router's logits: softmax, or sigmoid divided by its sum over
+experts. The sums are the inputs of HFedMoE (3), (4), (11) and (16), arXiv 2601.00583, and of the activation frequency
+of Flux, arXiv 2508.19078. This module sees probabilities, indices and weights, not models.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 
 from edgefed.expert_records import LayerProfile
 from edgefed.kernels.dispatch import Unsupported, choose, note_backend, run_best
-from edgefed.native import DTYPE_CODES, isa_code, load_native
+from edgefed.native import dtype_code, isa_code, load_native
 
 TOKENS_PER_EXPERT, GATE_SUM, GATE_MAX, GATE_LOG_SUM, GATE_COMPLEMENT_LOG_SUM, ROUTED_GATE_SUM = range(6)
 NUM_ROWS = 6
 
 
 def new_statistics(num_experts: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """An empty accumulator, (6, E), one row per sum. float64, or float32 where the device has no float64 (MPS)."""
+    """Return an empty accumulator (6, E), one row per sum, in float64 (float32 on MPS, which lacks float64)."""
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     return torch.zeros(NUM_ROWS, num_experts, dtype=dtype, device=device)
 
 
 GATE_KINDS = ("probability", "softmax", "sigmoid")
-_KERNEL_DTYPES = {dtype: DTYPE_CODES[str(dtype)[6:]] for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def router_statistics(
@@ -41,24 +41,24 @@ def router_statistics(
     kind: str = "probability",
     backend: str = "auto",
 ) -> None:
-    """Add one batch of one layer to ``statistics`` in place, without a host synchronisation.
+    """Add one batch of one layer to ``statistics`` in place, without a host synchronization.
 
     Args:
         statistics: (6, E) from `new_statistics`, on the device of the other arguments.
-        router: (T, E) what the router says: probabilities G in [0, 1], each row with sum 1, or logits. Read once, not
-            kept; the native backend makes no copy of its size.
-        expert_indices: (T, K) int64 experts that the router chose.
-        expert_weights: (T, K) the weights that the layer multiplies with.
-        kind: "probability", "softmax" or "sigmoid": how G follows from ``router``.
+        router: (T, E) output of the router: probabilities G in [0, 1], each row with sum 1, or logits. Read once; the
+            native backend makes no copy of its size.
+        expert_indices: (T, K) int64 experts that the router selected.
+        expert_weights: (T, K) weights of the experts' outputs.
+        kind: "probability", "softmax" or "sigmoid": how G is computed from ``router``.
         backend: "reference", "native" (CPU), "triton" or "cuda" (GPU), or "auto".
 
-    T = 0 changes nothing. Raises ValueError when the shapes do not belong together, IndexError for an index outside
-    the experts (CPU; the CUDA kernel stops the device, the Triton kernel leaves such a pair out). On a GPU the order of
-    the reference's additions is not fixed (atomic adds in float64), that of the kernels is; counts are exact.
+    T = 0 changes nothing. Raises ValueError if the shapes do not match, IndexError for an index outside the experts
+    (CPU; the CUDA kernel aborts the device, the Triton kernel ignores such a pair). On a GPU the reference adds in no
+    fixed order (atomic adds in float64), the kernels in a fixed one; counts are exact.
 
     """
     if kind not in GATE_KINDS:
-        raise ValueError(f"kind {kind!r} is none of {', '.join(GATE_KINDS)}")
+        raise ValueError(f"invalid kind {kind!r}, expected one of {', '.join(GATE_KINDS)}")
     if router.ndim != 2 or statistics.shape != (NUM_ROWS, router.shape[1]):
         raise ValueError(
             f"statistics {tuple(statistics.shape)} and router {tuple(router.shape)} must be (6, E) and (T, E)"
@@ -72,7 +72,7 @@ def router_statistics(
         return
 
     device = router.device.type
-    # Every layer of every batch comes here, so the usual case takes the short way.
+    # Every layer of every batch calls this, so the usual case takes a short cut.
     if (
         device == "cpu"
         and statistics.is_contiguous()
@@ -112,20 +112,20 @@ def router_statistics(
 def _why_not(
     statistics: torch.Tensor, router: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> str | None:
-    """Why no kernel takes these, or None."""
+    """Return why no kernel supports these tensors, or None."""
     for what, tensor, dtypes in (
-        ("the router's output", router, _KERNEL_DTYPES),
-        ("expert weights", weights, _KERNEL_DTYPES),
+        ("the router's output", router, _DTYPES),
+        ("expert weights", weights, _DTYPES),
         ("statistics", statistics, (torch.float64,)),
         ("expert indices", indices, (torch.int64,)),
     ):
         if tensor.dtype not in dtypes:
-            return f"it has no kernel for {what} in {tensor.dtype}"
+            return f"no kernel for {what} in {tensor.dtype}"
     return None
 
 
 def gate_of(logits: torch.Tensor, kind: str) -> torch.Tensor:
-    """G (T, E), at least float32, from logits; ``kind`` as in `router_statistics`."""
+    """Compute G (T, E), at least float32, from logits; ``kind`` as in `router_statistics`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if kind == "softmax":
         return torch.softmax(logits, dim=-1)
@@ -140,12 +140,12 @@ def _add_native(
     router, indices, weights = router.contiguous(), indices.contiguous(), weights.contiguous()
     tokens, experts = router.shape
     error = library.ef_router_statistics(
-        statistics.data_ptr(), router.data_ptr(), _KERNEL_DTYPES[router.dtype], GATE_KINDS.index(kind),
-        indices.data_ptr(), weights.data_ptr(), _KERNEL_DTYPES[weights.dtype], tokens, experts,
+        statistics.data_ptr(), router.data_ptr(), dtype_code(router.dtype), GATE_KINDS.index(kind),
+        indices.data_ptr(), weights.data_ptr(), dtype_code(weights.dtype), tokens, experts,
         indices.shape[1], isa_code(library), torch.get_num_threads(),
     )  # fmt: skip
     if error == -5:
-        raise IndexError(f"an expert index lies outside 0..{experts - 1}")
+        raise IndexError(f"an expert index is outside 0..{experts - 1}")
     if error:
         raise RuntimeError(f"the native router statistics failed with code {error}")
 
@@ -162,15 +162,15 @@ def _add_reference(
     statistics[ROUTED_GATE_SUM].index_add_(0, flat_indices, flat_weights)
     statistics[GATE_SUM] += gate.sum(dim=0, dtype=dtype)
     statistics[GATE_LOG_SUM] += torch.special.xlogy(gate, gate).sum(dim=0, dtype=dtype)  # 0 ln 0 = 0
-    # log1p keeps the small gates of many experts, where 1 - G rounds; a normalised sigmoid may pass 1 by one bit.
+    # log1p is exact for the small gates of many experts, where 1 - G rounds; a normalized sigmoid may exceed 1.
     at_most_1 = gate.clamp(max=1)
     complement_log = torch.special.xlog1py(1 - at_most_1, -at_most_1)
     statistics[GATE_COMPLEMENT_LOG_SUM] += complement_log.sum(dim=0, dtype=dtype)
     torch.maximum(statistics[GATE_MAX], gate.amax(dim=0).to(dtype), out=statistics[GATE_MAX])
 
 
-def to_layer_record(statistics: torch.Tensor, num_tokens: int) -> LayerProfile:
-    """Copy an accumulator to the host (the one synchronisation) as a `LayerProfile` over ``num_tokens`` tokens."""
+def to_layer_profile(statistics: torch.Tensor, num_tokens: int) -> LayerProfile:
+    """Copy an accumulator to the host (one synchronization) as a `LayerProfile` over ``num_tokens`` tokens."""
     rows = statistics.detach().to(device="cpu", dtype=torch.float64).numpy()
     return LayerProfile(
         num_tokens=num_tokens,

@@ -19,7 +19,7 @@ from edgefed.expert_records import ActivationProfile, LayerProfile
 from edgefed.kernels import ops as _operators  # noqa: F401  registers torch.ops.edgefed
 from edgefed.kernels.dispatch import log_choice
 from edgefed.kernels.masked_experts import Slots, SlotWeights, backend_for, masked_experts
-from edgefed.kernels.router_statistics import new_statistics, router_statistics, to_layer_record
+from edgefed.kernels.router_statistics import new_statistics, router_statistics, to_layer_profile
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.attention_received import AttentionCapture
 from edgefed.moe.bank import ExpertBank
@@ -62,7 +62,7 @@ class StatisticsRecorder:
             statistics = self._statistics.pop(layer.ordinal, None)
             if statistics is None:
                 statistics = new_statistics(layer.num_experts)
-            record = to_layer_record(statistics, self._num_tokens.pop(layer.ordinal, 0))
+            record = to_layer_profile(statistics, self._num_tokens.pop(layer.ordinal, 0))
             if self.attention is not None:
                 received = self._attention_sums.pop(layer.ordinal, statistics.new_zeros(layer.num_experts))
                 values = received.to(device="cpu", dtype=torch.float64).numpy()
@@ -116,7 +116,7 @@ class LayerRuntime:
             if schedules:
                 batch = new_statistics(logits.shape[1], logits.device)
                 router_statistics(batch, logits, indices, weights, kind=kind)
-                record = to_layer_record(batch, logits.shape[0])
+                record = to_layer_profile(batch, logits.shape[0])
                 self._scheduled = frozenset(int(e) for e in self.schedule(self.layer.ordinal, record))
 
     def _schedules(self, module: nn.Module) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edgefed.kernels.cuda_kernels import Operand, dtype_code
+from edgefed.kernels.cuda_kernels import Operand
 from edgefed.kernels.cuda_library import PLAIN, ROWS, TILES
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
+from edgefed.native import dtype_code
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 EPSILON = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -15,11 +15,10 @@ from edgefed.native import NativeUnavailable
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Every test starts with the backends that are announced on import, nothing chosen and nothing said."""
-    monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    monkeypatch.setattr(dispatch, "_logged", set())
-    monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
-    monkeypatch.delenv("EDGEFED_ISA", raising=False)
+    with dispatch.temporary_backends():
+        monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
+        monkeypatch.delenv("EDGEFED_ISA", raising=False)
+        yield
 
 
 @pytest.fixture

@@ -169,7 +169,8 @@ def inputs(layer: Layer, dtype: torch.dtype, device: str):
 
 def assert_near(name: str, found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     found, expected = found.detach().double(), expected.detach().double()
-    assert found.shape == expected.shape and torch.isfinite(found).all(), name
+    assert found.shape == expected.shape, name
+    assert torch.isfinite(found).all(), name
     error = float((found - expected).norm() / expected.norm().clamp_min(1e-20))
     assert error <= TOLERANCE[dtype] or float(expected.norm()) == float(found.norm()) == 0, f"{name}: {error:.2e}"
 

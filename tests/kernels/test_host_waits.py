@@ -55,14 +55,13 @@ def library(monkeypatch):
     """ "cuda" is the backend of the device "meta", and its library does nothing."""
     still = Still()
     kernels = cuda_kernels.CudaKernels(still, emulated=True)
-    monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
-    for module in (cuda_kernels, cuda_experts):
-        monkeypatch.setattr(module, "cuda_kernels", lambda: kernels)
-    for operation in dispatch.OPERATIONS:
-        dispatch.register_backend(operation, "cuda", "meta", lambda: None)
-    return still
+    with dispatch.temporary_backends():
+        monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
+        for module in (cuda_kernels, cuda_experts):
+            monkeypatch.setattr(module, "cuda_kernels", lambda: kernels)
+        for operation in dispatch.OPERATIONS:
+            dispatch.register_backend(operation, "cuda", "meta", lambda: None)
+        yield still
 
 
 def swiglu(up: torch.Tensor) -> torch.Tensor:

@@ -200,5 +200,5 @@ def test_refuses_what_does_not_belong_together():
         run(hidden, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), slots, LAYOUTS["gated"])
     with pytest.raises(ValueError, match="differ"):
         run(hidden, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 2), slots, LAYOUTS["gated"])
-    with pytest.raises(IndexError, match="slot 2 asked for, there are 2"):
+    with pytest.raises(IndexError, match="slot 2 is out of range: there are 2 slots"):
         run(hidden, torch.full((3, 1), 2), torch.ones(3, 1), slots, LAYOUTS["gated"])

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from edgefed.errors import ConfigError
 from edgefed.kernels import masked_experts as experts_module
-from edgefed.kernels import native_experts, native_products
+from edgefed.kernels import native_products
 from edgefed.kernels.dispatch import why_not_native
 from edgefed.kernels.masked_experts import LowRankPair, SlotWeights, masked_experts
+from edgefed.kernels.native_call import is_swiglu
 from edgefed.kernels.quantization import QuantizedMatrix, quantize_experts
-from edgefed.native import ISA_CODES, isa_names, load_native
+from edgefed.native import ISA_CODES, dtype_code, isa_names, load_native
 
 pytestmark = pytest.mark.skipif(why_not_native() is not None, reason=f"no native library: {why_not_native()}")
 
@@ -196,9 +197,7 @@ def test_every_kernel_is_the_product_of_the_matrix_that_is_stored(kernel, isa, k
             tensors, entries, begin = [], [], 0
             for weight, count in zip(stored, counts, strict=True):
                 if kind == "dense":
-                    matrix = native_products.Matrix(
-                        len(tensors), -1, native_products.code_of(dtype), (rows, columns), 0, dtype
-                    )
+                    matrix = native_products.Matrix(len(tensors), -1, dtype_code(dtype), (rows, columns), 0, dtype)
                     tensors += [weight]
                 else:
                     matrix = native_products.Matrix(
@@ -407,7 +406,7 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
 
 def test_an_index_beyond_the_slots_is_an_error():
     slots = make_slots(["nf4"] * 2, torch.float32)
-    with pytest.raises(IndexError, match="slot 2 asked for, there are 2"):
+    with pytest.raises(IndexError, match="slot 2 is out of range: there are 2 slots"):
         masked_experts(
             torch.randn(3, HIDDEN), torch.full((3, 1), 2), torch.ones(3, 1), slots, activation=swiglu, backend="native"
         )
@@ -439,8 +438,8 @@ def test_an_activation_is_told_by_what_it_does():
         gate, value = up.chunk(2, dim=-1)
         return F.silu(gate.clamp(max=10)) * value.clamp(-10, 10)
 
-    assert native_experts.is_swiglu(swiglu, 64)
-    assert native_experts.is_swiglu(swiglu, 64)
+    assert is_swiglu(swiglu, 64)
+    assert is_swiglu(swiglu, 64)
     for other in (clamped, interleaved_clamped, F.silu, lambda up: swiglu(up.flip(-1))):
-        assert not native_experts.is_swiglu(other, 64)
-    assert not native_experts.is_swiglu(F.relu, 63)
+        assert not is_swiglu(other, 64)
+    assert not is_swiglu(F.relu, 63)

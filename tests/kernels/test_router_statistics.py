@@ -12,7 +12,7 @@ import torch
 from edgefed.errors import ConfigError
 from edgefed.expert_records import LayerProfile
 from edgefed.kernels.dispatch import why_not_native
-from edgefed.kernels.router_statistics import GATE_KINDS, gate_of, new_statistics, router_statistics, to_layer_record
+from edgefed.kernels.router_statistics import GATE_KINDS, gate_of, new_statistics, router_statistics, to_layer_profile
 from edgefed.native import isa_names, load_native
 
 BACKENDS = ["reference", *(f"native:{isa}" for isa in (isa_names(load_native()) if why_not_native() is None else []))]
@@ -63,7 +63,7 @@ def test_equals_oracle(sizes, num_experts, top_k):
     statistics = new_statistics(num_experts)
     for batch in batches:
         router_statistics(statistics, *batch)
-    record = to_layer_record(statistics, sum(sizes))
+    record = to_layer_profile(statistics, sum(sizes))
     assert record.num_tokens == sum(sizes)
     for name, expected in _oracle(batches, num_experts).items():
         np.testing.assert_allclose(getattr(record, name), expected, rtol=1e-6, atol=1e-9, err_msg=name)
@@ -74,7 +74,7 @@ def test_invariants():
     gate, indices, weights = _batch(200, 16, 4, 0)
     statistics = new_statistics(16)
     router_statistics(statistics, gate, indices, weights)
-    record = to_layer_record(statistics, 200)
+    record = to_layer_profile(statistics, 200)
     assert record.gate_sum.sum() == pytest.approx(200)
     assert record.tokens_per_expert.sum() == 800
     assert (record.gate_max <= 1).all()
@@ -85,7 +85,7 @@ def test_a_gate_of_zero_is_no_nan():
     gate = torch.tensor([[0.0, 1.0]])
     statistics = new_statistics(2)
     router_statistics(statistics, gate, torch.tensor([[1]]), torch.tensor([[1.0]]))
-    record = to_layer_record(statistics, 1)
+    record = to_layer_profile(statistics, 1)
     assert record.gate_log_sum.tolist() == [0.0, 0.0]
     assert record.gate_complement_log_sum.tolist() == [0.0, 0.0]
 
@@ -95,7 +95,7 @@ def test_the_complement_of_a_small_gate_does_not_vanish():
     statistics = new_statistics(2)
     gate = torch.tensor([[1e-9, 1.0]])
     router_statistics(statistics, gate, torch.tensor([[1]]), torch.tensor([[1.0]]))
-    assert to_layer_record(statistics, 1).gate_complement_log_sum[0] == pytest.approx(-1e-9)
+    assert to_layer_profile(statistics, 1).gate_complement_log_sum[0] == pytest.approx(-1e-9)
 
 
 def test_keeps_no_graph():
@@ -112,7 +112,7 @@ def test_bfloat16_counts_beyond_its_precision():
     router_statistics(
         statistics, gate, torch.zeros(300, 1, dtype=torch.int64), torch.ones(300, 1, dtype=torch.bfloat16)
     )
-    record = to_layer_record(statistics, 300)
+    record = to_layer_profile(statistics, 300)
     assert record.gate_sum.tolist() == [150.0, 150.0]
     assert record.routed_gate_sum.tolist() == [300.0, 0.0]
 
