@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from cpu_limits import interleaved
 from provenance import provenance
+from scipy.optimize import linear_sum_assignment
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.merge_error import layer_output_errors
 from edgefed.embedded import tiny_model_directory
 from edgefed.embedded.silos import SILOS
 from edgefed.expert_records import ActivationProfile, ExpertPlan
-from edgefed.moe.merging.alignment import best_assignment, neuron_aligner
+from edgefed.moe.merging.alignment import neuron_aligner
 from edgefed.moe.merging.clustering import cluster_layers, expert_embeddings, sketch_layer
 from edgefed.moe.merging.plan import SIZES, MergingOptions, expert_importance, plan_merging
 from edgefed.moe.model import MoeModel
@@ -192,7 +193,7 @@ def expert_cosine(model: MoeModel, source: MemorySource) -> float:
 
 
 def compare(errors: list[dict]) -> list[dict]:
-    """How much lower the error is, beside the paper's shares, for each trainable share, slot count and kind of K-means."""
+    """Relative error reduction next to the paper's, for each trainable share, slot count and kind of K-means."""
     table = {(row["trainable"], row["slots"], row["strategy"]): row["error"] for row in errors}
     attended = {(row["trainable"], row["slots"], row["strategy"]): row["error_by_attention"] for row in errors}
     found = []
@@ -316,7 +317,7 @@ def measure_preparation(hidden: int, intermediate: int) -> dict:
     started = time.perf_counter()
     scores = a @ b.T
     products = time.perf_counter() - started
-    best_assignment(scores)
+    linear_sum_assignment(scores, maximize=True)
     return {
         "hidden": hidden,
         "intermediate": intermediate,

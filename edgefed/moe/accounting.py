@@ -1,4 +1,4 @@
-"""Counts the bytes that a model really holds, tensor by tensor: what tests and benchmarks rest on."""
+"""Count the bytes of a model's tensors. Tests and benchmarks compare the memory model with these counts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from edgefed.moe.offloading import offloaded
 
 @dataclasses.dataclass(frozen=True)
 class ExpertMemory:
-    """Bytes that experts take now: weights (adapters included), gradients and optimizer state. What is offloaded takes
-    none of the memory that is counted here.
+    """Bytes of the resident experts: weights (with adapters), gradients and optimizer state.
+
+    Offloaded tensors are not counted.
     """
 
     weight_bytes: int
@@ -25,11 +26,12 @@ class ExpertMemory:
 
     @property
     def total_bytes(self) -> int:
+        """Sum of the three parts."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind ``tensors``, each storage once. Meta tensors have none."""
+    """Return the bytes of the storages behind ``tensors``, counting each storage once. Meta tensors count as 0."""
     storages = {}
     for tensor in tensors:
         if not tensor.is_meta:
@@ -39,12 +41,12 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The gradients that are there, but for those of offloaded parameters."""
+    """Return the existing gradients, without those of offloaded parameters."""
     return [p.grad for p in parameters if p.grad is not None and offloaded(p) is None]
 
 
 def expert_tensors(layers: Iterable[ExpertLayer]) -> list[torch.Tensor]:
-    """All weights of experts on the device: of banks, packed ones included, or the stacks of a full model."""
+    """Return all resident expert weights: those of banks, quantized ones included, or the stacks of a full model."""
     tensors: list[torch.Tensor] = []
     for layer in layers:
         bank = getattr(layer.experts, "edgefed_bank", None)
@@ -57,19 +59,19 @@ def expert_tensors(layers: Iterable[ExpertLayer]) -> list[torch.Tensor]:
 
 
 def expert_memory(layers: Iterable[ExpertLayer], optimizer: torch.optim.Optimizer | None = None) -> ExpertMemory:
-    """Count the experts' weights, their ``.grad`` and what ``optimizer`` keeps for them."""
+    """Count the experts' weights, their gradients and the state that ``optimizer`` has for them."""
     parameters = [tensor for tensor in expert_tensors(layers) if offloaded(tensor) is None]
     state = {} if optimizer is None else optimizer.state
-    kept = (value for p in parameters if p in state for value in state[p].values() if isinstance(value, torch.Tensor))
+    moments = (value for p in parameters if p in state for value in state[p].values())
     return ExpertMemory(
         weight_bytes=storage_bytes(parameters),
         gradient_bytes=storage_bytes(gradients(parameters)),
-        optimizer_bytes=storage_bytes(kept),
+        optimizer_bytes=storage_bytes(value for value in moments if isinstance(value, torch.Tensor)),
     )
 
 
 def model_memory(module: nn.Module, layers: Iterable[ExpertLayer]) -> dict[str, int]:
-    """Bytes of all tensors of a model: "dense" (with buffers), "experts" and "gradients"."""
+    """Count the bytes of all tensors of a model: "dense" (with buffers), "experts" and "gradients"."""
     experts = expert_tensors(layers)
     ids = {id(tensor) for tensor in experts}
     parameters = list(module.parameters())

@@ -1,14 +1,15 @@
-"""LoRA adapters: their first values, and how they sit on the weights of routers and attention.
+"""LoRA adapters (arXiv 2106.09685): initial values, and parametrizations of router and attention weights.
 
-    W_effective = W + (alpha / rank) B A        A (R, in), B (out, R), kept in float32 (arXiv 2106.09685)
+    W_effective = W + (alpha / rank) B A        A (R, in), B (out, R), both in float32
 
-Adapters of experts live in the expert bank; see `edgefed.moe.bank`.
+Adapters of experts are part of the expert bank; see `edgefed.moe.bank`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, FixedTensors, TrainSco
 
 
 class LowRankUpdate(nn.Module):
-    """Parametrisation of one weight (out, in). Its two matrices are zero until they are loaded."""
+    """Parametrization of one weight (out, in). Both matrices are zero until they are loaded."""
 
     def __init__(self, weight: torch.Tensor, rank: int, scale: float, device: torch.device):
         super().__init__()
@@ -29,19 +30,20 @@ class LowRankUpdate(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(size_out, rank, dtype=ADAPTER_DTYPE, device=device))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight plus its low-rank update, in the weight's dtype."""
         return weight + low_rank_product(self.lora_a, self.lora_b, self.scale).to(weight.dtype)
 
 
 def low_rank_product(lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
-    """Scale * B A, (out, in), in the adapters' dtype."""
+    """Return scale * B A, (out, in), in the dtype of the adapter."""
     return (lora_b @ lora_a) * scale
 
 
 def initial_adapter(key: str, sizes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """First values of the adapter of unit ``key``: A Kaiming-uniform (a = sqrt 5, as PEFT), B zero, so a no-op.
+    """Return the initial adapter of unit ``key``: A Kaiming-uniform (a = sqrt 5, as in PEFT), B zero.
 
-    ``sizes`` maps each matrix to (in, out). The values depend on ``seed`` and ``key`` alone, so all clients share A
-    whatever experts they hold.
+    ``sizes`` maps each matrix to (in, out). The values depend only on ``seed`` and ``key``, so all clients start from
+    the same A, whichever experts are resident.
     """
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -57,24 +59,24 @@ def initial_adapter(key: str, sizes: Mapping[str, tuple[int, int]], rank: int, s
 def _updates(unit: FixedTensors) -> dict[str, LowRankUpdate]:
     found = {}
     for name, place in unit.matrices.items():
-        module, attribute = place.owners[0]
-        if parametrize.is_parametrized(module, attribute):
-            found[name] = module.parametrizations[attribute][0]
+        parametrization = place.parametrization()
+        if parametrization is not None:
+            found[name] = cast(LowRankUpdate, parametrization[0])
     return found
 
 
 def install_adapter(unit: FixedTensors, scope: TrainScope, device: torch.device) -> None:
-    """Put a zero adapter on each weight of the unit, in place of any that is there."""
+    """Install a zero adapter on each weight of the unit, replacing an existing one."""
     remove_adapter(unit)
     for place in unit.matrices.values():
         update = LowRankUpdate(place.get(), scope.lora_rank, scope.lora_scale, device)
         for module, attribute in place.owners:
-            # unsafe only skips a trial run, which a weight that is still on the meta device could not survive.
+            # unsafe=True only skips the trial run, which fails for a weight that is still on the meta device.
             parametrize.register_parametrization(module, attribute, update, unsafe=True)
 
 
 def remove_adapter(unit: FixedTensors, *, merge: bool = False) -> None:
-    """Take the adapter off; with ``merge`` its update stays in the weight."""
+    """Remove the adapter. With ``merge``, add its update to the weight first."""
     for name, update in _updates(unit).items():
         place = unit.places[name]
         merged = update(place.get().float()).detach() if merge else None
@@ -86,7 +88,7 @@ def remove_adapter(unit: FixedTensors, *, merge: bool = False) -> None:
 
 
 def adapter_tensors(unit: FixedTensors) -> dict[str, nn.Parameter]:
-    """The installed adapter's parameters by tensor name; empty when there is none."""
+    """Return the parameters of the installed adapter by tensor name; empty without an adapter."""
     return {
         f"{name}.{part}": getattr(update, part)
         for name, update in _updates(unit).items()
@@ -95,10 +97,10 @@ def adapter_tensors(unit: FixedTensors) -> dict[str, nn.Parameter]:
 
 
 def load_adapter(unit: FixedTensors, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy values into the installed adapter. Raises CheckpointError."""
+    """Copy values into the installed adapter. Raises CheckpointError if there is none or the tensors do not fit."""
     key, targets = unit.key + LORA_SUFFIX, adapter_tensors(unit)
     if not targets:
-        raise CheckpointError(f"unit {unit.key!r} has no adapter on this device: apply a plan with LoRA first")
+        raise CheckpointError(f"unit {unit.key!r} has no adapter installed: apply a plan with LoRA first")
     check_tensors(key, tensors, {name: tuple(target.shape) for name, target in targets.items()})
     for name, target in targets.items():
         copy_into(key, name, target, tensors[name])

@@ -1,16 +1,17 @@
-"""How much attention each token receives, in any model that takes its attention function from transformers' registry.
+"""Measure how much attention each token receives, in any model that uses transformers' attention registry.
 
-While a capture is open, the model's own eager attention runs in pieces of queries, so that no (B, heads, S, S) tensor
-is ever whole in memory, and the columns of its matrix are summed on the way. Whatever that function does (grouped keys,
-sliding windows, soft caps, sinks, latent attention) is in the result. For the queries q that can see token j
+While a capture is open, the model's own eager attention runs on chunks of queries, so the full (B, heads, S, S)
+tensor never exists, and the columns of the attention matrix are summed chunk by chunk. The result includes whatever
+that function does: grouped keys, sliding windows, soft caps, sinks, latent attention. Over the queries q that can see
+token j,
 
     received[j] = mean over q of ( mean over heads of A[head, q, j] )
 
-Padding (a two-dimensional ``attention_mask`` given to the model) neither looks nor is seen: it receives 0.
+Padding (a two-dimensional ``attention_mask`` given to the model) is excluded as a query and receives 0.
 
-An expert layer takes the attention of its own decoder layer. Where that layer mixes tokens without an attention matrix
-(Mamba, linear attention, convolutions, a block of experts alone) it takes that of the last attention before it, and
-where there is none, every token counts alike (1.0): `AttentionCapture.notes` says so.
+An expert layer uses the attention of its own decoder layer. If that layer mixes tokens without an attention matrix
+(Mamba, linear attention, convolution, experts only), it uses the last attention before it. If there is none, every
+token counts as 1.0. `AttentionCapture.notes` reports both cases.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,15 +30,21 @@ from transformers.masking_utils import eager_mask
 from edgefed.errors import UnsupportedArchitecture
 
 IMPLEMENTATION = "edgefed_attention_received"
+_ATTRIBUTE = "edgefed_attention"
 PIECE_BYTES = 8 * 1024 * 1024
-"""Attention weights in float32 that exist at a time; softmax and its casts take about `PIECE_COPIES` of them."""
+"""Size of the float32 attention weights of one chunk."""
 PIECE_COPIES = 4
+"""Softmax and its casts need about this many copies of a chunk."""
+
+EagerAttention = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""transformers' eager attention of a model: output (B, Q, heads, d) and weights (B, heads, Q, K)."""
 
 
 class AttentionCapture:
-    """Context manager: the attention that tokens receive in the forward passes of ``module`` within it.
+    """Context manager that measures the attention that tokens receive in forward passes of ``module``.
 
-    Passes may run in several threads, each its own. Slower than the model's attention; changes its results by rounding.
+    Several threads may run passes at the same time. Slower than the model's own attention implementation; results
+    differ from it by rounding.
     """
 
     def __init__(self, module: PreTrainedModel):
@@ -51,11 +59,11 @@ class AttentionCapture:
         AttentionInterface.register(IMPLEMENTATION, _attention)
         AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
         for owner in self._module.modules():
-            owner.edgefed_attention = self
+            setattr(owner, _ATTRIBUTE, self)
         before = [(config, config._attn_implementation) for config in _configs(self._module)]
         for config, _ in before:
             config._attn_implementation = IMPLEMENTATION
-        # A pass may go through the decoder alone, without the head.
+        # A caller may run the decoder without the head.
         hook = self._module.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._restore = [hook.remove, lambda: _set_implementations(before)]
         return self
@@ -64,21 +72,21 @@ class AttentionCapture:
         for restore in self._restore:
             restore()
         for owner in self._module.modules():
-            del owner.edgefed_attention
+            delattr(owner, _ATTRIBUTE)
 
     def of(self, experts_path: str, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """Attention (T,), at least float32, that the tokens of the pass that runs now receive where these experts are.
+        """Return the attention (T,) that the tokens of the current pass receive at an expert layer, at least float32.
 
-        Raises UnsupportedArchitecture when the last attention saw other tokens.
+        Raises UnsupportedArchitecture if the last attention had a different number of tokens.
         """
-        received = getattr(self._pass, "received", None)
+        received: torch.Tensor | None = getattr(self._pass, "received", None)
         if received is None:
             self._uniform.add(experts_path)
             return torch.ones(num_tokens, device=device)
         if received.numel() != num_tokens:
             raise UnsupportedArchitecture(
-                f"{experts_path!r} has {num_tokens} tokens, the attention before it ({self._pass.path!r}) had "
-                f"{received.numel()}: the attention that its tokens receive cannot be told",
+                f"cannot measure the attention of the tokens of {experts_path!r}: it has {num_tokens} tokens, but the "
+                f"attention before it ({self._pass.path!r}) had {received.numel()}",
                 remedy="Profile without attention.",
             )
         layer = _decoder_layer(experts_path)
@@ -88,16 +96,19 @@ class AttentionCapture:
 
     @property
     def notes(self) -> list[str]:
-        """What was not the attention of an expert layer's own decoder layer, in words; empty where all of it was."""
+        """Messages about expert layers that did not use the attention of their own decoder layer."""
         notes = []
         if self._uniform:
-            notes.append(f"{_some(self._uniform)} no attention matrix before it: its tokens count alike")
+            notes.append(f"no attention matrix before {_some(self._uniform)}: all tokens count equally")
         if self._borrowed:
             where = self._borrowed[min(self._borrowed)]
-            notes.append(f"{_some(self._borrowed)} none in its own decoder layer: it takes the last before ({where})")
+            notes.append(
+                f"no attention matrix in the decoder layer of {_some(self._borrowed)}: "
+                f"using the last one before it ({where})"
+            )
         return notes
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         self._pass.received = self._pass.path = None
         self._pass.real = mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None  # (B, S)
@@ -105,14 +116,14 @@ class AttentionCapture:
     def run(
         self,
         module: nn.Module,
-        eager: Callable,
+        eager: EagerAttention,
         query: torch.Tensor,  # (B, heads, Q, d)
         key: torch.Tensor,  # (B, key heads, K, d)
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """``eager`` in pieces: its output (B, Q, heads, d). Keeps what the keys receive."""
+        """Run ``eager`` in chunks and return its output (B, Q, heads, d). Stores what the keys receive."""
         batch, heads, queries, _ = query.shape
         keys = key.shape[2]
         real = getattr(self._pass, "real", None)
@@ -145,28 +156,32 @@ class AttentionCapture:
 
 
 def _attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, **kwargs: object
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls."""
-    eager = _eager_of(module)
-    output = module.edgefed_attention.run(module, eager, query, key, value, attention_mask, **kwargs)
-    return output, None
+    """Run the attention function that transformers calls."""
+    capture: AttentionCapture = getattr(module, _ATTRIBUTE)
+    return capture.run(module, _eager_of(module), query, key, value, attention_mask, **kwargs), None
 
 
-def _eager_of(module: nn.Module) -> Callable:
-    """The eager attention of a module's own file, which transformers would call by default."""
+def _eager_of(module: nn.Module) -> EagerAttention:
+    """Return the eager attention defined in the module's own file, as transformers does by default."""
     for kind in type(module).__mro__:
-        found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        found: EagerAttention | None = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
         if found is not None:
             return found
     raise UnsupportedArchitecture(
-        f"no eager attention is written beside {type(module).__name__}: what its tokens receive cannot be told",
+        f"cannot measure the attention of {type(module).__name__}: its file has no eager_attention_forward",
         remedy="Profile without attention.",
     )
 
 
 def _configs(module: nn.Module) -> list[PretrainedConfig]:
-    """Every configuration that a part of the model reads, the whole model's first."""
+    """Return every configuration that a module of the model reads, the model's own first."""
     found: dict[int, PretrainedConfig] = {}
     for owner in module.modules():
         config = getattr(owner, "config", None)
@@ -176,12 +191,12 @@ def _configs(module: nn.Module) -> list[PretrainedConfig]:
 
 
 def _set_implementations(before: list[tuple[PretrainedConfig, str | None]]) -> None:
-    for config, implementation in before:  # a configuration passes it on to those within it, which come later
+    for config, implementation in before:  # setting it on a configuration also sets its nested ones, which come later
         config._attn_implementation = implementation
 
 
 def _pieces(batch: int, heads: int, queries: int, keys: int) -> Iterator[tuple[slice, int, int]]:
-    """(rows, first query, end) so that the weights of a piece, float32, take at most `PIECE_BYTES` or one query."""
+    """Yield (rows, first query, end) such that a chunk's float32 weights take at most `PIECE_BYTES`, or one query."""
     per_query = 4 * heads * max(keys, 1)
     rows = min(batch, max(1, PIECE_BYTES // (per_query * max(queries, 1))))
     length = queries if rows > 1 else max(1, PIECE_BYTES // per_query)
@@ -190,8 +205,8 @@ def _pieces(batch: int, heads: int, queries: int, keys: int) -> Iterator[tuple[s
             yield slice(first, min(batch, first + rows)), start, min(queries, start + length)
 
 
-def _part(value: object, part: tuple[slice, slice], batch: int, queries: int, keys: int) -> object:
-    """The rows and queries of a tensor over (query, key) pairs; anything else as it is."""
+def _part(value: Any, part: tuple[slice, slice], batch: int, queries: int, keys: int) -> Any:
+    """Return the rows and queries of a tensor over (query, key) pairs; any other value unchanged."""
     if not isinstance(value, torch.Tensor) or value.ndim < 3 or value.shape[-2:] != (queries, keys):
         return value
     value = value[..., part[1], :]
@@ -199,7 +214,7 @@ def _part(value: object, part: tuple[slice, slice], batch: int, queries: int, ke
 
 
 def _visible(mask: torch.Tensor | None, looks: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """How many queries that look (b, q) can see each key, (b, K); the mean over heads where these differ."""
+    """Count the queries of ``looks`` (b, q) that can see each key, (b, K); the mean over heads where they differ."""
     rows, _, _, keys = shape
     if mask is None:
         return looks.sum(dim=1, keepdim=True).expand(rows, keys).float()
@@ -209,10 +224,10 @@ def _visible(mask: torch.Tensor | None, looks: torch.Tensor, shape: tuple[int, .
 
 
 def _some(paths: Collection[str]) -> str:
-    return f"{min(paths)} has" if len(paths) == 1 else f"each of {len(paths)} expert layers, {min(paths)} first, has"
+    return min(paths) if len(paths) == 1 else f"each of {len(paths)} expert layers (first: {min(paths)})"
 
 
 def _decoder_layer(path: str) -> str:
-    """``model.layers.3.`` of ``model.layers.3.mlp.experts``; empty where no part of the path is a number."""
+    """Return ``model.layers.3.`` for ``model.layers.3.mlp.experts``; empty if no part of the path is a number."""
     found = re.match(r"(?:.*?\.)??\d+\.", path)
     return found.group() if found else ""

@@ -1,12 +1,12 @@
-"""The experts of one layer that are on this device, and nothing of those that are not.
+"""The resident experts of one layer.
 
-For each tensor of an expert the bank owns one contiguous storage, slot by slot, and one leaf parameter per slot that
-views its part of it. So a kernel can read all slots as one tensor, while autograd and the optimizer see single
-experts: one without a token gets no gradient, and no optimizer state before its first step.
+For each tensor of an expert, the bank has one contiguous storage over all slots, and one leaf parameter per slot that
+is a view of its part. Kernels read all slots as one tensor, while autograd and the optimizer see single experts: an
+expert without a token gets no gradient, and no optimizer state before its first step.
 
-Matrices that do not learn may lie quantised instead, in one packed stack: frozen and merged experts, and the base of
-trainable ones whose adapters learn (QLoRA, arXiv 2305.14314). Biases and adapters are never quantised. Each expert is
-quantised as it is read, so there is never more than one of them unpacked in memory.
+Matrices that are not trainable can be quantized into one packed stack: those of frozen and merged experts, and the base
+weights of experts whose adapters are trainable (QLoRA, arXiv 2305.14314). Biases and adapters are never quantized. Each
+expert is quantized as soon as it is read, so at most one is unquantized in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,26 +22,51 @@ from torch import nn
 
 from edgefed.errors import CheckpointError
 from edgefed.expert_records import ExpertPlan, MergedGroup
-from edgefed.kernels.masked_experts import LowRankPair, Slots, SlotWeights
+from edgefed.kernels.masked_experts import Slots, SlotWeights
 from edgefed.kernels.quantization import QuantizedMatrix
 from edgefed.moe.architecture import ExpertLayer
-from edgefed.moe.expert_reading import check_expert, check_expert_adapter, read_with_adapter
+from edgefed.moe.expert_reading import read_adapter, read_expert, read_with_adapter
 from edgefed.moe.merged_cache import Align, MergedCache, merge_experts
 from edgefed.moe.offloading import Offloaded, OffloadSpace, mark_offloaded, release
 from edgefed.moe.packed import PACKABLE, empty_stack, pack_into
-from edgefed.moe.perturbation import Perturbation, PerturbedSlots, typical_weight
+from edgefed.moe.slots import Perturbation, PerturbedSlots, slot_weights, typical_weight
 from edgefed.moe.units import LORA_SUFFIX, ExpertSource, TrainScope, check_tensors, copy_into
+
+_LORA_PARTS = (".lora_a", ".lora_b")
 
 
 class ExpertBank(nn.Module):
-    """S slots of ``layer`` as ``plan`` has them: trainable experts, then frozen ones, then merged groups.
+    """The S slots of ``layer`` according to ``plan``: trainable experts, then frozen ones, then merged groups.
 
-    Reads each expert once from ``source`` (and its adapter, when the experts train by LoRA: a frozen expert carries
-    what others have learned, too; in a merged one the adapters of its members are added to their weights). ``storage``
-    is how matrices that do not learn are kept, see `edgefed.moe.packed`; ``align`` is `merge_experts`'s, ``merged`` has
-    merged experts of earlier rounds. With ``offload`` what is not packed lies there instead of on ``device``.
-    Raises CheckpointError when a unit does not fit the layer, ConfigError when it cannot be stored so, StorageError.
+    Reads each expert once from ``source``. If experts train by LoRA, each expert's adapter is read too: a frozen expert
+    uses the adapter that others trained, and a merged expert has the adapters of its members added to their weights.
+
+    Args:
+        layer: the MoE layer.
+        plan: which experts are resident.
+        source: the weights of experts and adapters.
+        scope: what trains.
+        device: where the weights are computed with.
+        storage: format of matrices that are not trainable, one of `edgefed.moe.packed.EXPERT_STORAGES`; None: as read.
+        align: neuron alignment of merged experts, see `merge_experts`.
+        merged: cache of merged experts of earlier rounds.
+        offload: where unquantized weights are stored instead of ``device``.
+
+    Raises:
+        CheckpointError: a unit does not fit the layer.
+        ConfigError: the experts cannot be stored in this format.
+        StorageError: offloading or the cache failed.
+
     """
+
+    slot_of: torch.Tensor
+    """Slot of each expert, (E,) int64, -1 where absent."""
+    resident: torch.Tensor
+    """Ids of the experts that tokens can be routed to, int64: resident ones, then members of merged ones."""
+    served_tokens: torch.Tensor
+    """Tokens that each slot has computed, (S,) int64."""
+    trained_tokens: torch.Tensor
+    """Tokens that each slot has computed while it was trained, (S,) int64."""
 
     def __init__(
         self,
@@ -59,37 +85,35 @@ class ExpertBank(nn.Module):
         resident, groups, slots = plan.resident(ordinal), plan.groups(ordinal), plan.slots(ordinal)
         self.layer = layer
         self.experts = (*(int(expert) for expert in resident), *(group.experts[0] for group in groups))
-        """Expert of each slot; of a merged one its first member."""
+        """Expert of each slot; the first member of a merged one."""
         self.num_resident = len(resident)
+        """Slots that are not merged experts."""
         self.num_trainable = len(plan.trainable(ordinal)) if scope.experts != "none" else 0
         self.is_complete = bool((slots >= 0).all())
-        """No expert of the layer is absent."""
+        """Whether no expert of the layer is absent."""
         self.lora_scale = scope.lora_scale if scope.experts == "lora" else None
-        learning = self.num_trainable if scope.experts == "full" else 0
-        self._first_packed = len(self.experts) if storage is None else learning
-        self._format = storage
+        num_full = self.num_trainable if scope.experts == "full" else 0
+        self._storage_format = storage
+        self._first_packed = len(self.experts) if storage is None else num_full
         self.perturbation: Perturbation | None = None
-        """One slot appears moved while this is set."""
+        """While set, one slot appears moved."""
         self._storage: dict[str, torch.Tensor] = {}
         self._packed: dict[str, QuantizedMatrix] = {}
         self.offload = offload
-        self._training: dict[str, tuple[torch.Tensor, ...] | None] = {}
-        held = np.concatenate([resident, np.array([e for group in groups for e in group.experts], dtype=np.int64)])
+        self._training_space: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = {}
+        members = np.array([expert for group in groups for expert in group.experts], dtype=np.int64)
         for name, value in (
-            ("slot_of", torch.from_numpy(slots)),  # (E,)
-            ("resident", torch.from_numpy(held.astype(np.int64))),  # experts that tokens can go to
+            ("slot_of", torch.from_numpy(slots)),
+            ("resident", torch.from_numpy(np.concatenate([resident, members]).astype(np.int64))),
             ("served_tokens", torch.zeros(len(self.experts), dtype=torch.int64)),
             ("trained_tokens", torch.zeros(len(self.experts), dtype=torch.int64)),
         ):
             self.register_buffer(name, value.to(device), persistent=False)
         for slot, expert in enumerate(resident.tolist()):
             key = layer.expert_key(expert)
-            tensors = source.read(key)
-            check_expert(layer, key, tensors)
-            self._fill(slot, key, tensors, slot < learning, device)
+            self._fill(slot, key, read_expert(layer, expert, source), slot < num_full, device)
             if scope.experts == "lora":
-                adapter = source.read(key + LORA_SUFFIX)
-                check_expert_adapter(layer, key + LORA_SUFFIX, adapter, scope.lora_rank)
+                adapter = read_adapter(layer, expert, source, scope.lora_rank)
                 self._fill(slot, key + LORA_SUFFIX, adapter, slot < self.num_trainable, device)
         for slot, group in enumerate(groups, start=len(resident)):
             tensors = _merged_tensors(layer, group, source, scope, align, merged)
@@ -100,52 +124,56 @@ class ExpertBank(nn.Module):
         return len(self.experts)
 
     def _fill(
-        self, slot: int, key: str, tensors: Mapping[str, torch.Tensor], trains: bool, device: torch.device
+        self, slot: int, key: str, tensors: Mapping[str, torch.Tensor], trainable: bool, device: torch.device
     ) -> None:
         is_adapter = key.endswith(LORA_SUFFIX)
         for name, value in tensors.items():
             is_matrix = value.ndim == 2 and not is_adapter
-            if is_matrix and slot >= self._first_packed:
+            if is_matrix and self._storage_format is not None and slot >= self._first_packed:
                 if name not in self._packed:
                     count = len(self) - self._first_packed
-                    self._hold(name, empty_stack(self._format, count, tuple(value.shape), value.dtype, device))
+                    shape = (value.shape[0], value.shape[1])
+                    self._set_packed(name, empty_stack(self._storage_format, count, shape, value.dtype, device))
                 pack_into(self._packed[name], slot - self._first_packed, key, name, value)
                 continue
             if name not in self._storage:
                 count = self.num_resident if is_adapter else self._first_packed if is_matrix else len(self)
                 self._storage[name] = self._empty((count, *value.shape), value.dtype, device)
             copy_into(key, name, self._storage[name][slot], value)
-            # .data gives the view a version counter of its own: a step of one expert is no change of another.
-            parameter = nn.Parameter(self._storage[name].data[slot], requires_grad=trains)
+            # .data gives the view its own version counter: an optimizer step on one expert is not a change of others.
+            parameter = nn.Parameter(self._storage[name].data[slot], requires_grad=trainable)
             self.register_parameter(self._parameter_name(name, slot), parameter)
             if self.offload is not None:
-                mark_offloaded(parameter, self._place(name, slot, parameter, is_adapter))
+                mark_offloaded(parameter, self._offloaded(self.offload, name, slot, parameter, is_adapter))
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         if self.offload is not None:
             return self.offload.empty(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def _place(self, name: str, slot: int, parameter: nn.Parameter, is_adapter: bool) -> Offloaded:
-        """Where the gradient and the moments of an offloaded parameter go."""
+    def _offloaded(
+        self, space: OffloadSpace, name: str, slot: int, parameter: nn.Parameter, is_adapter: bool
+    ) -> Offloaded:
+        """Reserve space for the gradient and the moments of an offloaded parameter."""
         if not parameter.requires_grad:
             return Offloaded()
-        if name not in self._training:
+        if name not in self._training_space:
             shape = (self.num_trainable, *parameter.shape)
-            self._training[name] = self.offload.gradients_and_moments(shape, parameter.dtype)
+            self._training_space[name] = space.gradients_and_moments(shape, parameter.dtype)
         beside = tuple(self.tensors(slot).values()) if is_adapter else ()
-        if (rooms := self._training[name]) is None:
+        reserved = self._training_space[name]
+        if reserved is None:
             return Offloaded(beside=beside)
-        gradient, first, second = (room[slot] for room in rooms)
+        gradient, first, second = (stack[slot] for stack in reserved)
         return Offloaded(gradient, (first, second), beside)
 
     def release(self) -> None:
-        """Give up the memory of offloaded weights until they are needed again."""
+        """Release the memory of offloaded weights until they are needed again."""
         if self.offload is not None:
             release(self._storage.values())
 
-    def _hold(self, name: str, stack: QuantizedMatrix) -> None:
-        """Keep a packed stack: its tensors are buffers, so that whoever counts a module's memory finds them."""
+    def _set_packed(self, name: str, stack: QuantizedMatrix) -> None:
+        """Store a packed stack. Its tensors are buffers, so that the module's memory includes them."""
         self._packed[name] = stack
         self.register_buffer(f"{name}_packed", stack.packed, persistent=False)
         self.register_buffer(f"{name}_absmax", stack.absmax, persistent=False)
@@ -154,8 +182,9 @@ class ExpertBank(nn.Module):
         return f"{name.replace('.', '_')}_{self.experts[slot]}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertBank:
-        """Moves and casts keep the parameters views of one storage. What is packed moves; a cast only changes what it
-        is unpacked to. What is offloaded stays.
+        """Move or cast the bank. Parameters stay views of one storage, and offloaded weights stay where they are.
+
+        A cast does not change packed weights, only the dtype that they are dequantized to.
         """
         if self.offload is None:
             self._storage = {name: fn(storage) for name, storage in self._storage.items()}
@@ -166,32 +195,32 @@ class ExpertBank(nn.Module):
                 parameter.data = storage.data[slot]
                 parameter.grad = None if grad is None else fn(grad)
         for name, stack in self._packed.items():
-            cast = fn(torch.empty(0, dtype=stack.dtype, device=stack.device))
-            dtype = cast.dtype if cast.dtype in PACKABLE else stack.dtype
-            self._hold(name, dataclasses.replace(stack.to(cast.device), dtype=dtype))
+            cast_to = fn(torch.empty(0, dtype=stack.dtype, device=stack.device))
+            dtype = cast_to.dtype if cast_to.dtype in PACKABLE else stack.dtype
+            self._set_packed(name, dataclasses.replace(stack.to(cast_to.device), dtype=dtype))
         packed = {f"{name}_{part}" for name in self._packed for part in ("packed", "absmax")}
         for name, buffer in self._buffers.items():
-            if name not in packed:
+            if name not in packed and buffer is not None:
                 self._buffers[name] = fn(buffer)
         return self
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What its weights are, or are unpacked to; None without a slot."""
+        """Dtype of the weights, after dequantization; None without a slot."""
         matrix = self.layer.up_name
         if matrix in self._storage:
             return self._storage[matrix].dtype
         return self._packed[matrix].dtype if matrix in self._packed else None
 
     def parameter(self, name: str, slot: int) -> nn.Parameter:
-        """The leaf of one tensor of one slot; ``name`` as in the unit (``down_proj``, ``down_proj.lora_a``).
+        """Return the leaf of one tensor of one slot; ``name`` as in the unit (``down_proj``, ``down_proj.lora_a``).
 
-        Raises KeyError where that is packed.
+        Raises KeyError if the tensor is packed.
         """
-        return self._parameters[self._parameter_name(name, slot)]
+        return cast(nn.Parameter, self._parameters[self._parameter_name(name, slot)])
 
     def tensors(self, slot: int, *, adapter: bool = False) -> dict[str, nn.Parameter]:
-        """The parameters of the slot's unit that are not packed, or of its adapter unit, by tensor name."""
+        """Return the parameters of the slot's unit that are not packed, or of its adapter unit, by tensor name."""
         return {
             name: self.parameter(name, slot)
             for name, storage in self._storage.items()
@@ -199,35 +228,35 @@ class ExpertBank(nn.Module):
         }
 
     def packed(self, slot: int) -> dict[str, QuantizedMatrix]:
-        """The quantised matrices of the slot's unit by tensor name: views. Empty where nothing is packed."""
+        """Return views of the quantized matrices of the slot's unit by tensor name; empty if nothing is packed."""
         place = slot - self._first_packed
         return {name: stack[place] for name, stack in self._packed.items()} if place >= 0 else {}
 
     def storages(self) -> Mapping[str, torch.Tensor]:
-        """The contiguous storages by tensor name, for kernels that take all slots at once: of slots 0, 1, ..."""
+        """Return the contiguous storages of slots 0, 1, ... by tensor name, for kernels that take all slots at once."""
         return self._storage
 
     def stacks(self) -> Mapping[str, QuantizedMatrix]:
-        """The packed stacks by tensor name: of the slots behind those that `storages` has of that matrix."""
+        """Return the packed stacks by tensor name. Their slots follow those of the same tensor in `storages`."""
         return self._packed
 
     def weights(self) -> Iterator[torch.Tensor]:
-        """Every tensor that holds weights."""
+        """Yield every tensor that stores weights, quantized or not."""
         yield from self.parameters()
         for stack in self._packed.values():
-            yield from (stack.packed, stack.absmax)
+            yield from (tensor for tensor in (stack.packed, stack.absmax) if tensor is not None)
 
     def slot(self, expert: int) -> int:
-        """Slot of an expert that is here as itself. Raises CheckpointError when it is not."""
+        """Return the slot of a resident expert. Raises CheckpointError if it is absent or merged."""
         if expert not in self.experts[: self.num_resident]:
             key = self.layer.expert_key(expert)
-            if 0 <= expert < self.layer.num_experts and self.slot_of[expert] >= 0:
-                raise CheckpointError(f"expert {key!r} is on this device only within a merged one: apply a plan again")
-            raise CheckpointError(f"expert {key!r} is not on this device")
+            if 0 <= expert < self.layer.num_experts and int(self.slot_of[expert]) >= 0:
+                raise CheckpointError(f"expert {key!r} is resident only as part of a merged expert: apply a plan again")
+            raise CheckpointError(f"expert {key!r} is not resident on this device")
         return self.experts.index(expert)
 
     def load(self, expert: int, tensors: Mapping[str, torch.Tensor], *, adapter: bool = False) -> None:
-        """Copy new values into a resident expert or its adapter, quantised where it is. Raises CheckpointError."""
+        """Copy new values into a resident expert or its adapter, quantizing packed tensors. Raises CheckpointError."""
         key = self.layer.expert_key(expert) + (LORA_SUFFIX if adapter else "")
         slot = self.slot(expert)
         targets = self.tensors(slot, adapter=adapter)
@@ -240,13 +269,13 @@ class ExpertBank(nn.Module):
             pack_into(stack, slot - self._first_packed, key, name, tensors[name])
 
     def slots(self, scheduled: Collection[int] | None = None) -> Slots:
-        """The experts as `masked_experts` takes them; trainable ones outside ``scheduled`` (expert ids) are detached."""
+        """Return the experts for `masked_experts`. With ``scheduled``, trainable experts of other ids are detached."""
         slots = BankSlots(self, scheduled)
         return slots if self.perturbation is None else PerturbedSlots(slots, self.perturbation)
 
     @contextlib.contextmanager
     def perturbed(self, expert: int, *, seed: int, size: float) -> Iterator[None]:
-        """Within it an expert that is here as itself appears moved by ``size`` times a random direction."""
+        """Within this context, a resident expert appears moved by ``size`` times a random direction."""
         self.perturbation = Perturbation(self.slot(expert), seed, size)
         try:
             yield
@@ -254,11 +283,11 @@ class ExpertBank(nn.Module):
             self.perturbation = None
 
     def typical_weight(self, expert: int) -> float:
-        """Root mean square of what would train of an expert that is here as itself: its weights, or its adapter."""
+        """Return the root mean square of the trainable part of a resident expert: its weights, or its adapter."""
         return typical_weight(self.slots()[self.slot(expert)])
 
     def gradients(self) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """(expert id, gradients) of each expert whose unit has a gradient now: the next optimizer step changes it."""
+        """Yield (expert id, gradients) of each expert that the next optimizer step will change."""
         for slot in range(self.num_trainable):
             parameters = (*self.tensors(slot).values(), *self.tensors(slot, adapter=True).values())
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -266,27 +295,8 @@ class ExpertBank(nn.Module):
                 yield self.experts[slot], gradients
 
 
-_LORA_PARTS = (".lora_a", ".lora_b")
-
-
-def _merged_tensors(
-    layer: ExpertLayer,
-    group: MergedGroup,
-    source: ExpertSource,
-    scope: TrainScope,
-    align: Align | None,
-    cache: MergedCache | None,
-) -> Mapping[str, torch.Tensor]:
-    """The merged expert of a group: as it was kept, or merged now and kept."""
-
-    def merge() -> dict[str, torch.Tensor]:
-        return merge_experts(lambda expert: read_with_adapter(layer, expert, source, scope), group, align)
-
-    return merge() if cache is None else cache.get(layer, group, scope, merge, aligned=align is not None)
-
-
 class BankSlots:
-    """A bank seen by slot, with some slots taken out of the gradient."""
+    """The slots of a bank, with some of them detached from the gradient."""
 
     def __init__(self, bank: ExpertBank, scheduled: Collection[int] | None):
         self._bank = bank
@@ -302,50 +312,22 @@ class BankSlots:
             tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         if bank.offload is not None:
             tensors = {name: bank.offload.near(tensor) for name, tensor in tensors.items()}
-        # A merged expert has the adapters of its members in its weights.
+        # The weights of a merged expert include the adapters of its members.
         scale = bank.lora_scale if slot < bank.num_resident else None
-        return slot_weights(bank.layer, {**tensors, **bank.packed(slot)}, scale)
+        return slot_weights(bank.layer, tensors, bank.packed(slot), scale)
 
 
-class StreamedSlots:
-    """All E experts of a layer, each read when it is needed and kept by nobody. Forward only."""
+def _merged_tensors(
+    layer: ExpertLayer,
+    group: MergedGroup,
+    source: ExpertSource,
+    scope: TrainScope,
+    align: Align | None,
+    cache: MergedCache | None,
+) -> Mapping[str, torch.Tensor]:
+    """Return the merged expert of a group, from the cache if possible."""
 
-    streamed = True
+    def merge() -> dict[str, torch.Tensor]:
+        return merge_experts(lambda expert: read_with_adapter(layer, expert, source, scope), group, align)
 
-    def __init__(self, layer: ExpertLayer, source: ExpertSource, scope: TrainScope, device: torch.device):
-        self._layer, self._source, self._scope, self._device = layer, source, scope, device
-
-    def __len__(self) -> int:
-        return self._layer.num_experts
-
-    def __getitem__(self, slot: int) -> SlotWeights:
-        key = self._layer.expert_key(slot)
-        tensors = dict(self._source.read(key))
-        check_expert(self._layer, key, tensors)
-        if self._scope.experts == "lora":
-            adapter = self._source.read(key + LORA_SUFFIX)
-            check_expert_adapter(self._layer, key + LORA_SUFFIX, adapter, self._scope.lora_rank)
-            tensors.update(adapter)
-        scale = self._scope.lora_scale if self._scope.experts == "lora" else None
-        return slot_weights(self._layer, {n: t.to(self._device) for n, t in tensors.items()}, scale)
-
-
-def slot_weights(
-    layer: ExpertLayer, tensors: Mapping[str, torch.Tensor | QuantizedMatrix], lora_scale: float | None
-) -> SlotWeights:
-    """Name the tensors of one expert by their part in the computation."""
-
-    def lora(name: str) -> LowRankPair | None:
-        if lora_scale is None:
-            return None
-        return LowRankPair(tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"], lora_scale)
-
-    up = layer.up_name
-    return SlotWeights(
-        up=tensors[up],
-        down=tensors["down_proj"],
-        up_bias=tensors.get(f"{up}_bias"),
-        down_bias=tensors.get("down_proj_bias"),
-        up_lora=lora(up),
-        down_lora=lora("down_proj"),
-    )
+    return merge() if cache is None else cache.get(layer, group, scope, merge, aligned=align is not None)

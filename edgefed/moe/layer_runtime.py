@@ -1,14 +1,15 @@
-"""What happens in one MoE layer during a forward pass: the function that transformers calls for its experts.
+"""One MoE layer during a forward pass: the experts function that transformers calls.
 
-`LayerRuntime` holds the state of a layer: its bank or its stream of experts, what to do about absent experts, which
-experts learn, and who listens. Its router's logits are caught by a hook, used by the experts of the same layer in the
-same pass, and dropped.
+`LayerRuntime` has the state of a layer: its expert bank or stream, what happens to tokens of absent experts, which
+experts are trained in this batch, and the statistics recorders. A hook stores the router's logits until the experts of
+the same layer have run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,22 +19,23 @@ from transformers.integrations.moe import ExpertsInterface
 from edgefed.expert_records import ActivationProfile, LayerProfile
 from edgefed.kernels import ops as _operators  # noqa: F401  registers torch.ops.edgefed
 from edgefed.kernels.dispatch import log_choice
-from edgefed.kernels.masked_experts import Slots, SlotWeights, backend_for, masked_experts
+from edgefed.kernels.masked_experts import Slots, backend_for, masked_experts
 from edgefed.kernels.router_statistics import new_statistics, router_statistics, to_layer_profile
-from edgefed.moe.architecture import ExpertLayer
+from edgefed.moe.architecture import ExpertLayer, ExpertsModule, expert_activation, expert_finish
 from edgefed.moe.attention_received import AttentionCapture
 from edgefed.moe.bank import ExpertBank
 from edgefed.moe.gate_probe import route_to_resident, router_logits_of, split_expert_arguments
+from edgefed.moe.slots import StackSlots
 
 IMPLEMENTATION = "edgefed"
 MISSING_MODES = ("renormalize", "skip")
 
 Schedule = Callable[[int, LayerProfile], Iterable[int]]
-"""(layer ordinal, record of this batch) -> expert ids that get weight gradients in this batch."""
+"""(layer ordinal, profile of this batch) -> expert ids that get weight gradients in this batch."""
 
 
 class StatisticsRecorder:
-    """Router statistics of everything that ran since the last `take`; with ``attention``, what tokens received too."""
+    """Collects router statistics since the last `take`; with ``attention``, also the attention that tokens receive."""
 
     def __init__(self, layers: tuple[ExpertLayer, ...], attention: AttentionCapture | None = None):
         self.attention = attention
@@ -43,7 +45,7 @@ class StatisticsRecorder:
         self._attention_sums: dict[int, torch.Tensor] = {}
 
     def add(self, layer: int, logits: torch.Tensor, kind: str, indices: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add one batch of one layer: router logits (T, E) of a gate ``kind``, its full choice and weights (T, K)."""
+        """Add one batch of a layer: router logits (T, E) of a gate ``kind``, its full choice and its weights (T, K)."""
         if layer not in self._statistics:
             self._statistics[layer] = new_statistics(logits.shape[1], logits.device)
         sums = self._statistics[layer]
@@ -56,25 +58,25 @@ class StatisticsRecorder:
             total.index_add_(0, indices.reshape(-1), per_pair)
 
     def take(self) -> ActivationProfile:
-        """The record so far; starts again from zero. The one host synchronisation."""
-        records = []
+        """Return the profile so far and start again from zero. This is the only host synchronization."""
+        profiles = []
         for layer in self._layers:
             statistics = self._statistics.pop(layer.ordinal, None)
             if statistics is None:
                 statistics = new_statistics(layer.num_experts)
-            record = to_layer_profile(statistics, self._num_tokens.pop(layer.ordinal, 0))
+            profile = to_layer_profile(statistics, self._num_tokens.pop(layer.ordinal, 0))
             if self.attention is not None:
                 received = self._attention_sums.pop(layer.ordinal, statistics.new_zeros(layer.num_experts))
                 values = received.to(device="cpu", dtype=torch.float64).numpy()
-                record = dataclasses.replace(record, attention_sum=values)
-            records.append(record)
-        return ActivationProfile(tuple(records))
+                profile = dataclasses.replace(profile, attention_sum=values)
+            profiles.append(profile)
+        return ActivationProfile(tuple(profiles))
 
 
 class LayerRuntime:
     """The state of one MoE layer between and during forward passes.
 
-    ``kernels(dtype, device type)``: what the model trains its experts with, as `training_kernels` says.
+    ``kernels(dtype, device type)`` returns which kernels train the experts, like `training_kernels`.
     """
 
     def __init__(
@@ -93,48 +95,49 @@ class LayerRuntime:
         self._selection_bias = selection_bias
         self._logits: torch.Tensor | None = None
         self._scheduled: frozenset[int] | None = None
-        layer.router.register_forward_hook(self._catch_logits)
+        layer.router.register_forward_hook(self._store_logits)
         layer.experts.register_forward_pre_hook(self._record, with_kwargs=True)
         layer.experts.register_forward_hook(self._drop_logits)
 
-    def _catch_logits(self, module: nn.Module, args: tuple, output: object) -> None:
+    def _store_logits(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         logits = router_logits_of(output)
         self._logits = logits.reshape(-1, logits.shape[-1])  # (T, E)
 
-    def _drop_logits(self, module: nn.Module, args: tuple, output: object) -> None:
+    def _drop_logits(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self._logits = None
 
-    def _record(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        schedules = self._schedules(module)
-        if self._is_recomputation() or not (self.recorders or schedules):
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        schedule = self._active_schedule(module)
+        if self._is_recomputation() or not (self.recorders or schedule):
             return
         _, indices, weights = split_expert_arguments(args, kwargs)
         with torch.no_grad():
             logits, kind = self.router_logits(), self.layer.gate_kind  # (T, E)
             for recorder in self.recorders:
                 recorder.add(self.layer.ordinal, logits, kind, indices, weights)
-            if schedules:
+            if schedule is not None:
                 batch = new_statistics(logits.shape[1], logits.device)
                 router_statistics(batch, logits, indices, weights, kind=kind)
-                record = to_layer_profile(batch, logits.shape[0])
-                self._scheduled = frozenset(int(e) for e in self.schedule(self.layer.ordinal, record))
+                profile = to_layer_profile(batch, logits.shape[0])
+                self._scheduled = frozenset(int(e) for e in schedule(self.layer.ordinal, profile))
 
-    def _schedules(self, module: nn.Module) -> bool:
-        return self.schedule is not None and self.bank is not None and module.training and torch.is_grad_enabled()
+    def _active_schedule(self, module: nn.Module) -> Schedule | None:
+        """Return the schedule if the current pass trains a bank, else None."""
+        return self.schedule if self.bank is not None and module.training and torch.is_grad_enabled() else None
 
     @staticmethod
     def _is_recomputation() -> bool:
-        """Activation checkpointing runs the layer again inside the backward pass: the batch was counted already."""
+        """Whether activation checkpointing runs the layer again in the backward pass, for a batch already counted."""
         return torch._C._current_graph_task_id() != -1
 
     def router_logits(self) -> torch.Tensor:
-        """The logits (T, E) of the pass that runs now."""
+        """Return the logits (T, E) of the current pass."""
         if self._logits is None:
             raise RuntimeError(f"the experts {self.layer.experts_path!r} ran without their router")
         return self._logits
 
     def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The experts' output (T, H) for the router's choice (T, K)."""
+        """Return the experts' output (T, H) for the router's choice (T, K)."""
         slots: Slots
         if self.stream is not None:
             slots, slot_indices = self.stream(), indices
@@ -151,17 +154,17 @@ class LayerRuntime:
                     self._selection_bias(),
                     bank.slot_of if bank.num_resident < len(bank) else None,
                 )
-            scheduled = self._scheduled if self._schedules(self.layer.experts) else None
+            scheduled = self._scheduled if self._active_schedule(self.layer.experts) else None
             if not self._is_recomputation():
                 self._count_tokens(bank, slot_indices, scheduled)
             slots = bank.slots(scheduled)
         else:
             raise RuntimeError(
-                f"no expert of {self.layer.experts_path!r} is on this device: apply a plan, or stream the experts"
+                f"{self.layer.experts_path!r} has no resident experts: apply a plan, or stream the experts"
             )
         experts, backend, keep = self.layer.experts, "auto", None
         if torch.is_grad_enabled():
-            # Whether the up projection is kept is fixed here, or nobody could say beforehand what a step takes.
+            # Whether activations are kept must not depend on token counts: the memory model predicts it.
             if self._kernels(hidden_states.dtype, hidden_states.device.type) == "reference":
                 backend = "reference"
             else:
@@ -171,12 +174,12 @@ class LayerRuntime:
             slot_indices,
             weights,
             slots,
-            activation=experts._apply_gate if self.layer.has_gate else experts.act_fn,
+            activation=expert_activation(experts),
             is_transposed=self.layer.is_transposed,
-            finish=experts.post_expert_norm if self.layer.has_post_expert_norm else None,
+            finish=expert_finish(experts),
             backend=backend,
             keep_activations=keep,
-            # A moved expert is compared with itself: rounded activations would hide the difference.
+            # A perturbed expert is compared with itself, and rounded activations would hide the difference.
             int8_activations=None if self.bank is None or self.bank.perturbation is None else False,
         )
         if self.bank is not None:
@@ -185,25 +188,25 @@ class LayerRuntime:
 
     def _count_tokens(self, bank: ExpertBank, slot_indices: torch.Tensor, scheduled: frozenset[int] | None) -> None:
         flat = slot_indices.reshape(-1)
-        here = (flat >= 0).to(torch.int64)
+        is_served = (flat >= 0).to(torch.int64)
         served = torch.zeros_like(bank.served_tokens)
         if len(bank):
-            served.index_add_(0, flat.clamp_min(0), here)
+            served.index_add_(0, flat.clamp_min(0), is_served)
         bank.served_tokens += served
         if self.layer.experts.training and torch.is_grad_enabled():
-            learns = torch.arange(len(served), device=served.device) < bank.num_trainable
-            if scheduled is not None:  # made of values on the host; copying a list waits for the device
-                scheduled_here = [expert in scheduled for expert in bank.experts]
-                learns &= torch.tensor(scheduled_here, dtype=torch.bool, device=served.device)
-            bank.trained_tokens += served * learns
+            trained = torch.arange(len(served), device=served.device) < bank.num_trainable
+            if scheduled is not None:
+                is_scheduled = [expert in scheduled for expert in bank.experts]
+                trained &= torch.tensor(is_scheduled, dtype=torch.bool, device=served.device)
+            bank.trained_tokens += served * trained
 
 
 def training_kernels(layers: Iterable[ExpertLayer], dtype: torch.dtype, device_type: str) -> str:
-    """What a planned model of ``dtype`` trains its experts with: a `StepSetup.kernels`, the same for all its layers.
+    """Return which kernels train the experts of a model of ``dtype``, for all its layers: a `StepSetup.kernels`.
 
-    "native" where the dispatcher has a kernel for such layers: on the CPU by itself, on a GPU if EDGEFED_KERNELS names
-    one. Else, and where a layer does something to each expert's output, "reference", for which the memory model has
-    other formulas.
+    "native" if the dispatcher has a kernel for such layers: by default on the CPU, and on a GPU if EDGEFED_KERNELS
+    names one. Otherwise, and if a layer post-processes each expert's output, "reference". The memory model has
+    different formulas for the two.
     """
     finishes = (layer.experts.post_expert_norm for layer in layers if layer.has_post_expert_norm)
     name, reason = backend_for(device_type, dtype, next(finishes, None))
@@ -213,75 +216,53 @@ def training_kernels(layers: Iterable[ExpertLayer], dtype: torch.dtype, device_t
     return name
 
 
-class StackSlots:
-    """The experts of a transformers module by slot: rows of its own stacks, gradients included.
+def edgefed_experts(experts: ExpertsModule, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+    """Run the experts for transformers: (T, H), (T, K), (T, K) -> (T, H).
 
-    Stacks are unbound once: an index into them would make a gradient as large as the stack for each expert.
-    """
-
-    def __init__(self, experts: nn.Module):
-        self._rows = {name: stack.unbind(0) for name, stack in experts.named_parameters(recurse=False)}
-        self._up = "gate_up_proj" if experts.has_gate else "up_proj"
-        self._count = experts.num_experts
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, slot: int) -> SlotWeights:
-        rows, up = self._rows, self._up
-        return SlotWeights(
-            up=rows[up][slot],
-            down=rows["down_proj"][slot],
-            up_bias=rows[f"{up}_bias"][slot] if f"{up}_bias" in rows else None,
-            down_bias=rows["down_proj_bias"][slot] if "down_proj_bias" in rows else None,
-        )
-
-
-def edgefed_experts(experts: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-    """The experts function that transformers calls: (T, H), (T, K), (T, K) -> (T, H).
-
-    A module of a `MoeModel` that holds a plan or streams runs by that; any other with all its own experts. There, an
-    index that is no expert (transformers marks pairs of another device with the number of experts) is dropped.
+    A module of a `MoeModel` with a plan or a stream uses that; any other module uses all its own experts. In the latter
+    case an index of E, with which transformers marks pairs of another device, is dropped.
     """
     hidden_states, indices, weights = split_expert_arguments(args, kwargs)
-    runtime = getattr(experts, "edgefed_runtime", None)
+    runtime: LayerRuntime | None = getattr(experts, "edgefed_runtime", None)
     if runtime is not None and not (runtime.bank is None and runtime.stream is None and holds_own_experts(experts)):
         return runtime.forward(hidden_states, indices, weights)
     slot_indices = torch.where(indices < experts.num_experts, indices, -1)
     if torch.compiler.is_compiling() and _is_operator(experts):
         up, down = experts.gate_up_proj, experts.down_proj
         form = ("dense", down.shape[2], 0, down.dtype, "swiglu")
-        return torch.ops.edgefed.masked_experts(hidden_states, slot_indices, weights, up, None, down, None, *form)
+        arguments = (hidden_states, slot_indices, weights, up, None, down, None, *form)
+        return cast(torch.Tensor, torch.ops.edgefed.masked_experts(*arguments))
     return masked_experts(
         hidden_states,
         slot_indices,
         weights,
         StackSlots(experts),
-        activation=experts._apply_gate if experts.has_gate else experts.act_fn,
+        activation=expert_activation(experts),
         is_transposed=experts.is_transposed,
-        finish=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+        finish=expert_finish(experts),
     )
 
 
-def _is_operator(experts: nn.Module) -> bool:
-    """Whether `edgefed.kernels.ops` has an operator for these experts, so that a compiled graph need not break: SwiGLU,
-    no bias, no norm, and stacks that do not learn.
+def _is_operator(experts: ExpertsModule) -> bool:
+    """Whether `edgefed.kernels.ops` has an operator for these experts, so that compilation needs no graph break.
+
+    It covers SwiGLU without bias and norm, with stacks that are not trainable.
     """
     return (
         experts.has_gate
         and not (experts.is_transposed or experts.has_bias or getattr(experts, "has_post_expert_norm", False))
         and type(experts)._apply_gate.__name__ == "_default_apply_gate"
-        and isinstance(experts.act_fn, (nn.SiLU, ACT2CLS["silu"]))
+        and isinstance(experts.act_fn, (nn.SiLU, cast(type, ACT2CLS["silu"])))
         and not (torch.is_grad_enabled() and (experts.gate_up_proj.requires_grad or experts.down_proj.requires_grad))
     )
 
 
 def holds_own_experts(experts: nn.Module) -> bool:
-    """Whether the module still has the stacks that transformers gave it, with values."""
+    """Whether the module still has its own stacks with values."""
     stack = experts._parameters.get("down_proj")
     return stack is not None and stack.device.type != "meta" and stack.shape[0] == experts.num_experts
 
 
 def register_implementation() -> None:
-    """Make the name known to transformers. Idempotent."""
+    """Register the experts function with transformers. Idempotent."""
     ExpertsInterface.register(IMPLEMENTATION, edgefed_experts)

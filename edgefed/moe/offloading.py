@@ -1,12 +1,12 @@
-"""Experts away from their processor: weights, gradients and optimizer moments lie in files or in host memory.
+"""Offloading: weights, gradients and optimizer moments of experts in files or in host memory.
 
-    CPU   files, mapped into memory: the kernel writes pages back and drops them; a layer that is done gives its own
-          pages up at once, so that the process never holds more than one layer
-    GPU   host memory (pinned where that can be had), or files: a slot's weights are copied to the GPU when its kernels
-          ask for them, gradients flow back to the host, and the optimizer runs there
+    CPU   memory-mapped files. The operating system writes pages back and drops them. A layer releases its pages as soon
+          as it has run, so at most one layer is in memory.
+    GPU   host memory, pinned if possible, or files. A slot's weights are copied to the GPU when a kernel needs them,
+          gradients are copied back to the host, and the optimizer runs there.
 
-Nothing of the result depends on it. Files have no name from the moment they exist, so nothing is left of them whatever
-ends the process; where a system cannot do that, the next `OffloadSpace` on the folder removes them.
+Results do not depend on offloading. Files are unlinked as soon as they are open, so nothing remains when the process
+ends for any reason. Where the system does not allow that, the next `OffloadSpace` in the folder removes them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from edgefed.disk import disk_errors, make_folder
+from edgefed.errors import first_line
 
 _log = logging.getLogger(__name__)
 _ATTRIBUTE = "edgefed_offloaded"
@@ -37,9 +38,9 @@ _MADV_DONTNEED = 4
 
 @dataclasses.dataclass(frozen=True)
 class Offloaded:
-    """Where an offloaded parameter's gradient and moments go: None, and they stay beside it in host memory.
+    """Storage of an offloaded parameter's gradient and moments. None keeps them in host memory.
 
-    ``beside``: frozen tensors of the same expert, that its backward pass needs and nobody after it.
+    ``beside`` are frozen tensors of the same expert that are not needed after its backward pass.
     """
 
     gradient: torch.Tensor | None = None
@@ -48,9 +49,10 @@ class Offloaded:
 
 
 class OffloadSpace:
-    """Room for the experts of a model that computes on ``device``: files in ``folder``, or host memory without one.
+    """Storage for the offloaded experts of a model on ``device``: files in ``folder``, or host memory if it is None.
 
-    ``copies``: kernels get copies; None: where ``device`` is no CPU. Raises StorageError, DiskFull.
+    ``copies`` says whether kernels get copies of the weights; None means yes unless ``device`` is the CPU. Raises
+    StorageError, DiskFull.
     """
 
     def __init__(self, device: torch.device, folder: Path | None, copies: bool | None = None):
@@ -59,11 +61,11 @@ class OffloadSpace:
         self._copies = device.type != "cpu" if copies is None else copies
         if folder is not None:
             with disk_errors(folder):
-                for left in folder.glob(f"{_PREFIX}*"):
-                    left.unlink(missing_ok=True)
+                for leftover in folder.glob(f"{_PREFIX}*"):
+                    leftover.unlink(missing_ok=True)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of no defined value. Raises DiskFull before anything is written where the disk has no room."""
+        """Return an uninitialized tensor. Raises DiskFull, before anything is written, if the disk is full."""
         if self._folder is None:
             return _host_tensor(shape, dtype)
         numel = math.prod(shape)
@@ -76,18 +78,20 @@ class OffloadSpace:
                 tensor = torch.from_file(name, shared=True, size=numel, dtype=dtype)
             finally:
                 os.close(handle)
-                with contextlib.suppress(PermissionError):  # Windows: not while it is mapped
+                with contextlib.suppress(PermissionError):  # Windows cannot remove a mapped file
                     os.unlink(name)
         return tensor.view(shape)
 
     def gradients_and_moments(
         self, shape: tuple[int, ...], dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Room for what training adds to parameters of ``shape``; None where it is host memory anyway."""
-        return None if self._folder is None else tuple(self.empty(shape, dtype) for _ in range(3))
+        """Return storage for a gradient and two moments of ``shape``; None if they stay in host memory."""
+        if self._folder is None:
+            return None
+        return self.empty(shape, dtype), self.empty(shape, dtype), self.empty(shape, dtype)
 
     def near(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` where kernels can use it; gradients flow back through it."""
+        """Return ``tensor`` where kernels can use it. Gradients flow back through the copy."""
         if not self._copies:
             return tensor
         copy = tensor.to(self._device, non_blocking=True, copy=True)
@@ -96,21 +100,22 @@ class OffloadSpace:
 
 
 def mark_offloaded(parameter: nn.Parameter, offloaded: Offloaded) -> None:
-    """Make ``parameter`` one of an OffloadSpace: as soon as its gradient is there, it goes where ``offloaded`` says."""
+    """Mark ``parameter`` as offloaded. Its gradient moves to the storage in ``offloaded`` as soon as it is computed."""
     setattr(parameter, _ATTRIBUTE, offloaded)
     if parameter.requires_grad and offloaded.gradient is not None:
-        parameter.register_post_accumulate_grad_hook(_put_away)
+        parameter.register_post_accumulate_grad_hook(_offload_gradient)  # type: ignore[no-untyped-call]
 
 
 def offloaded(tensor: torch.Tensor) -> Offloaded | None:
-    """What `mark_offloaded` was told of ``tensor``; None for any other."""
-    return getattr(tensor, _ATTRIBUTE, None)
+    """Return what `mark_offloaded` stored for ``tensor``; None for a tensor that is not offloaded."""
+    found: Offloaded | None = getattr(tensor, _ATTRIBUTE, None)
+    return found
 
 
 def release(tensors: Iterable[torch.Tensor]) -> None:
-    """Give up the memory of mapped ``tensors``: their values stay in the files, and come back when they are read.
+    """Release the memory of mapped ``tensors``. Their values stay in the files and are read again when needed.
 
-    Others stay as they are.
+    Other tensors do not change.
     """
     if sys.platform != "linux":
         return
@@ -124,9 +129,11 @@ def release(tensors: Iterable[torch.Tensor]) -> None:
             )
 
 
-def _put_away(parameter: nn.Parameter) -> None:
-    """The gradient that was just made goes into its file. The weights were needed for it, and are not any more."""
+def _offload_gradient(parameter: nn.Parameter) -> None:
+    """Move the gradient to its offload file and release the weight pages."""
     place = offloaded(parameter)
+    if place is None or place.gradient is None or parameter.grad is None:
+        return
     if parameter.grad.data_ptr() != place.gradient.data_ptr():
         place.gradient.copy_(parameter.grad)
         parameter.grad = place.gradient
@@ -134,7 +141,7 @@ def _put_away(parameter: nn.Parameter) -> None:
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Give an empty file ``size`` bytes of disk: a hole that finds no room later would kill the process."""
+    """Allocate ``size`` bytes of disk for an empty file. Writing to a hole on a full disk would kill the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
         return
@@ -147,14 +154,14 @@ def _host_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if torch.cuda.is_available():
         try:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
-        except RuntimeError as error:  # the driver or a limit of the system
-            _tell_unpinned(str(error).strip().splitlines()[0])
+        except RuntimeError as error:  # refused by the driver or by a system limit
+            _warn_unpinned(first_line(error))
     return torch.empty(shape, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=1)
-def _tell_unpinned(reason: str) -> None:
-    _log.warning("offloaded experts lie in memory that is not pinned, copies are slower: %s", reason)
+def _warn_unpinned(reason: str) -> None:
+    _log.warning("offloaded experts are in memory that is not pinned, so copies are slower: %s", reason)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,11 +1,11 @@
-"""Cuts a model into units: the smallest parts that are downloaded, trained and averaged on their own.
+"""Units of a model: the smallest parts that are downloaded, trained and averaged on their own.
 
-    expert   ``<experts module>.<e>``            the tensors of one expert, by the names of the stacks
-    router   ``<router module>``                 all parameters and persistent buffers below it, by relative name
-    dense    ``<full parameter name>``           everything else: one tensor called "value"
+    expert   ``<experts module>.<e>``            the tensors of one expert, named like the stacks they are rows of
+    router   ``<router module>``                 all its parameters and persistent buffers, by relative name
+    dense    ``<full parameter name>``           any other parameter: one tensor called "value"
     adapter  ``<key of one of the above>:lora``  ``<tensor>.lora_a`` (R, in) and ``<tensor>.lora_b`` (out, R), float32
 
-A parameter that two modules share (tied embeddings) is one unit, named by its first place.
+A parameter that several modules share (tied embeddings) is one unit, named after the first module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 import torch
@@ -34,21 +34,84 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
+TRAINING_MODES = ("full", "lora", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainScope:
+    """What a run trains: each part in full, by LoRA adapters, or not at all. Raises ConfigError for an invalid value.
+
+    ``attention`` covers the two-dimensional weights of every module whose attribute name or class name contains "attn"
+    or "attention". A LoRA update adds ``lora_alpha / lora_rank * B A`` to a weight (out, in).
+    """
+
+    experts: str = "full"
+    router: str = "full"
+    attention: str = "none"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        for part in ("experts", "router", "attention"):
+            mode = getattr(self, part)
+            if mode not in TRAINING_MODES:
+                raise ConfigError(f"training mode of {part} must be one of {', '.join(TRAINING_MODES)}; found {mode!r}")
+        if self.lora_rank < 1 or self.lora_alpha <= 0:
+            raise ConfigError(
+                f"LoRA needs a rank of at least 1 and an alpha above 0; found rank {self.lora_rank} and "
+                f"alpha {self.lora_alpha}"
+            )
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of B A in a LoRA update."""
+        return self.lora_alpha / self.lora_rank
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether any part is trained by LoRA adapters."""
+        return "lora" in (self.experts, self.router, self.attention)
+
+
+class ExpertSource(Protocol):
+    """Anything that reads units of the global model by key.
+
+    The tensors may be memory-mapped: callers copy them and never change them.
+    """
+
+    def read(self, unit_key: str) -> Mapping[str, torch.Tensor]:
+        """Return the tensors of a unit by name. Raises CheckpointError if there is no such unit."""
+        ...
+
+
+class MemorySource:
+    """An `ExpertSource` in memory: ``MemorySource({unit.key: tensors for unit, tensors in model.iter_units()})``."""
+
+    def __init__(self, units: Mapping[str, Mapping[str, torch.Tensor]]):
+        self._units = units
+
+    def read(self, unit_key: str) -> Mapping[str, torch.Tensor]:
+        """Return the tensors of a unit by name. Raises CheckpointError if there is no such unit."""
+        if unit_key not in self._units:
+            raise CheckpointError(f"unit {unit_key!r} not found among the {len(self._units)} units in memory")
+        return self._units[unit_key]
+
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a dtype. Raises CheckpointError on one that a frame cannot hold."""
+    """Return the safetensors name of a dtype. Raises CheckpointError for a dtype that cannot be exchanged."""
     if dtype not in _DTYPE_NAMES:
-        raise CheckpointError(f"tensors of {dtype} cannot be exchanged; known are {', '.join(_DTYPE_NAMES.values())}")
+        known = ", ".join(_DTYPE_NAMES.values())
+        raise CheckpointError(f"unsupported dtype of a tensor: {dtype}; it must be one of {known}")
     return _DTYPE_NAMES[dtype]
 
 
 def tensor_infos(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorInfo, ...]:
-    """Describe tensors as they are."""
+    """Return name, dtype and shape of each tensor."""
     return tuple(TensorInfo(name=n, dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for n, t in tensors.items())
 
 
 class TensorPlace:
-    """Where one parameter or buffer lives in a model, in all modules that share it. Survives parametrisation."""
+    """Location of one parameter or buffer: all modules that share it. Stays valid while it is parametrized."""
 
     def __init__(self, full_name: str, owners: list[tuple[nn.Module, str]], is_buffer: bool):
         self.full_name = full_name
@@ -56,29 +119,37 @@ class TensorPlace:
         self.is_buffer = is_buffer
         tensor = self.get()
         self.learnable = not is_buffer and tensor.is_floating_point() and tensor.requires_grad
-        """The model's authors meant it to be trained (correction biases, for one, are not)."""
+        """Whether the model's authors train it; a correction bias, for example, is a parameter that is not trained."""
+
+    def parametrization(self, owner: int = 0) -> parametrize.ParametrizationList | None:
+        """Return the parametrization of the tensor in one of its owners, or None."""
+        module, name = self.owners[owner]
+        if not parametrize.is_parametrized(module, name):
+            return None
+        return cast("dict[str, parametrize.ParametrizationList]", module.parametrizations)[name]
 
     def get(self) -> torch.Tensor:
+        """Return the tensor itself, without a parametrization."""
         module, name = self.owners[0]
-        if parametrize.is_parametrized(module, name):
-            return module.parametrizations[name].original
-        return getattr(module, name)
+        parametrization = self.parametrization()
+        return cast(torch.Tensor, getattr(module, name) if parametrization is None else parametrization.original)
 
     def replace(self, tensor: torch.Tensor) -> None:
-        """Put another tensor in all its places, frozen."""
+        """Replace the tensor in all owners by ``tensor``, frozen."""
         value = tensor if self.is_buffer else nn.Parameter(tensor, requires_grad=False)
-        for module, name in self.owners:
-            if parametrize.is_parametrized(module, name):
-                module.parametrizations[name].original = value
+        for owner, (module, name) in enumerate(self.owners):
+            parametrization = self.parametrization(owner)
+            if parametrization is not None:
+                parametrization.original = value
             else:
                 setattr(module, name, value)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FixedTensors:
-    """The tensors of a dense or router unit in a model, which are always on the device.
+    """The tensors of a dense or router unit in a model; they are always resident.
 
-    ``unit`` describes it as in a manifest, but without its tensors: their dtypes may still change while it is loaded.
+    ``unit`` is the record of the unit without its tensors, whose dtypes may still change while they are loaded.
     """
 
     unit: UnitInfo
@@ -91,36 +162,38 @@ class FixedTensors:
         return self.unit.key
 
     def mode(self, scope: TrainScope) -> str:
-        """How it is trained: full, lora or none."""
+        """Return how the unit is trained: one of `TRAINING_MODES`."""
         if self.unit.kind == "router":
             return scope.router
         return scope.attention if self.is_attention else "none"
 
     @property
     def matrices(self) -> dict[str, TensorPlace]:
-        """What takes a LoRA adapter: learnable two-dimensional weights."""
+        """The tensors that can have a LoRA adapter: learnable two-dimensional weights."""
         return {name: place for name, place in self.places.items() if place.learnable and place.get().ndim == 2}
 
     def matrix_sizes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of each weight that takes an adapter."""
+        """Return (in, out) of each weight that can have an adapter."""
         return {name: (place.get().shape[1], place.get().shape[0]) for name, place in self.matrices.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the current values by tensor name, detached."""
         return {name: place.get().detach() for name, place in self.places.items()}
 
     def load(
         self, tensors: Mapping[str, torch.Tensor], device: torch.device, *, materialize: bool, adopt_dtype: bool
     ) -> None:
-        """Copy values in place; with ``materialize`` into new memory, whose dtype ``adopt_dtype`` lets them choose.
+        """Copy values in place, or with ``materialize`` into new memory.
 
-        Raises CheckpointError, and then has changed nothing.
+        With ``adopt_dtype`` the new memory takes the dtype of the values; otherwise the dtypes must be equal. Raises
+        CheckpointError before anything is changed.
         """
         check_tensors(self.key, tensors, {name: tuple(place.get().shape) for name, place in self.places.items()})
         for name, place in self.places.items():
             target, value = place.get(), tensors[name]
             adopts = adopt_dtype and target.is_floating_point() and value.is_floating_point()
             if target.dtype != value.dtype and not adopts:
-                raise CheckpointError(f"{name!r} of unit {self.key!r} is {value.dtype}, the model needs {target.dtype}")
+                raise CheckpointError(f"{name!r} of unit {self.key!r} must be {target.dtype}; found {value.dtype}")
         for name, place in self.places.items():
             if materialize:
                 place.replace(tensors[name].detach().to(device, copy=True))
@@ -129,7 +202,7 @@ class FixedTensors:
 
 
 def find_fixed_tensors(model: nn.Module, layers: tuple[ExpertLayer, ...]) -> dict[str, FixedTensors]:
-    """All dense and router units of ``model`` by key, in module order. Call it before parameters are moved."""
+    """Return all dense and router units of ``model`` by key, in module order. Call it before parameters are moved."""
     persistent = set(model.state_dict(keep_vars=True).keys())
     expert_names = {f"{layer.experts_path}.{p.name}" for layer in layers for p in layer.parameters}
     routers = {layer.router_path: layer for layer in layers}
@@ -175,7 +248,7 @@ def _is_attention_weight(model: nn.Module, full_name: str, place: TensorPlace) -
 def iter_base_units(
     fixed: Iterable[FixedTensors], layers: Iterable[ExpertLayer], scope: TrainScope | None
 ) -> Iterator[tuple[UnitInfo, dict[str, tuple[int, int]]]]:
-    """Each unit that is no adapter, with (in, out) of its matrices if ``scope`` gives it an adapter, else nothing."""
+    """Yield each base unit, with (in, out) of its matrices if ``scope`` gives it an adapter and {} otherwise."""
     for unit in fixed:
         lora = scope is not None and unit.mode(scope) == "lora"
         yield fixed_unit(unit, scope), unit.matrix_sizes() if lora else {}
@@ -187,13 +260,13 @@ def iter_base_units(
 
 
 def fixed_unit(fixed: FixedTensors, scope: TrainScope | None) -> UnitInfo:
-    """The record of a dense or router unit."""
+    """Return the record of a dense or router unit."""
     trainable = scope is not None and fixed.mode(scope) == "full"
     return msgspec.structs.replace(fixed.unit, trainable=trainable, tensors=tensor_infos(fixed.tensors()))
 
 
 def expert_unit(layer: ExpertLayer, expert: int, scope: TrainScope | None) -> UnitInfo:
-    """The record of an expert unit, whether or not the expert is on the device."""
+    """Return the record of an expert unit, whether or not the expert is resident."""
     infos = tuple(TensorInfo(name=p.name, dtype=dtype_name(p.dtype), shape=p.shape) for p in layer.parameters)
     trainable = scope is not None and scope.experts == "full"
     return UnitInfo(
@@ -207,7 +280,7 @@ def expert_unit(layer: ExpertLayer, expert: int, scope: TrainScope | None) -> Un
 
 
 def adapter_unit(base: UnitInfo, sizes: Mapping[str, tuple[int, int]], rank: int) -> UnitInfo:
-    """The record of a base unit's adapter; ``sizes`` maps its matrices to (in, out)."""
+    """Return the record of a base unit's adapter; ``sizes`` maps its matrices to (in, out)."""
     name = dtype_name(ADAPTER_DTYPE)
     infos = []
     for tensor, (size_in, size_out) in sizes.items():
@@ -217,89 +290,28 @@ def adapter_unit(base: UnitInfo, sizes: Mapping[str, tuple[int, int]], rank: int
 
 
 def unit_from_tensors(base: UnitInfo, tensors: Mapping[str, torch.Tensor], *, adapter: bool) -> UnitInfo:
-    """The record of ``base``, or of its adapter, as trainable and with these tensors."""
+    """Return the record of ``base``, or of its adapter, as trainable and with these tensors."""
     key = base.key + LORA_SUFFIX if adapter else base.key
     return msgspec.structs.replace(base, key=key, trainable=True, tensors=tensor_infos(tensors))
 
 
 def check_tensors(key: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless ``tensors`` are exactly the named ones in these shapes."""
+    """Raise CheckpointError unless ``tensors`` have exactly these names and shapes."""
     if set(tensors) != set(shapes):
         raise CheckpointError(
-            f"unit {key!r} has the tensors {', '.join(sorted(tensors)) or 'none'}, expected {', '.join(sorted(shapes))}"
+            f"unit {key!r} must have the tensors {', '.join(sorted(shapes))}; "
+            f"found {', '.join(sorted(tensors)) or 'none'}"
         )
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != tuple(shape):
             raise CheckpointError(
-                f"{name!r} of unit {key!r} has shape {tuple(tensors[name].shape)}, the model needs {tuple(shape)}"
+                f"{name!r} of unit {key!r} must have shape {tuple(shape)}; found {tuple(tensors[name].shape)}"
             )
 
 
 def copy_into(key: str, name: str, target: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a value in place. Raises CheckpointError when the dtypes differ: a silent cast would lose bits."""
+    """Copy a value in place. Raises CheckpointError if the dtypes differ, because a silent cast would lose bits."""
     if target.dtype != value.dtype:
-        raise CheckpointError(f"{name!r} of unit {key!r} is {value.dtype}, the model holds {target.dtype}")
+        raise CheckpointError(f"{name!r} of unit {key!r} must be {target.dtype}; found {value.dtype}")
     with torch.no_grad():
         target.copy_(value)
-
-
-# What a run trains: experts, router and attention, each in full, by LoRA adapters, or not at all.
-
-TRAINING_MODES = ("full", "lora", "none")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainScope:
-    """What is trained. Raises ConfigError on a value that does not exist.
-
-    ``attention`` means the two-dimensional weights below any module whose attribute or class name holds "attn" or
-    "attention". A LoRA update adds ``lora_alpha / lora_rank * B A`` to a weight (out, in).
-    """
-
-    experts: str = "full"
-    router: str = "full"
-    attention: str = "none"
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-
-    def __post_init__(self) -> None:
-        for part in ("experts", "router", "attention"):
-            mode = getattr(self, part)
-            if mode not in TRAINING_MODES:
-                raise ConfigError(f"{part} can be trained as {', '.join(TRAINING_MODES)}; asked for {mode!r}")
-        if self.lora_rank < 1 or self.lora_alpha <= 0:
-            raise ConfigError(
-                f"LoRA needs a rank of at least 1 and an alpha above 0, found rank {self.lora_rank} and "
-                f"alpha {self.lora_alpha}"
-            )
-
-    @property
-    def lora_scale(self) -> float:
-        return self.lora_alpha / self.lora_rank
-
-    @property
-    def uses_lora(self) -> bool:
-        return "lora" in (self.experts, self.router, self.attention)
-
-
-# Where the weights of experts come from: anything that reads a unit by its key.
-
-
-class ExpertSource(Protocol):
-    """Reads units of the global model. The tensors may be memory-mapped; they are copied, never changed."""
-
-    def read(self, unit_key: str) -> Mapping[str, torch.Tensor]:
-        """The unit's tensors by name. Raises CheckpointError when there is no such unit."""
-        ...
-
-
-class MemorySource:
-    """Units in memory, e.g. ``MemorySource({unit.key: tensors for unit, tensors in model.iter_units()})``."""
-
-    def __init__(self, units: Mapping[str, Mapping[str, torch.Tensor]]):
-        self._units = units
-
-    def read(self, unit_key: str) -> Mapping[str, torch.Tensor]:
-        if unit_key not in self._units:
-            raise CheckpointError(f"no unit {unit_key!r} among the {len(self._units)} units in memory")
-        return self._units[unit_key]

@@ -99,14 +99,14 @@ class SimulatedPlanner(Planner):
 
     def _restore_points(self) -> None:
         """What experts were like when they were first compared: a process that goes on must not compare them anew."""
-        if self._merger._points is None and self._points_path.exists():
+        if self._merger.embeddings is None and self._points_path.exists():
             with np.load(self._points_path, allow_pickle=False) as kept:
-                self._merger._points = tuple(kept[f"layer_{number}"] for number in range(len(kept.files)))
+                self._merger.embeddings = tuple(kept[f"layer_{number}"] for number in range(len(kept.files)))
 
     def _keep_points(self) -> None:
-        if self._merger._points is not None and not self._points_path.exists():
+        if self._merger.embeddings is not None and not self._points_path.exists():
             buffer = io.BytesIO()
-            np.savez(buffer, **{f"layer_{number}": points for number, points in enumerate(self._merger._points)})
+            np.savez(buffer, **{f"layer_{number}": points for number, points in enumerate(self._merger.embeddings)})
             write_durably(self._points_path, buffer.getvalue())
 
     @property

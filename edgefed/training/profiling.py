@@ -67,7 +67,7 @@ def profile_blocks(
             if source is None:
                 _forward_all(model, blocks, dataclasses.replace(way, together=1), on_batch)
             else:
-                with model.streaming(source, scope, hold=way.hold, storage=way.storage):
+                with model.streaming(source, scope, residency=way.hold, storage=way.storage):
                     _forward_all(model, blocks, way, on_batch)
             for note in recorder.attention.notes if recorder.attention else ():
                 tell(f"attention: {note}")

@@ -82,7 +82,7 @@ def test_layouts(toys):
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("llama", "it has no experts, it is a dense model"),
+        ("llama", "it is a dense model without experts"),
         ("llama4_text", "do not use transformers' experts interface"),
     ],
 )
@@ -105,7 +105,9 @@ def test_refuses_parameters_that_it_does_not_know(build_model):
     model = build_model("olmoe")
     experts = model.model.layers[1].mlp.experts
     experts.scale = nn.Parameter(torch.ones(8))
-    with pytest.raises(UnsupportedArchitecture, match="'olmoe'.*layers.1.mlp.experts.* has the parameters .*scale"):
+    with pytest.raises(
+        UnsupportedArchitecture, match="'olmoe'.*layers.1.mlp.experts.* must have the parameters .*found .*scale"
+    ):
         discover_layers(model)
 
 
@@ -126,7 +128,7 @@ def test_refuses_a_router_that_ignores_its_logits(build_model):
 def test_refuses_a_block_without_router_logits(build_model):
     block = build_model("olmoe").model.layers[0].mlp
     block.gate.forward = lambda hidden_states: {"logits": hidden_states}
-    with pytest.raises(GateNotUnderstood, match="returns a dict instead of logits"):
+    with pytest.raises(GateNotUnderstood, match="the router must return logits; found a dict"):
         probe_gate(block, "gate", "experts", 8)
 
 

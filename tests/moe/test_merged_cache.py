@@ -135,7 +135,7 @@ def test_a_disk_that_takes_nothing_is_told_and_the_round_goes_on(olmoe, tmp_path
     device = Device(olmoe, tmp_path / "merged")
     monkeypatch.setattr(os, "replace", no_room)
     device.apply()
-    assert "not kept for the next round" in caplog.text
+    assert "cannot cache a merged expert" in caplog.text
     assert "No space left" in caplog.text
     assert not device.files()
 

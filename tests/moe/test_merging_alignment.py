@@ -1,48 +1,16 @@
-"""Neuron alignment, and the assignment problem beneath it."""
+"""Neuron alignment."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from edgefed.errors import UnsupportedArchitecture
 from edgefed.expert_records import MergedGroup
 from edgefed.moe.merged_cache import merge_experts
-from edgefed.moe.merging.alignment import best_assignment, neuron_aligner, neuron_layout, permute_neurons
-
-
-@settings(deadline=None, max_examples=150)
-@given(st.integers(0, 6), st.integers(0, 2**32), st.integers(1, 50))
-def test_the_assignment_is_the_best_of_all(size, seed, levels):
-    """Few levels: many ties."""
-    scores = np.random.default_rng(seed).integers(-levels, levels + 1, (size, size)).astype(np.float64)
-    found = best_assignment(scores)
-    assert sorted(found) == list(range(size))
-    best = max(sum(scores[i, p[i]] for i in range(size)) for p in itertools.permutations(range(size)))
-    assert scores[np.arange(size), found].sum() == best
-
-
-def test_the_assignment_has_prices_that_prove_it():
-    """Too large to try all: no two rows can gain by a swap, no three by a turn."""
-    scores = np.random.default_rng(0).standard_normal((120, 120))
-    p = best_assignment(scores)
-    own = scores[np.arange(120), p]
-    gain = scores[:, p] - own[:, None]  # row i takes the column of row j
-    assert (gain + gain.T).max() <= 1e-9
-    turn = gain[:, :, None] + gain[None, :, :] + gain.T[:, None, :]
-    assert turn.max() <= 1e-9
-
-
-@pytest.mark.parametrize("scores", [np.zeros((2, 3)), np.array([[np.nan]]), np.zeros(3)])
-def test_no_square_of_numbers_is_refused(scores):
-    with pytest.raises(ValueError, match="square"):
-        best_assignment(scores)
+from edgefed.moe.merging.alignment import neuron_aligner, neuron_layout, permute_neurons
 
 
 def expert(toy, layer, index=0):
@@ -118,8 +86,8 @@ def test_alignment_never_moves_experts_apart(olmoe):
 def test_gating_that_mixes_neurons_is_refused(olmoe):
     layer = olmoe.full().layers[0]
     layer.experts._apply_gate = lambda rows: rows.cumsum(-1)[:, ::2]
-    with pytest.raises(UnsupportedArchitecture, match="aligned"):
+    with pytest.raises(UnsupportedArchitecture, match="cannot be aligned"):
         neuron_aligner([layer])
     other = dataclasses.replace(olmoe.full().layers[0], is_transposed=True)
-    with pytest.raises(UnsupportedArchitecture, match="laid out alike"):
+    with pytest.raises(UnsupportedArchitecture, match="same layout"):
         neuron_aligner([olmoe.full().layers[0], other])

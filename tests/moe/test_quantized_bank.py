@@ -184,7 +184,7 @@ def test_new_values_are_quantised_again(toy):
         assert torch.equal(parameter, other[name])
     with pytest.raises(CheckpointError, match="bfloat16"):
         model.load_unit(key, {name: value.to(torch.bfloat16) for name, value in other.items()})
-    with pytest.raises(CheckpointError, match="has the tensors"):
+    with pytest.raises(CheckpointError, match="must have the tensors"):
         model.load_unit(key, {})
     model.load_unit(layer.expert_key(5), other_trainable := {n: v + 1 for n, v in units[layer.expert_key(5)].items()})
     assert all(torch.equal(p, other_trainable[name]) for name, p in bank.tensors(1).items())
@@ -238,7 +238,7 @@ def test_the_full_model_comes_back_from_a_packed_plan(toy):
 def test_what_cannot_be_packed_is_told(olmoe):
     units = olmoe.units()
     model, source = olmoe.device(units)
-    with pytest.raises(ConfigError, match="can be stored as int8, nf4 or the way they come; asked for 'fp4'"):
+    with pytest.raises(ConfigError, match="invalid storage format of experts 'fp4': must be int8, nf4"):
         model.apply_plan(some_experts(model), source, TrainScope(), storage="fp4")
     key = "model.layers.0.mlp.experts.2"
     units[key]["down_proj"][0, 0] = math.inf
@@ -275,7 +275,7 @@ class CountingSource:
 
 
 def merged_plan(absent: bool) -> ExpertPlan:
-    """Layer 0: trainable 0 and 5, frozen 2, {1, 4, 7} and {3, 6} merged, or 6 absent; layer 1: one group of all but 3."""
+    """Layer 0: trainable 0, 5; frozen 2; merged {1, 4, 7} and {3, 6}, or 6 absent. Layer 1: one group of all but 3."""
     first = np.full(8, Role.MERGED, dtype=np.int8)
     first[[0, 5]], first[2] = Role.TRAINABLE, Role.FROZEN
     groups = [MergedGroup((1, 4, 7), (0.5, 0.125, 0.375)), MergedGroup((3, 6), (0.25, 0.75))]
@@ -397,7 +397,7 @@ def test_a_member_cannot_be_loaded_on_its_own(olmoe):
     model.apply_plan(merged_plan(True), source, TrainScope())
     for expert in (1, 4):
         key = f"model.layers.0.mlp.experts.{expert}"
-        with pytest.raises(CheckpointError, match="only within a merged one: apply a plan again"):
+        with pytest.raises(CheckpointError, match="only as part of a merged expert"):
             model.load_unit(key, units[key])
-    with pytest.raises(CheckpointError, match="is not on this device$"):
+    with pytest.raises(CheckpointError, match="is not resident on this device$"):
         model.load_unit("model.layers.0.mlp.experts.6", units["model.layers.0.mlp.experts.6"])

@@ -312,17 +312,17 @@ def test_a_plan_that_fails_leaves_no_half_of_it(olmoe):
 def test_refusals(olmoe):
     units = olmoe.units()
     model, source = olmoe.device(units)
-    with pytest.raises(ConfigError, match="renormalize or skip; asked for 'drop'"):
+    with pytest.raises(ConfigError, match="renormalize or skip; found 'drop'"):
         model.apply_plan(some_experts(model), source, TrainScope(), missing="drop")
-    with pytest.raises(ConfigError, match=r"\(8, 9\) experts, the model has \(8, 8\)"):
+    with pytest.raises(ConfigError, match=r"\(8, 9\) in the plan and \(8, 8\) in the model"):
         model.apply_plan(ExpertPlan.full((8, 9)), source, TrainScope())
     model.apply_plan(some_experts(model), source, TrainScope())
     with pytest.raises(ConfigError, match="cannot stream"), model.streaming(source, TrainScope(router="none")):
         pass
     del units["model.layers.0.mlp.experts.5"]
-    with pytest.raises(CheckpointError, match=r"no unit 'model.layers.0.mlp.experts.5'"):
+    with pytest.raises(CheckpointError, match=r"unit 'model.layers.0.mlp.experts.5' not found"):
         model.apply_plan(some_experts(model), source, TrainScope())
-    with pytest.raises(ConfigError, match="experts can be trained as full, lora, none; asked for 'some'"):
+    with pytest.raises(ConfigError, match="training mode of experts must be one of full, lora, none; found 'some'"):
         TrainScope(experts="some")
     with pytest.raises(ConfigError, match="found rank 0"):
         TrainScope(lora_rank=0)

@@ -107,13 +107,13 @@ def _wrong_units():
     good = torch.zeros(32)
     return {
         "unknown": ("model.nothing", {"value": good}, "no unit 'model.nothing'"),
-        "expert out of range": ("model.layers.0.mlp.experts.8", {}, "not on this device"),
-        "absent expert": ("model.layers.0.mlp.experts.1", {}, "not on this device"),
+        "expert out of range": ("model.layers.0.mlp.experts.8", {}, "not resident on this device"),
+        "absent expert": ("model.layers.0.mlp.experts.1", {}, "not resident on this device"),
         "no adapter here": ("model.layers.0.mlp.gate:lora", {}, "has no adapter"),
-        "tensor name": ("model.norm.weight", {"values": good}, "has the tensors values, expected value"),
-        "no tensor": ("model.norm.weight", {}, "has the tensors none, expected value"),
-        "shape": ("model.norm.weight", {"value": good[:5]}, r"has shape \(5,\), the model needs \(32,\)"),
-        "dtype": ("model.norm.weight", {"value": good.bfloat16()}, "is torch.bfloat16, the model needs torch.float32"),
+        "tensor name": ("model.norm.weight", {"values": good}, "must have the tensors value; found values"),
+        "no tensor": ("model.norm.weight", {}, "must have the tensors value; found none"),
+        "shape": ("model.norm.weight", {"value": good[:5]}, r"must have shape \(32,\); found \(5,\)"),
+        "dtype": ("model.norm.weight", {"value": good.bfloat16()}, "must be torch.float32; found torch.bfloat16"),
     }
 
 
@@ -129,19 +129,19 @@ def test_refuses_units_that_do_not_fit(case, olmoe):
 def test_first_load_takes_any_float_dtype_only_when_automatic(olmoe):
     value = {"value": torch.ones(32, dtype=torch.bfloat16)}
     MoeModel.skeleton(olmoe.folder).load_unit("model.norm.weight", value)
-    with pytest.raises(CheckpointError, match="is torch.bfloat16, the model needs torch.float32"):
+    with pytest.raises(CheckpointError, match="must be torch.float32; found torch.bfloat16"):
         MoeModel.skeleton(olmoe.folder, dtype=torch.float32).load_unit("model.norm.weight", value)
-    with pytest.raises(CheckpointError, match="is torch.int64"):
+    with pytest.raises(CheckpointError, match="found torch.int64"):
         MoeModel.skeleton(olmoe.folder).load_unit("model.norm.weight", {"value": torch.ones(32, dtype=torch.int64)})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("down_proj"), "has the tensors gate_up_proj, expected down_proj, gate_up_proj"),
-        (lambda t: t.update(down_proj=t["down_proj"][:, :3]), r"has shape \(32, 3\), the model needs \(32, 16\)"),
-        (lambda t: t.update(down_proj=t["down_proj"].long()), "is torch.int64, expected a floating-point type"),
-        (lambda t: t.update(down_proj=t["down_proj"].double()), "is torch.float64, the model holds torch.float32"),
+        (lambda t: t.pop("down_proj"), "must have the tensors down_proj, gate_up_proj; found gate_up_proj"),
+        (lambda t: t.update(down_proj=t["down_proj"][:, :3]), r"must have shape \(32, 16\); found \(32, 3\)"),
+        (lambda t: t.update(down_proj=t["down_proj"].long()), "must have a floating-point dtype; found torch.int64"),
+        (lambda t: t.update(down_proj=t["down_proj"].double()), "must be torch.float32; found torch.float64"),
     ],
     ids=["missing tensor", "shape", "integers", "another dtype than its neighbours"],
 )
@@ -156,7 +156,7 @@ def test_refuses_experts_that_do_not_fit(change, message, olmoe):
 def test_a_model_without_all_experts_has_no_full_set_of_units(olmoe):
     model, source = olmoe.device(olmoe.units())
     model.apply_plan(ExpertPlan.of(model.experts_per_layer, [[2], [1]]), source, TrainScope())
-    with pytest.raises(CheckpointError, match="not all in this model"):
+    with pytest.raises(CheckpointError, match="not all in memory"):
         list(model.iter_units())
 
 
@@ -183,7 +183,7 @@ def test_no_checkpoint_there(tmp_path, olmoe):
             MoeModel.from_checkpoint(missing)
     with pytest.raises(ModelNotFound, match="nowhere"):
         MoeModel.skeleton("./nowhere")
-    with pytest.raises(ModelNotFound, match="is no folder here, and the hub did not give it"):
+    with pytest.raises(ModelNotFound, match="is neither a local folder nor available from the hub"):
         MoeModel.from_checkpoint("no such?name")
 
 
@@ -192,7 +192,9 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nand more")
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
-    with pytest.raises(ModelNotFound, match="'some/model' is no folder here.*couldn't connect") as caught:
+    with pytest.raises(
+        ModelNotFound, match="'some/model' is neither a local folder nor available.*couldn't connect"
+    ) as caught:
         MoeModel.from_checkpoint("some/model")
     assert "copy the folder" in caught.value.remedy
 
@@ -217,10 +219,10 @@ def test_weights_missing_truncated_or_of_another_model(olmoe, tmp_path):
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot read the weights"):
         MoeModel.from_checkpoint(folder)
     weights.unlink()
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="has no weights"):
         MoeModel.from_checkpoint(folder)
 
 
@@ -232,6 +234,6 @@ def test_a_tensor_that_is_not_there_is_an_error(olmoe, tmp_path):
     del tensors["model.layers.1.mlp.gate.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        CheckpointError, match="lacks 1 tensors of the model, the first is 'model.layers.1.mlp.gate.weight'"
+        CheckpointError, match="lacks 1 tensors of the model; the first is 'model.layers.1.mlp.gate.weight'"
     ):
         MoeModel.from_checkpoint(folder)

@@ -1,1 +1,1 @@
-"""Merging of experts: clustering, neuron alignment, merge plans."""
+"""Merging several experts into one: similarity and clustering, neuron alignment, merge plans."""

@@ -1,13 +1,13 @@
-"""Neuron alignment: bring the intermediate neurons of one expert into the order of another's before they are averaged.
+"""Neuron alignment: permute the intermediate neurons of one expert to match another's before averaging the two.
 
-An expert computes the same when its I intermediate neurons are permuted, so the average of two experts depends on an
-order that means nothing. Weight matching (Ainsworth et al., arXiv 2209.04836; for experts M-SMoE, arXiv 2310.01334)
-takes the permutation p that minimises the distance of the weights,
+Permuting the I intermediate neurons of an expert does not change its output, but it does change the average of two
+experts. Weight matching (Ainsworth et al., arXiv 2209.04836; for experts M-SMoE, arXiv 2310.01334) chooses the
+permutation p that minimizes the distance between the weights,
 
     sum_i || neuron_i(reference) - neuron_p(i)(member) ||^2,    neuron_i = (gate row i, up row i, down column i)
 
-a linear assignment over the (I, I) inner products. It costs 2 I^2 3H FLOPs for the products and O(I^3) for the
-assignment, per member. The output bias belongs to no neuron and stays.
+This is a linear assignment problem over the (I, I) inner products. Per member it costs 2 I^2 3H FLOPs for the products
+and O(I^3) for the assignment. The output bias does not belong to any neuron and is left unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
 from edgefed.errors import UnsupportedArchitecture
@@ -25,15 +24,15 @@ from edgefed.moe.merged_cache import Align
 
 @dataclasses.dataclass(frozen=True)
 class NeuronLayout:
-    """Where the neurons of an expert are in its tensors."""
+    """Where each neuron of an expert lies in the expert's tensors."""
 
     up_name: str
     is_transposed: bool
     gate: str
-    """Rows of the up projection that make neuron i: "none" row i, "halves" i and I + i, "neighbours" 2i and 2i + 1."""
+    """Rows of the up projection of neuron i: "none": i; "halves": i and I + i; "neighbours": 2i and 2i + 1."""
 
     def rows(self, size: int) -> torch.Tensor:
-        """Those rows for I = ``size`` neurons: (I, 2), or (I, 1) without a gate; int64."""
+        """Rows of the up projection for each of I = ``size`` neurons: (I, 2), or (I, 1) without a gate; int64."""
         places = torch.arange(size)
         if self.gate == "none":
             return places[:, None]
@@ -41,8 +40,10 @@ class NeuronLayout:
 
 
 def neuron_layout(layer: ExpertLayer) -> NeuronLayout:
-    """The layout of a layer's experts. Measured, not known by name: a neuron of the layer's gating has a gradient to
-    exactly two rows of the up projection. Raises UnsupportedArchitecture where that is not so.
+    """Measure the layout of a layer's experts, without knowing the model by name.
+
+    Each neuron of the gating function must have a gradient to exactly two rows of the up projection. Raises
+    UnsupportedArchitecture otherwise.
     """
     if not layer.has_gate:
         return NeuronLayout(layer.up_name, layer.is_transposed, "none")
@@ -59,30 +60,33 @@ def neuron_layout(layer: ExpertLayer) -> NeuronLayout:
         if layout.rows(size).tolist() == touched:
             return layout
     raise UnsupportedArchitecture(
-        f"the gating of {layer.experts_path!r} makes its first neuron of the rows {touched[0]} of {2 * size}, expected "
-        f"[0, {size}] or [0, 1]: its experts cannot be aligned",
+        f"the experts of {layer.experts_path!r} cannot be aligned: the first neuron of their gating uses the rows "
+        f"{touched[0]} of {2 * size}, expected [0, {size}] or [0, 1]",
         remedy="Merge without neuron alignment.",
     )
 
 
 def neuron_aligner(layers: Sequence[ExpertLayer]) -> Align:
-    """The ``align`` of `merge_experts` for the experts of these layers, which must be laid out alike.
+    """Return the ``align`` function of `merge_experts` for these layers, which must all have the same layout.
 
-    It takes two experts, dense, by tensor name, and returns the second with its neurons in the order that fits the
-    first. Exact: a member that is the reference with its neurons permuted comes back bit for bit as the reference, if
-    no two neurons are equal. Values and dtypes stay. Raises UnsupportedArchitecture.
+    It takes two dense experts as {tensor name: tensor} and returns the second with its neurons reordered to match the
+    first. If the second is a permutation of the first and no two neurons are equal, the result equals the first bit
+    for bit. Values and dtypes are not changed. Raises UnsupportedArchitecture.
     """
     layouts = {neuron_layout(layer) for layer in layers}
     if len(layouts) != 1:
         raise UnsupportedArchitecture(
-            f"neuron alignment needs layers that are laid out alike, found {len(layouts)} kinds: {layouts}",
+            f"neuron alignment needs layers with the same layout, found {len(layouts)} different ones: {layouts}",
             remedy="Merge without neuron alignment.",
         )
     (layout,) = layouts
 
     def align(reference: Mapping[str, torch.Tensor], member: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        from scipy.optimize import linear_sum_assignment
+
         scores = _neurons(layout, reference) @ _neurons(layout, member).T  # (I, I)
-        return permute_neurons(layout, member, torch.from_numpy(best_assignment(scores.cpu().numpy())))
+        _, order = linear_sum_assignment(scores.cpu().numpy(), maximize=True)  # (I,) int64
+        return permute_neurons(layout, member, torch.from_numpy(order))
 
     return align
 
@@ -90,7 +94,7 @@ def neuron_aligner(layers: Sequence[ExpertLayer]) -> Align:
 def permute_neurons(
     layout: NeuronLayout, tensors: Mapping[str, torch.Tensor], order: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The same expert with neuron ``order[i]`` (I,) at place i."""
+    """Return the same expert with neuron ``order[i]`` at position i; ``order`` is (I,) int64."""
     wanted = layout.rows(len(order))
     rows = torch.empty(wanted.numel(), dtype=torch.int64)
     rows[wanted.flatten()] = wanted[order].flatten()
@@ -107,7 +111,7 @@ def permute_neurons(
 
 
 def _neurons(layout: NeuronLayout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """All that belongs to each neuron in one row: (I, 3H), (I, 2H) without a gate, the biases of the rows appended."""
+    """All weights of each neuron as one row: (I, 3H), or (I, 2H) without a gate, plus the biases of its rows."""
     up, down = tensors[layout.up_name].detach().float(), tensors["down_proj"].detach().float()
     if layout.is_transposed:
         up, down = up.T, down.T
@@ -117,89 +121,3 @@ def _neurons(layout: NeuronLayout, tensors: Mapping[str, torch.Tensor]) -> torch
     if bias is not None:
         parts.append(bias.detach().float()[rows])  # (I, 1 or 2)
     return torch.cat(parts, dim=1)
-
-
-# The linear assignment problem: which column each row gets so that the sum of the chosen entries is largest.
-#
-# Shortest augmenting paths after a column and a row reduction (Jonker and Volgenant, Computing 38, 1987), exact, O(n^3);
-# the innermost loop is one numpy operation over a row. Why our own: nothing that edgefed depends on brings scipy.
-
-
-def best_assignment(scores: np.ndarray) -> np.ndarray:
-    """The permutation p (n,) int64 that maximises sum_i scores[i, p[i]], for a finite (n, n) matrix.
-
-    Exact up to rounding in float64. Deterministic. Raises ValueError unless the matrix is square and finite.
-    """
-    if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or not np.isfinite(scores).all():
-        raise ValueError(f"scores must be a finite square matrix, found shape {scores.shape}")
-    size = len(scores)
-    costs = -np.asarray(scores, dtype=np.float64)
-    v = costs.min(axis=0) if size else np.zeros(0)  # the price of each column
-    column_of = np.full(size, -1, dtype=np.int64)
-    row_of = np.full(size, -1, dtype=np.int64)
-    nearest = costs.argmin(axis=0) if size else np.zeros(0, dtype=np.int64)
-    for column in range(size - 1, -1, -1):
-        row = nearest[column]
-        if column_of[row] < 0:
-            column_of[row], row_of[column] = column, row
-    _reduce_rows(costs, v, column_of, row_of)
-    for row in np.flatnonzero(column_of < 0):
-        _augment(costs, v, column_of, row_of, int(row))
-    return column_of
-
-
-def _reduce_rows(costs: np.ndarray, v: np.ndarray, column_of: np.ndarray, row_of: np.ndarray) -> None:
-    """Let free rows bid for their best column; who is outbid bids again. Most rows have a column afterwards."""
-    for row in np.flatnonzero(column_of >= 0):  # lower the price of owned columns until their owner is about to leave
-        own = column_of[row]
-        reduced = costs[row] - v
-        reduced[own] = np.inf
-        v[own] -= max(reduced.min() - (costs[row, own] - v[own]), 0) if len(v) > 1 else 0
-    for _ in range(2):
-        queue = list(np.flatnonzero(column_of < 0))
-        bids = 0
-        while queue and bids < 4 * len(v):
-            row = queue.pop()
-            bids += 1
-            reduced = costs[row] - v
-            best = int(reduced.argmin())
-            least = reduced[best]
-            reduced[best] = np.inf
-            gap = reduced.min() - least
-            holder = row_of[best]
-            if gap <= 0 and holder >= 0:
-                continue  # a tie with somebody else's column is for the search to settle
-            v[best] -= gap if np.isfinite(gap) else 0
-            column_of[row], row_of[best] = best, row
-            if holder >= 0:
-                column_of[holder] = -1
-                queue.append(holder)
-
-
-def _augment(costs: np.ndarray, v: np.ndarray, column_of: np.ndarray, row_of: np.ndarray, start: int) -> None:
-    """Dijkstra from a free row to the nearest free column over reduced costs; flip the path, update the prices."""
-    distance = costs[start] - v  # of each column
-    came_from = np.full(len(v), start)
-    is_open = np.ones(len(v), dtype=bool)
-    open_distance = distance.copy()  # inf where not open
-    while True:
-        column = int(open_distance.argmin())
-        reached = distance[column]
-        if row_of[column] < 0:
-            break
-        is_open[column] = False
-        open_distance[column] = np.inf
-        row = row_of[column]
-        through = costs[row] - v
-        through += reached - through[column]
-        shorter = (through < distance) & is_open
-        open_distance[shorter] = distance[shorter] = through[shorter]
-        came_from[shorter] = row
-    done = ~is_open
-    v[done] += distance[done] - reached
-    while True:
-        row = came_from[column]
-        row_of[column] = row
-        column_of[row], column = column, column_of[row]
-        if row == start:
-            return

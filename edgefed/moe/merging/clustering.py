@@ -1,12 +1,20 @@
-"""K-means over the experts of all layers at once, for merging those that are alike (Flux, arXiv 2508.19078, section 4).
+"""Describe experts by short vectors and cluster them, so that similar experts can be merged (Flux, arXiv 2508.19078).
 
-Flux fuses all layers into one distance matrix and masks the pairs of different layers. Here such pairs are not
-computed at all: layers (and restarts) are the batch of one matrix product, padded to the largest layer. An iteration
-costs O(L R N C d) for L layers, R starts, N experts and C clusters of the largest layer, and d components, against
-O(L^2 R N C d) of the masked matrix; memory is O(L R N C). A layer clustered alone gets the same clusters: its random
-numbers come from (seed, layer).
+**Embeddings.** An expert with D weights is cut into chunks of m. Each weight is multiplied by a random sign, and the
+chunks are summed:
 
-Pure numpy. It does not know what the points mean, nor why a layer gets so many clusters.
+    s = sum_j sign_j * chunk_j,    E <s(a), s(b)> = <a, b>
+
+This is a count sketch; the relative error of a squared distance is about sqrt(2 / m). Experts are read one at a time:
+the memory is one expert, its signs and E sketches, and the time is O(D) per expert. m is prime, because the width of a
+matrix is usually a power of two and the weights of one row or column must not all fall into a few positions. The
+embeddings are the principal components of a layer's sketches.
+
+**K-means.** Flux (section 4) fuses all layers into one distance matrix and masks pairs of different layers. Here such
+pairs are never computed: layers and restarts form the batch of one matrix product, padded to the largest layer. An
+iteration costs O(L R N C d) for L layers, R restarts, N experts and C clusters of the largest layer, and d components,
+against O(L^2 R N C d) for the masked matrix; memory is O(L R N C). A layer gets the same clusters when it is clustered
+alone, because its random numbers depend on (seed, layer) only.
 """
 
 from __future__ import annotations
@@ -20,24 +28,85 @@ from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.expert_reading import check_expert
 from edgefed.moe.units import ExpertSource
 
+SKETCH_SIZE = 4093
+"""m, the length of a sketch: a prime below 4096. The error of a squared distance is about 2 %."""
+COMPONENTS = 32
+"""Number of principal components. Our choice: Flux does not give a number."""
 PREFER_PREVIOUS = 1.02
-"""Ours: the clusters of the round before are left only for ones whose cost is lower by more than this factor."""
-_LEAST_WEIGHT = 1e-6  # of the mean: clusters of weightless points still have a centre, their plain mean
+"""Our choice: keep the clusters of the previous round unless other clusters cost less by more than this factor."""
+_LEAST_WEIGHT = 1e-6  # relative to the mean weight: the centre of points with weight 0 is their unweighted mean
+
+
+def sketch_layer(layer: ExpertLayer, source: ExpertSource, *, seed: int = 0, size: int = SKETCH_SIZE) -> np.ndarray:
+    """Return the sketches of all experts of a layer, (E, size) float32.
+
+    Only base weights are sketched, not adapters: adapters are small in comparison, and the base weights of a LoRA run
+    never change, so one sketch serves the whole run. The signs depend only on ``seed``, on the tensor's position in the
+    expert and on its shape. Raises CheckpointError.
+    """
+    signs = {}
+    for place, parameter in enumerate(layer.parameters):
+        numel = torch.Size(parameter.shape).numel()
+        generator = torch.Generator().manual_seed(seed * len(layer.parameters) + place)
+        bits = torch.randint(0, 2, (numel,), generator=generator, dtype=torch.int8)
+        signs[parameter.name] = bits.mul_(2).sub_(1)
+    rows = []
+    for expert in range(layer.num_experts):
+        key = layer.expert_key(expert)
+        tensors = source.read(key)
+        check_expert(layer, key, tensors)
+        row = torch.zeros(size)
+        for name, sign in signs.items():
+            _add_chunks(row, tensors[name].detach().reshape(-1), sign)
+        rows.append(row.numpy())
+    return np.stack(rows)
+
+
+def _add_chunks(row: torch.Tensor, values: torch.Tensor, signs: torch.Tensor) -> None:
+    """Add the signed chunks of ``values`` (D,) to ``row`` (m,), about a million values at a time."""
+    size = len(row)
+    step = max(1, (1 << 20) // size) * size
+    for begin in range(0, len(values), step):
+        part = values[begin : begin + step].to("cpu", torch.float32) * signs[begin : begin + step]
+        whole = len(part) // size * size
+        row += part[:whole].view(-1, size).sum(dim=0)
+        row[: len(part) - whole] += part[whole:]
+
+
+def expert_embeddings(
+    layers: Sequence[ExpertLayer],
+    source: ExpertSource,
+    *,
+    components: int = COMPONENTS,
+    seed: int = 0,
+    on_layer: Callable[[int], None] = lambda ordinal: None,
+) -> tuple[np.ndarray, ...]:
+    """Return the embeddings of every layer's experts, (E_l, d_l) float64: the points that `plan_merging` clusters.
+
+    Holds the sketches of one layer at a time. The result covers all experts, not only those to be merged, so it stays
+    valid from round to round as long as the weights do. Raises CheckpointError.
+    """
+    embeddings = []
+    for layer in layers:
+        embeddings.append(principal_components(sketch_layer(layer, source, seed=seed), components))
+        on_layer(layer.ordinal)
+    return tuple(embeddings)
 
 
 def principal_components(rows: np.ndarray, components: int) -> np.ndarray:
-    """Coordinates of ``rows`` (E, m) along their first principal axes, (E, d) float64, d = min(components, E - 1).
+    """Return the coordinates of ``rows`` (E, m) along their first principal axes, (E, d) float64, d <= components.
 
-    From the Gram matrix of the centred rows, O(E^2 m + E^3): m may be much larger than E. Distances between rows are
-    kept exactly with d = E - 1. An axis points to where its largest coordinate is positive.
+    Computed from the Gram matrix of the centred rows in O(E^2 m + E^3), so m may be much larger than E. d is at most
+    E - 1; with d = E - 1 all distances are exact. Signs are fixed: the largest coordinate of each axis is positive.
     """
     rows = np.asarray(rows, dtype=np.float64)
     centred = rows - rows.mean(axis=0)
     values, vectors = np.linalg.eigh(centred @ centred.T)  # ascending
-    kept = min(components, max(len(rows) - 1, 1))
-    coordinates = vectors[:, ::-1][:, :kept] * np.sqrt(np.maximum(values[::-1][:kept], 0))  # (E, d)
+    count = min(components, max(len(rows) - 1, 1))
+    coordinates: np.ndarray = vectors[:, ::-1][:, :count] * np.sqrt(np.maximum(values[::-1][:count], 0))  # (E, d)
     largest = np.abs(coordinates).argmax(axis=0)
-    return coordinates * np.where(coordinates[largest, np.arange(kept)] < 0, -1.0, 1.0)
+    coordinates *= np.where(coordinates[largest, np.arange(count)] < 0, -1.0, 1.0)
+    return coordinates
 
 
 def cluster_layers(
@@ -51,20 +120,25 @@ def cluster_layers(
     max_iterations: int = 100,
     ordinals: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
-    """K-means of every layer in one batch: labels (n_l,) int64 of each layer, every value of 0 .. counts[l]-1 used.
+    """Run K-means on every layer in one batch and return the labels of each layer, (n_l,) int64.
 
-    Minimises sum_i w_i ||x_i - centre||^2 per layer: the best of ``restarts`` k-means++ starts, each followed by
-    Lloyd's iterations. A cluster that runs empty takes the point that costs most where it is.
+    Minimizes sum_i w_i ||x_i - centre||^2 per layer and returns the best of several k-means++ starts, each followed by
+    Lloyd's iterations. An empty cluster takes the point with the highest cost in its current cluster. Every label from
+    0 to counts[l] - 1 is used; labels are numbered by their first member. Deterministic.
 
     Args:
-        points: (n_l, d_l) per layer; d may differ.
-        counts: clusters of each layer, 1 <= counts[l] <= n_l, or 0 where n_l is 0.
-        weights: (n_l,) per layer, >= 0; None: all 1.
-        previous: labels of the last time, (n_l,), -1 for a point that had none. One more start, from their centres,
-            kept unless another is better by `PREFER_PREVIOUS`.
-        ordinals: the number of each layer, of which its random numbers are made; None: 0, 1, ...
+        points: (n_l, d_l) per layer; d may differ between layers.
+        counts: number of clusters of each layer, 1 <= counts[l] <= n_l, or 0 if n_l is 0.
+        weights: (n_l,) per layer, >= 0. None gives every point the weight 1.
+        previous: labels of the previous call, (n_l,), -1 for a point without a label. Their centres are one additional
+            start, whose result is preferred unless another costs less by the factor `PREFER_PREVIOUS`.
+        seed: seed of the k-means++ starts.
+        restarts: number of k-means++ starts.
+        max_iterations: limit on Lloyd's iterations.
+        ordinals: number of each layer, used with ``seed`` for its random numbers. None: 0, 1, ...
 
-    Labels are numbered by first member. Deterministic. Raises ValueError where counts do not fit the points.
+    Raises:
+        ValueError: a count does not fit the number of points.
 
     """
     sizes = [len(p) for p in points]
@@ -85,7 +159,7 @@ def cluster_layers(
         rng = np.random.default_rng([seed, layer if ordinals is None else ordinals[layer]])
         draws[layer, :, : counts[layer]] = rng.random((restarts + 1, counts[layer]))
     if previous is None:
-        draws = draws[:, :-1]  # the starts are the same with and without a past
+        draws = draws[:, :-1]  # the random starts are the same with and without previous labels
     centres = _spread_centres(x, w, draws)  # (L, R, C, d)
     if previous is not None:
         for layer, old in enumerate(previous):
@@ -107,7 +181,7 @@ def cluster_layers(
 
 
 def _spread_centres(x: np.ndarray, w: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """k-means++: each centre is a point, drawn by its weight times its squared distance to the centres so far.
+    """Choose k-means++ centres: each is a point, drawn by weight times squared distance to the centres so far.
 
     x (L, N, d), w (L, N), draws (L, R, C) in [0, 1) -> (L, R, C, d).
     """
@@ -131,7 +205,7 @@ def _spread_centres(x: np.ndarray, w: np.ndarray, draws: np.ndarray) -> np.ndarr
 
 
 def _start_from(centres: np.ndarray, x: np.ndarray, w: np.ndarray, labels: np.ndarray, count: int) -> None:
-    """Overwrite ``centres`` (C, d) with the means of the points' old labels, the heaviest ``count`` of them."""
+    """Overwrite ``centres`` (C, d) with the means of the ``count`` heaviest clusters of the old ``labels``."""
     old = [label for label in np.unique(labels) if label >= 0]
     heaviest = sorted(old, key=lambda label: (-w[labels == label].sum(), label))[:count]
     for place, label in enumerate(heaviest):
@@ -142,18 +216,18 @@ def _start_from(centres: np.ndarray, x: np.ndarray, w: np.ndarray, labels: np.nd
 def _iterate(
     x: np.ndarray, w: np.ndarray, centres: np.ndarray, sizes: np.ndarray, counts: np.ndarray, limit: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lloyd's iterations of all problems until no label changes; those that are done leave the batch.
+    """Run Lloyd's iterations on all problems until no label changes; finished problems leave the batch.
 
     x (P, N, d), w (P, N), centres (P, C, d) -> labels (P, N) and costs (P,).
     """
     labels = np.full(w.shape, -1)
     final = centres.copy()
-    at = np.arange(len(x))  # the problems in the batch
+    at = np.arange(len(x))  # indices of the problems that are still in the batch
     num_clusters = centres.shape[1]
     beyond = np.where(np.arange(num_clusters) < counts[:, None], 0.0, np.inf)  # (P, C)
     own_x, own_w = x, w
     for _ in range(limit):
-        distance = own_x @ centres.swapaxes(1, 2)  # (P, N, C), without the square of x
+        distance = own_x @ centres.swapaxes(1, 2)  # (P, N, C), without the term x^2
         distance *= -2
         distance += ((centres**2).sum(axis=2) + beyond[at])[:, None]
         nearest = distance.argmin(axis=2)  # (P, N)
@@ -181,7 +255,7 @@ def _iterate(
 
 
 def _fill_empty(labels: np.ndarray, cost: np.ndarray, count: int) -> None:
-    """Give each empty cluster the costliest point of a cluster that has others; ``labels`` (n,) change in place."""
+    """Move the costliest point of a cluster with several points into each empty cluster. Changes ``labels`` (n,)."""
     for cluster in range(count):
         if not (labels == cluster).any():
             shared = np.bincount(labels, minlength=count)[labels] > 1
@@ -189,79 +263,8 @@ def _fill_empty(labels: np.ndarray, cost: np.ndarray, count: int) -> None:
 
 
 def _by_first_member(labels: np.ndarray) -> np.ndarray:
-    """Number the clusters in the order of their first members."""
+    """Number the clusters in order of their first members."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     return rank[inverse.reshape(-1)]
-
-
-# Short descriptions of experts, so that those of a model can be compared although it never fits into memory.
-#
-# An expert with D numbers is cut into chunks of m, each number gets a random sign, and the chunks are added up:
-#
-#     s = sum_j sign_j * chunk_j,    E <s(a), s(b)> = <a, b>
-#
-# (a count sketch). The relative error of a squared distance is about sqrt(2 / m). Experts are read one at a time: the
-# memory is one expert, its signs and E sketches, the time O(D) per expert. m is prime, so that the numbers of one row or
-# column of a matrix, whose width is usually a power of two, do not all meet in a few places.
-
-SKETCH_SIZE = 4093
-"""m: a prime below 4096. Squared distances are off by about 2 %."""
-COMPONENTS = 32
-"""Ours: principal components that are kept. Flux does not say how many."""
-
-
-def sketch_layer(layer: ExpertLayer, source: ExpertSource, *, seed: int = 0, size: int = SKETCH_SIZE) -> np.ndarray:
-    """The sketches of all experts of a layer, (E, size) float32. Base weights only, without adapters: adapters are
-    small beside them, and the base of a LoRA run never changes, so it is sketched once.
-
-    The signs depend on ``seed``, the tensor's place in the expert and its shape alone. Raises CheckpointError.
-    """
-    signs = {}
-    for place, parameter in enumerate(layer.parameters):
-        numel = torch.Size(parameter.shape).numel()
-        generator = torch.Generator().manual_seed(seed * len(layer.parameters) + place)
-        bits = torch.randint(0, 2, (numel,), generator=generator, dtype=torch.int8)
-        signs[parameter.name] = bits.mul_(2).sub_(1)
-    rows = []
-    for expert in range(layer.num_experts):
-        key = layer.expert_key(expert)
-        tensors = source.read(key)
-        check_expert(layer, key, tensors)
-        row = torch.zeros(size)
-        for name, sign in signs.items():
-            _add_chunks(row, tensors[name].detach().reshape(-1), sign)
-        rows.append(row.numpy())
-    return np.stack(rows)
-
-
-def _add_chunks(row: torch.Tensor, values: torch.Tensor, signs: torch.Tensor) -> None:
-    """Add the signed chunks of ``values`` (D,) to ``row`` (m,), about a million numbers at a time."""
-    size = len(row)
-    step = max(1, (1 << 20) // size) * size
-    for begin in range(0, len(values), step):
-        part = values[begin : begin + step].to("cpu", torch.float32) * signs[begin : begin + step]
-        whole = len(part) // size * size
-        row += part[:whole].view(-1, size).sum(dim=0)
-        row[: len(part) - whole] += part[whole:]
-
-
-def expert_embeddings(
-    layers: Sequence[ExpertLayer],
-    source: ExpertSource,
-    *,
-    components: int = COMPONENTS,
-    seed: int = 0,
-    on_layer: Callable[[int], None] = lambda ordinal: None,
-) -> tuple[np.ndarray, ...]:
-    """Principal components of the experts of every layer, (E_l, d_l) float64: what `plan_merging` clusters.
-
-    One layer's sketches are in memory at a time. They describe all experts, not only those to be merged, so they stand
-    from round to round as long as the weights do. Raises CheckpointError.
-    """
-    points = []
-    for layer in layers:
-        points.append(principal_components(sketch_layer(layer, source, seed=seed), components))
-        on_layer(layer.ordinal)
-    return tuple(points)

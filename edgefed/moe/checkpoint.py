@@ -1,0 +1,350 @@
+"""Read a Hugging Face checkpoint in pieces, so that the whole model is never in memory.
+
+    checkpoint = Checkpoint(folder)
+    checkpoint.tensor("model.embed_tokens.weight")     # one parameter of the transformers model
+    checkpoint.expert(layer, 3)                        # the tensors of one expert
+    checkpoint.read("model.layers.0.mlp.experts.3")    # a unit by its key: a checkpoint is an `ExpertSource`
+
+transformers stores some weights differently in files and in memory: it renames them, stacks experts, fuses or splits
+projections, and dequantizes MXFP4 and FP8 weights. The conversion of each architecture is defined in transformers
+(`transformers.conversion_mapping`). This module applies the same operations to one parameter at a time, and for experts
+to one row of a stack where the operations allow it. Which parameters a conversion produces, and their shapes, is found
+by running it on meta tensors, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from edgefed.errors import CheckpointError, first_line
+from edgefed.moe import adapters, units
+from edgefed.moe.architecture import ExpertLayer, discover_layers
+from edgefed.moe.loading import build_skeleton, find_folder, load_config
+from edgefed.moe.units import TrainScope
+from edgefed.moe.weight_files import WeightFiles
+from edgefed.protocol.messages import UnitInfo
+
+_log = logging.getLogger(__name__)
+# Buffers of old checkpoints that models compute themselves.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
+# Number of multi-token-prediction layers in configurations; such layers are never loaded.
+_PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+
+
+@dataclasses.dataclass
+class _Conversion:
+    """One application of a transform: tensors of the checkpoint become parameters of the model."""
+
+    name: str
+    """First parameter that it produces."""
+    transform: Any
+    sources: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Names in the checkpoint by the pattern that matched them, in natural order."""
+
+
+class Checkpoint:
+    """A checkpoint in a local folder or on the hub.
+
+    ``dtype`` is the dtype of the weights; "auto" uses that of the configuration, or else of the files.
+
+    Attributes:
+        folder: local folder of the files.
+        config: configuration of the model, without quantization, corrected where the weights differ from it.
+        module: the transformers model on the meta device, with real buffers.
+        layers: its MoE layers.
+        unused: names in the checkpoint that the model does not use, such as vision or multi-token-prediction weights.
+        changes: settings of config.json that do not describe the loaded model, with their corrected values; None
+            removes the setting.
+
+    Raises:
+        ModelNotFound: there is no checkpoint.
+        UnsupportedArchitecture: edgefed cannot use its experts. Checked before any weight file is opened.
+        CheckpointError: weights are missing, have other shapes than configured, or are quantized in an unsupported way.
+
+    """
+
+    def __init__(self, source: str | Path, dtype: str | torch.dtype = "auto"):
+        self.config: PretrainedConfig = load_config(source)
+        self.changes: dict[str, Any] = {}
+        self._quantizer = self._take_quantization()
+        discover_layers(build_skeleton(self.config, dtype))
+        self.folder = find_folder(source)
+        self._files = WeightFiles(self.folder)
+        if dtype == "auto" and self.config.dtype is None:
+            self.changes["dtype"] = str(self._files.dtype).removeprefix("torch.")
+            dtype = self._files.dtype
+            self.config.dtype = dtype
+        self.module: PreTrainedModel = _build(self.config, dtype)
+        self._conversions = self._find_conversions()
+        if self._untie():
+            self.module = _build(self.config, dtype)
+            self._conversions = self._find_conversions()
+        self.layers: tuple[ExpertLayer, ...] = discover_layers(self.module)
+        self._whole: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._rowwise: dict[str, bool] = {}
+        self._fixed = units.find_fixed_tensors(self.module, self.layers)
+        self._layer_of = {layer.experts_path: layer for layer in self.layers}
+        self._producers = self._find_producers()
+        self._check_complete()
+        self._drop_prediction_layers()
+
+    def _take_quantization(self) -> Any:
+        """Remove the quantization from the configuration; return the quantizer that dequantizes, or None."""
+        settings = getattr(self.config, "quantization_config", None)
+        if settings is None:
+            return None
+        from transformers.quantizers.auto import AutoHfQuantizer
+
+        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+        method = getattr(method, "value", method)
+        try:
+            quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+            quantizer.quantization_config.dequantize = True
+            supported = "dequantize" in quantizer.get_load_operations()
+        except (ImportError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"cannot read weights quantized with {method!r}: {first_line(error)}",
+                remedy="Install the package that the message names, or use an unquantized version of the model.",
+            ) from error
+        if not supported:
+            raise CheckpointError(
+                f"cannot read weights quantized with {method!r}: only methods that transformers can dequantize while "
+                "loading are supported, such as mxfp4 and fp8",
+                remedy="Use an unquantized version of the model.",
+            )
+        del self.config.quantization_config
+        self.changes["quantization_config"] = None
+        return quantizer
+
+    def _find_conversions(self) -> dict[str, _Conversion]:
+        """Assign each tensor of the checkpoint to a conversion, as transformers does when it loads a model."""
+        mapping: list[Any] = get_model_conversion_mapping(self.module, hf_quantizer=self._quantizer)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        state = self.module.state_dict()
+        prefix = self.module.base_model_prefix
+        conversions: dict[str, _Conversion] = {}
+        self.unused: list[str] = []
+        for key in sorted(self._files.names, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
+            if name not in state:
+                if not _COMPUTED.search(key):
+                    self.unused.append(key)
+                continue
+            if name not in conversions:
+                transform = WeightRenaming(key, name) if pattern is None else by_pattern[pattern]
+                conversions[name] = _Conversion(name, transform)
+            conversions[name].sources.setdefault(key if pattern is None else pattern, []).append(key)
+        return conversions
+
+    def _untie(self) -> bool:
+        """Untie the output embedding if the checkpoint has a different tensor for it than for the input embedding."""
+        tied = False
+        names: dict[int, list[str]] = {}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            names.setdefault(id(tensor), []).append(name)
+        for group in names.values():
+            found = [self._conversions[name] for name in group if name in self._conversions]
+            if len(found) > 1:
+                first, *others = (self._convert(conversion)[conversion.name] for conversion in found)
+                tied |= any(not torch.equal(first, other) for other in others)
+        if tied:
+            for config in {id(c): c for c in (self.config, self.config.get_text_config())}.values():
+                if getattr(config, "tie_word_embeddings", False):
+                    config.tie_word_embeddings = False
+            self.changes["tie_word_embeddings"] = False
+        return tied
+
+    def _find_producers(self) -> dict[str, _Conversion]:
+        """Map each parameter to its conversion, by running all conversions on meta tensors."""
+        state = self.module.state_dict()
+        producers: dict[str, _Conversion] = {}
+        for conversion in self._conversions.values():
+            try:
+                produced = self._convert(conversion, meta=True)
+            except CheckpointError:  # an operation that needs values
+                producers[conversion.name] = conversion
+                continue
+            for name, tensor in produced.items():
+                if name in state and tensor.shape != state[name].shape:
+                    raise CheckpointError(
+                        f"{str(self.folder)!r} does not fit its config.json: {name!r} must have shape "
+                        f"{tuple(state[name].shape)}; found {tuple(tensor.shape)}"
+                    )
+                producers[name] = conversion
+        return producers
+
+    def _check_complete(self) -> None:
+        groups: dict[int, list[str]] = {}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            groups.setdefault(id(tensor), []).append(name)
+        for group in groups.values():  # one tensor serves all names that share it
+            found = next((self._producers[name] for name in group if name in self._producers), None)
+            if found is not None:
+                self._producers.update((name, found) for name in group if name not in self._producers)
+        missing = sorted(name for group in groups.values() for name in group if name not in self._producers)
+        if missing:
+            raise CheckpointError(
+                f"{str(self.folder)!r} lacks {len(missing)} tensors of the model; the first is {missing[0]!r}"
+            )
+
+    def _drop_prediction_layers(self) -> None:
+        if self.unused:
+            for setting in _PREDICTION_LAYERS:
+                if getattr(self.config, setting, None):
+                    setattr(self.config, setting, 0)
+                    self.changes[setting] = 0
+
+    def _convert(
+        self, conversion: _Conversion, *, row: int | None = None, meta: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Run a conversion, for one row of the expert dimension with ``row``. Raises CheckpointError."""
+        transform = conversion.transform
+        transform.collected_tensors.clear()
+        is_module_list = row is not None and any("*" in pattern for pattern in conversion.sources)
+        target_dtype = self._target_dtype(conversion)
+        for pattern, keys in conversion.sources.items():
+            chosen = [keys[row]] if is_module_list and row is not None else keys
+            for key in chosen:
+                part = None if row is None or is_module_list else row
+                transform.add_tensor(conversion.name, key, pattern, self._loader(key, target_dtype, part, meta))
+        try:
+            with torch.no_grad():
+                found = transform.convert(conversion.name, model=self.module, config=self.module.config)
+        except CheckpointError:
+            raise
+        except Exception as error:  # conversions of transformers may raise anything
+            raise CheckpointError(
+                f"cannot convert {conversion.name!r} of {str(self.folder)!r}: {first_line(error)}"
+            ) from error
+        finally:
+            transform.collected_tensors.clear()
+            transform.layer_targets.clear()
+        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+    def _loader(self, key: str, dtype: torch.dtype | None, row: int | None, meta: bool) -> Callable[[], torch.Tensor]:
+        def load() -> torch.Tensor:
+            tensor = self._files.empty(key) if meta else self._files.read(key, row)
+            return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+        return load
+
+    def _target_dtype(self, conversion: _Conversion) -> torch.dtype | None:
+        """Dtype to which sources are cast; None for the inputs of a dequantization."""
+        if any(
+            getattr(operation, "hf_quantizer", None) for operation in getattr(conversion.transform, "operations", ())
+        ):
+            return None
+        module, _, name = conversion.name.rpartition(".")
+        tensor: torch.Tensor = getattr(self.module.get_submodule(module), name)
+        return tensor.dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one parameter or persistent buffer of the transformers model. Raises CheckpointError."""
+        conversion = self._producers[name]
+        if self._whole is None or self._whole[0] != conversion.name:
+            self._whole = None  # free the old one before the new one is read
+            self._whole = conversion.name, self._convert(conversion)
+        found = self._whole[1]
+        return found[name if name in found else conversion.name]
+
+    def release(self) -> None:
+        """Free the tensors of the last conversion."""
+        self._whole = None
+
+    def expert(self, layer: ExpertLayer, expert: int) -> dict[str, torch.Tensor]:
+        """Return the tensors of one expert by name. Raises CheckpointError."""
+        tensors = {}
+        for parameter in layer.parameters:
+            name = f"{layer.experts_path}.{parameter.name}"
+            tensors[parameter.name] = self._row(name, expert, layer.num_experts, parameter.shape)
+        return tensors
+
+    def _row(self, name: str, expert: int, num_experts: int, shape: tuple[int, ...]) -> torch.Tensor:
+        conversion = self._producers[name]
+        if self._rowwise.setdefault(name, self._has_rows(conversion, num_experts)):
+            try:
+                rows = self._convert(conversion, row=expert)
+            except CheckpointError:
+                rows = {}
+            if name in rows and tuple(rows[name].shape) == (1, *shape):
+                return rows[name][0]
+            self._rowwise[name] = False
+        return self.tensor(name)[expert]
+
+    def _has_rows(self, conversion: _Conversion, num_experts: int) -> bool:
+        """Whether row e of the result depends only on entry e of module lists, or only on row e of stacks."""
+        if any("*" in pattern for pattern in conversion.sources):
+            return all(len(keys) == num_experts for keys in conversion.sources.values())
+        keys = [key for found in conversion.sources.values() for key in found]
+        return all(self._files.empty(key).shape[:1] == (num_experts,) for key in keys)
+
+    def read(self, unit_key: str) -> Mapping[str, torch.Tensor]:
+        """Return the tensors of a dense, router or expert unit by name. Raises CheckpointError."""
+        path, _, expert = unit_key.rpartition(".")
+        if path in self._layer_of and expert.isdecimal() and int(expert) < self._layer_of[path].num_experts:
+            return self.expert(self._layer_of[path], int(expert))
+        if unit_key not in self._fixed:
+            raise CheckpointError(f"unit {unit_key!r} not found in the checkpoint {str(self.folder)!r}")
+        fixed = self._fixed[unit_key]
+        return {name: self.tensor(place.full_name) for name, place in fixed.places.items()}
+
+    def iter_units(
+        self, scope: TrainScope | None = None, seed: int = 0
+    ) -> Iterator[tuple[UnitInfo, Mapping[str, torch.Tensor]]]:
+        """Yield all units with their tensors, and initial adapters drawn from ``seed``. Raises CheckpointError.
+
+        At most one unit, or the result of one conversion, is in memory at a time.
+        """
+        for base, sizes in units.iter_base_units(self._fixed.values(), self.layers, scope):
+            yield base, self.read(base.key)
+            if sizes and scope is not None:
+                adapter = units.adapter_unit(base, sizes, scope.lora_rank)
+                yield adapter, adapters.initial_adapter(adapter.key, sizes, scope.lora_rank, seed)
+        self.release()
+
+    def load(self) -> PreTrainedModel:
+        """Load all weights into `module` and return it: a complete model on the CPU. Raises CheckpointError."""
+        for fixed in self._fixed.values():
+            for place in fixed.places.values():
+                place.replace(self.tensor(place.full_name).contiguous())
+                place.get().requires_grad_(place.learnable)
+        for layer in self.layers:
+            for parameter in layer.parameters:
+                stack = layer.experts.get_parameter(parameter.name)
+                value = self.tensor(f"{layer.experts_path}.{parameter.name}")
+                layer.experts.register_parameter(parameter.name, nn.Parameter(value, stack.requires_grad))
+        self.release()
+        return self.module
+
+
+def _build(config: PretrainedConfig, dtype: str | torch.dtype) -> PreTrainedModel:
+    """Build the model without weights, with the parameters in float32 that transformers keeps in float32."""
+    module = build_skeleton(config, dtype)
+    main: Any = config.dtype if dtype == "auto" else dtype
+    plan: dict[str, torch.dtype] = module._get_dtype_plan(main)
+    patterns = [(re.compile(glob.replace("*", ".*")), wanted) for glob, wanted in plan.items()]
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        wanted = next((wanted for pattern, wanted in patterns if pattern.search(name)), None)
+        if wanted is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted)
+    return module

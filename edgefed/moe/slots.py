@@ -1,0 +1,163 @@
+"""Experts by slot, as the kernels take them (`edgefed.kernels.masked_experts.Slots`), from different places.
+
+    StackSlots       rows of the stacks of a transformers module, gradients included
+    StreamedSlots    all experts of a layer, each read when it is needed and released afterwards
+    PerturbedSlots   other slots with one expert moved in a random direction
+
+The slots of an expert bank are in `edgefed.moe.bank`. Perturbed slots estimate gradients by forward passes alone. The
+moved weights are computed when the expert is requested, one expert at a time, and released afterwards, so resident
+weights never change: quantized experts can be moved too, and a failed pass needs no cleanup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+
+from edgefed.kernels.masked_experts import LowRankPair, Slots, SlotWeights
+from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts
+from edgefed.moe.architecture import ExpertLayer, ExpertsModule
+from edgefed.moe.expert_reading import read_adapter, read_expert
+from edgefed.moe.units import ExpertSource, TrainScope
+
+Weight = torch.Tensor | QuantizedMatrix
+
+
+def slot_weights(
+    layer: ExpertLayer,
+    tensors: Mapping[str, torch.Tensor],
+    quantized: Mapping[str, QuantizedMatrix],
+    lora_scale: float | None,
+) -> SlotWeights:
+    """Assign the tensors of one expert, quantized matrices apart, to their roles in the computation."""
+
+    def lora(name: str) -> LowRankPair | None:
+        if lora_scale is None:
+            return None
+        return LowRankPair(tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"], lora_scale)
+
+    up = layer.up_name
+    return SlotWeights(
+        up=quantized[up] if up in quantized else tensors[up],
+        down=quantized["down_proj"] if "down_proj" in quantized else tensors["down_proj"],
+        up_bias=tensors.get(f"{up}_bias"),
+        down_bias=tensors.get("down_proj_bias"),
+        up_lora=lora(up),
+        down_lora=lora("down_proj"),
+    )
+
+
+class StackSlots:
+    """The experts of a transformers module by slot: rows of its own stacks, gradients included.
+
+    Each stack is unbound once. Indexing it for every expert would create a gradient of the size of the stack each time.
+    """
+
+    def __init__(self, experts: ExpertsModule):
+        self._rows = {name: stack.unbind(0) for name, stack in experts.named_parameters(recurse=False)}
+        self._up = "gate_up_proj" if experts.has_gate else "up_proj"
+        self._count = experts.num_experts
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, slot: int) -> SlotWeights:
+        rows, up = self._rows, self._up
+        return SlotWeights(
+            up=rows[up][slot],
+            down=rows["down_proj"][slot],
+            up_bias=rows[f"{up}_bias"][slot] if f"{up}_bias" in rows else None,
+            down_bias=rows["down_proj_bias"][slot] if "down_proj_bias" in rows else None,
+        )
+
+
+class StreamedSlots:
+    """All E experts of a layer, each read when it is needed and released afterwards. Forward only."""
+
+    streamed = True
+
+    def __init__(self, layer: ExpertLayer, source: ExpertSource, scope: TrainScope, device: torch.device):
+        self._layer, self._source, self._scope, self._device = layer, source, scope, device
+
+    def __len__(self) -> int:
+        return self._layer.num_experts
+
+    def __getitem__(self, slot: int) -> SlotWeights:
+        tensors, scale = read_expert(self._layer, slot, self._source), None
+        if self._scope.experts == "lora":
+            tensors |= read_adapter(self._layer, slot, self._source, self._scope.lora_rank)
+            scale = self._scope.lora_scale
+        return slot_weights(self._layer, {name: t.to(self._device) for name, t in tensors.items()}, {}, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+    """W + ``size`` z for every trainable tensor of ``slot``: its matrices and biases, or its adapters alone.
+
+    z is standard normal and depends only on ``seed``; the negative ``size`` gives the opposite move.
+    """
+
+    slot: int
+    seed: int
+    size: float
+
+
+class PerturbedSlots:
+    """``slots`` with one of them moved."""
+
+    def __init__(self, slots: Slots, perturbation: Perturbation):
+        self._slots, self._perturbation = slots, perturbation
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, slot: int) -> SlotWeights:
+        weights = self._slots[slot]
+        if slot != self._perturbation.slot:
+            return weights
+        size = self._perturbation.size
+        generator: torch.Generator | None = None
+
+        def moved(weight: Weight) -> torch.Tensor:
+            nonlocal generator
+            dense = _dense(weight)
+            if generator is None:
+                generator = torch.Generator(dense.device).manual_seed(self._perturbation.seed)
+            z = torch.randn(dense.shape, generator=generator, device=dense.device, dtype=torch.float32)
+            return z.mul_(size).add_(dense).to(dense.dtype)
+
+        def moved_pair(pair: LowRankPair) -> LowRankPair:
+            return LowRankPair(moved(pair.lora_a), moved(pair.lora_b), pair.scale)
+
+        if weights.up_lora is not None and weights.down_lora is not None:
+            return dataclasses.replace(
+                weights, up_lora=moved_pair(weights.up_lora), down_lora=moved_pair(weights.down_lora)
+            )
+        return dataclasses.replace(
+            weights,
+            up=moved(weights.up),
+            down=moved(weights.down),
+            up_bias=None if weights.up_bias is None else moved(weights.up_bias),
+            down_bias=None if weights.down_bias is None else moved(weights.down_bias),
+        )
+
+
+def typical_weight(weights: SlotWeights) -> float:
+    """Return the root mean square of the tensors that a perturbation moves; 0 for an expert of zeros."""
+    pairs = [pair for pair in (weights.up_lora, weights.down_lora) if pair is not None]
+    tensors: list[Weight] = [part for pair in pairs for part in (pair.lora_a, pair.lora_b)] or [
+        weight for weight in (weights.up, weights.down, weights.up_bias, weights.down_bias) if weight is not None
+    ]
+    total, count = 0.0, 0
+    for tensor in tensors:
+        dense = _dense(tensor)
+        total += float(dense.double().square().sum())
+        count += dense.numel()
+    return math.sqrt(total / max(count, 1))
+
+
+def _dense(weight: Weight) -> torch.Tensor:
+    return dequantize_experts(weight) if isinstance(weight, QuantizedMatrix) else weight.detach()
