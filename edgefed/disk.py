@@ -1,7 +1,4 @@
-"""Files that must survive: durable writes, hashes, and errors of the operating system by their edgefed name.
-
-Agent and aggregator share it; it knows nothing of either.
-"""
+"""Durable files: writes that survive a crash, hashes, and errors of the operating system as edgefed errors."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from typing import BinaryIO
 from edgefed.errors import DiskFull, StorageError
 
 READ_BYTES = 1024 * 1024
-"""One read of a loop over a whole file."""
+"""Size of one read in a loop over a file."""
 logger = logging.getLogger(__name__)
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """What a filesystem answers that cannot sync a folder. EIO, EROFS, EBADF and others remain errors."""
@@ -27,9 +24,9 @@ FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 @contextlib.contextmanager
 def disk_errors(what: str | Path) -> Iterator[None]:
-    """Turn an OSError of the block into DiskFull (no room, quota) or StorageError. Never wrap sockets in it.
+    """Turn an OSError of the block into DiskFull (no space, quota) or StorageError. Not for code that uses sockets.
 
-    ``what`` completes "cannot ..."; a path means "use PATH".
+    ``what`` completes the message "cannot ..."; a path means "use PATH".
     """
     try:
         yield
@@ -111,6 +108,13 @@ def hash_file(path: Path) -> tuple[str, int]:
             digest.update(memoryview(buffer)[:count])
             size += count
     return digest.hexdigest(), size
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write all bytes to an unbuffered file: a raw write may be partial, for example on a nearly full disk."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def filesystem(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:

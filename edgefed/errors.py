@@ -266,6 +266,13 @@ class Unauthorized(ProtocolError):
     )
 
 
+class IdentityInUse(ProtocolError):
+    """Two processes use the identity of one client, for example from a copied state folder."""
+
+    code, http_status = "identity-in-use", 409
+    default_remedy = "Stop one of the two, or give this device an identity of its own with `new_identity`."
+
+
 class UnknownClient(ProtocolError):
     """The client is not registered with this run."""
 

@@ -225,7 +225,7 @@ class Agent:
             protocol_version=PROTOCOL_VERSION, client_id=record.client_id, client_key=record.client_key,
             name=settings.name, memory_bytes=settings.memory_bytes, expert_share=settings.expert_share,
             compute_share=settings.compute_share, num_examples=self._trainer.num_examples,
-            edgefed_version=__version__, device=settings.device,
+            edgefed_version=__version__, device=settings.device, instance=self._client.instance,
         )  # fmt: skip
         limit = None if self._joined else settings.give_up_after_s
         registered = self._call(lambda: self._client.register(message), give_up_after_s=limit)
@@ -350,12 +350,16 @@ def open_agent(
     progress: ProgressSink | None = None,
     stop: threading.Event | None = None,
     retry: Retry | None = None,
+    new_identity: bool = False,
 ) -> Iterator[Agent]:
     """Open an agent with its client, journal and cache in the folder ``state``, and close them at the end.
 
-    Raises ConfigError for an invalid address or token, StateLocked, StateCorrupt, StorageError.
+    ``new_identity``: join as a new client, for a folder that was copied from another device. Raises ConfigError for an
+    invalid address or token, StateLocked, StateCorrupt, StorageError.
     """
     with Journal(state) as journal:
+        if new_identity:
+            journal.renew_identity()
         record = journal.record
         with AggregatorClient(server, record.client_id, record.client_key, token, verify=verify) as client:
             cache = BlobCache(journal.folder / BLOBS_FOLDER, client)

@@ -79,7 +79,7 @@ class Retry:
         self._failures = 0
 
     def note_progress(self) -> None:
-        """Reset the waits: the next failure is followed by the shortest one. Call it for bytes that the other side has."""
+        """Reset the waits to the shortest one. Call it for bytes that have reached the other side."""
         self._failures = 0
 
     def wait(self, failures: int, longest_s: float | None = None) -> None:

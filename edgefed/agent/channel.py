@@ -70,6 +70,7 @@ class Channel:
         client_key: str,
         token: str | None,
         *,
+        instance: str = "",
         connect_s: float,
         read_s: float,
         write_s: float,
@@ -81,6 +82,8 @@ class Channel:
         headers = {"accept-encoding": "identity"}
         if client_key:
             headers[routes.CLIENT_KEY_HEADER] = client_key
+        if instance:
+            headers[routes.INSTANCE_HEADER] = instance
         if token:
             headers[routes.TOKEN_HEADER] = f"Bearer {_check_token(token)}"
         self._http = httpx.Client(
@@ -153,7 +156,7 @@ class Channel:
             raise self._unreachable(error) from error
 
     def decode(self, response: httpx.Response, kind: type[T]) -> T:
-        """Decode an answer. Raises MalformedMessage for JSON that is another message; for other content see `foreign`."""
+        """Decode an answer. Raises MalformedMessage for JSON of another message; for other content see `foreign`."""
         body = self._read(response, routes.MAX_MESSAGE_BYTES)
         try:
             return decode_message(body, kind)

@@ -18,6 +18,7 @@ from edgefed.disk import hash_file
 from edgefed.errors import (
     ChecksumMismatch,
     EdgefedError,
+    IdentityInUse,
     NotFound,
     OffsetMismatch,
     ProtocolError,
@@ -99,15 +100,15 @@ class Delivery:
     def deliver(self) -> Delivered:
         """Upload and commit the pending update, then delete it.
 
-        Raises UnknownClient, Unauthorized and VersionMismatch and keeps the update; raises the `MAX_REFUSALS`-th other
-        refusal in a row and drops it.
+        Raises UnknownClient, Unauthorized, VersionMismatch and IdentityInUse and keeps the update; raises the
+        `MAX_REFUSALS`-th other refusal in a row and drops it.
         """
         for send in range(1, MAX_SENDS + 1):
             try:
                 return self._send()
             except (RoundClosed, UpdateConflict) as error:
                 return self.drop(error)
-            except (UnknownClient, Unauthorized, VersionMismatch):
+            except (UnknownClient, Unauthorized, VersionMismatch, IdentityInUse):
                 raise  # the update may still count once the device is registered again
             except (ChecksumMismatch, OffsetMismatch, NotFound) as error:
                 # The server has other bytes than the file, or none: send it again.

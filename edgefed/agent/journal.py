@@ -109,6 +109,11 @@ class Journal:
         """Whether this device has joined that server before."""
         return self.record.server == server and self.record.run_id != ""
 
+    def renew_identity(self) -> None:
+        """Draw a new identity. The server and work of the old one are dropped."""
+        client_id, client_key = _new_identity()
+        self._forget(client_id=client_id, client_key=client_key, server="", run_id="", server_round=0, attempt=0)
+
     def bind(self, server: str, run_id: str) -> None:
         """Record the run that the device takes part in. Drops work for another server or run; keeps the identity."""
         record = self.record
@@ -185,9 +190,8 @@ class Journal:
         with disk_errors(self._path):
             data = self._path.read_bytes() if self._path.exists() else None
         if data is None:
-            record = JournalRecord(
-                format_version=FORMAT_VERSION, client_id=uuid.uuid4().hex, client_key=secrets.token_hex(32)
-            )
+            client_id, client_key = _new_identity()
+            record = JournalRecord(format_version=FORMAT_VERSION, client_id=client_id, client_key=client_key)
             write_durably(self._path, encode_message(record))
             return record
         try:
@@ -209,6 +213,11 @@ class Journal:
             f"invalid journal {self._path}: {found}",
             remedy="Restore it from a copy, or delete the state folder; the device then joins as a new client.",
         )
+
+
+def _new_identity() -> tuple[str, str]:
+    """A random (client_id, client_key)."""
+    return uuid.uuid4().hex, secrets.token_hex(32)
 
 
 # --- ledger.jsonl: one line per round, with its cost and its result ---------------------------------------------

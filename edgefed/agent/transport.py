@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,9 +71,12 @@ class AggregatorClient:
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self.client_id = client_id
+        self.instance = secrets.token_hex(8)
+        """Random name of this connection's process, for `routes.INSTANCE_HEADER`."""
         self._channel = Channel(
-            base_url, client_key, token, connect_s=connect_s, read_s=read_s, write_s=write_s, verify=verify
-        )
+            base_url, client_key, token, instance=self.instance, connect_s=connect_s, read_s=read_s, write_s=write_s,
+            verify=verify,
+        )  # fmt: skip
         self._piece_bytes: int | None = None
 
     @property

@@ -1,32 +1,35 @@
-"""A run in progress: the pure round state machine joined to the store, the clients and the files of its state folder.
+"""A run in progress: the pure round state machine together with the store, the clients and the files of its folder.
 
-One lock guards the state machine and the client list. It is held for a transaction at most, never while a file is
-hashed, checked or folded. Opening resumes where the last process stopped, however it stopped. Somebody else calls
-`ActiveRun.tick` now and then and `ActiveRun.fold_pending` when `ActiveRun.fold_due` says so. What clients ask for is
-in `service`.
+One lock guards the state machine and the client list. It is held for at most a transaction, never while a file is
+hashed, checked or folded. Opening a run resumes where the last process stopped, however it ended. The server calls
+`ActiveRun.tick` regularly and `ActiveRun.fold_pending` when `ActiveRun.fold_due` is true. `service` has the requests of
+clients.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hmac
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+import numpy as np
 
 from edgefed.aggregator import rounds
-from edgefed.aggregator.admission import check_client_id, digest
-from edgefed.aggregator.assigning import Assigner, combined_survey
-from edgefed.aggregator.blobs import BlobStore
-from edgefed.aggregator.catalog import Catalog
+from edgefed.aggregator.blobs import BlobStore, Catalog
 from edgefed.aggregator.fold import fold_round
-from edgefed.aggregator.rounds import Phase
+from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.aggregator.status import Presence, build_status, round_status
 from edgefed.aggregator.store import ClientRecord, Store, UpdateRecord
 from edgefed.aggregator.uploads import UploadFolder
-from edgefed.aggregator.validate import update_units
+from edgefed.aggregator.validate import check_client_id, digest, update_units
 from edgefed.errors import (
     NotFound,
     RoundClosed,
@@ -37,10 +40,13 @@ from edgefed.errors import (
     UpdateConflict,
 )
 from edgefed.kernels.fold import select_backend
-from edgefed.methods.interface import Contribution, Method
-from edgefed.protocol.messages import Status
+from edgefed.methods.interface import Contribution, Coverage, Method
+from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, Manifest, Status
 
 logger = logging.getLogger(__name__)
+
+STANDSTILL_TICKS = 12
+"""A gap of so many ticks means that this process did not run: it was suspended, or its disk stalled."""
 
 
 class ActiveRun:
@@ -49,20 +55,27 @@ class ActiveRun:
     def __init__(
         self,
         folder: Path,
-        make_method: Callable[[str, dict], Method],
+        make_method: Callable[[str, dict[str, Any]], Method],
         *,
         keep_rounds: int = 2,
         fold_backend: str = "auto",
         fold_threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_change: Callable[[], None] = lambda: None,
+        tick_s: float | None = None,
+        policy_changes: Mapping[str, object] = MappingProxyType({}),
     ):
         """Open the run in ``folder``.
 
         ``make_method`` builds the run's method from its name and options. ``keep_rounds`` manifests stay downloadable
         (0: all of them). ``on_change`` is called, from any thread, whenever a waiting client may get another answer.
-        Raises what `Store`, ``make_method`` and `select_backend` raise.
+        ``tick_s``: how often the caller promises to call `tick`; a much longer gap then means that this process stood
+        still, which is not counted as silence of the clients. ``policy_changes``: fields of `RoundPolicy` that replace
+        the run's, from now on. Raises the errors of `Store`, ``make_method`` and `select_backend`; ConfigError for an
+        invalid policy.
         """
+        self._standstill_s = None if tick_s is None else max(STANDSTILL_TICKS * tick_s, 0.0)
+        self._applied_at = clock()
         self.clock, self._keep_rounds, self._fold_threads, self._on_change = clock, keep_rounds, fold_threads, on_change
         self.backend = select_backend(fold_backend)
         self.lock = threading.RLock()
@@ -71,8 +84,7 @@ class ActiveRun:
         self._phase_unsaved = False
         self.store = Store(folder)
         try:
-            self.config, self.policy = self.store.run, self.store.policy
-            self.policy.check()
+            self.config, self.policy = self.store.run, self._change_policy(policy_changes)
             self._method = make_method(self.config.method, dict(self.config.method_options))
             self._blobs, self.uploads = BlobStore(folder), UploadFolder(folder)
             self.catalog = Catalog(self.store, self._blobs)
@@ -83,8 +95,20 @@ class ActiveRun:
             self.store.close()
             raise
 
+    def _change_policy(self, changes: Mapping[str, object]) -> RoundPolicy:
+        """The run's policy with ``changes``, which are stored. Raises ConfigError."""
+        before = self.store.policy
+        policy = dataclasses.replace(before, **changes)  # type: ignore[arg-type]  # checked next
+        policy.check()
+        if policy != before:
+            self.store.save_policy(policy)
+            for name in changes:
+                if (old := getattr(before, name)) != (new := getattr(policy, name)):
+                    logger.info("policy of the run: %s is now %s, was %s", name, new, old)
+        return policy
+
     def _resume(self) -> None:
-        """Take up the newest round with what was accepted for it, and tidy up what a crash has left."""
+        """Continue the newest round with its accepted updates, and tidy up after a crash."""
         current = self.store.current_round()
         updates = self.store.updates(current.server_round)
         takes_uploads = current.phase in (Phase.WAITING, Phase.TRAINING)
@@ -102,6 +126,11 @@ class ActiveRun:
             participants=current.participants,
             accepted=[update.client_id for update in updates],
             clients=[client.client_id for client in self.clients.values() if client.joined],
+            lost={
+                client.client_id: time.time() - (client.last_seen_at or 0.0)
+                for client in self.clients.values()
+                if client.joined and client.lost
+            },
             now=self.clock(),
         )
         logger.info(
@@ -112,50 +141,54 @@ class ActiveRun:
         self.tick()
 
     def stop_waiting(self) -> None:
-        """Begin to stop: long polls return and a fold under way ends."""
+        """Begin to stop: long polls return and a fold in progress ends."""
         self._closing.set()
         self._on_change()
 
     def close(self) -> None:
-        """Stop, save what is known of the clients, and release the folder."""
+        """Stop, save the clients, and release the folder."""
         self.stop_waiting()
-        with self.lock, contextlib.suppress(StorageError):  # only byte counters could be lost
+        with self.lock, contextlib.suppress(StorageError):  # at worst, byte counters and times are lost
+            for client in self.clients.values():
+                if client.joined and not client.lost:
+                    client.last_seen_at = self._seen_at(client)
             self.store.save_clients(self.clients.values())
         self.store.close()
 
     @property
     def closing(self) -> bool:
+        """Whether the run is being closed."""
         return self._closing.is_set()
 
     # --- clients ------------------------------------------------------------------------------------------------
 
     def authenticate(self, client_id: str, key: str) -> ClientRecord:
-        """The client with this id and key. Raises MalformedMessage, UnknownClient, Unauthorized. Call with the lock."""
+        """The client with this id and key. Call with the lock. Raises MalformedMessage, UnknownClient, Unauthorized."""
         check_client_id(client_id)
         client = self.clients.get(client_id)
         if client is None:
             raise UnknownClient(f"client {client_id!r} is not registered with this run")
         if not hmac.compare_digest(client.key_sha256, digest(key)):
-            raise Unauthorized(f"the key sent for client {client_id!r} is wrong")
+            raise Unauthorized(f"wrong key for client {client_id!r}")
         return client
 
     @contextlib.contextmanager
     def seen(self, client_id: str, key: str) -> Iterator[ClientRecord]:
-        """Hold the lock, with the client authenticated and marked as live."""
+        """Authenticate a client and mark it as live, and hold the lock meanwhile."""
         with self.lock:
             client = self.authenticate(client_id, key)
             self.apply(rounds.ClientSeen(self.clock(), client_id))
             yield client
 
     def check_open(self, client_id: str, server_round: int, update: UpdateRecord | None = None) -> None:
-        """Raise unless an update of this client for this round would count. ``update``: the one accepted before."""
+        """Raise unless an update of this client for this round would count. ``update``: one accepted before."""
         state = self.state
         if update is not None:
             raise UpdateConflict(
                 f"attempt {update.attempt} of client {client_id!r} was accepted in round {server_round}"
             )
         if server_round > state.server_round:
-            raise NotFound(f"round {server_round} has not begun, round {state.server_round} has")
+            raise NotFound(f"round {server_round} has not begun, the current round is {state.server_round}")
         if server_round < state.server_round or state.phase in (Phase.AGGREGATING, Phase.FINISHED):
             raise RoundClosed(f"round {server_round} is closed")
         if not state.accepts(client_id):
@@ -164,16 +197,42 @@ class ActiveRun:
     # --- rounds -------------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Let time pass: deadlines and silent clients."""
+        """Let time pass: deadlines and silent clients. Records which clients fall silent or return."""
         with self.lock:
             self.apply(rounds.Tick(self.clock()))
+            changed = [
+                client for client in self.clients.values() if client.joined and client.lost != self._lost(client)
+            ]
+            for client in changed:
+                client.last_seen_at, client.lost = self._seen_at(client), not client.lost
+            if changed:
+                try:
+                    self.store.save_clients(changed)
+                except StorageError as error:
+                    logger.error("clients that fell silent or returned are not stored: %s", error)
+
+    def _lost(self, client: ClientRecord) -> bool:
+        return not self.state.is_live(client.client_id, self.clock())
+
+    def _seen_at(self, client: ClientRecord) -> float:
+        """When a client was last heard of, in seconds since the epoch."""
+        now = self.clock()
+        return time.time() - max(0.0, now - self.state.last_seen.get(client.client_id, now))
+
+    def note_left(self, client: ClientRecord) -> None:
+        """Mark a client as left, now. Call with the lock."""
+        client.joined, client.lost, client.last_seen_at = False, False, time.time()
 
     def apply(self, event: rounds.Event) -> None:
-        """Step the state machine and put its phase on disk. Call with the lock.
+        """Step the state machine and store its phase. Call with the lock.
 
-        A full disk may stop the latter for a while. That is harmless: what a restart would then forget is only who was
-        chosen or that the round had closed, never an update.
+        A full disk may delay the latter. That is harmless: a restart would then forget only which clients were chosen
+        or that the round had closed, never an update.
         """
+        gap, self._applied_at = event.now - self._applied_at, event.now
+        if self._standstill_s is not None and gap > self._standstill_s:
+            logger.warning("this process stood still for %.0f s; that is not counted as silence of the clients", gap)
+            self.state = rounds.after_standstill(self.state, gap)
         before = self.state
         self.state, actions = rounds.step(before, event)
         recorded = ("server_round", "phase", "participants")
@@ -183,8 +242,8 @@ class ActiveRun:
             try:
                 self.store.save_round(self.state.server_round, self.state.phase, self.state.participants)
                 self._phase_unsaved = False
-            except StorageError as fault:
-                logger.error("the phase of round %d is not on disk yet: %s", self.state.server_round, fault)
+            except StorageError as error:
+                logger.error("the phase of round %d is not stored yet: %s", self.state.server_round, error)
         for action in actions:
             self._announce(action)
         if actions or moved:
@@ -197,9 +256,11 @@ class ActiveRun:
             logger.info("round %d: closed with %d updates", action.server_round, len(action.clients))
             self.uploads.end_round(RoundClosed(f"round {action.server_round} is closed"))
         elif isinstance(action, rounds.ExtendDeadline):
-            logger.warning("round %d: the deadline passed without an update; a new one runs", action.server_round)
+            logger.warning("round %d: the deadline passed without an update; a new one starts", action.server_round)
         elif isinstance(action, rounds.Abandon):
-            logger.warning("round %d: all participants are gone; waiting for clients", action.server_round)
+            logger.warning(
+                "round %d: all participants have left or fallen silent; waiting for clients", action.server_round
+            )
         else:
             logger.info(
                 "all %d rounds are done; manifest %d is the final model", self.config.rounds, action.server_round
@@ -211,10 +272,10 @@ class ActiveRun:
         return self.state.phase is Phase.AGGREGATING
 
     def fold_pending(self) -> None:
-        """Aggregate the closed round, if there is one. For one thread at a time; safe to repeat after any failure.
+        """Aggregate the closed round, if there is one. For one thread at a time; may be repeated after any failure.
 
-        Raises FoldCancelled when the run closes meanwhile, DiskFull and StorageError (try again later), and whatever
-        the method raises.
+        Raises FoldCancelled if the run closes meanwhile, DiskFull and StorageError (try again later), and the errors of
+        the method.
         """
         if not self.fold_due:
             return
@@ -228,7 +289,8 @@ class ActiveRun:
         )
         with self.lock:
             for update in updates:
-                survey, client = update.meta.survey, self.clients[update.client_id]
+                survey = None if update.meta is None else update.meta.survey
+                client = self.clients[update.client_id]
                 client.survey = client.survey if survey is None else combined_survey(client.survey, survey)
             status = round_status(self.store.current_round(), updates, changed)
             next_phase = Phase.FINISHED if server_round >= self.policy.rounds else Phase.WAITING
@@ -242,29 +304,29 @@ class ActiveRun:
         )
 
     def _tidy(self, folded: list[UpdateRecord]) -> None:
-        """Delete what no round needs any more. What cannot be deleted now, the next start deletes."""
+        """Delete what no round needs. The next start deletes what cannot be deleted now."""
         try:
             self.uploads.delete_updates(folded)
             with self.lock:
                 orphans = self.store.prune(self._keep_rounds)
                 self.catalog.load_references()
             self._blobs.delete(orphans)
-        except StorageError as fault:
-            logger.warning("old rounds are not tidied up yet: %s", fault)
+        except StorageError as error:
+            logger.warning("files of old rounds are not deleted yet: %s", error)
 
     # --- status -------------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
-        """What `edgefed status` shows."""
+        """The status that clients and `edgefed status` get."""
         with self.lock:
             return build_status(
                 *(self.config, self.state, self.clients.values(), self.presence, self.store.history(), self.clock())
             )
 
     def all_heard(self, idle_s: float) -> bool:
-        """Whether the run is over and every client knows: each has left, fallen silent, or was told and is quiet since.
+        """Whether the run is over and every client has left, fallen silent, or heard `Finished` and then nothing more.
 
-        Quiet means that nothing was heard of it for ``idle_s``: it may still fetch the final model.
+        The latter means for ``idle_s`` seconds, because a client may still download the final model.
         """
         with self.lock:
             if self.state.phase is not Phase.FINISHED:
@@ -279,8 +341,60 @@ class ActiveRun:
 
 def _contribution(update: UpdateRecord, path: Path) -> Contribution:
     if update.meta is None:
-        raise StateCorrupt(f"the record of update {update.file_name} has no meta")
+        raise StateCorrupt(f"the record of update {update.file_name} has no metadata")
     reports = {(report.layer, report.expert): report for report in update.meta.experts}
     return Contribution(
         client_id=update.client_id, num_examples=update.meta.num_examples, experts=reports, units=update_units(path)
     )
+
+
+def combined_survey(before: ExpertSurvey | None, now: ExpertSurvey) -> ExpertSurvey:
+    """``now``, with the earlier utilities and transfer rates where it has none."""
+    if before is None:
+        return now
+    utility = tuple(
+        tuple(new if new is not None else old for old, new in zip(old_row, new_row, strict=True))
+        for old_row, new_row in zip(before.utility, now.utility, strict=True)
+    )
+    rates = {
+        name: getattr(before, name) if getattr(now, name) is None else getattr(now, name)
+        for name in ("upload_bytes_per_s", "download_bytes_per_s")
+    }
+    return msgspec.structs.replace(now, utility=utility, **rates)
+
+
+def expert_coverage(store: Store, manifest: Manifest) -> Coverage:
+    """Rounds since each expert was last trained, from the rounds in which its unit or its adapter changed."""
+    changed = store.last_changed()
+    idle = [np.full(size, manifest.server_round - 1) for size in store.experts_per_layer]
+    for unit in manifest.units:
+        if unit.kind == "expert":
+            since = manifest.server_round - changed[unit.key]
+            idle[unit.layer][unit.expert] = min(idle[unit.layer][unit.expert], since)
+    return Coverage(tuple(idle))
+
+
+class Assigner:
+    """Assigns experts, where the method does: once per round, for all clients that have sent a survey.
+
+    Surveys enter a `ClientRecord` when a round is folded, so the decision is the same after a restart within a round.
+    The owner calls it under its own lock.
+    """
+
+    def __init__(self, method: Method, store: Store):
+        self._method, self._store = method, store
+        self._decided: dict[str, ExpertAssignment] = {}
+        self._decided_for = 0
+
+    def assignment(
+        self, client_id: str, clients: Mapping[str, ClientRecord], manifest: Manifest, seed: int
+    ) -> ExpertAssignment | None:
+        """The experts of a client in the round of ``manifest``; None if the method assigns none, or has no survey."""
+        if self._method.personal or self._method.assigning is None:
+            return None
+        if self._decided_for != manifest.server_round:
+            surveys = {client.client_id: client.survey for client in clients.values() if client.survey is not None}
+            coverage = expert_coverage(self._store, manifest)
+            self._decided = self._method.assign_experts(surveys, coverage, manifest.server_round, seed)
+            self._decided_for = manifest.server_round
+        return self._decided.get(client_id)

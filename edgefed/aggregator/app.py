@@ -1,7 +1,7 @@
-"""The HTTP face of the aggregator: `protocol.routes` on Starlette. Translates, streams, and decides nothing.
+"""The HTTP routes of the aggregator, on Starlette. This module translates and streams; `service` decides.
 
-Everything that may touch the disk runs in a thread; the event loop only moves bytes. Streams are read and written in
-`routes.CHUNK_BYTES` by hand: library file responses cost several times the processor time.
+Everything that may use the disk runs in a thread; the event loop only moves bytes. Streams are read and written in
+chunks of `routes.CHUNK_BYTES`, because file responses of libraries cost several times the processor time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgefed.aggregator.admission import parse_number
 from edgefed.aggregator.probing import ProbeLimiter, answer_probe_down, answer_probe_up
 from edgefed.aggregator.service import Service
+from edgefed.aggregator.validate import parse_number
 from edgefed.aggregator.wire import (
     Handler,
     TokenGate,
@@ -37,7 +37,7 @@ from edgefed.aggregator.wire import (
     read_body,
     reply,
     until_disconnect,
-    upload_identity,
+    upload_numbers,
     wait_seconds,
 )
 from edgefed.errors import NotFound, ProtocolError
@@ -54,11 +54,12 @@ from edgefed.protocol.messages import (
 )
 
 POLL_S = 1.0
-"""A long poll looks this often whether its client is still there: it counts as live meanwhile."""
+"""A long poll checks this often whether its client is still connected; the client counts as live meanwhile."""
 MAX_OFFSET = 10**15
+MAX_INSTANCE_CHARACTERS = 64
 IO_THREADS = 8
 COMMIT_THREADS = 2
-"""Hashing and checking is bound by memory and disk; more at once would only be slower for each."""
+"""Hashing and checking is limited by memory and disk; more threads would slow each of them down."""
 
 T = TypeVar("T")
 
@@ -71,11 +72,13 @@ class Bell:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Set the event loop of the long polls."""
         self._loop = loop
 
     def ring(self) -> None:
+        """Wake all long polls, from any thread."""
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
@@ -83,7 +86,7 @@ class Bell:
         event.set()
 
     def listen(self) -> asyncio.Event:
-        """The event of the next ring. Listen first, look second, then wait: no ring is missed."""
+        """The event of the next ring. Listen first, then check, then wait: so no ring is missed."""
         return self._event
 
 
@@ -96,9 +99,10 @@ class Endpoints:
         self._commits = concurrent.futures.ThreadPoolExecutor(COMMIT_THREADS, thread_name_prefix="commit")
         self._probes = ProbeLimiter()
         self.transfers = 0
-        """Streams under way; probes are not among them, since nobody waits for one to end."""
+        """Streams in progress, without probes: the server does not wait for those."""
 
     def routes(self) -> list[Route]:
+        """Routes of Starlette, with their handlers."""
         table: list[tuple[str, str, Handler]] = [
             ("POST", routes.REGISTER, self.register),
             ("POST", routes.HEARTBEAT, self.heartbeat),
@@ -117,7 +121,7 @@ class Endpoints:
         return [Route(path, answer_errors(handler), methods=[verb]) for verb, path, handler in table]
 
     def close(self) -> None:
-        """Wait for the threads."""
+        """Wait for the threads to end."""
         self._io.shutdown(wait=True, cancel_futures=True)
         self._commits.shutdown(wait=True, cancel_futures=True)
 
@@ -126,28 +130,49 @@ class Endpoints:
         pool = self._commits if commit else self._io
         return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *args, **options))
 
+    async def run_for(
+        self, request: Request, function: Callable[..., T], *args: object, upload: bool = False, commit: bool = False
+    ) -> T:
+        """Run ``function(client_id, key, *args)`` in a thread; with ``upload``, round and attempt come before ``args``.
+
+        Raises IdentityInUse if the request comes from a process that another one has replaced.
+        """
+        client_id, key = identity(request)
+        numbers = upload_numbers(request) if upload else ()
+        instance = request.headers.get(routes.INSTANCE_HEADER, "")[:MAX_INSTANCE_CHARACTERS]
+
+        def call() -> T:
+            self.service.check_instance(client_id, key, instance)
+            return function(client_id, key, *numbers, *args)
+
+        return await self.run(call, commit=commit)
+
     # --- clients ------------------------------------------------------------------------------------------------
 
     async def register(self, request: Request) -> Response:
+        """POST REGISTER."""
         message = decode_message(await read_body(request), Register)
         return reply(await self.run(self.service.register, message))
 
     async def heartbeat(self, request: Request) -> Response:
+        """POST HEARTBEAT."""
         message = decode_message(await read_body(request), Heartbeat)
-        await self.run(self.service.heartbeat, *identity(request), message)
+        await self.run_for(request, self.service.heartbeat, message)
         return reply({})
 
     async def leave(self, request: Request) -> Response:
+        """POST LEAVE."""
         message = decode_message(await read_body(request), Leave)
-        await self.run(self.service.leave, *identity(request), message.reason)
+        await self.run_for(request, self.service.leave, message.reason)
         return reply({})
 
     async def assignment(self, request: Request) -> Response:
+        """GET ASSIGNMENT: a long poll."""
         loop = asyncio.get_running_loop()
         until = loop.time() + wait_seconds(request)
         while True:
             ring = self._bell.listen()
-            answer = await self.run(self.service.assignment, *identity(request))
+            answer = await self.run_for(request, self.service.assignment)
             remaining = until - loop.time()
             if not isinstance(answer, Wait) or remaining <= 0 or self.service.closing:
                 return reply(answer)
@@ -159,10 +184,12 @@ class Endpoints:
     # --- downloads ----------------------------------------------------------------------------------------------
 
     async def manifest(self, request: Request) -> Response:
+        """GET MANIFEST."""
         encoded = await self.run(self.service.manifest, request.path_params["server_round"])
         return Response(encoded, media_type="application/json")
 
     async def blob(self, request: Request) -> Response:
+        """GET BLOB, whole or from an offset."""
         sha256 = request.path_params["sha256"]
         path, size_bytes = self.service.blob(sha256)
         headers = {"accept-ranges": "bytes", "etag": f'"{sha256}"'}
@@ -176,20 +203,22 @@ class Endpoints:
             headers["content-range"] = f"bytes {begin}-{end - 1}/{size_bytes}"
         try:
             file = await self.run(_open_at, path, begin)
-        except FileNotFoundError as fault:  # its round went out of keeping this very moment
-            raise NotFound(f"no kept manifest names a blob {sha256}") from fault
+        except FileNotFoundError as error:  # its manifest was pruned at this moment
+            raise NotFound(f"no kept manifest names a blob {sha256}") from error
         return FileStream(self, file, begin, end, headers, request.headers.get(routes.CLIENT_KEY_HEADER, ""))
 
     # --- uploads ------------------------------------------------------------------------------------------------
 
     async def upload_state(self, request: Request) -> Response:
-        return reply(await self.run(self.service.upload_state, *upload_identity(request)))
+        """GET UPLOAD."""
+        return reply(await self.run_for(request, self.service.upload_state, upload=True))
 
     async def upload(self, request: Request) -> Response:
+        """PUT UPLOAD: append to an upload."""
         offset = parse_number(request.query_params.get("offset", ""), "offset", MAX_OFFSET)
         length = request.headers.get("content-length")
         length_bytes = None if length is None else parse_number(length, "content-length", MAX_OFFSET)
-        name, writer = await self.run(self.service.open_upload, *upload_identity(request), offset, length_bytes)
+        name, writer = await self.run_for(request, self.service.open_upload, offset, length_bytes, upload=True)
         refused: ProtocolError | None = None
         self.transfers += 1
         try:
@@ -199,21 +228,24 @@ class Endpoints:
             refused = error
             raise
         finally:
-            # Also when this task is cancelled: the next connection may come at once.
+            # Also if this task is cancelled: the next connection may arrive at once.
             arrived = await asyncio.shield(self.run(self.service.close_upload, name, writer, refused=refused))
             self.transfers -= 1
         return reply(UploadState(offset=arrived, status="partial"))
 
     async def commit(self, request: Request) -> Response:
+        """POST COMMIT."""
         meta = decode_message(await read_body(request), UpdateMeta)
-        return reply(await self.run(self.service.commit, *upload_identity(request), meta, commit=True))
+        return reply(await self.run_for(request, self.service.commit, meta, upload=True, commit=True))
 
     # --- the server itself --------------------------------------------------------------------------------------
 
     async def status(self, request: Request) -> Response:
+        """GET STATUS."""
         return reply(await self.run(self.service.status))
 
     async def health(self, request: Request) -> Response:
+        """GET HEALTH: needs no token."""
         return reply({"status": "ok", "protocol_version": PROTOCOL_VERSION})
 
 
@@ -229,6 +261,7 @@ class FileStream(Response):
         self.init_headers({**headers, "content-length": str(end - begin)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the bytes."""
         run, at = self._endpoints.run, self._begin
         self._endpoints.transfers += 1
         hung_up = asyncio.ensure_future(until_disconnect(receive))
@@ -256,17 +289,17 @@ def _open_at(path: Path, begin: int) -> io.FileIO:
 
 
 def _read_cached(file: io.FileIO, at: int, length: int) -> bytes:
-    """Read what the page cache has, nothing where it has nothing or the system cannot tell. Never waits for a disk.
+    """Read from the page cache without waiting for the disk. Returns b"" if the data is not cached, or unknown.
 
-    A model is fetched by every client, so nearly every read is of this kind, and a thread for each would cost more
-    than the read. Moves the file's position as a read does.
+    All clients download the model, so nearly every read is cached, and a thread would cost more than the read. Moves
+    the file's position as a read does.
     """
     if not hasattr(os, "RWF_NOWAIT"):
         return b""
     buffer = bytearray(length)
     try:
         count = os.preadv(file.fileno(), [buffer], at, os.RWF_NOWAIT)
-    except OSError:  # EAGAIN: not in the cache; EOPNOTSUPP: this file system cannot tell
+    except OSError:  # EAGAIN: not cached; EOPNOTSUPP: unknown on this file system
         count = 0
     file.seek(at + count)
     return bytes(memoryview(buffer)[:count])
@@ -276,7 +309,7 @@ def build_app(
     service: Service,
     bell: Bell,
     token: str | None,
-    lifespan: Callable[[Endpoints], contextlib.AbstractAsyncContextManager],
+    lifespan: Callable[[Endpoints], contextlib.AbstractAsyncContextManager[None]],
 ) -> tuple[ASGIApp, Endpoints]:
     """The ASGI application of a service. ``lifespan`` runs around it."""
     endpoints = Endpoints(service, bell)

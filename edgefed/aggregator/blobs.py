@@ -1,7 +1,7 @@
-"""Content-addressed files: ``blobs/ab/<sha256>``. A name is a promise of its content, so a blob never changes.
+"""Content-addressed files, ``blobs/ab/<sha256>``, and the catalog of those that clients may download.
 
-A blob is written to a temporary file and hashed on the way, synced, renamed, and its folder synced; only then may
-anything refer to it. Knows nothing of rounds, units or SQLite.
+The name is the hash of the content, so a blob never changes. A blob is written to a temporary file and hashed while it
+is written, synced, renamed, and its folder synced; only then may anything refer to it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from edgefed.disk import READ_BYTES, disk_errors, sync_file, sync_folder
+from edgefed.aggregator.store import Store
+from edgefed.aggregator.validate import max_update_bytes
+from edgefed.disk import READ_BYTES, disk_errors, sync_file, sync_folder, write_all
+from edgefed.errors import NotFound, StateCorrupt
+from edgefed.protocol.messages import Manifest, encode_message
 
 logger = logging.getLogger(__name__)
 
 BATCH_FILES = 64
-"""Files that a batch keeps open before it syncs them together: the journal is then forced out once, not 64 times."""
+"""Open files per batch. They are synced together, which costs the file system one journal commit instead of 64."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def is_sha256(name: str) -> bool:
-    """Whether ``name`` is a SHA-256 in lower-case hexadecimal: the only names that reach the file system."""
+    """Whether ``name`` is a SHA-256 in lower-case hexadecimal; no other name reaches the file system."""
     return _SHA256.fullmatch(name) is not None
 
 
 class BlobStore:
-    """The blob folder of one state folder. Thread-safe; one process at a time (the store's lock sees to that)."""
+    """The blob folder of one state folder. Thread-safe; the lock of the store excludes other processes."""
 
     def __init__(self, state_folder: Path):
         self.root = state_folder / "blobs"
@@ -42,12 +46,13 @@ class BlobStore:
             self._temporary.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
-        """Where the blob is, or would be. Raises ValueError on anything but 64 lower-case hexadecimal digits."""
+        """File of a blob, whether or not it exists. Raises ValueError unless ``sha256`` is a SHA-256."""
         if not is_sha256(sha256):
-            raise ValueError(f"not a SHA-256 in lower-case hexadecimal: {sha256[:80]!r}")
+            raise ValueError(f"invalid SHA-256: {sha256[:80]!r}")
         return self.root / sha256[:2] / sha256
 
     def has(self, sha256: str) -> bool:
+        """Whether the blob exists."""
         return self.path(sha256).is_file()
 
     def put(self, chunks: Iterable[bytes | memoryview]) -> tuple[str, int]:
@@ -56,16 +61,16 @@ class BlobStore:
             return batch.put(chunks)
 
     def put_file(self, source: Path) -> tuple[str, int]:
-        """Copy a file in durably. Returns (sha256, size_bytes)."""
+        """Copy a file into the store, durably. Returns (sha256, size_bytes)."""
         with disk_errors(f"read {source}"), source.open("rb") as file:
             return self.put(iter(lambda: file.read(READ_BYTES), b""))
 
     def batch(self) -> BlobBatch:
-        """A context in which many blobs are written and synced together. What it wrote is durable when it ends."""
+        """Context manager for many blobs that are synced together. They are durable when it ends."""
         return BlobBatch(self)
 
     def delete(self, names: Iterable[str]) -> int:
-        """Delete blobs by SHA-256; a missing one is none. Returns how many went."""
+        """Delete blobs by SHA-256; ignores missing ones. Returns how many were deleted."""
         deleted = 0
         for sha256 in names:
             try:
@@ -73,12 +78,12 @@ class BlobStore:
                 deleted += 1
             except FileNotFoundError:
                 pass
-            except OSError as error:  # Windows: a client is just reading it; the next start deletes it
-                logger.warning("blob %s stays for now: %s", sha256, error)
+            except OSError as error:  # Windows: a client reads it; the next start deletes it
+                logger.warning("blob %s cannot be deleted yet: %s", sha256, error)
         return deleted
 
     def delete_unreferenced(self, referenced: Iterable[str]) -> int:
-        """Delete temporary files and every blob that is not in ``referenced``. Returns how many blobs went."""
+        """Delete temporary files and every blob that is not in ``referenced``. Returns how many blobs were deleted."""
         keep = set(referenced)
         for path in self._temporary.iterdir():
             path.unlink(missing_ok=True)
@@ -86,12 +91,12 @@ class BlobStore:
         return self.delete([name for name in found if is_sha256(name) and name not in keep])
 
     def open_temporary(self) -> tuple[Path, BinaryIO]:
-        """A new temporary file of this process, unbuffered."""
+        """Open a new unbuffered temporary file."""
         path = self._temporary / f"{os.getpid()}-{next(self._names)}"
         return path, path.open("xb", buffering=0)
 
     def folder_of(self, sha256: str) -> Path:
-        """The folder of a blob, made durably when it is the first one in it."""
+        """The folder of a blob; created durably for the first blob in it."""
         folder = self.path(sha256).parent
         if not folder.is_dir():
             folder.mkdir(exist_ok=True)
@@ -107,7 +112,7 @@ class _Pending:
 
 
 class BlobBatch:
-    """Writes many blobs. Usable from several threads; leaving the context publishes, an exception discards the rest."""
+    """Writes many blobs, from several threads. Leaving the context publishes them; an exception discards the rest."""
 
     def __init__(self, blobs: BlobStore):
         self._blobs = blobs
@@ -124,7 +129,7 @@ class BlobBatch:
             self._discard(self._pending)
 
     def put(self, chunks: Iterable[bytes | memoryview]) -> tuple[str, int]:
-        """Write one blob. Returns (sha256, size_bytes). It may be referred to once the batch was flushed."""
+        """Write one blob. Returns (sha256, size_bytes). It is durable after `flush`."""
         with disk_errors("write a blob"):
             path, file = self._blobs.open_temporary()
         digest, size = hashlib.sha256(), 0
@@ -149,7 +154,7 @@ class BlobBatch:
         return pending.sha256, size
 
     def flush(self) -> None:
-        """Sync and rename all that was written so far."""
+        """Sync and rename all blobs that were written so far."""
         with self._lock:
             ready, self._pending = self._pending, []
             try:
@@ -157,7 +162,7 @@ class BlobBatch:
                     folders = set()
                     for pending in ready:
                         sync_file(pending.file)
-                        pending.file.close()  # Windows renames closed files only
+                        pending.file.close()  # Windows renames only closed files
                         folder = self._blobs.folder_of(pending.sha256)
                         os.replace(pending.path, folder / pending.sha256)
                         folders.add(folder)
@@ -174,8 +179,54 @@ class BlobBatch:
             pending.path.unlink(missing_ok=True)
 
 
-def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Write every byte to an unbuffered file: a raw write may stop half-way, and does so just before a disk is full."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+class Catalog:
+    """The global model as it can be downloaded now: the manifest of the open round, and the blobs of all kept ones.
+
+    Reads the store once a round and memory otherwise. The owner calls `load` under its own lock.
+    """
+
+    manifest: Manifest
+    """Manifest of the open round; after the last round, of the final model."""
+    limit_bytes: int
+    """Largest size of an update to this model."""
+
+    def __init__(self, store: Store, blobs: BlobStore):
+        self._store, self._blobs = store, blobs
+        self.load(store.current_round().server_round)
+
+    def load(self, server_round: int) -> None:
+        """Switch to a round. Raises StateCorrupt if the store lacks its manifest."""
+        manifest = self._store.manifest(server_round)
+        if manifest is None or not manifest.units:
+            raise StateCorrupt(f"the manifest of round {server_round} is missing")
+        self.manifest, self._encoded = manifest, encode_message(manifest)
+        self.limit_bytes = max_update_bytes(manifest.units)
+        self.load_references()
+
+    def load_references(self) -> None:
+        """Read from the store which blobs the kept manifests name."""
+        self._referenced = self._store.referenced()
+
+    def check_files(self) -> None:
+        """Raise StateCorrupt unless every blob exists and has its size. Deletes blobs that no manifest names."""
+        for sha256, size_bytes in self._referenced.items():
+            path = self._blobs.path(sha256)
+            if not path.is_file() or path.stat().st_size != size_bytes:
+                raise StateCorrupt(f"blob {path} is missing, or its size is not the recorded one")
+        self._blobs.delete_unreferenced(self._referenced)
+
+    def encoded_manifest(self, server_round: int) -> bytes:
+        """A round's manifest as sent to clients. Raises NotFound if it is not kept."""
+        if server_round == self.manifest.server_round:
+            return self._encoded
+        manifest = self._store.manifest(server_round)
+        if manifest is None:
+            raise NotFound(f"the manifest of round {server_round} is not kept")
+        return encode_message(manifest)
+
+    def blob(self, sha256: str) -> tuple[Path, int]:
+        """Path and size of a blob that a kept manifest names. Raises NotFound for any other name."""
+        size_bytes = self._referenced.get(sha256) if is_sha256(sha256) else None
+        if size_bytes is None:
+            raise NotFound(f"no kept manifest names a blob {sha256[:64]!r}")
+        return self._blobs.path(sha256), size_bytes

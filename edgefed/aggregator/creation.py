@@ -1,7 +1,7 @@
-"""Makes a run: the units of an imported model become blobs, and at the very end a database says that they are a run.
+"""Creates a run: the units of an imported model become blobs, and at the end a database makes them a run.
 
 The importer has the model (and torch); this module gets named raw arrays. Until `RunWriter.finish` has renamed the
-database into place there is no run in the folder, only blobs that a later import or start uses or removes.
+database into place, the folder has no run, only blobs that a later import uses or a later start deletes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import DATABASE_NAME, has_run, lock_folder, write_database
 from edgefed.disk import disk_errors, sync_folder
 from edgefed.errors import CheckpointError, ConfigError
-from edgefed.protocol.frames import FLOAT_DTYPES, NAME_SEPARATOR, encode_header, storage_dtype
+from edgefed.protocol.frames import FLOAT_DTYPES, NAME_SEPARATOR, array_bytes, encode_header, storage_dtype
 from edgefed.protocol.messages import UNIT_KINDS, FileInfo, RunConfig, TensorInfo, UnitInfo
 
 RawTensors = Mapping[str, tuple[str, np.ndarray]]
@@ -26,9 +26,9 @@ RawTensors = Mapping[str, tuple[str, np.ndarray]]
 
 
 class RunWriter:
-    """Imports a model into a state folder. A context: leaving it releases the folder, with or without a run in it.
+    """Imports a model into a state folder. A context manager; leaving it releases the folder.
 
-    Raises StateLocked when the folder is in use, ConfigError when it holds a run already.
+    Raises StateLocked if the folder is in use, ConfigError if it already has a run.
     """
 
     def __init__(self, folder: Path):
@@ -70,9 +70,9 @@ class RunWriter:
         return stored
 
     def add_file(self, path: Path) -> FileInfo:
-        """Copy a small file (config.json, tokenizer.json, ...) in, under its own name."""
+        """Copy a small file (config.json, tokenizer.json, ...) into the run, under its own name."""
         if path.name in self._files:
-            raise CheckpointError(f"the run has a file {path.name!r} already")
+            raise CheckpointError(f"duplicate file {path.name!r}")
         with disk_errors(f"read {path}"), path.open("rb") as file:
             sha256, size_bytes = self._batch.put(iter(lambda: file.read(1024 * 1024), b""))
         info = FileInfo(name=path.name, sha256=sha256, size_bytes=size_bytes)
@@ -80,7 +80,7 @@ class RunWriter:
         return info
 
     def finish(self, run: RunConfig, policy: RoundPolicy) -> None:
-        """Make it a run. Everything is synced before the database appears under its name."""
+        """Complete the run. Everything is synced before the database appears under its name."""
         policy.check()
         if policy.rounds != run.rounds:
             raise ConfigError(f"the run has {run.rounds} rounds, its policy says {policy.rounds}")
@@ -114,22 +114,22 @@ def create_run(
 
 def _check_unit(unit: UnitInfo, tensors: RawTensors, known: Mapping[str, UnitInfo]) -> None:
     if unit.key in known:
-        raise CheckpointError(f"two units have the key {unit.key!r}")
+        raise CheckpointError(f"duplicate unit key {unit.key!r}")
     if unit.kind not in UNIT_KINDS:
-        raise CheckpointError(f"unit {unit.key!r} is of kind {unit.kind!r}, known are {', '.join(UNIT_KINDS)}")
+        raise CheckpointError(f"unit {unit.key!r} has kind {unit.kind!r}, expected one of {', '.join(UNIT_KINDS)}")
     if (unit.kind == "expert") != (unit.expert >= 0) or (unit.kind == "expert" and unit.layer < 0):
         raise CheckpointError(f"unit {unit.key!r} of kind {unit.kind!r} has layer {unit.layer}, expert {unit.expert}")
     if not tensors:
         raise CheckpointError(f"unit {unit.key!r} has no tensors")
     for name in (unit.key, *tensors):
         if not name or NAME_SEPARATOR in name:
-            raise CheckpointError(f"{name!r} cannot name a unit or a tensor: it is empty or holds {NAME_SEPARATOR!r}")
+            raise CheckpointError(f"invalid name of a unit or tensor: {name!r} is empty or contains {NAME_SEPARATOR!r}")
     for name, (dtype, array) in tensors.items():
         if array.dtype != storage_dtype(dtype):
             raise CheckpointError(f"tensor {name!r} of {unit.key!r}: {dtype} is not stored as {array.dtype}")
         if unit.trainable and dtype not in FLOAT_DTYPES:
             raise CheckpointError(
-                f"tensor {name!r} of the trainable unit {unit.key!r} is {dtype}: only floats are averaged"
+                f"tensor {name!r} of the trainable unit {unit.key!r} is {dtype}: only floats can be averaged"
             )
 
 
@@ -137,11 +137,11 @@ def _frame_chunks(infos: tuple[TensorInfo, ...], tensors: RawTensors) -> Iterato
     yield encode_header(infos)
     for _, array in tensors.values():
         if array.size:
-            yield memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+            yield array_bytes(array)
 
 
 def _experts_per_layer(units: Iterable[UnitInfo]) -> tuple[int, ...]:
-    """Experts of each MoE layer. Raises CheckpointError when ordinals of layers or experts have gaps."""
+    """Experts of each MoE layer. Raises CheckpointError if the numbers of layers or experts have gaps."""
     found: dict[int, set[int]] = {}
     for unit in units:
         if unit.kind == "expert":

@@ -2,10 +2,10 @@
 
     next = sum_c w_c x_c / sum_c w_c          per tensor, or per leading row where w_c is an array (E,)
 
-Clients are taken in the order of their ids, sums are float64 (`edgefed.kernels.fold`), so neither the order of
-arrival nor a restart changes a bit. Memory is a few blocks per thread, whatever the model and the number of clients:
-files are read into one reused buffer rather than mapped, because mapped pages count as resident memory.
-Knows no method: the weights come as `methods.interface.UnitMerge`.
+Clients are taken in the order of their ids and sums are float64 (`edgefed.kernels.fold`), so the result is bitwise
+independent of the order of arrival and of restarts. Memory is a few blocks per thread for any model and number of
+clients: files are read into one reused buffer and not mapped, because mapped pages count as resident memory. The
+method's weights are given as `methods.interface.UnitMerge`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from edgefed.protocol.frames import FLOAT_DTYPES, TensorEntry, encode_header, re
 from edgefed.protocol.messages import TensorInfo, UnitInfo
 
 BLOCK_ELEMENTS = 64 * 1024
-"""Elements a block: 512 KiB of float64 sums stay in the second-level cache while all clients are added to them."""
+"""Elements per block: 512 KiB of float64 sums stay in the second-level cache while all clients are added."""
 _ABSENT = -1
 
 
 class FoldCancelled(Exception):
-    """The server stops while it aggregates; the next start does it again. Never leaves the server."""
+    """The server stops during aggregation, which the next start repeats. Never leaves the server."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """One client's bytes of one tensor and the client's share: a float, or (E,) for rows."""
+    """Position of one client's tensor, and the client's share: a float, or (E,) for rows."""
 
     client_id: str
     path: Path
@@ -51,7 +51,7 @@ class _Source:
 
 
 class UpdateIndex:
-    """Where each tensor lies in each update file: 8 bytes per tensor and client, while headers are JSON of many."""
+    """Position of each tensor in each update file, in 8 bytes per tensor and client; headers take many more."""
 
     def __init__(self, units: Sequence[UnitInfo], updates: Mapping[str, Path]):
         """Read the header of each file in ``updates`` {client_id: path}."""
@@ -66,11 +66,11 @@ class UpdateIndex:
             self._starts[client_id] = starts
 
     def locate(self, client_id: str, unit_key: str, name: str) -> tuple[Path, int]:
-        """File and first byte of a tensor. Raises ValueError when the client did not upload it: the plan is wrong."""
+        """File and first byte of a tensor. Raises ValueError if the client did not upload it: the plan is wrong."""
         at = self._order.get(update_name(unit_key, name))
         start = int(self._starts[client_id][at]) if at is not None and client_id in self._starts else _ABSENT
         if start == _ABSENT:
-            raise ValueError(f"the merge plan takes unit {unit_key!r} from client {client_id!r}, who did not upload it")
+            raise ValueError(f"the merge plan needs unit {unit_key!r} of client {client_id!r}, which did not upload it")
         return self._paths[client_id], start
 
 
@@ -84,15 +84,15 @@ def fold_round(
     threads: int | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[UnitInfo]:
-    """Write the units of the next global model that differ from the present one. Returns them, in manifest order.
+    """Write the units of the next global model that differ from the current one. Returns them, in manifest order.
 
     Their blobs are durable when this returns. ``updates`` maps clients to validated update files; ``threads`` None
-    takes one per processor, four at most. Raises ValueError on a plan that the updates or units do not cover,
-    StateCorrupt when a file is not what was validated, DiskFull, StorageError, FoldCancelled.
+    means one per processor, at most four. Raises ValueError if the updates or units do not cover the plan, StateCorrupt
+    if a file has changed since its validation, DiskFull, StorageError, FoldCancelled.
     """
     unknown = plan.keys() - {unit.key for unit in units if unit.trainable}
     if unknown:
-        raise ValueError(f"the merge plan names units that are not trained in this run: {sorted(unknown)[:4]}")
+        raise ValueError(f"the merge plan names units that are not trainable in this run: {sorted(unknown)[:4]}")
     index = UpdateIndex(units, updates)
     planned = [unit for unit in units if unit.key in plan]
     scratches = threading.local()
@@ -109,7 +109,7 @@ def fold_round(
     with blobs.batch() as batch:
         try:
             folded = list(pool.map(fold_one, planned))
-        finally:  # after an error no further unit begins, and the batch is discarded when no thread uses it any more
+        finally:  # after an error no further unit starts; the batch is discarded once no thread uses it
             pool.shutdown(wait=True, cancel_futures=True)
     return [new for new, old in zip(folded, planned, strict=True) if new is not old]
 
@@ -128,7 +128,7 @@ class _Scratch:
 def _unit_chunks(
     unit: UnitInfo, merge: UnitMerge, index: UpdateIndex, old_path: Path, scratch: _Scratch
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of the unit's next blob. A chunk is valid until the next one is asked for."""
+    """The bytes of the unit's next blob. A chunk is valid until the next one is requested."""
     weights = sorted(merge.weights, key=lambda pair: pair[0])
     old = read_header(old_path)
     yield encode_header(unit.tensors)
@@ -150,10 +150,10 @@ def _unit_chunks(
 def _shares(
     weights: Sequence[float | np.ndarray], info: TensorInfo
 ) -> tuple[list[float | np.ndarray], np.ndarray | None]:
-    """Weights divided by their sum, per tensor or per row; and which rows keep their old value, (E,) bool.
+    """Weights divided by their sum, per tensor or per row; and the rows that keep their old value, (E,) bool.
 
-    A tensor without a row per expert takes the mean of a client's row weights. Raises ValueError on a weight that is
-    negative or no number.
+    A tensor without a row per expert takes the mean of a client's row weights. Raises ValueError for a weight that is
+    negative or not finite.
     """
     arrays = [np.asarray(weight, dtype=np.float64) for weight in weights]
     for array in arrays:
@@ -186,10 +186,10 @@ def _tensor_chunks(
     with _Files() as files:
         for begin in range(0, count, BLOCK_ELEMENTS):
             if scratch.cancelled():
-                raise FoldCancelled("the server stops; the round is aggregated again when it starts")
+                raise FoldCancelled("the server stops; the next start aggregates the round again")
             length = min(BLOCK_ELEMENTS, count - begin)
             sums, out = scratch.sums[:length], scratch.out[: length * dtype.itemsize].view(dtype)
-            sums[:] = -0.0  # the neutral element of addition: 0.0 would turn a mean of -0.0 into 0.0
+            sums[:] = -0.0  # neutral element of addition: 0.0 would turn a mean of -0.0 into 0.0
             for source in sources:
                 raw = files.read(source.path, source.start + begin * dtype.itemsize, scratch.raw, length, dtype)
                 for part, row in _rows(begin, length, row_elements):
@@ -204,7 +204,7 @@ def _tensor_chunks(
                 for part, row in _rows(begin, length, row_elements):
                     if keep_rows[row]:
                         out[part] = raw[part]
-            yield memoryview(out).cast("B")
+            yield memoryview(out.data).cast("B")
 
 
 def _rows(begin: int, length: int, row_elements: int) -> Iterator[tuple[slice, int]]:
@@ -221,11 +221,11 @@ def _copy_chunks(path: Path, entry: TensorEntry, scratch: _Scratch) -> Iterator[
     with _Files() as files:
         for begin in range(0, entry.size_bytes, scratch.out.nbytes):
             length = min(scratch.out.nbytes, entry.size_bytes - begin)
-            yield memoryview(files.read(path, entry.start + begin, scratch.out, length, np.dtype(np.uint8)))
+            yield files.read(path, entry.start + begin, scratch.out, length, np.dtype(np.uint8)).data
 
 
 class _Files:
-    """Open files of one tensor, a bounded number: a round may have more clients than a process may open files."""
+    """Open files of one tensor, at most 64: a round may have more clients than a process can open files."""
 
     _limit = 64
 

@@ -1,8 +1,8 @@
-"""The two probe routes: bytes that a client moves only to measure its line, and the limits on them.
+"""The two probe routes, with which a client measures its line, and their limits.
 
-No disk, no thread and no state beyond a minute: an upload is counted and thrown away, a download is one block sent
-again and again. The limits hold for an address and for the whole server, so that neither one client nor many can take
-the bandwidth that the rounds need.
+They use no disk and no thread, and keep state for a minute: an upload is counted and discarded, a download is one block
+sent repeatedly. The limits apply to an address and to the whole server, so that neither one client nor many can take
+the bandwidth of the rounds.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from edgefed.aggregator.admission import parse_number
+from edgefed.aggregator.validate import parse_number
 from edgefed.aggregator.wire import drain, error_reply, reply, until_disconnect
 from edgefed.errors import MalformedMessage, NetworkError
 from edgefed.protocol import probe
 
 WINDOW_S = 60.0
 LATE_S = 5.0
-"""After `probe.MAX_PROBE_S`, how long the last bytes may wait for a client that does not read them."""
+"""How long after `probe.MAX_PROBE_S` the last bytes may wait for a client that does not read them."""
 SMALL_BYTES, SMALL_S = 64 * 1024, 1.0
-"""How much of a refused body is read so that its sender gets the answer: the first request of a measurement."""
+"""How much of a refused body is read, so that its sender gets the answer: the first request of a measurement."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeLimits:
-    """Bytes and requests within `WINDOW_S`, and requests at the same time; of one address, and of all together.
+    """Bytes and requests within `WINDOW_S`, and concurrent requests; for one address, and for all together.
 
-    A measurement in both directions is at most 16 requests of 32 MiB altogether.
+    A measurement in both directions takes at most 16 requests of 32 MiB in total.
     """
 
     address_bytes: int = 64 * 1024 * 1024
@@ -48,7 +48,7 @@ class ProbeLimits:
 
 
 class ProbeLimiter:
-    """Decides who may measure now. Belongs to one event loop; holds at most ``limits.all_requests`` entries."""
+    """Decides who may measure now. Belongs to one event loop; has at most ``limits.all_requests`` entries."""
 
     def __init__(self, limits: ProbeLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits or ProbeLimits()
@@ -57,7 +57,7 @@ class ProbeLimiter:
         self._running: collections.Counter[str] = collections.Counter()
 
     def wait_s(self, address: str, size_bytes: int) -> float:
-        """Seconds until a request of that size may be asked again; 0 when it may run now."""
+        """Seconds until a request of that size may run; 0 if it may run now."""
         limits, now = self._limits, self._clock()
         while self._past and self._past[0][0] <= now - WINDOW_S:
             self._past.popleft()
@@ -72,7 +72,7 @@ class ProbeLimiter:
 
     @contextlib.contextmanager
     def running(self, address: str, size_bytes: int) -> Iterator[None]:
-        """Enter a request that may run, whatever becomes of it; it is charged in full."""
+        """Count a request that runs; it is charged in full, even if it breaks."""
         self._past.append((self._clock(), address, size_bytes))
         self._running[address] += 1
         try:
@@ -94,12 +94,12 @@ def _wait(past: list[tuple[float, int]], size_bytes: int, most_bytes: int, most_
 
 
 async def answer_probe_up(limiter: ProbeLimiter, request: Request) -> Response:
-    """Take a body, throw it away, and say when its bytes came. Raises MalformedMessage without a fitting length."""
+    """Receive and discard a body; answer when its bytes arrived. Raises MalformedMessage for an invalid length."""
     size_bytes = _size(request.headers.get("content-length"), "content-length")
     address = _address(request)
     if wait_s := limiter.wait_s(address, size_bytes):
         response = _refusal(wait_s)
-        # Not read to its end as other refused bodies are: the limit is there to spare the line.
+        # Unlike other refused bodies, it is not read to its end: the limit protects the line.
         if not await drain(request, most_bytes=SMALL_BYTES, most_s=SMALL_S):
             response.headers["connection"] = "close"
         return response
@@ -110,7 +110,7 @@ async def answer_probe_up(limiter: ProbeLimiter, request: Request) -> Response:
             if chunk:
                 recorder.arrived(len(chunk))
 
-    # After a timeout, what came by then is the measurement, and the rest is not wanted.
+    # After the time limit, what has arrived is the measurement; the rest is not read.
     with limiter.running(address, size_bytes), contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(take(), probe.MAX_PROBE_S)
     response = reply({"marks": recorder.marks()})
@@ -120,7 +120,7 @@ async def answer_probe_up(limiter: ProbeLimiter, request: Request) -> Response:
 
 
 async def answer_probe_down(limiter: ProbeLimiter, request: Request) -> Response:
-    """Send random bytes, as many as asked. Raises MalformedMessage unless ``bytes`` is 1..`probe.MAX_PROBE_BYTES`."""
+    """Send random bytes. Raises MalformedMessage unless ``bytes`` is in 1..`probe.MAX_PROBE_BYTES`."""
     size_bytes = _size(request.query_params.get("bytes"), "bytes")
     address = _address(request)
     if wait_s := limiter.wait_s(address, size_bytes):
@@ -129,9 +129,9 @@ async def answer_probe_down(limiter: ProbeLimiter, request: Request) -> Response
 
 
 class _RandomBytes(Response):
-    """``size_bytes`` random bytes: the same block again and again, which no link compresses.
+    """``size_bytes`` random bytes: the same block repeatedly, which no link compresses.
 
-    Without a length, so that a line which is too slow for it gets a proper end in time.
+    Has no content-length, so that the answer can end properly on a slow line.
     """
 
     def __init__(self, limiter: ProbeLimiter, address: str, size_bytes: int) -> None:
@@ -148,7 +148,7 @@ class _RandomBytes(Response):
             hung_up = asyncio.ensure_future(until_disconnect(receive))
             try:
                 await asyncio.wait_for(self._send(send, hung_up), probe.MAX_PROBE_S + LATE_S)
-            except asyncio.TimeoutError:  # it does not read at all; the server hangs up
+            except asyncio.TimeoutError:  # the client does not read; the server hangs up
                 pass
             finally:
                 hung_up.cancel()
@@ -166,13 +166,14 @@ class _RandomBytes(Response):
 def _size(text: str | None, what: str) -> int:
     size_bytes = parse_number(text or "", what)
     if not 1 <= size_bytes <= probe.MAX_PROBE_BYTES:
-        raise MalformedMessage(f"{what} is {size_bytes}, a probe has 1 to {probe.MAX_PROBE_BYTES} bytes")
+        raise MalformedMessage(f"invalid {what} {size_bytes}: a probe has 1 to {probe.MAX_PROBE_BYTES} bytes")
     return size_bytes
 
 
 def _address(request: Request) -> str:
-    """Who asks, as far as limits go: everybody behind one router, and behind a reverse proxy that does not say for whom
-    it asks, shares one place. A header may have set it, so it is cut.
+    """Address that the limits apply to: one for all clients behind a router, or behind a proxy that names no client.
+
+    It is cut, because it may come from a header.
     """
     return request.client.host[:64] if request.client else ""
 
@@ -180,8 +181,8 @@ def _address(request: Request) -> str:
 def _refusal(wait_s: float) -> Response:
     seconds = math.ceil(wait_s)
     error = NetworkError(
-        f"this server has measured enough for now; it may be asked again in {seconds} s",
-        remedy="Wait that long, or plan with the transfers of real rounds, which are measured on the side.",
+        f"this server has measured enough for now; try again in {seconds} s",
+        remedy="Wait, or use the rates of the transfers of real rounds, which are measured anyway.",
     )
     response = error_reply(error)
     response.status_code = 429

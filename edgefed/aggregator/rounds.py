@@ -1,22 +1,22 @@
-"""The round state machine: which clients take part in a round, and when it closes. Pure: no clock, file or socket.
+r"""The round state machine: which clients take part in a round, and when it closes. Pure: no clock, file or socket.
 
     WAITING    --enough live clients-->  TRAINING  --quorum, everybody, or deadline-->  AGGREGATING
-       ^  \\                              |  ^
+       ^  \                               |  ^
        |   `---- a participant returns --|--'                    AGGREGATING --folded--> WAITING (next round) | FINISHED
-       `-------- nobody is left, nothing has come
+       `-------- no participant is left, and no update has arrived
 
-`step` takes a state and an event with its time and returns the next state and what is to be done about it.
+`step` takes a state and an event with its time, and returns the next state and the actions to take.
 
-Rules. A client is *live* while it was heard of within ``client_timeout_s``.
+Rules. A client is *live* if it was heard of within ``client_timeout_s``.
 - A round opens when ``min_clients`` are live. All live clients take part, or a sample of ``clients_per_round``.
-- It closes when ``quorum`` updates are in; or when no live participant is left to wait for and there is an update (a
-  participant that left or fell silent is not waited for, but its update counts if it comes before the close); or at the
-  deadline with at least one update. A quorum that the remaining participants cannot reach any more holds nothing up.
-- At the deadline without an update the round gets a new deadline: there is nothing to aggregate.
-- Without an update and with all participants gone, the round waits again, under the same number. If a participant
-  comes back it goes on as it was; if instead enough others are live it opens for them, in addition.
-- A client that joins while a round is open takes part in the next one, unless the round has become smaller than it may
-  be: fewer participants are live or done than ``clients_per_round``, or ``min_clients`` where all take part.
+- It closes when ``quorum`` updates are accepted; or when there is an update and no live participant is missing (one
+  that left or fell silent is not waited for, but its update counts if it arrives before the close); or at the deadline
+  with at least one update. A quorum that the remaining participants cannot reach does not delay the close.
+- At the deadline without an update the round gets a new deadline, because there is nothing to aggregate.
+- If all participants are gone and there is no update, the round waits again, under the same number. If a participant
+  returns, the round continues; if enough other clients are live, it opens for them in addition.
+- A client that joins during a round takes part in the next one, unless the round has become too small: fewer
+  participants are live or done than ``clients_per_round``, or than ``min_clients`` where all take part.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ import dataclasses
 import enum
 import random
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from edgefed.errors import ConfigError
 
 
 class Phase(str, enum.Enum):
-    """Where the run is. The values are those of `protocol.messages.Status.state`."""
+    """Phase of the run. The values are those of `protocol.messages.Status.state`."""
 
     WAITING = "waiting"
     TRAINING = "training"
@@ -50,7 +51,7 @@ class RoundPolicy:
     client_timeout_s: float = 60.0
 
     def check(self) -> None:
-        """Raise ConfigError on values that no run can have."""
+        """Raise ConfigError for invalid values."""
         wrong = [
             f"{name} is {value}, expected at least {least}"
             for name, value, least in (
@@ -76,7 +77,7 @@ class RoundPolicy:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that happened at ``now`` (seconds of one clock that never goes back)."""
+    """Something that happened at ``now`` (seconds of a monotonic clock)."""
 
     now: float
 
@@ -88,24 +89,28 @@ class Tick(Event):
 
 @dataclasses.dataclass(frozen=True)
 class ClientJoined(Event):
+    """A client has registered, or registered again."""
+
     client_id: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ClientSeen(Event):
-    """A client that has joined was heard of. Of others, and of those that left, it says nothing."""
+    """A client was heard of. Ignored for clients that have not joined, or have left."""
 
     client_id: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ClientLeft(Event):
+    """A client has left."""
+
     client_id: str
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateAccepted(Event):
-    """An update is safe on disk. Only for clients for which `RoundState.accepts` holds."""
+    """An update is safe on disk. Only for clients that `RoundState.accepts`."""
 
     client_id: str
 
@@ -119,7 +124,7 @@ class Folded(Event):
 
 @dataclasses.dataclass(frozen=True)
 class OpenRound:
-    """Training begins, or goes on with more or returned participants."""
+    """Training begins, or continues with more or returned participants."""
 
     server_round: int
     participants: tuple[str, ...]
@@ -135,14 +140,14 @@ class Fold:
 
 @dataclasses.dataclass(frozen=True)
 class ExtendDeadline:
-    """The deadline passed without an update; a new one runs."""
+    """The deadline passed without an update; a new one starts."""
 
     server_round: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Abandon:
-    """All participants are gone and nothing has come: the round waits for clients again."""
+    """All participants are gone and there is no update: the round waits for clients again."""
 
     server_round: int
 
@@ -162,7 +167,7 @@ Action = OpenRound | Fold | ExtendDeadline | Abandon | Finish
 
 @dataclasses.dataclass(frozen=True)
 class RoundState:
-    """All that the machine knows. ``last_seen`` holds the clients that have joined and not left."""
+    """State of the machine. ``last_seen``: the clients that have joined and not left."""
 
     policy: RoundPolicy
     seed: int
@@ -174,6 +179,7 @@ class RoundState:
     deadline: float | None = None
 
     def is_live(self, client_id: str, now: float) -> bool:
+        """Whether a client was heard of within the time-out."""
         seen = self.last_seen.get(client_id)
         return seen is not None and now - seen <= self.policy.client_timeout_s
 
@@ -191,12 +197,12 @@ class RoundState:
         return open_ and client_id in self.participants and client_id not in self.accepted
 
     def is_trainer(self, client_id: str) -> bool:
-        """Whether this client is to train now."""
+        """Whether this client has to train now."""
         return self.phase is Phase.TRAINING and self.accepts(client_id)
 
 
 def step(state: RoundState, event: Event) -> tuple[RoundState, tuple[Action, ...]]:
-    """The state after ``event`` and what is to be done, in order. Raises ValueError on what cannot have happened."""
+    """The state after ``event``, and the actions in order. Raises ValueError for an impossible event."""
     actions: list[Action] = []
     now = event.now
     if isinstance(event, ClientJoined):
@@ -209,7 +215,7 @@ def step(state: RoundState, event: Event) -> tuple[RoundState, tuple[Action, ...
         )
     elif isinstance(event, UpdateAccepted):
         if not state.accepts(event.client_id):
-            raise ValueError(f"round {state.server_round} takes no update of client {event.client_id!r}")
+            raise ValueError(f"round {state.server_round} does not accept an update of client {event.client_id!r}")
         state = dataclasses.replace(state, accepted=state.accepted | {event.client_id})
     elif isinstance(event, Folded):
         state = _folded(state, event.server_round, actions)
@@ -227,13 +233,27 @@ def restore(
     accepted: Iterable[str],
     clients: Iterable[str],
     now: float,
+    lost: Mapping[str, float] = MappingProxyType({}),
 ) -> RoundState:
-    """The state after a restart. Every client counts as just seen and a deadline starts anew: nobody could reach us."""
+    """The state after a restart. A deadline starts anew, and every client counts as just seen: none could reach us.
+
+    ``lost``: seconds of silence of those of ``clients`` that had fallen silent before. They are live again once they
+    are heard of.
+    """
+    shortest = 1.01 * policy.client_timeout_s
+    last_seen = {c: now for c in clients} | {c: now - max(seconds, shortest) for c, seconds in lost.items()}
     deadline = now + policy.deadline_s if phase is Phase.TRAINING and policy.deadline_s is not None else None
     return RoundState(
-        policy=policy, seed=seed, phase=phase, server_round=server_round, last_seen={c: now for c in clients},
+        policy=policy, seed=seed, phase=phase, server_round=server_round, last_seen=last_seen,
         participants=frozenset(participants), accepted=frozenset(accepted), deadline=deadline,
     )  # fmt: skip
+
+
+def after_standstill(state: RoundState, seconds: float) -> RoundState:
+    """The state after this process stood still: the time does not count, since no client could reach it."""
+    last_seen = {client_id: at + seconds for client_id, at in state.last_seen.items()}
+    deadline = None if state.deadline is None else state.deadline + seconds
+    return dataclasses.replace(state, last_seen=last_seen, deadline=deadline)
 
 
 def _joined(state: RoundState, client_id: str, now: float, actions: list[Action]) -> RoundState:
@@ -258,7 +278,7 @@ def _folded(state: RoundState, server_round: int, actions: list[Action]) -> Roun
 
 
 def _settle(state: RoundState, now: float, actions: list[Action]) -> RoundState:
-    """Apply the rules of the module's docstring. One pass is enough: an opened round has a live participant."""
+    """Apply the rules of the module docstring. One pass suffices: an opened round has a live participant."""
     if state.phase is Phase.WAITING:
         state = _open_if_possible(state, now, actions)
     if state.phase is not Phase.TRAINING:
@@ -287,7 +307,7 @@ def _open_if_possible(state: RoundState, now: float, actions: list[Action]) -> R
             return state
         chosen = live
         if policy.clients_per_round is not None and policy.clients_per_round < len(live):
-            # A string seeds Python's generator the same way on every platform and version.
+            # A string seeds Python's generator identically on all platforms and versions.
             chosen = sorted(random.Random(f"{state.seed}/{state.server_round}").sample(live, policy.clients_per_round))
     state = dataclasses.replace(
         state,

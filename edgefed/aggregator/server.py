@@ -1,4 +1,4 @@
-"""The server process: a socket, a service and the loop that lets time pass and folds closed rounds.
+"""The server process: a socket, a service, and the loop that watches the time and folds closed rounds.
 
     run_server(ServerConfig(state_folder=...), on_ready=print)
 
@@ -16,16 +16,16 @@ import json
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.app import Bell, Endpoints, build_app
 from edgefed.aggregator.fold import FoldCancelled
-from edgefed.aggregator.http_limits import bounded_protocol
 from edgefed.aggregator.service import Service
 from edgefed.disk import disk_errors
 from edgefed.errors import ConfigError, MissingToken, NetworkError, PortInUse, StateCorrupt, StorageError
@@ -38,10 +38,12 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.25
 FOLD_RETRY_S = 5.0
 SHUTDOWN_S = 1
-"""How long transfers under way may go on after a stop; they are resumable."""
+"""How long transfers may continue after a stop; they are resumable."""
 KEEP_ALIVE_S = 75
-"""An idle connection stays open longer than a client sleeps between two questions."""
+"""An idle connection stays open for longer than a client waits between two requests."""
 BACKLOG = 512
+MAX_HEAD_BYTES = 512 * 1024
+"""Limit of a request head: two reads of the event loop, of which the first may also have the end of a body."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,10 @@ class ServerConfig:
     """How to serve the run in ``state_folder``. ``port`` 0 takes any free one.
 
     ``ready_file``: written as soon as the server answers, JSON {"url", "port", "pid"}. ``exit_when_finished``: end once
-    every client has heard that the run is over, or left, and has been quiet for ``finish_grace_s``; otherwise go on
-    serving the final model. ``keep_rounds``: manifests that stay downloadable, 0 for all.
+    every client has heard that the run is over, or left, and has been quiet for ``finish_grace_s``; otherwise continue
+    to serve the final model. ``keep_rounds``: manifests that stay downloadable, 0 for all. ``policy_changes``: fields
+    of `RoundPolicy` (min_clients, quorum, deadline_s, clients_per_round, client_timeout_s) that replace those of the
+    run.
     """
 
     state_folder: Path
@@ -62,31 +66,32 @@ class ServerConfig:
     finish_grace_s: float = 5.0
     keep_rounds: int = 2
     fold_backend: str = "auto"
+    policy_changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def run_server(
     config: ServerConfig,
     *,
     on_ready: Callable[[str], None] = lambda url: None,
-    make_method: Callable[[str, dict], Method] = make_method,
+    make_method: Callable[[str, dict[str, Any]], Method] = make_method,
 ) -> None:
     """Serve a run until it is stopped. ``on_ready`` gets the URL once the server answers.
 
     Raises MissingToken, PortInUse, NetworkError, ConfigError, StateLocked, StateCorrupt, StorageError before it serves;
-    later, what made aggregation impossible. The state folder is in order in every case.
+    later, the error that made aggregation impossible. The state folder stays consistent in every case.
     """
     AggregatorServer(config, on_ready=on_ready, make_method=make_method).run()
 
 
 class AggregatorServer:
-    """A server that is bound and has its run open; `run` serves. Usable from a thread, with `stop` from another."""
+    """A server with a bound socket and an open run; `run` serves. `stop` may be called from another thread."""
 
     def __init__(
         self,
         config: ServerConfig,
         *,
         on_ready: Callable[[str], None] = lambda url: None,
-        make_method: Callable[[str, dict], Method] = make_method,
+        make_method: Callable[[str, dict[str, Any]], Method] = make_method,
     ):
         check_token(config.host, config.token)
         self._config, self._on_ready = config, on_ready
@@ -100,6 +105,8 @@ class AggregatorServer:
                 keep_rounds=config.keep_rounds,
                 fold_backend=config.fold_backend,
                 on_change=self._bell.ring,
+                tick_s=TICK_S,
+                policy_changes=config.policy_changes,
             )
         except BaseException:
             self._socket.close()
@@ -117,7 +124,7 @@ class AggregatorServer:
 
     @property
     def url(self) -> str:
-        """Where this machine reaches the server."""
+        """Address of the server for this machine."""
         host, port = self._socket.getsockname()[:2]
         address = ipaddress.ip_address(host)
         if address.is_unspecified:
@@ -125,7 +132,7 @@ class AggregatorServer:
         return f"http://[{address}]:{port}" if address.version == 6 else f"http://{address}:{port}"
 
     def run(self) -> None:
-        """Serve until stopped. Raises what made aggregation impossible."""
+        """Serve until stopped. Raises the error that made aggregation impossible."""
         try:
             self._server.run(sockets=[self._socket])
         finally:
@@ -135,7 +142,7 @@ class AggregatorServer:
             raise self._failure
 
     def stop(self) -> None:
-        """Ask a running server to end; from any thread."""
+        """End a running server; from any thread."""
         self._server.should_exit = True
 
     def _announce(self) -> None:
@@ -151,7 +158,7 @@ class AggregatorServer:
 
     @contextlib.asynccontextmanager
     async def _around(self, endpoints: Endpoints) -> AsyncIterator[None]:
-        """Let time pass while the application runs."""
+        """Tick while the application runs."""
         ticking = asyncio.create_task(self._tick_forever(endpoints))
         try:
             yield
@@ -171,13 +178,13 @@ class AggregatorServer:
                 try:
                     await endpoints.run(self.active.tick)
                     if self.active.fold_due:
-                        # In a thread of its own: it takes long, and the others must not wait behind it.
+                        # In another thread pool: folding takes long, and requests must not wait for it.
                         await self._fold(endpoints)
                         continue
-                except StorageError as fault:
-                    if isinstance(fault, StateCorrupt):
+                except StorageError as error:
+                    if isinstance(error, StateCorrupt):
                         raise
-                    logger.error("%s; trying again in %.0f s", fault, FOLD_RETRY_S)
+                    logger.error("%s; trying again in %.0f s", error, FOLD_RETRY_S)
                     await asyncio.sleep(FOLD_RETRY_S)
                 leaving = self._config.exit_when_finished and not endpoints.transfers
                 if leaving and self.active.all_heard(self._config.finish_grace_s):
@@ -187,12 +194,12 @@ class AggregatorServer:
                     await asyncio.wait_for(ring.wait(), TICK_S)
         except FoldCancelled as notice:
             logger.info("%s", notice)
-        except Exception as fault:  # a fault of the method or of the disk's content: again and again would not help
-            self._failure = fault
+        except Exception as error:  # an error of the method or of files on disk: repeating would not help
+            self._failure = error
             self.stop()
 
     async def _fold(self, endpoints: Endpoints) -> None:
-        """Fold, and let time pass meanwhile: clients that fall silent are noticed as ever."""
+        """Fold, and tick meanwhile: clients that fall silent must be noticed."""
         folding = asyncio.ensure_future(endpoints.run(self.active.fold_pending, commit=True))
         while not folding.done():
             await asyncio.wait([folding], timeout=TICK_S)
@@ -201,7 +208,7 @@ class AggregatorServer:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with two hooks and without its habit of raising a signal again after a clean end."""
+    """uvicorn with two hooks; it does not raise a signal again after a clean end."""
 
     def __init__(self, config: uvicorn.Config, *, started: Callable[[], None], stopping: Callable[[], None]):
         super().__init__(config)
@@ -222,39 +229,77 @@ class _Server(uvicorn.Server):
 
 
 def check_token(host: str, token: str | None) -> None:
-    """Raise MissingToken when others than this machine could reach a server without a token."""
+    """Raise MissingToken if other machines could reach a server without a token."""
     if token:
         if not token.isascii() or not token.isprintable() or token != token.strip():
-            raise ConfigError("a token is printable ASCII without blanks at its ends")
+            raise ConfigError("invalid token: it must be printable ASCII without spaces at its ends")
         return
     if not all(ipaddress.ip_address(address[0].split("%")[0]).is_loopback for _, address in resolve(host, 0)):
-        raise MissingToken(f"a server on {host!r} can be reached by others and has no token")
+        raise MissingToken(f"other machines can reach a server on {host!r}, and it has no token")
 
 
-def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple]]:
+def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
     """Addresses to bind for a host name. Raises NetworkError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as fault:
-        raise NetworkError(f"cannot serve on {host!r}: {fault}") from fault
+    except (OSError, UnicodeError) as error:
+        raise NetworkError(f"cannot serve on {host!r}: {error}") from error
     return [(family, address) for family, _, _, _, address in found]
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises PortInUse, NetworkError, ConfigError."""
+    """Open a listening socket. Raises PortInUse, NetworkError, ConfigError."""
     if not 0 <= port <= 65535:
-        raise ConfigError(f"port is {port}, expected 0..65535")
+        raise ConfigError(f"invalid port {port}: expected 0..65535")
     family, address = resolve(host, port)[0]
-    # asyncio turns Nagle's algorithm off only where the protocol is named; left on, answers wait 40 ms for an ACK.
+    # asyncio disables Nagle's algorithm only if the protocol is given; otherwise answers wait 40 ms for an ACK.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if os.name == "posix":  # on Windows this option would let two servers share the port
+        if os.name == "posix":  # on Windows this option would allow two servers on one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(BACKLOG)  # only now is it certain that the port is ours
-    except OSError as fault:
+        listener.listen(BACKLOG)  # only now is the port certainly ours
+    except OSError as error:
         listener.close()
-        if fault.errno == errno.EADDRINUSE:
-            raise PortInUse(f"port {port} on {host} is in use") from fault
-        raise NetworkError(f"cannot serve on {host}:{port}: {fault}") from fault
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(f"port {port} on {host} is in use") from error
+        raise NetworkError(f"cannot serve on {host}:{port}: {error}") from error
     return listener
+
+
+def bounded_protocol() -> type[asyncio.Protocol]:
+    """The fastest installed HTTP/1.1 protocol, with a limit on request heads.
+
+    uvicorn's httptools protocol has none, and a client without a token can send one; its h11 protocol has a limit.
+    Bodies are limited where they are read.
+    """
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        from uvicorn.protocols.http.h11_impl import H11Protocol
+
+        return H11Protocol
+
+    class BoundedHttpToolsProtocol(HttpToolsProtocol):
+        """Closes the connection if the request line and headers do not end."""
+
+        in_head = False
+        head_bytes = 0
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.in_head:
+                self.head_bytes += len(data)
+                if self.head_bytes > MAX_HEAD_BYTES:
+                    logger.warning("a request head has more than %d bytes: closing the connection", MAX_HEAD_BYTES)
+                    self.transport.close()
+
+        def on_message_begin(self) -> None:
+            self.in_head, self.head_bytes = True, 0
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self.in_head = False
+            super().on_headers_complete()
+
+    return BoundedHttpToolsProtocol

@@ -1,7 +1,7 @@
-"""What a client can ask of the aggregator, without HTTP: who may do what, in which round.
+"""The requests of clients, without HTTP: which client may do what, in which round.
 
-`Service` methods are blocking and thread-safe, take what the routes carry and raise errors of `edgefed.errors`; `app`
-puts them on the wire. Arguments come straight from the network: ids and numbers are checked here.
+Methods of `Service` block and are thread-safe. They take what the routes carry and raise errors of `edgefed.errors`;
+`app` puts them on the wire. Arguments come from the network unchecked: ids and numbers are checked here.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from __future__ import annotations
 import hmac
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from edgefed.aggregator import rounds
 from edgefed.aggregator.active_run import ActiveRun
-from edgefed.aggregator.admission import (
+from edgefed.aggregator.rounds import Phase, RoundState
+from edgefed.aggregator.status import Presence
+from edgefed.aggregator.store import ClientRecord, UpdateRecord
+from edgefed.aggregator.uploads import PartWriter, UploadName
+from edgefed.aggregator.validate import (
     MAX_TEXT_CHARACTERS,
     check_register,
     digest,
@@ -22,15 +27,12 @@ from edgefed.aggregator.admission import (
     is_size,
     is_text,
     parse_number,
+    validate_update,
 )
-from edgefed.aggregator.rounds import Phase, RoundState
-from edgefed.aggregator.status import Presence
-from edgefed.aggregator.store import ClientRecord, UpdateRecord
-from edgefed.aggregator.uploads import PartWriter, UploadName
-from edgefed.aggregator.validate import validate_update
 from edgefed.disk import hash_file
 from edgefed.errors import (
     ChecksumMismatch,
+    IdentityInUse,
     InvalidUpdate,
     MalformedMessage,
     NotFound,
@@ -38,6 +40,7 @@ from edgefed.errors import (
     ProtocolError,
     StorageError,
     Unauthorized,
+    UnknownClient,
     UpdateTooLarge,
 )
 from edgefed.protocol.messages import (
@@ -60,7 +63,7 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 1.0
 MAX_HEARTBEAT_S = 10.0
 HEARTBEATS_PER_TIMEOUT = 4
-"""A client is given up after this many missing heartbeats."""
+"""A client counts as lost after this many missing heartbeats."""
 
 
 class Service:
@@ -74,14 +77,14 @@ class Service:
     # --- clients ------------------------------------------------------------------------------------------------
 
     def register(self, message: Register) -> Registered:
-        """Register a client, or again. Raises VersionMismatch, MalformedMessage, Unauthorized."""
+        """Register a new client, or one again. Raises VersionMismatch, MalformedMessage, Unauthorized."""
         check_register(message)
         run, key_sha256 = self._run, digest(message.client_key)
         with run.lock:
             known = run.clients.get(message.client_id)
             if known is not None and not hmac.compare_digest(known.key_sha256, key_sha256):
                 raise Unauthorized(f"client id {message.client_id!r} belongs to a client with another key")
-            # Names of files may not differ in case alone: not every file system tells them apart.
+            # File names must differ in more than case: some file systems ignore it.
             folded = message.client_id.casefold()
             if known is None and any(other.casefold() == folded for other in run.clients):
                 raise MalformedMessage(f"client id {message.client_id!r} differs from a registered one in case only")
@@ -98,16 +101,43 @@ class Service:
             if known is not None:
                 client.rounds_done, client.metrics, client.survey = known.rounds_done, known.metrics, known.survey
                 client.uploaded_bytes, client.downloaded_bytes = known.uploaded_bytes, known.downloaded_bytes
+            client.last_seen_at = time.time()
             run.store.save_clients([client])
             run.clients[client.client_id] = client
+            presence = run.presence.setdefault(client.client_id, Presence())
+            if presence.instance not in ("", message.instance) and known is not None and known.joined:
+                logger.info("client %s (%r) registers from another process than before", client.client_id, message.name)
+            presence.instance, presence.refused = message.instance, False
             self._ids_by_key[key_sha256] = client.client_id
             run.apply(rounds.ClientJoined(run.clock(), client.client_id))
         logger.info("client %s registered as %r", client.client_id, client.name)
         heartbeat_s = min(MAX_HEARTBEAT_S, run.policy.client_timeout_s / HEARTBEATS_PER_TIMEOUT)
         return Registered(run=run.config, heartbeat_s=heartbeat_s)
 
+    def check_instance(self, client_id: str, key: str, instance: str) -> None:
+        """Raise IdentityInUse if another process has registered as this client since ``instance`` did.
+
+        "" is a client of an earlier version, or a request without a registration.
+        """
+        run = self._run
+        with run.lock:
+            client = run.authenticate(client_id, key)
+            presence = run.presence.setdefault(client_id, Presence())
+            if not instance or not presence.instance or instance == presence.instance:
+                return
+            if not presence.refused:
+                presence.refused = True
+                logger.warning(
+                    "two processes use the identity of client %s; the one that registered last, as %r, stays. "
+                    "Was its state folder copied?", client_id, client.name,
+                )  # fmt: skip
+        raise IdentityInUse(
+            f"another process has registered with this device's identity, as {client.name!r} (client {client_id}); "
+            "its state folder may be a copy"
+        )
+
     def heartbeat(self, client_id: str, key: str, message: Heartbeat) -> None:
-        """Note what a client is doing."""
+        """Record what a client is doing."""
         with self._run.seen(client_id, key):
             if not 0.0 <= message.fraction <= 1.0 or not is_text(message.phase, 64):
                 raise MalformedMessage(f"heartbeat has phase {message.phase[:64]!r}, fraction {message.fraction}")
@@ -118,17 +148,17 @@ class Service:
             presence.budget_bytes = message.budget_bytes
 
     def leave(self, client_id: str, key: str, reason: str) -> None:
-        """A client goes; nobody waits for it any more."""
+        """A client leaves; the round does not wait for it."""
         run = self._run
         with run.lock:
             client = run.authenticate(client_id, key)
-            client.joined = False
+            run.note_left(client)
             run.store.save_clients([client])
             run.apply(rounds.ClientLeft(run.clock(), client_id))
         logger.info("client %s left: %r", client_id, reason[:MAX_TEXT_CHARACTERS])
 
     def assignment(self, client_id: str, key: str) -> AssignmentReply:
-        """What the client is to do now."""
+        """What the client has to do now. Raises UnknownClient if it has left."""
         run = self._run
         with run.seen(client_id, key) as client:
             state, now = run.state, run.clock()
@@ -136,10 +166,10 @@ class Service:
                 run.presence.setdefault(client_id, Presence()).heard_finished = True
                 return Finished(server_round=state.server_round, reason=f"all {run.config.rounds} rounds are done")
             if not client.joined:
-                return Wait(retry_after_s=RETRY_AFTER_S, reason="the client has left; it can register again")
+                raise UnknownClient(f"client {client_id!r} has left; it must register again")
             if state.is_trainer(client_id):
                 remaining = None if state.deadline is None else max(0.0, state.deadline - now)
-                # The same for all: a client's id differs from run to run, and each mixes in who it is itself.
+                # The same for all clients: ids differ from run to run, and each client mixes in its own name.
                 seed = digest_bytes(f"{run.config.seed}/{state.server_round}")[:4]
                 return Assignment(
                     server_round=state.server_round,
@@ -150,12 +180,12 @@ class Service:
             return Wait(retry_after_s=RETRY_AFTER_S, reason=_wait_reason(state, client_id, now))
 
     def status(self) -> Status:
-        """What `edgefed status` shows."""
+        """The status of the run."""
         return self._run.status()
 
     @property
     def closing(self) -> bool:
-        """Whether the server stops: a waiting client gets its answer now."""
+        """Whether the server stops; a waiting client then gets its answer at once."""
         return self._run.closing
 
     # --- downloads ----------------------------------------------------------------------------------------------
@@ -182,7 +212,7 @@ class Service:
     # --- uploads ------------------------------------------------------------------------------------------------
 
     def upload_state(self, client_id: str, key: str, server_round: int, attempt: int) -> UploadState:
-        """How much of an upload has arrived. Raises RoundClosed, UpdateConflict when it can bring nothing any more."""
+        """How much of an upload has arrived. Raises RoundClosed, UpdateConflict if it cannot count any more."""
         run = self._run
         with run.seen(client_id, key):
             update = run.store.find_update(server_round, client_id)
@@ -216,7 +246,7 @@ class Service:
         return name, run.uploads.open(name, offset, limit_bytes)
 
     def close_upload(self, name: UploadName, writer: PartWriter, *, refused: ProtocolError | None = None) -> int:
-        """The connection has ended; returns the bytes that have arrived. What was too large is deleted."""
+        """End a connection; return the bytes that have arrived. An upload that is too large is deleted."""
         run = self._run
         run.uploads.close(name, writer)
         if isinstance(refused, UpdateTooLarge):
@@ -226,9 +256,9 @@ class Service:
         return writer.offset
 
     def commit(self, client_id: str, key: str, server_round: int, attempt: int, meta: UpdateMeta) -> UpdateAccepted:
-        """Verify an upload and make it part of the round. When this returns, the update survives any crash.
+        """Verify an upload and add it to the round. When this returns, the update survives any crash.
 
-        The same update again is acknowledged again, after its round too. Raises UpdateConflict (another one was
+        A repeated update is acknowledged again, also after its round. Raises UpdateConflict (another one was
         acknowledged), RoundClosed, OffsetMismatch (bytes are missing), ChecksumMismatch, InvalidUpdate, DiskFull.
         """
         if (meta.client_id, meta.server_round, meta.attempt) != (client_id, server_round, attempt):
@@ -251,7 +281,7 @@ class Service:
                 self._verify(name, run.uploads.seal(name), meta, units)
                 self._accept(name, meta)
             except (StorageError, NotFound):
-                with run.lock:  # the part may have gone because the round was closed meanwhile: then say so
+                with run.lock:  # the part may be gone because the round was closed meanwhile; then report that
                     run.check_open(client_id, server_round)
                 raise
         logger.info("round %d: update of client %s accepted, %d bytes", server_round, client_id, meta.size_bytes)

@@ -1,4 +1,4 @@
-"""What the aggregator says of itself: the status message, the ledger of a round, its own peak memory."""
+"""The aggregator's reports: the status message, the record of a round, its own peak memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, Stat
 
 @dataclasses.dataclass
 class Presence:
-    """What is known of a client only while the server runs: its last heartbeat, and whether it heard `Finished`."""
+    """What is known of a client while the server runs: its process, its last heartbeat, whether it heard `Finished`.
 
+    ``instance``: the process that registered last. ``refused``: whether an earlier one was refused since.
+    """
+
+    instance: str = ""
+    refused: bool = False
     phase: str = ""
     fraction: float = 0.0
     budget_bytes: int | None = None
@@ -26,7 +31,7 @@ class Presence:
 def peak_memory_bytes() -> int:
     """Largest resident memory of this process so far.
 
-    Linux: VmHWM. ``ru_maxrss`` would do there only for a process that was not forked from a larger one.
+    Linux: VmHWM, because ``ru_maxrss`` is inherited from a larger parent process.
     """
     if sys.platform.startswith("linux"):
         with open("/proc/self/status", encoding="ascii") as file:
@@ -44,7 +49,7 @@ def peak_memory_bytes() -> int:
 
 
 def round_status(current: RoundRecord, updates: Sequence[UpdateRecord], changed: Sequence[UnitInfo]) -> RoundStatus:
-    """The ledger of a round that was just folded."""
+    """The record of a round that was just folded."""
     return RoundStatus(
         server_round=current.server_round,
         participants=len(current.participants),
@@ -63,7 +68,7 @@ def average_metrics(updates: Sequence[UpdateRecord]) -> dict[str, float]:
     for name in sorted({name for meta in metas for name in meta.metrics}):
         pairs = [(meta.num_examples, meta.metrics[name]) for meta in metas if name in meta.metrics]
         total = sum(weight for weight, _ in pairs)
-        # Weights are divided first, so that finite metrics cannot overflow.
+        # Divide the weights first, so that finite metrics cannot overflow.
         averages[name] = math.fsum(weight / total * value for weight, value in pairs)
     return averages
 
@@ -107,10 +112,17 @@ def _client_status(client: ClientRecord, state: RoundState, presence: Presence, 
         rounds_done=client.rounds_done,
         uploaded_bytes=client.uploaded_bytes,
         downloaded_bytes=client.downloaded_bytes,
-        last_seen_s=0.0 if seen is None else max(0.0, now - seen),
+        last_seen_s=_seconds_since_seen(client, seen, now),
         metrics=client.metrics,
         device=client.device,
     )
+
+
+def _seconds_since_seen(client: ClientRecord, seen: float | None, now: float) -> float:
+    """Seconds since a client was last heard of; from its record if it has left."""
+    if seen is None:
+        return 0.0 if client.last_seen_at is None else max(0.0, time.time() - client.last_seen_at)
+    return max(0.0, now - seen)
 
 
 def _client_state(client: ClientRecord, state: RoundState, now: float) -> str:

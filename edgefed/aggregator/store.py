@@ -1,11 +1,11 @@
-"""What the aggregator remembers: one SQLite file of metadata beside the blobs, written before anything is acknowledged.
+"""The durable state of the aggregator: one SQLite file of metadata beside the blobs.
 
     state folder/  lock  edgefed.db  blobs/ab/<sha256>  uploads/<client>-<round>-<attempt>.part  updates/...
 
-WAL with ``synchronous=FULL``: a transaction that returned survives a power cut. Files come first, then the row that
-names them, so a row never promises what is not there; a file without a row is an orphan that the next start removes.
-A manifest is stored as differences: ``units`` holds a row for each unit *that changed* in a round, and the unit of
-round r is its newest row with ``server_round <= r``.
+Everything is stored before it is acknowledged. WAL with ``synchronous=FULL``: a transaction that has returned survives
+a power cut. A file is written before the row that names it, so a row never names a missing file; a file without a row
+is an orphan that the next start deletes. A manifest is stored as differences: ``units`` has a row for each unit *that
+changed* in a round, and the unit of round r is its newest row with ``server_round <= r``.
 
 One connection, guarded by a lock; every method may be called from any thread.
 """
@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import filelock
 import msgspec
@@ -62,9 +62,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class ClientRecord:
-    """What is kept of a client. ``key_sha256``: of its secret, which is not kept. ``joined``: not left since.
+    """What is stored of a client. ``key_sha256``: hash of its secret. ``joined``: it has not left since.
 
-    ``survey``: what it said of its experts up to the last folded round, where the method assigns them.
+    ``lost``: it fell silent. ``last_seen_at``: when it was last heard of, as of its leaving, its falling silent or the
+    stop of the server; seconds since the epoch. ``survey``: its reports about experts up to the last folded round, for
+    methods that assign experts.
     """
 
     client_id: str
@@ -81,6 +83,8 @@ class ClientRecord:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     device: DeviceInfo | None = None
     survey: ExpertSurvey | None = None
+    lost: bool = False
+    last_seen_at: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +99,7 @@ class RoundRecord:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateRecord:
-    """An acknowledged update. ``meta`` is None once its round was folded: the bytes and reports are gone then."""
+    """An acknowledged update. ``meta`` is None after its round was folded; its bytes and reports are then deleted."""
 
     server_round: int
     client_id: str
@@ -106,17 +110,17 @@ class UpdateRecord:
 
     @property
     def file_name(self) -> str:
-        """Its name in the folder ``updates``. The client id was checked when the client registered."""
+        """Its file in the folder ``updates``. The client id was checked at registration."""
         return f"{self.client_id}-{self.server_round}-{self.attempt}.safetensors"
 
 
 def has_run(folder: Path) -> bool:
-    """Whether ``folder`` holds a run; a half-finished import is none."""
+    """Whether ``folder`` has a run; an unfinished import does not count."""
     return (folder / DATABASE_NAME).is_file()
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
-    """Take the folder for this process, until it ends or releases the lock. Raises StateLocked."""
+    """Lock the folder for this process, until it ends or releases the lock. Raises StateLocked."""
     lock = filelock.FileLock(str(folder / LOCK_NAME), thread_local=False)
     try:
         lock.acquire(timeout=0)
@@ -149,7 +153,7 @@ def write_database(
         connection.execute("INSERT INTO rounds VALUES (1, ?, '[]', NULL, NULL)", (Phase.WAITING.value,))
 
 
-def _unit_rows(units: Sequence[UnitInfo], server_round: int, positions: Iterable[int]) -> list[tuple]:
+def _unit_rows(units: Sequence[UnitInfo], server_round: int, positions: Iterable[int]) -> list[tuple[Any, ...]]:
     return [
         (unit.key, server_round, position, unit.sha256, unit.size_bytes, msgspec.json.encode(unit))
         for unit, position in zip(units, positions, strict=True)
@@ -158,23 +162,23 @@ def _unit_rows(units: Sequence[UnitInfo], server_round: int, positions: Iterable
 
 @contextlib.contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours: full disk, foreign or damaged file, anything else."""
+    """Turn errors of SQLite into edgefed errors: full disk, foreign or damaged file, anything else."""
     try:
         yield
     except sqlite3.OperationalError as error:
         kind = DiskFull if "full" in str(error) else StorageError
         raise kind(f"cannot use {path}: {error}") from error
     except (sqlite3.DatabaseError, msgspec.DecodeError) as error:
-        raise StateCorrupt(f"{path} is damaged or no edgefed database: {error}") from error
+        raise StateCorrupt(f"invalid or damaged database {path}: {error}") from error
 
 
 class Store:
-    """The open state of a run. `close` releases it; so does the end of the process, however it ends."""
+    """The open state of a run. `close` releases it, and so does the end of the process."""
 
     def __init__(self, folder: Path, *, read_only: bool = False):
         """Open the run in ``folder``. Raises StorageError (no run), StateLocked, StateCorrupt.
 
-        ``read_only`` takes no lock, so it works beside a server; what is read is then as of that moment.
+        ``read_only`` takes no lock, so it works beside a server; it reads the state of that moment.
         """
         self.folder = folder
         self._path = folder / DATABASE_NAME
@@ -202,7 +206,7 @@ class Store:
                 found = self._connection.execute(f"PRAGMA {pragma}").fetchone()[0]
                 if found != expected:
                     raise StateCorrupt(
-                        f"{self._path} is no edgefed database of this version: {pragma} {found}, not {expected}"
+                        f"{self._path} is not an edgefed database of this version: {pragma} {found}, not {expected}"
                     )
             verdict = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if verdict != "ok":
@@ -221,7 +225,7 @@ class Store:
     def _fact(self, name: str, kind: type[T]) -> T:
         rows = self._query("SELECT value FROM run WHERE name = ?", name)
         if not rows:
-            raise StateCorrupt(f"{self._path} lacks the run's {name}")
+            raise StateCorrupt(f"{self._path} has no {name} of the run")
         return msgspec.json.decode(rows[0][0], type=kind)
 
     def close(self) -> None:
@@ -233,18 +237,18 @@ class Store:
             if self._folder_lock:
                 self._folder_lock.release()
 
-    def _query(self, sql: str, *values: object) -> list[tuple]:
+    def _query(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock, sqlite_errors(self._path):
             if self._connection is None:
-                raise StorageError(f"{self._path} was closed")
+                raise StorageError(f"{self._path} is closed")
             return self._connection.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, and on disk when it ends."""
+        """A transaction, on disk when it ends."""
         with self._lock, sqlite_errors(self._path):
             if self._connection is None:
-                raise StorageError(f"{self._path} was closed")
+                raise StorageError(f"{self._path} is closed")
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -257,7 +261,7 @@ class Store:
     # --- the global model ---------------------------------------------------------------------------------------
 
     def manifest(self, server_round: int) -> Manifest | None:
-        """The model at the start of a round, None when that round is not kept or has not been reached."""
+        """The model at the start of a round; None if that round is not kept or has not been reached."""
         with self._lock:
             if not self.oldest_round() <= server_round <= self.current_round().server_round:
                 return None
@@ -273,7 +277,7 @@ class Store:
         )  # fmt: skip
 
     def last_changed(self) -> dict[str, int]:
-        """Unit key -> the round that brought its present value; 1 for what is as it was imported."""
+        """Unit key -> the round that its current value comes from; 1 for units as imported."""
         return dict(self._query("SELECT key, MAX(server_round) FROM units GROUP BY key"))
 
     def oldest_round(self) -> int:
@@ -288,7 +292,7 @@ class Store:
         return found
 
     def prune(self, keep_rounds: int) -> list[str]:
-        """Forget all but the newest ``keep_rounds`` manifests (0: none). Returns the blobs that nothing names now."""
+        """Delete all but the newest ``keep_rounds`` manifests (0: none). Returns the blobs that none names any more."""
         oldest = self.current_round().server_round - keep_rounds + 1
         if keep_rounds <= 0 or oldest <= self.oldest_round():
             return []
@@ -302,10 +306,16 @@ class Store:
             connection.execute("INSERT OR REPLACE INTO run VALUES ('oldest_round', ?)", (str(oldest),))
         return sorted(before - self.referenced().keys())
 
+    def save_policy(self, policy: RoundPolicy) -> None:
+        """Replace the policy of the run."""
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO run VALUES ('policy', ?)", (msgspec.json.encode(policy),))
+        self.policy = policy
+
     # --- clients ------------------------------------------------------------------------------------------------
 
     def clients(self) -> list[ClientRecord]:
-        """All clients that ever registered, by id."""
+        """All clients that have ever registered, by id."""
         with sqlite_errors(self._path):
             return [
                 msgspec.json.decode(row[0], type=ClientRecord)
@@ -313,6 +323,7 @@ class Store:
             ]
 
     def save_clients(self, clients: Iterable[ClientRecord]) -> None:
+        """Store clients, new ones and changed ones."""
         with self._transaction() as connection:
             _save_clients(connection, clients)
 
@@ -320,16 +331,15 @@ class Store:
 
     def current_round(self) -> RoundRecord:
         """The newest round. After the last one its phase is FINISHED."""
-        rows = self._query(
-            "SELECT server_round, phase, participants, opened_at FROM rounds ORDER BY server_round DESC LIMIT 1"
-        )
+        columns = "server_round, phase, participants, opened_at"
+        rows = self._query(f"SELECT {columns} FROM rounds ORDER BY server_round DESC LIMIT 1")
         if not rows:
             raise StateCorrupt(f"{self._path} holds no round")
         number, phase, participants, opened_at = rows[0]
         return RoundRecord(number, Phase(phase), tuple(json.loads(participants)), opened_at)
 
     def save_round(self, server_round: int, phase: Phase, participants: Iterable[str]) -> None:
-        """Record where a round is. The first time that it trains is when it opened."""
+        """Record the phase of a round. The first time that it trains is its opening."""
         opened_at = time.time() if phase is Phase.TRAINING else None
         with self._transaction() as connection:
             connection.execute(
@@ -348,31 +358,22 @@ class Store:
         return [_update(row) for row in self._query(f"{_UPDATES} ORDER BY client_id", server_round)]
 
     def find_update(self, server_round: int, client_id: str) -> UpdateRecord | None:
-        """The acknowledged update of a client for a round, of finished rounds too."""
+        """The acknowledged update of a client for a round, also of a finished one."""
         rows = self._query(f"{_UPDATES} AND client_id = ?", server_round, client_id)
         return _update(rows[0]) if rows else None
 
     def record_update(self, update: UpdateRecord, client: ClientRecord) -> None:
-        """Record an update whose file is safe in place. When this returns, it may be acknowledged."""
+        """Record an update whose file is durable. After this it may be acknowledged."""
         with self._transaction() as connection:
-            connection.execute(
-                "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    update.server_round,
-                    update.client_id,
-                    update.attempt,
-                    update.sha256,
-                    update.size_bytes,
-                    time.time(),
-                    msgspec.json.encode(update.meta),
-                ),
-            )
+            row = (update.server_round, update.client_id, update.attempt, update.sha256, update.size_bytes)
+            row_end = (time.time(), msgspec.json.encode(update.meta))
+            connection.execute("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", row + row_end)
             _save_clients(connection, [client])
 
     def record_fold(
         self, status: RoundStatus, changed: Sequence[UnitInfo], next_phase: Phase, clients: Iterable[ClientRecord]
     ) -> None:
-        """Close a round and begin the next with ``changed`` units, whose blobs are safe in place. One transaction."""
+        """Close a round and begin the next with ``changed`` units, whose blobs are durable. One transaction."""
         following = status.server_round + 1
         with self._transaction() as connection:
             rows = _unit_rows(changed, following, [self._positions[unit.key] for unit in changed])
@@ -393,7 +394,7 @@ def _save_clients(connection: sqlite3.Connection, clients: Iterable[ClientRecord
     )
 
 
-def _update(row: tuple) -> UpdateRecord:
+def _update(row: tuple[Any, ...]) -> UpdateRecord:
     server_round, client_id, attempt, sha256, size_bytes, meta = row
     decoded = None if meta is None else msgspec.json.decode(meta, type=UpdateMeta)
     return UpdateRecord(server_round, client_id, attempt, sha256, size_bytes, decoded)

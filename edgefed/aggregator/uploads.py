@@ -1,8 +1,8 @@
-"""Parts of uploads on disk: appended to by one connection at a time, continued after any interruption, moved when done.
+"""Parts of uploads on disk: one connection at a time appends to a part, and any interruption can be continued.
 
 ``uploads/<client>-<round>-<attempt>.part`` grows while bytes arrive; its size is the offset at which the client
-continues, so nothing else needs to be remembered. ``updates/<client>-<round>-<attempt>.safetensors`` is a complete,
-verified update. Knows nothing of what an update holds or who may send one.
+continues, so nothing else is stored. ``updates/<client>-<round>-<attempt>.safetensors`` is a complete, verified update.
+This module does not know the content of an update, nor who may send one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from edgefed.aggregator.blobs import write_all
 from edgefed.aggregator.store import UpdateRecord
-from edgefed.disk import disk_errors, sync_file, sync_folder
+from edgefed.disk import disk_errors, sync_file, sync_folder, write_all
 from edgefed.errors import NotFound, OffsetMismatch, ProtocolError, UpdateTooLarge
 
 _PART_NAME = re.compile(r"(?P<client_id>[A-Za-z0-9_-]{1,64})-(?P<server_round>\d{1,9})-(?P<attempt>\d{1,9})\.part")
@@ -24,7 +23,7 @@ _PART_NAME = re.compile(r"(?P<client_id>[A-Za-z0-9_-]{1,64})-(?P<server_round>\d
 
 @dataclasses.dataclass(frozen=True)
 class UploadName:
-    """Which upload it is. ``client_id`` was checked against the pattern of client ids before it comes here."""
+    """Name of an upload. ``client_id`` must have been checked: it becomes part of a file name."""
 
     client_id: str
     server_round: int
@@ -32,11 +31,12 @@ class UploadName:
 
     @property
     def part_name(self) -> str:
+        """File name of the part."""
         return f"{self.client_id}-{self.server_round}-{self.attempt}.part"
 
 
 class PartWriter:
-    """Appends to one part. Another connection or the end of the round takes it over with `stop`."""
+    """Appends to one part. Another connection or the end of the round ends it with `stop`."""
 
     def __init__(self, path: Path, limit_bytes: int):
         self._lock = threading.Lock()
@@ -47,7 +47,7 @@ class PartWriter:
             self.offset = os.fstat(self._file.fileno()).st_size
 
     def write(self, data: bytes) -> None:
-        """Append. Raises what `stop` was given, UpdateTooLarge, DiskFull, StorageError."""
+        """Append. Raises the error that `stop` was called with, UpdateTooLarge, DiskFull, StorageError."""
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal
@@ -62,7 +62,7 @@ class PartWriter:
                 self.offset = os.fstat(self._file.fileno()).st_size
 
     def stop(self, refusal: ProtocolError) -> None:
-        """Refuse further writes. When this returns, none is under way."""
+        """Refuse further writes. When this returns, no write is in progress."""
         with self._lock:
             if self._refusal is None:
                 self._refusal = refusal
@@ -82,16 +82,16 @@ class UploadFolder:
             self.updates.mkdir(exist_ok=True)
 
     def offset(self, name: UploadName) -> int:
-        """Bytes that have arrived, 0 when none have."""
+        """Number of bytes that have arrived."""
         try:
             return (self.parts / name.part_name).stat().st_size
         except FileNotFoundError:
             return 0
 
     def open(self, name: UploadName, offset: int, limit_bytes: int) -> PartWriter:
-        """Continue an upload at ``offset``. A connection that still writes to it is cut off; other attempts go.
+        """Continue an upload at ``offset``. Ends a connection that still writes to it, and deletes other attempts.
 
-        Raises OffsetMismatch when ``offset`` is not what has arrived.
+        Raises OffsetMismatch if ``offset`` is not the number of bytes that have arrived.
         """
         with self._lock:
             self._stop(name, OffsetMismatch("another connection continues this upload"))
@@ -103,14 +103,14 @@ class UploadFolder:
             return writer
 
     def close(self, name: UploadName, writer: PartWriter) -> None:
-        """The connection ended. What has arrived stays."""
+        """End a connection. The bytes that have arrived stay."""
         with self._lock:
             writer.stop(OffsetMismatch("this connection's upload has ended"))
             if self._writers.get(name) is writer:
                 del self._writers[name]
 
     def seal(self, name: UploadName) -> Path:
-        """Stop any writer and return the part's path. Raises NotFound when nothing has arrived."""
+        """End any connection and return the part's path. Raises NotFound if nothing has arrived."""
         with self._lock:
             self._stop(name, OffsetMismatch("the upload was committed meanwhile"))
             path = self.parts / name.part_name
@@ -119,13 +119,13 @@ class UploadFolder:
             return path
 
     def discard(self, name: UploadName, reason: ProtocolError) -> None:
-        """Delete a part: what was sent is refused."""
+        """Delete a part that is refused."""
         with self._lock:
             self._stop(name, reason)
             self._delete_parts(lambda other: other == name)
 
     def promote(self, name: UploadName, file_name: str) -> Path:
-        """Move a verified part to the updates, durably. Raises DiskFull, StorageError; the part is then still there."""
+        """Move a verified part to the updates, durably. Raises DiskFull, StorageError; then the part stays."""
         source, target = self.parts / name.part_name, self.updates / file_name
         with disk_errors(f"store update {target.name}"):
             with source.open("rb+") as file:  # Windows syncs only files that are open for writing
@@ -136,12 +136,12 @@ class UploadFolder:
         return target
 
     def demote(self, name: UploadName, path: Path) -> None:
-        """Undo `promote`: the record could not be written, the client may commit again."""
+        """Undo `promote` after a record that could not be written: the client may commit again."""
         with self._lock, disk_errors(f"move {path} back"):
             os.replace(path, self.parts / name.part_name)
 
     def end_round(self, refusal: ProtocolError) -> None:
-        """Stop every writer and delete every part: the round is closed."""
+        """End every connection and delete every part, because the round is closed."""
         with self._lock:
             for name in list(self._writers):
                 self._stop(name, refusal)
@@ -155,8 +155,8 @@ class UploadFolder:
     def recover(self, server_round: int | None, recorded: Iterable[UpdateRecord]) -> None:
         """Tidy up after a crash. ``server_round``: the round that takes uploads, or None.
 
-        A complete update without a record was never acknowledged: it becomes a part again, so that its client can
-        commit it without sending it twice. Parts of other rounds are deleted.
+        A complete update without a record was never acknowledged. It becomes a part again, so that its client can
+        commit it without sending it again. Parts of other rounds are deleted.
         """
         known = {update.file_name for update in recorded}
         with disk_errors("tidy the uploads"):

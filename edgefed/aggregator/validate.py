@@ -1,23 +1,28 @@
-"""The door for updates: one check of everything that a client claims, after which the server trusts the file.
+"""Checks of everything that a client sends: ids, registrations, updates. After them the server trusts its input.
 
-An update is a frame with tensors named ``<unit key>|<tensor name>``, whole units only, in the manifest's dtypes and
-shapes, every value finite; and an `UpdateMeta` whose numbers mean something. Nothing is loaded: the file is scanned
-through one small buffer.
+An update is a frame with tensors named ``<unit key>|<tensor name>``, in whole units, with the manifest's dtypes and
+shapes and finite values, and an `UpdateMeta` whose numbers are in range. The file is not loaded but scanned through one
+small buffer.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
+from edgefed import __version__
 from edgefed.disk import disk_errors
-from edgefed.errors import InvalidUpdate
+from edgefed.errors import InvalidUpdate, MalformedMessage, VersionMismatch
 from edgefed.kernels.fold import FoldBackend
+from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.frames import (
     MAX_HEADER_BYTES,
     NAME_SEPARATOR,
@@ -27,19 +32,106 @@ from edgefed.protocol.frames import (
     storage_dtype,
     update_name,
 )
-from edgefed.protocol.messages import ExpertSurvey, TensorInfo, UnitInfo, UpdateMeta
+from edgefed.protocol.messages import DeviceInfo, ExpertSurvey, Register, TensorInfo, UnitInfo, UpdateMeta
 
+CLIENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MIN_KEY_CHARACTERS = 16
+MAX_TEXT_CHARACTERS = 256
+MAX_NUMBER = 10**9 - 1
+MAX_SIZE_BYTES = 2**53
+"""More than any memory, and still exact in every JSON reader."""
 SCAN_BLOCK_BYTES = 256 * 1024
 MAX_EXAMPLES = 10**9
 MAX_COUNT = 10**15
-"""Bound of tokens and steps: far beyond any round, far below where float64 stops counting."""
+"""Limit of tokens and steps: far beyond any round, and exact in float64."""
 MAX_METRICS = 256
 MAX_METRIC_NAME = 64
 _HEADER_SLACK_BYTES = 64 * 1024
 
 
+# --- clients and registrations ----------------------------------------------------------------------------------
+
+
+def check_client_id(client_id: str) -> None:
+    """Raise MalformedMessage unless the id may be part of a file name."""
+    if CLIENT_ID.fullmatch(client_id) is None:
+        raise MalformedMessage(f"invalid client id {client_id[:80]!r}: expected 1 to 64 letters, digits, _ or -")
+
+
+def parse_number(text: str, what: str, most: int = MAX_NUMBER) -> int:
+    """Parse a number of a URL. Raises MalformedMessage unless it is plain digits, at most ``most``."""
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(most)) and int(text) <= most):
+        raise MalformedMessage(f"{what} is {text[:40]!r}, expected a number from 0 to {most}")
+    return int(text)
+
+
+def digest_bytes(text: str) -> bytes:
+    """SHA-256 of a text, which may contain any character of a header."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text in hexadecimal. The server stores only this of a client's key."""
+    return digest_bytes(text).hex()
+
+
+def is_text(text: str, most: int = MAX_TEXT_CHARACTERS) -> bool:
+    """Whether a text may go to a log or a terminal: short, without control characters."""
+    return len(text) <= most and text.isprintable()
+
+
+def check_register(message: Register) -> None:
+    """Check a registration by itself. Raises VersionMismatch, MalformedMessage."""
+    if message.protocol_version != PROTOCOL_VERSION:
+        raise VersionMismatch(
+            f"the client speaks protocol {message.protocol_version} (edgefed {message.edgefed_version[:32]!r}), "
+            f"this server {PROTOCOL_VERSION} (edgefed {__version__})"
+        )
+    check_client_id(message.client_id)
+    wrong = [
+        text
+        for fine, text in (
+            (
+                len(message.client_key) >= MIN_KEY_CHARACTERS,
+                f"client_key has fewer than {MIN_KEY_CHARACTERS} characters",
+            ),
+            (is_text(message.client_key), "client_key is too long or not printable"),
+            (is_text(message.name), f"name {message.name[:80]!r} is too long or not printable"),
+            (is_size(message.memory_bytes), f"memory_bytes is {message.memory_bytes}"),
+            (0.0 <= message.expert_share <= 1.0, f"expert_share is {message.expert_share}, expected 0..1"),
+            (
+                0.0 < message.compute_share <= 1.0,
+                f"compute_share is {message.compute_share}, expected above 0, up to 1",
+            ),
+            (0 <= message.num_examples <= 10**9, f"num_examples is {message.num_examples}"),
+        )
+        if not fine
+    ]
+    if message.device is not None:
+        wrong += _device_errors(message.device)
+    if wrong:
+        raise MalformedMessage("; ".join(wrong))
+
+
+def is_size(size_bytes: int) -> bool:
+    """Whether a number is a possible memory size."""
+    return 0 <= size_bytes <= MAX_SIZE_BYTES
+
+
+def _device_errors(device: DeviceInfo) -> list[str]:
+    values = msgspec.structs.asdict(device)
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    sizes = {name: value for name, value in values.items() if isinstance(value, int)}
+    errors = [f"device.{name} is too long or not printable" for name, text in texts.items() if not is_text(text)]
+    errors += [f"device.{name} is {size}" for name, size in sizes.items() if not is_size(size)]
+    return errors
+
+
+# --- updates ----------------------------------------------------------------------------------------------------
+
+
 def max_header_bytes(units: Sequence[UnitInfo]) -> int:
-    """Largest header that an update of these units needs: twice the compact one, for another writer's blanks."""
+    """Largest header of an update of these units: twice the compact one, because a writer may add spaces."""
     infos = [
         TensorInfo(name=update_name(unit.key, info.name), dtype=info.dtype, shape=info.shape)
         for unit in units
@@ -50,7 +142,7 @@ def max_header_bytes(units: Sequence[UnitInfo]) -> int:
 
 
 def max_update_bytes(units: Sequence[UnitInfo]) -> int:
-    """Most bytes that an update may have: every trainable tensor at 4 bytes a value (8 for F64), and the header."""
+    """Largest size of an update: every trainable tensor at 4 bytes a value (8 for F64), and the header."""
     total = max_header_bytes(units)
     for unit in units:
         if unit.trainable:
@@ -65,7 +157,7 @@ def validate_meta(meta: UpdateMeta, experts_per_layer: Sequence[int]) -> None:
     if not 0 <= meta.num_tokens <= MAX_COUNT:
         raise InvalidUpdate(f"num_tokens is {meta.num_tokens}, expected 0..{MAX_COUNT}")
     if len(meta.metrics) > MAX_METRICS:
-        raise InvalidUpdate(f"the update has {len(meta.metrics)} metrics, at most {MAX_METRICS} are kept")
+        raise InvalidUpdate(f"the update has {len(meta.metrics)} metrics, expected at most {MAX_METRICS}")
     for name, value in meta.metrics.items():
         if not math.isfinite(value) or not 0 < len(name) <= MAX_METRIC_NAME or not name.isprintable():
             raise InvalidUpdate(
@@ -77,7 +169,7 @@ def validate_meta(meta: UpdateMeta, experts_per_layer: Sequence[int]) -> None:
         if not 0 <= report.layer < len(experts_per_layer) or not 0 <= report.expert < experts_per_layer[report.layer]:
             raise InvalidUpdate(f"{where}: the model has no such expert")
         if (report.layer, report.expert) in seen:
-            raise InvalidUpdate(f"{where} comes twice")
+            raise InvalidUpdate(f"duplicate {where}")
         seen.add((report.layer, report.expert))
         if not 0.0 <= report.usage <= 1.0:
             raise InvalidUpdate(f"{where}: usage is {report.usage}, expected 0..1")
@@ -99,7 +191,7 @@ def _check_survey(survey: ExpertSurvey, experts_per_layer: Sequence[int]) -> Non
         for row in rows:
             for value in row:
                 if value is not None and not (math.isfinite(value) and value >= 0.0):
-                    raise InvalidUpdate(f"survey: {name} holds {value}, expected a finite number from 0")
+                    raise InvalidUpdate(f"survey: {name} has the value {value}, expected a finite number from 0")
     if any(value > 1.0 for row in survey.frequency for value in row):
         raise InvalidUpdate("survey: a frequency is above 1")
     if not len(sizes) <= survey.tune_slots <= sum(sizes):
@@ -108,7 +200,7 @@ def _check_survey(survey: ExpertSurvey, experts_per_layer: Sequence[int]) -> Non
         raise InvalidUpdate(f"survey: train_slots is {survey.train_slots}, expected 1..{sum(sizes)}")
     for name in ("upload_bytes_per_s", "download_bytes_per_s"):
         rate = getattr(survey, name)
-        if rate is not None and not 1.0 <= rate <= MAX_COUNT:  # also what is no number
+        if rate is not None and not 1.0 <= rate <= MAX_COUNT:  # NaN fails, too
             raise InvalidUpdate(f"survey: {name} is {rate}, expected 1..{MAX_COUNT}")
 
 
@@ -131,7 +223,7 @@ def validate_update(
 
 
 def update_units(path: Path) -> frozenset[str]:
-    """Keys of the units in an update that was validated before."""
+    """Keys of the units in a validated update."""
     return frozenset(name.partition(NAME_SEPARATOR)[0] for name in read_header(path))
 
 
@@ -172,13 +264,13 @@ def _check_finite(path: Path, entries: Mapping[str, TensorEntry], backend: FoldB
                 read_exactly(file, block)
                 bad = backend.first_nonfinite(block.view(dtype), entry.info.dtype)
                 if bad >= 0:
-                    raise InvalidUpdate(f"tensor {name!r}: element {done // dtype.itemsize + bad} is no finite number")
+                    raise InvalidUpdate(f"tensor {name!r}: element {done // dtype.itemsize + bad} is not finite")
                 done += block.nbytes
 
 
 def read_exactly(file: io.FileIO, buffer: np.ndarray) -> None:
-    """Fill ``buffer`` (uint8) from the file's position. Raises OSError when the file ends before that."""
-    view = memoryview(buffer).cast("B")
+    """Fill ``buffer`` (uint8) from the file's position. Raises OSError if the file is too short."""
+    view = memoryview(buffer.data).cast("B")
     while view:
         count = file.readinto(view)
         if not count:

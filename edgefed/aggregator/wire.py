@@ -1,4 +1,4 @@
-"""Reading requests and writing answers: what all routes of the aggregator have in common."""
+"""Reading requests and writing answers, for all routes of the aggregator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import hmac
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from starlette.exceptions import HTTPException
@@ -14,8 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgefed.aggregator.admission import parse_number
-from edgefed.errors import EdgefedError, MalformedMessage, NotFound, ServerUnreachable, Unauthorized
+from edgefed.aggregator.validate import parse_number
+from edgefed.errors import EdgefedError, MalformedMessage, NotFound, ServerUnreachable, StorageError, Unauthorized
 from edgefed.protocol import routes
 from edgefed.protocol.messages import encode_error, encode_message
 
@@ -24,59 +25,68 @@ logger = logging.getLogger(__name__)
 MAX_WAIT_S = 30.0
 DRAIN_BYTES = 8 * 1024 * 1024
 DRAIN_S = 10.0
-"""How much of a refused body is read, and for how long, so that its sender gets to read the answer."""
+"""How much of a refused body is read, and for how long. Otherwise its sender would not read the answer."""
+STORAGE_LOG_S = 60.0
+"""A route logs an error of the disk at most this often."""
 _RANGE = re.compile(r"bytes=(\d{1,16})-(\d{0,16})")
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 class TokenGate:
-    """Refuses every request without the server's token, except to HEALTH. Sits before routing: paths leak nothing."""
+    """Refuses requests without the server's token, except to HEALTH. Runs before routing, so paths leak nothing."""
 
     def __init__(self, app: ASGIApp, token: str):
         self._app = app
         self._expected = b"Bearer " + token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass the request on."""
         if scope["type"] == "http" and scope["path"] != routes.HEALTH:
             sent = dict(scope["headers"]).get(routes.TOKEN_HEADER.encode(), b"")
             if not hmac.compare_digest(sent, self._expected):
-                response = error_reply(
-                    Unauthorized("this server needs a token, and the request has none or another one")
-                )
+                response = error_reply(Unauthorized("missing or wrong token: this server needs one"))
                 response.headers["connection"] = "close"
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-async def answer_http_exception(request: Request, fault: Exception) -> Response:
+async def answer_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own refusals (no such route, wrong verb) in the protocol's form."""
-    assert isinstance(fault, HTTPException)
+    assert isinstance(error, HTTPException)
     response = error_reply(NotFound(f"no route {request.method} {request.url.path[:200]!r}"))
-    response.status_code = fault.status_code
+    response.status_code = error.status_code
     return response
 
 
 def answer_errors(handler: Handler) -> Handler:
-    """Turn every exception of a handler into an `ErrorReply`; unexpected ones are logged with their traceback."""
+    """Turn every exception of a handler into an `ErrorReply`.
+
+    Unexpected ones are logged with their traceback, errors of the disk as a line every `STORAGE_LOG_S`.
+    """
+    logged_at = -STORAGE_LOG_S
 
     @functools.wraps(handler)
     async def wrapped(request: Request) -> Response:
+        nonlocal logged_at
         try:
             return await handler(request)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
-        except asyncio.CancelledError:  # the server stops, and this request did not end in time
+        except asyncio.CancelledError:  # the server stops before this request has ended
             response = error_reply(ServerUnreachable("the server stops"))
             response.headers["connection"] = "close"
             return response
-        except EdgefedError as fault:
-            response = error_reply(fault)
+        except EdgefedError as error:
+            if isinstance(error, StorageError) and time.monotonic() - logged_at >= STORAGE_LOG_S:
+                logged_at = time.monotonic()
+                logger.error("%s: clients must wait until this is solved", error)
+            response = error_reply(error)
         except Exception:
             logger.exception("%s %s failed", request.method, request.url.path[:200])
-            response = error_reply(EdgefedError("the server failed; its log says why"))
-        # Only bodies are drained: on a GET there is none, and to ask for it would wait until the client hangs up.
+            response = error_reply(EdgefedError("the server failed; see its log"))
+        # Only for bodies: on a GET there is none, and reading it would wait until the client hangs up.
         if request.method in ("PUT", "POST") and not await drain(request):
             response.headers["connection"] = "close"
         return response
@@ -85,10 +95,12 @@ def answer_errors(handler: Handler) -> Handler:
 
 
 def reply(message: object) -> Response:
+    """A message as a response."""
     return Response(encode_message(message), media_type="application/json")
 
 
 def error_reply(error: EdgefedError) -> Response:
+    """An error as a response."""
     return Response(encode_error(error), error.http_status, media_type="application/json")
 
 
@@ -97,14 +109,14 @@ def identity(request: Request) -> tuple[str, str]:
     return request.path_params["client_id"], request.headers.get(routes.CLIENT_KEY_HEADER, "")
 
 
-def upload_identity(request: Request) -> tuple[str, str, int, int]:
-    """Client id, key, round and attempt. Raises MalformedMessage when the latter are no plain numbers."""
+def upload_numbers(request: Request) -> tuple[int, int]:
+    """Round and attempt of an upload. Raises MalformedMessage unless they are plain numbers."""
     server_round, attempt = (parse_number(request.path_params[name], name) for name in ("server_round", "attempt"))
-    return (*identity(request), server_round, attempt)
+    return server_round, attempt
 
 
 def wait_seconds(request: Request) -> float:
-    """How long a poll may wait, `MAX_WAIT_S` at most. Raises MalformedMessage unless it is a number from 0."""
+    """How long a poll may wait, at most `MAX_WAIT_S`. Raises MalformedMessage unless it is a number from 0."""
     text = request.query_params.get("wait_s", "0")
     try:
         seconds = float(text)
@@ -116,9 +128,9 @@ def wait_seconds(request: Request) -> float:
 
 
 def parse_range(header: str | None, size_bytes: int) -> tuple[int, int] | None:
-    """[begin, end) that a Range header asks for, None when the blob has no such bytes.
+    """[begin, end) of a Range header; None if the blob has no such bytes.
 
-    Only ``bytes=N-`` and ``bytes=N-M`` are understood; anything else is ignored, as RFC 9110 (14.2) lets us.
+    Only ``bytes=N-`` and ``bytes=N-M`` are supported; anything else is ignored, as RFC 9110 (14.2) allows.
     """
     found = _RANGE.fullmatch(header.strip()) if header is not None else None
     if found is None:
@@ -129,7 +141,7 @@ def parse_range(header: str | None, size_bytes: int) -> tuple[int, int] | None:
 
 
 async def read_body(request: Request) -> bytes:
-    """A JSON body. Raises MalformedMessage beyond `routes.MAX_MESSAGE_BYTES`, without reading on."""
+    """Read a JSON body. Raises MalformedMessage, and stops reading, beyond `routes.MAX_MESSAGE_BYTES`."""
     parts, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
@@ -140,9 +152,9 @@ async def read_body(request: Request) -> bytes:
 
 
 async def batches(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Join the small pieces that a socket yields into chunks that are worth a thread's while.
+    """Join the small pieces of a socket into chunks of `routes.CHUNK_BYTES`.
 
-    What has arrived is passed on even when the connection breaks or the server stops: it need not be sent again.
+    The last pieces are yielded also when the connection breaks or the server stops: they need not be sent again.
     """
     parts: list[bytes] = []
     size = 0
@@ -154,8 +166,8 @@ async def batches(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             if size >= routes.CHUNK_BYTES:
                 whole, parts, size = b"".join(parts), [], 0
                 yield whole
-    except (ClientDisconnect, asyncio.CancelledError) as fault:
-        broken = fault
+    except (ClientDisconnect, asyncio.CancelledError) as error:
+        broken = error
     if size:
         yield b"".join(parts)
     if broken is not None:
@@ -163,7 +175,7 @@ async def batches(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 async def drain(request: Request, *, most_bytes: int = DRAIN_BYTES, most_s: float = DRAIN_S) -> bool:
-    """Read the rest of a refused body, up to a limit. Returns whether all of it came."""
+    """Read the rest of a refused body, up to a limit. Returns whether all of it arrived."""
 
     async def read() -> bool:
         size = 0
@@ -177,11 +189,11 @@ async def drain(request: Request, *, most_bytes: int = DRAIN_BYTES, most_s: floa
         return await asyncio.wait_for(read(), most_s)
     except (ClientDisconnect, asyncio.TimeoutError):
         return False
-    except RuntimeError:  # Starlette's word for: the body was read to its end before
+    except RuntimeError:  # Starlette raises it if the body was already read to its end
         return True
 
 
 async def until_disconnect(receive: Receive) -> None:
-    """Wait until the client hangs up. A response must ask: ``send`` says nothing when nobody listens any more."""
+    """Wait until the client hangs up. ``send`` does not report that."""
     while (await receive())["type"] != "http.disconnect":
         pass

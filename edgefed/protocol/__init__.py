@@ -1,4 +1,4 @@
-"""The wire contract between agents and the aggregator: messages, tensor frames, routes. Knows no torch."""
+"""The protocol between agents and the aggregator: messages, tensor frames, routes. Does not use torch."""
 
 PROTOCOL_VERSION = 1
-"""Raised whenever a message or a route changes its meaning; both sides must agree."""
+"""Increased when a message or a route changes its meaning; both sides must have the same."""

@@ -1,8 +1,8 @@
 """Named tensors as bytes: the safetensors layout, read and written without torch.
 
 A frame is 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the raw
-tensors. Everything that arrives here may be hostile: sizes, offsets, names and shapes are checked before one byte of
-a tensor is touched. bfloat16 has no numpy type, so its bits travel as uint16 and are widened by hand.
+tensors. Input may be hostile: sizes, offsets, names and shapes are checked before any byte of a tensor is read. numpy
+has no bfloat16, so its bits are stored as uint16 and widened here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from edgefed.protocol.messages import TensorInfo
 MAX_HEADER_BYTES = 8 * 1024 * 1024
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-_STORAGE = {
+_STORAGE: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
     "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
     "U8": np.dtype("u1"), "BOOL": np.dtype("u1"),
@@ -31,25 +32,25 @@ _STORAGE = {
 
 
 NAME_SEPARATOR = "|"
-"""Between unit key and tensor name in an update, so neither may hold it."""
+"""Between unit key and tensor name in an update, so neither may contain it."""
 
 
 def update_name(unit_key: str, tensor_name: str) -> str:
-    """Name of a unit's tensor in an update, which holds the tensors of many units in one frame."""
+    """Name of a unit's tensor in an update, whose frame has the tensors of many units."""
     return f"{unit_key}{NAME_SEPARATOR}{tensor_name}"
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies in a file: ``start`` counts from the beginning of the file."""
+    """Position of one tensor in a file; ``start`` counts from the beginning of the file."""
 
     info: TensorInfo
     start: int
     size_bytes: int
 
 
-def storage_dtype(dtype: str) -> np.dtype:
-    """The numpy dtype that holds the raw bits of a safetensors dtype (BF16 -> uint16)."""
+def storage_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype for the raw bits of a safetensors dtype (BF16 -> uint16)."""
     return _STORAGE[dtype]
 
 
@@ -64,7 +65,7 @@ def tensor_size_bytes(info: TensorInfo) -> int:
 def read_header(path: Path | str, *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorEntry]:
     """Read and check the header of a frame file.
 
-    Raises InvalidUpdate when the file is no complete frame: truncated, header too large or no JSON, unknown dtype,
+    Raises InvalidUpdate for an incomplete or invalid frame: truncated, header too large or not JSON, unknown dtype,
     negative dimension, size that does not match the shape, overlapping or missing bytes.
     """
     path = Path(path)
@@ -72,11 +73,11 @@ def read_header(path: Path | str, *, max_header_bytes: int = MAX_HEADER_BYTES) -
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise InvalidUpdate(f"a tensor frame has at least 8 bytes, found {file_bytes}")
+            raise InvalidUpdate(f"truncated tensor frame: {file_bytes} bytes, expected at least 8")
         header_bytes = int.from_bytes(prefix, "little")
         if header_bytes > max_header_bytes or 8 + header_bytes > file_bytes:
             raise InvalidUpdate(
-                f"frame header says {header_bytes} bytes, the file has {file_bytes} and the limit is {max_header_bytes}"
+                f"invalid frame header of {header_bytes} bytes: the file has {file_bytes}, limit {max_header_bytes}"
             )
         raw = file.read(header_bytes)
     try:
@@ -99,10 +100,10 @@ def read_header(path: Path | str, *, max_header_bytes: int = MAX_HEADER_BYTES) -
 
 def _check_entry(name: str, entry: object, data_start: int) -> TensorEntry:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise InvalidUpdate(f"tensor {name!r} lacks dtype, shape or data_offsets")
+        raise InvalidUpdate(f"tensor {name!r} has no dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise InvalidUpdate(f"tensor {name!r} has dtype {dtype!r}, known are {', '.join(ITEM_BYTES)}")
+        raise InvalidUpdate(f"tensor {name!r} has dtype {dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(dim) is int and 0 <= dim < 2**40 for dim in shape):
         raise InvalidUpdate(f"tensor {name!r} has shape {str(shape)[:80]}, expected up to 8 sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int and at >= 0 for at in offsets):
@@ -111,13 +112,13 @@ def _check_entry(name: str, entry: object, data_start: int) -> TensorEntry:
     size = tensor_size_bytes(info)
     if offsets[1] - offsets[0] != size:
         raise InvalidUpdate(
-            f"tensor {name!r} takes {size} bytes by its shape, its offsets say {offsets[1] - offsets[0]}"
+            f"tensor {name!r} has {size} bytes by its shape, but {offsets[1] - offsets[0]} by its offsets"
         )
     return TensorEntry(info=info, start=data_start + offsets[0], size_bytes=size)
 
 
 def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
-    """The bytes before the data of a frame that holds ``tensors`` in this order; padded to 8 bytes."""
+    """The header of a frame with ``tensors`` in this order, with its length; padded to 8 bytes."""
     header, offset = {}, 0
     for info in tensors:
         size = tensor_size_bytes(info)
@@ -131,7 +132,7 @@ def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
 def write_frame(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]]) -> tuple[str, int]:
     """Write {name: (dtype, raw array)} to ``path`` durably: temporary file, fsync, rename.
 
-    Returns (sha256, size_bytes). The arrays hold raw bits (`storage_dtype`); tensors are written in the order given.
+    Returns (sha256, size_bytes). The arrays have raw bits (`storage_dtype`); the order of tensors is kept.
     """
     infos = [TensorInfo(name=name, dtype=dtype, shape=array.shape) for name, (dtype, array) in tensors.items()]
     digest, size = hashlib.sha256(), 0
@@ -155,11 +156,16 @@ def _frame_chunks(infos: Sequence[TensorInfo], arrays: Sequence[np.ndarray]) -> 
                 f"tensor {info.name!r} is {array.dtype}, {info.dtype} is stored as {storage_dtype(info.dtype)}"
             )
         if array.size:
-            yield memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+            yield array_bytes(array)
+
+
+def array_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order, without a copy if it is contiguous."""
+    return memoryview(np.ascontiguousarray(array).reshape(-1).data).cast("B")
 
 
 def map_tensor(path: Path | str, entry: TensorEntry) -> np.ndarray:
-    """Raw bits of one tensor, memory-mapped read-only; nothing is read until it is used."""
+    """Raw bits of one tensor, memory-mapped read-only; pages are read on use."""
     dtype = storage_dtype(entry.info.dtype)
     if entry.size_bytes == 0:
         return np.empty(entry.info.shape, dtype=dtype)

@@ -1,9 +1,9 @@
-"""Every message that crosses the wire, as msgspec structs in JSON.
+"""Every message on the wire, as msgspec structs in JSON.
 
-Three groups: what a *unit* of the global model is (`UnitInfo`, `Manifest`), what a client is told (`Registered`,
-`Assignment`, `Wait`, `Finished`) and what it says (`Register`, `Heartbeat`, `UpdateMeta`, `Leave`).
-Sizes are bytes, times are seconds, shapes are lists. Decoding is strict: a wrong type or a missing field is a
-`MalformedMessage`, an unknown field is ignored so that a newer peer may say more.
+Three groups: the *units* of the global model (`UnitInfo`, `Manifest`), messages of a client (`Register`, `Heartbeat`,
+`UpdateMeta`, `Leave`) and answers to it (`Registered`, `Assignment`, `Wait`, `Finished`).
+Sizes are bytes, times are seconds, shapes are lists. Decoding is strict: a wrong type or a missing field raises
+`MalformedMessage`. Unknown fields are ignored, so that a newer version may add some.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 # --- the global model -------------------------------------------------------------------------------------------
 
 
-class TensorInfo(Message):
+class TensorInfo(Message, frozen=True):
     """One tensor of a unit. ``dtype`` is a safetensors name: F32, BF16, F16, ..."""
 
     name: str
@@ -32,7 +32,7 @@ class TensorInfo(Message):
     shape: tuple[int, ...]
 
 
-class UnitInfo(Message, kw_only=True):
+class UnitInfo(Message, frozen=True, kw_only=True):
     """The smallest part of a model that is downloaded, trained and averaged on its own.
 
     One expert, one router, one dense tensor, or the LoRA adapter of one of these. ``key`` is unique in a model, e.g.
@@ -52,7 +52,7 @@ class UnitInfo(Message, kw_only=True):
     size_bytes: int = 0
 
 
-class FileInfo(Message):
+class FileInfo(Message, frozen=True):
     """A small file beside the weights: config.json, tokenizer.json, ..."""
 
     name: str
@@ -60,7 +60,7 @@ class FileInfo(Message):
     size_bytes: int
 
 
-class Manifest(Message):
+class Manifest(Message, frozen=True):
     """The global model at the start of one round: which bytes belong to which unit."""
 
     run_id: str
@@ -70,8 +70,8 @@ class Manifest(Message):
     files: tuple[FileInfo, ...]
 
 
-class TrainingConfig(Message):
-    """What a client does locally in one round. ``experts``, ``router`` and ``attention``: "full", "lora" or "none"."""
+class TrainingConfig(Message, frozen=True):
+    """Local training of one round. ``experts``, ``router`` and ``attention``: "full", "lora" or "none"."""
 
     local_steps: int = 20
     batch_size: int = 8
@@ -85,15 +85,15 @@ class TrainingConfig(Message):
     lora_rank: int = 8
     lora_alpha: float = 16.0
     missing: str = "renormalize"
-    """Tokens routed to an absent expert: "renormalize" picks the next best resident one, "skip" leaves it out."""
+    """Tokens routed to an absent expert: "renormalize" takes the next best resident one, "skip" takes none."""
     profile_tokens: int = 16384
-    """Most tokens of the training text that a profile looks at; 0 means all."""
+    """Maximum number of tokens of the training text in a profile; 0 means all."""
     evaluation_tokens: int = 4096
-    """Most tokens of the held-out text that an evaluation looks at, before and after training; 0 means all."""
+    """Maximum number of tokens of the held-out text in an evaluation, before and after training; 0 means all."""
 
 
-class RunConfig(Message):
-    """What a run is; fixed from its first round to its last."""
+class RunConfig(Message, frozen=True):
+    """Configuration of a run; it never changes."""
 
     run_id: str
     model: str
@@ -103,18 +103,18 @@ class RunConfig(Message):
     seed: int
     training: TrainingConfig
     tokenizer: str = ""
-    """Where the tokenizer of a shared extractor of text came from; its files are the manifest's."""
+    """Source of the tokenizer of a shared text extractor; its files are in the manifest."""
 
 
-# --- what a client says -----------------------------------------------------------------------------------------
+# --- messages of a client ---------------------------------------------------------------------------------------
 
 
-class DeviceInfo(Message):
-    """What a device says of itself, for `edgefed status`; None where its sensors do not tell. No identifiers.
+class DeviceInfo(Message, frozen=True):
+    """Description of a device for `edgefed status`; None for what its sensors do not report. No identifiers.
 
-    ``kind``: "discrete", "unified" or "cpu". ``trains_on``: "cpu" or "cuda". ``profile``: the shipped device profile
-    that it matches, or "". ``budget_bytes`` is what it can afford now, ``ideal_budget_bytes`` with nothing else
-    running, ``budget_origin`` where the numbers come from. ``total_bytes``: of the memory that the model lives in.
+    ``kind``: "discrete", "unified" or "cpu". ``trains_on``: "cpu" or "cuda". ``profile``: id of the shipped device
+    profile that it matches, or "". ``budget_bytes``: memory that it can use now; ``ideal_budget_bytes``: with no other
+    program running; ``budget_origin``: source of these numbers. ``total_bytes``: of the memory that the model is in.
     """
 
     name: str
@@ -128,11 +128,12 @@ class DeviceInfo(Message):
     power_mode: str = ""
 
 
-class Register(Message):
+class Register(Message, frozen=True):
     """First message of an agent, repeated after every reconnect; the same ``client_id`` is the same client.
 
-    ``client_key`` is a secret that the agent made; later requests carry it in the header `routes.CLIENT_KEY_HEADER`.
-    ``memory_bytes`` is the budget that the device starts with.
+    ``client_key`` is a secret that the agent drew; later requests carry it in the header `routes.CLIENT_KEY_HEADER`.
+    ``instance`` is the random name of the agent's process (`routes.INSTANCE_HEADER`). ``memory_bytes`` is the budget
+    that the device starts with.
     """
 
     protocol_version: int
@@ -145,10 +146,11 @@ class Register(Message):
     num_examples: int
     edgefed_version: str
     device: DeviceInfo | None = None
+    instance: str = ""
 
 
-class Heartbeat(Message):
-    """What the agent is doing, for the aggregator's liveness and for `edgefed status`. ``fraction`` is 0..1.
+class Heartbeat(Message, frozen=True):
+    """Current activity of an agent. It keeps the client live and is shown by `edgefed status`. ``fraction`` is 0..1.
 
     ``budget_bytes``: its memory budget as last measured, before the current round; None before the first time.
     """
@@ -159,11 +161,11 @@ class Heartbeat(Message):
     budget_bytes: int | None = None
 
 
-class ExpertReport(Message):
-    """What a client says of one expert that it held in a round.
+class ExpertReport(Message, frozen=True):
+    """Report of a client about one expert that was resident in a round.
 
     ``usage``: mean router probability u_c(e), HFedMoE (16). ``importance``: s_c(e), HFedMoE (5). ``steps``: optimizer
-    steps that changed it. ``tokens``: tokens routed to it while it was trained.
+    steps that changed it. ``tokens``: tokens routed to it in training.
     """
 
     layer: int
@@ -174,13 +176,13 @@ class ExpertReport(Message):
     tokens: int
 
 
-class ExpertSurvey(Message):
-    """What a client tells an aggregator that assigns experts: numbers per layer and expert.
+class ExpertSurvey(Message, frozen=True):
+    """Report of a client to a method that assigns experts: numbers per layer and expert.
 
-    ``utility``: u_c(e) of Flux (arXiv 2508.19078), measured in this round, None where it was not. ``frequency``: share
-    of the client's tokens routed to e. ``tune_slots``: experts that the client can hold as themselves, one by one.
-    ``train_slots``: experts that its memory lets learn. ``upload_bytes_per_s``, ``download_bytes_per_s``: what its
-    transfers reached. None where it does not know.
+    ``utility``: u_c(e) of Flux (arXiv 2508.19078), measured in this round, else None. ``frequency``: share of the
+    client's tokens routed to e. ``tune_slots``: number of experts that can be resident unmerged. ``train_slots``:
+    number of experts that can train within its memory. ``upload_bytes_per_s``, ``download_bytes_per_s``: rates of its
+    transfers. None where unknown.
     """
 
     utility: tuple[tuple[float | None, ...], ...]
@@ -191,11 +193,10 @@ class ExpertSurvey(Message):
     download_bytes_per_s: float | None = None
 
 
-class UpdateMeta(Message):
-    """Closes an upload. ``(client_id, server_round, attempt)`` names it; sending it twice has one effect.
+class UpdateMeta(Message, frozen=True):
+    """Completes an upload, named by ``(client_id, server_round, attempt)``. Sending it again has no further effect.
 
-    ``metrics`` are plain numbers for the ledger: losses, seconds, bytes. ``survey`` only where the method assigns
-    experts.
+    ``metrics`` are numbers for the ledger: losses, seconds, bytes. ``survey`` only if the method assigns experts.
     """
 
     client_id: str
@@ -210,44 +211,45 @@ class UpdateMeta(Message):
     survey: ExpertSurvey | None = None
 
 
-class Leave(Message):
-    """The client goes; the round does not wait for it."""
+class Leave(Message, frozen=True):
+    """The client leaves; the round does not wait for it."""
 
     reason: str
 
 
-# --- what a client is told --------------------------------------------------------------------------------------
+# --- answers to a client ----------------------------------------------------------------------------------------
 
 
-class Registered(Message):
+class Registered(Message, frozen=True):
     """Answer to `Register`."""
 
     run: RunConfig
     heartbeat_s: float
 
 
-class Wait(Message, tag="wait"):
-    """Nothing to do yet; ask again."""
+class Wait(Message, frozen=True, tag="wait"):
+    """No work yet; ask again."""
 
     retry_after_s: float
     reason: str
 
 
-class ExpertAssignment(Message):
-    """What a client is to do with experts, as (layer, expert), the most useful first: ``tune`` them, or ``explore``:
-    hold them unchanged and measure their utility again, as far as the method measures so many. A client that can hold
-    fewer takes the first ones.
+class ExpertAssignment(Message, frozen=True):
+    """Experts of a client as (layer, expert), the most useful first.
+
+    It trains those of ``tune``, and keeps those of ``explore`` unchanged to measure their utility again. A client with
+    less memory takes the first ones.
     """
 
     tune: tuple[tuple[int, int], ...]
     explore: tuple[tuple[int, int], ...]
 
 
-class Assignment(Message, tag="assignment"):
+class Assignment(Message, frozen=True, tag="assignment"):
     """Train in this round, from the manifest of this round. ``deadline_s`` counts from now; None means none.
 
-    ``seed`` is that of the run and the round; a device mixes in its name and data, so that the same devices in the same
-    run do the same again. ``experts``: only where the method assigns them, and from a client's second round on.
+    ``seed`` depends on the run and the round. A device mixes in its name and data, so a repeated run gives the same
+    results. ``experts``: only if the method assigns them, from a client's second round on.
     """
 
     server_round: int
@@ -256,8 +258,8 @@ class Assignment(Message, tag="assignment"):
     experts: ExpertAssignment | None = None
 
 
-class Finished(Message, tag="finished"):
-    """The run is over; the agent may stop. The manifest of ``server_round`` is the final model."""
+class Finished(Message, frozen=True, tag="finished"):
+    """The run is over, and the agent may stop. The manifest of ``server_round`` is the final model."""
 
     server_round: int
     reason: str
@@ -266,22 +268,22 @@ class Finished(Message, tag="finished"):
 AssignmentReply = Wait | Assignment | Finished
 
 
-class UploadState(Message):
-    """How much of an upload has arrived. ``status``: "partial", "accepted" (acknowledged and safe on disk)."""
+class UploadState(Message, frozen=True):
+    """How much of an upload has arrived. ``status``: "partial" or "accepted" (acknowledged and safe on disk)."""
 
     offset: int
     status: str
 
 
-class UpdateAccepted(Message):
-    """The acknowledgement: the update is on disk and survives a crash. ``repeated``: it was already there."""
+class UpdateAccepted(Message, frozen=True):
+    """Acknowledgement: the update is on disk and survives a crash. ``repeated``: it was acknowledged before."""
 
     server_round: int
     repeated: bool
 
 
-class ErrorReply(Message):
-    """An error of the tree in `edgefed.errors`, on the wire. ``offset`` only with `OffsetMismatch`."""
+class ErrorReply(Message, frozen=True):
+    """An error of `edgefed.errors`. ``offset`` only with `OffsetMismatch`."""
 
     code: str
     message: str
@@ -292,7 +294,7 @@ class ErrorReply(Message):
 # --- status -----------------------------------------------------------------------------------------------------
 
 
-class ClientStatus(Message):
+class ClientStatus(Message, frozen=True):
     """One client in `edgefed status`. ``last_seen_s`` is seconds ago; ``memory_bytes`` its newest budget."""
 
     client_id: str
@@ -310,7 +312,7 @@ class ClientStatus(Message):
     device: DeviceInfo | None = None
 
 
-class RoundStatus(Message):
+class RoundStatus(Message, frozen=True):
     """One finished round in `edgefed status`."""
 
     server_round: int
@@ -322,8 +324,8 @@ class RoundStatus(Message):
     metrics: dict[str, float]
 
 
-class Status(Message):
-    """Answer of GET status. ``state``: "waiting", "training", "aggregating" or "finished"."""
+class Status(Message, frozen=True):
+    """Answer to GET status. ``state``: "waiting", "training", "aggregating" or "finished"."""
 
     run: RunConfig
     state: str
@@ -343,26 +345,26 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode_message(message: object) -> bytes:
-    """Encode a message as JSON bytes. NaN and infinity become null, which a strict decoder then refuses."""
+    """Encode a message as JSON. NaN and infinity become null, which a strict decoder refuses."""
     return _encoder.encode(message)
 
 
 def decode_message(data: bytes, kind: type[T]) -> T:
-    """Decode JSON bytes into ``kind``. Raises MalformedMessage with the place of the first fault."""
+    """Decode JSON into ``kind``. Raises MalformedMessage with the position of the first error."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as fault:
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
         label = getattr(kind, "__name__", "assignment reply")
-        raise MalformedMessage(f"expected a {label} message, found something else: {fault}") from fault
+        raise MalformedMessage(f"invalid {label} message: {error}") from error
 
 
 def encode_error(error: EdgefedError) -> bytes:
-    """Encode an error of the tree for the wire."""
+    """Encode an error for the wire."""
     return encode_message(ErrorReply(code=error.code, message=str(error), remedy=error.remedy, offset=error.offset))
 
 
 def decode_error(data: bytes) -> EdgefedError:
-    """Turn an error reply back into the exception it was. An unknown code becomes a plain ProtocolError."""
+    """Turn an error reply into the exception it was. An unknown code becomes a ProtocolError."""
     reply = decode_message(data, ErrorReply)
     kind = all_errors().get(reply.code, ProtocolError)
     return kind(reply.message, remedy=reply.remedy, offset=reply.offset)

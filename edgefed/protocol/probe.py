@@ -1,6 +1,6 @@
-"""What both sides of `routes.PROBE` must agree on: limits, and the marks by which a receiver tells a transfer's pace.
+"""Limits of `routes.PROBE`, and the marks with which a receiver reports the pace of a transfer.
 
-Only the receiver's clock is used: a sender hands its bytes to a buffer and does not know when they arrive.
+Only the receiver's clock is used, because a sender does not know when its bytes arrive.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable
 
 MAX_PROBE_BYTES = 8 * 1024 * 1024
-"""Largest body of one request, either way."""
+"""Largest body of one request, in either direction."""
 PROBE_BLOCK_BYTES = 64 * 1024
-"""Written at once, and the size that a measurement starts with."""
+"""Size of one write, and of the first probe of a measurement."""
 MAX_PROBE_S = 30.0
-"""A transfer is ended after this long; what moved until then is the answer."""
+"""Time limit of a transfer; the answer is what has moved until then."""
 MAX_MARKS = 64
 
 Mark = tuple[float, int]
-"""(seconds since the first bytes came, bytes that have come)."""
+"""(seconds since the first bytes, bytes so far)."""
 
 
 class MarkRecorder:
-    """Notes the pace of one arriving transfer, with at most about `MAX_MARKS` marks whatever the size."""
+    """Records the pace of one incoming transfer in about `MAX_MARKS` marks at most."""
 
     def __init__(self, size_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -36,7 +36,7 @@ class MarkRecorder:
         return self._newest[1]
 
     def arrived(self, size_bytes: int) -> None:
-        """Some bytes came."""
+        """Count bytes that have arrived."""
         now = self._clock()
         if not self._newest[1]:
             self._started = now
@@ -45,6 +45,6 @@ class MarkRecorder:
             self._marks.append(self._newest)
 
     def marks(self) -> tuple[Mark, ...]:
-        """All marks, the first at second 0 and the last at the newest bytes; empty when nothing came."""
+        """All marks, from second 0 to the newest bytes; empty if nothing arrived."""
         closing = (self._newest,) if self._marks and self._newest != self._marks[-1] else ()
         return (*self._marks, *closing)

@@ -1,4 +1,4 @@
-"""Every route and header of the aggregator, once.
+"""Every route and header of the aggregator.
 
 Paths are templates in Starlette's syntax; `path_for` fills them for a client.
 
@@ -13,7 +13,7 @@ Paths are templates in Starlette's syntax; `path_for` fills them for a client.
     POST {COMMIT}        UpdateMeta               -> UpdateAccepted
     GET  {STATUS}                                 -> Status
     GET  {HEALTH}                                 -> {"status": "ok", "protocol_version": 1}
-    POST {PROBE}         raw bytes, thrown away   -> {"marks": [[seconds, bytes], ...]}
+    POST {PROBE}         raw bytes, discarded     -> {"marks": [[seconds, bytes], ...]}
     GET  {PROBE}         ?bytes=N                 -> N random bytes
 
 PROBE measures the line and touches no disk. A request moves at most 8 MiB in at most 30 seconds; an address has one
@@ -37,14 +37,16 @@ HEALTH = "/v1/health"
 PROBE = "/v1/probe"
 
 CLIENT_KEY_HEADER = "x-edgefed-client-key"
-"""Secret of the client: required under /v1/clients/{client_id}; on a download it says whose bytes they are."""
+"""Secret of the client: required under /v1/clients/{client_id}; on a download it names the client that downloads."""
+INSTANCE_HEADER = "x-edgefed-instance"
+"""Random name of the client's process: tells two processes with one identity apart, such as a copied state folder."""
 TOKEN_HEADER = "authorization"
-"""``Bearer TOKEN`` on every request, when the server has a token."""
+"""``Bearer TOKEN`` on every request, if the server has a token."""
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8470
 CHUNK_BYTES = 256 * 1024
-"""One read or write of a streaming loop."""
+"""Size of one read or write of a streaming loop."""
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """Largest JSON body that either side reads."""
 

@@ -1,4 +1,4 @@
-"""What the agent needs of a trainer, the only part of a device that knows a model."""
+"""The interface between the agent and a trainer, the only part of a device that knows a model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import Assignment, ExpertReport, ExpertSurvey, FileInfo, Manifest, RunConfig, UnitInfo
 
 Fetch = Callable[[Iterable[UnitInfo | FileInfo]], Mapping[str, Path]]
-"""Local files of units and files, {sha256: path}; downloads what is missing. May be called several times a round."""
+"""Returns local files {sha256: path} and downloads what is missing. May be called several times in a round."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedUpdate:
-    """What a trainer says of the update that it wrote.
+    """Description of an update that a trainer has written.
 
-    ``keep``: hashes that the next round still needs; all other blobs are deleted. A metric that is no finite number
-    stays on the device: JSON cannot carry it.
+    ``keep``: hashes of the blobs that the next round needs; all others are deleted. A metric that is not finite is not
+    sent, because JSON has no such numbers.
     """
 
     experts: tuple[ExpertReport, ...]
@@ -31,7 +31,7 @@ class TrainedUpdate:
 
 
 class Trainer(Protocol):
-    """Trains one round at a time; lives as long as the agent, so the base model stays loaded between rounds."""
+    """Trains one round at a time. It lives as long as the agent, so the model stays loaded between rounds."""
 
     num_examples: int
     """Training examples on this device; known before the agent registers."""
@@ -47,12 +47,13 @@ class Trainer(Protocol):
     ) -> TrainedUpdate:
         """Train one round and write the update, one tensor frame, to ``update_path``.
 
-        Calls ``progress.advance`` after each step, and lets the StopRequested that it may raise pass. Lets every error
-        of ``fetch`` pass as well: the agent knows which of them only end this round.
+        Calls ``progress.advance`` after each step. Does not catch its StopRequested, nor the errors of ``fetch``: the
+        agent decides which of them end only this round.
         """
         ...
 
     def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:
-        """Work for the next round that need not wait for it; called once an update was acknowledged, while others still
-        train and the aggregator aggregates. ``fetch`` has the files that the update asked to keep.
+        """Prepare the next round; called after an acknowledgement, while other clients still train.
+
+        ``fetch`` has the files in `TrainedUpdate.keep`.
         """

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from edgefed.aggregator.admission import check_register
+from edgefed.aggregator.validate import check_register
 from edgefed.errors import BudgetTooSmall, ConfigError, DeviceNotFound
 from edgefed.hardware.probe import probe_device
 from edgefed.hardware.profiles import facts_of, find_profile

@@ -98,7 +98,7 @@ def test_methods_that_assign_nothing_say_nothing(tmp_path):
         ({"utility": ((1.0,), (1.0,))}, r"utility has rows of \[1, 1\] numbers, the layers have \[3, 3\] experts"),
         ({"frequency": ((0.1,) * 3,)}, "frequency has rows of"),
         ({"frequency": ((0.1, 0.2, 1.5), (0.0,) * 3)}, "a frequency is above 1"),
-        ({"utility": ((-1.0, 0.0, 0.0), (None,) * 3)}, "utility holds -1.0"),
+        ({"utility": ((-1.0, 0.0, 0.0), (None,) * 3)}, "utility has the value -1.0"),
         ({"tune_slots": 1}, r"tune_slots is 1, expected 2\.\.6"),
         ({"tune_slots": 7}, "tune_slots is 7"),
         ({"train_slots": 0}, r"train_slots is 0, expected 1\.\.6"),

@@ -116,7 +116,7 @@ def test_equal_updates_are_their_own_mean_bit_for_bit(case):
 @pytest.mark.parametrize(
     ("key", "weights", "words"),
     [
-        ("nothing", (("a", 1.0),), "not trained"),
+        ("nothing", (("a", 1.0),), "not trainable"),
         ("f32", (("d", 1.0),), "did not upload"),
         ("f32", (("a", -1.0), ("b", 2.0)), "finite numbers from 0"),
         ("f32", (("a", float("nan")),), "finite numbers from 0"),

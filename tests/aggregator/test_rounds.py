@@ -66,7 +66,7 @@ def test_a_quorum_closes_the_round_early():
         machine(ClientJoined, client)
     machine(UpdateAccepted, "c")
     assert machine(UpdateAccepted, "a") == [Fold(1, ("a", "c"))]
-    with pytest.raises(ValueError, match="takes no update"):
+    with pytest.raises(ValueError, match="does not accept an update"):
         machine(UpdateAccepted, "b")
 
 

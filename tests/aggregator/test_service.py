@@ -6,6 +6,7 @@ import errno
 import hashlib
 import math
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from edgefed.aggregator import blobs as blobs_module
 from edgefed.aggregator import uploads as uploads_module
 from edgefed.errors import (
     ChecksumMismatch,
+    ConfigError,
     DiskFull,
+    IdentityInUse,
     InvalidUpdate,
     MalformedMessage,
     NotFound,
@@ -554,3 +557,121 @@ def test_metrics_that_overflow_a_naive_mean_are_averaged():
     ]  # fmt: skip
     records = [UpdateRecord(1, meta.client_id, 1, meta.sha256, 0, meta) for meta in metas]
     assert average_metrics(records) == {"x": 1e308, "only": 2.0}
+
+
+# --- silence, standstill and copies -----------------------------------------------------------------------------
+
+
+def beat(toy: Toy, client_id: str) -> None:
+    toy.service.heartbeat(client_id, KEY + client_id, Heartbeat(phase="train", fraction=0.5, server_round=1))
+
+
+def test_a_standstill_of_the_server_is_not_silence_of_the_clients(tmp_path, caplog):
+    """Ctrl-Z and fg, `docker pause`, a stalled disk: nobody could reach the server."""
+    toy = Toy(make_run(tmp_path / "state", client_timeout_s=8.0, deadline_s=100.0), tick_s=0.25)
+    toy.join("a", "b")
+    toy.send(toy.update("a", 1))
+    toy.now += 20.0
+    beat(toy, "a")  # arrives before the first tick
+    toy.run.tick()
+    assert "stood still for 20 s" in caplog.text
+    assert toy.assignment("b").deadline_s == pytest.approx(100.0)
+    toy.send(toy.update("b", 2))
+    assert toy.run.fold_due
+    assert len(toy.run.state.accepted) == 2
+    toy.close()
+
+
+def test_a_client_that_falls_silent_is_still_given_up(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", client_timeout_s=8.0), tick_s=0.25)
+    toy.join("a", "b")
+    toy.send(toy.update("a", 1))
+    for _ in range(40):
+        toy.now += 0.25
+        beat(toy, "a")
+        toy.run.tick()
+    assert toy.run.fold_due
+    toy.close()
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_restart_opens_no_round_for_clients_that_were_lost_before(tmp_path, crash):
+    toy = Toy(make_run(tmp_path / "state", client_timeout_s=40.0))
+    toy.join("a", "b")
+    toy.now += 45.0
+    toy.run.tick()
+    if crash:
+        toy.run.store.close()
+    else:
+        toy.close()
+    again = Toy(toy.folder)
+    again.run.tick()
+    status = again.run.status()
+    assert status.state == "waiting"
+    assert {client.state for client in status.clients} == {"lost"}
+    assert all(44.0 < client.last_seen_s < 60.0 for client in status.clients)
+    again.join("c", "d")
+    assert isinstance(again.assignment("c"), Assignment)
+    assert isinstance(again.assignment("d"), Assignment)
+    beat(again, "a")
+    again.run.tick()
+    assert {client.client_id for client in again.run.status().clients if client.state == "lost"} == {"b"}
+    again.close()
+
+
+def test_a_client_that_left_was_last_seen_then(toy):
+    toy.join("a")
+    toy.service.leave("a", KEY + "a", "done")
+    assert toy.run.clients["a"].last_seen_at == pytest.approx(time.time(), abs=5)
+    toy.run.clients["a"].last_seen_at -= 100
+    (client,) = toy.run.status().clients
+    assert client.state == "left"
+    assert 99 < client.last_seen_s < 110
+
+
+def test_a_client_that_left_must_register_again(toy):
+    toy.join("a", "b")
+    toy.service.leave("a", KEY + "a", "stopped")
+    with pytest.raises(UnknownClient, match="register again"):
+        toy.assignment("a")
+    toy.join("a")
+    assert isinstance(toy.assignment("a"), Assignment)
+
+
+def test_the_process_that_registered_last_keeps_an_identity_and_the_other_is_told(toy, caplog):
+    for instance, name in (("card-a", "first"), ("card-b", "second")):
+        toy.service.register(toy_run.register_message("a", instance=instance, name=name))
+    toy.service.check_instance("a", KEY + "a", "card-b")
+    toy.service.check_instance("a", KEY + "a", "")  # a client of an earlier version
+    for _ in range(3):
+        with pytest.raises(IdentityInUse, match="as 'second'"):
+            toy.service.check_instance("a", KEY + "a", "card-a")
+    assert caplog.text.count("two processes use the identity of client a") == 1
+    with pytest.raises(Unauthorized):
+        toy.service.check_instance("a", "another key, long enough", "card-a")
+    toy.service.register(toy_run.register_message("a", instance="card-a", name="first"))
+    toy.service.check_instance("a", KEY + "a", "card-a")
+
+
+# --- policy -----------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_changes_on_resume_and_stays(toy, caplog):
+    caplog.set_level("INFO")
+    toy.join("a")
+    assert isinstance(toy.assignment("a"), Wait)
+    again = toy.reopen(policy_changes={"min_clients": 1, "deadline_s": 30.0, "quorum": None})
+    assert "min_clients is now 1, was 2" in caplog.text
+    assert again.assignment("a").deadline_s == 30.0
+    third = again.reopen()
+    assert (third.run.policy.min_clients, third.run.policy.deadline_s, third.run.policy.rounds) == (1, 30.0, 2)
+    third.close()
+
+
+def test_an_invalid_policy_changes_nothing(toy):
+    toy.close()
+    with pytest.raises(ConfigError, match="min_clients is 0"):
+        Toy(toy.folder, policy_changes={"min_clients": 0})
+    again = Toy(toy.folder)
+    assert again.run.policy.min_clients == 2
+    again.close()
