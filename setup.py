@@ -1,13 +1,13 @@
-"""Builds edgefed, its native part where a C++ compiler is there, and its CUDA part where nvcc is there too.
+"""Builds edgefed, with its native library if there is a C++ compiler, and its CUDA library if there is also nvcc.
 
 Both are shared libraries with a plain C interface and no link to Python or torch, so one wheel serves every Python and
-every torch of a platform. Without a compiler the package is complete but slower, and says so. The CUDA part holds its
-own CUDA runtime and loads on a machine without a driver.
+every torch of a platform. Without a compiler the package is complete but slower, and says so. The CUDA library contains
+the CUDA runtime and loads on a machine without a driver.
 
     EDGEFED_NATIVE=0        build neither
-    EDGEFED_NATIVE=1        fail when the native part cannot be built
-    EDGEFED_CUDA=0          do not build the CUDA part
-    EDGEFED_CUDA=1          fail when the CUDA part cannot be built
+    EDGEFED_NATIVE=1        fail if the native library cannot be built
+    EDGEFED_CUDA=0          do not build the CUDA library
+    EDGEFED_CUDA=1          fail if the CUDA library cannot be built
     EDGEFED_CUDA_ARCHS=87   only for these GPUs, as in "80;87"; else for all of CUDA_ARCHS that nvcc knows
 """
 
@@ -24,14 +24,14 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
-# No contraction into fused multiply-add where the result must have the bits of its numpy or PyTorch specification.
+# No fused multiply-add where results must equal their numpy or PyTorch specification bit for bit.
 FLAGS_OF_FILE = {"fold.cpp": ["-ffp-contract=off"], "quantize.cpp": ["-ffp-contract=off"]}
 LINK_FLAGS = ["-shared", *(["-pthread", "-ldl"] if sys.platform == "linux" else [])]
 
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cu"))
 CUDA_ARCHS = (75, 80, 86, 87, 89, 90, 100, 110, 120)
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
-# The CUDA runtime's own symbols stay inside: torch brings another runtime into the process.
+# Hide the symbols of the CUDA runtime: torch loads another runtime into the process.
 CUDA_LINK_FLAGS = ["-shared", "--cudart=static", "-Xlinker", "--exclude-libs,ALL"]
 
 
@@ -63,7 +63,7 @@ class BuildNative(build_ext):
             self.warn(f"native part not built ({error}); edgefed works without it, aggregation is slower")
 
     def compile(self, compiler, sources, target):
-        """One object for each file, as many at once as there are cores, then the library."""
+        """Compile one object per file, as many in parallel as there are cores, then link the library."""
         folder = Path(self.build_temp) / "csrc"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -78,7 +78,7 @@ class BuildNative(build_ext):
         subprocess.check_call([*compiler, *objects, *LINK_FLAGS, "-o", str(target)])
 
     def build_cuda(self, ext):
-        """csrc/*.cu for every GPU that nvcc knows, and PTX of the last for those that come later."""
+        """Compile csrc/*.cu for every GPU that nvcc knows, and PTX of the last for later GPUs."""
         requested = os.environ.get("EDGEFED_CUDA", "auto")
         if requested == "0":
             print("edgefed: CUDA part left out (EDGEFED_CUDA=0)")
@@ -118,7 +118,7 @@ class BuildNative(build_ext):
 
 
 def find_nvcc():
-    """Path of nvcc, or None. Not on Windows, where the flags differ."""
+    """Return the path of nvcc, or None; always None on Windows, where the flags differ."""
     if os.name == "nt":
         return None
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
@@ -126,16 +126,16 @@ def find_nvcc():
 
 
 def choose_archs(nvcc, requested):
-    """Compute capabilities to compile for, ascending: those wished for, else all that this nvcc knows."""
+    """Return the compute capabilities to compile for, ascending: the requested ones, else all that this nvcc knows."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     known = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed]
     if not requested:
         return known
-    wanted = requested.replace(",", ";").split(";")
-    unknown = [arch for arch in wanted if f"compute_{arch}" not in listed]
+    chosen = requested.replace(",", ";").split(";")
+    unknown = [arch for arch in chosen if f"compute_{arch}" not in listed]
     if unknown:
         raise SystemExit(f"edgefed: EDGEFED_CUDA_ARCHS has {', '.join(unknown)}, this nvcc knows {', '.join(listed)}")
-    return sorted(map(int, wanted))
+    return sorted(map(int, chosen))
 
 
 class PlatformWheel(bdist_wheel):

@@ -77,9 +77,7 @@ def make_run(folder: Path, clients: int) -> None:
 
     units = (
         (
-            UnitInfo(
-                key=f"layers.{layer}.experts.{expert}", kind="expert", layer=layer, expert=expert, trainable=True
-            ),
+            UnitInfo(key=f"layers.{layer}.experts.{expert}", kind="expert", layer=layer, expert=expert, trainable=True),
             {name: tensor() for name in "ugd"},
         )
         for layer in range(LAYERS)
@@ -254,13 +252,13 @@ def crowd(url: str, clients: int, share: float) -> dict:
     seconds: dict[str, float] = {}
 
     def phase(name: str, work: Callable[[Member], object]) -> None:
-        faults: list[BaseException] = []
+        errors: list[BaseException] = []
 
         def guarded(member: Member) -> None:
             try:
                 work(member)
             except BaseException as error:
-                faults.append(error)
+                errors.append(error)
 
         threads = [threading.Thread(target=guarded, args=(member,)) for member in members]
         started = time.monotonic()
@@ -268,8 +266,8 @@ def crowd(url: str, clients: int, share: float) -> dict:
             thread.start()
         for thread in threads:
             thread.join()
-        if faults:
-            raise faults[0]
+        if errors:
+            raise errors[0]
         seconds[name] = time.monotonic() - started
 
     phase("register", Member.register)

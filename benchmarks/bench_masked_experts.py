@@ -2,13 +2,13 @@
 
     python benchmarks/bench_masked_experts.py --json benchmarks/results/masked_experts_cpu.json
     python benchmarks/bench_masked_experts.py --device cuda --json benchmarks/results/masked_experts_gpu.json
-    python benchmarks/bench_masked_experts.py --rehearse           the cases of a GPU on the CPU, small: do they run?
+    python benchmarks/bench_masked_experts.py --rehearse           small GPU cases on the CPU, to check that they run
     python benchmarks/bench_masked_experts.py --case nf4-1          one case, short
-    python benchmarks/bench_masked_experts.py --crossover           where tiles begin to beat rows
+    python benchmarks/bench_masked_experts.py --crossover           from which size tiles are faster than rows
 
 Every case times edgefed and its peers in turn and keeps the shortest. Its limit is
-max(bytes / bandwidth, operations / peak): bytes of the experts that are really hit, as they are stored, operations of
-the pairs that are really computed, bandwidth and peak of the same run. Inputs of one token rotate over eight sets of
+max(bytes / bandwidth, operations / peak): bytes of the experts that have tokens, as stored, operations of the
+computed pairs, bandwidth and peak of the same run. Inputs of one token rotate over eight sets of
 experts, so that weights come from memory and not from the cache. A GPU's cases are in `gpu_experts.py`.
 """
 
@@ -43,7 +43,7 @@ def swiglu(up: torch.Tensor) -> torch.Tensor:
 
 
 class Layer:
-    """One layer's weights, in every form; forms are made when they are asked for."""
+    """One layer's weights in every form; a form is made on first use."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16):
         torch.manual_seed(0)
@@ -123,7 +123,7 @@ def forward_case(layer: Layer, form: str, num_tokens: int, peers: tuple[str, ...
 def training_case(
     layer: Layer, trainable: int, frozen: int, peers: tuple[str, ...], machine: dict, reps: int, keep: bool | None
 ) -> dict:
-    """Forward and backward of 512 tokens: ``trainable`` bfloat16 experts, ``frozen`` NF4 ones, the rest absent."""
+    """Forward and backward of 512 tokens: ``trainable`` bfloat16 experts, ``frozen`` NF4 ones, others absent."""
     x, indices, weights = route(512, 0)
     x, weights = x.requires_grad_(), weights.requires_grad_()
     dense = layer.slots("bf16", trains=True)
@@ -180,7 +180,7 @@ def cases(layer: Layer, machine: dict, reps: int) -> dict[str, Callable[[], dict
 
 
 def crossover(repetitions: int) -> dict:
-    """Time of one 2048 x 2048 product by kernel and rows of x, ms: where ROWS_LIMIT comes from."""
+    """Time of one 2048 x 2048 product by kernel and rows of x, ms: the source of ROWS_LIMIT."""
     dense = torch.randn(8, HIDDEN, HIDDEN).mul_(0.02).to(torch.bfloat16)
     table: dict = {}
     chosen = native_products.choose_kernel

@@ -3,14 +3,14 @@
     python benchmarks/bench_memory_model.py --json benchmarks/results/memory_model.json
     python benchmarks/bench_memory_model.py --device cuda --json benchmarks/results/memory_model_cuda.json
 
-Random models of several families (tens of megabytes of parameters) train two steps under each of many plans: experts
-kept and trainable, evenly and unevenly, batch and sequence length, checkpointing, chunked loss, experts that do not learn
-in 4 or 8 bits. The first step of ONE plan, the reference, corrects the memory model; what it then says of every plan is
-compared with the peak that the allocator had in that plan's second step. Beside it: the same with each plan in turn as
-the reference, and the formulas alone. All of it with the kernels that training takes by itself, and again with those
-that ``--kernels`` names besides.
-Embeddings have unit variance, so that tokens differ and routers spread them over the experts as in a trained model; an
-expert that no token reaches takes no gradient, and the row says how many there were.
+Random models of several families (tens of megabytes of parameters) train two steps under many plans: resident and
+trainable experts, evenly and unevenly, batch and sequence length, checkpointing, chunked loss, frozen experts in 4 or
+8 bits. The first step of ONE plan, the reference, corrects the memory model; its prediction for every plan is then
+compared with the allocator's peak in that plan's second step. The same follows with each plan in turn as the reference,
+and with the formulas alone; all with the kernels that training chooses, and again with those of ``--kernels``.
+
+Embeddings have unit variance, so that tokens differ and routers spread them over the experts as in a trained model. An
+expert without tokens gets no gradient; each row has the number of such experts.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ SAVINGS = ((True, False), (False, True), (True, True))
 class Plan:
     """Experts per MoE layer, and how the step is done."""
 
-    kept: tuple[int, ...]
+    resident: tuple[int, ...]
     trainable: tuple[int, ...]
     batch_size: int = 2
     sequence_length: int = 256
@@ -107,8 +107,8 @@ class Row:
 def plans(num_layers: int, experts: int, top_k: int) -> Iterator[Plan]:
     """The reference first, then what differs from it."""
 
-    def even(kept: int, trainable: int, **how: object) -> Plan:
-        return Plan((kept,) * num_layers, (trainable,) * num_layers, **how)
+    def even(resident: int, trainable: int, **how: object) -> Plan:
+        return Plan((resident,) * num_layers, (trainable,) * num_layers, **how)
 
     half, quarter = experts // 2, max(1, experts // 4)
     yield even(half, quarter)
@@ -121,10 +121,10 @@ def plans(num_layers: int, experts: int, top_k: int) -> Iterator[Plan]:
     yield Plan(uneven, tuple(max(1, count // 2) for count in uneven))
     for batch_size, sequence_length in LENGTHS:
         yield even(half, quarter, batch_size=batch_size, sequence_length=sequence_length)
-    for (checkpointing, chunked), (kept, trainable) in itertools.product(
+    for (checkpointing, chunked), (resident, trainable) in itertools.product(
         SAVINGS, ((half, quarter), (experts, experts))
     ):
-        yield even(kept, trainable, checkpointing=checkpointing, chunked_loss=chunked)
+        yield even(resident, trainable, checkpointing=checkpointing, chunked_loss=chunked)
     yield even(half, quarter, expert_storage="nf4")
     yield even(experts, 2, expert_storage="nf4", checkpointing=True, chunked_loss=True)
     yield even(experts, 2, expert_storage="int8")
@@ -152,7 +152,7 @@ def measure_family(family: str, dtype: str, mode: str, device: str) -> tuple[Mod
         experts = ExpertPlan.of(
             model.experts_per_layer,
             [range(count) for count in plan.trainable],
-            [range(trainable, kept) for kept, trainable in zip(plan.kept, plan.trainable, strict=True)],
+            [range(trainable, resident) for resident, trainable in zip(plan.resident, plan.trainable, strict=True)],
         )
         model.apply_plan(experts, source, scope, storage=plan.expert_storage)
         rows.append(measure_plan(model, plan, shape, dtype, mode, device))
@@ -197,7 +197,7 @@ def predict(shape: ModelShape, rows: list[Row], reference: Row | None) -> list[f
     """Predicted over measured peak of every row."""
     correction = correction_from(reference.first, shape, reference.setup) if reference else None
     return [
-        training_memory(shape, row.setup, row.plan.kept, row.plan.trainable, correction).total_bytes
+        training_memory(shape, row.setup, row.plan.resident, row.plan.trainable, correction).total_bytes
         / row.second.peak_bytes
         for row in rows
     ]

@@ -158,7 +158,7 @@ def measure_losses(args: argparse.Namespace) -> list[dict]:
 
 @torch.no_grad()
 def profile(model: MoeModel, blocks: TokenBlocks) -> ActivationProfile:
-    """The router record with attention of the model as it is."""
+    """Profile the model as it is, with attention."""
     with model.record_statistics(attention=True) as recorder:
         for input_ids, _ in blocks.batches(8):
             model.module(input_ids=input_ids, use_cache=False, logits_to_keep=1)
@@ -166,7 +166,7 @@ def profile(model: MoeModel, blocks: TokenBlocks) -> ActivationProfile:
 
 
 def most_used(record: ActivationProfile, share: float) -> ExpertPlan:
-    """The most used ``share`` of all experts trainable, nothing else held."""
+    """Plan the most used ``share`` of all experts as trainable, and no other resident expert."""
     ranked = sorted(
         ((-frequency, layer, expert) for layer, row in enumerate(record.layers) for expert, frequency in
          enumerate(row.frequency.tolist())),
@@ -265,8 +265,9 @@ def measure_clustering(layers: int, experts: int, slots: int, components: int, r
 
 
 def masked_kmeans(points: list[np.ndarray], counts: list[int], iterations: int = 20) -> np.ndarray:
-    """The paper's picture taken literally: all experts against all centres, pairs of different layers masked. Starts
-    from the first points of each layer, without k-means++, and mends no empty cluster: less work than the others do.
+    """K-means as the paper draws it: all experts against all centres, with pairs of different layers masked.
+
+    Starts from the first points of each layer, without k-means++, and leaves clusters empty: less work than the others.
     """
     x = np.concatenate(points)
     owner = np.repeat(np.arange(len(points)), [len(p) for p in points])

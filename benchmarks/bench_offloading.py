@@ -1,4 +1,4 @@
-"""Offloaded experts on a CPU: memory predicted and measured, and what a step takes, beside the same step without.
+"""Offloaded experts on a CPU: predicted and measured memory, and the time of a step with and without offloading.
 
     python benchmarks/bench_offloading.py --json benchmarks/results/offloading.json
 

@@ -1,8 +1,8 @@
-"""Quantising and dequantising experts, beside bitsandbytes where it is installed.
+"""Quantizing and dequantizing experts, beside bitsandbytes if it is installed.
 
     python benchmarks/bench_quantize.py --json benchmarks/results/quantize.json
     python benchmarks/bench_quantize.py --device cuda --json benchmarks/results/quantize_gpu.json
-    python benchmarks/bench_quantize.py --rehearse       what a GPU would run, small and on the CPU: does it run?
+    python benchmarks/bench_quantize.py --rehearse       small GPU cases on the CPU, to check that they run
 
 Rates are millions of parameters a second of one 2048 x 2048 matrix (GPU: a stack of 64), the shortest of runs in turn.
 The limit is what reading the weights and writing the result takes at the bandwidth of the same run.

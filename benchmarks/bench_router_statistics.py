@@ -1,8 +1,8 @@
-"""The profiling record of one MoE layer: microseconds a batch, beside what the router does anyway.
+"""Router statistics of one MoE layer: microseconds a batch, beside the router itself.
 
     python benchmarks/bench_router_statistics.py --json benchmarks/results/router_statistics.json
     python benchmarks/bench_router_statistics.py --device cuda --json benchmarks/results/router_statistics_gpu.json
-    python benchmarks/bench_router_statistics.py --rehearse       what a GPU would run, on the CPU: does it run?
+    python benchmarks/bench_router_statistics.py --rehearse       GPU cases on the CPU, to check that they run
 
 ``router`` is the softmax and top-k that the model itself computes; ``native`` (a GPU's: ``triton``, ``cuda``) and
 ``reference`` come on top of it.

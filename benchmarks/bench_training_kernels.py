@@ -1,4 +1,4 @@
-"""Seconds of processor time of a training step with the reference and with what training takes by itself, in turns.
+"""CPU seconds of a training step with the reference and with the kernels that training chooses, in turns.
 
     python benchmarks/bench_training_kernels.py --json benchmarks/results/training_kernels.json
 

@@ -1,4 +1,4 @@
-"""What the processor gives at most, measured in the run of a benchmark: bytes read and operations, for a second."""
+"""Limits of the processor, measured in the run of a benchmark: bytes read and operations per second."""
 
 from __future__ import annotations
 

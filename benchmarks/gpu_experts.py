@@ -1,8 +1,8 @@
-"""The cases of `bench_masked_experts.py --device cuda`: one OLMoE layer on a GPU, beside what others make of it.
+"""The cases of `bench_masked_experts.py --device cuda`: one OLMoE layer on a GPU, beside other implementations.
 
     edgefed-triton, edgefed-cuda   every backend of masked experts that can run here
     grouped_mm, eager              transformers' own, on bfloat16 weights
-    bitsandbytes                   NF4 stacks dequantised whole, then grouped_mm: what its parametrisation does
+    bitsandbytes                   whole NF4 stacks dequantized, then grouped_mm, as its parametrization does
 
 A limit is max(bytes / bandwidth, operations / rate) with both of the same run, bytes of the distinct experts that are
 hit as they are stored, operations of the pairs that are computed. Times are of the device, with a cold cache; those of
@@ -53,7 +53,7 @@ def swiglu(up: torch.Tensor) -> torch.Tensor:
 
 
 def backends(device: str) -> list[str]:
-    """Those that can run here, other than the reference. Raises SystemExit where there is none."""
+    """Return the backends that can run here, except the reference. Raises SystemExit without any."""
     names = {"triton": dispatch.why_not_triton, "cuda": dispatch.why_not_cuda}
     if device == "cpu":
         names = {"native": dispatch.why_not_native}
@@ -68,7 +68,7 @@ def backends(device: str) -> list[str]:
 
 
 class Layer:
-    """One layer's weights, in every form; forms are made when they are asked for."""
+    """One layer's weights in every form; a form is made on first use."""
 
     def __init__(self, size: Size, device: str):
         torch.manual_seed(0)
@@ -111,7 +111,7 @@ class Layer:
         return self.experts(x, indices, weights)
 
     def bitsandbytes(self, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Dequantise the whole stacks, then multiply."""
+        """Dequantize the whole stacks, then multiply."""
         import bitsandbytes.functional as functional
         from torch.nn.utils import stateless
 
@@ -185,7 +185,7 @@ def training_case(
     layer: Layer, trainable: int, frozen: int, adapters: bool, peers: tuple[str, ...], watch: Stopwatch, machine: dict,
     repetitions: int,
 ) -> dict:  # fmt: skip
-    """Forward and backward: ``trainable`` bfloat16 experts, ``frozen`` NF4 ones (with ``adapters``), the rest absent."""
+    """Forward and backward: ``trainable`` bfloat16 experts, ``frozen`` NF4 ones (with ``adapters``), others absent."""
     size, device = layer.size, layer.device
     x, indices, weights = route(size, size.training_tokens, 0, device)
     x, weights = x.requires_grad_(), weights.requires_grad_()
@@ -194,11 +194,11 @@ def training_case(
     slots = [*dense[:trainable], *(layer.with_adapters(packed) if adapters else packed)]
     slot_indices = torch.where(indices < trainable + frozen, indices, -1)
     gradient = torch.randn_like(x)
-    learning = [t for s in slots for p in (s.up_lora, s.down_lora) if p for t in (p.lora_a, p.lora_b)]
-    learning += [t for slot in dense for t in (slot.up, slot.down)]
+    trained = [t for s in slots for p in (s.up_lora, s.down_lora) if p for t in (p.lora_a, p.lora_b)]
+    trained += [t for slot in dense for t in (slot.up, slot.down)]
 
     def clear() -> None:
-        for tensor in (x, weights, *learning):
+        for tensor in (x, weights, *trained):
             tensor.grad = None
         layer.experts.zero_grad(set_to_none=True)
 

@@ -1,4 +1,4 @@
-"""What a GPU gives at most, and how calls on it are timed: by its own events, cold, in turn.
+"""Limits of a GPU, and the timing of calls on it: by CUDA events, with a cold cache, in turn.
 
 `Stopwatch` is also for the CPU, for rehearsals: the same calls with small shapes show that a benchmark runs.
 """

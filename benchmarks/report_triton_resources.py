@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of every Triton kernel on every device it is meant for. Needs triton, no GPU.
+"""Registers, spills and shared memory of every Triton kernel by target device. Needs triton, but no GPU.
 
     python benchmarks/report_triton_resources.py --save          # all of it, into results/triton_resources.json
     python benchmarks/report_triton_resources.py --only "87:grouped_matmul nf4"   # what starts like this, to stdout

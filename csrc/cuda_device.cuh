@@ -1,4 +1,4 @@
-// What the CUDA kernels share: number types, 16-byte loads, the search in a work list.
+// Shared by the CUDA kernels: number types, 16-byte loads, the search in a work list.
 // tests/kernels/cuda_emulator has headers of the same names, so that g++ can build all of this for a CPU.
 #pragma once
 
@@ -35,7 +35,7 @@ EF_BOTH const int32_t* tiles_of(const int32_t* work, int64_t num_slots) { return
 
 EF_BOTH int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Most row tiles that `pairs` positions of `slots` slots can be cut into, whatever their distribution: the host knows no
+// Largest number of row tiles of `pairs` positions in `slots` slots, for any distribution: the host does not know the
 // counts. A slot of c > 0 rows has ceil(c / rows) <= (c + rows - 1) / rows tiles, and at most c.
 EF_BOTH int64_t most_tiles(int64_t pairs, int64_t slots, int64_t rows) {
   const int64_t bound = (pairs + slots * (rows - 1)) / rows;
@@ -152,7 +152,7 @@ EF_DEVICE void store_eight(T* to, const float* values) {
   }
 }
 
-// --- quantised weights --------------------------------------------------------------------------------------------
+// --- quantized weights --------------------------------------------------------------------------------------------
 
 // Sixteen words of shared memory lie in sixteen banks, and lanes that read the same word share one read: a look-up with
 // any pattern of codes takes one pass.
@@ -190,19 +190,19 @@ EF_DEVICE float int8_value(float code, float absmax) { return code * absmax * kI
 class OnDevice {
  public:
   explicit OnDevice(int32_t device) {
-    fault_ = cudaGetDevice(&before_);
-    if (fault_ == cudaSuccess && before_ != device) fault_ = cudaSetDevice(device);
-    changed_ = fault_ == cudaSuccess && before_ != device;
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
+    changed_ = error_ == cudaSuccess && before_ != device;
   }
   ~OnDevice() {
     if (changed_) cudaSetDevice(before_);
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
-  int32_t fault() const { return static_cast<int32_t>(fault_); }
+  int32_t error() const { return static_cast<int32_t>(error_); }
 
  private:
-  cudaError_t fault_ = cudaSuccess;
+  cudaError_t error_ = cudaSuccess;
   int before_ = 0;
   bool changed_ = false;
 };

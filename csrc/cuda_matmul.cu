@@ -11,7 +11,7 @@ constexpr int kSide = 16;            // threads are 16 x 16
 constexpr int kEach = kTile / kSide;  // a thread has 4 x 4 sums, 16 apart
 constexpr int kThreads = kSide * kSide;
 
-// W[row, column] of a matrix with `width` columns, as the dequantised matrix of dtype T has it.
+// W[row, column] of a matrix with `width` columns, as the dequantized matrix of dtype T has it.
 template <typename T>
 EF_DEVICE float weight_at(const EfCudaMatrix& matrix, const float* table, int64_t row, int64_t column, int64_t width) {
   const int64_t at = row * width + column;
@@ -145,10 +145,10 @@ bool known_format(int32_t format, int32_t blocksize, int32_t dtype) {
 
 int32_t capability_of(int32_t device, int32_t* capability) {
   int major = 0, minor = 0;
-  cudaError_t fault = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (fault == cudaSuccess) fault = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   *capability = 10 * major + minor;
-  return static_cast<int32_t>(fault);
+  return static_cast<int32_t>(error);
 }
 
 bool fits_tiles_outer(int32_t dtype, int64_t m, int64_t n, int32_t capability) {
@@ -213,10 +213,10 @@ int32_t ef_cuda_grouped_matmul(const EfCudaMatrix* matrices, int64_t num_slots, 
       return EF_UNSUPPORTED;
   }
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   int32_t capability = 0;
-  const int32_t fault = capability_of(device, &capability);
-  if (fault != 0) return fault;
+  const int32_t error = capability_of(device, &capability);
+  if (error != 0) return error;
   for (int64_t first = 0; first < num_slots; first += kSlotsPerLaunch) {
     SlotTable table = {};
     table.first = static_cast<int32_t>(first);
@@ -239,7 +239,7 @@ int32_t ef_cuda_grouped_matmul(const EfCudaMatrix* matrices, int64_t num_slots, 
                        ef_cuda_can_matmul(format, matrix.blocksize, dtype, n, k, transposed, each, capability);
       }
       if (!any) continue;
-      // The wish, or else the next more general kernel.
+      // The requested kernel, or else the next more general one.
       int32_t chosen = kernel;
       if (chosen == EF_CUDA_ROWS && !fits[EF_CUDA_ROWS]) chosen = EF_CUDA_TILES;
       if (chosen == EF_CUDA_TILES && !fits[EF_CUDA_TILES]) chosen = EF_CUDA_PLAIN;
@@ -269,10 +269,10 @@ int32_t ef_cuda_grouped_outer(void* const* outputs, const float* alphas, int64_t
   if (dtype != EF_F32 && dtype != EF_F16 && dtype != EF_BF16) return EF_UNKNOWN_DTYPE;
   if (ceil_div(m, kTile) > kMostBlocksY || ceil_div(n, kTile) > kMostBlocksX) return EF_UNSUPPORTED;
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   int32_t capability = 0;
-  const int32_t fault = capability_of(device, &capability);
-  if (fault != 0) return fault;
+  const int32_t error = capability_of(device, &capability);
+  if (error != 0) return error;
   const Outer outer = {positions_of(work), a, b, b_rows, m, n};
   for (int64_t first = 0; first < num_slots; first += kSlotsPerLaunch) {
     OuterTable table = {};

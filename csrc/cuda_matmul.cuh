@@ -1,11 +1,11 @@
-// What the kernels of grouped products share; ef_cuda_grouped_matmul (cuda_matmul.cu) chooses among them.
+// Shared by the kernels of grouped products; ef_cuda_grouped_matmul (cuda_matmul.cu) chooses one.
 #pragma once
 
 #include "cuda_device.cuh"
 
 namespace edgefed {
 
-// The matrices of up to 64 neighbouring slots, handed to a kernel by value: nothing to copy, to keep alive or to wait
+// The matrices of up to 64 neighbouring slots, passed to a kernel by value: nothing to copy, to keep alive or to wait
 // for. 4096 bytes is the limit for all parameters of a kernel.
 constexpr int kSlotsPerLaunch = 64;
 

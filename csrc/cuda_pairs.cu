@@ -174,11 +174,11 @@ int32_t ef_cuda_abi_version(void) { return EF_CUDA_ABI_VERSION; }
 
 int32_t ef_cuda_device_ready(int32_t device) {
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   cudaFuncAttributes attributes;
-  const int32_t fault = static_cast<int32_t>(cudaFuncGetAttributes(&attributes, sort_few_kernel));
+  const int32_t error = static_cast<int32_t>(cudaFuncGetAttributes(&attributes, sort_few_kernel));
   cudaGetLastError();  // the answer above is the only trace this leaves
-  return fault;
+  return error;
 }
 
 const char* ef_cuda_error_text(int32_t code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
@@ -193,7 +193,7 @@ int32_t ef_cuda_sort_pairs(const int64_t* slots, int64_t pairs, int64_t num_slot
   if (pairs < 0 || pairs > kMostBlocksX - kChunk || num_slots < 0 || num_slots > kMostBlocksX || top_k < 1)
     return EF_UNSUPPORTED;
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   const int32_t chunks = static_cast<int32_t>(ceil_div(pairs, kChunk));
   const Sort sort = {slots, static_cast<int32_t>(pairs), static_cast<int32_t>(num_slots), top_k, chunks,
                      order, tokens, place, work, scratch};
@@ -212,7 +212,7 @@ int32_t ef_cuda_combine(const void* rows, const int32_t* place, const float* wei
   if (tokens > kMostBlocksX) return EF_UNSUPPORTED;
   if (tokens <= 0 || hidden <= 0) return EF_OK;
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   return with_cuda_dtype(dtype, [&](auto type) -> int32_t {
     using T = decltype(type);
     EF_LAUNCH(combine_kernel<T>, static_cast<unsigned>(tokens), kRowThreads, stream, static_cast<const T*>(rows), place,
@@ -227,7 +227,7 @@ int32_t ef_cuda_spread(const void* y, const int32_t* order, const int32_t* token
   if (pairs > kMostBlocksX) return EF_UNSUPPORTED;
   if (pairs <= 0 || hidden <= 0) return EF_OK;
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   return with_cuda_dtype(dtype, [&](auto type) -> int32_t {
     using T = decltype(type);
     EF_LAUNCH(spread_kernel<T>, static_cast<unsigned>(pairs), kRowThreads, stream, static_cast<const T*>(y), order,
@@ -242,7 +242,7 @@ int32_t ef_cuda_pair_dots(void* a, const void* b, const int32_t* b_rows, const i
   if (pairs > kMostBlocksX) return EF_UNSUPPORTED;
   if (pairs <= 0) return EF_OK;
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   return with_cuda_dtype(dtype, [&](auto type) -> int32_t {
     using T = decltype(type);
     const auto blocks = static_cast<unsigned>(ceil_div(pairs, kRowThreads / kWarp));

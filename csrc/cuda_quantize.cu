@@ -16,8 +16,8 @@ EF_DEVICE float warp_largest(float value) {
   return value;
 }
 
-EF_DEVICE void report(uint64_t* fault, int64_t at) {
-  atomicMin(reinterpret_cast<unsigned long long*>(fault), static_cast<unsigned long long>(at));
+EF_DEVICE void report(uint64_t* error, int64_t at) {
+  atomicMin(reinterpret_cast<unsigned long long*>(error), static_cast<unsigned long long>(at));
 }
 
 // How many of the 15 bounds between neighbouring codes lie below the value.
@@ -38,7 +38,7 @@ EF_DEVICE uint32_t nf4_code(float value) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quantize_nf4_kernel(const T* values, int64_t n, int64_t blocksize, uint8_t* packed, float* absmax,
-                        uint64_t* fault) {
+                        uint64_t* error) {
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   const int64_t begin = block * blocksize;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   float largest = 0.0f;
   for (int64_t i = lane; i < size; i += kWarp) {
     const float value = to_float(values[begin + i]);
-    if (!is_finite(value)) report(fault, block);
+    if (!is_finite(value)) report(error, block);
     largest = fmaxf(largest, fabsf(value));
   }
   largest = warp_largest(largest);
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quantize_int8_kernel(const T* values, int64_t rows, int64_t columns, int8_t* packed, float* absmax,
-                         uint64_t* fault) {
+                         uint64_t* error) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (row >= rows) return;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
   float largest = 0.0f;
   for (int64_t i = lane; i < columns; i += kWarp) {
     const float value = __half2float(__float2half_rn(to_float(source[i])));
-    if (!is_finite(value)) report(fault, row);
+    if (!is_finite(value)) report(error, row);
     largest = fmaxf(largest, fabsf(value));
   }
   largest = warp_largest(largest);
@@ -122,32 +122,32 @@ using namespace edgefed;
 extern "C" {
 
 int32_t ef_cuda_quantize_nf4(const void* values, int32_t dtype, int64_t n, int64_t blocksize, uint8_t* packed,
-                             float* absmax, uint64_t* fault, int32_t device, void* stream) {
+                             float* absmax, uint64_t* error, int32_t device, void* stream) {
   if (blocksize < 2 || blocksize % 2) return EF_UNSUPPORTED;
   if (n <= 0) return EF_OK;
   const int64_t blocks = ceil_div(ceil_div(n, blocksize), kWarps);
   if (blocks > kMostBlocksX) return EF_UNSUPPORTED;
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   return with_cuda_dtype(dtype, [&](auto type) -> int32_t {
     using T = decltype(type);
     EF_LAUNCH(quantize_nf4_kernel<T>, static_cast<unsigned>(blocks), kThreads, stream, static_cast<const T*>(values), n,
-              blocksize, packed, absmax, fault);
+              blocksize, packed, absmax, error);
     return launched();
   });
 }
 
 int32_t ef_cuda_quantize_int8(const void* values, int32_t dtype, int64_t rows, int64_t columns, int8_t* packed,
-                              float* absmax, uint64_t* fault, int32_t device, void* stream) {
+                              float* absmax, uint64_t* error, int32_t device, void* stream) {
   if (rows <= 0) return EF_OK;
   const int64_t blocks = ceil_div(rows, kWarps);
   if (blocks > kMostBlocksX) return EF_UNSUPPORTED;
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   return with_cuda_dtype(dtype, [&](auto type) -> int32_t {
     using T = decltype(type);
     EF_LAUNCH(quantize_int8_kernel<T>, static_cast<unsigned>(blocks), kThreads, stream, static_cast<const T*>(values),
-              rows, columns, packed, absmax, fault);
+              rows, columns, packed, absmax, error);
     return launched();
   });
 }
@@ -159,7 +159,7 @@ int32_t ef_cuda_dequantize_nf4(const uint8_t* packed, const float* absmax, int64
   const int64_t blocks = ceil_div(ceil_div(n, 2), kThreads);
   if (blocks > kMostBlocksX) return EF_UNSUPPORTED;
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   return with_cuda_dtype(dtype, [&](auto type) -> int32_t {
     using T = decltype(type);
     EF_LAUNCH(dequantize_nf4_kernel<T>, static_cast<unsigned>(blocks), kThreads, stream, packed, absmax, n, blocksize,
@@ -174,7 +174,7 @@ int32_t ef_cuda_dequantize_int8(const int8_t* packed, const float* absmax, int64
   const int64_t blocks = ceil_div(rows * columns, kThreads);
   if (blocks > kMostBlocksX) return EF_UNSUPPORTED;
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   return with_cuda_dtype(dtype, [&](auto type) -> int32_t {
     using T = decltype(type);
     EF_LAUNCH(dequantize_int8_kernel<T>, static_cast<unsigned>(blocks), kThreads, stream, packed, absmax,

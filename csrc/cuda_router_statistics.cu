@@ -136,9 +136,9 @@ int32_t ef_cuda_router_statistics(double* statistics, const void* router, int32_
   if (experts > kMostBlocksX || top_k < 0 || kind < EF_CUDA_PROBABILITY || kind > EF_CUDA_SIGMOID)
     return EF_UNSUPPORTED;
   const OnDevice here(device);
-  if (here.fault() != 0) return here.fault();
+  if (here.error() != 0) return here.error();
   const int64_t share = tokens_of_block(tokens), blocks = ceil_div(tokens, share);
-  const int32_t fault = with_cuda_dtype(router_dtype, [&](auto type) -> int32_t {
+  const int32_t error = with_cuda_dtype(router_dtype, [&](auto type) -> int32_t {
     using Router = decltype(type);
     const Router* rows = static_cast<const Router*>(router);
     const auto blocks_x = static_cast<unsigned>(blocks);
@@ -155,7 +155,7 @@ int32_t ef_cuda_router_statistics(double* statistics, const void* router, int32_
     }
     return launched();
   });
-  if (fault != EF_OK) return fault;
+  if (error != EF_OK) return error;
   EF_LAUNCH(add_statistics_kernel, static_cast<unsigned>(ceil_div(kRows * experts, kThreads)), kThreads, stream,
             partials, blocks, experts, statistics);
   return launched();

@@ -1,5 +1,5 @@
-// The C interface of edgefed's native part: plain C types, no link to Python or torch, loaded with ctypes.
-// edgefed/native.py declares the same functions; raise EF_ABI_VERSION when a signature changes.
+// The C interface of edgefed's native library: plain C types, no link to Python or torch, loaded with ctypes.
+// edgefed/native.py declares the same functions; increase EF_ABI_VERSION when a signature changes.
 #pragma once
 
 #include <stdint.h>
@@ -18,7 +18,7 @@ enum EfDtype { EF_F64 = 0, EF_F32 = 1, EF_F16 = 2, EF_BF16 = 3 };
 // How the weights of an expert are stored: an EfDtype, or one of these (see edgefed/kernels/quantization.py).
 enum EfFormat { EF_NF4 = 16, EF_INT8 = 17 };
 
-// Instruction sets that kernels are written for; EF_ISA_BEST takes the best that this processor has.
+// Instruction sets that have kernels; EF_ISA_BEST selects the best of this processor.
 enum EfIsa {
   EF_ISA_BEST = -1,
   EF_ISA_SCALAR = 0,
@@ -30,16 +30,16 @@ enum EfIsa {
 
 // Which kernel of ef_grouped_matmul to run.
 enum EfKernel {
-  EF_ROWS = 0,       // weights decoded on the way, dot products: few rows of x for each expert
+  EF_ROWS = 0,       // dot products with weights decoded on the fly: few rows of x for each expert
   EF_ROWS_INT8 = 1,  // the same for INT8 weights, x rounded to 8 bits row by row
   EF_TILES = 2,      // bfloat16 panels of decoded weights, register tiles: many rows of x
   EF_TILES_INT8 = 3,
 };
 
-// What a router's numbers are; see edgefed/kernels/router_statistics.py.
+// Kind of a router's output; see edgefed/kernels/router_statistics.py.
 enum EfGate { EF_PROBABILITY = 0, EF_SOFTMAX = 1, EF_SIGMOID = 2 };
 
-enum EfFault {
+enum EfError {
   EF_OK = 0,
   EF_UNKNOWN_DTYPE = -2,
   EF_UNSUPPORTED = -3,  // this instruction set, format or shape has no such kernel
@@ -47,7 +47,7 @@ enum EfFault {
   EF_BAD_INDEX = -5,
 };
 
-// The rows row_begin .. row_begin + row_count of x (after x_rows) meet this expert's matrix (rows, columns).
+// The rows row_begin .. row_begin + row_count of x (after x_rows) and this expert's matrix (rows, columns).
 struct EfGroup {
   const void* data;    // dense values, packed NF4 nibbles or int8, row-major
   const float* scale;  // absmax: NF4 of each block of the matrix, INT8 of each row; NULL for dense values
@@ -67,21 +67,21 @@ EF_API int ef_abi_version(void);
 EF_API int64_t ef_first_nonfinite(const void* raw, int32_t dtype, int64_t n);
 
 // accumulator[i] += weight * raw[i] in double: one rounding for the product, one for the sum.
-// Returns what ef_first_nonfinite returns; the accumulator is untouched unless that is -1.
+// Returns the result of ef_first_nonfinite; the accumulator is unchanged unless that is -1.
 EF_API int64_t ef_fold_block(double* accumulator, const void* raw, int32_t dtype, int64_t n, double weight);
 
 // out[i] = accumulator[i] rounded to dtype, to nearest, ties to even. bfloat16 rounds through float32, as
 // edgefed.protocol.frames.narrow does. Returns 0, or -2 for an unknown dtype.
 EF_API int64_t ef_narrow_block(const double* accumulator, void* out, int32_t dtype, int64_t n);
 
-// --- quantisation: edgefed/kernels/quantization.py is the specification -----------------------------------------
+// --- quantization: edgefed/kernels/quantization.py is the specification -----------------------------------------
 
 // The best instruction set of this processor, and whether one of EfIsa can run here.
 EF_API int32_t ef_best_isa(void);
 EF_API int32_t ef_has_isa(int32_t isa);
 
 // One tensor of n values to packed ((n + 1) / 2) and absmax (one for each block; the last may be short).
-// Returns EF_OK, EF_UNKNOWN_DTYPE, or 1 + the index of the first block that holds an infinity or NaN.
+// Returns EF_OK, EF_UNKNOWN_DTYPE, or 1 + the index of the first block with an infinity or NaN.
 EF_API int64_t ef_quantize_nf4(const void* values, int32_t dtype, int64_t n, int64_t blocksize, uint8_t* packed,
                                float* absmax, int32_t isa, int32_t threads);
 // A matrix to int8 with one absmax for each row. Returns as above, with rows in place of blocks.
@@ -99,9 +99,9 @@ EF_API int64_t ef_unnest_scales(const uint8_t* codes, const float* absmax, const
 
 // --- masked experts: edgefed/kernels/masked_experts.py ----------------------------------------------------------
 
-// Stable counting sort of the pairs by slot, dropped ones (slot < 0) left out.
-// slots (pairs); order (kept) indices of pairs by slot; place (pairs) position of a pair in order, -1 if dropped;
-// counts (num_slots). Returns the number kept, or EF_BAD_INDEX when a slot >= num_slots.
+// Stable counting sort of the pairs by slot, without the dropped ones (slot < 0).
+// slots (pairs); order (the remaining pairs) indices of pairs by slot; place (pairs) position of a pair in order, -1 if
+// dropped; counts (num_slots). Returns the number of remaining pairs, or EF_BAD_INDEX if a slot >= num_slots.
 EF_API int64_t ef_sort_pairs(const int64_t* slots, int64_t pairs, int64_t num_slots, int64_t* order, int64_t* place,
                              int64_t* counts);
 
@@ -134,8 +134,8 @@ EF_API int64_t ef_swiglu_backward(const void* up, const void* d, const float* we
 
 // --- router statistics: edgefed/kernels/router_statistics.py ----------------------------------------------------
 
-// statistics (6, experts) float64 += one batch. router (tokens, experts) is what the router says of each expert:
-// probabilities (EF_PROBABILITY), or logits of a softmax or of a normalised sigmoid; indices and weights (tokens,
+// statistics (6, experts) float64 += one batch. router (tokens, experts) is the router's output for each expert:
+// probabilities (EF_PROBABILITY), or logits of a softmax or of a normalized sigmoid; indices and weights (tokens,
 // top_k). Returns EF_OK, or EF_BAD_INDEX with nothing added when an index lies outside the experts.
 EF_API int64_t ef_router_statistics(double* statistics, const void* router, int32_t router_dtype, int32_t kind,
                                     const int64_t* indices, const void* weights, int32_t weights_dtype, int64_t tokens,
@@ -143,8 +143,8 @@ EF_API int64_t ef_router_statistics(double* statistics, const void* router, int3
 
 // --- limits -----------------------------------------------------------------------------------------------------
 
-// Runs the multiply-adds of a dtype (EF_F32, EF_BF16, EF_INT8) on registers. Returns how many operations (two for each
-// multiply-add) that was, to be divided by the time it took; EF_UNSUPPORTED where this processor has none.
+// Runs the multiply-adds of a dtype (EF_F32, EF_BF16, EF_INT8) on registers. Returns the number of operations (two for
+// each multiply-add), or EF_UNSUPPORTED if this processor lacks them.
 EF_API int64_t ef_arithmetic_steps(int32_t dtype, int64_t steps, int32_t threads);
 
 #ifdef __cplusplus

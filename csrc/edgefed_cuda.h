@@ -1,16 +1,16 @@
-// The C interface of edgefed's CUDA part, edgefed/_cuda.so: like edgefed.h plain C types, no link to Python or torch.
-// edgefed/kernels/cuda_library.py declares the same functions; raise EF_CUDA_ABI_VERSION when a signature changes.
+// The C interface of edgefed's CUDA library, edgefed/_cuda.so: plain C types, no link to Python or torch.
+// edgefed/kernels/cuda_library.py declares the same functions; increase EF_CUDA_ABI_VERSION when a signature changes.
 //
-// Every function enqueues its kernels on `stream` of `device` and returns at once: nothing here waits for the device,
-// copies to the host or allocates. Pointers are device pointers unless said otherwise. The result is EF_OK, a negative
-// EfFault, or a positive cudaError_t. No kernel adds floating point numbers in an order that is not fixed.
+// Every function enqueues its kernels on `stream` of `device` and returns immediately: nothing here waits for the
+// device, copies to the host or allocates. Pointers are device pointers unless stated otherwise. The result is EF_OK, a negative
+// EfError, or a positive cudaError_t. Every kernel adds floating point numbers in a fixed order.
 #pragma once
 
 #include "edgefed.h"
 
 #define EF_CUDA_ABI_VERSION 1
 
-// The weights that one slot brings to a product. data NULL: the slot takes no part, its rows of y are left alone.
+// The operand of one slot in a product. data NULL: the slot is skipped, and its rows of y stay unchanged.
 struct EfCudaMatrix {
   const void* data;    // as EfGroup.data
   const float* scale;  // as EfGroup.scale
@@ -21,14 +21,14 @@ struct EfCudaMatrix {
   int32_t block_shift;  // NF4: log2(blocksize), set by the library
 };
 
-// Which kernel computes a product, the most special one first.
+// The kernel of a product, the most specialized one first.
 enum EfCudaKernel {
-  EF_CUDA_ROWS = 0,   // few rows for each expert: dot products with weights that are decoded on the way
+  EF_CUDA_ROWS = 0,   // few rows for each expert: dot products with weights decoded on the fly
   EF_CUDA_TILES = 1,  // tensor cores, tiles of 64 x 64
   EF_CUDA_PLAIN = 2,  // any shape, format and device
 };
 
-// How the gate G follows from what a router says, in the order of GATE_KINDS of edgefed/kernels/router_statistics.py.
+// How the gate G is computed from a router's output, in the order of GATE_KINDS (edgefed/kernels/router_statistics.py).
 enum EfCudaGate {
   EF_CUDA_PROBABILITY = 0,
   EF_CUDA_SOFTMAX = 1,
@@ -44,9 +44,9 @@ extern "C" {
 #endif
 
 EF_API int32_t ef_cuda_abi_version(void);
-// EF_OK when kernels of this library can run on the device, else the cudaError_t that says why not.
+// EF_OK if the kernels of this library can run on the device, else a cudaError_t with the reason.
 EF_API int32_t ef_cuda_device_ready(int32_t device);
-// What a positive result means.
+// Describes a positive result.
 EF_API const char* ef_cuda_error_text(int32_t code);
 
 // --- sorting: offsets and work lists of the other functions ------------------------------------------------------
@@ -56,23 +56,22 @@ EF_API int64_t ef_cuda_work_size(int64_t num_slots);
 EF_API int64_t ef_cuda_sort_scratch(int64_t pairs, int64_t num_slots);
 // Stable sort of the pairs by slot; pairs with slot < 0 are dropped. slots (pairs) int64, pair p belongs to token
 // p / top_k. order (pairs): the pair at each sorted position; tokens (pairs): its token; both undefined beyond the
-// number kept. place (pairs): the sorted position of a pair, -1 if dropped. work: per slot the begin of its positions,
-// and of its row tiles of both sizes. A slot >= num_slots stops the device, as an index assertion of torch does.
+// pairs that are not dropped. place (pairs): the sorted position of a pair, -1 if dropped. work: per slot the begin of
+// its positions, and of its row tiles of both sizes. A slot >= num_slots aborts the device, as torch's index assertions do.
 EF_API int32_t ef_cuda_sort_pairs(const int64_t* slots, int64_t pairs, int64_t num_slots, int32_t top_k, int32_t* order,
                                   int32_t* tokens, int32_t* place, int32_t* work, int32_t* scratch, int32_t device,
                                   void* stream);
 
 // --- products ----------------------------------------------------------------------------------------------------
 
-// Whether that kernel can do a product with such a matrix; `capability` is 10 * major + minor.
+// Whether the kernel supports a product with such a matrix; `capability` is 10 * major + minor.
 EF_API int32_t ef_cuda_can_matmul(int32_t format, int32_t blocksize, int32_t dtype, int64_t n, int64_t k,
                                   int32_t transposed, int32_t kernel, int32_t capability);
 
 // y[i] = alpha * (x[x_rows[i]] W^T) + bias, or with W where transposed, for the sorted positions i of each slot.
 // matrices (num_slots) in host memory; W is (n, k), transposed (k, n). x (., k), y (pairs, n) of dtype; x_rows NULL is
-// the identity. accumulate adds to y. kernel is a wish: where it cannot do a format, the
-// next one of EfCudaKernel does.
-// Rows of y that belong to no pair are left alone.
+// the identity. accumulate adds to y. kernel is a request: where it does not support a format, the next one of
+// EfCudaKernel runs. Rows of y without a pair stay unchanged.
 EF_API int32_t ef_cuda_grouped_matmul(const struct EfCudaMatrix* matrices, int64_t num_slots, const int32_t* work,
                                       int64_t pairs, const void* x, const int32_t* x_rows, void* y, int32_t dtype,
                                       int64_t n, int64_t k, int32_t transposed, int32_t accumulate, int32_t kernel,
@@ -90,12 +89,12 @@ EF_API int32_t ef_cuda_grouped_outer(void* const* outputs, const float* alphas, 
 // weights (float32) NULL: all 1.
 EF_API int32_t ef_cuda_combine(const void* rows, const int32_t* place, const float* weights, void* y, int32_t dtype,
                                int64_t tokens, int64_t top_k, int64_t hidden, int32_t device, void* stream);
-// rows[i] = weights[order[i]] * y[tokens[i]] for the positions i that are kept.
+// rows[i] = weights[order[i]] * y[tokens[i]] for the positions i of pairs that are not dropped.
 EF_API int32_t ef_cuda_spread(const void* y, const int32_t* order, const int32_t* tokens, const float* weights,
                               const int32_t* work, int64_t num_slots, void* rows, int32_t dtype, int64_t pairs,
                               int64_t hidden, int32_t device, void* stream);
-// dots[order[i]] = <a[i], b[b_rows[i]]>, for the positions i that are kept. b_rows NULL is the identity. Then, unless
-// weights is NULL, a[i] *= weights[order[i]].
+// dots[order[i]] = <a[i], b[b_rows[i]]>, for the positions i of pairs that are not dropped. b_rows NULL is the identity.
+// Then, unless weights is NULL, a[i] *= weights[order[i]].
 EF_API int32_t ef_cuda_pair_dots(void* a, const void* b, const int32_t* b_rows, const int32_t* order,
                                  const float* weights, const int32_t* work, int64_t num_slots, float* dots,
                                  int32_t dtype, int64_t pairs, int64_t width, int32_t device, void* stream);
@@ -105,21 +104,21 @@ EF_API int32_t ef_cuda_pair_dots(void* a, const void* b, const int32_t* b_rows, 
 // float64 elements of `partials`.
 EF_API int64_t ef_cuda_statistics_scratch(int64_t tokens, int64_t experts);
 // statistics (6, experts) float64 += one batch; router (tokens, experts) gives G by kind, an EfCudaGate; indices
-// (tokens, top_k) int64; weights (tokens, top_k) of the dtype of router or float32. An index outside the experts stops
-// the device.
+// (tokens, top_k) int64; weights (tokens, top_k) of the dtype of router or float32. An index outside the experts
+// aborts the device.
 EF_API int32_t ef_cuda_router_statistics(double* statistics, const void* router, int32_t router_dtype, int32_t kind,
                                          const int64_t* indices, const void* weights, int32_t weight_dtype,
                                          int64_t tokens, int64_t experts, int64_t top_k, double* partials,
                                          int32_t device, void* stream);
 
-// --- quantisation: edgefed/kernels/quantization.py ----------------------------------------------------------------
+// --- quantization: edgefed/kernels/quantization.py ----------------------------------------------------------------
 
-// As the functions of edgefed.h without ef_cuda_, the same bytes. *fault (device, int64) must hold -1 converted to
+// As the functions of edgefed.h without ef_cuda_, the same bytes. *error (device, int64) must hold -1 converted to
 // unsigned, that is the largest value; it becomes the index of the first block or row with an infinity or NaN.
 EF_API int32_t ef_cuda_quantize_nf4(const void* values, int32_t dtype, int64_t n, int64_t blocksize, uint8_t* packed,
-                                    float* absmax, uint64_t* fault, int32_t device, void* stream);
+                                    float* absmax, uint64_t* error, int32_t device, void* stream);
 EF_API int32_t ef_cuda_quantize_int8(const void* values, int32_t dtype, int64_t rows, int64_t columns, int8_t* packed,
-                                     float* absmax, uint64_t* fault, int32_t device, void* stream);
+                                     float* absmax, uint64_t* error, int32_t device, void* stream);
 EF_API int32_t ef_cuda_dequantize_nf4(const uint8_t* packed, const float* absmax, int64_t n, int64_t blocksize,
                                       void* out, int32_t dtype, int32_t device, void* stream);
 EF_API int32_t ef_cuda_dequantize_int8(const int8_t* packed, const float* absmax, int64_t rows, int64_t columns,

@@ -7,8 +7,8 @@
 
 namespace {
 
-// Vector width is chosen when the library is loaded, where the tool chain can do that. Wider vectors change no bit:
-// every element is computed on its own.
+// Vector width is chosen when the library is loaded, if the tool chain supports it. Wider vectors change no bit:
+// every element is computed independently.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define EF_WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -53,7 +53,7 @@ inline uint16_t narrow_half(double value) {
   const int exponent = static_cast<int>(magnitude >> 52) - 1023;
   if (exponent < -25) return sign;  // below half of the smallest subnormal, 2^-24
   const uint64_t significand = (magnitude & 0xFFFFFFFFFFFFFull) | (1ull << 52);
-  const int dropped = exponent >= -14 ? 42 : 42 + (-14 - exponent);  // of 53 significant bits, 11 are kept or fewer
+  const int dropped = exponent >= -14 ? 42 : 42 + (-14 - exponent);  // of 53 significant bits, at most 11 remain
   const uint64_t kept = significand >> dropped;
   const uint64_t rest = significand & ((1ull << dropped) - 1);
   const uint64_t half_way = 1ull << (dropped - 1);

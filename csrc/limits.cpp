@@ -1,4 +1,4 @@
-// What this processor can do at most, for benchmarks: a share of a limit says more than a time.
+// Peak arithmetic of this processor, for benchmarks: a share of a limit says more than a time.
 #include "number_formats.h"
 #include "parallel.h"
 

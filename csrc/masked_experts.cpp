@@ -44,7 +44,7 @@ int64_t rows_matmul(const EfGroup* groups, int64_t num_groups, const void* x, co
     stride = std::max(stride, kernel->arranged_bytes(groups[g].format, k));
     pairs = std::max(pairs, groups[g].row_begin + groups[g].row_count);
   }
-  // One buffer for all: each row of x arranged as its expert's decoder wants it.
+  // One buffer for all: each row of x arranged as its expert's decoder reads it.
   auto* arranged = static_cast<uint8_t*>(scratch(0, static_cast<size_t>(pairs * (stride + 4)) + 64));
   if (arranged == nullptr) return EF_NO_MEMORY;
   float* scales = reinterpret_cast<float*>(arranged + pairs * stride);

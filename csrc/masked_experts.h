@@ -1,4 +1,4 @@
-// What the instruction sets offer to masked_experts.cpp.
+// The kernels of each instruction set for masked_experts.cpp.
 #pragma once
 
 #include "number_formats.h"
@@ -12,7 +12,7 @@ constexpr int64_t kBlock = 64;  // weights decoded at once; all sizes of a kerne
 // take longer than decoding the block.
 EF_INLINE int64_t block_of(const EfGroup& group, int64_t place) { return place >> __builtin_ctz(group.blocksize); }
 
-// Dot products of few rows of x with decoded rows of W. x is arranged once, row by row, as the decoder wants it.
+// Dot products of few rows of x with decoded rows of W. x is arranged once, row by row, as the decoder reads it.
 struct RowsKernel {
   int64_t (*arranged_bytes)(int32_t format, int64_t k);
   // One row of x (k values of dtype) to out; *scale is set where x is rounded to 8 bits.

@@ -241,7 +241,7 @@ EF_BRAIN void four_rows(const EfGroup& group, const uint16_t* x, int64_t k, int6
 }
 
 // The same for NF4 where k is a number of whole steps. The code's 16 values are rounded to bfloat16, and the sum of a
-// block is scaled in float32: to round each weight, as dequantising does, takes a table for each block, which costs as
+// block is scaled in float32: to round each weight, as dequantizing does, takes a table for each block, which costs as
 // much as the products with one row. Both err by at most 2^-9 of each weight.
 template <int rows>
 EF_BRAIN void four_rows_nf4(const EfGroup& group, const uint16_t* x, int64_t k, int64_t row, uint16_t* y, int64_t n) {

@@ -1,8 +1,8 @@
 // Many rows of x for each expert, AVX-512 with BF16 and VNNI: weights are decoded into panels of 64 outputs, in the
-// order that the multiply-add instructions read, and met by 6 rows of x at a time in 24 accumulators.
+// order that the multiply-add instructions read, and multiplied with 6 rows of x at a time in 24 accumulators.
 //
-// Products are bfloat16 (or 8-bit) with float32 (int32) sums. A decoded weight is the very bfloat16 value that
-// dequantising gives. Every output is one sum over k in ascending order of the panel, so results do not depend on the
+// Products are bfloat16 (or 8-bit) with float32 (int32) sums. A decoded weight is the same bfloat16 value that
+// dequantizing gives. Every output is one sum over k in ascending order of the panel, so results do not depend on the
 // number of threads.
 #include "masked_experts.h"
 #include "parallel.h"
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kPanel = 64;          // outputs of a panel: four registers
 constexpr int64_t kTileRows = 6;        // rows of x in a register tile
-constexpr int64_t kChunkRows = 256;     // rows of x that meet a panel before it is given up
+constexpr int64_t kChunkRows = 256;     // rows of x that a panel is multiplied with
 constexpr int64_t kPanelBytes = 1 << 17;  // the second-level cache, 1 MB, holds x, a panel and what the next is made of
 enum ScratchUse { kScratchX = 1, kScratchPanel = 2, kScratchSums = 3, kScratchScales = 4 };
 
@@ -239,8 +239,7 @@ struct Int8Steps {
   static EF_BRAIN_INLINE void to(void* at, Sum sum) { store(at, sum); }
 };
 
-// Memory that is asked for while a panel is multiplied, a few lines at a time: the weights of the next panel. Their
-// bytes then come while only arithmetic waits.
+// Memory to prefetch while a panel is multiplied, a few lines at a time: the weights of the next panel.
 struct Ahead {
   const char* at = nullptr;
   int64_t lines = 0, rows = 0, stride = 0, line = 0;  // `rows` rows of `lines` lines of 64 bytes, `stride` bytes apart
@@ -458,7 +457,7 @@ int64_t tiles_matmul(const EfGroup* groups, int64_t num_groups, const uint16_t* 
   for (int64_t g = 0; g < num_groups; ++g) count += (groups[g].row_count + kChunkRows - 1) / kChunkRows * cuts;
   auto* pieces = static_cast<Piece*>(scratch(0, static_cast<size_t>(count + 1) * (sizeof(Piece) + sizeof(int64_t))));
   if (pieces == nullptr) return EF_NO_MEMORY;
-  int64_t* faults = reinterpret_cast<int64_t*>(pieces + count + 1);
+  int64_t* errors = reinterpret_cast<int64_t*>(pieces + count + 1);
   int64_t at = 0;
   for (int64_t g = 0; g < num_groups; ++g) {
     const int64_t rows = groups[g].row_count, chunks = (rows + kChunkRows - 1) / kChunkRows;
@@ -471,10 +470,10 @@ int64_t tiles_matmul(const EfGroup* groups, int64_t num_groups, const uint16_t* 
   }
   parallel(count, threads, [&](int64_t task) {
     const Piece& piece = pieces[task];
-    faults[task] = multiply(problem, groups[piece.group], piece.row, piece.rows, piece.first, piece.last);
+    errors[task] = multiply(problem, groups[piece.group], piece.row, piece.rows, piece.first, piece.last);
   });
   for (int64_t task = 0; task < count; ++task)
-    if (faults[task] != EF_OK) return faults[task];
+    if (errors[task] != EF_OK) return errors[task];
   return EF_OK;
 }
 
@@ -517,8 +516,8 @@ int64_t tiles_outer(const uint16_t* a, const uint16_t* b, const int64_t* b_rows,
                     int64_t n, int32_t threads) {
   constexpr int64_t kPart = kPanelBytes / 4 / kPanel * 2;  // rows of a and b in one panel
   const int64_t pieces = (m + kOuterRows - 1) / kOuterRows, steps = (std::min(rows, kPart) + 1) / 2;
-  auto* faults = static_cast<int64_t*>(scratch(0, static_cast<size_t>(pieces + 1) * sizeof(int64_t)));
-  if (faults == nullptr) return EF_NO_MEMORY;
+  auto* errors = static_cast<int64_t*>(scratch(0, static_cast<size_t>(pieces + 1) * sizeof(int64_t)));
+  if (errors == nullptr) return EF_NO_MEMORY;
   const bool one_part = rows <= kPart, aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
   parallel(pieces, threads, [&](int64_t piece) {
     const int64_t top = block_begin(m, pieces, piece), height = block_begin(m, pieces, piece + 1) - top;
@@ -526,8 +525,8 @@ int64_t tiles_outer(const uint16_t* a, const uint16_t* b, const int64_t* b_rows,
     auto* x = static_cast<uint32_t*>(scratch(kScratchX, static_cast<size_t>(height * steps) * 4));
     auto* panel = static_cast<uint32_t*>(scratch(kScratchPanel, static_cast<size_t>(steps * kPanel) * 4));
     auto* sums = static_cast<uint32_t*>(scratch(kScratchSums, static_cast<size_t>(height * kPanel) * 4));
-    faults[piece] = x && panel && sums ? EF_OK : EF_NO_MEMORY;
-    if (faults[piece] != EF_OK) return;
+    errors[piece] = x && panel && sums ? EF_OK : EF_NO_MEMORY;
+    if (errors[piece] != EF_OK) return;
     expect_writes(out + top * n, static_cast<size_t>(height * n) * sizeof(uint16_t), 1);
     auto pack_all_a = [&](int64_t begin, int64_t end) {
       for (int64_t block = 0; block < blocks; ++block) {
@@ -557,7 +556,7 @@ int64_t tiles_outer(const uint16_t* a, const uint16_t* b, const int64_t* b_rows,
     finish_stores();
   });
   for (int64_t piece = 0; piece < pieces; ++piece)
-    if (faults[piece] != EF_OK) return faults[piece];
+    if (errors[piece] != EF_OK) return errors[piece];
   return EF_OK;
 }
 

@@ -6,7 +6,7 @@
 
 #include "edgefed.h"
 
-// A function body that is compiled once for each instruction set it is inlined into.
+// A function body that is compiled for every instruction set that it is inlined into.
 #define EF_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -85,7 +85,7 @@ struct Brain {
   static EF_INLINE Bits narrow(float value) { return narrow_brain(value); }
 };
 
-// body of the type of a dtype; EF_UNKNOWN_DTYPE when it is none of them.
+// body of the type of a dtype; EF_UNKNOWN_DTYPE for other dtypes.
 template <typename Body>
 inline int64_t with_dtype(int32_t dtype, Body body) {
   switch (dtype) {
@@ -96,10 +96,10 @@ inline int64_t with_dtype(int32_t dtype, Body body) {
   }
 }
 
-// The instruction set to use for a wish, or -1 when this processor does not have it.
-inline int32_t choose_isa(int32_t wish) {
-  if (wish == EF_ISA_BEST) return ef_best_isa();
-  return ef_has_isa(wish) ? wish : -1;
+// The instruction set for a request, or -1 if this processor lacks it.
+inline int32_t choose_isa(int32_t requested) {
+  if (requested == EF_ISA_BEST) return ef_best_isa();
+  return ef_has_isa(requested) ? requested : -1;
 }
 
 }  // namespace edgefed

@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kTaskValues = 1 << 18;  // values in one task: large beside the cost of handing it out
 constexpr float kPer127 = 7.874015718698502e-3f;
 
-// --- quantise ---------------------------------------------------------------------------------------------------
+// --- quantize ---------------------------------------------------------------------------------------------------
 
 // Bits of the largest magnitude. Magnitudes order as integers, and an infinity or NaN is larger than all finite ones.
 template <typename T>
@@ -110,7 +110,7 @@ EF_INLINE int64_t quantize_int8_rows(const typename T::Bits* values, int64_t col
   return EF_OK;
 }
 
-// --- dequantise -------------------------------------------------------------------------------------------------
+// --- dequantize -------------------------------------------------------------------------------------------------
 
 // A block has 16 different values at most: they are scaled and rounded once, then looked up.
 template <typename T>
@@ -312,8 +312,8 @@ EF_INSTANCE(Neon, , look_up_neon)
 #endif
 
 template <typename T>
-const Functions<T>* functions_of(int32_t wish) {
-  switch (choose_isa(wish)) {
+const Functions<T>* functions_of(int32_t requested) {
+  switch (choose_isa(requested)) {
     case EF_ISA_SCALAR: return &Scalar<T>::all;
 #if EF_X86
     case EF_ISA_AVX2: return &Avx2<T>::all;
@@ -326,18 +326,18 @@ const Functions<T>* functions_of(int32_t wish) {
   }
 }
 
-// Runs body(first, last) over `count` items of `size` values each; returns the first fault in the order of the items.
+// Runs body(first, last) over `count` items of `size` values each; returns the first error in the order of the items.
 template <typename Body>
 int64_t over_items(int64_t count, int64_t size, int32_t threads, Body body) {
   const int64_t step = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(1, size));
   const int64_t tasks = (count + step - 1) / step;
-  int64_t* faults = static_cast<int64_t*>(scratch(0, static_cast<size_t>(tasks + 1) * sizeof(int64_t)));
-  if (faults == nullptr) return EF_NO_MEMORY;
+  int64_t* errors = static_cast<int64_t*>(scratch(0, static_cast<size_t>(tasks + 1) * sizeof(int64_t)));
+  if (errors == nullptr) return EF_NO_MEMORY;
   parallel(tasks, threads, [&](int64_t task) {
-    faults[task] = body(task * step, std::min(count, (task + 1) * step));
+    errors[task] = body(task * step, std::min(count, (task + 1) * step));
   });
   for (int64_t task = 0; task < tasks; ++task)
-    if (faults[task] != EF_OK) return faults[task];
+    if (errors[task] != EF_OK) return errors[task];
   return EF_OK;
 }
 

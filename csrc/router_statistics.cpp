@@ -92,7 +92,7 @@ EF_INLINE void add_tokens(double* statistics, const typename T::Bits* router, in
       const float* __restrict log = logs_of_gate;
 #pragma GCC ivdep
       for (int64_t e = 0; e < experts; ++e) {
-        // A normalised sigmoid may pass 1 by one bit.
+        // A normalized sigmoid may pass 1 by one bit.
         const float at_most_1 = smaller(g[e], 1.0f), rest = 1.0f - at_most_1;
         const float log_rest = natural_log(larger(rest, kSmallest));
         // ln(1 - g) = ln(rest) - error / rest, where 1 - g was rounded to rest = 1 - g + error.
@@ -256,7 +256,7 @@ EF_WIDE void add_tokens(double* statistics, const typename T::Bits* router, int3
         const __m512 g = given ? widen<T>(rows + t * experts + e, valid) : _mm512_load_ps(gates + t * width + e);
         const __m512 log = kind == EF_SOFTMAX ? _mm512_load_ps(logs + t * width + e)
                                               : natural_log(_mm512_max_ps(g, smallest));
-        // A normalised sigmoid may pass 1 by one bit. The rest is as in the other form below.
+        // A normalized sigmoid may pass 1 by one bit. The rest is as in the other form below.
         const __m512 at_most_1 = _mm512_min_ps(g, one), rest = _mm512_sub_ps(one, at_most_1);
         const __m512 log_rest = natural_log(_mm512_max_ps(rest, smallest));
         const __m512 error = _mm512_add_ps(_mm512_sub_ps(rest, one), at_most_1);
@@ -312,8 +312,8 @@ double count_pairs(const int64_t* indices, const typename W::Bits* weights, int6
 }
 
 template <typename T>
-AddTokens<T> instance_of(int32_t wish) {
-  switch (choose_isa(wish)) {
+AddTokens<T> instance_of(int32_t requested) {
+  switch (choose_isa(requested)) {
     case EF_ISA_SCALAR:
     case EF_ISA_NEON: return add_scalar<T>;  // NEON is part of the base of aarch64
 #if EF_X86

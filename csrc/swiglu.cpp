@@ -79,8 +79,8 @@ EF_INSTANCE(Avx512, EF_TARGET_AVX512)
 #endif
 
 template <typename T>
-const Functions<T>* functions_of(int32_t wish) {
-  switch (choose_isa(wish)) {
+const Functions<T>* functions_of(int32_t requested) {
+  switch (choose_isa(requested)) {
     case EF_ISA_SCALAR:
     case EF_ISA_NEON: return &Scalar<T>::all;  // NEON is part of the base of aarch64
 #if EF_X86

@@ -1,4 +1,4 @@
-"""Whether these kernels can run here. Needs neither triton nor a GPU to be asked, and imports torch when it is."""
+"""Whether these kernels can run here. The check works without triton and without a GPU; it imports torch lazily."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIN_CAPABILITY = (8, 0)
 
 
 def triton_version() -> str | None:
-    """Version of the installed triton, or None."""
+    """Return the version of the installed triton, or None."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:
@@ -19,16 +19,16 @@ def triton_version() -> str | None:
     except importlib.metadata.PackageNotFoundError:  # built from source, on the path
         import triton
 
-        return triton.__version__
+        return str(triton.__version__)
 
 
 def version_numbers() -> tuple[int, ...]:
-    """Major and minor version of the installed triton, (0, 0) without one."""
+    """Return the major and minor version of the installed triton, (0, 0) without triton."""
     return tuple(int(part) for part in re.findall(r"\d+", triton_version() or "0.0")[:2])
 
 
 def why_not() -> str | None:
-    """Why no kernel of this package can run in this process, in one clause, or None."""
+    """Return why the kernels cannot run in this process, in one clause, or None."""
     version = triton_version()
     if version is None:
         return "triton is not installed"
@@ -45,7 +45,7 @@ def why_not() -> str | None:
 
 
 def detail() -> str:
-    """What the kernels run with, where `why_not` is None."""
+    """Describe what the kernels run with. Call it only if `why_not` is None."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()

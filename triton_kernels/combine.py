@@ -13,6 +13,7 @@ from .sort_pairs import SortedPairs
 def combine_kernel(
     rows, position, expert_weights, out, TOP_K: tl.constexpr, N: tl.constexpr, WEIGHTED: tl.constexpr, BN: tl.constexpr
 ):
+    """out[t] (N) = sum over k of w[t, k] rows[position[t, k]]. One program per token and block of columns."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN,), tl.float32)
@@ -50,7 +51,7 @@ def combine_backward_kernel(
 def combine(
     rows: torch.Tensor, pairs: SortedPairs, dtype: torch.dtype, expert_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(T, N) in ``dtype`` from rows (T*K, N) by position; added in float32. Without weights: a plain sum."""
+    """Compute (T, N) in ``dtype`` from rows (T*K, N) by position, summed in float32; a plain sum without weights."""
     num_tokens, width = pairs.num_pairs // pairs.top_k, rows.shape[1]
     out = torch.empty(num_tokens, width, dtype=dtype, device=rows.device)
     block = min(triton.next_power_of_2(width), 1024)
@@ -71,7 +72,7 @@ def combine(
 def combine_backward(
     grad: torch.Tensor, rows: torch.Tensor, pairs: SortedPairs, expert_weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of ``rows`` (T*K, N; zero where no pair stands) and of ``expert_weights`` (T, K; 0 when dropped)."""
+    """Compute the gradients of ``rows`` (T*K, N; zero without a pair) and ``expert_weights`` (T, K; 0 if dropped)."""
     rows_grad, weight_grad = torch.zeros_like(rows), torch.zeros_like(expert_weights)
     width = rows.shape[1]
     combine_backward_kernel[(pairs.num_pairs,)](

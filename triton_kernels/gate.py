@@ -43,8 +43,9 @@ def swiglu_backward_kernel(
     gate_up, hidden_grad, gate_up_grad, order, offsets, expert_weights, weight_grad, NUM_SLOTS: tl.constexpr,
     WIDTH: tl.constexpr, BI: tl.constexpr
 ):  # fmt: skip
-    """From gate_up (T*K, 2I) and q (T*K, I): [dg, du] in gate_up_grad, which may be gate_up itself, and w h in place of
-    q. One program a row.
+    """Write [dg, du] to gate_up_grad, which may be gate_up, and w h to q, from gate_up (T*K, 2I) and q (T*K, I).
+
+    One program per row.
     """
     position = tl.program_id(0).to(tl.int64)
     if position >= tl.load(offsets + NUM_SLOTS):
@@ -121,7 +122,7 @@ _measured: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def is_swiglu(activation: Callable[[torch.Tensor], torch.Tensor], width: int) -> bool:
-    """Whether ``activation`` maps (P, 2 * width) to silu(first half) * second half: measured, once per layer.
+    """Return whether ``activation`` maps (P, 2 * width) to silu(first half) * second half, by one run per layer.
 
     It is tried on a few rows on the host, so a gate with parameters on the GPU is not recognised and stays itself.
     """

@@ -1,4 +1,4 @@
-"""Rows of tokens times the matrix of their slot, whatever the matrix is stored as.
+"""Rows of tokens times the matrix of their slot, in every storage format.
 
     out[p, n] = act( sum_k a[src(p), k] W_s[n, k] + low[p, :] . F_s[:, n] + b_s[n] ) * row_scale[pair(p)]
 
@@ -78,6 +78,7 @@ def grouped_matmul_kernel(
     BK: tl.constexpr,
     GROUP_M: tl.constexpr = 8,
 ):
+    """Compute one tile of the rows of one slot times its matrix. See `grouped_matmul`."""
     tiles_n: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
     band = pid // (GROUP_M * tiles_n)
@@ -228,13 +229,13 @@ def grouped_matmul_kernel(
 
 
 def split_columns(a: torch.Tensor) -> torch.Tensor:
-    """(R, K) with the even columns first and the odd ones after them: what an NF4 matrix is multiplied with."""
+    """Reorder (R, K) to even columns first, then odd ones, as the product with an NF4 matrix needs."""
     return a.unflatten(1, (-1, 2)).transpose(1, 2).reshape(a.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Size of the tile that one program computes (rows, columns, depth of a step), its warps and pipeline stages."""
+    """The tile of one program (rows, columns, depth of a step), its warps and pipeline stages."""
 
     rows: int
     columns: int
@@ -254,7 +255,7 @@ CONFIGS = (SMALL, MIDDLE, LARGE, LARGE_SHALLOW, LARGE_WIDE, FLOAT_SMALL, FLOAT_M
 
 
 def rows_per_tile(num_pairs: int, num_slots: int, itemsize: int) -> int:
-    """Rows of a tile for so many pairs: about the rows of a slot, if all its pairs are kept. float32 stops at 64."""
+    """Return the rows of a tile: about the rows of a slot if no pair is dropped. float32 has at most 64."""
     average = num_pairs / max(num_slots, 1)
     return 16 if average <= 16 else 64 if average <= 96 or itemsize == 4 else 128
 
@@ -262,7 +263,7 @@ def rows_per_tile(num_pairs: int, num_slots: int, itemsize: int) -> int:
 def matmul_config(
     rows: int, format: str, last: bool, gated: bool, n: int, itemsize: int, capability: tuple[int, int]
 ) -> TileConfig:
-    """The tile for ``rows`` per tile (16, 64 or 128) and products in a type of ``itemsize`` bytes.
+    """Return the tile for ``rows`` per tile (16, 64 or 128) and products in a type of ``itemsize`` bytes.
 
     Wide where nothing is unpacked. Shallow steps where two sums are kept of unpacked NF4 on 8.0: its compiler holds
     more registers at once there than for 8.6 and later. Chosen by what fits without spills on every device
@@ -280,7 +281,7 @@ def matmul_config(
 
 @dataclasses.dataclass(frozen=True)
 class SlotTensors:
-    """One tensor of each slot of a group, as a kernel finds them: ``base`` and (S,) int64 offsets from it in elements.
+    """One tensor of each slot of a group for a kernel: ``base`` and (S,) int64 offsets from it, in elements.
 
     The tensors need not share a storage; offsets of slots outside the group are 0 and never used.
     """

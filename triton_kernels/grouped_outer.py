@@ -1,4 +1,4 @@
-"""Weight gradients of the slots that learn: sums over the rows of a slot, in the order of the rows.
+"""Weight gradients of trainable slots: sums over the rows of a slot, in the order of the rows.
 
     outer        out[i] (N1, N2) = sum over the positions p of slot i of  left[l(p), :]^T right[r(p), :]
     column sums  out[i] (N)      = sum over the positions p of slot i of  rows[p, :]
@@ -40,6 +40,7 @@ def grouped_outer_kernel(
     B2: tl.constexpr,
     BR: tl.constexpr,
 ):
+    """Compute one tile of the sum over a slot's rows of left[p]^T right[p]. See `grouped_outer`."""
     tiles_2: tl.constexpr = (N2 + B2 - 1) // B2
     tile = tl.program_id(0)
     index = tl.program_id(1)
@@ -65,6 +66,7 @@ def grouped_outer_kernel(
 
 @triton.jit
 def column_sums_kernel(rows, out, offsets, slot_ids, N: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+    """Sum the rows of one slot, in order. One program per slot and block of columns."""
     slot = tl.load(slot_ids + tl.program_id(1))
     end = tl.load(offsets + slot + 1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -78,7 +80,7 @@ def column_sums_kernel(rows, out, offsets, slot_ids, N: tl.constexpr, BN: tl.con
 
 
 def outer_config(n1: int, n2: int, rows_per_tile: int, itemsize: int) -> TileConfig:
-    """The tile of an (n1, n2) gradient: narrow where one side is a rank, wide where a slot has many rows.
+    """Return the tile of an (n1, n2) gradient: narrow if one side is a rank, wide if a slot has many rows.
 
     Narrow sides are 16, 32 or 64, on the left or on the right: with the two others, eight forms.
     """
@@ -99,7 +101,7 @@ def grouped_outer(
     left_is_tokens: bool = False,
     right_is_tokens: bool = False,
 ) -> torch.Tensor:
-    """(num_ids, N1, N2) in ``dtype``: the gradient of each slot of ``slot_ids`` (int32, on the device).
+    """Compute the gradient of each slot of ``slot_ids`` (int32, on the device): (num_ids, N1, N2) in ``dtype``.
 
     ``left`` (T or T*K, N1) and ``right`` (T or T*K, N2) are contiguous; by position unless said to be tokens.
     """
@@ -131,7 +133,7 @@ def grouped_outer(
 
 
 def column_sums(rows: torch.Tensor, pairs: SortedPairs, slot_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(num_ids, N) in ``dtype``: the sum of the rows (T*K, N) of each slot of ``slot_ids``."""
+    """Compute the sum of the rows (T*K, N) of each slot of ``slot_ids``: (num_ids, N) in ``dtype``."""
     n = rows.shape[1]
     out = torch.empty(slot_ids.shape[0], n, dtype=dtype, device=rows.device)
     column_sums_kernel[(triton.cdiv(n, 64), slot_ids.shape[0])](

@@ -1,17 +1,16 @@
-"""masked_experts on the GPU: the launches of one MoE layer, forward and backward, without asking the host.
+"""masked_experts on the GPU: the launches of one MoE layer, forward and backward, without waiting for the device.
 
-Two ways through a layer, with the same values:
+A layer runs in one of two ways, with the same values:
 
     fused       SwiGLU experts without bias, norm or transposed weights: one autograd node. Gate, products and gate
                 weights run inside two grouped products; the backward pass computes the up projection again, so that a
-                layer saves its tokens, indices, gate weights and the experts' own (packed) tensors, nothing else.
+                layer saves only its tokens, indices, gate weights and the experts' own (packed) tensors.
     composed    everything else: projections, the layer's own gate in PyTorch, and the weighted sum are nodes of
                 their own and save what autograd needs in between.
 
-Buffers are as long as T*K, because only the device knows how many pairs are kept. Gradients of a slot without a token
-stay None, as in the reference: for that the number of tokens per slot is copied to the host while the forward pass
-goes on, and read in the backward pass, when it has long arrived. That is the one place where the host waits, and only
-in a layer that learns.
+Buffers have T*K rows, because only the device knows how many pairs are dropped. Gradients of a slot without a token
+stay None, as in the reference: the number of tokens per slot is copied to the host during the forward pass and read in
+the backward pass, long after it has arrived. The host waits only there, and only in a trainable layer.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .tensor_types import TYPES
 
 
 class LayerLayout(NamedTuple):
-    """Where the tensors of a layer stand in the flat list that goes through autograd."""
+    """The indices of a layer's tensors in the flat list that goes through autograd."""
 
     up: tuple[SlotLayout, ...]
     down: tuple[SlotLayout, ...]
@@ -40,7 +39,7 @@ class LayerLayout(NamedTuple):
 
 
 class TokenCounts:
-    """Tokens per slot on the host, some time after the forward pass has run."""
+    """Tokens per slot, copied to the host asynchronously."""
 
     def __init__(self, pairs: SortedPairs):
         self._event = None
@@ -53,18 +52,18 @@ class TokenCounts:
             self._offsets = pairs.offsets
 
     def has_tokens(self) -> list[bool]:
-        """By slot. Waits until the copy has arrived."""
+        """Return whether each slot has tokens. Waits for the copy."""
         if self._event is not None:
             self._event.synchronize()
         return (self._offsets.diff() > 0).tolist()
 
 
 def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object) -> str | None:
-    """Why this layer is for another backend, or None."""
+    """Return why this layer needs another backend, or None."""
     if hidden_states.dtype not in TYPES or expert_weights.dtype not in TYPES:
-        return f"there is no Triton kernel for {hidden_states.dtype} tokens with {expert_weights.dtype} weights"
+        return f"no Triton kernel for {hidden_states.dtype} tokens with {expert_weights.dtype} weights"
     if getattr(slots, "streamed", False):
-        return "streamed experts are read one at a time, and a launch needs all of them"
+        return "streamed experts are read one at a time, but a launch needs all of them"
     return None
 
 
@@ -79,16 +78,16 @@ def masked_experts(
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
     keep_activations: bool | None = None,
 ) -> torch.Tensor:
-    """Weighted sum of each token's resident experts, as the reference `edgefed.kernels.masked_experts` defines it.
+    """Compute the weighted sum of each token's resident experts, as `edgefed.kernels.masked_experts` defines it.
 
-    Reads every slot once per call, whether a token needs it or not, because only the device knows: streams of experts
-    are for another backend. A slot index >= S counts as dropped, for the same reason. Whether ``activation`` is SwiGLU
-    is measured (`gate.is_swiglu`); then it runs inside the products. ``keep_activations`` saves the up projection
-    (T*K, 2I) for the backward pass instead of computing it again; None does so where it is smaller than the gradients
-    of the dense weights that learn here.
+    Reads every slot once per call, needed or not, because only the device knows the slots: streamed experts need
+    another backend. For the same reason a slot index >= S counts as dropped. If ``activation`` is SwiGLU, as
+    `gate.is_swiglu` finds by running it, it runs inside the products. ``keep_activations`` saves the up projection
+    (T*K, 2I) for the backward pass instead of computing it again; None saves it if it is smaller than the gradients of
+    the trainable dense weights.
 
-    Raises ValueError for shapes that do not belong together; Unsupported, a ValueError, for dtypes and layouts without
-    a kernel and for more than MAX_SLOTS slots.
+    Raises ValueError if shapes do not match; Unsupported, a ValueError, for dtypes and layouts without a kernel and for
+    more than MAX_SLOTS slots.
     """
     if hidden_states.ndim != 2 or slot_indices.ndim != 2 or slot_indices.shape[0] != hidden_states.shape[0]:
         raise ValueError(
@@ -115,7 +114,7 @@ def masked_experts(
         tuple(weights[0].down.shape),
     )
     if num_slots > MAX_SLOTS:
-        raise Unsupported(f"{num_slots} slots in one layer; the sort takes at most {MAX_SLOTS}")
+        raise Unsupported(f"{num_slots} slots in one layer; the maximum is {MAX_SLOTS}")
     has_bias = any(part.bias >= 0 for part in (*layout.up, *layout.down))
     is_plain_layer = finish is None and not is_transposed and not has_bias
     with torch.cuda.device_of(hidden_states):
@@ -128,10 +127,10 @@ def masked_experts(
             tensors = (*up_tensors, *down_tensors)
             if keep_activations is None:
                 dense = [up_tensors[p.weight] for p in layout.up] + [down_tensors[p.weight] for p in layout.down]
-                learning = sum(tensor.numel() for tensor in dense if tensor.requires_grad)
-                keep_activations = pairs.num_pairs * layout.up_shape[0] < learning
-            kept_slots = slot_indices.contiguous() if keep_activations and torch.is_grad_enabled() else None
-            out = _FusedExperts.apply(tokens, expert_weights, pairs, layout, kept_slots, *tensors)
+                trainable = sum(tensor.numel() for tensor in dense if tensor.requires_grad)
+                keep_activations = pairs.num_pairs * layout.up_shape[0] < trainable
+            saved_slots = slot_indices.contiguous() if keep_activations and torch.is_grad_enabled() else None
+            out = _FusedExperts.apply(tokens, expert_weights, pairs, layout, saved_slots, *tensors)
             return out.to(hidden_states.dtype)
         up_form = (layout.up, layout.up_shape, is_transposed, True)
         hidden = activation(_GroupedLinear.apply(tokens, pairs, up_form, *up_tensors)).to(tokens.dtype).contiguous()
@@ -150,29 +149,29 @@ def _work_dtype(layout: LayerLayout) -> torch.dtype:
 
 
 class _Gradients:
-    """Gradients of a projection's tensors, by their place in the flat list; None where no token came or none is asked.
+    """Gradients of a projection's tensors by index of the flat list; None for a slot without tokens or a frozen tensor.
 
-    Keeps the stacks of all slots that learn; what it hands out are views of them, one slot each.
+    The gradients are views of stacks over all trainable slots.
     """
 
     def __init__(self, projection: Projection, needs_grad: tuple[bool, ...], has_tokens: list[bool]):
         self._projection, self._needs_grad, self._has_tokens = projection, needs_grad, has_tokens
         self.values: list[torch.Tensor | None] = [None] * len(needs_grad)
 
-    def learning(self, part: str, slots: list[int]) -> list[int]:
-        """Those of ``slots`` whose tensor ``part`` is there and wants a gradient."""
+    def trainable(self, part: str, slots: list[int]) -> list[int]:
+        """Return those of ``slots`` that have a tensor ``part`` that needs a gradient."""
         places = {slot: getattr(self._projection.layouts[slot], part) for slot in slots}
         return [slot for slot, place in places.items() if place >= 0 and self._needs_grad[place]]
 
     def add(self, part: str, slots: list[int], compute: Callable[[torch.Tensor, torch.dtype], torch.Tensor]) -> None:
-        """Put compute(slot ids on the device, dtype) (num_ids, ...) where the tensors ``part`` of ``slots`` stand."""
-        learning = self.learning(part, slots)
-        if not any(self._has_tokens[slot] for slot in learning):
+        """Set the gradients of the tensors ``part`` of ``slots`` to compute(slot ids, dtype), (num_ids, ...)."""
+        trainable = self.trainable(part, slots)
+        if not any(self._has_tokens[slot] for slot in trainable):
             return
         tensors, layouts = self._projection.tensors, self._projection.layouts
-        first = tensors[getattr(layouts[learning[0]], part)]
-        stack = compute(device_table(tuple(learning), torch.int32, first.device), first.dtype)
-        for row, slot in enumerate(learning):
+        first = tensors[getattr(layouts[trainable[0]], part)]
+        stack = compute(device_table(tuple(trainable), torch.int32, first.device), first.dtype)
+        for row, slot in enumerate(trainable):
             if self._has_tokens[slot]:
                 place = getattr(layouts[slot], part)
                 self.values[place] = stack[row].view(tensors[place].shape)
@@ -227,17 +226,17 @@ class _FusedExperts(torch.autograd.Function):
     """tokens (T, H), expert_weights (T, K), then the tensors of the up and of the down projection -> (T, H)."""
 
     @staticmethod
-    def forward(ctx, tokens, expert_weights, pairs, layout, kept_slots, *tensors):
+    def forward(ctx, tokens, expert_weights, pairs, layout, saved_slots, *tensors):
         up, down = _projections(layout, tensors)
         hidden = new_rows(pairs, down.size_in, tokens)
         gate_up = None
-        if kept_slots is None:
+        if saved_slots is None:
             up.forward(tokens, hidden, pairs, is_tokens=True, gated=True, splits_out=True)
         else:
             gate_up = new_rows(pairs, up.size_out, tokens)
             up.forward(tokens, gate_up, pairs, is_tokens=True)
             is_split = tuple(int(part.format == "nf4") for part in layout.down)
-            swiglu(gate_up, hidden, pairs, kept_slots, device_table(is_split, torch.int32, tokens.device))
+            swiglu(gate_up, hidden, pairs, saved_slots, device_table(is_split, torch.int32, tokens.device))
         rows = new_rows(pairs, down.size_out, tokens)
         down.forward(hidden, rows, pairs, is_split=True, row_scale=expert_weights)
         ctx.save_for_backward(tokens, expert_weights, gate_up, *pairs.tensors(), *tensors)
@@ -293,7 +292,7 @@ def _projections(layout: LayerLayout, tensors: tuple[torch.Tensor, ...]) -> tupl
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """a (T, in) tokens or (T*K, in) by position -> (T*K, out) by position; zero where no pair stands."""
+    """a (T, in) tokens or (T*K, in) by position -> (T*K, out) by position; zero without a pair."""
 
     @staticmethod
     def forward(ctx, a, pairs, form, *tensors):

@@ -1,7 +1,7 @@
-"""One of the two matrices of every slot of a layer: which slots can share a launch, and where their tensors lie.
+"""One of the two matrices of every slot of a layer: which slots can share a launch, and the places of their tensors.
 
 Slots whose matrices agree in format, dtype, bias and rank form a group. A group is one launch; a layer has one to
-three of them. Tables of addresses are made on the host from what it knows anyway, and kept on the device.
+three groups. The host makes the tables of addresses without waiting for the device, which caches them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ ALIGNMENT = 16  # elements: what the kernels may assume of an offset
 
 
 class Unsupported(ValueError):
-    """A layer that these kernels cannot compute. The message is the reason."""
+    """These kernels do not support this layer. The message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotLayout:
-    """How one slot's matrix is stored, and where its tensors stand in the flat list of a `Projection`; -1 is none."""
+    """Storage format of one slot's matrix, and indices of its tensors in the flat list of a `Projection`; -1: none."""
 
     format: str
     dtype: torch.dtype
@@ -37,7 +37,8 @@ class SlotLayout:
     lora_rank: int = 0
     lora_scale: float = 1.0
 
-    def group_key(self) -> tuple:
+    def group_key(self) -> tuple[object, ...]:
+        """What the slots of a group have in common."""
         return (self.format, self.dtype, self.blocksize, self.bias >= 0, self.lora_rank, self.lora_scale)
 
 
@@ -54,7 +55,7 @@ class Group:
     is_next_split: bool
 
     def reads_split(self, *, last: bool) -> bool:
-        """Whether its product wants even columns first: NF4 summed over its packed dimension."""
+        """Whether its product needs even columns first: NF4 summed over its packed dimension."""
         return last and self.layout.format == "nf4"
 
 
@@ -65,21 +66,23 @@ def _device_table(values: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 
 
 def device_table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The integers on the device, copied once without waiting; kept per stream, since only that stream's order says
-    that the copy has arrived. Only numbers are kept, never what stands at the addresses.
+    """Return integers on the device, copied once without waiting.
+
+    The cache is per stream, because only that stream's order guarantees that the copy has arrived. It holds only
+    numbers, never the tensors at the addresses.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _device_table(values, dtype, device, stream)
 
 
 def flatten_slot(weight: object, bias: torch.Tensor | None, lora: object | None, tensors: list) -> SlotLayout:
-    """Append the tensors of one slot's matrix to ``tensors`` and say where they stand.
+    """Append the tensors of one slot's matrix to ``tensors`` and return their indices.
 
-    ``weight`` is a tensor, or a quantised matrix with ``format``, ``packed``, ``scales()``, ``blocksize``, ``dtype``.
+    ``weight`` is a tensor, or a quantized matrix with ``format``, ``packed``, ``scales()``, ``blocksize``, ``dtype``.
     Raises Unsupported for a dtype or a layout without a kernel.
     """
     if weight.dtype not in TYPES:
-        raise Unsupported(f"there is no Triton kernel for {weight.dtype} weights")
+        raise Unsupported(f"no Triton kernel for {weight.dtype} weights")
 
     def add(tensor: torch.Tensor | None) -> int:
         if tensor is None:
@@ -103,7 +106,7 @@ def flatten_slot(weight: object, bias: torch.Tensor | None, lora: object | None,
 
 
 def new_rows(pairs: SortedPairs, width: int, like: torch.Tensor, *, zeros: bool = False) -> torch.Tensor:
-    """Room for a row of each pair, (T*K, width) in dtype and device of ``like``."""
+    """Allocate a row for each pair, (T*K, width), with the dtype and device of ``like``."""
     return (torch.zeros if zeros else torch.empty)(pairs.num_pairs, width, dtype=like.dtype, device=like.device)
 
 
@@ -193,9 +196,13 @@ class Projection:
 
         Args:
             a: (T, in) tokens, or (T*K, in) by position.
-            is_split: rows of ``a`` that NF4 reads have their even columns first already.
-            splits_out: write the rows that the next projection reads by NF4 that way.
-            row_scale: (T*K,) by pair, multiplied in last.
+            out: (T*K, out) by position, written.
+            pairs: the sorted pairs.
+            is_tokens: ``a`` has one row per token.
+            gated: apply SwiGLU to the result.
+            is_split: the rows of ``a`` for NF4 already have their even columns first.
+            splits_out: write the rows for the next projection's NF4 matrices with even columns first.
+            row_scale: (T*K,) by pair, the last factor.
 
         Returns each group's low-rank rows (T*K, R), ``scale * a A^T``, or None.
 
@@ -274,4 +281,5 @@ class Projection:
         grouped_matmul(a, out, pairs, self.slot_group, group.index, matrices, **options)
 
     def slots_of(self, group: Group) -> list[int]:
+        """Return the slots of a group."""
         return self._slots_of_group[group.index]

@@ -1,4 +1,4 @@
-"""NF4 and INT8, to and from, bit for bit as `edgefed.kernels.quantization` defines them.
+"""Quantization and dequantization of NF4 and INT8, bit for bit as `edgefed.kernels.quantization` defines them.
 
 A stack (S, rows, columns) is one call. The kernels write what fits a `QuantizedMatrix`: packed and absmax.
 """
@@ -17,7 +17,7 @@ MAX_COLUMNS = 2048  # of a row at once, int8
 
 @triton.jit
 def _nf4_code(x):
-    """float32 in [-1, 1] -> the code of the nearest of the sixteen values: how many midpoints lie below.
+    """float32 in [-1, 1] -> the code of the nearest of the sixteen values: the number of midpoints below.
 
     The midpoints are rounded to float32, as (code[i] + code[i + 1]) / 2 is there.
     """
@@ -41,6 +41,7 @@ def _nf4_code(x):
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def quantize_nf4_kernel(values, packed, absmax, num_blocks, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    """Quantize BLOCKS blocks per program."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     is_block = block < num_blocks
     half = tl.arange(0, BLOCKSIZE // 2)
@@ -58,6 +59,7 @@ def quantize_nf4_kernel(values, packed, absmax, num_blocks, BLOCKSIZE: tl.conste
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def dequantize_nf4_kernel(packed, absmax, values, num_blocks, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    """Dequantize BLOCKS blocks per program."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     is_block = block < num_blocks
     half = tl.arange(0, BLOCKSIZE // 2)
@@ -71,7 +73,7 @@ def dequantize_nf4_kernel(packed, absmax, values, num_blocks, BLOCKSIZE: tl.cons
 
 @triton.jit
 def quantize_int8_kernel(values, packed, absmax, COLUMNS: tl.constexpr, BC: tl.constexpr):
-    """One program per row, which it reads twice: the second time it is in the cache."""
+    """Quantize one row per program, which reads it twice, the second time from the cache."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BC)
     largest = tl.zeros((BC,), tl.float32)
@@ -93,6 +95,7 @@ def quantize_int8_kernel(values, packed, absmax, COLUMNS: tl.constexpr, BC: tl.c
 
 @triton.jit
 def dequantize_int8_kernel(packed, absmax, values, COLUMNS: tl.constexpr, BC: tl.constexpr):
+    """Dequantize one row and BC columns per program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = column < COLUMNS
@@ -102,7 +105,7 @@ def dequantize_int8_kernel(packed, absmax, values, COLUMNS: tl.constexpr, BC: tl
 
 
 def quantize(weights: torch.Tensor, format: str, blocksize: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """(S, rows, columns), float32, float16 or bfloat16, to packed and absmax of a stack. No synchronisation.
+    """Quantize (S, rows, columns), float32, float16 or bfloat16, to packed and absmax, without synchronization.
 
     nf4: uint8 (S, rows * columns / 2) and float32 (S, blocks); int8: int8 (S, rows, columns) and float32 (S, rows).
     What is not finite is for the caller to refuse. Raises ValueError when an expert is no whole number of blocks.
@@ -124,7 +127,7 @@ def quantize(weights: torch.Tensor, format: str, blocksize: int = 64) -> tuple[t
             )
         return packed, absmax
     if size % blocksize:
-        raise ValueError(f"experts of {rows} x {columns} are no whole number of blocks of {blocksize}")
+        raise ValueError(f"experts of {rows} x {columns} do not divide into blocks of {blocksize}")
     packed = torch.empty(experts, size // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty(experts, size // blocksize, device=device)
     if packed.numel():
@@ -136,7 +139,7 @@ def quantize(weights: torch.Tensor, format: str, blocksize: int = 64) -> tuple[t
 
 
 def dequantize(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor, format: str, blocksize: int = 64) -> None:
-    """Write the values of `quantize`'s result into ``out``, contiguous, of the weights' shape and any float type."""
+    """Write the values to ``out``, contiguous, of the weights' shape and any float dtype."""
     if out.numel() == 0:
         return
     packed, absmax = packed.contiguous(), absmax.contiguous()

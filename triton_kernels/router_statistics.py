@@ -1,8 +1,8 @@
-"""The record of the router, accumulated in one pass over gate probabilities or logits, on the device.
+"""Router statistics, accumulated on the device in one pass over gate probabilities or logits.
 
 As `edgefed.kernels.router_statistics` defines it: six rows per expert. Each program walks its share of the tokens and
 writes partial sums; a second launch adds the partials to the statistics in the order of the programs. So the result
-is the same from run to run, nothing of size T x E is written, and the host is not asked.
+is the same from run to run, nothing of size T x E is written, and the host does not wait.
 """
 
 from __future__ import annotations
@@ -110,15 +110,18 @@ def router_statistics(
     expert_weights: torch.Tensor,
     gate_kind: str = "probability",
 ) -> None:
-    """Add one batch of one layer to ``statistics`` (6, E) float64 in place. Two launches, no synchronisation.
+    """Add one batch of one layer to ``statistics`` (6, E) float64 in place. Two launches, no synchronization.
 
     Args:
-        scores: (T, E) gate probabilities, or the router's logits when ``gate_kind`` is "softmax" or "sigmoid"; read
+        statistics: (6, E) float64 accumulator.
+        scores: (T, E) gate probabilities, or the router's logits if ``gate_kind`` is "softmax" or "sigmoid"; read
             once, nothing of that size is written.
-        expert_indices, expert_weights: (T, K) the router's choice and its weights.
+        expert_indices: (T, K) experts that the router selected.
+        expert_weights: (T, K) weights of their outputs.
+        gate_kind: "probability", "softmax" or "sigmoid".
 
     Sums of one program are float32 (at most T / 64 tokens of them), sums over programs float64; counts are exact up
-    to 2^24 tokens a program. Raises ValueError when shapes do not belong together.
+    to 2^24 tokens a program. Raises ValueError if shapes do not match.
 
     """
     num_experts = scores.shape[-1]
@@ -132,7 +135,10 @@ def router_statistics(
             f"must both be (T, K) with T = {scores.shape[0]}"
         )
     if statistics.dtype != torch.float64 or gate_kind not in GATE_KINDS:
-        raise ValueError(f"statistics in {statistics.dtype}, kind {gate_kind!r}: float64 and {', '.join(GATE_KINDS)}")
+        raise ValueError(
+            f"expected float64 statistics and a kind of {', '.join(GATE_KINDS)}, "
+            f"found {statistics.dtype} and {gate_kind!r}"
+        )
     num_tokens = scores.shape[0]
     if num_tokens == 0:
         return

@@ -1,4 +1,4 @@
-"""Sort the (token, k) pairs of a layer by slot, and cut them into tiles of work, without asking the host.
+"""Sort the (token, k) pairs of a layer by slot, and split them into tiles of work, without waiting for the device.
 
 A pair p = t * K + k has slot s(p) in [-1, S). The result is a stable counting sort: within a slot the pairs keep
 their order, and dropped pairs (slot -1) have no position at all.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 MAX_ONE_HOT = 8192  # elements of a (pairs, slots) tile: 64 registers a thread with four warps
-MAX_COUNTS = 4096  # elements of a (blocks, slots) tile, of which several are held
+MAX_COUNTS = 4096  # elements of a (blocks, slots) tile; several are in registers
 MAX_SLOTS = 2048
 
 
@@ -47,9 +47,9 @@ def schedule_tiles_kernel(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """One program. Turns ``counts`` into the first position of each (block, slot), and writes
+    """Turn ``counts`` into the first position of each (block, slot), in one program. Writes two more results.
 
-    offsets (S + 1) int32: first position of each slot, then the number of pairs that are kept
+    offsets (S + 1) int32: first position of each slot, then the number of pairs that are not dropped
     tile_slot, tile_row (max_tiles) int32: slot and first position of each tile of at most BM pairs; slot -1 at the end
     """
     slot = tl.arange(0, SP)
@@ -82,7 +82,7 @@ def schedule_tiles_kernel(
 def place_pairs_kernel(
     slots, counts, offsets, order, position, num_pairs, S: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """order[position of p] = p and position[p] = position of p (-1 when dropped), both (num_pairs) int32."""
+    """order[position of p] = p and position[p] = position of p (-1 if dropped), both (num_pairs) int32."""
     block = tl.program_id(0)
     slot = tl.arange(0, SP)
     pair = block * BLOCK + tl.arange(0, BLOCK)
@@ -90,18 +90,19 @@ def place_pairs_kernel(
     start = tl.load(counts + block * S + slot, mask=slot < S, other=0)
     start += tl.load(offsets + slot, mask=slot < S, other=0)
     rank = tl.cumsum(one_hot, axis=0) - 1 + start[None, :]
-    kept = tl.sum(one_hot, axis=1) > 0
-    at = tl.where(kept, tl.sum(one_hot * rank, axis=1), -1)
+    has_slot = tl.sum(one_hot, axis=1) > 0
+    at = tl.where(has_slot, tl.sum(one_hot * rank, axis=1), -1)
     tl.store(position + pair, at, mask=pair < num_pairs)
-    tl.store(order + at, pair, mask=(pair < num_pairs) & kept)
+    tl.store(order + at, pair, mask=(pair < num_pairs) & has_slot)
 
 
 @dataclasses.dataclass(frozen=True)
 class SortedPairs:
     """The pairs of one layer and batch, by slot. All tensors int32, on the device of the tokens.
 
-    ``order`` (T*K,) and ``position`` (T*K,) as `place_pairs_kernel` says (``order`` is undefined from the last kept
-    pair on), ``offsets`` (S+1,), ``tile_slot`` and ``tile_row`` (max_tiles,) as `schedule_tiles_kernel` says.
+    ``order`` (T*K,) and ``position`` (T*K,) are written by `place_pairs_kernel` (``order`` is undefined after the last
+    pair that is not dropped), ``offsets`` (S+1,), ``tile_slot`` and ``tile_row`` (max_tiles,) by
+    `schedule_tiles_kernel`.
     """
 
     order: torch.Tensor
@@ -114,19 +115,21 @@ class SortedPairs:
 
     @property
     def num_pairs(self) -> int:
-        """T * K, the upper bound of the number kept: what the host knows."""
+        """T * K, dropped pairs included: the number that the host knows."""
         return self.order.shape[0]
 
     @property
     def num_slots(self) -> int:
+        """Number of slots S."""
         return self.offsets.shape[0] - 1
 
     @property
     def max_tiles(self) -> int:
+        """Upper bound of the number of tiles."""
         return self.tile_slot.shape[0]
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What autograd has to save."""
+        """Return the tensors that autograd saves."""
         return (self.order, self.position, self.offsets, self.tile_slot, self.tile_row)
 
 
@@ -134,10 +137,10 @@ def sort_pairs(slot_indices: torch.Tensor, num_slots: int, rows_per_tile: int) -
     """Sort the pairs of ``slot_indices`` (T, K), int32 or int64 in [-1, num_slots), T*K > 0 and num_slots > 0.
 
     A slot outside the range counts as dropped; whoever knows indices on the host checks them there. Three launches,
-    no synchronisation. Raises ValueError above MAX_SLOTS slots.
+    no synchronization. Raises ValueError above MAX_SLOTS slots.
     """
     if num_slots > MAX_SLOTS:
-        raise ValueError(f"{num_slots} slots in one layer; the sort holds at most {MAX_SLOTS} in registers")
+        raise ValueError(f"{num_slots} slots in one layer; the maximum is {MAX_SLOTS}")
     slots = slot_indices.reshape(-1).contiguous()
     num_pairs, device = slots.shape[0], slots.device
     padded = max(triton.next_power_of_2(num_slots), 2)

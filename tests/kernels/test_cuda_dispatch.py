@@ -31,7 +31,7 @@ def announced(rig, monkeypatch):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", [(3, 16, 64), (16, 64), (2, 7, 9), (7, 9), (2, 0, 64)])
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_quantising_gives_the_bytes_of_the_reference(rig, format, shape, nested):
+def test_quantizing_gives_the_bytes_of_the_reference(rig, format, shape, nested):
     if nested and format == "int8":
         nested = False
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,7 @@ def test_quantising_gives_the_bytes_of_the_reference(rig, format, shape, nested)
         assert torch.equal(values, dequantize_experts(found, dtype, backend="reference"))
 
 
-def test_weights_that_are_no_numbers_are_refused(rig):
+def test_nan_weights_are_refused(rig):
     weights = torch.ones(2, 8, 64, device=rig.device)
     weights[1, 2, 3] = float("nan")
     for format in ("nf4", "int8"):
@@ -68,7 +68,7 @@ def test_statistics_are_those_of_the_reference(rig, kind):
     assert wide[:, 1::2].eq(0).all()
 
 
-def test_statistics_that_have_no_kernel_are_left_to_another(rig, caplog):
+def test_statistics_without_a_kernel_fall_back(rig, caplog):
     gate = torch.full((2, 4), 0.25, dtype=torch.float64, device=rig.device)
     indices, weights = torch.tensor([[0], [3]], device=rig.device), torch.ones(2, 1, device=rig.device)
     with pytest.raises(ConfigError, match="router's output in torch.float64"):
@@ -113,7 +113,7 @@ def test_a_layer_is_that_of_the_reference(rig, tokens, operation):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_auto_takes_it_for_few_tokens_and_passes_on_what_it_cannot_do(rig, monkeypatch, caplog):
+def test_auto_uses_it_for_few_tokens_and_falls_back_otherwise(rig, monkeypatch, caplog):
     """With one slot in float32 and one in float16, for which Triton has kernels and CUDA has not."""
     calls = []
     monkeypatch.setattr(rig.kernels, "sort_pairs", lambda *_: calls.append("cuda") or 1 / 0)

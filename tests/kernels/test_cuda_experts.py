@@ -178,7 +178,7 @@ def test_hidden_states_of_another_dtype_than_the_weights(rig):
     assert_same(ours, expected, torch.float16)
 
 
-def test_the_same_bits_whatever_the_order_of_blocks_and_threads(rig):
+def test_the_order_of_blocks_and_threads_changes_no_bit(rig):
     """On a GPU: the same bits from run to run."""
     layer = LAYERS["lora of two ranks"]
     results = []
@@ -221,7 +221,7 @@ def test_a_frozen_nf4_layer_saves_tokens_indices_and_packed_weights(rig, tokens)
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "num_slots"), [(0, 2, 3), (3, 2, 0), (3, 0, 2), (3, 2, 2)])
-def test_nothing_to_do_gives_zeros(rig, tokens, top_k, num_slots):
+def test_no_pairs_give_zeros(rig, tokens, top_k, num_slots):
     layer = Layer(formats=("dense",) * num_slots, lora=(0,) * num_slots)
     slots = make_slots(layer, torch.float32, rig.device)
     hidden = torch.randn(tokens, HIDDEN, device=rig.device, requires_grad=True)
@@ -257,7 +257,7 @@ def test_the_host_never_waits_for_the_device(rig):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_what_it_leaves_to_the_reference(rig):
+def test_unsupported_layers_use_the_reference(rig):
     hidden, indices, weights = inputs(Layer(), 4, torch.float32, rig.device)
     assert "float64" in cuda_experts.why_not(hidden.double(), weights, [])
 

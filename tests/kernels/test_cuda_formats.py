@@ -1,4 +1,4 @@
-"""CUDA quantisation, byte for byte the reference's, and CUDA router statistics."""
+"""CUDA quantization, byte for byte the reference's, and CUDA router statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights_of(shape, dtype, seed=0):
     [("nf4", (3, 16, 64), 64), ("nf4", (2, 7, 9), 64), ("nf4", (1, 5, 100), 32), ("nf4", (1, 4, 1100), 4096),
      ("int8", (3, 16, 64), 64), ("int8", (2, 7, 9), 64)],
 )  # fmt: skip
-def test_quantised_bytes_and_values_are_those_of_the_reference(rig, format, shape, blocksize, dtype):
+def test_quantized_bytes_and_values_are_those_of_the_reference(rig, format, shape, blocksize, dtype):
     stack = weights_of(shape, dtype)
     expected = quantize_experts(stack, format, blocksize=blocksize, backend="reference")
     packed, absmax = rig.kernels.quantize(stack.to(rig.device), format, blocksize)
@@ -41,14 +41,14 @@ def test_quantised_bytes_and_values_are_those_of_the_reference(rig, format, shap
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_quantising_refuses_what_is_not_finite(rig, format, value):
+def test_quantizing_refuses_weights_that_are_not_finite(rig, format, value):
     stack = weights_of((2, 8, 64), torch.float32)
     stack[1, 3, 5] = value
     with pytest.raises(ValueError, match="infinite"):
         rig.kernels.quantize(stack.to(rig.device), format, 64)
 
 
-def test_int8_refuses_what_float16_cannot_hold(rig):
+def test_int8_refuses_weights_beyond_float16(rig):
     stack = weights_of((2, 8, 64), torch.float32)
     stack[1, 3, 5] = 7e4
     with pytest.raises(ValueError, match="row 3 of expert 1"):
@@ -114,7 +114,7 @@ def test_statistics_have_the_same_bits_in_every_order(rig):
     assert torch.equal(*results)
 
 
-def test_an_expert_beyond_the_last_stops_the_device(rig):
+def test_an_expert_out_of_range_aborts_the_device(rig):
     if not rig.emulated:
         pytest.skip("a stopped GPU serves no further test in this process")
     for index in (-1, 2):

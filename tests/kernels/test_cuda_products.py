@@ -75,7 +75,7 @@ def test_sort_with_every_pair_dropped_or_on_one_slot(rig):
         assert pairs.begins().tolist() == begins
 
 
-def test_a_slot_beyond_the_last_stops_the_device(rig):
+def test_a_slot_out_of_range_aborts_the_device(rig):
     if not rig.emulated:
         pytest.skip("a stopped GPU serves no further test in this process")
     with pytest.raises(RuntimeError, match="CUDA error 719"):
@@ -133,7 +133,7 @@ def test_products_of_every_kernel(rig, kernel, transposed, format, dtype):
 
 @pytest.mark.parametrize(("format", "n", "k", "blocksize"), [("nf4", 8, 40, 32), ("nf4", 7, 9, 32), ("int8", 5, 11, 64), ("dense", 3, 5, 64), ("nf4", 130, 64, 128), ("nf4", 65, 64, 4096)])  # fmt: skip  # noqa: E501
 @pytest.mark.parametrize("transposed", [False, True])
-def test_odd_shapes_fall_to_a_kernel_that_can(rig, format, n, k, blocksize, transposed):
+def test_odd_shapes_use_a_kernel_that_supports_them(rig, format, n, k, blocksize, transposed):
     for kernel in KERNELS.values():
         check_product(rig, kernel, format, torch.float16, transposed, tokens=9, n=n, k=k, blocksize=blocksize)
 
@@ -175,7 +175,7 @@ def test_bias_factor_accumulation_and_slots_without_a_matrix(rig, kernel):
 
 
 @pytest.mark.parametrize(("kernel", "rows"), [("rows", 5), ("tiles", 65), ("plain", 65)])
-def test_the_grid_reaches_the_last_tile_where_there_are_as_many_as_can_be(rig, kernel, rows):
+def test_the_grid_covers_the_largest_number_of_tiles(rig, kernel, rows):
     """Each of five slots has one row more than a tile: the bound that the host launches with is then exact."""
     n, k = 24, 32
     operands, matrices = make_operands(rig, 5, (n, k), "dense", torch.float16)
@@ -191,7 +191,7 @@ def test_the_grid_reaches_the_last_tile_where_there_are_as_many_as_can_be(rig, k
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_more_slots_than_one_launch_takes(rig, kernel):
+def test_more_slots_than_fit_in_one_launch(rig, kernel):
     check_product(rig, KERNELS[kernel], "int8", torch.bfloat16, False, tokens=60, num_slots=130, n=16, k=16)
 
 

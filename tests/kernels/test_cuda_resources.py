@@ -44,7 +44,7 @@ def check(rows):
     assert not [row for row in rows if row.registers * 512 > REGISTERS_OF_MULTIPROCESSOR]
 
 
-def test_no_kernel_spills_or_needs_more_shared_memory_than_there_is(compiled):
+def test_no_kernel_spills_or_exceeds_the_shared_memory(compiled):
     _, archs, rows = compiled
     check(rows)
     per_arch = Counter(row.arch for row in rows)
@@ -53,14 +53,14 @@ def test_no_kernel_spills_or_needs_more_shared_memory_than_there_is(compiled):
     assert {row.source for row in rows} == {source.name for source in SOURCES}
 
 
-def test_the_recorded_table_is_whole_and_free_of_spills(recorded):
+def test_the_recorded_table_is_complete_and_free_of_spills(recorded):
     table, rows = recorded
     check(rows)
     assert {row.arch for row in rows} == set(table["archs"]) >= {75, 80, 86, 87, 89, 90, 120}
     assert len(rows) == len({(row.kernel, row.source) for row in rows}) * len(table["archs"])
 
 
-def test_the_recorded_table_is_that_of_these_sources(compiled, recorded):
+def test_the_recorded_table_matches_the_sources(compiled, recorded):
     nvcc, archs, rows = compiled
     table, kept = recorded
     if nvcc_version(nvcc) != table["nvcc"]:

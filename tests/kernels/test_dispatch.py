@@ -29,7 +29,7 @@ def without_native(monkeypatch):
     monkeypatch.setattr(dispatch, "load_native", missing)
 
 
-def test_auto_falls_back_aloud_and_once(without_native, caplog):
+def test_auto_falls_back_and_logs_it_once(without_native, caplog):
     with caplog.at_level("INFO"):
         assert [dispatch.choose("masked_experts", "cpu") for _ in range(3)] == ["reference"] * 3
     said = [record.message for record in caplog.records]
@@ -45,7 +45,7 @@ def test_a_requested_backend_that_cannot_run_is_an_error_with_its_reason(without
         dispatch.choose("masked_experts", "cpu", "quantum")
 
 
-def test_the_environment_speaks_for_auto_only(monkeypatch, without_native):
+def test_the_environment_variable_applies_only_to_auto(monkeypatch, without_native):
     monkeypatch.setenv("EDGEFED_KERNELS", "reference")
     assert dispatch.choose("quantize_experts", "cpu") == "reference"
     monkeypatch.setenv("EDGEFED_KERNELS", "quantum")
@@ -76,7 +76,7 @@ def test_the_table_has_every_operation_and_a_reference_for_each():
         assert all(row.reason for row in own)
 
 
-def test_asking_needs_no_torch():
+def test_the_table_needs_no_torch():
     code = "import edgefed.kernels.dispatch as d, sys; d.choose('masked_experts', 'cpu'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
@@ -92,7 +92,7 @@ def announce_gpu(*, measured=True):
             )  # fmt: skip
 
 
-def test_few_tokens_on_a_gpu_are_for_dot_products_and_the_rest_for_tiles(monkeypatch):
+def test_few_tokens_on_a_gpu_use_dot_products_and_many_use_tiles(monkeypatch):
     announce_gpu()
     assert dispatch.choose("masked_experts", "cuda", few_tokens=True) == "cuda"
     assert dispatch.choose("masked_experts", "cuda", few_tokens=False) == "triton"
@@ -104,7 +104,7 @@ def test_few_tokens_on_a_gpu_are_for_dot_products_and_the_rest_for_tiles(monkeyp
 
 
 @pytest.mark.parametrize("few_tokens", [False, True])
-def test_what_was_not_measured_runs_only_by_name(monkeypatch, few_tokens):
+def test_unmeasured_backends_run_only_by_name(monkeypatch, few_tokens):
     announce_gpu(measured=False)
     for operation in dispatch.OPERATIONS:
         assert dispatch.choose(operation, "cuda", few_tokens=few_tokens) == "reference"
@@ -113,7 +113,7 @@ def test_what_was_not_measured_runs_only_by_name(monkeypatch, few_tokens):
         monkeypatch.delenv("EDGEFED_KERNELS")
 
 
-def test_a_name_in_the_environment_is_for_the_devices_that_have_it(monkeypatch):
+def test_the_environment_variable_applies_to_devices_with_that_backend(monkeypatch):
     announce_gpu()
     expected = dispatch.choose("quantize_experts", "cpu")
     monkeypatch.setenv("EDGEFED_KERNELS", "cuda")
@@ -121,7 +121,7 @@ def test_a_name_in_the_environment_is_for_the_devices_that_have_it(monkeypatch):
     assert dispatch.choose("quantize_experts", "cpu") == expected
 
 
-def test_a_backend_that_refuses_a_call_is_passed_over_aloud(monkeypatch, caplog):
+def test_a_backend_that_does_not_support_a_call_is_skipped_and_logged(monkeypatch, caplog):
     announce_gpu()
     tried = []
 
@@ -147,7 +147,7 @@ def test_a_backend_that_refuses_a_call_is_passed_over_aloud(monkeypatch, caplog)
     assert dispatch.run_best("masked_experts", "cuda", "auto", run) == "done"
 
 
-def test_a_fault_of_a_backend_is_no_refusal(monkeypatch):
+def test_an_error_of_a_backend_is_raised(monkeypatch):
     def run(name):
         raise IndexError("slot 7")
 

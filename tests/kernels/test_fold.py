@@ -113,7 +113,7 @@ def test_native_widens_every_half_exactly(native):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("backend", ["numpy", "native"])
-def test_what_is_not_finite_is_found_and_nothing_is_added(request, dtype, value, backend):
+def test_values_that_are_not_finite_are_found_and_nothing_is_added(request, dtype, value, backend):
     chosen = fold.NUMPY if backend == "numpy" else request.getfixturevalue("native")
     raw = narrow(np.ones(1000, np.float32), dtype)
     raw[[617, 800]] = narrow(np.full(2, value, np.float32), dtype)
@@ -122,7 +122,7 @@ def test_what_is_not_finite_is_found_and_nothing_is_added(request, dtype, value,
     assert (accumulator == 1.0).all()
 
 
-def test_native_refuses_what_its_pointers_do_not_fit(native):
+def test_native_refuses_arrays_of_the_wrong_layout(native):
     raw = np.ones(8, np.float32)
     for call in (
         lambda: native.fold_block(np.ones(8, np.float32), raw, "F32", 1.0),
@@ -136,7 +136,7 @@ def test_native_refuses_what_its_pointers_do_not_fit(native):
             call()
 
 
-def test_a_wish_that_cannot_be_met_is_an_error_and_auto_falls_back_aloud(monkeypatch, caplog):
+def test_an_unavailable_requested_backend_is_an_error_and_auto_falls_back(monkeypatch, caplog):
     def missing(path=None):
         raise NativeUnavailable("not built")
 
@@ -154,7 +154,7 @@ def test_a_wish_that_cannot_be_met_is_an_error_and_auto_falls_back_aloud(monkeyp
         fold.select_backend.cache_clear()
 
 
-def test_a_library_that_is_none_of_ours_is_refused(tmp_path):
+def test_a_foreign_library_is_refused(tmp_path):
     path = tmp_path / "_native.so"
     path.write_bytes(b"no library")
     with pytest.raises(NativeUnavailable, match="cannot load"):

@@ -206,7 +206,7 @@ def test_output_and_every_gradient_equal_the_reference(place, name, dtype):
 
 @pytest.mark.parametrize("shape", [(0, 2, 3), (3, 2, 0), (3, 0, 2)])
 @pytest.mark.parametrize("place", PLACES, indirect=True)
-def test_nothing_to_do_gives_zeros(place, shape):
+def test_no_pairs_give_zeros(place, shape):
     (device, backend), (tokens, top_k, num_slots) = place, shape
     slots = make_slots(Layer(kinds=("nf4",) * num_slots), torch.bfloat16, device)
     hidden = torch.randn(tokens, 256, device=device, dtype=torch.bfloat16)
@@ -274,7 +274,7 @@ def test_a_frozen_layer_is_never_unpacked_as_a_whole(place):
 
 
 @pytest.mark.parametrize("place", ON_GPU, indirect=True)
-def test_slots_farther_apart_than_32_bits_count(place):
+def test_slots_farther_apart_than_32_bits(place):
     """Two experts at both ends of a storage of more than 2^31 weights."""
     device, backend = place
     size = 2**31 + 2**20
@@ -299,7 +299,7 @@ def test_slots_farther_apart_than_32_bits_count(place):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("place", PLACES, indirect=True)
-def test_quantised_bytes_are_those_of_the_reference(place, format, dtype):
+def test_quantized_bytes_are_those_of_the_reference(place, format, dtype):
     device, backend = place
     weights = torch.randn(4, 256, 512, generator=torch.Generator().manual_seed(2)).mul_(0.05).to(dtype)
     weights[0, 0] = 0
@@ -328,7 +328,7 @@ def test_router_statistics_equal_the_reference(place, kind):
 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)
-def test_a_model_of_transformers_learns_the_same_as_with_eager(place, monkeypatch):
+def test_a_transformers_model_trains_as_with_eager(place, monkeypatch):
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     import edgefed

@@ -104,14 +104,14 @@ def test_a_layer(library, tokens, learn, finish):
 
 
 @pytest.mark.parametrize("kind", GATE_KINDS)
-def test_the_record_of_a_router(library, kind):
+def test_router_statistics(library, kind):
     with NoCopies():
         statistics = new_statistics(8, "meta")
         router_statistics(statistics, on_meta(9, 8), on_meta(9, 2, dtype=torch.int64), on_meta(9, 2), kind=kind)
     assert "ef_cuda_router_statistics" in library.called
 
 
-def test_dequantising(library):
+def test_dequantizing(library):
     matrix = quantize_experts(torch.randn(2, 8, 64), "nf4").to("meta")
     with NoCopies():
         assert dequantize_experts(matrix).shape == (2, 8, 64)
@@ -119,7 +119,7 @@ def test_dequantising(library):
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
-def test_a_layer_of_transformers_with_its_router(library, family):
+def test_a_transformers_layer_with_its_router(library, family):
     """What `edgefed.register_experts` hooks in, called as transformers calls it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -136,7 +136,7 @@ def test_a_layer_of_transformers_with_its_router(library, family):
     assert "ef_cuda_combine" in library.called
 
 
-def test_the_test_would_notice(library):
+def test_the_test_detects_a_wait(library):
     """The reference does wait: for the counts, once a layer."""
     hidden, indices, weights = on_meta(3, HIDDEN), on_meta(3, 2, dtype=torch.int64), on_meta(3, 2)
     with pytest.raises((RuntimeError, NotImplementedError)):

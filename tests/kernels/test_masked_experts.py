@@ -193,7 +193,7 @@ def test_bfloat16_sums_in_float32():
     assert output.item() == 512.0
 
 
-def test_refuses_what_does_not_belong_together():
+def test_shapes_that_do_not_match_are_refused():
     slots = make_slots(2, **LAYOUTS["gated"], dtype=torch.float32)
     hidden = torch.randn(3, HIDDEN)
     with pytest.raises(ValueError, match=r"\(3, 6\) and slot_indices \(2, 1\)"):

@@ -186,7 +186,7 @@ def test_every_instruction_set_equals_the_reference(isa, dtype, monkeypatch):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_every_kernel_is_the_product_of_the_matrix_that_is_stored(kernel, isa, kind, dtype, monkeypatch):
+def test_every_kernel_multiplies_with_the_stored_matrix(kernel, isa, kind, dtype, monkeypatch):
     """More than one panel, more rows than a chunk, a k longer than a panel; gathered rows; both directions."""
     monkeypatch.setenv("EDGEFED_ISA", isa)
     number, ran = getattr(native_products, kernel), 0
@@ -228,7 +228,7 @@ def test_every_kernel_is_the_product_of_the_matrix_that_is_stored(kernel, isa, k
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40])
-def test_rounding_x_to_eight_bits_costs_one_percent_and_only_where_nothing_learns(num_tokens, monkeypatch):
+def test_rounding_x_to_eight_bits_costs_one_percent_and_never_happens_in_training(num_tokens, monkeypatch):
     monkeypatch.delenv("EDGEFED_ISA", raising=False)
     if "avx512_bf16" not in ISAS:
         pytest.skip("needs VNNI")
@@ -269,7 +269,7 @@ def test_a_row_rounded_to_eight_bits_is_within_half_a_step(isa, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_frozen_quantised_layer_saves_tokens_indices_and_packed_weights_only(kind):
+def test_a_frozen_quantized_layer_saves_tokens_indices_and_packed_weights_only(kind):
     slots = make_slots([kind] * 3, torch.bfloat16)
     hidden, indices, weights = make_inputs(50, 2, 3, torch.bfloat16)
     saved: list[torch.Tensor] = []
@@ -362,7 +362,7 @@ def test_streamed_slots_are_read_one_at_a_time():
     assert Streamed.most <= 2  # the one that is used, and the one that replaces it
 
 
-def test_what_native_cannot_do_is_an_error_when_it_is_asked_for_and_said_when_it_is_not(caplog):
+def test_unsupported_layers_are_an_error_by_name_and_a_logged_fallback_with_auto(caplog):
     slots = make_slots(["dense"], torch.float64)
     hidden, indices, weights = make_inputs(3, 1, 1, torch.float64)
     with pytest.raises(ConfigError, match="native.*float64"):
@@ -433,7 +433,7 @@ def test_swiglu_and_its_gradients_are_those_of_autograd(rows, width, dtype, isa,
     assert relative_error(d_weights, exact_weights.grad) < 1e-5
 
 
-def test_an_activation_is_told_by_what_it_does():
+def test_an_activation_is_recognized_by_its_values():
     def clamped(up):
         gate, value = up.chunk(2, dim=-1)
         return F.silu(gate.clamp(max=10)) * value.clamp(-10, 10)

@@ -67,7 +67,7 @@ def test_opcheck(format):
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("shape", [(3, 8, 64), (8, 64), (2, 7, 9)])
-def test_opcheck_of_quantising(format, shape):
+def test_opcheck_of_quantizing(format, shape):
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     torch.library.opcheck(torch.ops.edgefed.quantize_experts.default, (weights, format, 64))
     packed, absmax = torch.ops.edgefed.quantize_experts(weights, format, 64)
@@ -76,7 +76,7 @@ def test_opcheck_of_quantising(format, shape):
     assert torch.equal(absmax, expected.absmax)
 
 
-def test_quantising_and_multiplying_compile_into_one_graph():
+def test_quantizing_and_multiplying_compile_into_one_graph():
     def function(up, down, hidden, indices, weights):
         stored = [part for stack in (up, down) for part in torch.ops.edgefed.quantize_experts(stack, "nf4", 64)]
         return torch.ops.edgefed.masked_experts(
@@ -125,13 +125,13 @@ def test_no_tokens_and_no_pairs():
         assert hidden.grad.eq(0).all()
 
 
-def test_dequantising_is_the_function():
+def test_dequantizing_is_the_function():
     matrix = quantize_experts(torch.randn(2, 8, 64), "nf4")
     found = torch.ops.edgefed.dequantize_experts(matrix.packed, matrix.absmax, "nf4", (2, 8, 64), 64, torch.bfloat16)
     assert torch.equal(found, dequantize_experts(matrix, torch.bfloat16))
 
 
-def test_what_learns_or_has_no_name_is_refused():
+def test_trainable_weights_and_unnamed_activations_are_refused():
     stored, _ = layer("dense")
     up = stored[0].clone().requires_grad_()
     with pytest.raises(ValueError, match="frozen"):

@@ -74,7 +74,7 @@ def test_the_bytes_are_those_of_bitsandbytes(key, backend):
     assert (digest(nf4.packed), digest(nf4.absmax), digest(int8.packed), digest(int8.absmax)) == GOLDEN[key]
 
 
-def test_the_first_bytes_are_in_plain_sight(backend):
+def test_the_first_bytes(backend):
     found = quantize_experts(golden_weights(2, 64), "nf4", backend=backend)
     assert bytes(found.packed.tolist()).hex() == GOLDEN_BYTES
     assert [value.hex() for value in found.absmax.tolist()] == ["0x1.99999a0000000p-5", "0x1.30c72c0000000p-5"]
@@ -111,7 +111,7 @@ def test_nested_scales_are_decoded_bit_for_bit(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(5, 13), (64, 192)])
-def test_a_slice_is_what_the_slice_alone_gives(rows, columns, nested, dtype, backend):
+def test_a_slice_equals_the_slice_quantized_alone(rows, columns, nested, dtype, backend):
     weights = random_weights(4, rows, columns, dtype=dtype)
     for format in ("nf4", "int8") if not nested else ("nf4",):
         stack = quantize_experts(weights, format, nested=nested, backend=backend)
@@ -146,7 +146,7 @@ def test_code_values_survive_a_round_trip(backend):
     assert torch.equal(dequantize_experts(quantize_experts(weights, "nf4", backend=backend), backend=backend), weights)
 
 
-def test_sizes_are_what_they_should_be():
+def test_sizes_in_bytes():
     weights = random_weights(2, 256, 512, dtype=torch.bfloat16)
     count = weights.numel()
     assert quantize_experts(weights, "nf4").size_bytes * 8 / count == 4.5
@@ -159,14 +159,14 @@ def test_sizes_are_what_they_should_be():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_what_is_not_finite_is_refused(format, dtype, value, backend):
+def test_weights_that_are_not_finite_are_refused(format, dtype, value, backend):
     weights = random_weights(2, 64, 64, dtype=dtype)
     weights[1, 3, 5] = value
     with pytest.raises(ValueError, match="infinite or NaN|infinite, NaN"):
         quantize_experts(weights, format, backend=backend)
 
 
-def test_int8_refuses_what_float16_cannot_hold(backend):
+def test_int8_refuses_weights_beyond_float16(backend):
     weights = torch.full((2, 64), 1e5)
     with pytest.raises(ValueError, match="float16"):
         quantize_experts(weights, "int8", backend=backend)
@@ -188,7 +188,7 @@ def test_bad_options_are_refused(weights, options, match):
         quantize_experts(weights, **options)
 
 
-def test_an_output_that_does_not_fit_is_refused_and_one_that_fits_is_used():
+def test_a_matching_output_is_used_and_others_are_refused():
     matrix = quantize_experts(random_weights(4, 64), "nf4")
     out = torch.empty(4, 64)
     assert dequantize_experts(matrix, out=out) is out
@@ -205,7 +205,7 @@ def test_an_explicit_backend_that_cannot_run_is_an_error():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True])
-def test_bitsandbytes_reads_ours_and_we_read_theirs(nested, dtype, backend):
+def test_bytes_are_interchangeable_with_bitsandbytes(nested, dtype, backend):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         functional = pytest.importorskip("bitsandbytes.functional")

@@ -81,7 +81,7 @@ def test_invariants():
     assert (record.gate_log_sum <= 0).all()
 
 
-def test_a_gate_of_zero_is_no_nan():
+def test_a_gate_of_zero_gives_no_nan():
     gate = torch.tensor([[0.0, 1.0]])
     statistics = new_statistics(2)
     router_statistics(statistics, gate, torch.tensor([[1]]), torch.tensor([[1.0]]))
@@ -149,7 +149,7 @@ def test_logits_give_what_their_probabilities_give(num_tokens, num_experts, kind
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
 
 
-def test_an_expert_that_is_masked_by_an_infinite_logit_adds_nothing():
+def test_an_expert_masked_by_an_infinite_logit_adds_nothing():
     logits = torch.randn(40, 20, generator=torch.Generator().manual_seed(0))
     logits[:, 3] = -torch.inf
     weights, indices = torch.softmax(logits, dim=1).topk(2, dim=1)
@@ -160,7 +160,7 @@ def test_an_expert_that_is_masked_by_an_infinite_logit_adds_nothing():
     assert found[:, 3].eq(0).all()
 
 
-def test_an_index_that_is_no_expert_is_an_error_and_adds_nothing(backend):
+def test_an_index_out_of_range_is_an_error_and_adds_nothing(backend):
     gate, indices, weights = _batch(5, 4, 2, 0)
     statistics = new_statistics(4)
     for bad in (4, -1):

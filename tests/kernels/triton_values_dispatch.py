@@ -30,7 +30,7 @@ def announced(monkeypatch):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shape", [(3, 16, 64), (16, 64), (2, 0, 64)])
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_quantising_gives_the_bytes_of_the_reference(format, shape, nested):
+def test_quantizing_gives_the_bytes_of_the_reference(format, shape, nested):
     nested = nested and format == "nf4"
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = quantize_experts(weights, format, nested=nested, backend="reference")
@@ -43,21 +43,21 @@ def test_quantising_gives_the_bytes_of_the_reference(format, shape, nested):
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_no_numbers_are_refused(format, value):
+def test_nan_weights_are_refused(format, value):
     weights = torch.ones(2, 8, 64, device=DEVICE)
     weights[1, 2, 3] = value
     with pytest.raises(ValueError, match="NaN"):
         quantize_experts(weights, format, backend="triton")
 
 
-def test_int8_refuses_what_float16_cannot_hold_and_nf4_does_not():
+def test_only_int8_refuses_weights_beyond_float16():
     weights = torch.full((1, 2, 64), 7e4, device=DEVICE)
     with pytest.raises(ValueError, match="too large for float16"):
         quantize_experts(weights, "int8", backend="triton")
     assert dequantize_experts(quantize_experts(weights, "nf4", backend="triton"), backend="triton").eq(7e4).all()
 
 
-def test_part_of_a_block_is_an_error_by_name_and_left_to_another_otherwise(caplog):
+def test_a_partial_block_is_an_error_by_name_and_falls_back_with_auto(caplog):
     weights = torch.randn(2, 7, 9, device=DEVICE)
     with pytest.raises(ConfigError, match="whole number of blocks of 64"):
         quantize_experts(weights, "nf4", backend="triton")

@@ -76,7 +76,7 @@ def make_slot(
 
 
 def dense(slot: SlotWeights) -> SlotWeights:
-    """The same slot with its quantised matrices as tensors, and leaves of its own."""
+    """The same slot with its quantized matrices as tensors, and leaves of its own."""
 
     def copy(value):
         if isinstance(value, torch.Tensor):
@@ -164,7 +164,7 @@ def test_half_precision(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "num_tokens"), [(torch.float32, 24), (torch.bfloat16, 24), (torch.bfloat16, 110)])
-def test_large_tiles_and_sizes_that_are_no_multiple_of_them(dtype, num_tokens):
+def test_large_tiles_and_sizes_that_are_not_their_multiples(dtype, num_tokens):
     """Many rows per slot take the tiles of 64 and 128 rows; 72 and 40 fit no tile."""
     slots = [make_slot(i, "plain", dtype=dtype, hidden=72, inner=40, lora=True) for i in range(2)]
     check(slots, choose_slots(num_tokens, 2, 2), dtype, dict(activation=swiglu), dtype)
@@ -190,7 +190,7 @@ def test_other_layers_equal_the_reference(layer):
     check(slots, choose_slots(13, 2, 3), torch.float32, options)
 
 
-def test_kept_activations_give_the_same_and_the_graph_may_run_twice():
+def test_saved_activations_give_the_same_and_the_graph_may_run_twice():
     indices = choose_slots(13, 2, 2)
     for keep in (True, False):
         slots = [make_slot(i, kind, lora=True) for i, kind in enumerate(["plain", "nf4"])]
@@ -293,7 +293,7 @@ class _HostQuestions(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_forward_pass_asks_the_host_nothing():
+def test_the_forward_pass_never_waits_for_the_device():
     slots = [make_slot(i, kind, lora=True) for i, kind in enumerate(MIXTURES["mixed"])]
     hidden = torch.randn(20, HIDDEN, device=DEVICE)
     indices, weights = choose_slots(20, 2, 5).to(DEVICE), torch.rand(20, 2, device=DEVICE)
@@ -310,7 +310,7 @@ def test_the_forward_pass_asks_the_host_nothing():
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_what_has_no_kernel_is_refused_by_name():
+def test_layers_without_a_kernel_are_refused_with_the_reason():
     slots = [make_slot(0, "plain", dtype=torch.float64)]
     hidden, weights = torch.randn(2, HIDDEN, device=DEVICE), torch.ones(2, 1, device=DEVICE)
     indices = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE)

@@ -1,4 +1,4 @@
-"""router_statistics and the quantisers in Triton against their references. Run by test_triton_values.py."""
+"""router_statistics and the quantizers in Triton against their references. Run by test_triton_values.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 @pytest.mark.parametrize("kind", GATE_KINDS)
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(70, 6, 2), (1, 64, 8), (50, 300, 2)])
-def test_record_equals_the_reference(monkeypatch, kind, num_tokens, num_experts, top_k):
+def test_statistics_equal_the_reference(monkeypatch, kind, num_tokens, num_experts, top_k):
     monkeypatch.setattr(module, "MAX_PROGRAMS", 3)  # so that a program has more than one tile of tokens
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(num_tokens, num_experts, generator=generator) * 3
@@ -78,7 +78,7 @@ def test_bytes_equal_the_reference_both_ways(dtype, format, blocksize):
             assert torch.equal(out, values)
 
 
-def test_every_code_and_every_midpoint_is_the_reference_s():
+def test_every_code_and_every_midpoint_equals_the_reference():
     """The bounds between codes are where one bit decides."""
     code = torch.tensor(quantization.NF4_CODE)
     bounds = (code[:-1] + code[1:]) / 2
@@ -90,6 +90,6 @@ def test_every_code_and_every_midpoint_is_the_reference_s():
     assert torch.equal(quantize.quantize(weights, "nf4")[0], expected.packed)
 
 
-def test_a_part_of_a_block_is_refused():
+def test_a_partial_block_is_refused():
     with pytest.raises(ValueError, match="whole number of blocks"):
         quantize.quantize(torch.ones(1, 3, 50, device=DEVICE), "nf4")
