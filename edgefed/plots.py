@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DPI = 144
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#6d597a", "#2e4057", "#8d6a9f", "#00798c")
 """Distinct on white and for the colour-blind in the first four."""
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure, inches wide and high, that needs no display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def tidy_axes(*all_axes) -> None:
+def tidy_axes(*all_axes: Axes) -> None:
     """Small labels, a faint grid behind what is drawn, no frame above and to the right."""
     for axes in all_axes:
         axes.tick_params(labelsize=8)
@@ -31,7 +36,7 @@ def tidy_axes(*all_axes) -> None:
             axes.spines[side].set_visible(False)
 
 
-def save_figure(figure, path: Path, dpi: int = DPI) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = DPI) -> None:
     """Write a figure in the format of its suffix, PNG without one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi, format=path.suffix.lstrip(".") or "png")
@@ -46,7 +51,7 @@ def heat_map_rows(record: ActivationProfile) -> np.ndarray:
     return rows
 
 
-MARKERS = {
+MARKERS: dict[Role, dict[str, Any]] = {
     Role.TRAINABLE: {"marker": "o", "markersize": 3},
     Role.FROZEN: {"marker": "o", "markersize": 4, "markerfacecolor": "none"},
     Role.MERGED: {"marker": "x", "markersize": 2.5, "alpha": 0.6},
@@ -57,7 +62,7 @@ def _padded(marks: np.ndarray, width: int) -> np.ndarray:
     return np.pad(marks, (0, width - len(marks)))
 
 
-def draw_heat_map(axes, record: ActivationProfile, title: str, plan: ExpertPlan | None = None) -> None:
+def draw_heat_map(axes: Axes, record: ActivationProfile, title: str, plan: ExpertPlan | None = None) -> None:
     """Draw experts as columns, layers as rows, routed share as colour.
 
     What ``plan`` trains has a dot, what it holds unchanged a ring, and what is only there within a merged expert a
@@ -68,7 +73,9 @@ def draw_heat_map(axes, record: ActivationProfile, title: str, plan: ExpertPlan 
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel("expert", fontsize=8)
     axes.set_ylabel("MoE layer", fontsize=8)
-    axes.set_yticks(range(len(rows)), labels=range(len(rows)) if len(rows) <= 32 else [""] * len(rows), fontsize=7)
+    axes.set_yticks(
+        range(len(rows)), labels=[str(row) if len(rows) <= 32 else "" for row in range(len(rows))], fontsize=7
+    )
     axes.tick_params(axis="x", labelsize=7)
     if plan is not None:
         for role, marker in MARKERS.items():
@@ -114,7 +121,7 @@ def save_federation_picture(
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel("round", fontsize=8)
         axes.set_ylabel("nats per token", fontsize=8)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, framealpha=0.8, edgecolor="none")
@@ -139,7 +146,7 @@ def save_partition_picture(path: Path, counts: np.ndarray, classes: Sequence[str
     axes.set_ylabel("class", fontsize=8)
     axes.set_xlim(-0.7, clients - 0.3)
     axes.set_ylim(num_classes - 0.3, -0.7)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if num_classes <= 70:
         names = [name if len(name) <= 24 else name[:23] + "..." for name in classes]
         axes.set_yticks(range(num_classes), labels=names, fontsize=7, parse_math=False)
@@ -155,6 +162,6 @@ def _legend(plan: ExpertPlan | None) -> str:
     return ", ".join(here) or "nothing is held"
 
 
-def _subplots(rows: int, columns: int, *, width: float, height: float):
+def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
     figure = new_figure(width, height)
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]

@@ -95,11 +95,12 @@ def examine(options: Options, on_check: OnCheck = lambda name: None) -> Diagnosi
             host.clock_finding(time.time(), host.installed_time_s()),
         ],
     )
-    if options.server is None:
+    server = options.server
+    if server is None:
         left_out.append(NO_SERVER)
     else:
         on_check("server")
-        findings += _guarded(Group.NETWORK, lambda: host.server_findings(options.server, options.token))
+        findings += _guarded(Group.NETWORK, lambda: host.server_findings(server, options.token))
     return Diagnosis(_device_name(facts, options.device), tuple(findings), facts, tuple(left_out), not options.quick)
 
 
@@ -172,7 +173,9 @@ def backend_findings(outcome: Outcome) -> list[Finding]:
             )
         ]  # fmt: skip
     operations: dict[str, list[str]] = {}
-    for operation, name, device_type, available, reason in outcome.value:
+    for operation, name, device_type, available, reason in msgspec.convert(
+        outcome.value, list[tuple[str, str, str, bool, str]]
+    ):
         where = "" if device_type == "*" else f" on {device_type}"
         line = f"{name}{where}: {'yes, ' if available else 'no, '}{reason}"
         operations.setdefault(operation, []).append(line)

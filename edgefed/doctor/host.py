@@ -138,7 +138,7 @@ def _container(facts: DeviceFacts) -> list[Finding]:
         return []
     return [
         Finding(
-            Group.HOST, "container", State.NOTE, facts.host.container.value,
+            Group.HOST, "container", State.NOTE, facts.host.container.require(),
             "What is not mounted or allowed is missing here: GPUs need --gpus all, the state folder a volume.",
         )
     ]  # fmt: skip
@@ -175,7 +175,7 @@ def _battery(facts: DeviceFacts) -> list[Finding]:
 TIMEOUT_S = 10.0
 
 
-class Health(Message):
+class Health(Message, frozen=True):
     """Reply of the aggregator's health route, which needs no token."""
 
     status: str

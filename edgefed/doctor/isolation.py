@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import IO
 
 from edgefed.errors import EdgefedError, all_errors
 
@@ -105,11 +106,12 @@ class Worker:
             start_new_session=os.name == "posix",  # so that a compiler that it started can be ended with it
         )
         self._replies = queue.SimpleQueue()
+        assert self._process.stdout is not None
         threading.Thread(target=_forward, args=(self._process.stdout, self._replies), daemon=True).start()
         with contextlib.suppress(BrokenPipeError):  # a worker that died at once is found by the next send
             self._send({"path": sys.path})
 
-    def _send(self, message: dict) -> None:
+    def _send(self, message: dict[str, object]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message) + "\n")
@@ -121,7 +123,8 @@ class Worker:
         if process is None:
             return
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+            if process.stdin is not None:
+                process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=patience_s)
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -163,8 +166,8 @@ def describe_exit(status: int | None) -> str:
     return f"ended by itself with exit status {status}"
 
 
-def _forward(stream: object, replies: queue.SimpleQueue[str]) -> None:
+def _forward(stream: IO[str], replies: queue.SimpleQueue[str]) -> None:
     """Move lines to the queue; an empty line at the end says that no more will come."""
-    for line in stream:  # type: ignore[attr-defined]
+    for line in stream:
         replies.put(line)
     replies.put("")

@@ -115,9 +115,9 @@ def power_mode_cost(profile: DeviceProfile | None, mode: str) -> str:
         return ""
     slower = in_power_mode(profile, mode)
     shares = [
-        f"{slower.value(key) / profile.value(key):.0%} of {what}"
+        f"{less / full:.0%} of {what}"
         for key, what in (("bf16_tflops", "the arithmetic"), ("bandwidth", "the memory bandwidth"))
-        if profile.value(key) and slower.value(key) and slower.value(key) != profile.value(key)
+        if (full := profile.value(key)) and (less := slower.value(key)) and less != full
     ]
     return f"It gives {' and '.join(shares)} of the fastest mode (profile {profile.id})." if shares else ""
 

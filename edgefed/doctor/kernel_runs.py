@@ -77,7 +77,7 @@ def masked_experts(device: str) -> str:
     found = leaves(device, torch.float32)
     weights = [SlotWeights(up=found[2 + s], down=found[2 + slots + s]) for s in range(slots)]
     output = run(found[0], slot_indices.to(device), found[1], weights, activation=gated)
-    output.backward(upstream.to(device))
+    torch.autograd.backward(output, upstream.to(device))
 
     exact = leaves("cpu", torch.float64)
     dense = torch.zeros(tokens, hidden, dtype=torch.float64)
@@ -86,7 +86,7 @@ def masked_experts(device: str) -> str:
         dense = dense + share * functional.linear(
             gated(functional.linear(exact[0], exact[2 + slot])), exact[2 + slots + slot]
         )
-    dense.backward(upstream.double())
+    torch.autograd.backward(dense, upstream.double())
 
     compare(output.detach().cpu().double(), dense.detach(), 1e-4, "the forward pass")
     for name, one, other in zip(("x", "weights", *["up"] * slots, *["down"] * slots), found, exact, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 from edgefed.doctor.finding import Finding, Group, State
 from edgefed.hardware.budget import MemoryBudget
@@ -156,7 +157,7 @@ def _unanswered(gpu: GpuFacts) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _readings(gpu: GpuFacts) -> list[tuple[str, Reading]]:
+def _readings(gpu: GpuFacts) -> list[tuple[str, Reading[Any]]]:
     values = [(field.name, getattr(gpu, field.name)) for field in dataclasses.fields(gpu)]
     return [(name, value) for name, value in values if isinstance(value, Reading)]
 

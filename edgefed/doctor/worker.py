@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import sys
+from typing import Any
 
 
 def sensors(device: str | None, ask_torch: bool) -> object:
@@ -37,7 +38,7 @@ def torch_build() -> dict[str, object]:
     fault = ""
     if torch.version.cuda and not torch.cuda.is_available():
         try:
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
         except Exception as error:  # torch has a dozen kinds for this
             fault = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     devices = []
@@ -74,7 +75,7 @@ GRACE_S = 5.0
 """Seconds beyond a check's limit before the worker ends itself; its parent acts first."""
 
 
-def answer(request: dict) -> dict:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Call the target. An exception is an answer, too: its type, text, and what an edgefed error carries beyond."""
     try:
         module, _, function = request["target"].partition(":")

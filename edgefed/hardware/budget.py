@@ -147,7 +147,7 @@ def _unknown(what: str, reading: Reading[int], notes: list[str]) -> None:
     remedy = {
         Reason.LOST: "; the GPU fell off the bus: look into dmesg, then reload the driver or reboot",
         Reason.NO_PERMISSION: "; another user may see it, or a MIG instance given to this one (`device`, its UUID)",
-    }.get(reading.reason, "")
+    }.get(reading.reason or Reason.FAILED, "")
     notes.append(f"{what} is unknown: {reading.describe()}{remedy}")
 
 
@@ -164,19 +164,20 @@ def _discrete(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, n
     if total.value is None:
         _unknown("the GPU's total memory", gpu.memory_total_bytes, notes)
         return None, None
+    total_bytes = total.value
     held = held_on_gpu(gpu, own, policy.context_discrete_bytes)
     desktop = _desktop(facts, gpu)
     if facts.host.is_wsl:
         notes.append("WSL2: Windows shares this GPU and may move its memory into system RAM without an error")
 
     def finish(waterfall: Waterfall, context_bytes: int) -> Waterfall:
-        most = int(total.value * policy.max_share)
+        most = int(total_bytes * policy.max_share)
         waterfall.limit(f"above {policy.max_share:.0%}", most, "policy: never the last of a GPU's memory")
         if gpu.cuda_total_bytes.value is not None:  # less where CUDA sees one MIG instance, and NVML another or the GPU
             waterfall.limit("beyond CUDA's total", gpu.cuda_total_bytes.value, gpu.cuda_total_bytes.source)
         waterfall.take("CUDA context", context_bytes, held.origin)
         rule = f"max({gib(policy.gpu_headroom_bytes(0, bool(desktop)))}, {policy.headroom_share:.0%} of total)"
-        headroom = policy.gpu_headroom_bytes(total.value, bool(desktop))
+        headroom = policy.gpu_headroom_bytes(total_bytes, bool(desktop))
         waterfall.take("headroom", headroom, f"policy: {rule}{f', {desktop}' if desktop else ''}")
         share = policy.fragmentation_discrete
         with_segments = "with" if policy.expandable_segments else "without"
@@ -221,6 +222,7 @@ def _unified(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, no
     if total.value is None:
         _unknown("the total memory", total, notes)
         return None, None
+    total_bytes = total.value
     held = held_on_gpu(gpu, own, policy.context_unified_bytes)
     rss = (own.rss_bytes if own else host.own_rss_bytes.value) or 0
     cuda = gpu.cuda_total_bytes if gpu else None
@@ -229,7 +231,7 @@ def _unified(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, no
     def finish(waterfall: Waterfall, room: _Room | None, rss_bytes: int, context_bytes: int) -> Waterfall:
         if cuda is not None and cuda.value is not None:
             waterfall.limit("beyond the CUDA pool", cuda.value, cuda.source)
-        _take_reserve(waterfall, room, total.value, policy)
+        _take_reserve(waterfall, room, total_bytes, policy)
         growth = max(0, policy.host_growth_bytes - rss_bytes)
         waterfall.take(
             "Python and libraries to come", growth, f"policy: {gib(policy.host_growth_bytes)} less what is loaded"
@@ -285,12 +287,13 @@ def _cpu(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, notes:
     if total.value is None:
         _unknown("the total memory", total, notes)
         return None, None
+    total_bytes = total.value
     rss = (own.rss_bytes if own else host.own_rss_bytes.value) or 0
     if host.zram_used_bytes.value:
         notes.append(f"zram holds {gib(host.zram_used_bytes.value)} of this memory, compressed, and may grow")
 
     def finish(waterfall: Waterfall, room: _Room | None) -> Waterfall:
-        _take_reserve(waterfall, room, total.value, policy)
+        _take_reserve(waterfall, room, total_bytes, policy)
         margin = waterfall.left - int(waterfall.left * (1 - policy.cpu_margin))
         waterfall.take("margin", margin, f"policy: {policy.cpu_margin:.0%}")
         return waterfall
@@ -310,8 +313,8 @@ def _cpu(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, notes:
 
 
 def _idle(total: Reading[int], policy: BudgetPolicy) -> Waterfall:
-    idle = Waterfall("total", total.value, total.source)
-    idle.limit("the system itself", policy.idle_available_bytes(total.value), "policy")
+    idle = Waterfall("total", total.require(), total.source)
+    idle.limit("the system itself", policy.idle_available_bytes(total.require()), "policy")
     return idle
 
 
@@ -326,7 +329,7 @@ class _Room:
     @classmethod
     def idle(cls, host: HostFacts) -> _Room | None:
         limit = host.cgroup_limit_bytes
-        return cls(limit.value, limit, limit.source) if limit.known else None
+        return cls(limit.value, limit, limit.source) if limit.value is not None else None
 
 
 def _container_room(host: HostFacts, own_bytes: int, notes: list[str]) -> tuple[bool, _Room | None]:
@@ -348,9 +351,9 @@ def _take_reserve(waterfall: Waterfall, room: _Room | None, total_bytes: int, po
     """Take the host's reserve; where the container's limit leaves less, start again from there and take its reserve."""
     reserve, of = policy.host_reserve_bytes(total_bytes), "total"
     if room is not None:
-        inside = policy.host_reserve_bytes(min(total_bytes, room.limit.value))
+        inside = policy.host_reserve_bytes(min(total_bytes, room.limit.require()))
         if room.size_bytes - inside < waterfall.left - reserve:
-            waterfall.restart("container limit", room.limit.value, room.limit.source)
+            waterfall.restart("container limit", room.limit.require(), room.limit.source)
             waterfall.limit("used by others", room.size_bytes, room.origin)
             reserve, of = inside, "the limit"
     rule = f"policy: max({gib(policy.reserve_bytes)}, {policy.reserve_share:.0%} of {of})"

@@ -54,11 +54,11 @@ def read_memory_limit(files: TextFiles, found: list[tuple[int, str]] | None = No
             limit = _number(files, f"{folder}/{name}")
             if limit.reason in (Reason.NO_PERMISSION, Reason.FAILED):
                 forbidden = forbidden or limit
-            if not limit.known or limit.value >= NO_LIMIT:
+            if limit.value is None or limit.value >= NO_LIMIT:
                 continue
             limits.append((limit.value, limit.source))
             used = _used(files, version, folder)
-            if used.known:
+            if used.value is not None:
                 rooms.append((max(0, limit.value - used.value), used.source))
             else:
                 unread = unread or used
@@ -66,16 +66,17 @@ def read_memory_limit(files: TextFiles, found: list[tuple[int, str]] | None = No
         least = _statistic(files, folder, "hierarchical_memory_limit") if version == 1 else None
         if least is not None and least < NO_LIMIT:
             limits.append((least, f"{folder}/memory.stat hierarchical_memory_limit"))
-            if (used := _used(files, version, folder)).known:
+            if (used := _used(files, version, folder)).value is not None:
                 rooms.append((max(0, least - used.value), used.source))
     if not limits:
         missing = forbidden or Reading.missing(Reason.ABSENT, MOUNT, "no memory limit")
-        return MemoryLimit(missing, Reading.missing(missing.reason, missing.source, missing.detail))
-    limit, source = min(limits)
+        return MemoryLimit(missing, missing.without_value())
+    least_limit, source = min(limits)
     if not rooms:
-        return MemoryLimit(Reading.of(limit, source), unread)
+        assert unread is not None  # each limit has a room or an unread usage
+        return MemoryLimit(Reading.of(least_limit, source), unread)
     room, room_source = min(rooms)
-    return MemoryLimit(Reading.of(limit, source), Reading.of(max(0, limit - room), room_source))
+    return MemoryLimit(Reading.of(least_limit, source), Reading.of(max(0, least_limit - room), room_source))
 
 
 def read_cpu_quota(files: TextFiles) -> Reading[float]:
@@ -118,13 +119,13 @@ def levels(files: TextFiles, controller: str) -> list[tuple[int, str]]:
 
 def _number(files: TextFiles, path: str) -> Reading[int]:
     text = files.text(path)
-    if not text.known:
-        return Reading.missing(text.reason, path, text.detail)
+    if text.value is None:
+        return text.without_value(path)
     word = text.value.strip()
     if word == "max" or word == "-1":
         return Reading.missing(Reason.ABSENT, path, "no limit")
     if not re.fullmatch(r"[0-9]{1,20}", word):
-        return Reading.missing(Reason.FAILED, path, f"{word[:40]!r} is no number")
+        return Reading.missing(Reason.FAILED, path, f"{word[:40]!r} is not a number")
     return Reading.of(int(word), path)
 
 

@@ -61,7 +61,7 @@ def ask_torch() -> CudaReport:
             warnings.simplefilter("ignore")  # torch warns with the text that init() raises below
             usable = torch.cuda.is_available() and torch.cuda.device_count() > 0
             if not usable:
-                torch.cuda.init()
+                torch.cuda.init()  # type: ignore[no-untyped-call]
                 return CudaReport(version, cuda_version, _unusable(source, "no CUDA device is visible"))
             devices = tuple(_device(torch, index) for index in range(torch.cuda.device_count()))
     except Exception as error:  # RuntimeError, AssertionError, DeferredCudaCallError: torch has many for one thing

@@ -41,7 +41,9 @@ class Card:
         self.nvml = nvml
         self.device = device
 
-    def ask(self, *calls: tuple[Any, ...], test: Test | None = None, scale: Callable[[Any], Any] | None = None):
+    def ask(
+        self, *calls: tuple[Any, ...], test: Test | None = None, scale: Callable[[Any], Any] | None = None
+    ) -> Reading[Any]:
         """The first of ``calls`` (name without nvmlDevice, arguments, ...) that answers with a value that passes."""
         first: Reading[Any] | None = None
         for name, *arguments in calls:
@@ -60,6 +62,7 @@ class Card:
             # a call that this driver does not have says less than one that it has and that fails
             if first is None or answer.code != FUNCTION_NOT_FOUND and first.detail == "Function Not Found":
                 first = reading
+        assert first is not None  # there is at least one call
         return first
 
     def memory(self) -> Reading[dict[str, int]]:
@@ -93,7 +96,7 @@ class Card:
                 return reading
             known += [reading] if reading.known else []
         sizes: dict[int, int | None] = {}
-        for row in (row for reading in known for row in reading.value):
+        for row in (row for reading in known for row in reading.require()):
             size = row.get("usedGpuMemory")
             if size is not None and not 0 <= size < LARGEST_MEMORY:
                 size = None
@@ -116,7 +119,7 @@ def read_gpus(nvml: Nvml, files: Files) -> tuple[GpuFacts, ...]:
 
 def count_gpus(nvml: Nvml) -> Reading[int]:
     reading = nvml.call("nvmlDeviceGetCount").reading("NVML GetCount")
-    if reading.known and not 0 <= reading.value <= MOST_GPUS:
+    if reading.value is not None and not 0 <= reading.value <= MOST_GPUS:
         return Reading.missing(Reason.IMPLAUSIBLE, reading.source, f"{reading.value} GPUs")
     return reading
 
@@ -202,7 +205,7 @@ def _mig_ids(card: Card) -> Reading[tuple[int, int]]:
         for name in ("GetGpuInstanceId", "GetComputeInstanceId")
     ]
     missing = next((reading for reading in ids if not reading.known), None)
-    return missing or Reading.of((int(ids[0].value), int(ids[1].value)), "NVML instance ids")
+    return missing or Reading.of((int(ids[0].require()), int(ids[1].require())), "NVML instance ids")
 
 
 def is_name(value: Any) -> bool:
@@ -229,8 +232,8 @@ def _pcie(card: Card) -> tuple[Reading[int], Reading[int]]:
 def _processes(card: Card, nvml: Nvml, files: Files) -> tuple[Reading[int], Reading[tuple[GpuProcess, ...]]]:
     """(our own bytes, all others)."""
     sizes = card.sizes_by_process()
-    if not sizes.known:
-        return sizes, sizes
+    if sizes.value is None:
+        return sizes.without_value(), sizes.without_value()
     own_pid = files.ask("pid").value
     others = []
     for pid, size in sizes.value.items():
@@ -242,9 +245,9 @@ def _processes(card: Card, nvml: Nvml, files: Files) -> tuple[Reading[int], Read
 def own_bytes(sizes: Reading[dict[int, int | None]], files: Files) -> Reading[int]:
     """What this process holds, from the list of all; 0 only when the list would show us."""
     own_pid = files.ask("pid").value
-    if not sizes.known:
-        return Reading.missing(sizes.reason, sizes.source, sizes.detail)
-    if own_pid in sizes.value:
+    if sizes.value is None:
+        return sizes.without_value()
+    if isinstance(own_pid, int) and own_pid in sizes.value:
         return _used(sizes.value[own_pid], sizes.source)
     space = files.ask("pid_namespace")
     if space.known and space.value != FIRST_PID_NAMESPACE:
@@ -277,7 +280,7 @@ def _process_name(nvml: Nvml, files: Files, pid: int) -> Reading[str]:
     if reading.known and isinstance(reading.value, str) and (name := re.split(r"[/\\]", reading.value.strip())[-1]):
         return Reading.of(name[:80], reading.source)
     command = files.text(f"/proc/{pid}/comm")
-    if command.known and command.value.strip():
+    if command.value is not None and command.value.strip():
         return Reading.of(command.value.strip()[:80], command.source)
     missing = reading if not reading.known else command
     return Reading.missing(missing.reason or Reason.FAILED, missing.source, missing.detail)

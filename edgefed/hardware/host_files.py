@@ -7,6 +7,7 @@ works on what it returns, so no file here is opened anywhere else. Nothing is wr
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import platform
 import re
@@ -180,7 +181,7 @@ def field_of(text: Reading[str], fields: dict[str, int], name: str) -> Reading[i
     """One field of a parsed file, or why there is none."""
     source = f"{text.source} {name}"
     if not text.known:
-        return Reading.missing(text.reason, source, text.detail)
+        return text.without_value(source)
     if name not in fields:
         return Reading.missing(Reason.FAILED, source, "no such line, or no number in it")
     return Reading.of(fields[name], source)
@@ -193,7 +194,7 @@ def available_memory(text: Reading[str], fields: dict[str, int]) -> Reading[int]
         # shared memory is counted in Cached and cannot be dropped
         estimate = fields["MemFree"] + max(0, fields["Cached"] - fields.get("Shmem", 0))
         available = Reading.of(estimate, f"{text.source} MemFree + Cached - Shmem (no MemAvailable: an estimate)")
-    if available.known and available.value > fields.get("MemTotal", LARGEST):
+    if available.value is not None and available.value > fields.get("MemTotal", LARGEST):
         return Reading.missing(Reason.IMPLAUSIBLE, available.source, f"{available.value} bytes exceed MemTotal")
     return available
 
@@ -201,8 +202,8 @@ def available_memory(text: Reading[str], fields: dict[str, int]) -> Reading[int]
 def swapped_out_pages(files: Files) -> Reading[int]:
     """Pswpout of /proc/vmstat: pages written to swap since boot."""
     text = files.text("/proc/vmstat")
-    if not text.known:
-        return Reading.missing(text.reason, text.source, text.detail)
+    if text.value is None:
+        return text.without_value()
     match = re.search(r"^pswpout[ \t]+(\d{1,20})[ \t]*$", text.value, re.MULTILINE)
     if match is None:
         return Reading.missing(Reason.FAILED, f"{text.source} pswpout", "no such line, or no number in it")
@@ -211,8 +212,8 @@ def swapped_out_pages(files: Files) -> Reading[int]:
 
 def largest_free_block(text: Reading[str], page_bytes: int) -> Reading[int]:
     """The largest block that /proc/buddyinfo counts: column k holds free blocks of 2**k pages."""
-    if not text.known:
-        return Reading.missing(text.reason, text.source, text.detail)
+    if text.value is None:
+        return text.without_value()
     largest, rows = 0, 0
     for match in re.finditer(r"^Node\s+\d+,\s+zone\s+\S+((?:[ \t]+\d{1,12})+)[ \t]*$", text.value, re.MULTILINE):
         counts = [int(count) for count in match[1].split()]
@@ -303,7 +304,7 @@ def read_board(files: Files) -> Reading[str]:
     """The board's or computer's model: the device tree's, else the firmware's."""
     for path in ("/sys/firmware/devicetree/base/model", "/proc/device-tree/model", "/sys/class/dmi/id/product_name"):
         text = files.text(path)
-        if text.known and (name := text.value.strip(" \0\n\t")):
+        if text.value is not None and (name := text.value.strip(" \0\n\t")):
             return Reading.of(name[:120], path)
     return Reading.missing(Reason.ABSENT, "device tree, DMI", "no model is told")
 
@@ -336,8 +337,8 @@ def _load(files: Files) -> Reading[float]:
 def _huge_page_free(text: Reading[str], fields: dict[str, int]) -> Reading[int]:
     free = field_of(text, fields, "HugePages_Free")
     size = fields.get("Hugepagesize")
-    if not free.known or size is None:
-        return free if not free.known else Reading.missing(Reason.FAILED, text.source, "no Hugepagesize line")
+    if free.value is None or size is None:
+        return free if free.value is None else Reading.missing(Reason.FAILED, text.source, "no Hugepagesize line")
     return Reading.of(free.value * size, f"{text.source} HugePages_Free x Hugepagesize")
 
 
@@ -350,11 +351,12 @@ def read_host(files: Files) -> HostFacts:
         total = Reading.missing(Reason.IMPLAUSIBLE, total.source, "a total of 0")
     swap_total, swap_free = field_of(text, fields, "SwapTotal"), field_of(text, fields, "SwapFree")
     swap_used = swap_free
-    if swap_total.known and swap_free.known:
+    if swap_total.value is not None and swap_free.value is not None:
         swap_used = Reading.of(max(0, swap_total.value - swap_free.value), f"{text.source} SwapTotal - SwapFree")
     if text.reason is Reason.ABSENT and (memory := files.ask("memory")).known:
-        total, available = (memory.map(lambda m, name=name: m[name]) for name in ("total", "available"))
-        swap_total, swap_used = (memory.map(lambda m, name=name: m[name]) for name in ("swap_total", "swap_used"))
+        total, available, swap_total, swap_used = (
+            memory.map(operator.itemgetter(name)) for name in ("total", "available", "swap_total", "swap_used")
+        )
     page_bytes = files.ask("page_bytes").value or 4096
     limit = cgroup.read_memory_limit(files)
     board = read_board(files)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgefed.hardware.cuda import CudaDevice, CudaReport
 from edgefed.hardware.facts import GpuFacts, MemoryKind, TegraFacts
@@ -134,13 +134,13 @@ def _real(uuid: str) -> bool:
     return bool(re.search(r"[1-9a-f]", bare_uuid(uuid)))  # Tegra's CUDA may give all zeros
 
 
-def _with_cuda(gpu: GpuFacts, device: CudaDevice | None, reason: Reading) -> GpuFacts:
+def _with_cuda(gpu: GpuFacts, device: CudaDevice | None, reason: Reading[bool]) -> GpuFacts:
     if device is None:
-        missing = Reading.missing(reason.reason, reason.source, reason.detail)
+        missing = reason.without_value()
         return dataclasses.replace(gpu, integrated=missing, cuda_total_bytes=missing)
     source = f"torch device properties, cuda:{device.index}"
 
-    def either(reading: Reading, value) -> Reading:
+    def either(reading: Reading[Any], value: Any) -> Reading[Any]:
         return reading if reading.known or not value else Reading.of(value, source)
 
     integrated = (
@@ -163,7 +163,7 @@ def _with_cuda(gpu: GpuFacts, device: CudaDevice | None, reason: Reading) -> Gpu
 
 def unlisted_gpu(source: str, detail: str) -> GpuFacts:
     missing = Reading.missing(Reason.ABSENT, source, detail)
-    values = {
+    values: dict[str, Any] = {
         field.name: missing
         for field in dataclasses.fields(GpuFacts)
         if field.name not in ("nvml_index", "cuda_index", "is_mig", "mig_index")
@@ -181,7 +181,7 @@ def tegra_gpu(gpus: tuple[GpuFacts, ...], tegra: TegraFacts) -> tuple[GpuFacts, 
         return gpus
     gpu = gpus[own[0]]
 
-    def either(reading: Reading, other: Reading) -> Reading:
+    def either(reading: Reading[Any], other: Reading[Any]) -> Reading[Any]:
         return reading if reading.known or not other.known or reading.reason is Reason.LOST else other
 
     filled = dataclasses.replace(
@@ -271,8 +271,8 @@ def classify(gpu: GpuFacts | None, tegra: TegraFacts | None, board: Reading[str]
     chip = chip_of(gpu.name)
     memory = gpu.memory_total_bytes
     if gpu.integrated.value:
-        notes = ()
-        if memory.known:
+        notes: tuple[str, ...] = ()
+        if memory.value is not None:
             notes = (
                 f"NVML reports {format_bytes(memory.value)} for this integrated GPU: only a part carved out, which is "
                 "ignored; the memory is the host's.",
@@ -283,7 +283,9 @@ def classify(gpu: GpuFacts | None, tegra: TegraFacts | None, board: Reading[str]
         return Verdict(MemoryKind.UNIFIED, (*evidence, *second), ())
     if chip:
         notes = (
-            (f"NVML reports {format_bytes(memory.value)} of memory, which the host shares.",) if memory.known else ()
+            (f"NVML reports {format_bytes(memory.value)} of memory, which the host shares.",)
+            if memory.value is not None
+            else ()
         )
         return Verdict(MemoryKind.UNIFIED, (*evidence, *second), notes)
     if memory.known:
@@ -313,7 +315,7 @@ def _plain_signs(gpu: GpuFacts) -> tuple[str, ...]:
         signs = [f"CUDA says that the GPU {word} ({integrated.source})"]
     else:
         signs = [f"CUDA's integrated attribute: {integrated.describe()}"]
-    if memory.known:
+    if memory.value is not None:
         signs.append(f"NVML reports a memory of {format_bytes(memory.value)} ({memory.source})")
     else:
         signs.append(f"NVML reports no memory: {memory.describe()}")

@@ -7,6 +7,7 @@ here are only the library's life (found, loaded, initialised once a process, res
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import threading
 import types
@@ -52,7 +53,8 @@ def throttle_words(bits: int) -> tuple[str, ...]:
     return tuple(word for bit, word in THROTTLE_WORDS.items() if bits & bit)
 
 
-class Device(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Device:
     """A GPU by NVML's number, or the MIG instance number ``mig`` of it."""
 
     index: int

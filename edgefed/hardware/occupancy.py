@@ -87,16 +87,15 @@ def other_programs(gpu: GpuFacts | None) -> tuple[int | None, str]:
     """Bytes of the other processes on the GPU, None unless all are known; and the two largest by name."""
     if gpu is None or gpu.processes.value is None:
         return None, ""
-    known = [process for process in gpu.processes.value if process.used_bytes.value is not None]
-    known.sort(key=lambda process: (-(process.used_bytes.value or 0), process.pid))
-    names = [
-        f"{process.name.value or f'pid {process.pid}:'} {process.used_bytes.value / GIB:.1f}"
-        for process in known[:2]
-        if process.used_bytes.value >= 0.05 * GIB
-    ]
-    if len(known) < len(gpu.processes.value):
-        return None, ", ".join(names)
-    return sum(process.used_bytes.value for process in known), ", ".join(names)
+    processes = gpu.processes.value
+    known = [(each.used_bytes.value, each) for each in processes if each.used_bytes.value is not None]
+    known.sort(key=lambda pair: (-pair[0], pair[1].pid))
+    names = ", ".join(
+        f"{process.name.value or f'pid {process.pid}:'} {used / GIB:.1f}"
+        for used, process in known[:2]
+        if used >= 0.05 * GIB
+    )
+    return None if len(known) < len(processes) else sum(used for used, _ in known), names
 
 
 @dataclasses.dataclass(frozen=True)

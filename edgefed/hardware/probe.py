@@ -223,17 +223,19 @@ def _gpus(facts: DeviceFacts) -> list[str]:
             )
         elif is_divided(gpu):
             notes.append(f"{_named(gpu)} is in MIG mode: its {len(parts)} instance(s) are used, not the whole GPU.")
-    gpu = facts.gpu
-    if gpu is None:
+    used = facts.gpu
+    if used is None:
         return notes
     if len([other for other in facts.gpus if not is_divided(other)]) > 1:
-        notes.append(f"{_named(gpu)} {gpu.uuid.value or ''} is used; choose another with `device`.".replace("  ", " "))
-    bits = gpu.throttle_reasons.value or 0
+        notes.append(
+            f"{_named(used)} {used.uuid.value or ''} is used; choose another with `device`.".replace("  ", " ")
+        )
+    bits = used.throttle_reasons.value or 0
     if bits & SLOWED and not bits & IDLE:
-        notes.append(f"{_named(gpu)} runs slower than it could: {', '.join(throttle_words(bits))}.")
-    if gpu.processes.reason is Reason.NO_PERMISSION:
-        notes.append(f"who else uses {_named(gpu)} is not visible to this user: {gpu.processes.describe()}.")
-    if facts.kind is MemoryKind.DISCRETE and gpu.memory_total_bytes.known and facts.host.is_wsl:
+        notes.append(f"{_named(used)} runs slower than it could: {', '.join(throttle_words(bits))}.")
+    if used.processes.reason is Reason.NO_PERMISSION:
+        notes.append(f"who else uses {_named(used)} is not visible to this user: {used.processes.describe()}.")
+    if facts.kind is MemoryKind.DISCRETE and used.memory_total_bytes.known and facts.host.is_wsl:
         notes.append("WSL: Windows shares this GPU and may silently move its memory to the host's: slow, not an error.")
     return notes
 
@@ -261,7 +263,7 @@ def _host(facts: DeviceFacts) -> list[str]:
     elif "estimate" in host.memory_available_bytes.source:
         notes.append(f"free memory is an estimate: {host.memory_available_bytes.source}.")
     if host.cgroup_limit_bytes.known:
-        limit = format_bytes(host.cgroup_limit_bytes.value)
+        limit = format_bytes(host.cgroup_limit_bytes.require())
         where = f" in this container ({host.container.value})" if host.container.known else ""
         notes.append(f"memory is limited to {limit}{where} ({host.cgroup_limit_bytes.source}).")
         if not host.cgroup_used_bytes.known:

@@ -24,7 +24,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, overload
 
 from edgefed.errors import ConfigError
 from edgefed.hardware.facts import MemoryKind
@@ -32,7 +33,7 @@ from edgefed.hardware.facts import MemoryKind
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 SCHEMA = "edgefed.profile/1"
 ID = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
@@ -122,8 +123,28 @@ class DeviceProfile:
     notes: tuple[str, ...] = ()
     power_modes: tuple[PowerMode, ...] = ()
 
-    def value(self, key: str) -> float | None:
-        """The figure's number, None when this profile does not state it. ``key`` is one of `FIGURES`."""
+    def number(self, key: str) -> float:
+        """A figure that the format requires. Raises ConfigError when this profile does not state it."""
+        value = self.value(key)
+        if value is None:
+            raise ConfigError(f"profile {self.id} has no figure {key!r}")
+        return value
+
+    def required(self, key: str) -> float:
+        """The number of a figure that the format requires. Raises ConfigError when this profile does not state it."""
+        value = self.value(key)
+        if value is None:
+            raise ConfigError(f"profile {self.id} has no figure {key!r}")
+        return value
+
+    @overload
+    def value(self, key: Literal["capability"]) -> str | None: ...  # type: ignore[overload-overlap]
+    @overload
+    def value(self, key: Literal["bf16"]) -> bool | None: ...  # type: ignore[overload-overlap]
+    @overload
+    def value(self, key: str) -> float | None: ...
+    def value(self, key: str) -> float | bool | str | None:
+        """The value of a figure, None when this profile does not state it. ``key`` is one of `FIGURES`."""
         if key not in FIGURES:
             raise KeyError(key)
         figure = self.figures.get(key)
@@ -131,37 +152,37 @@ class DeviceProfile:
 
 
 def parse_profile(text: str, origin: str) -> DeviceProfile:
-    """Read one profile. ``origin`` is its file, for messages. Raises ConfigError naming every fault of the file."""
+    """Read one profile. ``origin`` is its file, for messages. Raises ConfigError with every problem of the file."""
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{origin} is not TOML: {error}") from error
+        raise ConfigError(f"{origin} is not valid TOML: {error}") from error
     reader = _Reader(tables)
     profile = reader.profile()
-    if reader.faults:
+    if reader.problems:
         raise ConfigError(
-            f"{origin} is no device profile: {'; '.join(reader.faults)}",
+            f"{origin} is not a valid device profile: {'; '.join(reader.problems)}",
             remedy="Correct the file; `as_profile` of `edgefed bench` writes a valid one.",
         )
     return profile
 
 
 class _Reader:
-    """Takes a profile out of parsed TOML and collects what is wrong with it."""
+    """Takes a profile out of parsed TOML and collects its problems."""
 
-    def __init__(self, tables: dict):
+    def __init__(self, tables: dict[str, Any]):
         self.tables = tables
-        self.faults: list[str] = []
+        self.problems: list[str] = []
 
     def profile(self) -> DeviceProfile:
         known = {"schema", "id", "name", "kind", "aliases", "display", "machine", "notes"}
         known |= {"match", "typical", "figures", "power_modes"}
         self.unknown("", self.tables, known)
         if self.tables.get("schema") != SCHEMA:
-            self.faults.append(f"schema is {self.tables.get('schema')!r}, expected {SCHEMA!r}")
+            self.problems.append(f"schema is {self.tables.get('schema')!r}, expected {SCHEMA!r}")
         kind = self.text("kind", self.tables)
         if kind not in {each.value for each in MemoryKind}:
-            self.faults.append(f"kind is {kind!r}, expected discrete, unified or cpu")
+            self.problems.append(f"kind is {kind!r}, expected discrete, unified or cpu")
             kind = MemoryKind.CPU
         identity = self.identity("id", self.text("id", self.tables))
         aliases = tuple(self.identity("aliases", alias) for alias in self.texts("aliases", self.tables))
@@ -171,7 +192,7 @@ class _Reader:
         self.unknown("figures.", figures, FIGURES)
         for key in REQUIRED:
             if key not in figures:
-                self.faults.append(f"figures.{key} is missing")
+                self.problems.append(f"figures.{key} is missing")
         return DeviceProfile(
             id=identity,
             name=self.text("name", self.tables),
@@ -192,29 +213,29 @@ class _Reader:
         self.unknown("match.", table, {"gpu", "board", "cpu", "any_memory", "fallback_cpus"})
         cpus = table.get("fallback_cpus", 0)
         if not isinstance(cpus, int) or isinstance(cpus, bool) or cpus < 0:
-            self.faults.append(f"match.fallback_cpus is {cpus!r}, expected a whole number from 0")
+            self.problems.append(f"match.fallback_cpus is {cpus!r}, expected a whole number from 0")
             cpus = 0
         names = {key: self.texts(f"match.{key}", table) for key in ("gpu", "board", "cpu")}
         for key, values in names.items():
             for value in values:
                 if value != plain_name(value):
-                    self.faults.append(f"match.{key} has {value!r}, expected it plain: {plain_name(value)!r}")
+                    self.problems.append(f"match.{key} has {value!r}, expected the plain name {plain_name(value)!r}")
             if len(set(values)) < len(values):
-                self.faults.append(f"match.{key} names one twice")
+                self.problems.append(f"match.{key} has the same name twice")
         return MatchRule(**names, any_memory=self.truth("match.any_memory", table), fallback_cpus=cpus)
 
     def power_modes(self) -> tuple[PowerMode, ...]:
         modes = self.tables.get("power_modes", [])
         if not isinstance(modes, list) or not all(isinstance(mode, dict) for mode in modes):
-            self.faults.append("power_modes must be tables, each [[power_modes]]")
+            self.problems.append("power_modes must be tables, each [[power_modes]]")
             return ()
-        found = []
+        found: list[PowerMode] = []
         for number, mode in enumerate(modes):
             prefix = f"power_modes[{number}]."
             self.unknown(prefix, mode, {"name", *IN_POWER_MODE})
             name = self.text(f"{prefix}name", mode)
             if any(name == other.name for other in found):
-                self.faults.append(f"{prefix}name is {name!r}, which is there already")
+                self.problems.append(f"{prefix}name is {name!r}, which another mode has already")
             found.append(PowerMode(name, self.figures(prefix, {k: v for k, v in mode.items() if k in IN_POWER_MODE})))
         return tuple(found)
 
@@ -226,72 +247,71 @@ class _Reader:
         unit = kind[0] if isinstance(kind, tuple) else ""
         empty = Figure(0.0, unit, BASES[0], "")
         if not isinstance(entry, dict):
-            self.faults.append(f"{where} is {entry!r}, expected {{ value, unit, basis, source }}")
+            self.problems.append(f"{where} is {entry!r}, expected {{ value, unit, basis, source }}")
             return empty
         bounds = {"low", "high"} if isinstance(kind, tuple) else set()
         self.unknown(f"{where}.", entry, {"value", "unit", "basis", "source", "note", *bounds})
         if entry.get("unit", "") != unit:
-            self.faults.append(f"{where}.unit is {entry.get('unit', '')!r}, expected {unit!r}")
+            self.problems.append(f"{where}.unit is {entry.get('unit', '')!r}, expected {unit!r}")
         if entry.get("basis") not in BASES:
-            self.faults.append(f"{where}.basis is {entry.get('basis')!r}, expected {', '.join(BASES)}")
-        value = entry.get("value")
-        if kind is bool:
-            if not isinstance(value, bool):
-                self.faults.append(f"{where}.value is {value!r}, expected true or false")
-        elif kind is str:
-            if not isinstance(value, str) or not re.fullmatch(r"\d{1,2}\.\d", value):
-                self.faults.append(f'{where}.value is {value!r}, expected a text such as "8.9"')
-        else:
+            self.problems.append(f"{where}.basis is {entry.get('basis')!r}, expected {', '.join(BASES)}")
+        value: Any = entry.get("value")
+        low = high = None
+        if isinstance(kind, tuple):
             value = self.number(f"{where}.value", value, kind)
-        low, high = (
-            self.number(f"{where}.{name}", entry[name], kind) if name in entry and name in bounds else None
-            for name in ("low", "high")
-        )
-        if isinstance(kind, tuple) and not (low or -math.inf) <= value <= (high or math.inf):
-            self.faults.append(f"{where}.value is {value:g}, outside of its own low and high")
+            low, high = (
+                self.number(f"{where}.{name}", entry[name], kind) if name in entry else None for name in ("low", "high")
+            )
+            if not (low or -math.inf) <= value <= (high or math.inf):
+                self.problems.append(f"{where}.value is {value:g}, expected a number between its low and high")
+        elif kind is bool:
+            if not isinstance(value, bool):
+                self.problems.append(f"{where}.value is {value!r}, expected true or false")
+        elif not isinstance(value, str) or not re.fullmatch(r"\d{1,2}\.\d", value):
+            self.problems.append(f'{where}.value is {value!r}, expected text such as "8.9"')
         source = self.text(f"{where}.source", entry)
         return Figure(value, unit, str(entry.get("basis")), source, self.text(f"{where}.note", entry, ""), low, high)
 
     def number(self, where: str, value: object, kind: tuple[str, float, float]) -> float:
         unit, low, high = kind
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-            self.faults.append(f"{where} is {value!r}, expected a number of {unit} from {low:g} to {high:g}")
+            self.problems.append(f"{where} is {value!r}, expected a number of {unit} from {low:g} to {high:g}")
             return low
         return float(value)
 
-    def unknown(self, prefix: str, table: Mapping[str, object], known: set[str] | Mapping[str, object]) -> None:
-        self.faults += [f"{prefix}{key} is no key of a profile" for key in table if key not in known]
+    def unknown(self, prefix: str, table: Mapping[str, object], known: Collection[str]) -> None:
+        self.problems += [f"{prefix}{key} is not a key of a profile" for key in table if key not in known]
 
-    def table(self, key: str) -> dict:
+    def table(self, key: str) -> dict[str, Any]:
         value = self.tables.get(key, {})
         if not isinstance(value, dict):
-            self.faults.append(f"{key} is {value!r}, expected a table [{key}]")
+            self.problems.append(f"{key} is {value!r}, expected a table [{key}]")
             return {}
         return value
 
     def text(self, where: str, table: Mapping[str, object], default: str | None = None) -> str:
         value = table.get(where.rpartition(".")[2], default)
         if not isinstance(value, str) or (default is None and not value.strip()):
-            self.faults.append(f"{where} is {value!r}, expected a text")
+            self.problems.append(f"{where} is {value!r}, expected text")
             return ""
         return value
 
     def texts(self, where: str, table: Mapping[str, object]) -> tuple[str, ...]:
         value = table.get(where.rpartition(".")[2], [])
         if not isinstance(value, list) or not all(isinstance(each, str) and each.strip() for each in value):
-            self.faults.append(f"{where} is {value!r}, expected a list of texts")
+            self.problems.append(f"{where} is {value!r}, expected a list of strings")
             return ()
         return tuple(value)
 
     def truth(self, where: str, table: Mapping[str, object]) -> bool:
         value = table.get(where.rpartition(".")[2], False)
         if not isinstance(value, bool):
-            self.faults.append(f"{where} is {value!r}, expected true or false")
+            self.problems.append(f"{where} is {value!r}, expected true or false")
         return value is True
 
     def identity(self, where: str, value: str) -> str:
         if value and not ID.fullmatch(value):
-            self.faults.append(f"{where} has {value!r}, expected small letters, digits, hyphens and points")
+            self.problems.append(f"{where} has {value!r}, expected lower-case letters, digits, hyphens and dots")
         return value
 
 

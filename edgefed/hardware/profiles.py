@@ -11,6 +11,7 @@ import functools
 import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from edgefed.errors import ConfigError, UnknownProfile
 from edgefed.hardware.facts import DeviceFacts, DriverFacts, GpuFacts, HostFacts, MemoryKind, TorchFacts
@@ -55,21 +56,21 @@ def check_distinct(profiles: list[DeviceProfile]) -> None:
     """Raise ConfigError when two profiles share an id, or would both match one device."""
     ids: dict[str, str] = {}
     names: dict[tuple[str, str], list[DeviceProfile]] = {}
-    faults = []
+    problems = []
     for profile in profiles:
         for name in (profile.id, *profile.aliases):
             if name in ids:
-                faults.append(f"{profile.id} and {ids[name]} are both called {name!r}")
+                problems.append(f"{profile.id} and {ids[name]} are both called {name!r}")
             ids[name] = profile.id
         for field in ("gpu", "board", "cpu"):
             for name in getattr(profile.match, field):
                 for other in names.get((field, name), []):
                     either = profile.match.any_memory or other.match.any_memory
-                    if either or _same(profile.value("memory_visible"), other.value("memory_visible")):
-                        faults.append(f"{profile.id} and {other.id} both have match.{field} {name!r}")
+                    if either or _same(profile.required("memory_visible"), other.required("memory_visible")):
+                        problems.append(f"{profile.id} and {other.id} both have match.{field} {name!r}")
                 names.setdefault((field, name), []).append(profile)
-    if faults:
-        raise ConfigError(f"device profiles collide: {'; '.join(faults)}")
+    if problems:
+        raise ConfigError(f"device profiles collide: {'; '.join(problems)}")
 
 
 def find_profile(name: str) -> DeviceProfile:
@@ -81,7 +82,7 @@ def find_profile(name: str) -> DeviceProfile:
         try:
             text = Path(name).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{name} is not TOML: {error}") from error
+            raise ConfigError(f"{name} is not valid TOML: {error}") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UnknownProfile(f"cannot read the device profile {name}: {reason}") from error
@@ -93,8 +94,8 @@ def find_profile(name: str) -> DeviceProfile:
         return by_name[wanted]
     close = [each for each in by_name if wanted and wanted in each][:4]
     close += [each for each in difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.6) if each not in close]
-    hint = f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(profiles)}"
-    raise UnknownProfile(f"there is no device profile {name!r}{hint}")
+    hint = f"; did you mean {' or '.join(close)}?" if close else f"; available: {', '.join(profiles)}"
+    raise UnknownProfile(f"unknown device profile {name!r}{hint}")
 
 
 def match_profile(facts: DeviceFacts) -> DeviceProfile | None:
@@ -118,10 +119,10 @@ def match_profile(facts: DeviceFacts) -> DeviceProfile | None:
             or any(f" {words} " in f" {board} " for words in rule.board)
             or (facts.kind is MemoryKind.CPU and cpu in rule.cpu)
         )
-        fits = rule.any_memory or (visible is not None and _same(visible / GIB, profile.value("memory_visible")))
+        fits = rule.any_memory or (visible is not None and _same(visible / GIB, profile.required("memory_visible")))
         if named and fits:
             return profile
-    if facts.kind is MemoryKind.CPU and facts.host.cpu_count.known:
+    if facts.kind is MemoryKind.CPU and facts.host.cpu_count.value is not None:
         for profile in profiles:
             if facts.host.cpu_count.value <= profile.match.fallback_cpus and facts.host.system == "linux":
                 return profile
@@ -173,10 +174,10 @@ def profile_of(name: str, facts: DeviceFacts, measured: Mapping[str, Figure]) ->
     the device is unknown.
     """
     if not ID.fullmatch(name):
-        raise ConfigError(f"{name!r} is no profile id: expected small letters, digits, hyphens and points")
+        raise ConfigError(f"{name!r} is not a profile id: expected lower-case letters, digits, hyphens and dots")
     total = _visible_bytes(facts)
     if total.value is None:
-        raise ConfigError(f"no profile can be made: the memory of this device is unknown: {total.describe()}")
+        raise ConfigError(f"cannot make a profile: the memory of this device is unknown: {total.describe()}")
     base = match_profile(facts)
     if base is not None and base.match.fallback_cpus:
         base = None  # a stand-in for any small host says nothing of this one
@@ -189,10 +190,10 @@ def profile_of(name: str, facts: DeviceFacts, measured: Mapping[str, Figure]) ->
         own["memory_idle"] = Figure(used, "GiB", "measured", free.source, note="in use when this profile was written")
     elif base is None:
         own["memory_idle"] = Figure(0.0, "GiB", "derived", "unknown", note="could not be measured")
-    if facts.gpu is not None and facts.gpu.compute_capability.known:
+    if facts.gpu is not None and facts.gpu.compute_capability.value is not None:
         major, minor = facts.gpu.compute_capability.value
         own["capability"] = Figure(f"{major}.{minor}", "", "measured", facts.gpu.compute_capability.source)
-    if facts.host.cpu_count.known and facts.kind is MemoryKind.CPU:
+    if facts.host.cpu_count.value is not None and facts.kind is MemoryKind.CPU:
         own["cpu_count"] = Figure(float(facts.host.cpu_count.value), "processors", "measured", "operating system")
     gpu = facts.gpu.name.value if facts.gpu is not None and facts.kind is not MemoryKind.CPU else None
     board = facts.tegra.model.value if facts.tegra is not None else facts.host.board.value
@@ -223,21 +224,19 @@ def facts_of(profile: DeviceProfile) -> DeviceFacts:
     """
     source = f"profile {profile.id}"
     missing = functools.partial(Reading.missing, Reason.ABSENT, source, "a profile is no sensor")
-    visible = round(profile.value("memory_visible") * GIB)
-    free = max(0, visible - round(profile.value("memory_idle") * GIB))
+    visible = round(profile.required("memory_visible") * GIB)
+    free = max(0, visible - round(profile.required("memory_idle") * GIB))
     discrete, cpu = profile.kind is MemoryKind.DISCRETE, profile.kind is MemoryKind.CPU
-    capability = profile.figures.get("capability")
+    capability = profile.value("capability")
     host = HostFacts(
         **{
-            **{field.name: missing() for field in dataclasses.fields(HostFacts)},
+            **dict[str, Any]((field.name, missing()) for field in dataclasses.fields(HostFacts)),
             "system": "darwin" if profile.machine == "arm64" else "linux",
             "machine": profile.machine,
             "is_wsl": False,
             "board": missing() if discrete else Reading.of(profile.name, source),
             "cpu_name": Reading.of(profile.name, source) if cpu else missing(),
-            "cpu_count": Reading.of(int(profile.value("cpu_count")), source)
-            if profile.value("cpu_count")
-            else missing(),
+            "cpu_count": Reading.of(int(cpus), source) if (cpus := profile.value("cpu_count")) else missing(),
             "memory_total_bytes": missing() if discrete else Reading.of(visible, source),
             "memory_available_bytes": missing() if discrete else Reading.of(free, source),
         }
@@ -246,13 +245,13 @@ def facts_of(profile: DeviceProfile) -> DeviceFacts:
     if not cpu:
         gpu = GpuFacts(
             **{
-                **{field.name: missing() for field in dataclasses.fields(GpuFacts)},
+                **dict[str, Any]((field.name, missing()) for field in dataclasses.fields(GpuFacts)),
                 "nvml_index": None,
                 "mig_index": None,
                 "cuda_index": 0,
                 "is_mig": False,
                 "name": Reading.of(profile.name, source),
-                "compute_capability": Reading.of(tuple(int(part) for part in capability.value.split(".")), source)
+                "compute_capability": Reading.of(tuple(int(part) for part in capability.split(".")), source)
                 if capability
                 else missing(),
                 "integrated": Reading.of(not discrete, source),

@@ -68,7 +68,8 @@ class Anonymiser:
         self._groups = re.compile("|".join(rf"(?<=/){re.escape(part)}(?=/|$)" for part in private) or r"(?!)", re.M)
 
     def clean(self) -> dict[str, Any]:
-        return self._walk(self._document, ())
+        cleaned: dict[str, Any] = self._walk(self._document, ())
+        return cleaned
 
     def _group_paths(self) -> list[str]:
         texts = [self._document["files"]["text"].get(f"/proc/{who}/cgroup", {}).get("value") for who in ("self", "1")]
@@ -316,7 +317,7 @@ def _call_key(name: str, arguments: tuple[Any, ...]) -> str:
 def _reading_document(reading: Reading[Any]) -> dict[str, Any]:
     if reading.known:
         return {"value": reading.value, "source": reading.source}
-    return {"reason": reading.reason.value, "source": reading.source, "detail": reading.detail}
+    return {"reason": (reading.reason or Reason.FAILED).value, "source": reading.source, "detail": reading.detail}
 
 
 def _reading(document: dict[str, Any] | None, source: str) -> Reading[Any]:

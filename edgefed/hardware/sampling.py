@@ -99,24 +99,27 @@ class MemorySensors:
 
 
 def _room(limit: cgroup.MemoryLimit) -> Reading[int]:
-    if not limit.limit_bytes.known or not limit.used_bytes.known:
-        missing = limit.limit_bytes if not limit.limit_bytes.known else limit.used_bytes
-        return Reading.missing(missing.reason, missing.source, missing.detail)
+    if limit.limit_bytes.value is None or limit.used_bytes.value is None:
+        missing = limit.limit_bytes if limit.limit_bytes.value is None else limit.used_bytes
+        return missing.without_value()
     return Reading.of(limit.limit_bytes.value - limit.used_bytes.value, limit.used_bytes.source)
 
 
-def _process_sum(text: Reading[str], fields: dict[str, int], sizes: Reading[dict[int, int | None]] | None):
+def _process_sum(
+    text: Reading[str], fields: dict[str, int], sizes: Reading[dict[int, int | None]] | None
+) -> Reading[int]:
     resident = field_of(text, fields, "AnonPages")
-    if not resident.known or "Mapped" not in fields:
-        return resident if not resident.known else field_of(text, fields, "Mapped")
+    if resident.value is None or "Mapped" not in fields:
+        return resident if resident.value is None else field_of(text, fields, "Mapped")
     total, source = resident.value + fields["Mapped"], f"{text.source} AnonPages + Mapped"
     if sizes is None:
         return Reading.of(total, source)
-    if not sizes.known:
-        return Reading.missing(sizes.reason, sizes.source, sizes.detail)
-    if None in sizes.value.values():
+    if sizes.value is None:
+        return sizes.without_value()
+    held = [size for size in sizes.value.values() if size is not None]
+    if len(held) < len(sizes.value):
         return Reading.missing(Reason.NOT_SUPPORTED, sizes.source, "the driver does not say how much each one holds")
-    return Reading.of(total + sum(sizes.value.values()), f"{source} + {sizes.source}")
+    return Reading.of(total + sum(held), f"{source} + {sizes.source}")
 
 
 def _thermal_zone(files: Files, facts: DeviceFacts) -> str:

@@ -6,6 +6,7 @@ Paths and their meaning follow NVIDIA's documentation and what is seen on Orin (
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from edgefed.hardware.facts import TegraFacts
 from edgefed.hardware.host_files import Files, field_of, parse_meminfo
@@ -72,7 +73,7 @@ def _l4t(files: Files) -> Reading[str]:
     if text.known:
         missing = Reading.missing(Reason.FAILED, text.source, "no release line in it")
     else:
-        missing = Reading.missing(text.reason, text.source, text.detail)
+        missing = text.without_value()
     if not files.exists("/proc/device-tree/compatible"):
         return missing  # no board with a device tree: not worth a question to the package manager
     package = files.ask("l4t_package")
@@ -81,8 +82,8 @@ def _l4t(files: Files) -> Reading[str]:
 
 
 def _jetpack(l4t: Reading[str]) -> Reading[str]:
-    if not l4t.known:
-        return Reading.missing(l4t.reason, l4t.source, l4t.detail)
+    if l4t.value is None:
+        return l4t.without_value()
     numbers = l4t.value.split(".")
     if len(numbers) == 2:
         numbers.append("0")
@@ -103,14 +104,14 @@ def _soc(files: Files) -> Reading[str]:
         if match:
             return Reading.of(match[1], path)
     if not text.known:
-        return Reading.missing(text.reason, text.source, text.detail)
+        return text.without_value()
     return Reading.missing(Reason.ABSENT, text.source, "no Tegra in it")
 
 
 def _model(files: Files) -> Reading[str]:
     for path in ("/sys/firmware/devicetree/base/model", "/proc/device-tree/model"):
         text = files.text(path)
-        if text.known and (name := text.value.strip(" \0\n\t")):
+        if text.value is not None and (name := text.value.strip(" \0\n\t")):
             return Reading.of(name[:120], path)
     return Reading.missing(text.reason or Reason.FAILED, text.source, text.detail or "empty")
 
@@ -129,23 +130,23 @@ def _gpu_folder(files: Files) -> str:
     return ""
 
 
-def _no_folder() -> Reading:
+def _no_folder() -> Reading[Any]:
     return Reading.missing(Reason.ABSENT, "/sys/class/devfreq", "no GPU among the devices there")
 
 
 def _word(files: Files, path: str) -> Reading[str]:
     text = files.text(path)
-    if text.known and not text.value.strip():
+    if text.value is not None and not text.value.strip():
         return Reading.missing(Reason.FAILED, path, "empty")
     return text.map(lambda value: value.strip()[:80])
 
 
 def _number(files: Files, path: str) -> Reading[int]:
     text = files.text(path)
-    if not text.known:
-        return Reading.missing(text.reason, path, text.detail)
+    if text.value is None:
+        return text.without_value(path)
     if not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text.value):
-        return Reading.missing(Reason.FAILED, path, f"{text.value[:40]!r} is no number")
+        return Reading.missing(Reason.FAILED, path, f"{text.value[:40]!r} is not a number")
     return Reading.of(int(text.value), path)
 
 
@@ -153,7 +154,7 @@ def _hertz(files: Files, folder: str, name: str) -> Reading[int]:
     if not folder:
         return _no_folder()
     reading = _number(files, f"{folder}/{name}")
-    if reading.known and not 10**6 <= reading.value < 10**11:
+    if reading.value is not None and not 10**6 <= reading.value < 10**11:
         return Reading.missing(Reason.IMPLAUSIBLE, reading.source, f"{reading.value} Hz")
     return reading.map(lambda hertz: round(hertz / 1e6))
 
@@ -162,7 +163,7 @@ def _load(files: Files, folder: str) -> Reading[float]:
     if not folder:
         return _no_folder()
     reading = _number(files, f"{folder}/device/load")  # per mille
-    if reading.known and not 0 <= reading.value <= 1000:
+    if reading.value is not None and not 0 <= reading.value <= 1000:
         return Reading.missing(Reason.IMPLAUSIBLE, reading.source, f"{reading.value} per mille")
     return reading.map(lambda load: load / 10)
 
@@ -182,7 +183,7 @@ def _memory_clock(files: Files) -> Reading[int]:
 def zone_temperature(files: Files, path: str) -> Reading[float]:
     """One thermal zone's file, in millidegrees. -256000 is a zone whose processor is off, 0 one that never measured."""
     reading = _number(files, path)
-    if reading.known and (not -50_000 <= reading.value <= 200_000 or reading.value in (0, -1)):
+    if reading.value is not None and (not -50_000 <= reading.value <= 200_000 or reading.value in (0, -1)):
         return Reading.missing(Reason.IMPLAUSIBLE, path, f"{reading.value} millidegrees")
     return reading.map(lambda value: value / 1000)
 
@@ -194,7 +195,7 @@ def _temperatures(files: Files) -> Reading[dict[str, float]]:
         for zone in files.names(base):
             if zone.startswith("thermal_zone"):
                 name, value = _word(files, f"{base}/{zone}/type"), zone_temperature(files, f"{base}/{zone}/temp")
-                if name.known and value.known:
+                if name.value is not None and value.value is not None:
                     found[name.value] = value.value
         if found:
             return Reading.of(found, base)
@@ -202,8 +203,8 @@ def _temperatures(files: Files) -> Reading[dict[str, float]]:
 
 
 def _headline(temperatures: Reading[dict[str, float]]) -> Reading[float]:
-    if not temperatures.known:
-        return Reading.missing(temperatures.reason, temperatures.source, temperatures.detail)
+    if temperatures.value is None:
+        return temperatures.without_value()
     for wanted in ("tj", "gpu"):
         for name, value in sorted(temperatures.value.items()):
             if name.lower().startswith(wanted):
@@ -219,22 +220,22 @@ def _power(files: Files) -> tuple[Reading[dict[str, float]], Reading[float]]:
     for folder, chip in _power_monitors(files):
         if chip == "ina238":
             watts = _number(files, f"{folder}/power1_input")  # microwatts
-            label = _word(files, f"{folder}/in1_label").value or _word(files, f"{folder}/device/of_node/label").value
-            if watts.known and 0 <= watts.value < 10**9:
-                rails[(label or "VIN").strip("\0")] = watts.value / 1e6
+            name = _word(files, f"{folder}/in1_label").value or _word(files, f"{folder}/device/of_node/label").value
+            if watts.value is not None and 0 <= watts.value < 10**9:
+                rails[(name or "VIN").strip("\0")] = watts.value / 1e6
             continue
         for channel in range(1, 7):  # channel 7 is the chip's own sum
             label = _word(files, f"{folder}/in{channel}_label")
-            if not label.known or label.value.upper() in ("NC", "SUM OF SHUNT VOLTAGES"):
+            if label.value is None or label.value.upper() in ("NC", "SUM OF SHUNT VOLTAGES"):
                 continue
             volts, amperes = (_number(files, f"{folder}/{kind}{channel}_input") for kind in ("in", "curr"))
-            if not (volts.known and amperes.known):
-                problem = problem or (volts if not volts.known else amperes)
+            if volts.value is None or amperes.value is None:
+                problem = problem or (volts if volts.value is None else amperes)
             elif 0 <= volts.value < 10**5 and 0 <= amperes.value < 10**6:
                 rails[label.value] = volts.value * amperes.value / 1e6  # mV x mA
     if not rails:
         missing = problem or Reading.missing(Reason.ABSENT, "/sys/bus/i2c/devices/*/hwmon", "no power monitor")
-        return (Reading.missing(missing.reason, missing.source, missing.detail),) * 2
+        return missing.without_value(), missing.without_value()
     source = "/sys/bus/i2c/devices/*/hwmon"
     total = next((name for name in TOTAL_RAILS if name in rails), None)
     if total is None:
@@ -271,5 +272,5 @@ def _power_mode(files: Files) -> Reading[str]:
         if answered := re.search(r"NV Power Mode:\s*(\S+)", answer.value or ""):
             return Reading.of(answered[1], answer.source)
         detail = "no pmode line in it" if status.known else status.detail
-        return Reading.missing(Reason.FAILED if status.known else status.reason, status.source, detail)
+        return Reading.missing(status.reason or Reason.FAILED, status.source, detail)
     return Reading.of(names.get(mode, f"mode {mode}"), source)

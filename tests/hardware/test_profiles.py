@@ -228,14 +228,14 @@ def test_a_small_profile_is_enough():
         ('id = "my-card"', "id = 3", "id is 3"),
         ('name = "My Card"', "", "name is None"),
         ('kind = "discrete"', 'kind = "quantum"', "kind is 'quantum'"),
-        ("[match]", "[mach]", "mach is no key"),
-        ('["my card"]', '["NVIDIA My Card"]', "expected it plain: 'my card'"),
-        ('["my card"]', '["my card", "my card"]', "names one twice"),
+        ("[match]", "[mach]", "mach is not a key"),
+        ('["my card"]', '["NVIDIA My Card"]', "expected the plain name 'my card'"),
+        ('["my card"]', '["my card", "my card"]', "has the same name twice"),
         ('["my card"]', '"my card"', "expected a list"),
         ("[match]", "[match]\nfallback_cpus = -1", "match.fallback_cpus is -1"),
         ("[match]", "[match]\nany_memory = 1", "match.any_memory is 1"),
         ("[match]", "[typical]\ndisk = 5\n[match]", "typical.disk is 5"),
-        ("memory_idle", "memory_idel", "figures.memory_idel is no key"),
+        ("memory_idle", "memory_idel", "figures.memory_idel is not a key"),
         ("memory_idle", "memory_idel", "figures.memory_idle is missing"),
         ('unit = "GB/s"', 'unit = "MB/s"', "figures.bandwidth.unit is 'MB/s', expected 'GB/s'"),
         ("value = 300", "value = -3", "figures.bandwidth.value is -3"),
@@ -243,16 +243,16 @@ def test_a_small_profile_is_enough():
         ("value = 300", "value = nan", "figures.bandwidth.value is nan"),
         ("value = 300", "value = true", "figures.bandwidth.value is True"),
         ("value = 300", "value = '300'", "figures.bandwidth.value is '300'"),
-        ("value = 300", "value = 200", "outside of its own low and high"),
-        ("high = 310", "heigh = 310", "figures.bandwidth.heigh is no key"),
+        ("value = 300", "value = 200", "between its low and high"),
+        ("high = 310", "heigh = 310", "figures.bandwidth.heigh is not a key"),
         ('basis = "datasheet"', 'basis = "rumour"', "figures.bandwidth.basis is 'rumour'"),
         (', source = "maker"', "", "figures.bandwidth.source is None"),
         ('source = "maker"', 'source = " "', "figures.bandwidth.source is ' '"),
         ("bandwidth = {", "bandwidth = 5 #", "figures.bandwidth is 5"),
-        ("bandwidth = {", "bandwidth = 5\nbandwidth = {", "is not TOML"),
-        ("[figures]", "[[power_modes]]\nname = '15W'\ndisk_read = 3\n[figures]", "power_modes[0].disk_read is no key"),
+        ("bandwidth = {", "bandwidth = 5\nbandwidth = {", "is not valid TOML"),
+        ("[figures]", "[[power_modes]]\nname = '15W'\ndisk_read = 3\n[figures]", "power_modes[0].disk_read is not a key"),
         ("[figures]", "[[power_modes]]\n[figures]", "power_modes[0].name is None"),
-        ("[figures]", "[[power_modes]]\nname='a'\n[[power_modes]]\nname='a'\n[figures]", "is there already"),
+        ("[figures]", "[[power_modes]]\nname='a'\n[[power_modes]]\nname='a'\n[figures]", "which another mode has already"),
         ("[figures]", "[power_modes]\n[figures]", "power_modes must be tables"),
         ("[figures]", "[figures]\ncapability = { value = 8.9, basis = 'measured', source = 'torch' }", "such as"),
         (
@@ -270,7 +270,7 @@ def test_what_is_wrong_is_named_with_file_and_key(old, new, said):
     assert str(caught.value).startswith("mine.toml")
 
 
-def test_all_faults_of_a_file_are_named_at_once():
+def test_all_problems_of_a_file_are_named_at_once():
     broken = VALID.replace("discrete", "other").replace("GB/s", "furlongs").replace("my-card", "MINE")
     with pytest.raises(ConfigError) as caught:
         parse_profile(broken, "mine.toml")
@@ -322,7 +322,7 @@ def test_profiles_are_found_by_id_and_alias(name, id):
 @pytest.mark.parametrize(
     ("name", "close"),
     [("rtx-3060", "rtx-3060-12gb"), ("jetson-orin-nano", "jetson-orin-nano-8gb"), ("rtx-4080", "rtx-4070"),
-     ("h100", "h200"), ("", "a10g, apple-m1"), ("quantum", "there are a10g, apple-m1")],
+     ("h100", "h200"), ("", "a10g, apple-m1"), ("quantum", "available: a10g, apple-m1")],
 )  # fmt: skip
 def test_an_unknown_profile_names_close_ones(name, close):
     with pytest.raises(UnknownProfile) as caught:
@@ -336,10 +336,10 @@ def test_a_file_of_the_owner_is_a_profile(tmp_path):
     path.write_text(VALID)
     assert find_profile(str(path)).id == "my-card"
     path.write_text(VALID.replace("GiB", "MiB"))
-    with pytest.raises(ConfigError, match="my.toml is no device profile: .*memory_visible.unit"):
+    with pytest.raises(ConfigError, match="my.toml is not a valid device profile: .*memory_visible.unit"):
         find_profile(str(path))
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="is not TOML"):
+    with pytest.raises(ConfigError, match="is not valid TOML"):
         find_profile(str(path))
     for name in (str(tmp_path / "other.toml"), str(tmp_path) + "/", "./no\0.toml"):
         with pytest.raises(UnknownProfile, match="cannot read"):
@@ -527,7 +527,7 @@ def test_a_profile_of_a_device_that_nobody_knows():
 @pytest.mark.parametrize("name", ["My Laptop", "", "-x", "a/b", "ü", "x" * 64])
 def test_a_profile_needs_an_id(name):
     facts = make_facts(MemoryKind.CPU, cpu="c", total=GIB, free=GIB)
-    with pytest.raises(ConfigError, match="is no profile id"):
+    with pytest.raises(ConfigError, match="is not a profile id"):
         profile_of(name, facts, {})
 
 

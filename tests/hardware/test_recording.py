@@ -25,8 +25,8 @@ def without_uuid(facts):
     def gpu(value: GpuFacts | None):
         return value and dataclasses.replace(value, uuid=blank if value.uuid.known else value.uuid)
 
-    host = dataclasses.replace(facts.host, own_rss_bytes=blank)
-    notes = tuple(note for note in facts.notes if "--device" not in note)  # names a UUID
+    host = dataclasses.replace(facts.host, own_rss_bytes=blank, own_file_bytes=blank)
+    notes = tuple(note for note in facts.notes if "`device`" not in note)  # names a UUID
     return dataclasses.replace(facts, gpu=gpu(facts.gpu), gpus=tuple(map(gpu, facts.gpus)), host=host, notes=notes)
 
 
