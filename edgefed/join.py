@@ -25,6 +25,7 @@ from edgefed.protocol.messages import DeviceInfo
 from edgefed.protocol.trainer import Trainer
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
+from edgefed.trainer.ports import ProcessMemory
 from edgefed.training.data import problem_notes
 
 MAX_TEXT_CHARACTERS = 200
@@ -196,18 +197,11 @@ def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progress
     trainer = LocalTrainer(
         config.data,
         config.state,
-        DeviceLimits(
-            config.memory_bytes,
-            config.expert_share,
-            config.compute_share,
-            config.profile_storage,
-            config.expert_storage,
-        ),
+        DeviceLimits(config.expert_share, config.compute_share, config.profile_storage, config.expert_storage),
         config.name,
+        ProcessMemory(memory.measure, memory.torch_device, memory.make_watch()),
         held_out_share=config.held_out_share,
         device=memory.torch_device,
-        measure_budget=memory.measure,
-        watch=memory.make_watch(),
     )
     for note in problem_notes(config.data, trainer.corpus.problems):
         progress.message(note)

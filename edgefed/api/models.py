@@ -177,7 +177,7 @@ def profile(
         moe.drop_experts()
     notes: list[str] = []
     record = profile_blocks(
-        moe, blocks, units, profile_pass, attention=attention, on_batch=sink.advance, tell=notes.append
+        moe, blocks, units, profile_pass, attention=attention, on_batch=sink.advance, on_message=notes.append
     )
     sink.done()
     for note in notes:

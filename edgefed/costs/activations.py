@@ -26,7 +26,7 @@ from edgefed.costs.step_setup import (
     MARGIN,
     SCALE_BYTES,
     STORAGE_BYTES,
-    TUNED_TOKENS,
+    TRAINABLE_TOKENS,
     UNPACKING_BYTES,
     Correction,
     StepSetup,
@@ -65,7 +65,7 @@ def activations(
     kept: Sequence[int],
     trainable: Sequence[int],
     trainable_share: Sequence[float] | None = None,
-    trainable_tokens: float = TUNED_TOKENS,
+    trainable_tokens: float = TRAINABLE_TOKENS,
     flows_in: bool | None = None,
 ) -> Activations:
     """The formulas for one step, without margin or correction.

@@ -37,7 +37,7 @@ from edgefed.costs.step_setup import (
     ALLOWANCE,
     DTYPE_BYTES,
     STORAGE_BYTES,
-    TUNED_TOKENS,
+    TRAINABLE_TOKENS,
     Correction,
     StepSetup,
 )
@@ -118,7 +118,7 @@ def training_memory(
     gradients = gradient_bytes(shape, setup, trainable)
     states = static["optimizer"]
     base = sum(static.values())
-    trainable_tokens = correction.trainable_tokens if correction else TUNED_TOKENS
+    trainable_tokens = correction.trainable_tokens if correction else TRAINABLE_TOKENS
     found = corrected(activations(shape, setup, kept, trainable, trainable_tokens=trainable_tokens), correction)
     overhead = workspace_bytes(shape, setup) + (correction.overhead_bytes if correction else 0)
     lasting = gradient_bytes(shape, setup, trainable, lasting=True)
@@ -171,8 +171,8 @@ def profiling_memory(
     setup: StepSetup,
     kept: int | Sequence[int],
     *,
-    hold: str = "all",
-    together: int = 1,
+    residency: str = "all",
+    concurrent_batches: int = 1,
     attention: bool = False,
     threads: int = 1,
 ) -> MemoryEstimate:
@@ -183,30 +183,30 @@ def profiling_memory(
     ``attention``: the attention that tokens receive is recorded. ``threads``: of a CPU, that a batch computes with.
     """
     kept, _ = _counts(shape, kept, 0, setup)
-    storage = setup.expert_storage if hold != "expert" else None
+    storage = setup.expert_storage if residency != "expert" else None
     setup = dataclasses.replace(
         setup, experts="lora" if setup.experts == "lora" else "none", attention="none", expert_storage=storage
     )
     static = static_bytes(shape, setup, kept, tuple(0 for _ in kept))
     sizes = [expert_bytes(layer, setup) for layer in shape.moe_layers]
     read = max(expert_bytes(layer, setup, setup.dtype) for layer in shape.moe_layers)  # one expert, as it comes
-    if hold == "all":
+    if residency == "all":
         experts = static["kept experts"]
     else:
-        experts = max(size * count for size, count in zip(sizes, kept, strict=True)) if hold == "layer" else 0
+        experts = max(size * count for size, count in zip(sizes, kept, strict=True)) if residency == "layer" else 0
     flowing, pairs = 0, iter(kept)
     for layer in shape.layers:
         held = next(pairs) if layer.num_experts else 0
-        active = setup.tokens * min(layer.top_k, layer.num_experts if hold == "expert" else held)
+        active = setup.tokens * min(layer.top_k, layer.num_experts if residency == "expert" else held)
         flowing = max(flowing, forward_transient(shape, layer, setup, active) + outside_experts(shape, layer, setup))
     if attention:
         flowing += ATTENTION_BYTES + 2 * setup.tokens * setup.sequence_length * setup.width
-    waiting = _waiting_bytes(shape, setup, attention, threads) if together > 1 else 0
+    waiting = _waiting_bytes(shape, setup, attention, threads) if concurrent_batches > 1 else 0
     parts = {
         "dense": static["dense"],
-        "kept experts": rounded_up(experts + (0 if hold == "all" and storage is None else read)),
+        "kept experts": rounded_up(experts + (0 if residency == "all" and storage is None else read)),
         "activations": int(flowing),
-        "waiting batches": (together - 1) * waiting,
+        "waiting batches": (concurrent_batches - 1) * waiting,
         "logits": setup.batch_size * shape.vocab_size * setup.width,
         "workspace": workspace_bytes(shape, setup),
     }

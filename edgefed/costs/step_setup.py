@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import msgspec
+
 from edgefed.errors import ConfigError
 
 _MIB = 1024 * 1024
@@ -40,7 +42,7 @@ MARGIN = 1.05
 """On top of the formula of activations: two OLMoE layers at 512 tokens keep 180.8 MiB, the formula says 172."""
 CORRECTED_MARGIN = 1.03
 """On top of what one measured step says: routers send other tokens to other experts in the next."""
-TUNED_TOKENS = 2.0
+TRAINABLE_TOKENS = 2.0
 """Trainable experts are picked because they are used: assume twice the tokens that their number would get, unless a
 measured step has shown how evenly the tokens fall."""
 ALLOWANCE = 0.005
@@ -107,15 +109,16 @@ _CHOICES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Correction:
-    """What one measured step says about the formulas: factors on their parts, and bytes that none of them explains.
+class Correction(msgspec.Struct, frozen=True):
+    """What one measured step says about the formulas of the memory model.
 
-    ``activation_scale`` is for what layers keep outside their experts, attention scores apart, ``expert_scale`` inside,
-    ``loss_scale`` for logits, ``transient_scale`` for what a layer's backward pass needs on the way, ``forward_scale``
-    for its forward pass. ``trainable_tokens``: tokens of trainable experts, as a multiple of what their number would get.
-    ``process_bytes``: what the process took beyond the allocator's bytes, 0 on a GPU; not part of an estimate.
-    ``kernels``: those of the setup that was measured; the factors hold for the formulas of these only.
+    Factors for parts of the formulas: ``activation_scale`` for what layers keep outside their experts, without attention
+    scores; ``expert_scale`` inside the experts; ``loss_scale`` for logits; ``transient_scale`` for temporaries of a
+    layer's backward pass, ``forward_scale`` of its forward pass. ``trainable_tokens``: tokens of trainable experts, as a
+    multiple of an even share.
+
+    ``overhead_bytes`` no formula explains. ``process_bytes``: what the process took beyond the allocator's bytes, 0 on a
+    GPU; not part of an estimate. ``kernels`` are those of the measured step: the factors hold for no others.
     """
 
     activation_scale: float
@@ -125,6 +128,6 @@ class Correction:
     loss_scale: float = 1.0
     transient_scale: float = 1.0
     forward_scale: float = 1.0
-    trainable_tokens: float = TUNED_TOKENS
+    trainable_tokens: float = msgspec.field(default=TRAINABLE_TOKENS, name="tuned_tokens")  # its name in plan.json
     process_bytes: int = 0
     kernels: str = "reference"

@@ -21,11 +21,12 @@ from edgefed.personal.networks import CNNS
 from edgefed.personal.state import newest_state
 from edgefed.personal.tasks import OpenTask, load_mixture, make_task
 from edgefed.protocol.messages import Status
-from edgefed.simulation.measure import held_out_losses, read_plan
+from edgefed.simulation.evaluation import held_out_losses
 from edgefed.simulation.personal_baselines import make_strategy
 from edgefed.simulation.personal_federation import Client, Settings, run
 from edgefed.simulation.personal_pictures import save_comparison, save_gate_histograms
 from edgefed.simulation.processes import LocalClient, LocalFederation, read_ledger
+from edgefed.trainer.saved_plan import load_plan
 from edgefed.training.data import load_corpus
 
 SHARES = (1.0, 0.5, 0.25, 0.12)
@@ -125,7 +126,7 @@ def run_demo(config: DemoConfig, sink: DemoSink) -> list[MethodResult]:
     first = config.out / config.methods[0]
     sink.note("exporting the final model")
     export_model(first / "run", config.out / "model")
-    profiles = {silo: read_plan(first / "clients" / silo) for silo in silos}
+    profiles = {silo: load_plan(first / "clients" / silo) for silo in silos}
     draw(config.out / PICTURE_FILE, results, profiles)
     return results
 
@@ -166,7 +167,7 @@ def _run_method(config: DemoConfig, method: str, clients: Sequence[LocalClient],
 def _client_result(federation: LocalFederation, client: LocalClient, losses: Sequence[float]) -> ClientResult:
     folder = federation.client_folder(client.name)
     ledger = [entry for entry in read_ledger(folder) if entry["outcome"] == "accepted"]
-    _, plan = read_plan(folder)
+    _, plan = load_plan(folder)
     metrics = [entry["metrics"] for entry in ledger]
     return ClientResult(
         name=client.name,

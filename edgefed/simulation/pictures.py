@@ -10,8 +10,8 @@ import numpy as np
 
 from edgefed.hardware.memory import GIB
 from edgefed.plots import COLOURS, DPI, new_figure, tidy_axes
-from edgefed.simulation.device_rates import PARTS
 from edgefed.simulation.result import MethodRun, SimulationResult
+from edgefed.simulation.virtual_clock import PARTS
 
 PART_COLOURS = {
     "download": "#1b6ca8", "load": "#7fb2d6", "profile": "#edae49", "merge": "#8d6a9f", "train": "#66a182",

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class ClientRound:
     """One client in one round. ``seconds`` by part; ``late``, ``waits``, ``hidden`` as in `virtual_clock.ClientSpan`.
 
-    ``held`` and ``trainable`` are experts per MoE layer of the trained model; bytes, of the model that is charged.
-    ``memory_bytes``: what the step needs at its peak by the memory model.
+    ``resident`` and ``trainable`` are experts per MoE layer of the trained model; bytes are of the model that is charged.
+    ``memory_bytes``: peak of a step, by the memory model.
     """
 
     seconds: Mapping[str, float]
     late: float
     waits: float
     hidden: float
-    held: tuple[int, ...]
+    resident: tuple[int, ...]
     trainable: tuple[int, ...]
     merged: tuple[int, ...]
     memory_bytes: int
@@ -93,21 +94,12 @@ class SimulationResult:
     runs: tuple[MethodRun, ...]
 
     def run(self, label: str) -> MethodRun:
+        """The run of the method with this label."""
         return next(run for run in self.runs if run.label == label)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON, with the seconds to the target."""
         data = dataclasses.asdict(self)
         if self.target_loss is not None:
             data["seconds_to_target"] = {run.label: run.seconds_to(self.target_loss) for run in self.runs}
         return data
-
-
-def client_round(data: Mapping) -> ClientRound:
-    lists = {name: tuple(data[name]) for name in ("held", "trainable", "merged")}
-    return ClientRound(**{**data, **lists})
-
-
-def round_result(data: Mapping) -> RoundResult:
-    """Inverse of `dataclasses.asdict`."""
-    return RoundResult(**{**data, "clients": {name: client_round(each) for name, each in data["clients"].items()}})

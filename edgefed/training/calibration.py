@@ -25,7 +25,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from edgefed.costs.activations import activations, workspace_bytes
 from edgefed.costs.shapes import ModelShape, decoder_layer_paths
-from edgefed.costs.step_setup import TUNED_TOKENS, Correction, StepSetup
+from edgefed.costs.step_setup import TRAINABLE_TOKENS, Correction, StepSetup
 from edgefed.moe.accounting import gradients, storage_bytes
 from edgefed.moe.model import MoeModel
 from edgefed.moe.offloading import offloaded
@@ -181,7 +181,7 @@ def _trainable_tokens(measurement: StepMeasurement) -> float:
         if kept > 1:
             half = kept - kept // 2
             factors.append(max(busier * kept / half, share * kept / trainable if trainable else 0.0))
-    return min(TUNED_TOKENS, sum(factors) / len(factors)) if factors else TUNED_TOKENS
+    return min(TRAINABLE_TOKENS, sum(factors) / len(factors)) if factors else TRAINABLE_TOKENS
 
 
 def _ratio(measured: float, formula: float) -> float:

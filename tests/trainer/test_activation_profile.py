@@ -17,7 +17,7 @@ from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
 from edgefed.trainer import activation_profile as device_profile
-from edgefed.trainer.activation_profile import MAX_TOGETHER, PROFILE_STORAGES, choose_profile_pass
+from edgefed.trainer.activation_profile import MAX_CONCURRENT_BATCHES, PROFILE_STORAGES, choose_profile_pass
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import PLAN_FILE, DeviceLimits
 from edgefed.training.profiling import ProfilePass
@@ -41,7 +41,7 @@ def test_the_more_memory_the_fewer_reads():
     assert ways[2.2].storage in ("int8", "nf4")
     assert ways[0.1] == ProfilePass("expert", None, 1, 1)
     for budget, way in ways.items():
-        assert way.together <= MAX_TOGETHER
+        assert way.together <= MAX_CONCURRENT_BATCHES
         if budget != 0.1:
             each = StepSetup(way.batch_size, 128, expert_storage=way.storage)
             need = profiling_memory(OLMOE, each, 64, hold=way.hold, together=way.together)
@@ -74,8 +74,8 @@ def test_attention_and_threads_take_memory():
 
 
 def test_no_more_batches_side_by_side_than_threads_are_good_for():
-    way, reason = choose_profile_pass(OLMOE, SETUP, 8 * MAX_TOGETHER * 3, 12 * GIB)
-    assert way == ProfilePass("layer", None, 8, MAX_TOGETHER)
+    way, reason = choose_profile_pass(OLMOE, SETUP, 8 * MAX_CONCURRENT_BATCHES * 3, 12 * GIB)
+    assert way == ProfilePass("layer", None, 8, MAX_CONCURRENT_BATCHES)
     assert "read 3 times" in reason
 
 
