@@ -17,9 +17,9 @@ takes one more step down that frees memory; the memory guard calls it in the mid
 layer keeps at least one expert, and it trains.
 
 Fallback 6 freezes trainable experts: they stay in the forward pass, their gradients and moments go. It is used where
-training an expert costs more than keeping it, as in full training; with adapters it frees next to nothing, so fallback 7
-removes experts with their adapters instead. Fallback 6 stops at a quarter of the resident experts, and fallback 7 keeps
-that share. Otherwise a device could keep every expert and train one per layer, and contribute almost nothing.
+training an expert costs more than keeping it, as in full training. With adapters it frees next to nothing, and fallback
+7 removes experts with their adapters instead. Fallback 6 stops at a quarter of the resident experts, and fallback 7
+keeps that share. Otherwise a device could keep every expert, train one per layer, and contribute almost nothing.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ class StepPlan:
     def rank(self) -> tuple[int | bool, ...]:
         """Sort key within one run: a plan that needs more memory ranks higher."""
         setup = self.setup
-        savings = (setup.expert_storage is None, setup.optimizer == "adamw", not setup.checkpointing)
-        savings += (not setup.chunked_loss, not setup.offload)
-        return (self.resident, self.trainable, setup.sequence_length, *savings)
+        return (
+            self.resident, self.trainable, setup.sequence_length, setup.expert_storage is None,
+            setup.optimizer == "adamw", not setup.checkpointing, not setup.chunked_loss, not setup.offload,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _setup_fallbacks(search: FallbackSearch, setup: StepSetup) -> Iterator[tuple
         yield "8-bit optimizer", setup, "8-bit optimizer"
     if setup.expert_storage is None and "nf4_experts" not in search.problems:
         setup = dataclasses.replace(setup, expert_storage="nf4")
-        yield _PACKING, setup, "frozen experts in 4 bits (NF4)"
+        yield _PACKING, setup, "frozen experts in NF4"
     if search.may_offload and not setup.offload:
         setup = dataclasses.replace(setup, offload=True)
         yield _OFFLOADING, setup, "experts offloaded, loaded when a token needs them"

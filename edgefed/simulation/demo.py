@@ -61,9 +61,14 @@ class DemoConfig:
 class DemoSink(Protocol):
     """Where the demo's progress goes."""
 
-    def method(self, name: str) -> None: ...
-    def status(self, status: Status) -> None: ...
-    def note(self, text: str) -> None: ...
+    def method(self, name: str) -> None:
+        """A run of this method begins."""
+
+    def status(self, status: Status) -> None:
+        """The state of the run, at every poll."""
+
+    def note(self, text: str) -> None:
+        """One line for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +267,10 @@ class PersonalDemoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PersonalClientResult:
-    """One client. ``accuracy``: held-out, after each round's local epochs; ``others``: the last one of each compared
-    method. ``shared_weight``: mean a_G over its held-out examples. Bytes are over all rounds.
+    """One client. Bytes are over all rounds.
+
+    ``accuracy``: held-out, after each round's local epochs; ``others``: the last one of each compared method;
+    ``shared_weight``: mean a_G over its held-out examples.
     """
 
     name: str

@@ -129,7 +129,7 @@ def memory_budget(device: SimulatedDevice) -> int:
     return budget.now_bytes
 
 
-# --- the cost shape -----------------------------------------------------------------------------------------------------
+# --- the cost shape ---------------------------------------------------------------------------------------------------
 
 STEP_DEVICES: Mapping[MemoryKind, str] = {
     MemoryKind.DISCRETE: "cuda",

@@ -64,7 +64,7 @@ class GlobalEvaluator:
                 self._blocks[name] = spread_blocks(encoded, self._max_tokens)
         found, right, tokens = {}, 0, 0
         module = self._shared.model.module
-        module.eval()
+        module.train(False)
         for name, blocks in self._blocks.items():
             total, predicted, hits = _measure(module, blocks, self._training.batch_size)
             if predicted:
@@ -102,8 +102,8 @@ def held_out_losses(
     """Loss of the global model at the start of each kept round and after the last one, {client: [loss, ...]}.
 
     Every expert of the model is streamed from the run's blobs, so numbers of different methods and budgets can be
-    compared. ``held_out``: {client: examples}. ``rounds``: evaluate these manifests only; 1 is the model before the first
-    round.
+    compared. ``held_out``: {client: examples}. ``rounds``: evaluate these manifests only, where 1 is the model before
+    the first round.
     """
     losses: dict[str, list[float]] = {name: [] for name in held_out}
     with RunReader(run_folder) as reader, tempfile.TemporaryDirectory(prefix="edgefed-") as scratch:

@@ -31,8 +31,9 @@ FORMAT = 2
 
 @dataclasses.dataclass(frozen=True)
 class SimulationEvent:
-    """What happens. ``ended`` is set when a round has ended, also one of an earlier process; ``client`` when one begins
-    to train.
+    """Progress of a simulation.
+
+    ``ended`` is set when a round has ended, also one of an earlier process; ``client`` when one begins to train.
     """
 
     label: str
@@ -52,13 +53,21 @@ def simulate(
     score: Score | None = None,
     calibration: Calibration | None = None,
 ) -> SimulationResult:
-    """Run every method of ``config`` and write ``out/simulation.json``. What ``out`` holds of an earlier, interrupted
-    simulation of the same configuration is not done again.
+    """Run every method of ``config`` and write ``out/simulation.json``.
 
-    ``score``: see `simulated_run.Score`; evaluated after each round. The result depends on the configuration (and the
-    kernels and thread count of this machine) alone, not on how long anything took.
+    An interrupted simulation of the same configuration in ``out`` is continued. The result depends only on the
+    configuration (and the kernels and thread count of this machine), not on how long anything took.
 
-    Raises ConfigError when ``out`` holds something else, DataError, ModelError, StorageError.
+    Args:
+        config: What to simulate.
+        out: Folder for results and state.
+        on_event: Called with each event.
+        score: Further metrics of the global model after each round; see `simulated_run.Score`.
+        calibration: Share of the roofline that work achieves.
+
+    Raises:
+        ConfigError: ``out`` holds something else.
+        DataError, ModelError, StorageError: Data, model or disk cannot be used.
     """
     import torch
 

@@ -305,8 +305,8 @@ class SimulatedRun:
     def _client_round(self, done: TrainedRound, span: RoundSpan, name: str) -> ClientRound:
         mine, work = span.clients[name], done.work
         return ClientRound(
-            seconds=mine.parts, late=mine.late, waits=mine.waits, hidden=mine.hidden, resident=work.resident, trainable=work.trainable,
-            merged=done.merged, memory_bytes=done.memory_bytes, bytes_down=self._costs.charged_bytes(work.down),
+            seconds=mine.parts, late=mine.late, waits=mine.waits, hidden=mine.hidden, resident=work.resident,
+            trainable=work.trainable, merged=done.merged, memory_bytes=done.memory_bytes, bytes_down=self._costs.charged_bytes(work.down),
             bytes_up=self._costs.charged_bytes(work.up), train_loss=done.train_loss,
         )  # fmt: skip
 

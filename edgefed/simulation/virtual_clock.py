@@ -85,8 +85,10 @@ STATE_BYTES = 2
 
 @dataclasses.dataclass(frozen=True)
 class ClientTimes:
-    """Seconds of one client in one round. ``parts`` by `PARTS`; ``in_wait``: work for the next round that is done after
-    the upload, while others still train or the aggregator aggregates.
+    """Seconds of one client in one round.
+
+    ``parts`` by `PARTS`; ``in_wait``: work for the next round after the upload, while others still train or the
+    aggregator aggregates.
     """
 
     parts: Mapping[str, float]
@@ -94,6 +96,7 @@ class ClientTimes:
 
     @property
     def busy(self) -> float:
+        """Seconds until the upload is done."""
         return sum(self.parts.values())
 
 
@@ -104,8 +107,10 @@ def transfer_bytes_per_s(link_mbit: float, server_bytes_per_s: float, num_client
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """``server_bytes_per_s``: the aggregator's link, shared evenly by ``num_clients``; ``ratios`` as
-    `CostShape.byte_ratios` gives them.
+    """Seconds of a round's work.
+
+    ``server_bytes_per_s``: the aggregator's link, which ``num_clients`` share evenly; ``ratios`` are those of
+    `CostShape.byte_ratios`.
     """
 
     charged: CostShape
@@ -233,10 +238,11 @@ class CostModel:
     def _offload(
         self, setup: StepSetup, resident: Sequence[int], trainable: Sequence[int], rates: DeviceRates, usable_bytes: int
     ) -> float:
-        """Transfers of one step. Experts hit come for the forward pass, those that found no room again for the backward
-        pass; gradients of trainable ones go; the optimizer steps where its moments lie, beside the weights.
+        """Transfers of one step.
 
-        What host memory cannot hold of weights and moments lies on disk.
+        Used experts are loaded for the forward pass, and those without room again for the backward pass; gradients of
+        trainable ones are moved out; the optimizer steps where its moments are, beside the weights. Weights and moments
+        that host memory cannot hold are on disk.
         """
         shape, sizes = self.charged.shape, self._expert_sizes(setup)
         one = training_memory(shape, setup, 1, int(setup.experts != "none"))
@@ -263,13 +269,15 @@ class CostModel:
         return seconds + 7.0 * trained / rates.host_bandwidth / self.calibration.optimizer
 
 
-# --- the clock ----------------------------------------------------------------------------------------------------------
+# --- the clock --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class ClientSpan:
-    """Where one client's time of a round went, in seconds. ``late``: what was left of the work that the round before
-    should have hidden; ``waits``: idle until the round was over; ``hidden``: work within that wait.
+    """Where one client's time of a round went, in seconds.
+
+    ``late``: the rest of the work that the round before should have hidden; ``waits``: idle until the round was over;
+    ``hidden``: work within that wait.
     """
 
     parts: Mapping[str, float]
@@ -279,6 +287,7 @@ class ClientSpan:
 
     @property
     def busy(self) -> float:
+        """Seconds until the upload is done."""
         return self.late + sum(self.parts.values())
 
 
@@ -294,6 +303,7 @@ class RoundSpan:
 
     @property
     def seconds(self) -> float:
+        """Its length."""
         return self.ends - self.begins
 
 

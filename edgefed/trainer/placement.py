@@ -1,7 +1,7 @@
-"""Puts the experts of a plan on the device: into its memory, or offloaded; merged experts from the cache where possible.
+"""Puts the experts of a plan on the device, in memory or offloaded, and merged experts from the cache where possible.
 
-A device of a method without exchange (`ExpertMethod.exchanges`) has the only copy of the weights that it trained. They are
-written to files before each round, so that a round that runs out of memory can start again.
+A device of a method without exchange (`ExpertMethod.exchanges`) has the only copy of the weights that it trained. They
+are written to files before each round, so that a round that runs out of memory can start again.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def load_own_units(
 def required_storage(requested: str, method: ExpertMethod, training: TrainingConfig, model: MoeModel) -> str | None:
     """How frozen experts must be stored from the start; None where neither owner nor method asks for anything.
 
-    ``requested`` is one of `STORAGE_CHOICES`. Raises ConfigError if it contradicts the method, has no effect, or does not
-    work on this device.
+    ``requested`` is one of `STORAGE_CHOICES`. Raises ConfigError if it contradicts the method, has no effect, or does
+    not work on this device.
     """
     if requested not in STORAGE_CHOICES:
         raise ConfigError(f"experts can be stored as {', '.join(STORAGE_CHOICES)}; asked for {requested!r}")

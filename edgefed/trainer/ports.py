@@ -243,7 +243,7 @@ def copy_model_files(manifest: Manifest, fetch: Fetch, folder: Path) -> None:
 
 
 def load_shared_units(model: MoeModel, loaded: dict[str, str], units: Iterable[UnitInfo], fetch: Fetch) -> FrameSource:
-    """Load the units of ``units`` that are no experts and differ from ``loaded``, {unit key: hash}, which is updated."""
+    """Load the dense tensors and routers that differ from ``loaded``, {unit key: hash}, and update it."""
     changed = [unit for unit in units if unit.kind != "expert" and loaded.get(unit.key) != unit.sha256]
     source = FrameSource(changed, fetch(changed))
     for unit in changed:
