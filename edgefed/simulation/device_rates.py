@@ -12,7 +12,7 @@ charged with a quarter of these. Tokens, steps and sequences are the same in bot
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from edgefed.costs.shapes import LayerShape, ModelShape
 from edgefed.costs.step_setup import ADAPTER_BYTES, StepSetup
@@ -209,7 +209,7 @@ def _bytes_by_kind(shape: ModelShape, setup: StepSetup) -> dict[str, float]:
     def adapters(pairs: Sequence[tuple[int, int]]) -> int:
         return ADAPTER_BYTES * sum(setup.lora_rank * (size_in + size_out) for size_in, size_out in pairs)
 
-    def total(size) -> float:
+    def total(size: Callable[[LayerShape], float]) -> float:
         return float(sum(size(layer) for layer in shape.layers))
 
     def routers(layer: LayerShape) -> int:

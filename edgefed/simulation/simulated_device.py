@@ -245,7 +245,8 @@ class SavedMerger(ExpertMerger):
         merged = super().merge(plan, merging, profile, layers, source, previous, progress)
         if self.embeddings is not None and not self._path.exists():
             buffer = io.BytesIO()
-            np.savez(buffer, **{f"layer_{number}": points for number, points in enumerate(self.embeddings)})
+            arrays: dict[str, Any] = {f"layer_{number}": points for number, points in enumerate(self.embeddings)}
+            np.savez(buffer, **arrays)
             write_durably(self._path, buffer.getvalue())
         return merged
 

@@ -207,7 +207,7 @@ class SimulatedRun:
             raise StateCorrupt(f"client {client.client_id} has no part in round {server_round}, but has not trained it")
         resident = client.resident_blobs()
         if server_round == 1 and self._config.preinstalled:
-            resident = {item.sha256 for item in (*manifest.units, *manifest.files)}
+            resident = {unit.sha256 for unit in manifest.units} | {file.sha256 for file in manifest.files}
         fetch, progress = CountingFetch(aggregator.blob, resident), CountingProgress()
         update = trainer.train_round(self._run, manifest, assignment, fetch, progress, client.update_path)
         meta = describe_update(
@@ -306,8 +306,9 @@ class SimulatedRun:
         mine, work = span.clients[name], done.work
         return ClientRound(
             seconds=mine.parts, late=mine.late, waits=mine.waits, hidden=mine.hidden, resident=work.resident,
-            trainable=work.trainable, merged=done.merged, memory_bytes=done.memory_bytes, bytes_down=self._costs.charged_bytes(work.down),
-            bytes_up=self._costs.charged_bytes(work.up), train_loss=done.train_loss,
+            trainable=work.trainable, merged=done.merged, memory_bytes=done.memory_bytes,
+            bytes_down=self._costs.charged_bytes(work.down), bytes_up=self._costs.charged_bytes(work.up),
+            train_loss=done.train_loss,
         )  # fmt: skip
 
     def _evaluate(

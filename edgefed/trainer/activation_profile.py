@@ -89,9 +89,11 @@ def choose_profile_pass(
         if size <= usable_bytes:
             sentence = _describe(each, num_blocks, requested)
             return each, f"{sentence}: {format_bytes(size)} of {format_bytes(usable_bytes)}"
-    size, usable = format_bytes(needs(ONE_EXPERT_AT_A_TIME)), format_bytes(max(0, usable_bytes))
     sentence = _describe(ONE_EXPERT_AT_A_TIME, num_blocks, requested)
-    return ONE_EXPERT_AT_A_TIME, f"{sentence}: needs {size}, but only {usable} are free"
+    lacking = (
+        f"needs {format_bytes(needs(ONE_EXPERT_AT_A_TIME))}, but only {format_bytes(max(0, usable_bytes))} are free"
+    )
+    return ONE_EXPERT_AT_A_TIME, f"{sentence}: {lacking}"
 
 
 def _passes(num_blocks: int, batch_size: int, requested: str, packable: bool) -> Iterator[ProfilePass]:
