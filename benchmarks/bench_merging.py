@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from cpu_limits import interleaved
+from merge_error import layer_output_errors
 from provenance import provenance
 from scipy.optimize import linear_sum_assignment
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.merge_error import layer_output_errors
 from edgefed.embedded import tiny_model_directory
 from edgefed.embedded.silos import SILOS
 from edgefed.expert_records import ActivationProfile, ExpertPlan
