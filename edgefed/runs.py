@@ -1,11 +1,13 @@
-"""Between a checkpoint and a run folder, in both directions.
+"""Import a checkpoint into a run folder, and export a run's model as a checkpoint.
 
-The only module that knows the model side and the aggregator's store: the aggregator itself never loads a model.
-`import_model` runs in a process of its own (``python -m edgefed.runs``), so that the server's memory never holds one.
+This is the only module that uses both the model side and the aggregator's store; the aggregator itself never loads a
+model. `import_model` runs in a separate process (``python -m edgefed.runs``), so the server does not load torch.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,36 +33,38 @@ from edgefed.protocol.messages import (
 if TYPE_CHECKING:
     from edgefed.moe.expert_reading import FrameSource
 
+_log = logging.getLogger(__name__)
+
 
 class ImportRequest(msgspec.Struct, frozen=True):
-    """What the importing process is told on its standard input."""
+    """Input of the importing process, as JSON on its standard input."""
 
     source: str
     folder: str
     run: RunConfig
     policy: RoundPolicy
     personal: bool = False
-    """The run shares an extractor instead of a model. Methods of the user's own are not known to that process."""
+    """The run shares an extractor instead of a model. The importing process cannot ask a user's own method."""
 
 
 def import_in_subprocess(
     source: str, folder: Path, run: RunConfig, policy: RoundPolicy, *, personal: bool = False
 ) -> None:
-    """Make a run of a checkpoint, in another process. Raises what `import_model` raises."""
+    """Run `import_model` or `import_extractor` in a separate process. Raises what they raise."""
     request = msgspec.json.encode(ImportRequest(source, str(folder), run, policy, personal))
-    # The child says what went wrong on stdout; its stderr (progress of libraries) goes where ours goes.
+    # The child reports errors on stdout. Its stderr, with warnings and progress of libraries, is inherited.
     child = subprocess.run([sys.executable, "-m", "edgefed.runs"], input=request, stdout=subprocess.PIPE, check=False)
     if child.returncode:
         if child.stdout.startswith(b"{"):
             raise decode_error(child.stdout)
-        raise EdgefedError(f"importing {source} ended with status {child.returncode}")
+        raise EdgefedError(f"the import of {source} ended with exit status {child.returncode}")
 
 
 def import_extractor(folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
-    """Make a run of a shared extractor: ``run.model`` names it, ``run.seed`` draws its first weights.
+    """Create a run with a shared extractor: ``run.model`` is its name, ``run.seed`` draws its initial weights.
 
-    An extractor of text reads with ``run.tokenizer``, whose files travel with the run. Raises ConfigError,
-    ModelNotFound, StorageError.
+    A text extractor uses ``run.tokenizer``, whose files become part of the run. Raises ConfigError, ModelNotFound,
+    StorageError.
     """
     import tempfile
 
@@ -87,41 +91,45 @@ def import_extractor(folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
 
 
 def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
-    """Load a full model and write each of its units, and the files beside it, as a new run in ``folder``.
+    """Write each unit of a checkpoint, and its other files unchanged, as a new run in ``folder``.
 
-    Needs the memory of the whole model once, on the machine of the server. LoRA adapters are made here, from
-    ``run.seed``, so that all clients start from the same. Raises ModelError, ConfigError, StorageError.
+    Reads one parameter at a time. LoRA adapters are drawn here from ``run.seed``, so that all clients start from the
+    same ones. Raises ModelError, ConfigError, StorageError.
     """
     import tempfile
 
+    from edgefed.moe.checkpoint import Checkpoint
     from edgefed.moe.expert_reading import raw_array
     from edgefed.moe.loading import load_config
-    from edgefed.moe.model import MoeModel
     from edgefed.moe.units import dtype_name
     from edgefed.training.steps import train_scope
     from edgefed.training.tokenizer import check_vocabulary, load_tokenizer
 
     scope = train_scope(run.training)
-    load_config(source)  # what is no checkpoint at all is told as that, not as one without a tokenizer
+    load_config(source)  # report a missing checkpoint before a missing tokenizer
     tokenizer = load_tokenizer(source)
-    model = MoeModel.from_checkpoint(source)
-    check_vocabulary(tokenizer, model.module.get_input_embeddings().num_embeddings, source)
+    checkpoint = Checkpoint(source)
+    check_vocabulary(tokenizer, checkpoint.num_embeddings, source)
+    if summary := checkpoint.unused_summary():
+        _log.warning("%s", summary)
 
     def units() -> Iterator[tuple[UnitInfo, RawTensors]]:
-        for unit, tensors in model.iter_units(scope, seed=run.seed):
+        for unit, tensors in checkpoint.iter_units(scope, seed=run.seed):
             yield unit, {name: (dtype_name(tensor.dtype), raw_array(tensor)) for name, tensor in tensors.items()}
 
     with tempfile.TemporaryDirectory(prefix="edgefed-import-") as scratch:
-        # Written anew rather than copied: the same for a folder and for a hub's cache.
-        model.config.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        if model.module.can_generate():
-            model.module.generation_config.save_pretrained(scratch)
-        create_run(folder, run, policy, units(), sorted(path for path in Path(scratch).iterdir() if path.is_file()))
+        config = Path(scratch) / "config.json"
+        config.write_text(json.dumps(checkpoint.settings(), indent=2) + "\n", encoding="utf-8")
+        files = [config, *checkpoint.other_files()]
+        if not any(path.name == "tokenizer.json" for path in files) and getattr(tokenizer, "is_fast", False):
+            # Clients then need no package that converts the tokenizer, such as sentencepiece.
+            tokenizer.save_pretrained(Path(scratch) / "tokenizer")
+            files.append(Path(scratch) / "tokenizer" / "tokenizer.json")
+        create_run(folder, run, policy, units(), sorted(files, key=lambda path: path.name))
 
 
 class RunReader:
-    """A run folder, opened for reading its models, also while a server uses it. A context."""
+    """Reads the models of a run folder, also while a server uses it. A context."""
 
     def __init__(self, folder: Path):
         self._store = Store(folder, read_only=True)
@@ -136,15 +144,16 @@ class RunReader:
 
     @property
     def last_round(self) -> int:
-        """The round whose manifest is the newest global model: the one after the last aggregation."""
+        """Round whose manifest is the newest global model: the one after the last aggregation."""
         return self._store.current_round().server_round
 
     @property
     def oldest_round(self) -> int:
+        """Oldest round whose manifest is stored."""
         return self._store.oldest_round()
 
     def manifest(self, server_round: int | None = None) -> Manifest:
-        """The global model at the start of a round (default: the newest). Raises ConfigError when it is not kept."""
+        """Return the global model at the start of a round; None: the newest. Raises ConfigError if it is not stored."""
         wanted = self.last_round if server_round is None else server_round
         manifest = self._store.manifest(wanted)
         if manifest is None:
@@ -155,17 +164,18 @@ class RunReader:
         return manifest
 
     def paths(self, manifest: Manifest) -> dict[str, Path]:
-        """Local file of each blob of a manifest, {sha256: path}. Raises StateCorrupt when one is missing."""
-        paths = {item.sha256: self._blobs.path(item.sha256) for item in (*manifest.units, *manifest.files)}
+        """Return the local file of each blob of a manifest, {sha256: path}. Raises StateCorrupt if one is missing."""
+        hashes = [unit.sha256 for unit in manifest.units] + [file.sha256 for file in manifest.files]
+        paths = {sha256: self._blobs.path(sha256) for sha256 in hashes}
         missing = [sha for sha, path in paths.items() if not path.exists()]
         if missing:
             raise StateCorrupt(
-                f"{len(missing)} blobs of round {manifest.server_round} are gone, the first is {missing[0]}"
+                f"{len(missing)} blobs of round {manifest.server_round} are missing; the first is {missing[0]}"
             )
         return paths
 
     def unpack(self, manifest: Manifest, folder: Path) -> FrameSource:
-        """Copy the files of a manifest (config, tokenizer) into ``folder``; its units become readable in the result."""
+        """Copy the files of a manifest (config, tokenizer) into ``folder`` and return a source of its units."""
         import shutil
 
         from edgefed.moe.expert_reading import FrameSource
@@ -199,7 +209,7 @@ def export_model(folder: Path, to: Path, server_round: int | None = None) -> Pat
 
 
 def main() -> int:
-    """Import as told on standard input; an error goes to standard output as a protocol error message."""
+    """Run the import that standard input requests. Errors go to standard output as protocol error messages."""
     request = decode_message(sys.stdin.buffer.read(), ImportRequest)
     try:
         if request.personal:

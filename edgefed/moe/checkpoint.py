@@ -15,7 +15,7 @@ by running it on meta tensors, before any weight is read.
 from __future__ import annotations
 
 import dataclasses
-import logging
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,12 +35,13 @@ from transformers.core_model_loading import (
 from edgefed.errors import CheckpointError, first_line
 from edgefed.moe import adapters, units
 from edgefed.moe.architecture import ExpertLayer, discover_layers
-from edgefed.moe.loading import build_skeleton, find_folder, load_config
+from edgefed.moe.loading import build_skeleton, find_folder, load_config, read_config_file, take_quantizer
 from edgefed.moe.units import TrainScope
-from edgefed.moe.weight_files import WeightFiles
+from edgefed.moe.weight_files import WEIGHT_SUFFIXES, WeightFiles
 from edgefed.protocol.messages import UnitInfo
 
-_log = logging.getLogger(__name__)
+MAX_FILE_BYTES = 64 * 1024 * 1024
+"""Largest file beside the weights that travels with a model."""
 # Buffers of old checkpoints that models compute themselves.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
 # Number of multi-token-prediction layers in configurations; such layers are never loaded.
@@ -82,7 +83,9 @@ class Checkpoint:
     def __init__(self, source: str | Path, dtype: str | torch.dtype = "auto"):
         self.config: PretrainedConfig = load_config(source)
         self.changes: dict[str, Any] = {}
-        self._quantizer = self._take_quantization()
+        self._quantizer = take_quantizer(self.config)
+        if self._quantizer is not None:
+            self.changes["quantization_config"] = None
         discover_layers(build_skeleton(self.config, dtype))
         self.folder = find_folder(source)
         self._files = WeightFiles(self.folder)
@@ -90,10 +93,10 @@ class Checkpoint:
             self.changes["dtype"] = str(self._files.dtype).removeprefix("torch.")
             dtype = self._files.dtype
             self.config.dtype = dtype
-        self.module: PreTrainedModel = _build(self.config, dtype)
+        self.module: PreTrainedModel = build_skeleton(self.config, dtype, keep_float32=True)
         self._conversions = self._find_conversions()
         if self._untie():
-            self.module = _build(self.config, dtype)
+            self.module = build_skeleton(self.config, dtype, keep_float32=True)
             self._conversions = self._find_conversions()
         self.layers: tuple[ExpertLayer, ...] = discover_layers(self.module)
         self._whole: tuple[str, dict[str, torch.Tensor]] | None = None
@@ -103,34 +106,6 @@ class Checkpoint:
         self._producers = self._find_producers()
         self._check_complete()
         self._drop_prediction_layers()
-
-    def _take_quantization(self) -> Any:
-        """Remove the quantization from the configuration; return the quantizer that dequantizes, or None."""
-        settings = getattr(self.config, "quantization_config", None)
-        if settings is None:
-            return None
-        from transformers.quantizers.auto import AutoHfQuantizer
-
-        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-        method = getattr(method, "value", method)
-        try:
-            quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
-            quantizer.quantization_config.dequantize = True
-            supported = "dequantize" in quantizer.get_load_operations()
-        except (ImportError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"cannot read weights quantized with {method!r}: {first_line(error)}",
-                remedy="Install the package that the message names, or use an unquantized version of the model.",
-            ) from error
-        if not supported:
-            raise CheckpointError(
-                f"cannot read weights quantized with {method!r}: only methods that transformers can dequantize while "
-                "loading are supported, such as mxfp4 and fp8",
-                remedy="Use an unquantized version of the model.",
-            )
-        del self.config.quantization_config
-        self.changes["quantization_config"] = None
-        return quantizer
 
     def _find_conversions(self) -> dict[str, _Conversion]:
         """Assign each tensor of the checkpoint to a conversion, as transformers does when it loads a model."""
@@ -209,10 +184,68 @@ class Checkpoint:
 
     def _drop_prediction_layers(self) -> None:
         if self.unused:
-            for setting in _PREDICTION_LAYERS:
-                if getattr(self.config, setting, None):
-                    setattr(self.config, setting, 0)
-                    self.changes[setting] = 0
+            for config in (self.config, self.config.get_text_config(), self.module.config):
+                for setting in _PREDICTION_LAYERS:
+                    if getattr(config, setting, None):
+                        setattr(config, setting, 0)
+                        self.changes[setting] = 0
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the input embedding."""
+        embedding: Any = self.module.get_input_embeddings()
+        return int(embedding.num_embeddings)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the contents of a config.json for the model: the checkpoint's own settings with `changes` applied."""
+        raw = read_config_file(self.folder)
+        if raw.get("model_type") == self.module.config.model_type:
+            found = dict(raw)
+        else:  # the language model of a composite model
+            found = json.loads(self.module.config.to_json_string())
+        parts = [found, *(part for part in found.values() if isinstance(part, dict))]
+        for part in parts:
+            for name, value in self.changes.items():
+                if value is None:
+                    part.pop(name, None)
+                elif part is found or name in part:
+                    part[name] = value
+        if type(self.module).__name__ not in (found.get("architectures") or ()):
+            found["architectures"] = [type(self.module).__name__]
+        return found
+
+    def other_files(self) -> list[Path]:
+        """Return the files of the checkpoint that are neither weights nor config.json, sorted by name.
+
+        Processors of images, audio or video are left out if only the language model of a composite model is loaded.
+        Hidden files, subfolders and files above `MAX_FILE_BYTES` are left out too.
+        """
+        is_part = read_config_file(self.folder).get("model_type") != self.module.config.model_type
+        return [
+            path
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and path.name != "config.json"
+            and not path.name.startswith(".")
+            and not path.name.endswith(WEIGHT_SUFFIXES)
+            and not (is_part and path.name.endswith("processor_config.json"))
+            and path.stat().st_size <= MAX_FILE_BYTES
+        ]
+
+    def unused_summary(self) -> str:
+        """Describe the weights that are not loaded, grouped by module; empty if all are loaded."""
+        if not self.unused:
+            return ""
+        groups: dict[str, int] = {}
+        for name in self.unused:
+            start = re.match(r"(?:.*?\.)??\d+(?=\.)|(?:model\.)?[^.]+", name)
+            groups[start.group() if start else name] = groups.get(start.group() if start else name, 0) + 1
+        shown = [f"{group}.* ({count})" for group, count in sorted(groups.items())[:4]]
+        rest = f" and {len(groups) - 4} more modules" if len(groups) > 4 else ""
+        return (
+            f"{len(self.unused)} tensors of the checkpoint do not belong to the language model and are left out, also "
+            f"of exported checkpoints: {', '.join(shown)}{rest}"
+        )
 
     def _convert(
         self, conversion: _Conversion, *, row: int | None = None, meta: bool = False
@@ -335,16 +368,3 @@ class Checkpoint:
                 layer.experts.register_parameter(parameter.name, nn.Parameter(value, stack.requires_grad))
         self.release()
         return self.module
-
-
-def _build(config: PretrainedConfig, dtype: str | torch.dtype) -> PreTrainedModel:
-    """Build the model without weights, with the parameters in float32 that transformers keeps in float32."""
-    module = build_skeleton(config, dtype)
-    main: Any = config.dtype if dtype == "auto" else dtype
-    plan: dict[str, torch.dtype] = module._get_dtype_plan(main)
-    patterns = [(re.compile(glob.replace("*", ".*")), wanted) for glob, wanted in plan.items()]
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        wanted = next((wanted for pattern, wanted in patterns if pattern.search(name)), None)
-        if wanted is not None and tensor.is_floating_point():
-            tensor.data = tensor.data.to(wanted)
-    return module

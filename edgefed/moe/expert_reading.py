@@ -88,16 +88,18 @@ def read_adapter(layer: ExpertLayer, expert: int, source: ExpertSource, rank: in
 
 
 def read_with_adapter(
-    layer: ExpertLayer, expert: int, source: ExpertSource, scope: TrainScope
+    layer: ExpertLayer, expert: int, source: ExpertSource, scope: TrainScope, *, only: str | None = None
 ) -> dict[str, torch.Tensor]:
     """Return one expert's tensors, with its adapter added if ``scope`` trains experts by LoRA.
 
-    Raises CheckpointError.
+    With ``only``, adapters are added to this tensor alone. Raises CheckpointError.
     """
     tensors = read_expert(layer, expert, source)
     if scope.experts == "lora":
         adapter = read_adapter(layer, expert, source, scope.lora_rank)
         for parameter in layer.matrices:
+            if only not in (None, parameter.name):
+                continue
             update = low_rank_product(
                 adapter[f"{parameter.name}.lora_a"], adapter[f"{parameter.name}.lora_b"], scope.lora_scale
             )  # (out, in)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,11 +102,45 @@ def _download_filter(name: str) -> list[str]:
     return [*_NOT_DOWNLOADED, "*.bin"] if has_safetensors else _NOT_DOWNLOADED
 
 
-def build_skeleton(config: PretrainedConfig, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+def take_quantizer(config: PretrainedConfig) -> Any:
+    """Remove the quantization from a configuration and return transformers' quantizer, set to dequantize; or None.
+
+    Raises CheckpointError for a quantization that cannot be undone while loading.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = getattr(method, "value", method)
+    try:
+        quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        quantizer.quantization_config.dequantize = True
+        supported = "dequantize" in quantizer.get_load_operations()
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"cannot read weights quantized with {method!r}: {first_line(error)}",
+            remedy="Install the package that the message names, or use an unquantized version of the model.",
+        ) from error
+    if not supported:
+        raise CheckpointError(
+            f"cannot read weights quantized with {method!r}: transformers must be able to dequantize them "
+            "while loading, such as mxfp4 and fp8",
+            remedy="Use an unquantized version of the model.",
+        )
+    del config.quantization_config
+    return quantizer
+
+
+def build_skeleton(
+    config: PretrainedConfig, dtype: str | torch.dtype = "auto", *, keep_float32: bool = False
+) -> PreTrainedModel:
     """Build a model with parameters on the meta device and initialized buffers.
 
-    The model's constructor computes buffers that no checkpoint has, such as rotary frequencies. Raises
-    UnsupportedArchitecture if transformers has no causal language model for the configuration.
+    The model's constructor computes buffers that no checkpoint has, such as rotary frequencies. With ``keep_float32``,
+    tensors that transformers always keeps in float32 have this dtype here as well. Raises UnsupportedArchitecture if
+    transformers has no causal language model for the configuration.
     """
     if dtype == "auto":
         dtype = config.dtype or torch.float32
@@ -117,6 +152,11 @@ def build_skeleton(config: PretrainedConfig, dtype: str | torch.dtype = "auto") 
         raise UnsupportedArchitecture(
             f"transformers has no causal language model of type {config.model_type!r}: {first_line(error)}"
         ) from error
+    if keep_float32:
+        patterns = [re.compile(glob.replace("*", ".*")) for glob in model._get_dtype_plan(dtype)]
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and any(pattern.search(name) for pattern in patterns):
+                tensor.data = tensor.data.float()
     return cast(PreTrainedModel, model.eval())
 
 

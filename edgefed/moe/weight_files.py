@@ -1,22 +1,34 @@
-"""The weight files of a checkpoint folder: safetensors, or PyTorch files where there is no safetensors file."""
+"""The weight files of a checkpoint folder, read and written one tensor at a time.
+
+`WeightFiles` reads safetensors files, or PyTorch files if there are no safetensors files. `WeightWriter` writes
+safetensors files (https://huggingface.co/docs/safetensors) whose layout is known beforehand.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from edgefed.errors import CheckpointError, first_line
+from edgefed.moe.expert_reading import raw_array
+from edgefed.moe.units import dtype_name
 
 # (single file, index of several files), in the order in which transformers looks for them.
 _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".index.json")
+"""Ends of the names of files with weights."""
+MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -93,6 +105,84 @@ class WeightFiles:
                 return whole
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read {name!r} from {str(path)!r}: {first_line(error)}") from error
+
+
+class WeightWriter:
+    """Writes the tensors of a checkpoint in any order. A context; ``tensors`` has their dtypes and shapes by name.
+
+    A file has at most ``max_shard_bytes`` (default `MAX_SHARD_BYTES`), or one tensor. Leaving the context without an
+    error raises CheckpointError if a tensor was not written. Raises OSError.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_bytes: int | None = None):
+        self._expected = dict(tensors)
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
+        self._files = contextlib.ExitStack()
+        shards = _shards(tensors, max_shard_bytes or MAX_SHARD_BYTES)
+        weight_map: dict[str, str] = {}
+        with contextlib.ExitStack() as files:
+            for number, names in enumerate(shards, start=1):
+                single = len(shards) == 1
+                name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+                file = files.enter_context(open(folder / name, "wb"))
+                self._add_file(file, names)
+                weight_map |= dict.fromkeys(names, name)
+            self._files = files.pop_all()
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _add_file(self, file: BinaryIO, names: list[str]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset, offsets = 0, {}
+        # Larger elements first: every tensor is then aligned to the size of its elements.
+        for name in sorted(names, key=lambda name: (-self._expected[name].element_size(), name)):
+            tensor = self._expected[name]
+            end = offset + tensor.nbytes
+            header[name] = {
+                "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [offset, end]
+            }  # fmt: skip
+            offsets[name], offset = offset, end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+        for name, start in offsets.items():
+            self._places[name] = file, 8 + len(text) + start
+
+    def __enter__(self) -> WeightWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._files.close()
+        if kind is None and self._places:
+            raise CheckpointError(f"{len(self._places)} tensors were not written; the first is {min(self._places)!r}")
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor. Raises CheckpointError if its dtype or shape is not the expected one."""
+        expected = self._expected[name]
+        if tensor.dtype != expected.dtype or tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"{name!r} must be {expected.dtype} {tuple(expected.shape)}; found {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        file, offset = self._places.pop(name)
+        if tensor.numel():
+            file.seek(offset)
+            file.write(raw_array(tensor).reshape(-1).view(np.uint8).data)
+
+
+def _shards(tensors: Mapping[str, torch.Tensor], max_bytes: int) -> list[list[str]]:
+    """Distribute the tensors over files in order."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import stat
 
 import pytest
@@ -12,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from edgefed.checkpoint_export import export_checkpoint
+from edgefed.checkpoint_export import check_checkpoint, export_checkpoint
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StorageError
+from edgefed.moe import weight_files
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope
 
@@ -91,7 +93,7 @@ def test_dtype_is_cast_except_where_the_model_keeps_its_own(save_toy, tmp_path):
         assert same[name].dtype == (torch.float32 if kept else torch.bfloat16)
         assert cast[name].dtype == (torch.float32 if kept else torch.float16)
     assert load(tmp_path / "f16", dtype="auto").dtype == torch.float16
-    with pytest.raises(ConfigError, match="asked for 'int8'"):
+    with pytest.raises(ConfigError, match="found 'int8'"):
         export_checkpoint(MemorySource(units), toy.folder, tmp_path / "int8", "int8")
 
 
@@ -121,41 +123,39 @@ def test_a_missing_unit_leaves_nothing_behind(missing, olmoe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "error"),
+    ("failure", "error"),
     [
         (OSError(errno.ENOSPC, "no"), DiskFull),
         (OSError(errno.EACCES, "no"), StorageError),
         (SafetensorError("I/O error: No space left on device (os error 28)"), DiskFull),
     ],
 )
-def test_a_failing_disk_leaves_nothing_behind(fault, error, olmoe, tmp_path, monkeypatch):
-    from edgefed import checkpoint_export as huggingface
+def test_a_failing_disk_leaves_nothing_behind(failure, error, olmoe, tmp_path, monkeypatch):
 
     def fail(source, target):
-        raise fault
+        raise failure
 
     files = files_of(olmoe, tmp_path)
-    monkeypatch.setattr(huggingface.shutil, "copyfile", fail)
+    monkeypatch.setattr(shutil, "copyfile", fail)
     with pytest.raises(error, match="cannot write the checkpoint to"):
         export_checkpoint(MemorySource(olmoe.units()), files, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files"]
 
 
-def test_a_truncated_file_is_not_published(olmoe, tmp_path, monkeypatch):
-    from edgefed import checkpoint_export as huggingface
-
-    original = huggingface._copy_files
-
-    def truncate(source, target):
-        original(source, target)
-        data = (target / "model.safetensors").read_bytes()
-        (target / "model.safetensors").write_bytes(data[:-100])
-
-    files = files_of(olmoe, tmp_path)
-    monkeypatch.setattr(huggingface, "_copy_files", truncate)
+def test_a_truncated_file_is_detected(olmoe, tmp_path):
+    to = export_checkpoint(MemorySource(olmoe.units()), files_of(olmoe, tmp_path), tmp_path / "out")
+    check_checkpoint(to)
+    data = (to / "model.safetensors").read_bytes()
+    (to / "model.safetensors").write_bytes(data[:-100])
     with pytest.raises(CheckpointError, match="cannot be read back"):
-        export_checkpoint(MemorySource(olmoe.units()), files, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        check_checkpoint(to)
+
+
+def test_large_models_are_written_in_several_files(olmoe, tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 20_000)
+    to = export_checkpoint(MemorySource(olmoe.units()), files_of(olmoe, tmp_path), tmp_path / "out")
+    assert len(list(to.glob("model-*-of-*.safetensors"))) > 1
+    assert torch.equal(logits_of(load(to), olmoe), olmoe.logits)
 
 
 def test_others_may_read_the_folder(olmoe, tmp_path):

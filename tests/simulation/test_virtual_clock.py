@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgefed.simulation.virtual_clock import ClientTimes, VirtualClock
+from edgefed.simulation.device_rates import ClientTimes
+from edgefed.simulation.virtual_clock import VirtualClock
 
 
 def test_a_round_takes_as_long_as_its_slowest_client_and_the_aggregation():

@@ -1,0 +1,175 @@
+"""Checkpoints read in pieces: the same tensors as transformers loads, whatever the files contain."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from edgefed.errors import CheckpointError
+from edgefed.moe.checkpoint import Checkpoint
+from edgefed.moe.model import MoeModel
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """Copy a toy's folder and change its tensors and settings."""
+
+    def copy(toy, change=lambda tensors: None, **settings):
+        folder = tmp_path / "copy"
+        shutil.copytree(toy.folder, folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text()) | settings
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return copy
+
+
+def test_every_unit_is_what_transformers_loads(toy):
+    reference = AutoModelForCausalLM.from_pretrained(toy.folder, dtype="auto").state_dict()
+    checkpoint = Checkpoint(toy.folder)
+    stacks = {layer.ordinal: layer.experts_path for layer in checkpoint.layers}
+    keys = set()
+    for unit, tensors in checkpoint.iter_units():
+        keys.add(unit.key)
+        assert {info.name: info.shape for info in unit.tensors} == {n: tuple(t.shape) for n, t in tensors.items()}
+        for name, tensor in tensors.items():
+            if unit.kind == "expert":
+                expected = reference[f"{stacks[unit.layer]}.{name}"][unit.expert]
+            else:
+                expected = reference[unit.key if unit.kind == "dense" else f"{unit.key}.{name}"]
+            assert torch.equal(tensor, expected)
+            assert tensor.dtype == expected.dtype
+    assert keys == {unit.key for unit in toy.full().unit_infos()}
+
+
+def test_an_untied_output_embedding_is_kept_although_the_config_ties_it(olmoe, copy_of):
+    folder = copy_of(olmoe, tie_word_embeddings=True)
+    model = MoeModel.from_checkpoint(folder)
+    assert model.module.lm_head.weight is not model.module.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(model.module(olmoe.input_ids).logits, olmoe.logits)
+    assert Checkpoint(folder).settings()["tie_word_embeddings"] is False
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= {unit.key for unit in model.unit_infos()}
+
+
+def test_an_equal_output_embedding_stays_tied(toys, copy_of):
+    toy = toys("qwen2_moe")
+
+    def add_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    checkpoint = Checkpoint(copy_of(toy, add_head))
+    assert checkpoint.changes == {}
+    assert "lm_head.weight" not in {unit.key for unit, _ in checkpoint.iter_units()}
+
+
+def test_prediction_layers_are_left_out_by_name(toys, copy_of):
+    def add_layer(tensors):
+        tensors["model.layers.3.eh_proj.weight"] = torch.zeros(2, 2)
+        tensors["model.layers.3.enorm.weight"] = torch.zeros(2)
+
+    checkpoint = Checkpoint(copy_of(toys("deepseek_v3"), add_layer, num_nextn_predict_layers=1))
+    assert len(checkpoint.unused) == 2
+    assert "model.layers.3.* (2)" in checkpoint.unused_summary()
+    assert checkpoint.settings()["num_nextn_predict_layers"] == 0
+
+
+def test_buffers_of_old_checkpoints_are_not_reported(olmoe, copy_of):
+    folder = copy_of(olmoe, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    assert Checkpoint(folder).unused_summary() == ""
+
+
+def test_mxfp4_is_dequantized(toys, save_toy, copy_of, tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    toy = save_toy("gpt_oss", tmp_path / "toy", torch.bfloat16)
+    packed = {}
+
+    def quantize(tensors):
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, columns, rows = tensors.pop(name).shape
+            groups = max(columns // 32, 1)
+            if columns % 32:
+                pytest.skip("the toy is too small for a group of 32")
+            blocks = torch.randint(0, 256, (experts, rows, groups, 16), dtype=torch.uint8)
+            scales = torch.full((experts, rows, groups), 121, dtype=torch.uint8)
+            packed[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+            tensors[name + "_blocks"], tensors[name + "_scales"] = blocks, scales
+
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("gpt_oss", **{**_gpt_oss(toys), "hidden_size": 64, "intermediate_size": 32})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(toy.folder)
+    folder = copy_of(toy, quantize, quantization_config={"quant_method": "mxfp4"})
+    checkpoint = Checkpoint(folder)
+    for layer in checkpoint.layers:
+        for expert in range(layer.num_experts):
+            for name, tensor in checkpoint.expert(layer, expert).items():
+                expected = packed.get(f"{layer.experts_path}.{name}")
+                if expected is not None:
+                    assert torch.equal(tensor, expected[expert])
+    assert "quantization_config" not in checkpoint.settings()
+    whole = MoeModel.from_checkpoint(folder)
+    for name, expected in packed.items():
+        assert torch.equal(whole.module.state_dict()[name], expected)
+
+
+def _gpt_oss(toys):
+    config = json.loads((toys("gpt_oss").folder / "config.json").read_text())
+    return {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
+
+
+def test_fp8_is_dequantized(save_toy, copy_of, tmp_path):
+    toy = save_toy("deepseek_v3", tmp_path / "toy", torch.bfloat16)
+    expected = {}
+
+    def quantize(tensors):
+        for name in [name for name in tensors if name.endswith("proj.weight") and "layers" in name]:
+            weight = tensors[name].float()
+            scale = weight.abs().max() / 448
+            tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+            tensors[name + "_scale_inv"] = scale.reshape(1, 1)
+            expected[name] = (tensors[name].float() * scale).to(torch.bfloat16)
+
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    checkpoint = Checkpoint(copy_of(toy, quantize, quantization_config=settings))
+    layer = checkpoint.layers[0]
+    path = layer.experts_path
+    for expert in range(layer.num_experts):
+        tensors = checkpoint.expert(layer, expert)
+        parts = [expected[f"{path}.{expert}.{name}.weight"] for name in ("gate_proj", "up_proj")]
+        assert torch.equal(tensors["gate_up_proj"], torch.cat(parts))
+        assert torch.equal(tensors["down_proj"], expected[f"{path}.{expert}.down_proj.weight"])
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert torch.equal(checkpoint.tensor(name), expected[name])
+    assert checkpoint.unused == []
+
+
+@pytest.mark.parametrize("method", ["gptq", "new"])
+def test_an_unsupported_quantization_is_refused_by_name(method, olmoe, copy_of):
+    folder = copy_of(olmoe, quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(CheckpointError, match=f"quantized with '{method}'"):
+        Checkpoint(folder)
+
+
+def test_shapes_that_do_not_fit_are_refused_before_anything_is_read(olmoe, copy_of):
+    folder = copy_of(olmoe, lambda t: t.update({"model.norm.weight": torch.zeros(5)}))
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' must have shape \(32,\); found \(5,\)"):
+        Checkpoint(folder)
+
+
+def test_pytorch_files_are_read_as_well(olmoe, copy_of):
+    folder = copy_of(olmoe)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with torch.no_grad():
+        assert torch.equal(MoeModel.from_checkpoint(folder).module(olmoe.input_ids).logits, olmoe.logits)
