@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import torch
 from provenance import provenance
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -214,7 +215,7 @@ def report(family: str, dtype: str, mode: str, shape: ModelShape, rows: list[Row
         "experts": mode,
         "kernels": rows[0].setup.kernels,
         "parameters": shape.num_parameters,
-        "correction": dataclasses.asdict(correction),
+        "correction": msgspec.structs.asdict(correction),
         "formulas_min": min(formulas),
         "formulas_max": max(formulas),
         "corrected_min": min(corrected),

@@ -53,7 +53,7 @@ def measure_family(family: str, dtype: str, mode: str, folder: Path) -> dict:
         model.drop_experts()
         correction = correction or correction_from(row.first, shape, row.setup)
         static = static_bytes(shape, row.setup, counts, counts)
-        layer = static["kept experts"] + static["trainable experts"]
+        layer = static["resident experts"] + static["trainable experts"]
         predicted = training_memory(shape, row.setup, counts, counts, correction).total_bytes
         rows.append(
             {

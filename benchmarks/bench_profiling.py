@@ -216,10 +216,10 @@ def measure_cost(name: str, model: MoeModel, shape: ModelShape, blocks: TokenBlo
 
 def cost_of(model, shape, setup, blocks, source, way, attention, dense, repetitions) -> dict:
     seconds = []
-    together = way.together or -(-len(blocks) // way.batch_size)
+    together = way.concurrent_batches or -(-len(blocks) // way.batch_size)
     each = replace(setup, batch_size=way.batch_size, expert_storage=way.storage)
     predicted = profiling_memory(
-        shape, each, shape.num_experts, hold=way.hold, together=together, attention=attention,
+        shape, each, shape.num_experts, residency=way.residency, concurrent_batches=together, attention=attention,
         threads=torch.get_num_threads(),
     ).total_bytes  # fmt: skip
     for _ in range(repetitions):

@@ -30,10 +30,11 @@ from transformers.utils import logging as transformers_logging
 from edgefed.agent.agent import AgentSettings, open_agent
 from edgefed.hardware.memory import format_bytes
 from edgefed.runs import export_model
-from edgefed.simulation.measure import held_out_losses
+from edgefed.simulation.evaluation import held_out_losses
 from edgefed.simulation.processes import read_ledger
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
+from edgefed.trainer.ports import ProcessMemory
 from edgefed.training.data import Example
 
 METHODS = {
@@ -43,6 +44,7 @@ METHODS = {
     "fedavg": ("fedavg", {}),
 }
 """Name in the table -> method and its options. HFedMoE draws experts anew each round, so random does so too, once."""
+MEMORY_BYTES = 64 << 30
 HELD_OUT = 0.2
 
 
@@ -118,9 +120,9 @@ def run_clients(
         agents = []
         for name, path in files.items():
             state = folder / "clients" / name
-            limits = DeviceLimits(memory_bytes=64 << 30, expert_share=share)
-            trainers[name] = LocalTrainer(str(path), state, limits, name, held_out_share=HELD_OUT)
-            settings = AgentSettings(name=name, memory_bytes=limits.memory_bytes, expert_share=share, poll_s=0.2)
+            limits, memory = DeviceLimits(expert_share=share), ProcessMemory(MEMORY_BYTES)
+            trainers[name] = LocalTrainer(str(path), state, limits, name, memory, held_out_share=HELD_OUT)
+            settings = AgentSettings(name=name, memory_bytes=MEMORY_BYTES, expert_share=share, poll_s=0.2)
             agents.append(stack.enter_context(open_agent(url, state, settings, trainers[name])))
         for _ in range(args.rounds * 200):
             outcomes = [agent.step().kind for agent in agents]

@@ -1,8 +1,8 @@
-"""Stopping: one event, set by the command line on Ctrl-C, ends every wait and every transfer.
+"""Stopping: one event, which the command line sets on Ctrl-C, ends every wait and every transfer.
 
-A blocking socket read does not notice an event, so `run_interruptibly` puts the request on a daemon thread and
-watches both. A request that is left behind ends by itself: its next byte raises `StopRequested`, its socket times
-out, or the process exits.
+A blocking socket read does not notice an event, so `run_interruptibly` runs the request in a daemon thread and watches
+both. An abandoned request ends by itself: its next byte raises `StopRequested`, its socket times out, or the process
+exits.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 WATCH_S = 0.1
-"""How often a running request looks at the stop event: the most that Ctrl-C waits for."""
+"""How often the stop event is checked during a request: the longest delay of Ctrl-C."""
 
 T = TypeVar("T")
 
 
 class StopRequested(Exception):
-    """Somebody asked the agent to stop. Not an error: the journal stays resumable."""
+    """The agent was asked to stop. Not an error: the journal stays resumable."""
 
 
 def pause(seconds: float, stop: threading.Event) -> None:
@@ -32,14 +32,14 @@ def run_interruptibly(request: Callable[[], T], stop: threading.Event) -> T:
     if stop.is_set():
         raise StopRequested
     results: list[T] = []
-    faults: list[BaseException] = []
+    errors: list[BaseException] = []
     ended = threading.Event()
 
     def work() -> None:
         try:
             results.append(request())
-        except BaseException as error:  # handed to the caller's thread, whatever it is
-            faults.append(error)
+        except BaseException as error:  # raised again in the caller's thread, whatever it is
+            errors.append(error)
         finally:
             ended.set()
 
@@ -47,6 +47,6 @@ def run_interruptibly(request: Callable[[], T], stop: threading.Event) -> T:
     while not ended.wait(WATCH_S):
         if stop.is_set():
             raise StopRequested
-    if faults:
-        raise faults[0]
+    if errors:
+        raise errors[0]
     return results[0]

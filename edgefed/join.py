@@ -1,4 +1,4 @@
-"""Puts an agent together: what the device is and may use, identity and journal, transport, and the trainer."""
+"""Assembles an agent: the device and its memory, identity and journal, transport, and the trainer."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from edgefed.protocol.messages import DeviceInfo
 from edgefed.protocol.trainer import Trainer
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
+from edgefed.trainer.ports import ProcessMemory
 from edgefed.training.data import problem_notes
 
 MAX_TEXT_CHARACTERS = 200
 _PROGRAMS = re.compile(r" \([^()]*\)")
-"""The names of other programs in a budget's origin: the owner's business, not the server's."""
+"""Names of other programs in a budget's origin; the server does not need them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JoinConfig:
-    """What `edgefed join` was told. Sizes are bytes, shares are 0..1.
+    """Settings of a client. Sizes are bytes, shares are 0..1.
 
-    ``memory_bytes`` None: what is measured, anew before each round. ``device`` as `probe_device` takes it;
-    ``expert_storage`` as `edgefed.trainer.planner` has it, ``profile_storage`` as `edgefed.trainer.activation_profile`.
+    ``memory_bytes`` None: memory is measured before each round. ``device`` as in `probe_device`; ``expert_storage`` one
+    of `placement.STORAGE_CHOICES`, ``profile_storage`` one of `activation_profile.PROFILE_STORAGES`.
     """
 
     server: str
@@ -60,9 +61,9 @@ class JoinConfig:
 
 
 class DeviceMemory:
-    """What the device may use, measured again whenever it is asked; and the guard that looks at it in between.
+    """The memory that the device may use, measured at every call of `measure`, and the watch in between.
 
-    Raises DeviceNotFound, ConfigError (the memory cannot be measured), BudgetTooSmall (there is none to spare).
+    Raises DeviceNotFound, ConfigError (memory cannot be measured), BudgetTooSmall (none to spare).
     """
 
     def __init__(self, device: str | None, memory_bytes: int | None, registry: AgentRegistry | None = None):
@@ -82,20 +83,22 @@ class DeviceMemory:
                 )
             if self.first.now_bytes <= 0:
                 raise BudgetTooSmall(f"this device has no memory to spare: {self.first.origin}")
+            self.first_bytes: int = self.first.now_bytes
             undo.pop_all()
 
     @property
     def torch_device(self) -> str:
         """Where the model lives: ``cuda:0``, or ``cpu`` where torch cannot use the GPU."""
-        return f"cuda:{self.facts.gpu.cuda_index}" if self.facts.trains_on_gpu else "cpu"
+        gpu = self.facts.gpu if self.facts.trains_on_gpu else None
+        return f"cuda:{gpu.cuda_index}" if gpu is not None else "cpu"
 
     def measure(self) -> MemoryBudget:
-        """The budget of now, which becomes ``latest``."""
+        """Measure the budget; it becomes ``latest``."""
         self.latest = self._plan(probe_device(self._device))
         return self.latest
 
     def describe(self) -> DeviceInfo:
-        """What the aggregator is told of this device at registration."""
+        """What the aggregator learns of this device at registration."""
         facts, budget = self.facts, self.latest
         profile = match_profile(facts)
         gpu = facts.gpu if budget.kind is not MemoryKind.CPU else None
@@ -117,7 +120,7 @@ class DeviceMemory:
         )
 
     def make_watch(self) -> PressureWatch:
-        """A guard with the limits of this device; not started."""
+        """A watch with the limits of this device; not started."""
         facts, kind = self.facts, self.first.kind
         gpu_total = facts.gpu.memory_total_bytes.value if facts.gpu is not None else None
         limits = WatchLimits.of(
@@ -128,10 +131,10 @@ class DeviceMemory:
         )
         available = facts.host.memory_available_bytes.value
         if self._memory_bytes is not None and kind is not MemoryKind.DISCRETE and available is not None:
-            # An owner who gives more than the policy would leaves less in reserve: that is no reason to shrink.
+            # An owner who gives more than the policy would leaves a smaller reserve: no reason to shrink.
             left = available + process_rss_bytes() - self._memory_bytes
             limits = limits.with_reserve_at_most(left)
-        # A GPU that torch cannot use may be lost, or full: training on the CPU is not concerned.
+        # A GPU that torch cannot use may be lost or full without effect on training on the CPU.
         watched = facts if facts.trains_on_gpu else dataclasses.replace(facts, gpu=None)
         return PressureWatch(MemorySensors(watched), limits)
 
@@ -151,7 +154,7 @@ class DeviceMemory:
 
     def _own(self, facts: DeviceFacts) -> OwnMemory:
         reserved = 0
-        if facts.trains_on_gpu:
+        if facts.trains_on_gpu and facts.gpu is not None:
             import torch
 
             reserved = torch.cuda.memory_reserved(facts.gpu.cuda_index)
@@ -159,7 +162,7 @@ class DeviceMemory:
 
 
 def _short(text: str) -> str:
-    """Text as the server takes it: one printable line, not too long."""
+    """One printable line of at most `MAX_TEXT_CHARACTERS`, as the server accepts it."""
     line = "".join(character if character.isprintable() else " " for character in text)
     return line[:MAX_TEXT_CHARACTERS]
 
@@ -167,8 +170,8 @@ def _short(text: str) -> str:
 def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event) -> RunSummary:
     """Take part in the run at ``config.server`` until it is over or ``stop`` is set.
 
-    The data is read first, so that a bad file is told before the server hears of this device. Raises what `Agent.run`,
-    the trainers and `DeviceMemory` raise.
+    The data is read first, so that a bad file is reported before the server hears of this device. Raises what
+    `Agent.run`, the trainers and `DeviceMemory` raise.
     """
     memory = DeviceMemory(config.device, config.memory_bytes)
     with contextlib.closing(memory):
@@ -178,7 +181,7 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
         trainer = make_trainer(config, memory, progress)
         settings = AgentSettings(
             name=config.name,
-            memory_bytes=memory.first.now_bytes,
+            memory_bytes=memory.first_bytes,
             expert_share=config.expert_share,
             compute_share=config.compute_share,
             device=memory.describe(),
@@ -196,18 +199,11 @@ def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progress
     trainer = LocalTrainer(
         config.data,
         config.state,
-        DeviceLimits(
-            config.memory_bytes,
-            config.expert_share,
-            config.compute_share,
-            config.profile_storage,
-            config.expert_storage,
-        ),
+        DeviceLimits(config.expert_share, config.compute_share, config.profile_storage, config.expert_storage),
         config.name,
+        ProcessMemory(memory.measure, memory.torch_device, memory.make_watch()),
         held_out_share=config.held_out_share,
         device=memory.torch_device,
-        measure_budget=memory.measure,
-        watch=memory.make_watch(),
     )
     for note in problem_notes(config.data, trainer.corpus.problems):
         progress.message(note)
@@ -215,10 +211,11 @@ def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progress
 
 
 def _personal_trainer(config: JoinConfig, memory: DeviceMemory, progress: ProgressSink) -> Trainer:
-    """Trains a model of the device's own beside the shared extractor."""
+    """Trains a model of the device's own together with the shared extractor."""
     from edgefed.personal.tasks import make_task
     from edgefed.personal.trainer import PersonalTrainer
 
+    assert config.task is not None, "the configuration names a task"
     task = make_task(config.task, config.data, config.model, config.name, config.held_out_share, config.resize)
     for note in problem_notes(config.data, task.problems):
         progress.message(note)

@@ -1,4 +1,4 @@
-"""Progress of a round: what the screen shows, what the heartbeat says, how long each phase took."""
+"""Progress of a round: for the screen, for the heartbeat, and the seconds of each phase."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ class NullProgress:
     """Shows nothing."""
 
     def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
-        pass
+        """Show nothing."""
 
     def advance(self, n: int) -> None:
-        pass
+        """Show nothing."""
 
     def message(self, text: str) -> None:
-        pass
+        """Show nothing."""
 
     def done(self) -> None:
-        pass
+        """Show nothing."""
 
 
 class WatchedProgress:
-    """Forwards to a sink, remembers phase, fraction and seconds per phase, and carries the stop request to the trainer.
+    """Forwards to a sink, records phase, fraction and seconds per phase, and passes the stop request to the trainer.
 
     Thread-safe: downloads advance from several threads, the heartbeat reads from another. `advance` raises
-    StopRequested once ``stop`` is set, so a trainer that advances after every step ends after the current one.
+    StopRequested once ``stop`` is set, so a trainer that advances after every step stops after the current one.
     """
 
     def __init__(self, sink: ProgressSink, stop: threading.Event, clock: Callable[[], float] = time.monotonic) -> None:
@@ -67,12 +67,14 @@ class WatchedProgress:
         self._seconds: dict[str, float] = {}
 
     def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
+        """A new phase begins."""
         with self._lock:
             self._close()
             self._name, self._total, self._count = name, total, 0
             self._sink.phase(name, total, unit)
 
     def advance(self, n: int) -> None:
+        """``n`` more units are done. Raises StopRequested once ``stop`` is set."""
         if self._stop.is_set():
             raise StopRequested
         with self._lock:
@@ -80,10 +82,12 @@ class WatchedProgress:
             self._sink.advance(n)
 
     def message(self, text: str) -> None:
+        """One line for the user."""
         with self._lock:
             self._sink.message(text)
 
     def done(self) -> None:
+        """The current phase is over."""
         with self._lock:
             if self._name == IDLE_PHASE:
                 return
@@ -92,12 +96,12 @@ class WatchedProgress:
             self._sink.done()
 
     def snapshot(self) -> tuple[str, float]:
-        """Current phase and its fraction in 0..1; 0 when the total is unknown."""
+        """(current phase, its fraction in 0..1); the fraction is 0 if the total is unknown."""
         with self._lock:
             return self._name, min(1.0, self._count / self._total) if self._total else 0.0
 
     def take_seconds(self) -> dict[str, float]:
-        """Seconds per phase since the last call, rounded to milliseconds; the time between phases is not in it."""
+        """Seconds per phase since the last call, rounded to milliseconds, without the time between phases."""
         with self._lock:
             self._close()
             seconds, self._seconds = self._seconds, {}

@@ -48,11 +48,9 @@ from edgefed.protocol.trainer import TrainedUpdate, Trainer
 logger = logging.getLogger("edgefed.agent")
 
 BLOBS_FOLDER = "blobs"
-SHORTEST_WAIT_S = 0.05
-LONGEST_WAIT_S = 60.0
+SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.05, 60.0
 """Limits on the pause between two requests for work, which the server asks for."""
-MIN_INTERVAL_S = 0.05
-MAX_INTERVAL_S = 300.0
+MIN_INTERVAL_S, MAX_INTERVAL_S = 0.05, 300.0
 """Limits on the interval between two heartbeats."""
 
 T = TypeVar("T")
@@ -126,20 +124,19 @@ class Agent:
         """``retry`` has its own schedule, randomness and sleep; it must watch the same ``stop``."""
         self._settings = settings
         self._trainer = trainer
-        self._client = client
-        self._journal = journal
+        self.client = client
+        self.journal = journal
         self._cache = cache
         self._stop = stop or threading.Event()
         self._clock = clock
-        self._progress = WatchedProgress(progress or NullProgress(), self._stop, clock)
+        self.progress = WatchedProgress(progress or NullProgress(), self._stop, clock)
         self._retry = retry or Retry(self._stop, clock=clock)
-        self._delivery = Delivery(client, journal, self._retry, self._progress, self._call)
+        self._delivery = Delivery(client, journal, self._retry, self.progress, self._call)
         self._run: RunConfig | None = None
         self._joined = journal.knows(client.base_url)
         self._heartbeat: HeartbeatThread | None = None
         self._server_round = journal.record.server_round
-        self._forgotten = 0
-        self._rounds = 0
+        self._forgotten = self._rounds = 0
         self._metrics: Mapping[str, float] = {}
         self._left_out: set[str] = set()
         self._wait_reason = ""
@@ -183,9 +180,9 @@ class Agent:
         try:
             if self._run is None:
                 self._register()
-            if self._journal.pending is not None:
+            if self.journal.pending is not None:
                 return self._close_round(self._delivery.resume())
-            reply = self._call(lambda: self._client.assignment(self._settings.poll_s))
+            reply = self._call(lambda: self.client.assignment(self._settings.poll_s))
             self._forgotten = 0
             if isinstance(reply, Assignment):
                 return self._close_round(self._take_part(reply))
@@ -195,7 +192,7 @@ class Agent:
             return StepOutcome("finished", reply.server_round, reply.reason)
         if reply.reason != self._wait_reason:
             self._wait_reason = reply.reason
-            self._progress.message(reply.reason)
+            self.progress.message(reply.reason)
         # Never poll in a tight loop, not even a server that answers at once and asks for no pause.
         self._retry.sleep(min(max(reply.retry_after_s, SHORTEST_WAIT_S), LONGEST_WAIT_S))
         return StepOutcome("waited", self._server_round, reply.reason)
@@ -207,29 +204,29 @@ class Agent:
             return
         self._run = None
         try:
-            self._client.leave(reason, timeout_s=self._settings.leave_s)
+            self.client.leave(reason, timeout_s=self._settings.leave_s)
         except EdgefedError as error:
             logger.debug("the server was not told that this device leaves: %s", error)
 
     def _summary(self, *, finished: bool, reason: str) -> RunSummary:
         return RunSummary(
-            rounds=self._rounds, bytes_down=self._client.bytes_down, bytes_up=self._client.bytes_up,
+            rounds=self._rounds, bytes_down=self.client.bytes_down, bytes_up=self.client.bytes_up,
             seconds=self._clock() - self._started, metrics=self._metrics, finished=finished, reason=reason,
         )  # fmt: skip
 
     # --- registration and requests --------------------------------------------------------------------------------
 
     def _register(self) -> None:
-        record, settings = self._journal.record, self._settings
+        record, settings = self.journal.record, self._settings
         message = Register(
             protocol_version=PROTOCOL_VERSION, client_id=record.client_id, client_key=record.client_key,
             name=settings.name, memory_bytes=settings.memory_bytes, expert_share=settings.expert_share,
             compute_share=settings.compute_share, num_examples=self._trainer.num_examples,
-            edgefed_version=__version__, device=settings.device, instance=self._client.instance,
+            edgefed_version=__version__, device=settings.device, instance=self.client.instance,
         )  # fmt: skip
         limit = None if self._joined else settings.give_up_after_s
-        registered = self._call(lambda: self._client.register(message), give_up_after_s=limit)
-        self._journal.bind(self._client.base_url, registered.run.run_id)
+        registered = self._call(lambda: self.client.register(message), give_up_after_s=limit)
+        self.journal.bind(self.client.base_url, registered.run.run_id)
         self._run, self._joined = registered.run, True
         if self._heartbeat is None:
             self._heartbeat = HeartbeatThread(self._send_heartbeat, registered.heartbeat_s)
@@ -241,14 +238,14 @@ class Agent:
         self._forgotten += 1
         if self._forgotten >= MAX_REFUSALS:
             raise error
-        self._progress.message("the server no longer knows this device; registering again")
+        self.progress.message("the server no longer knows this device; registering again")
         self._retry.wait(self._forgotten)
         return StepOutcome("unregistered", self._server_round, str(error))
 
     def _send_heartbeat(self) -> None:
-        phase, fraction = self._progress.snapshot()
+        phase, fraction = self.progress.snapshot()
         budget_bytes = self._settings.budget_bytes()
-        self._client.heartbeat(
+        self.client.heartbeat(
             Heartbeat(phase=phase, fraction=fraction, server_round=self._server_round, budget_bytes=budget_bytes)
         )
 
@@ -259,7 +256,7 @@ class Agent:
         def report(error: EdgefedError) -> None:
             nonlocal reported
             if error.code != reported:
-                self._progress.message(f"{error}; retrying until it works")
+                self.progress.message(f"{error}; retrying until it works")
             reported = error.code
 
         result = self._retry.run(
@@ -269,7 +266,7 @@ class Agent:
             on_wait=report,
         )
         if reported:
-            self._progress.message("connected again")
+            self.progress.message("connected again")
         return result
 
     # --- one round ------------------------------------------------------------------------------------------------
@@ -278,21 +275,21 @@ class Agent:
         assert self._run is not None, "not registered"
         self._server_round = assignment.server_round
         self._delivery.open_account()
-        attempt = self._journal.begin_training(assignment.server_round)
-        path = self._journal.update_path()
+        attempt = self.journal.begin_training(assignment.server_round)
+        path = self.journal.update_path()
         try:
-            manifest = self._call(lambda: self._client.manifest(assignment.server_round))
+            manifest = self._call(lambda: self.client.manifest(assignment.server_round))
             if manifest.run_id != self._run.run_id:
                 raise UnknownClient(f"the server now has run {manifest.run_id!r}, not {self._run.run_id!r}")
-            trained = self._trainer.train_round(self._run, manifest, assignment, self._fetch, self._progress, path)
+            trained = self._trainer.train_round(self._run, manifest, assignment, self._fetch, self.progress, path)
         except (NotFound, RoundClosed) as error:
             return self._delivery.drop(error)  # the server moved on during the download
         except ChecksumMismatch as error:
             return self._delivery.refuse(error)
-        self._progress.done()
+        self.progress.done()
         meta = self._describe(trained, assignment.server_round, attempt, path)
-        self._journal.finish_training(
-            path, meta, bytes_down=self._delivery.bytes_down, seconds=self._progress.take_seconds()
+        self.journal.finish_training(
+            path, meta, bytes_down=self._delivery.bytes_down, seconds=self.progress.take_seconds()
         )
         self._cache.prune(trained.keep)
         return self._delivery.deliver()
@@ -303,7 +300,7 @@ class Agent:
         self._rounds += 1
         self._metrics = delivered.metrics
         try:
-            self._trainer.between_rounds(self._fetch, self._progress)
+            self._trainer.between_rounds(self._fetch, self.progress)
         except (NotFound, RoundClosed) as error:
             logger.info("not prepared for the next round: %s", error)  # the server moved on; done within the round
         return StepOutcome("accepted", delivered.server_round)
@@ -314,16 +311,16 @@ class Agent:
         def ensure() -> dict[str, Path]:
             missing_bytes = self._cache.bytes_to_download(items)
             if missing_bytes:
-                self._progress.phase("download", missing_bytes, "B")
+                self.progress.phase("download", missing_bytes, "B")
             return self._cache.ensure(items, self._delivery.count_download)
 
         blobs = self._call(ensure)
-        if self._progress.snapshot()[0] == "download":
-            self._progress.done()
+        if self.progress.snapshot()[0] == "download":
+            self.progress.done()
         return blobs
 
     def _describe(self, trained: TrainedUpdate, server_round: int, attempt: int, path: Path) -> UpdateMeta:
-        metrics = {**trained.metrics, **self._client.rates.metrics()}
+        metrics = {**trained.metrics, **self.client.rates.metrics()}
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         if left_out := metrics.keys() - finite.keys() - self._left_out:
             self._left_out |= left_out
@@ -332,7 +329,7 @@ class Agent:
             )
         sha256, size_bytes = hash_file(path)
         return UpdateMeta(
-            client_id=self._journal.record.client_id, server_round=server_round, attempt=attempt, sha256=sha256,
+            client_id=self.journal.record.client_id, server_round=server_round, attempt=attempt, sha256=sha256,
             size_bytes=size_bytes, num_examples=trained.num_examples, num_tokens=trained.num_tokens,
             experts=trained.experts, metrics=finite, survey=trained.survey,
         )  # fmt: skip

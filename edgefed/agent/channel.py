@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import ssl
 import threading
 from collections.abc import Iterator
 
 import httpx
 
+from edgefed.agent.addresses import check_base_url, find_proxy, trusted_certificates
 from edgefed.agent.network import Throughput, TransferRates
 from edgefed.errors import (
     ConfigError,
@@ -26,29 +28,6 @@ BUSY_STATUSES = (408, 429)
 """Answers of a proxy after which a client should try again; so is every 5xx."""
 PROBLEM_EXCERPT_BYTES = 64 * 1024
 SERVER_DISK_REMEDY = "Free space or check the disk on the server; clients continue by themselves."
-
-
-def check_base_url(text: str) -> str:
-    """Normalise ``text`` to scheme://host[:port].
-
-    Raises ConfigError if it is not http or https, or has no host, a path, a query or a password.
-    """
-    remedy = f"Pass the address that `edgefed serve` prints, such as http://192.168.1.5:{routes.DEFAULT_PORT}."
-    if "://" not in text:
-        raise ConfigError(f"the server's address must begin with http:// or https://, found {text!r}", remedy=remedy)
-    try:
-        url = httpx.URL(text.strip())
-    except (httpx.InvalidURL, ValueError) as fault:
-        raise ConfigError(f"{text!r} is no address: {fault}", remedy=remedy) from fault
-    if url.scheme not in ("http", "https"):
-        raise ConfigError(f"the server's address must begin with http:// or https://, found {text!r}", remedy=remedy)
-    if not url.host or "%" in url.host or (url.port is not None and not 0 < url.port < 65536):
-        raise ConfigError(f"the server's address needs a host, and a port of 1..65535, found {text!r}", remedy=remedy)
-    if url.userinfo:  # not repeated in the message: it is a secret
-        raise ConfigError("the server's address holds a user name or password; use `token`", remedy=remedy)
-    if url.path != "/" or url.query or url.fragment:
-        raise ConfigError(f"the server's address ends after host and port, found {text!r}", remedy=remedy)
-    return f"{url.scheme}://{url.netloc.decode('ascii')}"
 
 
 def _check_token(token: str) -> str:
@@ -86,13 +65,19 @@ class Channel:
             headers[routes.INSTANCE_HEADER] = instance
         if token:
             headers[routes.TOKEN_HEADER] = f"Bearer {_check_token(token)}"
+        self._proxy = find_proxy(self.base_url, os.environ)
+        if not self.base_url.startswith("https:"):
+            verify = False  # loading certificate authorities takes 50 ms and megabytes; no redirect leads to https
+        elif verify is True:
+            verify = trusted_certificates(os.environ)
         self._http = httpx.Client(
             base_url=self.base_url,
             headers=headers,
             timeout=self.timeout,
-            # Loading certificate authorities takes 50 ms and megabytes; without redirects, http stays http.
-            verify=verify if self.base_url.startswith("https:") else False,
+            verify=verify,
             follow_redirects=False,
+            trust_env=False,
+            proxy=self._proxy.url if self._proxy else None,
         )
         self._lock = threading.Lock()
         self.bytes_up = 0
@@ -153,7 +138,7 @@ class Channel:
                     raise self._refusal(response)
                 yield response
         except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
+            raise connection_error(error, f"{self.base_url}{self._by_proxy()}") from error
 
     def decode(self, response: httpx.Response, kind: type[T]) -> T:
         """Decode an answer. Raises MalformedMessage for JSON of another message; for other content see `foreign`."""
@@ -206,21 +191,27 @@ class Channel:
             error.foreign, error.received_status = True, response.status_code
             return error
         error = ProtocolError(
-            f"{self.base_url} does not answer as an edgefed server: HTTP {response.status_code}, {kind}, {excerpt!r}",
+            f"{self.base_url}{self._by_proxy()} does not answer as an edgefed server: HTTP {response.status_code}, "
+            f"{kind}, {excerpt!r}",
             remedy="Check host and port. Another program or a proxy may have answered.",
         )
         error.foreign = True
         return error
 
-    def _unreachable(self, error: httpx.HTTPError) -> EdgefedError:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                untrusted = NetworkError(
-                    f"the certificate of {self.base_url} is not trusted: {cause.verify_message}",
-                    remedy="Set SSL_CERT_FILE to the certificate of the authority that signed the server's.",
-                )
-                untrusted.foreign = True
-                return untrusted
-            cause = cause.__cause__ or cause.__context__
-        return ServerUnreachable(f"no answer from {self.base_url}: {error or type(error).__name__}")
+    def _by_proxy(self) -> str:
+        return f" through {self._proxy.describe()}" if self._proxy else ""
+
+
+def connection_error(error: httpx.HTTPError, server: str) -> EdgefedError:
+    """The edgefed error for a failed request to ``server``: an untrusted certificate, or no answer."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            untrusted = NetworkError(
+                f"the certificate of {server} is not trusted: {cause.verify_message}",
+                remedy="Set SSL_CERT_FILE to the certificate of the authority that signed the server's.",
+            )
+            untrusted.foreign = True
+            return untrusted
+        cause = cause.__cause__ or cause.__context__
+    return ServerUnreachable(f"no answer from {server}: {str(error) or type(error).__name__}")

@@ -97,7 +97,7 @@ class Endpoints:
         self.service, self._bell = service, bell
         self._io = concurrent.futures.ThreadPoolExecutor(IO_THREADS, thread_name_prefix="io")
         self._commits = concurrent.futures.ThreadPoolExecutor(COMMIT_THREADS, thread_name_prefix="commit")
-        self._probes = ProbeLimiter()
+        self.probes = ProbeLimiter()
         self.transfers = 0
         """Streams in progress, without probes: the server does not wait for those."""
 
@@ -115,8 +115,8 @@ class Endpoints:
             ("POST", routes.COMMIT, self.commit),
             ("GET", routes.STATUS, self.status),
             ("GET", routes.HEALTH, self.health),
-            ("POST", routes.PROBE, functools.partial(answer_probe_up, self._probes)),
-            ("GET", routes.PROBE, functools.partial(answer_probe_down, self._probes)),
+            ("POST", routes.PROBE, functools.partial(answer_probe_up, self.probes)),
+            ("GET", routes.PROBE, functools.partial(answer_probe_down, self.probes)),
         ]
         return [Route(path, answer_errors(handler), methods=[verb]) for verb, path, handler in table]
 

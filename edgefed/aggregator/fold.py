@@ -33,6 +33,8 @@ from edgefed.protocol.messages import TensorInfo, UnitInfo
 
 BLOCK_ELEMENTS = 64 * 1024
 """Elements per block: 512 KiB of float64 sums stay in the second-level cache while all clients are added."""
+MAX_OPEN_FILES = 64
+"""Open files per thread: a round may have more clients than a process can open files."""
 _ABSENT = -1
 
 
@@ -225,9 +227,7 @@ def _copy_chunks(path: Path, entry: TensorEntry, scratch: _Scratch) -> Iterator[
 
 
 class _Files:
-    """Open files of one tensor, at most 64: a round may have more clients than a process can open files."""
-
-    _limit = 64
+    """Open files of one tensor, at most `MAX_OPEN_FILES`."""
 
     def __init__(self) -> None:
         self._open: dict[Path, io.FileIO] = {}
@@ -244,7 +244,7 @@ class _Files:
         with disk_errors(f"read {path}"):
             file = self._open.get(path)
             if file is None:
-                for oldest in list(itertools.islice(self._open, max(0, len(self._open) - self._limit + 1))):
+                for oldest in list(itertools.islice(self._open, max(0, len(self._open) - MAX_OPEN_FILES + 1))):
                     self._open.pop(oldest).close()
                 file = self._open[path] = io.FileIO(path)
             raw = buffer[: length * dtype.itemsize]

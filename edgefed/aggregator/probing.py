@@ -56,6 +56,16 @@ class ProbeLimiter:
         self._past: collections.deque[tuple[float, str, int]] = collections.deque()
         self._running: collections.Counter[str] = collections.Counter()
 
+    @property
+    def active(self) -> int:
+        """Number of requests in progress."""
+        return self._running.total()
+
+    @property
+    def num_entries(self) -> int:
+        """Number of addresses and requests that are remembered."""
+        return len(self._running) + len(self._past)
+
     def wait_s(self, address: str, size_bytes: int) -> float:
         """Seconds until a request of that size may run; 0 if it may run now."""
         limits, now = self._limits, self._clock()

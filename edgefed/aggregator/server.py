@@ -111,7 +111,7 @@ class AggregatorServer:
         except BaseException:
             self._socket.close()
             raise
-        app, self._endpoints = build_app(Service(self.active), self._bell, config.token or None, self._around)
+        app, self.endpoints = build_app(Service(self.active), self._bell, config.token or None, self._around)
         self._server = _Server(
             uvicorn.Config(
                 app, http=bounded_protocol(),

@@ -103,7 +103,7 @@ def plan(
         return _most_used(sizes, profile, resident, trainable)
 
     search = FallbackSearch(
-        estimate=lambda case, kept, trainable: training_memory(shape, case, kept, trainable),
+        estimate=lambda case, resident, trainable: training_memory(shape, case, resident, trainable),
         layout=layout,
         num_layers=len(sizes),
         run_sequence_length=sequence_length,
@@ -113,7 +113,7 @@ def plan(
     estimate = search.memory(step)
     return Plan(
         model=name,
-        experts=search.layout(step.held, step.trained),
+        experts=search.layout(step.resident, step.trainable),
         memory_bytes=memory_bytes,
         peak_bytes=estimate.total_bytes,
         savings=tuple(fallback.sentence for fallback in fallbacks),
@@ -177,7 +177,7 @@ def profile(
         moe.drop_experts()
     notes: list[str] = []
     record = profile_blocks(
-        moe, blocks, units, profile_pass, attention=attention, on_batch=sink.advance, tell=notes.append
+        moe, blocks, units, profile_pass, attention=attention, on_batch=sink.advance, on_message=notes.append
     )
     sink.done()
     for note in notes:

@@ -40,7 +40,7 @@ class Server:
     >>> server.serve(on_ready=print)                                                      # doctest: +SKIP
 
     A setting that is None has its default in a new run, and the run's value in one that continues: `state` names the
-    folder of the run. Raises ConfigError when settings are invalid or contradict each other.
+    folder of the run. What a run is made of cannot change; when rounds start and close can. Raises ConfigError when settings are invalid or contradict each other.
     """
 
     model: Annotated[
@@ -159,6 +159,7 @@ class Server:
             ready_file=self.ready_file,
             exit_when_finished=self.exit_when_finished,
             keep_rounds=self.keep_rounds,
+            policy_changes=self._policy_settings(),
         )
         self._running = AggregatorServer(config, on_ready=on_ready or (lambda url: None))
         self._running.run()
@@ -230,16 +231,21 @@ class Server:
     def _policy(self, rounds: int) -> RoundPolicy:
         from edgefed.aggregator.rounds import RoundPolicy
 
-        policy = RoundPolicy(
-            rounds=rounds,
-            min_clients=2 if self.min_clients is None else self.min_clients,
-            quorum=self.quorum,
-            deadline_s=self.deadline,
-            clients_per_round=self.clients_per_round,
-            client_timeout_s=60.0 if self.client_timeout is None else self.client_timeout,
-        )
+        defaults: dict[str, Any] = {"min_clients": 2, "client_timeout_s": 60.0}
+        policy = RoundPolicy(rounds=rounds, **{**defaults, **self._policy_settings()})
         policy.check()
         return policy
+
+    def _policy_settings(self) -> dict[str, Any]:
+        """The settings of rounds that were given; they also apply to a run that continues."""
+        settings = {
+            "min_clients": self.min_clients,
+            "quorum": self.quorum,
+            "deadline_s": self.deadline,
+            "clients_per_round": self.clients_per_round,
+            "client_timeout_s": self.client_timeout,
+        }
+        return {name: value for name, value in settings.items() if value is not None}
 
     def _extractor(self) -> tuple[str, str]:
         """(extractor, its tokenizer or "") of a run whose clients have models of their own.

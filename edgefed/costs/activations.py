@@ -1,7 +1,7 @@
-"""What a training step keeps between forward and backward, and needs on the way: formulas, no torch.
+"""Memory of a training step: what it keeps for its backward pass, and its temporaries. Formulas without torch.
 
-Written from transformers' blocks and from the kernels of the experts: the reference (`edgefed.kernels.masked_experts`)
-and the native one (`edgefed.kernels.native_experts`, told to keep the up projection). H hidden_size, I expert_width,
+They follow transformers' blocks and the experts' kernels: the reference (`edgefed.kernels.masked_experts`) and the
+native one (`edgefed.kernels.native_experts`, which keeps the up projection in training). H hidden_size, I expert_width,
 U outputs of the up projection (2I where it is gated), T tokens of a batch, V vocab_size, E experts,
 P (token, expert) pairs, R LoRA rank, w bytes of a number.
 """
@@ -26,26 +26,32 @@ from edgefed.costs.step_setup import (
     MARGIN,
     SCALE_BYTES,
     STORAGE_BYTES,
-    TUNED_TOKENS,
+    TRAINABLE_TOKENS,
     UNPACKING_BYTES,
     Correction,
     StepSetup,
 )
 
 INDEX_BYTES = 48
-"""Per (token, expert) pair: its slot, its place, its weight, and what choosing it kept."""
+"""Per (token, expert) pair: slot, position, weight, and what the router keeps for its gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Bytes per decoder layer: kept for its backward pass ``outside`` and ``inside`` its experts, and needed on the
-    way, in its ``forward`` and its ``backward`` pass. ``tail``: what embedding and last norm keep, and
-    attention masks; ``loss``: logits. ``scores``: the part of ``outside`` that is attention scores: they grow with the
-    square of the length, so what a step of another length says of the rest says nothing of them.
+    """Bytes per decoder layer.
 
-    ``stays``: the part of ``inside`` that is still there when the experts have their gradients: with the reference the
-    gathered input, with native kernels all (infinite). Layers before ``first`` have nothing to learn in them or below,
-    so they keep nothing.
+    Attributes:
+        outside: Kept for the backward pass outside the experts.
+        scores: The part of ``outside`` that is attention scores. They grow with the square of the sequence length, so a
+            measured step of another length does not correct them.
+        inside: Kept for the backward pass inside the experts.
+        stays: The part of ``inside`` that remains until the experts have their gradients: the gathered input with the
+            reference, everything (infinite) with native kernels.
+        forward: Temporaries of the forward pass.
+        backward: Temporaries of the backward pass.
+        tail: What embedding and last norm keep, and attention masks; of the model, not per layer.
+        loss: Logits and their gradient, of the model.
+        first: First layer with trainable parameters in it or below; earlier ones keep nothing.
     """
 
     outside: list[float]
@@ -62,41 +68,50 @@ class Activations:
 def activations(
     shape: ModelShape,
     setup: StepSetup,
-    kept: Sequence[int],
+    resident: Sequence[int],
     trainable: Sequence[int],
     trainable_share: Sequence[float] | None = None,
-    trainable_tokens: float = TUNED_TOKENS,
+    trainable_tokens: float = TRAINABLE_TOKENS,
     flows_in: bool | None = None,
 ) -> Activations:
     """The formulas for one step, without margin or correction.
 
-    ``trainable_share``: part of the (token, expert) pairs of each MoE layer that trainable experts compute; by default that of
-    their number times ``trainable_tokens``. ``flows_in``: the embedding's output takes a gradient,
-    so that the first layer keeps as much as the others; by default with checkpointing, for which transformers asks it.
+    Args:
+        shape: The model.
+        setup: How the step is done.
+        resident: Experts in memory per MoE layer.
+        trainable: Those of them that train.
+        trainable_share: Share of each MoE layer's (token, expert) pairs that trainable experts compute; None: their
+            share of the resident experts times ``trainable_tokens``.
+        trainable_tokens: Tokens of trainable experts, as a multiple of an even share.
+        flows_in: The embedding's output takes a gradient, so the first layer keeps as much as the others; None: with
+            checkpointing, where transformers makes it so.
     """
     flows_in = setup.checkpointing if flows_in is None else flows_in
     first = 0 if flows_in else first_trained(shape, setup, trainable)
     outside, scores, inside, stays, forward, backward = [], [], [], [], [], []
     native = setup.kernels == "native"
-    counts = iter(enumerate(zip(kept, trainable, strict=True)))
+    counts = iter(enumerate(zip(resident, trainable, strict=True)))
     for index, layer in enumerate(shape.layers):
-        moe, (count_kept, count_trainable) = next(counts) if layer.num_experts else (-1, (0, 0))
+        moe, (count_resident, count_trainable) = next(counts) if layer.num_experts else (-1, (0, 0))
         share = 0.0
         if count_trainable:
             share = (
-                trainable_share[moe] if trainable_share else min(1.0, trainable_tokens * count_trainable / count_kept)
+                trainable_share[moe]
+                if trainable_share
+                else min(1.0, trainable_tokens * count_trainable / count_resident)
             )
-        pairs = setup.tokens * min(layer.top_k, count_kept)
+        pairs = setup.tokens * min(layer.top_k, count_resident)
         below = index > first or setup.attention != "none" or flows_in
-        learns = index >= first
-        outside.append(outside_experts(shape, layer, setup, mixer=below) if learns else 0.0)
-        scores.append(float(score_bytes(shape, layer, setup)) if learns and below else 0.0)
-        inside.append(inside_experts(shape, layer, setup, pairs, share, below) if learns and pairs else 0.0)
-        gathered = pairs * shape.hidden_size * setup.width if learns and share else 0.0
+        trains = index >= first
+        outside.append(outside_experts(shape, layer, setup, mixer=below) if trains else 0.0)
+        scores.append(float(score_bytes(shape, layer, setup)) if trains and below else 0.0)
+        inside.append(inside_experts(shape, layer, setup, pairs, share, below) if trains and pairs else 0.0)
+        gathered = pairs * shape.hidden_size * setup.width if trains and share else 0.0
         stays.append(math.inf if native else gathered)
-        keeps = learns and not setup.checkpointing
+        keeps = trains and not setup.checkpointing
         forward.append(forward_transient(shape, layer, setup, pairs, keeps=keeps))
-        backward.append(backward_transient(shape, layer, setup, pairs) if learns else 0.0)
+        backward.append(backward_transient(shape, layer, setup, pairs) if trains else 0.0)
     tail = setup.tokens * shape.hidden_size * (4 + 2 * setup.width)
     tail += shape.masks * setup.tokens * setup.sequence_length * setup.width
     tokens = min(setup.tokens, CHUNK_TOKENS) if setup.chunked_loss else setup.tokens
@@ -105,7 +120,7 @@ def activations(
 
 
 def corrected(raw: Activations, correction: Correction | None) -> Activations:
-    """The formulas with what a measured step says about them, and the margin in either case."""
+    """The formulas corrected by a measured step, if there is one, and with a margin."""
     if correction is None:
         factors = dict.fromkeys(("activation", "expert", "loss", "transient", "forward"), MARGIN)
         factors["loss"] = 1.0
@@ -126,7 +141,7 @@ def corrected(raw: Activations, correction: Correction | None) -> Activations:
 
 
 def first_trained(shape: ModelShape, setup: StepSetup, trainable: Sequence[int]) -> int:
-    """Index of the first layer with anything that trains."""
+    """Index of the first layer with a trainable parameter."""
     counts = iter(trainable)
     for index, layer in enumerate(shape.layers):
         count = next(counts) if layer.num_experts else 0
@@ -137,16 +152,16 @@ def first_trained(shape: ModelShape, setup: StepSetup, trainable: Sequence[int])
 
 
 def outside_experts(shape: ModelShape, layer: LayerShape, setup: StepSetup, *, mixer: bool = True) -> float:
-    """What one layer keeps outside its experts: norms, attention or what stands for it, router, dense or shared MLP.
+    """What one layer keeps outside its experts: norms, attention or another mixer, router, dense or shared MLP.
 
-    T (8 H + 2 w H) for two norms (float32 copy, residual), 7/4 w for each number that the mixer's projections give,
-    2 w for each that the dense ones give, 8 T E for the router; attention scores where they are kept. Where attention
-    trains, the inputs of its projections; by LoRA also its weights with their updates, which are made in each pass.
-    A selective scan keeps 12 bytes for each number of its state (14 in half precision), measured on transformers' own
-    form of Jamba's, the one that runs without hub kernels.
+    T (8 H + 2 w H) for two norms (float32 copy, residual), 7/4 w per output of the mixer's projections, 2 w per output
+    of the dense ones, 8 T E for the router, and attention scores where they are kept. If attention trains, the inputs
+    of its projections; with LoRA also its weights with their updates, which each pass computes. A selective scan keeps
+    12 bytes per number of its state (14 in half precision), measured on transformers' implementation of Jamba without
+    hub kernels.
     """
     tokens, w = setup.tokens, setup.width
-    size = tokens * shape.hidden_size * (4 + w) * (2 if mixer else 1)
+    size: float = tokens * shape.hidden_size * (4 + w) * (2 if mixer else 1)
     if setup.attention != "none":
         size += tokens * w * 2 * shape.hidden_size  # what the projections' weight gradients need
     if setup.attention == "lora":
@@ -168,19 +183,19 @@ def score_bytes(shape: ModelShape, layer: LayerShape, setup: StepSetup) -> int:
 def inside_experts(
     shape: ModelShape, layer: LayerShape, setup: StepSetup, pairs: int, trainable_share: float, below: bool
 ) -> float:
-    """What the experts of one layer keep: see `edgefed.kernels.masked_experts`. ``below``: their input has a gradient.
+    """What the experts of one layer keep (`edgefed.kernels.masked_experts`). ``below``: their input has a gradient.
 
-    Per pair with the reference: the up projection and the activation's result, where anything flows through; the
+    Per pair with the reference: the up projection and the activation's result where a gradient flows through; the
     product that a trainable down projection needs; gathered input and outputs (H); indices. With native kernels: the up
-    projection, whoever learns; indices. And the output (H) per token, which is there when the layer has been counted.
+    projection in any case; indices. Both keep the output (H) per token.
     """
     w, output = setup.width, setup.tokens * shape.hidden_size * setup.width
     if setup.kernels == "native":
         return pairs * (w * _up_width(layer) + INDEX_BYTES) + output
-    learns = setup.experts != "none" and trainable_share > 0
+    trains = setup.experts != "none" and trainable_share > 0
     through = 1.0 if below else trainable_share
     width = layer.expert_width
-    per_pair = w * (layer.kept_by_gate * width * through + width * trainable_share + shape.hidden_size * (1 + learns))
+    per_pair = w * (layer.kept_by_gate * width * through + width * trainable_share + shape.hidden_size * (1 + trains))
     if setup.experts == "lora":
         per_pair += 2 * w * setup.lora_rank * through
     return pairs * (per_pair + INDEX_BYTES) + output
@@ -189,9 +204,10 @@ def inside_experts(
 def forward_transient(
     shape: ModelShape, layer: LayerShape, setup: StepSetup, pairs: int, *, keeps: bool = False
 ) -> float:
-    """What the forward pass of one layer needs on the way. By the reference: the experts' outputs, weighted in float32.
-    By native kernels: activation and outputs, the up projection where the layer does not keep it (``keeps``), and what
-    the busiest expert gathers, at most all tokens.
+    """Temporaries of the forward pass of one layer.
+
+    With the reference: the experts' outputs, weighted in float32. With native kernels: activation and outputs, the up
+    projection unless the layer ``keeps`` it, and what the busiest expert gathers, at most all tokens.
     """
     w = setup.width
     if setup.kernels == "native":
@@ -205,11 +221,11 @@ def forward_transient(
 
 
 def backward_transient(shape: ModelShape, layer: LayerShape, setup: StepSetup, pairs: int) -> float:
-    """What the backward pass of one layer needs on the way, beside the gradients of its weights; or of its dense part.
+    """Temporaries of the backward pass of one layer, without the gradients of its weights.
 
-    By the reference: gradients of the gathered rows (float32 and w), with the sum over experts that each of them adds
-    to. By native kernels: the activation and the gradient of the up projection while weights get their gradients, with
-    what the busiest expert gathers twice; then the latter and the gradient of the gathered rows.
+    With the reference: gradients of the gathered rows (float32 and w) and the sum over experts that each adds to. With
+    native kernels: the activation and the gradient of the up projection while weights get their gradients, and twice
+    what the busiest expert gathers; then the latter and the gradient of the gathered rows.
     """
     w, hidden = setup.width, shape.hidden_size
     if setup.kernels == "native":
@@ -229,11 +245,11 @@ def _up_width(layer: LayerShape) -> int:
     return layer.expert_matrices[0][1] if layer.expert_matrices else 0
 
 
-# What a training step stores all the time or until its end, exactly: weights, gradients, optimizer state. No torch.
+# --- exact parts: weights, gradients, optimizer state -----------------------------------------------------------------
 
 
 def expert_bytes(layer: LayerShape, setup: StepSetup, storage: str | None = None) -> float:
-    """Bytes of one expert that does not train, with its adapter where the run has one."""
+    """Bytes of one frozen expert, with its adapter if the run has adapters."""
     stored = storage or setup.expert_storage or setup.dtype
     matrices = sum(_matrix_bytes(*sizes, stored, layer.is_transposed) for sizes in layer.expert_matrices)
     adapter = ADAPTER_BYTES * _adapter(layer.expert_matrices, setup) if setup.experts == "lora" else 0
@@ -241,7 +257,7 @@ def expert_bytes(layer: LayerShape, setup: StepSetup, storage: str | None = None
 
 
 def _matrix_bytes(size_in: int, size_out: int, storage: str, is_transposed: bool) -> float:
-    """Bytes of one matrix of an expert, whose scales belong to rows (int8) or to blocks of 64 (nf4)."""
+    """Bytes of one matrix of an expert, with scales per row (int8) or per block of 64 (nf4)."""
     size = size_in * size_out
     if storage == "int8":
         return size + SCALE_BYTES * (size_in if is_transposed else size_out)
@@ -255,7 +271,7 @@ def _adapter(sizes: Sequence[tuple[int, int]], setup: StepSetup) -> int:
 
 
 def _state_bytes(setup: StepSetup, width: int, sizes: Sequence[int]) -> float:
-    """Bytes that the optimizer keeps for tensors of these numbers of elements."""
+    """Bytes of optimizer state for tensors with these numbers of elements."""
     if setup.optimizer == "adamw":
         return sum(2 * width * size + 4 for size in sizes)  # a moment has its tensor's dtype; a float32 step counter
     if setup.optimizer == "paged_adamw_8bit" and setup.device == "cuda":
@@ -293,7 +309,7 @@ def trained_tensors(layer: LayerShape, setup: StepSetup) -> tuple[list[tuple[int
 def gradient_bytes(
     shape: ModelShape, setup: StepSetup, trainable: Sequence[int], *, lasting: bool = False
 ) -> list[int]:
-    """Gradient bytes per layer, as its backward pass makes them; ``lasting``: without offloaded experts', which go."""
+    """Gradient bytes per decoder layer; ``lasting``: without those of offloaded experts, which are moved at once."""
     sizes, counts = [], iter(trainable)
     for layer in shape.layers:
         expert, rest = trained_tensors(layer, setup)
@@ -304,17 +320,19 @@ def gradient_bytes(
     return sizes
 
 
-def static_bytes(shape: ModelShape, setup: StepSetup, kept: Sequence[int], trainable: Sequence[int]) -> dict[str, int]:
-    """Bytes that are there all the time: weights, adapters and optimizer state.
+def static_bytes(
+    shape: ModelShape, setup: StepSetup, resident: Sequence[int], trainable: Sequence[int]
+) -> dict[str, int]:
+    """Bytes during the whole step: weights, adapters and optimizer state.
 
-    A merged expert counts as a frozen one. It has no adapter, so with LoRA it takes a little less than that. Of
-    offloaded experts the largest layer is there; on a GPU all of them, unless checkpointing ends what a backward pass
-    needs with each layer.
+    A merged expert counts as a frozen one; with LoRA it takes slightly less, as it has no adapter. Of offloaded experts
+    the largest layer is resident; on a GPU all of them, unless checkpointing frees each layer's after its backward
+    pass.
     """
     linear_bytes = STORAGE_BYTES[setup.dense_storage or setup.dtype]
-    dense = shape.embedding_parameters * setup.width + shape.own_dtype_bytes + shape.other_parameters * setup.width
-    states, counts = 0.0, iter(zip(kept, trainable, strict=True))
-    held: list[tuple[float, float]] = []  # bytes of frozen and of trained experts, by layer
+    dense: float = (shape.embedding_parameters + shape.other_parameters) * setup.width + shape.own_dtype_bytes
+    states, counts = 0.0, iter(zip(resident, trainable, strict=True))
+    weights: list[tuple[float, float]] = []  # bytes of frozen and of trainable experts, by layer
     for layer in shape.layers:
         expert, rest = trained_tensors(layer, setup)
         trained_linear = sum(i * o for i, o in layer.attention_matrices) if setup.attention == "full" else 0
@@ -328,33 +346,35 @@ def static_bytes(shape: ModelShape, setup: StepSetup, kept: Sequence[int], train
             states += _state_bytes(setup, width, [size])
         if not layer.num_experts:
             continue
-        count_kept, count_trainable = next(counts)
+        count_resident, count_trainable = next(counts)
         trained = count_trainable * expert_bytes(layer, setup, setup.dtype if setup.experts == "full" else None)
-        held.append(((count_kept - count_trainable) * expert_bytes(layer, setup), trained))
+        weights.append(((count_resident - count_trainable) * expert_bytes(layer, setup), trained))
         if not setup.offload:
             states += count_trainable * sum(_state_bytes(setup, width, [size]) for size, width in expert)
     if setup.offload and (setup.device == "cpu" or setup.checkpointing):
-        held = [max(held, key=sum)] if held else []
+        weights = [max(weights, key=sum)] if weights else []
     return {
         "dense": rounded_up(dense),
-        "kept experts": rounded_up(sum(frozen for frozen, _ in held)),
-        "trainable experts": rounded_up(sum(trained for _, trained in held)),
+        "resident experts": rounded_up(sum(frozen for frozen, _ in weights)),
+        "trainable experts": rounded_up(sum(trained for _, trained in weights)),
         "optimizer": rounded_up(states),
     }
 
 
-def offloaded_bytes(shape: ModelShape, setup: StepSetup, kept: Sequence[int], trainable: Sequence[int]) -> int:
-    """Bytes that offloaded experts take where they lie: weights, and gradients and two moments of what trains."""
+def offloaded_bytes(shape: ModelShape, setup: StepSetup, resident: Sequence[int], trainable: Sequence[int]) -> int:
+    """Bytes of offloaded experts in host memory or files: weights, and gradients and two moments of trainable ones."""
     total = 0.0
-    for layer, count_kept, count_trainable in zip(shape.moe_layers, kept, trainable, strict=True):
+    for layer, count_resident, count_trainable in zip(shape.moe_layers, resident, trainable, strict=True):
         expert, _ = trained_tensors(layer, setup)
-        total += count_kept * expert_bytes(layer, setup) + 3 * count_trainable * sum(n * w for n, w in expert)
+        total += count_resident * expert_bytes(layer, setup) + 3 * count_trainable * sum(n * w for n, w in expert)
     return rounded_up(total)
 
 
 def optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence[int]) -> int:
-    """Torch's AdamW has two copies of the tensor that it updates, and one of the tensor before it; the fused and the
-    8-bit ones have none.
+    """Temporaries of the optimizer step.
+
+    Torch's AdamW makes two copies of the tensor that it updates and still has one of the previous tensor; the fused and
+    the 8-bit implementations make none.
     """
     if setup.optimizer != "adamw" or setup.device != "cpu":
         return 0
@@ -367,13 +387,16 @@ def optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence
 
 
 def workspace_bytes(shape: ModelShape, setup: StepSetup) -> int:
-    """Libraries' scratch, and where weights are quantised: an expert's matrix decoded, on the way with the reference
-    also its codes and scales at full size; or two matrices of the dense part.
+    """Scratch memory of libraries and of dequantisation.
+
+    Quantised experts: one matrix decoded, with the reference also its codes and scales at full size. Quantised dense
+    part: two matrices.
     """
     scratch = 0
-    if setup.expert_storage not in (None, *DTYPE_BYTES):
+    storage = setup.expert_storage
+    if storage is not None and storage not in DTYPE_BYTES:
         largest = max((i * o for layer in shape.moe_layers for i, o in layer.expert_matrices), default=0)
-        unpacking = 0 if setup.kernels == "native" else UNPACKING_BYTES[setup.expert_storage]
+        unpacking = 0 if setup.kernels == "native" else UNPACKING_BYTES[storage]
         scratch = largest * (setup.width + unpacking)
     if setup.dense_storage not in (None, *DTYPE_BYTES):
         scratch = max(scratch, 2 * shape.largest_matrix * setup.width)
@@ -381,4 +404,5 @@ def workspace_bytes(shape: ModelShape, setup: StepSetup) -> int:
 
 
 def rounded_up(value: float) -> int:
+    """The least integer that is not below ``value``."""
     return -int(-value // 1)

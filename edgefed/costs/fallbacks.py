@@ -1,28 +1,31 @@
-"""The search of savings: what is given up, in which order, when a training step does not fit its memory. Pure.
+"""Searches for a training step that fits the memory of a device: what is given up, and in which order. Pure functions.
 
-    1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> 4 experts in NF4 -> 5 shorter sequence
-      -> 6 fewer trained -> 7 fewer held
+    1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> 4 experts in NF4 -> (4b offloaded experts)
+      -> 5 shorter sequences -> 6 fewer trainable experts -> 7 fewer resident experts
 
-A method that offloads its experts (`edgefed.methods.interface.Requirements.offloading`) has one more between 4 and 5.
+Fallback 4b exists only for methods that offload experts (`Requirements.offloading`).
 
-`fit` goes down until a memory model says that the step fits: that makes a plan before anything is loaded. `next_fallback`
-goes down by one that frees memory: that is what the guard and an out-of-memory do in the middle of a round. Rungs 1 to
-3 change neither loss nor gradients (8-bit moments: hardly), 4 rounds the weights that do not learn to 4 bits and loads
-them anew (with adapters, those of all experts: QLoRA), 5 shortens the context, 6 and 7 change the plan.
+`fit` returns the best step plan that the memory model accepts; it is called before anything is loaded. `next_fallback`
+takes one more step down that frees memory; the memory guard calls it in the middle of a round.
 
-Which experts go is not decided here: ``layout(held, trained)`` gives the plan of so many experts by the method's own
-ranking, so the least important ones go first. No layer ever has less than one, and it trains.
+    1 to 3   change neither loss nor gradients (8-bit moments: hardly)
+    4        rounds frozen weights to 4 bits and loads the experts again (with adapters, all experts: QLoRA)
+    5        shortens the context
+    6, 7     change which experts train and which are resident
 
-Fallback 6 turns trained experts into frozen ones: the forward pass keeps them, their gradients and moments are gone. It is
-taken where training costs more than holding, as in full training; with adapters it frees next to nothing, and fallback 7
-takes an expert with its adapter instead. It stops at a quarter of what is held, and fallback 7 keeps that share: a device
-that held everything and trained one expert a layer would fit as well, but have nothing to give to the others.
+``layout(resident, trainable)`` decides which experts stay: the method's own ranking, least important first to go. Every
+layer keeps at least one expert, and it trains.
+
+Fallback 6 freezes trainable experts: they stay in the forward pass, their gradients and moments go. It is used where
+training an expert costs more than keeping it, as in full training. With adapters it frees next to nothing, and fallback
+7 removes experts with their adapters instead. Fallback 6 stops at a quarter of the resident experts, and fallback 7
+keeps that share. Otherwise a device could keep every expert, train one per layer, and contribute almost nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from edgefed.costs.memory import MemoryEstimate
 from edgefed.costs.step_setup import CHUNK_TOKENS, StepSetup
@@ -31,45 +34,52 @@ from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.memory import format_bytes
 
 SHORTEST_SEQUENCE = 32
-"""Tokens. Below it a block holds hardly a sentence, and its first token is never learned from."""
+"""Tokens. A shorter block hardly holds a sentence, and its first token gives no loss."""
 
 SEQUENCE_SHARE = 4
-"""Blocks are never shorter than a quarter of what the run asks for: its devices should still learn alike."""
+"""Blocks are at least a quarter of the run's sequence length, so that all devices train on similar contexts."""
 
 STEP_SHARE = 4
-"""In the middle of a round a fallback of experts gives up a quarter of them: fourteen such steps from 64 to 4."""
+"""In the middle of a round a fallback removes a quarter of the experts: fourteen such steps from 64 to 4."""
 
-TRAINED_SHARE = 4
-"""Freezing stops when a quarter of the experts held is trained."""
+TRAINABLE_SHARE = 4
+"""Freezing stops when a quarter of the resident experts is trainable."""
 
 WORTH = 1.05
-"""A saving beside fewer experts must leave 5 % more of them, or it is not worth its time or its shorter context."""
+"""A saving is used beside fewer experts only if it leaves at least 5 % more of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """What a device does in a step: how, and with how many experts over all layers."""
+    """How a device does a training step, and with how many experts, summed over all layers."""
 
     setup: StepSetup
-    held: int
-    trained: int
+    resident: int
+    trainable: int
 
-    def rank(self) -> tuple:
-        """Order on one search: a higher load stands higher. For loads of the same run only."""
+    def rank(self) -> tuple[int | bool, ...]:
+        """Sort key within one run: a plan that needs more memory ranks higher."""
         setup = self.setup
-        savings = (setup.expert_storage is None, setup.optimizer == "adamw", not setup.checkpointing)
-        savings += (not setup.chunked_loss, not setup.offload)
-        return (self.held, self.trained, setup.sequence_length, *savings)
+        return (
+            self.resident, self.trainable, setup.sequence_length, setup.expert_storage is None,
+            setup.optimizer == "adamw", not setup.checkpointing, not setup.chunked_loss, not setup.offload,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Fallback:
-    """One step down. ``sentence`` is for the owner; ``saved_bytes`` at the step's peak, as the memory model has it.
-    ``keeps_plan``: what is loaded stays as it is, and the steps that follow may be done so.
+    """One step down.
+
+    Attributes:
+        name: Short name of the fallback.
+        step_plan: The step plan with the fallback applied.
+        saved_bytes: Bytes that the fallback frees at the step's peak, by the memory model.
+        sentence: Description for the device's owner.
+        keeps_plan: Loaded experts stay as they are, so that it can apply from the next step on.
     """
 
     name: str
-    load: StepPlan
+    step_plan: StepPlan
     saved_bytes: int
     sentence: str
     keeps_plan: bool
@@ -77,15 +87,20 @@ class Fallback:
 
 @dataclasses.dataclass(frozen=True)
 class FallbackSearch:
-    """What a run, a model and a device make of the search.
+    """The search for one run, model and device.
 
-    ``estimate(setup, kept, trainable)``: the step's peak, experts per layer. ``layout(held, trained)``: the plan of so many
-    experts. ``problems``: savings that are not to be had, {"chunked_loss" | "checkpointing" | "adamw_8bit" |
-    "nf4_experts": why}. ``all_experts``: the method trains all or nothing, so fallbacks 6 and 7 are not there.
-    ``may_offload``: experts may lie away from the processor.
+    Attributes:
+        estimate: ``estimate(setup, resident, trainable)`` is the peak of a step; experts per layer.
+        layout: ``layout(resident, trainable)`` is the expert plan for these totals.
+        num_layers: MoE layers.
+        run_sequence_length: Tokens of a block, as the run asks for.
+        problems: Savings that do not work here, {"chunked_loss" | "checkpointing" | "adamw_8bit" | "nf4_experts":
+            reason}.
+        all_experts: The method needs every expert, so fallbacks 6 and 7 do not exist.
+        may_offload: Experts may be moved to host memory or disk.
     """
 
-    estimate: Callable[[StepSetup, list[int], list[int]], MemoryEstimate]
+    estimate: Callable[[StepSetup, Sequence[int], Sequence[int]], MemoryEstimate]
     layout: Callable[[int, int], ExpertPlan]
     num_layers: int
     run_sequence_length: int
@@ -93,72 +108,78 @@ class FallbackSearch:
     all_experts: bool = False
     may_offload: bool = False
 
-    def memory(self, load: StepPlan) -> MemoryEstimate:
-        """The peak of a training step under ``load``."""
-        plan = self.layout(load.held, load.trained)
+    def memory(self, step_plan: StepPlan) -> MemoryEstimate:
+        """The peak of a training step under ``step_plan``, in parts."""
+        plan = self.layout(step_plan.resident, step_plan.trainable)
         layers = range(plan.num_layers)
-        return self.estimate(
-            load.setup, [plan.num_slots(layer) for layer in layers], [len(plan.trainable(layer)) for layer in layers]
-        )
+        resident = [plan.num_slots(layer) for layer in layers]
+        trainable = [len(plan.trainable(layer)) for layer in layers]
+        return self.estimate(step_plan.setup, resident, trainable)
 
-    def needs_bytes(self, load: StepPlan) -> int:
-        return self.memory(load).total_bytes
+    def needs_bytes(self, step_plan: StepPlan) -> int:
+        """The peak of a training step under ``step_plan``, in bytes."""
+        return self.memory(step_plan).total_bytes
 
     @property
     def shortest_sequence(self) -> int:
+        """Fewest tokens of a block that fallback 5 may use."""
         return min(self.run_sequence_length, max(SHORTEST_SEQUENCE, self.run_sequence_length // SEQUENCE_SHARE))
 
 
 def fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[StepPlan, list[Fallback]]:
-    """The highest load, from ``wanted`` down, that fits; and the fallbacks that were taken to it.
+    """The best step plan that fits into ``usable_bytes``, at most ``wanted``, and the fallbacks that lead to it.
 
-    A fallback that turns out to be of no use beside those below it is not taken: a shorter sequence does not help where the
-    optimizer is the peak. Raises BudgetTooSmall when nothing fits, naming what the least would need.
+    A fallback that has no effect beside later ones is undone: a shorter sequence does not help where the optimizer is
+    the peak.
+
+    Raises:
+        BudgetTooSmall: Nothing fits; the message says what the smallest plan would need.
     """
-    load = wanted
+    found = wanted
     setups = [wanted.setup, *(setup for _, setup, _ in _setup_fallbacks(search, wanted.setup))]
     for setup in setups:
-        load = dataclasses.replace(wanted, setup=setup)
-        if search.needs_bytes(load) <= usable_bytes:
+        found = dataclasses.replace(wanted, setup=setup)
+        if search.needs_bytes(found) <= usable_bytes:
             break
     else:
-        least = load if search.all_experts else StepPlan(load.setup, search.num_layers, search.num_layers)
+        least = found if search.all_experts else StepPlan(found.setup, search.num_layers, search.num_layers)
         if search.needs_bytes(least) > usable_bytes:
             raise _nothing_fits(search, least, usable_bytes)
-        found = [_most_experts(search, dataclasses.replace(wanted, setup=setup), usable_bytes) for setup in setups]
-        most = max(each.held + each.trained for each in found if each)
-        load = next(each for each in found if each and WORTH * (each.held + each.trained) >= most)
-    for field in reversed(_FIELD_OF.values()):  # the dearest first
+        options = [_most_experts(search, dataclasses.replace(wanted, setup=setup), usable_bytes) for setup in setups]
+        fitting = [option for option in options if option]
+        most = max(option.resident + option.trainable for option in fitting)
+        found = next(option for option in fitting if WORTH * (option.resident + option.trainable) >= most)
+    for field in reversed(_FIELD_OF.values()):  # the most costly first
         for setup in setups:  # from no saving to all
-            undone = dataclasses.replace(load, setup=dataclasses.replace(load.setup, **{field: getattr(setup, field)}))
-            if search.needs_bytes(undone) <= search.needs_bytes(load):
-                load = undone
+            undone = dataclasses.replace(found, setup=_with_field_of(found.setup, setup, field))
+            if search.needs_bytes(undone) <= search.needs_bytes(found):
+                found = undone
                 break
-    return load, _path(search, wanted, load)
+    return found, _path(search, wanted, found)
 
 
-def next_fallback(search: FallbackSearch, load: StepPlan) -> Fallback | None:
-    """The next step down from ``load`` that frees memory, whatever is usable; None at the end of the search."""
-    need = search.needs_bytes(load)
-    for name, setup, sentence in _setup_fallbacks(search, load.setup):
-        field = _FIELD_OF[name]
-        other = dataclasses.replace(load, setup=dataclasses.replace(load.setup, **{field: getattr(setup, field)}))
+def next_fallback(search: FallbackSearch, step_plan: StepPlan) -> Fallback | None:
+    """The next step down from ``step_plan`` that frees memory, whatever the budget; None when nothing is left."""
+    need = search.needs_bytes(step_plan)
+    for name, setup, sentence in _setup_fallbacks(search, step_plan.setup):
+        other = dataclasses.replace(step_plan, setup=_with_field_of(step_plan.setup, setup, _FIELD_OF[name]))
         after = search.needs_bytes(other)
         if after < need:
-            return _fallback(name, other, need - after, sentence, keeps_plan=name not in _PLACED_ANEW)
+            return _fallback(name, other, need - after, sentence, keeps_plan=name not in _RELOADS_EXPERTS)
     if search.all_experts:
         return None
-    for name in ("fewer trained", "fewer held"):
-        for other in _fewer(search, load, name):
+    for name in (_FEWER_TRAINABLE, _FEWER_RESIDENT):
+        for other in _fewer(search, step_plan, name):
             after = search.needs_bytes(other)
             if after < need:
-                return _fallback(name, other, need - after, _expert_sentence(name, load, other), keeps_plan=False)
+                sentence = _expert_sentence(name, step_plan, other)
+                return _fallback(name, other, need - after, sentence, keeps_plan=False)
     return None
 
 
-def describe(load: StepPlan, total: int) -> str:
-    """A load in a few words: ``12 of 64 experts held, 8 trained; checkpointing, sequences of 64``."""
-    setup = load.setup
+def describe(step_plan: StepPlan, total: int) -> str:
+    """One line for the owner: ``12 of 64 experts resident, 8 trainable; chunked loss, checkpointing``."""
+    setup = step_plan.setup
     savings = [
         word
         for on, word in (
@@ -170,14 +191,16 @@ def describe(load: StepPlan, total: int) -> str:
         )
         if on
     ]
-    trained = "" if load.trained == load.held else f", {load.trained} trained"
-    return f"{load.held} of {total} experts held{trained}" + (f"; {', '.join(savings)}" if savings else "")
+    trainable = "" if step_plan.trainable == step_plan.resident else f", {step_plan.trainable} trainable"
+    return f"{step_plan.resident} of {total} experts resident{trainable}" + (
+        f"; {', '.join(savings)}" if savings else ""
+    )
 
 
 # --- fallbacks 1 to 5: how a step is done -----------------------------------------------------------------------------
 
 _PACKING, _OFFLOADING = "experts in NF4", "offloaded experts"
-_PLACED_ANEW = (_PACKING, _OFFLOADING)
+_RELOADS_EXPERTS = (_PACKING, _OFFLOADING)
 _FIELD_OF = {
     "chunked loss": "chunked_loss",
     "checkpointing": "checkpointing",
@@ -186,11 +209,15 @@ _FIELD_OF = {
     _OFFLOADING: "offload",
     "shorter sequence": "sequence_length",
 }
-"""Fallback -> what it changes in a setup."""
+"""Fallback -> the field of `StepSetup` that it changes."""
+
+
+def _with_field_of(setup: StepSetup, other: StepSetup, field: str) -> StepSetup:
+    return dataclasses.replace(setup, **{field: getattr(other, field)})
 
 
 def _setup_fallbacks(search: FallbackSearch, setup: StepSetup) -> Iterator[tuple[str, StepSetup, str]]:
-    """(name, setup with this fallback on top of all before it, sentence) of each fallback below ``setup`` that exists here."""
+    """Yield (name, setup with this fallback and all before it, sentence) for each fallback below ``setup``."""
     if not setup.chunked_loss and "chunked_loss" not in search.problems:
         setup = dataclasses.replace(setup, chunked_loss=True)
         yield "chunked loss", setup, f"loss computed {CHUNK_TOKENS} tokens at a time"
@@ -202,19 +229,20 @@ def _setup_fallbacks(search: FallbackSearch, setup: StepSetup) -> Iterator[tuple
         yield "8-bit optimizer", setup, "8-bit optimizer"
     if setup.expert_storage is None and "nf4_experts" not in search.problems:
         setup = dataclasses.replace(setup, expert_storage="nf4")
-        yield _PACKING, setup, "experts' weights that do not learn kept in 4 bits (NF4)"
+        yield _PACKING, setup, "frozen experts in NF4"
     if search.may_offload and not setup.offload:
         setup = dataclasses.replace(setup, offload=True)
-        yield _OFFLOADING, setup, "experts offloaded, each brought in when a token needs it"
+        yield _OFFLOADING, setup, "experts offloaded, loaded when a token needs them"
     while setup.sequence_length // 2 >= search.shortest_sequence:
         length = setup.sequence_length
         setup = dataclasses.replace(setup, sequence_length=length // 2)
         yield "shorter sequence", setup, f"sequences of {length // 2} tokens instead of {length}"
 
 
-def _path(search: FallbackSearch, wanted: StepPlan, load: StepPlan) -> list[Fallback]:
-    """The fallbacks from ``wanted`` to ``load``, each with what it saves behind those before it."""
-    taken, at, need = [], wanted, search.needs_bytes(wanted)
+def _path(search: FallbackSearch, wanted: StepPlan, found: StepPlan) -> list[Fallback]:
+    """The fallbacks from ``wanted`` to ``found``, each with what it saves after those before it."""
+    taken: list[Fallback] = []
+    at, need = wanted, search.needs_bytes(wanted)
 
     def step(name: str, other: StepPlan, sentence: str, keeps_plan: bool) -> None:
         nonlocal at, need
@@ -224,101 +252,100 @@ def _path(search: FallbackSearch, wanted: StepPlan, load: StepPlan) -> list[Fall
 
     for name, setup, sentence in _setup_fallbacks(search, wanted.setup):
         field = _FIELD_OF[name]
-        value = getattr(setup, field)
-        reached = getattr(load.setup, field)
+        value, reached = getattr(setup, field), getattr(found.setup, field)
         if value == reached or (field == "sequence_length" and value > reached):
-            setup = dataclasses.replace(at.setup, **{field: value})
-            step(name, dataclasses.replace(at, setup=setup), sentence, name not in _PLACED_ANEW)
-    if load.trained < at.trained and load.trained < load.held:
-        other = dataclasses.replace(at, trained=load.trained)
-        step("fewer trained", other, _expert_sentence("fewer trained", at, other), False)
-    if load.held < at.held:
-        step("fewer held", load, _expert_sentence("fewer held", at, load), False)
+            other = dataclasses.replace(at, setup=_with_field_of(at.setup, setup, field))
+            step(name, other, sentence, name not in _RELOADS_EXPERTS)
+    if found.trainable < at.trainable and found.trainable < found.resident:
+        other = dataclasses.replace(at, trainable=found.trainable)
+        step(_FEWER_TRAINABLE, other, _expert_sentence(_FEWER_TRAINABLE, at, other), False)
+    if found.resident < at.resident:
+        step(_FEWER_RESIDENT, found, _expert_sentence(_FEWER_RESIDENT, at, found), False)
     return taken
 
 
 # --- fallbacks 6 and 7: experts ---------------------------------------------------------------------------------------
 
-
-def _freezing_pays(search: FallbackSearch, load: StepPlan) -> bool:
-    """Whether an expert that is held but not trained saves at least half of what one that is gone saves."""
-    if load.setup.experts != "full" or load.held <= search.num_layers:
-        return load.setup.experts == "full"
-    fewer = max(search.num_layers, load.held // 2)
-    all_trained = search.needs_bytes(dataclasses.replace(load, trained=load.held))
-    frozen = search.needs_bytes(dataclasses.replace(load, trained=fewer))
-    gone = search.needs_bytes(StepPlan(load.setup, fewer, fewer))
-    return 2 * (all_trained - frozen) >= all_trained - gone
+_FEWER_TRAINABLE, _FEWER_RESIDENT = "fewer trainable", "fewer resident"
 
 
-def _fewest_trained(search: FallbackSearch, held: int) -> int:
-    return min(held, max(search.num_layers, -(-held // TRAINED_SHARE)))
+def _freezing_pays(search: FallbackSearch, step_plan: StepPlan) -> bool:
+    """Whether freezing an expert saves at least half of what removing it saves."""
+    if step_plan.setup.experts != "full" or step_plan.resident <= search.num_layers:
+        return step_plan.setup.experts == "full"
+    fewer = max(search.num_layers, step_plan.resident // 2)
+    all_trainable = search.needs_bytes(dataclasses.replace(step_plan, trainable=step_plan.resident))
+    frozen = search.needs_bytes(dataclasses.replace(step_plan, trainable=fewer))
+    removed = search.needs_bytes(StepPlan(step_plan.setup, fewer, fewer))
+    return 2 * (all_trainable - frozen) >= all_trainable - removed
 
 
-def _with_count(search: FallbackSearch, load: StepPlan, name: str, count: int) -> StepPlan:
-    if name == "fewer trained":
-        return dataclasses.replace(load, trained=count)
-    trained = _fewest_trained(search, count) if load.trained < load.held else count
-    return dataclasses.replace(load, held=count, trained=min(load.trained, trained))
+def _fewest_trainable(search: FallbackSearch, resident: int) -> int:
+    return min(resident, max(search.num_layers, -(-resident // TRAINABLE_SHARE)))
 
 
-def _range(search: FallbackSearch, load: StepPlan, name: str) -> tuple[int, int]:
-    """(least, current) count that a fallback of experts may take."""
-    if name == "fewer trained":
-        pays = _freezing_pays(search, load)
-        return min(load.trained, _fewest_trained(search, load.held)) if pays else load.trained, load.trained
-    return search.num_layers, load.held
+def _with_count(search: FallbackSearch, step_plan: StepPlan, name: str, count: int) -> StepPlan:
+    if name == _FEWER_TRAINABLE:
+        return dataclasses.replace(step_plan, trainable=count)
+    trainable = _fewest_trainable(search, count) if step_plan.trainable < step_plan.resident else count
+    return dataclasses.replace(step_plan, resident=count, trainable=min(step_plan.trainable, trainable))
 
 
-def _most_experts(search: FallbackSearch, load: StepPlan, usable_bytes: int) -> StepPlan | None:
-    """``load`` with as many experts as fit, trained ones given up first; None where not even one per layer fits."""
-    for name in ("fewer trained", "fewer held"):
-        low, high = _range(search, load, name)
+def _range(search: FallbackSearch, step_plan: StepPlan, name: str) -> tuple[int, int]:
+    """(least, current) count of experts for a fallback."""
+    if name == _FEWER_TRAINABLE:
+        pays = _freezing_pays(search, step_plan)
+        least = min(step_plan.trainable, _fewest_trainable(search, step_plan.resident))
+        return least if pays else step_plan.trainable, step_plan.trainable
+    return search.num_layers, step_plan.resident
+
+
+def _most_experts(search: FallbackSearch, step_plan: StepPlan, usable_bytes: int) -> StepPlan | None:
+    """``step_plan`` with as many experts as fit, frozen before removed; None if one per layer is too much."""
+    for name in (_FEWER_TRAINABLE, _FEWER_RESIDENT):
+        low, high = _range(search, step_plan, name)
         while low < high:
             middle = (low + high + 1) // 2
-            if search.needs_bytes(_with_count(search, load, name, middle)) <= usable_bytes:
+            if search.needs_bytes(_with_count(search, step_plan, name, middle)) <= usable_bytes:
                 low = middle
             else:
                 high = middle - 1
-        load = _with_count(search, load, name, low)
-        if search.needs_bytes(load) <= usable_bytes:
-            return load
+        step_plan = _with_count(search, step_plan, name, low)
+        if search.needs_bytes(step_plan) <= usable_bytes:
+            return step_plan
     return None
 
 
-def _fewer(search: FallbackSearch, load: StepPlan, name: str) -> Iterator[StepPlan]:
-    """``load`` with ever fewer experts, a quarter at a time; nothing when it has the fewest."""
-    least, current = _range(search, load, name)
+def _fewer(search: FallbackSearch, step_plan: StepPlan, name: str) -> Iterator[StepPlan]:
+    """Yield ``step_plan`` with a quarter fewer experts each time, down to the least."""
+    least, current = _range(search, step_plan, name)
     while current > least:
         current = max(least, current - max(1, current // STEP_SHARE))
-        yield _with_count(search, load, name, current)
+        yield _with_count(search, step_plan, name, current)
 
 
-# --- words --------------------------------------------------------------------------------------------------------
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def _fallback(name: str, load: StepPlan, saved_bytes: int, sentence: str, *, keeps_plan: bool) -> Fallback:
-    return Fallback(name, load, saved_bytes, f"{sentence}, saves about {format_bytes(saved_bytes)}", keeps_plan)
+def _fallback(name: str, step_plan: StepPlan, saved_bytes: int, sentence: str, *, keeps_plan: bool) -> Fallback:
+    saved = f" (saves {format_bytes(saved_bytes)})" if saved_bytes > 0 else ""
+    return Fallback(name, step_plan, saved_bytes, sentence + saved, keeps_plan)
 
 
 def _expert_sentence(name: str, before: StepPlan, after: StepPlan) -> str:
-    if name == "fewer trained":
-        return f"{after.trained} of {after.held} experts held are trained instead of {before.trained}"
-    return f"{after.held} experts held instead of {before.held}, {after.trained} trained"
+    if name == _FEWER_TRAINABLE:
+        return f"{after.trainable} of {after.resident} resident experts trainable instead of {before.trainable}"
+    return f"{after.resident} experts resident instead of {before.resident}, {after.trainable} trainable"
 
 
 def _nothing_fits(search: FallbackSearch, least: StepPlan, usable_bytes: int) -> BudgetTooSmall:
     memory = search.memory(least)
-    need = memory.total_bytes
-    what = (
-        f"all {least.held} experts"
-        if search.all_experts
-        else f"one expert in each of the {search.num_layers} MoE layers"
-    )
+    need, setup = memory.total_bytes, least.setup
+    one_each = f"one expert in each of the {search.num_layers} MoE layers"
+    what = f"all {least.resident} experts" if search.all_experts else one_each
     largest = sorted(memory.parts, key=lambda part: memory.parts[part], reverse=True)[:2]
     breakdown = ", ".join(f"{format_bytes(memory.parts[part])} {part}" for part in largest)
     without = "".join(f"; without {name.replace('_', ' ')}: {why}" for name, why in sorted(search.problems.items()))
-    setup = least.setup
     return BudgetTooSmall(
         f"{what} needs {format_bytes(need)} with every saving ({breakdown}; {setup.batch_size} sequences of "
         f"{setup.sequence_length} tokens), the device offers the model {format_bytes(max(0, usable_bytes))}{without}",

@@ -1,15 +1,15 @@
-"""How much memory a training step needs at its peak, before anything is loaded. Arithmetic only: no torch, no model.
+"""Predicts the peak memory of a training step before anything is loaded. Arithmetic only: no torch, no model.
 
 Symbols: H hidden_size, I expert_width, T tokens of a batch, V vocab_size, K experts per token, P (token, expert) pairs,
-R LoRA rank, w bytes of a number. A step has four phases, and its peak is the largest of them, not their sum:
+R LoRA rank, w bytes of a number. A step has four phases; its peak is the largest of them, not their sum:
 
     forward     weights + optimizer state + what the layers so far keep for the backward pass
     loss        the same of all layers + logits and their gradient
-    backward    layer by layer from the last: kept tensors go, weight gradients come
-    optimizer   weights + optimizer state + all gradients + what the update of one tensor needs on the way
+    backward    layer by layer from the last: kept tensors are freed, weight gradients are made
+    optimizer   weights + optimizer state + all gradients + temporaries of the update of one tensor
 
-What layers keep is a formula of the reference kernels (`edgefed.kernels.masked_experts`) and of transformers' blocks;
-one measured step corrects it (`edgefed.training.calibration`). Weights, gradients and states are counted exactly.
+What layers keep follows formulas (`edgefed.costs.activations`), which one measured step corrects
+(`edgefed.training.calibration`). Weights, gradients and optimizer state are counted exactly.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from edgefed.costs.step_setup import (
     ALLOWANCE,
     DTYPE_BYTES,
     STORAGE_BYTES,
-    TUNED_TOKENS,
+    TRAINABLE_TOKENS,
     Correction,
     StepSetup,
 )
@@ -60,37 +60,41 @@ _MIB = 1024 * 1024
 ATTENTION_BYTES = 32 * _MIB
 """A piece of attention weights and its copies: `edgefed.moe.attention_received`, PIECE_BYTES times PIECE_COPIES."""
 PAUSED_HIDDEN, PAUSED_PER_EXPERT, PAUSED_PER_PAIR = 5.5, 8, 24
-"""What a batch keeps per token while it waits for the next layer: hidden states (4 in OLMoE, 5.5 in GPT-OSS, counted),
-logits of the router, its choice."""
+"""Per token of a batch that waits for the next layer: hidden states (counted: 4 in OLMoE, 5.5 in GPT-OSS), router
+logits and the router's choice."""
 PAUSED_BYTES = 6 * _MIB
-"""What each thread of a waiting batch keeps on a CPU: scratch of the matrix library, up to 4.6 MiB measured."""
+"""Per thread of a waiting batch on a CPU: scratch of the matrix library, up to 4.6 MiB measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """``parts`` is what the peak is made of, in bytes and display order; ``phases`` the peak of each phase."""
+    """Bytes of a step: ``parts`` of the peak, in display order, and the peak of each of its ``phases``."""
 
     parts: dict[str, int]
     phases: dict[str, int]
 
     @property
     def total_bytes(self) -> int:
+        """The peak."""
         return sum(self.parts.values())
 
     @property
     def phase(self) -> str:
-        """The phase that is the peak."""
+        """The phase with the peak."""
         return max(self.phases, key=self.phases.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeBudget:
-    """How many experts per MoE layer fit, each number for itself, at most what the largest layer has.
+    """How many experts per MoE layer fit, at most the number of the largest layer. 0: not even one.
 
-    ``profile_per_layer``: resident in a forward pass. ``keep_per_layer``: held while one of them trains.
-    ``tune_per_layer``: held while all of them train. 0 means that not even one fits. ``estimate`` is of the last plan
-    that fits (all trainable, else one trainable), or of one expert per layer when nothing does. ``limit`` says in words what
-    ended it, ``limits`` the same for each number: profile, keep, tune.
+    Attributes:
+        profile_per_layer: Resident in a forward pass.
+        keep_per_layer: Resident while one of them trains.
+        tune_per_layer: Resident while all of them train.
+        estimate: Of the largest plan that fits (all trainable, else one), or of one expert per layer if none does.
+        limit: A sentence about what limits the number.
+        limits: The same for each number: profile, keep, tune.
     """
 
     profile_per_layer: int
@@ -104,22 +108,29 @@ class ComputeBudget:
 def training_memory(
     shape: ModelShape,
     setup: StepSetup,
-    kept: int | Sequence[int],
+    resident: int | Sequence[int],
     trainable: int | Sequence[int],
     correction: Correction | None = None,
 ) -> MemoryEstimate:
     """Peak of a training step from the second on (the first has no optimizer state yet).
 
-    ``kept`` and ``trainable``: experts of each MoE layer, one number for all or one per layer; trainable ones are among the
-    kept ones. A number above what a layer has means all of them. Raises ConfigError on impossible counts.
+    Args:
+        shape: The model.
+        setup: How the step is done.
+        resident: Experts in memory of each MoE layer, or one number for all; more than a layer has means all of it.
+        trainable: Those of them that train.
+        correction: What a measured step says about the formulas.
+
+    Raises:
+        ConfigError: Negative counts, or more trainable than resident experts.
     """
-    kept, trainable = _counts(shape, kept, trainable, setup)
-    static = static_bytes(shape, setup, kept, trainable)
+    resident, trainable = _counts(shape, resident, trainable, setup)
+    static = static_bytes(shape, setup, resident, trainable)
     gradients = gradient_bytes(shape, setup, trainable)
     states = static["optimizer"]
     base = sum(static.values())
-    trainable_tokens = correction.trainable_tokens if correction else TUNED_TOKENS
-    found = corrected(activations(shape, setup, kept, trainable, trainable_tokens=trainable_tokens), correction)
+    trainable_tokens = correction.trainable_tokens if correction else TRAINABLE_TOKENS
+    found = corrected(activations(shape, setup, resident, trainable, trainable_tokens=trainable_tokens), correction)
     overhead = workspace_bytes(shape, setup) + (correction.overhead_bytes if correction else 0)
     lasting = gradient_bytes(shape, setup, trainable, lasting=True)
     moments = _moments(shape, setup, found, gradients, lasting)
@@ -129,7 +140,7 @@ def training_memory(
     peak = moments[max(phases, key=phases.__getitem__)]
     parts = {
         "dense": static["dense"],
-        "kept experts": static["kept experts"],
+        "resident experts": static["resident experts"],
         "trainable experts": static["trainable experts"],
         "gradients": peak[0],
         "optimizer": states,
@@ -143,8 +154,9 @@ def training_memory(
 def _moments(
     shape: ModelShape, setup: StepSetup, found: Activations, gradients: Sequence[int], lasting: Sequence[int]
 ) -> dict[str, tuple[int, int, int]]:
-    """(gradients, activations, logits) at the peak of the forward pass, the loss and the backward pass. ``lasting``:
-    the gradients of each layer that stay behind its backward pass.
+    """(gradients, activations, logits) at the peak of the forward pass, the loss and the backward pass.
+
+    ``lasting``: the gradients of each layer that remain after its backward pass.
     """
     kept = [outside + inside for outside, inside in zip(found.outside, found.inside, strict=True)]
     again = [0.0] * len(kept)
@@ -154,7 +166,7 @@ def _moments(
     body = sum(kept) + found.tail
     gone, cumulated, backward = 0, body, (0, 0, 0)
     for layer in range(len(kept) - 1, found.first - 1, -1):
-        # The experts' tensors go while their gradients come, but for those that go last.
+        # The experts' tensors are freed as their gradients are made, except those that stay until the end.
         grown = max(0, gradients[layer] - int(max(0.0, found.inside[layer] - found.stays[layer])))
         backward = max(backward, (gone + grown, int(cumulated + again[layer] + found.backward[layer]), 0), key=sum)
         gone += lasting[layer]
@@ -169,44 +181,53 @@ def _moments(
 def profiling_memory(
     shape: ModelShape,
     setup: StepSetup,
-    kept: int | Sequence[int],
+    resident: int | Sequence[int],
     *,
-    hold: str = "all",
-    together: int = 1,
+    residency: str = "all",
+    concurrent_batches: int = 1,
     attention: bool = False,
     threads: int = 1,
 ) -> MemoryEstimate:
-    """Peak of a forward pass without gradients and with one row of logits, as a profile is made.
+    """Peak of the forward pass of an activation profile: no gradients, one row of logits per sequence.
 
-    ``hold``: "all" holds ``kept`` experts of each layer at once, "layer" those of one layer, "expert" one, of full
-    layers and as it comes (`edgefed.moe.lockstep`). ``together``: batches side by side, of which all but one wait.
-    ``attention``: the attention that tokens receive is recorded. ``threads``: of a CPU, that a batch computes with.
+    Args:
+        shape: The model.
+        setup: Batch size, sequence length and how experts are stored.
+        resident: Experts per MoE layer.
+        residency: In memory at a time: "all" of these, those of one "layer", or one "expert" of full layers in the
+            model's dtype (`edgefed.moe.lockstep`).
+        concurrent_batches: Batches side by side, of which all but one wait.
+        attention: The attention that tokens receive is recorded.
+        threads: Threads of the CPU.
     """
-    kept, _ = _counts(shape, kept, 0, setup)
-    storage = setup.expert_storage if hold != "expert" else None
+    resident, _ = _counts(shape, resident, 0, setup)
+    storage = setup.expert_storage if residency != "expert" else None
     setup = dataclasses.replace(
         setup, experts="lora" if setup.experts == "lora" else "none", attention="none", expert_storage=storage
     )
-    static = static_bytes(shape, setup, kept, tuple(0 for _ in kept))
+    static = static_bytes(shape, setup, resident, tuple(0 for _ in resident))
     sizes = [expert_bytes(layer, setup) for layer in shape.moe_layers]
-    read = max(expert_bytes(layer, setup, setup.dtype) for layer in shape.moe_layers)  # one expert, as it comes
-    if hold == "all":
-        experts = static["kept experts"]
-    else:
-        experts = max(size * count for size, count in zip(sizes, kept, strict=True)) if hold == "layer" else 0
-    flowing, pairs = 0, iter(kept)
+    read = max(
+        expert_bytes(layer, setup, setup.dtype) for layer in shape.moe_layers
+    )  # one expert, in the model's dtype
+    experts: float = 0
+    if residency == "all":
+        experts = static["resident experts"]
+    elif residency == "layer":
+        experts = max(size * count for size, count in zip(sizes, resident, strict=True))
+    flowing, pairs = 0.0, iter(resident)
     for layer in shape.layers:
-        held = next(pairs) if layer.num_experts else 0
-        active = setup.tokens * min(layer.top_k, layer.num_experts if hold == "expert" else held)
+        count = next(pairs) if layer.num_experts else 0
+        active = setup.tokens * min(layer.top_k, layer.num_experts if residency == "expert" else count)
         flowing = max(flowing, forward_transient(shape, layer, setup, active) + outside_experts(shape, layer, setup))
     if attention:
         flowing += ATTENTION_BYTES + 2 * setup.tokens * setup.sequence_length * setup.width
-    waiting = _waiting_bytes(shape, setup, attention, threads) if together > 1 else 0
+    waiting = _waiting_bytes(shape, setup, attention, threads) if concurrent_batches > 1 else 0
     parts = {
         "dense": static["dense"],
-        "kept experts": rounded_up(experts + (0 if hold == "all" and storage is None else read)),
+        "resident experts": rounded_up(experts + (0 if residency == "all" and storage is None else read)),
         "activations": int(flowing),
-        "waiting batches": (together - 1) * waiting,
+        "waiting batches": (concurrent_batches - 1) * waiting,
         "logits": setup.batch_size * shape.vocab_size * setup.width,
         "workspace": workspace_bytes(shape, setup),
     }
@@ -214,7 +235,7 @@ def profiling_memory(
 
 
 def _waiting_bytes(shape: ModelShape, setup: StepSetup, attention: bool, threads: int) -> int:
-    """What one batch keeps while it waits, with its attention mask, and weights where its attention keeps them."""
+    """What one batch keeps while it waits: hidden states, attention mask, and scores if its attention keeps them."""
     tokens, hidden = setup.tokens, PAUSED_HIDDEN * shape.hidden_size * setup.width
     routed = max(PAUSED_PER_EXPERT * layer.num_experts + PAUSED_PER_PAIR * layer.top_k for layer in shape.moe_layers)
     size = tokens * (hidden + routed) + (PAUSED_BYTES * threads if setup.device == "cpu" else 0)
@@ -228,18 +249,18 @@ def _waiting_bytes(shape: ModelShape, setup: StepSetup, attention: bool, threads
 def compute_budget(
     shape: ModelShape, setup: StepSetup, usable_bytes: int, correction: Correction | None = None
 ) -> ComputeBudget:
-    """How many experts per MoE layer can be profiled, kept and trainable within ``usable_bytes``; see ComputeBudget."""
+    """How many experts per MoE layer fit into ``usable_bytes``; see `ComputeBudget`."""
     room = usable_bytes - (correction.process_bytes if correction else 0)
     most = shape.num_experts
 
-    def tuning(kept: int, trainable: int) -> MemoryEstimate:
-        return training_memory(shape, setup, kept, trainable, correction)
+    def training(resident: int, trainable: int) -> MemoryEstimate:
+        return training_memory(shape, setup, resident, trainable, correction)
 
     trains = int(setup.experts != "none")
     estimates: dict[str, Callable[[int], MemoryEstimate]] = {
-        "profile": lambda kept: profiling_memory(shape, setup, kept),
-        "keep": lambda kept: tuning(kept, trains),
-        "tune": lambda kept: tuning(kept, kept),
+        "profile": lambda resident: profiling_memory(shape, setup, resident),
+        "keep": lambda resident: training(resident, trains),
+        "tune": lambda resident: training(resident, resident),
     }
     found = {name: _largest(most, estimate, room) for name, estimate in estimates.items()}
     if not trains:
@@ -258,7 +279,7 @@ def compute_budget(
 
 
 def _limit(count: int, most: int, estimate: Callable[[int], MemoryEstimate], room: int) -> str:
-    """Why not one more than ``count``."""
+    """A sentence: why one more than ``count`` does not fit."""
     if count == most:
         return f"nothing: all {most} experts of a layer fit"
     beyond = estimate(count + 1)
@@ -271,7 +292,7 @@ def _limit(count: int, most: int, estimate: Callable[[int], MemoryEstimate], roo
 
 
 def _largest(most: int, estimate: Callable[[int], MemoryEstimate], room: int) -> int:
-    """The largest count in 1..most whose estimate fits, 0 when 1 does not. Estimates grow with the count."""
+    """The largest count in 1..most whose estimate fits, 0 if none does. Estimates grow with the count."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -283,7 +304,7 @@ def _largest(most: int, estimate: Callable[[int], MemoryEstimate], room: int) ->
 
 
 def _counts(
-    shape: ModelShape, kept: int | Sequence[int], trainable: int | Sequence[int], setup: StepSetup
+    shape: ModelShape, resident: int | Sequence[int], trainable: int | Sequence[int], setup: StepSetup
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     per_layer = shape.experts_per_layer
 
@@ -296,12 +317,13 @@ def _counts(
             )
         return tuple(min(int(count), limit) for count, limit in zip(counts, per_layer, strict=True))
 
-    kept, trainable = spread(kept, "kept"), spread(trainable, "trainable")
-    if any(t > k for k, t in zip(kept, trainable, strict=True)):
+    resident, trainable = spread(resident, "resident"), spread(trainable, "trainable")
+    if any(t > k for k, t in zip(resident, trainable, strict=True)):
         raise ConfigError(
-            f"trainable experts are among the kept ones; found {list(trainable)} trainable of {list(kept)} kept"
+            "trainable experts must be resident; "
+            f"found {list(trainable)} trainable of {list(resident)} resident experts per layer"
         )
-    return kept, trainable if setup.experts != "none" else tuple(0 for _ in trainable)
+    return resident, trainable if setup.experts != "none" else tuple(0 for _ in trainable)
 
 
 def _mib(size_bytes: int) -> str:

@@ -1,17 +1,17 @@
-"""Operations and bytes of one pass through a model, from its shape alone; and the time they take at best.
+"""Operations and bytes of one pass through a model, from its shape alone, and the least time that they take.
 
     seconds of an operation = max(operations / peak, bytes / bandwidth)
 
 Symbols as in `edgefed.costs.memory`: T tokens, S sequence, H hidden_size, I expert_width, V vocab_size, K experts per
-token, E' experts held, P = T min(K, E') pairs, w bytes of a number, D = E' (1 - (1 - min(K, E')/E')^T) distinct experts
-hit by T tokens that are routed evenly. A multiplication and an addition are two operations.
+token, E' resident experts, P = T min(K, E') pairs, w bytes of a number, D = E' (1 - (1 - min(K, E')/E')^T) distinct
+experts that T evenly routed tokens use. A multiplication and an addition are two operations.
 
     experts, forward      2 P W,  D W b + P w (2 H + 3 I)          W parameters of an expert, b bytes of a stored one
-    experts, backward     2 P W for dX, 2 P_tuned W for dW; weights read again, gradients written
+    experts, backward     2 P W for dX, 2 P_train W for dW; weights read again, gradients written
     adapters, forward     2 P R (in + out) of each matrix, thin; twice as much backward
-    projections           2 T W_dense forward, the same for dX, once more for dW where they train
+    projections           2 T W_dense forward, the same for dX, once more for dW if they train
     attention             2 T S A forward (causal, A outputs of the queries), 2.5 times as much backward
-    output embedding      2 T H V forward, 2 T H V backward; forward once more where the loss is computed in chunks
+    output embedding      2 T H V forward, 2 T H V backward; forward once more if the loss is computed in chunks
     checkpointing         the layers once more forward
     quantised weights     read packed; above DECODED_TOKENS tokens also written and read once decoded
     optimizer             AdamW: 7 w per trained parameter, 8 bit: 3 w + 4; clipping 3 w; all bytes
@@ -27,11 +27,11 @@ from edgefed.costs.shapes import LayerShape, ModelShape
 from edgefed.costs.step_setup import DTYPE_BYTES, STORAGE_BYTES, StepSetup
 
 DECODED_TOKENS = 256
-"""Below it a kernel decodes quantised weights on the way to the multiplication; above, decoding once is cheaper."""
+"""With fewer, a kernel decodes quantised weights as it multiplies; with more, decoding once first is cheaper."""
 
 WIDE_RANK = 64
-"""A product that is R wide runs at R / WIDE_RANK of the peak, at most at the peak. Assumed, of the order of what the
-CPU kernels take for rank 8 (benchmarks/results/virtual_clock.json)."""
+"""A product of width R runs at R / WIDE_RANK of the peak, at most at the peak. An assumption, of the order of what the
+CPU kernels need for rank 8 (benchmarks/results/virtual_clock.json)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,13 @@ class Op:
     bytes: float
 
     def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """The least time with these rates."""
         return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """The operations of a step by phase. A profile has only a ``forward`` one."""
+    """The operations of a step by phase. A profile has only ``forward``."""
 
     forward: tuple[Op, ...]
     backward: tuple[Op, ...] = ()
@@ -55,18 +56,28 @@ class Pass:
 
 
 def training_step(
-    shape: ModelShape, setup: StepSetup, held: Sequence[int], trainable: Sequence[int], trainable_pairs: Sequence[float]
+    shape: ModelShape,
+    setup: StepSetup,
+    resident: Sequence[int],
+    trainable: Sequence[int],
+    trainable_pairs: Sequence[float],
 ) -> Pass:
-    """One step. ``held``, ``trainable``: experts per MoE layer; ``trainable_pairs``: share of pairs that trainable ones compute."""
+    """The operations of one step.
+
+    ``resident`` and ``trainable`` are experts per MoE layer; ``trainable_pairs`` is the share of each layer's (token,
+    expert) pairs that trainable experts compute.
+    """
     backward, trained = [], 0.0
     first = 0 if setup.checkpointing else first_trained(shape, setup, trainable)
-    counts = iter(zip(held, trainable, trainable_pairs, strict=True))
+    counts = iter(zip(resident, trainable, trainable_pairs, strict=True))
     layers: list[Op] = []
     for index, layer in enumerate(shape.layers):
-        count_held, count_trainable, share = next(counts) if layer.num_experts else (0, 0, 0.0)
-        layers += _layer_forward(shape, layer, setup, setup.tokens, count_held, count_trainable)
+        count_resident, count_trainable, share = next(counts) if layer.num_experts else (0, 0, 0.0)
+        layers += _layer_forward(shape, layer, setup, setup.tokens, count_resident, count_trainable)
         if index >= first:
-            backward += _layer_backward(shape, layer, setup, count_held, count_trainable, share, below=index > first)
+            backward += _layer_backward(
+                shape, layer, setup, count_resident, count_trainable, share, below=index > first
+            )
         expert, rest = trained_tensors(layer, setup)
         trained += count_trainable * sum(n * w for n, w in expert) + sum(n * w for n, w in rest)
     head = _head(shape, setup, setup.tokens)
@@ -79,36 +90,36 @@ def training_step(
 def forward_pass(
     shape: ModelShape,
     setup: StepSetup,
-    held: Sequence[int],
+    resident: Sequence[int],
     tokens: int,
     *,
     storage: str | None = None,
     logits: bool = False,
 ) -> Pass:
-    """A pass without gradients of ``tokens`` tokens at a time, experts stored as ``storage``.
+    """A forward pass without gradients, ``tokens`` tokens at a time, with experts stored as ``storage``.
 
-    ``logits``: of all tokens, as an evaluation needs them; a profile needs none.
+    ``logits``: also those of all tokens, as an evaluation needs them.
     """
     setup = dataclasses.replace(setup, expert_storage=storage)
-    counts, ops = iter(held), []
+    counts, ops = iter(resident), []
     for layer in shape.layers:
         ops += _layer_forward(shape, layer, setup, tokens, next(counts) if layer.num_experts else 0, 0)
     return Pass((*ops, _head(shape, setup, tokens)) if logits else tuple(ops))
 
 
-def distinct_experts(held: int, top_k: int, tokens: int) -> float:
-    """D, the experts that ``tokens`` evenly routed tokens hit among ``held``."""
-    active = min(top_k, held)
-    return held * (1.0 - (1.0 - active / held) ** tokens) if held else 0.0
+def distinct_experts(resident: int, top_k: int, tokens: int) -> float:
+    """D: how many of ``resident`` experts ``tokens`` evenly routed tokens use."""
+    active = min(top_k, resident)
+    return resident * (1.0 - (1.0 - active / resident) ** tokens) if resident else 0.0
 
 
 def stored_bytes(layer: LayerShape, setup: StepSetup) -> float:
-    """Bytes of one expert that does not train, without its adapter."""
+    """Bytes of one frozen expert, without its adapter."""
     return expert_bytes(layer, dataclasses.replace(setup, experts="none"))
 
 
 def _layer_forward(
-    shape: ModelShape, layer: LayerShape, setup: StepSetup, tokens: int, held: int, trainable: int
+    shape: ModelShape, layer: LayerShape, setup: StepSetup, tokens: int, resident: int, trainable: int
 ) -> list[Op]:
     w, hidden = setup.width, shape.hidden_size
     dense = STORAGE_BYTES[setup.dense_storage or setup.dtype] * layer.linear_parameters
@@ -122,10 +133,10 @@ def _layer_forward(
     if layer.attention_matrices:
         queries = layer.attention_matrices[0][1]
         ops.append(Op(2.0 * tokens * setup.sequence_length * queries, 4.0 * tokens * queries * w))
-    if held:
+    if resident:
         ops.append(_router(hidden, layer, w, tokens))
-        ops.append(_experts_forward(shape, layer, setup, tokens, held, trainable))
-        ops += _adapters(layer, setup, tokens, held)
+        ops.append(_experts_forward(shape, layer, setup, tokens, resident, trainable))
+        ops += _adapters(layer, setup, tokens, resident)
     return ops
 
 
@@ -134,39 +145,39 @@ def _router(hidden: int, layer: LayerShape, width: int, tokens: int) -> Op:
     return Op(2.0 * tokens * size, size * width + tokens * (hidden * width + 8.0 * layer.num_experts))
 
 
-def _weights_read(layer: LayerShape, setup: StepSetup, tokens: int, held: int, trainable: int) -> float:
-    """Bytes of the distinct experts hit, once through."""
+def _weights_read(layer: LayerShape, setup: StepSetup, tokens: int, resident: int, trainable: int) -> float:
+    """Bytes of the distinct experts used, read once."""
     full_trainable = trainable if setup.experts == "full" else 0
-    hit = distinct_experts(held, layer.top_k, tokens) / held
+    hit = distinct_experts(resident, layer.top_k, tokens) / resident
     plain = layer.parameters_per_expert * setup.width
-    size = hit * (full_trainable * plain + (held - full_trainable) * stored_bytes(layer, setup))
+    size = hit * (full_trainable * plain + (resident - full_trainable) * stored_bytes(layer, setup))
     storage = setup.expert_storage
     if storage is not None and storage not in DTYPE_BYTES and tokens > DECODED_TOKENS:
-        size += 2.0 * hit * (held - full_trainable) * plain
+        size += 2.0 * hit * (resident - full_trainable) * plain
     return size
 
 
 def _experts_forward(
-    shape: ModelShape, layer: LayerShape, setup: StepSetup, tokens: int, held: int, trainable: int
+    shape: ModelShape, layer: LayerShape, setup: StepSetup, tokens: int, resident: int, trainable: int
 ) -> Op:
-    pairs, w = tokens * min(layer.top_k, held), setup.width
-    moved = _weights_read(layer, setup, tokens, held, trainable)
+    pairs, w = tokens * min(layer.top_k, resident), setup.width
+    moved = _weights_read(layer, setup, tokens, resident, trainable)
     moved += pairs * w * (2.0 * shape.hidden_size + 3.0 * layer.expert_width)
     return Op(2.0 * pairs * layer.parameters_per_expert, moved)
 
 
-def _adapters(layer: LayerShape, setup: StepSetup, tokens: int, held: int) -> list[Op]:
-    """The experts' adapters, forward: thin products, which are far from the peak."""
+def _adapters(layer: LayerShape, setup: StepSetup, tokens: int, resident: int) -> list[Op]:
+    """The experts' adapters, forward: thin products, which run far below the peak."""
     if setup.experts != "lora":
         return []
-    pairs, rank = tokens * min(layer.top_k, held), setup.lora_rank
+    pairs, rank = tokens * min(layer.top_k, resident), setup.lora_rank
     flops = 2.0 * pairs * rank * sum(i + o for i, o in layer.expert_matrices)
     moved = pairs * setup.width * sum(i + 2.0 * o for i, o in layer.expert_matrices)
     return [Op(flops * max(1.0, WIDE_RANK / rank), moved)]
 
 
 def _layer_backward(
-    shape: ModelShape, layer: LayerShape, setup: StepSetup, held: int, trainable: int, share: float, *, below: bool
+    shape: ModelShape, layer: LayerShape, setup: StepSetup, resident: int, trainable: int, share: float, *, below: bool
 ) -> list[Op]:
     """``below``: something trains below this layer, so its input takes a gradient."""
     tokens, w, hidden = setup.tokens, setup.width, shape.hidden_size
@@ -179,21 +190,21 @@ def _layer_backward(
         if layer.attention_matrices:
             queries = layer.attention_matrices[0][1]
             ops.append(Op(5.0 * tokens * setup.sequence_length * queries, 8.0 * tokens * queries * w))
-    if not held:
+    if not resident:
         return ops
     router = _router(hidden, layer, w, tokens)
     ops.append(Op(router.flops * (1.0 + (setup.router != "none")), 2.0 * router.bytes))
-    pairs, parameters = tokens * min(layer.top_k, held), layer.parameters_per_expert
+    pairs, parameters = tokens * min(layer.top_k, resident), layer.parameters_per_expert
     activations = pairs * w * (3.0 * hidden + 6.0 * layer.expert_width)
-    # What flows on goes through every expert. Below the first trained layer nothing does, but the router still needs
-    # the experts' outputs, and a trainable expert the gradient of its inner activation.
+    # The gradient passes through every expert. In the first trainable layer it stops, but the router still needs the
+    # experts' outputs, and a trainable expert the gradient of its inner activation.
     flops = 2.0 * pairs * parameters * (1.0 if below else share / 3)
-    moved = _weights_read(layer, setup, tokens, held, trainable) + activations
+    moved = _weights_read(layer, setup, tokens, resident, trainable) + activations
     if setup.experts == "full" and trainable:
         flops += 2.0 * share * pairs * parameters
         moved += trainable * parameters * w
     ops.append(Op(flops, moved))
-    return [*ops, *(2 * _adapters(layer, setup, tokens, held))]  # gradients of the pair, and through it
+    return [*ops, *(2 * _adapters(layer, setup, tokens, resident))]  # of the adapter's weights, and of its input
 
 
 def _head(shape: ModelShape, setup: StepSetup, tokens: int) -> Op:

@@ -1,17 +1,17 @@
-"""The sizes of a Mixture-of-Experts model that its memory depends on, from its configuration alone.
+"""The sizes of a Mixture-of-Experts model that determine its memory, from its configuration alone.
 
-`shape_from_config` builds the model without memory and counts its tensors, so whatever transformers can build is
-counted right: dense layers among MoE layers, shared experts, biases, tied embeddings, Mamba and convolution layers.
-`KNOWN_SHAPES` are written down, so that a device can be asked what fits before anything is downloaded.
+`shape_from_config` builds the model on the meta device and counts its tensors, so it is right for every model that
+transformers can build: dense layers among MoE layers, shared experts, biases, tied embeddings, Mamba and convolution
+layers. `KNOWN_SHAPES` are constants, so that a device can find out what fits before anything is downloaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,17 +26,26 @@ Matrix = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer. Counts are numbers, not bytes.
+    """One decoder layer. Sizes are numbers of elements, not bytes.
 
-    ``mixer_width``: outputs per token of all projections of the attention, or of the Mamba or convolution block in
-    its place. ``dense_width``: the same of a dense MLP and of shared experts, without the down projection.
-    ``linear_parameters``: matrices outside experts and router, which a quantiser would take; ``other_parameters``:
-    norms, biases, router. ``attention_matrices`` and ``router_matrices`` are what trains or takes adapters;
-    ``router_vectors`` the sizes
-    of what trains with a router besides, ``expert_biases`` of an expert's. ``kept_by_gate``: numbers that
-    an expert's activation keeps for its backward pass, per unit of its width, its input included: 3 for SwiGLU, 1 for
-    an ungated one. ``scan_states``: numbers of state per token of a selective scan (Mamba's ``A_log``, inner width by
-    states). ``is_transposed``: matrices of experts are stored (in, out). Without experts, ``num_experts`` is 0.
+    Attributes:
+        mixer_width: Outputs per token of all projections of the attention, or of the Mamba or convolution block that
+            replaces it.
+        num_heads: Attention heads, 0 without attention.
+        linear_parameters: Matrices outside experts and router, which could be quantised.
+        other_parameters: Norms, biases, router.
+        dense_width: As ``mixer_width``, of a dense MLP and of shared experts, without the down projection.
+        attention_matrices: Matrices of the attention that can train or have adapters.
+        router_matrices: The same of the router.
+        router_vectors: Sizes of the vectors that train with the router.
+        num_experts: Experts, 0 in a dense layer.
+        top_k: Experts per token.
+        expert_matrices: Matrices of one expert, the up projection first.
+        expert_biases: Sizes of an expert's biases.
+        kept_by_gate: Elements that an expert's activation keeps for its backward pass, per unit of its width, including
+            its input: 3 for SwiGLU, 1 without a gate.
+        scan_states: State elements per token of a selective scan (Mamba's ``A_log``, inner width by states).
+        is_transposed: Matrices of experts are stored (in, out).
     """
 
     mixer_width: int
@@ -62,17 +71,27 @@ class LayerShape:
 
     @property
     def parameters_per_expert(self) -> int:
+        """Elements of one expert."""
         return sum(size_in * size_out for size_in, size_out in self.expert_matrices) + sum(self.expert_biases)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """A model. ``embedding_parameters``: input and output embedding, once when tied; ``other_parameters``: what is
-    in no layer (last norm). ``own_dtype_bytes``: buffers, and parameters whose dtype is not the model's.
-    ``scores``: attention keeps a (tokens, sequence) matrix per head in the model's dtype ("dtype": eager attention
-    with sinks), in float32 ("float32": torch's on a CPU, when values are not as wide as queries), or in "both" (other
-    eager attention); "" when none is kept. ``masks``: attention masks (tokens, sequence) in the model's dtype,
-    one per kind of attention layer.
+    """A model.
+
+    Attributes:
+        name: Its name.
+        hidden_size: H.
+        vocab_size: V.
+        layers: All decoder layers.
+        embedding_parameters: Input and output embedding, counted once if tied.
+        other_parameters: Parameters outside the layers (last norm).
+        largest_matrix: Elements of the largest matrix in a layer.
+        own_dtype_bytes: Bytes of buffers, and of parameters whose dtype is not the model's.
+        scores: How attention keeps a (tokens, sequence) matrix per head: "dtype" in the model's dtype (eager attention
+            with sinks), "float32" (torch's on a CPU if values and queries differ in width), "both" (other eager
+            attention), "" not at all.
+        masks: Attention masks (tokens, sequence) in the model's dtype, one per kind of attention layer.
     """
 
     name: str
@@ -88,10 +107,12 @@ class ModelShape:
 
     @property
     def moe_layers(self) -> tuple[LayerShape, ...]:
+        """The layers with experts."""
         return tuple(layer for layer in self.layers if layer.num_experts)
 
     @property
     def experts_per_layer(self) -> tuple[int, ...]:
+        """Experts of each MoE layer."""
         return tuple(layer.num_experts for layer in self.moe_layers)
 
     @property
@@ -101,6 +122,7 @@ class ModelShape:
 
     @property
     def top_k(self) -> int:
+        """Most experts per token of any layer."""
         return max(layer.top_k for layer in self.moe_layers)
 
     @property
@@ -218,8 +240,11 @@ def shape_from_config(config: PretrainedConfig, name: str | None = None) -> Mode
     main = experts[0].parameters[0].dtype
     counts = {path: _LayerCount(path) for path in decoder_layer_paths(module, experts)}
     for layer in experts:
-        _layer_of(counts, layer.experts_path).experts = layer
-    embeddings = {id(e.weight) for e in (module.get_input_embeddings(), module.get_output_embeddings()) if e}
+        found = _layer_of(counts, layer.experts_path)
+        assert found is not None, "experts are in a decoder layer"
+        found.experts = layer
+    get_output: Callable[[], Any] = module.get_output_embeddings
+    embeddings = {id(e.weight) for e in (module.get_input_embeddings(), get_output()) if e}
     own_dtype_bytes = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     embedding_parameters, elsewhere = 0, 0
     for unit in find_fixed_tensors(module, experts).values():
@@ -269,7 +294,9 @@ def decoder_layer_paths(module: nn.Module, experts: Iterable[ExpertLayer]) -> li
     for layer in experts:
         parts = layer.block_path.split(".")
         stack = next(".".join(parts[:i]) for i, part in enumerate(parts) if part.isdecimal())
-        paths.update((f"{stack}.{index}", None) for index in range(len(module.get_submodule(stack))))
+        paths.update(
+            (f"{stack}.{index}", None) for index in range(len(cast("nn.ModuleList", module.get_submodule(stack))))
+        )
     return list(paths)
 
 
@@ -360,7 +387,8 @@ def _kept_by_gate(layer: ExpertLayer, matrices: Sequence[Matrix]) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
-        kept = (layer.experts._apply_gate if layer.has_gate else layer.experts.act_fn)(up)  # noqa: F841 (holds the graph)
+        experts = cast(Any, layer.experts)
+        kept = (experts._apply_gate if layer.has_gate else experts.act_fn)(up)  # noqa: F841 (it references the graph)
     return sum(saved.values()) / (4 * rows * width)
 
 

@@ -1,10 +1,12 @@
-"""How a training step is done, as far as its memory depends on it, and what a measured step says about the formulas."""
+"""How a training step is done, as far as its memory depends on it, and the correction from a measured step."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
+
+import msgspec
 
 from edgefed.errors import ConfigError
 
@@ -19,10 +21,10 @@ STORAGE_BYTES: Mapping[str, float] = MappingProxyType(
         "nf4_dq": 0.5 + 1 / 64 + 4 / (64 * 256),  # the scales are themselves 8-bit, in blocks of 256
     }
 )
-"""Bytes a stored parameter takes; the quantised ones as `edgefed.kernels.quantization` and bitsandbytes have it."""
+"""Bytes of a stored parameter; quantised formats as in `edgefed.kernels.quantization` and bitsandbytes."""
 SCALE_BYTES, BLOCKSIZE = 4, 64
 UNPACKING_BYTES: Mapping[str, int] = MappingProxyType({"int8": 8, "nf4": 13, "nf4_dq": 13})
-"""Bytes a parameter takes on the way while the reference decodes it, beside the result: 64-bit indices and float32."""
+"""Temporary bytes per parameter while the reference decodes it, without the result: 64-bit indices and float32."""
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 MODES = ("full", "lora", "none")
@@ -37,26 +39,40 @@ CHUNK_TOKENS = 256
 """Tokens whose logits exist at a time when the loss is computed in chunks."""
 CUBLAS_BYTES = 32 * _MIB
 MARGIN = 1.05
-"""On top of the formula of activations: two OLMoE layers at 512 tokens keep 180.8 MiB, the formula says 172."""
+"""Factor on the formula of activations: two OLMoE layers at 512 tokens keep 180.8 MiB, the formula says 172."""
 CORRECTED_MARGIN = 1.03
-"""On top of what one measured step says: routers send other tokens to other experts in the next."""
-TUNED_TOKENS = 2.0
-"""Trainable experts are picked because they are used: assume twice the tokens that their number would get, unless a
-measured step has shown how evenly the tokens fall."""
+"""Factor on formulas that a measured step has corrected: in the next step the router chooses other experts."""
+TRAINABLE_TOKENS = 2.0
+"""Trainable experts are chosen because they are used: assume twice an even share of the tokens, until a measured step
+has shown how the tokens are distributed."""
 ALLOWANCE = 0.005
-"""Of the peak, for what is in no list: token ids, counters, and sizes that an allocator rounds up."""
+"""Share of the peak for everything else: token ids, counters, and sizes that an allocator rounds up."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSetup:
-    """How a training step is done. ``expert_storage`` and ``dense_storage`` are those of frozen weights (None: dtype).
+    """How a training step is done.
 
-    ``offload``: experts lie away from the processor, see `edgefed.moe.offloading`.
-    ``device``: cpu, cuda, or unified, a GPU without memory of its own, where paging out saves nothing. ``kernels``:
-    what the experts train with: the reference, of many torch operations, or one for which a layer is one operation; see
-    `edgefed.moe.layer_runtime.training_kernels`.
+    Attributes:
+        batch_size: Sequences per step.
+        sequence_length: Tokens per sequence.
+        dtype: Of weights and activations.
+        expert_storage: Format of frozen experts; None is ``dtype``.
+        dense_storage: Format of the other frozen weights.
+        experts: How experts train: "full", "lora" or "none".
+        router: How routers train.
+        attention: How attention trains.
+        lora_rank: Rank of all adapters.
+        optimizer: One of `OPTIMIZERS`.
+        checkpointing: Activation checkpointing.
+        chunked_loss: The loss is computed `CHUNK_TOKENS` tokens at a time.
+        offload: Experts are in host memory or files (`edgefed.moe.offloading`).
+        device: "cpu", "cuda", or "unified": a GPU that shares the host's memory, where paging out saves nothing.
+        kernels: Of the experts: "reference" has many torch operations per layer, "native" one
+            (`edgefed.moe.layer_runtime.training_kernels`).
 
-    Raises ConfigError on a value that does not exist.
+    Raises:
+        ConfigError: Unknown value.
     """
 
     batch_size: int
@@ -79,13 +95,14 @@ class StepSetup:
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed and not (value is None and name.endswith("_storage")):
-                raise ConfigError(f"{name} can be {', '.join(allowed)}; asked for {value!r}")
+                raise ConfigError(f"invalid {name} {value!r}, expected one of {', '.join(allowed)}")
         for name in ("batch_size", "sequence_length", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
 
     @property
     def tokens(self) -> int:
+        """Tokens per step."""
         return self.batch_size * self.sequence_length
 
     @property
@@ -107,15 +124,20 @@ _CHOICES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Correction:
-    """What one measured step says about the formulas: factors on their parts, and bytes that none of them explains.
+class Correction(msgspec.Struct, frozen=True):
+    """What one measured step says about the formulas of the memory model.
 
-    ``activation_scale`` is for what layers keep outside their experts, attention scores apart, ``expert_scale`` inside,
-    ``loss_scale`` for logits, ``transient_scale`` for what a layer's backward pass needs on the way, ``forward_scale``
-    for its forward pass. ``trainable_tokens``: tokens of trainable experts, as a multiple of what their number would get.
-    ``process_bytes``: what the process took beyond the allocator's bytes, 0 on a GPU; not part of an estimate.
-    ``kernels``: those of the setup that was measured; the factors hold for the formulas of these only.
+    Attributes:
+        activation_scale: Factor on what layers keep outside their experts, without attention scores.
+        overhead_bytes: Bytes that no formula explains.
+        origin: Which step was measured.
+        expert_scale: Factor on what layers keep inside their experts.
+        loss_scale: Factor on logits.
+        transient_scale: Factor on temporaries of a layer's backward pass.
+        forward_scale: Factor on temporaries of a layer's forward pass.
+        trainable_tokens: Tokens of trainable experts, as a multiple of an even share.
+        process_bytes: What the process took beyond the allocator's bytes, 0 on a GPU; not part of an estimate.
+        kernels: Of the measured step; the factors hold for no others.
     """
 
     activation_scale: float
@@ -125,6 +147,6 @@ class Correction:
     loss_scale: float = 1.0
     transient_scale: float = 1.0
     forward_scale: float = 1.0
-    trainable_tokens: float = TUNED_TOKENS
+    trainable_tokens: float = msgspec.field(default=TRAINABLE_TOKENS, name="tuned_tokens")  # its name in plan.json
     process_bytes: int = 0
     kernels: str = "reference"

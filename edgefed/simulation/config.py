@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from edgefed.errors import ConfigError
 from edgefed.hardware.profile_files import DeviceProfile
+from edgefed.methods.custom import is_location, load_method
 from edgefed.methods.registry import make_method
 from edgefed.protocol.messages import TrainingConfig
 
@@ -72,6 +73,8 @@ class MethodChoice:
     label: str = ""
 
     def __post_init__(self) -> None:
+        if is_location(self.method):
+            object.__setattr__(self, "method", load_method(self.method))
         if make_method(self.method, self.options).personal:  # an unknown one is told before anything starts
             raise ConfigError(
                 f"{self.method} trains models of the clients' own, which no cost shape describes",

@@ -15,16 +15,16 @@
     profile = "jetson-orin-nano-8gb"
     count = 2
 
-Keys are in kebab-case, as on the command line. Every fault of a file is told at once.
+Keys are in kebab-case, as on the command line. All errors of a file are reported at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -39,30 +39,91 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-T = TypeVar("T")
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Source = Annotated[str, msgspec.Meta(min_length=1)]
+T = TypeVar("T", bound=msgspec.Struct)
 
-_TOP = {
-    "model": str, "cost-shape": str, "rounds": int, "seed": int, "held-out": float, "evaluation-tokens": int,
-    "preinstalled": bool, "target-loss": float, "server-mbit": float, "gpu-optimizer": str, "threads": int,
-}  # fmt: skip
-_FIELDS = {"held-out": "held_out_share"}
-_TRAINING = {
-    field.name.replace("_", "-"): {"float": float, "int": int, "str": str}[getattr(field.type, "__name__", field.type)]
-    for field in msgspec.structs.fields(TrainingConfig)
-}
-_FLEET = {
-    "profile": str, "count": int, "name": str, "power-mode": str, "network": str, "down-mbit": float, "up-mbit": float,
-    "latency-ms": float, "memory": str, "host-memory": str, "experts": float, "compute": float, "disk-read": float,
-    "disk-write": float, "data": list,
-}  # fmt: skip
-_DATA = {"sources": list, "file": str, "label": str, "split": str, "alpha": float}
-_METHOD = {"method": str, "label": str, "options": dict}
+
+class _Table(msgspec.Struct, rename="kebab", omit_defaults=True):
+    """A table of the file."""
+
+
+class _Method(_Table):
+    method: str
+    options: dict[str, float | int | str | bool] = {}
+    label: str = ""
+
+
+class _Data(_Table):
+    """``sources`` for a device each, or one ``file`` that is split."""
+
+    sources: list[Source] | None = None
+    file: Source | None = None
+    label: str | None = None
+    split: Literal["dirichlet", "label"] | None = None
+    alpha: float | None = None
+
+
+class _Fleet(_Table):
+    """``count`` equal devices."""
+
+    profile: str
+    count: Annotated[int, msgspec.Meta(ge=1)] = 1
+    name: str | None = None
+    power_mode: str | None = None
+    network: str = "fibre"
+    down_mbit: float | None = None
+    up_mbit: float | None = None
+    latency_ms: float | None = None
+    memory: str | None = None
+    host_memory: str = "32GiB"
+    experts: Share = 1.0
+    compute: Share = 1.0
+    disk_read: Positive | None = None
+    disk_write: Positive | None = None
+    data: list[Source] = []
+
+    def device(self, name: str, data: str) -> SimulatedDevice:
+        """Raises ConfigError on an unknown network or memory size, UnknownProfile."""
+        if self.network not in LINKS:
+            raise ConfigError(f"fleet.network is {self.network!r}, expected one of {', '.join(LINKS)}")
+        rates = {key: getattr(self, key) for key in ("down_mbit", "up_mbit", "latency_ms")}
+        given = {key: value for key, value in rates.items() if value is not None}
+        return SimulatedDevice(
+            name=name,
+            profile=effective(find_profile(self.profile), {}, self.power_mode),
+            link=dataclasses.replace(LINKS[self.network], **given),
+            data=data,
+            memory_bytes=parse_bytes(self.memory) if self.memory is not None else None,
+            expert_share=self.experts,
+            compute_share=self.compute,
+            host_memory_bytes=parse_bytes(self.host_memory),
+            disk_read_mb_s=self.disk_read,
+            disk_write_mb_s=self.disk_write,
+        )
+
+
+class _Settings(_Table):
+    """The keys outside tables; those that are absent keep the defaults of `SimulationConfig`."""
+
+    model: str | msgspec.UnsetType = msgspec.UNSET
+    cost_shape: str | msgspec.UnsetType = msgspec.UNSET
+    rounds: int | msgspec.UnsetType = msgspec.UNSET
+    seed: int | msgspec.UnsetType = msgspec.UNSET
+    held_out_share: float | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="held-out")
+    evaluation_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    preinstalled: bool | msgspec.UnsetType = msgspec.UNSET
+    target_loss: float | msgspec.UnsetType = msgspec.UNSET
+    server_mbit: float | msgspec.UnsetType = msgspec.UNSET
+    gpu_optimizer: str | msgspec.UnsetType = msgspec.UNSET
+    threads: int | msgspec.UnsetType = msgspec.UNSET
 
 
 def load_simulation(path: Path) -> SimulationConfig:
     """Read a simulation from a TOML file. Data files are relative to it.
 
-    Raises ConfigError that names every unknown key and impossible value, UnknownMethod, UnknownProfile.
+    Raises ConfigError that names every unknown key and invalid value.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -70,163 +131,120 @@ def load_simulation(path: Path) -> SimulationConfig:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
-    return _Reader(path).config(tables)
+    errors: list[str] = []
+    config = _config(path, tables, errors)
+    if config is None or errors:
+        raise ConfigError(f"{path}: {'; '.join(errors)}")
+    return config
 
 
-class _Reader:
-    """Takes a configuration out of parsed TOML and collects what is wrong with it."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._faults: list[str] = []
-        self._numbers: dict[str, int] = {}
-
-    def config(self, tables: dict) -> SimulationConfig:
-        parts = {name: tables.pop(name, None) for name in ("methods", "training", "data", "fleet")}
-        top = self._checked("", tables, _TOP)
-        training = self._checked("training.", self._table("training", parts["training"]), _TRAINING)
-        data = self._checked("data.", self._table("data", parts["data"]), _DATA)
-        split = self._attempt(lambda: self._split(data))
-        methods = [choice for entry in self._list("methods", parts["methods"])
-                   if (choice := self._attempt(lambda entry=entry: self._method(entry)))]  # fmt: skip
-        fleet = self._fleet(self._list("fleet", parts["fleet"]), data, split)
-        fields = {_FIELDS.get(key, key.replace("-", "_")): value for key, value in top.items()}
-        fields["training"] = TrainingConfig(**{key.replace("-", "_"): value for key, value in training.items()})
-        if self._faults:
-            raise ConfigError(f"{self._path}: {'; '.join(self._faults)}")
+def _config(path: Path, tables: dict[str, Any], errors: list[str]) -> SimulationConfig | None:
+    """The configuration; None where it cannot be made. Appends to ``errors``."""
+    parts = {name: tables.pop(name, None) for name in ("methods", "training", "data", "fleet")}
+    settings = _read(_Settings, tables, "", errors)
+    training = _read(TrainingConfig, parts["training"] or {}, "training.", errors)
+    data = _read(_Data, parts["data"] or {}, "data.", errors)
+    methods = list(_methods(parts["methods"], errors))
+    entries = [_read(_Fleet, entry, "fleet.", errors) for entry in _entries("fleet", parts["fleet"], errors)]
+    split = None
+    if data is not None:
         try:
-            return SimulationConfig(fleet=tuple(fleet), methods=tuple(methods), split=split, **fields)
+            split = _split(path, data)
         except ConfigError as error:
-            raise ConfigError(f"{self._path}: {error}") from None
+            errors.append(str(error))
+    shared = list(data.sources or []) if data is not None else []
+    fleet = list(_fleet(path, [entry for entry in entries if entry], shared, split, errors))
+    if settings is None or training is None or errors:
+        return None
+    try:
+        return SimulationConfig(
+            fleet=tuple(fleet), methods=tuple(methods), split=split,
+            training=training,
+            **{name: value for name, value in msgspec.structs.asdict(settings).items() if value is not msgspec.UNSET},
+        )  # fmt: skip
+    except ConfigError as error:
+        errors.append(str(error))
+        return None
 
-    def _method(self, entry: object) -> MethodChoice:
-        if isinstance(entry, str):
-            return MethodChoice(entry)
-        table = self._checked("methods.", self._table("an entry of methods", entry), _METHOD)
-        if "method" not in table:
-            raise ConfigError("an entry of methods names no method")
-        return MethodChoice(table["method"], table.get("options", {}), table.get("label", ""))
 
-    def _split(self, data: dict) -> SplitData | None:
-        if "file" not in data:
-            wrong = [key for key in ("label", "split", "alpha") if key in data]
-            if wrong:
-                raise ConfigError(f"data.{wrong[0]} needs data.file")
-            return None
-        if "sources" in data or "label" not in data:
-            raise ConfigError("data has file and label, or sources")
-        how = data.get("split", "dirichlet")
-        if how not in ("dirichlet", "label"):
-            raise ConfigError(f"data.split is {how!r}, expected dirichlet or label")
-        return SplitData(
-            self._source(data["file"]), data["label"], data.get("alpha", 0.5) if how == "dirichlet" else None
-        )
-
-    def _fleet(self, entries: list, data: dict, split: SplitData | None) -> list[SimulatedDevice]:
-        devices: list[SimulatedDevice] = []
-        shared = [self._source(source) for source in data.get("sources", [])]
-        for entry in entries:
-            table = self._checked("fleet.", self._table("an entry of fleet", entry), _FLEET)
-            own, count = [self._source(source) for source in table.get("data", [])], table.get("count", 1)
-            if count < 1:
-                self._faults.append(f"fleet.count is {count}, expected at least 1")
-            for index in range(count):
-                name = self._name(table, count)
-                if own:
-                    source = own[index % len(own)]
-                elif split is not None:
-                    source = ""  # dealt out later
-                elif shared:
-                    source = shared.pop(0)
-                else:
-                    self._faults.append(f"there is no data for device {len(devices) + 1}: add to data.sources")
-                    return devices
-                device = self._attempt(lambda table=table, name=name, source=source: _device(table, name, source))
-                if device is None:
-                    break  # the same fault for all of this entry
-                devices.append(device)
-        return devices
-
-    def _name(self, table: Mapping, count: int) -> str:
-        """The entry's own name, if it is one device's; else numbered, from 1."""
-        base = table.get("name") or table.get("profile", "?")
-        self._numbers[base] = self._numbers.get(base, 0) + 1
-        return base if count == 1 and "name" in table else f"{base}-{self._numbers[base]}"
-
-    def _source(self, source: object) -> str:
-        if not isinstance(source, str) or not source:
-            self._faults.append(f"{source!r} is no source of data: expected a file or silo:NAME")
-            return ""
-        return source if source.startswith("silo:") else str(self._path.parent / Path(source).expanduser())
-
-    def _attempt(self, make: Callable[[], T]) -> T | None:
+def _read(kind: type[T], table: object, prefix: str, errors: list[str]) -> T | None:
+    """A table as ``kind``, each key checked on its own; None if a key is invalid or missing. Appends to ``errors``."""
+    if not isinstance(table, dict):
+        errors.append(f"{prefix.rstrip('.')} is {table!r}, expected a table")
+        return None
+    fields = {field.encode_name.replace("_", "-"): field for field in msgspec.structs.fields(kind)}
+    found, values = len(errors), {}
+    for key, value in table.items():
+        if key not in fields:
+            errors.append(f"unknown key {prefix}{key}, expected one of {', '.join(fields)}")
+            continue
         try:
-            return make()
+            values[fields[key].name] = msgspec.convert(value, fields[key].type)
+        except msgspec.ValidationError as error:
+            text = str(error)
+            errors.append(f"{prefix}{key} is {value!r}: {text[:1].lower()}{text[1:]}")
+    errors += [f"{prefix}{key} is missing" for key, field in fields.items() if field.required and key not in table]
+    return kind(**values) if len(errors) == found else None
+
+
+def _entries(name: str, value: object, errors: list[str]) -> list[Any]:
+    if value is None or isinstance(value, list):
+        return value or []
+    errors.append(f"{name} is {value!r}, expected a list")
+    return []
+
+
+def _methods(value: object, errors: list[str]) -> Iterator[MethodChoice]:
+    for entry in _entries("methods", value, errors):
+        choice = _Method(entry) if isinstance(entry, str) else _read(_Method, entry, "methods.", errors)
+        if choice is None:
+            continue
+        try:
+            yield MethodChoice(choice.method, choice.options, choice.label)
         except ConfigError as error:
-            self._faults.append(str(error))
-            return None
+            errors.append(str(error))
 
-    def _table(self, name: str, value: object) -> dict:
-        if value is None or isinstance(value, dict):
-            return value or {}
-        self._faults.append(f"{name} is {value!r}, expected a table")
-        return {}
 
-    def _list(self, name: str, value: object) -> list:
-        if value is None or isinstance(value, list):
-            return value or []
-        self._faults.append(f"{name} is {value!r}, expected a list")
-        return []
+def _split(path: Path, data: _Data) -> SplitData | None:
+    if data.file is None:
+        wrong = [key for key in ("label", "split", "alpha") if getattr(data, key) is not None]
+        if wrong:
+            raise ConfigError(f"data.{wrong[0]} needs data.file")
+        return None
+    if data.sources is not None or data.label is None:
+        raise ConfigError("data needs either file and label, or sources")
+    alpha = 0.5 if data.alpha is None else data.alpha
+    return SplitData(_relative(path, data.file), data.label, None if data.split == "label" else alpha)
 
-    def _checked(self, prefix: str, table: Mapping[str, object], known: Mapping[str, type]) -> dict:
-        """The entries of ``table`` that are right; faults for the others."""
-        found: dict = {}
-        for key, value in table.items():
-            kind = known.get(key)
-            if kind is None:
-                self._faults.append(f"{prefix}{key} is no setting; there are {', '.join(known)}")
-            elif not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (
-                kind is bool
-            ):
-                self._faults.append(f"{prefix}{key} is {value!r}, expected {_WORDS[kind]}")
+
+def _fleet(
+    path: Path, entries: list[_Fleet], shared: list[str], split: SplitData | None, errors: list[str]
+) -> Iterator[SimulatedDevice]:
+    """The devices, each with data of its own: of its entry, of the split file, or the next of ``shared``."""
+    numbers: dict[str, int] = {}
+    total = 0
+    for entry in entries:
+        for index in range(entry.count):
+            base = entry.name or entry.profile
+            numbers[base] = numbers.get(base, 0) + 1
+            name = base if entry.count == 1 and entry.name else f"{base}-{numbers[base]}"
+            total += 1
+            if entry.data:
+                data = _relative(path, entry.data[index % len(entry.data)])
+            elif split is not None:
+                data = ""  # dealt out later
+            elif shared:
+                data = _relative(path, shared.pop(0))
             else:
-                found[key] = float(value) if kind is float else value
-        return found
+                errors.append(f"no data for device {total}: add to data.sources")
+                return
+            try:
+                yield entry.device(name, data)
+            except ConfigError as error:
+                errors.append(str(error))
+                break  # the same for every device of this entry
 
 
-_WORDS = {
-    bool: "true or false",
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    list: "a list",
-    dict: "a table",
-}
-
-
-def _device(table: Mapping, name: str, data: str) -> SimulatedDevice:
-    if "profile" not in table:
-        raise ConfigError("an entry of fleet names no profile")
-    profile = effective(find_profile(table["profile"]), {}, table.get("power-mode"))
-    network = table.get("network", "fibre")
-    if network not in LINKS:
-        raise ConfigError(f"fleet.network is {network!r}, known are {', '.join(LINKS)}")
-    given = {key.replace("-", "_"): table[key] for key in ("down-mbit", "up-mbit", "latency-ms") if key in table}
-    for key in ("experts", "compute"):
-        if not 0 < table.get(key, 1.0) <= 1:
-            raise ConfigError(f"fleet.{key} is {table[key]}, expected a share above 0 up to 1")
-    for key in ("disk-read", "disk-write"):
-        if not table.get(key, 1.0) > 0:
-            raise ConfigError(f"fleet.{key} is {table[key]}, expected MB/s above 0")
-    return SimulatedDevice(
-        name=name,
-        profile=profile,
-        link=dataclasses.replace(LINKS[network], **given),
-        data=data,
-        memory_bytes=parse_bytes(table["memory"]) if "memory" in table else None,
-        expert_share=table.get("experts", 1.0),
-        compute_share=table.get("compute", 1.0),
-        host_memory_bytes=parse_bytes(table.get("host-memory", "32GiB")),
-        disk_read_mb_s=table.get("disk-read"),
-        disk_write_mb_s=table.get("disk-write"),
-    )
+def _relative(path: Path, source: str) -> str:
+    """A source of data as `load_corpus` takes it; files are relative to ``path``'s folder."""
+    return source if source.startswith("silo:") else str(path.parent / Path(source).expanduser())

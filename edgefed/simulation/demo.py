@@ -7,11 +7,12 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from edgefed.errors import ConfigError
+from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.methods.fedmoe import IMAGES, FedMoE
 from edgefed.methods.registry import make_expert_method
 from edgefed.moe.loading import without_progress_bars
@@ -21,11 +22,12 @@ from edgefed.personal.networks import CNNS
 from edgefed.personal.state import newest_state
 from edgefed.personal.tasks import OpenTask, load_mixture, make_task
 from edgefed.protocol.messages import Status
-from edgefed.simulation.measure import held_out_losses, read_plan
+from edgefed.simulation.evaluation import held_out_losses
 from edgefed.simulation.personal_baselines import make_strategy
-from edgefed.simulation.personal_federation import Client, Settings, run
-from edgefed.simulation.personal_pictures import save_comparison, save_gate_histograms
+from edgefed.simulation.personal_federation import Client, History, Settings, run
+from edgefed.simulation.personal_pictures import Outcome, save_comparison, save_gate_histograms
 from edgefed.simulation.processes import LocalClient, LocalFederation, read_ledger
+from edgefed.trainer.saved_plan import load_plan
 from edgefed.training.data import load_corpus
 
 SHARES = (1.0, 0.5, 0.25, 0.12)
@@ -60,9 +62,14 @@ class DemoConfig:
 class DemoSink(Protocol):
     """Where the demo's progress goes."""
 
-    def method(self, name: str) -> None: ...
-    def status(self, status: Status) -> None: ...
-    def note(self, text: str) -> None: ...
+    def method(self, name: str) -> None:
+        """A run of this method begins."""
+
+    def status(self, status: Status) -> None:
+        """The state of the run, at every poll."""
+
+    def note(self, text: str) -> None:
+        """One line for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +132,7 @@ def run_demo(config: DemoConfig, sink: DemoSink) -> list[MethodResult]:
     first = config.out / config.methods[0]
     sink.note("exporting the final model")
     export_model(first / "run", config.out / "model")
-    profiles = {silo: read_plan(first / "clients" / silo) for silo in silos}
+    profiles = {silo: load_plan(first / "clients" / silo) for silo in silos}
     draw(config.out / PICTURE_FILE, results, profiles)
     return results
 
@@ -166,7 +173,7 @@ def _run_method(config: DemoConfig, method: str, clients: Sequence[LocalClient],
 def _client_result(federation: LocalFederation, client: LocalClient, losses: Sequence[float]) -> ClientResult:
     folder = federation.client_folder(client.name)
     ledger = [entry for entry in read_ledger(folder) if entry["outcome"] == "accepted"]
-    _, plan = read_plan(folder)
+    _, plan = load_plan(folder)
     metrics = [entry["metrics"] for entry in ledger]
     return ClientResult(
         name=client.name,
@@ -184,7 +191,9 @@ def _client_result(federation: LocalFederation, client: LocalClient, losses: Seq
     )
 
 
-def draw(path: Path, results: Sequence[MethodResult], profiles: Mapping) -> None:
+def draw(
+    path: Path, results: Sequence[MethodResult], profiles: Mapping[str, tuple[ActivationProfile | None, ExpertPlan]]
+) -> None:
     """Write the picture: curves per method and per client of the first method, heat maps with the plans."""
     from edgefed.plots import save_federation_picture
 
@@ -206,11 +215,11 @@ def generate_sample(model_folder: Path, prompt: str = PROMPT, new_tokens: int = 
         model = AutoModelForCausalLM.from_pretrained(model_folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     inputs.pop("token_type_ids", None)
-    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    output = cast(Any, model).generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def as_dict(config: DemoConfig, results: Sequence[MethodResult], sample: str) -> dict:
+def as_dict(config: DemoConfig, results: Sequence[MethodResult], sample: str) -> dict[str, Any]:
     """Everything the demo found, for JSON."""
     return {
         "config": {**dataclasses.asdict(config), "out": str(config.out)},
@@ -261,8 +270,10 @@ class PersonalDemoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PersonalClientResult:
-    """One client. ``accuracy``: held-out, after each round's local epochs; ``others``: the last one of each compared
-    method. ``shared_weight``: mean a_G over its held-out examples. Bytes are over all rounds.
+    """One client. Bytes are over all rounds.
+
+    ``accuracy``: held-out, after each round's local epochs; ``others``: the last one of each compared method;
+    ``shared_weight``: mean a_G over its held-out examples.
     """
 
     name: str
@@ -333,15 +344,17 @@ def run_personal_demo(config: PersonalDemoConfig, sink: DemoSink) -> list[Person
                 others={name: history.final()[number] for name, history in compared.items()},
             )
         )
-    curve = np.mean([result.accuracy for result in results], axis=0)
-    shown = {FedMoE.name: [(list(enumerate(curve, start=1)), [result.accuracy[-1] for result in results])]}
+    curve = np.mean([result.accuracy for result in results], axis=0).tolist()
+    shown: dict[str, list[Outcome]] = {
+        FedMoE.name: [(list(enumerate(curve, start=1)), [result.accuracy[-1] for result in results])]
+    }
     shown |= {name: [(history.curve(), history.final())] for name, history in compared.items()}
     save_comparison(config.out / PICTURE_FILE, {"embedded digits": shown})
     save_gate_histograms(config.out / GATES_FILE, gates, tasks[0].classes)
     return results
 
 
-def as_personal_dict(config: PersonalDemoConfig, results: Sequence[PersonalClientResult]) -> dict:
+def as_personal_dict(config: PersonalDemoConfig, results: Sequence[PersonalClientResult]) -> dict[str, Any]:
     """Everything the demo found, for JSON."""
     return {
         "config": {**dataclasses.asdict(config), "out": str(config.out)},
@@ -350,9 +363,11 @@ def as_personal_dict(config: PersonalDemoConfig, results: Sequence[PersonalClien
     }
 
 
-def _baseline(name: str, config: PersonalDemoConfig, clients: Sequence[LocalClient], opened: Sequence[OpenTask]):
+def _baseline(
+    name: str, config: PersonalDemoConfig, clients: Sequence[LocalClient], opened: Sequence[OpenTask]
+) -> History:
     """The history of a method on the same examples, from the same first weights, for as many epochs."""
-    method = FedMoE(**METHOD_OPTIONS)
+    method = FedMoE(**cast(dict[str, Any], METHOD_OPTIONS))
     members = [
         Client(client.name, task.train, task.held_out, task.own) for client, task in zip(clients, opened, strict=True)
     ]

@@ -1,21 +1,29 @@
-"""What a simulated device can do, from its profile: peaks, and the share of them that real work achieves."""
+"""What a simulated device is charged with: its speed and memory, and the model whose work is counted.
+
+**Rates** come from the device's profile: peaks, and the share of them that real work achieves.
+
+**The cost shape** is the model that devices are charged with. A model small enough to be trained thirty times on one
+machine is never short of anything on a real device, so training runs on a small model while memory, operations and
+bytes are those of a larger one, such as OLMoE-1B-7B. Layers and experts correspond in proportion: MoE layer j of L' in
+the cost shape stands for layer floor(j L / L') of the model, and a device with a quarter of that layer's experts is
+charged with a quarter of these. Tokens, steps and sequences are the same in both. Arithmetic only.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from edgefed.costs.memory import training_memory
-from edgefed.costs.roofline import Op, Pass, distinct_experts, forward_pass, stored_bytes, training_step
-from edgefed.costs.step_setup import DTYPE_BYTES, StepSetup
+from edgefed.costs.shapes import LayerShape, ModelShape
+from edgefed.costs.step_setup import ADAPTER_BYTES, StepSetup
 from edgefed.errors import ConfigError
 from edgefed.hardware.budget import plan_budget
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.profile_files import DeviceProfile
 from edgefed.hardware.profiles import facts_of
+from edgefed.moe.units import LORA_SUFFIX
+from edgefed.protocol.messages import UnitInfo
 from edgefed.simulation.config import Link, SimulatedDevice
-from edgefed.simulation.cost_shape import CostShape
-from edgefed.simulation.round_work import RoundWork
 
 DISKS = (
     ("nvme gen5", 10_000.0, 8_000.0),
@@ -121,197 +129,98 @@ def memory_budget(device: SimulatedDevice) -> int:
     return budget.now_bytes
 
 
-# From what a client did in a round to the seconds that its device would take. Pure arithmetic.
-#
-#     download, upload   bytes over the link, which the aggregator's link bounds; one latency each
-#     load               planned experts from disk into the device's memory
-#     profile            all experts from disk once, quantised where the profile is; the pass itself
-#     merge              members read and added up; before the first time all experts compared with each other
-#     train              steps by the roofline; experts quantised anew in each round before
-#     offload            experts that do not fit cross the host's link, or the disk's, when tokens need them
-#     explore, evaluate  forward passes
-#
-# What is assumed: transfers and computation do not overlap (an expert is known only when its router has run); experts
-# are routed to evenly, so a batch hits nearly all of those held; the disk's cache is cold.
+# --- the cost shape ---------------------------------------------------------------------------------------------------
 
-PARTS = ("download", "load", "profile", "merge", "train", "offload", "explore", "evaluate", "upload")
-"""What a client's time is made of, in the order in which it happens."""
+STEP_DEVICES: Mapping[MemoryKind, str] = {
+    MemoryKind.DISCRETE: "cuda",
+    MemoryKind.UNIFIED: "unified",
+    MemoryKind.CPU: "cpu",
+}
+FILE = "file"
+"""Kind of what is no unit: config.json, tokenizer.json, ..."""
 
-STATE_BYTES = 2
-"""Moments of the optimizer per trained parameter, each in the dtype of the weights."""
+
+def byte_kind(unit: UnitInfo) -> str:
+    """``expert``, ``router`` or ``dense``, with ``:lora`` behind it for an adapter."""
+    return unit.kind + (LORA_SUFFIX if unit.key.endswith(LORA_SUFFIX) else "")
 
 
 @dataclasses.dataclass(frozen=True)
-class ClientTimes:
-    """Seconds of one client in one round. ``parts`` by `PARTS`; ``in_wait``: work for the next round that is done after
-    the upload, while others still train or the aggregator aggregates.
+class CostShape:
+    """``shape`` is what is charged; ``experts_per_layer`` are the model's own.
+
+    ``dtype``: of weights and activations in the cost shape; None: as the model's own. ``gpu_optimizer``: see `setup`.
     """
 
-    parts: Mapping[str, float]
-    in_wait: float = 0.0
+    shape: ModelShape
+    experts_per_layer: tuple[int, ...]
+    dtype: str | None = "bfloat16"
+    gpu_optimizer: str = "adamw_8bit"
+
+    @classmethod
+    def same(cls, shape: ModelShape, gpu_optimizer: str = "adamw_8bit") -> CostShape:
+        """The model is charged with what it is."""
+        return cls(shape, shape.experts_per_layer, None, gpu_optimizer)
 
     @property
-    def busy(self) -> float:
-        return sum(self.parts.values())
+    def experts_ratio(self) -> float:
+        """Experts of the cost shape for each of the model's."""
+        return sum(self.shape.experts_per_layer) / sum(self.experts_per_layer)
 
+    def layer_of(self, layer: int) -> int:
+        """The model's MoE layer that stands for MoE layer ``layer`` of the cost shape."""
+        return layer * len(self.experts_per_layer) // len(self.shape.experts_per_layer)
 
-def transfer_bytes_per_s(link_mbit: float, server_bytes_per_s: float, num_clients: int) -> float:
-    """What a client's link carries while ``num_clients`` share the aggregator's evenly."""
-    return min(link_mbit * 1e6 / 8, server_bytes_per_s / num_clients)
+    def counts(self, counts: Sequence[float]) -> tuple[int, ...]:
+        """Experts per MoE layer of the cost shape, for ``counts`` of the model's; rounded up, so none becomes none."""
+        found = []
+        for layer, size in enumerate(self.shape.experts_per_layer):
+            at = self.layer_of(layer)
+            found.append(min(size, -int(-counts[at] * size // self.experts_per_layer[at])))
+        return tuple(found)
 
+    def shares(self, shares: Sequence[float]) -> tuple[float, ...]:
+        """A number of each of the model's MoE layers, for each of the cost shape."""
+        return tuple(shares[self.layer_of(layer)] for layer in range(len(self.shape.experts_per_layer)))
 
-@dataclasses.dataclass(frozen=True)
-class CostModel:
-    """``server_bytes_per_s``: the aggregator's link, shared evenly by ``num_clients``; ``ratios`` as
-    `CostShape.byte_ratios` gives them.
-    """
+    def setup(self, setup: StepSetup, kind: MemoryKind) -> StepSetup:
+        """How a step is done on a device of this ``kind`` that is done so with the model here.
 
-    charged: CostShape
-    ratios: Mapping[str, float]
-    server_bytes_per_s: float
-    num_clients: int
-    calibration: Calibration = Calibration()
-
-    def charged_bytes(self, sizes: Mapping[str, int]) -> float:
-        """Bytes of the model, by kind, as bytes of the cost shape."""
-        return sum(size * self.ratios.get(kind, 1.0) for kind, size in sizes.items())
-
-    def client_times(self, work: RoundWork, rates: DeviceRates, usable_bytes: int) -> ClientTimes:
-        """``usable_bytes``: the device's budget, which decides what of an offloaded model stays."""
-        setup = self.charged.setup(work.setup, rates.kind)
-        held, trainable = self.charged.counts(work.held), self.charged.counts(work.trainable)
-        pairs = self.charged.shares(work.trainable_pairs)
-        shape = self.charged.shape
-        parts = dict.fromkeys(PARTS, 0.0)
-        parts["download"] = self._transfer(work.down, rates.link.down_mbit, rates)
-        parts["upload"] = self._transfer(work.up, rates.link.up_mbit, rates)
-        step = training_step(shape, setup, held, trainable, pairs)
-        parts["train"] = work.steps * self._seconds(step, rates, setup.width)
-        if work.offloads:
-            parts["offload"] = work.steps * self._offload(setup, held, trainable, rates, usable_bytes)
-        else:
-            parts["load"] = self._load(setup, held, trainable, rates)
-            parts["train"] += self._quantise(setup, held, trainable, rates)
-        parts["merge"] = self._merge(work, setup, rates)
-        explored = work.explored_tokens * self.charged.experts_ratio  # each expert is probed on its own
-        for name, tokens in (("explore", explored), ("evaluate", work.evaluated_tokens)):
-            if tokens:
-                batches = tokens / setup.tokens
-                once = forward_pass(shape, setup, held, setup.tokens, storage=setup.expert_storage, logits=True)
-                parts[name] = batches * self._seconds(once, rates, setup.width)
-        parts["profile"] = self._profile(work, work.profile_tokens, setup, rates)
-        waiting = self._profile(work, work.waiting_profile_tokens, setup, rates)
-        if work.waiting_down:
-            waiting += self._transfer(work.waiting_down, rates.link.down_mbit, rates)
-        return ClientTimes(parts, waiting)
-
-    def aggregation_seconds(self, uploaded: Mapping[str, int], fold_bytes_per_s: float) -> float:
-        """Seconds that the aggregator takes for a round in which so many bytes, by kind, were uploaded."""
-        return self.charged_bytes(uploaded) / fold_bytes_per_s
-
-    # --- parts ------------------------------------------------------------------------------------------------------
-
-    def _seconds(self, work: Pass, rates: DeviceRates, width: int) -> float:
-        total = 0.0
-        for phase in ("forward", "backward", "optimizer"):
-            ops: tuple[Op, ...] = getattr(work, phase)
-            ideal = sum(op.seconds(rates.flops(width), rates.bandwidth) for op in ops)
-            total += ideal / getattr(self.calibration, phase)
-        return total
-
-    def _transfer(self, sizes: Mapping[str, int], link_mbit: float, rates: DeviceRates) -> float:
-        size = self.charged_bytes(sizes)
-        speed = transfer_bytes_per_s(link_mbit, self.server_bytes_per_s, self.num_clients)
-        return size / speed + rates.link.latency_ms / 1e3
-
-    def _moved(self, size: float, rates: DeviceRates) -> float:
-        """Bytes through the device's memory, as a phase without arithmetic achieves it."""
-        return size / rates.bandwidth / self.calibration.optimizer
-
-    def _expert_sizes(self, setup: StepSetup) -> list[tuple[int, float, float]]:
-        """(experts, bytes in the dtype, bytes as stored) of each MoE layer."""
-        layers = self.charged.shape.moe_layers
-        return [(at.num_experts, at.parameters_per_expert * setup.width, stored_bytes(at, setup)) for at in layers]
-
-    def _load(self, setup: StepSetup, held: Sequence[int], trainable: Sequence[int], rates: DeviceRates) -> float:
-        """Experts lie on disk as they were downloaded, and are quantised, if they are, on the way in."""
-        sizes = self._expert_sizes(setup)
-        read = sum(count * plain for count, (_, plain, _) in zip(held, sizes, strict=True))
-        entered = sum(
-            count_trainable * plain + (count - count_trainable) * stored
-            for count, count_trainable, (_, plain, stored) in zip(held, trainable, sizes, strict=True)
-        )
-        return read / rates.disk_read + (entered / rates.host_link if rates.host_link else 0.0)
-
-    def _quantise(self, setup: StepSetup, held: Sequence[int], trainable: Sequence[int], rates: DeviceRates) -> float:
-        if setup.expert_storage in (None, *DTYPE_BYTES):
-            return 0.0
-        full = setup.experts == "full"
-        size = sum(
-            (count - (count_trainable if full else 0)) * (plain + stored)
-            for count, count_trainable, (_, plain, stored) in zip(
-                held, trainable, self._expert_sizes(setup), strict=True
-            )
-        )
-        return self._moved(size, rates)
-
-    def _merge(self, work: RoundWork, setup: StepSetup, rates: DeviceRates) -> float:
-        """Members are read from disk and added up. Comparing reads every expert once and passes over it."""
-        members, groups = self._counts(work.members), self._counts(work.groups)
-        sizes = self._expert_sizes(setup)
-        read = sum(count * plain for count, (_, plain, _) in zip(members, sizes, strict=True))
-        moved = read + sum(count * (plain + stored) for count, (_, plain, stored) in zip(groups, sizes, strict=True))
-        if work.compares:
-            everything = sum(count * plain for count, plain, _ in sizes)
-            read, moved = read + everything, moved + everything
-        return read / rates.disk_read + self._moved(moved, rates)
-
-    def _counts(self, counts: Sequence[int]) -> tuple[int, ...]:
-        return self.charged.counts(counts or (0,) * len(self.charged.experts_per_layer))
-
-    def _profile(self, work: RoundWork, tokens: int, setup: StepSetup, rates: DeviceRates) -> float:
-        """Layer by layer: its experts from disk, quantised where the profile is, then all ``tokens`` through it."""
-        if not tokens:
-            return 0.0
-        setup = dataclasses.replace(setup, experts="none", expert_storage=work.profile_storage)
-        sizes = self._expert_sizes(setup)
-        read = sum(count * plain for count, plain, _ in sizes)
-        entered = sum(count * stored for count, _, stored in sizes)
-        reads = work.profile_reads
-        seconds = reads * (read / rates.disk_read + (entered / rates.host_link if rates.host_link else 0.0))
-        if work.profile_storage not in (None, *DTYPE_BYTES):
-            seconds += reads * self._moved(read + entered, rates)
-        every = self.charged.shape.experts_per_layer
-        at_once = min(tokens, setup.tokens)
-        once = forward_pass(self.charged.shape, setup, every, at_once, storage=work.profile_storage)
-        return seconds + tokens / at_once * self._seconds(once, rates, setup.width)
-
-    def _offload(
-        self, setup: StepSetup, held: Sequence[int], trainable: Sequence[int], rates: DeviceRates, usable_bytes: int
-    ) -> float:
-        """Transfers of one step. Experts hit come for the forward pass, those that found no room again for the backward
-        pass; gradients of trainable ones go; the optimizer steps where its moments lie, beside the weights.
-
-        What host memory cannot hold of weights and moments lies on disk.
+        ``gpu_optimizer`` counts on GPUs whatever is installed here: 8-bit moments change the training hardly.
         """
-        shape, sizes = self.charged.shape, self._expert_sizes(setup)
-        one = training_memory(shape, setup, 1, int(setup.experts != "none"))
-        layers = shape.moe_layers
-        hit = [distinct_experts(count, layer.top_k, setup.tokens) for count, layer in zip(held, layers, strict=True)]
-        needed = sum(count * stored for count, (_, _, stored) in zip(hit, sizes, strict=True))
-        room = max(0.0, usable_bytes - one.total_bytes)
-        trained = sum(count * plain for count, (_, plain, _) in zip(trainable, sizes, strict=True))
-        if room >= sum(count * stored for count, (_, _, stored) in zip(held, sizes, strict=True)) + 3 * trained:
-            return 0.0  # everything fits, with gradients and moments: nothing is offloaded
-        incoming = needed + max(
-            0.0, needed - room
-        )  # trained weights are new in each step, so the first part stays whole
-        stored_away = (
-            sum(count * stored for count, (_, _, stored) in zip(held, sizes, strict=True)) + STATE_BYTES * trained
+        optimizer = setup.optimizer if kind is MemoryKind.CPU else self.gpu_optimizer
+        return dataclasses.replace(
+            setup, dtype=self.dtype or setup.dtype, device=STEP_DEVICES[kind], optimizer=optimizer
         )
-        on_disk = max(0.0, 1.0 - (rates.offload_bytes + (0 if rates.host_link else room)) / stored_away)
-        seconds = on_disk * (incoming / rates.disk_read)
-        seconds += on_disk * (STATE_BYTES * trained / rates.disk_read + (1 + STATE_BYTES) * trained / rates.disk_write)
-        if rates.host_link:
-            seconds += (incoming + trained) / rates.host_link
-        return seconds + 7.0 * trained / rates.host_bandwidth / self.calibration.optimizer
+
+    def byte_ratios(self, units: Sequence[UnitInfo], setup: StepSetup) -> dict[str, float]:
+        """Bytes of the cost shape per byte of the model, by kind of unit; 1 for files, and where a kind has none."""
+        own: dict[str, int] = {}
+        for unit in units:
+            own[byte_kind(unit)] = own.get(byte_kind(unit), 0) + unit.size_bytes
+        charged = _bytes_by_kind(self.shape, setup)
+        ratios = {kind: charged[kind] / size if charged.get(kind) else 1.0 for kind, size in own.items() if size}
+        return {FILE: 1.0, **ratios}
+
+
+def _bytes_by_kind(shape: ModelShape, setup: StepSetup) -> dict[str, float]:
+    """Bytes that cross a network for the whole model, as it is stored by the aggregator: nothing quantised."""
+
+    def adapters(pairs: Sequence[tuple[int, int]]) -> int:
+        return ADAPTER_BYTES * sum(setup.lora_rank * (size_in + size_out) for size_in, size_out in pairs)
+
+    def total(size: Callable[[LayerShape], float]) -> float:
+        return float(sum(size(layer) for layer in shape.layers))
+
+    def routers(layer: LayerShape) -> int:
+        return sum(i * o for i, o in layer.router_matrices) + sum(layer.router_vectors)
+
+    experts = total(lambda layer: layer.num_experts * layer.parameters_per_expert)
+    return {
+        "expert": experts * setup.width,
+        "router": total(routers) * setup.width,
+        "dense": (shape.num_parameters - experts - total(routers)) * setup.width + shape.own_dtype_bytes,
+        "expert:lora": total(lambda layer: layer.num_experts * adapters(layer.expert_matrices)),
+        "router:lora": total(lambda layer: adapters(layer.router_matrices)),
+        "dense:lora": total(lambda layer: adapters(layer.attention_matrices)),
+    }

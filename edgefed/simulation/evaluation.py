@@ -1,22 +1,28 @@
-"""Held-out loss and accuracy of the global model, for all clients at once, on the model that they share."""
+"""Held-out loss and accuracy of global models: during a simulation, and of the rounds that a run folder has kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from edgefed.expert_records import ExpertPlan, Role
-from edgefed.moe.expert_reading import FrameSource
+from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
-from edgefed.protocol.messages import Manifest, TrainingConfig
+from edgefed.protocol.messages import FileInfo, Manifest, TrainingConfig, UnitInfo
+from edgefed.runs import RunReader
 from edgefed.simulation.simulated_device import SharedModel
+from edgefed.trainer.ports import load_shared_units
 from edgefed.training.data import Example
 from edgefed.training.encoding import IGNORED_LABEL, TokenBlocks, encode_examples
+from edgefed.training.evaluate import evaluate_loss
 from edgefed.training.profiling import spread_blocks
 from edgefed.training.steps import train_scope
+from edgefed.training.tokenizer import load_tokenizer
 
 
 class GlobalEvaluator:
@@ -29,34 +35,36 @@ class GlobalEvaluator:
         self._held_out = held_out
         self._blocks: dict[str, TokenBlocks] = {}
 
-    def place(self, manifest: Manifest, blob) -> None:
+    def place(self, manifest: Manifest, blob: Callable[[str], Path]) -> None:
         """Load the whole global model: every expert, nothing trains. `release` frees it."""
-        model = self._shared.ensure(manifest.files, {file.sha256: blob(file.sha256) for file in manifest.files})
-        source = FrameSource(manifest.units, {unit.sha256: blob(unit.sha256) for unit in manifest.units})
-        for unit in manifest.units:
-            if unit.kind == "expert" or unit.key.endswith(LORA_SUFFIX):
-                continue
-            if self._shared.loaded.get(unit.key) != unit.sha256:
-                model.load_unit(unit.key, source.read(unit.key))
-                if not unit.trainable:
-                    self._shared.loaded[unit.key] = unit.sha256
+
+        def fetch(items: Iterable[UnitInfo | FileInfo]) -> dict[str, Path]:
+            return {item.sha256: blob(item.sha256) for item in items}
+
+        model = self._shared.open(manifest, fetch)
+        source = load_shared_units(model, self._shared.loaded, manifest.units, fetch)
+        source.add(manifest.units, fetch(manifest.units))
         plan = ExpertPlan.full(manifest.experts_per_layer, Role.FROZEN)
         model.apply_plan(plan, source, train_scope(self._training), missing=self._training.missing)
 
     def release(self) -> None:
-        self._shared.model.drop_experts()
+        """Free the experts."""
+        if self._shared.model is not None:
+            self._shared.model.drop_experts()
 
     def losses(self) -> tuple[dict[str, float], float]:
-        """({client: mean cross-entropy per predicted token in nats}, share of predicted tokens whose best guess is
-        right, over all clients). A client without held-out text is left out. Call between `place` and `release`.
+        """({client: mean cross-entropy per predicted token in nats}, accuracy of the best guess over all clients).
+
+        A client without held-out text is left out. Call between `place` and `release`.
         """
+        assert self._shared.model is not None, "`place` comes first"
         if not self._blocks:
             for name, examples in self._held_out.items():
                 encoded = encode_examples(examples, self._shared.tokenizer, self._training.sequence_length)
                 self._blocks[name] = spread_blocks(encoded, self._max_tokens)
         found, right, tokens = {}, 0, 0
         module = self._shared.model.module
-        module.eval()
+        module.train(False)
         for name, blocks in self._blocks.items():
             total, predicted, hits = _measure(module, blocks, self._training.batch_size)
             if predicted:
@@ -80,3 +88,47 @@ def _measure(module: torch.nn.Module, blocks: TokenBlocks, batch_size: int) -> t
         hits += int((logits.argmax(-1) == wanted).sum())
         predicted += len(wanted)
     return total, predicted, hits
+
+
+def held_out_losses(
+    run_folder: Path,
+    held_out: Mapping[str, Sequence[Example]],
+    *,
+    sequence_length: int,
+    batch_size: int = 8,
+    max_tokens: int = 8192,
+    rounds: Sequence[int] | None = None,
+) -> dict[str, list[float]]:
+    """Loss of the global model at the start of each kept round and after the last one, {client: [loss, ...]}.
+
+    Every expert of the model is streamed from the run's blobs, so numbers of different methods and budgets can be
+    compared. ``held_out``: {client: examples}. ``rounds``: evaluate these manifests only, where 1 is the model before
+    the first round.
+    """
+    losses: dict[str, list[float]] = {name: [] for name in held_out}
+    with RunReader(run_folder) as reader, tempfile.TemporaryDirectory(prefix="edgefed-") as scratch:
+        scope = train_scope(reader.run.training)
+        reader.unpack(reader.manifest(reader.oldest_round), Path(scratch))
+        model = MoeModel.skeleton(Path(scratch))
+        tokenizer = load_tokenizer(scratch)
+        blocks = {
+            name: spread_blocks(encode_examples(examples, tokenizer, sequence_length), max_tokens)
+            for name, examples in held_out.items()
+        }
+        loaded: dict[str, str] = {}
+        for server_round in rounds or range(reader.oldest_round, reader.last_round + 1):
+            manifest = reader.manifest(server_round)
+            source = reader.unpack(manifest, Path(scratch))
+            changed = []
+            for unit in manifest.units:
+                # Adapters come into the model with the first streaming; from then on they are loaded like the rest.
+                ready = unit.kind != "expert" and (loaded or not unit.key.endswith(LORA_SUFFIX))
+                if ready and loaded.get(unit.key) != unit.sha256:
+                    changed.append(unit)
+            for unit in changed:
+                model.load_unit(unit.key, source.read(unit.key))
+                loaded[unit.key] = unit.sha256
+            with model.streaming(source, scope):
+                for name in held_out:
+                    losses[name].append(evaluate_loss(model.module, blocks[name], batch_size))
+    return losses

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edgefed import __version__
 from edgefed.aggregator.active_run import ActiveRun
@@ -78,19 +79,24 @@ class InProcessAggregator:
 
     @property
     def server_round(self) -> int:
+        """The current round."""
         return self.active.state.server_round
 
     @property
     def finished(self) -> bool:
+        """The run is over."""
         return self.active.state.phase is Phase.FINISHED
 
     def manifest(self, server_round: int) -> Manifest:
+        """The global model at the start of a round."""
         return decode_message(self.service.manifest(str(server_round)), Manifest)
 
     def blob(self, sha256: str) -> Path:
+        """The file of a unit or file."""
         return self.service.blob(sha256)[0]
 
     def joined(self, name: str) -> bool:
+        """Whether a client still takes part."""
         return self.active.clients[name].joined
 
     def assignment(self, name: str) -> Assignment | None:
@@ -99,6 +105,7 @@ class InProcessAggregator:
         return reply if isinstance(reply, Assignment) else None
 
     def leave(self, name: str, reason: str) -> None:
+        """The client takes no part any more."""
         self.service.leave(name, self._key_of(name), reason)
 
     def deliver(self, meta: UpdateMeta, path: Path) -> None:
@@ -125,7 +132,7 @@ class InProcessAggregator:
         return f"simulated-{self.active.config.run_id}-{name}"
 
 
-def describe_update(name: str, server_round: int, path: Path, **facts) -> UpdateMeta:
+def describe_update(name: str, server_round: int, path: Path, **facts: Any) -> UpdateMeta:
     """The commit message of the update in ``path``."""
     sha256, size_bytes = hash_file(path)
     return UpdateMeta(

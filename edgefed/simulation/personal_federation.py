@@ -92,7 +92,9 @@ class Strategy(abc.ABC):
     aggregator holds, by name. Raises ConfigError where the method cannot work with these clients.
     """
 
-    def __init__(self, clients: Sequence[Client], method: PersonalMethod, *, seed: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, clients: Sequence[Client], method: PersonalMethod, *, seed: int, device: torch.device | str = "cpu"
+    ):
         if not clients:
             raise ConfigError("a federation needs at least one client")
         self.clients, self.method, self.seed, self.device = tuple(clients), method, seed, device

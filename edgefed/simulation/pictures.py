@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgefed.hardware.memory import GIB
 from edgefed.plots import COLOURS, DPI, new_figure, tidy_axes
-from edgefed.simulation.device_rates import PARTS
 from edgefed.simulation.result import MethodRun, SimulationResult
+from edgefed.simulation.virtual_clock import PARTS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PART_COLOURS = {
     "download": "#1b6ca8", "load": "#7fb2d6", "profile": "#edae49", "merge": "#8d6a9f", "train": "#66a182",
@@ -47,9 +51,9 @@ def time_unit(seconds: float) -> tuple[float, str]:
     return 1.0, "seconds"
 
 
-def draw_quality(result: SimulationResult):
+def draw_quality(result: SimulationResult) -> Figure:
     """Held-out loss of the global model over virtual time, a line a method; a large dot where the target is reached."""
-    figure = new_figure(8.5, 4.4)
+    figure: Figure = new_figure(8.5, 4.4)
     axes = figure.add_subplot()
     size, unit = time_unit(max((run.curve[-1][0] for run in result.runs), default=0.0))
     target = result.target_loss
@@ -74,12 +78,12 @@ def draw_quality(result: SimulationResult):
     return figure
 
 
-def draw_time(result: SimulationResult):
+def draw_time(result: SimulationResult) -> Figure:
     """Mean seconds of a round by part and device, stacked; one panel a method."""
     runs = [run for run in result.runs if run.rounds]
     bars = {run.label: _mean_seconds(result, run) for run in runs}
     rows = max((len(each) for each in bars.values()), default=1)
-    figure = new_figure(10, 1.3 + len(runs) * (0.55 + 0.24 * rows))
+    figure: Figure = new_figure(10, 1.3 + len(runs) * (0.55 + 0.24 * rows))
     shown = [part for part in (*PARTS, "late", "hidden", "waits")
              if any(seconds.get(part, 0.0) > 0 for each in bars.values() for seconds in each.values())]  # fmt: skip
     longest = max((sum(seconds.values()) for each in bars.values() for seconds in each.values()), default=1.0)
@@ -105,11 +109,11 @@ def draw_time(result: SimulationResult):
     return figure
 
 
-def draw_budget(result: SimulationResult):
+def draw_budget(result: SimulationResult) -> Figure:
     """What a step needs at its peak against what the device has for it, last round; one group a device."""
     runs = [run for run in result.runs if run.rounds]
     devices = _representatives(result)
-    figure = new_figure(max(6.0, 1.6 + len(devices) * (0.35 + 0.22 * len(runs))), 4.0)
+    figure: Figure = new_figure(max(6.0, 1.6 + len(devices) * (0.35 + 0.22 * len(runs))), 4.0)
     axes = figure.add_subplot()
     width = 0.8 / max(1, len(runs))
     for index, run in enumerate(runs):
@@ -132,14 +136,14 @@ def draw_budget(result: SimulationResult):
     return figure
 
 
-def draw_experts(result: SimulationResult):
+def draw_experts(result: SimulationResult) -> Figure:
     """Share of each device's tokens that each expert gets, of the first method that profiles; a row is a layer."""
     run = next(run for run in result.runs if run.usage)
     names = list(run.usage)[:MOST_BARS]
     columns = 2 if len(names) > 1 else 1
     rows = math.ceil(len(names) / columns)
     layers, experts = len(run.usage[names[0]]), max(len(row) for row in run.usage[names[0]])
-    figure = new_figure(10, 0.8 + rows * (0.75 + 0.14 * layers))
+    figure: Figure = new_figure(10, 0.8 + rows * (0.75 + 0.14 * layers))
     panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     grids = {}
     for name in names:

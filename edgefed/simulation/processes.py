@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from edgefed.agent.transport import AggregatorClient
 from edgefed.errors import ProcessFailed, ServerUnreachable
@@ -23,8 +24,13 @@ LOG_TAIL_LINES = 15
 
 @dataclasses.dataclass(frozen=True)
 class LocalClient:
-    """An agent to start: its name, its data (as the setting `data` takes it), the share of the experts that it may
-    hold, and further flags of `edgefed join`.
+    """An agent to start.
+
+    Attributes:
+        name: Its name.
+        data: Its data, as the setting `data` of a client.
+        expert_share: Share of the experts that may be resident.
+        flags: Further flags of `edgefed join`.
     """
 
     name: str
@@ -36,7 +42,7 @@ class LocalClient:
 @dataclasses.dataclass
 class _Child:
     label: str
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     log: Path
 
 
@@ -55,9 +61,11 @@ class LocalFederation:
 
     @property
     def run_folder(self) -> Path:
+        """The server's state."""
         return self.folder / "run"
 
     def client_folder(self, name: str) -> Path:
+        """An agent's state."""
         return self.folder / "clients" / name
 
     def __enter__(self) -> LocalFederation:
@@ -116,7 +124,7 @@ class LocalFederation:
             if time.monotonic() > deadline:
                 raise ProcessFailed(f"the server in {self.folder} was not ready within {START_TIMEOUT_S:.0f} s")
             time.sleep(0.05)
-        return json.loads(ready.read_text())["url"]
+        return str(json.loads(ready.read_text())["url"])
 
     def _start_agent(self, client: LocalClient, url: str) -> None:
         arguments = [
@@ -150,12 +158,12 @@ class LocalFederation:
                 raise ProcessFailed(f"{child.label} ended with status {status}:\n" + "\n".join(tail))
 
 
-def read_ledger(client_folder: Path) -> list[Mapping]:
+def read_ledger(client_folder: Path) -> list[Mapping[str, Any]]:
     """The rounds of an agent, oldest first, from the ledger in its state folder."""
     return list(_json_lines(client_folder / "ledger.jsonl"))
 
 
-def _json_lines(path: Path) -> Iterator[Mapping]:
+def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class ClientRound:
     """One client in one round. ``seconds`` by part; ``late``, ``waits``, ``hidden`` as in `virtual_clock.ClientSpan`.
 
-    ``held`` and ``trainable`` are experts per MoE layer of the trained model; bytes, of the model that is charged.
-    ``memory_bytes``: what the step needs at its peak by the memory model.
+    ``resident`` and ``trainable`` are experts per MoE layer of the trained model; bytes are those of the cost shape.
+    ``memory_bytes``: peak of a step, by the memory model.
     """
 
     seconds: Mapping[str, float]
     late: float
     waits: float
     hidden: float
-    held: tuple[int, ...]
+    resident: tuple[int, ...]
     trainable: tuple[int, ...]
     merged: tuple[int, ...]
     memory_bytes: int
@@ -29,8 +30,18 @@ class ClientRound:
 
 @dataclasses.dataclass(frozen=True)
 class RoundResult:
-    """One round. ``ends``: virtual seconds since the run began. ``loss``: held-out, of the new global model, mean over
-    clients; ``losses`` by client; ``metrics``: whatever else was asked for.
+    """One round.
+
+    Attributes:
+        server_round: From 1; 0 for the model before the first round.
+        ends: Virtual seconds since the run began.
+        aggregation: Seconds of the aggregator.
+        slowest: The client that the round waited for.
+        loss: Held-out loss of the new global model, mean over clients.
+        accuracy: Its accuracy on held-out tokens.
+        losses: Held-out loss by client.
+        metrics: Results of the caller's own score.
+        clients: What each client did.
     """
 
     server_round: int
@@ -46,9 +57,16 @@ class RoundResult:
 
 @dataclasses.dataclass(frozen=True)
 class MethodRun:
-    """One method on the whole fleet. ``first``: the model before the first round, at 0 s. ``refused``: devices that the
-    method cannot run on, and why. ``usage``: {client: share of its tokens routed to each expert, by layer}, of its last
-    profile, where the method makes one.
+    """One method on the whole fleet.
+
+    Attributes:
+        label: Names the run.
+        method: The method.
+        first: The model before the first round, at 0 s.
+        rounds: The rounds.
+        refused: {device that the method cannot run on: reason}.
+        usage: {client: share of its tokens routed to each expert, by layer}, of the last profile if there is one.
+        stopped: Why there are fewer rounds than requested; "" if there are not.
     """
 
     label: str
@@ -58,7 +76,6 @@ class MethodRun:
     refused: Mapping[str, str]
     usage: Mapping[str, Sequence[Sequence[float]]]
     stopped: str = ""
-    """Why there are fewer rounds than asked for."""
 
     @property
     def curve(self) -> list[tuple[float, float]]:
@@ -93,21 +110,12 @@ class SimulationResult:
     runs: tuple[MethodRun, ...]
 
     def run(self, label: str) -> MethodRun:
+        """The run of the method with this label."""
         return next(run for run in self.runs if run.label == label)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON, with the seconds to the target."""
         data = dataclasses.asdict(self)
         if self.target_loss is not None:
             data["seconds_to_target"] = {run.label: run.seconds_to(self.target_loss) for run in self.runs}
         return data
-
-
-def client_round(data: Mapping) -> ClientRound:
-    lists = {name: tuple(data[name]) for name in ("held", "trainable", "merged")}
-    return ClientRound(**{**data, **lists})
-
-
-def round_result(data: Mapping) -> RoundResult:
-    """Inverse of `dataclasses.asdict`."""
-    return RoundResult(**{**data, "clients": {name: client_round(each) for name, each in data["clients"].items()}})

@@ -15,10 +15,9 @@ from pathlib import Path
 from edgefed.costs.shapes import KNOWN_SHAPES, shape_from_config
 from edgefed.disk import disk_errors, write_durably
 from edgefed.embedded import resolve_model
-from edgefed.errors import ConfigError
+from edgefed.errors import ConfigError, StateCorrupt
 from edgefed.simulation.config import SimulationConfig
-from edgefed.simulation.cost_shape import CostShape
-from edgefed.simulation.device_rates import Calibration, device_rates, memory_budget
+from edgefed.simulation.device_rates import Calibration, CostShape, device_rates, memory_budget
 from edgefed.simulation.fleet_data import deal_out
 from edgefed.simulation.result import RoundResult, SimulationResult
 from edgefed.simulation.simulated_device import SharedModel
@@ -26,12 +25,15 @@ from edgefed.simulation.simulated_run import Score, SimulatedRun
 
 RESULT_FILE = "simulation.json"
 CONFIG_FILE = "config.json"
+FORMAT = 2
+"""Of the files in the output folder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SimulationEvent:
-    """What happens. ``ended`` is set when a round has ended, also one of an earlier process; ``client`` when one begins
-    to train.
+    """Progress of a simulation.
+
+    ``ended`` is set when a round has ended, also one of an earlier process; ``client`` when one begins to train.
     """
 
     label: str
@@ -51,13 +53,21 @@ def simulate(
     score: Score | None = None,
     calibration: Calibration | None = None,
 ) -> SimulationResult:
-    """Run every method of ``config`` and write ``out/simulation.json``. What ``out`` holds of an earlier, interrupted
-    simulation of the same configuration is not done again.
+    """Run every method of ``config`` and write ``out/simulation.json``.
 
-    ``score``: see `simulated_run.Score`; evaluated after each round. The result depends on the configuration (and the
-    kernels and thread count of this machine) alone, not on how long anything took.
+    An interrupted simulation of the same configuration in ``out`` is continued. The result depends only on the
+    configuration (and the kernels and thread count of this machine), not on how long anything took.
 
-    Raises ConfigError when ``out`` holds something else, DataError, ModelError, StorageError.
+    Args:
+        config: What to simulate.
+        out: Folder for results and state.
+        on_event: Called with each event.
+        score: Further metrics of the global model after each round; see `simulated_run.Score`.
+        calibration: Share of the roofline that work achieves.
+
+    Raises:
+        ConfigError: ``out`` holds something else.
+        DataError, ModelError, StorageError: Data, model or disk cannot be used.
     """
     import torch
 
@@ -83,8 +93,7 @@ def simulate(
     shared = SharedModel(out / "model")
     runs = []
     for choice in config.methods:
-        shared.loaded.clear()
-        shared.model = None  # a method may train another scope: adapters, say
+        shared.forget()
         run = SimulatedRun(
             config, choice, out / choice.label, source, shape, charged, budgets, data, shared,
             lambda **event: on_event(SimulationEvent(**event)), score, calibration,
@@ -106,14 +115,19 @@ def simulate(
 
 def _claim(out: Path, config: SimulationConfig) -> None:
     """Make ``out``, or check that it is of the same simulation. More methods may be added to one later."""
-    mark = {"config": fingerprint(config)}
-    path = out / CONFIG_FILE
+    mark = {"format": FORMAT, "config": fingerprint(config)}
+    path, remedy = out / CONFIG_FILE, "Choose another `out` folder, or delete this one."
     with disk_errors(out):
         if path.exists():
-            if json.loads(path.read_text()) != mark:
-                raise ConfigError(
-                    f"{out} holds a simulation with other settings", remedy="Choose another `out` folder, or delete it."
-                )
+            try:
+                found = json.loads(path.read_text())
+                same_format = found.get("format") == FORMAT
+            except (ValueError, AttributeError) as error:
+                raise StateCorrupt(f"{path} is not a file that edgefed wrote: {error}", remedy=remedy) from error
+            if not same_format:
+                raise ConfigError(f"{out} holds a simulation of another version of edgefed", remedy=remedy)
+            if found != mark:
+                raise ConfigError(f"{out} holds a simulation with other settings", remedy=remedy)
             return
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and holds no simulation", remedy="Choose another `out` folder.")

@@ -1,281 +1,322 @@
-"""One client of a simulation: the real trainer, on a shared model, with the memory of another device.
+"""One simulated client: the real trainer, with the memory of another device and a model that all clients share.
 
-Differences to `edgefed.trainer.local_trainer.LocalTrainer` in a device's own process:
-    * the model object and the tokenizer are shared by all clients, who train one after the other;
-    * the budget is that of a device profile, and the memory model that of the cost shape (`SimulatedPlanner`);
-    * nothing is measured, so nothing depends on this machine's load: no calibration step, no pressure guard;
-    * the held-out loss on the device is left out: the global model's is measured once for all clients.
+Differences from a device's own process, all of them ports of `edgefed.trainer.ports`:
+    memory   what a device profile leaves for training
+    costs    the memory model of the cost shape; nothing is measured, so nothing depends on this machine
+    model    shared by all clients, who train one after the other
+The held-out loss on the device is left out: the global model's is measured once for all clients.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 
-from edgefed.costs.fallbacks import FallbackSearch
-from edgefed.costs.memory import Correction, MemoryEstimate, training_memory
-from edgefed.costs.step_setup import StepSetup
-from edgefed.disk import disk_errors, write_durably
-from edgefed.expert_records import ExpertPlan
-from edgefed.methods.interface import ExpertMethod
-from edgefed.methods.registry import make_expert_method
+from edgefed.costs.memory import MemoryEstimate, training_memory
+from edgefed.costs.shapes import ModelShape
+from edgefed.costs.step_setup import Correction, StepSetup
+from edgefed.disk import write_durably
+from edgefed.errors import StateCorrupt
+from edgefed.expert_records import ActivationProfile, ExpertPlan
+from edgefed.hardware.facts import MemoryKind
+from edgefed.methods.interface import ExpertMethod, Merging
+from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.expert_reading import FrameSource
+from edgefed.moe.merging.plan import ExpertMerger
 from edgefed.moe.model import MoeModel
-from edgefed.moe.units import LORA_SUFFIX
-from edgefed.progress import ProgressSink
-from edgefed.protocol.messages import Assignment, FileInfo, Manifest, RunConfig, UnitInfo
-from edgefed.protocol.trainer import Fetch, TrainedUpdate
+from edgefed.moe.units import ExpertSource
+from edgefed.progress import NullProgress, ProgressSink
+from edgefed.protocol.messages import FileInfo, Manifest, RunConfig, UnitInfo
+from edgefed.protocol.trainer import Fetch
 from edgefed.simulation.config import SimulatedDevice
-from edgefed.simulation.cost_shape import FILE, CostShape, byte_kind
+from edgefed.simulation.device_rates import FILE, CostShape, byte_kind
 from edgefed.trainer.activation_profile import choose_profile_pass
-from edgefed.trainer.local_trainer import OWN_FOLDER, LocalTrainer
-from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
-from edgefed.training.encoding import encode_examples
+from edgefed.trainer.local_trainer import LocalTrainer
+from edgefed.trainer.placement import OWN_FOLDER, add_own_units, load_own_units, save_own_units
+from edgefed.trainer.planner import DeviceLimits
+from edgefed.trainer.ports import FixedMemory, copy_model_files, load_shared_units
+from edgefed.training.encoding import TokenBlocks
 from edgefed.training.profiling import ProfilePass, spread_blocks
-from edgefed.training.steps import step_setup, train_scope
+from edgefed.training.steps import train_scope
 from edgefed.training.tokenizer import load_tokenizer
 
-POINTS_FILE = "points.npz"
+EMBEDDINGS_FILE = "points.npz"
 OWN_FILE = "own.json"
-"""Which plan and units lie in the folder of a device that exchanges nothing."""
+"""Which plan and units are in the folder of a device that exchanges nothing."""
 
 
-@dataclasses.dataclass
 class SharedModel:
-    """The one model of a simulation. ``loaded``: unit key -> hash of what it holds, for units that do not train."""
+    """The one model of a simulation; its files are kept in ``folder``."""
 
-    folder: Path
-    model: MoeModel | None = None
-    loaded: dict[str, str] = dataclasses.field(default_factory=dict)
-    tokenizer: object | None = None
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.model: MoeModel | None = None
+        self.tokenizer: Any = None
+        self.loaded: dict[str, str] = {}
+        """Hash of what the model has loaded, by unit key, for units that do not train."""
 
-    def ensure(self, files: Iterable[FileInfo], paths: Mapping[str, Path]) -> MoeModel:
-        """The model, made from the run's files the first time."""
+    def open(self, manifest: Manifest, fetch: Fetch) -> MoeModel:
+        """The model, built from the run's files the first time."""
         if self.model is None:
-            with disk_errors(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for file in files:
-                    shutil.copyfile(paths[file.sha256], self.folder / Path(file.name).name)
-            self.model = MoeModel.skeleton(self.folder)
-            self.tokenizer = load_tokenizer(self.folder)
+            copy_model_files(manifest, fetch, self._folder)
+            self.model = MoeModel.skeleton(self._folder)
+            self.tokenizer = load_tokenizer(self._folder)
         return self.model
 
+    def forget(self) -> None:
+        """Build another model at the next `open`: the next method may train other adapters."""
+        self.model, self.loaded = None, {}
 
-class SimulatedPlanner(Planner):
-    """A planner whose memory model is that of a device with the cost shape. Nothing corrects it."""
 
-    correction = Correction(activation_scale=1.0, overhead_bytes=0, origin="not measured: the device is simulated")
+class _OwnUnits(msgspec.Struct):
+    """What own.json says: the plan, how experts were stored, and the file name of each unit."""
 
-    def __init__(self, folder: Path, limits: DeviceLimits, identity: str, charged: CostShape, device: SimulatedDevice):
-        super().__init__(folder, limits, identity)
-        self._charged, self._kind = charged, device.profile.kind
-        self._points_path = folder / POINTS_FILE
-        self._estimates: dict[tuple, MemoryEstimate] = {}
-        self.profile_pass: ProfilePass | None = None
-        """How this device makes a profile, of ``profile_blocks`` blocks of text; known from its first plan on."""
-        self.profile_blocks = 0
+    plan: dict[str, Any]
+    storage: str | None
+    units: dict[str, str]
 
-    def make_plan(self, request: PlanRequest) -> ExpertPlan:
-        """As `Planner.make_plan`; a profile holds experts as a device with the cost shape would have to."""
-        method, training = request.method, request.run.training
-        if method.profiling and self.profile_pass is None:
-            setup = self._charged.setup(step_setup(request.model, training), self._kind)
-            self.profile_blocks = len(spread_blocks(request.blocks, training.profile_tokens))
-            self.profile_pass, _ = choose_profile_pass(
-                self._charged.shape, setup, self.profile_blocks, request.usable_bytes,
-                attention=method.profiling.attention,
-            )  # fmt: skip
-            self._limits = dataclasses.replace(self._limits, profile_storage=self.profile_pass.storage or "full")
-        self._restore_points()
-        plan = super().make_plan(request)
-        self._keep_points()
-        return plan
 
-    def _restore_points(self) -> None:
-        """What experts were like when they were first compared: a process that goes on must not compare them anew."""
-        if self._merger.embeddings is None and self._points_path.exists():
-            with np.load(self._points_path, allow_pickle=False) as kept:
-                self._merger.embeddings = tuple(kept[f"layer_{number}"] for number in range(len(kept.files)))
+class SharedModelHost:
+    """A `ModelHost` for one of the clients that share a model. ``folder`` is its state.
 
-    def _keep_points(self) -> None:
-        if self._merger.embeddings is not None and not self._points_path.exists():
-            buffer = io.BytesIO()
-            np.savez(buffer, **{f"layer_{number}": points for number, points in enumerate(self._merger.embeddings)})
-            write_durably(self._points_path, buffer.getvalue())
+    Between rounds the model has no experts. A client that exchanges nothing finds its own weights again from its files.
+    """
+
+    def __init__(self, shared: SharedModel, folder: Path):
+        self._shared, self._folder = shared, folder
 
     @property
-    def needs_bytes(self) -> int:
-        """Peak of a step under the current load, by the memory model of the simulated device."""
-        return self._search.needs_bytes(self.load)
+    def model(self) -> MoeModel | None:
+        """The shared model."""
+        return self._shared.model
 
-    def _make_search(self, run: RunConfig, method: ExpertMethod, layout: Callable[[int, int], ExpertPlan]) -> FallbackSearch:
-        search = super()._make_search(run, method, layout)
-        # What is offloaded is charged by the cost model; the training that really runs here needs no files for it.
-        return dataclasses.replace(
-            search,
-            estimate=lambda setup, kept, trainable: self._estimate(setup, kept, trainable, method.requirements.offloading),
-            may_offload=False,
-        )
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self._shared.tokenizer
 
-    def _estimate(
-        self, setup: StepSetup, kept: Sequence[int], trainable: Sequence[int], offloads: bool
+    def open(
+        self, run: RunConfig, method: ExpertMethod, manifest: Manifest, fetch: Fetch, progress: ProgressSink
+    ) -> MoeModel:
+        """The model without experts, or with this client's own weights if it exchanges nothing."""
+        fetch(manifest.files)
+        model = self._shared.open(manifest, fetch)
+        model.drop_experts()
+        path = self._folder / OWN_FILE
+        if not method.exchanges and path.exists():
+            units = {unit.key: unit for unit in manifest.units}
+            self._restore_own(_read_own(path), run, units, model, fetch)
+        return model
+
+    def load_shared(self, units: Iterable[UnitInfo], fetch: Fetch) -> FrameSource:
+        """See `ModelHost`. A real device would also need what an earlier client has loaded already, so fetch it."""
+        assert self._shared.model is not None, "the model has been opened"
+        units = tuple(units)
+        fetch([unit for unit in units if unit.kind != "expert"])
+        return load_shared_units(self._shared.model, self._shared.loaded, units, fetch)
+
+    def close(self, method: ExpertMethod, units: Mapping[str, UnitInfo]) -> None:
+        """Free the experts; save this client's weights first if it exchanges nothing."""
+        model = self._shared.model
+        assert model is not None, "the model has been opened"
+        if not method.exchanges:
+            assert model.plan is not None, "the round has placed a plan"
+            paths = save_own_units(model, units, self._folder)
+            own = _OwnUnits(model.plan.to_dict(), model.storage, {key: path.name for key, path in paths.items()})
+            write_durably(self._folder / OWN_FILE, msgspec.json.encode(own))
+        model.drop_experts()
+
+    def _restore_own(
+        self, saved: _OwnUnits, run: RunConfig, units: Mapping[str, UnitInfo], model: MoeModel, fetch: Fetch
+    ) -> None:
+        own = {key: self._folder / OWN_FOLDER / name for key, name in saved.units.items()}
+        plan = ExpertPlan.from_dict(saved.plan)
+        here = set(plan.resident_keys())
+        source = self.load_shared(units.values(), fetch)
+        resident = [unit for unit in units.values() if (unit.layer, unit.expert) in here]
+        source.add(resident, fetch(resident))
+        add_own_units(source, units, own)
+        scope = train_scope(run.training)
+        model.apply_plan(plan, source, scope, missing=run.training.missing, storage=saved.storage)
+        load_own_units(model, source, units, own)
+
+
+def _read_own(path: Path) -> _OwnUnits:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_OwnUnits)
+    except msgspec.DecodeError as error:
+        raise StateCorrupt(
+            f"{path} is not a file that edgefed wrote: {error}", remedy="Delete the `out` folder and start again."
+        ) from error
+
+
+class SimulatedCosts:
+    """A `StepCosts`: steps cost what they would with the cost shape on a device of ``kind``."""
+
+    measures_steps = False
+    offloads = False
+    """What a device would offload is charged by the cost model; the training that runs here needs no files for it."""
+
+    def __init__(self, charged: CostShape, kind: MemoryKind):
+        self._charged, self._kind = charged, kind
+        self._estimates: dict[tuple[StepSetup, tuple[int, ...], tuple[int, ...]], MemoryEstimate] = {}
+        self._profile_pass: ProfilePass | None = None
+        self._profile_blocks = 0
+
+    def estimate(
+        self,
+        shape: ModelShape,
+        setup: StepSetup,
+        resident: Sequence[int],
+        trainable: Sequence[int],
+        correction: Correction | None,
+        *,
+        offloading: bool,
     ) -> MemoryEstimate:
+        """The peak with the cost shape; ``offloading`` needs room for one expert per layer."""
         charged = self._charged
-        kept, trainable = charged.counts(kept), charged.counts(trainable)
-        if offloads:  # as many as can be there at a time: one is enough
-            kept, trainable = (tuple(min(1, count) for count in counts) for counts in (kept, trainable))
-        asked = (setup, kept, trainable)
+        resident, trainable = charged.counts(resident), charged.counts(trainable)
+        if offloading:
+            resident, trainable = (tuple(min(1, count) for count in counts) for counts in (resident, trainable))
+        asked = (setup, resident, trainable)
         if asked not in self._estimates:
-            self._estimates[asked] = training_memory(charged.shape, charged.setup(setup, self._kind), kept, trainable)
+            charged_setup = charged.setup(setup, self._kind)
+            self._estimates[asked] = training_memory(charged.shape, charged_setup, resident, trainable)
         return self._estimates[asked]
 
+    def profile_storage(
+        self,
+        requested: str,
+        setup: StepSetup,
+        blocks: TokenBlocks,
+        profile_tokens: int,
+        usable_bytes: int,
+        *,
+        attention: bool,
+    ) -> str:
+        """How a device with the cost shape would have to store experts for a profile."""
+        self._profile_blocks = len(spread_blocks(blocks, profile_tokens))
+        self._profile_pass, _ = choose_profile_pass(
+            self._charged.shape, self._charged.setup(setup, self._kind), self._profile_blocks, usable_bytes,
+            requested, attention=attention,
+        )  # fmt: skip
+        return self._profile_pass.storage or "full"
 
-class CountingProgress:
-    """Counts what a round does by the phases that it reports: {phase: units done}."""
+    @property
+    def profile_reads(self) -> tuple[str | None, int]:
+        """(how the last profile stored experts, how often each of them was read from disk for it)."""
+        last = self._profile_pass
+        if last is None:
+            return None, 1
+        batches = -(-self._profile_blocks // last.batch_size)
+        if last.residency == "all":
+            return last.storage, 1
+        if last.residency == "layer":
+            return last.storage, -(-batches // (last.concurrent_batches or batches))
+        return last.storage, batches
 
-    def __init__(self, on_message: Callable[[str], None] = lambda text: None):
+
+class SavedMerger(ExpertMerger):
+    """Keeps in ``path`` what experts were like when they were first compared: a resumed simulation must not differ."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+
+    def merge(
+        self,
+        plan: ExpertPlan,
+        merging: Merging,
+        profile: ActivationProfile,
+        layers: Sequence[ExpertLayer],
+        source: ExpertSource,
+        previous: ExpertPlan | None,
+        progress: ProgressSink,
+    ) -> ExpertPlan:
+        """As `ExpertMerger.merge`."""
+        if self.embeddings is None and self._path.exists():
+            with np.load(self._path, allow_pickle=False) as saved:
+                self.embeddings = tuple(saved[f"layer_{number}"] for number in range(len(saved.files)))
+        merged = super().merge(plan, merging, profile, layers, source, previous, progress)
+        if self.embeddings is not None and not self._path.exists():
+            buffer = io.BytesIO()
+            arrays: dict[str, Any] = {f"layer_{number}": points for number, points in enumerate(self.embeddings)}
+            np.savez(buffer, **arrays)
+            write_durably(self._path, buffer.getvalue())
+        return merged
+
+
+class CountingProgress(NullProgress):
+    """Counts what a round does, by the phases that it reports: {phase: units done}."""
+
+    def __init__(self) -> None:
         self.counts: dict[str, int] = {}
-        self._phase, self._message = "", on_message
+        self._phase = ""
 
     def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
+        """Count under another name."""
         self._phase = name
         self.counts.setdefault(name, 0)
 
     def advance(self, n: int) -> None:
+        """Count ``n`` units."""
         self.counts[self._phase] = self.counts.get(self._phase, 0) + n
 
-    def message(self, text: str) -> None:
-        self._message(text)
-
     def done(self) -> None:
+        """The phase is over."""
         self._phase = ""
 
 
 class CountingFetch:
-    """`Fetch` from the aggregator's own blobs: nothing is copied, what a device would have downloaded is counted.
+    """A `Fetch` from the aggregator's own blobs that copies nothing and counts what a device would have downloaded.
 
-    ``held``: hashes on the device.
+    ``resident``: hashes of what is on the device.
     """
 
-    def __init__(self, blob: Callable[[str], Path], held: Iterable[str] = ()):
-        self._blob, self.held, self.down = blob, set(held), {}
+    def __init__(self, blob: Callable[[str], Path], resident: Iterable[str] = ()):
+        self._blob, self.resident = blob, set(resident)
+        self._down: dict[str, int] = {}
 
     def __call__(self, items: Iterable[UnitInfo | FileInfo]) -> dict[str, Path]:
+        """The files of ``items``, {sha256: path}."""
         paths = {}
         for item in items:
             paths[item.sha256] = self._blob(item.sha256)
-            if item.sha256 not in self.held:
-                self.held.add(item.sha256)
+            if item.sha256 not in self.resident:
+                self.resident.add(item.sha256)
                 kind = byte_kind(item) if isinstance(item, UnitInfo) else FILE
-                self.down[kind] = self.down.get(kind, 0) + item.size_bytes
+                self._down[kind] = self._down.get(kind, 0) + item.size_bytes
         return paths
 
     def take(self) -> dict[str, int]:
         """Bytes by kind since the last call."""
-        down, self.down = self.down, {}
+        down, self._down = self._down, {}
         return down
 
 
-class SimulatedTrainer(LocalTrainer):
-    """The trainer of one simulated device; see the top of this file."""
-
-    def __init__(
-        self, device: SimulatedDevice, folder: Path, usable_bytes: int, charged: CostShape, shared: SharedModel,
-        *, held_out_share: float,
-    ):  # fmt: skip
-        """Raises DataError when the device's data cannot be used."""
-        limits = DeviceLimits(usable_bytes, device.expert_share, device.compute_share)
-        super().__init__(device.data, folder, limits, device.name, held_out_share=held_out_share)
-        self._planner = SimulatedPlanner(folder, limits, self._identity, charged, device)
-        self._shared, self._charged, self._usable = shared, charged, usable_bytes
-        self.plan: ExpertPlan | None = None
-
-    @property
-    def setup(self) -> StepSetup:
-        """How the last round's steps were done."""
-        return self._planner.load.setup
-
-    @property
-    def profile_reads(self) -> tuple[str | None, int]:
-        """(how a profile holds experts, how often each of them is read from disk for it)."""
-        way = self._planner.profile_pass
-        if way is None:
-            return None, 1
-        batches = -(-self._planner.profile_blocks // way.batch_size)
-        if way.hold == "all":
-            return way.storage, 1
-        return way.storage, -(-batches // (way.together or batches)) if way.hold == "layer" else batches
-
-    @property
-    def step_bytes(self) -> int:
-        """What a training step of the current plan needs at its peak, on the simulated device."""
-        return self._planner.needs_bytes
-
-    @property
-    def folder(self) -> Path:
-        return self._folder
-
-    def train_round(
-        self, run: RunConfig, manifest: Manifest, assignment: Assignment, fetch: Fetch, progress: ProgressSink,
-        update_path: Path,
-    ) -> TrainedUpdate:  # fmt: skip
-        method = make_expert_method(run.method, run.method_options)
-        model = self._ensure_model(run, manifest, fetch, progress)
-        model.drop_experts()
-        units = {unit.key: unit for unit in manifest.units}
-        if not method.exchanges and (self._folder / OWN_FILE).exists():
-            self._take_own(run, units, model, fetch)
-        update = super().train_round(run, manifest, assignment, fetch, progress, update_path)
-        self.plan = model.plan
-        if not method.exchanges:
-            paths = self._spool(model, units)
-            kept = {
-                "plan": self.plan.to_dict(),
-                "storage": model.storage,
-                "units": {key: path.name for key, path in paths.items()},
-            }
-            write_durably(self._folder / OWN_FILE, json.dumps(kept).encode())
-        model.drop_experts()
-        return update
-
-    def _take_own(self, run: RunConfig, units: Mapping[str, UnitInfo], model: MoeModel, fetch: Fetch) -> None:
-        """Put what this device trained alone into the shared model, as it was when its last round ended."""
-        kept = json.loads((self._folder / OWN_FILE).read_text())
-        own = {key: self._folder / OWN_FOLDER / name for key, name in kept["units"].items()}
-        plan = ExpertPlan.from_dict(kept["plan"])
-        here = set(plan.resident_keys())
-        source = self._load_shared(model, units.values(), fetch)
-        held = [unit for unit in units.values() if (unit.layer, unit.expert) in here]
-        source.add(held, fetch(held))
-        for key, path in own.items():
-            source.add([units[key]], {units[key].sha256: path})
-        model.apply_plan(plan, source, train_scope(run.training), missing=run.training.missing, storage=kept["storage"])
-        for key in own:
-            if units[key].kind != "expert" and not key.endswith(LORA_SUFFIX):
-                model.load_unit(key, source.read(key))
-
-    # --- what the trainer asks of its device ------------------------------------------------------------------------
-
-    def _ensure_model(self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink) -> MoeModel:
-        paths = fetch(manifest.files)
-        self._model, self._loaded = self._shared.ensure(manifest.files, paths), self._shared.loaded
-        if self._train_blocks is None:
-            self._train_blocks = encode_examples(
-                self.corpus.train, self._shared.tokenizer, run.training.sequence_length
-            )
-        return self._model
-
-    def _load_shared(self, model: MoeModel, units: Iterable[UnitInfo], fetch: Fetch) -> FrameSource:
-        """As `LocalTrainer` does. What an earlier client has loaded into the shared model, this device still needs."""
-        units = tuple(units)
-        fetch([unit for unit in units if unit.kind != "expert"])
-        return super()._load_shared(model, units, fetch)
-
-    def _usable_bytes(self) -> int:
-        return self._usable
+def simulated_trainer(
+    device: SimulatedDevice,
+    folder: Path,
+    usable_bytes: int,
+    costs: SimulatedCosts,
+    shared: SharedModel,
+    held_out_share: float,
+) -> LocalTrainer:
+    """The trainer of one simulated device, its state in ``folder``. Raises DataError when its data cannot be used."""
+    return LocalTrainer(
+        device.data,
+        folder,
+        DeviceLimits(device.expert_share, device.compute_share),
+        device.name,
+        FixedMemory(usable_bytes),
+        held_out_share=held_out_share,
+        costs=costs,
+        models=SharedModelHost(shared, folder),
+        merger=SavedMerger(folder / EMBEDDINGS_FILE),
+        evaluates=False,
+    )

@@ -1,11 +1,11 @@
-"""One method on a simulated fleet: real rounds, each client after the other, and their place on the virtual clock.
+"""One method on a simulated fleet: real rounds, one client after the other, and their place on the virtual clock.
 
     OUT/LABEL/run              the aggregator's state folder
     OUT/LABEL/clients/ID/      see `simulated_client`
-    OUT/LABEL/rounds/N.json    what came of round N
+    OUT/LABEL/rounds/N.json    the result of round N
 
 A client's round is a transaction: until done.json says that it is trained, a restart takes the state back to where the
-round began. So a simulation that was killed anywhere goes on, and gives the same numbers as one that was not.
+round began. So a simulation that was killed at any point continues, and gives the same numbers as one that was not.
 """
 
 from __future__ import annotations
@@ -13,35 +13,67 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from edgefed.costs.shapes import ModelShape
 from edgefed.disk import write_durably
 from edgefed.errors import BudgetTooSmall, StateCorrupt, TrainingDiverged
+from edgefed.expert_records import ExpertPlan
 from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_expert_method
 from edgefed.protocol import frames
 from edgefed.protocol.messages import ExpertSurvey, RunConfig, UnitInfo
 from edgefed.protocol.trainer import TrainedUpdate
 from edgefed.simulation.config import MethodChoice, SimulatedDevice, SimulationConfig
-from edgefed.simulation.cost_shape import CostShape, byte_kind
-from edgefed.simulation.device_rates import Calibration, ClientTimes, CostModel, device_rates, transfer_bytes_per_s
+from edgefed.simulation.device_rates import Calibration, CostShape, byte_kind, device_rates
 from edgefed.simulation.evaluation import GlobalEvaluator
 from edgefed.simulation.in_process import InProcessAggregator, describe_update
-from edgefed.simulation.result import ClientRound, MethodRun, RoundResult, round_result
-from edgefed.simulation.round_work import RoundWork
-from edgefed.simulation.simulated_client import Done, SimulatedClient
-from edgefed.simulation.simulated_device import CountingFetch, CountingProgress, SharedModel, SimulatedTrainer
-from edgefed.simulation.virtual_clock import RoundSpan, VirtualClock
+from edgefed.simulation.result import ClientRound, MethodRun, RoundResult
+from edgefed.simulation.simulated_client import SimulatedClient, TrainedRound
+from edgefed.simulation.simulated_device import CountingFetch, CountingProgress, SharedModel, SimulatedCosts
+from edgefed.simulation.virtual_clock import (
+    ClientTimes,
+    CostModel,
+    RoundSpan,
+    RoundWork,
+    VirtualClock,
+    transfer_bytes_per_s,
+)
+from edgefed.training.data import Example
 
 FOLD_BYTES_PER_S = 1.39e9
-"""What the aggregator folds of updates in a second on 2 cores: benchmarks/results/aggregator.json, 32 clients."""
+"""Bytes of updates that the aggregator folds in a second on 2 cores: benchmarks/results/aggregator.json, 32 clients."""
 
-Score = Callable[[object, object, Mapping], Mapping[str, float]]
+Score = Callable[[Any, Any, Mapping[str, Sequence[Example]]], Mapping[str, float]]
 """(transformers model, tokenizer, {client: held-out examples}) -> metrics of the global model."""
+
+
+class _SavedRound(msgspec.Struct):
+    """rounds/N.json."""
+
+    result: RoundResult
+    times: dict[str, ClientTimes]
+    refused: dict[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> _SavedRound:
+        """Raises StateCorrupt."""
+        try:
+            # The json module reads NaN, msgspec's own decoder does not.
+            return msgspec.convert(json.loads(path.read_bytes()), cls)
+        except ValueError as error:
+            raise StateCorrupt(
+                f"{path} is not a file that edgefed wrote: {error}", remedy="Delete the `out` folder and start again."
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Raises StorageError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, json.dumps(msgspec.to_builtins(self)).encode())
 
 
 class SimulatedRun:
@@ -75,16 +107,15 @@ class SimulatedRun:
 
     def _client(self, device: SimulatedDevice, index: int, folder: Path) -> SimulatedClient:
         client_id = f"client-{index:04d}"  # the aggregator takes clients in the order of their ids
-        own = folder / "clients" / client_id
-        usable = self._budgets[device.name]
-        trainer = SimulatedTrainer(
-            device, own / "state", usable, self._charged, self._shared, held_out_share=self._config.held_out_share
-        )
-        return SimulatedClient(device, client_id, own, trainer)
+        return SimulatedClient(
+            device, client_id, folder / "clients" / client_id, self._budgets[device.name],
+            SimulatedCosts(self._charged, device.profile.kind), self._shared, self._config.held_out_share,
+        )  # fmt: skip
 
     def play(self) -> MethodRun:
-        """Play all rounds, those of an earlier process from its files. Raises what trainers and aggregator raise,
-        other than BudgetTooSmall and TrainingDiverged, which the result tells.
+        """Play all rounds; those that an earlier process played are read from its files.
+
+        Raises what trainers and aggregator raise, except BudgetTooSmall and TrainingDiverged, which the result reports.
         """
         refused: dict[str, str] = {}
         rounds: list[RoundResult] = []
@@ -110,31 +141,30 @@ class SimulatedRun:
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def _first(self, aggregator: InProcessAggregator) -> RoundResult:
+        """The result of the model before the first round."""
         path = self._folder / "rounds" / "0.json"
         if path.exists():
-            return round_result(json.loads(path.read_text())["result"])
+            return _SavedRound.read(path).result
         losses, accuracy, metrics = self._evaluate(aggregator, 1)
         result = RoundResult(0, 0.0, 0.0, "", _mean(losses), accuracy, losses, metrics, {})
-        self._write(path, result, {})
+        _SavedRound(result, {}, {}).write(path)
         return result
 
     def _round(self, aggregator: InProcessAggregator, server_round: int, refused: dict[str, str]) -> RoundResult | None:
-        """One round; None where nobody can take part. ``refused`` gets who left in it."""
+        """One round; None if nobody can take part. Adds to ``refused`` who left in it."""
         path = self._folder / "rounds" / f"{server_round}.json"
         if path.exists():
-            kept = json.loads(path.read_text())
-            result = round_result(kept["result"])
-            times = {name: ClientTimes(each["parts"], each["in_wait"]) for name, each in kept["times"].items()}
-            self._clock.round(times, result.aggregation)
-            refused.update(kept["refused"])
-            return result
+            saved = _SavedRound.read(path)
+            self._clock.round(saved.times, saved.result.aggregation)
+            refused.update(saved.refused)
+            return saved.result
         if aggregator.server_round == server_round:
             self._train_all(aggregator, server_round)
             aggregator.fold()
         for client in self._clients:
             if not aggregator.joined(client.client_id):
                 refused.setdefault(client.device.name, client.refusal)
-        done = {client: found for client in self._clients if (found := client.done(server_round))}
+        done = {client: found for client in self._clients if (found := client.trained(server_round))}
         if not done:
             return None
         span, times = self._pass_time(aggregator, server_round, done)
@@ -145,7 +175,7 @@ class SimulatedRun:
         result = RoundResult(
             server_round, span.ends, span.aggregation, span.slowest, _mean(losses), accuracy, losses, metrics, clients
         )
-        self._write(path, result, times, refused)
+        _SavedRound(result, times, refused).write(path)
         return result
 
     def _train_all(self, aggregator: InProcessAggregator, server_round: int) -> None:
@@ -156,7 +186,7 @@ class SimulatedRun:
                 label=self._choice.label, server_round=server_round, client=client.device.name,
                 clients_done=number, clients=len(self._clients),
             )  # fmt: skip
-            done = client.done(server_round)
+            done = client.trained(server_round)
             try:
                 done = done or self._train(aggregator, client, server_round)
             except BudgetTooSmall as error:
@@ -169,16 +199,16 @@ class SimulatedRun:
                 aggregator.deliver(done.meta, client.update_path)
             client.update_path.unlink(missing_ok=True)
 
-    def _train(self, aggregator: InProcessAggregator, client: SimulatedClient, server_round: int) -> Done:
+    def _train(self, aggregator: InProcessAggregator, client: SimulatedClient, server_round: int) -> TrainedRound:
         client.begin(server_round)
         trainer, manifest = client.trainer, aggregator.manifest(server_round)
         assignment = aggregator.assignment(client.client_id)
         if assignment is None:
             raise StateCorrupt(f"client {client.client_id} has no part in round {server_round}, but has not trained it")
-        held = client.held()
+        resident = client.resident_blobs()
         if server_round == 1 and self._config.preinstalled:
-            held = {item.sha256 for item in (*manifest.units, *manifest.files)}
-        fetch, progress = CountingFetch(aggregator.blob, held), CountingProgress()
+            resident = {unit.sha256 for unit in manifest.units} | {file.sha256 for file in manifest.files}
+        fetch, progress = CountingFetch(aggregator.blob, resident), CountingProgress()
         update = trainer.train_round(self._run, manifest, assignment, fetch, progress, client.update_path)
         meta = describe_update(
             client.client_id, server_round, client.update_path, num_examples=update.num_examples,
@@ -186,21 +216,53 @@ class SimulatedRun:
             metrics={name: value for name, value in update.metrics.items() if math.isfinite(value)},
             survey=self._with_rates(client, update.survey),
         )  # fmt: skip
-        units = {unit.key: unit for unit in manifest.units}
-        work = self._work(client, update, progress.counts, fetch.take(), units)
-        # On the clock this comes after the upload; what it does is the same before it, and then a kill loses nothing.
-        fetch.held &= update.keep
+        plan, step_plan, memory_bytes = trainer.plan, trainer.planner.step_plan, trainer.planner.needs_bytes
+        assert plan is not None, "the round has made a plan"
+        down = fetch.take()
+        # On the clock this comes after the upload. Doing it before gives the same, and a kill loses nothing.
+        fetch.resident &= update.keep
         waiting = CountingProgress()
         if server_round < self._config.rounds:
             trainer.between_rounds(fetch, waiting)
-        work = dataclasses.replace(
-            work, waiting_profile_tokens=waiting.counts.get("profile", 0), waiting_down=fetch.take()
+        storage, reads = client.costs.profile_reads
+        counts = progress.counts
+        work = RoundWork(
+            **self._expert_counts(plan, update),
+            setup=step_plan.setup,
+            steps=self._run.training.local_steps,
+            tokens=update.num_tokens,
+            profile_tokens=counts.get("profile", 0),
+            profile_storage=storage,
+            profile_reads=reads,
+            waiting_profile_tokens=waiting.counts.get("profile", 0),
+            explored_tokens=counts.get("explore", 0) * step_plan.setup.tokens,
+            compares="compare experts" in counts,
+            offloads=self._method.requirements.offloading,
+            down=down,
+            up=_uploaded(client.update_path, {unit.key: unit for unit in manifest.units}),
+            waiting_down=fetch.take(),
         )
-        plan = trainer.plan
         merged = tuple(len(plan.groups(layer)) for layer in range(plan.num_layers))
-        done = Done(server_round, meta, work, trainer.step_bytes, merged, update.metrics.get("train_loss"))
-        client.finish(done, fetch.held)
+        done = TrainedRound(server_round, meta, work, memory_bytes, merged, update.metrics.get("train_loss"))
+        client.finish(done, fetch.resident)
         return done
+
+    def _expert_counts(self, plan: ExpertPlan, update: TrainedUpdate) -> dict[str, Any]:
+        """The fields of `RoundWork` that count experts per layer."""
+        layers = range(plan.num_layers)
+        resident = tuple(plan.num_slots(layer) for layer in layers)
+        routed = [0] * plan.num_layers
+        for report in update.experts:
+            if report.expert in plan.trainable(report.layer):
+                routed[report.layer] += report.tokens
+        pairs = [max(1, update.num_tokens * min(k, count)) for k, count in zip(self._top_k, resident, strict=True)]
+        return {
+            "resident": resident,
+            "trainable": tuple(len(plan.trainable(layer)) for layer in layers),
+            "trainable_pairs": tuple(min(1.0, count / most) for count, most in zip(routed, pairs, strict=True)),
+            "groups": tuple(len(plan.groups(layer)) for layer in layers),
+            "members": tuple(sum(len(group.experts) for group in plan.groups(layer)) for layer in layers),
+        }
 
     def _with_rates(self, client: SimulatedClient, survey: ExpertSurvey | None) -> ExpertSurvey | None:
         """``survey`` with what a device would have measured of its transfers."""
@@ -213,44 +275,8 @@ class SimulatedRun:
             download_bytes_per_s=transfer_bytes_per_s(link.down_mbit, *share),
         )
 
-    def _work(
-        self, client: SimulatedClient, update: TrainedUpdate, counts: Mapping[str, int], down: Mapping[str, int],
-        units: Mapping[str, UnitInfo],
-    ) -> RoundWork:  # fmt: skip
-        """The facts of a trained round."""
-        trainer, plan = client.trainer, client.trainer.plan
-        layers = range(plan.num_layers)
-        held = tuple(plan.num_slots(layer) for layer in layers)
-        routed = [0] * plan.num_layers
-        for report in update.experts:
-            if report.expert in plan.trainable(report.layer):
-                routed[report.layer] += report.tokens
-        pairs = [max(1, update.num_tokens * min(k, count)) for k, count in zip(self._top_k, held, strict=True)]
-        storage, reads = trainer.profile_reads
-        members = tuple(sum(len(group.experts) for group in plan.groups(layer)) for layer in layers)
-        setup = trainer.setup
-        forwards = counts.get("explore", 0)
-        return RoundWork(
-            held=held,
-            trainable=tuple(len(plan.trainable(layer)) for layer in layers),
-            trainable_pairs=tuple(min(1.0, count / most) for count, most in zip(routed, pairs, strict=True)),
-            setup=setup,
-            steps=self._run.training.local_steps,
-            tokens=update.num_tokens,
-            groups=tuple(len(plan.groups(layer)) for layer in layers),
-            members=members,
-            profile_tokens=counts.get("profile", 0),
-            profile_storage=storage,
-            profile_reads=reads,
-            explored_tokens=forwards * setup.tokens,
-            compares="compare experts" in counts,
-            offloads=self._method.requirements.offloading,
-            down=down,
-            up=_uploaded(client.update_path, units),
-        )
-
     def _pass_time(
-        self, aggregator: InProcessAggregator, server_round: int, done: Mapping[SimulatedClient, Done]
+        self, aggregator: InProcessAggregator, server_round: int, done: Mapping[SimulatedClient, TrainedRound]
     ) -> tuple[RoundSpan, dict[str, ClientTimes]]:
         manifest = aggregator.manifest(server_round + 1)
         some = next(iter(done.values())).work.setup
@@ -276,12 +302,13 @@ class SimulatedRun:
         self._costs = costs
         return self._clock.round(times, costs.aggregation_seconds(uploaded, FOLD_BYTES_PER_S)), times
 
-    def _client_round(self, done: Done, span: RoundSpan, name: str) -> ClientRound:
+    def _client_round(self, done: TrainedRound, span: RoundSpan, name: str) -> ClientRound:
         mine, work = span.clients[name], done.work
         return ClientRound(
-            seconds=mine.parts, late=mine.late, waits=mine.waits, hidden=mine.hidden, held=work.held, trainable=work.trainable,
-            merged=done.merged, memory_bytes=done.memory_bytes, bytes_down=self._costs.charged_bytes(work.down),
-            bytes_up=self._costs.charged_bytes(work.up), train_loss=done.train_loss,
+            seconds=mine.parts, late=mine.late, waits=mine.waits, hidden=mine.hidden, resident=work.resident,
+            trainable=work.trainable, merged=done.merged, memory_bytes=done.memory_bytes,
+            bytes_down=self._costs.charged_bytes(work.down), bytes_up=self._costs.charged_bytes(work.up),
+            train_loss=done.train_loss,
         )  # fmt: skip
 
     def _evaluate(
@@ -290,21 +317,13 @@ class SimulatedRun:
         self._evaluator.place(aggregator.manifest(server_round), aggregator.blob)
         try:
             losses, accuracy = self._evaluator.losses()
-            metrics = {}
+            metrics: dict[str, float] = {}
             if self._score is not None:
+                assert self._shared.model is not None, "the evaluator has placed the model"
                 metrics = dict(self._score(self._shared.model.module, self._shared.tokenizer, self._held_out))
         finally:
             self._evaluator.release()
         return losses, accuracy, metrics
-
-    def _write(self, path: Path, result: RoundResult, times: Mapping, refused: Mapping[str, str] | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {
-            "result": dataclasses.asdict(result),
-            "times": {name: {"parts": dict(each.parts), "in_wait": each.in_wait} for name, each in times.items()},
-            "refused": dict(refused or {}),
-        }
-        write_durably(path, json.dumps(kept).encode())
 
 
 def _uploaded(path: Path, units: Mapping[str, UnitInfo]) -> dict[str, int]:

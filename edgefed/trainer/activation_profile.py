@@ -1,12 +1,13 @@
-"""The profile of one device: how it is made within the device's memory, and the making.
+"""Makes the activation profile of a device's data within the device's memory.
 
-    all      every expert in memory once, all batches run on them
-    layer    layer by layer: all batches go through the layers side by side, the experts of a layer are read once
-    expert   one expert at a time, read again for each batch that needs it
+    residency   in memory at a time            reads of an expert
+    all         every expert                   one
+    layer       the experts of one layer       one, as all batches go through the layers side by side
+    expert      one expert                     one for each batch that needs it
 
-The first that fits is taken, in that order. Experts stay as they come as long as each of them needs to be read only
-once; else those of a layer are quantised, in 8 bits before 4, because what a profile costs is reading, and what
-quantising costs is accuracy (`benchmarks/results/profiling.json` has both).
+The first that fits is used, in that order. Experts keep the model's dtype while each needs to be read only once; else
+those of a layer are quantised, to 8 bits before 4: reading is what a profile costs in time, quantising costs accuracy
+(`benchmarks/results/profiling.json` has both).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from collections.abc import Iterator
 
 import torch
 
-from edgefed.costs.memory import StepSetup, profiling_memory
+from edgefed.costs.memory import profiling_memory
 from edgefed.costs.shapes import ModelShape
+from edgefed.costs.step_setup import StepSetup
 from edgefed.errors import ConfigError
 from edgefed.expert_records import ActivationProfile
 from edgefed.hardware.memory import format_bytes
@@ -33,16 +35,13 @@ from edgefed.training.profiling import ProfilePass, profile_blocks, spread_block
 from edgefed.training.steps import step_setup, train_scope
 
 PROFILE_STORAGES = ("auto", "full", "int8", "nf4")
-"""What an owner may ask for: how experts are held for a profile. "full" is as they come."""
+"""How an owner may have a profile store experts. "full" is the model's dtype."""
 
-MAX_TOGETHER = 64
-"""Batches side by side; each has a thread, though only one runs at a time."""
+MAX_CONCURRENT_BATCHES = 64
+"""Each has a thread, though only one runs at a time."""
 
-
-def check_profile_storage(requested: str) -> None:
-    """Raise ConfigError unless ``requested`` is one of PROFILE_STORAGES."""
-    if requested not in PROFILE_STORAGES:
-        raise ConfigError(f"a profile can hold experts as {', '.join(PROFILE_STORAGES)}; asked for {requested!r}")
+ONE_EXPERT_AT_A_TIME = ProfilePass("expert", None, 1, 1)
+"""The pass that needs least memory."""
 
 
 def choose_profile_pass(
@@ -56,52 +55,68 @@ def choose_profile_pass(
     packable: bool = True,
     threads: int = 1,
 ) -> tuple[ProfilePass, str]:
-    """(the way, why in words) of a profile over ``num_blocks`` blocks of text within ``usable_bytes``.
+    """The best pass over ``num_blocks`` blocks of text within ``usable_bytes``, and a sentence that explains it.
 
-    ``setup`` says how a step is done: its batch size is the largest that is tried. ``requested`` is one of
-    PROFILE_STORAGES; ``packable``: the experts' dtype can be quantised; ``threads``: the CPU's. Where nothing fits, the
-    leanest way is taken, with a batch of one block. Raises ConfigError on another requested.
+    Args:
+        shape: The model.
+        setup: How a step is done. Its batch size is the largest that is tried.
+        num_blocks: Blocks of text.
+        usable_bytes: Memory. If nothing fits, the pass is `ONE_EXPERT_AT_A_TIME`.
+        requested: One of `PROFILE_STORAGES`.
+        attention: The profile records attention.
+        packable: The experts' dtype can be quantised.
+        threads: Threads of the CPU.
+
+    Raises:
+        ConfigError: Unknown ``requested``.
     """
-    check_profile_storage(requested)
+    if requested not in PROFILE_STORAGES:
+        raise ConfigError(f"invalid storage of a profile {requested!r}, expected one of {', '.join(PROFILE_STORAGES)}")
 
-    def needs(way: ProfilePass) -> int:
-        each = dataclasses.replace(setup, batch_size=way.batch_size, expert_storage=way.storage)
-        kept = shape.num_experts  # more than a layer has means all of it
-        found = profiling_memory(
-            shape, each, kept, hold=way.hold, together=way.together, attention=attention, threads=threads
-        )
-        return found.total_bytes
+    def needs(each: ProfilePass) -> int:
+        return profiling_memory(
+            shape,
+            dataclasses.replace(setup, batch_size=each.batch_size, expert_storage=each.storage),
+            shape.num_experts,  # more than a layer has means all of it
+            residency=each.residency,
+            concurrent_batches=each.concurrent_batches,
+            attention=attention,
+            threads=threads,
+        ).total_bytes
 
-    for way in _ways(num_blocks, setup.batch_size, requested, packable):
-        size = needs(way)
+    for each in _passes(num_blocks, setup.batch_size, requested, packable):
+        size = needs(each)
         if size <= usable_bytes:
-            return way, f"{_describe(way, num_blocks, requested)}: {format_bytes(size)} of {format_bytes(usable_bytes)}"
-    leanest = ProfilePass("expert", None, 1, 1)
-    lacking = format_bytes(needs(leanest)), format_bytes(max(0, usable_bytes))
-    return leanest, f"{_describe(leanest, num_blocks, requested)}: {lacking[0]}, though only {lacking[1]} are free"
+            sentence = _describe(each, num_blocks, requested)
+            return each, f"{sentence}: {format_bytes(size)} of {format_bytes(usable_bytes)}"
+    sentence = _describe(ONE_EXPERT_AT_A_TIME, num_blocks, requested)
+    lacking = (
+        f"needs {format_bytes(needs(ONE_EXPERT_AT_A_TIME))}, but only {format_bytes(max(0, usable_bytes))} are free"
+    )
+    return ONE_EXPERT_AT_A_TIME, f"{sentence}: {lacking}"
 
 
-def _ways(num_blocks: int, batch_size: int, requested: str, packable: bool) -> Iterator[ProfilePass]:
-    """From the best to the leanest. The largest batch that fits is taken of each."""
+def _passes(num_blocks: int, batch_size: int, requested: str, packable: bool) -> Iterator[ProfilePass]:
+    """Yield passes from the best to the one that needs least memory, each with the largest batches first."""
     sizes = [max(1, batch_size >> halved) for halved in range(batch_size.bit_length())]
     as_requested = {"auto": None, "full": None}.get(requested, requested)
-    at_once = (None, "int8", "nf4") if requested == "auto" and packable else (as_requested,)
+    storages = (None, "int8", "nf4") if requested == "auto" and packable else (as_requested,)
 
-    def groups(size: int) -> int:
+    def batches(size: int) -> int:
         return math.ceil(num_blocks / size)
 
     for size in sizes:
         yield ProfilePass("all", as_requested, size, 1)
-    for storage in at_once:  # each expert read once
+    for storage in storages:  # each expert read once
         for size in sizes:
-            if groups(size) <= MAX_TOGETHER:
-                yield ProfilePass("layer", storage, size, groups(size))
-    together = min(MAX_TOGETHER, groups(sizes[0]))
-    while together > 1:  # each expert read once per group of batches
-        for storage in at_once:
+            if batches(size) <= MAX_CONCURRENT_BATCHES:
+                yield ProfilePass("layer", storage, size, batches(size))
+    concurrent = min(MAX_CONCURRENT_BATCHES, batches(sizes[0]))
+    while concurrent > 1:  # each expert read once per group of batches
+        for storage in storages:
             for size in sizes:
-                yield ProfilePass("layer", storage, size, min(together, groups(size)))
-        together = math.ceil(together / 2)
+                yield ProfilePass("layer", storage, size, min(concurrent, batches(size)))
+        concurrent = math.ceil(concurrent / 2)
     if as_requested is not None:
         for size in sizes:
             yield ProfilePass("layer", as_requested, size, 1)
@@ -109,14 +124,14 @@ def _ways(num_blocks: int, batch_size: int, requested: str, packable: bool) -> I
         yield ProfilePass("expert", None, size, 1)
 
 
-def _describe(way: ProfilePass, num_blocks: int, requested: str) -> str:
-    stored = f"in {way.storage}" if way.storage else "as they come"
-    passes = math.ceil(num_blocks / (way.batch_size * way.together))
-    if way.hold == "all":
+def _describe(each: ProfilePass, num_blocks: int, requested: str) -> str:
+    stored = f"in {each.storage}" if each.storage else "in the model's dtype"
+    passes = math.ceil(num_blocks / (each.batch_size * each.concurrent_batches))
+    if each.residency == "all":
         return f"all experts {stored} in memory"
-    if way.hold == "layer":
+    if each.residency == "layer":
         return f"layer by layer, experts {stored}, {'read once' if passes == 1 else f'read {passes} times'}"
-    instead = "" if requested in ("auto", "full") else f" (a layer in {requested} is too large)"
+    instead = "" if requested in ("auto", "full") else f" (a layer in {requested} does not fit)"
     return f"one expert at a time{instead}, read for each of {passes} batches"
 
 
@@ -132,35 +147,48 @@ def make_profile(
     storage: str = "auto",
     attention: bool = False,
 ) -> ActivationProfile:
-    """Router statistics of the full model over the training text; experts from ``source``.
+    """Router statistics of the full model over the training text.
 
-    ``usable_bytes`` is what the model may use, what it holds now included. Tells the owner which way it goes. After an
-    out-of-memory it goes on with one expert at a time and half as many sequences. Raises ConfigError, CheckpointError.
+    After an out-of-memory it continues with one expert at a time and half as many sequences.
+
+    Args:
+        model: The model; experts are read from ``source``.
+        shape: Its shape.
+        training: Says how many tokens, and which adapters there are.
+        blocks: The device's text.
+        source: Reads every expert.
+        usable_bytes: Memory for the model, including what it has loaded.
+        progress: Where the chosen pass is reported.
+        storage: One of `PROFILE_STORAGES`.
+        attention: Also record the attention that tokens receive.
+
+    Raises:
+        ConfigError: Unknown ``storage``.
+        CheckpointError: An expert cannot be read.
     """
     picked = spread_blocks(blocks, training.profile_tokens)
     setup, scope = step_setup(model, training), train_scope(training)
     setup = dataclasses.replace(setup, sequence_length=picked.input_ids.shape[1])
-    packable = model.dtype in PACKABLE
-    way, reason = choose_profile_pass(
+    chosen, reason = choose_profile_pass(
         shape, setup, len(picked), usable_bytes, storage,
-        attention=attention, packable=packable, threads=torch.get_num_threads(),
+        attention=attention, packable=model.dtype in PACKABLE, threads=torch.get_num_threads(),
     )  # fmt: skip
     progress.message(f"profile: {reason}")
 
     def run_with(batch_size: int) -> ActivationProfile:
         progress.phase("profile", picked.num_tokens, "token")
-        now = way if batch_size == way.batch_size else ProfilePass("expert", None, batch_size, 1)
+        one_expert = dataclasses.replace(ONE_EXPERT_AT_A_TIME, batch_size=batch_size)
         return profile_blocks(
-            model, picked, source, now, scope=scope, attention=attention, on_batch=progress.advance,
-            tell=progress.message,
+            model, picked, source, chosen if batch_size == chosen.batch_size else one_expert,
+            scope=scope, attention=attention, on_batch=progress.advance, on_message=progress.message,
         )  # fmt: skip
 
-    record = with_smaller_batches(
+    profile = with_smaller_batches(
         run_with,
-        way.batch_size,
+        chosen.batch_size,
         lambda size: progress.message(
             f"memory: out of memory in the profile; {size} sequences at a time, and one expert at a time"
         ),
     )
     progress.done()
-    return record
+    return profile

@@ -1,11 +1,12 @@
-"""What happens in a round when memory gets tight or runs out: the plan shrinks, the owner hears of it, the round goes on.
+"""Reacts when memory gets tight or runs out during a round: the plan shrinks, the owner is told, the round continues.
 
-    pressure between two steps     the next fallback that frees memory; one that keeps the plan applies from the next step
-    out of memory anywhere         the next fallback, and the round's local steps start again from the global weights
-    GPU lost                       the round ends with an error that says what to do
+    pressure between two steps   take the next fallback that frees memory; one that keeps the plan applies from the
+                                 next step on
+    out of memory anywhere       take the next fallback; the local steps start again from the global weights
+    GPU lost                     the round ends with an error that says what to do
 
-An optimizer step that ran out of memory may have changed half of the weights, so what was trained is thrown away.
-"""  # noqa: E501
+An optimizer step that ran out of memory may have changed half of the weights, so what was trained is discarded.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable
 
 from edgefed.costs.fallbacks import Fallback
-from edgefed.costs.memory import StepSetup
+from edgefed.costs.step_setup import StepSetup
 from edgefed.errors import DeviceLost, OutOfMemory
 from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.watch import Pressure, PressureWatch
@@ -21,12 +22,13 @@ from edgefed.progress import ProgressSink
 from edgefed.training.out_of_memory import free_memory
 
 MAX_SHRINKS = 40
-"""In one round; more than the search has fallbacks for any model, so this ends only what would never end."""
+"""In one round. No model has as many fallbacks, so this only stops an endless loop."""
 
 PATIENCE_S = 30.0
-"""How long training waits, with nothing left to give up, for other programs to give memory back."""
+"""How long training waits for other programs to free memory once no fallback is left."""
 
-_LOOK_S = 0.5
+POLL_S = 0.5
+"""How often it looks while it waits."""
 
 
 class PlanShrunk(Exception):
@@ -34,7 +36,11 @@ class PlanShrunk(Exception):
 
 
 class MemoryGuard:
-    """The guard of one round. ``shrink`` goes down by one fallback and returns it with its plan, or None at the end."""
+    """The guard of one round.
+
+    ``shrink`` takes the next fallback and returns it with its plan, None when nothing is left. Pressure from ``watch``
+    that no fallback relieves is waited for: ``patience_s`` seconds, looking every ``poll_s``.
+    """
 
     def __init__(
         self,
@@ -43,24 +49,25 @@ class MemoryGuard:
         device: str,
         watch: PressureWatch | None = None,
         patience_s: float = PATIENCE_S,
+        poll_s: float = POLL_S,
     ):
         self.num_shrinks = 0
         self.plan: ExpertPlan | None = None
-        """The plan that the last fallback asks for; None: as it was."""
+        """The plan of the last fallback that changed it; None before."""
         self._shrink = shrink
         self._progress = progress
         self._device = device
         self._watch = watch
-        self._patience_s = patience_s
+        self._patience_s, self._poll_s = patience_s, poll_s
         self._settling = False
         if watch is not None:
             watch.on_event = lambda name, sentence: progress.message(sentence)
 
     def reconsider(self) -> StepSetup | None:
-        """Between two steps: the setup of the steps that follow, or None to go on as before.
+        """Called between two steps: the setup for the steps that follow, or None to go on as before.
 
-        Raises PlanShrunk when the plan has to change, OutOfMemory when memory stays tight and nothing is left to give
-        up, DeviceLost.
+        Raises PlanShrunk when the plan has to change, OutOfMemory when memory stays tight and no fallback is left,
+        DeviceLost.
         """
         watch = self._watch
         if watch is None:
@@ -71,31 +78,29 @@ class MemoryGuard:
         if pressure is None:
             self._settling = False
             return None
-        if (
-            self._settling
-        ):  # seen before the first step with the last fallback was over: it says nothing of that fallback
+        if self._settling:  # measured before the first step with the last fallback was over
             self._settling = False
             watch.relieve()
             return None
-        fallback = self._go_down(pressure.sentence)
+        fallback = self._take_fallback(pressure.sentence)
         if fallback is None:
-            self._wait_for_others(pressure)
+            self._wait_for_others(watch, pressure)
             return None
         self._settling = True
         watch.relieve()
         if not fallback.keeps_plan:
             raise PlanShrunk
         free_memory(self._device)
-        return fallback.load.setup
+        return fallback.step_plan.setup
 
-    def ran_out(self, doing: str, text: str) -> None:
-        """Memory ran out while ``doing``: go down by one fallback. Raises OutOfMemory when there is none.
+    def ran_out(self, phase: str, reason: str) -> None:
+        """Memory ran out in ``phase``: take the next fallback. Raises OutOfMemory when none is left.
 
-        What the failed step held should be free by now.
+        Call it when the tensors of the failed step are freed.
         """
-        if self._go_down(f"out of memory while {doing} ({text})", "; the local steps start again") is None:
+        if self._take_fallback(f"out of memory while {phase} ({reason})", "; the local steps start again") is None:
             raise OutOfMemory(
-                f"memory ran out while {doing}, and nothing is left to give up: {text}",
+                f"memory ran out while {phase}, and nothing is left to give up: {reason}",
                 remedy="Close other programs, lower `batch_size` or `sequence_length` on the server, or use a smaller "
                 "model.",
             )
@@ -103,10 +108,8 @@ class MemoryGuard:
         if self._watch is not None:
             self._watch.relieve()
 
-    def _go_down(self, why: str, then: str = "") -> Fallback | None:
-        if self.num_shrinks >= MAX_SHRINKS:
-            return None
-        found = self._shrink()
+    def _take_fallback(self, why: str, then: str = "") -> Fallback | None:
+        found = self._shrink() if self.num_shrinks < MAX_SHRINKS else None
         if found is None:
             return None
         fallback, plan = found
@@ -117,14 +120,14 @@ class MemoryGuard:
         self._progress.message(f"memory: {why}: {fallback.sentence}{then}")
         return fallback
 
-    def _wait_for_others(self, pressure: Pressure) -> None:
-        """Hold still until the pressure is over. Raises OutOfMemory when it lasts, StopRequested on Ctrl-C."""
+    def _wait_for_others(self, watch: PressureWatch, pressure: Pressure) -> None:
+        """Wait until the pressure is over. Raises OutOfMemory when it lasts, StopRequested on Ctrl-C."""
         self._progress.message(f"memory: {pressure.sentence}, and nothing is left to give up; waiting")
         pause, left = threading.Event(), self._patience_s
-        while self._watch.pressure() is not None:
+        while watch.pressure() is not None:
             if left <= 0:
                 raise OutOfMemory(f"{pressure.sentence}, for {self._patience_s:.0f} seconds, with the smallest plan")
             free_memory(self._device)
-            pause.wait(_LOOK_S)
-            left -= _LOOK_S
-            self._progress.advance(0)  # this is where Ctrl-C comes through
+            pause.wait(self._poll_s)
+            left -= self._poll_s
+            self._progress.advance(0)  # raises StopRequested

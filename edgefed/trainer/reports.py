@@ -125,7 +125,7 @@ def expert_survey(
     )
 
 
-def is_held(unit: UnitInfo, plan: ExpertPlan) -> bool:
+def is_resident(unit: UnitInfo, plan: ExpertPlan) -> bool:
     """Whether ``unit`` is an expert, or the adapter of one, that the plan puts on the device."""
     return unit.kind == "expert" and plan.roles[unit.layer][unit.expert] != Role.ABSENT
 
@@ -135,5 +135,5 @@ def kept_blobs(
 ) -> frozenset[str]:
     """Hashes of what the next round may need: `TrainedUpdate.keep`. ``units`` as the round used them."""
     profiles = method.profiling is not None and method.profiling.when != "once"
-    kept = {unit.sha256 for unit in units if profiles or unit.kind != "expert" or is_held(unit, plan)}
+    kept = {unit.sha256 for unit in units if profiles or unit.kind != "expert" or is_resident(unit, plan)}
     return frozenset(kept | {file.sha256 for file in files})

@@ -18,16 +18,20 @@ from edgefed.training.encoding import TokenBlocks
 
 @dataclasses.dataclass(frozen=True)
 class ProfilePass:
-    """How a profile is made. ``hold`` and ``storage``: what is in memory of the experts (`edgefed.moe.lockstep`).
+    """How an activation profile is made.
 
-    ``together``: batches that go through the layers side by side, 0 for all; where a layer is held, each of its experts
-    is read once for all of them.
+    Attributes:
+        residency: Experts in memory at a time: "all", "layer" or "expert" (`edgefed.moe.lockstep`).
+        storage: How they are stored; None is the model's dtype.
+        batch_size: Blocks of text in a batch.
+        concurrent_batches: Batches that go through the layers side by side, 0 for all. With residency "layer" each
+            expert is read once for all of them.
     """
 
-    hold: str = "expert"
+    residency: str = "expert"
     storage: str | None = None
     batch_size: int = 8
-    together: int = 1
+    concurrent_batches: int = 1
 
 
 def spread_blocks(blocks: TokenBlocks, max_tokens: int) -> TokenBlocks:
@@ -43,21 +47,28 @@ def profile_blocks(
     model: MoeModel,
     blocks: TokenBlocks,
     source: ExpertSource | None = None,
-    way: ProfilePass = ProfilePass(),
+    profile_pass: ProfilePass = ProfilePass(),
     *,
     scope: TrainScope | None = None,
     attention: bool = False,
     on_batch: Callable[[int], None] = lambda tokens: None,
-    tell: Callable[[str], None] = lambda message: None,
+    on_message: Callable[[str], None] = lambda message: None,
 ) -> ActivationProfile:
     """Run ``blocks`` forward through the full model and return the router's statistics.
 
-    With a ``source`` the experts are read from it, ``way`` says how, and ``scope`` says which adapters they have.
-    Without, the model must hold all its experts, and of ``way`` only the batch size counts. No way changes the routers'
-    logits by more than rounding, but for a ``way.storage``.
+    With a ``source``, experts are read from it as ``profile_pass`` says, with the adapters of ``scope``. Without, the
+    model must have all its experts, and of ``profile_pass`` only the batch size counts. Router logits differ between
+    passes by rounding only, unless experts are quantised.
 
-    ``attention``: also record the attention that tokens receive; ``tell`` hears where there is none. ``on_batch`` hears
-    how many tokens are done, as a share of the layers where batches go side by side.
+    Args:
+        model: The model.
+        blocks: Text.
+        source: Reads experts.
+        profile_pass: What is in memory at a time.
+        scope: Which adapters the experts have.
+        attention: Also record the attention that tokens receive.
+        on_batch: Called with the number of tokens done; a share of the layers where batches go side by side.
+        on_message: Called with a note where attention cannot be recorded.
     """
     module = model.module
     was_training = module.training
@@ -65,18 +76,20 @@ def profile_blocks(
     try:
         with model.record_statistics(attention=attention) as recorder:
             if source is None:
-                _forward_all(model, blocks, dataclasses.replace(way, together=1), on_batch)
+                _forward_all(model, blocks, dataclasses.replace(profile_pass, concurrent_batches=1), on_batch)
             else:
-                with model.streaming(source, scope, residency=way.hold, storage=way.storage):
-                    _forward_all(model, blocks, way, on_batch)
+                with model.streaming(source, scope, residency=profile_pass.residency, storage=profile_pass.storage):
+                    _forward_all(model, blocks, profile_pass, on_batch)
             for note in recorder.attention.notes if recorder.attention else ():
-                tell(f"attention: {note}")
+                on_message(f"attention: {note}")
             return recorder.take()
     finally:
         module.train(was_training)
 
 
-def _forward_all(model: MoeModel, blocks: TokenBlocks, way: ProfilePass, on_batch: Callable[[int], None]) -> None:
+def _forward_all(
+    model: MoeModel, blocks: TokenBlocks, profile_pass: ProfilePass, on_batch: Callable[[int], None]
+) -> None:
     # The routers are all that counts. The head would cost more than its logits: for one row per sequence and a frozen
     # weight, torch copies that weight once per sequence.
     decoder = model.module.base_model
@@ -84,10 +97,10 @@ def _forward_all(model: MoeModel, blocks: TokenBlocks, way: ProfilePass, on_batc
     def forward(input_ids: torch.Tensor) -> None:
         decoder(input_ids=input_ids.to(model.module.device), use_cache=False)
 
-    batches = [input_ids for input_ids, _ in blocks.batches(way.batch_size)]
-    together = way.together or len(batches)
-    for first in range(0, len(batches), together):
-        group = batches[first : first + together]
+    batches = [input_ids for input_ids, _ in blocks.batches(profile_pass.batch_size)]
+    concurrent = profile_pass.concurrent_batches or len(batches)
+    for first in range(0, len(batches), concurrent):
+        group = batches[first : first + concurrent]
         tokens = sum(input_ids.numel() for input_ids in group)
         if len(group) == 1:
             forward(group[0])

@@ -1,7 +1,7 @@
-"""What a training step can do with less memory, for the same loss and gradients: checkpointing and small optimizers.
+"""Activation checkpointing and optimizers with less memory, for the same loss and gradients.
 
-The chunked loss and quantised experts have files of their own. `problems` says which of them this model and this device
-cannot have, in words.
+The chunked loss and quantised experts have files of their own. `problems` says which savings do not work with a model
+on a device, and why.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,10 +26,9 @@ _EIGHT_BIT_PROBE = 4096  # elements: bitsandbytes leaves smaller tensors in 32 b
 
 
 def problems(module: nn.Module, device: torch.device | str) -> dict[str, str]:
-    """Why a saving is not to be had: {"chunked_loss" | "checkpointing" | "adamw_8bit" | "nf4_experts": reason}. Absent:
-    it works.
+    """Savings that do not work here: {"chunked_loss" | "checkpointing" | "adamw_8bit" | "nf4_experts": reason}.
 
-    The chunked loss is judged by the model's structure only; `chunking_problem` measures it once experts are there.
+    The chunked loss is checked by the model's structure only; `chunking_problem` measures it once experts are loaded.
     """
     place = str(torch.device(device))
     found = {
@@ -44,7 +44,7 @@ def problems(module: nn.Module, device: torch.device | str) -> dict[str, str]:
 
 
 def checkpointing_problem(module: nn.Module) -> str:
-    """Why ``module`` cannot compute its layers again in the backward pass; empty when it can."""
+    """Why ``module`` cannot recompute its layers in the backward pass; empty if it can."""
     if not getattr(module, "supports_gradient_checkpointing", False):
         return f"{type(module).__name__} does not support activation checkpointing"
     return ""
@@ -52,25 +52,24 @@ def checkpointing_problem(module: nn.Module) -> str:
 
 @contextlib.contextmanager
 def checkpointing(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """Within it a training step keeps each layer's input only and computes the rest again in its backward pass.
+    """Within it a training step keeps only each layer's input and recomputes the rest in its backward pass.
 
-    Non-reentrant: the first pass runs with gradients, so routers are recorded and schedules made there, once. Raises
-    ConfigError where the model has no such thing.
+    Non-reentrant: the first pass runs with gradients, so it alone records routers and makes schedules. Raises
+    ConfigError if the model does not support it.
     """
     if not enabled:
         yield
         return
     if problem := checkpointing_problem(module):
         raise ConfigError(problem, remedy="Train without checkpointing, with a shorter `sequence_length`.")
-    # The public switch also makes the embedding's output need a gradient, with a hook more each time it is called:
-    # reentrant checkpoints need that; here it would only drag the backward pass through layers where nothing trains.
-    module._set_gradient_checkpointing(
-        enable=True, gradient_checkpointing_func=functools.partial(checkpoint, use_reentrant=False)
-    )
+    # The public switch also makes the embedding's output need a gradient, with another hook at each call. Reentrant
+    # checkpoints need that; here it would only run the backward pass through layers where nothing trains.
+    switch = cast(Any, module)._set_gradient_checkpointing
+    switch(enable=True, gradient_checkpointing_func=functools.partial(checkpoint, use_reentrant=False))
     try:
         yield
     finally:
-        module._set_gradient_checkpointing(enable=False)
+        switch(enable=False)
 
 
 # --- optimizers --------------------------------------------------------------------------------------------------
@@ -81,36 +80,37 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over ``parameters`` with betas 0.9 and 0.999.
 
-    "adamw" keeps two moments in the parameter's dtype, 8 bytes a number in float32. "adamw_8bit" is bitsandbytes'
-    with block-wise 8-bit moments (arXiv 2110.02861), 2.03 bytes; tensors below 4096 elements stay in 32 bit. "paged"
-    lets them move to the host: of use with a GPU of its own memory only. Moments of offloaded parameters are "adamw"'s
-    and lie where those are. Raises ConfigError when it is not to be had.
+    "adamw" keeps two moments in the parameter's dtype, 8 bytes per element in float32. "adamw_8bit" is bitsandbytes'
+    with block-wise 8-bit moments (arXiv 2110.02861), 2.03 bytes; tensors below 4096 elements stay in 32 bit.
+    "paged_adamw_8bit" can move them to the host, which helps only on a GPU with memory of its own. Moments of offloaded
+    parameters are those of "adamw" and are stored beside the parameters. Raises ConfigError if it does not work here.
     """
     parameters = list(parameters)
     device = parameters[0].device if parameters else torch.device("cpu")
     if name not in OPTIMIZERS:
-        raise ConfigError(f"no optimizer {name!r}; known are {', '.join(OPTIMIZERS)}")
+        raise ConfigError(f"invalid optimizer {name!r}, expected one of {', '.join(OPTIMIZERS)}")
     if is_offloaded(parameters):
         if name != "adamw":
-            raise ConfigError(f"the experts are offloaded, with moments of their own: asked for {name!r}")
+            raise ConfigError(f"invalid optimizer {name!r}: offloaded experts need adamw")
         return OffloadedAdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     if name == "adamw":
         # foreach, torch's choice on CUDA, needs one more copy of all parameters at its peak.
-        implementation = {"fused": True} if device.type == "cuda" else {"foreach": False}
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, **implementation)
+        fused, foreach = (True, None) if device.type == "cuda" else (None, False)
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused, foreach=foreach)
     if problem := eight_bit_problem(str(device)):
         raise ConfigError(f"8-bit AdamW cannot be used on {device}: {problem}", remedy="Use the optimizer adamw.")
     if name == "paged_adamw_8bit" and device.type != "cuda":
-        raise ConfigError(f"paged AdamW moves state between GPU and host; it was asked for on {device}")
+        raise ConfigError(f"invalid optimizer {name!r} on {device}: it moves its state between a GPU and the host")
     import bitsandbytes
 
     kind = bitsandbytes.optim.AdamW8bit if name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
-    return kind(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer: torch.optim.Optimizer = kind(parameters, lr=learning_rate, weight_decay=weight_decay)
+    return optimizer
 
 
 @functools.lru_cache(maxsize=8)
 def eight_bit_problem(device: str) -> str:
-    """Why bitsandbytes' 8-bit AdamW does not work on ``device``; empty when it does. Tried out, once per process.
+    """Why bitsandbytes' 8-bit AdamW does not work on ``device``; empty if it does. Tests it once per process.
 
     An import proves nothing: on some Jetsons the package imports and fails at its first kernel.
     """

@@ -11,7 +11,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # agent_rig, fake_aggregator, ... are plain modules
 
-from device_bench import bench, data  # noqa: E402, F401 - fixtures
 from fake_aggregator import FakeAggregator  # noqa: E402
 from flaky_proxy import FlakyProxy  # noqa: E402
 

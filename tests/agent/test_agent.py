@@ -22,6 +22,7 @@ from edgefed.errors import (
     ChecksumMismatch,
     DiskFull,
     EdgefedError,
+    IdentityInUse,
     InvalidUpdate,
     NotFound,
     OffsetMismatch,
@@ -37,7 +38,7 @@ from edgefed.errors import (
     VersionMismatch,
 )
 from edgefed.interrupt import StopRequested
-from edgefed.protocol.messages import ExpertSurvey
+from edgefed.protocol.messages import ExpertSurvey, Heartbeat
 
 
 def test_a_whole_run(server: FakeAggregator, tmp_path):
@@ -78,7 +79,7 @@ def test_a_heartbeat_at_the_end_of_a_round_does_not_part_the_accounts(server: Fa
 
         def slow_disk(*args):
             write(*args)
-            agent._client._channel.count(up=1000, down=100)
+            agent.client.heartbeat(Heartbeat(phase="x" * 1000, fraction=0.0, server_round=1))
 
         monkeypatch.setattr(delivery, "append_entry", slow_disk)
         agent.run()
@@ -209,9 +210,9 @@ def test_server_restart_in_the_middle(server, tmp_path, wait_until):
     trainer = ToyTrainer(step_s=0.15)
     with device(server.url, tmp_path, trainer) as agent:
         thread, ends = start(agent)
-        wait_until(lambda: agent._progress.snapshot()[0] == "train")
+        wait_until(lambda: agent.progress.snapshot()[0] == "train")
         server.stop()
-        wait_until(lambda: agent._journal.record.phase == "uploading")
+        wait_until(lambda: agent.journal.record.phase == "uploading")
         time.sleep(0.3)
         assert thread.is_alive()
         server.start()
@@ -245,7 +246,7 @@ def test_run_that_changes_under_a_registered_device(server, tmp_path):
         agent.step()
         server.run = msgspec.structs.replace(server.run, run_id="run-2")
         assert [agent.step().kind for _ in range(2)] == ["unregistered", "accepted"]
-        assert agent._journal.record.run_id == "run-2"
+        assert agent.journal.record.run_id == "run-2"
         assert trainer.rounds == [1, 2]
 
 
@@ -285,7 +286,7 @@ def test_late_update_is_dropped(server, tmp_path, error):
     with device(server.url, tmp_path, trainer := ToyTrainer()) as agent:
         outcome = agent.step()
         assert (outcome.kind, outcome.detail) == ("dropped", str(error))
-        assert agent._journal.pending is None
+        assert agent.journal.pending is None
         assert list((tmp_path / "updates").iterdir()) == []
         assert agent.run().rounds == 2
     assert trainer.rounds == [1, 1, 2]
@@ -310,7 +311,7 @@ def test_refused_updates_end_it_at_the_third_in_a_row(server, tmp_path, error):
         assert [agent.step().kind for _ in range(2)] == ["dropped", "dropped"]
         with pytest.raises(type(error)):
             agent.run()
-        assert agent._journal.pending is None  # a restart does not send it again
+        assert agent.journal.pending is None  # a restart does not send it again
     assert server.left == [error.code]
 
 
@@ -495,3 +496,38 @@ def test_the_server_s_reason_to_wait_is_printed_when_it_changes(server, tmp_path
         "round 2 waits for 2 clients, 1 are here",
         "round 2 runs without this client",
     ]
+
+
+def test_a_copied_identity_ends_the_agent_and_keeps_its_update(server, tmp_path):
+    server.fail.append(("commit", IdentityInUse("another process has registered"), 1))
+    with device(server.url, tmp_path) as agent, pytest.raises(IdentityInUse):
+        agent.run()
+    with Journal(tmp_path) as journal:
+        assert journal.pending is not None
+    with device(server.url, tmp_path) as agent:
+        assert agent.run().rounds == 2
+    assert len(server.clients) == 1
+
+
+def test_a_new_identity_joins_as_another_client(server, tmp_path):
+    with device(server.url, tmp_path) as agent:
+        agent.step()
+    (first,) = server.clients
+    settings = AgentSettings(name="copy", memory_bytes=1 << 30, poll_s=1.0)
+    with open_agent(server.url, tmp_path, settings, ToyTrainer(), new_identity=True) as agent:
+        agent.step()
+    assert len(server.clients) == 2
+    assert len({message.client_key for message in server.clients.values()}) == 2
+    with Journal(tmp_path) as journal:
+        assert journal.record.client_id != first
+
+
+def test_every_process_has_a_name_of_its_own(server, tmp_path):
+    instances = []
+    for _ in range(2):
+        with device(server.url, tmp_path) as agent:
+            agent.step()
+            (message,) = server.clients.values()
+            assert message.instance == agent.client.instance
+            instances.append(message.instance)
+    assert len(set(instances)) == 2

@@ -164,4 +164,4 @@ def test_many_threads_lose_no_byte():
     for thread in threads:
         thread.join(30)
     assert meter.observed[0] == 8 * 50 * 20 * 1000
-    assert meter._active == 0
+    assert meter.active == 0

@@ -14,7 +14,8 @@ import httpx
 import pytest
 from fake_aggregator import REFUSED
 
-from edgefed.agent.channel import check_base_url
+from edgefed.agent.addresses import check_base_url
+from edgefed.agent.channel import connection_error
 from edgefed.agent.transport import AggregatorClient
 from edgefed.errors import (
     ChecksumMismatch,
@@ -216,13 +217,12 @@ def test_something_that_is_no_http():
 
 def test_untrusted_certificate_is_a_network_error_of_its_own(tmp_path):
     """Retrying does not make a certificate trusted, so it must not look like an unreachable server."""
-    fault = httpx.ConnectError("handshake failed")
+    failure = httpx.ConnectError("handshake failed")
     cause = ssl.SSLCertVerificationError(1, "certificate verify failed")
     cause.verify_message = "self-signed certificate"
-    fault.__cause__ = httpx.TransportError("wrapped")
-    fault.__cause__.__context__ = cause
-    with AggregatorClient("https://127.0.0.1:1") as client:
-        error = client._channel._unreachable(fault)
+    failure.__cause__ = httpx.TransportError("wrapped")
+    failure.__cause__.__context__ = cause
+    error = connection_error(failure, "https://127.0.0.1:1")
     assert type(error) is NetworkError
     assert "self-signed certificate" in str(error)
     assert error.foreign

@@ -117,8 +117,8 @@ def test_server_restart_between_training_and_upload(tmp_path, wait_until):
         stack = contextlib.ExitStack()
         agent = stack.enter_context(device(server.url, tmp_path / "a", trainer))
         thread, ends = start(agent)
-        wait_until(lambda: agent._progress.snapshot()[0] == "train")
-    wait_until(lambda: agent._journal.record.phase == "uploading")
+        wait_until(lambda: agent.progress.snapshot()[0] == "train")
+    wait_until(lambda: agent.journal.record.phase == "uploading")
     with stack, serving(tmp_path / "server", port) as server:
         thread.join(30)
         assert ends[0].rounds == 2

@@ -91,7 +91,7 @@ def test_blocks_threads_and_open_files_change_no_bit(case, monkeypatch, block, t
     expected = [unit.sha256 for unit in case.fold()]
     assert len(set(expected)) == 4
     monkeypatch.setattr(fold, "BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(fold._Files, "_limit", 2)
+    monkeypatch.setattr(fold, "MAX_OPEN_FILES", 2)
     assert [unit.sha256 for unit in case.fold(threads=threads)] == expected
     assert [unit.sha256 for unit in case.fold(backend=select_backend("auto"), threads=threads)] == expected
 

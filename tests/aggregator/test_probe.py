@@ -110,7 +110,7 @@ def slow_upload(server: AggregatorServer, size: int, sent: bytes) -> socket.sock
 
 def wait_until_running(server: AggregatorServer, count: int) -> None:
     end = time.monotonic() + 10
-    while server._endpoints._probes._running.total() != count:
+    while server.endpoints.probes.active != count:
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -231,7 +231,9 @@ def test_what_runs_at_the_same_time():
             assert limiter.wait_s(address, 1) == 0
             stack.enter_context(limiter.running(address, 1))
         assert limiter.wait_s("a", 1) == limiter.wait_s("c", 1) == 1.0
-    assert limiter.wait_s("a", 1) == 0 and not limiter._running, "no address is remembered for ever"
+    assert limiter.wait_s("a", 1) == 0
+    assert limiter.active == 0
+    assert limiter.num_entries == 3, "only the requests of the last minute"
 
 
 def test_a_whole_measurement_in_both_directions_fits_within_the_limits():
@@ -251,7 +253,7 @@ def test_the_limiter_stays_small_whoever_asks():
         if not limiter.wait_s(f"10.0.{number // 256}.{number % 256}", 1):
             with limiter.running(f"10.0.{number // 256}.{number % 256}", 1):
                 admitted += 1
-    assert admitted == ProbeLimits().all_requests == len(limiter._past)
+    assert admitted == ProbeLimits().all_requests == limiter.num_entries
 
 
 # --- sockets --------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_packed_bytes_are_those_of_the_memory_model(toy, storage, mode):
     layers = range(plan.num_layers)
     kept, trainable = [plan.num_slots(i) for i in layers], [len(plan.trainable(i)) for i in layers]
     parts = training_memory(shape_from_config(model.config), setup, kept, trainable).parts
-    assert parts["kept experts"] + parts["trainable experts"] == found
+    assert parts["resident experts"] + parts["trainable experts"] == found
     matrices = sum(p.numel() for layer in model.layers for p in layer.experts.edgefed_bank.parameters() if p.ndim == 2)
     learning = sum(p.numel() for p in model.trainable_parameters() if p.ndim == 2)
     if mode != "lora":  # beside what learns, no matrix lies about unpacked
@@ -359,7 +359,7 @@ def test_merged_experts_are_packed_too(olmoe, storage):
     setup = StepSetup(1, 8, "float32", expert_storage=storage, router="none")
     kept, trainable = [plan.num_slots(i) for i in range(2)], [len(plan.trainable(i)) for i in range(2)]
     parts = training_memory(shape_from_config(model.config), setup, kept, trainable).parts
-    assert parts["kept experts"] + parts["trainable experts"] == expert_memory(model.layers).weight_bytes
+    assert parts["resident experts"] + parts["trainable experts"] == expert_memory(model.layers).weight_bytes
 
 
 def test_members_are_read_once_and_one_at_a_time(olmoe):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +16,8 @@ from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.profiles import find_profile
 from edgefed.protocol.messages import UnitInfo
 from edgefed.simulation.config import LINKS, Link, SimulatedDevice
-from edgefed.simulation.cost_shape import CostShape
-from edgefed.simulation.device_rates import Calibration, CostModel, device_rates, memory_budget
-from edgefed.simulation.round_work import RoundWork
+from edgefed.simulation.device_rates import Calibration, CostShape, device_rates, memory_budget
+from edgefed.simulation.virtual_clock import CostModel, RoundWork
 
 GIB = 2**30
 OLMOE = KNOWN_SHAPES["OLMoE-1B-7B"]
@@ -38,7 +38,7 @@ def device(profile: str = "rtx-4090", **changes) -> SimulatedDevice:
 
 def work(**changes) -> RoundWork:
     given = {
-        "held": (8, 8),
+        "resident": (8, 8),
         "trainable": (4, 4),
         "trainable_pairs": (0.5, 0.5),
         "setup": SETUP,
@@ -117,7 +117,7 @@ def test_merging_reads_members_and_comparing_reads_everything():
 
 
 def test_offloading_costs_nothing_where_everything_fits_and_the_disk_where_nothing_does():
-    everything = work(held=(16, 16), trainable=(16, 16), trainable_pairs=(1.0, 1.0), steps=1, offloads=True)
+    everything = work(resident=(16, 16), trainable=(16, 16), trainable_pairs=(1.0, 1.0), steps=1, offloads=True)
     assert times(everything, usable=200 * GIB).parts["offload"] == 0
     discrete = times(everything, device(host_memory_bytes=64 * GIB)).parts["offload"]
     small_host = times(everything, device(host_memory_bytes=8 * GIB)).parts["offload"]
@@ -165,19 +165,21 @@ def test_every_device_of_a_usual_fleet_has_rates_and_a_budget(name):
 def test_work_survives_json():
 
     done = work(groups=(1, 2), members=(3, 4), down={"expert": 5})
-    assert RoundWork.from_dict(json.loads(json.dumps(done.to_dict()))) == done
+    assert msgspec.json.decode(msgspec.json.encode(done), type=RoundWork) == done
 
 
 @settings(deadline=None, max_examples=30)
 @given(
-    held=st.integers(1, 16), more=st.integers(0, 15), steps=st.integers(0, 3), extra=st.integers(0, 3),
+    resident=st.integers(1, 16), more=st.integers(0, 15), steps=st.integers(0, 3), extra=st.integers(0, 3),
     profile=st.integers(0, 4096), size=st.integers(0, 10**9),
 )  # fmt: skip
-def test_more_to_do_never_takes_less(held, more, steps, extra, profile, size):
-    less = work(held=(held, held), trainable=(1, 1), steps=steps, profile_tokens=profile, down={"expert": size})
-    larger = dataclasses.replace(
+def test_more_to_do_never_takes_less(resident, more, steps, extra, profile, size):
+    less = work(
+        resident=(resident, resident), trainable=(1, 1), steps=steps, profile_tokens=profile, down={"expert": size}
+    )
+    larger = msgspec.structs.replace(
         less,
-        held=(min(16, held + more),) * 2,
+        resident=(min(16, resident + more),) * 2,
         steps=steps + extra,
         profile_tokens=2 * profile,
         down={"expert": 2 * size},

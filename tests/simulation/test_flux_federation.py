@@ -8,7 +8,7 @@ import signal
 from edgefed.aggregator.store import Store
 from edgefed.expert_records import ExpertPlan
 from edgefed.runs import RunReader
-from edgefed.trainer.planner import PLAN_FILE
+from edgefed.trainer.saved_plan import PLAN_FILE
 
 
 def test_flux_runs_with_unequal_devices_and_survives_an_agents_death(serve, processes, wait_for, tmp_path):

@@ -84,7 +84,7 @@ def test_budgets_are_those_of_the_devices_with_the_cost_shape(reference):
     for each in run.rounds:
         for name, client in each.clients.items():
             assert 0 < client.memory_bytes <= reference[0].budgets[name]
-        assert sum(each.clients["slow"].held) < sum(each.clients["fast"].held) == 64
+        assert sum(each.clients["slow"].resident) < sum(each.clients["fast"].resident) == 64
         # What the small device cannot hold one by one is merged.
         assert sum(each.clients["slow"].merged) > 0 == sum(each.clients["fast"].merged)
     assert sum(len(row) for row in run.usage["slow"]) == 64
@@ -217,7 +217,7 @@ def test_extra_metrics_are_of_the_global_model_and_targets_find_the_round(texts,
 
     own = config(texts, "random", cost_shape=None)  # every device is charged with the model as it is
     run = simulate(own, tmp_path / "out", score=score).run("random")
-    assert run.rounds[0].clients["slow"].held == (16, 16, 16, 16)
+    assert run.rounds[0].clients["slow"].resident == (16, 16, 16, 16)
     assert calls == [["fast", "slow"]] * 3
     assert run.seconds_to(1.0, "rounds seen") == run.rounds[0].ends
     assert run.seconds_to(2.0, "rounds seen") == run.rounds[1].ends

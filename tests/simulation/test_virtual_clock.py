@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgefed.simulation.device_rates import ClientTimes
-from edgefed.simulation.virtual_clock import VirtualClock
+from edgefed.simulation.virtual_clock import ClientTimes, VirtualClock
 
 
 def test_a_round_takes_as_long_as_its_slowest_client_and_the_aggregation():

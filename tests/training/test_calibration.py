@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -150,7 +151,7 @@ def test_a_measured_step_says_what_offloaded_experts_leave_in_memory(tmp_path, m
         setup = bench.setup(offload=True, **how)
         measured = bench.measure(setup, everything, everything)[-1]
         static = static_bytes(bench.shape, setup, everything, everything)
-        layer = static["kept experts"] + static["trainable experts"]
+        layer = static["resident experts"] + static["trainable experts"]
         predicted = training_memory(bench.shape, setup, everything, everything, correction).total_bytes
         assert 1.0 <= predicted / (measured.peak_bytes + layer) <= 1.1, how
         resident = dataclasses.replace(setup, offload=False)
@@ -187,7 +188,7 @@ def test_measured_parts_are_the_counted_ones():
     first, second = bench.measure(bench.setup(), [4] * 3, [2] * 3)
     expert = 3 * 128 * 384 * 4
     assert first.state_bytes == 0
-    assert (first.kept, first.trainable) == ((4, 4, 4), (2, 2, 2))
+    assert (first.resident, first.trainable) == ((4, 4, 4), (2, 2, 2))
     router = 128 * 8 * 4
     assert sum(first.gradient_bytes.values()) == 3 * (2 * expert + router)
     assert second.state_bytes == 2 * 3 * (2 * expert + router) + 4 * 3 * (2 * 2 + 1)
@@ -252,7 +253,7 @@ def test_nothing_is_written_to_the_terminal(capfd):
 
 
 def test_a_process_that_cannot_reset_its_peak_says_so(monkeypatch):
-    monkeypatch.setattr(calibration, "_reset_peak_rss", lambda: False)
+    monkeypatch.setattr(calibration, "reset_peak_rss", lambda: False)
     [measured] = Bench.of("mixtral").measure(StepSetup(1, 32, "float32"), [2] * 3, [1] * 3, steps=1)
     assert measured.process_bytes is None
     assert "clear_refs" in measured.process_note
@@ -262,7 +263,7 @@ def test_a_process_that_cannot_reset_its_peak_says_so(monkeypatch):
 
 def test_a_correction_survives_json():
     correction = Correction(0.9, 0, "a test", expert_scale=1.1, trainable_tokens=1.4, process_bytes=7)
-    assert Correction(**dataclasses.asdict(correction)) == correction
+    assert msgspec.json.decode(msgspec.json.encode(correction), type=Correction) == correction
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -231,7 +231,7 @@ def test_plain_adamw_is_torchs_without_a_copy_of_all_parameters():
 
 def test_optimizers_that_are_not_there_are_refused_by_name(monkeypatch):
     weight = [torch.nn.Parameter(torch.ones(3))]
-    with pytest.raises(ConfigError, match="no optimizer 'sgd'; known are adamw, adamw_8bit"):
+    with pytest.raises(ConfigError, match="invalid optimizer 'sgd', expected one of adamw, adamw_8bit"):
         make_optimizer(weight, "sgd", learning_rate=0.1, weight_decay=0)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it fails
     savings.eight_bit_problem.cache_clear()

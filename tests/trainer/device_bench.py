@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import msgspec
 import pytest
 
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.costs.memory import MemoryEstimate, training_memory
 from edgefed.embedded import tiny_model_directory
 from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
+from edgefed.trainer.ports import FormulaCosts, ProcessMemory
 
 MEMORY_BYTES = 64 << 30
 STEPS = 3
@@ -27,10 +30,14 @@ class Bench:
     reader: RunReader
     fetched: list
 
+    @functools.cached_property
+    def paths(self):
+        return self.reader.paths(self.reader.manifest())
+
     def fetch(self, items):
         items = tuple(items)
         self.fetched += items
-        return {item.sha256: self.reader._blobs.path(item.sha256) for item in items}
+        return {item.sha256: self.paths[item.sha256] for item in items}
 
     def expert_keys_fetched(self):
         return {item.key for item in self.fetched if getattr(item, "kind", "") == "expert"}
@@ -70,5 +77,49 @@ def data(tmp_path):
     return str(path)
 
 
-def trainer_of(data, tmp_path, share=1.0, compute=1.0, memory=MEMORY_BYTES, name="a"):
-    return LocalTrainer(data, tmp_path / name, DeviceLimits(memory, share, compute), name, held_out_share=0.2)
+def trainer_of(
+    data, tmp_path, share=1.0, compute=1.0, memory=MEMORY_BYTES, name="a", folder=None, expert_storage="auto", **ports
+):
+    """A device. ``memory``: bytes for its process, or a `Memory`."""
+    limits = DeviceLimits(share, compute, expert_storage=expert_storage)
+    memory = ProcessMemory(memory) if isinstance(memory, int) else memory
+    return LocalTrainer(data, tmp_path / (folder or name), limits, name, memory, held_out_share=0.2, **ports)
+
+
+class OnlyWith(FormulaCosts):
+    """The formulas, without measured steps; a step without these ``savings`` fits no device."""
+
+    def __init__(self, **savings):
+        super().__init__(measures_steps=False)
+        self.savings = savings
+
+    def estimate(self, shape, setup, resident, trainable, correction, *, offloading):
+        if any(getattr(setup, name) != value for name, value in self.savings.items()):
+            return MemoryEstimate({"too much": 1 << 60}, {"forward": 1 << 60})
+        return super().estimate(shape, setup, resident, trainable, correction, offloading=offloading)
+
+
+class Corrected(FormulaCosts):
+    """The formulas with a correction that is known from the beginning."""
+
+    def __init__(self, correction):
+        super().__init__(measures_steps=False)
+        self.correction = correction
+
+    def estimate(self, shape, setup, resident, trainable, correction, *, offloading):
+        return training_memory(shape, setup, resident, trainable, self.correction)
+
+
+class GivenMemory:
+    """``now`` bytes for the model."""
+
+    watch = None
+
+    def __init__(self, now):
+        self.now = now
+
+    def usable_bytes(self):
+        return self.now
+
+    def model_is_empty(self):
+        pass

@@ -15,8 +15,8 @@ from edgefed.moe.merging.plan import num_merge_slots, with_placeholder_groups, w
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import ExpertAssignment
-from edgefed.trainer.local_trainer import MERGED_FOLDER, ExpertPlacer
-from edgefed.trainer.planner import PLAN_FILE
+from edgefed.trainer.placement import MERGED_FOLDER, ExpertPlacer
+from edgefed.trainer.saved_plan import PLAN_FILE
 
 OPTIONS = {"probes": 1, "eps_start": 0.5, "pace": "own"}
 

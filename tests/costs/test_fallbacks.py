@@ -19,13 +19,13 @@ LAYERS, EXPERTS = 4, 16
 WANTED = StepPlan(StepSetup(4, 128, dtype="float32"), LAYERS * EXPERTS, LAYERS * EXPERTS)
 
 
-def layout(held, trained):
-    """The same number of experts in each layer, as far as it goes; the trained ones are the first."""
+def layout(resident, trainable):
+    """The same number of experts in each layer, as far as it goes; the trainable ones come first."""
     share = lambda total: [total // LAYERS + (layer < total % LAYERS) for layer in range(LAYERS)]  # noqa: E731
     return ExpertPlan.of(
         [EXPERTS] * LAYERS,
-        [range(count) for count in share(trained)],
-        [range(low, high) for low, high in zip(share(trained), share(held), strict=True)],
+        [range(count) for count in share(trainable)],
+        [range(low, high) for low, high in zip(share(trainable), share(resident), strict=True)],
     )
 
 
@@ -64,25 +64,24 @@ def test_what_fits_stays_as_it_is():
         (FULL - 385 - 448 - 960, ["chunked loss", "checkpointing", "8-bit optimizer", "shorter sequence"]),
     ],
 )
-def test_rungs_are_taken_in_the_stated_order(usable, names):
-    load, fallbacks = fit(search(), WANTED, usable)
+def test_fallbacks_are_taken_in_the_stated_order(usable, names):
+    step_plan, fallbacks = fit(search(), WANTED, usable)
     assert [fallback.name for fallback in fallbacks] == names
-    assert search().needs_bytes(load) <= usable
-    assert (load.held, load.trained) == (64, 64)
+    assert search().needs_bytes(step_plan) <= usable
+    assert (step_plan.resident, step_plan.trainable) == (64, 64)
     assert all(
-        fallback.keeps_plan and fallback.saved_bytes > 0 and "saves about" in fallback.sentence
-        for fallback in fallbacks
+        fallback.keeps_plan and fallback.saved_bytes > 0 and "(saves " in fallback.sentence for fallback in fallbacks
     )
-    assert fallbacks[-1].load == load
-    assert sum(fallback.saved_bytes for fallback in fallbacks) == FULL - search().needs_bytes(load)
+    assert fallbacks[-1].step_plan == step_plan
+    assert sum(fallback.saved_bytes for fallback in fallbacks) == FULL - search().needs_bytes(step_plan)
 
 
 def test_savings_that_are_not_there_are_passed_over():
     without = search(problems={"adamw_8bit": "bitsandbytes is not installed", "chunked_loss": "more terms"})
-    load, fallbacks = fit(without, WANTED, FULL - 449)
+    step_plan, fallbacks = fit(without, WANTED, FULL - 449)
     assert [fallback.name for fallback in fallbacks] == ["checkpointing", "shorter sequence"]
-    assert load.setup.optimizer == "adamw"
-    assert not load.setup.chunked_loss
+    assert step_plan.setup.optimizer == "adamw"
+    assert not step_plan.setup.chunked_loss
 
 
 def test_a_rung_that_helps_nothing_is_not_taken():
@@ -93,12 +92,12 @@ def test_a_rung_that_helps_nothing_is_not_taken():
         phases = {"loss": static + setup.tokens, "optimizer": static + 100 * sum(trainable)}
         return MemoryEstimate({"all": max(phases.values())}, phases)
 
-    load, fallbacks = fit(search(estimate=peak), WANTED, 1000 + 640 + 6399)
-    assert [fallback.name for fallback in fallbacks] == ["fewer trained"]
-    assert load.setup == WANTED.setup
-    assert load.held == 64
-    assert load.trained == 63
-    assert next_fallback(search(estimate=peak), WANTED).name == "fewer trained"
+    step_plan, fallbacks = fit(search(estimate=peak), WANTED, 1000 + 640 + 6399)
+    assert [fallback.name for fallback in fallbacks] == ["fewer trainable"]
+    assert step_plan.setup == WANTED.setup
+    assert step_plan.resident == 64
+    assert step_plan.trainable == 63
+    assert next_fallback(search(estimate=peak), WANTED).name == "fewer trainable"
 
 
 def test_trained_experts_freeze_first_then_fewer_are_held_never_below_one_a_layer():
@@ -107,16 +106,18 @@ def test_trained_experts_freeze_first_then_fewer_are_held_never_below_one_a_laye
     )
     seen = []
     for usable in range(2600, 1180, -20):
-        load, _ = fit(search(), WANTED, usable)
-        seen.append((load.held, load.trained))
-        assert search().needs_bytes(load) <= usable
-        assert load.held >= load.trained >= LAYERS
-        if load.held < 64:
-            assert load.trained == max(LAYERS, -(-load.held // 4))  # freezing is done before experts are left out
+        step_plan, _ = fit(search(), WANTED, usable)
+        seen.append((step_plan.resident, step_plan.trainable))
+        assert search().needs_bytes(step_plan) <= usable
+        assert step_plan.resident >= step_plan.trainable >= LAYERS
+        if step_plan.resident < 64:
+            assert step_plan.trainable == max(
+                LAYERS, -(-step_plan.resident // 4)
+            )  # freezing is done before experts are left out
     for more, less in zip(seen, seen[1:], strict=False):
         assert sum(less) <= 1.06 * sum(more)  # a saving is taken where it leaves more than 5 %
     assert seen[-1][0] < 12
-    assert any(held == 64 > trained for held, trained in seen)
+    assert any(resident == 64 > trainable for resident, trainable in seen)
     least = search().needs_bytes(StepPlan(least_setup, LAYERS, LAYERS))
     assert fit(search(), WANTED, least)[0] == StepPlan(least_setup, LAYERS, LAYERS)
     with pytest.raises(BudgetTooSmall, match=r"one expert in each of the 4 MoE layers needs .* with every saving") as e:
@@ -127,9 +128,9 @@ def test_trained_experts_freeze_first_then_fewer_are_held_never_below_one_a_laye
 def test_with_adapters_an_expert_goes_with_its_adapter():
     """Freezing an adapter frees next to nothing: holding all and training a quarter would be the worse trade."""
     wanted = dataclasses.replace(WANTED, setup=dataclasses.replace(WANTED.setup, experts="lora"))
-    load, fallbacks = fit(search(), wanted, 1500)
-    assert load.held == load.trained < 64
-    assert "fewer trained" not in [fallback.name for fallback in fallbacks]
+    step_plan, fallbacks = fit(search(), wanted, 1500)
+    assert step_plan.resident == step_plan.trainable < 64
+    assert "fewer trainable" not in [fallback.name for fallback in fallbacks]
 
 
 def test_the_context_is_not_shortened_for_a_handful_of_experts():
@@ -141,40 +142,40 @@ def test_the_context_is_not_shortened_for_a_handful_of_experts():
         return MemoryEstimate(parts, {"step": sum(parts.values())})
 
     rest = 1000 + 512 // 8 + 512 // 4
-    load, _ = fit(search(estimate=heavy), WANTED, rest + 64 * 100 + 30 * 150)
-    assert load.setup.sequence_length == 128
-    assert (load.held, load.trained) == (64, 30)
+    step_plan, _ = fit(search(estimate=heavy), WANTED, rest + 64 * 100 + 30 * 150)
+    assert step_plan.setup.sequence_length == 128
+    assert (step_plan.resident, step_plan.trainable) == (64, 30)
     tight, _ = fit(search(estimate=heavy), WANTED, rest + 4 * 250)  # where it leaves one more in four, it is
     assert tight.setup.sequence_length <= 128
-    assert tight.held >= 4
+    assert tight.resident >= 4
 
 
 def test_a_method_that_needs_all_experts_gives_up_none():
-    load, fallbacks = fit(search(all_experts=True), WANTED, FULL - 1500)
-    assert load.held == load.trained == 64
+    step_plan, fallbacks = fit(search(all_experts=True), WANTED, FULL - 1500)
+    assert step_plan.resident == step_plan.trainable == 64
     assert len(fallbacks) >= 3
     with pytest.raises(BudgetTooSmall, match="all 64 experts needs") as caught:
         fit(search(all_experts=True), WANTED, 1500)
     assert "hfedmoe, random" in caught.value.remedy
-    load = WANTED
-    while fallback := next_fallback(search(all_experts=True), load):
-        load = fallback.load
-    assert load.held == load.trained == 64
-    assert load.setup.sequence_length == SHORTEST_SEQUENCE
+    step_plan = WANTED
+    while fallback := next_fallback(search(all_experts=True), step_plan):
+        step_plan = fallback.step_plan
+    assert step_plan.resident == step_plan.trainable == 64
+    assert step_plan.setup.sequence_length == SHORTEST_SEQUENCE
 
 
 def test_going_down_one_by_one_reaches_the_same_end_and_has_one():
-    load, names, needs = WANTED, [], [FULL]
-    while fallback := next_fallback(search(), load):
-        assert fallback.load.rank() < load.rank()
-        load = fallback.load
+    step_plan, names, needs = WANTED, [], [FULL]
+    while fallback := next_fallback(search(), step_plan):
+        assert fallback.step_plan.rank() < step_plan.rank()
+        step_plan = fallback.step_plan
         names.append(fallback.name)
-        needs.append(search().needs_bytes(load))
+        needs.append(search().needs_bytes(step_plan))
         assert needs[-2] - needs[-1] == fallback.saved_bytes > 0
-    assert load.held == load.trained == LAYERS
+    assert step_plan.resident == step_plan.trainable == LAYERS
     first = [name for i, name in enumerate(names) if name not in names[:i]]
     assert first == [
-        "chunked loss", "checkpointing", "8-bit optimizer", "shorter sequence", "fewer trained", "fewer held",
+        "chunked loss", "checkpointing", "8-bit optimizer", "shorter sequence", "fewer trainable", "fewer resident",
     ]  # fmt: skip
     assert names.count("shorter sequence") == 2
     assert len(names) < 24
@@ -184,18 +185,18 @@ def test_going_down_one_by_one_reaches_the_same_end_and_has_one():
 def test_sequences_keep_a_quarter_and_32_tokens(asked, shortest):
     steps = search(run_sequence_length=asked)
     assert steps.shortest_sequence == shortest
-    load = dataclasses.replace(WANTED, setup=dataclasses.replace(WANTED.setup, sequence_length=asked))
-    while fallback := next_fallback(steps, load):
-        load = fallback.load
-        assert load.setup.sequence_length >= shortest
+    step_plan = dataclasses.replace(WANTED, setup=dataclasses.replace(WANTED.setup, sequence_length=asked))
+    while fallback := next_fallback(steps, step_plan):
+        step_plan = fallback.step_plan
+        assert step_plan.setup.sequence_length >= shortest
 
 
 def test_words_for_people():
-    load, _ = fit(search(), WANTED, 2300)
-    words = describe(load, 64)
-    assert words.startswith("64 of 64 experts held")
+    step_plan, _ = fit(search(), WANTED, 2300)
+    words = describe(step_plan, 64)
+    assert words.startswith("64 of 64 experts resident")
     assert "chunked loss, checkpointing, 8-bit optimizer" in words
-    assert describe(WANTED, 64) == "64 of 64 experts held"
+    assert describe(WANTED, 64) == "64 of 64 experts resident"
 
 
 @settings(max_examples=40, deadline=None)
@@ -210,12 +211,12 @@ def test_whatever_the_model_what_is_found_fits_and_falls_with_the_budget(name, m
     per_layer = shape.experts_per_layer
     layers = len(per_layer)
 
-    def plan(held, trained):
+    def plan(resident, trainable):
         rows = []
         for layer in range(layers):
             row = np.zeros(per_layer[layer], dtype=np.int8)
-            row[: held // layers + (layer < held % layers)] = 1
-            row[: trained // layers + (layer < trained % layers)] = 2
+            row[: resident // layers + (layer < resident % layers)] = 1
+            row[: trainable // layers + (layer < trainable % layers)] = 2
             rows.append(row)
         return ExpertPlan(tuple(rows))
 
@@ -223,20 +224,20 @@ def test_whatever_the_model_what_is_found_fits_and_falls_with_the_budget(name, m
     wanted = StepPlan(StepSetup(1, 512, experts=mode), sum(per_layer), sum(per_layer))
     usable = int(share * steps.needs_bytes(wanted))
     try:
-        load, fallbacks = fit(steps, wanted, usable)
+        step_plan, fallbacks = fit(steps, wanted, usable)
     except BudgetTooSmall:
         with pytest.raises(BudgetTooSmall):
             fit(steps, wanted, int(usable * less))
         return
-    assert steps.needs_bytes(load) <= usable
-    assert layers <= load.trained <= load.held <= wanted.held
-    assert load.setup.sequence_length >= 128
-    assert (load == wanted) == (not fallbacks)
+    assert steps.needs_bytes(step_plan) <= usable
+    assert layers <= step_plan.trainable <= step_plan.resident <= wanted.resident
+    assert step_plan.setup.sequence_length >= 128
+    assert (step_plan == wanted) == (not fallbacks)
     try:
         smaller, _ = fit(steps, wanted, int(usable * less))
     except BudgetTooSmall:
         return
-    assert smaller.held + smaller.trained <= 1.06 * (load.held + load.trained)
+    assert smaller.resident + smaller.trainable <= 1.06 * (step_plan.resident + step_plan.trainable)
 
 
 # --- experts in 4 bits --------------------------------------------------------------------------------------------
@@ -257,17 +258,17 @@ def test_experts_are_packed_before_the_context_is_shortened_where_adapters_learn
     steps = search(estimate=packed)
     small = dataclasses.replace(wanted.setup, chunked_loss=True, checkpointing=True, optimizer="adamw_8bit")
     need = steps.needs_bytes(dataclasses.replace(wanted, setup=small))
-    load, fallbacks = fit(steps, wanted, need - 1)
+    step_plan, fallbacks = fit(steps, wanted, need - 1)
     assert fallbacks[-1].name == "experts in NF4"
     assert not fallbacks[-1].keeps_plan
-    assert "kept in 4 bits (NF4), saves about 440 B" in fallbacks[-1].sentence
-    assert load.setup.expert_storage == "nf4"
-    assert load.setup.sequence_length == 128
-    assert load.held == load.trained == 64
-    assert "experts in NF4" in describe(load, 64)
+    assert "frozen experts in NF4 (saves 440 B)" in fallbacks[-1].sentence
+    assert step_plan.setup.expert_storage == "nf4"
+    assert step_plan.setup.sequence_length == 128
+    assert step_plan.resident == step_plan.trainable == 64
+    assert "experts in NF4" in describe(step_plan, 64)
     without = search(estimate=packed, problems={"nf4_experts": "no kernel"})
-    load, fallbacks = fit(without, wanted, need - 1)
-    assert load.setup.expert_storage is None
+    step_plan, fallbacks = fit(without, wanted, need - 1)
+    assert step_plan.setup.expert_storage is None
     assert fallbacks[-1].name == "shorter sequence"
     with pytest.raises(BudgetTooSmall, match="without nf4 experts: no kernel"):
         fit(without, wanted, 100)
@@ -275,29 +276,29 @@ def test_experts_are_packed_before_the_context_is_shortened_where_adapters_learn
 
 def test_packing_is_no_use_where_every_expert_learns_in_full_and_comes_with_the_first_frozen_one():
     steps = search(estimate=packed)
-    load, fallbacks = WANTED, []
-    while (fallback := next_fallback(steps, load)) is not None and len(fallbacks) < 99:
-        assert steps.needs_bytes(fallback.load) == steps.needs_bytes(load) - fallback.saved_bytes
+    step_plan, fallbacks = WANTED, []
+    while (fallback := next_fallback(steps, step_plan)) is not None and len(fallbacks) < 99:
+        assert steps.needs_bytes(fallback.step_plan) == steps.needs_bytes(step_plan) - fallback.saved_bytes
         fallbacks.append(fallback)
-        load = fallback.load
+        step_plan = fallback.step_plan
     names = [fallback.name for fallback in fallbacks]
     assert names.count("experts in NF4") == 1
     place = names.index("experts in NF4")
-    assert names[place - 1] == "fewer trained"
-    assert "fewer held" not in names[:place]
-    assert load.setup.expert_storage == "nf4"
-    assert load.held == LAYERS
+    assert names[place - 1] == "fewer trainable"
+    assert "fewer resident" not in names[:place]
+    assert step_plan.setup.expert_storage == "nf4"
+    assert step_plan.resident == LAYERS
 
 
 def test_a_frozen_expert_is_packed_rather_than_left_out():
-    """Between two budgets with the same savings, NF4 holds more; and a load without it stands higher."""
+    """Between two budgets with the same savings, NF4 holds more; and a step_plan without it stands higher."""
     for usable in range(1900, 1300, -50):
         with_it, _ = fit(search(estimate=packed), WANTED, usable)
         without, _ = fit(search(estimate=packed, problems={"nf4_experts": "told so"}), WANTED, usable)
-        assert with_it.held + with_it.trained >= without.held + without.trained
+        assert with_it.resident + with_it.trainable >= without.resident + without.trainable
         assert search(estimate=packed).needs_bytes(with_it) <= usable
         if with_it.setup.expert_storage:
-            assert with_it.held > without.held
+            assert with_it.resident > without.resident
             plain = dataclasses.replace(with_it, setup=dataclasses.replace(with_it.setup, expert_storage=None))
             assert plain.rank() > with_it.rank()
     assert with_it.setup.expert_storage == "nf4"
@@ -305,12 +306,12 @@ def test_a_frozen_expert_is_packed_rather_than_left_out():
 
 def test_what_must_be_packed_from_the_start_stays_packed():
     wanted = dataclasses.replace(WANTED, setup=dataclasses.replace(WANTED.setup, expert_storage="int8"))
-    load, fallbacks = fit(search(), wanted, 1500)
-    assert load.setup.expert_storage == "int8"
+    step_plan, fallbacks = fit(search(), wanted, 1500)
+    assert step_plan.setup.expert_storage == "int8"
     assert "experts in NF4" not in [fallback.name for fallback in fallbacks]
-    while (fallback := next_fallback(search(), load)) is not None:
-        load = fallback.load
-        assert load.setup.expert_storage == "int8"
+    while (fallback := next_fallback(search(), step_plan)) is not None:
+        step_plan = fallback.step_plan
+        assert step_plan.setup.expert_storage == "int8"
 
 
 def offloading(setup, kept, trainable):
@@ -324,17 +325,17 @@ OFFLOADS = dict(estimate=offloading, may_offload=True, all_experts=True, problem
 
 
 def test_experts_are_offloaded_before_sequences_get_shorter_and_are_placed_anew():
-    load, fallbacks = fit(search(**OFFLOADS), WANTED, 2000)
+    step_plan, fallbacks = fit(search(**OFFLOADS), WANTED, 2000)
     assert [fallback.name for fallback in fallbacks] == ["chunked loss", "checkpointing", "offloaded experts"]
     assert [fallback.keeps_plan for fallback in fallbacks] == [True, True, False]
-    assert load.setup.offload
-    assert (load.held, load.trained) == (64, 64)
-    assert load.setup.sequence_length == 128
-    assert describe(load, 64).endswith("chunked loss, checkpointing, experts offloaded")
-    resident = dataclasses.replace(load, setup=dataclasses.replace(load.setup, offload=False))
-    assert resident.rank() > load.rank()
-    assert next_fallback(search(**OFFLOADS), resident).load == load
-    assert next_fallback(search(**OFFLOADS), load).name == "shorter sequence"
+    assert step_plan.setup.offload
+    assert (step_plan.resident, step_plan.trainable) == (64, 64)
+    assert step_plan.setup.sequence_length == 128
+    assert describe(step_plan, 64).endswith("chunked loss, checkpointing, experts offloaded")
+    resident = dataclasses.replace(step_plan, setup=dataclasses.replace(step_plan.setup, offload=False))
+    assert resident.rank() > step_plan.rank()
+    assert next_fallback(search(**OFFLOADS), resident).step_plan == step_plan
+    assert next_fallback(search(**OFFLOADS), step_plan).name == "shorter sequence"
     with pytest.raises(BudgetTooSmall, match="all 64 experts needs"):
         fit(search(**OFFLOADS), WANTED, 1100)
 

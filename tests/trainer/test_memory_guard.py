@@ -10,9 +10,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from device_bench import Corrected, GivenMemory, OnlyWith
 
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.costs.memory import training_memory
@@ -22,15 +24,20 @@ from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.watch import Pressure
 from edgefed.interrupt import StopRequested
+from edgefed.methods.interface import RoundContext
+from edgefed.methods.registry import make_expert_method
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
 from edgefed.trainer import local_trainer as trainer_module
 from edgefed.trainer import memory_guard
+from edgefed.trainer.expert_choice import method_layout
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.memory_guard import MemoryGuard
-from edgefed.trainer.planner import PLAN_FILE, DeviceLimits
+from edgefed.trainer.planner import DeviceLimits
+from edgefed.trainer.ports import FixedMemory, ProcessMemory
+from edgefed.trainer.saved_plan import PLAN_FILE
 from edgefed.training import steps as steps_module
 from edgefed.training.savings import make_optimizer
 
@@ -75,6 +82,7 @@ class Rig:
         )  # fmt: skip
         import_model(str(tiny_model_directory()), folder / "run", run, RoundPolicy(rounds=4, min_clients=1))
         self.folder, self.reader = folder, RunReader(folder / "run")
+        self.paths = self.reader.paths(self.reader.manifest())
         self.data = folder / "notes.jsonl"
         lines = [{"text": f"def function_{i}(argument):\n    return argument + {i}\n" * 8} for i in range(40)]
         self.data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -82,14 +90,19 @@ class Rig:
         self.heard = Heard()
         self.fetched = []
 
-    def trainer(self, memory=64 << 30, name="me", **options):
-        limits = DeviceLimits(memory, self.share)
-        return LocalTrainer(str(self.data), self.folder / name, limits, name, held_out_share=0.2, **options)
+    def trainer(self, memory=64 << 30, name="me", folder=None, watch=None, device="cpu", **ports):
+        """``memory``: bytes for the process, or what measures its budget, or a `Memory`."""
+        if not hasattr(memory, "usable_bytes"):
+            memory = ProcessMemory(memory, device, watch)
+        return LocalTrainer(
+            str(self.data), self.folder / (folder or name), DeviceLimits(self.share), name, memory,
+            held_out_share=0.2, device=device, **ports,
+        )  # fmt: skip
 
     def fetch(self, items):
         items = tuple(items)
         self.fetched += items
-        return {item.sha256: self.reader._blobs.path(item.sha256) for item in items}
+        return {item.sha256: self.paths[item.sha256] for item in items}
 
     def round(self, trainer, server_round=1):
         self.update = self.folder / "update"
@@ -144,7 +157,7 @@ def test_a_step_that_runs_out_starts_the_round_again_a_rung_lower(rig, monkeypat
     fail(monkeypatch, steps_module, "batch_loss", RuntimeError(text), after=2)
     update = table.round(table.trainer())
     assert update.metrics["memory_shrinks"] == 1
-    assert table.heard.said("out of memory while training", text[:60], "saves about", "start again")
+    assert table.heard.said("out of memory while training", text[:60], "(saves ", "start again")
     assert update.num_tokens == STEPS * 4 * 128  # all steps, and none of them twice
     assert len(update.experts) == 32  # the first fallbacks keep the plan
 
@@ -171,21 +184,11 @@ def test_what_a_half_done_optimizer_step_changed_is_thrown_away(rig, monkeypatch
     trainer = table.trainer()
     table.round(trainer)
     failed = table.update.read_bytes()
-    assert trainer._planner.load.setup.chunked_loss  # the fallback that was taken
+    assert trainer.planner.step_plan.setup.chunked_loss  # the fallback that was taken
     monkeypatch.undo()
 
     other = rig()
-    trainer = other.trainer()
-    original = trainer._planner.make_plan
-
-    def with_chunks(*args, **kwargs):
-        plan = original(*args, **kwargs)
-        setup = dataclasses.replace(trainer._planner.load.setup, chunked_loss=True)
-        trainer._planner.load = dataclasses.replace(trainer._planner.load, setup=setup)
-        return plan
-
-    trainer._planner.make_plan = with_chunks
-    other.round(trainer)
+    other.round(other.trainer(costs=OnlyWith(chunked_loss=True)))
     assert other.update.read_bytes() == failed
 
 
@@ -200,14 +203,14 @@ def test_the_ladder_goes_down_to_its_end_and_then_refuses_by_name(rig, monkeypat
     with pytest.raises(OutOfMemory, match="ran out while training, and nothing is left to give up") as caught:
         table.round(trainer)
     assert "`batch_size`" in caught.value.remedy
-    load = trainer._planner.load
-    assert load.held == load.trained == 4  # one per layer
-    assert load.setup.chunked_loss
-    assert load.setup.checkpointing
-    assert load.setup.sequence_length == 32
+    step_plan = trainer.planner.step_plan
+    assert step_plan.resident == step_plan.trainable == 4  # one per layer
+    assert step_plan.setup.chunked_loss
+    assert step_plan.setup.checkpointing
+    assert step_plan.setup.sequence_length == 32
     said = [text for text in table.heard.messages if "out of memory" in text]
-    order = ["256 tokens at a time", "checkpointing on", "sequences of 64", "sequences of 32", "are trained instead",
-             "experts held instead"]  # fmt: skip
+    order = ["256 tokens at a time", "checkpointing on", "sequences of 64", "sequences of 32", "resident experts trainable instead",
+             "experts resident instead"]  # fmt: skip
     places = [next(i for i, text in enumerate(said) if words in text) for words in order]
     assert places == sorted(places)
     assert len(said) < memory_guard.MAX_SHRINKS
@@ -223,15 +226,15 @@ def test_fewer_experts_after_out_of_memory_are_what_is_reported_and_sent(rig, mo
     fail(monkeypatch, steps_module, "batch_loss", RuntimeError(CUDA), times=5)
     trainer = table.trainer(name="first")  # the same name: the same draw of experts
     update = table.round(trainer)
-    load = trainer._planner.load
-    assert load.trained < load.held == 32
-    assert len(table.sent_experts()) == load.trained < trained_in_full
-    assert len(update.experts) == load.held == len(full.experts)
+    step_plan = trainer.planner.step_plan
+    assert step_plan.trainable < step_plan.resident == 32
+    assert len(table.sent_experts()) == step_plan.trainable < trained_in_full
+    assert len(update.experts) == step_plan.resident == len(full.experts)
     stepped = {(report.layer, report.expert) for report in update.experts if report.steps}
-    assert len(stepped) <= load.trained
+    assert len(stepped) <= step_plan.trainable
     assert {report.layer for report in update.experts} == {0, 1, 2, 3}
     saved = json.loads((table.folder / "first" / PLAN_FILE).read_text())
-    assert sum(np.sum(np.array(row) == 2) for row in saved["plan"]["roles"]) == load.trained
+    assert sum(np.sum(np.array(row) == 2) for row in saved["plan"]["roles"]) == step_plan.trainable
     assert saved["profile"] == profile["profile"]
 
 
@@ -274,15 +277,15 @@ def test_after_a_failure_the_load_stays_down_until_the_budget_grows(rig, monkeyp
     table = rig(options={"exploration": 0.0})
     budget = {"now": 8 << 30}
     measure = lambda: MemoryBudget(MemoryKind.CPU, budget["now"], None, (), "test")  # noqa: E731
-    trainer = table.trainer(measure_budget=measure)
+    trainer = table.trainer(measure)
     fail(monkeypatch, steps_module, "batch_loss", RuntimeError(CUDA))
     table.round(trainer)
-    down = trainer._planner.load
+    down = trainer.planner.step_plan
     table.round(trainer, 2)
-    assert trainer._planner.load == down
+    assert trainer.planner.step_plan == down
     budget["now"] = 9 << 30  # more than a tenth
     table.round(trainer, 3)
-    assert trainer._planner.load.rank() > down.rank()
+    assert trainer.planner.step_plan.rank() > down.rank()
     assert table.heard.said("more than before")
 
 
@@ -309,7 +312,7 @@ def test_a_method_without_exchange_gets_its_own_weights_back(rig, monkeypatch):
 
     def spoil(*args, **kwargs):
         with torch.no_grad():
-            for parameter in trainer._model.trainable_parameters():
+            for parameter in trainer.model.trainable_parameters():
                 parameter.add_(1.0)
         raise torch.OutOfMemoryError(CUDA)
 
@@ -386,7 +389,7 @@ def test_pressure_takes_a_rung_that_keeps_the_plan_and_goes_on_with_the_next_ste
     assert table.heard.said("900 MiB of memory left", "256 tokens at a time")
     assert table.heard.phases.count("train") == 1  # nothing started again
     assert update.num_tokens == STEPS * 4 * 128
-    assert trainer._planner.load.setup.chunked_loss
+    assert trainer.planner.step_plan.setup.chunked_loss
 
 
 def test_pressure_seen_before_a_rung_can_have_helped_is_not_taken_for_more(rig):
@@ -403,11 +406,11 @@ def test_pressure_that_lasts_goes_down_to_fewer_experts_and_starts_the_steps_aga
     trainer = table.trainer(watch=watch)
     update = table.round(trainer)
     assert update.metrics["memory_shrinks"] == 5
-    load = trainer._planner.load
-    assert load.trained < load.held == 32
+    step_plan = trainer.planner.step_plan
+    assert step_plan.trainable < step_plan.resident == 32
     assert table.heard.phases.count("train") == 2
     assert watch.started == 2
-    assert len(table.sent_experts()) == load.trained
+    assert len(table.sent_experts()) == step_plan.trainable
     assert update.num_tokens == 12 * 4 * 32
 
 
@@ -417,11 +420,10 @@ def test_a_gpu_that_the_watch_sees_lost_ends_the_round(rig):
         table.round(table.trainer(watch=FakeWatch(lost="GPU is lost")))
 
 
-def test_with_nothing_left_it_waits_for_others_and_then_refuses(monkeypatch):
-    monkeypatch.setattr(memory_guard, "_LOOK_S", 0.01)
+def test_with_nothing_left_it_waits_for_others_and_then_refuses():
     heard = Heard()
     heard.phase("train")
-    guard = MemoryGuard(lambda: None, heard, "cpu", FakeWatch(TIGHT, TIGHT, TIGHT, None), patience_s=10)
+    guard = MemoryGuard(lambda: None, heard, "cpu", FakeWatch(TIGHT, TIGHT, TIGHT, None), patience_s=10, poll_s=0.01)
     assert guard.reconsider() is None
     assert heard.said("nothing is left to give up; waiting")
 
@@ -430,10 +432,10 @@ def test_with_nothing_left_it_waits_for_others_and_then_refuses(monkeypatch):
             return TIGHT
 
     with pytest.raises(OutOfMemory, match="900 MiB of memory left.* with the smallest plan"):
-        MemoryGuard(lambda: None, heard, "cpu", Always(), patience_s=0.02).reconsider()
+        MemoryGuard(lambda: None, heard, "cpu", Always(), patience_s=0.02, poll_s=0.01).reconsider()
     heard.stop_in = "train"
     with pytest.raises(StopRequested):
-        MemoryGuard(lambda: None, heard, "cpu", Always(), patience_s=10).reconsider()
+        MemoryGuard(lambda: None, heard, "cpu", Always(), patience_s=10, poll_s=0.01).reconsider()
 
 
 def test_shrinking_has_an_end_whatever_the_ladder_says(monkeypatch):
@@ -458,32 +460,31 @@ def budget_of(size_bytes, origin="test"):
 
 def test_a_smaller_budget_shrinks_the_next_round_and_growth_waits_for_a_tenth(rig):
     table = rig(options={"exploration": 0.0}, share=1.0)
-    budget = {"now": 64 << 30}
-    trainer = table.trainer(measure_budget=lambda: budget_of(budget["now"]))
+    memory = GivenMemory(64 << 30)
+    trainer = table.trainer(memory)
+    planner = trainer.planner
     table.round(trainer)
-    assert (trainer._planner.load.held, trainer._planner.load.trained) == (64, 64)
-    own, planner = trainer._own_bytes_before_model, trainer._planner
-    process = planner.correction.process_bytes
-    need = planner._search.needs_bytes(planner.load)
+    assert (planner.step_plan.resident, planner.step_plan.trainable) == (64, 64)
+    process, need = planner.correction.process_bytes, planner.needs_bytes
 
-    budget["now"] = own + process + int(0.6 * need)
+    memory.now = process + int(0.6 * need)
     table.fetched.clear()
     update = table.round(trainer, 2)
-    shrunk = planner.load
-    assert table.heard.said("less than before", "experts held")
-    assert planner._search.needs_bytes(shrunk) <= 0.6 * need
+    shrunk = planner.step_plan
+    assert table.heard.said("less than before", "experts resident")
+    assert planner.needs_bytes <= 0.6 * need
     assert update.metrics["memory_shrinks"] == 0  # planned, not suffered
     assert not {item.key for item in table.fetched if getattr(item, "kind", "") == "expert"} - {
         unit.key for unit in table.reader.manifest().units
     }
-    budget["now"] = own + process + int(0.62 * need)
+    memory.now = process + int(0.62 * need)
     table.heard.messages.clear()
     table.round(trainer, 3)
-    assert planner.load == shrunk
+    assert planner.step_plan == shrunk
     assert not table.heard.said("than before")
-    budget["now"] = own + process + int(1.3 * need)
+    memory.now = process + int(1.3 * need)
     table.round(trainer, 4)
-    assert planner.load.held == planner.load.trained == 64
+    assert planner.step_plan.resident == planner.step_plan.trainable == 64
     assert table.heard.said("more than before")
     assert "profile" not in table.heard.phases[table.heard.phases.index("train") :]  # once is enough
 
@@ -491,12 +492,13 @@ def test_a_smaller_budget_shrinks_the_next_round_and_growth_waits_for_a_tenth(ri
 def test_the_plan_of_a_tight_budget_is_of_the_methods_best_experts(rig):
     """Freezing and leaving out follow the method's ranking: what is trained is part of what a smaller share draws."""
     table = rig(options={"exploration": 0.0}, share=1.0)
-    trainer = table.trainer(measure_budget=lambda: budget_of(64 << 30))
+    trainer = table.trainer(lambda: budget_of(64 << 30))
     table.round(trainer)
-    planner = trainer._planner
-    small = planner._search.layout(24, 8)
-    trained_alone = planner._search.layout(8, 8)
-    held_alone = planner._search.layout(24, 24)
+    method = make_expert_method("hfedmoe", {"exploration": 0.0})
+    layout = method_layout(method, trainer.planner.profile, (16,) * 4, RoundContext())
+    small = layout(24, 8)
+    trained_alone = layout(8, 8)
+    held_alone = layout(24, 24)
     for layer in range(4):
         assert set(small.trainable(layer)) == set(trained_alone.trainable(layer))
         assert len(small.trainable(layer))
@@ -505,7 +507,7 @@ def test_the_plan_of_a_tight_budget_is_of_the_methods_best_experts(rig):
 
 def test_nothing_fits_is_told_before_any_expert_is_downloaded(rig):
     table = rig()
-    trainer = table.trainer(measure_budget=lambda: budget_of(50 * MIB))
+    trainer = table.trainer(lambda: budget_of(50 * MIB))
     with pytest.raises(BudgetTooSmall, match="one expert in each of the 4 MoE layers needs .* MiB") as caught:
         table.round(trainer)
     assert "more (`memory`" in caught.value.remedy
@@ -514,26 +516,24 @@ def test_nothing_fits_is_told_before_any_expert_is_downloaded(rig):
 
 def test_a_budget_that_nobody_knows_is_asked_for(rig):
     table = rig()
-    trainer = table.trainer(measure_budget=lambda: budget_of(None, "NVML memory: no permission"))
+    trainer = table.trainer(lambda: budget_of(None, "NVML memory: no permission"))
     with pytest.raises(ConfigError, match="NVML memory: no permission") as caught:
         table.round(trainer)
     assert "`memory`" in caught.value.remedy
-    with pytest.raises(ConfigError, match="neither a memory limit"):
-        table.round(table.trainer(memory=None, name="other"))
 
 
 def test_one_step_of_a_run_is_measured_and_kept_for_later_plans(rig):
     table = rig()
     trainer = table.trainer()
     table.round(trainer)
-    correction = trainer._planner.correction
+    correction = trainer.planner.correction
     assert correction is not None
     assert "measured on cpu" in correction.origin
     saved = json.loads((table.folder / "me" / PLAN_FILE).read_text())
-    assert saved["correction"] == dataclasses.asdict(correction)
+    assert saved["correction"] == msgspec.to_builtins(correction)
     again = table.trainer()  # a restart
     table.round(again)
-    assert again._planner.correction == correction
+    assert again.planner.correction == correction
 
 
 def test_a_step_that_other_kernels_took_says_nothing_and_is_measured_again(rig, monkeypatch):
@@ -546,8 +546,8 @@ def test_a_step_that_other_kernels_took_says_nothing_and_is_measured_again(rig, 
     (table.folder / "me" / PLAN_FILE).write_text(json.dumps(saved))
     again = table.trainer()
     table.round(again)
-    assert again._planner.correction.kernels == "reference"
-    assert again._planner.correction.origin.startswith("one step of")
+    assert again.planner.correction.kernels == "reference"
+    assert again.planner.correction.origin.startswith("one step of")
 
 
 def test_a_loss_that_cannot_be_chunked_is_planned_without(rig, monkeypatch):
@@ -555,27 +555,20 @@ def test_a_loss_that_cannot_be_chunked_is_planned_without(rig, monkeypatch):
     table = rig()
     probe = table.trainer(name="probe")
     table.round(probe)
-    shape, load = probe._planner.shape, probe._planner.load
-    correction = dataclasses.replace(probe._planner.correction, process_bytes=0)
-    search = dataclasses.replace(  # that of its round knew no measured step yet, the other's will
-        probe._planner._search, estimate=lambda *what: training_memory(shape, *what, correction)
+    planner, plan = probe.planner, probe.plan
+    correction = msgspec.structs.replace(planner.correction, process_bytes=0)
+    counts = [plan.num_slots(layer) for layer in range(4)], [len(plan.trainable(layer)) for layer in range(4)]
+    setup = planner.step_plan.setup
+    plain, chunked = (
+        training_memory(planner.shape, each, *counts, correction).total_bytes
+        for each in (setup, dataclasses.replace(setup, chunked_loss=True))
     )
-    chunked = dataclasses.replace(load, setup=dataclasses.replace(load.setup, chunked_loss=True))
-    between = (search.needs_bytes(chunked) + search.needs_bytes(load)) // 2
     monkeypatch.setattr(trainer_module, "chunking_problem", lambda *args: "it has terms beside it")
-    trainer = table.trainer(name="other")
-    monkeypatch.setattr(trainer, "_usable_bytes", lambda: between)
-    trainer._planner._saved = probe._planner._saved
-    with_correction = trainer._planner._restore
-
-    def restore(run):
-        with_correction(run)
-        trainer._planner._saved.correction = correction
-
-    monkeypatch.setattr(trainer._planner, "_restore", restore)
+    memory = FixedMemory((plain + chunked) // 2)
+    trainer = table.trainer(memory, name="probe", folder="other", costs=Corrected(correction))  # the same draws
     update = table.round(trainer)
     assert table.heard.said("cannot be computed in chunks: it has terms beside it")
-    setup = trainer._planner.load.setup
+    setup = trainer.planner.step_plan.setup
     assert not setup.chunked_loss
     assert setup.checkpointing
     assert len(update.experts) == 32
@@ -591,26 +584,25 @@ LIMITED = """
     import torch
     torch.set_num_threads(1)
     from test_memory_guard import Rig
+    from edgefed.trainer.ports import FormulaCosts
     table = Rig(Path({folder!r}), share=1.0, batch_size=16, sequence_length=256, profile_tokens=1024, local_steps=2)
-    trainer = table.trainer()
-    trainer._planner.correct = lambda correction: None
-    make_plan = trainer._planner.make_plan
+    trainer = table.trainer(costs=FormulaCosts(measures_steps=False))
+    say = table.heard.message
 
-    def then_limit(*args, **kwargs):
-        plan = make_plan(*args, **kwargs)
-        if {room_mib}:
+    def then_limit(text):
+        say(text)
+        if text.startswith("plan:") and {room_mib}:
             size = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) * 1024
             resource.setrlimit(resource.RLIMIT_AS, (size + {room_mib} * 2**20, resource.RLIM_INFINITY))
-        return plan
 
-    trainer._planner.make_plan = then_limit
+    table.heard.message = then_limit
     update = table.round(trainer)
-    load = trainer._planner.load
+    step_plan = trainer.planner.step_plan
     print(json.dumps(dict(
         shrinks=update.metrics["memory_shrinks"], loss=update.metrics["train_loss"],
-        held=trainer._model.plan.num_resident, trained=trainer._model.plan.num_trainable,
-        chunked=load.setup.chunked_loss, checkpointing=load.setup.checkpointing,
-        length=load.setup.sequence_length, messages=table.heard.messages, sent=len(table.sent_experts()),
+        held=trainer.model.plan.num_resident, trained=trainer.model.plan.num_trainable,
+        chunked=step_plan.setup.chunked_loss, checkpointing=step_plan.setup.checkpointing,
+        length=step_plan.setup.sequence_length, messages=table.heard.messages, sent=len(table.sent_experts()),
         experts=len(update.experts))))
 """
 

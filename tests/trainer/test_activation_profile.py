@@ -16,10 +16,12 @@ from edgefed.expert_records import ActivationProfile
 from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
-from edgefed.trainer import activation_profile as device_profile
-from edgefed.trainer.activation_profile import MAX_TOGETHER, PROFILE_STORAGES, choose_profile_pass
+from edgefed.trainer import activation_profile
+from edgefed.trainer.activation_profile import MAX_CONCURRENT_BATCHES, PROFILE_STORAGES, choose_profile_pass
 from edgefed.trainer.local_trainer import LocalTrainer
-from edgefed.trainer.planner import PLAN_FILE, DeviceLimits
+from edgefed.trainer.planner import DeviceLimits
+from edgefed.trainer.ports import ProcessMemory
+from edgefed.trainer.saved_plan import PLAN_FILE
 from edgefed.training.profiling import ProfilePass
 
 GIB = 1 << 30
@@ -34,17 +36,17 @@ def test_the_more_memory_the_fewer_reads():
     }
     assert ways[64] == ProfilePass("all", None, 8, 1)
     assert ways[8] == ProfilePass("layer", None, 8, 16)
-    assert ways[3].hold == "layer"
+    assert ways[3].residency == "layer"
     assert ways[3].storage is None
-    assert ways[3].batch_size * ways[3].together >= 128
-    assert ways[2.2].hold == "layer"
+    assert ways[3].batch_size * ways[3].concurrent_batches >= 128
+    assert ways[2.2].residency == "layer"
     assert ways[2.2].storage in ("int8", "nf4")
     assert ways[0.1] == ProfilePass("expert", None, 1, 1)
     for budget, way in ways.items():
-        assert way.together <= MAX_TOGETHER
+        assert way.concurrent_batches <= MAX_CONCURRENT_BATCHES
         if budget != 0.1:
             each = StepSetup(way.batch_size, 128, expert_storage=way.storage)
-            need = profiling_memory(OLMOE, each, 64, hold=way.hold, together=way.together)
+            need = profiling_memory(OLMOE, each, 64, residency=way.residency, concurrent_batches=way.concurrent_batches)
             assert need.total_bytes <= budget * GIB
 
 
@@ -53,9 +55,9 @@ def test_what_the_owner_asks_for_holds():
         assert choose_profile_pass(OLMOE, SETUP, 128, int(budget * GIB), "full")[0].storage is None
         for storage in ("int8", "nf4"):
             way, reason = choose_profile_pass(OLMOE, SETUP, 128, int(budget * GIB), storage)
-            assert way.storage == storage or "is too large" in reason
-    assert choose_profile_pass(OLMOE, SETUP, 128, 8 * GIB, "nf4")[0].hold == "all"
-    with pytest.raises(ConfigError, match="a profile can hold experts as auto, full, int8, nf4; asked for 'int4'"):
+            assert way.storage == storage or "does not fit" in reason
+    assert choose_profile_pass(OLMOE, SETUP, 128, 8 * GIB, "nf4")[0].residency == "all"
+    with pytest.raises(ConfigError, match="invalid storage of a profile 'int4', expected one of auto, full, int8, nf4"):
         choose_profile_pass(OLMOE, SETUP, 128, GIB, "int4")
 
 
@@ -66,27 +68,29 @@ def test_experts_that_cannot_be_quantised_are_not():
 
 def test_attention_and_threads_take_memory():
     def need(**options):
-        return profiling_memory(OLMOE, SETUP, 64, hold="layer", together=16, **options).parts
+        return profiling_memory(OLMOE, SETUP, 64, residency="layer", concurrent_batches=16, **options).parts
 
     assert need(attention=True)["activations"] > need()["activations"]
     assert need(threads=8)["waiting batches"] > need()["waiting batches"]
-    assert need()["kept experts"] == 64 * 3 * 2048 * 1024 * 2 + 3 * 2048 * 1024 * 2  # a layer, and the one being read
+    assert need()["resident experts"] == 64 * 3 * 2048 * 1024 * 2 + 3 * 2048 * 1024 * 2  # a layer, and the one being read
 
 
 def test_no_more_batches_side_by_side_than_threads_are_good_for():
-    way, reason = choose_profile_pass(OLMOE, SETUP, 8 * MAX_TOGETHER * 3, 12 * GIB)
-    assert way == ProfilePass("layer", None, 8, MAX_TOGETHER)
+    way, reason = choose_profile_pass(OLMOE, SETUP, 8 * MAX_CONCURRENT_BATCHES * 3, 12 * GIB)
+    assert way == ProfilePass("layer", None, 8, MAX_CONCURRENT_BATCHES)
     assert "read 3 times" in reason
 
 
 def test_the_owner_hears_which_way_and_why():
-    assert choose_profile_pass(OLMOE, SETUP, 128, 64 * GIB)[1].startswith("all experts as they come in memory: ")
+    assert choose_profile_pass(OLMOE, SETUP, 128, 64 * GIB)[1].startswith(
+        "all experts in the model's dtype in memory: "
+    )
     assert choose_profile_pass(OLMOE, SETUP, 128, 8 * GIB)[1].startswith(
-        "layer by layer, experts as they come, read once: "
+        "layer by layer, experts in the model's dtype, read once: "
     )
     lacking = choose_profile_pass(OLMOE, SETUP, 128, 0, "nf4")[1]
-    assert lacking.startswith("one expert at a time (a layer in nf4 is too large), read for each of 128 batches: ")
-    assert lacking.endswith("though only 0 B are free") or "though only" in lacking
+    assert lacking.startswith("one expert at a time (a layer in nf4 does not fit), read for each of 128 batches: ")
+    assert lacking.endswith("but only 0 B are free")
 
 
 class Heard(NullProgress):
@@ -115,8 +119,8 @@ def run_folder(tmp_path_factory):
 def one_round(run_folder, folder, storage):
     root, run = run_folder
     heard, blobs = Heard(), BlobStore(root / "run")
-    limits = DeviceLimits(4 << 30, expert_share=0.5, profile_storage=storage)
-    trainer = LocalTrainer(str(root / "notes.jsonl"), folder, limits, "me")
+    limits = DeviceLimits(expert_share=0.5, profile_storage=storage)
+    trainer = LocalTrainer(str(root / "notes.jsonl"), folder, limits, "me", ProcessMemory(4 << 30))
     with RunReader(root / "run") as reader:
         manifest = reader.manifest()
     trainer.train_round(
@@ -129,15 +133,15 @@ def one_round(run_folder, folder, storage):
     ]
 
 
-def test_a_device_profiles_as_its_owner_wishes(run_folder, tmp_path, monkeypatch):
+def test_a_device_profiles_as_its_owner_requested(run_folder, tmp_path, monkeypatch):
     found, ways = {}, []
-    made = device_profile.profile_blocks
+    made = activation_profile.profile_blocks
 
     def watched(*args, **kwargs):
         ways.append(args[3])
         return made(*args, **kwargs)
 
-    monkeypatch.setattr(device_profile, "profile_blocks", watched)
+    monkeypatch.setattr(activation_profile, "profile_blocks", watched)
     for storage in PROFILE_STORAGES:
         found[storage], heard = one_round(run_folder, tmp_path / storage, storage)
         assert len(heard) == 1
@@ -146,5 +150,5 @@ def test_a_device_profiles_as_its_owner_wishes(run_folder, tmp_path, monkeypatch
     for storage in ("int8", "nf4"):
         assert found[storage].num_tokens == found["full"].num_tokens
         assert found[storage].to_dict() != found["full"].to_dict()
-    with pytest.raises(ConfigError, match="asked for 'int4'"):
+    with pytest.raises(ConfigError, match="invalid storage of a profile 'int4'"):
         one_round(run_folder, tmp_path / "int4", "int4")

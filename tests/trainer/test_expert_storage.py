@@ -20,8 +20,12 @@ from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
+from edgefed.trainer import placement, planner
 from edgefed.trainer.local_trainer import LocalTrainer
-from edgefed.trainer.planner import PLAN_FILE, DeviceLimits
+from edgefed.trainer.placement import required_storage
+from edgefed.trainer.planner import DeviceLimits
+from edgefed.trainer.ports import FixedMemory, FormulaCosts
+from edgefed.trainer.saved_plan import PLAN_FILE
 from edgefed.training import steps as steps_module
 from edgefed.training.savings import problems
 from edgefed.training.steps import step_setup
@@ -52,17 +56,16 @@ class Rig:
         )  # fmt: skip
         import_model(str(tiny_model_directory()), folder / "run", run, RoundPolicy(rounds=4, min_clients=1))
         self.folder, self.reader, self.fetched = folder, RunReader(folder / "run"), []
+        self.paths = self.reader.paths(self.reader.manifest())
         self.data = folder / "notes.jsonl"
         lines = [{"text": f"def function_{i}(argument):\n    return argument + {i}\n" * 8} for i in range(40)]
         self.data.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def device(self, name="a", usable_bytes=PLENTY, **limits):
-        trainer = LocalTrainer(
-            str(self.data), self.folder / name, DeviceLimits(PLENTY, **limits), name, held_out_share=0.2
-        )
-        trainer._usable_bytes = lambda: usable_bytes  # whatever else this process holds
-        trainer._planner.correct = lambda correction: None  # by the formulas alone, whatever this process does besides
-        return trainer
+        return LocalTrainer(
+            str(self.data), self.folder / name, DeviceLimits(**limits), name, FixedMemory(usable_bytes),
+            held_out_share=0.2, costs=FormulaCosts(measures_steps=False),
+        )  # fmt: skip
 
     def round(self, trainer, server_round=1, heard=None):
         path = self.folder / f"update-{server_round}"
@@ -75,7 +78,7 @@ class Rig:
     def fetch(self, items):
         items = tuple(items)
         self.fetched += items
-        return {item.sha256: self.reader._blobs.path(item.sha256) for item in items}
+        return {item.sha256: self.paths[item.sha256] for item in items}
 
     def needs(self, trainer, **changes):
         """Bytes of a step with every expert, by the memory model alone."""
@@ -104,7 +107,7 @@ LORA = dict(experts="lora", router="lora", lora_rank=2)
 
 def savings(trainer):
     """Those that this machine has of the ones before NF4."""
-    found = problems(trainer._model.module, "cpu")
+    found = problems(trainer.model.module, "cpu")
     assert "nf4_experts" not in found
     savings = {"chunked_loss": True, "checkpointing": True}
     return savings | ({} if "adamw_8bit" in found else {"optimizer": "adamw_8bit"})
@@ -133,14 +136,14 @@ def test_a_device_that_only_fits_in_4_bits_trains_all_experts_and_goes_on_so_aft
     rich, poor, heard = table.device("rich"), table.device("poor", usable), Heard()
     table.round(rich)
     update, path = table.round(poor, heard=heard)
-    assert heard.said("kept in 4 bits (NF4), saves about")
+    assert heard.said("frozen experts in NF4 (saves")
     assert heard.said("plan:", "experts in NF4")
-    assert (rich._model.storage, poor._model.storage) == (None, "nf4")
-    assert poor._planner.load.setup.sequence_length == 64
-    assert poor._planner.load.held == 64
-    plan = poor._model.plan
+    assert (rich.model.storage, poor.model.storage) == (None, "nf4")
+    assert poor.planner.step_plan.setup.sequence_length == 64
+    assert poor.planner.step_plan.resident == 64
+    plan = poor.model.plan
     assert plan.num_trainable == plan.num_resident > 48  # all whose score is worth a download
-    plain, packed = (base_weight_bytes(trainer._model) / trainer._model.plan.num_resident for trainer in (rich, poor))
+    plain, packed = (base_weight_bytes(trainer.model) / trainer.model.plan.num_resident for trainer in (rich, poor))
     assert packed == pytest.approx(plain * 4.5 / 32, rel=0.01)  # from float32 to 4 bits, and a scale for each 64
     assert math.isfinite(update.metrics["held_out_loss_before"])
     assert update.metrics["held_out_loss_after"] != update.metrics["held_out_loss_before"]
@@ -161,13 +164,13 @@ def test_a_device_that_only_fits_in_4_bits_trains_all_experts_and_goes_on_so_aft
     table.fetched.clear()
     again, heard = table.device("poor", usable), Heard()
     table.round(again, 2, heard)
-    assert again._model.storage == "nf4"
+    assert again.model.storage == "nf4"
     assert not heard.said("profile:")
-    assert again._model.plan == poor._model.plan
+    assert again.model.plan == poor.model.plan
     freed = table.device("poor", usable, expert_storage="full")  # the owner has changed their mind
     table.round(freed, 2)
-    assert freed._model.storage is None
-    assert freed._planner.load.setup.expert_storage is None
+    assert freed.model.storage is None
+    assert freed.planner.step_plan.setup.expert_storage is None
 
 
 def test_in_full_training_what_is_frozen_is_packed_and_what_learns_is_sent_as_it_is(rig):
@@ -175,16 +178,16 @@ def test_in_full_training_what_is_frozen_is_packed_and_what_learns_is_sent_as_it
     measured = table.device("measure")
     table.round(measured)
     before = savings(measured)
-    shape = shape_from_config(measured._model.config)
-    setup = dataclasses.replace(step_setup(measured._model, table.reader.run.training), **before)
+    shape = shape_from_config(measured.model.config)
+    setup = dataclasses.replace(step_setup(measured.model, table.reader.run.training), **before)
     usable = training_memory(shape, setup, 16, 5).total_bytes
     told = table.device("full", usable, expert_storage="full")
     free = table.device("auto", usable)
     table.round(told)
     _, path = table.round(free)
-    assert told._model.storage is None
-    assert free._model.storage == "nf4"
-    held, held_plain = free._model.plan, told._model.plan
+    assert told.model.storage is None
+    assert free.model.storage == "nf4"
+    held, held_plain = free.model.plan, told.model.plan
     assert held.num_resident + held.num_trainable > 1.05 * (held_plain.num_resident + held_plain.num_trainable)
     assert 0 < held.num_trainable < held.num_resident
     experts = {u.key: u for u in table.reader.manifest().units if u.kind == "expert"}
@@ -203,9 +206,9 @@ def test_an_owner_may_ask_for_it_with_memory_to_spare(rig, storage):
     table, heard = rig(**LORA), Heard()
     device = table.device(expert_storage=storage)
     table.round(device, heard=heard)
-    assert device._model.storage == storage
+    assert device.model.storage == storage
     assert heard.said(f"experts in {storage.upper()}")
-    assert not heard.said("saves about"), "nothing had to be saved"
+    assert not heard.said("(saves "), "nothing had to be saved"
 
 
 def test_memory_that_runs_out_ends_in_packed_experts_before_any_is_given_up(rig, monkeypatch):
@@ -220,15 +223,15 @@ def test_memory_that_runs_out_ends_in_packed_experts_before_any_is_given_up(rig,
 
     monkeypatch.setattr(steps_module, "take_step", take_step)
     update, _ = table.round(device, heard=heard)
-    assert device._model.storage == "nf4"
-    assert device._planner.load.held == 64
-    assert heard.said("out of memory while training", "4 bits (NF4)", "the local steps start again")
+    assert device.model.storage == "nf4"
+    assert device.planner.step_plan.resident == 64
+    assert heard.said("out of memory while training", "frozen experts in NF4", "the local steps start again")
     told = heard.said("out of memory while training")
     assert update.metrics["memory_shrinks"] == len(told)
     assert "NF4" in told[-1]
     assert "NF4" not in "".join(told[:-1])
     table.round(device, 2)
-    assert device._model.storage == "nf4", "what did not fit once is not tried again at once"
+    assert device.model.storage == "nf4", "what did not fit once is not tried again at once"
 
 
 def test_a_device_that_exchanges_nothing_keeps_its_weights_and_their_storage(rig):
@@ -238,7 +241,7 @@ def test_a_device_that_exchanges_nothing_keeps_its_weights_and_their_storage(rig
     table.fetched.clear()
     second, _ = table.round(device, 2)
     assert not table.fetched
-    assert device._model.storage == "nf4"
+    assert device.model.storage == "nf4"
     after, before = first.metrics["held_out_loss_after"], second.metrics["held_out_loss_before"]
     assert before == pytest.approx(after, abs=1e-6)
 
@@ -253,31 +256,27 @@ def test_what_makes_no_sense_is_refused_by_name(rig):
 
 
 def test_what_a_device_cannot_do_is_refused_or_passed_over(rig, monkeypatch):
-    from edgefed.trainer import planner as expert_storage
-    from edgefed.trainer import planner as planner_module
-
     table = rig(**LORA)
     usable = tight_budget(table)
     reason = "quantised experts fail on cpu: no such kernel"
-    monkeypatch.setattr(expert_storage, "packing_problem", lambda *args: reason)
+    monkeypatch.setattr(placement, "packing_problem", lambda *args: reason)
     real = problems
-    monkeypatch.setattr(planner_module, "problems", lambda *args: {**real(*args), "nf4_experts": reason})
+    monkeypatch.setattr(planner, "problems", lambda *args: {**real(*args), "nf4_experts": reason})
     with pytest.raises(ConfigError, match="`expert_storage=nf4` cannot be had here: quantised experts fail on cpu"):
         table.round(table.device("asked", expert_storage="nf4"))
     device = table.device("auto", usable)
     table.round(device)
-    assert device._model.storage is None
-    load = device._planner.load
-    assert load.setup.sequence_length < 64 or load.held < 64
+    assert device.model.storage is None
+    step_plan = device.planner.step_plan
+    assert step_plan.setup.sequence_length < 64 or step_plan.resident < 64
 
 
 def test_a_method_may_ask_for_a_storage_and_an_owner_not_for_another(rig):
-    from edgefed.trainer.planner import required_storage
-
     table = rig(**LORA)
     device = table.device()
     table.round(device)
     training, model = table.reader.run.training, device._model
+
     class Quantized(HFedMoE):
         requirements = Requirements(expert_storage="nf4")
 
@@ -285,7 +284,5 @@ def test_a_method_may_ask_for_a_storage_and_an_owner_not_for_another(rig):
     assert required_storage("auto", method, training, model) == "nf4"
     assert required_storage("nf4", method, training, model) == "nf4"
     for requested in ("full", "int8"):
-        with pytest.raises(
-            ConfigError, match=f"keeps experts in nf4, this device has `expert_storage={requested}`"
-        ):
+        with pytest.raises(ConfigError, match=f"keeps experts in nf4, this device has `expert_storage={requested}`"):
             required_storage(requested, method, training, model)

@@ -15,15 +15,16 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from device_bench import trainer_of
+from device_bench import OnlyWith, trainer_of
 
 from edgefed.costs.memory import training_memory
 from edgefed.costs.shapes import shape_from_config
 from edgefed.costs.step_setup import StepSetup
 from edgefed.disk import filesystem
 from edgefed.errors import BudgetTooSmall, ConfigError, DiskFull, StorageError
-from edgefed.trainer import local_trainer as placing
-from edgefed.trainer.planner import PLAN_FILE, DeviceLimits, Planner
+from edgefed.trainer import placement
+from edgefed.trainer.ports import FixedMemory, FormulaCosts
+from edgefed.trainer.saved_plan import PLAN_FILE
 
 MIB = 2**20
 LEAST = dict(chunked_loss=True, checkpointing=True)
@@ -35,11 +36,10 @@ def on_a_disk(tmp_path):
         pytest.skip("tests write to memory here (tmpfs): nothing can be offloaded to it")
 
 
-def with_room(trainer, usable_bytes):
+def with_room(data, tmp_path, usable_bytes, name):
     """A device that offers the model so much, by the formulas alone."""
-    trainer._usable_bytes = lambda: usable_bytes
-    trainer._planner.correct = lambda correction: None
-    return trainer
+    costs = FormulaCosts(measures_steps=False)
+    return trainer_of(data, tmp_path, memory=FixedMemory(usable_bytes), name=name, costs=costs)
 
 
 def needs(model, training, **how):
@@ -56,7 +56,7 @@ def budget_between(table, data, tmp_path, smaller, larger):
     """Room for ``smaller`` ways of training everything, too little for ``larger`` ones."""
     first = trainer_of(data, tmp_path, name="first")
     table.round(first, tmp_path / "first-update")
-    model, training = first._model, table.reader.run.training
+    model, training = first.model, table.reader.run.training
     low, high = needs(model, training, **smaller), needs(model, training, **larger)
     assert low < 0.9 * high
     return (low + high) // 2
@@ -65,49 +65,41 @@ def budget_between(table, data, tmp_path, smaller, larger):
 def test_a_device_with_too_little_memory_offloads_and_sends_what_fedavg_sends(bench, data, tmp_path):
     table = bench("fmd")
     usable = budget_between(table, data, tmp_path, LEAST | {"offload": True}, LEAST)
-    device = with_room(trainer_of(data, tmp_path, name="poor"), usable)
+    device = with_room(data, tmp_path, usable, "poor")
     manifest, _ = table.round(device, tmp_path / "update")
-    load = device._planner.load
-    assert load.setup.offload
-    assert device._model.offloads
-    assert load.held == load.trained == 64
-    assert device._model.memory_bytes()["experts"] == 0
-    folder = tmp_path / "poor" / placing.OFFLOAD_FOLDER
+    step_plan = device.planner.step_plan
+    assert step_plan.setup.offload
+    assert device.model.offloads
+    assert step_plan.resident == step_plan.trainable == 64
+    assert device.model.memory_bytes()["experts"] == 0
+    folder = tmp_path / "poor" / placement.OFFLOAD_FOLDER
     assert not list(folder.iterdir()), "no file has a name, while all are in use"
 
     fedavg = bench("fedavg")
     with pytest.raises(BudgetTooSmall, match="all 64 experts needs"):
-        fedavg.round(with_room(trainer_of(data, tmp_path, name="same"), usable), tmp_path / "none")
-    rich = trainer_of(data, tmp_path, name="poor-too")
-    rich._identity = device._identity  # the same draws
-    make_plan = rich._planner.make_plan
-
-    def as_the_poor_one_does(*args, **kwargs):
-        plan = make_plan(*args, **kwargs)
-        setup = dataclasses.replace(load.setup, offload=False)
-        rich._planner.load = dataclasses.replace(rich._planner.load, setup=setup)
-        return plan
-
-    rich._planner.make_plan = as_the_poor_one_does
+        fedavg.round(with_room(data, tmp_path, usable, "same"), tmp_path / "none")
+    names = ("chunked_loss", "checkpointing", "sequence_length")
+    as_the_poor_one_does = OnlyWith(**{name: getattr(step_plan.setup, name) for name in names})
+    rich = trainer_of(data, tmp_path, name="poor", folder="rich", costs=as_the_poor_one_does)  # the same draws
     fedavg.round(rich, tmp_path / "expected")
+    assert rich.planner.step_plan.setup == dataclasses.replace(step_plan.setup, offload=False)
     assert (tmp_path / "update").read_bytes() == (tmp_path / "expected").read_bytes()
 
-    again = with_room(trainer_of(data, tmp_path, name="poor"), usable)  # a restart remembers
+    again = with_room(data, tmp_path, usable, "poor")  # a restart remembers
     table.round(again, tmp_path / "update-2", server_round=2)
-    assert again._planner.load == load
-    assert again._model.offloads
+    assert again.planner.step_plan == step_plan
+    assert again.model.offloads
 
 
 def test_what_fits_is_not_offloaded(bench, data, tmp_path):
     table, device = bench("fmd"), trainer_of(data, tmp_path)
     table.round(device, tmp_path / "update")
-    assert not device._model.offloads
-    assert not (tmp_path / "a" / placing.OFFLOAD_FOLDER).exists()
+    assert not device.model.offloads
+    assert not (tmp_path / "a" / placement.OFFLOAD_FOLDER).exists()
 
 
 def test_a_method_that_offloads_keeps_experts_as_they_come(bench, data, tmp_path):
-    table, device = bench("fmd", experts="lora"), trainer_of(data, tmp_path)
-    device._planner = Planner(tmp_path / "a", DeviceLimits(64 << 30, expert_storage="nf4"), "a")
+    table, device = bench("fmd", experts="lora"), trainer_of(data, tmp_path, expert_storage="nf4")
     with pytest.raises(ConfigError, match="`expert_storage=nf4` wants nf4, but fmd offloads experts the way they come"):
         table.round(device, tmp_path / "update")
 
@@ -116,7 +108,7 @@ def poor_device(bench, data, tmp_path):
     table = bench("fmd")
     usable = budget_between(table, data, tmp_path, LEAST | {"offload": True}, LEAST)
     table.fetched.clear()
-    return table, with_room(trainer_of(data, tmp_path, name="poor"), usable)
+    return table, with_room(data, tmp_path, usable, "poor")
 
 
 def test_a_disk_without_room_is_told_before_anything_is_downloaded(bench, data, tmp_path, monkeypatch):
@@ -130,8 +122,8 @@ def test_a_disk_without_room_is_told_before_anything_is_downloaded(bench, data, 
 
 def test_a_folder_in_memory_is_refused(bench, data, tmp_path, monkeypatch):
     table, device = poor_device(bench, data, tmp_path)
-    monkeypatch.setattr(placing, "filesystem", lambda folder: "tmpfs")
-    with pytest.raises(StorageError, match="which is memory itself") as caught:
+    monkeypatch.setattr(placement, "filesystem", lambda folder: "tmpfs")
+    with pytest.raises(StorageError, match="its filesystem is in memory") as caught:
         table.round(device, tmp_path / "update")
     assert "`state`" in caught.value.remedy
 
@@ -139,16 +131,16 @@ def test_a_folder_in_memory_is_refused(bench, data, tmp_path, monkeypatch):
 def test_fmq_trains_adapters_on_4_bits_and_refuses_what_even_they_do_not_fit(bench, data, tmp_path):
     table, device = bench("fmq", experts="lora", lora_rank=2), trainer_of(data, tmp_path)
     _, update = table.round(device, tmp_path / "update")
-    assert device._model.storage == "nf4"
-    assert device._model.plan.num_trainable == 64
-    bank = device._model.bank(0)
+    assert device.model.storage == "nf4"
+    assert device.model.plan.num_trainable == 64
+    bank = device.model.bank(0)
     assert {stack.format for stack in bank.stacks().values()} == {"nf4"}
     assert len(bank.packed(0)) == 2
     assert all("lora" in name for name in bank.storages()), "the base does not train"
     assert update.metrics["experts_trained"] > 48
     assert update.metrics["train_loss"] > 0
 
-    model, training = device._model, table.reader.run.training
+    model, training = device.model, table.reader.run.training
     lean = needs(model, training, expert_storage="nf4", **LEAST)
     poor = with_room(trainer_of(data, tmp_path, name="poor"), lean // 2)
     with pytest.raises(BudgetTooSmall, match="all 64 experts needs .* with every saving"):
@@ -177,7 +169,7 @@ PROCESS = """
     from edgefed.errors import EdgefedError
     from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
     from edgefed.runs import RunReader, import_model
-    from edgefed.training import steps
+    from edgefed.trainer.ports import FixedMemory, FormulaCosts
     from test_memory_guard import Heard
 
     def status(name):
@@ -197,32 +189,34 @@ PROCESS = """
                         training=training)
         import_model(str(model), folder / "run", run, RoundPolicy(rounds=4, min_clients=1))
     reader = RunReader(folder / "run")
+    paths = reader.paths(reader.manifest())
     data = folder / "notes.jsonl"
     data.write_text("".join(json.dumps(dict(text="def function(argument): return argument " * 9)) + chr(10)
                             for _ in range(20)))
-    device = LocalTrainer(str(data), folder / "device", DeviceLimits(), "device", held_out_share=0.2)
-    device._usable_bytes = lambda: {usable_mib} * 2**20
-    device._planner.correct = lambda correction: None
-    heard = Heard()
-    heard.message = lambda text: print("SAID", text, flush=True)
-    make_plan, take = device._planner.make_plan, steps._LocalSteps.take
+    device = LocalTrainer(str(data), folder / "device", DeviceLimits(), "device", FixedMemory({usable_mib} * 2**20),
+                          held_out_share=0.2, costs=FormulaCosts(measures_steps=False))
     most = dict(file=0)
 
-    def then_limit(*args, **kwargs):
-        plan = make_plan(*args, **kwargs)
-        if {room_mib}:
-            resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + {room_mib} * 2**20, resource.RLIM_INFINITY))
-        return plan
+    class Limiting(Heard):
+        def message(self, text):
+            print("SAID", text, flush=True)
+            if text.startswith("plan:") and {room_mib}:
+                limit = status("VmData") + {room_mib} * 2**20
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
 
-    def slowly(self):
-        before = status("RssFile")
-        take(self)
-        most["file"] = max(most["file"], status("RssFile") - before)
-        print("STEP", flush=True)
-        time.sleep({pause_s})
+        def phase(self, name, total=None, unit="B"):
+            super().phase(name, total, unit)
+            self.before = status("RssFile")
 
-    device._planner.make_plan, steps._LocalSteps.take = then_limit, slowly
-    fetch = lambda items: {{item.sha256: reader._blobs.path(item.sha256) for item in tuple(items)}}
+        def advance(self, n):
+            if self.phases[-1] == "train":
+                most["file"] = max(most["file"], status("RssFile") - self.before)
+                print("STEP", flush=True)
+                time.sleep({pause_s})
+                self.before = status("RssFile")
+
+    heard = Limiting()
+    fetch = lambda items: {{item.sha256: paths[item.sha256] for item in tuple(items)}}
     try:
         update = device.train_round(reader.run, reader.manifest(), Assignment(server_round=1, deadline_s=None, seed=7),
                                     fetch, heard, folder / "update")
@@ -230,7 +224,7 @@ PROCESS = """
         print(json.dumps(dict(error=type(error).__name__, text=str(error))))
     else:
         print(json.dumps(dict(loss=update.metrics["train_loss"], shrinks=update.metrics["memory_shrinks"],
-            offloads=device._model.offloads, held=device._model.plan.num_trainable, file_bytes=most["file"])))
+            offloads=device.model.offloads, trainable=device.model.plan.num_trainable, file_bytes=most["file"])))
 """
 EXPERT_MIB = 6 * 16 * 3 * 256 * 512 * 4 / MIB
 """Of all weights; in training there are gradients and two moments besides."""
@@ -263,7 +257,7 @@ def test_a_round_under_a_real_limit_far_below_what_fedavg_needs(tmp_path):
     (tmp_path / "fedavg").mkdir()
     found = result_of(start(tmp_path / "fmd", "fmd", usable_mib=180, room_mib=110))
     assert found["offloads"]
-    assert found["held"] == 96
+    assert found["trainable"] == 96
     assert found["shrinks"] == 0
     assert found["loss"] > 0
     assert found["file_bytes"] < EXPERT_MIB / 2 * MIB, "what a layer is done with leaves the process"
@@ -274,7 +268,7 @@ def test_a_round_under_a_real_limit_far_below_what_fedavg_needs(tmp_path):
 def in_use(process: subprocess.Popen) -> list[str]:
     """Mapped files of offloaded experts of a process."""
     lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-    return [line for line in lines if f"/{placing.OFFLOAD_FOLDER}/" in line]
+    return [line for line in lines if f"/{placement.OFFLOAD_FOLDER}/" in line]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -293,7 +287,7 @@ def test_whatever_ends_a_round_nothing_stays_on_the_disk(tmp_path, way):
     finally:
         device.kill()
         device.communicate()
-    folder = tmp_path / "device" / placing.OFFLOAD_FOLDER
+    folder = tmp_path / "device" / placement.OFFLOAD_FOLDER
     assert folder.is_dir()
     assert not list(folder.iterdir())
     if way is signal.SIGKILL:

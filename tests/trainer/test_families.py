@@ -20,6 +20,7 @@ from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, export_model, import_model
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
+from edgefed.trainer.ports import ProcessMemory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "moe"))
 from toy_models import FAMILIES, MORE_FAMILIES  # noqa: E402
@@ -55,7 +56,7 @@ def test_a_round_of_every_family(family, tokenizer, tmp_path):
     import_model(str(checkpoint), tmp_path / "run", run, RoundPolicy(rounds=1, min_clients=1))
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": f"the {i} foxes jump over {i * i} dogs"}) + "\n" for i in range(30)))
-    trainer = LocalTrainer(str(data), tmp_path / "me", DeviceLimits(64 << 30, expert_share=0.4), "me")
+    trainer = LocalTrainer(str(data), tmp_path / "me", DeviceLimits(expert_share=0.4), "me", ProcessMemory(64 << 30))
     blobs = BlobStore(tmp_path / "run")
 
     def fetch(items):

@@ -89,8 +89,8 @@ def test_the_update_differs_from_the_global_model_only_where_it_was_trained(benc
     for name, entry in sent.items():
         key, _, tensor = name.rpartition("|")
         unit = units[key]
-        old = frames.read_header(table.reader._blobs.path(unit.sha256))
-        before = frames.map_tensor(table.reader._blobs.path(unit.sha256), old[tensor])
+        old = frames.read_header(table.paths[unit.sha256])
+        before = frames.map_tensor(table.paths[unit.sha256], old[tensor])
         changed = not np.array_equal(before, frames.map_tensor(tmp_path / "update", entry))
         assert changed == (unit.kind == "router" or (unit.layer, unit.expert) in stepped), name
     assert all(1 <= report.steps <= STEPS for report in update.experts if report.steps)

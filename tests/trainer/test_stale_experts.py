@@ -15,7 +15,7 @@ from edgefed.expert_records import ExpertPlan, Role
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, ExpertAssignment, UnitInfo
-from edgefed.trainer.planner import PLAN_FILE
+from edgefed.trainer.saved_plan import PLAN_FILE
 from edgefed.trainer.stale_experts import COPIES_FILE, FrozenCopies, with_newest_trainable
 
 LAYERS, EXPERTS = 2, 8

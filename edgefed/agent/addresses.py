@@ -1,0 +1,190 @@
+"""The way to a server: its address, the proxy in front of it, and the certificates to trust.
+
+httpx would read the environment by itself, but it fails with a traceback for values that it does not support, and it
+sends loopback requests through a proxy. Here an invalid value is a ConfigError that names its variable, and a value
+that does not concern the server is ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import ipaddress
+import re
+import ssl
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+
+from edgefed.errors import ConfigError
+from edgefed.protocol import routes
+
+MAX_LABEL_CHARACTERS = 63
+SYSTEM_PROXY = "the proxy settings of the system"
+
+
+def check_base_url(text: str) -> str:
+    """Normalise ``text`` to scheme://host[:port].
+
+    Raises ConfigError if it is not http or https, or has an invalid host, a path, a query or a password.
+    """
+    remedy = f"Pass the address that `edgefed serve` prints, such as http://192.168.1.5:{routes.DEFAULT_PORT}."
+    if "://" not in text:
+        raise ConfigError(f"the server's address must begin with http:// or https://, found {text!r}", remedy=remedy)
+    try:
+        url = httpx.URL(text.strip())
+        host, port = url.host, url.port  # decodes an international name, which may be invalid
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ConfigError(f"invalid address {text!r}: {error}", remedy=remedy) from error
+    if url.scheme not in ("http", "https"):
+        raise ConfigError(f"the server's address must begin with http:// or https://, found {text!r}", remedy=remedy)
+    if "%" in host and ":" in host:
+        raise ConfigError(
+            f"link-local addresses with a zone are not supported, found {text!r}",
+            remedy="Use another address of the server, or its name.",
+        )
+    if not host or "%" in host or (port is not None and not 0 < port < 65536):
+        raise ConfigError(f"the server's address needs a host, and a port of 1..65535, found {text!r}", remedy=remedy)
+    labels = url.raw_host.decode("ascii").removesuffix(".").split(".")
+    if _ip_address(host) is None and any(not 0 < len(label) <= MAX_LABEL_CHARACTERS for label in labels):
+        raise ConfigError(
+            f"invalid address {text!r}: a part of a host name has 1 to {MAX_LABEL_CHARACTERS} letters", remedy=remedy
+        )
+    if url.userinfo:  # a secret, so the message does not repeat it
+        raise ConfigError("the server's address contains a user name or password; use `token`", remedy=remedy)
+    if url.path != "/" or url.query or url.fragment:
+        raise ConfigError(f"the server's address must end after host and port, found {text!r}", remedy=remedy)
+    return f"{url.scheme}://{url.netloc.decode('ascii')}"
+
+
+# --- proxies ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Proxy:
+    """A proxy and the variable that names it. ``url`` may contain a password; `describe` does not."""
+
+    url: httpx.URL
+    variable: str
+
+    def describe(self) -> str:
+        """Text for a message: address without a password, and variable."""
+        return f"the proxy {self.url.scheme}://{self.url.host}:{self.url.port or 80} of {self.variable}"
+
+
+def find_proxy(base_url: str, environ: Mapping[str, str]) -> Proxy | None:
+    """The proxy for requests to ``base_url``, from http_proxy, https_proxy, all_proxy and no_proxy, in either case.
+
+    None for loopback addresses and for what no_proxy excludes. Without a variable, the settings of macOS or Windows
+    apply. Raises ConfigError for an invalid or unsupported proxy.
+    """
+    url = httpx.URL(base_url)
+    if is_loopback(url.host) or _excluded(url, environ.get("no_proxy") or environ.get("NO_PROXY") or ""):
+        return None
+    for name in (f"{url.scheme}_proxy", "all_proxy"):
+        for variable in (name, name.upper()):
+            if value := environ.get(variable, "").strip():
+                return _parse_proxy(value, variable)
+    system = urllib.request.getproxies().get(url.scheme)
+    if system is None or urllib.request.proxy_bypass(url.host):
+        return None
+    return _parse_proxy(system, SYSTEM_PROXY)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine."""
+    address = _ip_address(host)
+    if address is not None:
+        return address.is_loopback
+    name = host.lower().removesuffix(".")
+    return name == "localhost" or name.endswith(".localhost")
+
+
+def _parse_proxy(value: str, variable: str) -> Proxy:
+    remedy = f"Correct or unset {variable}, or add the server to NO_PROXY."
+    try:
+        url = httpx.URL(value if "://" in value else f"http://{value}")
+        host, scheme = url.host, url.scheme
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ConfigError(
+            f"invalid proxy in {variable}: {error}",
+            remedy=f"{remedy} Special characters of a password must be percent-encoded.",
+        ) from error
+    if not host:
+        raise ConfigError(f"invalid proxy in {variable}: it has no host", remedy=remedy)
+    if scheme in ("socks", "socks5", "socks5h"):
+        if importlib.util.find_spec("socksio") is None:
+            raise ConfigError(
+                f"{variable} names a SOCKS proxy, for which a package is missing",
+                remedy=f"Run `pip install 'httpx[socks]'`. {remedy}",
+            )
+        return Proxy(url.copy_with(scheme="socks5h" if scheme == "socks5h" else "socks5"), variable)
+    if scheme not in ("http", "https"):
+        raise ConfigError(f"unsupported kind of proxy in {variable}: {scheme}://", remedy=remedy)
+    return Proxy(url, variable)
+
+
+def _excluded(url: httpx.URL, no_proxy: str) -> bool:
+    """Whether no_proxy excludes a server: ``*``, names and their subdomains, addresses, networks, each with a port."""
+    host, port = url.host.lower().removesuffix("."), url.port or {"http": 80, "https": 443}[url.scheme]
+    address = _ip_address(host)
+    for entry in (part.lower() for part in re.split(r"[,\s]+", no_proxy) if part):
+        name, entry_port = _split_port(entry.rpartition("://")[2])
+        if entry_port not in (None, port):
+            continue
+        network = _ip_network(name)
+        if address is not None and network is not None and address.version == network.version and address in network:
+            return True
+        suffix = name.removeprefix("*").removeprefix(".").removesuffix(".")
+        if name == "*" or (suffix and (host == suffix or host.endswith(f".{suffix}"))):
+            return True
+    return False
+
+
+def _split_port(entry: str) -> tuple[str, int | None]:
+    bracketed = re.fullmatch(r"\[(.*)\](?::(\d{1,5}))?", entry)
+    plain = bracketed or re.fullmatch(r"([^:]*):(\d{1,5})", entry)
+    if plain is None:
+        return entry, None
+    return plain[1], int(plain[2]) if plain[2] else None
+
+
+def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
+def _ip_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+# --- certificates -----------------------------------------------------------------------------------------------
+
+
+def trusted_certificates(environ: Mapping[str, str]) -> ssl.SSLContext | bool:
+    """The authorities of SSL_CERT_FILE or SSL_CERT_DIR; True for the usual ones.
+
+    Raises ConfigError if the variable names a file or folder that is missing or has no certificates.
+    """
+    for variable, is_file in (("SSL_CERT_FILE", True), ("SSL_CERT_DIR", False)):
+        value = environ.get(variable)
+        if not value:
+            continue
+        path, remedy = Path(value), f"Correct {variable}, or unset it to trust the usual authorities."
+        if not (path.is_file() if is_file else path.is_dir()):
+            kind = "file" if is_file else "folder"
+            raise ConfigError(f"{variable} names a {kind} that does not exist: {value}", remedy=remedy)
+        try:
+            if is_file:
+                return ssl.create_default_context(cafile=value)
+            return ssl.create_default_context(capath=value)
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigError(f"{variable}: no certificates in {value}: {error}", remedy=remedy) from error
+    return True

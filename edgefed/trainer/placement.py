@@ -1,0 +1,176 @@
+"""Puts the experts of a plan on the device, in memory or offloaded, and merged experts from the cache where possible.
+
+A device of a method without exchange (`ExpertMethod.exchanges`) has the only copy of the weights that it trained. They
+are written to files before each round, so that a round that runs out of memory can start again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from edgefed.costs.activations import offloaded_bytes
+from edgefed.costs.shapes import ModelShape
+from edgefed.costs.step_setup import StepSetup
+from edgefed.disk import disk_errors, filesystem, make_folder
+from edgefed.errors import ConfigError, DiskFull, StorageError
+from edgefed.expert_records import ExpertPlan
+from edgefed.hardware.memory import available_memory_bytes, format_bytes
+from edgefed.methods.interface import ExpertMethod
+from edgefed.moe.expert_reading import FrameSource, raw_array
+from edgefed.moe.merged_cache import MergedCache
+from edgefed.moe.merging.alignment import neuron_aligner
+from edgefed.moe.model import MoeModel
+from edgefed.moe.offloading import OffloadSpace
+from edgefed.moe.packed import EXPERT_STORAGES
+from edgefed.moe.units import LORA_SUFFIX, ExpertSource
+from edgefed.progress import ProgressSink
+from edgefed.protocol import frames
+from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo
+from edgefed.training.quantising import packing_problem
+from edgefed.training.steps import train_scope
+
+OFFLOAD_FOLDER, MERGED_FOLDER, OWN_FOLDER = "offloaded", "merged", "own"
+"""In the device's state folder."""
+HOST_SHARE = 0.5
+"""Share of the host's available memory for offloaded experts of a GPU; what needs more is offloaded to files."""
+_MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
+STORAGE_CHOICES = ("auto", "full", *EXPERT_STORAGES)
+"""How an owner may have experts stored. "auto": the search of savings decides; "full": in the model's dtype, always."""
+
+
+class ExpertPlacer:
+    """Places experts for one device, whose state is in ``folder``."""
+
+    def __init__(self, folder: Path):
+        self._offload_folder = folder / OFFLOAD_FOLDER
+        self._merged = MergedCache(folder / MERGED_FOLDER)
+
+    def reserve(
+        self, model: MoeModel, plan: ExpertPlan, setup: StepSetup, shape: ModelShape, progress: ProgressSink
+    ) -> OffloadSpace | None:
+        """Reserve room for the experts of ``plan`` if ``setup`` offloads them, else return None.
+
+        Call it before the experts are downloaded. Drops the experts of the previous plan, which use the same room.
+        Raises DiskFull, StorageError.
+        """
+        if not setup.offload:
+            return None
+        model.drop_experts()
+        layers = range(plan.num_layers)
+        resident = [plan.num_slots(layer) for layer in layers]
+        trainable = [len(plan.trainable(layer)) for layer in layers]
+        size, device = offloaded_bytes(shape, setup, resident, trainable), torch.device(model.module.device)
+        discrete = device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated
+        if discrete and size <= HOST_SHARE * available_memory_bytes():
+            progress.message(f"offloading: {format_bytes(size)} of experts to host memory")
+            return OffloadSpace(device, None)
+        folder = make_folder(self._offload_folder)
+        if (kind := filesystem(folder)) in _MEMORY_FILESYSTEMS:
+            raise StorageError(
+                f"cannot offload experts to {folder}: its filesystem is in memory ({kind})",
+                remedy="Join with a `state` folder that is on a disk.",
+            )
+        with disk_errors(folder):
+            free = shutil.disk_usage(folder).free
+        if size > free:
+            raise DiskFull(
+                f"offloaded experts, their gradients and moments take {format_bytes(size)} in {folder}, "
+                f"{format_bytes(free)} are free",
+                remedy="Free space on that disk, or join with a `state` folder on another one.",
+            )
+        progress.message(f"offloading: {format_bytes(size)} of experts to files")
+        return OffloadSpace(device, folder)
+
+    def place(
+        self,
+        model: MoeModel,
+        plan: ExpertPlan,
+        source: ExpertSource,
+        run: RunConfig,
+        method: ExpertMethod,
+        setup: StepSetup,
+        offload: OffloadSpace | None,
+        hashes: Mapping[str, str] | None,
+    ) -> None:
+        """Apply ``plan`` with experts from ``source``.
+
+        ``hashes`` are those of the units in ``source``, by key; None: merged experts are not cached. Raises
+        CheckpointError, ConfigError, StorageError.
+        """
+        self._merged.hashes = hashes or {}
+        model.apply_plan(
+            plan, source, train_scope(run.training), missing=run.training.missing, storage=setup.expert_storage,
+            align=neuron_aligner(model.layers) if method.merging and method.merging.align else None,
+            merged=self._merged if hashes is not None else None, offload=offload,
+        )  # fmt: skip
+        self._merged.trim()
+
+
+def save_own_units(model: MoeModel, units: Mapping[str, UnitInfo], folder: Path) -> dict[str, Path]:
+    """Write every unit that ``model`` trains to a file in ``folder``; returns {unit key: path}. Raises StorageError."""
+    folder = folder / OWN_FOLDER
+    paths = {}
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, (spec, values) in enumerate(model.trained_units()):
+            paths[spec.key] = folder / f"{number}.safetensors"
+            infos = units[spec.key].tensors
+            frames.write_frame(
+                paths[spec.key], {info.name: (info.dtype, raw_array(values[info.name])) for info in infos}
+            )
+    return paths
+
+
+def add_own_units(source: FrameSource, units: Mapping[str, UnitInfo], own: Mapping[str, Path]) -> None:
+    """Let ``source`` read the device's own units instead of the global ones."""
+    for key, path in own.items():
+        source.add([units[key]], {units[key].sha256: path})
+
+
+def load_own_units(
+    model: MoeModel, source: FrameSource, units: Mapping[str, UnitInfo], own: Mapping[str, Path]
+) -> None:
+    """Load the own units that no plan places: dense tensors and routers."""
+    for key in own:
+        if units[key].kind != "expert" and not key.endswith(LORA_SUFFIX):
+            model.load_unit(key, source.read(key))
+
+
+def required_storage(requested: str, method: ExpertMethod, training: TrainingConfig, model: MoeModel) -> str | None:
+    """How frozen experts must be stored from the start; None where neither owner nor method asks for anything.
+
+    ``requested`` is one of `STORAGE_CHOICES`. Raises ConfigError if it contradicts the method, has no effect, or does
+    not work on this device.
+    """
+    if requested not in STORAGE_CHOICES:
+        raise ConfigError(f"experts can be stored as {', '.join(STORAGE_CHOICES)}; asked for {requested!r}")
+    asked = f"`expert_storage={requested}`"
+    fixed = method.requirements.expert_storage
+    if fixed is not None:
+        if requested not in ("auto", fixed):
+            raise ConfigError(
+                f"the method {method.name} keeps experts in {fixed}, this device has {asked}",
+                remedy="Join without `expert_storage`, or run another method.",
+            )
+        requested, asked = fixed, f"the method {method.name}"
+    if requested in ("auto", "full"):
+        return None
+    if method.requirements.offloading:
+        raise ConfigError(
+            f"{asked} wants {requested}, but {method.name} offloads experts the way they come",
+            remedy="Join without `expert_storage`, or run another method.",
+        )
+    if method.requirements.all_experts and training.experts == "full":
+        raise ConfigError(
+            f"{asked} wants {requested}, but {method.name} trains every expert in full: none is left to be quantised",
+            remedy="Join without `expert_storage`, or serve with `train_experts=lora`.",
+        )
+    if problem := packing_problem(requested, str(model.module.device), model.dtype):
+        raise ConfigError(
+            f"{asked} cannot be had here: {problem}", remedy="Join with `expert_storage=full`, or on another device."
+        )
+    return requested
