@@ -67,7 +67,7 @@ class Run:
 
 def pools(path: Path, images: int):
     """(images of the table, images for tuning): the first ``images`` of a fixed shuffle, and the rest with x_test."""
-    from edgefed.personal.batches import ImageSamples
+    from edgefed.personal.samples import ImageSamples
 
     with np.load(path, allow_pickle=False) as content:
         found = {name: content[name] for name in content.files}
@@ -84,7 +84,7 @@ def make_clients(run: Run):
     """Ten clients: data by the split, CNN by number, first weights by seed; the same for every method."""
     import torch
 
-    from edgefed.personal.batches import hold_out
+    from edgefed.personal.samples import hold_out
     from edgefed.personal.networks import make_cnn
     from edgefed.personal.partition import partition_by_class, partition_dirichlet
     from edgefed.simulation.personal_federation import Client
@@ -109,7 +109,7 @@ def play(run: Run) -> dict:
     import torch
 
     from edgefed.methods.fedmoe import FedMoE
-    from edgefed.personal.gate import FixedGate
+    from edgefed.personal.mixture import FixedGate
     from edgefed.simulation.personal_baselines import make_strategy
     from edgefed.simulation.personal_federation import Settings, worst_decile
     from edgefed.simulation.personal_federation import run as federate

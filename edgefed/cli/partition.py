@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
-    from edgefed.personal.partition_files import Partition
+    from edgefed.personal.partition import Partition
 
 SHOWN_CLIENTS = 30
 SHOWN_CLASSES = 12
@@ -52,7 +52,7 @@ def partition_command(given: PartitionCommandSettings) -> None:
     from edgefed.cli.output import print_json, print_note, stdout_console
     from edgefed.errors import ConfigError, DataError
     from edgefed.personal.labelled_text import TEXT_SUFFIXES, load_labelled_texts
-    from edgefed.personal.partition_files import PartitionSettings, source_digest, write_partition
+    from edgefed.personal.partition import PartitionSettings, source_digest, write_partition
     from edgefed.personal.sample_files import load_images
 
     unused = {"class": ("alpha", "min_examples"), "dirichlet": ("classes_per_client",)}[given.by]
@@ -72,7 +72,7 @@ def partition_command(given: PartitionCommandSettings) -> None:
         if len(samples.problems) > 10:
             print_note(f"{data}: {len(samples.problems)} lines cannot be used in total")
     else:
-        samples = load_images(data, resize=given.resize, tell=lambda note: print_note(f"{data}: {note}"))
+        samples = load_images(data, resize=given.resize, report=lambda note: print_note(f"{data}: {note}"))
     settings = PartitionSettings(
         given.clients, given.by, given.classes_per_client, given.alpha, given.min_examples, given.seed, given.resize
     )

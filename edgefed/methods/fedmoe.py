@@ -74,7 +74,7 @@ class FedMoE(PersonalMethod):
     gate_norm: Literal["switch", "layer"] = "switch"
     """"switch": SwitchNorm and BatchNorm, as in the paper; "layer": LayerNorm, which also works for a batch of one."""
     expert_loss: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    """Weight of the mean loss of the two experts, each on its own (`edgefed.personal.guided_loss`)."""
+    """Weight of the mean loss of the two experts, each on its own (`edgefed.personal.local_training`)."""
     feature_pull: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Weight of the mean square distance of the own model's features to the client's mean of their class."""
 

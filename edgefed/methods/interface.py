@@ -268,9 +268,9 @@ class PersonalMethod(Protocol):
     gate_width: int
     """Hidden features of the gate."""
     gate_norm: Literal["switch", "layer"]
-    """Normalisation inside the gate (`edgefed.personal.gate`)."""
+    """Normalisation inside the gate (`edgefed.personal.mixture`)."""
     expert_loss: float
-    """Weight of the mean loss of the two experts on their own (`edgefed.personal.guided_loss`); 0: without."""
+    """Weight of the mean loss of the two experts on their own (`edgefed.personal.local_training`); 0: without."""
     feature_pull: float
     """Weight of the mean square distance of features to the mean of their class; 0: without."""
 

@@ -1,13 +1,13 @@
-"""Images that need no download: digits drawn with the fonts that matplotlib ships, one unlike client per number.
+"""Images without a download: digits drawn with the fonts of matplotlib, different for each client number.
 
-    samples = load_glyphs("glyphs:3")              # what client 3 has: 200 images of its classes, in its style
+    samples = load_glyphs("glyphs:3")              # client 3: 200 images of its classes, in its style
     samples = glyph_images(1000, style_of(3), seed=1, classes=(4, 5))
 
-A client differs from others in what it sees (`CLASSES_PER_CLIENT` of the ten digits) and in how: its own four fonts,
-colours, tilt, slant, size, and what disturbs it (neighbours that reach into the picture, scratches, noise). So a model
-of its own pays, and strokes that others have seen help it. For demonstrations and tests, not for evidence.
+Clients differ in classes (`CLASSES_PER_CLIENT` of the ten digits) and in style: each has its own four fonts, colours,
+tilt, slant, size and disturbances (neighbouring digits, scratches, noise). A model of its own therefore helps a client,
+and so do strokes that other clients have seen. The images are for demonstrations and tests, not for evidence.
 
-Everything comes from the seeds: the same versions of matplotlib, pillow and numpy give the same bytes.
+They depend on the seeds alone: the same versions of matplotlib, pillow and numpy give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from edgefed.errors import DataError
-from edgefed.personal.batches import ImageSamples
+from edgefed.personal.samples import ImageSamples
 
 PREFIX = "glyphs:"
 CLASSES = tuple("0123456789")
 CLASSES_PER_CLIENT = 5
 IMAGES_PER_CLIENT = 200
 MAX_CLIENTS = 1000
-"""Client numbers are below it; further ones would only repeat what there is."""
+"""Upper limit of client numbers."""
 SIDE = 32
 _CANVAS = 96
-"""Side of the square that a digit is drawn on before it is turned and scaled."""
+"""Side of the square on which a digit is drawn before it is rotated and scaled."""
 _POINTS = 64
 FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSansMono", "DejaVuSansMono-Oblique",
@@ -47,14 +48,14 @@ class GlyphStyle:
 
     Attributes:
         fonts: names out of `FONTS`.
-        ink, paper: RGB, 0..255; each image departs from them by up to `COLOUR_SPREAD`.
-        tilt: degrees that its camera is turned by; each image departs by up to `TILT_SPREAD`.
+        ink: RGB, 0..255; each image differs by up to `COLOUR_SPREAD`.
+        paper: as ``ink``.
+        tilt: rotation in degrees; each image differs by up to `TILT_SPREAD`.
         slant: shear, columns per row.
         height: of a digit, in pixels of the image.
-        neighbours: share of the images that digits beside it reach into.
+        neighbours: share of images with parts of neighbouring digits.
         scratches: lines per image.
-        noise: half width of each pixel's error, 0..255.
-
+        noise: maximum deviation of a pixel, 0..255.
     """
 
     fonts: tuple[str, ...]
@@ -73,33 +74,33 @@ TILT_SPREAD = 15.0
 SLANT_SPREAD = 0.15
 HEIGHT_SPREAD = 0.25
 SHIFT_PIXELS = 3.5
-LEAST_CONTRAST = 150
-"""Between the brightness of ink and paper of a style."""
+MIN_CONTRAST = 150
+"""Minimum difference in brightness between ink and paper of a style."""
 
 
 def is_glyphs(name: str) -> bool:
-    """Whether ``name`` asks for embedded images instead of a file."""
+    """Whether ``name`` refers to these images instead of a file."""
     return name.startswith(PREFIX)
 
 
 def load_glyphs(name: str) -> ImageSamples:
-    """The images of ``glyphs:NUMBER``. Raises DataError for another number than 0 to 999."""
+    """The images of ``glyphs:NUMBER``. Raises DataError unless the number is 0 to 999."""
     number = name.removeprefix(PREFIX)
     if not (number.isascii() and number.isdigit() and len(number) <= 4 and int(number) < MAX_CLIENTS):
         raise DataError(
-            f"there is no client {number!r:.40} of the embedded images",
+            f"invalid client number {number!r:.40} of the embedded images",
             remedy=f"Use {PREFIX}0 to {PREFIX}{MAX_CLIENTS - 1}.",
         )
     return glyph_client(int(number))
 
 
 def glyph_client(index: int, num_images: int = IMAGES_PER_CLIENT, seed: int = 0) -> ImageSamples:
-    """What client ``index`` has: ``num_images`` of `classes_of` in `style_of`. Another ``seed``: other images of it."""
+    """Images of client ``index``: its classes in its style. Another ``seed`` gives other images of the same client."""
     return glyph_images(num_images, style_of(index), seed=seed * MAX_CLIENTS + index, classes=classes_of(index))
 
 
 def classes_of(index: int) -> tuple[int, ...]:
-    """The digits that client ``index`` sees: half of the ten. Clients 0 and 1, 2 and 3, ... share none."""
+    """The five digits of client ``index``. Clients 0 and 1, 2 and 3, ... have no digit in common."""
     order = np.random.default_rng([7, index // 2]).permutation(len(CLASSES))
     start = index % 2 * CLASSES_PER_CLIENT
     return tuple(sorted(int(label) for label in order[start : start + CLASSES_PER_CLIENT]))
@@ -110,12 +111,12 @@ def style_of(index: int) -> GlyphStyle:
     rng = np.random.default_rng([11, index])
     while True:
         ink, paper = rng.integers(0, 256, (2, 3))
-        if abs(_brightness(ink) - _brightness(paper)) >= LEAST_CONTRAST:
+        if abs(_brightness(ink) - _brightness(paper)) >= MIN_CONTRAST:
             break
     return GlyphStyle(
         fonts=tuple(FONTS[i] for i in rng.choice(len(FONTS), 4, replace=False)),
-        ink=tuple(int(value) for value in ink),
-        paper=tuple(int(value) for value in paper),
+        ink=(int(ink[0]), int(ink[1]), int(ink[2])),
+        paper=(int(paper[0]), int(paper[1]), int(paper[2])),
         tilt=float(rng.uniform(-20, 20)),
         slant=float(rng.uniform(-0.3, 0.3)),
         height=float(rng.uniform(18, 26)),
@@ -128,7 +129,7 @@ def style_of(index: int) -> GlyphStyle:
 def glyph_images(
     num: int, style: GlyphStyle, *, seed: int, classes: Sequence[int] = tuple(range(len(CLASSES)))
 ) -> ImageSamples:
-    """``num`` images (num, 32, 32, 3) of ``classes``, as many of each as of the others, in random order."""
+    """``num`` images (num, 32, 32, 3) of ``classes``, in equal numbers and random order."""
     rng = np.random.default_rng([13, seed])
     labels = rng.permutation(np.resize(np.asarray(classes, np.int64), num))
     ink = np.empty((num, SIDE, SIDE), np.uint8)
@@ -141,7 +142,7 @@ def glyph_images(
     spread = rng.integers(-COLOUR_SPREAD, COLOUR_SPREAD + 1, (num, 3, 3), dtype=np.int32)
     paper, pen, scratch = ((colours[None] + spread)[:, i, None, None, :] for i in range(3))  # (num, 1, 1, 3)
     pixels = np.empty((num, SIDE, SIDE, 3), np.uint8)
-    for start in range(0, num, 256):  # int32 images of all would be four times the result
+    for start in range(0, num, 256):  # int32 images of all would take four times the memory
         part = slice(start, start + 256)
         mask, lines = ink[part, ..., None].astype(np.int32), scratched[part, ..., None].astype(np.int32)
         drawn = (paper[part] * (255 - mask) + pen[part] * mask) // 255
@@ -151,21 +152,21 @@ def glyph_images(
     return ImageSamples(pixels, labels, CLASSES)
 
 
-def _strokes(label: int, style: GlyphStyle, rng: np.random.Generator) -> np.ndarray:
-    """How much ink is where, (32, 32) uint8: the digit, and what reaches in from its neighbours."""
+def _strokes(label: int, style: GlyphStyle, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Amount of ink per pixel, (32, 32) uint8, of the digit and its neighbours."""
     font = style.fonts[int(rng.integers(len(style.fonts)))]
     tilt, slant, height, across, down = rng.uniform(-1, 1, 5)
     angle = math.radians(style.tilt + TILT_SPREAD * tilt)
     scale = _digit_height(font) / (style.height * (1 + HEIGHT_SPREAD * height))  # canvas pixels per image pixel
     shear = style.slant + SLANT_SPREAD * slant
     middle = SIDE / 2
-    # Where an image pixel (x, y) lies on the canvas: shifted, turned, sheared, scaled about the middles.
+    # The position of image pixel (x, y) on the canvas: shifted, rotated, sheared and scaled about the centres.
     cos, sin = scale * math.cos(angle), scale * math.sin(angle)
     a, b, d, e = cos + shear * sin, -sin + shear * cos, sin, cos
     x, y = middle + SHIFT_PIXELS * across, middle + SHIFT_PIXELS * down
     left, top = _CANVAS / 2 - a * x - b * y, _CANVAS / 2 - d * x - e * y
 
-    def placed(digit: int, offset: float) -> np.ndarray:
+    def placed(digit: int, offset: float) -> npt.NDArray[np.uint8]:
         matrix = (a, b, left + offset, d, e, top)
         return np.asarray(
             _drawn(font, digit).transform((SIDE, SIDE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
@@ -179,7 +180,7 @@ def _strokes(label: int, style: GlyphStyle, rng: np.random.Generator) -> np.ndar
     return strokes
 
 
-def _scratches(count: int, rng: np.random.Generator) -> np.ndarray:
+def _scratches(count: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Lines across the image, (32, 32) uint8."""
     lines = Image.new("L", (SIDE, SIDE))
     draw = ImageDraw.Draw(lines)
@@ -190,7 +191,7 @@ def _scratches(count: int, rng: np.random.Generator) -> np.ndarray:
 
 @functools.lru_cache(maxsize=len(FONTS) * len(CLASSES))
 def _drawn(font: str, digit: int) -> Image.Image:
-    """A digit in white on black, its box in the middle of the canvas."""
+    """A digit in white on black, with its bounding box in the centre of the canvas."""
     canvas = Image.new("L", (_CANVAS, _CANVAS))
     face = _face(font)
     left, top, right, bottom = face.getbbox(CLASSES[digit])
@@ -208,7 +209,7 @@ def _face(font: str) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(str(path), _POINTS, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
         raise DataError(
-            f"cannot read matplotlib's font {path}: {error}", remedy="Install matplotlib again, or pass a file."
+            f"cannot read the font {path} of matplotlib: {error}", remedy="Reinstall matplotlib, or use files as data."
         ) from error
 
 
@@ -224,5 +225,5 @@ def _digit_width(font: str) -> float:
     return right - left
 
 
-def _brightness(colour: np.ndarray) -> float:
+def _brightness(colour: npt.NDArray[np.int64]) -> float:
     return float(colour @ np.array([0.299, 0.587, 0.114]))

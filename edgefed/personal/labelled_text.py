@@ -1,10 +1,10 @@
-"""A client's labelled texts: a .jsonl or a .csv file, each also as .gz.
+"""A client's labelled texts: a .jsonl or a .csv file, optionally compressed as .gz.
 
-    {"text": "...", "label": "sports"}          one JSON object a line; ``sentence`` may stand for ``text``
-    text,label                                  a CSV file names its columns in the first line; others are passed over
+    {"text": "...", "label": "sports"}          one JSON object per line; ``sentence`` is accepted for ``text``
+    text,label                                  the first line of a CSV file names its columns; others are ignored
 
-Labels are names or integers. Where every label of the file is an integer, it is the number of its class, from 0; else
-every label is a name, and the classes are the names, sorted. What the texts say is never logged and stands in no error.
+Labels are names or integers. If every label of the file is an integer, it is the number of its class, from 0. Otherwise
+labels are names, and the classes are the sorted names. The content of texts is never logged or part of an error.
 """
 
 from __future__ import annotations
@@ -21,47 +21,49 @@ import numpy as np
 
 from edgefed.errors import DataError
 from edgefed.personal.sample_files import MAX_CLASSES
+from edgefed.personal.samples import IntArray
 from edgefed.training.data import HOPELESS_LINES, LineProblem, nothing_usable, read_lines
 from edgefed.training.records import BadRecord, json_object, text_field
 
 TEXT_SUFFIXES = (".jsonl", ".csv", ".jsonl.gz", ".csv.gz")
 TEXT_FIELDS = ("text", "sentence")
-FORMS = 'Pass a .jsonl file with {"text": ..., "label": ...} a line, or a .csv file with the columns text and label.'
+FORMS = 'Use a .jsonl file with {"text": ..., "label": ...} per line, or a .csv file with the columns text and label.'
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledTexts:
-    """``texts`` and their ``labels`` (N,) int64, indices into ``classes``; ``problems``: lines that gave no example.
-    ``sha256``: of the file's bytes, unpacked.
-    """
+    """The content of a file of labelled texts."""
 
     texts: tuple[str, ...]
-    labels: np.ndarray
+    labels: IntArray
+    """(N,) indices into ``classes``."""
     classes: tuple[str, ...]
     problems: tuple[LineProblem, ...]
+    """Lines without a usable example."""
     sha256: str
+    """Of the uncompressed bytes."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
 
 def load_labelled_texts(path: str | Path) -> LabelledTexts:
-    """Read ``path``. Bad lines do not stop a file that has good ones: they come back as ``problems``.
+    """Read labelled texts. Invalid lines are returned as ``problems`` as long as others are valid.
 
     Raises:
-        DataError: no such file, another suffix, no UTF-8, damaged gzip, no such columns, or not one usable line.
-
+        DataError: the file does not exist, has another suffix, is not UTF-8, is damaged, lacks the columns, or has no
+            usable line.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        raise DataError(f"{path} is a folder, not a file", remedy=FORMS)
+        raise DataError(f"{path} is a directory, not a file", remedy=FORMS)
     name = path.name.lower()
     if not name.endswith(TEXT_SUFFIXES):
-        raise DataError(f"{path} has an unknown suffix; known are {', '.join(TEXT_SUFFIXES)}", remedy=FORMS)
+        raise DataError(f"unsupported suffix of {path}; supported are {', '.join(TEXT_SUFFIXES)}", remedy=FORMS)
     if not path.exists():
-        raise DataError(f"there is no file {path}", remedy="Check the path; it is relative to the current folder.")
+        raise DataError(f"file not found: {path}", remedy="Check the path; it is relative to the current directory.")
     digest = hashlib.sha256()
     lines = read_lines(path, digest)
     parsed = _csv_rows(path, lines) if name.endswith((".csv", ".csv.gz")) else _json_rows(lines)
@@ -84,7 +86,7 @@ def load_labelled_texts(path: str | Path) -> LabelledTexts:
         index = {label: number for number, label in enumerate(classes)}
         labels = np.array([index[label] for _, _, label in rows], np.int64)
     if not rows and not problems:
-        raise DataError(f"{path} is empty: it holds no example", remedy=FORMS)
+        raise DataError(f"{path} is empty: it has no example", remedy=FORMS)
     if not rows:
         raise nothing_usable(str(path), problems)
     if len(classes) > MAX_CLASSES:
@@ -101,20 +103,20 @@ def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, tuple[str, str] | Ba
 
 
 def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, tuple[str, str] | BadRecord]]:
-    """Rows with the number of the line that they begin in: a quoted text may go over several."""
+    """Rows with the number of their first line; a quoted text may span several lines."""
     reader = csv.reader(lines, strict=True)
     start = 1
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         if "label" not in header or not any(field in header for field in TEXT_FIELDS):
             raise DataError(
-                f"the first line of {path} names {len(header)} columns, not text and label among them", remedy=FORMS
+                f"the first line of {path} names {len(header)} columns, but not both text and label", remedy=FORMS
             )
         start = reader.line_num + 1
         for cells in reader:
             try:
                 if cells and len(cells) != len(header):
-                    raise BadRecord(f"{len(cells)} columns, the first line names {len(header)}")
+                    raise BadRecord(f"{len(cells)} columns, but the first line names {len(header)}")
                 if not cells:
                     raise BadRecord("empty line")
                 yield start, _row(dict(zip(header, cells, strict=True)))
@@ -123,8 +125,8 @@ def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, tuple[str
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path} is no valid CSV in the row that begins in line {start}: {error}",
-            remedy="Double the quotes within a quoted text, or write the file as .jsonl.",
+            f"invalid CSV in {path}, in the row that starts at line {start}: {error}",
+            remedy="Double the quotes inside a quoted text, or save the file as .jsonl.",
         ) from error
 
 
@@ -143,11 +145,11 @@ def _row(record: dict[str, Any]) -> tuple[str, str]:
 def _with_numbers_in_range(
     rows: list[tuple[int, str, str]],
 ) -> tuple[list[tuple[int, str, str]], list[LineProblem]]:
-    """The rows whose numbers may be classes, and what is wrong with the others."""
+    """The rows whose label is a valid class number, and the problems of the others."""
     good, wrong = [], []
     for row in rows:
         if 0 <= int(row[2]) < MAX_CLASSES:
             good.append(row)
         else:
-            wrong.append(LineProblem(row[0], f"label {row[2]} is out of range: allowed are 0 to {MAX_CLASSES - 1}"))
+            wrong.append(LineProblem(row[0], f"label {row[2]} is out of range: must be 0 to {MAX_CLASSES - 1}"))
     return good, wrong

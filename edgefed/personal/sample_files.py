@@ -1,16 +1,16 @@
-"""A client's labelled images from its disk: one .npz file of arrays, or a folder with one subfolder a class.
+"""A client's labelled images: one .npz file of arrays, or a folder with one subfolder per class.
 
-Array names of a .npz file, tried in this order; names of the classes may be beside them as ``classes``:
+Array names of a .npz file, tried in this order; an array ``classes`` with the names of the classes is optional:
 
     images, labels          x, y          x_train, y_train
 
-    images   uint8 0..255 or float 0..1; (N, H, W, 3), or grey (N, H, W) or (N, H, W, 1), which becomes three channels
-    labels   integers, (N,) or (N, 1), from 0; without ``classes`` they are named by their numbers
-             or strings, then the classes are the different ones, sorted
+    images   uint8 0..255 or float 0..1; (N, H, W, 3), or greyscale (N, H, W) or (N, H, W, 1)
+    labels   integers from 0, (N,) or (N, 1); without ``classes`` their numbers are the names
+             or strings; without ``classes`` the sorted distinct strings are the classes
 
-A folder's classes are its subfolders, sorted; hidden files and other kinds of files are passed over. Pixels are laid on
-white where an image is transparent, turned as the camera says, and of a moving image the first is taken. Files are
-hostile: nothing is unpickled, no image is decoded that claims more than `MAX_PIXELS`.
+The classes of a folder are its subfolders, sorted; hidden files and other file types are ignored. Greyscale images are
+repeated to three channels, transparent pixels are composited on white, EXIF orientation is applied, and the first frame
+of an animation is used. Files are not trusted: nothing is unpickled, and no image above `MAX_PIXELS` is decoded.
 """
 
 from __future__ import annotations
@@ -23,27 +23,31 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from edgefed.errors import DataError
-from edgefed.personal.batches import ImageSamples
+from edgefed.personal.samples import ImageSamples, IntArray
+
+Array: TypeAlias = npt.NDArray[Any]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 ARRAY_NAMES = (("images", "labels"), ("x", "y"), ("x_train", "y_train"))
 MAX_PIXELS = 64 * 1024 * 1024
-"""Of one image file: more than any camera makes; 192 MiB once decoded."""
+"""Maximum pixels of an image file, above that of any camera; 192 MiB when decoded."""
 MAX_CLASSES = 65536
-"""A larger label is a mistake, and would make a header of gigabytes."""
+"""Maximum number of classes; a header for more would take gigabytes."""
 
-FORMS = "Pass a .npz file with images and labels, or a folder of images with one subfolder a class."
+FORMS = "Use a .npz file with images and labels, or a folder of images with one subfolder per class."
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, KeyError, OverflowError, RuntimeError, struct.error, zlib.error,
     tokenize.TokenError, zipfile.BadZipFile, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
-"""What numpy and pillow raise on damaged files."""
+"""Exceptions of numpy and pillow for damaged files."""
 
 
 def load_images(
@@ -51,110 +55,116 @@ def load_images(
     size: tuple[int, int] = (32, 32),
     *,
     resize: bool = False,
-    tell: Callable[[str], None] = lambda note: None,
+    report: Callable[[str], None] = lambda note: None,
 ) -> ImageSamples:
     """Read all images of ``path`` into memory, uint8 (N, H, W, 3).
 
-    ``size``: (height, width) that every image must have; with ``resize`` others are scaled and cropped at their centre.
-    ``tell`` gets what was done to the data (floats, grey, scaling) and what was left unread.
+    Args:
+        path: a .npz file or a folder.
+        size: (height, width) that every image must have.
+        resize: scale images of another size, and crop them at the centre.
+        report: called with each conversion of the data (floats, greyscale, size) and with ignored arrays.
 
     Raises:
-        DataError: nothing there, damaged, unknown arrays, other sizes, labels out of range or too few, NaN, no example,
-            an empty class folder.
-
+        DataError: nothing found, damaged files, unknown arrays, other sizes, invalid or missing labels, NaN, no
+            example, or an empty class folder.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        return _load_folder(path, size, resize, tell)
+        return _load_folder(path, size, resize, report)
     if not path.exists():
-        raise DataError(f"there is no file or folder {path}", remedy="Check the path.")
+        raise DataError(f"file or folder not found: {path}", remedy="Check the path.")
     if path.suffix.lower() != ".npz":
         raise DataError(f"{path} is neither a .npz file nor a folder", remedy=FORMS)
-    images, labels, classes = _read_npz(path, tell)
-    images = _as_rgb(images, path, tell)
+    images, labels, classes = _read_npz(path, report)
+    images = _as_rgb(images, path, report)
     numbers, names = _as_labels(labels, classes, path)
     if len(numbers) != len(images):
         raise DataError(
-            f"{path} holds {len(images):,} images and {len(numbers):,} labels", remedy="Each image needs one label."
+            f"{path} has {len(images):,} images but {len(numbers):,} labels", remedy="Each image needs one label."
         )
     if not len(images):
-        raise DataError(f"{path} holds no example", remedy=FORMS)
-    return ImageSamples(_as_size(images, size, resize, path, tell), numbers, names)
+        raise DataError(f"{path} has no example", remedy=FORMS)
+    return ImageSamples(_as_size(images, size, resize, path, report), numbers, names)
 
 
-def _read_npz(path: Path, tell: Callable[[str], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """(images, labels, classes or None) as they are in the file."""
+def _read_npz(path: Path, report: Callable[[str], None]) -> tuple[Array, Array, Array | None]:
+    """(images, labels, classes or None), unchecked."""
     try:
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no .npz archive")
+            raise ValueError("not a .npz archive")
         with np.load(path, allow_pickle=False) as archive:
             found = set(archive.files)
             pair = next((names for names in ARRAY_NAMES if found.issuperset(names)), None)
             if pair is None:
                 known = ", ".join(" and ".join(names) for names in ARRAY_NAMES)
                 raise DataError(
-                    f"{path} holds {', '.join(sorted(found)[:8]) or 'no array'}; needed are {known}", remedy=FORMS
+                    f"{path} has {', '.join(sorted(found)[:8]) or 'no array'}; expected {known}", remedy=FORMS
                 )
             unread = sorted(found.difference(pair, ["classes"]))
             if unread:
-                tell(f"{', '.join(unread[:8])} not read")
-            arrays = [archive[name] if name in found else None for name in (*pair, "classes")]
-            if any(isinstance(array, bytes) for array in arrays):  # what numpy makes of a member that is no array
-                raise ValueError("it has a member that is no array")
-            return arrays[0], arrays[1], arrays[2]
-    except _UNREADABLE as fault:
-        raise DataError(f"cannot read {path}: {fault}", remedy="Write it again with numpy.savez.") from fault
-    except MemoryError as fault:
-        raise DataError(f"{path} does not fit into memory", remedy="Make it smaller, for example uint8.") from fault
+                report(f"ignored arrays: {', '.join(unread[:8])}")
+            arrays = [archive[name] for name in pair]
+            if "classes" in found:
+                arrays.append(archive["classes"])
+            if any(isinstance(array, bytes) for array in arrays):  # numpy returns bytes for other members
+                raise ValueError("a member is not an array")
+            return arrays[0], arrays[1], arrays[2] if "classes" in found else None
+    except _UNREADABLE as error:
+        raise DataError(f"cannot read {path}: {error}", remedy="Save it again with numpy.savez.") from error
+    except MemoryError as error:
+        raise DataError(
+            f"{path} does not fit into memory", remedy="Make it smaller, for example with uint8."
+        ) from error
 
 
-def _as_rgb(images: np.ndarray, path: Path, tell: Callable[[str], None]) -> np.ndarray:
-    """uint8 (N, H, W, 3) of what a file may hold."""
+def _as_rgb(images: Array, path: Path, report: Callable[[str], None]) -> npt.NDArray[np.uint8]:
+    """Images of any supported shape and type as uint8 (N, H, W, 3)."""
     grey = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 1)
     if not grey and (images.ndim != 4 or images.shape[3] != 3):
         hint = " Put the channels last: images.transpose(0, 2, 3, 1)." if images.ndim == 4 else ""
         raise DataError(
-            f"the images of {path} have shape {images.shape}; needed is (N, H, W, 3), (N, H, W, 1) or (N, H, W)",
+            f"the images of {path} have shape {images.shape}; expected (N, H, W, 3), (N, H, W, 1) or (N, H, W)",
             remedy=FORMS + hint,
         )
     if images.dtype.kind == "f":
         images = _from_floats(images, path)
-        tell("floats 0..1 taken as 0..255")
+        report("floats 0..1 converted to 0..255")
     elif images.dtype != np.uint8:
         raise DataError(
-            f"the images of {path} are {images.dtype}; needed is uint8 from 0 to 255 or float from 0 to 1",
+            f"the images of {path} are {images.dtype}; expected uint8 from 0 to 255 or float from 0 to 1",
             remedy="Convert them with images.astype('uint8').",
         )
     if grey:
-        tell("grey images repeated to three channels")
+        report("greyscale images repeated to three channels")
         images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=3)
     return np.ascontiguousarray(images)
 
 
-def _from_floats(images: np.ndarray, path: Path) -> np.ndarray:
-    """0..1 -> 0..255, by a thousand images at a time: a copy of all as floats would be eight times the result."""
+def _from_floats(images: Array, path: Path) -> npt.NDArray[np.uint8]:
+    """0..1 -> 0..255, a thousand images at a time: a float copy of all would take up to eight times the memory."""
     whole = np.empty(images.shape, np.uint8)
     for start in range(0, len(images), 1000):
         part = images[start : start + 1000]
         if not np.isfinite(part).all():
-            raise DataError(f"the images of {path} hold NaN or infinity", remedy="Leave these images out.")
+            raise DataError(f"the images of {path} have NaN or infinity", remedy="Remove these images.")
         if part.size and not 0 <= part.min() <= part.max() <= 1:
             raise DataError(
-                f"the images of {path} are floats from {part.min():.4g} to {part.max():.4g}; needed is 0 to 1",
-                remedy="Scale them to 0..1, or save uint8 from 0 to 255.",
+                f"the images of {path} are floats from {part.min():.4g} to {part.max():.4g}; expected 0 to 1",
+                remedy="Scale them to 0..1, or save them as uint8 from 0 to 255.",
             )
         whole[start : start + 1000] = np.rint(part.astype(np.float32) * 255)
     return whole
 
 
-def _as_labels(labels: np.ndarray, classes: np.ndarray | None, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(N,) int64 and the names of the classes."""
+def _as_labels(labels: Array, classes: Array | None, path: Path) -> tuple[IntArray, tuple[str, ...]]:
+    """(N,) int64 labels and the names of the classes."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iuU":
         raise DataError(
-            f"the labels of {path} are {labels.dtype} of shape {labels.shape}; needed are integers or strings, (N,)",
-            remedy="One-hot labels become integers with labels.argmax(1), floats with labels.astype('int64').",
+            f"the labels of {path} are {labels.dtype} of shape {labels.shape}; expected integers or strings (N,)",
+            remedy="Convert one-hot labels with labels.argmax(1), floats with labels.astype('int64').",
         )
     names = None if classes is None else _class_names(classes, path)
     if labels.dtype.kind == "U":
@@ -163,7 +173,7 @@ def _as_labels(labels: np.ndarray, classes: np.ndarray | None, path: Path) -> tu
         if missing:
             raise DataError(
                 f"label {missing[0]!r:.60} of {path} is not one of its classes: {_short(known)}",
-                remedy="Add it to classes, or leave classes out.",
+                remedy="Add it to classes, or omit classes.",
             )
         number = {name: index for index, name in enumerate(known)}
         return np.array([number[name] for name in labels.tolist()], np.int64), known
@@ -171,36 +181,36 @@ def _as_labels(labels: np.ndarray, classes: np.ndarray | None, path: Path) -> tu
     wrong = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(wrong):
         where = f"label {labels[wrong[0]]} of image {wrong[0]} in {path} is out of range"
-        allowed = f"{len(names)} named classes allow 0 to {limit - 1}" if names else f"allowed are 0 to {limit - 1}"
+        allowed = f"{len(names)} named classes allow 0 to {limit - 1}" if names else f"must be 0 to {limit - 1}"
         raise DataError(f"{where}: {allowed}", remedy="Number the classes from 0.")
     numbers = labels.astype(np.int64)
     return numbers, names or tuple(str(label) for label in range(int(numbers.max(initial=-1)) + 1))
 
 
-def _class_names(classes: np.ndarray, path: Path) -> tuple[str, ...]:
+def _class_names(classes: Array, path: Path) -> tuple[str, ...]:
     names = tuple(str(name) for name in classes.tolist()) if classes.ndim == 1 and classes.dtype.kind == "U" else ()
     if not names or len(set(names)) != len(names):
         raise DataError(
-            f"classes of {path} is {classes.dtype} of shape {classes.shape}; needed are different strings, (classes,)",
+            f"classes of {path} is {classes.dtype} of shape {classes.shape}; expected distinct strings (classes,)",
             remedy="Save it as numpy.array(['cat', 'dog']).",
         )
     return names
 
 
-def _load_folder(path: Path, size: tuple[int, int], resize: bool, tell: Callable[[str], None]) -> ImageSamples:
-    """One subfolder a class."""
+def _load_folder(path: Path, size: tuple[int, int], resize: bool, report: Callable[[str], None]) -> ImageSamples:
+    """Read a folder with one subfolder per class."""
     try:
         folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         content = [sorted(file for file in folder.iterdir() if _is_image(file)) for folder in folders]
-    except OSError as fault:
-        raise DataError(f"cannot read {path}: {fault}", remedy="Check its permissions.") from fault
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}", remedy="Check its permissions.") from error
     if not folders:
-        raise DataError(f"{path} has no subfolder, and each is a class", remedy=FORMS)
+        raise DataError(f"{path} has no subfolders; expected one per class", remedy=FORMS)
     for folder, files in zip(folders, content, strict=True):
         if not files:
             raise DataError(
-                f"class {folder.name!r} is empty: {folder} holds no {', '.join(IMAGE_SUFFIXES)} file",
-                remedy="Put images of the class there, or remove the folder.",
+                f"class {folder.name!r} is empty: no {', '.join(IMAGE_SUFFIXES)} file in {folder}",
+                remedy="Add images of the class, or remove the folder.",
             )
     labels = np.repeat(np.arange(len(folders)), [len(files) for files in content])
     images = np.empty((len(labels), *size, 3), np.uint8)
@@ -216,7 +226,7 @@ def _load_folder(path: Path, size: tuple[int, int], resize: bool, tell: Callable
     if other and not resize:
         raise _other_sizes(other, size, path)
     if other:
-        tell(f"{other.total()} of {len(images)} images scaled to {_by(size)}")
+        report(f"{other.total()} of {len(images)} images scaled to {_by(size)}")
     return ImageSamples(images, labels.astype(np.int64), tuple(folder.name for folder in folders))
 
 
@@ -225,15 +235,15 @@ def _is_image(file: Path) -> bool:
 
 
 def _open_image(file: Path) -> Image.Image:
-    """An RGB image, upright and on white."""
+    """An RGB image, upright and composited on white."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(
-                        f"{file} claims {image.width:,} x {image.height:,} pixels; at most {MAX_PIXELS:,} are read",
-                        remedy="Scale it down, or leave it out.",
+                        f"{file} has {image.width:,} x {image.height:,} pixels; at most {MAX_PIXELS:,} are supported",
+                        remedy="Scale it down, or remove it.",
                     )
                 upright = ImageOps.exif_transpose(image)
                 if upright.mode.startswith("I"):  # 16 bits, which pillow would clip to 255
@@ -242,23 +252,23 @@ def _open_image(file: Path) -> Image.Image:
                 if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
                     upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
                 return upright.convert("RGB")
-    except _UNREADABLE as fault:
-        raise DataError(f"cannot read the image {file}: {fault}", remedy="Repair it, or leave it out.") from fault
+    except _UNREADABLE as error:
+        raise DataError(f"cannot read the image {file}: {error}", remedy="Repair it, or remove it.") from error
 
 
 def _as_size(
-    images: np.ndarray, size: tuple[int, int], resize: bool, path: Path, tell: Callable[[str], None]
-) -> np.ndarray:
+    images: npt.NDArray[np.uint8], size: tuple[int, int], resize: bool, path: Path, report: Callable[[str], None]
+) -> npt.NDArray[np.uint8]:
     if images.shape[1:3] == size:
         return images
     if not resize or not images.size:
         raise _other_sizes(Counter({images.shape[1:3]: len(images)}), size, path)
-    tell(f"images scaled from {_by(images.shape[1:3])} to {_by(size)}")
+    report(f"images scaled from {_by(images.shape[1:3])} to {_by(size)}")
     return np.stack([np.asarray(_fitted(Image.fromarray(image), size)) for image in images])
 
 
 def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scaled until the image covers ``size``, cropped at its centre."""
+    """Scale the image to cover ``size``, and crop it at the centre."""
     return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
 
 
@@ -266,7 +276,7 @@ def _other_sizes(found: Counter[tuple[int, int]], size: tuple[int, int], path: P
     shown = ", ".join(f"{_by(other)} ({count:,})" for other, count in found.most_common(3))
     more = f" and {len(found) - 3} other sizes" if len(found) > 3 else ""
     return DataError(
-        f"{path} has images of {shown}{more}; needed is {_by(size)} (height x width)",
+        f"{path} has images of {shown}{more}; expected {_by(size)} (height x width)",
         remedy="Set `resize` to scale them and crop them at the centre.",
     )
 

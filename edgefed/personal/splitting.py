@@ -1,41 +1,49 @@
-"""Takes a classifier apart at its last linear layer: what comes before it is the extractor, the layer is the header.
+"""Splits a classifier at its last linear layer: the layer is the header, everything before it the extractor.
 
-The layer is found by what it does, not by its name (`fc`, `classifier.6`, `heads.head`, `head`): numbers are put in the
-place of its output, and the model must give exactly these numbers, in training and in evaluation. So nothing stands
-between it and the logits, neither a softmax nor a dropout. Then it is taken out, and the model must give what would
-have gone into it.
+The layer is found by its function, not by its name (`fc`, `classifier.6`, `heads.head`, `head`): its output is replaced
+by random numbers, and the model must return exactly these, in training and in evaluation mode. So there is nothing
+between the layer and the logits, neither a softmax nor a dropout. Then the layer is replaced by the identity, and the
+model must return what would have been the layer's input.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgefed.errors import ModelError
-from edgefed.personal.batches import Inputs
-from edgefed.personal.user_code import users_code
+from edgefed.personal.samples import Inputs
+from edgefed.personal.user_code import user_code_errors
 
 CONTRACT = (
-    "Let package.module:function return a module with `extractor` and `header`, where the header maps the features "
-    "(B, width) to logits."
+    "Return a module with `extractor` and `header` from package.module:function; the header maps features (B, width) "
+    "to logits."
 )
-_LAST_OPERATIONS = {"a softmax": F.softmax, "a log-softmax": F.log_softmax, "a sigmoid": lambda x, dim: x.sigmoid()}
+_LAST_OPERATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "a softmax": lambda x: F.softmax(x, dim=-1),
+    "a log-softmax": lambda x: F.log_softmax(x, dim=-1),
+    "a sigmoid": torch.sigmoid,
+}
 
 
 class Features(nn.Module):
-    """A user's model, called as it wants to be: a tensor is its first argument, a mapping its arguments by name; of an
-    object or a mapping that it returns, as transformers' do, the logits are taken.
+    """A user's model behind one calling convention.
+
+    A tensor is passed as the first argument, a mapping as keyword arguments. If the model returns an object or a
+    mapping with logits, as those of transformers do, the output is the logits.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Inputs) -> Tensor:
+    def forward(self, inputs: Inputs) -> Any:
+        """The output of the model; nothing is known of its type."""
         output = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
         if isinstance(output, Mapping) and "logits" in output:
             return output["logits"]
@@ -43,23 +51,23 @@ class Features(nn.Module):
 
 
 def split_model(model: nn.Module, sample: Inputs, name: str) -> tuple[Features, nn.Linear]:
-    """(extractor, header) of a classifier; ``model`` is changed. ``sample``: a batch of two examples at least.
+    """(extractor, header) of a classifier, which is changed in place; ``sample`` has at least two examples.
 
-    Parameters stay the ones they were, tied or frozen. Raises ModelError: the model cannot take the sample, or there
-    is no such layer, or something acts on its output.
+    The parameters stay the same objects, tied or frozen. Raises ModelError if the model rejects the sample, if there is
+    no such layer, or if an operation follows it.
     """
     extractor = Features(model)
     calls = _linear_calls(extractor, sample, name)
     output = run(extractor, sample, name)
     if not isinstance(output, Tensor):
         raise ModelError(
-            f"{name} returned {_kind(output)}, not logits", remedy=f"Return the logits, a tensor. Or: {CONTRACT}"
+            f"{name} returned {_kind(output)}, not logits", remedy=f"Return the logits, a tensor, or: {CONTRACT}"
         )
     shape = output.shape
     candidates = [layer for layer in reversed(calls) if calls[layer] == [shape]]
     for layer in candidates:
         if all(_is_last(extractor, layer, shape, sample, name, training) for training in (False, True)):
-            _take_out(extractor, layer)
+            _remove(extractor, layer)
             _check_features(extractor, layer, sample, name)
             return extractor, layer
     raise _no_split_point(extractor, candidates, shape, sample, name)
@@ -67,18 +75,17 @@ def split_model(model: nn.Module, sample: Inputs, name: str) -> tuple[Features, 
 
 @torch.no_grad()
 def run(module: nn.Module, inputs: Inputs, name: str, training: bool = False) -> object:
-    """What the user's module gives; its modes and buffers stay as they were. Raises ModelError for what it raises."""
-    with _left_as_it_was(module):
+    """The output of the user's module; its modes and buffers are restored. Raises ModelError for any exception."""
+    with _restored(module):
         module.train(training)
-        remedy = (
-            f"Make the model for such a batch ({describe_inputs(inputs)}), or convert it at the begin of its forward."
-        )
-        with users_code(f"{name} cannot take {describe_inputs(inputs)}", remedy):
-            return module(inputs)
+        remedy = f"Change the model to accept such a batch ({describe_inputs(inputs)}), or convert it in forward."
+        with user_code_errors(f"{name} rejects {describe_inputs(inputs)}", remedy):
+            output: object = module(inputs)
+            return output
 
 
 def describe_inputs(inputs: Inputs) -> str:
-    """Shapes and types, for a message."""
+    """Shapes and types of inputs, for a message."""
     if isinstance(inputs, Tensor):
         size = "x".join(map(str, inputs.shape[1:]))
         return f"{len(inputs)} {'images' if inputs.dim() == 4 else 'examples'} of {size} in {_type(inputs)}"
@@ -86,22 +93,22 @@ def describe_inputs(inputs: Inputs) -> str:
 
 
 @contextlib.contextmanager
-def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+def _restored(module: nn.Module) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
     lazy = nn.parameter.UninitializedBuffer
-    kept = {name: value.clone() for name, value in module.named_buffers() if not isinstance(value, lazy)}
+    saved = {name: value.clone() for name, value in module.named_buffers() if not isinstance(value, lazy)}
     try:
         yield
     finally:
         for part, training in modes.items():
             part.training = training
         for name, value in module.named_buffers():
-            if name in kept:
-                value.copy_(kept[name])
+            if name in saved:
+                value.copy_(saved[name])
 
 
 def _linear_calls(model: nn.Module, sample: Inputs, name: str) -> dict[nn.Linear, list[torch.Size]]:
-    """Every linear layer that a pass calls, in the order of the first call, with its outputs' shapes."""
+    """The linear layers that a forward pass calls, in order of their first call, with their output shapes."""
     calls: dict[nn.Linear, list[torch.Size]] = {}
 
     def record(layer: nn.Linear, _: object, output: Tensor) -> None:
@@ -119,7 +126,7 @@ def _linear_calls(model: nn.Module, sample: Inputs, name: str) -> dict[nn.Linear
 def _with_output(
     model: nn.Module, layer: nn.Linear, values: Tensor, sample: Inputs, name: str, training: bool
 ) -> object:
-    """The model's output when ``layer`` gives ``values``."""
+    """The model's output when ``layer`` returns ``values``."""
     hook = layer.register_forward_hook(lambda *_: values.clone())
     try:
         return run(model, sample, name, training)
@@ -133,7 +140,7 @@ def _is_last(model: nn.Module, layer: nn.Linear, shape: torch.Size, sample: Inpu
     return isinstance(output, Tensor) and output.shape == shape and torch.equal(output, values)
 
 
-def _take_out(model: nn.Module, layer: nn.Module) -> None:
+def _remove(model: nn.Module, layer: nn.Module) -> None:
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
             if child is layer:
@@ -154,7 +161,7 @@ def _check_features(extractor: Features, layer: nn.Linear, sample: Inputs, name:
             features = run(extractor, sample, f"{name} without its last linear layer", training)
             if not (isinstance(features, Tensor) and any(torch.equal(features, given) for given in seen)):
                 raise ModelError(
-                    f"{name} does not give the {layer.in_features} features when its last linear layer is taken out",
+                    f"{name} does not return the {layer.in_features} features when its last linear layer is removed",
                     remedy=CONTRACT,
                 )
     finally:
@@ -169,22 +176,19 @@ def _no_split_point(
         values = torch.randn(shape, dtype=layer.weight.dtype)
         output = _with_output(model, layer, values, sample, name, training=False)
         for operation, function in _LAST_OPERATIONS.items():
-            if (
-                isinstance(output, Tensor)
-                and output.shape == shape
-                and torch.allclose(output, function(values, dim=-1))
-            ):
+            if isinstance(output, Tensor) and output.shape == shape and torch.allclose(output, function(values)):
                 return ModelError(
-                    f"{name} ends in {operation}; a model gives logits, cross-entropy does the rest",
-                    remedy="Leave out what comes after its last linear layer.",
+                    f"{name} ends in {operation}; a model must return logits",
+                    remedy="Remove what follows its last linear layer; the cross-entropy applies it.",
                 )
         if isinstance(output, Tensor) and torch.equal(output, values):
             return ModelError(
-                f"{name} does something after its last linear layer that it only does in training (a dropout?)",
-                remedy="Put it before the layer.",
+                f"{name} has an operation after its last linear layer that acts only in training, such as dropout",
+                remedy="Move it before the layer.",
             )
     return ModelError(
-        f"{name} has no split point: no torch.nn.Linear in it gives its output {tuple(shape)}", remedy=CONTRACT
+        f"{name} has no split point: none of its torch.nn.Linear layers returns its output {tuple(shape)}",
+        remedy=CONTRACT,
     )
 
 

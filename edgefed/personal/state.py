@@ -1,9 +1,9 @@
-"""What a client keeps of its mixture between rounds and restarts; none of it ever leaves the device but theta.
+"""The files in which a client keeps its mixture between rounds and restarts. Only theta ever leaves the device.
 
     FOLDER/personal/RUN_ID/round-000003.safetensors     the whole mixture after round 3, with the momentum of its SGD
 
-A round begins from the newest file of an earlier round, so a round that is trained again (the device died before its
-upload was safe) begins where it began the first time. The two newest are kept.
+A round starts from the newest file of an earlier round. If the device stops before its upload is safe and trains the
+round again, it therefore starts from the same weights. The two newest files are kept.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ from edgefed.errors import ConfigError, StateCorrupt
 KEPT_ROUNDS = 2
 MOMENTUM = "momentum:"
 LOCAL_PARTS = ("own.", "projection.", "gate.")
-"""Parts of a mixture that are the client's alone."""
+"""Prefixes of the tensors that never leave the client."""
 
 
 class PersonalState:
-    """The files of one run. ``facts``: what the mixture is (model, classes, extractor, gate); fixed in a run."""
+    """The files of one run. ``facts`` describe the mixture (model, classes, extractor, gate) and are fixed in a run."""
 
     def __init__(self, folder: Path, run_id: str, facts: Mapping[str, str]):
         self._folder = make_folder(make_folder(folder / "personal") / run_id)
         self._facts = dict(facts)
 
     def restore(self, mixture: nn.Module, optimizer: torch.optim.Optimizer, server_round: int) -> int:
-        """Load what the client had before ``server_round``: own model, gate and their momentum; theta stays as it is.
+        """Load own model, gate and their momentum from before ``server_round``; theta stays as it is.
 
-        Returns the round that it is of; 0: there is none, and the mixture is as it was made. Raises ConfigError when
-        the state is of another model or other data, StateCorrupt.
+        Returns:
+            The round of the state; 0 if there is none, and the mixture is unchanged.
+
+        Raises:
+            ConfigError: the state is of another model or of other data.
+            StateCorrupt: the file cannot be read or does not fit.
         """
         rounds = [number for number in self._rounds() if number < server_round]
         if not rounds:
@@ -55,7 +59,7 @@ class PersonalState:
         return rounds[-1]
 
     def save(self, mixture: nn.Module, optimizer: torch.optim.Optimizer, server_round: int) -> Path:
-        """Keep the mixture as it is after ``server_round``; durable when it returns. Older states are removed."""
+        """Save the mixture after ``server_round``, durable on return. Older states are removed."""
         tensors = unaliased(mixture.state_dict())
         for name, parameter in mixture.named_parameters():
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
@@ -77,7 +81,7 @@ class PersonalState:
         for name, wanted in self._facts.items():
             if found.get(name) != wanted:
                 raise ConfigError(
-                    f"{self._folder} holds what was trained with {name} {found.get(name)!r}; now it is {wanted!r}",
+                    f"the state in {self._folder} was trained with {name} {found.get(name)!r}, found {wanted!r} now",
                     remedy=f"Join with the same {name} as before, or with another `state`.",
                 )
 
@@ -90,11 +94,11 @@ class PersonalState:
 
 
 def newest_state(folder: Path) -> Path:
-    """The newest mixture of a device, of any run; ``folder`` is its state folder. Raises ConfigError without one."""
+    """The newest mixture of a device over all runs; ``folder`` is its state. Raises ConfigError if there is none."""
     found = sorted((folder / "personal").glob("*/round-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     if not found:
         raise ConfigError(
-            f"{folder} holds no mixture", remedy="Pass the `state` folder of a device that joined with `task`."
+            f"no mixture found in {folder}", remedy="Pass the `state` folder of a device that joined with `task`."
         )
     return found[-1]
 
@@ -110,24 +114,26 @@ def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def unaliased(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor once: of names that share storage (tied embeddings) only the first."""
-    seen, kept = set(), {}
+    """Each tensor once: of names that share storage (tied embeddings), only the first."""
+    seen, unique = set(), {}
     for name, tensor in tensors.items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
-        kept[name] = tensor
-    return kept
+        unique[name] = tensor
+    return unique
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], parts: tuple[str, ...]) -> None:
-    """Load ``tensors`` into the parts of ``module`` whose names begin so. Raises StateCorrupt where they do not fit."""
+    """Load ``tensors`` into the tensors of ``module`` whose names start with ``parts``. Raises StateCorrupt."""
     wanted = {name for name in unaliased(module.state_dict()) if name.startswith(parts)}
     if wanted != tensors.keys():
         differing = sorted(wanted ^ tensors.keys())
-        raise StateCorrupt(f"the kept mixture and this one differ in {len(differing)} tensors, {differing[0]!r} first")
+        raise StateCorrupt(
+            f"the saved mixture and the current one differ in {len(differing)} tensors, first in {differing[0]!r}"
+        )
     try:
         module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
-        raise StateCorrupt(f"the kept mixture does not fit: {error}") from error
+        raise StateCorrupt(f"the saved mixture does not fit: {error}") from error

@@ -1,7 +1,10 @@
-"""What a device brings to FedMoE: its labelled data and a model of its own (the settings `task` and `model`).
+"""What a device brings to FedMoE: labelled data or text, and a model of its own.
 
-A task is opened in two steps. Data and model are read when it is made, so that a bad file is told before the server
-hears of the device; what needs the run (the shared extractor, its tokenizer) is made when the first round begins.
+A task is opened in two steps. Data and model are read when it is made, so that a bad file is reported before the device
+registers. What depends on the run (the shared extractor, its tokenizer) is made when the first round starts.
+
+For text, the run's tokenizer comes with its manifest; the shared extractor reads with it. The device's model reads with
+its own tokenizer, or with that of the run if it comes from the user's code.
 """
 
 from __future__ import annotations
@@ -21,66 +24,73 @@ import torch
 
 from edgefed.errors import ConfigError, MalformedMessage, ModelError
 from edgefed.methods.fedmoe import IMAGES, NEXT_TOKEN, TASKS, TEXT, extractor_task
-from edgefed.personal.batches import Inputs, Samples, held_out_rows, hold_out
 from edgefed.personal.extractors import SharedExtractor, make_extractor
-from edgefed.personal.gate import Gate
 from edgefed.personal.glyphs import is_glyphs, load_glyphs
 from edgefed.personal.labelled_text import load_labelled_texts
-from edgefed.personal.mixture import LocalMixture
+from edgefed.personal.mixture import Gate, LocalMixture
 from edgefed.personal.models import load_model
 from edgefed.personal.networks import PersonalModel
 from edgefed.personal.sample_files import load_images
-from edgefed.personal.state import LOCAL_PARTS, MOMENTUM, load_tensors, read_state
-from edgefed.personal.text_models import check_causal, load_text_model
-from edgefed.personal.text_samples import (
+from edgefed.personal.samples import (
+    Inputs,
+    Samples,
     check_same_vocabulary,
+    held_out_rows,
+    hold_out,
     text_samples,
     token_samples,
     tokenize,
 )
+from edgefed.personal.state import LOCAL_PARTS, MOMENTUM, load_tensors, read_state
+from edgefed.personal.text_models import check_causal, load_text_model
 from edgefed.personal.user_code import is_code
 from edgefed.training.data import load_corpus
 from edgefed.training.tokenizer import load_tokenizer, vocabulary_size
 
 DEFAULT_LENGTH = 128
-"""Tokens of a text that are looked at, where the run's sequence length is not known."""
+"""Maximum number of tokens of a text, where the run's sequence length is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenTask:
-    """A task within a run: the shared extractor, its weights still the seed's, and examples as both models see them.
-    ``notes``: what the user should hear of it.
-    """
+    """A task within a run: both models with their initial weights, and the examples as they read them."""
 
     shared: SharedExtractor
     own: PersonalModel
     train: Samples
     held_out: Samples
     notes: tuple[str, ...] = ()
+    """Messages for the user."""
 
 
 class PersonalTask(Protocol):
-    """``identity`` names the device and its data; it seeds what is random. ``model`` is what ``own`` was made from."""
+    """Data and model of a device."""
 
     identity: str
+    """Device and data; seeds everything random."""
     model: str
+    """What the device's model was loaded from."""
     num_examples: int
+    """Training examples, or records of text."""
     classes: tuple[str, ...]
+    """Names of the classes; () for next-token prediction."""
     problems: tuple[str, ...]
+    """Problems of the data, for the user."""
 
     def open(self, extractor: str, files: Mapping[str, Path], seed: int, length: int = DEFAULT_LENGTH) -> OpenTask:
-        """For the run of ``extractor``, whose files are named by ``files``; text is cut at ``length`` tokens.
-        Raises ConfigError when it does not fit.
+        """Prepare for a run with this extractor and these files; texts are truncated to ``length`` tokens.
+
+        Raises ConfigError if the task does not fit the run.
         """
         ...
 
 
 class ImageTask:
-    """Images and a classifier of them."""
+    """Labelled images and a model that classifies them."""
 
     def __init__(self, data: str, model: str, name: str, held_out_share: float, resize: bool = False):
         notes: list[str] = []
-        samples = load_glyphs(data) if is_glyphs(data) else load_images(data, resize=resize, tell=notes.append)
+        samples = load_glyphs(data) if is_glyphs(data) else load_images(data, resize=resize, report=notes.append)
         self.problems = tuple(notes)
         digest = hashlib.sha256(samples.images.tobytes() + samples.labels.tobytes()).hexdigest()
         self.identity, self.model, self.classes = f"{name}/{digest}", model, samples.classes
@@ -92,7 +102,7 @@ class ImageTask:
         )
 
     def open(self, extractor: str, files: Mapping[str, Path], seed: int, length: int = DEFAULT_LENGTH) -> OpenTask:
-        """The extractor of ``extractor``, beside the model made before."""
+        """Make the shared extractor; the model exists already."""
         check_task(IMAGES, extractor)
         return OpenTask(make_extractor(extractor, seed), self._own, self._train, self._held_out)
 
@@ -100,25 +110,24 @@ class ImageTask:
 def make_task(
     task: str, data: str, model: str | None, name: str, held_out_share: float, resize: bool = False
 ) -> PersonalTask:
-    """A task by name. ``resize``: scale images of another size. Raises ConfigError, DataError, ModelError."""
+    """Make a task by name. ``resize``: scale images to 32x32. Raises ConfigError, DataError, ModelError."""
     if task not in TASKS:
-        raise ConfigError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
+        raise ConfigError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
     if not model:
         raise ConfigError(
             f"`task={task}` trains a model of your own, and `model` is missing",
             remedy="Set `model` to cnn1 to cnn5 (text: text-gru, text-cnn), package:function, or a checkpoint folder.",
         )
     if task != IMAGES:
-        from edgefed.personal import tasks as text_tasks
-
-        kind = text_tasks.TextTask if task == TEXT else text_tasks.NextTokenTask
+        kind = TextTask if task == TEXT else NextTokenTask
         return kind(data, model, name, held_out_share)
     return ImageTask(data, model, name, held_out_share, resize)
 
 
 def load_mixture(path: Path, task: PersonalTask, files: Mapping[str, Path]) -> LocalMixture:
-    """The mixture in a state file (`edgefed.personal.state`), in evaluation mode: a model of ``task``'s own kind, with
-    the weights of the file. ``files``: those of the run. Raises StateCorrupt, ConfigError.
+    """Load a mixture from a state file (`edgefed.personal.state`), in evaluation mode.
+
+    ``task`` provides the model, ``files`` are those of the run. Raises StateCorrupt, ConfigError.
     """
     tensors, facts = read_state(path)
     opened = task.open(facts["extractor"], files, seed=0)
@@ -131,27 +140,22 @@ def load_mixture(path: Path, task: PersonalTask, files: Mapping[str, Path]) -> L
 
 
 def check_task(task: str, extractor: str) -> None:
-    """Raise ConfigError unless the run's extractor is for this task."""
+    """Raise ConfigError unless the run's extractor supports this task."""
     wanted = extractor_task(extractor)
     if wanted != (TEXT if task == NEXT_TOKEN else task):
         raise ConfigError(
-            f"this device has {task}, the run's extractor {extractor} is for {wanted}",
+            f"the task of this device is {task}, but the run's extractor {extractor} is for {wanted}",
             remedy=f"Join with `task={wanted}` and such data, or a run with another extractor.",
         )
 
 
 def seed_of(identity: str) -> int:
-    """A seed from an identity: the same device with the same data draws the same again."""
+    """A seed from an identity: the same device with the same data draws the same numbers."""
     return zlib.crc32(identity.encode())
 
 
-# Text that a device brings to FedMoE: labelled texts to classify, or any text whose next tokens are predicted.
-#
-# The run's tokenizer comes with its manifest and is what the shared extractor reads. The device's model reads with its
-# own tokenizer; a model of the user's code has none, so it gets the run's.
-
 _TRIED = 2
-"""Examples that a model of the user's code is tried on."""
+"""Number of examples on which a model of the user's code is tried."""
 
 
 class TextTask:
@@ -165,13 +169,13 @@ class TextTask:
         self._train, self._held_out = held_out_rows(labelled.labels, held_out_share, seed=0)
         self.num_examples = len(self._train)
         self._seed = seed_of(self.identity)
-        # Code is called when the run's vocabulary is known.
+        # The user's code is called when the vocabulary of the run is known.
         self._own = None if _is_code(model) else load_text_model(
             model, num_classes=len(self.classes), task=TEXT, seed=self._seed
         )  # fmt: skip
 
     def open(self, extractor: str, files: Mapping[str, Path], seed: int, length: int = DEFAULT_LENGTH) -> OpenTask:
-        """Every text as ids of both tokenizers, cut at ``length`` tokens of each."""
+        """Tokenize every text with both tokenizers."""
         check_task(TEXT, extractor)
         tokenizer = unpack_tokenizer(files)
         if self._own is None:
@@ -183,9 +187,9 @@ class TextTask:
             self._texts, self._labels, self.classes, shared_tokenizer=tokenizer, own_tokenizer=own[1], length=length
         )
         notes = [
-            f"{rows.cut} of {len(rows)} texts are cut at {rows.longest} tokens of {whose} tokenizer"
+            f"{rows.num_truncated} of {len(rows)} texts are truncated to {rows.max_length} tokens of {whose} tokenizer"
             for rows, whose in ((samples.shared, "the run's"), (samples.own, "its own"))
-            if rows.cut
+            if rows.num_truncated
         ]
         shared = make_extractor(extractor, seed, vocab_size=vocabulary_size(tokenizer))
         train, held_out = samples.subset(self._train), samples.subset(self._held_out)
@@ -193,7 +197,7 @@ class TextTask:
 
 
 class NextTokenTask:
-    """Text and a language model that learns to continue it. ``num_examples`` are records, as the file has them."""
+    """Text and a language model that predicts its next tokens."""
 
     classes: tuple[str, ...] = ()
 
@@ -208,7 +212,7 @@ class NextTokenTask:
         )  # fmt: skip
 
     def open(self, extractor: str, files: Mapping[str, Path], seed: int, length: int = DEFAULT_LENGTH) -> OpenTask:
-        """The text in blocks of ``length`` tokens. Raises ConfigError where the model has another vocabulary."""
+        """Divide the text into blocks of ``length`` tokens. Raises ConfigError if the model has another vocabulary."""
         check_task(NEXT_TOKEN, extractor)
         tokenizer = unpack_tokenizer(files)
         vocab_size = vocabulary_size(tokenizer)
@@ -229,11 +233,11 @@ class NextTokenTask:
 
 
 def unpack_tokenizer(files: Mapping[str, Path]) -> Any:
-    """The run's tokenizer from the files of its manifest. Raises MalformedMessage, ModelNotFound."""
+    """Load the run's tokenizer from the files of its manifest. Raises MalformedMessage, ModelNotFound."""
     with tempfile.TemporaryDirectory(prefix="edgefed-tokenizer-") as folder:
         for name, path in files.items():
-            if Path(name).name != name:  # a name with a folder in it could write anywhere
-                raise MalformedMessage(f"the manifest names a file {name[:80]!r}, expected a bare file name")
+            if Path(name).name != name:  # a name with a folder could write anywhere
+                raise MalformedMessage(f"invalid file name {name[:80]!r} in the manifest: it must not contain a folder")
             shutil.copyfile(path, Path(folder) / name)
         return load_tokenizer(folder)
 

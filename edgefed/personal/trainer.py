@@ -1,6 +1,6 @@
-"""The trainer of a FedMoE client: its own model and the shared extractor in one mixture, of which only theta leaves.
+"""The trainer of a FedMoE client: it trains its own model and the shared extractor in one mixture and uploads theta.
 
-theta of the round -> own model, gate and momentum of before -> local epochs -> kept on disk -> theta is the update
+theta of the round -> own model, gate and momentum from disk -> local epochs -> saved to disk -> theta is the update
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from edgefed.interrupt import StopRequested
 from edgefed.methods.interface import PersonalMethod
 from edgefed.methods.registry import make_method
 from edgefed.moe.expert_reading import FrameSource, raw_array
-from edgefed.personal.batches import num_batches
 from edgefed.personal.extractors import EXTRACTOR_UNIT
-from edgefed.personal.gate import Gate
-from edgefed.personal.guided_loss import check_guided, guided_loss
-from edgefed.personal.local_training import Evaluation, Rates, evaluate, make_optimizer, train_epochs
-from edgefed.personal.mixture import LocalMixture
-from edgefed.personal.models import fault_of_users_code
+from edgefed.personal.local_training import (
+    Evaluation,
+    Rates,
+    check_guided,
+    evaluate,
+    guided_loss,
+    make_optimizer,
+    train_epochs,
+)
+from edgefed.personal.mixture import Gate, LocalMixture
+from edgefed.personal.models import user_model_error
+from edgefed.personal.samples import num_batches
 from edgefed.personal.state import PersonalState
 from edgefed.personal.tasks import OpenTask, PersonalTask
 from edgefed.progress import ProgressSink
@@ -36,7 +42,7 @@ from edgefed.training.out_of_memory import device_lost, is_device_lost, is_out_o
 
 
 class PersonalTrainer:
-    """Implements `edgefed.protocol.trainer.Trainer`. One per process; not thread-safe. ``folder``: the agent's state."""
+    """A `edgefed.protocol.trainer.Trainer`; one per process, not thread-safe. ``folder`` is the agent's state."""
 
     def __init__(self, task: PersonalTask, folder: Path, *, device: str = "cpu"):
         self.num_examples = task.num_examples
@@ -57,15 +63,17 @@ class PersonalTrainer:
         progress: ProgressSink,
         update_path: Path,
     ) -> TrainedUpdate:
-        """One round: theta in, local epochs, theta out. What is not theta stays in the agent's folder.
+        """Train one round and write theta to ``update_path``; everything else stays in the agent's folder.
 
-        Raises ConfigError when the run is not FedMoE's or does not fit the task, TrainingDiverged, OutOfMemory,
-        DeviceLost, ModelError (code of the user's model fails), StateCorrupt.
+        Raises:
+            ConfigError: the run trains a shared language model, or does not fit the task.
+            ModelError: the user's model fails.
+            OutOfMemory, DeviceLost, TrainingDiverged, StateCorrupt: as named.
         """
         method = make_method(run.method, run.method_options)
         if not method.personal:
             raise ConfigError(
-                f"the run at this server is {run.method!r}: its clients train a shared language model",
+                f"the method of this run is {run.method!r}: its clients train a shared language model",
                 remedy="Leave `task` and `model` out, and pass text as `data`.",
             )
         blobs = fetch([*manifest.files, *manifest.units])
@@ -88,24 +96,24 @@ class PersonalTrainer:
                 ) from error
             if is_device_lost(error):
                 raise device_lost(error, self._device) from error
-            if (fault := fault_of_users_code(self._task.model, error)) is not None:
-                raise fault from error
+            if (failure := user_model_error(self._task.model, error)) is not None:
+                raise failure from error
             raise
         self._write_theta(manifest, update_path)
         self._state.save(self._mixture, optimizer, assignment.server_round)
         return TrainedUpdate(
             experts=(),
             metrics=_metrics(loss, before, after),
-            num_examples=len(self._open.train),  # of text to be continued: blocks of equal length, not records
+            num_examples=len(self._open.train),  # for next-token prediction, blocks of equal length
             num_tokens=len(self._open.train) * method.local_epochs,
             keep=frozenset(file.sha256 for file in manifest.files),
         )
 
     def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:
-        """Nothing can be done ahead: the next round begins with a theta that is not there yet."""
+        """Do nothing: the next round starts from a theta that does not exist yet."""
 
     def _begin(self, run: RunConfig, method: PersonalMethod, files: dict[str, Path], progress: ProgressSink) -> None:
-        """Put the mixture of a run together, with first weights that depend on the device and its data alone."""
+        """Build the mixture of a run, with initial weights that depend only on the device and its data."""
         progress.phase("load")
         self._open = self._task.open(run.model, files, run.seed, run.training.sequence_length)
         check_guided(method, self._open.train.classes)
@@ -133,7 +141,7 @@ class PersonalTrainer:
     ) -> tuple[float, Evaluation, Evaluation]:
         train, held_out = self._open.train, self._open.held_out
         rng = np.random.default_rng([assignment.seed, zlib.crc32(self._task.identity.encode())])
-        with torch.random.fork_rng(devices=[]):  # dropout of the client's own model, say
+        with torch.random.fork_rng(devices=[]):  # for dropout in the client's own model
             torch.manual_seed(int(rng.integers(2**31)))
             progress.phase("evaluate")
             before = evaluate(self._mixture, held_out, self._device)
@@ -147,21 +155,21 @@ class PersonalTrainer:
             return loss, before, evaluate(self._mixture, held_out, self._device)
 
     def _write_theta(self, manifest: Manifest, path: Path) -> None:
-        """Only the tensors that the manifest names: what else the mixture holds has no name there."""
+        """Write the tensors that the manifest lists; the rest of the mixture is not in it."""
         values = self._mixture.shared.state_dict()
         tensors = {}
         for unit in manifest.units:
             for info in unit.tensors:
                 value = values[info.name]
                 if not torch.isfinite(value).all():
-                    raise TrainingDiverged(f"{info.name} of the shared extractor holds a value that is not finite")
+                    raise TrainingDiverged(f"tensor {info.name} of the shared extractor has a value that is not finite")
                 tensors[frames.update_name(unit.key, info.name)] = (info.dtype, raw_array(value))
         with disk_errors(path):
             frames.write_frame(path, tensors)
 
 
 def _metrics(loss: float, before: Evaluation, after: Evaluation) -> dict[str, float]:
-    """Plain numbers for the ledger; no example, class or weight can be told from them."""
+    """Numbers for the ledger; they reveal no example, class or weight."""
     shared = after.gate_weights[:, 0]
     metrics = {
         "train_loss": loss,

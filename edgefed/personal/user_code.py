@@ -1,7 +1,7 @@
-"""A model that a user wrote: ``package.module:function``, imported from this machine and called.
+"""A model in the user's own code: ``package.module:function``, imported from this machine and called.
 
-The name comes from a flag of this device and from nowhere else; nothing that crosses the wire gets here. The user's
-code runs, so whatever it raises is told with its place in the user's file, as an error of edgefed.
+The name comes from a setting of this device and from nowhere else; nothing from the network reaches this module. Any
+exception of the user's code becomes an error of edgefed that names the place in the user's file.
 """
 
 from __future__ import annotations
@@ -26,29 +26,32 @@ _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _LIBRARIES = tuple(
     str(Path(folder).resolve()) + os.sep
     for folder in (
-        *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
-        Path(torch.__file__).parent,
-        Path(__file__).parents[1],
+        *(str(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
+        str(Path(torch.__file__).parent),
+        str(Path(__file__).parents[1]),
     )
 )
-"""Where code lies that the user did not write."""
+"""Folders of code that is not the user's."""
 
 
 def is_code(spec: str) -> bool:
-    """Whether ``spec`` reads as ``package.module:function``."""
+    """Whether ``spec`` has the form ``package.module:function``."""
     return _NAME.fullmatch(spec) is not None
 
 
 def build_model(spec: str, values: Mapping[str, object]) -> nn.Module:
-    """Import the function ``spec`` and call it with those of ``values`` that it has parameters for; one that takes any
-    keyword, as torchvision's do, gets ``num_classes``.
+    """Import the function ``spec`` and call it with those of ``values`` that it has parameters for.
 
-    Modules are found as ``python -m`` finds them: in the working directory first. Raises ModelNotFound without such a
-    module or function, ModelError when the code raises or gives something else than a model with values on the CPU.
+    A function with ``**kwargs``, as in torchvision, gets ``num_classes``. Modules are found as with ``python -m``: in
+    the working directory first.
+
+    Raises:
+        ModelNotFound: no such module or function.
+        ModelError: the code raises, or does not return a model with initialised weights.
     """
     function = _import_function(spec)
     arguments = _accepted(spec, function, values)
-    with users_code(f"{spec} failed", "Correct the function; edgefed calls it as it stands here."):
+    with user_code_errors(f"{spec} failed", "Fix the function."):
         model = function(**arguments)
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -57,40 +60,42 @@ def build_model(spec: str, values: Mapping[str, object]) -> nn.Module:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(
-            f"{spec} returned a model whose parameters have no values (device meta)",
+            f"{spec} returned a model with uninitialised parameters (device meta)",
             remedy="Return a model with initialised weights.",
         )
     return model.cpu()
 
 
 @contextlib.contextmanager
-def users_code(what: str, remedy: str) -> Iterator[None]:
-    """Run the user's code: the working directory comes first in imports, and what is raised becomes a ModelError."""
+def user_code_errors(what: str, remedy: str) -> Iterator[None]:
+    """Run the user's code with the working directory first on the import path; exceptions become ModelError."""
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
         yield
-    except (Exception, SystemExit) as error:  # a script may end the process when it is imported
-        raise ModelError(f"{what}: {fault_text(error)}", remedy=remedy) from error
+    except (Exception, SystemExit) as error:  # a script may exit when it is imported
+        raise ModelError(f"{what}: {error_text(error)}", remedy=remedy) from error
     finally:
-        with contextlib.suppress(ValueError):  # the code may have changed the path itself
+        with contextlib.suppress(ValueError):  # the code may have changed the path
             sys.path.remove(here)
 
 
-def fault_text(error: BaseException) -> str:
-    """Kind, first line of the message and the innermost place in code that is no library's."""
+def error_text(error: BaseException) -> str:
+    """Type, first line of the message, and the innermost place in the user's code."""
     text = str(error).strip().splitlines()
-    said = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    summary = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
-    return f"{said} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else said
+    return f"{summary} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else summary
 
 
 def _import_function(spec: str) -> Callable[..., object]:
     module_name, _, names = spec.partition(":")
     importlib.invalidate_caches()
-    with users_code(f"{module_name} cannot be imported", f"See that `python -c 'import {module_name}'` works here."):
+    with user_code_errors(
+        f"cannot import {module_name}", f"Make sure that `python -c 'import {module_name}'` works here."
+    ):
         try:
             found: object = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -102,13 +107,15 @@ def _import_function(spec: str) -> Callable[..., object]:
         if module_name.endswith(".py"):
             remedy = f"Pass {module_name.removesuffix('.py')}:{names}, without .py, from the folder of the file."
         else:
-            remedy = "Start in the folder that holds it, or install it; a module is named as in an import."
-        raise ModelNotFound(f"there is no module {module_name!r} in {os.getcwd()} or installed", remedy=remedy)
+            remedy = "Run in the folder that contains it, or install it; write the module as in an import statement."
+        raise ModelNotFound(
+            f"module {module_name!r} not found in {os.getcwd()} or among the installed packages", remedy=remedy
+        )
     for name in names.split("."):
         if not hasattr(found, name):
-            theirs = [key for key, value in vars(found).items() if getattr(value, "__module__", None) == module_name]
+            defined = [key for key, value in vars(found).items() if getattr(value, "__module__", None) == module_name]
             raise ModelNotFound(
-                f"{module_name} has no {names!r}; it has {', '.join(sorted(theirs)[:10]) or 'no function'}",
+                f"{names!r} not found in {module_name}; it defines {', '.join(sorted(defined)[:10]) or 'no function'}",
                 remedy="Name the function that returns your model.",
             )
         found = getattr(found, name)
@@ -120,9 +127,9 @@ def _import_function(spec: str) -> Callable[..., object]:
 
 
 def _accepted(spec: str, function: Callable[..., object], values: Mapping[str, object]) -> dict[str, object]:
-    """Those values that the function takes by name. Raises ModelError when it wants more than there is."""
-    if isinstance(function, type) and function.__init__ is nn.Module.__init__:  # takes any keyword, and refuses it
-        return {}
+    """The values that the function has parameters for. Raises ModelError if it requires others."""
+    if isinstance(function, type) and function.__init__ is nn.Module.__init__:  # type: ignore[misc]
+        return {}  # nn.Module declares any keyword and then rejects it
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C
@@ -139,8 +146,8 @@ def _accepted(spec: str, function: Callable[..., object], values: Mapping[str, o
     ]
     if missing:
         raise ModelError(
-            f"{spec} wants {', '.join(missing)}, and edgefed gives {', '.join(values)} only",
-            remedy="Give its other parameters defaults, or name a function without them.",
+            f"{spec} requires {', '.join(missing)}; edgefed passes only {', '.join(values)}",
+            remedy="Give these parameters default values, or use a function without them.",
         )
     return {name: value for name, value in values.items() if name in names}
 

@@ -249,7 +249,7 @@ METHOD_OPTIONS = {
 """For some hundred images a client, and good for training alone as well; the paper's .01 without momentum is for
 thousands."""
 ADDITIONS = {"expert_loss": 1.0, "feature_pull": 10.0}
-"""What the demo adds to FedMoE (`edgefed.personal.guided_loss`), and to nothing that it is compared with."""
+"""What the demo adds to FedMoE (`edgefed.personal.local_training`), and to nothing that it is compared with."""
 
 
 @dataclasses.dataclass(frozen=True)

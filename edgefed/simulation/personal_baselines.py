@@ -1,17 +1,17 @@
-"""FedMoE and what it is compared with, as strategies of one federation (`federation.run`).
+"""FedMoE and the methods that it is compared with, as strategies of `personal_federation.run`.
 
-    name                 paper              trains                       travels, each client and round
+    name                 paper              trains                       exchanged per client and round
     fedmoe               2402.01350         mixture, gate per example    theta
     fedmoe-shared-only   (ablation, a_G=1)  theta and header             theta
-    static               (ablation)         mixture, half and half       theta
+    static               (ablation)         mixture, equal weights       theta
     standalone           -                  own model                    nothing
     fedavg               1602.05629         one model for all            the model
     fedproto             2105.00243         own model                    mean features of each class
     lg-fedavg            2001.01523         own model                    its upper layers
     fml                  2006.16765         own model, a small shared    the small model
 
-All of them take the same SGD, epochs and batches from `FedMoE`; the models that travel learn at ``extractor_lr``, a
-client's own at ``model_lr``.
+All of them use the same SGD, epochs and batches, from the hyper-parameters of FedMoE. Exchanged models are trained with
+``extractor_lr``, the clients' own with ``model_lr``.
 """
 
 from __future__ import annotations
@@ -20,37 +20,38 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgefed.errors import ConfigError
-from edgefed.methods.interface import PersonalMethod as Hyperparameters
-from edgefed.personal.batches import Batch
+from edgefed.methods.interface import PersonalMethod
 from edgefed.personal.extractors import make_extractor
-from edgefed.personal.gate import FixedGate, Gate
-from edgefed.personal.guided_loss import check_guided, class_means, guided_loss, pull
-from edgefed.personal.local_training import IGNORED_LABEL, cross_entropy
-from edgefed.personal.mixture import LocalMixture
+from edgefed.personal.local_training import Loss, check_guided, class_means, cross_entropy, guided_loss, pull
+from edgefed.personal.mixture import FixedGate, Gate, LocalMixture
 from edgefed.personal.networks import PersonalModel
-from edgefed.simulation.personal_federation import Client, Strategy, Upload
+from edgefed.personal.samples import Batch
+from edgefed.simulation.personal_federation import AnyStrategy, Client, Strategy, Upload
+from edgefed.training.encoding import IGNORED_LABEL
 
 
 class Alone(nn.Module):
-    """A client's own model, answering as a mixture with a_F = 1 does."""
+    """A client's own model, with the outputs of a mixture with a_F = 1."""
 
     def __init__(self, own: PersonalModel):
         super().__init__()
         self.own = own
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(logits, weights) as of `LocalMixture`."""
         logits = self.own(batch.own)
         return logits, _own_only(logits)
 
 
 class MutualPair(nn.Module):
-    """FML's two models of a client: its own, which answers, and the small one that travels ("meme")."""
+    """The two models of a client in FML: its own, which answers, and the small exchanged one ("meme")."""
 
     def __init__(self, own: PersonalModel, meme: PersonalModel):
         super().__init__()
@@ -58,6 +59,7 @@ class MutualPair(nn.Module):
         self.meme = meme
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(logits, weights) as of `LocalMixture`."""
         logits = self.own(batch.own)
         return logits, _own_only(logits)
 
@@ -66,16 +68,15 @@ def _own_only(logits: Tensor) -> Tensor:
     return torch.tensor([0.0, 1.0], device=logits.device).expand(len(logits), 2)
 
 
-class Mixtures(Strategy):
-    """FedMoE: theta of every client is averaged, its model and gate stay.
+class Mixtures(Strategy[LocalMixture]):
+    """FedMoE: theta is averaged over the clients; models and gates stay local.
 
-    ``shared_weight``: None for the gate that learns; else the fixed a_G of every example (.5: static mixing, 1: the
-    shared extractor and the client's header, 0: standalone). ``vocab_size``, ``per_token``: as `make_extractor` has
-    them, for text.
+    ``shared_weight`` is None for a trained gate, or the fixed a_G of every example (.5: static mixing, 1: the shared
+    extractor with the client's header, 0: standalone). ``vocab_size`` and ``per_token`` are those of `make_extractor`.
     """
 
     def __init__(
-        self, clients: Sequence[Client], method: Hyperparameters, *, seed: int, extractor: str = "cnn5",
+        self, clients: Sequence[Client], method: PersonalMethod, *, seed: int, extractor: str = "cnn5",
         vocab_size: int | None = None, per_token: bool = False, shared_weight: float | None = None,
         device: torch.device | str = "cpu",
     ):  # fmt: skip
@@ -85,16 +86,19 @@ class Mixtures(Strategy):
         super().__init__(clients, method, seed=seed, device=device)
 
     def check(self) -> None:
+        """Raise ConfigError for ``feature_pull`` without classes."""
         for client in self.clients:
             check_guided(self.method, client.train.classes)
 
-    def loss_for(self, number: int) -> Callable:
+    def loss_for(self, number: int) -> Loss:
+        """The loss of FedMoE with the additions of the method."""
         begun = number in self.begun
         self.begun.add(number)
         samples = self.clients[number].train
         return guided_loss(self.method, self.models[number], samples, begun=begun, device=self.device)
 
     def build(self, number: int) -> LocalMixture:
+        """A mixture with the client's own model."""
         shared = self.make_shared()
         if self.shared_weight is None:
             gate: nn.Module = Gate(shared.gate_in, self.method.gate_width, self.method.gate_norm)
@@ -103,89 +107,98 @@ class Mixtures(Strategy):
         return LocalMixture(shared, copy.deepcopy(self.clients[number].model), gate)
 
     def groups(self, number: int) -> dict[str, list[nn.Parameter]]:
+        """Theta, own model and gate."""
         return self.models[number].groups()
 
     def shared(self, number: int) -> dict[str, Tensor]:
-        return travelling(self.models[number].shared)
+        """Theta."""
+        return exchanged_tensors(self.models[number].shared)
 
 
-class Standalone(Strategy):
-    """Every client trains its own model on its own examples; nothing travels."""
+class Standalone(Strategy[Alone]):
+    """Every client trains its own model on its own examples; nothing is exchanged."""
 
     def build(self, number: int) -> Alone:
+        """A copy of the client's own model."""
         return Alone(copy.deepcopy(self.clients[number].model))
 
 
 class FedAvg(Standalone):
-    """McMahan et al., arXiv 1602.05629: w = sum_k (n_k / n) w_k of whole models, which must have equal shapes."""
+    """FedAvg (McMahan et al., arXiv 1602.05629): w = sum_k (n_k / n) w_k of whole models of equal shapes."""
 
     def check(self) -> None:
+        """Raise ConfigError unless all clients have the same classes and model."""
         same_classes("fedavg", self.clients)
         first, *others = ({name: tuple(t.shape) for name, t in c.model.state_dict().items()} for c in self.clients)
         for client, shapes in zip(self.clients[1:], others, strict=True):
             for name in sorted(first.keys() | shapes.keys()):
                 if first.get(name) != shapes.get(name):
                     raise ConfigError(
-                        f"fedavg averages whole models: {name} of client {self.clients[0].name} is {first.get(name)}, "
-                        f"of client {client.name} {shapes.get(name)}",
-                        remedy="Give all clients the same model, or choose a method for unlike models.",
+                        f"fedavg needs equal models: {name} is {first.get(name)} on client {self.clients[0].name}, "
+                        f"{shapes.get(name)} on client {client.name}",
+                        remedy="Use the same model on all clients, or a method for different models.",
                     )
 
     def build(self, number: int) -> Alone:
+        """A copy of the first client's model."""
         return Alone(copy.deepcopy(self.clients[0].model))
 
     def shared(self, number: int) -> dict[str, Tensor]:
-        return travelling(self.models[number].own)
+        """The whole model."""
+        return exchanged_tensors(self.models[number].own)
 
 
 class LgFedAvg(Standalone):
-    """LG-FedAvg (Liang et al., arXiv 2001.01523): local representations, a global top.
+    """LG-FedAvg (Liang et al., arXiv 2001.01523): local representations with global upper layers.
 
-    The ``upper`` last linear layers (1: the header, 2: also FC2 of the CNNs) are averaged with weights n_k / n over the
-    clients where the layer has the same shape; what is below stays. Departs from the paper: it wants one architecture,
-    so layers of equal shape take the place of equal layers, and a client has its own top, not an ensemble of two.
+    The last ``upper`` linear layers (1: the header, 2: also FC2 of the CNNs) are averaged with weights n_k / n over the
+    clients where the layer has the same shape; the others stay local. Departs from the paper, which needs a single
+    architecture: layers correspond by shape, and a client has its own upper layers instead of an ensemble of two.
     """
 
     def __init__(
-        self, clients: Sequence[Client], method: Hyperparameters, *, seed: int, upper: int = 1,
+        self, clients: Sequence[Client], method: PersonalMethod, *, seed: int, upper: int = 1,
         device: torch.device | str = "cpu",
     ):  # fmt: skip
         if upper < 1:
-            raise ConfigError(f"lg-fedavg shares the {upper} last linear layers, it must be at least 1")
+            raise ConfigError(f"lg-fedavg: upper must be at least 1, found {upper}")
         self.upper = upper
         super().__init__(clients, method, seed=seed, device=device)
 
     def check(self) -> None:
+        """Raise ConfigError unless all clients have the same classes."""
         same_classes("lg-fedavg", self.clients)
 
     def shared(self, number: int) -> dict[str, Tensor]:
-        """ "top 1: weight (10, 500)" and so on: the place from the top and the shape together are the name."""
+        """Named by position from the top and shape: "top 1: weight (10, 500)"."""
         linear = [module for module in self.models[number].own.modules() if isinstance(module, nn.Linear)]
         return {
             f"top {place}: {name} {tuple(tensor.shape)}": tensor
             for place, module in enumerate(reversed(linear[-self.upper :]), start=1)
-            for name, tensor in travelling(module).items()
+            for name, tensor in exchanged_tensors(module).items()
         }
 
 
 class FedProto(Standalone):
-    """FedProto (Tan et al., arXiv 2105.00243): clients agree on the mean features of each class.
+    """FedProto (Tan et al., arXiv 2105.00243): clients share the mean features of each class.
 
         C_k^j = mean of f_k(x) over client k's examples of class j                                        (eq. 3)
         C^j   = sum_k (n_kj / n_j) C_k^j                                                                  (eq. 6)
         L     = cross-entropy + lambda * mean over examples and features of (f_k(x) - C^y)^2              (eq. 7)
 
-    Departs from the paper: (6) also divides by the number of clients that hold the class, which shrinks every
-    prototype; the authors' code does not, nor do we. As there, the distance is the mean square over features. Answers
-    are the header's; ``answer="prototype"`` takes the class of the nearest prototype, as the paper does.
+    Departs from the paper: (6) also divides by the number of clients with the class, which shrinks every prototype;
+    neither the authors' code nor ours does. As in their code, the distance is the mean square over features. The header
+    answers; with ``answer="prototype"`` the class of the nearest prototype is the answer, as in the paper.
     """
 
     def __init__(
-        self, clients: Sequence[Client], method: Hyperparameters, *, seed: int, weight: float = 1.0,
+        self, clients: Sequence[Client], method: PersonalMethod, *, seed: int, weight: float = 1.0,
         answer: str = "header", device: torch.device | str = "cpu",
     ):  # fmt: skip
         if not weight >= 0 or answer not in ("header", "prototype"):
-            raise ConfigError(f"fedproto: weight {weight}, answer {answer!r}; at least 0, and header or prototype")
+            raise ConfigError(
+                f"fedproto: weight must be at least 0, answer header or prototype; found {weight}, {answer!r}"
+            )
         self.weight, self.answer = weight, answer
         super().__init__(clients, method, seed=seed, device=device)
         self.loss_of = self._loss
@@ -193,52 +206,56 @@ class FedProto(Standalone):
         self.has = torch.zeros(len(self.table), dtype=torch.bool, device=device)
 
     def check(self) -> None:
+        """Raise ConfigError unless all clients have the same classes and feature width."""
         same_classes("fedproto", self.clients)
         if not self.clients[0].train.classes:
-            raise ConfigError("fedproto compares classes, and there are none: it cannot learn to continue text")
+            raise ConfigError("fedproto needs classes, which next-token prediction does not have")
         for client in self.clients:
             if client.model.width != self.clients[0].model.width:
                 raise ConfigError(
-                    f"fedproto compares features: client {self.clients[0].name} has {self.clients[0].model.width}, "
-                    f"client {client.name} {client.model.width}",
-                    remedy="Give all clients models of one feature width, or choose fedmoe, which projects.",
+                    f"fedproto needs equal feature widths: {self.clients[0].model.width} on {self.clients[0].name}, "
+                    f"{client.model.width} on {client.name}",
+                    remedy="Use models of the same feature width, or fedmoe, which projects features.",
                 )
 
     def build(self, number: int) -> Alone:
+        """A copy of the client's own model."""
         own = copy.deepcopy(self.clients[number].model)
         return NearestPrototype(own, self) if self.answer == "prototype" else Alone(own)
 
     def receive(self, number: int) -> int:
-        """The prototypes of all classes that any client has sent."""
+        """Download the prototypes of all classes; returns their number of values."""
         return sum(tensor.numel() for tensor in self.state.values())
 
     def aggregate(self, uploads: Sequence[Upload]) -> None:
+        """Average the prototypes (6)."""
         super().aggregate(uploads)
         for name, prototype in self.state.items():
             self.table[int(name)], self.has[int(name)] = prototype, True
 
     def _loss(self, model: Alone, batch: Batch) -> Tensor:
-        features = model.own.extractor(batch.own)
+        features: Tensor = model.own.extractor(batch.own)
         loss = cross_entropy(model.own.header(features), batch.labels)
         return loss + self.weight * pull(features, batch.labels, self.table, self.has)
 
     def upload(self, number: int) -> Upload:
-        """Mean features of each class over all of the client's training examples, weighted by their number."""
+        """Mean features of each class over the client's training examples, weighted by their number."""
         samples = self.clients[number].train
         means, counts = class_means(self.models[number].own.extractor, samples, self.device)
-        held = counts.nonzero().flatten().tolist()
-        weights = {str(label): float(counts[label]) for label in held}
-        return Upload(number, len(samples), {str(label): means[label] for label in held}, weights)
+        labels = counts.nonzero().flatten().tolist()
+        weights = {str(label): float(counts[label]) for label in labels}
+        return Upload(number, len(samples), {str(label): means[label] for label in labels}, weights)
 
 
 class NearestPrototype(Alone):
-    """Logits are minus the distances to the prototypes; a class without one is never the answer."""
+    """Logits are the negative distances to the prototypes; a class without prototype is never the answer."""
 
     def __init__(self, own: PersonalModel, strategy: FedProto):
         super().__init__(own)
-        self._strategy = (strategy,)  # in a tuple: it is no part of this module
+        self._strategy = (strategy,)  # in a tuple, so that it does not become a submodule
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(logits, weights) as of `LocalMixture`."""
         table, has = self._strategy[0].table, self._strategy[0].has
         features = self.own.extractor(batch.own)
         if not has.any():
@@ -248,40 +265,44 @@ class NearestPrototype(Alone):
         return logits, _own_only(logits)
 
 
-class Fml(Strategy):
-    """Federated Mutual Learning (Shen et al., arXiv 2006.16765): a small shared model teaches and is taught.
+class Fml(Strategy[MutualPair]):
+    """Federated Mutual Learning (Shen et al., arXiv 2006.16765): the own and a small shared model teach each other.
 
         L_own  = alpha * CE(own)  + (1 - alpha) * KL(p_meme || p_own)
         L_meme = beta  * CE(meme) + (1 - beta)  * KL(p_own  || p_meme)
 
-    Each divergence moves only the model that learns. The meme (the shared extractor with a header) is averaged with
-    weights n_k / n; the own model answers and stays. ``vocab_size``, ``per_token``: as `make_extractor` has them.
+    Each divergence has gradients only for the model that it trains. The meme (the shared extractor with a header) is
+    averaged with weights n_k / n; the own model answers and stays local. ``vocab_size`` and ``per_token`` are those of
+    `make_extractor`.
     """
 
     def __init__(
-        self, clients: Sequence[Client], method: Hyperparameters, *, seed: int, extractor: str = "cnn5",
+        self, clients: Sequence[Client], method: PersonalMethod, *, seed: int, extractor: str = "cnn5",
         vocab_size: int | None = None, per_token: bool = False, alpha: float = 0.5, beta: float = 0.5,
         device: torch.device | str = "cpu",
     ):  # fmt: skip
         if not (0 <= alpha <= 1 and 0 <= beta <= 1):
-            raise ConfigError(f"fml: alpha is {alpha}, beta {beta}, both are shares from 0 to 1")
+            raise ConfigError(f"fml: alpha and beta must be 0 to 1, found {alpha} and {beta}")
         self.make_shared = partial(make_extractor, extractor, seed, vocab_size=vocab_size, per_token=per_token)
-        self.outputs = vocab_size if per_token else len(clients[0].train.classes)
+        self.outputs = vocab_size if per_token and vocab_size else len(clients[0].train.classes)
         self.alpha, self.beta = alpha, beta
         super().__init__(clients, method, seed=seed, device=device)
         self.loss_of = self._loss
 
     def build(self, number: int) -> MutualPair:
+        """A copy of the client's own model with the meme."""
         shared = self.make_shared()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)  # every client begins with the same meme
+            torch.manual_seed(self.seed)  # every client starts with the same meme
             header = nn.Linear(shared.width, self.outputs)
         return MutualPair(copy.deepcopy(self.clients[number].model), PersonalModel(shared, header, shared.width))
 
     def check(self) -> None:
+        """Raise ConfigError unless all clients have the same classes."""
         same_classes("fml", self.clients)
 
     def groups(self, number: int) -> dict[str, list[nn.Parameter]]:
+        """Meme and own model."""
         pair = self.models[number]
         return {
             "extractor": [p for p in pair.meme.parameters() if p.requires_grad],
@@ -289,7 +310,8 @@ class Fml(Strategy):
         }
 
     def shared(self, number: int) -> dict[str, Tensor]:
-        return travelling(self.models[number].meme)
+        """The meme."""
+        return exchanged_tensors(self.models[number].meme)
 
     def _loss(self, pair: MutualPair, batch: Batch) -> Tensor:
         own, meme = pair.own(batch.own), pair.meme(batch.shared)
@@ -300,38 +322,38 @@ class Fml(Strategy):
 
 
 def same_classes(method: str, clients: Sequence[Client]) -> None:
-    """Raise ConfigError where clients number their classes differently."""
+    """Raise ConfigError unless all clients have the same classes in the same order."""
     first = clients[0]
     for client in clients:
         if client.train.classes != first.train.classes:
             raise ConfigError(
-                f"{method} shares what is known of classes: client {first.name} has {', '.join(first.train.classes)}, "
-                f"client {client.name} {', '.join(client.train.classes)}",
-                remedy="Give all clients the same list of classes; a client need not have examples of each.",
+                f"{method} needs equal classes: {', '.join(first.train.classes)} on client {first.name}, "
+                f"{', '.join(client.train.classes)} on client {client.name}",
+                remedy="Use the same list of classes on all clients; examples of each are not needed.",
             )
 
 
 def divergence(teacher: Tensor, learner: Tensor, labels: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(learner)) in nats, mean over what is to be learned. Logits (..., classes)."""
+    """KL(softmax(teacher) || softmax(learner)) in nats, mean over labels not ignored; logits (..., classes)."""
     known = labels.flatten() != IGNORED_LABEL
     wanted = teacher.float().flatten(0, -2)[known].log_softmax(-1)
     found = learner.float().flatten(0, -2)[known].log_softmax(-1)
     return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
-def travelling(module: nn.Module) -> dict[str, Tensor]:
-    """Weights and running statistics by name; counters are not averaged and stay."""
+def exchanged_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Weights and running statistics by name; integer counters are not averaged."""
     return {name: t for name, t in module.state_dict(keep_vars=True).items() if t.is_floating_point()}
 
 
-def _fixed(shared_weight: float) -> Callable[..., Strategy]:
-    def make(clients: Sequence[Client], method: Hyperparameters, **options) -> Strategy:
+def _fixed(shared_weight: float) -> Callable[..., AnyStrategy]:
+    def make(clients: Sequence[Client], method: PersonalMethod, **options: Any) -> AnyStrategy:
         return Mixtures(clients, method, shared_weight=shared_weight, **options)
 
     return make
 
 
-STRATEGIES: Mapping[str, Callable[..., Strategy]] = MappingProxyType(
+STRATEGIES: Mapping[str, Callable[..., AnyStrategy]] = MappingProxyType(
     {
         "fedmoe": Mixtures,
         "fedmoe-shared-only": _fixed(1.0),
@@ -343,11 +365,13 @@ STRATEGIES: Mapping[str, Callable[..., Strategy]] = MappingProxyType(
         "fml": Fml,
     }
 )
-"""Name: strategy(clients, hyper-parameters, seed=, device=, and what it has of its own)."""
+"""Strategies by name, called with clients, hyper-parameters, ``seed``, ``device`` and options of their own."""
 
 
-def make_strategy(name: str, clients: Sequence[Client], method: Hyperparameters, *, seed: int, **options) -> Strategy:
-    """A method by name. Raises ConfigError for an unknown name and for clients that the method cannot serve."""
+def make_strategy(
+    name: str, clients: Sequence[Client], method: PersonalMethod, *, seed: int, **options: Any
+) -> AnyStrategy:
+    """Make a strategy by name. Raises ConfigError for an unknown name or unsupported clients."""
     if name not in STRATEGIES:
-        raise ConfigError(f"there is no strategy {name!r}; there are {', '.join(STRATEGIES)}")
+        raise ConfigError(f"unknown strategy {name!r}; the strategies are {', '.join(STRATEGIES)}")
     return STRATEGIES[name](clients, method, seed=seed, **options)

@@ -1,10 +1,10 @@
-"""A federation of personal models in one process: rounds, averages, evaluation of every client, what a round costs.
+"""A federation of personal models in one process: rounds, averages, evaluation of every client, and costs of a round.
 
-It is where methods are compared under equal terms: `run` knows clients and rounds; a `Strategy`, of which `baselines`
-has a list, knows what a client holds, how it trains and what travels. Nothing here knows a wire; for FedMoE the
-mixture, the local epochs and the weights of the average are those that agents and the aggregator use.
+Methods are compared here under equal conditions. `run` executes the rounds; a `Strategy` (`personal_baselines` lists
+them) defines what a client holds, how it trains and what is exchanged. There is no network; for FedMoE the mixture, the
+local epochs and the weights of the average are those of agents and aggregator.
 
-The result depends on the seed alone: on no order of clients and on nothing that was drawn before.
+The result depends on the seed alone, neither on the order of clients nor on earlier random numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +23,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgefed.errors import ConfigError, DataError
 from edgefed.methods.interface import PersonalMethod
-from edgefed.personal.batches import Samples
-from edgefed.personal.local_training import Evaluation, Rates, evaluate, make_optimizer, mixture_loss, train_epochs
+from edgefed.personal.local_training import (
+    Evaluation,
+    Loss,
+    Rates,
+    evaluate,
+    make_optimizer,
+    mixture_loss,
+    train_epochs,
+)
 from edgefed.personal.networks import PersonalModel
+from edgefed.personal.samples import Samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """``model``: as it is before round 1; strategies train copies. Raises DataError for data that cannot be used."""
+    """A client with its initial model, of which strategies train copies. Raises DataError for too few examples."""
 
     name: str
     train: Samples
@@ -39,25 +48,26 @@ class Client:
     def __post_init__(self) -> None:
         if len(self.train) < 2 or not len(self.held_out):
             raise DataError(
-                f"client {self.name} has {len(self.train)} examples to train on and {len(self.held_out)} held out",
-                remedy="Give it more examples: it needs two to train on and one to be judged by.",
+                f"client {self.name} has {len(self.train)} training examples and {len(self.held_out)} held out",
+                remedy="Add examples: at least two are needed for training and one for evaluation.",
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Upload:
-    """What client number ``client`` sends. ``weights``: of single tensors, where it is not ``num_examples``."""
+    """What client number ``client`` sends."""
 
     client: int
     num_examples: int
     tensors: Mapping[str, Tensor]
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Weights of single tensors; the default is ``num_examples``."""
 
 
 def average(uploads: Sequence[Upload]) -> dict[str, Tensor]:
-    """Theta = sum_k (n_k / n) theta_k, tensor by tensor over those who sent it.
+    """Theta = sum_k (n_k / n) theta_k for each tensor, over the clients that sent it.
 
-    Summed in float64 in the order of the clients, whatever the order of ``uploads``; the dtype stays.
+    Summed in float64 in the order of the clients, not of ``uploads``; the dtype is preserved.
     """
     totals: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
@@ -73,23 +83,26 @@ def average(uploads: Sequence[Upload]) -> dict[str, Tensor]:
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One 63-bit seed of several numbers."""
+    """A 63-bit seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextmanager
 def torch_seed(*numbers: int) -> Iterator[None]:
-    """Torch's generator on the CPU starts from these numbers inside and is as before afterwards."""
+    """Seed torch's CPU generator with these numbers inside the context, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(*numbers))
         yield
 
 
-class Strategy(abc.ABC):
-    """One method. A subclass says what a client holds (`build`), what of it is shared (`shared`), and its loss.
+Model = TypeVar("Model", bound=nn.Module)
 
-    ``models[k]`` is the module of client k: ``model(batch) -> (logits, [a_G, a_F] (B, 2))``. ``state`` is what the
-    aggregator holds, by name. Raises ConfigError where the method cannot work with these clients.
+
+class Strategy(abc.ABC, Generic[Model]):
+    """One method. A subclass defines what a client holds (`build`), what it exchanges (`shared`), and its loss.
+
+    ``models[k]`` is the module of client k: ``model(batch) -> (logits, [a_G, a_F] (B, 2))``. ``state`` has the tensors
+    of the aggregator by name. Raises ConfigError for clients that the method does not support.
     """
 
     def __init__(
@@ -100,7 +113,7 @@ class Strategy(abc.ABC):
         self.clients, self.method, self.seed, self.device = tuple(clients), method, seed, device
         self.state: dict[str, Tensor] = {}
         self.check()
-        self.models: list[nn.Module] = []
+        self.models: list[Model] = []
         for number in range(len(clients)):
             with torch_seed(seed, number):
                 self.models.append(self.build(number).to(device))
@@ -113,31 +126,31 @@ class Strategy(abc.ABC):
             for name, tensor in self.shared(number).items():
                 self.state.setdefault(name, tensor.detach().clone())
 
-    def check(self) -> None:  # noqa: B027  most methods take any clients
-        """Raise ConfigError where the clients' models do not suit the method."""
+    def check(self) -> None:  # noqa: B027 - most methods support any clients
+        """Raise ConfigError for clients that the method does not support."""
 
     @abc.abstractmethod
-    def build(self, number: int) -> nn.Module:
-        """What client ``number`` trains; torch's generator has a seed of its own here."""
+    def build(self, number: int) -> Model:
+        """Make the module that client ``number`` trains; torch's generator is seeded for it."""
 
     def groups(self, number: int) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by learning rate: "extractor", "model", "gate"."""
         return {"model": [p for p in self.models[number].parameters() if p.requires_grad]}
 
     def shared(self, number: int) -> dict[str, Tensor]:
-        """The tensors of client ``number`` that travel, by name; equal names have equal shapes. None: standalone."""
+        """The exchanged tensors of client ``number`` by name; equal names have equal shapes. The default is none."""
         return {}
 
-    loss_of: Callable = staticmethod(mixture_loss)
-    """(model, batch) -> the loss of a step."""
+    loss_of: Loss = staticmethod(mixture_loss)
 
-    def loss_for(self, number: int) -> Callable:
-        """`loss_of` for the local epochs of client ``number`` that are about to begin."""
+    def loss_for(self, number: int) -> Loss:
+        """The loss of the next local epochs of client ``number``."""
         return self.loss_of
 
     def receive(self, number: int) -> int:
-        """Overwrite what client ``number`` shares with the aggregator's; returns the parameters it downloads. Momentum
-        of a tensor that came from elsewhere is dropped.
+        """Overwrite the exchanged tensors of client ``number``; returns the number of downloaded parameters.
+
+        The momentum of these tensors is dropped.
         """
         tensors = self.shared(number)
         with torch.no_grad():
@@ -147,7 +160,7 @@ class Strategy(abc.ABC):
         return sum(tensor.numel() for tensor in tensors.values())
 
     def train(self, number: int, rng: np.random.Generator) -> float:
-        """Client ``number``'s local epochs; the mean loss of the last. Raises TrainingDiverged."""
+        """Run the local epochs of client ``number``; returns the mean loss of the last. Raises TrainingDiverged."""
         return train_epochs(
             self.models[number], self.clients[number].train, self.optimizers[number],
             epochs=self.method.local_epochs, batch_size=self.method.batch_size, rng=rng, device=self.device,
@@ -160,34 +173,39 @@ class Strategy(abc.ABC):
         return Upload(number, len(self.clients[number].train), tensors)
 
     def aggregate(self, uploads: Sequence[Upload]) -> None:
-        """The aggregator's half of a round; what nobody sent stays as it is."""
+        """Update the state of the aggregator; tensors that no client sent are unchanged."""
         self.state.update(average(uploads))
 
     def evaluate(self, number: int) -> Evaluation:
-        """Client ``number``'s model, as it stands, on its held-out examples."""
+        """Evaluate the current model of client ``number`` on its held-out examples."""
         return evaluate(self.models[number], self.clients[number].held_out, self.device)
+
+
+AnyStrategy: TypeAlias = Strategy[Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """``share``: C of the paper, of the clients that take part in a round. Rounds without evaluation have no accuracy;
-    the last always has.
-    """
+    """Settings of a federation."""
 
     rounds: int
     share: float = 1.0
+    """C of the paper: the share of clients in a round."""
     evaluate_every: int = 1
+    """Rounds between evaluations; the last round is always evaluated."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.evaluate_every < 1:
-            raise ConfigError(f"rounds is {self.rounds}, evaluate_every {self.evaluate_every}: both must be at least 1")
+            raise ConfigError(
+                f"rounds and evaluate_every must be at least 1, found {self.rounds} and {self.evaluate_every}"
+            )
         if not 0 < self.share <= 1:
-            raise ConfigError(f"the share of clients in a round is {self.share}, it must be above 0 and at most 1")
+            raise ConfigError(f"the share of clients in a round must be above 0 and at most 1, found {self.share}")
 
 
 def sample_clients(clients: int, share: float, seed: int, server_round: int) -> tuple[int, ...]:
-    """Numbers of the clients of a round, ascending: max(1, round(C N)) of them, each as likely."""
+    """Numbers of the clients of a round, ascending: max(1, round(C N)) clients drawn uniformly."""
     count = max(1, round(share * clients))
     rng = np.random.default_rng([seed, server_round])
     return tuple(sorted(int(number) for number in rng.choice(clients, count, replace=False)))
@@ -195,31 +213,30 @@ def sample_clients(clients: int, share: float, seed: int, server_round: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """``losses``, ``parameters_up``, ``parameters_down``: by number of the clients that took part. ``accuracy``: of
-    every client, None in a round without evaluation.
-    """
+    """Results of a round. Mappings are by the numbers of its clients."""
 
     server_round: int
     losses: Mapping[int, float]
     parameters_up: Mapping[int, int]
     parameters_down: Mapping[int, int]
     accuracy: tuple[float, ...] | None
+    """Of every client; None in a round without evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """``evaluations``: of every client after the last round, with the model it trained (or last trained). ``received``:
-    accuracy of every client once it has what the aggregator made of the last round. ``flops``: of a client's local
-    epochs, forward and backward, counted in the first round it took part in (matrix products and convolutions).
-    """
+    """Results of a federation."""
 
     rounds: tuple[Round, ...]
     evaluations: tuple[Evaluation, ...]
+    """Of every client after the last round, with the model that it last trained."""
     received: tuple[float, ...]
+    """Accuracy of every client after it received the aggregate of the last round."""
     flops: Mapping[int, int]
+    """Of a client's local epochs, forward and backward, counted in its first round (matrix products, convolutions)."""
 
     def curve(self) -> list[tuple[int, float]]:
-        """(round, mean accuracy over clients) of every evaluation."""
+        """(round, mean accuracy over clients) of each evaluation."""
         return [(each.server_round, float(np.mean(each.accuracy))) for each in self.rounds if each.accuracy is not None]
 
     def final(self) -> tuple[float, ...]:
@@ -228,24 +245,26 @@ class History:
 
 
 def worst_decile(accuracy: Sequence[float]) -> float:
-    """Mean accuracy of the worst tenth of the clients, at least one."""
+    """Mean accuracy of the worst tenth of the clients, at least of one."""
     count = max(1, math.ceil(len(accuracy) / 10))
     return float(np.mean(sorted(accuracy)[:count]))
 
 
 def rounds_to(curve: Sequence[tuple[int, float]], target: float) -> int | None:
-    """The first evaluated round whose mean accuracy is at least ``target``; None if there is none."""
+    """The first evaluated round with a mean accuracy of at least ``target``, or None."""
     return next((server_round for server_round, mean in curve if mean >= target), None)
 
 
-def run(strategy: Strategy, settings: Settings, *, on_round: Callable[[Round], None] = lambda _: None) -> History:
-    """All rounds of one method.
+def run(strategy: AnyStrategy, settings: Settings, *, on_round: Callable[[Round], None] = lambda _: None) -> History:
+    """Run all rounds of a strategy.
 
-    Clients are judged by the model that they have after their local epochs: one that was not drawn, by the one it had.
+    Clients are evaluated with their model after the local epochs; clients that were not drawn, with their latest one.
     Raises TrainingDiverged.
     """
     clients = range(len(strategy.clients))
-    rounds, flops, evaluations = [], {}, ()
+    rounds: list[Round] = []
+    flops: dict[int, int] = {}
+    evaluations: tuple[Evaluation, ...] = ()
     for server_round in range(1, settings.rounds + 1):
         losses, up, down, uploads = {}, {}, {}, []
         for number in sample_clients(len(clients), settings.share, settings.seed, server_round):

@@ -1,28 +1,35 @@
-"""Pictures of a personal federation: accuracy over rounds, accuracy of each client, what gates do with each class.
+"""Plots of a personal federation: accuracy over rounds, accuracy per client, and gate weights per class.
 
-matplotlib is imported when one is drawn.
+matplotlib is imported when a plot is drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from edgefed.plots import new_figure, save_figure, tidy_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Array: TypeAlias = npt.NDArray[Any]
 
 DPI = 110
 BINS = 20
 
-Outcome = tuple[Sequence[tuple[int, float]], Sequence[float]]
-"""Of one run: (round, mean accuracy) of each evaluation, and the last accuracy of each client."""
+Outcome: TypeAlias = tuple[Sequence[tuple[int, float]], Sequence[float]]
+"""Of one run: (round, mean accuracy) of each evaluation, and the final accuracy of each client."""
 
 
 def save_comparison(path: Path, splits: Mapping[str, Mapping[str, Sequence[Outcome]]]) -> None:
-    """Write, a row for each split: accuracy over rounds (mean and range over runs) and each client's accuracy.
+    """Plot a row per split: accuracy over rounds (mean and range over runs), and the accuracy of each client.
 
-    splits: {split: {method: one outcome per seed}}; the runs of a method have the same rounds and clients.
+    ``splits`` is {split: {method: one outcome per seed}}; all runs of a method have the same rounds and clients.
     """
     figure = new_figure(12, 3.8 * len(splits))
     for row, (split, methods) in enumerate(splits.items()):
@@ -44,8 +51,8 @@ def save_comparison(path: Path, splits: Mapping[str, Mapping[str, Sequence[Outco
     save_figure(figure, path, DPI)
 
 
-def draw_curve(axes, label: str, curves: Sequence[Sequence[tuple[int, float]]], colour: str) -> None:
-    """One method: the mean over its runs as a line, their range as a band."""
+def draw_curve(axes: Axes, label: str, curves: Sequence[Sequence[tuple[int, float]]], colour: str) -> None:
+    """Draw one method: the mean over its runs as a line, their range as a band."""
     rounds = [server_round for server_round, _ in curves[0]]
     values = 100 * np.asarray([[mean for _, mean in curve] for curve in curves])  # (runs, evaluations)
     axes.plot(rounds, values.mean(0), color=colour, label=label, linewidth=1.4)
@@ -53,8 +60,8 @@ def draw_curve(axes, label: str, curves: Sequence[Sequence[tuple[int, float]]], 
         axes.fill_between(rounds, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
 
 
-def gate_histograms(shared_weight: np.ndarray, labels: np.ndarray, num_classes: int, bins: int = BINS) -> np.ndarray:
-    """(num_classes, bins) shares of a class's examples by a_G in [0, 1]; each row sums to 1, to 0 without examples."""
+def gate_histograms(shared_weight: Array, labels: Array, num_classes: int, bins: int = BINS) -> Array:
+    """Histograms of a_G over 0..1, (num_classes, bins); a row sums to 1, or to 0 for a class without examples."""
     found = np.zeros((num_classes, bins))
     for label in range(num_classes):
         counts, _ = np.histogram(shared_weight[labels == label], bins=bins, range=(0.0, 1.0))
@@ -62,12 +69,10 @@ def gate_histograms(shared_weight: np.ndarray, labels: np.ndarray, num_classes: 
     return found
 
 
-def save_gate_histograms(
-    path: Path, clients: Mapping[str, tuple[np.ndarray, np.ndarray]], classes: Sequence[str]
-) -> None:
-    """Write one panel per client: for each of its classes, how a_G (the share of the shared extractor) is spread.
+def save_gate_histograms(path: Path, clients: Mapping[str, tuple[Array, Array]], classes: Sequence[str]) -> None:
+    """Plot a panel per client with the distribution of a_G, the weight of the shared extractor, for each class.
 
-    clients: {name: (a_G (N,), label (N,))}, as an `Evaluation` of held-out examples has them.
+    ``clients`` is {name: (a_G (N,), labels (N,))} of held-out examples, as in `Evaluation`.
     """
     columns = min(5, max(1, len(clients)))
     rows = -(-len(clients) // columns)

@@ -11,9 +11,9 @@ from torch import nn
 from edgefed.errors import ConfigError, DataError
 from edgefed.methods.fedmoe import FedMoE
 from edgefed.methods.interface import Contribution
-from edgefed.personal.batches import ImageSamples
 from edgefed.personal.local_training import cross_entropy, evaluate, mixture_loss
 from edgefed.personal.networks import PersonalModel, make_cnn
+from edgefed.personal.samples import ImageSamples
 from edgefed.protocol.messages import TensorInfo, UnitInfo
 from edgefed.simulation import personal_baselines as baselines
 from edgefed.simulation.personal_baselines import divergence, make_strategy

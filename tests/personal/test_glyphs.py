@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from edgefed.errors import DataError
-from edgefed.personal.batches import batches
 from edgefed.personal.glyphs import (
     CLASSES,
     CLASSES_PER_CLIENT,
@@ -24,6 +23,7 @@ from edgefed.personal.glyphs import (
 )
 from edgefed.personal.local_training import cross_entropy
 from edgefed.personal.networks import make_cnn
+from edgefed.personal.samples import batches
 
 
 def test_a_client_has_its_classes_alike_often():

@@ -11,13 +11,11 @@ from torch import nn
 
 from edgefed.errors import ConfigError
 from edgefed.methods.fedmoe import FedMoE
-from edgefed.personal.batches import Batch, ImageSamples
 from edgefed.personal.extractors import make_extractor
-from edgefed.personal.gate import FixedGate
-from edgefed.personal.guided_loss import class_means, guided_loss
-from edgefed.personal.local_training import cross_entropy, mixture_loss
-from edgefed.personal.mixture import LocalMixture
+from edgefed.personal.local_training import class_means, cross_entropy, guided_loss, mixture_loss
+from edgefed.personal.mixture import FixedGate, LocalMixture
 from edgefed.personal.networks import PersonalModel
+from edgefed.personal.samples import Batch, ImageSamples
 from edgefed.simulation.personal_baselines import make_strategy
 from edgefed.simulation.personal_federation import Client, Settings, run
 

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from edgefed.errors import DataError, TrainingDiverged
-from edgefed.personal.batches import ImageSamples, batches, hold_out, num_batches
 from edgefed.personal.extractors import SharedExtractor, make_extractor
-from edgefed.personal.gate import FixedGate, Gate, SwitchNorm
 from edgefed.personal.local_training import Rates, evaluate, make_optimizer, train_epochs
-from edgefed.personal.mixture import LocalMixture
+from edgefed.personal.mixture import FixedGate, Gate, LocalMixture, SwitchNorm
 from edgefed.personal.networks import CNNS, PersonalModel, make_cnn
+from edgefed.personal.samples import ImageSamples, batches, hold_out, num_batches
 
 CLASSES = 3
 

@@ -11,13 +11,12 @@ from torch import nn
 
 import edgefed
 from edgefed.errors import ConfigError, DataError, ModelError, ModelNotFound
-from edgefed.personal.batches import Batch
 from edgefed.personal.extractors import make_extractor
-from edgefed.personal.gate import Gate
 from edgefed.personal.local_training import cross_entropy
-from edgefed.personal.mixture import LocalMixture
+from edgefed.personal.mixture import Gate, LocalMixture
 from edgefed.personal.models import load_model
 from edgefed.personal.networks import CNNS, PersonalModel
+from edgefed.personal.samples import Batch
 
 CLASSES = 7
 

@@ -9,12 +9,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edgefed.errors import ConfigError, DataError, StateCorrupt
-from edgefed.personal import partition_files
-from edgefed.personal.batches import ImageSamples
+from edgefed.personal import partition
 from edgefed.personal.labelled_text import load_labelled_texts
-from edgefed.personal.partition import class_counts, partition_by_class, partition_dirichlet
-from edgefed.personal.partition_files import PartitionSettings, source_digest, write_partition
+from edgefed.personal.partition import (
+    PartitionSettings,
+    class_counts,
+    partition_by_class,
+    partition_dirichlet,
+    source_digest,
+    write_partition,
+)
 from edgefed.personal.sample_files import load_images
+from edgefed.personal.samples import ImageSamples
 
 
 @st.composite
@@ -178,11 +184,11 @@ def test_an_interrupted_partition_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(path, data)
 
-    monkeypatch.setattr(partition_files, "write_durably", stops_after_two)
+    monkeypatch.setattr(partition, "write_durably", stops_after_two)
     with pytest.raises(KeyboardInterrupt):
         write_partition(out, samples(), SETTINGS, "digest")
     assert written == ["partition.json", "client-00.npz", "client-01.npz"]
-    monkeypatch.setattr(partition_files, "write_durably", real)
+    monkeypatch.setattr(partition, "write_durably", real)
     assert not write_partition(out, samples(), SETTINGS, "digest").cached
     assert write_partition(out, samples(), SETTINGS, "digest").cached
 

@@ -47,7 +47,7 @@ def test_labels_may_be_strings_or_a_column(tmp_path):
 def test_grey_images_get_three_equal_channels_and_it_is_said(tmp_path, shape):
     notes = []
     samples = load_images(
-        saved(tmp_path / "d.npz", images=PIXELS[..., 0].reshape(shape), labels=LABELS), tell=notes.append
+        saved(tmp_path / "d.npz", images=PIXELS[..., 0].reshape(shape), labels=LABELS), report=notes.append
     )
     for channel in range(3):
         np.testing.assert_array_equal(samples.images[..., channel], PIXELS[..., 0])
@@ -59,7 +59,7 @@ def test_grey_images_get_three_equal_channels_and_it_is_said(tmp_path, shape):
 def test_floats_from_0_to_1_give_the_bytes_they_came_from_and_it_is_said(tmp_path, dtype):
     notes = []
     path = saved(tmp_path / "d.npz", images=(PIXELS / 255).astype(dtype), labels=LABELS)
-    np.testing.assert_array_equal(load_images(path, tell=notes.append).images, PIXELS)
+    np.testing.assert_array_equal(load_images(path, report=notes.append).images, PIXELS)
     assert len(notes) == 1
     assert "float" in notes[0]
 
@@ -67,7 +67,7 @@ def test_floats_from_0_to_1_give_the_bytes_they_came_from_and_it_is_said(tmp_pat
 def test_a_single_class_is_fine_and_unread_arrays_are_named(tmp_path):
     notes = []
     path = saved(tmp_path / "d.npz", x_train=PIXELS, y_train=np.zeros(6, int), x_test=PIXELS, y_test=LABELS)
-    assert load_images(path, tell=notes.append).classes == ("0",)
+    assert load_images(path, report=notes.append).classes == ("0",)
     assert notes == ["x_test, y_test not read"]
 
 
@@ -78,7 +78,7 @@ def test_other_sizes_are_an_error_that_says_both_and_resize_scales_them(tmp_path
         load_images(path)
     assert "`resize`" in error.value.remedy
     notes = []
-    scaled = load_images(path, resize=True, tell=notes.append)
+    scaled = load_images(path, resize=True, report=notes.append)
     assert scaled.images.shape == (6, 32, 32, 3)
     assert "64x64 to 32x32" in notes[0]
     assert load_images(path, size=(64, 64)).images.shape == (6, 64, 64, 3)
@@ -215,7 +215,7 @@ def test_sizes_of_a_folder_are_counted_and_resize_crops_at_the_centre(tmp_path):
     with pytest.raises(DataError, match=r"32x64 \(1\); needed is 32x32"):
         load_images(root)
     notes = []
-    np.testing.assert_array_equal(load_images(root, resize=True, tell=notes.append).images[0], PIXELS[0])
+    np.testing.assert_array_equal(load_images(root, resize=True, report=notes.append).images[0], PIXELS[0])
     assert "1 of 7 images" in notes[0]
 
 

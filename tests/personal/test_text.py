@@ -24,21 +24,20 @@ from torch import nn
 from edgefed.embedded import resolve_model
 from edgefed.errors import CheckpointError, ConfigError, DataError, ModelNotFound, UnsupportedArchitecture
 from edgefed.methods.fedmoe import FedMoE
-from edgefed.personal.batches import Batch, hold_out
-from edgefed.personal.extractors import TextExtractor, make_extractor
-from edgefed.personal.gate import FixedGate, Gate
+from edgefed.personal.extractors import EncoderShape, TextExtractor, make_extractor
 from edgefed.personal.local_training import Rates, evaluate, make_optimizer, train_epochs
-from edgefed.personal.mixture import LocalMixture
+from edgefed.personal.mixture import FixedGate, Gate, LocalMixture
 from edgefed.personal.networks import PersonalModel
-from edgefed.personal.text_encoder import EncoderShape
-from edgefed.personal.text_models import check_causal, load_text_model
-from edgefed.personal.text_samples import (
+from edgefed.personal.samples import (
+    Batch,
     check_same_vocabulary,
+    hold_out,
     same_vocabulary,
     text_samples,
     token_samples,
     tokenize,
 )
+from edgefed.personal.text_models import check_causal, load_text_model
 from edgefed.simulation.personal_baselines import make_strategy
 from edgefed.simulation.personal_federation import Client, Settings, run
 from edgefed.training.data import Example, Segment

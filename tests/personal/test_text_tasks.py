@@ -12,9 +12,8 @@ from text_rig import labelled_lines, tiny_llama, word_tokenizer
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError, DataError, MalformedMessage, ModelError, ModelNotFound
-from edgefed.personal.gate import Gate
 from edgefed.personal.local_training import Rates, evaluate, make_optimizer, train_epochs
-from edgefed.personal.mixture import LocalMixture
+from edgefed.personal.mixture import Gate, LocalMixture
 from edgefed.personal.tasks import make_task, unpack_tokenizer
 from edgefed.protocol.messages import RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_extractor
