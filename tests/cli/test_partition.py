@@ -104,8 +104,8 @@ def test_other_sizes_need_resize(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "code", "text"),
     [
-        (("nothing.npz", "--clients", 2), 4, "data", "there is no file or folder"),
-        (("all.txt", "--clients", 2), 4, "data", "unknown suffix"),
+        (("nothing.npz", "--clients", 2), 4, "data", "file or folder not found"),
+        (("all.txt", "--clients", 2), 4, "data", "unsupported suffix"),
         (("all.npz", "--clients", 2, "--classes-per-client", 4), 2, "config", "the data have 3"),
         (("all.npz", "--clients", 2, "--alpha", 1), 2, "config", "--alpha has no effect with --by class"),
         (("all.npz", "--clients", 2, "--by", "dirichlet", "--classes-per-client", 1), 2, "config", "no effect"),

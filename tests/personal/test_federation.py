@@ -190,7 +190,7 @@ def test_fedavg_averages_whole_models_and_refuses_unequal_ones():
     first, *others = (parameters(model) for model in strategy.models)
     assert all(same(first, other) for other in others)
     assert strategy.state.keys() == small_model(0).state_dict().keys()
-    with pytest.raises(ConfigError, match=r"extractor.2.bias of client 0 is \(4,\), of client 1 \(5,\)"):
+    with pytest.raises(ConfigError, match=r"extractor.2.bias is \(4,\) on client 0, \(5,\) on client 1"):
         make_strategy("fedavg", small_clients(3), METHOD, seed=0)
 
 
@@ -277,7 +277,7 @@ def test_answers_of_fedproto_by_prototype():
 
 
 def test_fedproto_refuses_unequal_widths_and_everything_shared_wants_equal_classes():
-    with pytest.raises(ConfigError, match="client 0 has 6, client 1 5"):
+    with pytest.raises(ConfigError, match="6 on 0, 5 on 1"):
         make_strategy(
             "fedproto", [small_clients(1)[0], dataclasses.replace(small_clients(1, 5)[0], name="1")], METHOD, seed=0
         )
@@ -397,7 +397,7 @@ def test_bad_settings_are_named():
             make_strategy(name, small_clients(1), METHOD, seed=0, **options)
     with pytest.raises(ConfigError, match="at least one client"):
         make_strategy("fedmoe", [], METHOD, seed=0)
-    with pytest.raises(DataError, match="client lonely has 1 examples to train on and 9 held out"):
+    with pytest.raises(DataError, match="client lonely has 1 training examples and 9 held out"):
         Client("lonely", images(0, 1), images(0, 9), small_model(0))
 
 

@@ -74,7 +74,7 @@ def test_every_font_has_every_digit():
 @pytest.mark.parametrize("number", ["", "x", "-1", "1000", "1.5", "00001", "٣"])
 def test_other_clients_are_refused_by_name(number):
     assert is_glyphs(f"glyphs:{number}")
-    with pytest.raises(DataError, match="there is no client"):
+    with pytest.raises(DataError, match="invalid client number"):
         load_glyphs(f"glyphs:{number}")
 
 

@@ -71,7 +71,7 @@ def test_classes_of_its_own_get_a_header_of_their_own_which_is_said(tmp_path, ca
     saved(CONFIGS["resnet"][0], tmp_path)
     with caplog.at_level(logging.WARNING):
         model, again, other = load(tmp_path, 7), load(tmp_path, 7), load(tmp_path, 7, seed=1)
-    assert "a new header for 7 classes; the checkpoint has one for 4 classes" in caplog.text
+    assert "new header for 7 classes; the checkpoint has one for 4 classes" in caplog.text
     assert model(images()).shape == (3, 7)
     assert torch.equal(model.header.weight, again.header.weight)
     assert not torch.equal(model.header.weight, other.header.weight)
@@ -82,7 +82,7 @@ def test_a_backbone_without_a_header_gets_one(tmp_path, caplog):
     backbone.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
         model = load(tmp_path)
-    assert "a new header for 4 classes; the checkpoint has none" in caplog.text
+    assert "new header for 4 classes; the checkpoint has none" in caplog.text
     features = backbone(images()).pooler_output.flatten(1)
     torch.testing.assert_close(model.eval().extractor(images()), features)
 
@@ -95,7 +95,7 @@ def test_images_are_enlarged_for_a_model_that_needs_it_and_only_for_that(tmp_pat
         load(tmp_path / "convnext")
         assert "enlarged" not in caplog.text
         model = load(tmp_path / "vit").eval()
-    assert "images are enlarged from 32x32 to 48x48, which it needs" in caplog.text
+    assert "images are resized from 32x32 to the 48x48 that the model needs" in caplog.text
     larger = torch.nn.functional.interpolate(images(), (48, 48), mode="bilinear", align_corners=False, antialias=True)
     torch.testing.assert_close(model(images()), whole(larger).logits)
     model = load(tmp_path / "swin").eval()
@@ -139,10 +139,10 @@ def test_folders_that_hold_something_else_are_refused_by_name(tmp_path):
         load(tmp_path / "empty")
     config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "text")
-    with pytest.raises(UnsupportedArchitecture, match="holds a bert, no image classifier"):
+    with pytest.raises(UnsupportedArchitecture, match="is a bert, not an image classifier"):
         load(tmp_path / "text")
     saved(ViTConfig(image_size=32, num_channels=1, **VIT), tmp_path / "grey")
-    with pytest.raises(ModelError, match="cannot take 4 images of 3x32x32"):
+    with pytest.raises(ModelError, match="rejects 4 images of 3x32x32"):
         load(tmp_path / "grey")
     DeiTForImageClassificationWithTeacher(DeiTConfig(image_size=32, **VIT)).save_pretrained(tmp_path / "deit")
     with pytest.raises(ModelError, match="no split point") as error:  # its answer is the mean of two headers'
@@ -156,11 +156,11 @@ def test_missing_and_misshapen_weights_are_refused(tmp_path):
     name = "vit.layernorm.weight"
     assert name in weights
     save_file({key: value for key, value in weights.items() if key != name}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"lacks 1 tensors of the model, the first is '{name}'"):
+    with pytest.raises(CheckpointError, match=f"1, the first is '{name}'"):
         load(tmp_path)
     save_file({**weights, name: torch.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="another shape|cannot be read"):
+    with pytest.raises(CheckpointError, match="do not have the shapes|cannot read"):
         load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot read"):
         load(tmp_path)

@@ -68,7 +68,7 @@ def test_csv_with_quotes_newlines_and_other_columns(tmp_path, suffix):
     assert labels_of(loaded) == ["b", "a", "b"]
     assert [(problem.line, problem.reason) for problem in loaded.problems] == [
         (5, "empty line"),
-        (6, "2 columns, the first line names 3"),
+        (6, "2 columns, but the first line names 3"),
         (7, "label is empty"),
     ]
 
@@ -107,14 +107,14 @@ def test_bad_lines_are_reported_by_number_and_the_others_are_used(tmp_path):
         ("d.jsonl", b"", "is empty"),
         ("d.csv", b"text,label\n", "is empty"),
         ("d.csv", b"", "names 0 columns"),
-        ("d.csv", b"secret words,3\n", "names 2 columns, not text and label"),
-        ("d.csv", b'text,label\nfine,1\n"open,2\n', "no valid CSV in the row that begins in line 3"),
+        ("d.csv", b"secret words,3\n", "names 2 columns, but not both text and label"),
+        ("d.csv", b'text,label\nfine,1\n"open,2\n', "invalid CSV in .* that starts at line 3"),
         ("d.csv", b"text,label\n\xff,1\n", "is not UTF-8: line 2"),
         ("d.csv.gz", b"text,label\n", "cannot read"),
         ("d.jsonl", b'{"text": "secret words"}\n' * 3, "no usable record in 3 lines: line 1: label is missing"),
         ("d.jsonl", b'{"text": "secret words", "label": -4}\n', "label -4 is out of range"),
         ("d.jsonl", b"[1]\n" * 5000, "no usable record in 1000 lines"),
-        ("d.txt", b"secret words", "unknown suffix"),
+        ("d.txt", b"secret words", "unsupported suffix"),
     ],
 )
 def test_what_cannot_be_used_is_named_and_never_quoted(tmp_path, name, content, message):
@@ -126,7 +126,7 @@ def test_what_cannot_be_used_is_named_and_never_quoted(tmp_path, name, content, 
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match="file not found"):
         load_labelled_texts(str(tmp_path / "d.csv"))
     (tmp_path / "d.csv").mkdir()
     with pytest.raises(DataError, match="is a folder"):

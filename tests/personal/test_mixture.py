@@ -147,7 +147,7 @@ def test_a_batch_of_one_trains_with_the_layer_gate_and_is_refused_with_the_other
     assert all(g is not None for g in gradients)
     assert any(g.abs().sum() > 0 for g in gradients)
     mixture = make_mixture(Gate(192, 8, "switch"))
-    with pytest.raises(DataError, match="one example alone") as error:
+    with pytest.raises(DataError, match="a single example") as error:
         train(mixture, mixture.groups(), samples=images(1))
     assert "gate_norm=layer" in error.value.remedy
     with pytest.raises(DataError, match="no example"):

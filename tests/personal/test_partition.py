@@ -94,7 +94,7 @@ def test_alpha_decides_how_unlike_clients_are():
 
 def test_partitions_that_cannot_be_are_refused():
     labels = np.repeat([0, 1], [50, 3])
-    with pytest.raises(ConfigError, match="3 classes per client asked, the data have 2"):
+    with pytest.raises(ConfigError, match="classes_per_client is 3, but the data has 2"):
         partition_by_class(labels, 4, 3, 0)
     with pytest.raises(ConfigError, match="0 clients"):
         partition_by_class(labels, 0, 1, 0)
@@ -165,7 +165,7 @@ def test_the_same_is_not_written_again_and_others_are_refused(tmp_path, monkeypa
         write_partition(out, samples(), PartitionSettings(clients=3, classes_per_client=2, seed=1), "digest")
     with pytest.raises(ConfigError, match="by 'class' instead of 'dirichlet'"):
         write_partition(out, samples(), PartitionSettings(clients=3, by="dirichlet"), "digest")
-    with pytest.raises(ConfigError, match="source has other content"):
+    with pytest.raises(ConfigError, match="source has different content"):
         write_partition(out, samples(), SETTINGS, "another")
     (out / "client-01.npz").write_bytes(b"changed")
     with pytest.raises(StateCorrupt, match=r"client-01\.npz is not what"):
@@ -176,7 +176,7 @@ def test_the_same_is_not_written_again_and_others_are_refused(tmp_path, monkeypa
 
 
 def test_an_interrupted_partition_goes_on(tmp_path, monkeypatch):
-    out, real, written = tmp_path / "out", partition_files.write_durably, []
+    out, real, written = tmp_path / "out", partition.write_durably, []
 
     def stops_after_two(path, data):
         written.append(path.name)
@@ -195,7 +195,7 @@ def test_an_interrupted_partition_goes_on(tmp_path, monkeypatch):
 
 def test_files_of_somebody_else_are_not_overwritten(tmp_path):
     (tmp_path / "client-01.npz").write_bytes(b"mine")
-    with pytest.raises(ConfigError, match=r"client-01\.npz that no partition"):
+    with pytest.raises(ConfigError, match=r"client-01\.npz exists"):
         write_partition(tmp_path, samples(), SETTINGS, "digest")
     assert [path.name for path in tmp_path.iterdir()] == ["client-01.npz"]
     (tmp_path / "file").write_text("")

@@ -68,13 +68,13 @@ def test_a_single_class_is_fine_and_unread_arrays_are_named(tmp_path):
     notes = []
     path = saved(tmp_path / "d.npz", x_train=PIXELS, y_train=np.zeros(6, int), x_test=PIXELS, y_test=LABELS)
     assert load_images(path, report=notes.append).classes == ("0",)
-    assert notes == ["x_test, y_test not read"]
+    assert notes == ["ignored arrays: x_test, y_test"]
 
 
 def test_other_sizes_are_an_error_that_says_both_and_resize_scales_them(tmp_path):
     large = np.repeat(np.repeat(PIXELS, 2, axis=1), 2, axis=2)
     path = saved(tmp_path / "d.npz", images=large, labels=LABELS)
-    with pytest.raises(DataError, match=r"64x64 \(6\); needed is 32x32") as error:
+    with pytest.raises(DataError, match=r"64x64 \(6\); expected 32x32") as error:
         load_images(path)
     assert "`resize`" in error.value.remedy
     notes = []
@@ -91,17 +91,17 @@ NAN = np.where(np.arange(6 * 32 * 32 * 3).reshape(PIXELS.shape) == 3, np.nan, 0.
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pictures": PIXELS, "labels": LABELS}, "holds labels, pictures; needed are images and labels"),
-        ({}, "holds no array"),
+        ({"pictures": PIXELS, "labels": LABELS}, "has labels, pictures; expected images and labels"),
+        ({}, "has no array"),
         ({**FINE, "labels": LABELS - 1}, "label -1 of image 0"),
         ({**FINE, "classes": np.array(["a", "b"])}, "label 2 of image 2 .* 2 named classes allow 0 to 1"),
-        ({**FINE, "labels": LABELS + 10**6}, "out of range: allowed are 0 to 65535"),
+        ({**FINE, "labels": LABELS + 10**6}, "out of range: must be 0 to 65535"),
         ({**FINE, "labels": np.array([2**64 - 1] * 6, np.uint64)}, "out of range"),
-        ({**FINE, "labels": LABELS[:5]}, "6 images and 5 labels"),
+        ({**FINE, "labels": LABELS[:5]}, "6 images but 5 labels"),
         ({**FINE, "labels": LABELS.astype(float)}, "labels of .* are float64"),
         ({**FINE, "labels": np.eye(3)[LABELS].astype(int)}, r"of shape \(6, 3\)"),
         ({**FINE, "labels": np.array(list("abcabc")), "classes": np.array(["a", "b"])}, "'c' .* is not one of"),
-        ({**FINE, "classes": np.array(["a", "a", "b"])}, "classes of .* different strings"),
+        ({**FINE, "classes": np.array(["a", "a", "b"])}, "classes of .* distinct strings"),
         ({**FINE, "classes": np.arange(3)}, "classes of .* is int64"),
         ({"images": PIXELS[:0], "labels": LABELS[:0]}, "no example"),
         ({"images": PIXELS.transpose(0, 3, 1, 2), "labels": LABELS}, r"shape \(6, 3, 32, 32\)"),
@@ -212,7 +212,7 @@ def test_sizes_of_a_folder_are_counted_and_resize_crops_at_the_centre(tmp_path):
     root = folder_of(tmp_path)
     wide = np.concatenate([np.zeros((32, 16, 3), np.uint8), PIXELS[0], np.zeros((32, 16, 3), np.uint8)], axis=1)
     Image.fromarray(wide).save(root / "ant" / "0.png")
-    with pytest.raises(DataError, match=r"32x64 \(1\); needed is 32x32"):
+    with pytest.raises(DataError, match=r"32x64 \(1\); expected 32x32"):
         load_images(root)
     notes = []
     np.testing.assert_array_equal(load_images(root, resize=True, report=notes.append).images[0], PIXELS[0])
@@ -240,7 +240,7 @@ def test_folders_without_classes_and_broken_images_are_named(tmp_path):
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     root = folder_of(tmp_path)
     monkeypatch.setattr(sample_files, "MAX_PIXELS", 1000)
-    with pytest.raises(DataError, match="claims 32 x 32 pixels"):
+    with pytest.raises(DataError, match="has 32 x 32 pixels"):
         load_images(root)
     monkeypatch.undo()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # pillow's own limit, whether it warns or raises
@@ -249,7 +249,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
 
 
 def test_what_is_not_there_or_of_another_kind_is_named(tmp_path):
-    with pytest.raises(DataError, match="there is no file or folder"):
+    with pytest.raises(DataError, match="file or folder not found"):
         load_images(tmp_path / "nothing.npz")
     (tmp_path / "d.txt").write_text("text")
     with pytest.raises(DataError, match="neither a .npz file nor a folder"):

@@ -100,7 +100,7 @@ def test_a_tokenizer_travels_as_files_of_the_run(files):
     assert vocabulary_size(tokenizer) == 2048
     assert tokenizer("def f(self):")["input_ids"]
     assert set(files) >= {"tokenizer.json", "tokenizer_config.json"}
-    with pytest.raises(MalformedMessage, match="bare file name"):
+    with pytest.raises(MalformedMessage, match="must not contain a folder"):
         unpack_tokenizer({"../tokenizer.json": next(iter(files.values()))})
     with pytest.raises(ModelNotFound, match="no tokenizer"):
         unpack_tokenizer({})
@@ -140,12 +140,12 @@ def test_the_next_token(files, code, tmp_path, model):
 
 def test_what_does_not_fit_is_told(files, labelled, code, tmp_path):
     llama = tiny_llama(tmp_path / "llama", word_tokenizer(labelled_lines(5)[0], 90, specials=False, end="<end>"))
-    with pytest.raises(ConfigError, match="needs one vocabulary"):
+    with pytest.raises(ConfigError, match="needs the run's vocabulary"):
         make_task("next-token", labelled, llama, "me", 0.2).open("text-small", files, 3, 16)
     assert make_task("text", labelled, llama, "me", 0.2).open("text-small", files, 3, 16)
     with pytest.raises(ModelError, match="one vector per text"):
         make_task("text", labelled, "my_text:per_token", "me", 0.2).open("text-small", files, 3, 16)
-    with pytest.raises(ConfigError, match="sees later tokens"):
+    with pytest.raises(ConfigError, match="attends to later tokens"):
         make_task("next-token", labelled, "my_text:looks_ahead", "me", 0.2).open("text-small", files, 3, 16)
     with pytest.raises(ConfigError, match="the run's extractor cnn5 is for images"):
         make_task("text", labelled, "text-cnn", "me", 0.2).open("cnn5", {}, 3, 16)
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_told(files, labelled, code, tmp_path):
         from edgefed.personal.tasks import check_task
 
         check_task("images", "text-small")
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match="file not found"):
         make_task("text", str(tmp_path / "none.jsonl"), "text-gru", "me", 0.2)
     with pytest.raises(ConfigError, match="`model` is missing"):
         make_task("next-token", labelled, None, "me", 0.2)

@@ -162,7 +162,7 @@ def test_an_interrupted_round_leaves_the_state_of_before(table, images, tmp_path
 
 def test_a_state_of_something_else_is_refused(table, images, tmp_path):
     table.round(trainer_of(images, tmp_path / "me", "cnn5"), tmp_path / "update")
-    with pytest.raises(ConfigError, match="trained with model 'cnn5'; now it is 'cnn4'"):
+    with pytest.raises(ConfigError, match="trained with model 'cnn5', found 'cnn4' now"):
         table.round(trainer_of(images, tmp_path / "me", "cnn4"), tmp_path / "update", 2)
     state_of(tmp_path / "me").write_bytes(b"torn")
     with pytest.raises(StateCorrupt, match="round-000001"):
@@ -171,7 +171,7 @@ def test_a_state_of_something_else_is_refused(table, images, tmp_path):
 
 def test_runs_and_tasks_that_do_not_go_together(images, tmp_path):
     other = Table(tmp_path / "run", method="fedavg")
-    with pytest.raises(ConfigError, match="the run at this server is 'fedavg'"):
+    with pytest.raises(ConfigError, match="the method of this run is 'fedavg'"):
         other.round(trainer_of(images, tmp_path / "me"), tmp_path / "update")
     with pytest.raises(ConfigError, match="no task 'sounds'"):
         make_task("sounds", images, "cnn1", "me", 0.1)
@@ -207,7 +207,7 @@ def build_model():
     )
     monkeypatch.chdir(tmp_path)
     trainer = trainer_of(images, tmp_path / "me", "fails_late:build_model")
-    with pytest.raises(ModelError, match=r"build_model fails in training: KeyError.*no such weather.*line 11"):
+    with pytest.raises(ModelError, match=r"build_model failed during training: KeyError.*no such weather.*line 11"):
         table.round(trainer, tmp_path / "update")
     assert not state_of(tmp_path / "me").exists()
 
@@ -230,7 +230,7 @@ def test_a_pull_to_classes_is_refused_where_there_are_none(tmp_path):
     path.write_text("to be or not to be " * 200)
     table = Table(tmp_path / "run", extractor="text-small", tokenizer="tiny", feature_pull=1.0)
     trainer = PersonalTrainer(make_task("next-token", str(path), "text-gru", "me", 0.0), tmp_path / "me")
-    with pytest.raises(ConfigError, match="feature_pull is 1.0, and text to be continued has no classes"):
+    with pytest.raises(ConfigError, match="feature_pull is 1.0, but next-token prediction has no classes"):
         table.round(trainer, tmp_path / "update")
 
 

@@ -1,14 +1,14 @@
 """Time to a target quality on a virtual clock: Flux, HFedMoE and the baselines on the same fleet, seeds and data.
 
-    python benchmarks/time_to_accuracy.py --data DATA --set dolly --json benchmarks/results/time_to_accuracy.json \
-        --figure benchmarks/results/time_to_accuracy.png
+    python experiments/time_to_accuracy.py --data DATA --set dolly --json experiments/results/time_to_accuracy.json \
+        --figure experiments/results/time_to_accuracy.png
 
-Training is real, on the packaged 2.9 M parameter model; time, memory and bytes are charged as OLMoE-1B-7B's on a fleet
-of Jetson Orin Nano, RTX 3060, RTX 4060 Laptop and RTX 4090 (`edgefed.simulation`). The target is a share of what `fmd`
-(the whole model, exact) gains in all its rounds, mean over seeds. Every run gets the same steps, batches and
-learning rate, and the same rounds but where those are short (MORE_ROUNDS); `fmq` and `flux-lora` train adapters, with
-the best of the learning rates tried for them (--adapter-rates).
-`DATA` as in `federate_text.py`. Runs that ended are not done again: the work folder (--work) keeps them.
+The packaged model of 2.9 M parameters is really trained; time, memory and traffic are those of OLMoE-1B-7B on a fleet
+of Jetson Orin Nano, RTX 3060, RTX 4060 Laptop and RTX 4090 (`edgefed.simulation`). The target is a share of the
+improvement of `fmd` (the whole model, exact) over all its rounds, mean over seeds. All runs have the same steps,
+batches and learning rate, and the same number of rounds unless these are short (MORE_ROUNDS); `fmq` and `flux-lora`
+train adapters, with the best of the learning rates that were tried (--adapter-rates). `DATA` as in
+`federate_text.py`. Finished runs are kept in the work folder (--work) and not repeated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from provenance import provenance
+from recording import provenance
 from text_sets import SETS, write_clients
 
 from edgefed.hardware.profiles import effective, find_profile

@@ -1,10 +1,10 @@
 """Federated methods on real text at equal budgets: one aggregator process, ten clients, three seeds.
 
-    python benchmarks/federate_text.py --data DIR --set agnews --json benchmarks/results/federate_agnews.json
+    python experiments/federate_text.py --data DIR --set agnews --json experiments/results/federate_agnews.json
 
-The aggregator is a real process; the clients are `edgefed.agent` agents in this process, one after the other, over
-loopback HTTP. `random` and `hfedmoe` hold ``--experts`` of the experts on every client; `fedavg` cannot run on a part
-of the experts and is shown as the ceiling, with all of them. Every number is from held-out records.
+The aggregator is a process of its own; the clients are agents of edgefed in this process, one after the other, over
+loopback HTTP. With `random` and `hfedmoe` every client holds a share ``--experts`` of the experts; `fedavg` needs all
+of them and is the upper bound. All numbers are from held-out records.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from provenance import provenance
+from recording import provenance
 from text_sets import AGNEWS_TOPICS, SETS, write_clients
 from transformers.utils import logging as transformers_logging
 

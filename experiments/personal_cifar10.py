@@ -1,14 +1,15 @@
-"""FedMoE and what it is compared with, on CIFAR-10: ten clients with five kinds of CNN and unlike data.
+"""FedMoE and the methods that it is compared with, on CIFAR-10: ten clients with five CNNs and different data.
 
-    python benchmarks/personal_cifar10.py --data DATA --work WORK --json benchmarks/results/personal_cifar10.json \
-        --figure benchmarks/results/personal_cifar10.png --gates benchmarks/results/personal_cifar10_gates.png
+    python experiments/personal_cifar10.py --data DATA --work WORK --json experiments/results/personal_cifar10.json \
+        --figure experiments/results/personal_cifar10.png --gates experiments/results/personal_cifar10_gates.png
 
-Client k has CNN-(k mod 5)+1 of the paper (arXiv 2402.01350, Table 1) and either two classes ("classes") or a Dirichlet
-share of all ("dirichlet"). Every method gets the same clients, first weights, rounds, epochs and batches. 60 % of a
-client's images are held out: with the paper's 20 % there would be too few to tell methods apart by a point. That leaves
-160 to train on; `--images 10000 --held-out 0.2 --rounds 18 --local-epochs 1` gives each client 800. What was trainable
-(`--tune --images 8000 --rounds 16`) was trainable once, on images that the table never sees; those rows are kept beside it.
-`DATA` is the folder with `cifar10/cifar10_10k_2k.npz`. Runs that ended are not done again: --work keeps them.
+Client k has CNN-(k mod 5)+1 of the paper (arXiv 2402.01350, Table 1) and either two classes ("classes") or a
+Dirichlet share of all ("dirichlet"). All methods have the same clients, initial weights, rounds, epochs and batches.
+60 % of a client's images are held out; with the paper's 20 % a difference of one point would not be significant. This
+leaves 160 images for training; `--images 10000 --held-out 0.2 --rounds 18 --local-epochs 1` gives each client 800.
+Hyper-parameters were tuned once (`--tune --images 8000 --rounds 16`), on images that the table does not use; their
+rows are stored with it. `DATA` is the folder with `cifar10/cifar10_10k_2k.npz`. Finished runs are kept in --work and
+not repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from provenance import provenance
+from recording import provenance
 
 FILE = "cifar10/cifar10_10k_2k.npz"
 POOL_SEED = 2024
@@ -84,9 +85,9 @@ def make_clients(run: Run):
     """Ten clients: data by the split, CNN by number, first weights by seed; the same for every method."""
     import torch
 
-    from edgefed.personal.samples import hold_out
     from edgefed.personal.networks import make_cnn
     from edgefed.personal.partition import partition_by_class, partition_dirichlet
+    from edgefed.personal.samples import hold_out
     from edgefed.simulation.personal_federation import Client
 
     settings = run.settings

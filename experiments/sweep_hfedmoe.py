@@ -1,6 +1,6 @@
-"""Which experts are worth keeping? Sweep of HFedMoE's selection on the embedded silos, before any training.
+"""Which experts should a device hold? A sweep of HFedMoE's selection on the embedded text, before any training.
 
-    python benchmarks/sweep_hfedmoe.py --json benchmarks/results/sweep_hfedmoe.json
+    python experiments/sweep_hfedmoe.py --json experiments/results/sweep_hfedmoe.json
 
 For each budget and setting: held-out loss of the packaged model with only the selected experts resident, minus the
 loss of the full model; mean over silos. The profile is made on a silo's training text, the loss on its held-out text.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from provenance import provenance
+from recording import provenance
 
 from edgefed.embedded import resolve_model
 from edgefed.expert_records import ExpertPlan
