@@ -193,7 +193,7 @@ class Server:
         name, options = self._method()
         method = make_method(name, options)
         if method.personal:
-            model, tokenizer = self._extractor()
+            model, tokenizer = self._extractor(name)
             source = model
         else:
             for setting in ("extractor", "tokenizer"):
@@ -247,13 +247,13 @@ class Server:
         }
         return {name: value for name, value in settings.items() if value is not None}
 
-    def _extractor(self) -> tuple[str, str]:
+    def _extractor(self, method: str) -> tuple[str, str]:
         """(extractor, its tokenizer or "") of a run whose clients have models of their own.
 
         Raises ConfigError for settings that have no effect there.
         """
         from edgefed.embedded import TINY
-        from edgefed.methods.fedmoe import TEXT, FedMoE, extractor_task
+        from edgefed.methods.fedmoe import TEXT, extractor_task
         from edgefed.methods.registry import method_options
 
         name = self.extractor or DEFAULT_EXTRACTOR
@@ -267,8 +267,8 @@ class Server:
             if getattr(self, setting) is None or (setting == "sequence_length" and reads_text):
                 continue
             raise ConfigError(
-                f"`{setting}` has no effect with fedmoe: its clients train models of their own",
-                remedy=f"Set options of the method instead: {', '.join(method_options(FedMoE.name))}.",
+                f"`{setting}` has no effect with {method}: its clients train models of their own",
+                remedy=f"Set options of the method instead: {', '.join(method_options(method))}.",
             )
         return name, (self.tokenizer or TINY) if reads_text else ""
 

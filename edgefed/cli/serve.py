@@ -21,10 +21,11 @@ def serve_command(server: Server) -> None:
 
 
 def _flags_to_join(server: Server) -> str:
-    from edgefed.methods.fedmoe import FedMoE, extractor_task
+    from edgefed.methods.fedmoe import extractor_task
+    from edgefed.methods.registry import is_personal
 
     run = server.run_config
-    if run is not None and run.method == FedMoE.name:
+    if run is not None and is_personal(run.method):
         return f"--task {extractor_task(run.model)} --data DATA --model MODEL"
     custom = f" --method {server.method}" if isinstance(server.method, str) and ":" in server.method else ""
     return f"--data FILE{custom}"

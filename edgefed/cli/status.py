@@ -92,9 +92,9 @@ def render_status(status: Status) -> RenderableType:
 
     from edgefed.cli.output import make_table
     from edgefed.hardware.memory import format_bytes
-    from edgefed.methods.fedmoe import FedMoE
+    from edgefed.methods.registry import is_personal
 
-    personal = status.run.method == FedMoE.name
+    personal = is_personal(status.run.method)
     shown_round = min(status.server_round, status.run.rounds)
     header = Text()
     header.append(f"{status.run.method} on {status.run.model}", style="bold")

@@ -98,6 +98,11 @@ def method_class(name: str) -> type[Method]:
     return METHODS[name]
 
 
+def is_personal(name: str) -> bool:
+    """Whether the clients of this method train models of their own; False for an unknown name."""
+    return name in METHODS and METHODS[name].personal
+
+
 def check_training(method: Method, experts: str) -> None:
     """Raise ConfigError unless ``method`` supports this mode of training experts ("full", "lora", "none")."""
     required = None if method.personal else method.requirements.train_experts
