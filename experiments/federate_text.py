@@ -142,8 +142,8 @@ def score(name: str, model_folder: Path, held_out: dict[str, Sequence[Example]],
     values = []
     for examples in held_out.values():
         for example in examples[: records if name == "agnews" else max(1, records // 10)]:
-            prompt = "".join(segment.text for segment in example if not segment.learn)
-            answer = "".join(segment.text for segment in example if segment.learn)
+            prompt = "".join(segment.text for segment in example.segments if not segment.learn)
+            answer = "".join(segment.text for segment in example.segments if segment.learn)
             if name == "agnews":
                 choices = [likelihood(model, tokenizer, prompt, f" {topic}") for topic in AGNEWS_TOPICS]
                 best = AGNEWS_TOPICS[max(range(len(choices)), key=choices.__getitem__)]

@@ -6,7 +6,6 @@ server can make a client import code.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import os
@@ -16,6 +15,7 @@ from types import ModuleType
 
 from edgefed.errors import ConfigError, UnknownMethod
 from edgefed.methods.interface import Method
+from edgefed.methods.options import Value, options_of
 from edgefed.methods.registry import register
 
 REMEDY = "Pass file.py:Class or package.module:Class."
@@ -48,14 +48,14 @@ def load_method(location: str) -> str:
     return str(kind.name)  # type: ignore[attr-defined]
 
 
-def name_and_options(method: Method) -> tuple[str, dict[str, float | int | str | bool]]:
+def name_and_options(method: Method) -> tuple[str, dict[str, Value]]:
     """A method object as its name and its options, as a run's configuration stores it; registers a class of your own.
 
     Raises ConfigError when another class has the same name.
     """
     register(type(method))
-    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
-    return method.name, {field.name.rstrip("_"): getattr(method, field.name) for field in fields}
+    options = options_of(type(method)).values()
+    return method.name, {option.name: getattr(method, option.field) for option in options}
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -65,7 +65,8 @@ def _import_file(path: Path) -> ModuleType:
     if known is not None and known.__file__ == str(path):
         return known
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -283,7 +283,7 @@ def test_fedproto_refuses_unequal_widths_and_everything_shared_wants_equal_class
         )
     other = Client("other", images(0, 12, CLASSES[::-1]), images(1, 9, CLASSES[::-1]), small_model(0))
     for name in ("fedavg", "fedproto", "lg-fedavg", "fml"):
-        with pytest.raises(ConfigError, match="client other striped, bright, dark"):
+        with pytest.raises(ConfigError, match="striped, bright, dark on client other"):
             make_strategy(name, [small_clients(1)[0], other], METHOD, seed=0)
     assert make_strategy("fedmoe", [small_clients(1)[0], other], METHOD, seed=0)
 

@@ -129,7 +129,7 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match="file not found"):
         load_labelled_texts(str(tmp_path / "d.csv"))
     (tmp_path / "d.csv").mkdir()
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match="is a directory"):
         load_labelled_texts(tmp_path / "d.csv")
 
 

@@ -150,7 +150,7 @@ def test_a_batch_of_one_trains_with_the_layer_gate_and_is_refused_with_the_other
     with pytest.raises(DataError, match="a single example") as error:
         train(mixture, mixture.groups(), samples=images(1))
     assert "gate_norm=layer" in error.value.remedy
-    with pytest.raises(DataError, match="no example"):
+    with pytest.raises(DataError, match="training data is empty"):
         train(mixture, mixture.groups(), samples=images(3).subset(np.zeros(0, int)))
 
 

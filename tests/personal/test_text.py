@@ -227,7 +227,7 @@ def test_vocabularies_are_compared_and_not_their_names(packaged, llama):
     check_same_vocabulary(packaged, twin, "mine")
     with pytest.raises(ConfigError, match=r"mine has 200 tokens, the run 2048, and 0 of them") as caught:
         check_same_vocabulary(packaged, other, "mine")
-    assert "--task text" in caught.value.remedy
+    assert "`task=text`" in caught.value.remedy
 
 
 # --- models of users ---------------------------------------------------------------------------------------------
@@ -276,12 +276,12 @@ def test_what_cannot_predict_tokens_is_refused_by_name(bert, tmp_path):
     masked = tiny_bert(tmp_path, load_tokenizer(bert), with_head=True)
     for spec, why in (
         (masked, "attends to later tokens"),
-        (bert, "lacks 6 tensors"),
-        ("text-cnn", "one vector for a whole text"),
+        (bert, "missing tensors in .*: 6"),
+        ("text-cnn", "one vector per text"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=why) as caught:
             load_text_model(spec, num_classes=None, task="next-token")
-        assert "--task text" in caught.value.remedy
+        assert "`task=text`" in caught.value.remedy
     with pytest.raises(ConfigError, match="not one vector per token"):
         check_causal(TextExtractor(30, False, SMALL), 30, "mine")
     check_causal(TextExtractor(30, True, SMALL), 30, "mine")

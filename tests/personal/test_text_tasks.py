@@ -14,7 +14,7 @@ from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError, DataError, MalformedMessage, ModelError, ModelNotFound
 from edgefed.personal.local_training import Rates, evaluate, make_optimizer, train_epochs
 from edgefed.personal.mixture import Gate, LocalMixture
-from edgefed.personal.tasks import make_task, unpack_tokenizer
+from edgefed.personal.tasks import check_task, make_task, unpack_tokenizer
 from edgefed.protocol.messages import RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_extractor
 from edgefed.training.tokenizer import vocabulary_size
@@ -152,8 +152,6 @@ def test_what_does_not_fit_is_told(files, labelled, code, tmp_path):
     with pytest.raises(ConfigError, match="the run's extractor cnn5 is for images"):
         make_task("next-token", labelled, "text-gru", "me", 0.2).open("cnn5", {}, 3, 16)
     with pytest.raises(ConfigError, match="is for text"):
-        from edgefed.personal.tasks import check_task
-
         check_task("images", "text-small")
     with pytest.raises(DataError, match="file not found"):
         make_task("text", str(tmp_path / "none.jsonl"), "text-gru", "me", 0.2)
