@@ -40,7 +40,8 @@ class Server:
     >>> server.serve(on_ready=print)                                                      # doctest: +SKIP
 
     A setting that is None has its default in a new run, and the run's value in one that continues: `state` names the
-    folder of the run. What a run is made of cannot change; when rounds start and close can. Raises ConfigError when settings are invalid or contradict each other.
+    folder of the run. What a run is made of cannot change; when rounds start and
+    close can. Raises ConfigError when settings are invalid or contradict each other.
     """
 
     model: Annotated[

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from rich.console import Console
 from rich.table import Table
 
+Justify = Literal["left", "right"]
 WIDE = 90
 """Columns from which a terminal gets paper figures and NF4."""
 BARS = ((110, 22), (80, 12))
@@ -14,7 +17,7 @@ BARS = ((110, 22), (80, 12))
 class Style:
     """What this console can show."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console) -> None:
         self.fancy = console.is_terminal and not console.no_color and "utf" in (console.encoding or "").lower()
         self.plus_minus = "\N{PLUS-MINUS SIGN}" if self.fancy else "+-"
         self.full, self.empty = ("\N{FULL BLOCK}", "\N{LIGHT SHADE}") if self.fancy else ("#", ".")
@@ -34,7 +37,7 @@ class Style:
         return self.empty * first + self.full * (last - first) + self.empty * (cells - last)
 
 
-def table_of(*columns: tuple[str, str]) -> Table:
+def table_of(*columns: tuple[str, Justify]) -> Table:
     """A table of (title, justify) columns; without any title it has no header."""
     titled = any(title for title, _ in columns)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1), show_header=titled)

@@ -132,7 +132,7 @@ class DemoDisplay:
             )
         self._seen_rounds = len(status.history)
         if self._live:
-            self._live.update(render_status(status), refresh=True)
+            self._live.update(render_status(status, self._console.width), refresh=True)
 
     def note(self, text: str) -> None:
         """Print one line."""

@@ -36,8 +36,10 @@ def join_command(settings: JoinSettings) -> None:
             sys.exit(130)
         stop.set()
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, ask_to_stop)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup ignores it
+        signum = getattr(signal, name, None)
+        if signum is not None and (name != "SIGHUP" or signal.getsignal(signum) is not signal.SIG_IGN):
+            signal.signal(signum, ask_to_stop)
     summary = settings.run(progress=TerminalProgress(), stop=stop)
     if settings.json:
         print_json(dataclasses.asdict(summary))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -104,6 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     # with as many threads as cores and other work on the machine, that took most of a round.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of clients need not be in the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     status: Any

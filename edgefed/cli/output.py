@@ -7,7 +7,7 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from edgefed.cli.phrasing import to_flags
@@ -20,12 +20,12 @@ PLAIN_WIDTH = 140
 
 def stdout_console() -> Console:
     """For results. Colour only on a terminal and without NO_COLOR, which Rich looks after."""
-    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    return Console(highlight=False, emoji=False, soft_wrap=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
 def stderr_console() -> Console:
     """For progress and errors."""
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 
 
 def print_json(data: object) -> None:
@@ -74,15 +74,16 @@ class TerminalProgress:
     Implements `edgefed.progress.ProgressSink`. Phases of less than ``quiet_s`` seconds leave no line in a log.
     """
 
-    def __init__(self, quiet_s: float = 0.5):
+    def __init__(self, quiet_s: float = 0.5) -> None:
         self._console = stderr_console()
         self._bar: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
         self._quiet_s = quiet_s
         self._name, self._unit, self._count, self._started = "", "B", 0, 0.0
         self._total: int | None = None
 
     def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
+        """Start a bar for a phase, and end the phase before it."""
         self.done()
         self._name, self._unit, self._count, self._started = name, unit, 0, time.monotonic()
         self._total = total
@@ -100,14 +101,17 @@ class TerminalProgress:
             self._task = self._bar.add_task(name, total=total or None, amount="")
 
     def advance(self, n: int) -> None:
+        """Move the bar by ``n`` units."""
         self._count += n
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=n, amount=self._amount())
 
     def message(self, text: str) -> None:
+        """Print one line above the bar."""
         self._console.print(to_flags(text), markup=False)
 
     def done(self) -> None:
+        """End the phase; a line with its amount and duration remains in a log."""
         if not self._name:
             return
         if self._bar is not None:

@@ -88,6 +88,7 @@ class SimulationDisplay:
             self._status.stop()
 
     def __call__(self, event: SimulationEvent) -> None:
+        """Show one event."""
         where = f"{event.label}: round {event.server_round} of {self._rounds}"
         if event.message:
             self._console.print(f"{where}: {event.message}", markup=False)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from edgefed.protocol.messages import ClientStatus, Status
 
 BAR_CELLS = 12
+NARROW = {122: ("",), 106: ("rounds",), 98: ("down", "up")}
+"""Columns of a terminal below which columns of the table of clients are left out, so that values keep their units."""
+WIDE_ROUNDS = 98
+"""Columns of a terminal from which the table of rounds has the training loss."""
 
 
 @dataclasses.dataclass
@@ -56,7 +60,7 @@ def _print_status(status: Status, console: Console, as_json: bool) -> None:
 
         print_json(msgspec.to_builtins(status))
     else:
-        console.print(render_status(status))
+        console.print(render_status(status, console.width))
 
 
 def _watch(fetch: Callable[[], Status], console: Console, interval: float, as_json: bool) -> None:
@@ -69,7 +73,7 @@ def _watch(fetch: Callable[[], Status], console: Console, interval: float, as_js
         while True:
             status = fetch()
             if live:
-                live.update(render_status(status), refresh=True)
+                live.update(render_status(status, console.width), refresh=True)
             else:
                 print(msgspec.json.encode(status).decode() if as_json else one_line(status), flush=True)
             if status.state == "finished":
@@ -85,8 +89,11 @@ def one_line(status: Status) -> str:
     )
 
 
-def render_status(status: Status) -> RenderableType:
-    """Header, clients and finished rounds as tables; where no client has experts, accuracy stands in their place."""
+def render_status(status: Status, width: int = 140) -> RenderableType:
+    """Header, clients and finished rounds as tables, for a terminal of ``width`` columns.
+
+    Where clients have no experts, their accuracy is shown instead.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -104,11 +111,14 @@ def render_status(status: Status) -> RenderableType:
         f"   server peak {format_bytes(status.memory_peak_bytes)}"
     )
     share, changed = ("accuracy", "accuracy") if personal else ("experts", "experts changed")
-    clients = make_table("client", "state", "doing", "", share, "rounds", "down", "up", "held-out loss", "seen")
+    columns = ("client", "state", "doing", "", share, "rounds", "down", "up", "held-out loss", "seen")
+    left_out = {name for limit, names in NARROW.items() if width < limit for name in names}
+    shown = [index for index, name in enumerate(columns) if name not in left_out]
+    clients = make_table(*(columns[index] for index in shown))
     for client in status.clients:
         busy = client.state != "finished"  # the last heartbeat of a finished client tells of the past
-        clients.add_row(
-            client.name,
+        row: tuple[RenderableType, ...] = (
+            Text(client.name),
             client.state,
             client.phase if busy else "-",
             _bar(client.fraction) if busy else "",
@@ -119,6 +129,7 @@ def render_status(status: Status) -> RenderableType:
             _loss(client),
             f"{client.last_seen_s:.0f} s ago",
         )
+        clients.add_row(*(row[index] for index in shown))
     parts: list[RenderableType] = [header, Text(""), clients]
     if any(client.device for client in status.clients):
         parts += [Text(""), _devices(status.clients)]
@@ -128,11 +139,12 @@ def render_status(status: Status) -> RenderableType:
             if client.device and client.device.budget_origin
         ]
     if status.history:
-        rounds = make_table(
-            "round", "updates", changed, "up", "seconds", "train loss", "held-out before", "after"
-        )  # fmt: skip
+        wide = width >= WIDE_ROUNDS
+        titles = ("train loss", "held-out before", "after") if wide else ("before", "after")
+        rounds = make_table("round", "updates", changed, "up", "seconds", *titles)
         for done in status.history[-10:]:
-            metrics = [done.metrics.get(name) for name in ("train_loss", "held_out_loss_before", "held_out_loss_after")]
+            losses = ("train_loss",) * wide + ("held_out_loss_before", "held_out_loss_after")
+            metrics = [done.metrics.get(name) for name in losses]
             rounds.add_row(
                 str(done.server_round), f"{done.updates} of {done.participants}",
                 _accuracy(done.metrics) if personal else str(done.experts_changed),
@@ -145,6 +157,8 @@ def render_status(status: Status) -> RenderableType:
 
 def _devices(clients: Iterable[ClientStatus]) -> Table:
     """What each device is and can afford: its budget as last measured, with nothing else running, and in all."""
+    from rich.text import Text
+
     from edgefed.cli.output import make_table
     from edgefed.hardware.memory import format_bytes
 
@@ -155,11 +169,11 @@ def _devices(clients: Iterable[ClientStatus]) -> Table:
     table.columns[1].justify, table.columns[1].no_wrap = "left", False
     for client in clients:
         if (device := client.device) is None:
-            table.add_row(client.name, "unknown", "", "", size(client.memory_bytes))
+            table.add_row(Text(client.name), "unknown", "", "", size(client.memory_bytes))
             continue
         name = f"{device.name} ({device.power_mode})" if device.power_mode else device.name
         sizes = (client.memory_bytes, device.ideal_budget_bytes, device.total_bytes)
-        table.add_row(client.name, name, device.kind, device.trains_on, *map(size, sizes))
+        table.add_row(Text(client.name), Text(name), device.kind, device.trains_on, *map(size, sizes))
     return table
 
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from edgefed.cli.main import VERBS, verb_command
 from edgefed.cli.options import SettingsCommand, command
 from edgefed.cli.phrasing import to_flags
+from edgefed.cli.reference import reference
 from edgefed.config import Setting, check_settings
 from edgefed.errors import ConfigError
 
@@ -107,3 +108,15 @@ def test_a_device_profile_has_its_own_name():
         result = CliRunner().invoke(verb_command(verb), [*needed, "--profile", "jetson-orin-nano-8gb"])
         assert result.exit_code == 2
         assert "use --device-profile jetson-orin-nano-8gb" in result.output
+
+
+def test_the_reference_page_has_every_setting():
+    page = reference()
+    for verb in VERBS:
+        section = page.partition(f"## edgefed {verb}\n")[2].partition("\n## ")[0]
+        for field in verb_command(verb).fields:
+            shown = field.name.upper() if field.setting.positional else f"`--{field.flag}`"
+            assert f"| {shown} |" in section or f"| [{shown}] |" in section
+    assert "| `--expert-storage` | `auto`, `full`, `int8`, `nf4` | auto | `EDGEFED_JOIN_EXPERT_STORAGE` |" in page
+    assert "| `--token` | text |  | `EDGEFED_TOKEN` |" in page
+    assert "| `--rounds` | integer at least 1 | 5 | `EDGEFED_SERVE_ROUNDS` |" in page
