@@ -74,17 +74,22 @@ class DeviceMemory:
         with contextlib.ExitStack() as undo:
             undo.callback(self._registry.leave)
             self.facts: DeviceFacts = probe_device(device)
-            self.first: MemoryBudget = self._plan(self.facts)
-            self.latest: MemoryBudget = self.first
-            if self.first.now_bytes is None:
-                raise ConfigError(
-                    f"how much memory training may use is unknown: {self.first.origin}",
-                    remedy="Set `memory`, e.g. 4GiB.",
-                )
-            if self.first.now_bytes <= 0:
-                raise BudgetTooSmall(f"this device has no memory to spare: {self.first.origin}")
-            self.first_bytes: int = self.first.now_bytes
+            self.latest: MemoryBudget = self._plan(self.facts)
+            self.settle()
             undo.pop_all()
+
+    def settle(self) -> MemoryBudget:
+        """Take the latest budget as the first one. Raises ConfigError if it is unknown, BudgetTooSmall if it is 0."""
+        self.first: MemoryBudget = self.latest
+        if self.first.now_bytes is None:
+            raise ConfigError(
+                f"how much memory training may use is unknown: {self.first.origin}",
+                remedy="Set `memory`, e.g. 4GiB.",
+            )
+        if self.first.now_bytes <= 0:
+            raise BudgetTooSmall(f"this device has no memory to spare: {self.first.origin}")
+        self.first_bytes: int = self.first.now_bytes
+        return self.first
 
     @property
     def torch_device(self) -> str:
@@ -175,10 +180,19 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
     """
     memory = DeviceMemory(config.device, config.memory_bytes)
     with contextlib.closing(memory):
-        for note in dict.fromkeys((*memory.facts.notes, *memory.first.notes)):
+        notes = dict.fromkeys((*memory.facts.notes, *memory.first.notes))
+        for note in notes:
             progress.message(note)
         make_trainer = _expert_trainer if config.task is None else _personal_trainer
         trainer = make_trainer(config, memory, progress)
+        # Reading the data took a while: agents that started together see each other by now.
+        memory.measure()
+        for note in memory.settle().notes:
+            if note not in notes:
+                progress.message(note)
+        if config.task is None:
+            share = f"at most {100 * config.expert_share:.0f} % of the experts"
+            progress.message(f"{config.name}: {memory.first.origin}; {share}")
         settings = AgentSettings(
             name=config.name,
             memory_bytes=memory.first_bytes,
@@ -195,7 +209,6 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
 
 def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: ProgressSink) -> Trainer:
     """Trains experts of the server's model, as many as the device affords."""
-    progress.message(f"{config.name}: {memory.first.origin}; at most {100 * config.expert_share:.0f} % of the experts")
     trainer = LocalTrainer(
         config.data,
         config.state,

@@ -150,6 +150,11 @@ class Client:
         memory_bytes = self.memory_bytes
         sink = progress or _EventSink(on_event)
         sink.phase("load")
+        from edgefed.hardware.occupancy import AgentRegistry
+
+        AgentRegistry().enter(
+            limit_bytes=memory_bytes
+        )  # importing torch takes seconds: agents that start together agree
         import torch
 
         from edgefed.join import JoinConfig, run_agent

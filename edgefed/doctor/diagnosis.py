@@ -1,4 +1,4 @@
-"""The whole examination: asks what must be asked, in a worker where that is dangerous, and collects the findings.
+"""Run every check, dangerous ones in a worker process, and collect the findings.
 
 A check that raises becomes a finding itself; only a wrong option (a device name, an address) ends the examination.
 """
@@ -29,10 +29,10 @@ KERNEL_LIMIT_S = 120.0
 SENSOR_LIMIT_S = 30.0
 KERNELS = "edgefed.doctor.kernel_runs"
 QUERIES = "edgefed.doctor.worker"
-QUICK = "no kernel was run and nothing written to the disk (`quick`): whether the arithmetic is right is not known"
-NO_SERVER = "the way to the server was not tried (`server` does); a client needs no open port, it only calls out"
+QUICK = "no kernel was run and nothing was written to the disk (`quick`): the arithmetic was not checked"
+NO_SERVER = "the connection to a server was not tested (set `server`); a client needs no open port"
 REBUILD = "EDGEFED_NATIVE=1 pip install --force-reinstall --no-deps ."
-REPLAYED = "a recording was shown, not this machine: its sensors only, no packages, kernels, disk or network"
+REPLAYED = "a recording was examined, not this machine: sensors only, no packages, kernels, disk or network"
 
 OnCheck = Callable[[str], None]
 
@@ -136,24 +136,25 @@ def _guarded(group: Group, check: Callable[[], Iterable[Finding]]) -> list[Findi
         return list(check())
     except ConfigError:
         raise
-    except Exception as fault:  # the doctor must outlive what it did not foresee
+    except Exception as fault:  # an unexpected error must not end the examination
         text = f"the check failed: {type(fault).__name__}: {fault}"
         return [
             Finding(
-                group, "check", State.PROBLEM, text, "This is a fault of edgefed: what it was to look at is not known.",
+                group, "check", State.PROBLEM, text, "This is a bug of edgefed; the check gave no result.",
                 "Report it with a recording (`record` of `edgefed doctor`).",
             )
         ]  # fmt: skip
 
 
 def native_finding(worker: Worker) -> Finding:
+    """Whether the native library works: its fold, compared with numpy."""
     outcome = worker.call(f"{KERNELS}:native_fold", KERNEL_LIMIT_S)
     if outcome.ok:
         return Finding(Group.NATIVE, "native library", State.OK, str(outcome.value))
     if outcome.failure.startswith("NativeUnavailable"):
         return Finding(
             Group.NATIVE, "native library", State.NOTE, outcome.failure.partition(": ")[2],
-            "Only an aggregator uses it; it then folds updates with numpy, to the same bits but slower.",
+            "Only an aggregator uses it. Without it, updates are folded with numpy: same bits, slower.",
             "Where a C++ compiler is present, install edgefed again from its source folder.", REBUILD,
         )  # fmt: skip
     return Finding(
@@ -169,7 +170,7 @@ def backend_findings(outcome: Outcome) -> list[Finding]:
         return [
             Finding(
                 Group.NATIVE, "kernel backends", State.PROBLEM, outcome.failure,
-                "Which implementation computes the experts is not known.", "Install edgefed again.", REBUILD,
+                "The implementation that computes the experts is unknown.", "Install edgefed again.", REBUILD,
             )
         ]  # fmt: skip
     operations: dict[str, list[str]] = {}
@@ -193,7 +194,7 @@ def _torch(worker: Worker, limit_s: float) -> tuple[TorchBuild | None, list[Find
         Finding(
             Group.TORCH, "torch", State.PROBLEM,
             "not installed" if absent else f"importing it fails: {outcome.failure}",
-            "Nothing can be trained without it.", "Install the PyTorch that fits this machine (pytorch.org).",
+            "Training needs it.", "Install the PyTorch that fits this machine (pytorch.org).",
             "pip install torch" if absent else "pip install --force-reinstall torch",
         )
     ]  # fmt: skip
@@ -207,7 +208,7 @@ def _sensors(
     ``alone`` is what the sensors gave without torch: taken when they fail with it, and not asked again if they died.
     """
     if alone.died:
-        return None, [_sensor_fault(alone, "Neither memory nor GPU of this device is known.")]
+        return None, [_sensor_fault(alone, "Memory and GPU of this device are unknown.")]
     outcome = worker.call(f"{QUERIES}:sensors", SENSOR_LIMIT_S, device=options.device, ask_torch=ask_torch)
     faults = []
     if isinstance(outcome.error, DeviceNotFound):
@@ -220,7 +221,7 @@ def _sensors(
     if isinstance(outcome.error, ConfigError):
         raise outcome.error
     if not outcome.ok:
-        faults.append(_sensor_fault(outcome, "What is shown was read without torch's help." if alone.ok else ""))
+        faults.append(_sensor_fault(outcome, "The sensors below were read without torch." if alone.ok else ""))
         outcome = alone
     return (msgspec.convert(outcome.value, DeviceFacts) if outcome.ok else None), faults
 
@@ -250,19 +251,19 @@ def _kernels(worker: Worker, facts: DeviceFacts, on_check: OnCheck) -> list[Find
 
     build = "Install a torch built for this machine."
     for dtype, state, why in (
-        ("float32", State.PROBLEM, "Nothing that is trained here would be right."),
+        ("float32", State.PROBLEM, "Training results would be wrong."),
         ("bfloat16", State.PROBLEM, "Published Mixture-of-Experts models are stored in bfloat16."),
         ("float16", State.WARNING, "Models that are stored in float16 cannot be trained here."),
     ):
         run(f"matmul {dtype}", "matmul", state, why, build, command, worker, dtype=dtype)
-    run("expert layer", "masked_experts", State.PROBLEM, "It is what every round trains.", build, command, worker)
+    run("expert layer", "masked_experts", State.PROBLEM, "Every round trains it.", build, command, worker)
     if packages.installed_version("bitsandbytes"):
         findings += bitsandbytes_findings(worker, facts, device, on_check)
     if packages.installed_version("triton"):
         # Triton reads this when it is imported, so the interpreter needs a process of its own.
         with Worker(None if on_gpu else {"TRITON_INTERPRET": "1"}) as another:
             run(
-                "triton kernel", "triton_kernel", State.WARNING, "Kernels run in their slower PyTorch form.",
+                "triton kernel", "triton_kernel", State.WARNING, "Kernels fall back to their slower PyTorch versions.",
                 "Install the Triton that belongs to this torch; it also needs a C compiler.",
                 "pip install --force-reinstall triton", another,
             )  # fmt: skip
@@ -270,6 +271,7 @@ def _kernels(worker: Worker, facts: DeviceFacts, on_check: OnCheck) -> list[Find
 
 
 def bitsandbytes_findings(worker: Worker, facts: DeviceFacts, device: str, on_check: OnCheck) -> list[Finding]:
+    """Whether bitsandbytes quantizes to NF4 correctly on the device."""
     on_check("bitsandbytes")
     whole = worker.call(f"{KERNELS}:nf4", KERNEL_LIMIT_S, device=device, columns=64)
     if not whole.ok:
@@ -289,7 +291,7 @@ def bitsandbytes_findings(worker: Worker, facts: DeviceFacts, device: str, on_ch
         findings.append(
             Finding(
                 Group.TORCH, "NF4 of short rows", State.NOTE, f"on {device}: {_words(part)}",
-                "Matrices whose rows are no multiple of 64 must not be kept in its NF4.",
+                "Matrices whose row length is not a multiple of 64 cannot be stored in its NF4.",
             )
         )  # fmt: skip
     return findings
@@ -325,9 +327,11 @@ def record_to(path: Path, device: str | None, *, force: bool) -> Recorded:
     written or the sensors cannot be read.
     """
     if path.exists() and not force:
-        raise ConfigError(f"{path} exists", remedy="Choose another name, or set `force` to replace it.")
+        raise ConfigError(f"{path} already exists", remedy="Choose another name, or set `force` to replace it.")
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path} is no file that could be written", remedy="Pass a file in an existing folder.")
+        raise ConfigError(
+            f"cannot write {path}: not a file in an existing folder", remedy="Pass a file in an existing folder."
+        )
     without_torch = ""
     with Worker() as worker:
         outcome = worker.call(f"{QUERIES}:recording", IMPORT_LIMIT_S, device=device, ask_torch=True)

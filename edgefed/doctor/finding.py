@@ -9,13 +9,13 @@ from edgefed.hardware.facts import DeviceFacts
 
 
 class State(str, enum.Enum):
-    """How bad it is. A device with a problem cannot train as it was asked to; with anything less it can."""
+    """Severity of a finding. A device with a problem cannot train as requested; with less it can."""
 
     OK = "ok"
     NOTE = "note"
-    """Worth knowing; nothing to repair."""
+    """Information; nothing to fix."""
     WARNING = "warning"
-    """It trains, but slower, with less memory, or without something that this machine has."""
+    """Training works, but slower, with less memory, or without part of this machine."""
     PROBLEM = "problem"
 
     def __str__(self) -> str:
@@ -23,7 +23,7 @@ class State(str, enum.Enum):
 
 
 class Group(str, enum.Enum):
-    """Chapters of the report, in their order."""
+    """Sections of the report, in order."""
 
     PACKAGES = "Python and packages"
     NATIVE = "Native part and kernels"
@@ -75,12 +75,15 @@ class Diagnosis:
 
     @property
     def can_train(self) -> bool:
+        """Whether nothing was found that prevents training as requested."""
         return not self.count(State.PROBLEM)
 
     def count(self, state: State) -> int:
+        """Number of findings of one state."""
         return sum(finding.state is state for finding in self.findings)
 
     def in_group(self, group: Group) -> list[Finding]:
+        """The findings of one chapter, in their order."""
         return [finding for finding in self.findings if finding.group is group]
 
     def summary(self) -> str:

@@ -25,7 +25,7 @@ SLOW_BYTES_PER_S = 20e6
 """Below this, fetching the experts waits for the disk and not for a 200 Mbit/s line."""
 LITTLE_ROOM_BYTES = 2 * GIB
 CLOCK_TOLERANCE_S = 86400.0
-"""Files may come from another time zone's clock."""
+"""Files may have been written with the clock of another time zone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def clock_finding(now_s: float, installed_s: float) -> Finding:
     if now_s < installed_s - CLOCK_TOLERANCE_S:
         return Finding(
             Group.HOST, "clock", State.WARNING, f"{said}, before edgefed was installed",
-            "Certificates of https servers look invalid, and logs lie.", "Set the clock.",
+            "HTTPS certificates look invalid, and log times are wrong.", "Set the clock.",
             "sudo timedatectl set-ntp true",
         )  # fmt: skip
     return Finding(Group.HOST, "clock", State.OK, said)
@@ -127,9 +127,7 @@ def _processor(facts: DeviceFacts) -> Finding:
         parts.append(f"load {load:.1f}")
     found = ", ".join(parts)
     if load is not None and allowed and load > 1.5 * allowed:
-        return Finding(
-            Group.HOST, "processor", State.NOTE, found, "Other programs keep it busy: rounds take longer now."
-        )
+        return Finding(Group.HOST, "processor", State.NOTE, found, "Other programs use it: rounds take longer.")
     return Finding(Group.HOST, "processor", State.OK, found)
 
 
@@ -139,7 +137,7 @@ def _container(facts: DeviceFacts) -> list[Finding]:
     return [
         Finding(
             Group.HOST, "container", State.NOTE, facts.host.container.require(),
-            "What is not mounted or allowed is missing here: GPUs need --gpus all, the state folder a volume.",
+            "A container sees only what is mounted and allowed: GPUs need --gpus all, the state folder a volume.",
         )
     ]  # fmt: skip
 
@@ -152,7 +150,7 @@ def _wsl(facts: DeviceFacts) -> list[Finding]:
             Group.HOST, "WSL2", State.NOTE, "Linux under Windows",
             "Windows shares the GPU and may move its memory to system RAM without an error: speed collapses instead. "
             "Linux sees half of the machine's memory unless .wslconfig says otherwise.",
-            "Prove the budget by allocating it.", "edgefed bench --verify",
+            "Verify the budget by allocating it.", "edgefed bench --verify",
         )
     ]  # fmt: skip
 
@@ -166,7 +164,7 @@ def _battery(facts: DeviceFacts) -> list[Finding]:
         return [
             Finding(
                 Group.HOST, "battery", State.WARNING, f"{level}, not plugged in",
-                "Training drains it, and most machines run slower on it.", "Plug the charger in.",
+                "Training drains it, and most machines run slower on battery power.", "Plug the charger in.",
             )
         ]  # fmt: skip
     return [Finding(Group.HOST, "battery", State.OK, f"{level}{', plugged in' if battery.plugged else ''}")]
@@ -207,16 +205,16 @@ def _version(health: Health) -> Finding:
     return Finding(
         Group.NETWORK, "protocol", State.PROBLEM,
         f"the server speaks version {health.protocol_version}, this device {PROTOCOL_VERSION}",
-        "They cannot work together.", f"Update edgefed on the {older}.", "pip install --upgrade edgefed",
+        "Both sides must use the same version.", f"Update edgefed on the {older}.", "pip install --upgrade edgefed",
     )  # fmt: skip
 
 
 def _token(channel: Channel, token: str | None) -> Finding:
-    had = "the token is accepted" if token else "it wants no token"
+    had = "the token is accepted" if token else "no token is needed"
     try:
         status = channel.ask("GET", routes.STATUS, Status)
     except Unauthorized as error:
-        missing = "a token is needed and none was given" if not token else "the token is not the server's"
+        missing = "the server needs a token, and none was given" if not token else "the token is not the server's"
         return Finding(Group.NETWORK, "token", State.PROBLEM, missing, str(error), error.remedy)
     except MalformedMessage as error:  # another version's status; the version finding has the remedy
         return Finding(Group.NETWORK, "token", State.NOTE, f"{had}, but its status cannot be read", str(error))

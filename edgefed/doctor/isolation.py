@@ -1,7 +1,7 @@
-"""Running a check where it can do no harm: in a worker process, with a time limit.
+"""Run checks in a worker process with a time limit, so that they cannot harm the doctor.
 
-A broken wheel dies of an illegal instruction, a driver that lost its GPU hangs: both are findings, not the doctor's
-end. The worker (`worker.py`) is started again after each death.
+A broken wheel dies of an illegal instruction, and a driver that lost its GPU hangs: both become findings. The worker
+(`worker.py`) is started again after each death.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
+        """Whether the check returned a value."""
         return not self.failure
 
 
@@ -59,6 +60,7 @@ class Worker:
         self.close()
 
     def close(self) -> None:
+        """End the process. Idempotent."""
         self._end(patience_s=1.0)
         self._stderr.close()
 
@@ -132,7 +134,7 @@ class Worker:
         process.wait()
 
     def _last_words(self) -> str:
-        """How a worker that answers no more came to its end: ``killed by SIGILL (...); it said: ...``."""
+        """Why a worker stopped responding: ``killed by SIGILL (...); it said: ...``."""
         process = self._process
         assert process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -97,7 +97,7 @@ def _power(facts: DeviceFacts, tegra: TegraFacts) -> Finding:
     if mode.value is None:
         return Finding(
             Group.JETSON, "power mode", State.NOTE, f"unknown: {mode.describe()}",
-            "It decides clocks and memory speed, so measurements without it cannot be compared.",
+            "It sets clocks and memory speed; measurements are comparable only in the same mode.",
             "Ask the board.", "nvpmodel -q",
         )  # fmt: skip
     if mode.value.upper().startswith("MAXN"):
@@ -128,7 +128,7 @@ def _fragmentation(facts: DeviceFacts) -> list[Finding]:
         return []
     return [
         Finding(
-            Group.JETSON, "memory in pieces", State.WARNING, f"the largest free block is {format_bytes(block)}",
+            Group.JETSON, "fragmented memory", State.WARNING, f"the largest free block is {format_bytes(block)}",
             "The GPU may fail to allocate although memory is free (NvMap error 12), and this outlives the program.",
             "Reboot before training.", "sudo reboot",
         )

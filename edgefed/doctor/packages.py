@@ -61,6 +61,7 @@ def package_findings(requirements: Sequence[str] | None, version_of: VersionOf =
 
 
 def python_finding(version: tuple[int, int, int], largest: int) -> Finding:
+    """Whether this Python is new enough and a 64-bit build (``largest``: its `sys.maxsize`)."""
     found = f"{platform.python_implementation()} {'.'.join(map(str, version))}, {platform.machine()}"
     if largest < 2**32:
         return Finding(
@@ -247,7 +248,7 @@ def torch_findings(
     worse = State.PROBLEM if gpu_requested else State.WARNING
 
     def unusable(found: str, why: str, fix: str, command: str = "") -> list[Finding]:
-        cost = "`device` asks for the GPU." if gpu_requested else "Until then this device trains on its CPU."
+        cost = "`device` asks for the GPU." if gpu_requested else "Until then, the device trains on its CPU."
         return [
             *findings,
             Finding(Group.TORCH, "torch on the GPU", worse, found, f"{why} {cost}".strip(), fix, command),
@@ -272,7 +273,7 @@ def torch_findings(
                 "Update the NVIDIA driver, or install a torch built for an older CUDA.", install_command,
             )  # fmt: skip
         return unusable(
-            f"torch {build.version} for CUDA {build.cuda} finds no GPU: {build.cuda_fault or 'it does not say why'}",
+            f"torch {build.version} for CUDA {build.cuda} finds no GPU: {build.cuda_fault or 'no reason given'}",
             f"NVML sees {name}.", "Reboot or reload the driver; in a container, start it with --gpus all.",
         )  # fmt: skip
     if capability and build.architectures and not has_code_for(capability, list(build.architectures)):
@@ -312,7 +313,7 @@ def recorded_torch_findings(facts: DeviceFacts, install_command: str) -> list[Fi
     return [
         Finding(
             Group.TORCH, "torch on the GPU", State.WARNING, f"torch {torch.version.value} cannot use {name}: {reason}",
-            "Until then this device trains on its CPU.", "Install a torch that fits GPU and driver.", install_command,
+            "Until then, the device trains on its CPU.", "Install a torch that fits GPU and driver.", install_command,
         )
     ]  # fmt: skip
 

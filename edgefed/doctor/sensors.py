@@ -18,7 +18,7 @@ from edgefed.hardware.reading import Reading, Reason
 NO_DRIVER = "no NVIDIA driver found"
 """How `edgefed.hardware.nvml.explain` begins when there may well be no NVIDIA GPU at all: then nothing is wrong."""
 FACT_NOTES_SHOWN_ELSEWHERE = re.compile(
-    "does not answer any more|runs slower than it could|^torch |^this torch |memory is limited to"
+    "does not respond any more|is throttled|^torch |^this torch |memory is limited to"
     "|processors are allowed|L4T release is unknown|^WSL"
 )
 """Notes of the facts that a finding says with its fix. One that escapes this is said twice, no more."""
@@ -67,7 +67,7 @@ def _driver(facts: DeviceFacts) -> Finding:
         )
     return Finding(
         Group.GPU, "NVIDIA driver", State.WARNING, driver.problem,
-        "Until that is repaired this device trains on its CPU.", driver.remedy or "Reinstall the NVIDIA driver.",
+        "Until this is fixed, the device trains on its CPU.", driver.remedy or "Reinstall the NVIDIA driver.",
     )  # fmt: skip
 
 
@@ -87,8 +87,8 @@ def _profile(facts: DeviceFacts) -> Finding:
     profile = match_profile(facts)
     if profile is None:
         return Finding(
-            Group.GPU, "device profile", State.NOTE, "none of the shipped ones is this device",
-            "`edgefed bench` cannot say how far this device is from its paper figures.",
+            Group.GPU, "device profile", State.NOTE, "no shipped profile matches this device",
+            "`edgefed bench` cannot compare this device with its data sheet.",
             "Measure one.", "edgefed bench --as-profile NAME > NAME.toml",
         )  # fmt: skip
     return Finding(Group.GPU, "device profile", State.OK, f"{profile.id} ({profile.name})")
@@ -114,7 +114,7 @@ def _one_gpu(gpu: GpuFacts, chosen: bool, kind: MemoryKind) -> Finding:
 
 
 def _lost(gpu: GpuFacts, facts: DeviceFacts, needed: bool) -> Finding:
-    cost = "" if needed or facts.trains_on_gpu else " Until it is back this device trains on its CPU."
+    cost = "" if needed or facts.trains_on_gpu else " Until it is back, the device trains on its CPU."
     return Finding(
         Group.GPU, f"{_label(gpu)} lost", State.PROBLEM if needed else State.WARNING,
         f"{gpu.name.value or 'the GPU'} does not respond any more",
@@ -131,7 +131,7 @@ def _throttled(gpu: GpuFacts) -> list[Finding]:
         return [
             Finding(
                 Group.GPU, "clocks", State.WARNING, f"slowed down{at}: {', '.join(throttle_words(bits))}",
-                "Training takes longer, and measurements of now do not hold for a cool card.",
+                "Training takes longer, and measurements taken now do not apply to a cool GPU.",
                 "Let it cool down: fans, dust, air; check the power cables; then run this again.",
             )
         ]  # fmt: skip
@@ -151,8 +151,8 @@ def _unanswered(gpu: GpuFacts) -> list[Finding]:
     found = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in by_reason.items())
     return [
         Finding(
-            Group.GPU, "silent sensors", State.NOTE, found,
-            "Unknown is never taken for 0; what depends on them says so.",
+            Group.GPU, "sensors without a value", State.NOTE, found,
+            "An unknown value is never treated as 0.",
         )
     ]  # fmt: skip
 
@@ -183,7 +183,7 @@ def memory_findings(facts: DeviceFacts, training: MemoryBudget, hardware: Memory
             Finding(
                 Group.MEMORY, f"unused ({hardware.kind})", State.NOTE,
                 f"{hardware.origin}; on an idle device {_size(hardware.ideal_bytes)}",
-                "So much could be used if torch could use this GPU.",
+                "Training could use it if torch supported this GPU.",
             )
         )  # fmt: skip
     for note in dict.fromkeys((*training.notes, *hardware.notes)):
@@ -198,12 +198,12 @@ def _budget(budget: MemoryBudget) -> Finding:
     if budget.now_bytes is None:
         return Finding(
             Group.MEMORY, name, State.WARNING, budget.origin,
-            f"How much {where} training may use cannot be planned.", "Say it yourself.",
+            f"The {where} for training cannot be planned.", "Set it explicitly.",
             "edgefed join SERVER --memory 4GiB ...",
         )  # fmt: skip
     if budget.now_bytes <= 0:
         return Finding(
-            Group.MEMORY, name, State.PROBLEM, f"nothing: {budget.origin}", "Not one expert fits.",
+            Group.MEMORY, name, State.PROBLEM, f"nothing: {budget.origin}", "No expert fits.",
             "Close other programs; or set `memory` to go below the reserves, at your own risk.",
         )  # fmt: skip
     return Finding(Group.MEMORY, name, State.OK, f"{budget.origin}; on an idle device {_size(budget.ideal_bytes)}")

@@ -109,9 +109,9 @@ def _share(now: Waterfall, kind: MemoryKind, facts: DeviceFacts, others: Sequenc
 
 
 def _with_limit(kind: MemoryKind, now: Waterfall | None, limit_bytes: int, notes: list[str]) -> MemoryBudget:
-    """The owner's word, and a note when the measurement says less."""
+    """The owner's limit, with a note when it exceeds the measured budget."""
     if now is None:
-        notes.append(f"`memory` {gib(limit_bytes)} is used as it stands: nothing was measured to hold it against")
+        notes.append(f"`memory` {gib(limit_bytes)} is used unchecked: the memory could not be measured")
     elif limit_bytes > now.left:
         notes.append(
             f"`memory` {gib(limit_bytes)} is more than the {gib(now.left)} that can be used now ({now.line()}): "
@@ -129,7 +129,7 @@ def _with_limit(kind: MemoryKind, now: Waterfall | None, limit_bytes: int, notes
 
 
 def _advice(now: Waterfall, ideal_bytes: int | None) -> list[str]:
-    """Sentences about a budget that is nothing, or much less than the device could give."""
+    """Notes about a budget of 0, or one far below that of the idle device."""
     notes = []
     if now.left == 0:
         whole, *steps = now.terms
@@ -172,7 +172,7 @@ def _discrete(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, n
 
     def finish(waterfall: Waterfall, context_bytes: int) -> Waterfall:
         most = int(total_bytes * policy.max_share)
-        waterfall.limit(f"above {policy.max_share:.0%}", most, "policy: never the last of a GPU's memory")
+        waterfall.limit(f"above {policy.max_share:.0%}", most, "policy: leave the rest of a GPU's memory free")
         if gpu.cuda_total_bytes.value is not None:  # less where CUDA sees one MIG instance, and NVML another or the GPU
             waterfall.limit("beyond CUDA's total", gpu.cuda_total_bytes.value, gpu.cuda_total_bytes.source)
         waterfall.take("CUDA context", context_bytes, held.origin)
@@ -197,10 +197,10 @@ def _discrete(facts: DeviceFacts, own: OwnMemory | None, policy: BudgetPolicy, n
     used = total.value - min(total.value, free.value + held.size_bytes)
     listed, who = other_programs(gpu)
     if listed is None:
-        now.take("used by others", used, f"total less free ({free.source}); the process list does not say whose", who)
+        now.take("used by others", used, f"total less free ({free.source}); the process list does not say by whom", who)
     else:
         now.take("used by others", min(used, listed), gpu.processes.source, who)
-        now.take("used by the driver", used - listed, f"total less free ({free.source}), in no process's name")
+        now.take("used by the driver", used - listed, f"total less free ({free.source}), not listed for any process")
     now = finish(now, held.context_bytes)
     return now, max(now.left, ideal)
 
@@ -212,7 +212,7 @@ def _desktop(facts: DeviceFacts, gpu: GpuFacts) -> str:
     if gpu.is_mig:
         return ""
     if gpu.display_active.value is None:
-        return "whether a display is attached is unknown"
+        return "it is unknown whether a display is attached"
     return "a display is active" if gpu.display_active.value else ""
 
 
@@ -267,7 +267,7 @@ def _unified_notes(facts: DeviceFacts, policy: BudgetPolicy, notes: list[str]) -
     if host.huge_pages_total.value:
         notes.append(
             f"{host.huge_pages_total.value} huge pages are reserved: CUDA allocates from them alone here; "
-            "`sysctl vm.nr_hugepages=0` gives them back"
+            "`sysctl vm.nr_hugepages=0` frees them"
         )
     if host.zram_used_bytes.value:
         notes.append(f"zram holds {gib(host.zram_used_bytes.value)} of this memory, compressed, and may grow")
@@ -275,7 +275,7 @@ def _unified_notes(facts: DeviceFacts, policy: BudgetPolicy, notes: list[str]) -
     if facts.tegra is not None and block is not None and block < policy.small_block_bytes:
         notes.append(
             f"the largest free block of memory is {block // 1024} KiB: large allocations may fail with memory free "
-            "(NvMapMemAlloc error 12); a reboot cures it"
+            "(NvMapMemAlloc error 12); reboot to fix it"
         )
     if facts.gpu is None or not facts.gpu.cuda_total_bytes.known:
         notes.append("the size of the CUDA pool is unknown: only the host's memory bounds the budget")
@@ -357,4 +357,4 @@ def _take_reserve(waterfall: Waterfall, room: _Room | None, total_bytes: int, po
             waterfall.limit("used by others", room.size_bytes, room.origin)
             reserve, of = inside, "the limit"
     rule = f"policy: max({gib(policy.reserve_bytes)}, {policy.reserve_share:.0%} of {of})"
-    waterfall.take("kept for the system", reserve, rule)
+    waterfall.take("reserved for the system", reserve, rule)

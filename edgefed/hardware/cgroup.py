@@ -31,8 +31,15 @@ RECLAIMABLE = {
 
 
 class TextFiles(Protocol):
-    def text(self, path: str) -> Reading[str]: ...
-    def exists(self, path: str) -> bool: ...
+    """What is read of a filesystem; `edgefed.hardware.host_files.Files` implements it."""
+
+    def text(self, path: str) -> Reading[str]:
+        """The file at the absolute ``path``."""
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Whether there is something at ``path``."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What torch says of CUDA. The only file of this package that imports torch, and only inside its functions.
+"""Ask torch about CUDA. The only file of this package that imports torch, and only inside functions.
 
 Asking a device for its properties initialises CUDA in this process, which costs no GPU memory; `free_bytes` creates a
 context on the device (some hundred MB) and is asked only where NVML cannot tell.
@@ -30,6 +30,8 @@ class CudaDevice:
 
 @dataclasses.dataclass(frozen=True)
 class CudaReport:
+    """Versions, whether CUDA can be used, and torch's devices in its order."""
+
     version: Reading[str]
     cuda_version: Reading[str]
     available: Reading[bool]
@@ -37,6 +39,7 @@ class CudaReport:
 
 
 def not_asked() -> CudaReport:
+    """The report when torch is left out."""
     missing = Reading.missing(Reason.ABSENT, "torch", "not asked")
     return CudaReport(missing, missing, missing)
 

@@ -1,4 +1,4 @@
-"""What is known of a device at one moment. Plain records: `edgefed.hardware.probe` fills them, others decide on them.
+"""The facts about a device at one moment: plain records that `edgefed.hardware.probe` fills.
 
 Every sensor value is a `Reading`. Sizes are bytes, clocks MHz, power watts, temperatures degrees Celsius.
 """
@@ -12,7 +12,7 @@ from edgefed.hardware.reading import Reading, Reason
 
 
 class MemoryKind(str, enum.Enum):
-    """Which memory a model lives in."""
+    """The kind of memory that holds a model."""
 
     DISCRETE = "discrete"
     """A GPU with memory of its own."""

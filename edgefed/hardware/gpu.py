@@ -74,6 +74,7 @@ class Card:
         )
 
     def temperature(self) -> Reading[float]:
+        """Temperature of the GPU in degrees Celsius."""
         return self.ask(
             ("GetTemperatureV", SENSOR_GPU),
             ("GetTemperature", SENSOR_GPU),
@@ -82,6 +83,7 @@ class Card:
         )
 
     def throttle_reasons(self) -> Reading[int]:
+        """Bits of NVML's throttle reasons."""
         return self.ask(
             ("GetCurrentClocksEventReasons",), ("GetCurrentClocksThrottleReasons",), test=lambda bits: 0 <= bits < 2**32
         )
@@ -118,6 +120,7 @@ def read_gpus(nvml: Nvml, files: Files) -> tuple[GpuFacts, ...]:
 
 
 def count_gpus(nvml: Nvml) -> Reading[int]:
+    """Number of GPUs that NVML reports."""
     reading = nvml.call("nvmlDeviceGetCount").reading("NVML GetCount")
     if reading.value is not None and not 0 <= reading.value <= MOST_GPUS:
         return Reading.missing(Reason.IMPLAUSIBLE, reading.source, f"{reading.value} GPUs")

@@ -1,4 +1,4 @@
-"""The machine's own files and process tables: one narrow seam, and the host facts read through it.
+"""Read the machine's files through one narrow interface, and derive the host facts from them.
 
 `Files` is the seam: a recording wraps it, a replay stands in for it, a test gives it another ``root``. Everything above
 works on what it returns, so no file here is opened anywhere else. Nothing is written, and no file can raise.
@@ -33,12 +33,12 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM}
 
 
 def sysroot(root: Path | None = None) -> Path:
-    """``root``, else EDGEFED_SYSROOT, else "/". Raises ConfigError when it is no folder."""
+    """``root``, else EDGEFED_SYSROOT, else "/". Raises ConfigError when it is not a directory."""
     chosen = root if root is not None else Path(os.environ.get("EDGEFED_SYSROOT") or "/")
     if not chosen.is_dir():
         name = "the root" if root is not None else "EDGEFED_SYSROOT"
         raise ConfigError(
-            f"{name} names {chosen}, which is no folder",
+            f"{name} is {chosen}, which is not a directory",
             remedy="Unset EDGEFED_SYSROOT, or point it to a folder that holds proc/ and sys/.",
         )
     return chosen
@@ -76,6 +76,7 @@ class Files:
             return ()
 
     def exists(self, path: str) -> bool:
+        """Whether there is something at ``path``."""
         return os.path.exists(f"{self.root}/{path.lstrip('/')}")
 
     def environment(self, name: str) -> str:

@@ -162,6 +162,7 @@ def _with_cuda(gpu: GpuFacts, device: CudaDevice | None, reason: Reading[bool]) 
 
 
 def unlisted_gpu(source: str, detail: str) -> GpuFacts:
+    """A GPU of which nothing is known, each reading missing for the reason ``detail``."""
     missing = Reading.missing(Reason.ABSENT, source, detail)
     values: dict[str, Any] = {
         field.name: missing
@@ -215,6 +216,7 @@ def choose_gpu(gpus: tuple[GpuFacts, ...]) -> GpuFacts | None:
 
 
 def is_lost(gpu: GpuFacts) -> bool:
+    """Whether the GPU stopped responding."""
     return Reason.LOST in (gpu.memory_total_bytes.reason, gpu.name.reason, gpu.uuid.reason)
 
 
@@ -257,6 +259,8 @@ SHARED_CAPABILITIES = {(5, 3), (6, 2), (7, 2), (8, 7), (10, 1), (11, 0), (12, 1)
 
 
 class Verdict(NamedTuple):
+    """The kind of memory, the evidence for it, and notes for the owner."""
+
     kind: MemoryKind
     evidence: tuple[str, ...]
     notes: tuple[str, ...]

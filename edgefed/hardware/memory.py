@@ -1,4 +1,4 @@
-"""Sizes as people write them, and how much memory this process uses."""
+"""Sizes as text, and the memory that this process and the machine use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parse_bytes(text: str) -> int:
     unit = _UNITS.get(match[2].lower()) if match else None
     size = int(float(match[1]) * unit) if match and unit else 0
     if size <= 0:
-        raise ConfigError(f"{text!r} is no memory size", remedy="Write it like 2GiB, 512MiB or 1500MB.")
+        raise ConfigError(f"invalid memory size {text!r}", remedy="Write it like 2GiB, 512MiB or 1500MB.")
     return size
 
 
@@ -43,7 +43,7 @@ def process_rss_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory of the machine that programs can have now without swapping."""
+    """Memory that programs can allocate on this machine without swapping."""
     return psutil.virtual_memory().available
 
 

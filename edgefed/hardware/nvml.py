@@ -69,6 +69,7 @@ class Answer(NamedTuple):
     text: str = ""
 
     def reading(self, source: str) -> Reading[Any]:
+        """The answer as a reading: its value, or NVML's code as a reason."""
         if self.code == 0 and self.value is not None:
             return Reading.of(self.value, source)
         if self.code == 0:
@@ -77,8 +78,15 @@ class Answer(NamedTuple):
 
 
 class Nvml(Protocol):
-    def start(self) -> Answer: ...
-    def call(self, name: str, *arguments: Any) -> Answer: ...
+    """The two calls that everything above NVML needs: `Library`, a recording and a replay have them."""
+
+    def start(self) -> Answer:
+        """Load and initialise NVML."""
+        ...
+
+    def call(self, name: str, *arguments: Any) -> Answer:
+        """Call the NVML function ``name``."""
+        ...
 
 
 class Library:
@@ -119,7 +127,7 @@ class Library:
             return self._ready() if self._started else answer
 
     def _ready(self) -> Answer:
-        """Success; with a text when it is reached through the dead package, which still works but lacks newer calls."""
+        """Success; with a text when it is reached through the retired package, which works but lacks newer calls."""
         file = str(getattr(self._pynvml, "__file__", "") or "")
         return Answer(True, text=file if os.path.basename(file) == "__init__.py" else "")
 
@@ -161,7 +169,9 @@ class Library:
     def _import(self) -> Answer | None:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the dead package pynvml warns even when it hands on to the right one
+                warnings.simplefilter(
+                    "ignore"
+                )  # the retired package pynvml warns even where it forwards to the right one
                 import pynvml
         except ImportError as error:
             return Answer(None, BINDING_ABSENT, str(error))
@@ -228,7 +238,7 @@ def explain(answer: Answer, setting: Setting) -> tuple[str, str]:
         return "the Python package nvidia-ml-py is not installed", "pip install 'nvidia-ml-py>=12.560'"
     if code in (0, BINDING_SHADOWED):
         return (
-            f"the dead package pynvml hides nvidia-ml-py ({answer.text})",
+            f"the retired package pynvml hides nvidia-ml-py ({answer.text})",
             "pip uninstall -y pynvml; pip install --force-reinstall 'nvidia-ml-py>=12.560'",
         )
     if code == BINDING_BROKEN:
@@ -285,5 +295,5 @@ def _explain_no_library(setting: Setting) -> tuple[str, str]:
         )
     return (
         "no NVIDIA driver found",
-        "If this machine has an NVIDIA GPU, install its driver; without one nothing is wrong.",
+        "If this machine has an NVIDIA GPU, install its driver; otherwise ignore this.",
     )

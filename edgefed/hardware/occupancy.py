@@ -79,7 +79,7 @@ def held_on_gpu(gpu: GpuFacts | None, own: OwnMemory | None, context_bytes: int)
             return HeldOnGpu(listed, listed - reserved, "measured: own NVML bytes less torch's")
         return HeldOnGpu(listed, max(listed, context_bytes), assumed)
     if reserved or own.context_bytes:
-        return HeldOnGpu(reserved, 0, "there already, and not free")
+        return HeldOnGpu(reserved, 0, "already part of the used memory")
     return HeldOnGpu(0, context_bytes, assumed)
 
 

@@ -61,6 +61,7 @@ class BudgetPolicy:
 
     @property
     def fragmentation_discrete(self) -> float:
+        """Share that the allocator of a discrete GPU loses."""
         return self.fragmentation_expandable if self.expandable_segments else self.fragmentation
 
 
@@ -89,6 +90,7 @@ class Term:
 
     @property
     def signed_bytes(self) -> int:
+        """The size as it enters the sum."""
         return self.size_bytes if self.adds else -self.size_bytes
 
 
@@ -107,11 +109,12 @@ class Waterfall:
         self.left = size_bytes
 
     def take(self, name: str, size_bytes: int, origin: str, who: str = "") -> None:
+        """Take at most ``size_bytes`` off what is left."""
         taken = min(size_bytes, self.left)
         if taken <= 0:
             return
         if taken < size_bytes:
-            origin += f"; {gib(size_bytes)} wanted, no more was left"
+            origin += f"; {gib(size_bytes)} wanted, not enough was left"
         self.terms += (Term(name, taken, origin, who=who),)
         self.left -= taken
 
@@ -132,4 +135,5 @@ class Waterfall:
 
 
 def gib(size_bytes: int) -> str:
+    """A size in GiB, or in MiB below 0.05 GiB."""
     return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= 0.05 * GIB else f"{size_bytes / MIB:.0f} MiB"

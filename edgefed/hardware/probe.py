@@ -63,7 +63,7 @@ def probe_device(
     ask_torch: bool = True,
     sources: Sources | None = None,
 ) -> DeviceFacts:
-    """Everything known of one device and its host.
+    """Probe one device and its host.
 
     Args:
         device: None or "auto" for the best; "cpu"; "cuda" or "cuda:1" (torch's numbers; NVML's when torch has no
@@ -73,7 +73,7 @@ def probe_device(
         sources: replaces all of it, for a replay.
 
     Raises:
-        DeviceNotFound: ``device`` is no device of this machine. ConfigError: the root is no folder. Nothing else.
+        DeviceNotFound: ``device`` does not exist on this machine. ConfigError: the root is not a directory.
 
     """
     sources = sources or sources_of(root, ask_torch=ask_torch)
@@ -112,7 +112,7 @@ def _select(device: str | None, gpus: tuple[GpuFacts, ...], report: cuda.CudaRep
         return choose_gpu(gpus)
     gpu = find_gpu(gpus, wanted, by_cuda=bool(report.devices))
     if gpu is None:
-        raise DeviceNotFound(f"there is no device {wanted!r} here; found: {', '.join(_listed(gpus))}")
+        raise DeviceNotFound(f"device {wanted!r} not found; available: {', '.join(_listed(gpus))}")
     return gpu
 
 
@@ -212,7 +212,7 @@ def _gpus(facts: DeviceFacts) -> list[str]:
     for gpu in facts.gpus:
         if is_lost(gpu):
             notes.append(
-                f"{_named(gpu)} does not answer any more (GPU is lost). Look for Xid lines in `sudo dmesg`; reboot or "
+                f"{_named(gpu)} does not respond any more (GPU is lost). Look for Xid lines in `sudo dmesg`; reboot or "
                 "reload the driver."
             )
         parts = [part for part in facts.gpus if part.is_mig and part.nvml_index == gpu.nvml_index]
@@ -232,7 +232,7 @@ def _gpus(facts: DeviceFacts) -> list[str]:
         )
     bits = used.throttle_reasons.value or 0
     if bits & SLOWED and not bits & IDLE:
-        notes.append(f"{_named(used)} runs slower than it could: {', '.join(throttle_words(bits))}.")
+        notes.append(f"{_named(used)} is throttled: {', '.join(throttle_words(bits))}.")
     if used.processes.reason is Reason.NO_PERMISSION:
         notes.append(f"who else uses {_named(used)} is not visible to this user: {used.processes.describe()}.")
     if facts.kind is MemoryKind.DISCRETE and used.memory_total_bytes.known and facts.host.is_wsl:

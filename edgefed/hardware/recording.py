@@ -68,6 +68,7 @@ class Anonymiser:
         self._groups = re.compile("|".join(rf"(?<=/){re.escape(part)}(?=/|$)" for part in private) or r"(?!)", re.M)
 
     def clean(self) -> dict[str, Any]:
+        """The document without identifiers."""
         cleaned: dict[str, Any] = self._walk(self._document, ())
         return cleaned
 
@@ -265,7 +266,7 @@ def replay(recording: Path | dict[str, Any], device: str | None = None) -> Devic
     where = "the recording" if isinstance(recording, dict) else str(recording)
     if document.get("schema") != SCHEMA:
         raise ConfigError(
-            f"{where} is no recording of this edgefed: schema {str(document.get('schema'))[:60]!r}, not {SCHEMA!r}",
+            f"{where} is not a recording of this edgefed: schema {str(document.get('schema'))[:60]!r}, not {SCHEMA!r}",
             remedy="Record again with `record` of `edgefed doctor`.",
         )
     try:
@@ -298,7 +299,7 @@ def _load(path: Path) -> dict[str, Any]:
         document = None
     if not isinstance(document, dict):
         raise ConfigError(
-            f"{path} is no recording: not a JSON object of at most {SIZE_LIMIT // 2**20} MiB",
+            f"{path} is not a recording: expected a JSON object of at most {SIZE_LIMIT // 2**20} MiB",
             remedy="Record with `record` of `edgefed doctor`.",
         )
     return document

@@ -66,6 +66,7 @@ class MemorySensors:
         self._tegra_temperature = _thermal_zone(self._files, facts)
 
     def sample(self) -> MemorySample:
+        """Read all sensors once."""
         files, card = self._files, self._card
         text = files.text("/proc/meminfo")
         fields = parse_meminfo(text.value or "")

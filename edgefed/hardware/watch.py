@@ -1,4 +1,4 @@
-"""The runtime guard: looks at memory while a model trains, and says in one word-for-people when it gets tight.
+"""Watch memory while a model trains, and report when it gets tight.
 
     watch = PressureWatch(sensors, limits)      # a thread that samples at most twice a second
     with watch:
@@ -38,7 +38,7 @@ CGROUP_FLOOR_BYTES = 64 * 2**20
 """Room under a container's limit below which the kernel is about to kill the process."""
 
 LEAST_RESERVE_BYTES = 256 * 2**20
-"""Below half of it no Linux machine is well, whatever its owner allowed."""
+"""The least reserve, whatever the owner's limit: below half of it Linux machines become unstable."""
 
 
 class Sensors(Protocol):
@@ -84,7 +84,7 @@ class WatchLimits:
 
 @dataclasses.dataclass(frozen=True)
 class Pressure:
-    """Memory is tight. ``rule`` is a short name for programs, ``sentence`` is for the owner."""
+    """Memory is tight. ``rule`` is a short name for programs, ``sentence`` a message for the owner."""
 
     rule: str
     sentence: str
@@ -138,7 +138,7 @@ def find_pressure(samples: Sequence[Any], limits: WatchLimits) -> Pressure | Non
     if limits.kind is MemoryKind.DISCRETE:
         free = _value(last, "gpu_free_bytes")
         if free is not None and free < limits.headroom_bytes / 2:
-            return Pressure("gpu", f"the GPU has {format_bytes(free)} of memory left: another program takes it")
+            return Pressure("gpu", f"the GPU has {format_bytes(free)} of memory left: another program uses it")
     return None
 
 
@@ -152,7 +152,7 @@ def find_event(sample: Any) -> tuple[str, str] | None:
     if bits is not None and bits & SLOWED:
         heat = _value(sample, "temperature_celsius")
         at = f" at {heat:.0f} °C" if heat is not None else ""
-        return "throttled", f"the GPU runs slower than it could{at} ({', '.join(throttle_words(bits & SLOWED))})"
+        return "throttled", f"the GPU is throttled{at} ({', '.join(throttle_words(bits & SLOWED))})"
     return None
 
 
@@ -213,7 +213,7 @@ class PressureWatch:
             thread.join(timeout=5)
 
     def pressure(self) -> Pressure | None:
-        """What is tight now, or None. One attribute read: cheap enough for every step."""
+        """The current pressure, or None. Reads one attribute: cheap enough for every step."""
         return self._pressure
 
     def lost(self) -> str:
@@ -221,7 +221,7 @@ class PressureWatch:
         return self._lost
 
     def relieve(self) -> None:
-        """Something was freed: forget what was seen, so that only new samples can ask for more."""
+        """Forget the samples so far, because memory was freed: only new samples count."""
         self._samples, self._pressure = [], None
 
     def look(self) -> Pressure | None:

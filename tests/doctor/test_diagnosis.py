@@ -240,7 +240,7 @@ def test_a_jetson_by_its_files(quick, jetson_root, monkeypatch):
     assert "jp6/cu126" in found["wheels"].command
     assert found["power mode"].found == "15W"
     assert "61% of the arithmetic" in found["power mode"].why
-    assert found["memory in pieces"].state is State.WARNING
+    assert found["fragmented memory"].state is State.WARNING
 
 
 def test_a_recording_gives_the_same_findings(quick, jetson_root, monkeypatch):
@@ -254,7 +254,7 @@ def test_a_recording_gives_the_same_findings(quick, jetson_root, monkeypatch):
     assert [(finding.group, finding.name, finding.state) for finding in recorded if finding.group is Group.JETSON] == [
         (finding.group, finding.name, finding.state) for finding in live if finding.group is Group.JETSON
     ]
-    same = {"board", "wheels", "power mode", "memory in pieces", "GPU allocations", "swap", "device profile"}
+    same = {"board", "wheels", "power mode", "fragmented memory", "GPU allocations", "swap", "device profile"}
     texts = [{finding.name: finding.found for finding in each if finding.name in same} for each in (live, recorded)]
     assert texts[0] == texts[1]
     assert set(texts[0]) == same

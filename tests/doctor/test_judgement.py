@@ -119,7 +119,7 @@ def test_sensors_that_do_not_answer_are_named_with_their_reason(device):
     refused = Reading.missing(Reason.NO_PERMISSION, "NVML", "Insufficient Permissions")
     silent = Reading.missing(Reason.NOT_SUPPORTED, "NVML")
     facts = device(gpu={"processes": refused, "power_watts": silent, "memory_free_bytes": silent})
-    found = one(sensors.gpu_findings(facts), "silent sensors").found
+    found = one(sensors.gpu_findings(facts), "sensors without a value").found
     assert "no permission: processes" in found
     assert "not supported: memory free, power" in found
 
@@ -242,7 +242,7 @@ def test_what_a_power_mode_costs(device, parts):
 def test_memory_in_pieces(device, parts, block, state):
     host_facts = {} if block is None else {"largest_free_block_bytes": block}
     findings = jetson.jetson_findings(device("jetson-orin-nano-8gb", tegra=parts["jetson"](), host=host_facts))
-    assert [finding.state for finding in named(findings, "memory in pieces")] == ([state] if state else [])
+    assert [finding.state for finding in named(findings, "fragmented memory")] == ([state] if state else [])
 
 
 def test_nothing_about_jetsons_elsewhere(device):

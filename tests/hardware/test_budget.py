@@ -173,7 +173,7 @@ def test_nothing_left_is_zero_with_a_reason():
     assert budget.now_bytes == 0
     assert sum(term.signed_bytes for term in budget.terms) == 0
     assert any("nothing is left" in note and "7.0 GiB of 8.0 GiB used by others" in note for note in budget.notes)
-    assert any("wanted, no more was left" in term.origin for term in budget.terms)
+    assert any("wanted, not enough was left" in term.origin for term in budget.terms)
 
 
 def test_a_limit_of_nothing_at_all_is_no_crash():
@@ -318,7 +318,7 @@ def test_cpu_in_a_container_keeps_a_reserve_of_the_container():
     inside = dict(cgroup_limit_bytes=of(8 * GIB, "memory.max"), cgroup_used_bytes=of(2 * GIB, "memory.current"))
     budget = plan_budget(laptop(total=256 * GIB, available=200 * GIB, **inside))
     assert budget.now_bytes == pytest.approx((6 - 1.0) * 0.95 * GIB, abs=8)
-    assert budget.origin.startswith("4.8 GiB of 8.0 (container limit): 2.0 used by others, 1.0 kept for the system")
+    assert budget.origin.startswith("4.8 GiB of 8.0 (container limit): 2.0 used by others, 1.0 reserved for the system")
     assert [term.origin for term in budget.terms[:2]] == ["memory.max", "memory.current, less our own"]
     roomy = plan_budget(laptop(cgroup_limit_bytes=of(64 * GIB), cgroup_used_bytes=of(0)))
     assert roomy.now_bytes == plan_budget(laptop()).now_bytes
@@ -409,7 +409,7 @@ def test_a_limit_without_a_measurement():
     assert budget.now_bytes == GIB
     assert budget.measured_bytes is None
     assert any("sensor of memory_free_bytes" in note for note in budget.notes)
-    assert any("as it stands" in note for note in budget.notes)
+    assert any("unchecked" in note for note in budget.notes)
     assert not any("set `memory`" in note for note in budget.notes)
 
 

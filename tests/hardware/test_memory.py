@@ -16,7 +16,7 @@ def test_sizes_are_read(text, size):
 
 @pytest.mark.parametrize("text", ["", "much", "-2GiB", "0", "2 XiB", "GiB", "nan"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ConfigError, match="no memory size"):
+    with pytest.raises(ConfigError, match="invalid memory size"):
         memory.parse_bytes(text)
 
 

@@ -101,7 +101,7 @@ SHADOW = "__file__ = 'site-packages/pynvml/__init__.py'\ndef nvmlInit(): pass\n"
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        (SHADOW, "the dead package pynvml hides nvidia-ml-py"),
+        (SHADOW, "the retired package pynvml hides nvidia-ml-py"),
         ("raise ImportError('no module named pynvml')", "nvidia-ml-py is not installed"),
         ("raise RuntimeError('boom')", "cannot be imported: RuntimeError: boom"),
     ],

@@ -129,7 +129,7 @@ def test_two_agents_plan_no_more_than_the_machine_has():
     limited = plan_budget(facts, others=[OtherAgent(7, 0, GIB)])
     assert limited.now_bytes == alone.now_bytes - GIB
     told = plan_budget(facts, override_bytes=alone.now_bytes, others=[other])
-    assert told.now_bytes == alone.now_bytes  # the owner's word wins, with a warning
+    assert told.now_bytes == alone.now_bytes  # the owner's limit wins, with a warning
     assert any("is more than the" in note for note in told.notes)
 
 

@@ -233,7 +233,7 @@ def test_a_lost_card_is_left_for_one_that_answers(machine):
     facts = machine.probe()
     assert facts.gpu.nvml_index == 0
     assert facts.gpus[1].memory_total_bytes.reason is Reason.LOST
-    assert any("does not answer any more" in note and "dmesg" in note for note in facts.notes)
+    assert any("does not respond any more" in note and "dmesg" in note for note in facts.notes)
 
 
 def test_a_card_that_is_lost_and_comes_back_while_we_run(machine):
@@ -354,9 +354,9 @@ def test_throttling_is_said_in_words(machine):
 
 def test_a_root_that_is_not_there_is_a_setting_that_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEFED_SYSROOT", str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="EDGEFED_SYSROOT names .*nowhere"):
+    with pytest.raises(ConfigError, match="EDGEFED_SYSROOT is .*nowhere"):
         probe_device(ask_torch=False)
-    with pytest.raises(ConfigError, match="the root names"):
+    with pytest.raises(ConfigError, match="the root is"):
         probe_device(ask_torch=False, root=tmp_path / "neither")
 
 

@@ -202,7 +202,7 @@ def test_a_damaged_recording_is_a_setting_that_is_wrong(machine, path, value):
 def test_a_file_that_is_no_recording(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"x\.json is no recording"):
+    with pytest.raises(ConfigError, match=r"x\.json is not a recording"):
         replay(path)
     with pytest.raises(ConfigError, match="cannot read"):
         replay(tmp_path / "nowhere.json")
