@@ -35,7 +35,7 @@ from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
-from edgefed.training.evaluate import evaluate_loss
+from edgefed.training.loss import evaluate_loss
 from edgefed.training.profiling import spread_blocks
 from edgefed.training.tokenizer import load_tokenizer
 

@@ -26,8 +26,8 @@ from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training import utility
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
-from edgefed.training.gradient_norms import GradientNorms
-from edgefed.training.steps import batch_loss
+from edgefed.training.utility import GradientNorms
+from edgefed.training.loss import batch_loss
 from edgefed.training.tokenizer import load_tokenizer
 
 DIRECTIONS = (1, 4, 16)

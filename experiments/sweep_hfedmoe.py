@@ -27,7 +27,7 @@ from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
-from edgefed.training.evaluate import evaluate_loss
+from edgefed.training.loss import evaluate_loss
 from edgefed.training.profiling import profile_blocks, spread_blocks
 from edgefed.training.tokenizer import load_tokenizer
 

@@ -25,7 +25,7 @@ DEFAULT_METHOD = "hfedmoe"
 DEFAULT_EXTRACTOR = "cnn5"
 TRAINING = (
     "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "local_steps", "batch_size",
-    "sequence_length", "learning_rate", "weight_decay", "missing", "profile_tokens", "evaluation_tokens",
+    "sequence_length", "learning_rate", "weight_decay", "balancing", "missing", "profile_tokens", "evaluation_tokens",
 )  # fmt: skip
 """Settings of the training of a language model."""
 
@@ -103,6 +103,11 @@ class Server:
     sequence_length: Annotated[int | None, Setting("Tokens in a sequence.", default="128", minimum=2)] = None
     learning_rate: Annotated[float | None, Setting("Learning rate of clients.", default="0.0005", above=0)] = None
     weight_decay: Annotated[float | None, Setting("Weight decay of clients.", default="0", minimum=0)] = None
+    balancing: Annotated[
+        float | None,
+        Setting("Coefficient of the router's load-balancing loss, over resident experts; by default what the model's "
+                "configuration asks for (`router_aux_loss_coef`, if `output_router_logits`).", minimum=0),
+    ] = None  # fmt: skip
     missing: Annotated[
         Literal["renormalize", "skip"] | None,
         Setting("What happens to tokens routed to an expert that is not resident on a client: the next best resident "

@@ -24,7 +24,7 @@ from edgefed.kernels.router_statistics import new_statistics, router_statistics,
 from edgefed.moe.architecture import ExpertLayer, ExpertsModule, expert_activation, expert_finish
 from edgefed.moe.attention_received import AttentionCapture
 from edgefed.moe.bank import ExpertBank
-from edgefed.moe.gate_probe import route_to_resident, router_logits_of, split_expert_arguments
+from edgefed.moe.gate_probe import gate_probabilities, route_to_resident, router_logits_of, split_expert_arguments
 from edgefed.moe.slots import StackSlots
 
 IMPLEMENTATION = "edgefed"
@@ -92,6 +92,7 @@ class LayerRuntime:
         self.missing = "renormalize"
         self.schedule: Schedule | None = None
         self.recorders: list[StatisticsRecorder] = []
+        self.balancing: list[torch.Tensor] | None = None
         self._selection_bias = selection_bias
         self._logits: torch.Tensor | None = None
         self._scheduled: frozenset[int] | None = None
@@ -157,6 +158,10 @@ class LayerRuntime:
             scheduled = self._scheduled if self._active_schedule(self.layer.experts) else None
             if not self._is_recomputation():
                 self._count_tokens(bank, slot_indices, scheduled)
+            if self.balancing is not None and torch.is_grad_enabled():
+                term = balancing_loss(self.router_logits(), slot_indices, bank.slot_of, self.layer.gate_kind)
+                if not self._is_recomputation():  # which must run the same operations
+                    self.balancing.append(term)
             slots = bank.slots(scheduled)
         else:
             raise RuntimeError(
@@ -199,6 +204,33 @@ class LayerRuntime:
                 is_scheduled = [expert in scheduled for expert in bank.experts]
                 trained &= torch.tensor(is_scheduled, dtype=torch.bool, device=served.device)
             bank.trained_tokens += served * trained
+
+
+def balancing_loss(
+    router_logits: torch.Tensor, slot_indices: torch.Tensor, slot_of: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """Return the load-balancing loss of a layer over its resident experts, a scalar; K if the load is even.
+
+        S sum_s f_s P_s,    f_s: (token, choice) pairs of slot s per token,    P_s: mean router probability
+
+    Switch Transformers (arXiv 2101.03961), equations 4 to 6, with K choices counted as in transformers. Departures:
+    S counts resident experts (merged ones once), and probabilities are relative to those.
+
+    Args:
+        router_logits: (T, E).
+        slot_indices: (T, K), where each token goes; -1 is nowhere.
+        slot_of: (E,), the slot of each expert; -1 if absent.
+        kind: of the gate, see `edgefed.moe.gate_probe`.
+    """
+    is_resident = slot_of >= 0
+    num_slots = int(slot_of.max()) + 1 if len(slot_of) else 0
+    probabilities = gate_probabilities(router_logits, kind) * is_resident  # (T, E)
+    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True).clamp_min(1e-9)
+    mean = probabilities.mean(dim=0)  # (E,)
+    share = mean.new_zeros(num_slots).index_add_(0, slot_of[is_resident], mean[is_resident])  # (S,)
+    chosen = slot_indices[slot_indices >= 0]
+    load = torch.bincount(chosen, minlength=num_slots).to(share.dtype) / max(1, len(slot_indices))
+    return num_slots * (load * share).sum()
 
 
 def training_kernels(layers: Iterable[ExpertLayer], dtype: torch.dtype, device_type: str) -> str:

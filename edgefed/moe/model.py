@@ -331,6 +331,18 @@ class MoeModel:
                 for runtime in self._runtimes:
                     runtime.recorders.remove(recorder)
 
+    @contextlib.contextmanager
+    def balancing(self) -> Iterator[list[torch.Tensor]]:
+        """Within this context, collect the load-balancing loss of each layer with resident experts, as scalars."""
+        terms: list[torch.Tensor] = []
+        for runtime in self._runtimes:
+            runtime.balancing = terms
+        try:
+            yield terms
+        finally:
+            for runtime in self._runtimes:
+                runtime.balancing = None
+
     def set_schedule(self, schedule: Schedule | None) -> None:
         """Let ``schedule(layer, batch_profile)`` choose the trainable experts that get weight gradients in each batch.
 

@@ -84,6 +84,8 @@ class TrainingConfig(Message, frozen=True):
     attention: str = "none"
     lora_rank: int = 8
     lora_alpha: float = 16.0
+    balancing: float | None = None
+    """Coefficient of the load-balancing loss of resident experts; None: what the model's configuration asks for."""
     missing: str = "renormalize"
     """Tokens routed to an absent expert: "renormalize" takes the next best resident one, "skip" takes none."""
     profile_tokens: int = 16384
@@ -165,7 +167,7 @@ class ExpertReport(Message, frozen=True):
     """Report of a client about one expert that was resident in a round.
 
     ``usage``: mean router probability u_c(e), HFedMoE (16). ``importance``: s_c(e), HFedMoE (5). ``steps``: optimizer
-    steps that changed it. ``tokens``: tokens routed to it in training.
+    steps that changed it. ``tokens``: tokens that it was trained on.
     """
 
     layer: int

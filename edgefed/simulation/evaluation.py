@@ -19,7 +19,7 @@ from edgefed.simulation.simulated_device import SharedModel
 from edgefed.trainer.ports import load_shared_units
 from edgefed.training.data import Example
 from edgefed.training.encoding import IGNORED_LABEL, TokenBlocks, encode_examples
-from edgefed.training.evaluate import evaluate_loss
+from edgefed.training.loss import evaluate_loss
 from edgefed.training.profiling import spread_blocks
 from edgefed.training.steps import train_scope
 from edgefed.training.tokenizer import load_tokenizer

@@ -48,6 +48,7 @@ def round_metrics(
         "held_out_loss_after": after,
         "experts_held": float(plan.num_resident),
         "experts_trained": float(len(outcome.expert_steps)),
+        "experts_starved": float(outcome.starved_experts),
         "memory_shrinks": float(num_shrinks),
         "peak_expert_bytes": float(outcome.peak_expert_bytes),
         "peak_rss_bytes": float(process_peak_rss_bytes()),
@@ -70,7 +71,7 @@ def expert_reports(method: ExpertMethod, plan: ExpertPlan, outcome: StepsOutcome
                     usage=float(min(1.0, record.mean_gate[expert])),
                     importance=float(importance[expert]),
                     steps=outcome.expert_steps[layer, expert],
-                    tokens=int(record.tokens_per_expert[expert]),
+                    tokens=outcome.expert_tokens.get((layer, expert), 0),
                 )
             )
     return tuple(reports)

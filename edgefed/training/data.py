@@ -4,9 +4,9 @@
     blocks = encode_examples(corpus.train, tokenizer, sequence_length=256)
     for input_ids, labels in blocks.batches(8, generator): ...
 
-What a record may look like is in `edgefed.training.records`, how text becomes ids and a loss mask in
-`edgefed.training.encoding`. The text is private: nothing here logs or sends any of it, and error messages quote line
-numbers, field names and roles, never what a field says.
+`edgefed.training.records` defines the record forms, `edgefed.training.encoding` turns text into ids and a loss mask.
+The text is private: nothing here logs or sends it, and error messages quote line numbers, field names and roles, never
+contents.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ SILO_PREFIX = "silo:"
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 MAX_PROBLEMS_SHOWN = 5
-HOPELESS_LINES = 1000  # bad lines without one good record before the file is given up: it is some other format
+HOPELESS_LINES = 1000  # bad lines without a good record, after which the file is refused: it has another format
 
 
 @dataclass(frozen=True)
 class LineProblem:
-    """A line that gave no example.
+    """A line that cannot be used.
 
     Attributes:
         line: its number in the file, from 1.
@@ -75,7 +75,7 @@ class LoadedData:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The examples of one source, cut into what is learned from and what is only measured on."""
+    """The examples of one source, split into a training and a held-out part."""
 
     train: list[Example]
     held_out: list[Example]
@@ -87,12 +87,11 @@ class Corpus:
 def load_examples(source: str) -> LoadedData:
     """Read `source`: the path of a .txt, .jsonl, .txt.gz or .jsonl.gz file, or `silo:NAME`.
 
-    A text file becomes passages of 1,000-2,000 characters, a silo one example per training document (its held-out
-    documents stay out), a .jsonl file one example per line. Bad lines do not stop a file that has good ones: they come
-    back as `problems`.
+    A text file becomes passages of 1,000-2,000 characters, a silo one example per training document (without its
+    held-out documents), a .jsonl file one example per line. Lines that cannot be used are returned as `problems`.
 
     Raises:
-        DataError: no such file or silo, a folder, an unknown suffix, no UTF-8, damaged gzip, or not one usable example.
+        DataError: no such file or silo, a folder, an unknown suffix, not UTF-8, damaged gzip, or no usable example.
 
     """
     if source.startswith(SILO_PREFIX):
@@ -101,11 +100,13 @@ def load_examples(source: str) -> LoadedData:
     path = pathlib.Path(source).expanduser()
     name = path.name.lower()
     if path.is_dir():
-        raise DataError(f"{source} is a folder, not a file")
+        raise DataError(f"{source} is a directory, not a file")
     if not name.endswith(SUFFIXES):
-        raise DataError(f"{source} has an unknown suffix; known are {', '.join(SUFFIXES)} and {SILO_PREFIX}NAME")
+        raise DataError(
+            f"{source} has an unknown suffix; known suffixes are {', '.join(SUFFIXES)} and {SILO_PREFIX}NAME"
+        )
     if not path.exists():
-        raise DataError(f"there is no file {source}", remedy="Check the path; it is relative to the current folder.")
+        raise DataError(f"file not found: {source}", remedy="Check the path; it is relative to the current folder.")
     digest = hashlib.sha256()
     lines = read_lines(path, digest)
     problems: list[LineProblem] = []
@@ -114,7 +115,7 @@ def load_examples(source: str) -> LoadedData:
     else:
         examples = _parse_lines(source, lines, problems)
     if not examples and not problems:
-        raise DataError(f"{source} is empty: it holds no text")
+        raise DataError(f"{source} is empty")
     if not examples:
         raise nothing_usable(source, problems)
     return LoadedData(examples, problems, source, digest.hexdigest())
@@ -123,9 +124,9 @@ def load_examples(source: str) -> LoadedData:
 def split_held_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Return (train, held_out), about `share` of the records held out; both keep the order of `examples`.
 
-    The choice depends on seed and content alone, and equal records stay together, so that nothing measured on was
-    learned from. With a positive share and at least two different records neither side is empty; share 0, or only one
-    distinct record, holds out nothing.
+    The choice depends on seed and content alone. Equal records stay together, so that no held-out record is trained
+    on. With a positive share and at least two different records neither side is empty; share 0, or only one distinct
+    record, holds out nothing.
 
     Raises:
         DataError: `share` is outside [0, 1).
@@ -139,21 +140,21 @@ def split_held_out(examples: Sequence[Example], share: float, seed: int) -> tupl
     if share == 0 or len(groups) < 2:
         return list(examples), []
     goal = max(1, round(share * len(examples)))
-    held: set[int] = set()
-    ordered = [groups[key] for key in sorted(groups)]
+    chosen: set[int] = set()
+    ordered: list[list[int]] = [groups[key] for key in sorted(groups)]
     for group in ordered[:-1]:
-        if len(held) + len(group) <= goal:
-            held.update(group)
-    # A record repeated more often than the goal: the rarest one overshoots least.
-    held = held or set(min(ordered, key=lambda group: len(group)))
-    train = [example for index, example in enumerate(examples) if index not in held]
-    return train, [examples[index] for index in sorted(held)]
+        if len(chosen) + len(group) <= goal:
+            chosen.update(group)
+    # Every record is repeated more often than the goal: the rarest one overshoots least.
+    chosen = chosen or set(min(ordered, key=lambda group: len(group)))
+    train = [example for index, example in enumerate(examples) if index not in chosen]
+    return train, [examples[index] for index in sorted(chosen)]
 
 
 def load_corpus(source: str, held_out_share: float, seed: int) -> Corpus:
     """Read `source` as `load_examples` does and hold out a share of the records.
 
-    A silo brings its own held-out files, which are used whatever share and seed say: they must never be trained on.
+    A silo brings its own held-out files, which are used for any share and seed: they must never be trained on.
 
     Raises:
         DataError: as `load_examples` and `split_held_out`.
@@ -198,31 +199,35 @@ def _parse_lines(source: str, lines: Iterator[str], problems: list[LineProblem])
 
 
 def problem_notes(source: str, problems: Sequence[LineProblem | str]) -> list[str]:
-    """Return what to tell the user of the lines that cannot be used: the first five, and how many there are."""
+    """Return notes on the lines that cannot be used: the first five, and how many there are."""
     notes = [f"{source} {problem}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
     if len(problems) > MAX_PROBLEMS_SHOWN:
-        notes.append(f"{source}: {len(problems)} lines cannot be used in all")
+        notes.append(f"{source}: {len(problems)} lines in all cannot be used")
     return notes
 
 
 def nothing_usable(source: str, problems: Sequence[LineProblem]) -> DataError:
-    """Return the error of a file whose lines are all bad; it names the first three."""
+    """Return the error of a file without a usable line; it names the first three."""
     shown = "; ".join(str(problem) for problem in problems[:3])
     return DataError(f"{source} has no usable record in {len(problems)} lines: {shown}")
 
 
 def read_lines(path: pathlib.Path, digest: Any) -> Iterator[str]:
-    """Yield the lines of `path` with line feeds at their ends, unpacked where gzipped; `digest` sees the unpacked bytes.
+    """Yield the lines of `path` as text, unzipped if gzipped, with line feeds; `digest` sees the unzipped bytes.
 
     Raises:
-        DataError: unreadable, damaged gzip, or no UTF-8.
+        DataError: unreadable, damaged gzip, or not UTF-8.
 
     """
     number = 0
+    first = b""
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 digest.update(raw)
+                first = first or raw
+                if number == 1 and b"\0" in raw:  # ASCII in UTF-16 is valid UTF-8, too
+                    raise DataError(f"{path} is not UTF-8: line 1 contains NUL bytes", remedy=_recode(raw))
                 line = raw.decode("utf-8")
                 if line.endswith("\r\n"):
                     line = line[:-2] + "\n"
@@ -230,9 +235,22 @@ def read_lines(path: pathlib.Path, digest: Any) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8: line {number}, byte {error.start} is 0x{error.object[error.start]:02x}",
-            remedy="Convert it, for example with `iconv -f LATIN1 -t UTF-8`.",
+            remedy=_recode(first),
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"cannot read {path} after line {number}: {error}", remedy="Check the permissions, or make the file again."
+            f"cannot read {path} after line {number}: {error}", remedy="Check the permissions, or write the file again."
         ) from error
+
+
+def _recode(first_bytes: bytes) -> str:
+    """Return the remedy for a file in another encoding, judged by its first bytes."""
+    if first_bytes.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        encoding = "UTF-32"
+    elif first_bytes.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "UTF-16"
+    elif b"\0" in first_bytes:
+        encoding = "UTF-16LE" if first_bytes[1:2] == b"\0" else "UTF-16BE"
+    else:
+        encoding = "LATIN1"
+    return f"Convert it, for example with `iconv -f {encoding} -t UTF-8`."

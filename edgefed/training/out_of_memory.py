@@ -1,8 +1,9 @@
-"""Tells by an exception whether the memory ran out, or whether the GPU is gone, whatever its text is.
+"""Classify exceptions: out of memory, or a lost GPU. Also frees memory and retries with smaller batches.
 
-torch raises its OutOfMemoryError only where its own allocator notices. On a Jetson and on MIG slices the same thing is
-an internal assert (pytorch#128661, #185240), below the allocator it is the driver's or a library's own text, and on a
-CPU a plain RuntimeError or a MemoryError. What is not listed here is no lack of memory: shrinking must not hide a bug.
+torch raises OutOfMemoryError only if its own allocator notices. On a Jetson and on MIG slices the same condition is an
+internal assert (pytorch#128661, #185240); below the allocator it is the message of the driver or a library; on a CPU
+it is a RuntimeError or a MemoryError. An error that is not listed here does not count: a smaller plan must not hide a
+bug.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import gc
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -59,12 +60,12 @@ _DEVICE_LOST = re.compile(
 )
 
 
-_TELLING = (RuntimeError, OSError, ValueError, SafetensorError)
-"""Kinds of error whose text counts. An assertion or a key that happens to hold the words does not."""
+_WITH_MESSAGE = (RuntimeError, OSError, ValueError, SafetensorError)
+"""Types of error whose message counts. An assertion or a key that contains the words by chance does not."""
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and everything that it came from, each once. A context that was suppressed is no cause."""
+    """Yield the error and its causes and contexts, each once; without suppressed contexts."""
     pending, seen = [error], set()
     while pending:
         current = pending.pop(0)
@@ -79,51 +80,52 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error``, or an error that it came from, says that memory ran out; on the device or on the host."""
+    """Whether ``error`` or one of its causes means that memory ran out, on the device or the host."""
     return any(
         isinstance(each, (MemoryError, torch.OutOfMemoryError))
-        or (isinstance(each, _TELLING) and bool(_OUT_OF_MEMORY.search(str(each))))
+        or (isinstance(each, _WITH_MESSAGE) and bool(_OUT_OF_MEMORY.search(str(each))))
         for each in _chain(error)
     )
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether ``error``, or an error that it came from, says that the GPU cannot be used any more in this process."""
+    """Whether ``error`` or one of its causes means that this process can no longer use the GPU."""
     if is_out_of_memory(error):
         return False
     return any(_DEVICE_LOST.search(f"{type(each).__name__}: {each}") is not None for each in _chain(error))
 
 
 def device_lost(error: BaseException, device: str) -> DeviceLost:
-    """The error of the tree that says so. CUDA's context is unusable after it: this process has to end."""
+    """Return a `DeviceLost` for ``error``. CUDA's context is unusable after it: this process has to end."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     return DeviceLost(
         f"{device} stopped answering: {first[:200]}",
-        remedy="Look into the kernel's log (`dmesg | grep -i xid`), check power and cooling, reload the driver or "
-        "reboot, then join again: what was acknowledged is safe.",
+        remedy="Check the kernel log (`dmesg | grep -i xid`), power and cooling; reload the driver or reboot, then "
+        "join again. Acknowledged updates are safe.",
     )
 
 
 def free_memory(device: str | torch.device = "cpu") -> None:
-    """Give back what no live object holds: Python's cycles, then the free blocks of the allocator.
+    """Free unreachable Python objects, then return the allocator's free blocks.
 
-    Call it outside the ``except`` block: the traceback of the error holds the tensors of the step that failed.
+    Call it outside the ``except`` block: the error's traceback keeps the tensors of the failed step alive.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
-        with contextlib.suppress(RuntimeError):  # it synchronises, and may report the same failure again
+        with contextlib.suppress(RuntimeError):  # it synchronizes, and may report the same failure again
             torch.cuda.empty_cache()
     elif sys.platform == "linux":
-        # glibc keeps freed blocks, and the guard of resident memory would ask for more and more.
+        # glibc keeps freed blocks; they would count as resident memory.
         with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def with_smaller_batches(run: Callable[[int], T], batch_size: int, on_retry: Callable[[int], None]) -> T:
-    """``run(batch_size)``, with half of it after each out-of-memory; for passes whose result no batch size changes.
+    """Call ``run(batch_size)``, with half the batch size after each out-of-memory error.
 
-    ``on_retry`` hears of each smaller size. Raises what ``run`` raises; out of memory with a batch of 1 passes too.
+    Only for computations that do not depend on the batch size. ``on_retry`` is called with each smaller size. Raises
+    what ``run`` raises, including an out-of-memory error with a batch of 1.
     """
     while True:
         try:
@@ -131,6 +133,7 @@ def with_smaller_batches(run: Callable[[int], T], batch_size: int, on_retry: Cal
         except Exception as error:
             if batch_size <= 1 or not is_out_of_memory(error):
                 raise
-        free_memory("cuda" if torch.cuda.is_initialized() else "cpu")
+        is_initialized = cast(Callable[[], bool], torch.cuda.is_initialized)
+        free_memory("cuda" if is_initialized() else "cpu")
         batch_size = max(1, batch_size // 2)
         on_retry(batch_size)

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from edgefed.errors import ConfigError, first_line
-from edgefed.training.chunked_loss import structural_problem
-from edgefed.training.offloaded import OffloadedAdamW, is_offloaded
+from edgefed.training.loss import structural_problem
+from edgefed.training.optimizers import AdamW, is_offloaded, needs_stochastic_rounding
 from edgefed.training.quantising import packing_is_slow, packing_problem
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
@@ -76,14 +76,17 @@ def checkpointing(module: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], name: str, *, learning_rate: float, weight_decay: float
+    parameters: Iterable[nn.Parameter], name: str, *, learning_rate: float, weight_decay: float, seed: int = 0
 ) -> torch.optim.Optimizer:
     """AdamW over ``parameters`` with betas 0.9 and 0.999.
 
     "adamw" keeps two moments in the parameter's dtype, 8 bytes per element in float32. "adamw_8bit" is bitsandbytes'
     with block-wise 8-bit moments (arXiv 2110.02861), 2.03 bytes; tensors below 4096 elements stay in 32 bit.
     "paged_adamw_8bit" can move them to the host, which helps only on a GPU with memory of its own. Moments of offloaded
-    parameters are those of "adamw" and are stored beside the parameters. Raises ConfigError if it does not work here.
+    parameters are those of "adamw" and are stored beside the parameters. If a 16-bit dtype would lose the updates,
+    "adamw" rounds them stochastically by ``seed`` (`edgefed.training.optimizers`), in the same memory.
+
+    Raises ConfigError if it does not work here.
     """
     parameters = list(parameters)
     device = parameters[0].device if parameters else torch.device("cpu")
@@ -92,7 +95,9 @@ def make_optimizer(
     if is_offloaded(parameters):
         if name != "adamw":
             raise ConfigError(f"invalid optimizer {name!r}: offloaded experts need adamw")
-        return OffloadedAdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, seed=seed)
+    if name == "adamw" and any(needs_stochastic_rounding(parameter, learning_rate) for parameter in parameters):
+        return AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, seed=seed)
     if name == "adamw":
         # foreach, torch's choice on CUDA, needs one more copy of all parameters at its peak.
         fused, foreach = (True, None) if device.type == "cuda" else (None, False)

@@ -1,16 +1,18 @@
 """The local steps of one round: forward, backward, AdamW, and a count of which experts they changed.
 
 How a step saves memory (`StepSetup`: chunked loss, checkpointing, optimizer, sequence length) changes neither its loss
-nor its gradients, except for the sequence length; it may change from one step to the next.
+nor its gradients, except for the sequence length. It may change from one step to the next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,20 +24,32 @@ from edgefed.methods.interface import ExpertMethod
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TrainingConfig
-from edgefed.training.chunked_loss import chunked_loss
 from edgefed.training.encoding import TokenBlocks
-from edgefed.training.gradient_norms import GradientNorms
-from edgefed.training.offloaded import clip_gradients
+from edgefed.training.loss import batch_loss, configured_balancing
+from edgefed.training.optimizers import clip_gradients
 from edgefed.training.savings import checkpointing, make_optimizer
+from edgefed.training.utility import GradientNorms
+
+STARVED_LOAD = 0.1
+"""An expert with less than this share of an even load counts as starved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepsOutcome:
-    """What a round of local steps did.
+    """The result of a round of local steps.
 
-    ``expert_steps`` counts optimizer steps per (layer, expert) that changed it; ``record`` is the router's statistics
-    over all training tokens; ``peak_expert_bytes`` is the largest sum of expert weights, gradients and optimizer state
-    that was ever held. ``expert_gradients``: mean squared gradient norm per (layer, expert), where it was asked for.
+    Attributes:
+        loss: mean training loss of the steps, cross-entropy alone.
+        steps: number of optimizer steps.
+        num_tokens: tokens that went through the model.
+        tokens_per_s: training speed.
+        expert_steps: optimizer steps that changed an expert, by (layer, expert).
+        record: the router's statistics over all training tokens.
+        peak_expert_bytes: largest sum of expert weights, gradients and optimizer state in memory at one time.
+        expert_gradients: mean squared gradient norm by (layer, expert), if it was asked for.
+        expert_tokens: tokens that an expert was trained on, by (layer, expert); a token counts in each of its experts.
+        starved_experts: resident experts that got less than a tenth of an even load, of the layer's routed tokens.
+
     """
 
     loss: float
@@ -46,10 +60,12 @@ class StepsOutcome:
     record: ActivationProfile
     peak_expert_bytes: int
     expert_gradients: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
+    expert_tokens: Mapping[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+    starved_experts: int = 0
 
 
 def train_scope(training: TrainingConfig) -> TrainScope:
-    """What a run trains, as the model side takes it. Raises ConfigError on an unknown mode."""
+    """Return what a run trains, as the model side takes it. Raises ConfigError for an unknown mode."""
     return TrainScope(
         experts=training.experts,
         router=training.router,
@@ -59,11 +75,10 @@ def train_scope(training: TrainingConfig) -> TrainScope:
     )
 
 
-def step_setup(model: MoeModel, training: TrainingConfig, **savings: object) -> StepSetup:
-    """How a step of a run is done on the device that ``model`` is on, and with which kernels; ``savings`` are other
-    fields of `StepSetup`.
+def step_setup(model: MoeModel, training: TrainingConfig, **savings: Any) -> StepSetup:
+    """Return how a step of a run is taken on the model's device, and with which kernels.
 
-    float64, which no memory formula knows, counts as float32.
+    ``savings`` are other fields of `StepSetup`. float64, which the memory formulas do not cover, counts as float32.
     """
     device = model.module.device.type
     return StepSetup(
@@ -81,14 +96,6 @@ def step_setup(model: MoeModel, training: TrainingConfig, **savings: object) -> 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def batch_loss(module: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, *, chunked: bool) -> torch.Tensor:
-    """Mean cross-entropy of a batch (B, S), a scalar: the model's own, or in chunks (see `chunked_loss`)."""
-    input_ids, labels = input_ids.to(module.device), labels.to(module.device)
-    if chunked:
-        return chunked_loss(module, input_ids, labels)
-    return module(input_ids=input_ids, labels=labels, use_cache=False).loss
-
-
 def take_step(
     model: MoeModel,
     optimizer: torch.optim.Optimizer,
@@ -98,20 +105,28 @@ def take_step(
     *,
     setup: StepSetup,
     max_grad_norm: float,
+    balancing: float = 0.0,
     on_gradients: Callable[[], None] = lambda: None,
 ) -> tuple[float, list[tuple[int, int]]]:
-    """One step of training: (loss, experts that it changed). Gradients stay, for whoever counts memory.
+    """Take one training step; returns (cross-entropy, experts that it changed). Gradients are left in place.
 
-    ``on_gradients`` is called when they are there, before they are clipped.
-    Raises TrainingDiverged, and then has changed no weight.
+    ``balancing`` is the coefficient of the load-balancing loss (`MoeModel.balancing`); 0 leaves it out.
+    ``on_gradients`` is called after the backward pass, before gradients are clipped.
+
+    Raises:
+        TrainingDiverged: the loss is not finite; no weight has changed.
+
     """
-    with checkpointing(model.module, setup.checkpointing):
+    collected = model.balancing() if balancing else contextlib.nullcontext()
+    with checkpointing(model.module, setup.checkpointing), collected as terms:
         loss = batch_loss(model.module, input_ids, labels, chunked=setup.chunked_loss)
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingDiverged(f"the training loss is {value}")
-        loss.backward()
-    del loss
+        if terms:
+            loss = loss + balancing * torch.stack(terms).mean()
+        torch.autograd.backward(loss)
+    del loss, terms
     on_gradients()
     clip_gradients(parameters, max_grad_norm)
     changed = model.experts_with_gradient()
@@ -137,20 +152,23 @@ def run_steps(
     """Train ``training.local_steps`` steps on ``blocks``, in a shuffled order that depends on ``seed`` alone.
 
     The optimizer is AdamW with a constant learning rate; it starts fresh, as in FedAvg. With ``compute_share`` < 1 the
-    method's schedule decides per batch and layer which trainable experts get gradients; an expert without a gradient is
-    not touched by the optimizer, so neither momentum nor weight decay moves it. Gradients are clipped to
-    ``max_grad_norm``.
+    method's schedule decides per batch and layer which trainable experts get gradients. The optimizer skips an expert
+    without a gradient, so neither momentum nor weight decay moves it. Gradients are clipped to ``max_grad_norm``.
 
-    ``setup`` says how a step saves memory (None: it does not); its sequence length cuts the blocks. ``reconsider`` is
-    asked between steps, when no gradient is held, and may give another setup for the steps that follow: another
-    optimizer starts with fresh moments, another length cuts the blocks anew. ``measure(optimizer, step)`` is called
-    for the first step and must call ``step()`` once. ``norms`` counts the gradients of every step.
+    ``setup`` says how a step saves memory (None: it does not); its sequence length cuts the blocks. ``on_step`` is
+    called with the loss of each step, ``norms`` counts the gradients. ``reconsider`` is called between steps, when
+    there are no gradients. It may return another setup for the steps that follow: another optimizer starts with fresh
+    moments, another length cuts the blocks anew. ``measure(optimizer, step)`` is called for the first step and must
+    call ``step()`` once.
 
-    Raises TrainingDiverged when the loss is not finite, and what ``on_step`` and ``reconsider`` raise.
+    Raises:
+        TrainingDiverged: the loss is not finite. Also what ``on_step`` and ``reconsider`` raise.
+
     """
     steps = _LocalSteps(model, blocks, training, setup or step_setup(model, training), seed, norms)
     started = time.perf_counter()
     model.module.train()
+    trained_before = Counter(model.trained_tokens())
     model.set_schedule(make_schedule(plan, method, compute_share))
     try:
         with model.record_statistics() as statistics:
@@ -170,7 +188,7 @@ def run_steps(
             record = statistics.take()
     finally:
         model.set_schedule(None)
-        model.module.eval()
+        model.module.train(False)
     seconds = time.perf_counter() - started
     return StepsOutcome(
         loss=sum(steps.losses) / len(steps.losses),
@@ -181,16 +199,23 @@ def run_steps(
         record=record,
         peak_expert_bytes=steps.peak_expert_bytes,
         expert_gradients=norms.mean_squares() if norms else {},
+        expert_tokens=Counter(model.trained_tokens()) - trained_before,
+        starved_experts=_starved_experts(record, plan),
     )
 
 
 class _LocalSteps:
-    """What lives from one step of a round to the next: optimizer, order of the data, and what was counted."""
+    """State between the steps of a round: optimizer, order of the data, and counts."""
 
     def __init__(
-        self, model: MoeModel, blocks: TokenBlocks, training: TrainingConfig, setup: StepSetup, seed: int,
+        self,
+        model: MoeModel,
+        blocks: TokenBlocks,
+        training: TrainingConfig,
+        setup: StepSetup,
+        seed: int,
         norms: GradientNorms | None,
-    ):  # fmt: skip
+    ):
         self._on_gradients = norms.add if norms else lambda: None
         self.losses: list[float] = []
         self.expert_steps: Counter[tuple[int, int]] = Counter()
@@ -198,11 +223,13 @@ class _LocalSteps:
         self.peak_expert_bytes = 0
         self._model, self._blocks, self._training, self._setup, self._seed = model, blocks, training, setup, seed
         self._parameters = list(model.trainable_parameters())
+        asked = training.balancing
+        self._balancing = configured_balancing(model.module) if asked is None else asked
         self.optimizer = self._make_optimizer()
         self._batches = self._shuffled(seed)
 
     def take(self) -> None:
-        """One step. Raises TrainingDiverged."""
+        """Take one step. Raises TrainingDiverged."""
         input_ids, labels = next(self._batches)
         loss, changed = take_step(
             self._model,
@@ -212,6 +239,7 @@ class _LocalSteps:
             labels,
             setup=self._setup,
             max_grad_norm=self._training.max_grad_norm,
+            balancing=self._balancing,
             on_gradients=self._on_gradients,
         )
         self.losses.append(loss)
@@ -219,12 +247,12 @@ class _LocalSteps:
         self.num_tokens += input_ids.numel()
 
     def count_memory(self) -> None:
-        """Behind a step gradients and optimizer state live together: experts take most here. Drops the gradients."""
+        """Count the experts' memory after a step, with gradients and optimizer state: its peak. Drops the gradients."""
         self.peak_expert_bytes = max(self.peak_expert_bytes, self._model.expert_memory_bytes(self.optimizer))
         self.optimizer.zero_grad(set_to_none=True)
 
     def adopt(self, setup: StepSetup) -> None:
-        """Go on under another setup."""
+        """Use another setup from the next step on."""
         before, self._setup = self._setup, setup
         if setup.optimizer != before.optimizer:
             del self.optimizer  # its state, before the next one makes its own
@@ -239,16 +267,19 @@ class _LocalSteps:
             self._setup.optimizer,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
+            seed=self._seed,
         )
 
     def _shuffled(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return _endless_batches(self._blocks.shortened(self._setup.sequence_length), self._setup.batch_size, seed)
 
 
-def make_schedule(plan: ExpertPlan, method: ExpertMethod, compute_share: float) -> Callable | None:
-    """The callback that the model asks in each layer which experts get gradients; None when all may.
+def make_schedule(
+    plan: ExpertPlan, method: ExpertMethod, compute_share: float
+) -> Callable[[int, LayerProfile], list[int]] | None:
+    """Return the callback that the model asks in each layer which experts get gradients; None if all do.
 
-    A layer's limit is ``compute_share`` of its trainable experts, rounded up: never none.
+    A layer's limit is ``compute_share`` of its trainable experts, rounded up, so at least one.
     """
     if compute_share >= 1:
         return None
@@ -256,11 +287,20 @@ def make_schedule(plan: ExpertPlan, method: ExpertMethod, compute_share: float) 
     limits = [math.ceil(compute_share * len(ids)) for ids in trainable]
 
     def schedule(layer: int, batch: LayerProfile) -> list[int]:
-        if limits[layer] >= len(trainable[layer]):
-            return trainable[layer].tolist()
-        return method.schedule_experts(batch, trainable[layer], limits[layer]).tolist()
+        if limits[layer] < len(trainable[layer]):
+            return [int(expert) for expert in method.schedule_experts(batch, trainable[layer], limits[layer])]
+        return [int(expert) for expert in trainable[layer]]
 
     return schedule
+
+
+def _starved_experts(record: ActivationProfile, plan: ExpertPlan) -> int:
+    """Number of resident experts with less than `STARVED_LOAD` of an even load."""
+    starved = 0
+    for layer, statistics in enumerate(record.layers):
+        tokens = statistics.tokens_per_expert
+        starved += int((tokens[plan.resident(layer)] < STARVED_LOAD * tokens.sum() / len(tokens)).sum())
+    return starved
 
 
 def _endless_batches(blocks: TokenBlocks, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

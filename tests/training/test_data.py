@@ -223,6 +223,7 @@ def test_errors_do_not_quote_the_text(tmp_path):
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("a.txt", b"good\nbad \xff\n", "not UTF-8: line 2, byte 4 is 0xff"),
         ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "not UTF-8: line 1"),
+        ("a.txt", "words".encode("utf-16-le"), "not UTF-8: line 1 contains NUL"),
         ("a.csv", b"a,b", r"unknown suffix.*\.txt, \.jsonl"),
         ("jsonl", b"{}", "unknown suffix"),
         ("a.txt.gz", b"not gzip", "cannot read"),
@@ -238,11 +239,29 @@ def test_unusable_file_is_a_data_error(tmp_path, name, content, message):
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ("über\n".encode("utf-16"), "UTF-16"),
+        ('{"text": "x"}\n'.encode("utf-16-be"), "UTF-16BE"),
+        ('{"text": "x"}\n'.encode("utf-16-le"), "UTF-16LE"),
+        ("words\n".encode("utf-32"), "UTF-32"),
+        ("über\n".encode("latin1"), "LATIN1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.txt.gz"])
+def test_remedy_names_the_encoding_that_the_file_has(tmp_path, name, content, encoding):
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(DataError, match="not UTF-8") as caught:
+        load_examples(str(tmp_path / name))
+    assert f"iconv -f {encoding} -t UTF-8" in caught.value.remedy
+
+
 def test_missing_file_folder_and_silo_are_data_errors(tmp_path):
-    with pytest.raises(DataError, match="there is no file .*nowhere.txt"):
+    with pytest.raises(DataError, match="file not found: .*nowhere.txt"):
         load_examples(str(tmp_path / "nowhere.txt"))
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match="is a directory"):
         load_examples(str(tmp_path / "folder.txt"))
     with pytest.raises(DataError, match="no silo named 'emails'"):
         load_examples("silo:emails")
