@@ -37,11 +37,9 @@ from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.trainer.ports import FormulaCosts, Memory, ModelHost, OwnModel, StepCosts
 from edgefed.trainer.stale_experts import FrozenCopies, with_newest_trainable
 from edgefed.training.calibration import can_measure, correction_from, measure_step
-from edgefed.training.loss import chunking_problem
 from edgefed.training.data import Corpus, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
-from edgefed.training.loss import evaluate_loss
-from edgefed.training.utility import GradientNorms
+from edgefed.training.loss import chunking_problem, evaluate_loss
 from edgefed.training.out_of_memory import (
     device_lost,
     free_memory,
@@ -51,7 +49,7 @@ from edgefed.training.out_of_memory import (
 )
 from edgefed.training.profiling import spread_blocks
 from edgefed.training.steps import StepsOutcome, run_steps
-from edgefed.training.utility import ProbeOutcome
+from edgefed.training.utility import GradientNorms, ProbeOutcome
 
 MODEL_FOLDER = "model"
 """Files of the model (config.json, tokenizer.json, ...), in the device's state folder."""

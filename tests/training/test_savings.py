@@ -17,12 +17,10 @@ from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training import loss as chunked_module
 from edgefed.training import savings
-from edgefed.training.loss import chunked_loss, chunking_problem
 from edgefed.training.encoding import TokenBlocks
-from edgefed.training.loss import evaluate_loss
+from edgefed.training.loss import batch_loss, chunked_loss, chunking_problem, evaluate_loss
 from edgefed.training.savings import checkpointing, make_optimizer, problems
 from edgefed.training.steps import make_schedule, run_steps, step_setup, take_step
-from edgefed.training.loss import batch_loss
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_training import KNOWN, batch, build, gradients_of, make_device  # noqa: E402

@@ -10,9 +10,8 @@ import torch
 from edgefed.expert_records import ExpertPlan
 from edgefed.kernels.quantization import dequantize_experts
 from edgefed.moe.units import MemorySource, TrainScope
-from edgefed.training.utility import GradientNorms
 from edgefed.training.loss import batch_loss
-from edgefed.training.utility import probe_gradient_norms, utilities
+from edgefed.training.utility import GradientNorms, probe_gradient_norms, utilities
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_training import batch, make_device  # noqa: E402
