@@ -26,9 +26,9 @@ from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training import utility
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
-from edgefed.training.utility import GradientNorms
 from edgefed.training.loss import batch_loss
 from edgefed.training.tokenizer import load_tokenizer
+from edgefed.training.utility import GradientNorms
 
 DIRECTIONS = (1, 4, 16)
 STEPS = (0.05, 0.5, 1.0)

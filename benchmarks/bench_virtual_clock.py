@@ -31,8 +31,8 @@ from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.simulation.device_rates import Calibration
-from edgefed.training.savings import checkpointing, make_optimizer
 from edgefed.training.loss import batch_loss
+from edgefed.training.savings import checkpointing, make_optimizer
 
 SIZES = dict(
     vocab_size=4096, hidden_size=1024, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,

@@ -146,7 +146,8 @@ def split_held_out(examples: Sequence[Example], share: float, seed: int) -> tupl
         if len(chosen) + len(group) <= goal:
             chosen.update(group)
     # Every record is repeated more often than the goal: the rarest one overshoots least.
-    chosen = chosen or set(min(ordered, key=lambda group: len(group)))
+    sizes = [len(group) for group in ordered]
+    chosen = chosen or set(ordered[sizes.index(min(sizes))])
     train = [example for index, example in enumerate(examples) if index not in chosen]
     return train, [examples[index] for index in sorted(chosen)]
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from edgefed.errors import ConfigError, first_line
 from edgefed.training.loss import structural_problem
@@ -32,7 +33,7 @@ def problems(module: nn.Module, device: torch.device | str) -> dict[str, str]:
     """
     place = str(torch.device(device))
     found = {
-        "chunked_loss": structural_problem(module),
+        "chunked_loss": structural_problem(cast(PreTrainedModel, module)),
         "checkpointing": checkpointing_problem(module),
         "adamw_8bit": eight_bit_problem(place),
         "nf4_experts": packing_problem("nf4", place, getattr(module, "dtype", torch.float32)) or packing_is_slow(place),
