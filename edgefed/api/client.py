@@ -152,9 +152,8 @@ class Client:
         sink.phase("load")
         from edgefed.hardware.occupancy import AgentRegistry
 
-        AgentRegistry().enter(
-            limit_bytes=memory_bytes
-        )  # importing torch takes seconds: agents that start together agree
+        # Importing torch takes seconds: register first, so that agents that start together see each other.
+        AgentRegistry().enter(limit_bytes=memory_bytes)
         import torch
 
         from edgefed.join import JoinConfig, run_agent
