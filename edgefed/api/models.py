@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
     from edgefed.costs.shapes import ModelShape
     from edgefed.expert_records import ActivationProfile, ExpertPlan
+    from edgefed.moe.model import MoeModel
+    from edgefed.moe.units import ExpertSource
     from edgefed.progress import ProgressSink
+    from edgefed.training.profiling import ProfilePass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,7 @@ def profile(
     batch_size: int = 8,
     storage: Literal["full", "int8", "nf4"] = "full",
     attention: bool = False,
+    memory: str | int | None = None,
     progress: ProgressSink | None = None,
 ) -> ActivationProfile:
     """Run text through a model and record which experts its router chooses.
@@ -145,7 +149,8 @@ def profile(
 
     ``model``: "tiny", a checkpoint folder, a hub id, or a transformers model. ``data``: a .txt or .jsonl file, or
     "silo:NAME". ``tokens``: most to read, 0 for all. ``storage``: experts as they are, or quantised, which needs less
-    memory. ``attention``: also record the attention that the tokens of each expert receive.
+    memory. ``attention``: also record the attention that the tokens of each expert receive. ``memory``: bytes, or a text
+    like "8GiB"; None is what is available. A checkpoint that does not fit is read layer by layer, or expert by expert.
 
     Raises DataError, ModelNotFound, CheckpointError, UnsupportedArchitecture.
     """
@@ -154,15 +159,14 @@ def profile(
 
     sink = progress or NullProgress()
     corpus = load_corpus(str(data), 0.0, 0)  # before torch is loaded: a bad file is reported at once
-    from edgefed.moe.units import MemorySource
     from edgefed.training.encoding import encode_examples
-    from edgefed.training.profiling import ProfilePass, profile_blocks, spread_blocks
+    from edgefed.training.profiling import profile_blocks, spread_blocks
     from edgefed.training.tokenizer import check_vocabulary, load_tokenizer
 
     for note in problem_notes(str(data), corpus.problems):
         sink.message(note)
     sink.phase("load")
-    moe, source = _moe_model(model)
+    moe, units, profile_pass, source = _profiled_model(model, storage, batch_size, sequence_length, memory)
     tokenizer = load_tokenizer(source)
     check_vocabulary(tokenizer, moe.module.get_input_embeddings().num_embeddings, source)
     encoded = encode_examples(
@@ -170,11 +174,6 @@ def profile(
     )
     blocks = spread_blocks(encoded, tokens)
     sink.phase("profile", total=blocks.num_tokens, unit="token")
-    units, profile_pass = None, ProfilePass(batch_size=batch_size)
-    if storage != "full":
-        units = MemorySource({spec.key: tensors for spec, tensors in moe.iter_units() if spec.kind == "expert"})
-        profile_pass = ProfilePass("layer", storage, batch_size, 1)
-        moe.drop_experts()
     notes: list[str] = []
     record = profile_blocks(
         moe, blocks, units, profile_pass, attention=attention, on_batch=sink.advance, on_message=notes.append
@@ -240,6 +239,38 @@ def experts(
         moe.restore(MemorySource(units), scope)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
+
+
+def _profiled_model(
+    model: str | Path | PreTrainedModel, storage: str, batch_size: int, sequence_length: int, memory: str | int | None
+) -> tuple[MoeModel, ExpertSource | None, ProfilePass, str]:
+    """(model, source of its experts or None if they are in memory, how to profile, where its tokenizer is)."""
+    from edgefed.embedded import resolve_model
+    from edgefed.hardware.memory import available_memory_bytes, parse_bytes
+    from edgefed.moe.model import MoeModel
+    from edgefed.moe.units import MemorySource
+    from edgefed.training.profiling import ProfilePass
+
+    quantized = None if storage == "full" else storage
+    if not isinstance(model, (str, Path)):
+        moe, source = _moe_model(model)
+        if quantized is None:
+            return moe, None, ProfilePass(batch_size=batch_size), source
+        experts = MemorySource({unit.key: tensors for unit, tensors in moe.iter_units() if unit.kind == "expert"})
+        moe.drop_experts()
+        return moe, experts, ProfilePass("layer", quantized, batch_size, 1), source
+    source = resolve_model(str(model))
+    moe, checkpoint = MoeModel.streamed(source)
+    free = available_memory_bytes() if memory is None else parse_bytes(str(memory))
+    free -= moe.memory_bytes()["dense"]
+    layers = [layer.num_experts * layer.bytes_per_expert for layer in moe.layers]
+    if quantized is None and 2 * sum(layers) <= free:  # transformers joins the experts of a layer, which takes copies
+        return MoeModel.from_checkpoint(source), None, ProfilePass(batch_size=batch_size), source
+    if quantized is None and 2 * max(layers) > free:
+        return moe, checkpoint, ProfilePass("expert", None, batch_size, 1), source
+    hidden_bytes = batch_size * sequence_length * moe.config.get_text_config().hidden_size * 4
+    concurrent = max(1, free // 8 // (4 * hidden_bytes))  # a waiting batch keeps a few tensors of hidden states
+    return moe, checkpoint, ProfilePass("layer", quantized, batch_size, concurrent), source
 
 
 def _moe_model(model: str | Path | PreTrainedModel) -> tuple[Any, str]:

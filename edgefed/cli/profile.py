@@ -26,6 +26,12 @@ class ProfileSettings:
         ),
     ] = "full"
     attention: Annotated[bool, Setting("Also record the attention that each expert's tokens receive; slower.")] = False
+    memory: Annotated[
+        str | None,
+        Setting(
+            "Memory that the model may take, e.g. 6GiB; a larger one is read layer by layer. Default: what is free."
+        ),
+    ] = None
     plot: Annotated[Path | None, Setting("Also write the heat map as a PNG file.")] = None
     json: Annotated[bool, Setting("Print the router statistics as JSON.")] = False
 
@@ -43,7 +49,7 @@ def profile_command(settings: ProfileSettings) -> None:
     model, data, attention = settings.model, settings.data, settings.attention
     record = profile(
         model, data, tokens=settings.tokens, sequence_length=settings.sequence_length, batch_size=settings.batch_size,
-        storage=settings.storage, attention=attention, progress=TerminalProgress(),
+        storage=settings.storage, attention=attention, memory=settings.memory, progress=TerminalProgress(),
     )  # fmt: skip
     if settings.plot:
         from edgefed.plots import save_heat_map

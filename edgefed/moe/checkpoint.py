@@ -348,11 +348,11 @@ class Checkpoint:
 
         At most one unit, or the result of one conversion, is in memory at a time.
         """
-        for base, sizes in units.iter_base_units(self._fixed.values(), self.layers, scope):
-            yield base, self.read(base.key)
+        for unit, sizes in units.iter_units(self._fixed.values(), self.layers, scope):
             if sizes and scope is not None:
-                adapter = units.adapter_unit(base, sizes, scope.lora_rank)
-                yield adapter, adapters.initial_adapter(adapter.key, sizes, scope.lora_rank, seed)
+                yield unit, adapters.initial_adapter(unit.key, sizes, scope.lora_rank, seed)
+            else:
+                yield unit, self.read(unit.key)
         self.release()
 
     def load(self) -> PreTrainedModel:

@@ -134,9 +134,13 @@ def take_quantizer(config: PretrainedConfig) -> Any:
 
 
 def build_skeleton(
-    config: PretrainedConfig, dtype: str | torch.dtype = "auto", *, keep_float32: bool = False
+    config: PretrainedConfig,
+    dtype: str | torch.dtype = "auto",
+    *,
+    device: str | torch.device = "cpu",
+    keep_float32: bool = False,
 ) -> PreTrainedModel:
-    """Build a model with parameters on the meta device and initialized buffers.
+    """Build a model with parameters on the meta device and initialized buffers on ``device``.
 
     The model's constructor computes buffers that no checkpoint has, such as rotary frequencies. With ``keep_float32``,
     tensors that transformers always keeps in float32 have this dtype here as well. Raises UnsupportedArchitecture if
@@ -152,6 +156,9 @@ def build_skeleton(
         raise UnsupportedArchitecture(
             f"transformers has no causal language model of type {config.model_type!r}: {first_line(error)}"
         ) from error
+    for owner in model.modules():
+        for name, buffer in owner._buffers.items():
+            owner._buffers[name] = None if buffer is None else buffer.to(device)
     if keep_float32:
         patterns = [re.compile(glob.replace("*", ".*")) for glob in model._get_dtype_plan(dtype)]
         for name, tensor in model.state_dict(keep_vars=True).items():

@@ -94,13 +94,29 @@ class MoeModel:
     ) -> MoeModel:
         """Create a model without weights from a folder with a config.json. `load_unit` adds all units except experts.
 
-        With ``dtype="auto"`` a tensor takes the dtype of the first values loaded into it; otherwise units must have
-        this dtype. Raises ModelNotFound, CheckpointError (broken config.json), UnsupportedArchitecture.
+        With ``dtype="auto"`` a tensor takes the dtype of the first values loaded into it. Raises ModelNotFound,
+        CheckpointError (broken config.json), UnsupportedArchitecture.
         """
-        module = loading.build_skeleton(loading.load_config(folder), dtype)
-        for owner in module.modules():
-            for name, buffer in owner._buffers.items():
-                owner._buffers[name] = None if buffer is None else buffer.to(device)
+        return cls._without_weights(loading.load_config(folder), dtype, device)
+
+    @classmethod
+    def streamed(cls, source: str | Path) -> tuple[MoeModel, Checkpoint]:
+        """Load a checkpoint except its experts, which the returned checkpoint reads as an `ExpertSource`.
+
+        Raises ModelNotFound, CheckpointError, UnsupportedArchitecture.
+        """
+        checkpoint = Checkpoint(source)
+        model = cls._without_weights(checkpoint.config, "auto", "cpu")
+        for key in model._fixed:
+            model.load_unit(key, checkpoint.read(key))
+        checkpoint.release()
+        return model, checkpoint
+
+    @classmethod
+    def _without_weights(
+        cls, config: PretrainedConfig, dtype: str | torch.dtype, device: str | torch.device
+    ) -> MoeModel:
+        module = loading.build_skeleton(config, dtype, device=device)
         model = cls(module, discover_layers(module), device=torch.device(device))
         model._unloaded = {place.full_name for unit in model._fixed.values() for place in unit.places.values()}
         model._adopts_dtype = dtype == "auto"
@@ -126,41 +142,27 @@ class MoeModel:
         resident = expert_tensors(self.layers[:1])
         return resident[0].dtype if resident else self.layers[0].parameters[0].dtype
 
-    # --- units ---------------------------------------------------------------------------------------------------
-
     def unit_infos(self, scope: TrainScope | None = None) -> list[UnitInfo]:
         """Return all units of the full model, adapters after their base. ``scope`` None: nothing is trainable."""
-        found = []
-        for base, sizes in units.iter_base_units(self._fixed.values(), self.layers, scope):
-            found.append(base)
-            if sizes and scope is not None:
-                found.append(units.adapter_unit(base, sizes, scope.lora_rank))
-        return found
+        return [unit for unit, _ in units.iter_units(self._fixed.values(), self.layers, scope)]
 
     def iter_units(
         self, scope: TrainScope | None = None, seed: int = 0
     ) -> Iterator[tuple[UnitInfo, dict[str, torch.Tensor]]]:
-        """Yield all units of a full model with their tensors (views), and initial adapters drawn from ``seed``.
-
-        Raises CheckpointError if the model does not have all its experts as transformers created them.
-        """
-        for base, sizes in units.iter_base_units(self._fixed.values(), self.layers, scope):
-            if base.kind == "expert":
-                layer = self.layers[base.layer]
+        """Yield all units of a full model with their tensors (views), and initial adapters drawn from ``seed``."""
+        for unit, sizes in units.iter_units(self._fixed.values(), self.layers, scope):
+            if sizes and scope is not None:
+                yield unit, adapters.initial_adapter(unit.key, sizes, scope.lora_rank, seed)
+            elif unit.kind == "expert":
+                layer = self.layers[unit.layer]
                 if not all(name in layer.experts._parameters for name in (p.name for p in layer.parameters)):
                     raise CheckpointError(f"the experts of {layer.experts_path!r} are not all in memory")
-                yield base, {p.name: getattr(layer.experts, p.name).detach()[base.expert] for p in layer.parameters}
+                yield unit, {p.name: getattr(layer.experts, p.name).detach()[unit.expert] for p in layer.parameters}
             else:
-                yield base, self._fixed[base.key].tensors()
-            if sizes and scope is not None:
-                adapter = units.adapter_unit(base, sizes, scope.lora_rank)
-                yield adapter, adapters.initial_adapter(adapter.key, sizes, scope.lora_rank, seed)
+                yield unit, self._fixed[unit.key].tensors()
 
     def load_unit(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy a unit's values into the model: dense, router, a resident expert, or an installed adapter.
-
-        Raises CheckpointError if the unit is unknown or not resident, or if its tensors do not fit.
-        """
+        """Copy a unit's values into the model. Raises CheckpointError if it is not resident or does not fit."""
         base, is_adapter = key.removesuffix(LORA_SUFFIX), key.endswith(LORA_SUFFIX)
         if base in self._fixed:
             if is_adapter:
@@ -186,8 +188,6 @@ class MoeModel:
     def missing(self) -> list[str]:
         """Return the names of the dense and router tensors that are not loaded yet. Empty for a full model."""
         return sorted(self._unloaded)
-
-    # --- experts -------------------------------------------------------------------------------------------------
 
     def drop_experts(self) -> None:
         """Remove every resident expert. Memory is freed when the caller's own references are gone."""
@@ -217,17 +217,9 @@ class MoeModel:
         Reads only the planned experts and the adapters in ``scope``. Experts of an earlier plan are dropped first, so
         the memory peak is one plan. Token counts start at zero.
 
-        Args:
-            plan: which experts are resident, and which of them are trainable.
-            source: the weights of experts and adapters.
-            scope: what trains.
-            missing: treatment of absent experts: "renormalize" routes their tokens to the next best resident experts,
-                "skip" leaves out their contribution.
-            storage: format of matrices that are not trainable: None or one of `edgefed.moe.packed.EXPERT_STORAGES`.
-            align: see `merge_experts`.
-            merged: see `ExpertBank`.
-            offload: see `ExpertBank`.
-
+        ``missing`` says what happens to tokens of absent experts: "renormalize" routes them to the next best resident
+        experts, "skip" leaves out the contribution. ``storage`` is the format of matrices that are not trainable: None
+        or one of `edgefed.moe.packed.EXPERT_STORAGES`. ``align``, ``merged`` and ``offload`` are those of `ExpertBank`.
         Raises ConfigError, CheckpointError, StorageError.
         """
         if missing not in MISSING_MODES:
@@ -274,10 +266,9 @@ class MoeModel:
     ) -> Iterator[None]:
         """Within this context, compute the full model's output without gradients, with experts from ``source``.
 
-        Needs the memory of the dense part, of the experts that are resident at a time (one expert, one layer or all,
-        see `edgefed.moe.lockstep`; quantized with ``storage``), and of a plan that is applied (see `drop_experts`).
-        ``scope`` says which adapters exist; None: as applied last. Raises ConfigError if a plan with another scope is
-        applied.
+        ``residency`` and ``storage`` say which experts are in memory at a time, in addition to those of an applied plan
+        (`edgefed.moe.lockstep`). ``scope`` says which adapters exist; None: as applied last. Raises ConfigError if a
+        plan with another scope is applied.
         """
         scope = scope or self.scope
         if scope != self.scope:
@@ -299,10 +290,7 @@ class MoeModel:
             self.module.set_experts_implementation(before)
 
     def restore(self, source: ExpertSource, scope: TrainScope | None = None) -> None:
-        """Restore the full model from ``source``, with stacked experts, merged adapters and default implementation.
-
-        Afterwards ``module.save_pretrained`` writes an ordinary checkpoint. Raises CheckpointError.
-        """
+        """Restore the full model from ``source``, with stacked experts and merged adapters. Raises CheckpointError."""
         scope = scope or self.scope
         self._install_scope(scope, source)
         self.drop_experts()
@@ -312,8 +300,6 @@ class MoeModel:
         for layer in self.layers:
             restore_layer(layer, source, scope, self._device)
         self.module.set_experts_implementation(self._default_implementation)
-
-    # --- training ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def record_statistics(self, *, attention: bool = False) -> Iterator[StatisticsRecorder]:
@@ -377,10 +363,7 @@ class MoeModel:
         return bank
 
     def served_tokens(self) -> dict[tuple[int, int], int]:
-        """Return the tokens that each resident expert has computed since the plan was applied.
-
-        A merged expert counts under its first member. Synchronizes with the device.
-        """
+        """Return the tokens that each resident expert has computed; a merged one counts under its first member."""
         return self._token_counts("served_tokens")
 
     def trained_tokens(self) -> dict[tuple[int, int], int]:

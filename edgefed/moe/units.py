@@ -259,6 +259,16 @@ def iter_base_units(
             yield expert_unit(layer, expert, scope), sizes
 
 
+def iter_units(
+    fixed: Iterable[FixedTensors], layers: Iterable[ExpertLayer], scope: TrainScope | None
+) -> Iterator[tuple[UnitInfo, dict[str, tuple[int, int]]]]:
+    """Yield each unit, adapters after their base; for an adapter with (in, out) of its matrices, otherwise with {}."""
+    for base, sizes in iter_base_units(fixed, layers, scope):
+        yield base, {}
+        if sizes and scope is not None:
+            yield adapter_unit(base, sizes, scope.lora_rank), sizes
+
+
 def fixed_unit(fixed: FixedTensors, scope: TrainScope | None) -> UnitInfo:
     """Return the record of a dense or router unit."""
     trainable = scope is not None and fixed.mode(scope) == "full"

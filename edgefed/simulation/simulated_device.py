@@ -24,10 +24,10 @@ from edgefed.disk import write_durably
 from edgefed.errors import StateCorrupt
 from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.hardware.facts import MemoryKind
-from edgefed.methods.interface import ExpertMethod, Merging
+from edgefed.methods.interface import ExpertMethod
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.expert_reading import FrameSource
-from edgefed.moe.merging.plan import ExpertMerger
+from edgefed.moe.merging.plan import ExpertMerger, MergingOptions
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import ExpertSource
 from edgefed.progress import NullProgress, ProgressSink
@@ -231,7 +231,7 @@ class SavedMerger(ExpertMerger):
     def merge(
         self,
         plan: ExpertPlan,
-        merging: Merging,
+        options: MergingOptions,
         profile: ActivationProfile,
         layers: Sequence[ExpertLayer],
         source: ExpertSource,
@@ -242,7 +242,7 @@ class SavedMerger(ExpertMerger):
         if self.embeddings is None and self._path.exists():
             with np.load(self._path, allow_pickle=False) as saved:
                 self.embeddings = tuple(saved[f"layer_{number}"] for number in range(len(saved.files)))
-        merged = super().merge(plan, merging, profile, layers, source, previous, progress)
+        merged = super().merge(plan, options, profile, layers, source, previous, progress)
         if self.embeddings is not None and not self._path.exists():
             buffer = io.BytesIO()
             arrays: dict[str, Any] = {f"layer_{number}": points for number, points in enumerate(self.embeddings)}

@@ -24,7 +24,7 @@ from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.hardware.memory import format_bytes
 from edgefed.methods.interface import ExpertMethod, RoundContext
 from edgefed.moe.expert_reading import FrameSource
-from edgefed.moe.merging.plan import ExpertMerger
+from edgefed.moe.merging.plan import ExpertMerger, MergingOptions
 from edgefed.moe.model import MoeModel
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import ExpertAssignment, Manifest, RunConfig
@@ -367,8 +367,9 @@ class Planner:
         if not merging:
             return lambda plan: plan
         request.add_all_experts()
+        options = MergingOptions(sizes=merging.sizes, importance=merging.weights)
         return lambda plan: self._merger.merge(
-            plan, merging, self.profile, request.model.layers, request.source, previous, request.progress
+            plan, options, self.profile, request.model.layers, request.source, previous, request.progress
         )
 
     def _save(self, plan: ExpertPlan) -> None:

@@ -25,7 +25,6 @@ import numpy as np
 
 from edgefed.errors import BudgetTooSmall, ConfigError
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
-from edgefed.methods.interface import Merging
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.merging.clustering import cluster_layers, expert_embeddings
 from edgefed.moe.units import ExpertSource
@@ -284,7 +283,7 @@ class ExpertMerger:
     def merge(
         self,
         plan: ExpertPlan,
-        merging: Merging,
+        options: MergingOptions,
         profile: ActivationProfile,
         layers: Sequence[ExpertLayer],
         source: ExpertSource,
@@ -303,7 +302,6 @@ class ExpertMerger:
             progress.phase("compare experts", len(layers), "layer")
             self.embeddings = expert_embeddings(layers, source, on_layer=lambda ordinal: progress.advance(1))
             progress.done()
-        options = MergingOptions(sizes=merging.sizes, importance=merging.weights)
         if previous is not None and not any(previous.groups(layer) for layer in range(previous.num_layers)):
             previous = None
         return plan_merging(profile, without_groups(plan), self.embeddings, slots, options, previous)
