@@ -7,6 +7,7 @@ exits.
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -19,6 +20,14 @@ T = TypeVar("T")
 
 class StopRequested(Exception):
     """The agent was asked to stop. Not an error: the journal stays resumable."""
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a process to stop: SIGINT, SIGTERM, and SIGHUP unless it is ignored, as under nohup."""
+    hangup = getattr(signal, "SIGHUP", None)  # missing on Windows
+    if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
+        return signal.SIGINT, signal.SIGTERM
+    return signal.SIGINT, signal.SIGTERM, hangup
 
 
 def pause(seconds: float, stop: threading.Event) -> None:

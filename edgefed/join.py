@@ -50,6 +50,8 @@ class JoinConfig:
     compute_share: float = 1.0
     held_out_share: float = 0.1
     token: str | None = None
+    new_identity: bool = False
+    """Join as a new client: for a state folder that was copied from another device."""
     device: str | None = None
     expert_storage: str = "auto"
     profile_storage: str = "auto"
@@ -202,7 +204,14 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
             budget_bytes=lambda: memory.latest.now_bytes,
         )
         with open_agent(
-            config.server, config.state, settings, trainer, token=config.token, progress=progress, stop=stop
+            config.server,
+            config.state,
+            settings,
+            trainer,
+            token=config.token,
+            progress=progress,
+            stop=stop,
+            new_identity=config.new_identity,
         ) as agent:
             return agent.run()
 

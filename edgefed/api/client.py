@@ -100,6 +100,9 @@ class Client:
     ] = "auto"  # fmt: skip
     held_out: Annotated[str | float, Setting("Share of the records held out for evaluation, or 0.")] = "10%"
     state: Annotated[Path, Setting("Folder for identity, downloads and pending updates.")] = Path("edgefed-client")
+    new_identity: Annotated[
+        bool, Setting("Join as a new client: for a state folder that was copied from another device.")
+    ] = False
     name: Annotated[str | None, Setting("Name of this device in `edgefed status`.", default="its host name")] = None
     token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
     threads: Annotated[int | None, Setting("CPU threads; default: chosen by torch.", minimum=1)] = None
@@ -170,6 +173,7 @@ class Client:
             state=self.state,
             name=self.name or platform.node() or "device",
             token=self.token,
+            new_identity=self.new_identity,
             memory_bytes=memory_bytes,
             device=self.device,
             expert_share=parse_share(self.experts, "experts"),

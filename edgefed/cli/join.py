@@ -28,6 +28,7 @@ def join_command(settings: JoinSettings) -> None:
     """
     from edgefed.cli.output import TerminalProgress, print_json, print_note
     from edgefed.hardware.memory import format_bytes
+    from edgefed.interrupt import stop_signals
 
     stop = threading.Event()
 
@@ -36,10 +37,8 @@ def join_command(settings: JoinSettings) -> None:
             sys.exit(130)
         stop.set()
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup ignores it
-        signum = getattr(signal, name, None)
-        if signum is not None and (name != "SIGHUP" or signal.getsignal(signum) is not signal.SIG_IGN):
-            signal.signal(signum, ask_to_stop)
+    for signum in stop_signals():
+        signal.signal(signum, ask_to_stop)
     summary = settings.run(progress=TerminalProgress(), stop=stop)
     if settings.json:
         print_json(dataclasses.asdict(summary))

@@ -13,6 +13,8 @@ from agent_rig import Device
 from fake_aggregator import EXPERTS
 from toy_device import toy_value
 
+from edgefed.interrupt import stop_signals
+
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 
@@ -80,7 +82,7 @@ def test_killed_between_commit_and_acknowledgement(server, tmp_path, wait_until)
 
 
 @pytest.mark.timeout(40)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", stop_signals())
 def test_interrupt_leaves_cleanly(server, tmp_path, number):
     with Device(server.url, tmp_path, step_s=0.5) as device:
         device.read_until("phase train")
@@ -107,3 +109,15 @@ def test_interrupt_while_the_server_hangs(server, tmp_path, wait_until):
     assert "Traceback" not in err
     assert time.monotonic() - started < 5
     assert json.loads((tmp_path / "journal.json").read_text())["phase"] == "uploading"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_stops_a_device_unless_nohup_protects_it():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert stop_signals() == (signal.SIGINT, signal.SIGTERM)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert stop_signals() == (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

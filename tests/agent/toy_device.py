@@ -1,6 +1,6 @@
 """A device process with a trainer that needs no model: ``python toy_device.py URL STATE [STEP_SECONDS]``.
 
-It sets every trainable tensor to `toy_value`, tells what it does in lines on stdout, and stops on SIGINT and SIGTERM
+It sets every trainable tensor to `toy_value`, tells what it does in lines on stdout, and stops on signals
 as the command line does.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from edgefed.agent.agent import AgentSettings, open_agent
 from edgefed.agent.backoff import BackoffSchedule, Retry
+from edgefed.interrupt import stop_signals
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, ExpertReport, Manifest, RunConfig
@@ -96,7 +97,7 @@ class LineProgress:
 def main() -> None:
     url, state, step_s = sys.argv[1], sys.argv[2], float((sys.argv[3:] or ["0"])[0])
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, lambda *_: stop.set())
     settings = AgentSettings(name="toy", memory_bytes=1 << 30, poll_s=5.0, give_up_after_s=10.0)
     retry = Retry(stop, schedule=BackoffSchedule(first_s=0.05, cap_s=0.2))
