@@ -168,13 +168,10 @@ def test_every_error_is_complete_and_in_the_tree_that_is_drawn():
         assert 400 <= kind.http_status < 600
 
 
-def test_the_readme_lists_every_error_and_every_verb():
+def test_the_readme_names_every_verb():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [
-        code for code in errors.all_errors() if code not in ("error", "process-failed") and f"`{code}`" not in readme
-    ]
-    assert not missing
-    assert not [verb for verb in VERBS if f"edgefed {verb}" not in readme]
+    assert not [verb for verb in VERBS if f"`{verb}`" not in readme]
+    assert len(readme.splitlines()) <= 80, "the README fits one screen; the rest belongs into docs/"
 
 
 def test_routes_are_distinct_and_documented():
