@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from edgefed.costs.shapes import LayerShape, ModelShape
 from edgefed.costs.step_setup import (
@@ -42,15 +42,13 @@ class Activations:
 
     Attributes:
         outside: Kept for the backward pass outside the experts.
-        scores: The part of ``outside`` that is attention scores. They grow with the square of the sequence length, so a
-            measured step of another length does not correct them.
+        scores: Attention scores, a part of ``outside``. A measured step of another length does not correct them.
         inside: Kept for the backward pass inside the experts.
-        stays: The part of ``inside`` that remains until the experts have their gradients: the gathered input with the
-            reference, everything (infinite) with native kernels.
+        stays: The part of ``inside`` that remains until the experts have gradients; infinite with native kernels.
         forward: Temporaries of the forward pass.
         backward: Temporaries of the backward pass.
-        tail: What embedding and last norm keep, and attention masks; of the model, not per layer.
-        loss: Logits and their gradient, of the model.
+        tail: What embedding and last norm keep, and attention masks, of the whole model.
+        loss: Logits and their gradient.
         first: First layer with trainable parameters in it or below; earlier ones keep nothing.
     """
 
@@ -84,8 +82,7 @@ def activations(
         trainable_share: Share of each MoE layer's (token, expert) pairs that trainable experts compute; None: their
             share of the resident experts times ``trainable_tokens``.
         trainable_tokens: Tokens of trainable experts, as a multiple of an even share.
-        flows_in: The embedding's output takes a gradient, so the first layer keeps as much as the others; None: with
-            checkpointing, where transformers makes it so.
+        flows_in: The embedding's output takes a gradient, as transformers makes it with checkpointing (None: then).
     """
     flows_in = setup.checkpointing if flows_in is None else flows_in
     first = 0 if flows_in else first_trained(shape, setup, trainable)
@@ -96,11 +93,8 @@ def activations(
         moe, (count_resident, count_trainable) = next(counts) if layer.num_experts else (-1, (0, 0))
         share = 0.0
         if count_trainable:
-            share = (
-                trainable_share[moe]
-                if trainable_share
-                else min(1.0, trainable_tokens * count_trainable / count_resident)
-            )
+            even = min(1.0, trainable_tokens * count_trainable / count_resident)
+            share = trainable_share[moe] if trainable_share else even
         pairs = setup.tokens * min(layer.top_k, count_resident)
         below = index > first or setup.attention != "none" or flows_in
         trains = index >= first
@@ -121,30 +115,30 @@ def activations(
 
 def corrected(raw: Activations, correction: Correction | None) -> Activations:
     """The formulas corrected by a measured step, if there is one, and with a margin."""
-    if correction is None:
-        factors = dict.fromkeys(("activation", "expert", "loss", "transient", "forward"), MARGIN)
-        factors["loss"] = 1.0
-    else:
-        names = ("activation", "expert", "loss", "transient", "forward")
-        factors = {name: CORRECTED_MARGIN * getattr(correction, f"{name}_scale") for name in names}
     margin = MARGIN if correction is None else CORRECTED_MARGIN
-    rest = [(size - scores) * factors["activation"] for size, scores in zip(raw.outside, raw.scores, strict=True)]
+    scale = correction or Correction(1.0, 0, "no measured step")
+    other = margin * scale.activation_scale
     return dataclasses.replace(
         raw,
-        outside=[size + scores * margin for size, scores in zip(rest, raw.scores, strict=True)],
-        inside=[size * factors["expert"] for size in raw.inside],
-        forward=[size * factors["forward"] for size in raw.forward],
-        backward=[size * factors["transient"] for size in raw.backward],
+        outside=[(size - s) * other + s * margin for size, s in zip(raw.outside, raw.scores, strict=True)],
+        inside=[size * (margin * scale.expert_scale) for size in raw.inside],
+        forward=[size * (margin * scale.forward_scale) for size in raw.forward],
+        backward=[size * (margin * scale.transient_scale) for size in raw.backward],
         tail=raw.tail * margin,
-        loss=raw.loss * factors["loss"],
+        loss=raw.loss * (1.0 if correction is None else margin * scale.loss_scale),
     )
+
+
+def _with_counts(shape: ModelShape, trainable: Sequence[int]) -> Iterator[tuple[LayerShape, int]]:
+    """Yield each decoder layer with its number of trainable experts."""
+    counts = iter(trainable)
+    for layer in shape.layers:
+        yield layer, next(counts) if layer.num_experts else 0
 
 
 def first_trained(shape: ModelShape, setup: StepSetup, trainable: Sequence[int]) -> int:
     """Index of the first layer with a trainable parameter."""
-    counts = iter(trainable)
-    for index, layer in enumerate(shape.layers):
-        count = next(counts) if layer.num_experts else 0
+    for index, (layer, count) in enumerate(_with_counts(shape, trainable)):
         expert, rest = trained_tensors(layer, setup)
         if rest or (expert and count):
             return index
@@ -157,8 +151,7 @@ def outside_experts(shape: ModelShape, layer: LayerShape, setup: StepSetup, *, m
     T (8 H + 2 w H) for two norms (float32 copy, residual), 7/4 w per output of the mixer's projections, 2 w per output
     of the dense ones, 8 T E for the router, and attention scores where they are kept. If attention trains, the inputs
     of its projections; with LoRA also its weights with their updates, which each pass computes. A selective scan keeps
-    12 bytes per number of its state (14 in half precision), measured on transformers' implementation of Jamba without
-    hub kernels.
+    12 bytes per number of its state (14 in half precision), measured on Jamba without hub kernels.
     """
     tokens, w = setup.tokens, setup.width
     size: float = tokens * shape.hidden_size * (4 + w) * (2 if mixer else 1)
@@ -310,10 +303,9 @@ def gradient_bytes(
     shape: ModelShape, setup: StepSetup, trainable: Sequence[int], *, lasting: bool = False
 ) -> list[int]:
     """Gradient bytes per decoder layer; ``lasting``: without those of offloaded experts, which are moved at once."""
-    sizes, counts = [], iter(trainable)
-    for layer in shape.layers:
+    sizes = []
+    for layer, count in _with_counts(shape, trainable):
         expert, rest = trained_tensors(layer, setup)
-        count = next(counts) if layer.num_experts else 0
         if lasting and setup.offload:
             count = 0
         sizes.append(count * sum(n * w for n, w in expert) + sum(n * w for n, w in rest))
@@ -378,10 +370,9 @@ def optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence
     """
     if setup.optimizer != "adamw" or setup.device != "cpu":
         return 0
-    largest, counts = 0, iter(trainable)
-    for layer in shape.layers:
+    largest = 0
+    for layer, count in _with_counts(shape, trainable):
         expert, rest = trained_tensors(layer, setup)
-        count = next(counts) if layer.num_experts else 0
         largest = max([largest, *(n * w for n, w in (expert if count else []) + rest)])
     return 3 * largest
 

@@ -21,6 +21,7 @@ from edgefed.trainer.ports import FormulaCosts, ProcessMemory
 
 MEMORY_BYTES = 64 << 30
 STEPS = 3
+TIB = 1 << 40
 
 
 @dataclasses.dataclass
@@ -87,16 +88,18 @@ def trainer_of(
 
 
 class OnlyWith(FormulaCosts):
-    """The formulas, without measured steps; a step without these ``savings`` fits no device."""
+    """The formulas, without measured steps, and a TiB more for each of ``savings`` that a step has not as told."""
 
     def __init__(self, **savings):
         super().__init__(measures_steps=False)
         self.savings = savings
 
     def estimate(self, shape, setup, resident, trainable, correction, *, offloading):
-        if any(getattr(setup, name) != value for name, value in self.savings.items()):
-            return MemoryEstimate({"too much": 1 << 60}, {"forward": 1 << 60})
-        return super().estimate(shape, setup, resident, trainable, correction, offloading=offloading)
+        found = super().estimate(shape, setup, resident, trainable, correction, offloading=offloading)
+        more = sum(getattr(setup, name) != value for name, value in self.savings.items()) * TIB
+        return MemoryEstimate(
+            found.parts | {"more": more}, {phase: size + more for phase, size in found.phases.items()}
+        )
 
 
 class Corrected(FormulaCosts):

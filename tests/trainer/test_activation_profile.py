@@ -72,7 +72,9 @@ def test_attention_and_threads_take_memory():
 
     assert need(attention=True)["activations"] > need()["activations"]
     assert need(threads=8)["waiting batches"] > need()["waiting batches"]
-    assert need()["resident experts"] == 64 * 3 * 2048 * 1024 * 2 + 3 * 2048 * 1024 * 2  # a layer, and the one being read
+    assert (
+        need()["resident experts"] == 64 * 3 * 2048 * 1024 * 2 + 3 * 2048 * 1024 * 2
+    )  # a layer, and the one being read
 
 
 def test_no_more_batches_side_by_side_than_threads_are_good_for():

@@ -82,7 +82,7 @@ class Rig:
 
     def needs(self, trainer, **changes):
         """Bytes of a step with every expert, by the memory model alone."""
-        model = trainer._model
+        model = trainer.model
         setup = dataclasses.replace(step_setup(model, self.reader.run.training), **changes)
         return training_memory(shape_from_config(model.config), setup, 999, 999).total_bytes
 
@@ -275,7 +275,7 @@ def test_a_method_may_ask_for_a_storage_and_an_owner_not_for_another(rig):
     table = rig(**LORA)
     device = table.device()
     table.round(device)
-    training, model = table.reader.run.training, device._model
+    training, model = table.reader.run.training, device.model
 
     class Quantized(HFedMoE):
         requirements = Requirements(expert_storage="nf4")

@@ -78,9 +78,8 @@ def test_a_device_with_too_little_memory_offloads_and_sends_what_fedavg_sends(be
     fedavg = bench("fedavg")
     with pytest.raises(BudgetTooSmall, match="all 64 experts needs"):
         fedavg.round(with_room(data, tmp_path, usable, "same"), tmp_path / "none")
-    names = ("chunked_loss", "checkpointing", "sequence_length")
-    as_the_poor_one_does = OnlyWith(**{name: getattr(step_plan.setup, name) for name in names})
-    rich = trainer_of(data, tmp_path, name="poor", folder="rich", costs=as_the_poor_one_does)  # the same draws
+    savings = {name: True for name in ("chunked_loss", "checkpointing") if getattr(step_plan.setup, name)}
+    rich = trainer_of(data, tmp_path, name="poor", folder="rich", costs=OnlyWith(**savings))  # the same draws
     fedavg.round(rich, tmp_path / "expected")
     assert rich.planner.step_plan.setup == dataclasses.replace(step_plan.setup, offload=False)
     assert (tmp_path / "update").read_bytes() == (tmp_path / "expected").read_bytes()
@@ -142,7 +141,7 @@ def test_fmq_trains_adapters_on_4_bits_and_refuses_what_even_they_do_not_fit(ben
 
     model, training = device.model, table.reader.run.training
     lean = needs(model, training, expert_storage="nf4", **LEAST)
-    poor = with_room(trainer_of(data, tmp_path, name="poor"), lean // 2)
+    poor = with_room(data, tmp_path, lean // 2, "poor")
     with pytest.raises(BudgetTooSmall, match="all 64 experts needs .* with every saving"):
         table.round(poor, tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -141,7 +141,7 @@ def test_a_device_downloads_what_it_trains_and_a_share_of_the_rest(bench, data, 
     table = bench("flux", {"probes": 0, "pace": "own", "refresh_rounds": 4}, rounds=9)
     trainer = trainer_of(data, tmp_path, share=0.5)
     manifest, update = table.round(trainer, tmp_path / "update")
-    everything = {unit.sha256: table.reader._blobs.path(unit.sha256) for unit in (*manifest.units, *manifest.files)}
+    everything = table.reader.paths(manifest)
     here = set(everything) & update.keep
     wanted = ExpertAssignment(tune=tuple((layer, e) for layer in range(4) for e in (3, 9)), explore=((0, 5),))
 
