@@ -1,1 +1,1 @@
-"""Local training: the user's text as token blocks, and the steps that learn from them within a device's budget."""
+"""Local training: user text as token blocks, and the optimizer steps of a round."""

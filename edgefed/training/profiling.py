@@ -58,7 +58,7 @@ def profile_blocks(
 
     With a ``source``, experts are read from it as ``profile_pass`` says, with the adapters of ``scope``. Without, the
     model must have all its experts, and of ``profile_pass`` only the batch size counts. Router logits differ between
-    passes by rounding only, unless experts are quantised.
+    passes by rounding only, unless experts are quantized.
 
     Args:
         model: The model.
@@ -72,7 +72,7 @@ def profile_blocks(
     """
     module = model.module
     was_training = module.training
-    module.eval()
+    module.train(False)
     try:
         with model.record_statistics(attention=attention) as recorder:
             if source is None:

@@ -1,6 +1,6 @@
 """Activation checkpointing and optimizers with less memory, for the same loss and gradients.
 
-The chunked loss and quantised experts have files of their own. `problems` says which savings do not work with a model
+The chunked loss and quantized experts have files of their own. `problems` says which savings do not work with a model
 on a device, and why.
 """
 
