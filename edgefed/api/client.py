@@ -147,7 +147,7 @@ class Client:
         """
         import platform
 
-        from edgefed.agent.channel import check_base_url
+        from edgefed.agent.addresses import check_base_url
 
         check_base_url(self.server)
         memory_bytes = self.memory_bytes

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from edgefed.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from edgefed.costs.shapes import ModelShape
@@ -168,7 +169,8 @@ def profile(
     sink.phase("load")
     moe, units, profile_pass, source = _profiled_model(model, storage, batch_size, sequence_length, memory)
     tokenizer = load_tokenizer(source)
-    check_vocabulary(tokenizer, moe.module.get_input_embeddings().num_embeddings, source)
+    embeddings = moe.module.get_input_embeddings()
+    check_vocabulary(tokenizer, cast("torch.nn.Embedding", embeddings).num_embeddings, source)
     encoded = encode_examples(
         corpus.train, tokenizer, sequence_length, on_message=lambda note: sink.message(f"{data} {note}")
     )
@@ -216,13 +218,11 @@ def experts(
 
     Raises ConfigError when the plan is for another model, UnsupportedArchitecture.
     """
-    from edgefed.moe.model import MoeModel
     from edgefed.moe.units import MemorySource, TrainScope
 
     chosen = plan.experts if isinstance(plan, Plan) else plan
     storage = plan.expert_storage if isinstance(plan, Plan) else None
     moe, _ = _moe_model(model)
-    assert isinstance(moe, MoeModel)
     rank = lora or 8
     scope = TrainScope(
         experts="lora" if lora else "full", router=router, attention="none", lora_rank=rank,
@@ -273,7 +273,7 @@ def _profiled_model(
     return moe, checkpoint, ProfilePass("layer", quantized, batch_size, concurrent), source
 
 
-def _moe_model(model: str | Path | PreTrainedModel) -> tuple[Any, str]:
+def _moe_model(model: str | Path | PreTrainedModel) -> tuple[MoeModel, str]:
     """(a `MoeModel` of it, where its tokenizer is)."""
     from edgefed.embedded import resolve_model
     from edgefed.moe.architecture import discover_layers
@@ -282,7 +282,7 @@ def _moe_model(model: str | Path | PreTrainedModel) -> tuple[Any, str]:
     if isinstance(model, (str, Path)):
         source = resolve_model(str(model))
         return MoeModel.from_checkpoint(source), source
-    return MoeModel(model, discover_layers(model), device=model.device), model.name_or_path
+    return MoeModel(model, discover_layers(model), device=model.device), model.name_or_path or ""
 
 
 def _shape_of(model: str | Path | PreTrainedModel) -> tuple[ModelShape, str, str]:
@@ -293,7 +293,7 @@ def _shape_of(model: str | Path | PreTrainedModel) -> tuple[ModelShape, str, str
     if isinstance(model, (str, Path)):
         found = find_model(str(model))
         return found.shape, str(found.dtype).removeprefix("torch."), found.name
-    name = Path(model.name_or_path).name or type(model).__name__
+    name = Path(model.name_or_path or "").name or type(model).__name__
     return shape_from_config(model.config, name), str(model.dtype).removeprefix("torch."), name
 
 

@@ -61,8 +61,11 @@ def simulation_settings(
     if methods:
         chosen = tuple(choice for choice in settings.methods if choice.label in methods)
         settings = dataclasses.replace(settings, methods=chosen)
-    changes = {name: value for name, value in (("rounds", rounds), ("seed", seed)) if value is not None}
-    return dataclasses.replace(settings, **changes)
+    return dataclasses.replace(
+        settings,
+        rounds=settings.rounds if rounds is None else rounds,
+        seed=settings.seed if seed is None else seed,
+    )
 
 
 def export(

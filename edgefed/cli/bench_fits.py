@@ -7,7 +7,7 @@ from rich.text import Text
 
 from edgefed.bench.formats import MODES, STORAGES, duration
 from edgefed.bench.report import Fit, Report
-from edgefed.cli.bench_style import WIDE, Style, table_of
+from edgefed.cli.bench_style import WIDE, Justify, Style, table_of
 from edgefed.hardware.memory import format_bytes
 
 
@@ -18,28 +18,29 @@ def print_fits(console: Console, style: Style, report: Report) -> None:
     console.print("\nExperts per layer that fit", style="bold", end="")
     both = any(fit.budget == "now" for fit in report.fits) and any(fit.budget == "ideal" for fit in report.fits)
     console.print(" now (and on an idle machine)" if both else "", style="dim", markup=False)
-    columns = [("\nmodel", "left"), ("\nof", "right")]
+    columns: list[tuple[str, Justify]] = [("\nmodel", "left"), ("\nof", "right")]
     columns += [(f"{STORAGES[storage]}\n{label}", "right") for storage in storages for label in MODES.values()]
     columns.append((_upload_title(report), "right"))
     table = table_of(*columns)
-    found: dict[tuple, Fit] = {(f.model, f.storage, f.mode, f.budget): f for f in report.fits}
+    found: dict[tuple[str, ...], Fit] = {(f.model, f.storage, f.mode, f.budget): f for f in report.fits}
     for model in dict.fromkeys(fit.model for fit in report.fits):
         cells, of = [], 0
         for storage in storages:
             for mode in MODES:
                 now, ideal = (found.get((model, storage, mode, budget)) for budget in ("now", "ideal"))
-                of = (now or ideal).of
-                cells.append(_fit_cell(now, ideal))
+                if (shown := now or ideal) is not None:
+                    of = shown.of
+                    cells.append(_fit_cell(now, ideal, shown))
         lora = found.get((model, "bfloat16", "lora", "now")) or found.get((model, "bfloat16", "lora", "ideal"))
         seconds = lora.upload_s if lora else None
         table.add_row(model, str(of), *cells, "-" if seconds is None else duration(seconds))
     console.print(table)
     notes = [
         "predicted: 512 tokens a step, checkpointing, chunked loss",
-        "profile = forward; LoRA = rank 16 on all kept; full = kept while one a layer trains in full",
+        "profile = forward; LoRA = rank 16 on all resident experts; full = one expert per layer trains in full",
     ]
     if wide:
-        notes.append("NF4 = experts that do not learn in 4 bits, as `edgefed join` keeps them where memory is short")
+        notes.append("NF4 = frozen experts in 4 bits, as `edgefed join` stores them where memory is short")
     for note in notes:
         console.print(f"  {note}", style="dim", markup=False)
 
@@ -49,8 +50,7 @@ def _upload_title(report: Report) -> str:
     return f"LoRA up,\n{line['name']}" if line else "LoRA up"
 
 
-def _fit_cell(now: Fit | None, ideal: Fit | None) -> Text:
-    shown = now or ideal
+def _fit_cell(now: Fit | None, ideal: Fit | None, shown: Fit) -> Text:
     colour = "green" if shown.experts == shown.of else "red" if shown.experts == 0 else ""
     text = Text("?" if now is None else str(now.experts), style=colour if now else "")
     if ideal is not None and (now is None or ideal.experts != now.experts):
@@ -69,7 +69,8 @@ def print_explain(console: Console, style: Style, report: Report) -> None:
         head = Text(f"  {row['plan']}", style="bold")
         head.append(f"  {row['resident']} of {row['of']} experts a layer, {row['trainable']} trained")
         console.print(head)
-        parts = table_of(("", "left"), ("", "right"), ("", "right"), *([("", "left")] if cells else []))
+        bars: list[tuple[str, Justify]] = [("", "left")] if cells else []
+        parts = table_of(("", "left"), ("", "right"), ("", "right"), *bars)
         start = 0.0
         for name, size in row["parts"].items():
             if not size:

@@ -18,10 +18,10 @@ from rich.text import Text
 
 from edgefed.bench.compare import Comparison, conditions, differences
 from edgefed.bench.formats import gib, number
-from edgefed.bench.report import Report
+from edgefed.bench.report import Report, Sustain
 from edgefed.bench.statistics import FAILED, INTERRUPTED, NOISY, SKIPPED, STABLE, UNUSABLE, Entry
 from edgefed.cli.bench_fits import print_explain, print_fits
-from edgefed.cli.bench_style import WIDE, Style, table_of
+from edgefed.cli.bench_style import WIDE, Justify, Style, table_of
 from edgefed.cli.output import stdout_console
 from edgefed.cli.phrasing import to_flags
 from edgefed.hardware.memory import GIB, format_bytes
@@ -47,7 +47,7 @@ def print_report(report: Report, files: Sequence[Path]) -> None:
     if report.tests:
         _speed(console, style, report)
     if report.sustain is not None:
-        _sustain(console, style, report)
+        _sustain(console, style, report.sustain)
     if report.network:
         console.print("\nNetwork", style="bold")
         console.print(_entries(style, report.network, console.width, paper=False))
@@ -90,7 +90,7 @@ def _header(console: Console, style: Style, report: Report) -> None:
 def _memory(console: Console, style: Style, report: Report) -> None:
     memory = report.memory
     cells = style.cells(console.width)
-    bars = [("", "left")] if cells else []
+    bars: list[tuple[str, Justify]] = [("", "left")] if cells else []
     table = table_of(("Memory budget", "left"), ("", "right"), *bars, ("", "left"))
     total = next((term.size_bytes for term in memory.terms if term.size_bytes > 0), 0)
     left = 0
@@ -149,20 +149,20 @@ def _speed(console: Console, style: Style, report: Report) -> None:
 
 
 def _entries(style: Style, entries: Iterable[Entry], width: int, *, paper: bool) -> Table:
-    columns = [("test", "left"), ("median", "right"), ("spread", "right"), ("unit", "left")]
+    columns: list[tuple[str, Justify]] = [("test", "left"), ("median", "right"), ("spread", "right"), ("unit", "left")]
     columns += [("paper", "right"), ("share", "right")] if paper else []
     table = table_of(*columns, ("", "left"), ("note", "left"))
     for entry in entries:
         colour = COLOURS[entry.verdict]
         if not entry.measured:
-            cells = [Text("-", style=colour), "", entry.unit, *(["", ""] if paper else [])]
+            cells: list[str | Text] = [Text("-", style=colour), "", entry.unit, *(["", ""] if paper else [])]
             reason = Text(
                 to_flags(entry.reason), style="dim" if entry.verdict == "skipped" else colour, overflow="ellipsis"
             )
             table.add_row(entry.name, *cells, Text(entry.verdict, style=colour), reason)
             continue
         spread = f"{style.plus_minus}{100 * (entry.spread or 0):.1f} %" if len(entry.samples) > 2 else "-"
-        cells = [f"{number(entry.median)}{'*' if entry.derived else ''}", Text(spread, style=colour), entry.unit]
+        cells = [f"{number(entry.median or 0.0)}{'*' if entry.derived else ''}", Text(spread, style=colour), entry.unit]
         if paper:
             share = entry.share
             cells += [
@@ -180,8 +180,7 @@ def _short(note: str) -> str:
     return note if len(note) <= NOTE_CHARACTERS else note[: NOTE_CHARACTERS - 2].rstrip() + ".."
 
 
-def _sustain(console: Console, style: Style, report: Report) -> None:
-    run = report.sustain
+def _sustain(console: Console, style: Style, run: Sustain) -> None:
     console.print(f"\nSustained {run.seconds:.0f} s of {run.name}", style="bold", markup=False)
     colour = "green" if run.change > -0.05 else "yellow" if run.change > -0.15 else "red"
     line = Text(f"  {number(run.first)} {style.arrow} {number(run.last)} {run.unit} ")
@@ -241,12 +240,18 @@ def print_profiles(profiles: Mapping[str, DeviceProfile]) -> None:
     """The shipped device profiles, one a line."""
     console = stdout_console()
     wide = console.width >= WIDE
-    columns = [("profile", "left"), ("memory", "right"), ("GB/s", "right"), ("bf16 TFLOPS", "right")]
-    table = table_of(*columns, *([("device", "left"), ("disk", "left")] if wide else []))
+    columns: list[tuple[str, Justify]] = [
+        ("profile", "left"),
+        ("memory", "right"),
+        ("GB/s", "right"),
+        ("bf16 TFLOPS", "right"),
+    ]
+    columns += [("device", "left"), ("disk", "left")] if wide else []
+    table = table_of(*columns)
     for name, profile in profiles.items():
         values = [profile.value(key) for key in ("memory_visible", "bandwidth", "bf16_tflops")]
         cells = ["-" if value is None else number(value) for value in values[1:]]
-        unit = f"{number(values[0])} GiB {profile.kind}"
+        unit = f"{number(values[0] or 0.0)} GiB {profile.kind}"
         table.add_row(name, unit, *cells, *([profile.name, profile.typical_disk] if wide else []))
     console.print(table)
     console.print("edgefed bench --device-profile NAME plans for one of them", style="dim", markup=False)

@@ -64,11 +64,6 @@ def _parameter(verb: str, field: SettingField, flags: Mapping[str, str]) -> clic
     text = to_flags(setting.help, flags)
     if setting.default is not None:
         text = f"{text}  [default: {to_flags(shown or '', flags)}]".strip()
-    many: dict[str, Any] = {"any": {"multiple": True}, "pairs": {"multiple": True}, "two": {"nargs": 2}}.get(
-        field.many, {}
-    )
-    if field.kind is bool:
-        many = {"is_flag": True}
     return click.Option(
         [f"--{field.flag}", field.name],
         type=None if field.kind is bool else kind,
@@ -78,21 +73,23 @@ def _parameter(verb: str, field: SettingField, flags: Mapping[str, str]) -> clic
         required=field.required,
         envvar=variable_of(verb, field),
         metavar=setting.metavar,
-        **many,
+        is_flag=True if field.kind is bool else None,
+        multiple=field.many in ("any", "pairs"),
+        nargs=2 if field.many == "two" else None,
     )
 
 
-def _click_type(field: SettingField) -> click.ParamType:
+def _click_type(field: SettingField) -> click.ParamType[Any]:
     setting = field.setting
     if field.choices:
         return click.Choice(field.choices)
     if field.kind is Path:
         return click.Path(path_type=Path)
     if field.kind in (int, float):
-        limits = {"min": setting.minimum if setting.above is None else setting.above, "max": setting.maximum}
+        low, high = setting.minimum if setting.above is None else setting.above, setting.maximum
         if field.kind is int:
-            return click.IntRange(**{name: None if value is None else int(value) for name, value in limits.items()})
-        return click.FloatRange(**limits, min_open=setting.above is not None)
+            return click.IntRange(None if low is None else int(low), None if high is None else int(high))
+        return click.FloatRange(low, high, min_open=setting.above is not None)
     return click.STRING
 
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
+    from edgefed.personal.labelled_text import LabelledTexts
     from edgefed.personal.partition import Partition
+    from edgefed.personal.samples import ImageSamples
 
 SHOWN_CLIENTS = 30
 SHOWN_CLASSES = 12
@@ -65,12 +67,13 @@ def partition_command(given: PartitionCommandSettings) -> None:
             f"unknown suffix: {data}; known are .npz, {', '.join(TEXT_SUFFIXES)}, and a folder of images",
             remedy="The documentation shows what these files hold.",
         )
+    samples: ImageSamples | LabelledTexts
     if not data.is_dir() and data.name.lower().endswith(TEXT_SUFFIXES):
-        samples = load_labelled_texts(data)
-        for problem in samples.problems[:10]:
+        texts = samples = load_labelled_texts(data)
+        for problem in texts.problems[:10]:
             print_note(f"{data}: line {problem.line}: {problem.reason}")
-        if len(samples.problems) > 10:
-            print_note(f"{data}: {len(samples.problems)} lines cannot be used in total")
+        if len(texts.problems) > 10:
+            print_note(f"{data}: {len(texts.problems)} lines cannot be used in total")
     else:
         samples = load_images(data, resize=given.resize, report=lambda note: print_note(f"{data}: {note}"))
     settings = PartitionSettings(

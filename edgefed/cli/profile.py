@@ -74,9 +74,10 @@ def profile_command(settings: ProfileSettings) -> None:
     )
     for share, index, expert in ranked[:8]:
         layer = record.layers[index]
+        received = layer.mean_attention if attention else None
         table.add_row(
             "", str(index), str(expert), f"{layer.tokens_per_expert[expert]:.0f}", f"{100 * share:.1f}",
-            f"{layer.mean_gate[expert]:.3f}", *((f"{100 * layer.mean_attention[expert]:.2f}",) if attention else ()),
+            f"{layer.mean_gate[expert]:.3f}", *(() if received is None else (f"{100 * received[expert]:.2f}",)),
         )  # fmt: skip
     console.print(table)
     if settings.plot:

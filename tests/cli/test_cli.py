@@ -265,7 +265,7 @@ def test_a_run_keeps_its_tokenizer_and_length(run, tmp_path):
 def test_joining_needs_a_model_for_a_task(run):
     join = ("join", "http://127.0.0.1:9", "--data", "none.jsonl")
     refused(run(*join, "--task", "next-token"), 2, "config", "--model is missing", "text-gru")
-    refused(run(*join, "--task", "text", "--model", "text-cnn"), 4, "data", "there is no file")
+    refused(run(*join, "--task", "text", "--model", "text-cnn"), 4, "data", "file not found")
     refused(run(*join, "--model", "text-cnn"), 2, "config", "--task")
 
 

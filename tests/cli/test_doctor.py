@@ -31,7 +31,9 @@ def run(capsys, tmp_path, monkeypatch):
 
 
 def refused(result, status, code, *texts):
-    assert result[0] == status and not result[1] and "Traceback" not in result[2], result
+    assert result[0] == status, result
+    assert not result[1]
+    assert "Traceback" not in result[2]
     assert f"error[{code}]" in result[2]
     assert len(result[2].strip().splitlines()) >= 2
     for text in texts:

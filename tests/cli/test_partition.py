@@ -35,7 +35,8 @@ def images(tmp_path):
 
 def test_by_class_prints_the_counts_it_wrote(run, images, tmp_path):
     status, out, err = run(images, "--clients", 3, "--out", "parts")
-    assert status == 0 and not err, err
+    assert status == 0, err
+    assert not err
     lines = out.splitlines()
     assert lines[0].split() == ["client", "ant", "bee", "[red]cow", "examples", "classes"]
     assert lines[1].split()[0] == "client-00.npz"
