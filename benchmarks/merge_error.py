@@ -1,9 +1,9 @@
-"""What merging does to the output of each MoE layer, measured on real tokens.
+"""Error of each MoE layer's output after merging, measured on real tokens.
 
     error(l) = || MoE_l(x) - MoE_merged_l(x) || / || MoE_l(x) ||
 
-over all tokens x that reach layer l of the unmerged model: the layer's own error, without that of the layers before.
-MoE_l is the routed experts' part; a shared expert, which merging does not touch, is not in it.
+over all tokens x that reach layer l of the unmerged model, so it excludes the error of earlier layers. MoE_l is the
+output of the routed experts; a shared expert, which merging does not change, is not included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from edgefed.errors import ConfigError
 from edgefed.expert_records import ExpertPlan
 from edgefed.kernels.masked_experts import masked_experts
-from edgefed.moe.architecture import ExpertLayer
+from edgefed.moe.architecture import ExpertLayer, expert_activation, expert_finish
 from edgefed.moe.attention_received import AttentionCapture
 from edgefed.moe.bank import ExpertBank
 from edgefed.moe.gate_probe import split_expert_arguments
@@ -38,12 +38,12 @@ def layer_output_errors(
     storage: str | None = None,
     by_attention: bool = False,
 ) -> dict[str, np.ndarray]:
-    """error(l) of each plan, (L,) float64 by the plan's name, in one pass over ``batches`` of token ids (B, S).
+    """Return error(l) of each plan by name, (L,) float64, from one pass over ``batches`` of token ids (B, S).
 
-    ``model`` must compute the full model: one that holds all its experts, or streams. Each plan must serve every
-    expert, as itself or merged; its experts are read from ``source`` (no adapters), with ``aligners[name]`` as
-    `merge_experts`'s align, and all plans are in memory together. ``by_attention``: each token counts by the attention
-    that it receives, as in Flux's importance, instead of once. NaN for a layer whose output was zero throughout.
+    ``model`` must compute the full model, with all experts in memory or streamed. Each plan must have every expert,
+    resident or merged; its experts are read from ``source`` without adapters, with ``aligners[name]`` as the ``align``
+    of `merge_experts`, and all plans are in memory at the same time. With ``by_attention``, each token is weighted by
+    the attention that it receives, as in Flux's importance. The error is NaN for a layer whose output is always zero.
     Raises ConfigError, CheckpointError.
     """
     dense = TrainScope(experts="none", router="none")
@@ -52,9 +52,7 @@ def layer_output_errors(
         if plan.experts_per_layer != model.experts_per_layer or any(
             (plan.slots(layer) < 0).any() for layer in range(plan.num_layers)
         ):
-            raise ConfigError(
-                f"the error of plan {name!r} needs a place for every expert of this model, held or merged"
-            )
+            raise ConfigError(f"plan {name!r} must have every expert of this model, resident or merged")
         align = (aligners or {}).get(name)
         banks[name] = [
             ExpertBank(layer, plan, source, dense, model.module.device, storage, align) for layer in model.layers
@@ -76,10 +74,10 @@ def layer_output_errors(
                 bank.slot_of[indices],
                 weights,
                 bank.slots(),
-                activation=module._apply_gate if layer.has_gate else module.act_fn,
+                activation=expert_activation(layer.experts),
                 is_transposed=layer.is_transposed,
-                finish=module.post_expert_norm if layer.has_post_expert_norm else None,
-                int8_activations=False,  # exact: the error is to be that of merging alone
+                finish=expert_finish(layer.experts),
+                int8_activations=False,  # exact, so that only merging causes an error
             )
             differences[name][layer.ordinal] += ((merged.double() - flat).square() * counted).sum().item()
 

@@ -149,9 +149,10 @@ def profile(
     >>> busiest = profile.layers[0].tokens_per_expert.argmax()
 
     ``model``: "tiny", a checkpoint folder, a hub id, or a transformers model. ``data``: a .txt or .jsonl file, or
-    "silo:NAME". ``tokens``: most to read, 0 for all. ``storage``: experts as they are, or quantised, which needs less
-    memory. ``attention``: also record the attention that the tokens of each expert receive. ``memory``: bytes, or a text
-    like "8GiB"; None is what is available. A checkpoint that does not fit is read layer by layer, or expert by expert.
+    "silo:NAME". ``tokens``: most to read, 0 for all. ``storage``: experts as they are, or quantized, which needs less
+    memory. ``attention``: also record the attention that the tokens of each expert receive. ``memory``: bytes, or a
+    text like "8GiB"; None is what is available. A checkpoint that does not fit is read layer by layer, or expert by
+    expert.
 
     Raises DataError, ModelNotFound, CheckpointError, UnsupportedArchitecture.
     """

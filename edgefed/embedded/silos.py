@@ -1,10 +1,10 @@
-"""Text silos: the standard library of the running Python as federated clients that are unlike each other.
+"""Text silos: the standard library of the running Python as federated clients with different distributions.
 
 Each silo is one package of the standard library (`asyncio`, `email`, ...); `topics` is the language reference that
-`pydoc` carries, the only prose among them. Every machine that runs edgefed has this text, so a demonstration needs no
-download. It differs between Python versions: print `Silo.sha256` and the Python version beside any number.
+`pydoc` includes, the only prose among them. Every machine that runs edgefed has this text, so a demonstration needs no
+download. It differs between Python versions: report `Silo.sha256` and the Python version with every result.
 
-This module knows nothing about models or tokens, imports no torch, and reads nothing until it is called.
+This module does not depend on models or tokenizers, does not import torch, and reads files only when it is called.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SILOS: tuple[str, ...] = (
 )
 
 HELD_OUT_SHARE = 0.2  # of the bytes of a silo
-HELD_OUT_CEILING = 0.25  # a file that would lift the held-out share above this stays in train: one file can be 40 %
+HELD_OUT_CEILING = 0.25  # files that would raise the held-out share above this are for training: one can be 40 %
 
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
-# Left out of pretraining: tables rather than text, packages that newer Pythons dropped or that distributions split off,
-# the text of the `topics` silo, the test suite, and files that belong to the machine rather than to Python.
+# Excluded from pretraining: tables, packages that newer Pythons removed or that distributions package separately, the
+# text of the `topics` silo, the test suite, and files of the machine instead of Python.
 _NOT_PRETRAINING = frozenset(
     {
         "distutils",
@@ -56,11 +56,11 @@ _NOT_PRETRAINING = frozenset(
 
 @dataclass(frozen=True)
 class Document:
-    """One file (or one topic of the language reference).
+    r"""One file (or one topic of the language reference).
 
     Attributes:
         name: path below the standard library with forward slashes (`email/header.py`), or `topics/<topic>`.
-        text: the decoded source, newlines as `\\n`.
+        text: the decoded source, newlines as `\n`.
 
     """
 
@@ -74,8 +74,8 @@ class Silo:
 
     Attributes:
         name: one of `SILOS`.
-        train: the documents to learn from, ordered by name; never empty.
-        held_out: whole other documents to measure on, ordered by name; never empty.
+        train: the documents to train on, ordered by name; never empty.
+        held_out: other whole documents for evaluation, ordered by name; never empty.
         sha256: hex digest over every name and text, train and held-out.
 
     """
@@ -89,8 +89,8 @@ class Silo:
 def load_silo(name: str) -> Silo:
     """Read the silo `name` from the running Python.
 
-    Whole documents are held out, about a fifth of the bytes, chosen by a hash of their names: the same Python version
-    gives the same split on every machine, and no file is ever on both sides.
+    About a fifth of the bytes is held out as whole documents, chosen by a hash of their names. The same Python version
+    gives the same split on every machine, and no file is on both sides.
 
     Raises:
         DataError: `name` is not one of `SILOS`, or this Python comes without the source text of it.
@@ -98,14 +98,14 @@ def load_silo(name: str) -> Silo:
     """
     if name not in SILOS:
         raise DataError(
-            f"there is no silo named {name!r}; the silos are {', '.join(SILOS)}",
+            f"unknown silo {name!r}; it must be one of {', '.join(SILOS)}",
             remedy="Use one of the listed names, as in silo:asyncio.",
         )
     documents = _topic_documents() if name == "topics" else _package_documents(name)
     documents = [document for document in documents if document.text.strip()]
     if len(documents) < 2:
         raise DataError(
-            f"silo {name!r} has {len(documents)} readable documents in {_standard_library()}, and a split needs two",
+            f"silo {name!r} needs at least two readable documents; found {len(documents)} in {_standard_library()}",
             remedy="Use a Python that ships the source of its standard library, or pass a file instead of a silo.",
         )
     held_out_names = _select_held_out(documents)
@@ -200,12 +200,12 @@ def _select_held_out(documents: list[Document]) -> set[str]:
     sizes = {document.name: len(document.text.encode("utf-8")) for document in documents}
     total = sum(sizes.values())
     chosen: set[str] = set()
-    held = 0
+    held_bytes = 0
     for document in sorted(documents, key=document_order):
-        if held >= HELD_OUT_SHARE * total:
+        if held_bytes >= HELD_OUT_SHARE * total:
             break
-        if held + sizes[document.name] <= HELD_OUT_CEILING * total:
+        if held_bytes + sizes[document.name] <= HELD_OUT_CEILING * total:
             chosen.add(document.name)
-            held += sizes[document.name]
-    # Two or three large files: none fits, and the smallest is the least lost to training.
+            held_bytes += sizes[document.name]
+    # With two or three large files none fits; holding out the smallest removes the least training text.
     return chosen or {min(sizes, key=lambda name: (sizes[name], name))}

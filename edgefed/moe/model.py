@@ -6,7 +6,6 @@
         model.module(input_ids)                       # the full model, one expert in memory at a time
     model.apply_plan(plan, source, scope)             # now only the planned experts are resident
     optimizer = AdamW(model.trainable_parameters())
-    ...
     for unit, tensors in model.trained_units(): upload(unit, tensors)
 
 Not thread-safe.
@@ -47,6 +46,9 @@ from edgefed.moe.packed import check_storage
 from edgefed.moe.units import LORA_SUFFIX, ExpertSource, FixedTensors, TrainScope
 from edgefed.protocol.messages import UnitInfo
 
+Dtype = str | torch.dtype
+Device = str | torch.device
+
 
 class MoeModel:
     """A model, its MoE layers, and its resident experts. Create it with one of the class methods.
@@ -77,21 +79,14 @@ class MoeModel:
             vars(layer.experts)["edgefed_runtime"] = runtime
 
     @classmethod
-    def from_checkpoint(
-        cls, source: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
-    ) -> MoeModel:
-        """Load a complete model from a local folder or from the hub.
-
-        Raises ModelNotFound, CheckpointError (weights missing or broken), UnsupportedArchitecture.
-        """
+    def from_checkpoint(cls, source: str | Path, dtype: Dtype = "auto", device: Device = "cpu") -> MoeModel:
+        """Load a complete model from a local folder or from the hub. Raises as `Checkpoint` does."""
         module = Checkpoint(source, dtype).load()
         nn.Module.to(module, device)
         return cls(module, discover_layers(module), device=torch.device(device))
 
     @classmethod
-    def skeleton(
-        cls, folder: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
-    ) -> MoeModel:
+    def skeleton(cls, folder: str | Path, dtype: Dtype = "auto", device: Device = "cpu") -> MoeModel:
         """Create a model without weights from a folder with a config.json. `load_unit` adds all units except experts.
 
         With ``dtype="auto"`` a tensor takes the dtype of the first values loaded into it. Raises ModelNotFound,
@@ -101,10 +96,7 @@ class MoeModel:
 
     @classmethod
     def streamed(cls, source: str | Path) -> tuple[MoeModel, Checkpoint]:
-        """Load a checkpoint except its experts, which the returned checkpoint reads as an `ExpertSource`.
-
-        Raises ModelNotFound, CheckpointError, UnsupportedArchitecture.
-        """
+        """Load a checkpoint except its experts, which the returned checkpoint reads as an `ExpertSource`."""
         checkpoint = Checkpoint(source)
         model = cls._without_weights(checkpoint.config, "auto", "cpu")
         for key in model._fixed:
@@ -113,9 +105,7 @@ class MoeModel:
         return model, checkpoint
 
     @classmethod
-    def _without_weights(
-        cls, config: PretrainedConfig, dtype: str | torch.dtype, device: str | torch.device
-    ) -> MoeModel:
+    def _without_weights(cls, config: PretrainedConfig, dtype: Dtype, device: Device) -> MoeModel:
         module = loading.build_skeleton(config, dtype, device=device)
         model = cls(module, discover_layers(module), device=torch.device(device))
         model._unloaded = {place.full_name for unit in model._fixed.values() for place in unit.places.values()}
@@ -330,10 +320,7 @@ class MoeModel:
                 runtime.balancing = None
 
     def set_schedule(self, schedule: Schedule | None) -> None:
-        """Let ``schedule(layer, batch_profile)`` choose the trainable experts that get weight gradients in each batch.
-
-        The other experts act as frozen ones in that batch. Gradients still flow through them to the layers below.
-        """
+        """Let ``schedule(layer, batch_profile)`` choose the trainable experts that get weight gradients in a batch."""
         for runtime in self._runtimes:
             runtime.schedule = schedule
 

@@ -76,7 +76,7 @@ def test_unknown_silo_names_what_there_is():
 
 def test_python_without_source_is_a_data_error(tmp_path, monkeypatch):
     monkeypatch.setattr(silos, "_standard_library", lambda: tmp_path)
-    with pytest.raises(DataError, match="'xml' has 0 readable documents"):
+    with pytest.raises(DataError, match="'xml' needs at least two readable documents; found 0"):
         load_silo("xml")
     with pytest.raises(DataError, match="no standard library source"):
         pretraining_documents()
