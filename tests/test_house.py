@@ -19,28 +19,47 @@ PACKAGE = ROOT / "edgefed"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TOP_LEVEL = {"triton_kernels": "edgefed.triton_kernels", "profiles": "edgefed.profiles"}
 
-MODEL_SIDE = ("torch", "transformers", "edgefed.moe", "edgefed.training", "edgefed.runs", "edgefed.simulation")
-FORBIDDEN = {
-    "errors.py": ("edgefed", "torch", "transformers"),
-    "expert_records.py": ("torch", "transformers", "edgefed"),
-    "protocol": ("torch", "transformers", "edgefed.moe", "edgefed.agent", "edgefed.aggregator", "edgefed.methods"),
-    "hardware": ("transformers", "edgefed.moe", "edgefed.training", "edgefed.agent", "edgefed.aggregator"),
-    "kernels": ("edgefed.moe", "edgefed.methods", "edgefed.agent", "edgefed.aggregator", "edgefed.training"),
-    "moe": ("edgefed.methods", "edgefed.agent", "edgefed.aggregator", "edgefed.training", "edgefed.cli"),
-    "methods": ("torch", "transformers", "httpx", "starlette", "edgefed.moe", "edgefed.agent", "edgefed.aggregator"),
-    "personal": ("edgefed.agent", "edgefed.aggregator", "edgefed.cli", "httpx", "starlette", "torchvision"),
-    "training": ("edgefed.agent", "edgefed.aggregator", "httpx", "starlette"),
-    "agent": ("edgefed.aggregator", "starlette", "uvicorn"),
-    "aggregator": (*MODEL_SIDE, "edgefed.agent", "httpx"),
-    "bench": ("edgefed.aggregator", "starlette"),
-    "doctor": ("edgefed.aggregator", "starlette"),
+FLOORS = (
+    ("errors", "expert_records", "interrupt"),
+    ("config", "disk", "embedded", "hardware", "native", "plots", "progress"),
+    ("protocol",),
+    ("kernels", "costs", "methods", "agent"),
+    ("moe", "aggregator", "doctor"),
+    ("training", "checkpoint_export"),
+    ("personal", "trainer", "bench"),
+    ("join", "runs"),
+    ("simulation",),
+    ("api",),
+    ("cli",),
+    ("__main__",),
+)
+"""Rooms of the package (folders and files) from the ground up. A room imports from itself and from lower floors."""
+
+MODEL_SIDE = ("torch", "transformers")
+NEVER_IMPORTED = {
+    "errors": ("edgefed", *MODEL_SIDE),
+    "expert_records": ("edgefed", *MODEL_SIDE),
+    "protocol": MODEL_SIDE,
+    "methods": (*MODEL_SIDE, "httpx", "starlette"),
+    "agent": (*MODEL_SIDE, "starlette", "uvicorn"),
+    "aggregator": (*MODEL_SIDE, "edgefed.agent", "edgefed.kernels.dispatch", "httpx"),
+    "training": ("httpx", "starlette"),
+    "personal": ("httpx", "starlette", "torchvision"),
+    "hardware": ("transformers",),
 }
-"""Folder or file -> what nothing in it may import, at any depth of a function."""
+"""Room -> what it does not import at any depth of a function, beside the rooms above it."""
 
 
 def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports when it runs, at any depth; what only type checkers see does not count."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+            continue
+        pending.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -49,23 +68,69 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
 def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-@pytest.mark.parametrize("place", FORBIDDEN)
-def test_layers_import_only_downwards(place):
-    folder = PACKAGE / place
-    files = [folder] if folder.is_file() else sorted(folder.rglob("*.py"))
-    assert files
+def test_every_room_has_a_floor():
+    rooms = {room_of(path) for path in SOURCES} - {"__init__"}
+    assert rooms == {room for floor in FLOORS for room in floor}
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)), ids=lambda floor: "+".join(FLOORS[floor]))
+def test_layers_import_only_downwards(floor):
+    above = {room for rooms in FLOORS[floor:] for room in rooms}
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
-        for path in files
+        for path in SOURCES
+        if room_of(path) in FLOORS[floor]
         for name in sorted(imports_of(path))
-        for package in FORBIDDEN[place]
+        if name.startswith("edgefed.") and name.split(".")[1] in above - {room_of(path)}
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", NEVER_IMPORTED)
+def test_rooms_stay_free_of(room):
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in SOURCES
+        if room_of(path) == room
+        for name in sorted(imports_of(path))
+        for package in NEVER_IMPORTED[room]
         if within(name, package)
     ]
     assert not wrong
+
+
+def test_modules_import_each_other_in_no_circle():
+    """Imports at module level only: an import inside a function runs when everything is loaded."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+    edges = {}
+    for name, path in names.items():
+        found = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module)
+                found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+        edges[name] = sorted((found & names.keys()) - {name, "edgefed"})
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for other in edges[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
 
 
 def test_only_one_file_of_hardware_asks_torch_and_not_before_it_is_called():
