@@ -140,7 +140,8 @@ class FakeAggregator:
         self._thread.start()
         end = time.monotonic() + 10
         while not self._server.started:
-            assert time.monotonic() < end and self._thread.is_alive(), "the fake aggregator did not start"
+            assert time.monotonic() < end, "the fake aggregator did not start"
+            assert self._thread.is_alive(), "the fake aggregator ended"
             time.sleep(0.005)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
 

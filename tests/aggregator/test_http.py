@@ -108,7 +108,8 @@ def test_every_refusal_is_an_error_reply(shared, client):
         response = client.http.request(verb, url, **arguments)
         assert response.status_code == status, (verb, url, response.text)
         reply = response.json()
-        assert reply["message"] and reply["remedy"], url
+        assert reply["message"], url
+        assert reply["remedy"], url
         assert reply["code"] == (kind or MalformedMessage).code, url
 
 
@@ -274,8 +275,8 @@ def test_a_cut_connection_leaves_a_part_and_the_upload_goes_on(tmp_path, start_s
     assert clients["a"].commit(update.meta) is False
     assert clients["a"].commit(update.meta) is True
     assert clients["a"].offset(update.meta) == (len(update.frame), "accepted")
+    other = make_update(clients["a"].manifest(), "a", {}, attempt=2)
     with pytest.raises(UpdateConflict):
-        other = make_update(clients["a"].manifest(), "a", {}, attempt=2)
         clients["a"].put(other.meta, other.frame)
 
 
