@@ -27,6 +27,7 @@
        |- MalformedMessage    a message is not of the expected form
        |- VersionMismatch     client and server use different protocol versions
        |- Unauthorized        the token or client key is wrong
+       |- IdentityInUse       two processes use the identity of one client
        |- UnknownClient       the client is not registered with this run
        |- NotFound            the blob, round or upload does not exist
        |- RoundClosed         the round is over, the update came too late

@@ -170,12 +170,19 @@ def test_only_the_command_line_prints():
 
 @pytest.mark.parametrize("word", ["pickle", "torch.load", "eval", "exec", "marshal", "shelve"])
 def test_nothing_reads_code_from_data(word):
+    """One exception: a user's own PyTorch checkpoint, read by torch with `weights_only`, which refuses code."""
+    checkpoints = PACKAGE / "moe" / "weight_files.py"
     for path in SOURCES:
         names = imports_of(path)
-        assert not any(within(name, word) for name in names), path
+        assert not any(within(name, word) for name in names) or (path == checkpoints and word == "pickle"), path
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call):
-                assert ast.unparse(node.func) != word, f"{path}:{node.lineno}"
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert not within(called, "pickle"), f"{path}:{node.lineno}"
+            safe = path == checkpoints and any(k.arg == "weights_only" and k.value.value is True for k in node.keywords
+                                               if isinstance(k.value, ast.Constant))  # fmt: skip
+            assert called != word or safe, f"{path}:{node.lineno}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -180,7 +180,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, use_reentrant):
     ids, found = prompt(), []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            # The first name is that of transformers 5.20 and newer.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         model.zero_grad(set_to_none=True)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

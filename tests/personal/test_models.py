@@ -537,9 +537,9 @@ def test_what_a_server_says_is_never_imported(user_file):
     assert all(user.startswith("personal/") for user in users)
 
 
-def test_the_readmes_example_runs_as_it_is_written(user_file):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    example = readme.split("```python\n# mine.py")[1].split("```")[0]
+def test_the_tutorials_example_runs_as_it_is_written(user_file):
+    tutorial = (Path(__file__).parents[2] / "docs/pages/tutorials/fedmoe.md").read_text(encoding="utf-8")
+    example = tutorial.split("```python\n# mine.py")[1].split("```")[0]
     model = load(f"{user_file('#' + example)}:build_model")
     assert model.width == 512
     assert model(images()).shape == (5, CLASSES)
