@@ -20,9 +20,9 @@ from recording import provenance
 
 from edgefed.embedded import resolve_model
 from edgefed.expert_records import ExpertPlan
+from edgefed.methods.baselines import RandomExperts
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import DeviceBudget
-from edgefed.methods.random_experts import RandomExperts
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.data import load_corpus

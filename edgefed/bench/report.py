@@ -20,9 +20,8 @@ from edgefed import __version__
 from edgefed.bench.statistics import FAILED, INTERRUPTED, MEASURED, SKIPPED, Entry
 from edgefed.errors import ConfigError
 from edgefed.hardware.budget import MemoryBudget
-from edgefed.hardware.facts import DeviceFacts, MemoryKind
+from edgefed.hardware.facts import DeviceFacts, MemoryKind, Reading, Reason
 from edgefed.hardware.profile_files import DeviceProfile
-from edgefed.hardware.reading import Reading, Reason
 
 SCHEMA = "edgefed.bench/1"
 

@@ -28,9 +28,8 @@ from edgefed.bench.training_step import StepWork, cut_shape, depths, measure_tra
 from edgefed.costs.memory import StepSetup
 from edgefed.costs.shapes import ModelShape
 from edgefed.errors import EdgefedError, first_line
-from edgefed.hardware.facts import DeviceFacts, MemoryKind
+from edgefed.hardware.facts import DeviceFacts, MemoryKind, Reading
 from edgefed.hardware.profile_files import DeviceProfile
-from edgefed.hardware.reading import Reading
 from edgefed.hardware.sampling import read_waited_s
 from edgefed.progress import ProgressSink
 from edgefed.training.out_of_memory import is_device_lost, is_out_of_memory

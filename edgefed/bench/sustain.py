@@ -17,12 +17,11 @@ import torch
 
 from edgefed.bench.compute import Stopwatch, dtype_name, product
 from edgefed.bench.report import Sustain, SustainPoint
-from edgefed.hardware.facts import DeviceFacts, GpuFacts, MemoryKind
+from edgefed.hardware.facts import DeviceFacts, GpuFacts, MemoryKind, Reading, Reason
 from edgefed.hardware.gpu import read_gpus
 from edgefed.hardware.host_files import Files, sysroot
 from edgefed.hardware.nvml import POWER_CAP, SLOWED, process_library, throttle_words
 from edgefed.hardware.policy import BudgetPolicy
-from edgefed.hardware.reading import Reading, Reason
 from edgefed.hardware.sampling import MemorySample, MemorySensors
 from edgefed.hardware.tegra import read_tegra
 

@@ -20,8 +20,8 @@ from edgefed.bench.statistics import Entry, Sampling
 from edgefed.costs.memory import StepSetup, training_memory
 from edgefed.costs.shapes import ModelShape
 from edgefed.expert_records import ExpertPlan
-from edgefed.hardware.reading import Reading
-from edgefed.methods.local import Local
+from edgefed.hardware.facts import Reading
+from edgefed.methods.baselines import Local
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import ExpertSource, TrainScope
 from edgefed.protocol.messages import TrainingConfig

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,15 +18,53 @@ from rich.table import Table
 from rich.text import Text
 
 from edgefed.bench.compare import Comparison, conditions, differences
-from edgefed.bench.formats import gib, number
-from edgefed.bench.report import Report, Sustain
+from edgefed.bench.formats import MODES, STORAGES, duration, gib, number
+from edgefed.bench.report import Fit, Report, Sustain
 from edgefed.bench.statistics import FAILED, INTERRUPTED, NOISY, SKIPPED, STABLE, UNUSABLE, Entry
-from edgefed.cli.bench_fits import print_explain, print_fits
-from edgefed.cli.bench_style import WIDE, Justify, Style, table_of
 from edgefed.cli.output import stdout_console
 from edgefed.cli.phrasing import to_flags
 from edgefed.hardware.memory import GIB, format_bytes
 from edgefed.hardware.profile_files import DeviceProfile
+
+Justify = Literal["left", "right"]
+WIDE = 90
+"""Columns from which a terminal gets paper figures and NF4."""
+BARS = ((110, 22), (80, 12))
+"""Columns from which a bar has so many cells; none below. What a number comes from needs the rest of the line."""
+
+
+class Style:
+    """What this console can show."""
+
+    def __init__(self, console: Console) -> None:
+        self.fancy = console.is_terminal and not console.no_color and "utf" in (console.encoding or "").lower()
+        self.plus_minus = "\N{PLUS-MINUS SIGN}" if self.fancy else "+-"
+        self.full, self.empty = ("\N{FULL BLOCK}", "\N{LIGHT SHADE}") if self.fancy else ("#", ".")
+        self.dot = "\N{MIDDLE DOT}" if self.fancy else "-"
+        self.arrow = "\N{RIGHTWARDS ARROW}" if self.fancy else "->"
+
+    def cells(self, width: int) -> int:
+        """Cells of a bar on a console so wide; 0 for no bar."""
+        return next((cells for columns, cells in BARS if width >= columns), 0)
+
+    def bar(self, start: float, end: float, cells: int) -> str:
+        """The piece from ``start`` to ``end`` (0..1) of a bar; at least one cell, unless it is nothing."""
+        first, last = (round(max(0.0, min(1.0, share)) * cells) for share in (start, end))
+        if end > start and first == last:
+            first = max(0, min(first, cells - 1))
+            last = first + 1
+        return self.empty * first + self.full * (last - first) + self.empty * (cells - last)
+
+
+def table_of(*columns: tuple[str, Justify]) -> Table:
+    """A table of (title, justify) columns; without any title it has no header."""
+    titled = any(title for title, _ in columns)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1), show_header=titled)
+    for index, (title, justify) in enumerate(columns):
+        last = index == len(columns) - 1 and justify == "left"
+        table.add_column(title, justify=justify, no_wrap=not last, overflow="ellipsis" if not last else "fold")
+    return table
+
 
 NOTE_CHARACTERS = 26
 COLOURS = {
@@ -255,3 +294,85 @@ def print_profiles(profiles: Mapping[str, DeviceProfile]) -> None:
         table.add_row(name, unit, *cells, *([profile.name, profile.typical_disk] if wide else []))
     console.print(table)
     console.print("edgefed bench --device-profile NAME plans for one of them", style="dim", markup=False)
+
+
+def print_fits(console: Console, style: Style, report: Report) -> None:
+    """Print how many experts per layer of each model fit."""
+    wide = console.width >= WIDE
+    storages = list(STORAGES) if wide else ["bfloat16"]
+    console.print("\nExperts per layer that fit", style="bold", end="")
+    both = any(fit.budget == "now" for fit in report.fits) and any(fit.budget == "ideal" for fit in report.fits)
+    console.print(" now (and on an idle machine)" if both else "", style="dim", markup=False)
+    columns: list[tuple[str, Justify]] = [("\nmodel", "left"), ("\nof", "right")]
+    columns += [(f"{STORAGES[storage]}\n{label}", "right") for storage in storages for label in MODES.values()]
+    columns.append((_upload_title(report), "right"))
+    table = table_of(*columns)
+    found: dict[tuple[str, ...], Fit] = {(f.model, f.storage, f.mode, f.budget): f for f in report.fits}
+    for model in dict.fromkeys(fit.model for fit in report.fits):
+        cells, of = [], 0
+        for storage in storages:
+            for mode in MODES:
+                now, ideal = (found.get((model, storage, mode, budget)) for budget in ("now", "ideal"))
+                if (shown := now or ideal) is not None:
+                    of = shown.of
+                    cells.append(_fit_cell(now, ideal, shown))
+        lora = found.get((model, "bfloat16", "lora", "now")) or found.get((model, "bfloat16", "lora", "ideal"))
+        seconds = lora.upload_s if lora else None
+        table.add_row(model, str(of), *cells, "-" if seconds is None else duration(seconds))
+    console.print(table)
+    notes = [
+        "predicted: 512 tokens a step, checkpointing, chunked loss",
+        "profile = forward; LoRA = rank 16 on all resident experts; full = one expert per layer trains in full",
+    ]
+    if wide:
+        notes.append("NF4 = frozen experts in 4 bits, as `edgefed join` stores them where memory is short")
+    for note in notes:
+        console.print(f"  {note}", style="dim", markup=False)
+
+
+def _upload_title(report: Report) -> str:
+    line = report.uplink
+    return f"LoRA up,\n{line['name']}" if line else "LoRA up"
+
+
+def _fit_cell(now: Fit | None, ideal: Fit | None, shown: Fit) -> Text:
+    colour = "green" if shown.experts == shown.of else "red" if shown.experts == 0 else ""
+    text = Text("?" if now is None else str(now.experts), style=colour if now else "")
+    if ideal is not None and (now is None or ideal.experts != now.experts):
+        text.append(f" ({ideal.experts})", style="dim")
+    return text
+
+
+def print_explain(console: Console, style: Style, report: Report) -> None:
+    """Print how each way to train uses memory, predicted and measured."""
+    model = report.explain[0]["model"]
+    console.print(f"\nWhere the memory of a training step of {model} goes", style="bold", markup=False)
+    cells = style.cells(console.width)
+    for row in report.explain:
+        total = row["total_bytes"]
+        fits = {True: "fits", False: "does not fit", None: "budget unknown"}[row["fits"]]
+        head = Text(f"  {row['plan']}", style="bold")
+        head.append(f"  {row['resident']} of {row['of']} experts a layer, {row['trainable']} trained")
+        console.print(head)
+        bars: list[tuple[str, Justify]] = [("", "left")] if cells else []
+        parts = table_of(("", "left"), ("", "right"), ("", "right"), *bars)
+        start = 0.0
+        for name, size in row["parts"].items():
+            if not size:
+                continue
+            bar = [Text(style.bar(start, start + size / total, cells), style="cyan")] if cells else []
+            parts.add_row(f"    {name}", format_bytes(size), f"{100 * size / total:.0f} %", *bar)
+            start += size / total
+        parts.add_row("    predicted peak", Text(format_bytes(total), style="bold"), "", *([""] if cells else []))
+        console.print(parts)
+        console.print(f"    peak in the {row['phase']} phase; {fits}", style="dim", markup=False)
+        found = row.get("measured")
+        if found:
+            part = "" if found["layers"] == found["layers_of"] else f" of the first {found['layers']} layers"
+            ratio = found["predicted_bytes"] / found["measured_bytes"] - 1
+            console.print(
+                f"    measured{part}: {format_bytes(found['measured_bytes'])}, predicted "
+                f"{format_bytes(found['predicted_bytes'])} ({100 * ratio:+.0f} %), after correction by this step "
+                f"{format_bytes(found['corrected_bytes'])}",
+                markup=False,
+            )

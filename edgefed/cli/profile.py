@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
+from rich.text import Text
+
 from edgefed.cli.options import command
 from edgefed.config import Setting
+from edgefed.expert_records import ActivationProfile
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,7 +46,6 @@ def profile_command(settings: ProfileSettings) -> None:
     Runs the text through a model and records which experts its router chooses.
     """
     from edgefed.api.models import profile
-    from edgefed.cli.heat_map import render_heat_map
     from edgefed.cli.output import TerminalProgress, make_table, print_json, stdout_console
 
     model, data, attention = settings.model, settings.data, settings.attention
@@ -82,3 +84,30 @@ def profile_command(settings: ProfileSettings) -> None:
     console.print(table)
     if settings.plot:
         console.print(f"heat map: {settings.plot}", markup=False, emoji=False)
+
+
+SHADES = " .:-=+*#%@"
+"""From no token to the busiest expert of the model, for output without colour."""
+MAX_CELLS = 64
+
+
+def render_heat_map(record: ActivationProfile, *, colour: bool) -> list[Text]:
+    """Lines to print. Cells are two columns wide; layers with more than `MAX_CELLS` experts are summed in groups."""
+    busiest = max(float(layer.frequency.max()) for layer in record.layers) or 1.0
+    lines = []
+    for index, layer in enumerate(record.layers):
+        line = Text(f"layer {index:>3} ")
+        group = -(-layer.num_experts // MAX_CELLS)
+        for start in range(0, layer.num_experts, group):
+            level = min(1.0, float(layer.frequency[start : start + group].max()) / busiest)
+            if colour:
+                line.append(
+                    "  ", style=f"on rgb({int(30 + 220 * level)},{int(30 + 150 * level**2)},{int(90 - 60 * level)})"
+                )
+            else:
+                line.append(SHADES[round(level * (len(SHADES) - 1))] * 2)
+        line.append(f"  {(layer.tokens_per_expert > 0).sum():>3} of {layer.num_experts} used")
+        lines.append(line)
+    low, high = ("dark", "bright") if colour else ("blank", SHADES[-1])
+    lines.append(Text(f"          {low}: no token, {high}: {100 * busiest:.0f} % of the tokens", style="dim"))
+    return lines

@@ -8,12 +8,11 @@ from typing import Any
 
 from edgefed.doctor.finding import Finding, Group, State
 from edgefed.hardware.budget import MemoryBudget
-from edgefed.hardware.facts import DeviceFacts, GpuFacts, MemoryKind
+from edgefed.hardware.facts import DeviceFacts, GpuFacts, MemoryKind, Reading, Reason
 from edgefed.hardware.matching import is_divided, is_lost
 from edgefed.hardware.memory import format_bytes
 from edgefed.hardware.nvml import IDLE, POWER_CAP, SLOWED, throttle_words
 from edgefed.hardware.profiles import match_profile
-from edgefed.hardware.reading import Reading, Reason
 
 NO_DRIVER = "no NVIDIA driver found"
 """How `edgefed.hardware.nvml.explain` begins when there may well be no NVIDIA GPU at all: then nothing is wrong."""

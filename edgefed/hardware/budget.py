@@ -21,10 +21,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from edgefed.errors import ConfigError
-from edgefed.hardware.facts import DeviceFacts, GpuFacts, HostFacts, MemoryKind
+from edgefed.hardware.facts import DeviceFacts, GpuFacts, HostFacts, MemoryKind, Reading, Reason
 from edgefed.hardware.occupancy import OtherAgent, OwnMemory, fair_share, held_on_gpu, other_programs
 from edgefed.hardware.policy import DEFAULT_POLICY, BudgetPolicy, Term, Waterfall, gib
-from edgefed.hardware.reading import Reading, Reason
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import dataclasses
 import re
 from typing import Protocol
 
-from edgefed.hardware.reading import Reading, Reason
+from edgefed.hardware.facts import Reading, Reason
 
 MOUNT = "/sys/fs/cgroup"
 NO_LIMIT = 2**60

@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 from edgefed.errors import first_line
-from edgefed.hardware.reading import Reading, Reason
+from edgefed.hardware.facts import Reading, Reason
 
 
 @dataclasses.dataclass(frozen=True)

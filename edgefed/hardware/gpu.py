@@ -15,10 +15,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from edgefed.hardware.facts import GpuFacts, GpuProcess
+from edgefed.hardware.facts import GpuFacts, GpuProcess, Reading, Reason
 from edgefed.hardware.host_files import Files
 from edgefed.hardware.nvml import FUNCTION_NOT_FOUND, Answer, Device, Nvml
-from edgefed.hardware.reading import Reading, Reason
 
 MEMORY_V2 = 0x02000028
 """Version word of nvmlMemory_v2_t: version 2, 40 bytes."""

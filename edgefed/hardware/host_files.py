@@ -20,8 +20,7 @@ import psutil
 
 from edgefed.errors import ConfigError
 from edgefed.hardware import cgroup
-from edgefed.hardware.facts import Battery, HostFacts
-from edgefed.hardware.reading import Reading, Reason
+from edgefed.hardware.facts import Battery, HostFacts, Reading, Reason
 
 READ_LIMIT = 2**20
 """Bytes of one file that are looked at. The longest that we need, /proc/cpuinfo of a large server, is about 200 KB."""

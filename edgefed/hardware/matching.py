@@ -20,9 +20,8 @@ import re
 from typing import Any, NamedTuple
 
 from edgefed.hardware.cuda import CudaDevice, CudaReport
-from edgefed.hardware.facts import GpuFacts, MemoryKind, TegraFacts
+from edgefed.hardware.facts import GpuFacts, MemoryKind, Reading, Reason, TegraFacts
 from edgefed.hardware.memory import format_bytes
-from edgefed.hardware.reading import Reading, Reason
 from edgefed.hardware.tegra import SOC_CAPABILITY
 
 

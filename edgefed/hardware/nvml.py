@@ -14,7 +14,7 @@ import types
 import warnings
 from typing import Any, NamedTuple, Protocol
 
-from edgefed.hardware.reading import Reading, Reason
+from edgefed.hardware.facts import Reading, Reason
 
 NOT_INITIALISED, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, DRIVER_NOT_LOADED = 1, 2, 3, 4, 6, 9
 LIBRARY_NOT_FOUND, FUNCTION_NOT_FOUND, GPU_IS_LOST, RESET_REQUIRED, RM_MISMATCH, NO_DATA = 12, 13, 15, 16, 18, 21

@@ -17,7 +17,16 @@ from pathlib import Path
 
 from edgefed.errors import DeviceNotFound
 from edgefed.hardware import cuda
-from edgefed.hardware.facts import DeviceFacts, DriverFacts, GpuFacts, MemoryKind, TegraFacts, TorchFacts
+from edgefed.hardware.facts import (
+    DeviceFacts,
+    DriverFacts,
+    GpuFacts,
+    MemoryKind,
+    Reading,
+    Reason,
+    TegraFacts,
+    TorchFacts,
+)
 from edgefed.hardware.gpu import count_gpus, read_gpus
 from edgefed.hardware.host_files import Files, read_host, sysroot
 from edgefed.hardware.matching import choose_gpu, classify, find_gpu, is_divided, is_lost, match_cuda, tegra_gpu
@@ -33,7 +42,6 @@ from edgefed.hardware.nvml import (
     process_library,
     throttle_words,
 )
-from edgefed.hardware.reading import Reading, Reason
 from edgefed.hardware.sampling import MemorySample, MemorySensors
 from edgefed.hardware.tegra import read_tegra
 

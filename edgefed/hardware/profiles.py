@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from edgefed.errors import ConfigError, UnknownProfile
-from edgefed.hardware.facts import DeviceFacts, DriverFacts, GpuFacts, HostFacts, MemoryKind, TorchFacts
+from edgefed.hardware.facts import (
+    DeviceFacts,
+    DriverFacts,
+    GpuFacts,
+    HostFacts,
+    MemoryKind,
+    Reading,
+    Reason,
+    TorchFacts,
+)
 from edgefed.hardware.memory import GIB
 from edgefed.hardware.profile_files import (
     ID,
@@ -25,7 +34,6 @@ from edgefed.hardware.profile_files import (
     parse_profile,
     plain_name,
 )
-from edgefed.hardware.reading import Reading, Reason
 
 SAME_MEMORY = 0.10
 """Two sizes this close are the same memory: firmware, ECC and drivers keep up to 8 % of the label."""

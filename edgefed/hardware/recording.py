@@ -24,11 +24,10 @@ from typing import Any
 
 from edgefed.errors import ConfigError
 from edgefed.hardware.cuda import CudaDevice, CudaReport
-from edgefed.hardware.facts import DeviceFacts
+from edgefed.hardware.facts import DeviceFacts, Reading, Reason
 from edgefed.hardware.host_files import Files
 from edgefed.hardware.nvml import FUNCTION_NOT_FOUND, Answer, Device, Nvml
 from edgefed.hardware.probe import Sources, probe_device, sources_of
-from edgefed.hardware.reading import Reading, Reason
 
 _UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", re.IGNORECASE)
 _UUID_ESCAPED = re.compile(r"\b[0-9a-f]{8}(?:_[0-9a-f]{4}){3}_[0-9a-f]{12}\b", re.IGNORECASE)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from edgefed.hardware import cgroup
-from edgefed.hardware.facts import DeviceFacts
+from edgefed.hardware.facts import DeviceFacts, Reading, Reason
 from edgefed.hardware.gpu import Card, own_bytes
 from edgefed.hardware.host_files import Files, available_memory, field_of, parse_meminfo, swapped_out_pages, sysroot
 from edgefed.hardware.nvml import NOT_INITIALISED, Device, Nvml, process_library
-from edgefed.hardware.reading import Reading, Reason
 from edgefed.hardware.tegra import zone_temperature
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from edgefed.hardware.facts import TegraFacts
+from edgefed.hardware.facts import Reading, Reason, TegraFacts
 from edgefed.hardware.host_files import Files, field_of, parse_meminfo
-from edgefed.hardware.reading import Reading, Reason
 
 JETPACK = {
     "36.3": "6.0",

@@ -21,11 +21,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from edgefed.hardware.facts import MemoryKind
+from edgefed.hardware.facts import MemoryKind, Reason
 from edgefed.hardware.memory import GIB, format_bytes
 from edgefed.hardware.nvml import SLOWED, throttle_words
 from edgefed.hardware.policy import DEFAULT_POLICY
-from edgefed.hardware.reading import Reason
 
 INTERVAL_S = 0.5
 """Two samples a second: memory on a GB10 was seen to collapse from 29 to 2.5 GiB in 9 s, so one a second is too few,

@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from edgefed.errors import ConfigError, UnknownMethod
+from edgefed.methods.baselines import (
+    FrequentExperts,
+    Local,
+    OffloadedExperts,
+    QuantizedExperts,
+    RandomExperts,
+    Submodel,
+)
 from edgefed.methods.fedavg import FedAvg
 from edgefed.methods.fedmoe import FedMoE
 from edgefed.methods.flux import Flux
-from edgefed.methods.frequent import FrequentExperts, Submodel
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import ExpertMethod, Method, PersonalMethod
-from edgefed.methods.local import Local
 from edgefed.methods.options import Value, check_options, options_of, read_options
-from edgefed.methods.random_experts import RandomExperts
-from edgefed.methods.whole_model import OffloadedExperts, QuantizedExperts
 
 METHODS: dict[str, type[Method]] = {}
 """The classes by method name, in the order in which they were registered."""

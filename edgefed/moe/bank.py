@@ -28,8 +28,15 @@ from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.expert_reading import read_adapter, read_expert, read_with_adapter
 from edgefed.moe.merged_cache import Align, MergedCache, merge_experts
 from edgefed.moe.offloading import Offloaded, OffloadSpace, mark_offloaded, release
-from edgefed.moe.packed import PACKABLE, empty_stack, pack_into
-from edgefed.moe.slots import Perturbation, PerturbedSlots, slot_weights, typical_weight
+from edgefed.moe.slots import (
+    PACKABLE,
+    Perturbation,
+    PerturbedSlots,
+    empty_stack,
+    pack_into,
+    slot_weights,
+    typical_weight,
+)
 from edgefed.moe.units import LORA_SUFFIX, ExpertSource, TrainScope, check_tensors, copy_into
 
 _LORA_PARTS = (".lora_a", ".lora_b")
@@ -47,7 +54,7 @@ class ExpertBank(nn.Module):
         source: the weights of experts and adapters.
         scope: what trains.
         device: where the weights are computed with.
-        storage: format of matrices that are not trainable, one of `edgefed.moe.packed.EXPERT_STORAGES`; None: as read.
+        storage: format of matrices that are not trainable, one of `edgefed.moe.slots.EXPERT_STORAGES`; None: as read.
         align: neuron alignment of merged experts, see `merge_experts`.
         merged: cache of merged experts of earlier rounds.
         offload: where unquantized weights are stored instead of ``device``.

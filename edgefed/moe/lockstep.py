@@ -7,7 +7,7 @@
     layer        all experts of one layer         one per pass; one in all if the batches run in lockstep
     all          all experts                      one
 
-The experts of a layer can be stored quantized (`edgefed.moe.packed`); each is quantized as soon as it is read.
+The experts of a layer can be stored quantized (`edgefed.moe.slots`); each is quantized as soon as it is read.
 
 **Lockstep.** `run_in_lockstep([pass_1, pass_2, ...])` runs several forward passes of one model layer by layer, one pass
 at a time. Each pass runs in its own thread and calls `pause()` where it needs the next layer's experts; then the next
@@ -29,8 +29,7 @@ from edgefed.expert_records import ExpertPlan, Role
 from edgefed.kernels.masked_experts import Slots
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.bank import ExpertBank
-from edgefed.moe.packed import check_storage
-from edgefed.moe.slots import StreamedSlots
+from edgefed.moe.slots import StreamedSlots, check_storage
 from edgefed.moe.units import ExpertSource, TrainScope
 
 RESIDENCY = ("expert", "layer", "all")

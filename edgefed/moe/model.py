@@ -42,7 +42,7 @@ from edgefed.moe.layer_runtime import (
 )
 from edgefed.moe.merged_cache import Align, MergedCache
 from edgefed.moe.offloading import OffloadSpace
-from edgefed.moe.packed import check_storage
+from edgefed.moe.slots import check_storage
 from edgefed.moe.units import LORA_SUFFIX, ExpertSource, FixedTensors, TrainScope
 from edgefed.protocol.messages import UnitInfo
 
@@ -209,7 +209,7 @@ class MoeModel:
 
         ``missing`` says what happens to tokens of absent experts: "renormalize" routes them to the next best resident
         experts, "skip" leaves out the contribution. ``storage`` is the format of matrices that are not trainable: None
-        or one of `edgefed.moe.packed.EXPERT_STORAGES`. ``align``, ``merged`` and ``offload`` are those of `ExpertBank`.
+        or one of `edgefed.moe.slots.EXPERT_STORAGES`. ``align``, ``merged`` and ``offload`` are those of `ExpertBank`.
         Raises ConfigError, CheckpointError, StorageError.
         """
         if missing not in MISSING_MODES:

@@ -25,7 +25,7 @@ from edgefed.errors import ConfigError
 from edgefed.expert_records import ActivationProfile
 from edgefed.hardware.memory import format_bytes
 from edgefed.moe.model import MoeModel
-from edgefed.moe.packed import PACKABLE
+from edgefed.moe.slots import PACKABLE
 from edgefed.moe.units import ExpertSource
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import TrainingConfig

@@ -25,12 +25,12 @@ from edgefed.moe.merged_cache import MergedCache
 from edgefed.moe.merging.alignment import neuron_aligner
 from edgefed.moe.model import MoeModel
 from edgefed.moe.offloading import OffloadSpace
-from edgefed.moe.packed import EXPERT_STORAGES
+from edgefed.moe.slots import EXPERT_STORAGES
 from edgefed.moe.units import LORA_SUFFIX, ExpertSource
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo
-from edgefed.training.quantising import packing_problem
+from edgefed.training.savings import packing_problem
 from edgefed.training.steps import train_scope
 
 OFFLOAD_FOLDER, MERGED_FOLDER, OWN_FOLDER = "offloaded", "merged", "own"

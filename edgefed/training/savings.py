@@ -1,6 +1,7 @@
-"""Activation checkpointing and optimizers with less memory, for the same loss and gradients.
+"""What saves memory in a training step: activation checkpointing, 8-bit optimizers, experts in 4 or 8 bits.
 
-The chunked loss and quantized experts have files of their own. `problems` says which savings do not work with a model
+The chunked loss is in `edgefed.training.loss`. Whether a device can train with quantized experts is decided by trying it.
+`problems` says which savings do not work with a model
 on a device, and why.
 """
 
@@ -10,7 +11,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -18,9 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from edgefed.errors import ConfigError, first_line
+from edgefed.kernels.dispatch import choose, why_not_native
+from edgefed.kernels.masked_experts import SlotWeights, masked_experts
+from edgefed.kernels.quantization import dequantize_experts, quantize_experts
+from edgefed.moe.slots import EXPERT_STORAGES, PACKABLE
 from edgefed.training.loss import structural_problem
 from edgefed.training.optimizers import AdamW, is_offloaded, needs_stochastic_rounding
-from edgefed.training.quantising import packing_is_slow, packing_problem
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _EIGHT_BIT_PROBE = 4096  # elements: bitsandbytes leaves smaller tensors in 32 bit
@@ -143,3 +147,58 @@ def eight_bit_problem(device: str) -> str:
     if held > 4 * _EIGHT_BIT_PROBE:  # two moments of one byte, tables and scales; 32-bit state would be 8 bytes each
         return f"bitsandbytes keeps 32-bit state on {device}"
     return ""
+
+
+_WIDTH = 64
+_LARGEST_ERROR = 0.05
+"""Relative to the largest value: twice the error of a product of 64 values of which x is rounded to bfloat16."""
+
+
+@functools.lru_cache(maxsize=32)
+def packing_problem(storage: str, device: str, dtype: torch.dtype) -> str:
+    """Return why ``device`` cannot train with experts of ``dtype`` in this storage; empty if it can.
+
+    Quantizes one expert, runs it forward and backward, and compares with its dequantized weights. Once per process.
+    """
+    if storage not in EXPERT_STORAGES:
+        return f"experts cannot be stored as {storage!r}"
+    if dtype not in PACKABLE:
+        return f"weights in {str(dtype).removeprefix('torch.')} cannot be quantized"
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x, weights = random(8, _WIDTH), [random(_WIDTH, _WIDTH) / 8 for _ in range(2)]
+    try:
+        packed = [quantize_experts(weight, cast(Literal["nf4", "int8"], storage)) for weight in weights]
+        unpacked = [dequantize_experts(matrix, torch.float32, backend="reference") for matrix in packed]
+        found = _product_and_gradient(x.to(device), [matrix.to(device) for matrix in packed], "auto")
+        expected = _product_and_gradient(x.float(), unpacked, "reference")
+    except Exception as error:  # a missing kernel, an incompatible library
+        return f"quantized experts fail on {device}: {first_line(error)}"
+    for ours, theirs in zip(found, expected, strict=True):
+        difference = (ours.float().cpu() - theirs).abs().max()
+        if not difference <= _LARGEST_ERROR * theirs.abs().max():  # written so that NaN is an error, too
+            return f"quantized experts give wrong results on {device}"
+    return ""
+
+
+def packing_is_slow(device: str) -> str:
+    """Return why training with quantized experts is too slow on ``device``; empty if it is not."""
+    device_type = torch.device(device).type
+    if device_type == "cpu" and choose("masked_experts", device_type) == "reference":
+        return f"plain PyTorch would dequantize every expert in each step ({why_not_native() or 'EDGEFED_KERNELS'})"
+    return ""
+
+
+def _product_and_gradient(x: torch.Tensor, matrices: list[Any], backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.requires_grad_()
+    indices = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+    weights = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
+    with torch.enable_grad():
+        y = masked_experts(
+            x, indices, weights, [SlotWeights(*matrices)], activation=torch.nn.functional.silu, backend=backend
+        )
+        (gradient,) = torch.autograd.grad(y.float().sum(), x)
+    return y.detach(), gradient

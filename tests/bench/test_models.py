@@ -13,7 +13,7 @@ from edgefed.bench.training_step import StepWork, depths, measure_training
 from edgefed.costs.memory import StepSetup
 from edgefed.costs.shapes import KNOWN_SHAPES, shape_from_config
 from edgefed.errors import ModelNotFound
-from edgefed.hardware.reading import Reading, Reason
+from edgefed.hardware.facts import Reading, Reason
 from edgefed.kernels.dispatch import why_not_native
 from edgefed.kernels.masked_experts import backend_for
 from edgefed.moe.units import TrainScope

@@ -14,7 +14,7 @@ from edgefed.bench.statistics import Entry, Sampling
 from edgefed.bench.sustain import Sensed, energy, summarise_sustained
 from edgefed.bench.training_step import extrapolate
 from edgefed.disk import filesystem
-from edgefed.hardware.reading import Reading, Reason
+from edgefed.hardware.facts import Reading, Reason
 from edgefed.hardware.sampling import read_waited_s
 from edgefed.progress import NullProgress
 from edgefed.training.out_of_memory import is_out_of_memory

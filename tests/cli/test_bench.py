@@ -207,7 +207,7 @@ def test_a_written_profile_is_one_that_can_stand_in(quick, run, tmp_path):
         (("--quick", "--state", "nowhere"), 2, "config", ("nowhere is not a directory",)),
         (("--quick", "--active"), 2, "config", ("which is missing",)),
         (("--quick", "--uplink", "fast"), 2, "config", ("invalid connection 'fast'",)),
-        (("--quick", "--as-profile", "My Laptop"), 2, "config", ("no profile id",)),
+        (("--quick", "--as-profile", "My Laptop"), 2, "config", ("not a profile id",)),
         (("--quick", "--no-sustain", "--sustain", "5"), 2, "config", ("contradict",)),
         (("--compare", "a.json", "b.json"), 2, "config", ("cannot read a.json",)),
     ],

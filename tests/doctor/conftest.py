@@ -6,9 +6,8 @@ import dataclasses
 
 import pytest
 
-from edgefed.hardware.facts import DeviceFacts, DriverFacts, TegraFacts, TorchFacts
+from edgefed.hardware.facts import DeviceFacts, DriverFacts, Reading, Reason, TegraFacts, TorchFacts
 from edgefed.hardware.profiles import facts_of, find_profile
-from edgefed.hardware.reading import Reading, Reason
 
 ABSENT = Reading.missing(Reason.ABSENT, "test")
 

@@ -8,9 +8,8 @@ from edgefed.doctor import host, jetson, sensors
 from edgefed.doctor.diagnosis import judge_facts, torch_command
 from edgefed.doctor.finding import State
 from edgefed.hardware.budget import plan_budget
-from edgefed.hardware.facts import Battery
+from edgefed.hardware.facts import Battery, Reading, Reason
 from edgefed.hardware.nvml import LIBRARY_NOT_FOUND, Answer, Setting, explain
-from edgefed.hardware.reading import Reading, Reason
 
 GIB = 2**30
 

@@ -4,7 +4,7 @@ import pytest
 
 from edgefed.doctor.finding import State
 from edgefed.doctor.packages import TorchBuild, install_command, recorded_torch_findings, torch_findings
-from edgefed.hardware.reading import Reading, Reason
+from edgefed.hardware.facts import Reading, Reason
 
 PIP = "pip install THIS"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from edgefed.hardware.cuda import CudaDevice, CudaReport, not_asked
+from edgefed.hardware.facts import Reading, Reason
 from edgefed.hardware.host_files import Files
 from edgefed.hardware.nvml import Answer, Library
 from edgefed.hardware.probe import MemorySensors, Sources, probe_device
-from edgefed.hardware.reading import Reading, Reason
 
 FOLDER = Path(__file__).with_name("fake_nvml")
 MEMINFO = """\

@@ -15,12 +15,13 @@ from edgefed.hardware.facts import (
     GpuProcess,
     HostFacts,
     MemoryKind,
+    Reading,
+    Reason,
     TegraFacts,
     TorchFacts,
 )
 from edgefed.hardware.occupancy import OwnMemory
 from edgefed.hardware.policy import BudgetPolicy, policy_from_environment
-from edgefed.hardware.reading import Reading, Reason
 
 GIB, MIB = 2**30, 2**20
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgefed.hardware.cgroup import read_cpu_quota, read_memory_limit
+from edgefed.hardware.facts import Reading, Reason
 from edgefed.hardware.host_files import Files
-from edgefed.hardware.reading import Reading, Reason
 
 GIB = 2**30
 V2, V1 = "/sys/fs/cgroup", "/sys/fs/cgroup/memory"

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgefed.hardware import host_files
+from edgefed.hardware.facts import Reading, Reason
 from edgefed.hardware.host_files import Files, read_host
-from edgefed.hardware.reading import Reading, Reason
 
 KIB = 1024
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgefed.hardware import cuda
-from edgefed.hardware.facts import GpuFacts, MemoryKind
+from edgefed.hardware.facts import GpuFacts, MemoryKind, Reading, Reason
 from edgefed.hardware.matching import (
     CARD_FAMILIES,
     SHARED_CAPABILITIES,
@@ -22,7 +22,6 @@ from edgefed.hardware.matching import (
     match_cuda,
     unlisted_gpu,
 )
-from edgefed.hardware.reading import Reading, Reason
 
 GIB = 2**30
 NO_BOARD = Reading.missing(Reason.ABSENT, "device tree, DMI")

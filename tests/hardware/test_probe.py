@@ -7,9 +7,8 @@ from edgefed_fake_machine import ORIN, THOR, cuda_device, cuda_report
 
 from edgefed.errors import ConfigError, DeviceNotFound
 from edgefed.hardware import host_files
-from edgefed.hardware.facts import MemoryKind
+from edgefed.hardware.facts import MemoryKind, Reason
 from edgefed.hardware.probe import probe_device
-from edgefed.hardware.reading import Reason
 
 GIB = 2**30
 
@@ -322,7 +321,7 @@ def test_a_card_that_only_cuda_knows_has_cudas_memory(plain_machine):
     sources = plain_machine.sources()
     from dataclasses import replace
 
-    from edgefed.hardware.reading import Reading
+    from edgefed.hardware.facts import Reading
 
     facts = probe_device(sources=replace(sources, cuda_free=lambda index: Reading.of(20 * GIB, "mem_get_info")))
     assert facts.kind is MemoryKind.DISCRETE
@@ -332,7 +331,7 @@ def test_a_card_that_only_cuda_knows_has_cudas_memory(plain_machine):
 
 def test_torch_that_cannot_use_the_card_is_said(machine):
     from edgefed.hardware.cuda import CudaReport
-    from edgefed.hardware.reading import Reading
+    from edgefed.hardware.facts import Reading
 
     machine.driver("rtx4090")
     absent = Reading.missing(Reason.ABSENT, "torch.version.cuda", "torch is a build for the CPU")

@@ -22,6 +22,8 @@ from edgefed.hardware.facts import (
     GpuFacts,
     HostFacts,
     MemoryKind,
+    Reading,
+    Reason,
     TegraFacts,
     TorchFacts,
 )
@@ -47,7 +49,6 @@ from edgefed.hardware.profiles import (
     match_profile,
     profile_of,
 )
-from edgefed.hardware.reading import Reading, Reason
 
 GIB, MIB = 2**30, 2**20
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,7 @@ import pytest
 from edgefed_fake_machine import ORIN, THOR, cuda_device, cuda_report
 
 from edgefed.errors import ConfigError, DeviceNotFound
-from edgefed.hardware.facts import GpuFacts
-from edgefed.hardware.reading import Reading
+from edgefed.hardware.facts import GpuFacts, Reading
 from edgefed.hardware.recording import SCHEMA, record_readings, replay
 
 NO_UUID = "00000000-0000-0000-0000-000000000000"

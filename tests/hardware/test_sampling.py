@@ -6,8 +6,8 @@ import threading
 import pytest
 from edgefed_fake_machine import ORIN
 
+from edgefed.hardware.facts import Reason
 from edgefed.hardware.probe import MemorySensors
-from edgefed.hardware.reading import Reason
 
 KIB = 1024
 

@@ -5,8 +5,8 @@ from edgefed_fake_machine import INA, ORIN, PC, THOR, write_root
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgefed.hardware.facts import Reading, Reason
 from edgefed.hardware.host_files import Files
-from edgefed.hardware.reading import Reading, Reason
 from edgefed.hardware.tegra import read_tegra
 
 

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgefed.hardware.facts import MemoryKind
-from edgefed.hardware.reading import Reading, Reason
+from edgefed.hardware.facts import MemoryKind, Reading, Reason
 from edgefed.hardware.watch import (
     CGROUP_FLOOR_BYTES,
     LEAST_RESERVE_BYTES,

@@ -1,4 +1,4 @@
-"""Baselines that select experts by frequency: FMES of Flux, and the submodels of FedMoE (arXiv 2408.11304)."""
+"""Baselines: methods that select experts in a simpler way, train the whole model, or exchange nothing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from edgefed.methods.averaging import (
     plan_trainable,
     select_by_score,
 )
+from edgefed.methods.fedavg import FedAvg
+from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import (
     FIRST_ROUND,
     Array,
     Contribution,
     DeviceBudget,
+    ExpertMethod,
     Profiling,
+    Requirements,
     RoundContext,
     UnitMerge,
 )
@@ -110,3 +114,85 @@ class Submodel(FrequentExperts):
                     rows.append((contribution.client_id, holds * contribution.num_examples))
             merges[unit.key] = UnitMerge(tuple(rows))
         return merges
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomExperts(MeanOfHolders):
+    """A random selection of experts."""
+
+    redraw: bool = False
+    """Draw again in each round instead of once. This covers more experts and downloads more."""
+
+    name = "random"
+
+    @property
+    def plans_every_round(self) -> bool:
+        """As ``redraw`` says."""
+        return self.redraw
+
+    def plan_experts(
+        self,
+        profile: ActivationProfile | None,
+        experts_per_layer: Sequence[int],
+        budget: DeviceBudget,
+        rng: np.random.Generator,
+        context: RoundContext = FIRST_ROUND,
+    ) -> ExpertPlan:
+        """Draw uniformly, at least one expert per layer. Raises BudgetTooSmall below that."""
+        scores = [rng.random(count) for count in experts_per_layer]
+        eligible = [np.ones(count, dtype=bool) for count in experts_per_layer]
+        return plan_trainable(experts_per_layer, select_by_score(scores, eligible, budget.resident_experts))
+
+    def expert_importance(self, layer: LayerProfile) -> Array:
+        """The mean gate probability; reported only."""
+        return layer.mean_gate
+
+
+@dataclasses.dataclass(frozen=True)
+class OffloadedExperts(FedAvg):
+    """FMD: the whole model; experts are offloaded and loaded when a token is routed to them."""
+
+    name = "fmd"
+    requirements = Requirements(all_experts=True, offloading=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedExperts(FedAvg):
+    """FMQ: the whole model, with experts in NF4 and a trained LoRA adapter for each."""
+
+    name = "fmq"
+    requirements = Requirements(all_experts=True, expert_storage="nf4", train_experts="lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Local(ExpertMethod):
+    """The best experts by HFedMoE's score, without an exchange."""
+
+    selection: HFedMoE = dataclasses.field(default_factory=lambda: HFedMoE(exploration=0))
+
+    name = "local"
+    profiling = Profiling()
+    exchanges = False
+
+    def plan_experts(
+        self,
+        profile: ActivationProfile | None,
+        experts_per_layer: Sequence[int],
+        budget: DeviceBudget,
+        rng: np.random.Generator,
+        context: RoundContext = FIRST_ROUND,
+    ) -> ExpertPlan:
+        """As `HFedMoE.plan_experts`."""
+        return self.selection.plan_experts(profile, experts_per_layer, budget, rng, context)
+
+    def schedule_experts(self, batch: LayerProfile, trainable: Array, limit: int) -> Array:
+        """As `HFedMoE.schedule_experts`."""
+        return self.selection.schedule_experts(batch, trainable, limit)
+
+    def expert_importance(self, layer: LayerProfile) -> Array:
+        """As `HFedMoE.expert_importance`."""
+        return self.selection.expert_importance(layer)
+
+    def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
+        """Merge nothing; the global model stays as it is."""
+        return {}
