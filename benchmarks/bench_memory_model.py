@@ -31,10 +31,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from edgefed.costs.memory import StepSetup, training_memory
-from edgefed.costs.shapes import ModelShape, shape_from_config
+from edgefed.costs.shapes import ModelShape
 from edgefed.expert_records import ExpertPlan
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.calibration import StepMeasurement, correction_from, measure_step
 from edgefed.training.savings import make_optimizer

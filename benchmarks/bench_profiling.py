@@ -33,12 +33,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgefed.costs.memory import profiling_memory
-from edgefed.costs.shapes import ModelShape, shape_from_config
+from edgefed.costs.shapes import ModelShape
 from edgefed.embedded import resolve_model
 from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.methods.fedavg import FedAvg
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.data import load_corpus

@@ -24,11 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from edgefed.costs.roofline import Pass, training_step
-from edgefed.costs.shapes import shape_from_config
 from edgefed.costs.step_setup import StepSetup
 from edgefed.expert_records import ExpertPlan
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.simulation.device_rates import Calibration
 from edgefed.training.loss import batch_loss

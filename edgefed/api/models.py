@@ -289,7 +289,7 @@ def _moe_model(model: str | Path | PreTrainedModel) -> tuple[MoeModel, str]:
 def _shape_of(model: str | Path | PreTrainedModel) -> tuple[ModelShape, str, str]:
     """(shape, dtype name, label)."""
     from edgefed.bench.models import find_model
-    from edgefed.costs.shapes import shape_from_config
+    from edgefed.moe.model_shape import shape_from_config
 
     if isinstance(model, (str, Path)):
         found = find_model(str(model))

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from edgefed.costs.shapes import KNOWN_SHAPES, ModelShape, shape_from_config
+from edgefed.costs.shapes import KNOWN_SHAPES, ModelShape
 from edgefed.embedded import TINY, resolve_model
 from edgefed.errors import UnsupportedArchitecture
 from edgefed.expert_records import ExpertPlan
 from edgefed.moe.loading import load_config
 from edgefed.moe.model import MoeModel
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.moe.units import ExpertSource, MemorySource, TrainScope
 from edgefed.protocol.messages import UnitInfo
 from edgefed.training.encoding import TokenBlocks

@@ -12,10 +12,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from edgefed.costs.shapes import KNOWN_SHAPES, shape_from_config
+from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.disk import disk_errors, write_durably
 from edgefed.embedded import resolve_model
 from edgefed.errors import ConfigError, StateCorrupt
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.simulation.config import SimulationConfig
 from edgefed.simulation.device_rates import Calibration, CostShape, device_rates, memory_budget
 from edgefed.simulation.fleet_data import deal_out

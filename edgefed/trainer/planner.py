@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgefed.costs.fallbacks import Fallback, FallbackSearch, StepPlan, describe, fit, next_fallback
-from edgefed.costs.shapes import ModelShape, shape_from_config
+from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import Correction
 from edgefed.errors import BudgetTooSmall
 from edgefed.expert_records import ActivationProfile, ExpertPlan
@@ -26,6 +26,7 @@ from edgefed.methods.interface import ExpertMethod, RoundContext
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.merging.plan import ExpertMerger, MergingOptions
 from edgefed.moe.model import MoeModel
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import ExpertAssignment, Manifest, RunConfig
 from edgefed.protocol.trainer import Fetch

@@ -24,10 +24,11 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.hooks import RemovableHandle
 
 from edgefed.costs.activations import activations, workspace_bytes
-from edgefed.costs.shapes import ModelShape, decoder_layer_paths
+from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import TRAINABLE_TOKENS, Correction, StepSetup
 from edgefed.moe.accounting import gradients, storage_bytes
 from edgefed.moe.model import MoeModel
+from edgefed.moe.model_shape import decoder_layer_paths
 from edgefed.moe.offloading import offloaded
 from edgefed.training.allocation_log import AllocationLog, CpuLog, CudaLog, Span
 

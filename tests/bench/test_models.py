@@ -11,11 +11,12 @@ from edgefed.bench.planning import fit_curve, fits_of, upload_bytes
 from edgefed.bench.statistics import Sampling
 from edgefed.bench.training_step import StepWork, depths, measure_training
 from edgefed.costs.memory import StepSetup
-from edgefed.costs.shapes import KNOWN_SHAPES, shape_from_config
+from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.errors import ModelNotFound
 from edgefed.hardware.facts import Reading, Reason
 from edgefed.kernels.dispatch import why_not_native
 from edgefed.kernels.masked_experts import backend_for
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.moe.units import TrainScope
 
 GIB = 2**30

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from edgefed.costs.memory import StepSetup, training_memory
-from edgefed.costs.shapes import shape_from_config
 from edgefed.expert_records import ExpertPlan
 from edgefed.moe.accounting import expert_memory, model_memory, storage_bytes
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.moe.units import TrainScope
 
 

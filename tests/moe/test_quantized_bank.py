@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from edgefed.costs.memory import StepSetup, training_memory
-from edgefed.costs.shapes import shape_from_config
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.expert_records import ExpertPlan, MergedGroup, Role
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
 from edgefed.moe.accounting import expert_memory, storage_bytes
 from edgefed.moe.merged_cache import merge_experts
 from edgefed.moe.model import MoeModel
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.moe.units import MemorySource, TrainScope
 
 STORAGES = ("nf4", "int8")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from edgefed.costs.shapes import KNOWN_SHAPES, decoder_layer_paths, shape_from_config
+from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.errors import UnsupportedArchitecture
 from edgefed.moe.architecture import discover_layers
+from edgefed.moe.model_shape import decoder_layer_paths, shape_from_config
 
 _spec = importlib.util.spec_from_file_location("_toy_models", Path(__file__).with_name("toy_models.py"))
 _toy_models = importlib.util.module_from_spec(_spec)

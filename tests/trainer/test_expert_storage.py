@@ -10,12 +10,12 @@ import pytest
 
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.costs.memory import training_memory
-from edgefed.costs.shapes import shape_from_config
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import Requirements
 from edgefed.moe.accounting import expert_memory, storage_bytes
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig

@@ -18,10 +18,10 @@ import pytest
 from device_bench import OnlyWith, trainer_of
 
 from edgefed.costs.memory import training_memory
-from edgefed.costs.shapes import shape_from_config
 from edgefed.costs.step_setup import StepSetup
 from edgefed.disk import filesystem
 from edgefed.errors import BudgetTooSmall, ConfigError, DiskFull, StorageError
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.trainer import placement
 from edgefed.trainer.ports import FixedMemory, FormulaCosts
 from edgefed.trainer.saved_plan import PLAN_FILE

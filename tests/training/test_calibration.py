@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgefed.costs.activations import static_bytes
 from edgefed.costs.memory import Correction, StepSetup, training_memory
-from edgefed.costs.shapes import ModelShape, shape_from_config
+from edgefed.costs.shapes import ModelShape
 from edgefed.expert_records import ExpertPlan
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.model import MoeModel
+from edgefed.moe.model_shape import shape_from_config
 from edgefed.moe.offloading import OffloadSpace
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training import calibration
