@@ -36,9 +36,9 @@ def errors_page() -> str:
     ]
     return (
         "# Errors\n\n"
-        "A message says what is wrong and what was found; the remedy says what to do. With `--json`, errors are JSON on\n"
-        "stderr. Exit status 130 means Ctrl-C. Settings in backticks are parameters of the Python API; the command line\n"
-        "shows them as options.\n\n"
+        "A message says what is wrong and what was found; the remedy says what to do. With `--json`, errors are JSON\n"
+        "on stderr. Exit status 130 means Ctrl-C. Settings in backticks are parameters of the Python API; the command\n"
+        "line shows them as options.\n\n"
         "| Code | Exit status | HTTP status | Meaning | Remedy |\n| --- | --- | --- | --- | --- |\n"
         + "\n".join(rows)
         + "\n"
@@ -54,8 +54,8 @@ def methods_page() -> str:
     """Options of every method with their types, defaults and allowed values."""
     parts = [
         "# Method options\n\n"
-        "Set an option with `--option NAME=VALUE`, in `edgefed.toml`, or in a simulation file. The pages of the methods\n"
-        "explain them.\n"
+        "Set an option with `--option NAME=VALUE`, in `edgefed.toml`, or in a simulation file. The pages of the\n"
+        "methods explain them.\n"
     ]
     for name, kind in METHODS.items():
         parts.append(f"\n## {name}\n\n{first_sentence(kind)}.\n\n")

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from edgefed.agent import network
-from edgefed.agent.channel import check_base_url
+from edgefed.agent.addresses import check_base_url
 from edgefed.agent.transport import AggregatorClient
 from edgefed.bench.statistics import MIN_SAMPLES, Entry
 from edgefed.errors import ConfigError, EdgefedError, NotFound, Unauthorized

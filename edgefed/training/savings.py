@@ -1,8 +1,7 @@
 """What saves memory in a training step: activation checkpointing, 8-bit optimizers, experts in 4 or 8 bits.
 
-The chunked loss is in `edgefed.training.loss`. Whether a device can train with quantized experts is decided by trying it.
-`problems` says which savings do not work with a model
-on a device, and why.
+The chunked loss is in `edgefed.training.loss`. Whether a device can train with quantized experts is decided by trying
+it. `problems` says which savings do not work with a model on a device, and why.
 """
 
 from __future__ import annotations
