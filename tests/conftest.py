@@ -1,14 +1,51 @@
-"""For every test: one thread for torch, here and in the processes that a test starts, and no checkout underfoot.
+"""For every test: one thread for torch, a working directory of its own, and the split into default and full tests.
 
 The tensors are tiny; several OpenMP threads only wait for each other, many times longer on a busy machine.
 """
 
+import importlib.util
 import os
+import sys
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parent))  # warm_process, warm_imports
+
+DEFAULT_FAMILIES = {"olmoe", "deepseek_v3", "gpt_oss"}
+"""Model families that a default run covers: softmax routers, sigmoid routers with a bias, transposed weights with biases.
+A test that has more than `MOST_FAMILIES` families runs on the others with `-m full`."""
+MOST_FAMILIES = 3
+FULL_FIXTURES = {"built_rig": "emulated"}
+"""Fixture -> parameter that marks a test `full`: the emulator needs a minute to compile."""
+
+
+def _families() -> set[str]:
+    spec = importlib.util.spec_from_file_location("toy_families", Path(__file__).parent / "moe" / "toy_models.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {*module.FAMILIES, *module.MORE_FAMILIES}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `full` what a default run leaves out."""
+    known = _families()
+    by_test: dict[str, list[tuple[pytest.Item, str]]] = defaultdict(list)
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if any(params.get(fixture) == value for fixture, value in FULL_FIXTURES.items()):
+            item.add_marker("full")
+        for value in params.values():
+            if isinstance(value, str) and value in known:
+                by_test[item.nodeid.partition("[")[0]].append((item, value))
+    for found in by_test.values():
+        if len({family for _, family in found}) > MOST_FAMILIES:
+            for item, family in found:
+                if family not in DEFAULT_FAMILIES:
+                    item.add_marker("full")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,8 +63,10 @@ def agents_of_their_own(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def outside_the_checkout(tmp_path_factory):
-    """`python -m edgefed` takes a package of its working directory first: in a checkout its sources, which have no
-    native kernels, and not the installed package that the tests import.
+    """Run in an empty folder.
+
+    `python -m edgefed` takes a package of its working directory first: in a checkout its sources, which have no native
+    kernels, and not the installed package that the tests import.
     """
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("work"))
