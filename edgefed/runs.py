@@ -158,7 +158,7 @@ class RunReader:
         manifest = self._store.manifest(wanted)
         if manifest is None:
             raise ConfigError(
-                f"round {wanted} is not kept; rounds {self.oldest_round} to {self.last_round} are",
+                f"round {wanted} is not stored; rounds {self.oldest_round} to {self.last_round} are",
                 remedy="Serve with a larger `keep_rounds`, or 0 to keep all.",
             )
         return manifest
@@ -189,19 +189,20 @@ class RunReader:
 def export_model(folder: Path, to: Path, server_round: int | None = None) -> Path:
     """Write the global model of a run folder as a Hugging Face checkpoint in ``to``. Returns ``to``.
 
-    Raises StorageError, StateCorrupt, ConfigError (round not kept, target not empty).
+    Raises StorageError, StateCorrupt, ConfigError (round not stored, target not empty).
     """
     import tempfile
 
-    from edgefed.checkpoint_export import export_checkpoint
-    from edgefed.personal.extractors import EXTRACTOR_UNIT
-    from edgefed.training.steps import train_scope
-
     with RunReader(folder) as reader, tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
         manifest = reader.manifest(server_round)
+        # Loads torch: a missing run is reported before that.
+        from edgefed.checkpoint_export import export_checkpoint
+        from edgefed.personal.extractors import EXTRACTOR_UNIT
+        from edgefed.training.steps import train_scope
+
         if any(unit.key == EXTRACTOR_UNIT for unit in manifest.units):
             raise ConfigError(
-                f"{folder} holds a run of {reader.run.method}: clients have models of their own, the server has none",
+                f"{folder} is a run of {reader.run.method}: clients have models of their own, the server has none",
                 remedy="The mixture of a client is in the folder personal/ of its `state`.",
             )
         source = reader.unpack(manifest, Path(scratch))

@@ -216,12 +216,12 @@ class Catalog:
         self._blobs.delete_unreferenced(self._referenced)
 
     def encoded_manifest(self, server_round: int) -> bytes:
-        """A round's manifest as sent to clients. Raises NotFound if it is not kept."""
+        """A round's manifest as sent to clients. Raises NotFound if it is not stored."""
         if server_round == self.manifest.server_round:
             return self._encoded
         manifest = self._store.manifest(server_round)
         if manifest is None:
-            raise NotFound(f"the manifest of round {server_round} is not kept")
+            raise NotFound(f"the manifest of round {server_round} is not stored")
         return encode_message(manifest)
 
     def blob(self, sha256: str) -> tuple[Path, int]:

@@ -184,8 +184,8 @@ class Store:
         self._path = folder / DATABASE_NAME
         if not has_run(folder):
             raise StorageError(
-                f"state folder {folder} holds no run",
-                remedy="Create one: `edgefed serve` imports a `model`.",
+                f"no run in state folder {folder}",
+                remedy="Create a run with `edgefed serve`, or set `state` to the folder of a run.",
             )
         self._folder_lock = None if read_only else lock_folder(folder)
         self._lock = threading.RLock()
@@ -261,7 +261,7 @@ class Store:
     # --- the global model ---------------------------------------------------------------------------------------
 
     def manifest(self, server_round: int) -> Manifest | None:
-        """The model at the start of a round; None if that round is not kept or has not been reached."""
+        """The model at the start of a round; None if that round is not stored or not reached."""
         with self._lock:
             if not self.oldest_round() <= server_round <= self.current_round().server_round:
                 return None
@@ -334,7 +334,7 @@ class Store:
         columns = "server_round, phase, participants, opened_at"
         rows = self._query(f"SELECT {columns} FROM rounds ORDER BY server_round DESC LIMIT 1")
         if not rows:
-            raise StateCorrupt(f"{self._path} holds no round")
+            raise StateCorrupt(f"{self._path} contains no round")
         number, phase, participants, opened_at = rows[0]
         return RoundRecord(number, Phase(phase), tuple(json.loads(participants)), opened_at)
 

@@ -76,7 +76,7 @@ def export(
     >>> edgefed.export("edgefed-run", "model", format="hf")                               # doctest: +SKIP
 
     ``format="hf"``: a Hugging Face checkpoint. ``server_round``: the model at the start of this round; None: the
-    newest. Raises ConfigError (unknown format, round not kept, target not empty), StorageError, StateCorrupt.
+    newest. Raises ConfigError (unknown format, round not stored, target not empty), StorageError, StateCorrupt.
     """
     from edgefed.runs import export_model
 

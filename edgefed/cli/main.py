@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import io
 import logging
@@ -129,7 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.close()
         status = 1
     except OSError as error:
-        disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        from edgefed.disk import FULL  # EDQUOT does not exist on Windows
+
+        disk_full = error.errno in FULL
         if error.filename is None and not disk_full:
             raise
         kind = DiskFull if disk_full else StorageError

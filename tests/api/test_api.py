@@ -32,6 +32,16 @@ def test_every_public_name_is_there_and_the_import_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_export_reports_a_missing_run_before_it_loads_torch(tmp_path):
+    code = (
+        "import sys, edgefed\n"
+        "try:\n    edgefed.export(sys.argv[1], 'model')\n"
+        "except edgefed.errors.StorageError as error:\n    print(error, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == f"no run in state folder {tmp_path} False\n"
+
+
 @pytest.mark.parametrize("name", ["client", "models", "runs", "server"])
 def test_the_examples_in_docstrings_run(name):
     module = importlib.import_module(f"edgefed.api.{name}")

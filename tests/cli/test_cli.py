@@ -155,7 +155,7 @@ def test_errors_are_json_for_programs(run, tmp_path):
 
 
 def test_export_of_what_is_not_there(run, tmp_path):
-    refused(run("export", "--state", tmp_path / "none", tmp_path / "model"), 7, "storage", "holds no run")
+    refused(run("export", "--state", tmp_path / "none", tmp_path / "model"), 7, "storage", "no run in")
 
 
 def test_the_demo_does_not_empty_a_foreign_folder(run, tmp_path):

@@ -235,7 +235,7 @@ def test_a_pull_to_classes_is_refused_where_there_are_none(tmp_path):
 
 
 def test_a_server_has_no_model_to_export(table, tmp_path):
-    with pytest.raises(ConfigError, match="holds a run of fedmoe"):
+    with pytest.raises(ConfigError, match="is a run of fedmoe"):
         export_model(tmp_path / "run", tmp_path / "model")
 
 
