@@ -1,6 +1,7 @@
 """House rules that a machine can check: who imports whom, Python 3.10, errors and routes that are complete."""
 
 import ast
+import functools
 import importlib.util
 import os
 import subprocess
@@ -50,10 +51,23 @@ NEVER_IMPORTED = {
 """Room -> what it does not import at any depth of a function, beside the rooms above it."""
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def calls_of(path: Path) -> tuple[tuple[str, ast.Call], ...]:
+    """Every call of a file with the text of what it calls."""
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    return tuple((ast.unparse(call.func), call) for call in calls)
+
+
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Every module that a file imports when it runs, at any depth; what only type checkers see does not count."""
     found = set()
-    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    pending: list[ast.AST] = [tree_of(path)]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -113,7 +127,7 @@ def test_modules_import_each_other_in_no_circle():
     edges = {}
     for name, path in names.items():
         found = set()
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in tree_of(path).body:
             if isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module)
                 found.update(f"{node.module}.{alias.name}" for alias in node.names)
@@ -137,7 +151,7 @@ def test_only_one_file_of_hardware_asks_torch_and_not_before_it_is_called():
     for path in sorted((PACKAGE / "hardware").glob("*.py")):
         module_level = {
             alias.name
-            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            for node in tree_of(path).body
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module or "")])
         }
@@ -162,7 +176,7 @@ def test_only_the_command_line_prints():
     for path in SOURCES:
         if PACKAGE / "cli" in path.parents or path in allowed:
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = tree_of(path)
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
         wrong += [f"{path.relative_to(ROOT)}:{call.lineno}" for call in calls if call.func.id == "print"]
     assert not wrong
@@ -175,19 +189,25 @@ def test_nothing_reads_code_from_data(word):
     for path in SOURCES:
         names = imports_of(path)
         assert not any(within(name, word) for name in names) or (path == checkpoints and word == "pickle"), path
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            called = ast.unparse(node.func)
+        for called, node in calls_of(path):
             assert not within(called, "pickle"), f"{path}:{node.lineno}"
-            safe = path == checkpoints and any(k.arg == "weights_only" and k.value.value is True for k in node.keywords
-                                               if isinstance(k.value, ast.Constant))  # fmt: skip
+            safe = path == checkpoints and any(
+                keyword.arg == "weights_only"
+                and isinstance(keyword.value, ast.Constant)
+                and keyword.value.value is True
+                for keyword in node.keywords
+            )
             assert called != word or safe, f"{path}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_sources_are_python_3_10(path):
-    ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+def test_sources_are_python_3_10():
+    wrong = []
+    for path in SOURCES:
+        try:
+            ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+        except SyntaxError as error:
+            wrong.append(f"{path.relative_to(ROOT)}:{error.lineno}: {error.msg}")
+    assert not wrong
 
 
 def test_files_can_be_read_in_one_sitting():
