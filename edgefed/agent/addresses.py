@@ -40,23 +40,28 @@ def check_base_url(text: str) -> str:
         raise ConfigError(f"invalid address {text!r}: {error}", remedy=remedy) from error
     if url.scheme not in ("http", "https"):
         raise ConfigError(f"the server's address must begin with http:// or https://, found {text!r}", remedy=remedy)
-    if "%" in host and ":" in host:
-        raise ConfigError(
-            f"link-local addresses with a zone are not supported, found {text!r}",
-            remedy="Use another address of the server, or its name.",
-        )
-    if not host or "%" in host or (port is not None and not 0 < port < 65536):
-        raise ConfigError(f"the server's address needs a host, and a port of 1..65535, found {text!r}", remedy=remedy)
-    labels = url.raw_host.decode("ascii").removesuffix(".").split(".")
-    if _ip_address(host) is None and any(not 0 < len(label) <= MAX_LABEL_CHARACTERS for label in labels):
-        raise ConfigError(
-            f"invalid address {text!r}: a part of a host name has 1 to {MAX_LABEL_CHARACTERS} letters", remedy=remedy
-        )
+    if problem := _authority_problem(url, host, port):
+        raise ConfigError(f"invalid address {text!r}: {problem}", remedy=remedy)
     if url.userinfo:  # a secret, so the message does not repeat it
         raise ConfigError("the server's address contains a user name or password; use `token`", remedy=remedy)
     if url.path != "/" or url.query or url.fragment:
         raise ConfigError(f"the server's address must end after host and port, found {text!r}", remedy=remedy)
     return f"{url.scheme}://{url.netloc.decode('ascii')}"
+
+
+def _authority_problem(url: httpx.URL, host: str, port: int | None) -> str:
+    """Why no connection to the host and port of ``url`` can be made; empty if one can.
+
+    httpx accepts such addresses, and fails with a traceback when it connects.
+    """
+    if "%" in host and ":" in host:
+        return "link-local addresses with a zone are not supported; use another address, or the name"
+    if not host or "%" in host or (port is not None and not 0 < port < 65536):
+        return "a host is required, and a port must be in 1..65535"
+    labels = url.raw_host.decode("ascii").removesuffix(".").split(".")
+    if _ip_address(host) is None and any(not 0 < len(label) <= MAX_LABEL_CHARACTERS for label in labels):
+        return f"each part of a host name must have 1 to {MAX_LABEL_CHARACTERS} letters"
+    return ""
 
 
 # --- proxies ----------------------------------------------------------------------------------------------------
@@ -71,7 +76,7 @@ class Proxy:
 
     def describe(self) -> str:
         """Text for a message: address without a password, and variable."""
-        return f"the proxy {self.url.scheme}://{self.url.host}:{self.url.port or 80} of {self.variable}"
+        return f"the proxy {self.url.scheme}://{self.url.netloc.decode('ascii')} of {self.variable}"
 
 
 def find_proxy(base_url: str, environ: Mapping[str, str]) -> Proxy | None:
@@ -97,7 +102,9 @@ def is_loopback(host: str) -> bool:
     """Whether a host name or address is this machine."""
     address = _ip_address(host)
     if address is not None:
-        return address.is_loopback
+        # Connecting to the unspecified address, 0.0.0.0 or ::, reaches this machine.
+        mapped = getattr(address, "ipv4_mapped", None) or address
+        return bool(mapped.is_loopback or mapped.is_unspecified)
     name = host.lower().removesuffix(".")
     return name == "localhost" or name.endswith(".localhost")
 
@@ -106,14 +113,14 @@ def _parse_proxy(value: str, variable: str) -> Proxy:
     remedy = f"Correct or unset {variable}, or add the server to NO_PROXY."
     try:
         url = httpx.URL(value if "://" in value else f"http://{value}")
-        host, scheme = url.host, url.scheme
+        host, port, scheme = url.host, url.port, url.scheme
     except (httpx.InvalidURL, ValueError) as error:
         raise ConfigError(
             f"invalid proxy in {variable}: {error}",
             remedy=f"{remedy} Special characters of a password must be percent-encoded.",
         ) from error
-    if not host:
-        raise ConfigError(f"invalid proxy in {variable}: it has no host", remedy=remedy)
+    if problem := _authority_problem(url, host, port):
+        raise ConfigError(f"invalid proxy in {variable}: {problem}", remedy=remedy)
     if scheme in ("socks", "socks5", "socks5h"):
         if importlib.util.find_spec("socksio") is None:
             raise ConfigError(

@@ -40,7 +40,13 @@ def test_valid_hosts(text, url):
     assert check_base_url(text) == url
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://127.8.9.1:1", "http://[::1]:1", "http://localhost:1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:1", "http://127.8.9.1:1", "http://[::1]:1", "http://localhost:1", "http://0.0.0.0:1",
+        "http://[::ffff:127.0.0.1]:1",
+    ],
+)  # fmt: skip
 def test_loopback_uses_no_proxy_whatever_the_variables_say(url):
     for value in (PROXY, "socks://127.0.0.1:1080/", "http://user:p#ss@h:1"):
         assert find_proxy(url, {"HTTP_PROXY": value, "ALL_PROXY": value, "NO_PROXY": "fd07:b51a::/64"}) is None
@@ -78,7 +84,13 @@ def test_no_proxy(url, no_proxy, excluded):
     assert (find_proxy(url, {"HTTP_PROXY": PROXY, "NO_PROXY": no_proxy}) is None) == excluded
 
 
-@pytest.mark.parametrize("value", ["http://user:p#ss@127.0.0.1:9299", "ftp://h:1", "http://", "http://h:port"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "http://user:p#ss@127.0.0.1:9299", "ftp://h:1", "http://", "http://h:port", "http://h:99999", "http://a..b:1",
+        "http://[fe80::1%eth0]:1", "http://" + "a" * 70 + ".de:1",
+    ],
+)  # fmt: skip
 def test_an_invalid_proxy_is_refused_with_its_variable_and_without_its_password(value):
     with pytest.raises(ConfigError, match="in HTTP_PROXY") as caught:
         find_proxy(SERVER, {"HTTP_PROXY": value})
@@ -94,6 +106,11 @@ def test_a_socks_proxy_needs_its_package(value, monkeypatch):
     assert "httpx[socks]" in caught.value.remedy
     monkeypatch.setattr(addresses.importlib.util, "find_spec", lambda name: object())
     assert find_proxy(SERVER, {"ALL_PROXY": value}).url.scheme == "socks5"
+
+
+def test_a_message_names_a_proxy_without_its_password():
+    proxy = find_proxy(SERVER, {"HTTP_PROXY": "http://user:secret@[fd07::1]:3128"})
+    assert proxy.describe() == "the proxy http://[fd07::1]:3128 of HTTP_PROXY"
 
 
 def test_an_error_names_the_proxy_that_was_used(monkeypatch):
