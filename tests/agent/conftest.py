@@ -22,8 +22,8 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[FakeAggregator]:
-    fake = FakeAggregator()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeAggregator]:
+    fake = FakeAggregator(tmp_path_factory.mktemp("server"))
     fake.start()
     yield fake
     fake.stop(wait=False)

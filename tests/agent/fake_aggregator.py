@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -68,7 +67,9 @@ class _QuickServer(uvicorn.Server):
 class FakeAggregator:
     """Every attribute may be read and set by a test while the server runs."""
 
-    def __init__(self, *, run_id: str = "run-1", rounds: int = 2, quorum: int = 1, token: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, run_id: str = "run-1", rounds: int = 2, quorum: int = 1, token: str | None = None
+    ) -> None:
         self.run = RunConfig(
             run_id=run_id, model="tiny", method="fedavg", method_options={}, rounds=rounds, seed=0,
             training=TrainingConfig(local_steps=3),
@@ -106,7 +107,7 @@ class FakeAggregator:
         self.reset_on_commit = 0
         """Commits that throw the upload away and answer ChecksumMismatch."""
         self.port = 0
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = folder
         self.blobs: dict[str, bytes] = {}
         self.units: dict[str, UnitInfo] = {}
         for expert in range(EXPERTS):
@@ -282,7 +283,7 @@ class FakeAggregator:
                 self.reset_on_commit = max(0, self.reset_on_commit - 1)
                 self.partial.pop(key, None)
                 raise ChecksumMismatch("other bytes arrived than were sent")
-            (Path(self._folder.name) / f"{key[1]}-{key[0]}").write_bytes(data)
+            (self._folder / f"{key[1]}-{key[0]}").write_bytes(data)
             self.accepted[key[:2]] = meta
             self._close_round()
         if self.lose_acknowledgements:
@@ -293,7 +294,7 @@ class FakeAggregator:
     # --- the model ------------------------------------------------------------------------------------------------
 
     def _close_round(self) -> None:
-        updates = sorted(Path(self._folder.name).glob(f"{self.server_round}-*"))
+        updates = sorted(self._folder.glob(f"{self.server_round}-*"))
         if len(updates) < self.quorum:
             return
         for unit in list(self.units.values()):
@@ -305,14 +306,14 @@ class FakeAggregator:
 
     def value_of(self, expert: int) -> float:
         """The value that all elements of an expert share in the current global model."""
-        path = Path(self._folder.name) / "look"
+        path = self._folder / "look"
         path.write_bytes(self.blobs[self.units[f"model.layers.0.mlp.experts.{expert}"].sha256])
         values = np.array(frames.map_tensor(path, frames.read_header(path)[TENSOR.name]))
         assert (values == values.flat[0]).all()
         return float(values.flat[0])
 
     def _store(self, key: str, expert: int, trainable: bool, values: np.ndarray) -> None:
-        path = Path(self._folder.name) / "unit"
+        path = self._folder / "unit"
         sha256, size = frames.write_frame(path, {TENSOR.name: (TENSOR.dtype, values)})
         self.blobs[sha256] = path.read_bytes()
         self.units[key] = UnitInfo(

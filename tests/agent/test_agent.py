@@ -250,13 +250,13 @@ def test_run_that_changes_under_a_registered_device(server, tmp_path):
         assert trainer.rounds == [1, 2]
 
 
-def test_new_run_at_the_same_address_drops_the_old_work(server, tmp_path, caplog):
+def test_new_run_at_the_same_address_drops_the_old_work(server, tmp_path, tmp_path_factory, caplog):
     server.fail.append(("commit", Unauthorized("token changed"), 1))
     with device(server.url, tmp_path) as agent, pytest.raises(Unauthorized):
         agent.run()
     port = server.port
     server.stop()
-    other = FakeAggregator(run_id="run-2", rounds=1)
+    other = FakeAggregator(tmp_path_factory.mktemp("server"), run_id="run-2", rounds=1)
     other.port = port
     other.start()
     try:
