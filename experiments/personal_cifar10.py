@@ -204,7 +204,7 @@ def print_table(summary: dict) -> None:
 
 def draw(runs: list[dict], classes: tuple[str, ...], figure: Path | None, gates: Path | None) -> None:
     """Curves and clients by split; the gate's weights of the first seed."""
-    from edgefed.simulation.personal_pictures import save_comparison, save_gate_histograms
+    from edgefed.simulation.pictures import save_comparison, save_gate_histograms
 
     if figure:
         save_comparison(

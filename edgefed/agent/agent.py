@@ -29,8 +29,7 @@ from edgefed.agent.journal import Journal
 from edgefed.agent.transport import AggregatorClient
 from edgefed.disk import hash_file
 from edgefed.errors import ChecksumMismatch, EdgefedError, NotFound, RoundClosed, UnknownClient
-from edgefed.interrupt import StopRequested, run_interruptibly
-from edgefed.progress import NullProgress, ProgressSink, WatchedProgress
+from edgefed.progress import NullProgress, ProgressSink, StopRequested, WatchedProgress, run_interruptibly
 from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.messages import (
     Assignment,

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from edgefed.errors import EdgefedError, ServerUnreachable
-from edgefed.interrupt import pause
+from edgefed.progress import pause
 
 logger = logging.getLogger("edgefed.agent")
 

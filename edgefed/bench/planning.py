@@ -61,8 +61,8 @@ def fits_of(shape: ModelShape, budget: str, usable_bytes: int | None, optimizer:
         lora = compute_budget(shape, fit_setup("lora", storage, "adamw", device), usable_bytes)
         for mode, found, experts, trained in (
             ("profile", full, full.profile_per_layer, 0),
-            ("lora", lora, lora.tune_per_layer, lora.tune_per_layer),
-            ("full", full, full.keep_per_layer, min(1, full.keep_per_layer)),
+            ("lora", lora, lora.trainable_per_layer, lora.trainable_per_layer),
+            ("full", full, full.resident_per_layer, min(1, full.resident_per_layer)),
         ):
             yield Fit(
                 model=shape.name, budget=budget, mode=mode, storage=storage, experts=experts, of=shape.num_experts,
@@ -106,7 +106,7 @@ def fit_curve(shape: ModelShape, most_bytes: int, optimizer: str, device: str, p
     """Compute the curve from 0 to ``most_bytes``; ``process_bytes`` are not tensors. Experts in bfloat16."""
     setup = fit_setup("full", "bfloat16", optimizer, device)
     budgets = tuple(most_bytes * step // CURVE_POINTS for step in range(CURVE_POINTS + 1))
-    resident = [compute_budget(shape, setup, size - process_bytes).keep_per_layer for size in budgets]
+    resident = [compute_budget(shape, setup, size - process_bytes).resident_per_layer for size in budgets]
     return Curve(shape.name, budgets, tuple(count / shape.num_experts for count in resident))
 
 
@@ -134,12 +134,12 @@ def plan_cases(model: BenchModel, setup: StepSetup, usable_bytes: int | None) ->
     def trainable(case: StepSetup) -> int:
         if usable_bytes is None:
             return model.shape.num_experts
-        return max(1, compute_budget(model.shape, case, usable_bytes).tune_per_layer)
+        return max(1, compute_budget(model.shape, case, usable_bytes).trainable_per_layer)
 
     def resident(case: StepSetup) -> int:
         if usable_bytes is None:
             return model.shape.num_experts
-        return max(1, compute_budget(model.shape, case, usable_bytes).keep_per_layer)
+        return max(1, compute_budget(model.shape, case, usable_bytes).resident_per_layer)
 
     return [
         PlanCase("in full, no savings", setup, trainable(setup), trainable(setup)),

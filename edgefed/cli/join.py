@@ -28,7 +28,7 @@ def join_command(settings: JoinSettings) -> None:
     """
     from edgefed.cli.output import TerminalProgress, print_json, print_note
     from edgefed.hardware.memory import format_bytes
-    from edgefed.interrupt import stop_signals
+    from edgefed.progress import stop_signals
 
     stop = threading.Event()
 

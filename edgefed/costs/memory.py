@@ -90,16 +90,16 @@ class ComputeBudget:
 
     Attributes:
         profile_per_layer: Resident in a forward pass.
-        keep_per_layer: Resident while one of them trains.
-        tune_per_layer: Resident while all of them train.
+        resident_per_layer: Resident while one of them trains.
+        trainable_per_layer: Resident while all of them train.
         estimate: Of the largest plan that fits (all trainable, else one), or of one expert per layer if none does.
         limit: A sentence about what limits the number.
-        limits: The same for each number: profile, keep, tune.
+        limits: The same for each number: profile, resident, trainable.
     """
 
     profile_per_layer: int
-    keep_per_layer: int
-    tune_per_layer: int
+    resident_per_layer: int
+    trainable_per_layer: int
     estimate: MemoryEstimate
     limit: str
     limits: dict[str, str]
@@ -259,21 +259,23 @@ def compute_budget(
     trains = int(setup.experts != "none")
     estimates: dict[str, Callable[[int], MemoryEstimate]] = {
         "profile": lambda resident: profiling_memory(shape, setup, resident),
-        "keep": lambda resident: training(resident, trains),
-        "tune": lambda resident: training(resident, resident),
+        "resident": lambda resident: training(resident, trains),
+        "trainable": lambda resident: training(resident, resident),
     }
     found = {name: _largest(most, estimate, room) for name, estimate in estimates.items()}
     if not trains:
-        found["tune"] = 0
+        found["trainable"] = 0
     limits = {name: _limit(found[name], most, estimate, room) for name, estimate in estimates.items()}
     if not trains:
-        limits["tune"] = "no expert trains in this run"
+        limits["trainable"] = "no expert trains in this run"
     return ComputeBudget(
         profile_per_layer=found["profile"],
-        keep_per_layer=found["keep"],
-        tune_per_layer=found["tune"],
-        estimate=estimates["tune"](found["tune"]) if found["tune"] else estimates["keep"](max(1, found["keep"])),
-        limit=limits["tune" if trains else "keep"],
+        resident_per_layer=found["resident"],
+        trainable_per_layer=found["trainable"],
+        estimate=estimates["trainable"](found["trainable"])
+        if found["trainable"]
+        else estimates["resident"](max(1, found["resident"])),
+        limit=limits["trainable" if trains else "resident"],
         limits=limits,
     )
 

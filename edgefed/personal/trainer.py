@@ -15,7 +15,6 @@ import torch
 from edgefed.disk import disk_errors
 from edgefed.errors import ConfigError, EdgefedError, OutOfMemory, TrainingDiverged
 from edgefed.hardware.memory import process_peak_rss_bytes
-from edgefed.interrupt import StopRequested
 from edgefed.methods.interface import PersonalMethod
 from edgefed.methods.registry import make_method
 from edgefed.moe.expert_reading import FrameSource, raw_array
@@ -34,7 +33,7 @@ from edgefed.personal.models import user_model_error
 from edgefed.personal.samples import num_batches
 from edgefed.personal.state import PersonalState
 from edgefed.personal.tasks import OpenTask, PersonalTask
-from edgefed.progress import ProgressSink
+from edgefed.progress import ProgressSink, StopRequested
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig
 from edgefed.protocol.trainer import Fetch, TrainedUpdate

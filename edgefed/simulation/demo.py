@@ -25,7 +25,7 @@ from edgefed.protocol.messages import Status
 from edgefed.simulation.evaluation import held_out_losses
 from edgefed.simulation.personal_baselines import make_strategy
 from edgefed.simulation.personal_federation import Client, History, Settings, run
-from edgefed.simulation.personal_pictures import Outcome, save_comparison, save_gate_histograms
+from edgefed.simulation.pictures import Outcome, save_comparison, save_gate_histograms
 from edgefed.simulation.processes import LocalClient, LocalFederation, read_ledger
 from edgefed.trainer.saved_plan import load_plan
 from edgefed.training.data import load_corpus

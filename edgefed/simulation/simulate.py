@@ -17,9 +17,8 @@ from edgefed.disk import disk_errors, write_durably
 from edgefed.embedded import resolve_model
 from edgefed.errors import ConfigError, StateCorrupt
 from edgefed.moe.model_shape import shape_from_config
-from edgefed.simulation.config import SimulationConfig
+from edgefed.simulation.config import SimulationConfig, split_records
 from edgefed.simulation.device_rates import Calibration, CostShape, device_rates, memory_budget
-from edgefed.simulation.fleet_data import deal_out
 from edgefed.simulation.result import RoundResult, SimulationResult
 from edgefed.simulation.simulated_device import SharedModel
 from edgefed.simulation.simulated_run import Score, SimulatedRun
@@ -88,7 +87,7 @@ def simulate(
         device_rates(device)  # a profile that says too little is told before anything starts
     budgets = {device.name: memory_budget(device) for device in config.fleet}
     if config.split is not None:
-        data = deal_out(config.split, [device.name for device in config.fleet], out / "data", config.seed)
+        data = split_records(config.split, [device.name for device in config.fleet], out / "data", config.seed)
     else:
         data = {device.name: device.data for device in config.fleet}
     shared = SharedModel(out / "model")

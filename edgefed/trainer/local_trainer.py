@@ -32,10 +32,16 @@ from edgefed.protocol.messages import Assignment, Manifest, RunConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
 from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk
-from edgefed.trainer.placement import ExpertPlacer, add_own_units, load_own_units, save_own_units
+from edgefed.trainer.placement import (
+    ExpertPlacer,
+    StaleExperts,
+    add_own_units,
+    load_own_units,
+    save_own_units,
+    with_newest_trainable,
+)
 from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.trainer.ports import FormulaCosts, Memory, ModelHost, OwnModel, StepCosts
-from edgefed.trainer.stale_experts import FrozenCopies, with_newest_trainable
 from edgefed.training.calibration import can_measure, correction_from, measure_step
 from edgefed.training.data import Corpus, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
@@ -161,7 +167,7 @@ class LocalTrainer:
         newest = units = {unit.key: unit for unit in manifest.units}
         model = self._models.open(run, method, manifest, fetch, progress)
         blocks = self._encode(run, progress)
-        copies = FrozenCopies(self._folder, run.run_id) if method.refresh_rounds > 1 else None
+        copies = StaleExperts(self._folder, run.run_id) if method.refresh_rounds > 1 else None
         if copies:
             units = copies.view(newest, manifest.server_round, method.refresh_rounds, fetch)
         own = {} if model.plan is None or method.exchanges else save_own_units(model, units, self._folder)

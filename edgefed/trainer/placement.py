@@ -1,23 +1,27 @@
-"""Puts the experts of a plan on the device, in memory or offloaded, and merged experts from the cache where possible.
+"""Place the experts of a plan on the device: which versions, in which storage, in memory or offloaded.
 
-A device of a method without exchange (`ExpertMethod.exchanges`) has the only copy of the weights that it trained. They
-are written to files before each round, so that a round that runs out of memory can start again.
+Merged experts are read from a cache where possible. A device of a method without exchange (`ExpertMethod.exchanges`)
+has the only copy of the weights that it trained. They are written to files before each round, so that a round that runs
+out of memory can start again.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import torch
 
 from edgefed.costs.activations import offloaded_bytes
 from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import StepSetup
-from edgefed.disk import disk_errors, filesystem, make_folder
-from edgefed.errors import ConfigError, DiskFull, StorageError
-from edgefed.expert_records import ExpertPlan
+from edgefed.disk import disk_errors, filesystem, make_folder, write_durably
+from edgefed.errors import ConfigError, DiskFull, NotFound, StorageError
+from edgefed.expert_records import ExpertPlan, Role
 from edgefed.hardware.memory import available_memory_bytes, format_bytes
 from edgefed.methods.interface import ExpertMethod
 from edgefed.moe.expert_reading import FrameSource, raw_array
@@ -30,16 +34,19 @@ from edgefed.moe.units import LORA_SUFFIX, ExpertSource
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo
+from edgefed.protocol.trainer import Fetch
 from edgefed.training.savings import packing_problem
 from edgefed.training.steps import train_scope
 
 OFFLOAD_FOLDER, MERGED_FOLDER, OWN_FOLDER = "offloaded", "merged", "own"
 """In the device's state folder."""
+COPIES_FILE = "frozen.json"
+_log = logging.getLogger("edgefed.agent")
 HOST_SHARE = 0.5
 """Share of the host's available memory for offloaded experts of a GPU; what needs more is offloaded to files."""
 _MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 STORAGE_CHOICES = ("auto", "full", *EXPERT_STORAGES)
-"""How an owner may have experts stored. "auto": the search of savings decides; "full": in the model's dtype, always."""
+"""Storage of frozen experts that an owner can request. "auto": the planner decides; "full": the model's dtype."""
 
 
 class ExpertPlacer:
@@ -147,7 +154,7 @@ def required_storage(requested: str, method: ExpertMethod, training: TrainingCon
     not work on this device.
     """
     if requested not in STORAGE_CHOICES:
-        raise ConfigError(f"experts can be stored as {', '.join(STORAGE_CHOICES)}; asked for {requested!r}")
+        raise ConfigError(f"invalid expert storage {requested!r}, expected one of {', '.join(STORAGE_CHOICES)}")
     asked = f"`expert_storage={requested}`"
     fixed = method.requirements.expert_storage
     if fixed is not None:
@@ -161,16 +168,78 @@ def required_storage(requested: str, method: ExpertMethod, training: TrainingCon
         return None
     if method.requirements.offloading:
         raise ConfigError(
-            f"{asked} wants {requested}, but {method.name} offloads experts the way they come",
+            f"{asked} needs {requested}, but {method.name} offloads experts in the model's dtype",
             remedy="Join without `expert_storage`, or run another method.",
         )
     if method.requirements.all_experts and training.experts == "full":
         raise ConfigError(
-            f"{asked} wants {requested}, but {method.name} trains every expert in full: none is left to be quantised",
+            f"{asked} needs {requested}, but {method.name} trains every expert in full: no frozen expert to quantize",
             remedy="Join without `expert_storage`, or serve with `train_experts=lora`.",
         )
     if problem := packing_problem(requested, str(model.module.device), model.dtype):
         raise ConfigError(
-            f"{asked} cannot be had here: {problem}", remedy="Join with `expert_storage=full`, or on another device."
+            f"{asked} does not work on this device: {problem}",
+            remedy="Join with `expert_storage=full`, or on another device.",
         )
     return requested
+
+
+class StaleExperts:
+    """Which version of each expert a device has, so that frozen experts are not downloaded whenever they change.
+
+    Trainable experts are downloaded anew in every round. Frozen experts, also within merged experts, change in the
+    global model when other clients train them, but only by little: with ``refresh_rounds`` = r of the method, a device
+    uses the version that it has until that is r rounds old. Each round refreshes another r-th of the experts, so that
+    downloads are spread evenly.
+
+    The file ``FOLDER/frozen.json`` has the run id and, for each expert unit, its hash, its size and the last round in
+    which it was the newest. ``folder`` is the device's state folder.
+    """
+
+    def __init__(self, folder: Path, run_id: str):
+        self._path, self._run_id = folder / COPIES_FILE, run_id
+        self._copies: dict[str, tuple[str, int, int]] = {}
+        try:
+            with disk_errors(self._path):
+                saved = json.loads(self._path.read_bytes()) if self._path.exists() else {}
+            if saved.get("run_id") == run_id:
+                self._copies = {key: (sha256, size, last) for key, (sha256, size, last) in saved["copies"].items()}
+        except (ValueError, KeyError, AttributeError) as error:
+            _log.warning("cannot read %s, all experts are downloaded again: %s", self._path, error)
+
+    def view(self, units: Mapping[str, UnitInfo], server_round: int, refresh: int, fetch: Fetch) -> dict[str, UnitInfo]:
+        """Return ``units`` with frozen experts in the versions that this device has, except those due for a refresh.
+
+        If one of these versions is neither on the device nor at the aggregator, return ``units`` unchanged.
+        """
+        older = {}
+        for key, unit in units.items():
+            sha256, size_bytes, last = self._copies.get(key, (unit.sha256, 0, 0))
+            due = (unit.layer + unit.expert + server_round) % refresh == 0
+            if unit.kind == "expert" and sha256 != unit.sha256 and not due and server_round - last < refresh:
+                older[key] = msgspec.structs.replace(unit, sha256=sha256, size_bytes=size_bytes)
+        try:
+            fetch(older.values())
+        except NotFound:
+            return dict(units)
+        return {**units, **older}
+
+    def keep(self, used: Mapping[str, UnitInfo], units: Mapping[str, UnitInfo], server_round: int) -> None:
+        """Write down which versions a round ``used``; ``units`` are the newest. The file is durable on return."""
+        copies = {}
+        for key, unit in used.items():
+            if unit.kind == "expert":
+                last = server_round if unit.sha256 == units[key].sha256 else self._copies[key][2]
+                copies[key] = (unit.sha256, unit.size_bytes, last)
+        self._copies = copies
+        write_durably(self._path, json.dumps({"run_id": self._run_id, "copies": copies}).encode())
+
+
+def with_newest_trainable(
+    units: Mapping[str, UnitInfo], newest: Mapping[str, UnitInfo], plan: ExpertPlan
+) -> dict[str, UnitInfo]:
+    """Return ``units`` with trainable experts and their adapters from ``newest``."""
+    return {
+        key: newest[key] if unit.kind == "expert" and plan.roles[unit.layer][unit.expert] == Role.TRAINABLE else unit
+        for key, unit in units.items()
+    }

@@ -46,7 +46,7 @@ def round_metrics(
         "train_loss": outcome.loss,
         "held_out_loss_before": before,
         "held_out_loss_after": after,
-        "experts_held": float(plan.num_resident),
+        "experts_resident": float(plan.num_resident),
         "experts_trained": float(len(outcome.expert_steps)),
         "experts_starved": float(outcome.starved_experts),
         "memory_shrinks": float(num_shrinks),

@@ -37,7 +37,7 @@ from edgefed.errors import (
     UpdateTooLarge,
     VersionMismatch,
 )
-from edgefed.interrupt import StopRequested
+from edgefed.progress import StopRequested
 from edgefed.protocol.messages import ExpertSurvey, Heartbeat
 
 

@@ -18,7 +18,7 @@ from edgefed.errors import (
     ServerUnreachable,
     Unauthorized,
 )
-from edgefed.interrupt import StopRequested, run_interruptibly
+from edgefed.progress import StopRequested, run_interruptibly
 
 
 class FakeTime:

@@ -13,7 +13,7 @@ from agent_rig import Device
 from fake_aggregator import EXPERTS
 from toy_device import toy_value
 
-from edgefed.interrupt import stop_signals
+from edgefed.progress import stop_signals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 

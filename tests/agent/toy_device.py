@@ -16,8 +16,7 @@ import numpy as np
 
 from edgefed.agent.agent import AgentSettings, open_agent
 from edgefed.agent.backoff import BackoffSchedule, Retry
-from edgefed.interrupt import stop_signals
-from edgefed.progress import ProgressSink
+from edgefed.progress import ProgressSink, stop_signals
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, ExpertReport, Manifest, RunConfig
 from edgefed.protocol.trainer import Fetch, TrainedUpdate

@@ -232,34 +232,34 @@ def test_a_budget_is_never_exceeded_and_never_wasted(setup, correction, usable):
     def total(resident: int, trainable: int) -> int:
         return training_memory(SMALL, setup, resident, trainable, correction).total_bytes
 
-    assert 0 <= found.tune_per_layer <= found.keep_per_layer <= 4 or not trains
+    assert 0 <= found.trainable_per_layer <= found.resident_per_layer <= 4 or not trains
     for count, estimate in (
         (found.profile_per_layer, lambda resident: profiling_memory(SMALL, setup, resident).total_bytes),
-        (found.keep_per_layer, lambda resident: total(resident, trains)),
-        (found.tune_per_layer, lambda resident: total(resident, resident)),
+        (found.resident_per_layer, lambda resident: total(resident, trains)),
+        (found.trainable_per_layer, lambda resident: total(resident, resident)),
     ):
         assert count == 0 or estimate(count) <= room
         if trains and count < 4:
             assert estimate(count + 1) > room
-    assert set(found.limits) == {"profile", "keep", "tune"}
+    assert set(found.limits) == {"profile", "resident", "trainable"}
     larger = compute_budget(SMALL, setup, usable + 100_000, correction)
-    assert larger.tune_per_layer >= found.tune_per_layer
+    assert larger.trainable_per_layer >= found.trainable_per_layer
 
 
 def test_the_limit_is_said_in_words():
     setup = StepSetup(1, 512, checkpointing=True, chunked_loss=True)
     found = compute_budget(OLMOE, setup, 1 * GIB)
-    assert (found.profile_per_layer, found.keep_per_layer, found.tune_per_layer) == (0, 0, 0)
+    assert (found.profile_per_layer, found.resident_per_layer, found.trainable_per_layer) == (0, 0, 0)
     assert found.limit.startswith("one expert per layer would need ")
     assert "1024.0 MiB are usable" in found.limit
     assert "most of it is dense" in found.limit
     assert compute_budget(OLMOE, setup, 500 * GIB).limit == "nothing: all 64 experts of a layer fit"
     some = compute_budget(OLMOE, setup, 12 * GIB)
-    assert 0 < some.tune_per_layer < some.keep_per_layer <= 64
-    assert f"{some.tune_per_layer + 1} experts per layer would need" in some.limits["tune"]
+    assert 0 < some.trainable_per_layer < some.resident_per_layer <= 64
+    assert f"{some.trainable_per_layer + 1} experts per layer would need" in some.limits["trainable"]
     untrained = compute_budget(OLMOE, dataclasses.replace(setup, experts="none"), 12 * GIB)
-    assert untrained.tune_per_layer == 0
-    assert untrained.limits["tune"] == "no expert trains in this run"
+    assert untrained.trainable_per_layer == 0
+    assert untrained.limits["trainable"] == "no expert trains in this run"
 
 
 def test_budgets_of_known_devices():
@@ -281,8 +281,8 @@ def test_budgets_of_known_devices():
         lora = StepSetup(1, 512, experts="lora", lora_rank=16, device=device, **how)
         full = StepSetup(1, 512, optimizer="adamw_8bit", device=device, **how)
         found = compute_budget(shape, full, usable)
-        by_lora = compute_budget(shape, lora, usable).tune_per_layer
-        assert (found.profile_per_layer, by_lora, found.keep_per_layer) == pytest.approx(numbers, abs=1), name
+        by_lora = compute_budget(shape, lora, usable).trainable_per_layer
+        assert (found.profile_per_layer, by_lora, found.resident_per_layer) == pytest.approx(numbers, abs=1), name
 
 
 def test_impossible_counts_are_named():

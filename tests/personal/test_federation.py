@@ -28,7 +28,7 @@ from edgefed.simulation.personal_federation import (
     sample_clients,
     worst_decile,
 )
-from edgefed.simulation.personal_pictures import gate_histograms, save_comparison, save_gate_histograms
+from edgefed.simulation.pictures import gate_histograms, save_comparison, save_gate_histograms
 
 METHOD = FedMoE(extractor_lr=0.05, model_lr=0.05, gate_lr=0.05, batch_size=8)
 CLASSES = ("dark", "bright", "striped")

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from edgefed.errors import ConfigError, DataError
-from edgefed.simulation.config import SimulationConfig, SplitData
+from edgefed.simulation.config import SimulationConfig, SplitData, split_records
 from edgefed.simulation.config_file import load_simulation
-from edgefed.simulation.fleet_data import deal_out
 
 GOOD = """
 model = "tiny"
@@ -81,9 +80,9 @@ def test_every_fault_of_a_file_is_told_at_once(tmp_path):
         ("local-steps = 4", "local-steps = 0", "local-steps is 0"),
         ("local-steps = 4", 'experts = "some"', "experts is 'some'"),
         ('label = "redrawn"', 'label = "../up"', "../up"),
-        ('label = "redrawn"', 'label = "hfedmoe"', "two methods are called hfedmoe"),
+        ('label = "redrawn"', 'label = "hfedmoe"', "duplicate names of methods: hfedmoe"),
         ("redraw = true", "redo = true", "redo"),
-        ('methods = ["hfedmoe", ', 'methods = ["fedmoe", ', "models of the clients' own"),
+        ('methods = ["hfedmoe", ', 'methods = ["fedmoe", ', "fedmoe cannot be simulated"),
         ("preinstalled = true", "preinstalled = 1", "preinstalled is 1"),
         ("target-loss = 2.5", "held-out = 1.0", "held-out is 1.0"),
         ('sources = ["silo:asyncio", "notes.jsonl", "silo:xml"]', 'label = "x"', "needs data.file"),
@@ -100,7 +99,7 @@ def test_impossible_values_are_named(tmp_path, old, new, error):
 def test_an_absent_file_and_an_empty_fleet_are_told(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         load_simulation(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="the fleet is empty; no method is named"):
+    with pytest.raises(ConfigError, match="fleet is empty, .*; methods is empty"):
         read(tmp_path, 'model = "tiny"\n')
 
 
@@ -116,7 +115,7 @@ def test_dealing_out_gives_every_record_to_one_device(tmp_path, alpha):
     names = ["a", "b", "c"]
     split = SplitData(str(tmp_path / "all.jsonl"), "label", alpha)
     seed = 3
-    paths = deal_out(split, names, tmp_path / "hands", seed)
+    paths = split_records(split, names, tmp_path / "hands", seed)
     hands = {name: [json.loads(line) for line in Path(paths[name]).read_text().splitlines()] for name in names}
     texts = sorted(row["text"] for hand in hands.values() for row in hand)
     assert texts == sorted(row["text"] for row in rows)
@@ -124,24 +123,24 @@ def test_dealing_out_gives_every_record_to_one_device(tmp_path, alpha):
         owners = {label: {name for name in names if any(row["label"] == label for row in hands[name])}
                   for label in ("l0", "l1", "l2", "l3")}  # fmt: skip
         assert all(len(own) == 1 for own in owners.values())
-    again = deal_out(split, names, tmp_path / "again", seed)
+    again = split_records(split, names, tmp_path / "again", seed)
     assert all(Path(paths[name]).read_text() == Path(again[name]).read_text() for name in names)
     if alpha is not None:
-        other = deal_out(split, names, tmp_path / "other", seed + 1)
+        other = split_records(split, names, tmp_path / "other", seed + 1)
         assert any(Path(paths[name]).read_text() != Path(other[name]).read_text() for name in names)
 
 
-def test_dealing_out_refuses_what_it_cannot_deal(tmp_path):
+def test_invalid_files_are_not_split(tmp_path):
     path = tmp_path / "all.jsonl"
     records(path, labels=1, each=3)
     with pytest.raises(DataError, match="would get"):
-        deal_out(SplitData(str(path), "label"), ["a", "b"], tmp_path, 0)
-    with pytest.raises(DataError, match="line 1 has no field 'topic'"):
-        deal_out(SplitData(str(path), "topic"), ["a"], tmp_path, 0)
+        split_records(SplitData(str(path), "label"), ["a", "b"], tmp_path, 0)
+    with pytest.raises(DataError, match="line 1: field 'topic' must be"):
+        split_records(SplitData(str(path), "topic"), ["a"], tmp_path, 0)
     path.write_text('{"label": "x"}\nnot json\n')
-    with pytest.raises(DataError, match="line 2 is not JSON"):
-        deal_out(SplitData(str(path), "label"), ["a"], tmp_path, 0)
+    with pytest.raises(DataError, match="line 2: invalid JSON"):
+        split_records(SplitData(str(path), "label"), ["a"], tmp_path, 0)
     with pytest.raises(DataError, match="cannot read"):
-        deal_out(SplitData(str(tmp_path / "no.jsonl"), "label"), ["a"], tmp_path, 0)
+        split_records(SplitData(str(tmp_path / "no.jsonl"), "label"), ["a"], tmp_path, 0)
     with pytest.raises(DataError, match="jsonl"):
-        deal_out(SplitData("notes.txt", "label"), ["a"], tmp_path, 0)
+        split_records(SplitData("notes.txt", "label"), ["a"], tmp_path, 0)

@@ -248,9 +248,9 @@ def test_a_device_that_exchanges_nothing_keeps_its_weights_and_their_storage(rig
 
 def test_what_makes_no_sense_is_refused_by_name(rig):
     table = rig(method="fedavg")
-    with pytest.raises(ConfigError, match="`expert_storage=nf4` wants nf4, but fedavg trains every expert in full"):
+    with pytest.raises(ConfigError, match="`expert_storage=nf4` needs nf4, but fedavg trains every expert in full"):
         table.round(table.device(expert_storage="nf4"))
-    with pytest.raises(ConfigError, match="asked for 'fp4'"):
+    with pytest.raises(ConfigError, match="invalid expert storage 'fp4'"):
         table.round(table.device("b", expert_storage="fp4"))
     assert not [item for item in table.fetched if getattr(item, "kind", "") == "expert"]
 
@@ -262,7 +262,9 @@ def test_what_a_device_cannot_do_is_refused_or_passed_over(rig, monkeypatch):
     monkeypatch.setattr(placement, "packing_problem", lambda *args: reason)
     real = problems
     monkeypatch.setattr(planner, "problems", lambda *args: {**real(*args), "nf4_experts": reason})
-    with pytest.raises(ConfigError, match="`expert_storage=nf4` cannot be had here: quantised experts fail on cpu"):
+    with pytest.raises(
+        ConfigError, match="`expert_storage=nf4` does not work on this device: quantised experts fail on cpu"
+    ):
         table.round(table.device("asked", expert_storage="nf4"))
     device = table.device("auto", usable)
     table.round(device)

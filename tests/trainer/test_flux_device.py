@@ -55,7 +55,7 @@ def test_a_round_trains_explores_merges_and_reports(bench, data, tmp_path):
     assert survey.tune_slots == 16
     known = {(layer, e) for layer, row in enumerate(survey.utility) for e, u in enumerate(row) if u is not None}
     trained = {(r.layer, r.expert) for r in update.experts if r.steps}
-    assert trained <= known and explored <= known, "utilities of what was trained and explored, of nobody else"
+    assert trained | explored <= known, "utilities of what was trained and explored, of no other expert"
     assert known <= trained | explored | {(r.layer, r.expert) for r in update.experts}
     assert update.metrics["probe_forwards"] <= 1 + 2 * len(explored)
     profile = ActivationProfile.from_dict(saved(tmp_path)["profile"])
@@ -176,4 +176,5 @@ def test_merged_experts_are_kept_from_round_to_round_and_across_a_restart(bench,
     assert members_read(trainer_of(data, tmp_path, share=0.5), 3, wanted) == (0, merged, files)
     other = ExpertAssignment(tune=wanted.tune, explore=((0, 7), *wanted.explore[1:]))
     again, _, after = members_read(trainer, 4, other)
-    assert 0 < again < merged / 2 and len(files & after) > 8, "a changed layer alone is merged anew"
+    assert 0 < again < merged / 2, "only a changed layer is merged again"
+    assert len(files & after) > 8

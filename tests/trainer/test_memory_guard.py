@@ -23,10 +23,9 @@ from edgefed.errors import BudgetTooSmall, ConfigError, DeviceLost, OutOfMemory
 from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.watch import Pressure
-from edgefed.interrupt import StopRequested
 from edgefed.methods.interface import RoundContext
 from edgefed.methods.registry import make_expert_method
-from edgefed.progress import NullProgress
+from edgefed.progress import NullProgress, StopRequested
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
@@ -209,8 +208,10 @@ def test_the_ladder_goes_down_to_its_end_and_then_refuses_by_name(rig, monkeypat
     assert step_plan.setup.checkpointing
     assert step_plan.setup.sequence_length == 32
     said = [text for text in table.heard.messages if "out of memory" in text]
-    order = ["256 tokens at a time", "checkpointing on", "sequences of 64", "sequences of 32", "resident experts trainable instead",
-             "experts resident instead"]  # fmt: skip
+    order = [
+        "256 tokens at a time", "checkpointing on", "sequences of 64", "sequences of 32",
+        "resident experts trainable instead", "experts resident instead",
+    ]  # fmt: skip
     places = [next(i for i, text in enumerate(said) if words in text) for words in order]
     assert places == sorted(places)
     assert len(said) < memory_guard.MAX_SHRINKS

@@ -15,8 +15,8 @@ from edgefed.expert_records import ExpertPlan, Role
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, ExpertAssignment, UnitInfo
+from edgefed.trainer.placement import COPIES_FILE, StaleExperts, with_newest_trainable
 from edgefed.trainer.saved_plan import PLAN_FILE
-from edgefed.trainer.stale_experts import COPIES_FILE, FrozenCopies, with_newest_trainable
 
 LAYERS, EXPERTS = 2, 8
 
@@ -44,27 +44,28 @@ def version(units, key, rounds=range(1, 20)):
 
 
 def test_each_expert_has_its_turn_and_none_gets_too_old(tmp_path):
-    copies, ages = FrozenCopies(tmp_path, "run"), []
+    copies, ages = StaleExperts(tmp_path, "run"), []
     for server_round in range(1, 10):
         newest = units_of(server_round)
         used = copies.view(newest, server_round, 4, nothing)
         copies.keep(used, newest, server_round)
-        copies = FrozenCopies(tmp_path, "run")  # nothing depends on the process
+        copies = StaleExperts(tmp_path, "run")  # nothing depends on the process
         ages.append([server_round - version(used, key) for key in newest])
         assert all(unit.size_bytes == 100 + version(used, key) for key, unit in used.items())
     assert ages[0] == [0] * 16, "what is new to a device it takes as it is"
-    assert {max(row) for row in ages[3:]} == {3} and {row.count(0) for row in ages[1:]} == {4}, "a quarter each round"
+    assert {max(row) for row in ages[3:]} == {3}
+    assert {row.count(0) for row in ages[1:]} == {4}, "a quarter each round"
 
 
 def test_after_an_absence_nothing_is_older_than_allowed(tmp_path):
-    copies = FrozenCopies(tmp_path, "run")
+    copies = StaleExperts(tmp_path, "run")
     copies.keep(units_of(1), units_of(1), 1)
     assert copies.view(units_of(4), 4, 4, nothing) != units_of(4)
     assert copies.view(units_of(5), 5, 4, nothing) == units_of(5)
 
 
 def test_an_expert_that_did_not_change_does_not_age(tmp_path):
-    copies, first = FrozenCopies(tmp_path, "run"), units_of(1)
+    copies, first = StaleExperts(tmp_path, "run"), units_of(1)
     for server_round in (1, 2, 3, 4, 5):
         assert copies.view(first, server_round, 2, nothing) == first
         copies.keep(first, first, server_round)
@@ -74,25 +75,25 @@ def test_an_expert_that_did_not_change_does_not_age(tmp_path):
 
 
 def test_what_is_not_an_expert_is_always_the_newest(tmp_path):
-    copies, dense = FrozenCopies(tmp_path, "run"), units_of(1, kind="dense")
+    copies, dense = StaleExperts(tmp_path, "run"), units_of(1, kind="dense")
     copies.keep(dense, dense, 1)
     newest = units_of(2, kind="dense")
     assert copies.view(newest, 2, 4, nothing) == newest
 
 
 def test_copies_of_another_run_and_broken_ones_are_not_used(tmp_path, caplog):
-    FrozenCopies(tmp_path, "run").keep(units_of(1), units_of(1), 1)
-    assert FrozenCopies(tmp_path, "another").view(units_of(2), 2, 4, nothing) == units_of(2)
+    StaleExperts(tmp_path, "run").keep(units_of(1), units_of(1), 1)
+    assert StaleExperts(tmp_path, "another").view(units_of(2), 2, 4, nothing) == units_of(2)
     assert not caplog.records
     for broken in ("{", "[]", '{"run_id": "run"}', '{"run_id": "run", "copies": {"0.0": [1]}}'):
         (tmp_path / COPIES_FILE).write_text(broken)
-        assert FrozenCopies(tmp_path, "run").view(units_of(2), 2, 4, nothing) == units_of(2)
+        assert StaleExperts(tmp_path, "run").view(units_of(2), 2, 4, nothing) == units_of(2)
     assert len(caplog.records) == 4
-    assert "fetched anew" in caplog.text
+    assert "downloaded again" in caplog.text
 
 
 def test_a_copy_that_is_nowhere_is_not_waited_for(tmp_path):
-    copies = FrozenCopies(tmp_path, "run")
+    copies = StaleExperts(tmp_path, "run")
     copies.keep(units_of(1), units_of(1), 1)
 
     def gone(units):
