@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeAggregator]
     fake = FakeAggregator(tmp_path_factory.mktemp("server"))
     fake.start()
     yield fake
-    fake.stop(wait=False)
+    fake.stop()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A small aggregator in memory, on a real loopback socket, whose faults can be chosen.
+"""A small aggregator in memory, on a real loopback socket, that fails on request.
 
 It keeps the contract of `edgefed.protocol.routes` and averages updates without weights; it validates nothing.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
 import threading
 import time
 from pathlib import Path
@@ -56,12 +57,24 @@ TENSOR = TensorInfo(name="down_proj", dtype="F32", shape=(64, 64))
 
 
 class _QuickServer(uvicorn.Server):
-    """uvicorn looks ten times a second whether it shall stop; a hundred tests have no time for that."""
+    """Uvicorn checks ten times a second whether it should stop, and once more while it stops; tests are in a hurry."""
 
     async def main_loop(self) -> None:
         await self.on_tick(0)
         while not self.should_exit:
             await asyncio.sleep(0.01)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for connection in self.server_state.connections:
+            connection.transport.abort()
+        tasks = list(self.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while self.server_state.connections:
+            await asyncio.sleep(0)
 
 
 class FakeAggregator:
@@ -114,7 +127,7 @@ class FakeAggregator:
             self._store(f"model.layers.0.mlp.experts.{expert}", expert, True, np.full(TENSOR.shape, expert, np.float32))
         self._store("model.embed", -1, False, np.full(TENSOR.shape, -1, np.float32))
         config = b'{"model_type": "toy"}'
-        self.files = (FileInfo(name="config.json", sha256=self._keep(config), size_bytes=len(config)),)
+        self.files = (FileInfo(name="config.json", sha256=self.add_blob(config), size_bytes=len(config)),)
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -146,11 +159,9 @@ class FakeAggregator:
             time.sleep(0.005)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
 
-    def stop(self, *, wait: bool = True) -> None:
-        """Close all connections and end; without ``wait`` the thread takes another tenth of a second."""
-        self._server.should_exit = self._server.force_exit = True
-        if not wait:
-            return
+    def stop(self) -> None:
+        """Close all connections and end; `start` listens on the same port again."""
+        self._server.should_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive(), "the fake aggregator did not stop"
 
@@ -160,14 +171,14 @@ class FakeAggregator:
         async def guarded(request: Request) -> Response:
             path = request.url.path
             self.log.append((request.method, path, request.url.query))
-            for place, (part, fault, times) in enumerate(self.fail):
+            for place, (part, failure, times) in enumerate(self.fail):
                 if part in f"{request.method} {path}":
-                    self.fail[place] = (part, fault, times - 1)
+                    self.fail[place] = (part, failure, times - 1)
                     if times == 1:
                         self.fail.pop(place)
-                    if isinstance(fault, int):
-                        return Response("<html>proxy</html>", fault, media_type="text/html")
-                    return _error(fault)
+                    if isinstance(failure, int):
+                        return Response("<html>proxy</html>", failure, media_type="text/html")
+                    return _error(failure)
             try:
                 if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
                     raise Unauthorized("wrong token")
@@ -253,24 +264,24 @@ class FakeAggregator:
         if self.body_limit is not None and int(request.headers["content-length"]) > self.body_limit:
             await request.body()
             return Response("<html>413 Request Entity Too Large</html>", 413, media_type="text/html")
-        held = self.partial.setdefault(key, bytearray())
-        if offset != len(held):
-            return _error(OffsetMismatch("not there", offset=len(held)))
+        received = self.partial.setdefault(key, bytearray())
+        if offset != len(received):
+            return _error(OffsetMismatch("not there", offset=len(received)))
         place = len(self.puts)
         self.puts.append((offset, 0))
         try:
             async for chunk in request.stream():
                 if self.stall_upload_at is not None:
-                    held += chunk[: max(0, self.stall_upload_at - len(held))]
-                    self.puts[place] = (offset, len(held) - offset)
+                    received += chunk[: max(0, self.stall_upload_at - len(received))]
+                    self.puts[place] = (offset, len(received) - offset)
                     while self.stall_upload_at is not None and not await request.is_disconnected():
                         await asyncio.sleep(0.02)
                     raise ClientDisconnect
-                held += chunk
-                self.puts[place] = (offset, len(held) - offset)
+                received += chunk
+                self.puts[place] = (offset, len(received) - offset)
         except ClientDisconnect:
             return Response(status_code=400)
-        return _reply(UploadState(offset=len(held), status="partial"))
+        return _reply(UploadState(offset=len(received), status="partial"))
 
     async def _commit(self, request: Request) -> Response:
         meta = decode_message(await request.body(), UpdateMeta)
@@ -321,7 +332,7 @@ class FakeAggregator:
             trainable=trainable, sha256=sha256, size_bytes=size, tensors=(TENSOR,),
         )  # fmt: skip
 
-    def _keep(self, data: bytes) -> str:
+    def add_blob(self, data: bytes) -> str:
         sha256 = hashlib.sha256(data).hexdigest()
         self.blobs[sha256] = data
         return sha256

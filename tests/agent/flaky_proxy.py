@@ -26,7 +26,9 @@ class FlakyProxy:
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._relays: list[threading.Thread] = []
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
 
     @property
     def url(self) -> str:
@@ -35,14 +37,21 @@ class FlakyProxy:
     def drop(self) -> None:
         """Cut every connection now; what the proxy had not forwarded yet is lost."""
         with self._lock:
-            for connection in self._sockets:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-            self._sockets.clear()
+            connections, self._sockets = self._sockets, set()
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """Cut everything and wait for the threads, which close their sockets."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self._listener.close()
+        self._acceptor.join(10)
         self.drop()
+        for relay in self._relays:
+            relay.join(10)
+            assert not relay.is_alive()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -56,8 +65,19 @@ class FlakyProxy:
                 far.settimeout(None)
                 with self._lock:
                     self._sockets |= {near, far}
-                threading.Thread(target=self._pump, args=(near, far, self.cut_up), daemon=True).start()
-                threading.Thread(target=self._pump, args=(far, near, self.cut_down), daemon=True).start()
+                relay = threading.Thread(target=self._relay, args=(near, far), daemon=True)
+                self._relays.append(relay)
+                relay.start()
+
+    def _relay(self, near: socket.socket, far: socket.socket) -> None:
+        """Both directions of one connection, until both have ended."""
+        with near, far:
+            up = threading.Thread(target=self._pump, args=(near, far, self.cut_up), daemon=True)
+            up.start()
+            self._pump(far, near, self.cut_down)
+            up.join()
+            with self._lock:
+                self._sockets -= {near, far}
 
     def _pump(self, source: socket.socket, sink: socket.socket, cuts: list[int]) -> None:
         moved = 0
@@ -84,4 +104,3 @@ class FlakyProxy:
         for end in (sink, source):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            end.close()

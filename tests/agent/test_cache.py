@@ -108,7 +108,7 @@ def test_full_disk_is_told_before_the_first_byte(tmp_path):
 
 def test_over_a_network_that_cuts(server, proxy, tmp_path):
     datas = [os.urandom(100_000) for _ in range(12)]
-    items = [FileInfo(name="x", sha256=server._keep(data), size_bytes=len(data)) for data in datas]
+    items = [FileInfo(name="x", sha256=server.add_blob(data), size_bytes=len(data)) for data in datas]
     proxy.cut_down += [50_000, 130_000, 90_000]
     with AggregatorClient(proxy.url, read_s=5) as client:
         cache, failures = BlobCache(tmp_path, client), 0

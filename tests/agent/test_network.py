@@ -187,7 +187,7 @@ def open_client(url: str, read_s: float = 15.0) -> AggregatorClient:
 
 
 def put_blob(server: FakeAggregator, size: int) -> str:
-    return server._keep(os.urandom(size))
+    return server.add_blob(os.urandom(size))
 
 
 def test_messages_alone_give_no_rate(server):
@@ -226,7 +226,7 @@ def test_throttled_transfers_show_the_line_and_not_the_loopback(server, tmp_path
     """2.4 MB at 2 MB/s each way. The bounds leave room for a machine that is busy for most of a second."""
     data = os.urandom(SIZE)
     (tmp_path / "update").write_bytes(data)
-    sha256 = server._keep(data)
+    sha256 = server.add_blob(data)
     with ThrottlingProxy(server.port, up=RATE, down=RATE) as proxy, open_client(proxy.url) as client:
         registered(client)
         client.download(sha256, SIZE, tmp_path / "blob")

@@ -85,7 +85,7 @@ def flaky(server, proxy):
 
 def blob_of(server, size: int) -> tuple[str, bytes]:
     data = os.urandom(size)
-    return server._keep(data), data
+    return server.add_blob(data), data
 
 
 def test_addresses():

@@ -40,9 +40,9 @@ class ThrottlingProxy:
         self.silent = False
         self.moved = {"up": 0, "down": 0}
         self._writers: set[asyncio.StreamWriter] = set()
-        self._loop = asyncio.new_event_loop()
+        self._connections: set[asyncio.Task[None]] = set()
         started = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(started)), daemon=True)
         self._thread.start()
         assert started.wait(10)
 
@@ -54,32 +54,31 @@ class ThrottlingProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join(10)
         assert not self._thread.is_alive()
 
     def drop(self) -> None:
-        def cut() -> None:
-            for writer in self._writers:
-                writer.transport.abort()
+        self._loop.call_soon_threadsafe(self._abort)
 
-        self._loop.call_soon_threadsafe(cut)
-
-    def _run(self, started: threading.Event) -> None:
-        asyncio.set_event_loop(self._loop)
-        # A small limit, so that the proxy itself is no buffer worth mentioning.
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0, limit=BLOCK))
-        self.port = server.sockets[0].getsockname()[1]
-        started.set()
-        self._loop.run_forever()
-        server.close()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
+    def _abort(self) -> None:
         for writer in self._writers:
             writer.transport.abort()
-        self._loop.run_until_complete(asyncio.sleep(0))
-        self._loop.close()
+
+    async def _main(self, started: threading.Event) -> None:
+        self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+        # A small limit, so that the proxy itself buffers next to nothing.
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=BLOCK)
+        self.port = server.sockets[0].getsockname()[1]
+        started.set()
+        await self._closing.wait()
+        server.close()
+        self._abort()
+        self.silent = False
+        while self._connections:
+            for task in self._connections:
+                task.cancel()
+            await asyncio.sleep(0.01)
 
     async def _serve(self, near: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
         try:
@@ -88,17 +87,24 @@ class ThrottlingProxy:
             near_out.close()
             return
         self._writers |= {near_out, far_out}
-        await asyncio.gather(self._pump(near, far_out, "up"), self._pump(far, near_out, "down"))
+        # Tasks of their own: the stream server reports the cancellation of its callback's task as an error.
+        for pump in (self._pump(near, far_out, "up"), self._pump(far, near_out, "down")):
+            task = asyncio.ensure_future(pump)
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: str) -> None:
         pending: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(64)
         delivering = asyncio.ensure_future(self._deliver(pending, sink, way))
-        with contextlib.suppress(OSError):
-            while data := await source.read(BLOCK):
-                await getattr(self, way).take(len(data))
-                await pending.put((time.monotonic() + self.delay_s, data))
-        await pending.put((0.0, b""))
-        await delivering
+        try:
+            with contextlib.suppress(OSError):
+                while data := await source.read(BLOCK):
+                    await getattr(self, way).take(len(data))
+                    await pending.put((time.monotonic() + self.delay_s, data))
+            await pending.put((0.0, b""))
+            await delivering
+        finally:
+            delivering.cancel()
 
     async def _deliver(self, pending: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter, way: str) -> None:
         with contextlib.suppress(OSError):

@@ -15,7 +15,9 @@ class Wiretap:
         self._target = target_port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._taps: list[threading.Thread] = []
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
 
     def _accept(self) -> None:
         while True:
@@ -24,8 +26,17 @@ class Wiretap:
             except OSError:
                 return
             far = socket.create_connection(("127.0.0.1", self._target))
-            for source, sink, direction in ((near, far, "up"), (far, near, "down")):
-                threading.Thread(target=self._pump, args=(source, sink, direction), daemon=True).start()
+            tap = threading.Thread(target=self._tap, args=(near, far), daemon=True)
+            self._taps.append(tap)
+            tap.start()
+
+    def _tap(self, near: socket.socket, far: socket.socket) -> None:
+        """Both directions of one connection, until both have ended."""
+        with near, far:
+            up = threading.Thread(target=self._pump, args=(near, far, "up"), daemon=True)
+            up.start()
+            self._pump(far, near, "down")
+            up.join()
 
     def _pump(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
         with contextlib.suppress(OSError):
@@ -37,4 +48,11 @@ class Wiretap:
                 end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """Stop listening and wait for connections to end; call it when both sides have hung up."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self._listener.close()
+        self._acceptor.join(10)
+        for tap in self._taps:
+            tap.join(10)
+            assert not tap.is_alive(), "a connection outlived the test"

@@ -20,6 +20,12 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
+@pytest.fixture(autouse=True)
+def _no_open_clients() -> Iterator[None]:
+    yield
+    server_process.Client.close_all()
+
+
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     """The state folder of a new toy run."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import toy_run
@@ -59,7 +60,9 @@ class ServerProcess:
 
 
 class Client:
-    """One client over HTTP. Every error of the server is raised as what it was."""
+    """One client over HTTP. An error reply is raised as the error that it names. Closed when the test ends."""
+
+    opened: ClassVar[list[Client]] = []
 
     def __init__(self, url: str, client_id: str, *, token: str | None = None, key: str | None = None):
         self.client_id = client_id
@@ -67,6 +70,12 @@ class Client:
         if token is not None:
             headers[routes.TOKEN_HEADER] = f"Bearer {token}"
         self.http = httpx.Client(base_url=url, headers=headers, timeout=15.0, trust_env=False)
+        self.opened.append(self)
+
+    @classmethod
+    def close_all(cls) -> None:
+        while cls.opened:
+            cls.opened.pop().http.close()
 
     def request(self, verb: str, template: str, *, expect: tuple[int, ...] = (200,), **arguments) -> httpx.Response:
         values = arguments.pop("values", {})
