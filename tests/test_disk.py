@@ -13,13 +13,13 @@ from edgefed.errors import DiskFull, StorageError
 
 
 @pytest.mark.parametrize("number", sorted(disk.FULL))
-def test_a_full_disk_has_its_own_error(number):
+def test_a_full_disk_raises_disk_full(number):
     with pytest.raises(DiskFull, match="cannot write a blob: ") as caught, disk.disk_errors("write a blob"):
         raise OSError(number, "No space left on device")
     assert caught.value.__cause__.errno == number
 
 
-def test_other_errors_name_what_was_tried_and_the_file(tmp_path):
+def test_other_errors_name_the_action_and_the_file(tmp_path):
     missing = tmp_path / "none"
     with pytest.raises(StorageError) as caught, disk.disk_errors(missing):
         missing.open()
@@ -33,7 +33,7 @@ def test_other_errors_name_what_was_tried_and_the_file(tmp_path):
         _ = 1 / 0
 
 
-def test_a_durable_write_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
+def test_a_durable_write_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "record"
     disk.write_durably(path, b"old")
     assert path.stat().st_mode & 0o777 == 0o600
@@ -52,7 +52,7 @@ def test_a_durable_write_replaces_the_whole_file_or_nothing(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("number", sorted(disk.CANNOT_SYNC))
-def test_a_folder_that_cannot_be_synced_is_logged_once(tmp_path, monkeypatch, caplog, number):
+def test_a_folder_without_sync_support_is_logged_once(tmp_path, monkeypatch, caplog, number):
     """Some FUSE, SMB and 9p mounts refuse to sync a folder; the files on them are synced as ever."""
 
     def refuse(handle):
@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_synced_is_logged_once(tmp_path, monkeypatch, ca
     assert len(caplog.records) == 1
 
 
-def test_a_folder_that_fails_to_sync_is_still_an_error(tmp_path, monkeypatch):
+def test_a_failed_sync_of_a_folder_is_an_error(tmp_path, monkeypatch):
     def broken(handle):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(errno.EIO, "Input/output error")

@@ -22,7 +22,7 @@ def test_an_invalid_host_is_refused(text):
         check_base_url(text)
 
 
-def test_a_zone_is_named_as_the_reason():
+def test_the_error_about_an_address_zone_names_the_zone():
     with pytest.raises(ConfigError, match="with a zone are not supported"):
         check_base_url("http://[fe80::1%eth0]:9254")
 
@@ -47,7 +47,7 @@ def test_valid_hosts(text, url):
         "http://[::ffff:127.0.0.1]:1",
     ],
 )  # fmt: skip
-def test_loopback_uses_no_proxy_whatever_the_variables_say(url):
+def test_loopback_ignores_proxy_variables(url):
     for value in (PROXY, "socks://127.0.0.1:1080/", "http://user:p#ss@h:1"):
         assert find_proxy(url, {"HTTP_PROXY": value, "ALL_PROXY": value, "NO_PROXY": "fd07:b51a::/64"}) is None
 
@@ -62,7 +62,7 @@ def test_loopback_uses_no_proxy_whatever_the_variables_say(url):
         ({"HTTP_PROXY": ""}, None),
     ],
 )
-def test_which_variable_counts(environ, variable):
+def test_precedence_of_proxy_variables(environ, variable):
     proxy = find_proxy(SERVER, environ)
     assert (proxy and proxy.variable) == variable
     if proxy:
@@ -123,7 +123,7 @@ def test_an_error_names_the_proxy_that_was_used(monkeypatch):
     assert "secret" not in str(caught.value)
 
 
-def test_loopback_reaches_its_server_past_a_proxy(server, monkeypatch):
+def test_loopback_bypasses_a_proxy(server, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)
     with AggregatorClient(server.url) as client:

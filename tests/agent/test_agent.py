@@ -1,4 +1,4 @@
-"""The loop inside this process, against a real loopback server whose faults are chosen."""
+"""The loop inside this process, against a real loopback server that fails on request."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_whole_run(server: FakeAggregator, tmp_path):
     assert {"download", "train", "upload"} <= first["seconds"].keys()
     assert first["metrics"]["loss"] == 1.0
     unit = next(iter(server.units.values()))
-    # After round 1 the four experts are equal, so they are one blob; the frozen unit is kept, config.json is not.
+    # After round 1 the four experts are equal, so they are one blob; the cache keeps the frozen unit, not config.json.
     assert first["bytes_down"] > 5 * unit.size_bytes > 2 * unit.size_bytes > second["bytes_down"] > unit.size_bytes
     assert second["bytes_up"] > EXPERTS * unit.size_bytes - 4096
     assert ("train", 3) in memo.phases
@@ -72,7 +72,7 @@ def test_a_whole_run(server: FakeAggregator, tmp_path):
         assert journal.record.bytes_up == first["bytes_up"] + second["bytes_up"]
 
 
-def test_a_heartbeat_at_the_end_of_a_round_does_not_part_the_accounts(server: FakeAggregator, tmp_path, monkeypatch):
+def test_a_heartbeat_at_the_end_of_a_round_keeps_totals_consistent(server: FakeAggregator, tmp_path, monkeypatch):
     """The ledger's line and the journal's totals are of the same bytes, whatever is sent between the two."""
     with device(server.url, tmp_path) as agent:
         write = delivery.append_entry
@@ -98,8 +98,8 @@ class Surveyor(ToyTrainer):
 
 
 @pytest.mark.timeout(60)
-def test_a_survey_says_how_fast_this_very_upload_was(server, tmp_path, monkeypatch):
-    """65 KB at 200 kB/s, 80 down at 400; what is enough to tell a rate is lowered to that."""
+def test_a_survey_contains_the_rate_of_its_own_upload(server, tmp_path, monkeypatch):
+    """65 KB up at 200 kB/s, 80 KB down at 400 kB/s; the minimum for a rate is lowered to match."""
     monkeypatch.setattr(network, "TINY_BYTES", 1024)
     monkeypatch.setattr(network, "ENOUGH_BYTES", 32 * 1024)
     with (
@@ -114,13 +114,13 @@ def test_a_survey_says_how_fast_this_very_upload_was(server, tmp_path, monkeypat
         assert (said.tune_slots, said.train_slots) == (EXPERTS, 2)
 
 
-def test_a_rate_that_was_not_measured_is_not_told(server, tmp_path):
+def test_an_unmeasured_rate_is_not_reported(server, tmp_path):
     with device(server.url, tmp_path, Surveyor()) as agent:
         agent.step()
     assert server.commits[0].survey.upload_bytes_per_s is None, "so few bytes say too little"
 
 
-def test_what_the_server_no_longer_has_between_rounds_ends_nothing(server, tmp_path):
+def test_missing_blobs_between_rounds_are_ignored(server, tmp_path):
     class Late(ToyTrainer):
         def between_rounds(self, fetch, progress) -> None:
             progress.phase("profile", 1, "token")
@@ -151,7 +151,7 @@ def test_waiting_is_an_outcome(server, tmp_path):
     assert (outcome.kind, outcome.detail) == ("waited", "the others still train")
 
 
-def test_heartbeats_tell_phase_and_fraction_during_training(server, tmp_path):
+def test_heartbeats_report_phase_and_fraction_during_training(server, tmp_path):
     with device(server.url, tmp_path, ToyTrainer(step_s=0.2)) as agent:
         agent.step()
         agent.step()
@@ -169,7 +169,7 @@ def test_heartbeat_failures_do_not_matter(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("part", "fault"),
+    ("part", "error"),
     [
         ("POST /v1/clients", 503),
         ("assignment", 500),
@@ -180,8 +180,8 @@ def test_heartbeat_failures_do_not_matter(server, tmp_path):
         ("commit", 503),
     ],
 )
-def test_faults_of_the_server_are_waited_out(server, tmp_path, part, fault):
-    server.fail.append((part, fault, 3))
+def test_server_errors_are_retried(server, tmp_path, part, error):
+    server.fail.append((part, error, 3))
     with device(server.url, tmp_path, memo=(memo := Memo())) as agent:
         assert agent.run().rounds == 2
     assert server.fail == []
@@ -189,14 +189,14 @@ def test_faults_of_the_server_are_waited_out(server, tmp_path, part, fault):
     assert memo.messages.count("connected again") >= 1
 
 
-def test_web_page_after_joining_is_waited_out(server, tmp_path):
+def test_a_web_page_after_joining_is_retried(server, tmp_path):
     with device(server.url, tmp_path) as agent:
         agent.step()
         server.fail.append(("assignment", 404, 2))  # a tunnel that lost its server answers like this
         assert agent.run().rounds == 2
 
 
-def test_cut_connections_everywhere(server, proxy, tmp_path):
+def test_a_run_over_cut_connections(server, proxy, tmp_path):
     proxy.cut_down += [40_000, 1000, 30_000]
     proxy.cut_up += [300, 50_000, 20_000, 30_000]
     with device(proxy.url, tmp_path) as agent:
@@ -222,7 +222,7 @@ def test_server_restart_in_the_middle(server, tmp_path, wait_until):
     assert server.registrations == 1
 
 
-def test_server_that_forgot_its_clients(server, tmp_path, wait_until):
+def test_an_agent_registers_again_with_a_server_that_lost_its_clients(server, tmp_path, wait_until):
     trainer = ToyTrainer(step_s=0.1)
     with device(server.url, tmp_path, trainer) as agent:
         thread, ends = start(agent)
@@ -234,7 +234,7 @@ def test_server_that_forgot_its_clients(server, tmp_path, wait_until):
     assert trainer.rounds == [1, 2]
 
 
-def test_server_that_never_knows_anybody_ends_it(server, tmp_path):
+def test_a_server_that_rejects_every_registration_ends_the_agent(server, tmp_path):
     server.fail.append(("assignment", UnknownClient("who?"), 10**6))
     with device(server.url, tmp_path) as agent, pytest.raises(UnknownClient):
         agent.run()
@@ -250,7 +250,7 @@ def test_run_that_changes_under_a_registered_device(server, tmp_path):
         assert trainer.rounds == [1, 2]
 
 
-def test_new_run_at_the_same_address_drops_the_old_work(server, tmp_path, tmp_path_factory, caplog):
+def test_a_new_run_at_the_same_address_drops_pending_work(server, tmp_path, tmp_path_factory, caplog):
     server.fail.append(("commit", Unauthorized("token changed"), 1))
     with device(server.url, tmp_path) as agent, pytest.raises(Unauthorized):
         agent.run()
@@ -303,7 +303,7 @@ def test_round_that_ends_during_the_download_is_dropped(server, tmp_path):
 
 
 @pytest.mark.parametrize("error", [REFUSED, UpdateTooLarge("too many bytes")])
-def test_refused_updates_end_it_at_the_third_in_a_row(server, tmp_path, error):
+def test_three_refused_updates_in_a_row_end_the_agent(server, tmp_path, error):
     server.fail += [("commit", error, 2)]
     with device(server.url, tmp_path / "a") as agent:
         assert [agent.step().kind for _ in range(3)] == ["dropped", "dropped", "accepted"]
@@ -333,7 +333,7 @@ def test_bytes_that_the_server_lost_are_sent_again(server, tmp_path):
     assert server.commits[-1].attempt == 1
 
 
-def test_damaged_model_ends_it_at_the_third_time(server, tmp_path):
+def test_a_blob_damaged_three_times_ends_the_agent(server, tmp_path):
     server.corrupt_blobs[server.units["model.embed"].sha256] = 10**6
     with device(server.url, tmp_path) as agent:
         assert [agent.step().kind for _ in range(2)] == ["dropped", "dropped"]
@@ -353,7 +353,7 @@ def test_damaged_pending_update_is_trained_again(server, tmp_path):
 
 
 @pytest.mark.parametrize("error", [Unauthorized("wrong token"), VersionMismatch("too old")])
-def test_errors_that_end_it(server, tmp_path, error):
+def test_permanent_errors_end_the_agent(server, tmp_path, error):
     server.fail.append(("POST /v1/clients", error, 1))
     with device(server.url, tmp_path) as agent, pytest.raises(type(error)):
         agent.run()
@@ -361,7 +361,7 @@ def test_errors_that_end_it(server, tmp_path, error):
         assert agent.run().rounds == 2
 
 
-def test_wrong_address_ends_before_joining_and_not_after(server, tmp_path):
+def test_an_unreachable_server_ends_the_agent_only_before_joining(server, tmp_path):
     server.stop()
     started = time.monotonic()
     with device(server.url, tmp_path, give_up_after_s=0.3) as agent, pytest.raises(ServerUnreachable):
@@ -380,7 +380,7 @@ def test_wrong_address_ends_before_joining_and_not_after(server, tmp_path):
     assert ends[0].rounds == 1
 
 
-def test_web_page_before_joining_ends_it(server, tmp_path):
+def test_a_web_page_before_joining_ends_the_agent(server, tmp_path):
     server.fail.append(("POST /v1/clients", 404, 1))
     with device(server.url, tmp_path) as agent, pytest.raises(ProtocolError, match="not answer as an edgefed server"):
         agent.run()
@@ -436,7 +436,7 @@ def test_stop_while_the_server_is_away(server, tmp_path):
     server.start()
 
 
-def test_trainer_errors_pass_and_say_goodbye(server, tmp_path):
+def test_trainer_errors_propagate_after_leaving(server, tmp_path):
     class Diverging(ToyTrainer):
         def train_round(self, *_):
             raise TrainingDiverged("loss is nan")
@@ -446,12 +446,12 @@ def test_trainer_errors_pass_and_say_goodbye(server, tmp_path):
     assert server.left == ["training-diverged"]
 
 
-def test_one_folder_one_agent(server, tmp_path):
+def test_a_state_folder_has_one_agent(server, tmp_path):
     with device(server.url, tmp_path), pytest.raises(StateLocked), device(server.url, tmp_path):
         pass
 
 
-def test_open_agent_gives_the_folder_back_after_an_error(server, tmp_path):
+def test_open_agent_unlocks_the_folder_after_an_error(server, tmp_path):
     with pytest.raises(InvalidUpdate), device(server.url, tmp_path):
         raise InvalidUpdate("in the body")
     with device(server.url, tmp_path):
@@ -459,7 +459,7 @@ def test_open_agent_gives_the_folder_back_after_an_error(server, tmp_path):
 
 
 @pytest.mark.parametrize("refusal", [DiskFull("cannot write an upload"), 413], ids=["disk", "proxy"])
-def test_refused_uploads_become_rare_though_their_bytes_went_out(server, tmp_path, refusal):
+def test_refused_uploads_back_off_although_bytes_moved(server, tmp_path, refusal):
     """Only what the server has is progress; otherwise every try would begin with the shortest wait again."""
     waits: list[float] = []
 
@@ -474,9 +474,9 @@ def test_refused_uploads_become_rare_though_their_bytes_went_out(server, tmp_pat
     with open_agent(server.url, tmp_path, settings, ToyTrainer(), retry=retry, progress=(memo := Memo())) as agent:
         assert agent.step().kind == "accepted"
     assert waits[:8] == [0.5, 1, 2, 4, 8, 16, 30, 30]
-    told = [line for line in memo.messages if "retrying" in line]
-    assert len(told) == 1
-    assert ("the server" in told[0]) == isinstance(refusal, DiskFull)
+    notes = [line for line in memo.messages if "retrying" in line]
+    assert len(notes) == 1
+    assert ("the server" in notes[0]) == isinstance(refusal, DiskFull)
 
 
 class Longest(random.Random):
@@ -522,7 +522,7 @@ def test_a_new_identity_joins_as_another_client(server, tmp_path):
         assert journal.record.client_id != first
 
 
-def test_every_process_has_a_name_of_its_own(server, tmp_path):
+def test_every_process_sends_its_own_instance_name(server, tmp_path):
     instances = []
     for _ in range(2):
         with device(server.url, tmp_path) as agent:

@@ -103,14 +103,14 @@ def test_moving_bytes_reset_the_schedule():
     assert fake.slept == [0.5, 1, 2, 0.5, 1, 2]
 
 
-def test_gives_up_when_told_to_and_not_a_second_later():
+def test_retries_end_exactly_at_the_time_limit():
     fake = FakeTime()
     with pytest.raises(ServerUnreachable):
         make_retry(fake).run(failing(10**6, ServerUnreachable("gone")), give_up_after_s=60)
     assert fake.now == pytest.approx(60)
 
 
-def test_never_gives_up_otherwise():
+def test_retries_never_end_without_a_time_limit():
     fake = FakeTime()
     assert make_retry(fake).run(failing(3000, ServerUnreachable("gone"))) == "answer"
     assert fake.now > 24 * 3600
@@ -151,7 +151,7 @@ def test_which_errors_are_transient(error, before, after):
         assert fake.slept == []
 
 
-def test_other_exceptions_pass():
+def test_other_exceptions_propagate():
     with pytest.raises(ZeroDivisionError):
         make_retry(FakeTime()).run(lambda: 1 / 0)
 
@@ -178,7 +178,7 @@ def test_stop_interrupts_a_blocked_request():
         run_interruptibly(lambda: pytest.fail("nothing starts after a stop"), stop)
 
 
-def test_interruptible_requests_hand_over_results_and_errors():
+def test_interruptible_requests_return_results_and_raise_errors():
     stop = threading.Event()
     assert run_interruptibly(lambda: 5, stop) == 5
     with pytest.raises(ServerUnreachable, match="gone"):

@@ -40,7 +40,7 @@ def make(*contents: bytes) -> tuple[list[FileInfo], CountingSource]:
     return items, CountingSource(blobs)
 
 
-def test_only_missing_blobs_move(tmp_path):
+def test_only_missing_blobs_are_downloaded(tmp_path):
     items, source = make(b"one", b"two", b"three")
     cache = BlobCache(tmp_path, source)
     assert cache.bytes_to_download(items) == 11
@@ -81,7 +81,7 @@ def test_downloads_overlap(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ServerUnreachable("gone"), NotFound("no"), ChecksumMismatch("bad"), KeyError("bug")])
-def test_first_fault_stops_the_rest(tmp_path, error):
+def test_the_first_error_stops_the_other_downloads(tmp_path, error):
     items, source = make(*(bytes([n]) for n in range(50)))
     source.error = error
     with pytest.raises(type(error)):
@@ -98,7 +98,7 @@ def test_hostile_lists_are_refused(tmp_path):
         cache.ensure([FileInfo(name="x", sha256="0" * 64, size_bytes=size) for size in (1, 2)])
 
 
-def test_full_disk_is_told_before_the_first_byte(tmp_path):
+def test_a_full_disk_is_reported_before_the_first_byte(tmp_path):
     source = CountingSource({})
     item = FileInfo(name="x", sha256="0" * 64, size_bytes=1 << 60)
     with pytest.raises(DiskFull, match="are free"):
@@ -106,7 +106,7 @@ def test_full_disk_is_told_before_the_first_byte(tmp_path):
     assert source.asked == []
 
 
-def test_over_a_network_that_cuts(server, proxy, tmp_path):
+def test_downloads_over_cut_connections(server, proxy, tmp_path):
     datas = [os.urandom(100_000) for _ in range(12)]
     items = [FileInfo(name="x", sha256=server.add_blob(data), size_bytes=len(data)) for data in datas]
     proxy.cut_down += [50_000, 130_000, 90_000]

@@ -31,7 +31,7 @@ def machine(tmp_path, monkeypatch):
     return make
 
 
-def test_the_budget_is_measured_anew_and_told(machine):
+def test_the_budget_is_measured_again_and_reported(machine):
     machine(16 * KIB * KIB, 12 * KIB * KIB)
     memory = DeviceMemory("cpu", None)
     first = memory.first.now_bytes
@@ -42,14 +42,14 @@ def test_the_budget_is_measured_anew_and_told(machine):
     assert memory.latest.now_bytes == memory.describe().budget_bytes < first
 
 
-def test_the_owners_limit_is_not_measured_away(machine):
+def test_a_new_measurement_respects_the_owners_limit(machine):
     machine(16 * KIB * KIB, 12 * KIB * KIB)
     memory = DeviceMemory("cpu", 2**30)
     machine(16 * KIB * KIB, 1 * KIB * KIB)
     assert memory.measure().now_bytes == memory.first.now_bytes == 2**30
 
 
-def test_what_a_device_says_of_itself_is_accepted_and_names_no_other_program(machine):
+def test_device_facts_are_valid_and_name_no_other_program(machine):
     machine(16 * KIB * KIB, 12 * KIB * KIB)
     device = DeviceMemory("cpu", None).describe()
     assert (device.kind, device.trains_on, device.total_bytes) == ("cpu", "cpu", 16 * 2**30)
@@ -71,7 +71,7 @@ def test_what_a_device_says_of_itself_is_accepted_and_names_no_other_program(mac
     )
 
 
-def test_a_device_that_is_not_there_or_has_nothing_to_spare_is_refused_by_name(machine):
+def test_a_missing_or_full_device_is_an_error_that_names_it(machine):
     machine(16 * KIB * KIB, 12 * KIB * KIB)
     with pytest.raises(DeviceNotFound, match="cuda:7"):
         DeviceMemory("cuda:7", None)
@@ -84,7 +84,7 @@ def test_a_device_that_is_not_there_or_has_nothing_to_spare_is_refused_by_name(m
     assert "`memory`" in caught.value.remedy
 
 
-def test_a_gpu_that_torch_cannot_use_is_not_watched(machine, monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_not_monitored(machine, monkeypatch):
     machine(16 * KIB * KIB, 12 * KIB * KIB)
     host, card = probe_device("cpu").host, facts_of(find_profile("rtx-4090"))
     unused = dataclasses.replace(card, host=host, gpu=dataclasses.replace(card.gpu, cuda_index=None, nvml_index=0))

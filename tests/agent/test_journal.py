@@ -81,7 +81,7 @@ def test_pending_update_survives_every_transition(tmp_path):
 
 
 @pytest.mark.parametrize("place", [("http://b:1", "run"), ("http://a:1", "another run")])
-def test_another_run_or_server_forgets_work_and_keeps_identity(tmp_path, caplog, place):
+def test_another_run_or_server_drops_work_and_keeps_the_identity(tmp_path, caplog, place):
     with Journal(tmp_path) as journal:
         identity = journal.record.client_id
         journal.bind("http://a:1", "run")
@@ -160,7 +160,7 @@ def test_damaged_journal_is_named_and_not_overwritten(tmp_path, damage):
     assert path.read_bytes() == bad
 
 
-def test_update_file_may_not_leave_the_folder(tmp_path):
+def test_an_update_file_outside_the_folder_is_refused(tmp_path):
     with Journal(tmp_path) as journal:
         journal.begin_training(1)
         journal.finish_training(journal.update_path(), write_update(journal), bytes_down=0, seconds={})
@@ -170,7 +170,7 @@ def test_update_file_may_not_leave_the_folder(tmp_path):
         Journal(tmp_path)
 
 
-def test_one_folder_has_one_agent(tmp_path):
+def test_a_locked_folder_refuses_a_second_agent(tmp_path):
     with Journal(tmp_path):
         with pytest.raises(StateLocked, match="another edgefed process"):
             Journal(tmp_path)

@@ -64,7 +64,7 @@ def test_a_recorder_keeps_few_marks_and_every_byte(size, chunks):
     assert decode_marks({"marks": [list(mark) for mark in marks]}, size) == marks
 
 
-def test_nothing_arrived():
+def test_no_marks_give_no_rate():
     assert probe.MarkRecorder(10).marks() == ()
     assert steady_rates([]) == ((), False) == steady_rates([(0.0, 65536)])
     assert steady_rates([(0.0, 1), (0.0, 2)]) == ((), False)
@@ -77,7 +77,7 @@ def test_a_steady_line_gives_its_rate_in_seven_pieces():
     assert rates == pytest.approx([1_000_000] * network.SLICES, rel=1e-6)
 
 
-def test_the_beginning_is_left_out_where_enough_follows():
+def test_the_start_of_a_transfer_is_excluded_if_enough_follows():
     marks = line_of(1_000_000, settle_s=0.25, faster=10.0)(4_000_000)
     rates, settled = steady_rates(marks)
     assert settled
@@ -89,7 +89,7 @@ def test_the_beginning_is_left_out_where_enough_follows():
 
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 10**6)), min_size=2, max_size=70))
-def test_pieces_never_invent_bytes(steps):
+def test_rates_never_exceed_the_fastest_piece(steps):
     marks, at, size = [], 0.0, 0
     for seconds, more in steps:
         at, size = at + (seconds if marks else 0.0), size + more
@@ -126,7 +126,7 @@ def test_a_slow_line_ends_with_its_first_probe():
     assert len(send.asked) == 1
 
 
-def test_a_probe_that_was_cut_short_ends_the_measurement():
+def test_a_truncated_probe_ends_the_measurement():
     line = measure_line(lambda size: ((0.0, 10), (0.5, 1000)))
     assert line.size_bytes == 1000
     assert line.samples == pytest.approx([1980.0])
@@ -141,7 +141,7 @@ def test_a_probe_that_was_cut_short_ends_the_measurement():
         {"marks": [[None, 1]]}, {"marks": [[float("inf"), 1]]}, {"marks": [[float("nan"), 1]]},
     ],
 )  # fmt: skip
-def test_marks_of_a_server_that_lies(answer):
+def test_invalid_marks_of_a_server_are_refused(answer):
     with pytest.raises(MalformedMessage, match="invalid mark of a probe of 100 bytes"):
         decode_marks(answer, 100)
 
@@ -155,13 +155,13 @@ def test_connect_times(server):
     assert 0 < times.min_ms <= times.median_ms <= max(times.samples_ms)
 
 
-def test_connect_times_are_those_of_the_clock(server):
+def test_connect_times_use_the_given_clock(server):
     ticks = iter(range(100))
     times = measure_connect(server.url, tries=3, clock=lambda: next(ticks) * 0.25)
     assert times.samples_ms == (250.0, 250.0, 250.0)
 
 
-def test_nobody_answers():
+def test_connecting_to_a_closed_port_or_unknown_host():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(ServerUnreachable, match="no answer from"):
@@ -199,7 +199,7 @@ def test_messages_alone_give_no_rate(server):
         assert client.rates.metrics() == {}
 
 
-def test_transfers_are_measured_on_the_side(server, tmp_path):
+def test_transfers_are_measured_while_they_run(server, tmp_path):
     path = tmp_path / "update"
     path.write_bytes(os.urandom(3_000_000))
     with open_client(server.url) as client:
@@ -222,7 +222,7 @@ def test_transfers_are_measured_on_the_side(server, tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_throttled_transfers_show_the_line_and_not_the_loopback(server, tmp_path):
+def test_rates_of_throttled_transfers_match_the_throttle(server, tmp_path):
     """2.4 MB at 2 MB/s each way. The bounds leave room for a machine that is busy for most of a second."""
     data = os.urandom(SIZE)
     (tmp_path / "update").write_bytes(data)
@@ -240,7 +240,7 @@ def test_throttled_transfers_show_the_line_and_not_the_loopback(server, tmp_path
 
 
 @pytest.mark.timeout(60)
-def test_a_line_that_falls_silent_is_unreachable_and_no_slower(server, tmp_path):
+def test_waiting_for_a_silent_server_does_not_lower_the_rate(server, tmp_path):
     sha256 = put_blob(server, SIZE)
     with ThrottlingProxy(server.port, down=RATE) as proxy, open_client(proxy.url, read_s=1.0) as client:
         registered(client)

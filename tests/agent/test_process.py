@@ -112,7 +112,7 @@ def test_interrupt_while_the_server_hangs(server, tmp_path, wait_until):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
-def test_a_closed_terminal_stops_a_device_unless_nohup_protects_it():
+def test_sighup_stops_a_device_unless_nohup_ignores_it():
     before = signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -40,7 +40,7 @@ def receive(meter: Throughput, clock: Clock, chunks: int, every_s: float, chunk:
             pace.moved(chunk)
 
 
-def test_nothing_is_known_before_enough_has_moved(meter, clock):
+def test_no_rate_before_enough_bytes_have_moved(meter, clock):
     assert meter.bytes_per_s is None
     assert meter.observed == (0, 0.0)
     receive(meter, clock, 3, 0.1)
@@ -50,7 +50,7 @@ def test_nothing_is_known_before_enough_has_moved(meter, clock):
     assert meter.observed == (4 * CHUNK, pytest.approx(0.4))
 
 
-def test_the_first_chunk_came_before_the_clock_ran(meter, clock):
+def test_the_first_chunk_starts_the_clock(meter, clock):
     receive(meter, clock, 101, 0.1)
     assert meter.bytes_per_s == pytest.approx(1e6)
     assert meter.observed[0] == 100 * CHUNK
@@ -85,7 +85,7 @@ def test_overlapping_transfers_share_the_clock(meter, clock):
     assert meter.observed == (99 * CHUNK, pytest.approx(4.95)), "only the very first chunk came before the clock"
 
 
-def test_sending_counts_from_the_first_byte_to_the_answer(meter, clock):
+def test_an_upload_lasts_from_its_first_byte_to_the_reply(meter, clock):
     """A send buffer takes the whole file at once, then the line needs four seconds for it."""
     with meter.transfer(4_000_000) as pace:
         pace.start()
@@ -98,7 +98,7 @@ def test_sending_counts_from_the_first_byte_to_the_answer(meter, clock):
     assert 0.85e6 < meter.bytes_per_s < 1e6, "older bytes count a little less than newer seconds"
 
 
-def test_a_transfer_that_breaks_ends_with_its_last_chunk(meter, clock):
+def test_a_broken_transfer_ends_with_its_last_chunk(meter, clock):
     with pytest.raises(TimeoutError), meter.transfer(BIG) as pace:  # noqa: PT012  the context under test must be left by an error
         pace.start()
         for _ in range(10):
@@ -112,21 +112,21 @@ def test_a_transfer_that_breaks_ends_with_its_last_chunk(meter, clock):
     assert meter.bytes_per_s == pytest.approx(1e6)
 
 
-def test_a_transfer_that_never_moved_leaves_no_trace(meter, clock):
+def test_a_transfer_without_bytes_is_not_counted(meter, clock):
     with pytest.raises(TimeoutError), meter.transfer(BIG):
         raise TimeoutError
     receive(meter, clock, 11, 0.1)
     assert meter.bytes_per_s == pytest.approx(1e6)
 
 
-def test_half_of_the_past_is_forgotten_in_a_half_life(meter, clock):
+def test_old_transfers_lose_half_their_weight_per_half_life(meter, clock):
     receive(meter, clock, round(10 * HALF_LIFE_S / 0.1) + 1, 0.1)
     assert meter.bytes_per_s == pytest.approx(1e6)
     receive(meter, clock, round(HALF_LIFE_S / 0.1) + 1, 0.1, 3 * CHUNK)
     assert meter.bytes_per_s == pytest.approx(2e6, rel=2e-3)
 
 
-def test_long_pauses_inside_a_transfer_are_slowness(meter, clock):
+def test_pauses_inside_a_transfer_lower_the_rate(meter, clock):
     with meter.transfer(BIG) as pace:
         pace.start()
         for _ in range(5):
@@ -148,7 +148,7 @@ def test_the_rate_lies_between_the_slowest_and_the_fastest_chunk(chunks):
     assert min(rates) * 0.999999 <= meter.bytes_per_s <= max(rates) * 1.000001
 
 
-def test_many_threads_lose_no_byte():
+def test_concurrent_transfers_count_every_byte():
     meter = Throughput()
 
     def work() -> None:

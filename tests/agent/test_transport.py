@@ -198,7 +198,7 @@ def test_another_kind_of_server_is_recognised(status, kind, body):
         pages.server_close()
 
 
-def test_something_that_is_no_http():
+def test_a_server_that_does_not_speak_http():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer():
@@ -304,7 +304,7 @@ def test_wrong_size_never_fills_the_disk(server, client, tmp_path, size):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hash_from_outside_is_no_path(client, tmp_path):
+def test_an_invalid_hash_is_not_used_as_a_path(client, tmp_path):
     for sha256 in ("../../etc/passwd", "A" * 64, "", "0" * 63):
         with pytest.raises(MalformedMessage):
             client.download(sha256, 1, tmp_path / "x")
@@ -312,7 +312,7 @@ def test_hash_from_outside_is_no_path(client, tmp_path):
         client.download("0" * 64, 1, tmp_path / "x")
 
 
-def test_full_disk_has_a_name(server, client, tmp_path, monkeypatch):
+def test_a_full_disk_raises_disk_full(server, client, tmp_path, monkeypatch):
     sha256, data = blob_of(server, 5000)
 
     def full(*_):
@@ -350,7 +350,7 @@ def test_upload_continues_at_the_servers_offset(server, proxy, flaky, tmp_path):
     assert len(server.accepted) == 1
 
 
-def test_upload_tells_what_was_there_and_what_it_sends(server, client, tmp_path):
+def test_an_upload_reports_the_known_offset_and_each_chunk(server, client, tmp_path):
     data = os.urandom(600_000)
     (tmp_path / "update").write_bytes(data)
     server.partial[(CLIENT, 1, 1)] = bytearray(data[:100_000])
@@ -369,7 +369,7 @@ def test_empty_file_needs_no_put(server, client, tmp_path):
     assert server.puts == []
 
 
-def test_moved_offset_is_asked_again(server, client, tmp_path):
+def test_an_offset_mismatch_asks_for_the_offset_again(server, client, tmp_path):
     data = os.urandom(1000)
     (tmp_path / "update").write_bytes(data)
     server.fail.append(("PUT", OffsetMismatch("elsewhere"), 2))
@@ -410,7 +410,7 @@ def test_an_upload_is_split_where_a_proxy_limits_the_size_of_a_request(server, c
     assert len(re.findall("body limit", caplog.text)) == refused, "the size is learned once"
 
 
-def test_a_proxy_that_takes_no_body_at_all_is_named(server, client, tmp_path):
+def test_a_proxy_that_refuses_every_body_is_named(server, client, tmp_path):
     (tmp_path / "update").write_bytes(os.urandom(300_000))
     server.body_limit = 10
     with pytest.raises(ProtocolError, match="a proxy in front of .* refuses the size") as caught:
@@ -419,7 +419,7 @@ def test_a_proxy_that_takes_no_body_at_all_is_named(server, client, tmp_path):
     assert len([entry for entry in server.log if entry[0] == "PUT"]) < 8
 
 
-def test_a_full_disk_of_the_server_is_not_reported_as_ours(server, client, tmp_path):
+def test_a_full_disk_of_the_server_is_not_reported_as_local(server, client, tmp_path):
     (tmp_path / "update").write_bytes(b"x" * 1000)
     server.fail.append(("PUT", DiskFull("cannot write an upload: No space left on device"), 1))
     with pytest.raises(DiskFull, match="the server http.* reports") as caught:

@@ -127,7 +127,7 @@ def test_server_restart_between_training_and_upload(tmp_path, wait_until):
 
 
 @pytest.mark.timeout(60)
-def test_device_killed_during_an_upload_goes_on_where_it_was(tmp_path, wait_until):
+def test_a_killed_device_resumes_its_upload(tmp_path, wait_until):
     shape = (1000, 100)
     import_run(tmp_path / "server", rounds=1, clients=1, shape=shape)
     with serving(tmp_path / "server") as server, contextlib.closing(FlakyProxy(port_of(server))) as proxy:
@@ -162,7 +162,7 @@ def test_device_killed_during_an_upload_goes_on_where_it_was(tmp_path, wait_unti
 
 
 @pytest.mark.timeout(60)
-def test_stopped_device_is_not_waited_for(tmp_path, wait_until):
+def test_the_server_does_not_wait_for_a_stopped_device(tmp_path, wait_until):
     import_run(tmp_path / "server", rounds=1, clients=2)
     stop = threading.Event()
     with serving(tmp_path / "server") as server, contextlib.ExitStack() as stack:

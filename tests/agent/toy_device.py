@@ -1,6 +1,6 @@
 """A device process with a trainer that needs no model: ``python toy_device.py URL STATE [STEP_SECONDS]``.
 
-It sets every trainable tensor to `toy_value`, tells what it does in lines on stdout, and stops on signals
+It sets every trainable tensor to `toy_value`, prints each event as a line, and stops on signals
 as the command line does.
 """
 
@@ -28,7 +28,7 @@ def toy_value(bias: float, server_round: int) -> float:
 
 
 class ToyTrainer:
-    """Counts what it was asked to do."""
+    """Counts its rounds."""
 
     def __init__(self, bias: float = 0.0, step_s: float = 0.0) -> None:
         self.num_examples = 7

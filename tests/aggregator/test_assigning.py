@@ -1,4 +1,4 @@
-"""Assignments of experts: what clients say of theirs is kept, and a restart decides the same again."""
+"""Assignments of experts: clients' reports are stored, and a restart repeats the decision."""
 
 import math
 
@@ -34,7 +34,7 @@ def finish_round(toy: Toy, surveys: dict[str, ExpertSurvey | None], units: int =
     toy.run.fold_pending()
 
 
-def test_a_survey_brings_an_assignment_from_the_next_round_on(toy):
+def test_a_survey_leads_to_an_assignment_in_the_next_round(toy):
     assert toy.assignment("a").experts is None
     finish_round(toy, {"a": survey(2.0), "b": None})
     found = toy.assignment("a").experts
@@ -45,14 +45,14 @@ def test_a_survey_brings_an_assignment_from_the_next_round_on(toy):
     assert set(found.explore) == everything_but_one, "expert 0 of layer 0 was trained in round 1, the others never"
 
 
-def test_a_utility_that_was_not_measured_again_stays_known(toy):
+def test_an_older_utility_is_reused(toy):
     finish_round(toy, {"a": survey(2.0), "b": survey(1.0)})
     finish_round(toy, {"a": survey(None), "b": survey(0.0)})
     assert toy.assignment("a").experts.tune == ((0, 2),)
     assert toy.assignment("b").experts.tune == ((0, 0),)
 
 
-def test_a_rate_stays_known_until_it_is_measured_again(toy):
+def test_an_older_rate_is_reused_until_the_next_measurement(toy):
     known = {"upload_bytes_per_s": 2e6, "download_bytes_per_s": 9e6}
     finish_round(toy, {"a": survey(2.0, train_slots=2, **known), "b": survey(1.0)})
     finish_round(toy, {"a": survey(None), "b": survey(1.0, upload_bytes_per_s=5e6)})
@@ -64,13 +64,13 @@ def test_a_rate_stays_known_until_it_is_measured_again(toy):
     assert toy.run.clients["a"].survey.upload_bytes_per_s == 1e6
 
 
-def test_the_survey_of_an_older_client_is_understood():
+def test_the_survey_of_an_older_client_is_accepted():
     said = msgspec.to_builtins(survey(1.0))
     del said["upload_bytes_per_s"], said["download_bytes_per_s"], said["train_slots"]
     assert decode_message(encode_message(said), ExpertSurvey) == survey(1.0)
 
 
-def test_a_restart_in_the_middle_of_a_round_decides_the_same_again(toy):
+def test_a_restart_within_a_round_repeats_its_assignments(toy):
     finish_round(toy, {"a": survey(2.0), "b": survey(1.0)})
     before = toy.assignment("b").experts
     toy.send(toy.update("a", 5, survey=survey(0.0)))
@@ -84,7 +84,7 @@ def test_a_restart_in_the_middle_of_a_round_decides_the_same_again(toy):
     again.close()
 
 
-def test_methods_that_assign_nothing_say_nothing(tmp_path):
+def test_methods_without_assignments_send_none(tmp_path):
     toy = Toy(make_run(tmp_path / "state"))
     toy.join("a", "b")
     finish_round(toy, {"a": survey(2.0), "b": survey(1.0)})

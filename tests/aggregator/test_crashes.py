@@ -29,7 +29,7 @@ def persist(client: Client, update) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_killed_server_goes_on_where_it_was(tmp_path, start_server, place):
+def test_a_killed_server_resumes_its_round(tmp_path, start_server, place):
     state = make_run(tmp_path / "state")
     server = start_server(state, die=place, keep_rounds=1)
     clients = {name: Client(server.url, name) for name in "ab"}
@@ -72,7 +72,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path, start_server, place):
     assert not list((state / "updates").iterdir())
 
 
-def test_a_server_killed_while_bytes_arrive_keeps_them(tmp_path, start_server):
+def test_a_server_killed_during_an_upload_keeps_its_bytes(tmp_path, start_server):
     state = make_run(tmp_path / "state", hidden=20_000)
     server = start_server(state)
     for name in "ab":

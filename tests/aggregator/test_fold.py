@@ -66,7 +66,7 @@ def case(tmp_path) -> Case:
     return Case(tmp_path)
 
 
-def test_every_dtype_and_kind_of_weight_gives_the_closed_form(case):
+def test_every_dtype_and_kind_of_weight_matches_the_closed_form(case):
     values = case.values(case.fold())
     for name, tolerance in (("f16|w", {"rtol": 2**-11, "atol": 0}), ("f64|w", {"rtol": 1e-14, "atol": 1e-15})):
         expected = weighted_mean([(1.0, case.tensors["a"][name][1]), (3.0, case.tensors["c"][name][1])])
@@ -74,14 +74,16 @@ def test_every_dtype_and_kind_of_weight_gives_the_closed_form(case):
     old = {f"{unit.key}|{name}": raw for unit, tensors in case.new for name, (_, raw) in tensors.items()}
     for name in ("f32|w", "f32|bias", "bf16|w"):
         for row in range(5):
-            held = [c for c in CLIENTS if ROWS[c][row]]
-            if not held:
+            holders = [c for c in CLIENTS if ROWS[c][row]]
+            if not holders:
                 assert np.array_equal(values[name][row], old[name][row])
             elif name != "bf16|w":
-                expected = weighted_mean([(ROWS[c][row], np.atleast_1d(case.tensors[c][name][1][row])) for c in held])
+                expected = weighted_mean(
+                    [(ROWS[c][row], np.atleast_1d(case.tensors[c][name][1][row])) for c in holders]
+                )
                 np.testing.assert_array_max_ulp(np.atleast_1d(values[name][row]), expected.astype(np.float32))
-            elif len(held) == 1:
-                assert np.array_equal(values[name][row], case.tensors[held[0]][name][1][row]), "one holder: copied"
+            elif len(holders) == 1:
+                assert np.array_equal(values[name][row], case.tensors[holders[0]][name][1][row]), "one holder: copied"
     assert values["f64|none"].shape == (0,)
 
 
@@ -102,7 +104,7 @@ def test_weights_of_zero_change_nothing(case):
     assert case.fold({unit.key: UnitMerge(()) for unit in case.units}) == []
 
 
-def test_equal_updates_are_their_own_mean_bit_for_bit(case):
+def test_the_mean_of_equal_updates_is_bitwise_equal_to_them(case):
     same = dict(case.tensors["a"])
     same["f32|w"] = ("F32", np.full((5, 13), -0.0, np.float32))
     for path in case.paths.values():
@@ -125,13 +127,13 @@ def test_equal_updates_are_their_own_mean_bit_for_bit(case):
         ("f32", (("a", np.ones(5)), ("b", np.ones(4))), "different kinds"),
     ],
 )
-def test_a_plan_that_makes_no_sense_is_refused(case, key, weights, words):
+def test_an_invalid_merge_plan_is_refused(case, key, weights, words):
     with pytest.raises(ValueError, match=words):
         case.fold({key: UnitMerge(weights)})
     assert not list((case.blobs.root / "tmp").iterdir())
 
 
-def test_an_update_that_changed_on_disk_is_noticed(case):
+def test_an_update_changed_on_disk_is_an_error(case):
     tensors = dict(case.tensors["c"])
     tensors["f64|w"][1][4, 12] = np.nan
     case.paths["c"].write_bytes(frame_of(tensors))
@@ -140,7 +142,7 @@ def test_an_update_that_changed_on_disk_is_noticed(case):
     assert not list((case.blobs.root / "tmp").iterdir())
 
 
-def test_a_fold_can_be_cancelled_and_leaves_nothing(case):
+def test_a_cancelled_fold_leaves_no_files(case):
     with pytest.raises(fold.FoldCancelled):
         case.fold(cancelled=lambda: True)
     assert not list((case.blobs.root / "tmp").iterdir())

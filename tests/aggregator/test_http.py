@@ -69,7 +69,7 @@ def updates_for(manifest, clients: str, share: float = 1.0) -> dict[str, toy_run
 # --- doors ------------------------------------------------------------------------------------------------------
 
 
-def test_health_needs_no_token_and_everything_else_does(shared):
+def test_every_route_but_health_needs_a_token(shared):
     assert httpx.get(shared.url + routes.HEALTH).json() == {"status": "ok", "protocol_version": 1}
     for token in (None, "wrong", "secretx"):
         stranger = Client(shared.url, "a", token=token)
@@ -114,7 +114,7 @@ def test_every_refusal_is_an_error_reply(shared, client):
 
 
 @pytest.mark.parametrize("client_id", ["..", "../../x", "..%2f..%2fx", "a.b", "%00", "a" * 65, "CON.", "a\\b", "ä"])
-def test_an_id_that_could_leave_the_folder_names_nothing(shared, client_id):
+def test_a_client_id_that_could_leave_the_folder_is_refused(shared, client_id):
     before = set(Path(shared.log.parent).rglob("*"))
     stranger = Client(shared.url, client_id, token="secret")
     with pytest.raises((MalformedMessage, NotFound)):
@@ -126,7 +126,7 @@ def test_an_id_that_could_leave_the_folder_names_nothing(shared, client_id):
     assert set(Path(shared.log.parent).rglob("*")) == before
 
 
-def test_hostile_headers_and_bodies_do_no_harm(shared, client):
+def test_hostile_headers_and_bodies_are_refused(shared, client):
     port = int(shared.url.rsplit(":", 1)[1])
     for raw in (
         b"\x00\xff\x00\xff\r\n\r\n",
@@ -158,7 +158,7 @@ def test_an_unknown_client_and_a_wrong_key(shared, client):
 # --- downloads --------------------------------------------------------------------------------------------------
 
 
-def test_blobs_come_whole_or_from_any_byte(client):
+def test_blobs_are_served_whole_and_in_ranges(client):
     manifest = client.manifest()
     unit = manifest.units[-1]
     whole = client.blob(unit.sha256)
@@ -185,7 +185,7 @@ def test_blobs_come_whole_or_from_any_byte(client):
     assert client.blob(manifest.files[0].sha256).json() == {"model_type": "toy"}
 
 
-def test_downloads_are_counted_for_the_client_whose_key_comes_along(shared):
+def test_downloads_are_counted_for_the_client_whose_key_is_sent(shared):
     counted = Client(shared.url, "counted", token="secret")
     counted.register()
     unit = counted.manifest().units[0]
@@ -198,7 +198,7 @@ def test_downloads_are_counted_for_the_client_whose_key_comes_along(shared):
     assert status.downloaded_bytes == unit.size_bytes
 
 
-def test_the_status_knows_clients_and_memory(client):
+def test_the_status_contains_clients_and_memory(client):
     client.request(
         "POST", routes.HEARTBEAT, content=encode_message(Heartbeat(phase="profiling", fraction=0.5, server_round=0))
     )
@@ -212,7 +212,7 @@ def test_the_status_knows_clients_and_memory(client):
 # --- rounds over HTTP -------------------------------------------------------------------------------------------
 
 
-def test_a_whole_run_ends_the_server_when_everybody_knows(tmp_path, start_server):
+def test_the_server_ends_when_all_clients_know_that_the_run_has_finished(tmp_path, start_server):
     server = start_server(make_run(tmp_path / "state"), exit_when_finished=True, finish_grace_s=0.3)
     clients = [Client(server.url, name) for name in "ab"]
     for each in clients:
@@ -235,7 +235,7 @@ def test_a_whole_run_ends_the_server_when_everybody_knows(tmp_path, start_server
     assert server.process.wait(10) == 0
 
 
-def test_a_long_poll_answers_when_the_round_opens_and_not_before_its_time_otherwise(tmp_path, start_server):
+def test_a_long_poll_returns_when_the_round_opens_or_its_time_is_over(tmp_path, start_server):
     server = start_server(make_run(tmp_path / "state"))
     first, second = Client(server.url, "a"), Client(server.url, "b")
     first.register()
@@ -248,7 +248,7 @@ def test_a_long_poll_answers_when_the_round_opens_and_not_before_its_time_otherw
     assert time.monotonic() - started < 5
 
 
-def test_a_cut_connection_leaves_a_part_and_the_upload_goes_on(tmp_path, start_server):
+def test_an_upload_resumes_after_a_cut_connection(tmp_path, start_server):
     server = start_server(make_run(tmp_path / "state", hidden=20_000))
     clients = {name: Client(server.url, name) for name in "ab"}
     for each in clients.values():
@@ -308,7 +308,7 @@ def test_refusals_of_uploads_over_http(tmp_path, start_server):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_cleanly_with_a_poll_and_an_upload_under_way(tmp_path, start_server, how):
+def test_a_signal_ends_the_server_cleanly_during_a_poll_and_an_upload(tmp_path, start_server, how):
     server = start_server(make_run(tmp_path / "state"))
     for name in "abc":
         Client(server.url, name).register()
@@ -342,7 +342,7 @@ def test_a_signal_ends_the_server_cleanly_with_a_poll_and_an_upload_under_way(tm
     assert Client(again.url, "a").offset(update.meta) == (100, "partial")
 
 
-def test_a_busy_port_a_used_folder_and_an_open_door_are_refused(tmp_path, start_server):
+def test_a_busy_port_a_locked_folder_and_a_missing_token_are_refused(tmp_path, start_server):
     state = make_run(tmp_path / "state")
     server = start_server(state)
     port = int(server.url.rsplit(":", 1)[1])
@@ -366,7 +366,7 @@ def test_a_busy_port_a_used_folder_and_an_open_door_are_refused(tmp_path, start_
         bind("127.0.0.1", 70_000)
 
 
-def test_a_method_that_fails_stops_the_server_aloud_and_loses_nothing(tmp_path):
+def test_an_error_of_the_method_stops_the_server_and_keeps_updates(tmp_path):
     state = make_run(tmp_path / "state")
     toy = toy_run.Toy(state)
     toy.join("a", "b")
@@ -376,9 +376,9 @@ def test_a_method_that_fails_stops_the_server_aloud_and_loses_nothing(tmp_path):
 
     class Broken(toy_run.Mean):
         def plan_merge(self, contributions, units):
-            raise RuntimeError("a fault in the method")
+            raise RuntimeError("an error in the method")
 
-    with pytest.raises(RuntimeError, match="a fault in the method"):
+    with pytest.raises(RuntimeError, match="an error in the method"):
         run_server(ServerConfig(state_folder=state, port=0), make_method=lambda *_: Broken())
     again = toy_run.Toy(state)
     again.run.fold_pending()
@@ -401,7 +401,7 @@ def test_the_server_never_loads_a_model_library(tmp_path):
     assert json.loads(done.stdout.replace("'", '"')) == []
 
 
-def test_policies_survive_their_trip_to_disk(tmp_path):
+def test_a_policy_is_stored_and_read_back(tmp_path):
     policy = {"rounds": 4, "min_clients": 3, "quorum": 2, "deadline_s": 1.5, "clients_per_round": 3}
     toy = toy_run.Toy(make_run(tmp_path / "state", **policy))
     assert toy.run.policy == RoundPolicy(**policy)

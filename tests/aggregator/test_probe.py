@@ -1,4 +1,4 @@
-"""The probe routes: what they move, and that nobody can use them to take the line. And the server's sockets."""
+"""The probe routes: what they transfer, and limits that protect the connection; options of the server's sockets."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def refusal_of(response: httpx.Response, status: int) -> Exception:
 # --- the routes -----------------------------------------------------------------------------------------------------
 
 
-def test_a_download_has_the_bytes_that_were_asked_for(http):
+def test_a_download_has_the_requested_size(http):
     for size in (1, 1000, probe.PROBE_BLOCK_BYTES, probe.PROBE_BLOCK_BYTES + 1, 300_001):
         body = http.get(routes.PROBE, params={"bytes": size}).content
         assert len(body) == size
     assert len(set(body[:1000])) > 200, "random, so that no link compresses it"
 
 
-def test_an_upload_is_answered_with_its_pace(http, state):
+def test_the_reply_to_an_upload_contains_its_marks(http, state):
     before = sorted(path for path in state.rglob("*") if path.is_file())
     marks = http.post(routes.PROBE, content=bytes(1_000_000)).json()["marks"]
     assert 2 <= len(marks) <= probe.MAX_MARKS + 2
@@ -93,7 +93,7 @@ def test_an_upload_needs_a_length_within_the_limit(http):
     assert isinstance(refusal_of(http.post(routes.PROBE, content=too_large), 400), MalformedMessage)
 
 
-def test_a_stranger_measures_nothing(server):
+def test_probes_need_a_client_key(server):
     with httpx.Client(base_url=server.url, timeout=15.0, trust_env=False) as stranger:
         assert isinstance(refusal_of(stranger.get(routes.PROBE, params={"bytes": 10}), 401), Unauthorized)
         assert isinstance(refusal_of(stranger.post(routes.PROBE, content=b"x"), 401), Unauthorized)
@@ -115,7 +115,7 @@ def wait_until_running(server: AggregatorServer, count: int) -> None:
         time.sleep(0.01)
 
 
-def test_one_at_a_time_for_each_address(server, http):
+def test_one_probe_at_a_time_per_address(server, http):
     with slow_upload(server, 1000, b"x"):
         wait_until_running(server, 1)
         for response in (http.get(routes.PROBE, params={"bytes": 10}), http.post(routes.PROBE, content=bytes(100))):
@@ -138,7 +138,7 @@ def test_a_refused_upload_is_not_read_to_its_end(server):
             assert b"connection: close" in answer.lower()
 
 
-def test_an_upload_that_does_not_end_is_answered_in_time(server, monkeypatch):
+def test_an_endless_upload_is_answered_in_time(server, monkeypatch):
     monkeypatch.setattr(probe, "MAX_PROBE_S", 0.2)
     with slow_upload(server, 1000, b"x" * 10) as connection:
         answer = b""
@@ -151,14 +151,14 @@ def test_an_upload_that_does_not_end_is_answered_in_time(server, monkeypatch):
     wait_until_running(server, 0)
 
 
-def test_a_download_on_a_slow_line_is_ended_in_time_and_whole(server, http, monkeypatch):
+def test_a_download_on_a_slow_line_ends_in_time_with_a_complete_reply(server, http, monkeypatch):
     monkeypatch.setattr(probe, "MAX_PROBE_S", 0.0)
     response = http.get(routes.PROBE, params={"bytes": 1000})
     assert response.status_code == 200
     assert len(response.content) < 1000
 
 
-def test_a_client_that_does_not_read_holds_its_place_only_for_a_while(server, monkeypatch):
+def test_a_client_that_does_not_read_loses_its_place(server, monkeypatch):
     monkeypatch.setattr(probe, "MAX_PROBE_S", 0.1)
     monkeypatch.setattr("edgefed.aggregator.probing.LATE_S", 0.2)
     host, port = server.url.removeprefix("http://").split(":")
@@ -171,7 +171,7 @@ def test_a_client_that_does_not_read_holds_its_place_only_for_a_while(server, mo
         wait_until_running(server, 0)
 
 
-def test_a_server_stops_while_somebody_measures(state):
+def test_a_server_stops_during_a_probe(state):
     with serving(state) as server:
         connection = slow_upload(server, 1000, b"x")
         wait_until_running(server, 1)
@@ -192,7 +192,7 @@ def limiter_of(clock: Clock, **limits: int) -> ProbeLimiter:
     return ProbeLimiter(ProbeLimits(**limits), clock)
 
 
-def test_bytes_of_an_address_within_a_minute():
+def test_limit_of_bytes_per_address_and_minute():
     clock = Clock()
     limiter = limiter_of(clock, address_bytes=100)
     for at, size in ((0, 60), (10, 40)):
@@ -209,7 +209,7 @@ def test_bytes_of_an_address_within_a_minute():
     assert limiter.wait_s("a", 61) > 0
 
 
-def test_requests_and_bytes_of_all_together():
+def test_limits_of_requests_and_bytes_of_all_addresses():
     clock = Clock()
     limiter = limiter_of(clock, all_bytes=1000, all_requests=3, address_requests=2)
     for number, address in enumerate(["a", "a", "b"]):
@@ -224,7 +224,7 @@ def test_requests_and_bytes_of_all_together():
     assert waits == pytest.approx([0.0, 1.0, 2.0]), "a and b still hold a byte each"
 
 
-def test_what_runs_at_the_same_time():
+def test_limit_of_concurrent_probes():
     limiter = limiter_of(Clock(), address_at_once=2, all_at_once=3)
     with contextlib.ExitStack() as stack:
         for address in "aab":
@@ -236,7 +236,7 @@ def test_what_runs_at_the_same_time():
     assert limiter.num_entries == 3, "only the requests of the last minute"
 
 
-def test_a_whole_measurement_in_both_directions_fits_within_the_limits():
+def test_a_measurement_in_both_directions_fits_the_limits():
     limits = ProbeLimits()
     sizes = [probe.PROBE_BLOCK_BYTES << step for step in range(8)]
     assert sizes[-1] == probe.MAX_PROBE_BYTES
@@ -244,7 +244,7 @@ def test_a_whole_measurement_in_both_directions_fits_within_the_limits():
     assert 2 * len(sizes) <= limits.address_requests
 
 
-def test_the_limiter_stays_small_whoever_asks():
+def test_the_limiter_has_bounded_memory():
     clock = Clock()
     limiter = ProbeLimiter(clock=clock)
     admitted = 0
@@ -260,7 +260,7 @@ def test_the_limiter_stays_small_whoever_asks():
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_small_answers_do_not_wait_for_an_acknowledgement(host):
+def test_small_replies_are_sent_without_delay(host):
     """Nagle's algorithm must be off on every connection that the server accepts: it costs 40 ms for each blob."""
     try:
         listener = bind(host, 0)

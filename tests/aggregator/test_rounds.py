@@ -70,7 +70,7 @@ def test_a_quorum_closes_the_round_early():
         machine(UpdateAccepted, "b")
 
 
-def test_who_left_or_fell_silent_is_not_waited_for_but_counts_when_it_comes():
+def test_lost_clients_are_not_awaited_but_their_updates_count():
     machine = Machine(min_clients=3)
     for client in "abc":
         machine(ClientJoined, client)
@@ -81,7 +81,7 @@ def test_who_left_or_fell_silent_is_not_waited_for_but_counts_when_it_comes():
     assert machine(UpdateAccepted, "b") == [Fold(1, ("a", "b"))]
 
 
-def test_an_unreachable_quorum_holds_nothing_up():
+def test_an_unreachable_quorum_does_not_block_a_round():
     machine = Machine(quorum=2)
     machine(ClientJoined, "a")
     machine(ClientJoined, "b")
@@ -102,7 +102,7 @@ def test_the_deadline_closes_a_round_with_an_update_and_extends_one_without():
     assert machine(Tick, after=4.0) == [Fold(1, ("a",))]
 
 
-def test_a_deserted_round_waits_and_goes_on_when_a_participant_returns():
+def test_a_deserted_round_resumes_when_a_participant_returns():
     machine = Machine()
     machine(ClientJoined, "a")
     machine(ClientJoined, "b")
@@ -113,7 +113,7 @@ def test_a_deserted_round_waits_and_goes_on_when_a_participant_returns():
     assert machine.state.is_trainer("a")
 
 
-def test_an_update_that_comes_to_a_deserted_round_counts():
+def test_an_update_in_a_deserted_round_counts():
     machine = Machine()
     machine(ClientJoined, "a")
     machine(ClientJoined, "b")
@@ -123,7 +123,7 @@ def test_an_update_that_comes_to_a_deserted_round_counts():
     assert machine(UpdateAccepted, "a") == [OpenRound(1, ("a", "b")), Fold(1, ("a",))]
 
 
-def test_others_can_take_over_a_deserted_round():
+def test_other_clients_can_join_a_deserted_round():
     machine = Machine()
     machine(ClientJoined, "a")
     machine(ClientJoined, "b")
@@ -132,7 +132,7 @@ def test_others_can_take_over_a_deserted_round():
     assert machine(ClientJoined, "d") == [OpenRound(1, ("a", "b", "c", "d"))]
 
 
-def test_a_late_client_waits_for_the_next_round_unless_one_is_missing():
+def test_a_late_client_joins_only_if_a_participant_is_missing():
     machine = Machine()
     for client in "ab":
         machine(ClientJoined, client)
@@ -167,7 +167,7 @@ def test_the_sample_of_a_round_depends_on_seed_and_round_only():
     assert len(set(samples("abcdefgh", 1))) > 1
 
 
-def test_a_restart_waits_for_everybody_anew():
+def test_after_a_restart_every_participant_is_awaited_again():
     policy = RoundPolicy(rounds=2, min_clients=2, deadline_s=5.0, client_timeout_s=10.0)
     state = restore(
         policy, 0, phase=Phase.TRAINING, server_round=1, participants="ab", accepted="a", clients="ab", now=500.0
@@ -187,7 +187,7 @@ def test_a_restart_waits_for_everybody_anew():
         {"deadline_s": float("nan")}, {"client_timeout_s": 0.0}, {"quorum": 3, "clients_per_round": 2},
     ],
 )  # fmt: skip
-def test_a_policy_that_no_run_can_have_is_refused(wrong):
+def test_an_invalid_policy_is_refused(wrong):
     with pytest.raises(ConfigError):
         RoundPolicy(**{"rounds": 1, **wrong}).check()
 
@@ -210,7 +210,7 @@ POLICIES = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @given(policy=POLICIES, events=st.lists(EVENTS, max_size=40))
-def test_no_order_of_events_loses_an_update_or_stands_still(policy, events):
+def test_no_order_of_events_loses_an_update_or_blocks_the_run(policy, events):
     machine = Machine(**policy)
     accepted: dict[int, set[str]] = {}
 
@@ -235,7 +235,7 @@ def test_no_order_of_events_loses_an_update_or_stands_still(policy, events):
             accepted.get(state.server_round, set()) if state.phase is not Phase.FINISHED else set()
         )
         if state.phase is Phase.TRAINING:
-            assert state.awaited(machine.now), "a round that trains has somebody to wait for"
+            assert state.awaited(machine.now), "a round that trains awaits a client"
         if state.phase is Phase.WAITING:
             assert not state.accepted, "a round with an update closes or trains"
 

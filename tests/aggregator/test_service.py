@@ -73,7 +73,7 @@ def test_a_round_from_registration_to_the_next_model(toy):
     assert not list((toy.folder / "uploads").iterdir())
 
 
-def test_registering_again_keeps_the_client_and_needs_its_key(toy):
+def test_registering_again_needs_the_key_and_keeps_the_client(toy):
     toy.join("a", "b")
     toy.send(toy.update("a", 1))
     toy.service.register(toy_run.register_message("a", name="renamed", num_examples=99))
@@ -86,7 +86,7 @@ def test_registering_again_keeps_the_client_and_needs_its_key(toy):
     with pytest.raises(UnknownClient):
         toy.service.assignment("nobody", KEY)
     assert "wrong" not in (toy.folder / "edgefed.db").read_bytes().decode("latin1")
-    assert KEY not in (toy.folder / "edgefed.db-wal").read_bytes().decode("latin1"), "only the key's hash is kept"
+    assert KEY not in (toy.folder / "edgefed.db-wal").read_bytes().decode("latin1"), "only the key's hash is stored"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_registering_again_keeps_the_client_and_needs_its_key(toy):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_registration_that_makes_no_sense_is_refused(toy, changes):
+def test_an_invalid_registration_is_refused(toy, changes):
     with pytest.raises(MalformedMessage):
         toy.service.register(toy_run.register_message(**{"client_id": "a", **changes}))
     assert not toy.run.clients
@@ -116,7 +116,7 @@ def test_another_protocol_version_is_refused_by_name(toy):
         toy.service.register(toy_run.register_message("a", protocol_version=2))
 
 
-def test_a_heartbeat_shows_in_the_status_and_keeps_a_client_alive(toy):
+def test_a_heartbeat_updates_the_status_and_keeps_a_client_alive(toy):
     toy.join("a", "b")
     toy.now += 50.0
     toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="training", fraction=0.25, server_round=1))
@@ -130,7 +130,7 @@ def test_a_heartbeat_shows_in_the_status_and_keeps_a_client_alive(toy):
         toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="x", fraction=2.0, server_round=1))
 
 
-def test_a_device_and_its_newest_budget_show_in_the_status(toy):
+def test_the_status_contains_each_device_and_its_newest_budget(toy):
     device = DeviceInfo(name="NVIDIA GeForce RTX 3060", kind="discrete", trains_on="cuda", budget_bytes=7 * 2**30)
     toy.service.register(toy_run.register_message("a", device=device, memory_bytes=7 * 2**30))
     assert toy.run.status().clients[0].device == device
@@ -146,7 +146,7 @@ def test_a_device_and_its_newest_budget_show_in_the_status(toy):
     "wrong",
     [{"name": "x" * 300}, {"kind": "a\x1b[2J"}, {"budget_bytes": -1}, {"total_bytes": 2**60}, {"budget_origin": "\n"}],
 )
-def test_a_device_that_could_harm_a_terminal_or_a_sum_is_refused(toy, wrong):
+def test_device_facts_with_control_characters_or_invalid_numbers_are_refused(toy, wrong):
     device = DeviceInfo(**{"name": "x", "kind": "cpu", "trains_on": "cpu", **wrong})
     with pytest.raises(MalformedMessage, match="device." + next(iter(wrong))):
         toy.service.register(toy_run.register_message("a", device=device))
@@ -155,7 +155,7 @@ def test_a_device_that_could_harm_a_terminal_or_a_sum_is_refused(toy, wrong):
 # --- uploads ----------------------------------------------------------------------------------------------------
 
 
-def test_an_upload_continues_where_it_was_cut_off(toy):
+def test_a_cut_upload_resumes_at_its_offset(toy):
     toy.join("a", "b")
     update = toy.update("a", 1)
     assert toy.put("a", update.frame[:100]) == 100
@@ -172,7 +172,7 @@ def test_an_upload_continues_where_it_was_cut_off(toy):
     assert toy.service.upload_state("a", KEY + "a", 1, 1).status == "accepted"
 
 
-def test_a_second_connection_takes_an_upload_over(toy):
+def test_a_second_connection_takes_over_an_upload(toy):
     toy.join("a", "b")
     name, stale = toy.service.open_upload("a", KEY + "a", 1, 1, 0, None)
     stale.write(b"x" * 10)
@@ -183,7 +183,7 @@ def test_a_second_connection_takes_an_upload_over(toy):
     assert (toy.folder / "uploads" / "a-1-1.part").read_bytes() == b"x" * 10 + b"y" * 5
 
 
-def test_a_new_attempt_replaces_the_parts_of_older_ones(toy):
+def test_a_new_attempt_replaces_partial_uploads_of_older_ones(toy):
     toy.join("a", "b")
     toy.put("a", b"x" * 10, attempt=1)
     toy.put("b", b"x" * 10, attempt=1)
@@ -191,7 +191,7 @@ def test_a_new_attempt_replaces_the_parts_of_older_ones(toy):
     assert sorted(path.name for path in (toy.folder / "uploads").iterdir()) == ["a-1-2.part", "b-1-1.part"]
 
 
-def test_the_same_update_twice_has_one_effect_even_after_its_round(toy):
+def test_a_repeated_update_counts_once_even_after_its_round(toy):
     toy.join("a", "b")
     update = toy.update("a", 1)
     toy.send(update)
@@ -210,7 +210,7 @@ def test_the_same_update_twice_has_one_effect_even_after_its_round(toy):
     assert toy.run.clients["a"].rounds_done == 1
 
 
-def test_what_comes_after_the_close_is_told_so(toy):
+def test_an_update_after_the_end_of_its_round_is_refused(toy):
     toy.join("a", "b", "c")
     late = toy.update("a", 1)
     toy.put("a", late.frame)
@@ -251,7 +251,7 @@ def test_wrong_bytes_are_refused_and_deleted(toy):
     toy.send(update)
 
 
-def test_more_bytes_than_the_model_has_are_refused_before_and_while_they_come(toy):
+def test_an_update_larger_than_the_model_is_refused_before_and_during_the_upload(toy):
     toy.join("a", "b")
     limit = toy.run.catalog.limit_bytes
     with pytest.raises(UpdateTooLarge):
@@ -316,13 +316,13 @@ def play(folder, order: str, **options) -> tuple[dict[str, str], dict]:
         toy.close()
 
 
-def test_the_order_of_arrival_changes_no_bit(tmp_path):
+def test_the_order_of_arrival_does_not_matter_bitwise(tmp_path):
     orders = ["abcd", "dcba", "bdac"]
     hashes = [play(tmp_path / order, order, min_clients=4)[0] for order in orders]
     assert hashes[0] == hashes[1] == hashes[2]
 
 
-def test_router_rows_that_nobody_weighs_keep_their_values(tmp_path):
+def test_router_rows_without_weights_keep_their_values(tmp_path):
     toy = Toy(make_run(tmp_path / "state", options={"row_routers": True}))
     toy.join("a", "b")
     manifest, old = toy.manifest(), toy.values()
@@ -344,7 +344,7 @@ def test_router_rows_that_nobody_weighs_keep_their_values(tmp_path):
     toy.close()
 
 
-def test_a_unit_that_nobody_changed_keeps_its_blob(toy):
+def test_an_unchanged_unit_keeps_its_blob(toy):
     toy.join("a", "b")
     before = toy.blobs()
     manifest, old = toy.manifest(), toy.values()
@@ -367,7 +367,7 @@ def test_empty_updates_close_a_round(toy):
     assert toy.manifest().server_round == 2
 
 
-def test_old_rounds_are_pruned_and_their_blobs_go(tmp_path):
+def test_old_rounds_are_pruned_with_their_blobs(tmp_path):
     for keep, expected in ((1, [3]), (2, [2, 3]), (0, [1, 2, 3])):
         toy = Toy(make_run(tmp_path / str(keep) / "state", rounds=3), keep_rounds=keep)
         toy.join("a", "b")
@@ -385,10 +385,10 @@ def test_old_rounds_are_pruned_and_their_blobs_go(tmp_path):
             else:
                 with pytest.raises(NotFound):
                     toy.manifest(str(server_round))
-        kept = {sha for server_round in expected for sha in seen[server_round].values()}
-        kept |= {file.sha256 for file in toy.manifest().files}
-        assert {path.name for path in (toy.folder / "blobs").glob("??/*")} == kept
-        gone = set(seen[1].values()) - kept
+        expected_blobs = {sha for server_round in expected for sha in seen[server_round].values()}
+        expected_blobs |= {file.sha256 for file in toy.manifest().files}
+        assert {path.name for path in (toy.folder / "blobs").glob("??/*")} == expected_blobs
+        gone = set(seen[1].values()) - expected_blobs
         assert gone or keep == 0
         for sha256 in gone:
             with pytest.raises(NotFound):
@@ -396,7 +396,7 @@ def test_old_rounds_are_pruned_and_their_blobs_go(tmp_path):
         toy.close()
 
 
-def test_a_finished_run_says_so_and_serves_its_final_model(toy):
+def test_a_finished_run_serves_its_final_model(toy):
     toy.join("a", "b")
     for seed in (1, 2):
         for name in "ab":
@@ -419,7 +419,7 @@ def test_a_finished_run_says_so_and_serves_its_final_model(toy):
     again.close()
 
 
-def test_assignments_carry_the_seed_of_the_round_and_the_time_that_is_left(tmp_path):
+def test_assignments_contain_the_seed_of_the_round_and_the_remaining_time(tmp_path):
     toy = Toy(make_run(tmp_path / "state", deadline_s=30.0))
     toy.join("a", "b")
     toy.now += 10.0
@@ -471,16 +471,16 @@ def test_orphans_of_a_crash_are_cleaned_and_unacknowledged_updates_resumable(toy
     again.close()
 
 
-def test_a_lost_file_is_found_at_the_start(toy):
+def test_a_missing_file_is_found_on_start(toy):
     toy.join("a", "b")
     toy.send(toy.update("a", 1))
     toy.close()
     (path,) = (toy.folder / "updates").iterdir()
-    kept = path.read_bytes()
-    path.write_bytes(kept[:-1])
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
     with pytest.raises(StateCorrupt, match="accepted update"):
         Toy(toy.folder)
-    path.write_bytes(kept)
+    path.write_bytes(content)
     next((toy.folder / "blobs").glob("??/*")).unlink()
     with pytest.raises(StateCorrupt, match="blob"):
         Toy(toy.folder)
@@ -490,7 +490,7 @@ def no_room(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_stops_an_upload_and_nothing_else(toy, monkeypatch):
+def test_a_full_disk_stops_only_the_upload(toy, monkeypatch):
     toy.join("a", "b")
     update = toy.update("a", 1)
     toy.put("a", update.frame[:100])
@@ -531,7 +531,7 @@ def test_a_full_disk_delays_a_fold(toy, monkeypatch):
     assert toy.manifest().server_round == 2
 
 
-def test_a_phase_that_could_not_be_saved_is_saved_later(toy, monkeypatch):
+def test_a_phase_is_saved_again_after_a_failed_write(toy, monkeypatch):
     toy.join("a", "b")
     with monkeypatch.context() as patch:
         patch.setattr(toy.run.store, "save_round", lambda *_: (_ for _ in ()).throw(DiskFull("full")))
@@ -543,7 +543,7 @@ def test_a_phase_that_could_not_be_saved_is_saved_later(toy, monkeypatch):
     assert toy.run.store.current_round().phase.value == "aggregating"
 
 
-def test_metrics_that_overflow_a_naive_mean_are_averaged():
+def test_the_mean_of_huge_metrics_does_not_overflow():
     from edgefed.aggregator.status import average_metrics
     from edgefed.aggregator.store import UpdateRecord
 
@@ -566,8 +566,8 @@ def beat(toy: Toy, client_id: str) -> None:
     toy.service.heartbeat(client_id, KEY + client_id, Heartbeat(phase="train", fraction=0.5, server_round=1))
 
 
-def test_a_standstill_of_the_server_is_not_silence_of_the_clients(tmp_path, caplog):
-    """Ctrl-Z and fg, `docker pause`, a stalled disk: nobody could reach the server."""
+def test_a_suspended_server_does_not_lose_its_clients(tmp_path, caplog):
+    """Ctrl-Z and fg, `docker pause`, a stalled disk: no client could reach the server."""
     toy = Toy(make_run(tmp_path / "state", client_timeout_s=8.0, deadline_s=100.0), tick_s=0.25)
     toy.join("a", "b")
     toy.send(toy.update("a", 1))
@@ -582,7 +582,7 @@ def test_a_standstill_of_the_server_is_not_silence_of_the_clients(tmp_path, capl
     toy.close()
 
 
-def test_a_client_that_falls_silent_is_still_given_up(tmp_path):
+def test_a_silent_client_is_lost(tmp_path):
     toy = Toy(make_run(tmp_path / "state", client_timeout_s=8.0), tick_s=0.25)
     toy.join("a", "b")
     toy.send(toy.update("a", 1))
@@ -595,7 +595,7 @@ def test_a_client_that_falls_silent_is_still_given_up(tmp_path):
 
 
 @pytest.mark.parametrize("crash", [False, True])
-def test_a_restart_opens_no_round_for_clients_that_were_lost_before(tmp_path, crash):
+def test_a_restart_opens_no_round_for_lost_clients(tmp_path, crash):
     toy = Toy(make_run(tmp_path / "state", client_timeout_s=40.0))
     toy.join("a", "b")
     toy.now += 45.0
@@ -619,7 +619,7 @@ def test_a_restart_opens_no_round_for_clients_that_were_lost_before(tmp_path, cr
     again.close()
 
 
-def test_a_client_that_left_was_last_seen_then(toy):
+def test_leaving_sets_the_time_when_a_client_was_last_seen(toy):
     toy.join("a")
     toy.service.leave("a", KEY + "a", "done")
     assert toy.run.clients["a"].last_seen_at == pytest.approx(time.time(), abs=5)
@@ -638,7 +638,7 @@ def test_a_client_that_left_must_register_again(toy):
     assert isinstance(toy.assignment("a"), Assignment)
 
 
-def test_the_process_that_registered_last_keeps_an_identity_and_the_other_is_told(toy, caplog):
+def test_the_process_that_registered_last_keeps_an_identity_and_the_other_gets_an_error(toy, caplog):
     for instance, name in (("card-a", "first"), ("card-b", "second")):
         toy.service.register(toy_run.register_message("a", instance=instance, name=name))
     toy.service.check_instance("a", KEY + "a", "card-b")
@@ -656,7 +656,7 @@ def test_the_process_that_registered_last_keeps_an_identity_and_the_other_is_tol
 # --- policy -----------------------------------------------------------------------------------------------------
 
 
-def test_a_policy_changes_on_resume_and_stays(toy, caplog):
+def test_a_policy_change_on_resume_is_permanent(toy, caplog):
     caplog.set_level("INFO")
     toy.join("a")
     assert isinstance(toy.assignment("a"), Wait)

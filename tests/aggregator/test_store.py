@@ -26,7 +26,7 @@ POLICY = RoundPolicy(rounds=2)
 # --- creation ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_what_was_imported(state):
+def test_a_new_run_contains_the_imported_model(state):
     store = Store(state)
     manifest = store.manifest(1)
     blobs = BlobStore(state)
@@ -48,7 +48,7 @@ def test_a_run_is_what_was_imported(state):
     store.close()
 
 
-def test_half_an_import_is_no_run_and_can_be_done_again(tmp_path):
+def test_an_incomplete_import_is_refused_and_can_be_repeated(tmp_path):
     folder = tmp_path / "state"
     with pytest.raises(RuntimeError), RunWriter(folder) as writer:  # noqa: PT012  the error leaves the import half-way
         writer.add_unit(*new_units(np.random.default_rng(0))[0])
@@ -87,7 +87,7 @@ def unit(**changes) -> NewUnit:
     ],
     ids=range(12),
 )  # fmt: skip
-def test_units_that_no_manifest_may_hold_are_refused(tmp_path, wrong):
+def test_invalid_units_are_refused(tmp_path, wrong):
     with pytest.raises(CheckpointError), RunWriter(tmp_path / "state") as writer:  # noqa: PT012  any of the steps may refuse
         for new in wrong:
             writer.add_unit(*new)
@@ -95,7 +95,7 @@ def test_units_that_no_manifest_may_hold_are_refused(tmp_path, wrong):
     assert not has_run(tmp_path / "state")
 
 
-def test_a_frozen_unit_may_hold_integers(tmp_path):
+def test_a_frozen_unit_may_contain_integers(tmp_path):
     with RunWriter(tmp_path / "state") as writer:
         writer.add_unit(*unit(trainable=False, tensors={"ids": ("I64", np.arange(4))}))
         with pytest.raises(ConfigError, match="rounds"):
@@ -107,7 +107,7 @@ def test_a_frozen_unit_may_hold_integers(tmp_path):
 # --- locks and damage -------------------------------------------------------------------------------------------
 
 
-def test_a_run_can_be_read_beside_its_server_but_not_changed(state):
+def test_a_run_can_be_read_but_not_changed_while_it_is_served(state):
     owner = Store(state)
     reader = Store(state, read_only=True)
     owner.save_round(1, Phase.TRAINING, ["a"])
@@ -121,7 +121,7 @@ def test_a_run_can_be_read_beside_its_server_but_not_changed(state):
     owner.close()
 
 
-def test_one_process_at_a_time(state):
+def test_a_run_folder_has_one_writer(state):
     store = Store(state)
     with pytest.raises(StateLocked):
         Store(state)
@@ -132,7 +132,7 @@ def test_one_process_at_a_time(state):
 
 
 @pytest.mark.parametrize("damage", ["text", "foreign", "newer", "page", "fact", "truncated"])
-def test_a_database_that_is_not_what_was_written_is_refused(state, damage):
+def test_a_damaged_database_is_refused(state, damage):
     path = state / "edgefed.db"
     if damage == "text":
         path.write_text("this is no database\n" * 1000)
@@ -201,7 +201,7 @@ def toy_run_status(server_round: int):
 @pytest.mark.parametrize(
     "name", ["", "..", "../../etc/passwd", "A" * 64, "a" * 63, "a" * 65, "a" * 63 + "/", "a" * 64 + "\n"]
 )
-def test_only_hashes_name_blobs(tmp_path, name):
+def test_only_a_hash_is_a_blob_name(tmp_path, name):
     with pytest.raises(ValueError, match="invalid SHA-256"):
         BlobStore(tmp_path).path(name)
 
@@ -221,7 +221,7 @@ def test_blobs_are_named_by_their_content_and_written_once(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["write_all", "sync_file", "sync_folder"])
-def test_a_batch_that_fails_leaves_no_half_blob(tmp_path, monkeypatch, step):
+def test_a_failed_batch_leaves_no_incomplete_blob(tmp_path, monkeypatch, step):
     blobs = BlobStore(tmp_path)
 
     def no_room(*_):
@@ -236,7 +236,7 @@ def test_a_batch_that_fails_leaves_no_half_blob(tmp_path, monkeypatch, step):
     assert blobs.path(name).read_bytes() == b"content"
 
 
-def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
+def test_a_folder_that_cannot_be_created_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         RunWriter(tmp_path / "file" / "state")

@@ -47,7 +47,7 @@ def test_a_correct_update_passes(check, tensors, tmp_path):
     assert check({}) == frozenset()
 
 
-def test_tensors_that_do_not_belong_are_named(check, tensors):
+def test_unexpected_tensors_are_named(check, tensors):
     up = "layer0.expert1|up"
     shape = tensors[up][1].shape
     cases = {
@@ -65,14 +65,14 @@ def test_tensors_that_do_not_belong_are_named(check, tensors):
             check({**tensors, **change})
 
 
-def test_half_a_unit_is_refused(check, tensors):
+def test_an_incomplete_unit_is_refused(check, tensors):
     del tensors["layer0.expert1|down"]
     with pytest.raises(InvalidUpdate, match=r'incomplete.*"down"'):
         check(tensors)
 
 
-def test_a_value_that_is_no_number_is_found_wherever_it_is(tmp_path):
-    # Larger than one scan block, with the fault in the last element.
+def test_nan_and_infinity_are_found_anywhere(tmp_path):
+    # Larger than one scan block, with NaN in the last element.
     toy = toy_run.Toy(toy_run.make_run(tmp_path / "state", hidden=20_000, experts=1))
     manifest = toy.manifest()
     tensors = trained([unit for unit in manifest.units if unit.key == "layer0.expert0"], 1)
@@ -86,7 +86,7 @@ def test_a_value_that_is_no_number_is_found_wherever_it_is(tmp_path):
     toy.close()
 
 
-def test_an_expert_needs_its_report(check, tensors):
+def test_every_expert_needs_its_report(check, tensors):
     with pytest.raises(InvalidUpdate, match="without a report"):
         check(tensors, experts=(report(0, 2),))
 
@@ -106,7 +106,7 @@ def test_an_expert_needs_its_report(check, tensors):
     ],
     ids=lambda changes: str(changes)[:70],
 )  # fmt: skip
-def test_numbers_that_mean_nothing_are_refused(manifest, changes):
+def test_invalid_numbers_are_refused(manifest, changes):
     update = make_update(manifest, "a", {}, **changes)
     with pytest.raises(InvalidUpdate):
         validate_meta(update.meta, manifest.experts_per_layer)
@@ -138,12 +138,12 @@ def header(entries: object, data: bytes = b"") -> bytes:
     ],
     ids=range(15),
 )
-def test_a_hostile_frame_is_an_invalid_update_and_nothing_else(check, frame):
+def test_a_hostile_frame_raises_only_invalid_update(check, frame):
     with pytest.raises(InvalidUpdate):
         check(frame=frame)
 
 
-def test_the_limits_fit_the_largest_honest_update(manifest):
+def test_the_largest_valid_update_fits_the_limits(manifest):
     trainable = [unit for unit in manifest.units if unit.trainable]
     update = make_update(manifest, "a", trained(trainable, 1))
     assert len(update.frame) <= max_update_bytes(manifest.units)

@@ -1,4 +1,4 @@
-"""A model of a few kilobytes, a method of ten lines, and clients that say what they are told to."""
+"""A model of a few kilobytes, a method of ten lines, and scripted clients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Tensors = dict[str, tuple[str, np.ndarray]]
 
 
 class Mean(ExpertMethod):
-    """FedAvg over whoever uploaded a unit, by number of examples; router rows by examples of who holds the expert.
+    """FedAvg over the clients of a unit, by number of examples; router rows: the clients where the expert is resident.
 
     ``assigns``: each client trains one expert, another one each round; experts idle for long come with it.
     """
@@ -70,8 +70,8 @@ class Mean(ExpertMethod):
     def _weight(self, contribution, unit):
         if not (self.row_routers and unit.kind == "router"):
             return float(contribution.num_examples)
-        held = [(unit.layer, expert) in contribution.experts for expert in range(EXPERTS)]
-        return np.array(held, dtype=np.float64) * contribution.num_examples
+        resident = [(unit.layer, expert) in contribution.experts for expert in range(EXPERTS)]
+        return np.array(resident, dtype=np.float64) * contribution.num_examples
 
 
 def make_method(name: str, options: dict) -> Mean:
