@@ -59,13 +59,14 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True)
 class BackendRow:
-    """A row of the doctor's table. ``reason`` is why it cannot run, or what it runs with."""
+    """A row of `backend_table`. ``reason`` is why it cannot run, or what it runs with; see `Backend` for the rest."""
 
     operation: str
     name: str
     device_type: str
     available: bool
     reason: str
+    for_few_tokens: bool
 
 
 _backends: list[Backend] = []
@@ -235,7 +236,11 @@ def backend_table() -> list[BackendRow]:
     for backend in _backends:
         reason = backend.why_not()
         text = reason or "; ".join(filter(None, (backend.detail(), backend.only_by_name)))
-        rows.append(BackendRow(backend.operation, backend.name, backend.device_type, reason is None, text))
+        rows.append(
+            BackendRow(
+                backend.operation, backend.name, backend.device_type, reason is None, text, backend.for_few_tokens
+            )
+        )
     return rows
 
 

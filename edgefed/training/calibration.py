@@ -43,8 +43,8 @@ class StepMeasurement:
         weight_bytes: Weights before the step.
         state_bytes: Optimizer state before the step, 0 in a first one.
         other_bytes: Anything else before the step; on a GPU for example cuBLAS's workspace.
-        kept_bytes: What the decoder kept for the backward pass when it was done.
-        expert_kept_bytes: Per MoE layer, the part of it inside the experts, or what was when the layer ran again.
+        saved_bytes: What the decoder kept for the backward pass when it was done.
+        expert_saved_bytes: Per MoE layer, the part of it inside the experts, or what was when the layer ran again.
         again_bytes: What each decoder layer kept that ran again (checkpointing).
         backward: (decoder layer, bytes when its gradient came, peak until the next layer's came).
         gradient_bytes: Gradients per decoder layer.
@@ -63,8 +63,8 @@ class StepMeasurement:
     weight_bytes: int
     state_bytes: int
     other_bytes: int
-    kept_bytes: int
-    expert_kept_bytes: tuple[int, ...]
+    saved_bytes: int
+    expert_saved_bytes: tuple[int, ...]
     again_bytes: dict[int, int]
     backward: tuple[tuple[int, int, int], ...]
     gradient_bytes: dict[int, int]
@@ -140,8 +140,8 @@ def measure_step(model: MoeModel, optimizer: torch.optim.Optimizer, step: Callab
         weight_bytes=weights,
         state_bytes=state,
         other_bytes=other,
-        kept_bytes=parts.kept_bytes,
-        expert_kept_bytes=tuple(parts.expert_kept_bytes[layer] for layer in range(num_layers)),
+        saved_bytes=parts.saved_bytes,
+        expert_saved_bytes=tuple(parts.expert_saved_bytes[layer] for layer in range(num_layers)),
         again_bytes=parts.again_bytes,
         backward=tuple(parts.backward),
         gradient_bytes=facts.gradient_bytes,
@@ -167,28 +167,28 @@ def correction_from(measurement: StepMeasurement, shape: ModelShape, setup: Step
         flows_in=measurement.flows_in,
     )
     base = measurement.weight_bytes + measurement.state_bytes + measurement.other_bytes
-    inside = sum(measurement.expert_kept_bytes)
+    inside = sum(measurement.expert_saved_bytes)
     if setup.checkpointing:
         outside: float = sum(measurement.again_bytes.values()) - inside
     else:
-        outside = measurement.kept_bytes - inside - raw.tail
+        outside = measurement.saved_bytes - inside - raw.tail
     transients = []
     moe = [index for index, layer in enumerate(shape.layers) if layer.num_experts]
     for layer, start, peak in measurement.backward:
-        kept = measurement.expert_kept_bytes[moe.index(layer)] if layer in moe else 0
+        kept = measurement.expert_saved_bytes[moe.index(layer)] if layer in moe else 0
         gone = int(max(0.0, kept - raw.stays[layer]))
         grown = max(0, measurement.gradient_bytes.get(layer, 0) - gone)
         again = measurement.again_bytes.get(layer, 0)
         transients.append((peak - start - grown - again) / raw.backward[layer])
     # Layers that keep nothing have temporaries that others count as kept, so their forward pass says nothing.
-    forward = measurement.phases["forward"] - base - measurement.kept_bytes
+    forward = measurement.phases["forward"] - base - measurement.saved_bytes
     return Correction(
         activation_scale=_ratio(outside - sum(raw.scores), sum(raw.outside) - sum(raw.scores)),
         # The formula counts the workspace already.
         overhead_bytes=measurement.other_bytes - (workspace_bytes(shape, setup) if measurement.other_bytes else 0),
         origin=f"one step of {setup.batch_size} x {setup.sequence_length} tokens, measured on {measurement.device}",
         expert_scale=_ratio(inside, sum(raw.inside)),
-        loss_scale=_ratio(measurement.phases["loss"] - base - measurement.kept_bytes, raw.loss),
+        loss_scale=_ratio(measurement.phases["loss"] - base - measurement.saved_bytes, raw.loss),
         transient_scale=max(0.0, *transients),
         forward_scale=1.0 if setup.checkpointing else _ratio(forward, max(raw.forward)),
         trainable_tokens=_trainable_tokens(measurement),
@@ -292,8 +292,8 @@ class _Parts:
     """The fields of `StepMeasurement` that spans tell."""
 
     phases: dict[str, int]
-    kept_bytes: int = 0
-    expert_kept_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
+    saved_bytes: int = 0
+    expert_saved_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
     again_bytes: dict[int, int] = dataclasses.field(default_factory=dict)
     backward: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
 
@@ -301,11 +301,11 @@ class _Parts:
 def _read_spans(spans: list[Span], base: int) -> _Parts:
     """Put the spans together. ``base``: bytes before the step."""
     parts = _Parts({"forward": 0, "loss": 0, "backward": 0, "optimizer": 0})
-    phase, experts = "forward", parts.expert_kept_bytes
+    phase, experts = "forward", parts.expert_saved_bytes
     for span in spans:
         kind, _, number = span.name.partition(":")
         if kind == "loss":
-            phase, parts.kept_bytes = "loss", span.start_bytes
+            phase, parts.saved_bytes = "loss", span.start_bytes
         elif kind == "backward":
             phase = "backward"
             parts.backward.append((int(number), span.start_bytes, span.peak_bytes))

@@ -1,7 +1,7 @@
-"""What saves memory in a training step: activation checkpointing, 8-bit optimizers, experts in 4 or 8 bits.
+"""Memory savings of a training step: activation checkpointing, 8-bit optimizers, experts in 4 or 8 bits.
 
-The chunked loss is in `edgefed.training.loss`. Whether a device can train with quantized experts is decided by trying
-it. `problems` says which savings do not work with a model on a device, and why.
+The chunked loss is in `edgefed.training.loss`. `problems` returns the savings that do not work with a model on a
+device, with reasons.
 """
 
 from __future__ import annotations

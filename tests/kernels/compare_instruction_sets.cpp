@@ -10,12 +10,12 @@
 
 namespace {
 
-int faults = 0;
+int errors = 0;
 
 void expect(bool holds, const char* what, int isa) {
   if (!holds) {
     std::printf("instruction set %d: %s\n", isa, what);
-    ++faults;
+    ++errors;
   }
 }
 
@@ -107,5 +107,5 @@ int main() {
     }
     std::printf("instruction set %d compared\n", isa);
   }
-  return faults > 100 ? 100 : faults;
+  return errors > 100 ? 100 : errors;
 }

@@ -1,4 +1,4 @@
-"""What the CUDA kernels need on each GPU, as ptxas reports it: registers, spills, shared memory. Needs nvcc, no GPU."""
+"""Registers, spills and shared memory of the CUDA kernels on each GPU, as ptxas reports them. Needs nvcc, no GPU."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Rig:
         return 10 * major + minor
 
     def pretend(self, *, capability: int = 80, falling: bool = False) -> None:
-        """What the emulator says it is, and whether blocks and threads run in falling order."""
+        """Set the emulator's compute capability, and whether blocks and threads run in descending order."""
         self.kernels.library.ef_emulator_capability(ctypes.c_int(capability))
         self.kernels.library.ef_emulator_order(ctypes.c_int(falling))
 

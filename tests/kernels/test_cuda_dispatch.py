@@ -1,4 +1,4 @@
-"""The CUDA kernels as a user reaches them: by the name "cuda" of each operation, with the results of the reference."""
+"""The CUDA backend of each operation, requested by name, compared with the reference."""
 
 from __future__ import annotations
 

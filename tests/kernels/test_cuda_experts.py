@@ -1,4 +1,4 @@
-"""Masked experts on the CUDA kernels: output and every gradient against the reference, and what else they promise."""
+"""Masked experts on the CUDA kernels: output, every gradient, determinism and saved tensors."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def make_slots(layer: Layer, dtype: torch.dtype, device) -> list[SlotWeights]:
     generator = torch.Generator().manual_seed(1)
     wide = layer.width * (2 if layer.gated else 1)
 
-    def random(*shape, learns=True):
+    def random(*shape, requires_grad=True):
         values = torch.randn(*shape, generator=generator).mul_(shape[-1] ** -0.5).to(dtype).to(device)
-        return values.requires_grad_(learns)
+        return values.requires_grad_(requires_grad)
 
     def weight(format, *shape):
         if layer.transposed:
             shape = shape[::-1]
         if format in ("dense", "frozen"):
-            return random(*shape, learns=format == "dense")
-        return quantize_experts(random(*shape, learns=False), format, backend="reference")
+            return random(*shape, requires_grad=format == "dense")
+        return quantize_experts(random(*shape, requires_grad=False), format, backend="reference")
 
     slots = []
     for format, rank in zip(layer.formats, layer.lora, strict=True):

@@ -53,15 +53,15 @@ def test_sort_is_stable_and_its_tiles_cover_each_slot(rig, tokens, top_k, num_sl
     slots = pick_slots(rig, tokens, top_k, num_slots)
     pairs = rig.kernels.sort_pairs(slots, num_slots)
     flat = slots.reshape(-1).cpu()
-    kept = (flat >= 0).nonzero().squeeze(1)
-    order = kept[torch.sort(flat[kept], stable=True).indices]
+    valid = (flat >= 0).nonzero().squeeze(1)
+    order = valid[torch.sort(flat[valid], stable=True).indices]
     count = len(order)
     place = torch.full((tokens * top_k,), -1, dtype=torch.int64)
     place[order] = torch.arange(count)
     assert pairs.order[:count].tolist() == order.tolist()
     assert pairs.tokens[:count].tolist() == (order // top_k).tolist()
     assert pairs.place.reshape(-1).tolist() == place.tolist()
-    counts = torch.bincount(flat[kept], minlength=num_slots)
+    counts = torch.bincount(flat[valid], minlength=num_slots)
     work = pairs.work.reshape(3, num_slots + 1).cpu()
     for begins, rows in zip(work, (1, 4, 64), strict=True):
         tiles = -(-counts // rows)
@@ -126,7 +126,7 @@ def test_products_of_every_kernel(rig, kernel, transposed, format, dtype):
     )
     if kernel == "tiles" and (dtype == torch.float32 or (dtype == torch.bfloat16 and rig.capability() < 80)):
         assert not able
-        pytest.skip("tensor cores have no such type")
+        pytest.skip("not a type of tensor cores")
     assert able
     check_product(rig, KERNELS[kernel], format, dtype, transposed)
 
@@ -221,9 +221,9 @@ def test_combine_and_its_gradients(rig, dtype, width):
     tokens, top_k = 21, 3
     slots = pick_slots(rig, tokens, top_k, 4)
     pairs = rig.kernels.sort_pairs(slots, 4)
-    kept = pairs.begins().tolist()[-1]
+    valid = pairs.begins().tolist()[-1]
     rows = random(rig, tokens * top_k, width).to(dtype)
-    rows[kept:] = float("nan")  # what no pair points to is never read
+    rows[valid:] = float("nan")  # rows without a pair are never read
     weights = random(rig, tokens, top_k, seed=1)
     place = pairs.place.long()
     mask = (place >= 0).double()
@@ -233,12 +233,12 @@ def test_combine_and_its_gradients(rig, dtype, width):
     assert_close(rig.kernels.combine(rows, pairs, None), (chosen * mask.unsqueeze(-1)).sum(1), dtype)
 
     dy = random(rig, tokens, width, seed=2).to(dtype)
-    order, owner = pairs.order[:kept].long(), pairs.tokens[:kept].long()
+    order, owner = pairs.order[:valid].long(), pairs.tokens[:valid].long()
     factor = weights.reshape(-1)[order].double().unsqueeze(1)
-    assert_close(rig.kernels.spread(dy, pairs, weights)[:kept], factor * dy[owner].double(), dtype)
+    assert_close(rig.kernels.spread(dy, pairs, weights)[:valid], factor * dy[owner].double(), dtype)
     dots = torch.zeros(tokens, top_k, device=rig.device)
     scaled = rows.clone()
     rig.kernels.pair_dots_(scaled, dy, pairs.tokens, pairs, weights, dots)
     assert_close(dots, (chosen * dy.double().unsqueeze(1)).sum(-1) * mask, torch.float32 if width > 1 else dtype)
-    assert_close(scaled[:kept], factor * rows[:kept].double(), dtype)
-    assert torch.isnan(scaled[kept:]).all()
+    assert_close(scaled[:valid], factor * rows[:valid].double(), dtype)
+    assert torch.isnan(scaled[valid:]).all()

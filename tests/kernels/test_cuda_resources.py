@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for the GPUs that they are meant for, without spills, and as the recorded table says."""
+"""The CUDA kernels compile for the supported GPUs, without spills, with the resources of the recorded table."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_recorded_table_is_complete_and_free_of_spills(recorded):
 
 def test_the_recorded_table_matches_the_sources(compiled, recorded):
     nvcc, archs, rows = compiled
-    table, kept = recorded
+    table, recorded_rows = recorded
     if nvcc_version(nvcc) != table["nvcc"]:
         pytest.skip(f"recorded with nvcc {table['nvcc']}, here is {nvcc_version(nvcc)}")
-    assert [row for row in kept if row.arch in archs] == rows
+    assert [row for row in recorded_rows if row.arch in archs] == rows

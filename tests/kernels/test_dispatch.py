@@ -1,4 +1,4 @@
-"""Who runs what: explicit wishes are kept or refused by name, automatic choices are said once, with their reason."""
+"""Choice of backends: explicit requests are met or refused by name; automatic choices are logged once, with reasons."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgefed.native import NativeUnavailable
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Every test starts with the backends that are announced on import, nothing chosen and nothing said."""
+    """Every test starts with the backends registered on import, without cached choices and log records."""
     with dispatch.temporary_backends():
         monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
         monkeypatch.delenv("EDGEFED_ISA", raising=False)
@@ -82,21 +82,24 @@ def test_the_table_needs_no_torch():
 
 
 def announce_gpu(*, measured=True):
-    """Triton and CUDA backends that can run, as if here were a GPU."""
-    for operation in dispatch.OPERATIONS:
-        for name in ("triton", "cuda"):
-            few = next(b for b in dispatch._backends if (b.operation, b.name) == (operation, name)).for_few_tokens
-            only_by_name = "" if measured else dispatch.NOT_MEASURED
+    """Make the Triton and CUDA backends available, as on a machine with a GPU."""
+    for row in dispatch.backend_table():
+        if row.device_type == "cuda":
             dispatch.register_backend(
-                operation, name, "cuda", lambda: None, only_by_name=only_by_name, for_few_tokens=few
-            )  # fmt: skip
+                row.operation,
+                row.name,
+                row.device_type,
+                lambda: None,
+                only_by_name="" if measured else dispatch.NOT_MEASURED,
+                for_few_tokens=row.for_few_tokens,
+            )
 
 
 def test_few_tokens_on_a_gpu_use_dot_products_and_many_use_tiles(monkeypatch):
     announce_gpu()
     assert dispatch.choose("masked_experts", "cuda", few_tokens=True) == "cuda"
     assert dispatch.choose("masked_experts", "cuda", few_tokens=False) == "triton"
-    for requested in ("triton", "cuda", "reference"):  # a name is a name
+    for requested in ("triton", "cuda", "reference"):  # a requested name has priority
         assert dispatch.choose("masked_experts", "cuda", requested, few_tokens=True) == requested
     assert dispatch.choose("router_statistics", "cuda", few_tokens=True) == "triton"
     dispatch.register_backend("masked_experts", "cuda", "cuda", lambda: "no library", for_few_tokens=True)
@@ -141,9 +144,8 @@ def test_a_backend_that_does_not_support_a_call_is_skipped_and_logged(monkeypatc
     ]
     with pytest.raises(ConfigError, match="requested backend 'triton': triton has no such shape"):
         dispatch.run_best("masked_experts", "cuda", "triton", run)
-    monkeypatch.setenv(
-        "EDGEFED_KERNELS", "triton"
-    )  # a requested for all calls: one that it cannot do is done otherwise
+    # The variable is a request for all operations: a call that the backend does not support runs with another one.
+    monkeypatch.setenv("EDGEFED_KERNELS", "triton")
     assert dispatch.run_best("masked_experts", "cuda", "auto", run) == "done"
 
 

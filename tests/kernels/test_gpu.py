@@ -102,12 +102,12 @@ def make_slots(layer: Layer, dtype: torch.dtype, device: str) -> list[SlotWeight
     generator = torch.Generator().manual_seed(1)
     wide = layer.width * (2 if layer.gated else 1)
 
-    def random(*shape, learns=True):
+    def random(*shape, requires_grad=True):
         values = torch.randn(*shape, generator=generator).mul_(shape[-1] ** -0.5).to(dtype).to(device)
-        return values.requires_grad_(learns)
+        return values.requires_grad_(requires_grad)
 
     def weight(kind, rows, columns):
-        value = random(*((columns, rows) if layer.transposed else (rows, columns)), learns=kind == "dense")
+        value = random(*((columns, rows) if layer.transposed else (rows, columns)), requires_grad=kind == "dense")
         if kind in ("dense", "frozen"):
             return value
         format = "nf4" if kind == "nested" else kind
@@ -234,7 +234,7 @@ def test_the_same_bits_from_run_to_run(place):
 @pytest.mark.parametrize("tokens", [1, 64])
 @pytest.mark.parametrize("place", ON_GPU, indirect=True)
 def test_the_host_never_waits(place, tokens, kinds):
-    """In the forward pass, and in the backward pass where nothing but tokens and gate weights learns."""
+    """In the forward pass, and in the backward pass where only tokens and gate weights have gradients."""
     device, backend = place
     layer = Layer(kinds=kinds, tokens=tokens)
     slots = make_slots(layer, torch.bfloat16, device)

@@ -1,4 +1,4 @@
-"""The benchmarks of a GPU run: rehearsed on the CPU, so that they are sound before they meet one."""
+"""The GPU benchmarks run on the CPU, so that errors show before they need a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The host never waits for a GPU in a layer: shown without one, on the device "meta", whose tensors have no values.
+"""The host never waits for a GPU in a layer: tested without one, on the device "meta", whose tensors have no values.
 
-Whatever asks for a value there, or has a shape that depends on values, raises. A copy between the host and the device
-is caught besides. The kernels themselves do nothing here; what they compute is tested elsewhere.
+An operation that reads a value there, or has a shape that depends on values, raises. Copies between the host and the
+device also fail. The kernels do nothing here; their results are tested elsewhere.
 """
 
 from __future__ import annotations
@@ -69,36 +69,40 @@ def swiglu(up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * value
 
 
-def on_meta(*shape, dtype=torch.bfloat16, learns=False):
-    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=learns)
+def on_meta(*shape, dtype=torch.bfloat16, requires_grad=False):
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=requires_grad)
 
 
-def slots(*, learn: bool) -> list[SlotWeights]:
-    dense = SlotWeights(on_meta(2 * WIDTH, HIDDEN, learns=learn), on_meta(HIDDEN, WIDTH, learns=learn))
+def slots(*, trainable: bool) -> list[SlotWeights]:
+    dense = SlotWeights(
+        on_meta(2 * WIDTH, HIDDEN, requires_grad=trainable), on_meta(HIDDEN, WIDTH, requires_grad=trainable)
+    )
     packed = [
         quantize_experts(torch.randn(*shape).bfloat16(), "nf4").to("meta") for shape in ((64, HIDDEN), (HIDDEN, WIDTH))
     ]
-    adapter = LowRankPair(on_meta(4, HIDDEN, learns=learn), on_meta(2 * WIDTH, 4, learns=learn), 0.5)
+    adapter = LowRankPair(
+        on_meta(4, HIDDEN, requires_grad=trainable), on_meta(2 * WIDTH, 4, requires_grad=trainable), 0.5
+    )
     return [dense, SlotWeights(*packed), SlotWeights(*packed, up_lora=adapter), dense]
 
 
 @pytest.mark.parametrize("finish", [None, torch.tanh])
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("learn", [False, True])
-def test_a_layer(library, tokens, learn, finish):
-    """Forwards always; backwards where weights are frozen. Those that learn wait once, for counts that the forward
-    pass sent: an expert without a token must get no gradient.
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_layer(library, tokens, trainable, finish):
+    """Forward: always. Backward: with frozen weights. Trainable weights need one wait, for token counts of the forward
+    pass, because an expert without tokens must get no gradient.
     """
-    hidden, weights = on_meta(tokens, HIDDEN, learns=True), on_meta(tokens, 2, learns=True)
+    hidden, weights = on_meta(tokens, HIDDEN, requires_grad=True), on_meta(tokens, 2, requires_grad=True)
     indices = on_meta(tokens, 2, dtype=torch.int64)
-    layer = slots(learn=learn)
+    layer = slots(trainable=trainable)
     with NoCopies():
         output = masked_experts(hidden, indices, weights, layer, activation=swiglu, finish=finish)
-        if not learn:
+        if not trainable:
             output.backward(torch.empty_like(output))
     assert output.shape == hidden.shape
-    assert library.called.count("ef_cuda_combine") == (1 if learn else 2)
-    if not learn:
+    assert library.called.count("ef_cuda_combine") == (1 if trainable else 2)
+    if not trainable:
         assert hidden.grad.shape == hidden.shape
         assert weights.grad.shape == weights.shape
 
@@ -120,7 +124,7 @@ def test_dequantizing(library):
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
 def test_a_transformers_layer_with_its_router(library, family):
-    """What `edgefed.register_experts` hooks in, called as transformers calls it."""
+    """The function that `edgefed.register_experts` registers, called as transformers calls it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import edgefed
@@ -137,9 +141,9 @@ def test_a_transformers_layer_with_its_router(library, family):
 
 
 def test_the_test_detects_a_wait(library):
-    """The reference does wait: for the counts, once a layer."""
+    """The reference waits once a layer, for token counts."""
     hidden, indices, weights = on_meta(3, HIDDEN), on_meta(3, 2, dtype=torch.int64), on_meta(3, 2)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        masked_experts(hidden, indices, weights, slots(learn=False), activation=swiglu, backend="reference")
+        masked_experts(hidden, indices, weights, slots(trainable=False), activation=swiglu, backend="reference")
     with pytest.raises(AssertionError, match="copies between host and device"), NoCopies():
         torch.ones(3).to("meta")

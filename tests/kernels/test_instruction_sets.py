@@ -38,7 +38,7 @@ def test_every_instruction_set_of_this_processor(tmp_path):
 
 
 def test_neon_on_an_emulated_processor(tmp_path):
-    """EDGEFED_AARCH64_CXX and EDGEFED_QEMU_AARCH64 name the tools where they are not on the path."""
+    """EDGEFED_AARCH64_CXX and EDGEFED_QEMU_AARCH64 name the tools if they are not on the path."""
     compiler = os.environ.get("EDGEFED_AARCH64_CXX") or shutil.which("aarch64-linux-gnu-g++")
     emulator = (
         os.environ.get("EDGEFED_QEMU_AARCH64") or shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")

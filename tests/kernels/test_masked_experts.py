@@ -131,7 +131,7 @@ def test_gradcheck(name):
 
 
 def test_dropped_pairs_cost_nothing_and_get_no_gradient():
-    """Slots nobody asks for are never read, whatever stands in their weights; dropped weights get gradient 0."""
+    """Slots without a pair are never read; weights of dropped pairs get gradient 0."""
 
     class OnlyTwo:
         asked: list[int] = []
@@ -159,7 +159,7 @@ def test_dropped_pairs_cost_nothing_and_get_no_gradient():
 
 
 def test_a_detached_weight_still_passes_the_gradient_on():
-    """A frozen expert computes no dW, but what lies below it learns."""
+    """A frozen expert computes no dW, but passes the gradient to the layers below it."""
     slots = make_slots(2, **LAYOUTS["gated"])
     frozen = SlotWeights(up=slots[0].up.detach(), down=slots[0].down.detach())
     hidden, _, weights = inputs(3, 1, 2)

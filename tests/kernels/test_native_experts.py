@@ -1,4 +1,4 @@
-"""The native experts against the specification: values, every gradient, what is saved, every instruction set."""
+"""The native experts against the specification: values, every gradient, saved tensors, every instruction set."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ LAYOUTS = {
     "lora": dict(lora=True),
     "biased lora": dict(lora=True, bias=True),
     "transposed lora": dict(lora=True, transposed=True),
-    "kept activations": dict(keep_activations=True),
+    "saved activations": dict(keep_activations=True),
 }
 
 
@@ -239,13 +239,13 @@ def test_rounding_x_to_eight_bits_costs_one_percent_and_never_happens_in_trainin
         return masked_experts(hidden, indices, weights, slots, activation=swiglu, **options)
 
     exact = run(backend="reference")
-    learning = run(backend="native")
+    training = run(backend="native")
     with torch.no_grad():
-        rounded, kept = run(backend="native"), run(backend="native", int8_activations=False)
-    assert relative_error(learning, exact) < TOLERANCE[torch.bfloat16]
-    assert torch.equal(kept, learning)
-    # With few rows the weights' bytes are the limit, and nothing is won by rounding x.
-    assert torch.equal(rounded, kept) == (num_tokens == 1)
+        rounded, exact = run(backend="native"), run(backend="native", int8_activations=False)
+    assert relative_error(training, exact) < TOLERANCE[torch.bfloat16]
+    assert torch.equal(exact, training)
+    # With few rows the weights' bytes are the limit, and rounding x saves nothing.
+    assert torch.equal(rounded, exact) == (num_tokens == 1)
     assert relative_error(rounded, exact) < 0.03
 
 
@@ -353,11 +353,11 @@ def test_streamed_slots_are_read_one_at_a_time():
             weakref.finalize(weights.up, gone)
             return weights
 
-    kept = [make_slots(["dense"], torch.float32, trains=False, seed=slot)[0] for slot in range(5)]
+    slots = [make_slots(["dense"], torch.float32, trains=False, seed=slot)[0] for slot in range(5)]
     hidden, indices, weights = make_inputs(20, 2, 5, torch.float32)
     with torch.no_grad():
         found = masked_experts(hidden, indices, weights, Streamed(), activation=swiglu, backend="native")
-        expected = masked_experts(hidden, indices, weights, kept, activation=swiglu, backend="reference")
+        expected = masked_experts(hidden, indices, weights, slots, activation=swiglu, backend="reference")
     assert relative_error(found, expected) < 1e-5
     assert Streamed.most <= 2  # the one that is used, and the one that replaces it
 
@@ -384,7 +384,7 @@ def test_an_operation_after_the_experts_is_applied_to_each_pair():
         slots = make_slots(["dense", "nf4"], torch.float32)
         hidden, indices, weights = make_inputs(7, 3, 2, torch.float32)
         with torch.no_grad():
-            weights[indices < 0] = float("nan")  # what stands at a dropped pair is not read
+            weights[indices < 0] = float("nan")  # weights of dropped pairs are not read
         output = masked_experts(hidden, indices, weights, slots, activation=swiglu, finish=finish, backend=backend)
         output.square().sum().backward()
         results.append([output.detach(), hidden.grad, weights.grad[indices >= 0], slots[0].up.grad, slots[0].down.grad])

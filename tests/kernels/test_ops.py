@@ -1,4 +1,4 @@
-"""The operators: what they compute, and that torch may trust what they say of themselves."""
+"""The registered operators: results, and the properties that torch relies on (opcheck, torch.compile)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every device that it is meant for, and fits: no spills, shared memory, tensor cores.
+"""Every Triton kernel compiles for every supported device, and fits: no spills, shared memory, tensor cores.
 
 Nothing runs. A sample here; benchmarks/report_triton_resources.py compiles all of it into a table.
 """
@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(
 )
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "report_triton_resources.py"
-# The kernels that need most, each on a device where something is scarce: registers on 8.0, shared memory on 8.6 and
+# The kernels that need most, each on a device with little of one resource: registers on 8.0, shared memory on 8.6 and
 # 12.0, and the other tensor-core instructions of 9.0.
 SAMPLE = {
     80: ["grouped_matmul nf4 bf16 gated 128", "grouped_matmul nf4 bf16 backward 64", "schedule_tiles S64"],
@@ -54,7 +54,7 @@ def test_a_sample_compiles_and_fits():
 
 @needs_triton
 def test_a_layer_compiles_as_it_launches():
-    """Through Triton's JIT, with its own view of the arguments, for a GPU that is not here: forward and backward."""
+    """Compile forward and backward through Triton's JIT for a GPU that this machine does not have."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("triton_launches.py")), "90", "nf4"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)

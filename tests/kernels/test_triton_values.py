@@ -1,6 +1,6 @@
 """The Triton kernels against their references, in a process of their own.
 
-Triton fixes at import whether kernels are interpreted or compiled, so the tests of the values stand in files that
+Triton fixes at import whether kernels are interpreted or compiled, so the tests of the values are in files that
 pytest does not collect by itself (triton_values_*.py), and run here with TRITON_INTERPRET=1; with a GPU also compiled.
 """
 
@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(
 
 def run(path: Path, interpret: str) -> None:
     command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-p", "no:cacheprovider", str(path)]
-    # The interpreter's products are small and many: numpy's threads would only wait for each other.
+    # The interpreter's products are small and many: numpy's threads would mostly wait for each other.
     environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Run transformers' own model tests with edgefed's experts, and say what fails that does not fail without them.
+"""Run transformers' own model tests with edgefed's experts, and print the tests that fail only with them.
 
     git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers
     python tests/kernels/transformers_suite.py transformers            OLMoE, Mixtral and Qwen3-MoE
@@ -30,7 +30,7 @@ _calls = 0
 
 
 def pytest_configure(config: object) -> None:
-    """Make "edgefed" what a model without a requested computes its experts with."""
+    """Make "edgefed" the experts implementation of models without a requested one."""
     if CALLS not in os.environ:
         return
     from transformers import PreTrainedModel

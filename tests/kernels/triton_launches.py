@@ -1,4 +1,4 @@
-"""Compile exactly what a layer launches, through Triton's own JIT, for a GPU that is not here. Nothing is launched.
+"""Compile the launches of a layer through Triton's JIT for a GPU that this machine does not have. Nothing runs.
 
 Run as a program, without TRITON_INTERPRET: prints one JSON row per kernel that a forward and backward pass compiles.
 
@@ -24,7 +24,7 @@ HIDDEN, WIDTH, RANK = 128, 64, 8
 
 
 class AbsentGpu:
-    """As much of a Triton driver as compiling asks for."""
+    """The parts of a Triton driver that compiling needs."""
 
     def __init__(self, capability: int):
         self._target = GPUTarget("cuda", capability, 32)

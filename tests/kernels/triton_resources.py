@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a GPU that is not here, and read what it needs: registers, spills, shared memory.
+"""Compile a Triton kernel for a GPU that this machine does not have; read registers, spills and shared memory.
 
 Works in a process without TRITON_INTERPRET, with a CPU build of torch. The tools come with Triton's wheel.
 """
@@ -45,7 +45,7 @@ class Resources:
 def compile_kernel(kernel, signature: dict, constants: dict, capability: int, warps: int, stages: int) -> Resources:
     """Compile ``kernel`` (a triton.jit function) for sm_``capability``.
 
-    ``signature`` gives the type of each argument that is no constant ("*bf16", "i32", "fp32"); pointers are taken to
+    ``signature`` gives the type of each argument that is not a constant ("*bf16", "i32", "fp32"); pointers are taken to
     be 16-byte aligned, as torch's allocator guarantees.
     """
     names = kernel.arg_names

@@ -1,4 +1,4 @@
-"""The Triton kernels as a user reaches them: by the name "triton" of each operation. Run by test_triton_values.py."""
+"""The Triton backend of each operation, requested by name. Run by test_triton_values.py."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_layer_is_that_of_the_reference(finish):
         indices = torch.randint(-1, 2, (20, 3), generator=generator).to(DEVICE)
         indices[0] = 1  # merged experts: one slot, their weights added
         weights = torch.rand(20, 3, generator=generator).to(DEVICE)
-        weights[indices < 0] = float("nan")  # what stands at a dropped pair is not read
+        weights[indices < 0] = float("nan")  # weights of dropped pairs are not read
         weights.requires_grad_()
         output = masked_experts(
             hidden, indices, weights, [dense, frozen], activation=swiglu, finish=finish, backend=backend

@@ -39,20 +39,20 @@ def make_slot(
     index, kind, *, dtype=torch.float32, transposed=False, bias=False, lora=False, gated=True, trainable=True,
     hidden=HIDDEN, inner=WIDTH,
 ):  # fmt: skip
-    """A slot of one kind: plain, nf4, int8, nf4 nested. Plain ones learn when trainable; adapters always do."""
+    """A slot of one kind: plain, nf4, int8, nf4 nested. Plain ones are trainable on request; adapters always are."""
     generator = torch.Generator().manual_seed(index)
     width = 2 * inner if gated else inner
 
-    def random(*shape, dtype=dtype, learns=trainable):
+    def random(*shape, dtype=dtype, requires_grad=trainable):
         value = (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(DEVICE, dtype)
-        return value.requires_grad_(learns)
+        return value.requires_grad_(requires_grad)
 
     def matrix(rows, columns):
         shape = (columns, rows) if transposed else (rows, columns)
         if kind == "plain":
             return random(*shape)
         nested = kind == "nested"
-        value = random(*shape, learns=False).cpu()
+        value = random(*shape, requires_grad=False).cpu()
         stored = quantization.quantize_experts(value, "nf4" if nested else kind, nested=nested, backend="reference")
         return stored.to(DEVICE)
 
@@ -60,8 +60,8 @@ def make_slot(
         if not lora:
             return None
         return LowRankPair(
-            random(RANK, columns, dtype=torch.float32, learns=True),
-            random(rows, RANK, dtype=torch.float32, learns=True),
+            random(RANK, columns, dtype=torch.float32, requires_grad=True),
+            random(rows, RANK, dtype=torch.float32, requires_grad=True),
             1.5,
         )
 
@@ -204,7 +204,7 @@ def test_saved_activations_give_the_same_and_the_graph_may_run_twice():
 
 
 def test_slots_of_different_dtypes_and_merged_experts():
-    """A float32 slot that learns beside bfloat16 NF4; the same slot twice in one token's choice."""
+    """A trainable float32 slot beside bfloat16 NF4; the same slot twice in one token's choice."""
     slots = [make_slot(0, "plain"), make_slot(1, "nf4", dtype=torch.float16)]
     indices = choose_slots(9, 2, 2)
     indices[0], indices[1] = torch.tensor([1, 1]), torch.tensor([0, 0])
@@ -284,7 +284,7 @@ def test_two_runs_give_the_same_bits():
 
 
 class _HostQuestions(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fails where an operation asks for a value on the host, or has a shape that depends on values."""
+    """Fail at an operation that reads a value on the host, or has a shape that depends on values."""
 
     ASKS = ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "is_nonzero", "equal.default")
 

@@ -1,4 +1,4 @@
-"""Flux: roles by utility, budgets, coverage, and which client's expert counts."""
+"""Flux: roles by utility, budgets, coverage, and weights of clients in the average."""
 
 import numpy as np
 import pytest
@@ -46,10 +46,10 @@ def test_exploitation_grows_to_its_limit():
     assert [method.exploitation(server_round) for server_round in (1, 2, 3, 4, 9)] == [0.3, 0.55, 0.8, 0.9, 0.9]
 
 
-@pytest.mark.parametrize(("held", "merged"), [(16, 0), (15, 4), (9, 4), (8, 4), (6, 3), (4, 2), (3, 0), (2, 0)])
-def test_slots_for_merged_experts(held, merged):
-    """A quarter of 16 experts, at least one per layer, at most half of what is held; none where all fit, or too few."""
-    assert Flux().merged_slots(held, SIZES) == merged
+@pytest.mark.parametrize(("slots", "merged"), [(16, 0), (15, 4), (9, 4), (8, 4), (6, 3), (4, 2), (3, 0), (2, 0)])
+def test_slots_for_merged_experts(slots, merged):
+    """A quarter of 16 experts, one per layer to half of the slots; none if all experts fit, or with too few slots."""
+    assert Flux().merged_slots(slots, SIZES) == merged
 
 
 def test_the_first_plan_trains_the_most_frequent_and_explores_others():
@@ -62,18 +62,18 @@ def test_the_first_plan_trains_the_most_frequent_and_explores_others():
     explored = {(layer, int(e)) for layer in (0, 1) for e in plan.frozen(layer)}
     assert len(explored) == 4
     draws = {method.plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng(s)) for s in range(6)}
-    assert len(draws) > 1, "what is explored is drawn at random"
+    assert len(draws) > 1, "explored experts are drawn at random"
 
 
 @pytest.mark.parametrize(("share", "trainable"), [(0.02, 1), (0.19, 3), (1.0, 4)])
-def test_before_its_upload_rate_is_known_a_device_tunes_few(share, trainable):
+def test_a_device_without_a_known_upload_rate_trains_few_experts(share, trainable):
     own = Flux(eps_start=0.5, pace="own").plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
     plan = Flux(eps_start=0.5, first_share=share).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(12), rng())
     best = [(0, 0), (0, 1), (0, 2), (1, 2)]
     assert [(layer, e) for layer, e in best if e in plan.trainable(layer)] == best[:trainable]
     assert plan.num_trainable == trainable
-    held = [sorted(found.resident(layer).tolist()) for found in (plan, own) for layer in (0, 1)]
-    assert held[:2] == held[2:], "the others are held as they are"
+    resident = [sorted(found.resident(layer).tolist()) for found in (plan, own) for layer in (0, 1)]
+    assert resident[:2] == resident[2:], "the others are resident and frozen"
 
 
 def test_room_for_all_trains_all_and_too_little_is_refused():
@@ -95,9 +95,7 @@ def test_an_assignment_is_followed_as_far_as_it_fits():
         assert [whole.trainable(layer).tolist() for layer in (0, 1)] == [[1, 5, 6], [7]]
         assert [whole.frozen(layer).tolist() for layer in (0, 1)] == [[0, 2], [1, 2]]
     paced = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(8), rng(), context)
-    assert paced.num_trainable == paced.num_resident == 4, (
-        "what the uplink can send stays the same where memory shrinks"
-    )
+    assert paced.num_trainable == paced.num_resident == 4, "less memory does not change what the uplink can send"
     half = Flux(pace="own").plan_experts(record(FREQUENCY), SIZES, DeviceBudget(8), rng(), context)
     assert [half.trainable(layer).tolist() for layer in (0, 1)] == [[5], [7]], (
         "the most useful first, one in each layer"
@@ -108,7 +106,7 @@ def test_an_assignment_is_followed_as_far_as_it_fits():
         Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(8), rng(), bad)
 
 
-def test_in_the_fleets_pace_a_layer_may_have_no_tuned_expert_but_never_none_that_is_held():
+def test_with_fleet_pace_a_layer_may_have_no_trainable_expert_but_always_a_resident_one():
     wanted = ExpertAssignment(tune=((0, 5), (0, 6)), explore=((0, 0), (0, 1), (1, 1), (1, 2)))
     context = RoundContext(server_round=2, assignment=wanted)
     plan = Flux().plan_experts(record(FREQUENCY), SIZES, DeviceBudget(6), rng(), context)
@@ -125,7 +123,7 @@ def test_in_the_fleets_pace_a_layer_may_have_no_tuned_expert_but_never_none_that
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 16), st.integers(0, 40), st.data())
-def test_plans_keep_the_budget_and_tune_in_every_layer(held, server_round, data):
+def test_plans_fit_the_budget_and_train_in_every_layer(slots, server_round, data):
     pairs = [(layer, e) for layer in (0, 1) for e in range(8)]
     shuffled = data.draw(st.permutations(pairs))
     cut = data.draw(st.integers(0, 16))
@@ -133,8 +131,8 @@ def test_plans_keep_the_budget_and_tune_in_every_layer(held, server_round, data)
     assignment = ExpertAssignment(tune=tuple(shuffled[:tune_cut]), explore=tuple(shuffled[tune_cut:cut]))
     for context in (RoundContext(server_round + 1), RoundContext(server_round + 1, assignment=assignment)):
         for pace in ("own", "fleet"):
-            plan = Flux(pace=pace).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(held), rng(), context)
-            assert plan.num_resident <= held - Flux().merged_slots(held, SIZES)
+            plan = Flux(pace=pace).plan_experts(record(FREQUENCY), SIZES, DeviceBudget(slots), rng(), context)
+            assert plan.num_resident <= slots - Flux().merged_slots(slots, SIZES)
             assert all(len(plan.resident(layer)) >= 1 for layer in (0, 1))
             assert plan.num_trainable >= 1
             assert pace == "fleet" or all(len(plan.trainable(layer)) >= 1 for layer in (0, 1))
@@ -148,7 +146,7 @@ def test_utilities_that_were_not_measured_are_estimated_from_frequencies():
     np.testing.assert_allclose(complete_utilities(survey(UNKNOWN))[0], FREQUENCY[0])
 
 
-def test_the_aggregator_assigns_each_client_its_best_and_draws_what_is_explored():
+def test_the_aggregator_assigns_the_best_experts_and_draws_those_to_explore():
     high = [[0.0] * 7 + [9.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.2, 0.1]]
     surveys = {"x": survey(high), "y": survey(UNKNOWN, tune_slots=4)}
     given = Flux(eps_start=0.5).assign_experts(surveys, NO_IDLE, 1, 7)
@@ -162,7 +160,7 @@ def test_the_aggregator_assigns_each_client_its_best_and_draws_what_is_explored(
     assert later["x"].explore != given["x"].explore
 
 
-def test_the_pace_is_the_geometric_mean_of_what_each_would_need():
+def test_the_pace_is_the_geometric_mean_of_the_times_of_all_clients():
     """Times per byte of an expert, in millionths: a 8/4 = 2, b 8/1 = 8, their mean 4: b can send 4 by then, a 16."""
     a, b, silent = (survey(UNKNOWN, tune_slots=8, rate=rate) for rate in (4e6, 1e6, None))
     ones = {"a": 1.0, "b": 1.0, "c": 1.0}
@@ -171,23 +169,23 @@ def test_the_pace_is_the_geometric_mean_of_what_each_would_need():
     assert paced_limits({"a": a, "b": b}, {"a": 1.0, "b": 0.5}) == {"b": 2}, "2 and 4: 2.83; 2.83 are sent by then"
     small = survey(UNKNOWN, tune_slots=8, rate=4e6, train_slots=2)
     assert paced_limits({"a": small, "b": b}, ones) == {"a": 2, "b": 2}, (
-        "its memory lets a learn 2: 0.5 and 8, their mean 2"
+        "a has memory to train 2: 0.5 and 8, their mean 2"
     )
     assert paced_limits({"a": a, "b": b}, ones, 0.3) == {"a": 4, "b": 1}, "a pace of 1.2: 4.8 and 1.2"
     large = survey(UNKNOWN, tune_slots=16, rate=1e6)
     assert paced_limits({"a": large, "b": survey(UNKNOWN, tune_slots=4, rate=1e6)}, ones) == {"a": 8}
     creeping = survey(UNKNOWN, tune_slots=8, rate=1.0)
-    assert paced_limits({"a": a, "b": creeping}, ones) == {"b": 1}, "one is left to everybody"
+    assert paced_limits({"a": a, "b": creeping}, ones) == {"b": 1}, "every client trains at least one"
 
 
-def test_what_is_fetched_counts_as_what_is_sent():
+def test_downloads_count_as_uploads():
     """An aggregator's narrow downlink makes fast uplinks less of an advantage: 1/4 + 1/1 and 1/1 + 1/1."""
     fast, slow = (survey(UNKNOWN, tune_slots=8, rate=rate, down=1e6) for rate in (4e6, 1e6))
     assert round_trip_rate(fast) == pytest.approx(0.8e6)
     assert round_trip_rate(slow) == pytest.approx(0.5e6)
     assert paced_limits({"a": fast, "b": slow}, {"a": 1.0, "b": 1.0}) == {"b": 6}, "10 and 16: 12.6, times .5"
-    assert round_trip_rate(survey(UNKNOWN, rate=4e6)) == 4e6, "nothing is known of its downloads"
-    assert round_trip_rate(survey(UNKNOWN, down=4e6)) is None, "most is not known"
+    assert round_trip_rate(survey(UNKNOWN, rate=4e6)) == 4e6, "its download rate is unknown"
+    assert round_trip_rate(survey(UNKNOWN, down=4e6)) is None, "its upload rate is unknown"
 
 
 @pytest.mark.parametrize("rate", [None, 3e5, 1.7e6])
@@ -198,7 +196,7 @@ def test_without_rates_or_with_equal_ones_pace_changes_nothing(rate):
         assert paced == Flux(eps_start=0.5, pace="own").assign_experts(surveys, NO_IDLE, server_round, 7)
 
 
-def test_a_slow_device_tunes_what_it_can_send_and_holds_what_is_next_in_utility():
+def test_a_slow_device_trains_what_it_can_send_and_explores_the_next_in_utility():
     high = [[0.0] * 7 + [9.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.2, 0.1]]
     surveys = {"slow": survey(high, tune_slots=8, rate=1e6), "fast": survey(high, tune_slots=8, rate=4e6)}
     paced = Flux(eps_start=0.5).assign_experts(surveys, NO_IDLE, 1, 7)
@@ -211,14 +209,14 @@ def test_a_slow_device_tunes_what_it_can_send_and_holds_what_is_next_in_utility(
     assert Flux(eps_start=0.5).assign_experts(backwards, NO_IDLE, 1, 7) == paced
 
 
-def test_a_device_with_room_for_all_tunes_them_all_at_its_own_pace_and_less_in_the_fleets():
+def test_a_device_with_room_for_all_trains_all_with_own_pace_and_fewer_with_fleet_pace():
     surveys = {"a": survey(UNKNOWN, tune_slots=16, rate=4e6), "b": survey(UNKNOWN, tune_slots=16, rate=1e6)}
     given = Flux().assign_experts(surveys, NO_IDLE, 1, 7)
     assert (len(given["a"].tune), len(given["b"].tune), len(given["b"].explore)) == (16, 8, 8)
 
 
 def test_coverage_reaches_slow_devices_too():
-    """A device that tunes one expert in all gives that one up for an idle expert that is most useful to it."""
+    """A device that trains a single expert exchanges it for the idle expert that is most useful to it."""
     flat, fond = [[1.0] * 8] * 2, [[9.0] * 8, [1.0] * 7 + [6.0]]
     surveys = {"fast": survey(flat, tune_slots=6, rate=1e8), "slow": survey(fond, tune_slots=6, rate=1e5)}
     idle = Coverage((np.zeros(8, int), np.array([0, 0, 0, 0, 0, 0, 0, 6])))
@@ -229,7 +227,7 @@ def test_coverage_reaches_slow_devices_too():
     assert balanced["fast"] == plain["fast"]
 
 
-def test_balanced_coverage_gives_idle_experts_to_whom_they_are_most_useful():
+def test_balanced_coverage_assigns_idle_experts_where_they_are_most_useful():
     flat, fond = [[1.0] * 8] * 2, [[1.0] * 8, [1.0] * 3 + [4.0] + [1.0] * 4]
     surveys = {"x": survey(flat, tune_slots=8), "y": survey(fond, tune_slots=8)}
     idle = Coverage((np.zeros(8, int), np.array([0, 0, 0, 0, 0, 0, 0, 6])))
@@ -261,7 +259,7 @@ def test_experts_are_averaged_by_the_tokens_that_trained_them():
     units = [unit("e0", "expert", 0, 0), unit("e1", "expert", 0, 1), unit("r", "router", 0)]
     merges = Flux().plan_merge([sent("b", (30, 0)), sent("a", (10, 0))], units)
     assert merges["e0"].weights == (("a", 10.0), ("b", 30.0))
-    assert "e1" not in merges, "no token trained it: it stays as it was"
+    assert "e1" not in merges, "no token trained it: it does not change"
     assert merges["r"].weights == (("a", 10.0), ("b", 10.0))
     assert "e0" not in Flux().plan_merge([sent("a", (10, 5), steps=0)], units)
 

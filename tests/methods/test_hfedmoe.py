@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 
 def record_of(gates: list[list[float]], top_k: int = 1) -> LayerProfile:
-    """The record of a layer, from the gate probabilities of each token; slow and plain."""
+    """Return the profile of a layer from the gate probabilities of each token, by a slow, plain computation."""
     table = np.array(gates, dtype=np.float64)
     chosen = np.argsort(-table, axis=1, kind="stable")[:, :top_k]
     routed = np.zeros_like(table)
@@ -122,7 +122,7 @@ def test_residency_takes_the_best_over_all_layers_with_one_in_each():
     assert plan.num_trainable == 3
 
 
-def test_a_layer_with_a_flat_router_keeps_its_share_unless_the_plain_ranking_is_asked_for():
+def test_a_layer_with_a_flat_router_has_its_share_unless_the_plain_ranking_is_requested():
     sharp = record_of([[0.9, 0.1, 0.0, 0.0], [0.1, 0.8, 0.1, 0.0], [0.0, 0.1, 0.8, 0.1]], top_k=2)
     flat = record_of([[0.4, 0.4, 0.1, 0.1]] * 3, top_k=2)
     both, budget = ActivationProfile((sharp, flat)), DeviceBudget(4)
@@ -165,7 +165,7 @@ def test_budget_below_one_expert_per_layer_is_refused():
         HFedMoE().plan_experts(record, (2, 2, 2), DeviceBudget(2), RNG)
 
 
-def test_schedule_takes_the_best_routed_tuned_experts_of_the_batch():
+def test_schedule_takes_the_best_routed_trainable_experts_of_the_batch():
     batch = record_of([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.7, 0.0], [0.6, 0.3, 0.1, 0.0]])
     method = HFedMoE(beta=0.0)
     assert method.schedule_experts(batch, np.array([0, 2, 3]), 1).tolist() == [2]
@@ -187,13 +187,13 @@ def test_experts_merge_by_examples_where_usage_reaches_tau_and_a_step_was_made()
     assert weights_of(merges, "dense") == {"a": 30, "b": 10, "c": 50}
 
 
-def test_an_expert_that_nobody_uses_keeps_its_value():
+def test_an_unused_expert_does_not_change():
     merges = HFedMoE(tau=1.0).plan_merge([contribution("a", 1, {0: 0.9, 1: 0.1})], UNITS)
     assert "e1" not in merges
     assert "e0" in merges
 
 
-def test_a_client_weighs_in_only_where_it_uploaded():
+def test_a_client_has_weight_only_where_it_uploaded():
     merges = HFedMoE(tau=0).plan_merge([contribution("a", 1, {0: 0.5, 1: 0.5}, units=["e0"])], UNITS)
     assert set(merges) == {"e0"}
 

@@ -1,4 +1,4 @@
-"""The baselines, the registry, and what every method must hold to."""
+"""The baselines, the registry, and the guarantees of every method."""
 
 import dataclasses
 from typing import Annotated
@@ -68,7 +68,7 @@ def contribution(client: str, examples: int, keys: list[str]) -> Contribution:
 
 @pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if not kind.personal])
 @pytest.mark.parametrize("budget", [2, 5, 10])
-def test_a_plan_keeps_the_budget_and_one_expert_per_layer(name, budget):
+def test_a_plan_fits_the_budget_and_has_an_expert_in_each_layer(name, budget):
     method = make_method(name)
     if method.requirements.all_experts and budget < 10:
         with pytest.raises(BudgetTooSmall, match=f"trains all 10 experts, this device holds {budget}"):
@@ -135,7 +135,7 @@ def test_random_covers_every_expert_in_the_long_run():
     assert len(seen) == sum(EXPERTS_PER_LAYER)
 
 
-def test_local_chooses_as_hfedmoe_and_exchanges_nothing():
+def test_local_chooses_like_hfedmoe_and_exchanges_nothing():
     local, hfedmoe = make_method("local"), make_method("hfedmoe", {"exploration": 0.0})
     arguments = (some_record(), EXPERTS_PER_LAYER, DeviceBudget(5), np.random.default_rng(0))
     assert local.plan_experts(*arguments) == hfedmoe.plan_experts(*arguments)
@@ -167,7 +167,7 @@ def registry(monkeypatch):
     METHODS.update(before)
 
 
-def test_a_method_of_the_users_own(registry):
+def test_a_user_defined_method(registry):
     @register
     @dataclasses.dataclass(frozen=True)
     class LargestGate(MeanOfHolders):
@@ -208,7 +208,7 @@ def test_a_method_of_the_users_own(registry):
         ),
     ],
 )
-def test_a_method_that_is_not_complete_is_refused(registry, attributes, message):
+def test_an_incomplete_method_is_refused(registry, attributes, message):
     kind = dataclasses.dataclass(frozen=True)(type("Own", (MeanOfHolders,), attributes))
     with pytest.raises(ConfigError, match=message):
         register(kind)

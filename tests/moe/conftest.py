@@ -54,7 +54,7 @@ class Toy:
 
 
 def skip_before_its_time(family: str) -> None:
-    """The oldest transformers that edgefed takes has fewer families on its experts interface."""
+    """Skip a family whose experts interface the installed transformers does not have yet."""
     needed = toy_models.SINCE.get(family, 0)
     if int(transformers.__version__.split(".")[1]) < needed:
         pytest.skip(f"{family} uses the experts interface since transformers 5.{needed}")
@@ -93,7 +93,7 @@ def quiet_and_single_threaded():
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory):
-    """Toy checkpoint of a family by name, made when it is first asked for."""
+    """Toy checkpoint of a family by name, created on first use."""
     made: dict[str, Toy] = {}
 
     def get(family: str) -> Toy:
@@ -107,13 +107,13 @@ def toys(tmp_path_factory):
 
 @pytest.fixture(params=list(toy_models.FAMILIES))
 def toy(request, toys) -> Toy:
-    """Each of the six families that the project promises."""
+    """Each of the six families that the project guarantees."""
     return toys(request.param)
 
 
 @pytest.fixture
 def olmoe(toys) -> Toy:
-    """One family, for what does not depend on the family."""
+    """One family, for tests that do not depend on the family."""
     return toys("olmoe")
 
 

@@ -1,4 +1,4 @@
-"""What discovery finds in each family, and what it refuses."""
+"""Discovery of MoE layers: the layout of each family, and unsupported models."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_refuses_a_block_without_router_logits(build_model):
         probe_gate(block, "gate", "experts", 8)
 
 
-def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router(toy_configs):
+def test_a_shared_expert_with_one_output_per_expert_is_not_a_router(toy_configs):
     options = {**toy_configs.FAMILIES["qwen2_moe"], "shared_expert_intermediate_size": 8}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **options))
     assert discover_layers(model)[0].router_path == "model.layers.0.mlp.gate"

@@ -1,4 +1,4 @@
-"""The attention that tokens receive, against the whole attention matrices that transformers gives when it is asked."""
+"""Attention received by tokens, compared with the full attention matrices that transformers returns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from edgefed.errors import UnsupportedArchitecture
 from edgefed.expert_records import ActivationProfile, LayerProfile
@@ -56,7 +57,7 @@ def tokens(rows=3, length=LENGTH):
 
 @torch.no_grad()
 def brute_force(model, input_ids, mask=None):
-    """{layer ordinal: attention_sum (E,)} from whole matrices; who sees whom is counted where weights are not zero."""
+    """{layer ordinal: attention_sum (E,)} from full matrices; a query sees the keys whose weights are not zero."""
     module = model.module
     chosen, hooks = {}, []
     for layer in model.layers:
@@ -133,7 +134,7 @@ def test_pieces_change_nothing_and_stay_small(family, piece_bytes, monkeypatch):
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_neither_looks_nor_is_seen(family, side):
+def test_padding_is_excluded_as_query_and_as_key(family, side):
     model = build(family, **CASES[family])
     mask = torch.ones(3, LENGTH, dtype=torch.int64)
     mask[1, slice(0, 4) if side == "left" else slice(-4, None)] = 0
@@ -143,22 +144,28 @@ def test_padding_neither_looks_nor_is_seen(family, side):
         np.testing.assert_allclose(layer_record.attention_sum, expected[layer.ordinal], rtol=2e-5, atol=1e-7)
 
 
+def attention_implementations(model) -> list[str | None]:
+    """Attention implementation of each module that has a configuration."""
+    configs = [getattr(module, "config", None) for module in model.module.modules()]
+    return [config._attn_implementation for config in configs if isinstance(config, PretrainedConfig)]
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
-def test_the_model_computes_the_same_and_is_left_as_it_was(family):
+def test_outputs_and_settings_of_the_model_do_not_change(family):
     model = build(family)
-    implementations = [c._attn_implementation for c in attention_received._configs(model.module)]
+    implementations = attention_implementations(model)
     with torch.no_grad():
         logits = model.module(tokens()).logits
     _, record, while_recorded = recorded(model, tokens())
     torch.testing.assert_close(while_recorded, logits, rtol=1e-4, atol=1e-5)
-    assert [c._attn_implementation for c in attention_received._configs(model.module)] == implementations
+    assert attention_implementations(model) == implementations
     assert not any(hasattr(module, "edgefed_attention") for module in model.module.modules())
     assert all(np.isfinite(layer.attention_sum).all() for layer in record.layers)
     with torch.no_grad():
         torch.testing.assert_close(model.module(tokens()).logits, logits)
 
 
-def test_it_is_left_as_it_was_after_an_error():
+def test_settings_are_restored_after_an_error():
     model = build("olmoe")
     before = model.module.config._attn_implementation
     with pytest.raises(IndexError), model.record_statistics(attention=True):
@@ -182,23 +189,24 @@ def test_layers_without_an_attention_matrix_are_reported(family, words, uniform)
     assert [note for note in recorder.attention.notes if words in note]
     for ordinal in uniform:
         np.testing.assert_array_equal(record.layers[ordinal].attention_sum, record.layers[ordinal].tokens_per_expert)
-    # A second pass begins anew: the first layer does not see the attention of the pass before.
+    # A second pass starts fresh: the first layer does not use the attention of the previous pass.
     again, second, _ = recorded(model, tokens())
     np.testing.assert_array_equal(second.layers[0].attention_sum, record.layers[0].attention_sum)
 
 
-def test_an_attention_of_its_own_is_refused_by_name(monkeypatch):
+def test_a_custom_attention_is_refused_by_name(monkeypatch):
     model = build("olmoe")
     monkeypatch.delattr(sys.modules[type(model.module).__module__], "eager_attention_forward")
     query = torch.zeros(1, 4, 3, 8)
+    attention, module = ALL_ATTENTION_FUNCTIONS, model.module.model.layers[0].self_attn
     with (
         pytest.raises(UnsupportedArchitecture, match="cannot measure the attention of OlmoeAttention"),
         model.record_statistics(attention=True),
     ):
-        attention_received._attention(model.module.model.layers[0].self_attn, query, query, query, None)
+        attention[attention_received.IMPLEMENTATION](module, query, query, query, None)
 
 
-def test_batches_add_up_and_nothing_is_recorded_unasked():
+def test_batches_add_up_and_nothing_is_recorded_unless_requested():
     model = build("olmoe")
     with model.record_statistics(attention=True) as recorder, torch.no_grad():
         for row in tokens():

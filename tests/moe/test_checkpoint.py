@@ -50,7 +50,7 @@ def test_every_unit_is_what_transformers_loads(toy):
     assert keys == {unit.key for unit in toy.full().unit_infos()}
 
 
-def test_an_untied_output_embedding_is_kept_although_the_config_ties_it(olmoe, copy_of):
+def test_an_untied_output_embedding_stays_untied_although_the_config_ties_it(olmoe, copy_of):
     folder = copy_of(olmoe, tie_word_embeddings=True)
     model = MoeModel.from_checkpoint(folder)
     assert model.module.lm_head.weight is not model.module.model.embed_tokens.weight

@@ -1,4 +1,4 @@
-"""The families beyond the promised six: loaded, reduced, trained, streamed and saved, one row each."""
+"""Families beyond the guaranteed six: each is loaded, reduced, trained, streamed and saved."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_probabilities_sum_to_one(kind):
     assert (gate >= 0).all()
 
 
-def test_sigmoid_far_below_zero_is_no_nan():
+def test_sigmoid_far_below_zero_is_not_nan():
     assert gate_probabilities(torch.full((1, 4), -200.0), "sigmoid").isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""Passes that go side by side: their order, their failures, and that nothing of them is left."""
+"""Passes that run in lockstep: order, failures and cleanup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def waiting_threads():
     return [thread for thread in threading.enumerate() if thread.name == "edgefed-lockstep"]
 
 
-def test_all_come_to_a_point_before_any_goes_on():
+def test_all_passes_reach_a_point_before_any_continues():
     seen, rounds = [], []
 
     def steps(name, count):
@@ -62,7 +62,7 @@ def test_a_failure_unwinds_the_others_and_is_raised():
         try:
             pause()
             reached.append(1)
-        except Exception:  # as a model's code may do: it must not hold the pass up
+        except Exception:  # a model's code may do this; it must not block the pass
             reached.append("caught")
         finally:
             unwound.append(1)
@@ -77,7 +77,7 @@ def test_a_failure_unwinds_the_others_and_is_raised():
     assert not waiting_threads()
 
 
-def test_who_listens_may_stop_it():
+def test_the_callback_may_stop_the_passes():
     def run():
         pause()
         pause()

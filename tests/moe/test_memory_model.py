@@ -27,7 +27,7 @@ def test_static_bytes_are_the_counted_ones(mode, attention, toy):
     trained = model.trainable_parameters()
     optimizer = torch.optim.AdamW(trained)
     for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)  # as if every expert had a token
+        parameter.grad = torch.zeros_like(parameter)  # every expert has a token
     optimizer.step()
     setup = StepSetup(
         1, 8, "float32", experts=mode, router=router, attention=attention, lora_rank=4

@@ -1,4 +1,4 @@
-"""Merged experts that were kept: the same values without reading a member, and made anew where anything changed."""
+"""Cached merged experts: the same values without reading members; rebuilt when an input changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CountingSource(MemorySource):
 
 
 class Device:
-    """A model whose merged experts are kept in ``folder``; `apply` gives the members that were read."""
+    """A model whose merged experts are cached in ``folder``; `apply` returns the members that were read."""
 
     def __init__(self, toy, folder, scope=None):
         self.scope = scope or TrainScope()
@@ -87,7 +87,7 @@ def test_one_changed_member_merges_only_its_group_again(olmoe, tmp_path):
     after = device.values()
     changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert changed == [True] * (len(changed) // 4) + [False] * (len(changed) // 4 * 3)
-    assert len(device.files()) == 4, "what the plan no longer asks for is gone"
+    assert len(device.files()) == 4, "files of groups outside the plan are deleted"
 
 
 def test_an_adapter_weights_and_alignment_are_part_of_the_name(olmoe, tmp_path):
@@ -103,7 +103,7 @@ def test_an_adapter_weights_and_alignment_are_part_of_the_name(olmoe, tmp_path):
     assert len(device.apply(merged_plan(other))) == 2 * 6 * 2
 
 
-def test_what_is_kept_serves_any_storage(olmoe, tmp_path):
+def test_cached_experts_serve_any_storage(olmoe, tmp_path):
     device = Device(olmoe, tmp_path / "merged")
     device.apply(storage="nf4")
     stacks = {name: stack.packed.clone() for name, stack in device.model.bank(0).stacks().items()}
@@ -114,7 +114,7 @@ def test_what_is_kept_serves_any_storage(olmoe, tmp_path):
     assert device.apply() == []
 
 
-def test_a_broken_file_is_made_anew_and_a_leftover_goes(olmoe, tmp_path):
+def test_a_broken_file_is_rebuilt_and_a_leftover_is_deleted(olmoe, tmp_path):
     device = Device(olmoe, tmp_path / "merged")
     device.apply()
     before = device.values()
@@ -128,7 +128,7 @@ def test_a_broken_file_is_made_anew_and_a_leftover_goes(olmoe, tmp_path):
     assert device.apply() == []
 
 
-def test_a_disk_that_takes_nothing_is_told_and_the_round_goes_on(olmoe, tmp_path, monkeypatch, caplog):
+def test_a_full_disk_is_reported_and_the_round_continues(olmoe, tmp_path, monkeypatch, caplog):
     def no_room(source, target):
         raise OSError(28, "No space left on device")
 
@@ -140,7 +140,7 @@ def test_a_disk_that_takes_nothing_is_told_and_the_round_goes_on(olmoe, tmp_path
     assert not device.files()
 
 
-def test_a_member_that_cannot_be_read_is_no_empty_expert(olmoe, tmp_path):
+def test_an_unreadable_member_is_an_error_and_not_an_empty_expert(olmoe, tmp_path):
     device = Device(olmoe, tmp_path / "merged")
     del device.units[device.model.layers[0].expert_key(3)]
     with pytest.raises(CheckpointError):

@@ -1,4 +1,4 @@
-"""Which experts are merged, into how many slots and with which weights."""
+"""Plans of merged experts: members, number of slots and weights."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_slots_follow_depth_and_variance():
     assert np.abs(np.asarray(merge_slots(unequal, [12, 12, 12], 18)) - quotas).max() < 1
 
 
-def test_a_router_that_uses_all_alike_is_no_division_by_zero():
+def test_equal_router_frequencies_cause_no_division_by_zero():
     flat, uneven = layer_record([50, 50, 50, 50]), layer_record([5, 5, 90, 100])
     assert merge_slots(ActivationProfile((uneven, flat)), [4, 4], 5) == (1, 4)
     unused = layer_record([0, 0, 0, 0], tokens=0)
@@ -100,10 +100,12 @@ def test_one_slot_per_layer_and_layers_without_any():
     assert merge_slots(record, [4, 4, 4], 6, "depth") == (3, 2, 1)
 
 
-def test_deviation_is_the_gentler_rule():
+def test_deviation_is_less_extreme_than_variance():
     """Four times the variance, at equal depth of b: a quarter of the slots, or half of them."""
     narrow, wide = [40, 48, 52, 60] * 6, [30, 46, 54, 70] * 6
-    millions = [[10**6 * count for count in layer] for layer in (narrow, wide)]  # sampling noise is nothing beside v
+    millions = [
+        [10**6 * count for count in layer] for layer in (narrow, wide)
+    ]  # sampling noise is negligible compared with v
     record = ActivationProfile(tuple(layer_record(counts, 10**9) for counts in millions))
     assert np.var(wide) == 4 * np.var(narrow)
     assert merge_slots(record, [24, 24], 18) == (16, 2)  # 2 : 1/4
@@ -152,7 +154,7 @@ def test_every_absent_expert_is_merged_and_the_others_stay():
         np.testing.assert_allclose(group.weights, alpha / alpha.sum())
 
 
-def test_alike_experts_come_together_whatever_their_number():
+def test_similar_experts_are_grouped_whatever_their_number():
     sizes = (9, 4)
     centres = np.eye(3) * 10
     rng = np.random.default_rng(0)
@@ -167,7 +169,7 @@ def test_alike_experts_come_together_whatever_their_number():
     assert members(even) == [[(0, 3, 6), (1, 4, 7), (2, 5, 8)], [(0, 1), (2, 3)]]
 
 
-def test_experts_that_nobody_uses_share_evenly():
+def test_unused_experts_have_equal_weights():
     record = ActivationProfile((layer_record([0, 0, 50, 0], attention=[0, 0, 9, 0]),))
     points = (np.array([[0.0], [0.1], [5.0], [0.2]]),)
     merged = plan_merging(record, ExpertPlan.of((4,), [[]]), points, 2)
@@ -176,7 +178,7 @@ def test_experts_that_nobody_uses_share_evenly():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_same_input_gives_the_same_plan_and_keeps_it(weighted):
+def test_the_same_input_gives_the_same_plan_again(weighted):
     sizes = (12, 7, 12)
     options = MergingOptions(weigh_clusters=weighted)
     record, points, plan = random_record(sizes), random_points(sizes), ExpertPlan.of(sizes, [[3], [], [5, 6]])
@@ -185,8 +187,8 @@ def test_the_same_input_gives_the_same_plan_and_keeps_it(weighted):
     assert plan_merging(record, plan, points, 9, options, previous=first) == first
 
 
-def test_a_slightly_other_profile_keeps_clusters_and_weights():
-    """So that the merged experts of the round before need not be made again."""
+def test_a_slightly_different_profile_preserves_clusters_and_weights():
+    """Merged experts of the previous round can be reused."""
     sizes = (16, 16)
     record, points, plan = random_record(sizes, tokens=4000), random_points(sizes), ExpertPlan.of(sizes, [[], []])
     first = plan_merging(record, plan, points, 10)
@@ -207,18 +209,18 @@ def test_a_slightly_other_profile_keeps_clusters_and_weights():
     assert sum(len(changed.groups(layer)) for layer in range(2)) == 10
 
 
-def test_another_choice_of_tuned_experts_starts_from_the_old_clusters():
+def test_a_new_choice_of_trainable_experts_starts_from_the_previous_clusters():
     sizes = (16,)
     rng = np.random.default_rng(3)
     points = (np.repeat(rng.standard_normal((5, 4)) * 8, [4, 3, 3, 3, 3], axis=0) + 0.1 * rng.standard_normal((16, 4)),)
     record = random_record(sizes)
     first = plan_merging(record, ExpertPlan.of(sizes, [[0]]), points, 5)
     second = plan_merging(record, ExpertPlan.of(sizes, [[1]]), points, 5, previous=first)
-    kept = {group for group in first.groups(0)} & {group for group in second.groups(0)}
-    assert len(kept) == 4  # only the group that lost an expert and got another is new
+    unchanged = {group for group in first.groups(0)} & {group for group in second.groups(0)}
+    assert len(unchanged) == 4  # only the group that lost one expert and gained another is new
 
 
-def test_what_does_not_belong_together_is_refused():
+def test_inputs_that_do_not_match_are_refused():
     record, points = random_record((4, 4)), random_points((4, 4))
     with pytest.raises(ConfigError, match=r"\(4, 5\)"):
         plan_merging(record, ExpertPlan.of((4, 5), [[], []]), points, 2)

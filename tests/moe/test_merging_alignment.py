@@ -50,7 +50,7 @@ def check_undone(toy):
 
 
 def test_a_shuffled_expert_computes_the_same(toy):
-    """The permutation moves gate, up, down and bias together: also where gate and up rows are neighbours."""
+    """The permutation moves gate, up, down and bias together: also with interleaved gate and up rows."""
     model = toy.full()
     layer = model.layers[0]
     path = layer.experts

@@ -65,16 +65,16 @@ def test_finds_the_best_partition_of_a_few_points():
         assert cost(points, labels, weights) == pytest.approx(best)
 
 
-def test_weights_decide_who_gets_a_cluster_of_its_own():
+def test_a_heavy_point_gets_its_own_cluster():
     points = [np.array([[0.0], [1.0], [10.0]])]
     assert cluster_layers(points, [2])[0].tolist() == [0, 0, 1]
     assert cluster_layers(points, [2], weights=[np.array([1.0, 1000.0, 0.001])])[0].tolist() == [0, 1, 1]
     assert cluster_layers(points, [2], weights=[np.zeros(3)])[0].tolist() == [0, 0, 1]
 
 
-def test_previous_clusters_stay_while_they_are_nearly_as_good():
+def test_previous_clusters_are_used_again_while_they_are_nearly_as_good():
     points = [np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.001], [1.0, 1.001]])]
-    # Rows cost 1.0, columns 1.002: both are stable, and K-means without a past takes the rows.
+    # Rows cost 1.0, columns 1.002: both are stable, and K-means without previous clusters chooses the rows.
     assert cluster_layers(points, [2], restarts=16)[0].tolist() == [0, 0, 1, 1]
     assert cluster_layers(points, [2], restarts=16, previous=[np.array([0, 1, 0, 1])])[0].tolist() == [0, 1, 0, 1]
     far = [points[0] * [1, 2]]

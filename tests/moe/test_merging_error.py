@@ -1,4 +1,4 @@
-"""Merged experts at work: the error of the layers' outputs against a computation by hand."""
+"""Error of the layers' outputs with merged experts, compared with a computation by hand."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_merging_identical_experts_changes_nothing(toy):
     assert errors["merged"].max() < 1e-5
 
 
-def test_the_error_is_that_of_each_layer_on_its_own(olmoe):
+def test_the_error_is_measured_for_each_layer_separately(olmoe):
     model, source = olmoe.full(), MemorySource(olmoe.units())
     plans = {
         "nothing": ExpertPlan.full((8, 8)),
@@ -142,7 +142,7 @@ def test_the_error_is_that_of_each_layer_on_its_own(olmoe):
 
 
 def test_tokens_can_count_by_the_attention_they_receive(olmoe):
-    """With one token there is nothing to weigh; with more, the sums are weighted by what a capture of our own saw."""
+    """One token has weight 1; the sums over several are weighted by the attention that a second capture measures."""
     model, source, plans = olmoe.full(), MemorySource(olmoe.units()), {"merged": merged_plan(2, GROUPS)}
     single = [olmoe.input_ids[:1, :1]]
     np.testing.assert_allclose(
@@ -185,8 +185,8 @@ def test_from_profile_to_a_merged_model(toy):
     with model.streaming(source), model.record_statistics(attention=True) as recorder:
         model.module(toy.input_ids)
     record = recorder.take()
-    held = ExpertPlan.of(model.experts_per_layer, [[0, 1]] * len(model.layers), [[7]] * len(model.layers))
-    plan = plan_merging(record, held, expert_embeddings(model.layers, source), 2 * len(model.layers) + 1)
+    resident = ExpertPlan.of(model.experts_per_layer, [[0, 1]] * len(model.layers), [[7]] * len(model.layers))
+    plan = plan_merging(record, resident, expert_embeddings(model.layers, source), 2 * len(model.layers) + 1)
     model.apply_plan(plan, source, TrainScope(), align=neuron_aligner(model.layers))
     with torch.no_grad():
         logits = model.module(toy.input_ids).logits

@@ -1,4 +1,4 @@
-"""Offloaded experts compute what resident ones do, bit for bit, and are nowhere else than in their files."""
+"""Offloaded experts compute the same as resident ones, bit for bit, and exist only in their files."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_an_expert_outside_the_schedule_keeps_its_weights_and_has_no_moments(toy
         assert own <= {TRAINABLE[layer][0]}
 
 
-def test_nothing_is_counted_as_memory_and_nothing_stays_on_disk(toys, tmp_path):
+def test_offloaded_tensors_count_as_no_memory_and_leave_no_file(toys, tmp_path):
     model, optimizer, _ = trained(toys("olmoe"), TrainScope(), OffloadSpace(CPU, tmp_path))
     assert model.offloads
     assert expert_memory(model.layers, optimizer).total_bytes == 0
@@ -110,13 +110,13 @@ def test_nothing_is_counted_as_memory_and_nothing_stays_on_disk(toys, tmp_path):
     assert not model.offloads
 
 
-def test_values_survive_their_release_and_a_cast_leaves_them(tmp_path):
+def test_released_tensors_keep_their_values_and_casts_skip_them(tmp_path):
     space = OffloadSpace(CPU, tmp_path)
     tensor = space.empty((300, 1000), torch.bfloat16)
     tensor.copy_(torch.arange(300_000).view(300, 1000) % 251)
-    kept = tensor.clone()
+    before = tensor.clone()
     offloading.release((tensor, tensor[17], torch.ones(3)))
-    assert torch.equal(tensor, kept)
+    assert torch.equal(tensor, before)
     assert space.empty((0, 4), torch.float32).shape == (0, 4)
 
 
@@ -143,7 +143,7 @@ def test_leftovers_of_a_system_that_cannot_unlink_are_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["else"]
 
 
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     def no_room(handle, offset, size):
         raise OSError(28, "No space left on device")
 
@@ -153,7 +153,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made_has_a_name(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="file"):
         OffloadSpace(CPU, tmp_path / "file" / "offloaded")
@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_made_has_a_name(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 @pytest.mark.parametrize("place", ["files", "host memory"])
-def test_on_a_gpu_only_copies_of_a_layer_are_there(toys, tmp_path, place):
+def test_on_a_gpu_only_one_layer_is_copied_at_a_time(toys, tmp_path, place):
     toy, scope, device = toys("olmoe"), TrainScope(), torch.device("cuda")
     units = toy.units(scope)
 

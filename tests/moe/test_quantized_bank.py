@@ -1,4 +1,4 @@
-"""Experts that lie quantised or merged on a device compute what their unpacked weights say, and take less memory."""
+"""Quantized and merged experts compute the same as their unpacked weights, in less memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def some_experts(model: MoeModel) -> ExpertPlan:
 
 
 def unpacked(model: MoeModel, units: dict, plan: ExpertPlan, scope: TrainScope, storage: str) -> dict:
-    """The units with every matrix that does not learn replaced by what its packed form stands for."""
+    """Return the units with each frozen matrix replaced by the dequantized values of its packed form."""
     found = {key: dict(tensors) for key, tensors in units.items()}
     for layer in model.layers:
         for expert in plan.resident(layer.ordinal).tolist():
@@ -44,7 +44,7 @@ def unpacked(model: MoeModel, units: dict, plan: ExpertPlan, scope: TrainScope, 
 
 
 def train_once(model: MoeModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits with gradients asked for (so that int8 weights meet x as it is), and every gradient by name."""
+    """Return logits, computed with gradients enabled (int8 products then do not round x), and gradients by name."""
     output = model.module(input_ids=input_ids, labels=input_ids)
     output.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}
@@ -53,7 +53,7 @@ def train_once(model: MoeModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_a_packed_bank_computes_and_learns_as_its_unpacked_weights(toy, storage, mode):
+def test_a_packed_bank_computes_and_trains_as_its_unpacked_weights(toy, storage, mode):
     scope = TrainScope(experts=mode, lora_rank=2)
     units = toy.units(scope)
     generator = torch.Generator().manual_seed(1)
@@ -75,7 +75,9 @@ def test_a_packed_bank_computes_and_learns_as_its_unpacked_weights(toy, storage,
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     untouched, _ = toy.device(units)
     untouched.apply_plan(plan, source, scope)
-    assert not torch.allclose(ours, train_once(untouched, toy.input_ids)[0], atol=1e-4), "quantisation must show here"
+    assert not torch.allclose(ours, train_once(untouched, toy.input_ids)[0], atol=1e-4), (
+        "quantization must change the result"
+    )
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -90,14 +92,14 @@ def test_packed_bytes_are_those_of_the_memory_model(toy, storage, mode):
     assert found < plain
     setup = StepSetup(1, 8, "float32", expert_storage=storage, experts=mode, router="none", lora_rank=2)
     layers = range(plan.num_layers)
-    kept, trainable = [plan.num_slots(i) for i in layers], [len(plan.trainable(i)) for i in layers]
-    parts = training_memory(shape_from_config(model.config), setup, kept, trainable).parts
+    resident, trainable = [plan.num_slots(i) for i in layers], [len(plan.trainable(i)) for i in layers]
+    parts = training_memory(shape_from_config(model.config), setup, resident, trainable).parts
     assert parts["resident experts"] + parts["trainable experts"] == found
     matrices = sum(p.numel() for layer in model.layers for p in layer.experts.edgefed_bank.parameters() if p.ndim == 2)
-    learning = sum(p.numel() for p in model.trainable_parameters() if p.ndim == 2)
-    if mode != "lora":  # beside what learns, no matrix lies about unpacked
-        assert matrices == learning
-    # Whoever counts the module's tensors finds the packed ones among them, once.
+    trained = sum(p.numel() for p in model.trainable_parameters() if p.ndim == 2)
+    if mode != "lora":  # only trainable matrices are unpacked
+        assert matrices == trained
+    # The module's parameters and buffers include each packed tensor once.
     everything = storage_bytes((*model.module.parameters(), *model.module.buffers()))
     assert model.memory_bytes()["dense"] + found == everything
 
@@ -139,7 +141,7 @@ def saved_for_backward(seen: list):
 @pytest.mark.parametrize("kernels", ["native", "reference"])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_frozen_packed_layer_saves_tokens_indices_and_packed_weights(olmoe, storage, kernels, monkeypatch):
-    """No unpacked matrix waits for the backward pass, and what is saved does not grow with the experts held."""
+    """No unpacked matrix is saved for the backward pass, and the saved bytes do not grow with the resident experts."""
     monkeypatch.setenv("EDGEFED_KERNELS", kernels)
     model, source = olmoe.device(olmoe.units())
     per_layer = model.experts_per_layer
@@ -167,7 +169,7 @@ def test_a_frozen_packed_layer_saves_tokens_indices_and_packed_weights(olmoe, st
         assert weights.grad is not None
 
 
-def test_new_values_are_quantised_again(toy):
+def test_new_values_are_quantized_again(toy):
     units = toy.units()
     model, source = toy.device(units)
     model.apply_plan(some_experts(model), source, TrainScope(), storage="nf4")
@@ -190,7 +192,7 @@ def test_new_values_are_quantised_again(toy):
     assert all(torch.equal(p, other_trainable[name]) for name, p in bank.tensors(1).items())
 
 
-def test_moving_and_casting_leave_what_is_packed_as_it_is(olmoe):
+def test_moving_and_casting_do_not_change_packed_tensors(olmoe):
     model, source = olmoe.device(olmoe.units())
     model.apply_plan(some_experts(model), source, TrainScope(), storage="nf4")
     bank = model.layers[0].experts.edgefed_bank
@@ -209,7 +211,7 @@ def test_moving_and_casting_leave_what_is_packed_as_it_is(olmoe):
     )
 
 
-def test_updates_hold_what_trains_and_nothing_that_was_unpacked(toy):
+def test_updates_have_trained_tensors_and_no_unpacked_ones(toy):
     for mode, kinds in (("full", {"expert"}), ("lora", {"expert"})):
         scope = TrainScope(experts=mode, router="none", lora_rank=2)
         model, source = toy.device(toy.units(scope))
@@ -235,7 +237,7 @@ def test_the_full_model_comes_back_from_a_packed_plan(toy):
         torch.testing.assert_close(model.module(toy.input_ids).logits, toy.logits, rtol=1e-5, atol=2e-6)
 
 
-def test_what_cannot_be_packed_is_told(olmoe):
+def test_weights_that_cannot_be_packed_are_refused(olmoe):
     units = olmoe.units()
     model, source = olmoe.device(units)
     with pytest.raises(ConfigError, match="invalid storage format of experts 'fp4': must be int8, nf4"):
@@ -259,7 +261,7 @@ def test_what_cannot_be_packed_is_told(olmoe):
 
 
 class CountingSource:
-    """Hands out fresh copies, and knows how many are alive at once."""
+    """Return fresh copies and count how many are alive at once."""
 
     def __init__(self, source):
         self.source, self.alive, self.most_alive = source, set(), 0
@@ -288,7 +290,7 @@ def merged_plan(absent: bool) -> ExpertPlan:
 
 
 def with_members_replaced(model, units: dict, plan: ExpertPlan, scope: TrainScope) -> dict:
-    """Every member of a group gets the group's weights, an adapter that does nothing, and stays an expert."""
+    """Give every member of a group the weights of the group and an adapter that changes nothing."""
     found = {key: {name: t.clone() for name, t in tensors.items()} for key, tensors in units.items()}
     for layer in model.layers:
         for group in plan.groups(layer.ordinal):
@@ -318,7 +320,7 @@ def as_frozen(plan: ExpertPlan) -> ExpertPlan:
 @pytest.mark.parametrize("absent", [False, True])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_a_merged_expert_is_its_members_with_one_weight(toy, mode, absent):
-    """As if each member were here with the merged weights: gate weights add up, replacements are found as ever."""
+    """The same as resident members with the merged weights: gate weights add up, and rerouting is unchanged."""
     scope = TrainScope(experts=mode, lora_rank=2)
     units = toy.units(scope)
     generator = torch.Generator().manual_seed(2)
@@ -357,8 +359,8 @@ def test_merged_experts_are_packed_too(olmoe, storage):
     for name, matrix in bank.packed(3).items():
         assert torch.equal(matrix.packed, quantize_experts(merged[name], storage).packed)
     setup = StepSetup(1, 8, "float32", expert_storage=storage, router="none")
-    kept, trainable = [plan.num_slots(i) for i in range(2)], [len(plan.trainable(i)) for i in range(2)]
-    parts = training_memory(shape_from_config(model.config), setup, kept, trainable).parts
+    resident, trainable = [plan.num_slots(i) for i in range(2)], [len(plan.trainable(i)) for i in range(2)]
+    parts = training_memory(shape_from_config(model.config), setup, resident, trainable).parts
     assert parts["resident experts"] + parts["trainable experts"] == expert_memory(model.layers).weight_bytes
 
 
@@ -387,7 +389,7 @@ def test_merging_sums_in_float32_and_lets_members_be_aligned():
         return {"w": reference["w"]}
 
     aligned = merge_experts(read, MergedGroup((0, 1, 2), (0.25, 0.75, 0.0)), align)["w"]
-    assert calls == [(2**-9, 1.0)], "the heaviest is the reference, and what has no weight is not read"
+    assert calls == [(2**-9, 1.0)], "the heaviest member is the reference; members of weight 0 are not read"
     assert torch.equal(aligned, values[1].to(torch.bfloat16))
 
 

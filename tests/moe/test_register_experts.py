@@ -1,4 +1,4 @@
-"""`edgefed.register_experts()`: any transformers model computes its experts with edgefed, and says the same."""
+"""`edgefed.register_experts()`: a transformers model computes its experts with edgefed, with the same results."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def logits_and_gradients(model, implementation: str, ids: torch.Tensor):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_says_the_same_as_eager_and_learns_the_same(family, backend, monkeypatch):
+def test_every_family_has_the_logits_and_gradients_of_eager(family, backend, monkeypatch):
     monkeypatch.setenv("EDGEFED_KERNELS", backend)
     edgefed.register_experts()
     edgefed.register_experts()
@@ -98,13 +98,13 @@ def test_a_pair_of_another_device_is_dropped(backend, monkeypatch):
     indices = torch.tensor([[0, 8], [8, 8], [3, 1], [8, 2]])
     with torch.no_grad():
         found = experts(x, indices, weights)
-        kept = torch.where(indices < 8, weights, 0.0)
-        expected = experts(x, indices.clamp(max=7), kept)
+        valid = torch.where(indices < 8, weights, 0.0)
+        expected = experts(x, indices.clamp(max=7), valid)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert found[1].eq(0).all()
 
 
-# --- what transformers' own model tests ask of an implementation --------------------------------------------------
+# --- what transformers' model tests require of an implementation --------------------------------------------------
 
 THREE = ["olmoe", "mixtral", "qwen3_moe"]
 """Families whose model tests in transformers were run with "edgefed" (tests/kernels/transformers_suite.py)."""
@@ -192,15 +192,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, use_reentrant):
 
 
 @pytest.mark.parametrize("family", THREE)
-def test_a_saved_model_comes_back_and_names_no_implementation(family, tmp_path):
+def test_a_saved_model_can_be_loaded_and_names_no_implementation(family, tmp_path):
     edgefed.register_experts()
     model = build(family, **wide(family))
     model.set_experts_implementation("edgefed")
     model.save_pretrained(tmp_path)
-    assert "edgefed" not in (tmp_path / "config.json").read_text()  # who loads it need not know it
+    assert "edgefed" not in (tmp_path / "config.json").read_text()  # loading it does not need edgefed
     again = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="edgefed")
     assert again.config._experts_implementation == "edgefed"
-    assert type(model)(again.config)  # a configuration with the name builds a model
+    assert type(model)(again.config)  # a configuration with that name builds a model
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=prompt()).logits, model(input_ids=prompt()).logits)
 
@@ -229,7 +229,7 @@ def test_autocast_and_half_precision_train(both, family, dtype):
 
 
 @pytest.mark.parametrize("family", THREE)
-def test_the_balancing_loss_reads_the_router_as_ever(both, family):
+def test_the_balancing_loss_still_reads_the_router(both, family):
     ids = prompt()
 
     def losses(model):
@@ -268,7 +268,7 @@ def test_a_model_can_be_resized_copied_pickled_and_switched_back(both, family):
 
 
 @pytest.mark.parametrize("family", THREE)
-def test_a_model_whose_experts_do_not_learn_compiles_into_one_graph(family):
+def test_a_model_with_frozen_experts_compiles_into_one_graph(family):
     edgefed.register_experts()
     model, ids = build(family, **wide(family), num_hidden_layers=1), prompt()
     model.set_experts_implementation("edgefed")
@@ -285,8 +285,8 @@ def test_a_model_whose_experts_do_not_learn_compiles_into_one_graph(family):
     torch.testing.assert_close(*gradients)
 
 
-def test_a_model_that_learns_compiles_with_breaks_and_learns_the_same():
-    """Which experts have tokens is a value: a graph cannot hold it. Python runs the experts in between."""
+def test_a_trainable_model_compiles_with_graph_breaks_and_has_the_same_gradients():
+    """A graph cannot depend on which experts have tokens, so Python runs the experts between graphs."""
     edgefed.register_experts()
     model, ids = build("olmoe", **wide("olmoe"), num_hidden_layers=1), prompt()
     model.set_experts_implementation("edgefed")

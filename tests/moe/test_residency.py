@@ -1,4 +1,4 @@
-"""A device with some experts computes what the full model computes, as far as it can; and holds no more."""
+"""A device with some experts computes the same as the full model where it can, and has only those in memory."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def run_block(model: MoeModel, ordinal: int, hidden: torch.Tensor) -> torch.Tens
     return output[0] if isinstance(output, tuple) else output
 
 
-def test_renormalize_keeps_tokens_whose_experts_are_here(toy):
+def test_renormalize_does_not_change_tokens_with_resident_experts(toy):
     """Such tokens get the full model's output, the others that of their best residents with the same gate sum."""
     full = toy.full()
     model, source = toy.device(toy.units())
@@ -171,7 +171,7 @@ def test_casting_the_model_keeps_the_views(olmoe):
     logits_of(model, olmoe)
 
 
-def test_replanning_forgets_the_old_experts(olmoe):
+def test_a_new_plan_drops_the_previous_experts(olmoe):
     model, source = olmoe.device(olmoe.units())
     model.apply_plan(some_experts(model), source, TrainScope())
     old = weakref.ref(model.layers[0].experts.edgefed_bank)
@@ -198,7 +198,7 @@ def test_a_full_model_that_gets_a_plan_frees_its_stacks(olmoe):
 
 
 class CountingSource:
-    """Hands out fresh copies and knows how many units are alive at once."""
+    """Return fresh copies and count how many units are alive at once."""
 
     def __init__(self, source):
         self.source = source
@@ -254,7 +254,7 @@ def test_streaming_beside_a_plan_and_after_it(olmoe):
     assert torch.equal(logits_of(model, olmoe), before)
 
 
-def test_streaming_on_a_full_model_gives_it_back(olmoe):
+def test_streaming_on_a_full_model_restores_it(olmoe):
     model = olmoe.full()
     source = olmoe.device(olmoe.units())[1]
     with model.streaming(source):
@@ -269,13 +269,13 @@ def test_bfloat16_checkpoint(save_toy, tmp_path):
     model.apply_plan(ExpertPlan.full(model.experts_per_layer), source, TrainScope())
     assert model.dtype == torch.bfloat16
     assert model.expert_memory_bytes() == 16 * model.layers[0].bytes_per_expert
-    # transformers keeps this one in float32 whatever the checkpoint says
+    # transformers always loads this one in float32
     router = units["model.layers.1.mlp.gate"]
     assert router["e_score_correction_bias"].dtype == torch.float32
     assert router["weight"].dtype == torch.bfloat16
     ours = logits_of(model, toy)
     assert ours.dtype == torch.bfloat16
-    # A token whose best experts are a rounding apart may be routed otherwise, by any two ways to add up in bfloat16.
+    # A token whose best experts are a rounding apart may be routed differently by two orders of summation in bfloat16.
     same = torch.isclose(ours, logits_of(toy.full(), toy), rtol=0.05, atol=0.05).all(dim=-1)
     assert same.float().mean() >= 0.9
     assert {t.dtype for _, tensors in model.trained_units() for t in tensors.values()} == {
@@ -295,16 +295,16 @@ def test_generates_with_a_cache(toy):
     assert torch.equal(cached, model.module.generate(prompt, use_cache=False, **options))
 
 
-def test_a_plan_that_fails_leaves_no_half_of_it(olmoe):
+def test_a_plan_that_fails_leaves_no_expert_resident(olmoe):
     units = olmoe.units()
     model, source = olmoe.device(units)
     model.apply_plan(some_experts(model), source, TrainScope())
-    kept = units.pop("model.layers.1.mlp.experts.3")
+    removed = units.pop("model.layers.1.mlp.experts.3")
     with pytest.raises(CheckpointError):
         model.apply_plan(some_experts(model), source, TrainScope())
     assert model.plan is None
     assert model.expert_memory_bytes() == 0
-    units["model.layers.1.mlp.experts.3"] = kept
+    units["model.layers.1.mlp.experts.3"] = removed
     model.apply_plan(some_experts(model), source, TrainScope())
     logits_of(model, olmoe)
 

@@ -39,7 +39,7 @@ HUB = {
     ),
     "Mixtral-8x7B": ("mixtral", {}),
 }  # fmt: skip
-"""What the configurations on the hub say where transformers' defaults say something else."""
+"""Values of the configurations on the hub that differ from transformers' defaults."""
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_published_totals(name, billions, experts, top_k):
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_written_down_is_what_the_configuration_gives(name):
+def test_recorded_shapes_equal_those_of_the_configuration(name):
     """Everything but buffers (rotary frequencies), and the shared expert's gate of one output."""
     family, sizes = HUB[name]
     found = shape_from_config(AutoConfig.for_model(family, **sizes), name)
@@ -71,7 +71,7 @@ def test_written_down_is_what_the_configuration_gives(name):
 
 @pytest.mark.parametrize("family", [*_toy_models.FAMILIES, *_toy_models.MORE_FAMILIES])
 def test_counts_are_those_of_the_model(family, toys):
-    """Every family that edgefed takes: all parameters are somewhere, each once; layers are in order."""
+    """Every supported family: each parameter is counted once; layers are in order."""
     model = toys(family).full()
     shape = shape_from_config(model.config)
     parameters = {id(parameter): parameter.numel() for parameter in model.module.parameters()}
@@ -88,7 +88,7 @@ def test_counts_are_those_of_the_model(family, toys):
     assert all(0 < layer.kept_by_gate < 20 for layer in shape.moe_layers)
 
 
-def test_no_weight_is_made():
+def test_no_weight_is_allocated():
     """30 billion parameters are counted in the memory of a few buffers."""
     family, sizes = HUB["Qwen3-30B-A3B"]
     from edgefed.moe.loading import build_skeleton

@@ -1,4 +1,4 @@
-"""Recorded router statistics against a recomputation from what the router really returned."""
+"""Recorded router statistics, compared with a recomputation from the router's outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = (
 
 
 def slow_record(model, batches):
-    """Per layer and expert, token by token, from hooks of our own."""
+    """Per layer and expert, token by token, from hooks of this test."""
     seen = {layer.ordinal: [] for layer in model.layers}
     hooks = []
     for layer in model.layers:
@@ -89,7 +89,7 @@ def test_while_streaming_equals_the_full_model(toy):
 
 
 def test_absent_experts_count_as_the_router_chose_them(toy):
-    """The record is of the router's full choice and its weights, whatever the device could serve. First layer only:
+    """The record is of the router's full choice and its weights, whichever experts are resident. First layer only:
     below, the hidden states are those of the reduced model.
     """
     full = toy.full()
@@ -105,7 +105,7 @@ def test_absent_experts_count_as_the_router_chose_them(toy):
     assert sum(model.served_tokens().values()) == 2 * 20  # every token gets the one resident expert
 
 
-def test_taking_starts_again_and_leaving_stops(olmoe):
+def test_take_resets_and_leaving_the_context_stops(olmoe):
     model = olmoe.full()
     with model.record_statistics() as recorder:
         model.module(olmoe.input_ids)

@@ -1,4 +1,4 @@
-"""Training on a device changes what the plan and the scope say, and only that."""
+"""Training on a device changes exactly the parameters that plan and scope select."""
 
 from __future__ import annotations
 
@@ -47,10 +47,23 @@ def train(model, toy, steps=3, optimizer=None):
 
 
 def all_values(model):
-    """Everything on the device by unit key and tensor name, copied."""
-    values = {}
-    for key, unit in model._fixed.items():
-        values.update({(key, name): tensor.clone() for name, tensor in unit.tensors().items()})
+    """Copy every tensor of the base model that is on the device: {(unit key, tensor name): values}."""
+    values, copied = {}, set()
+    for full_name, tensor in model.module.state_dict().items():
+        if "edgefed_bank" in full_name or tensor.data_ptr() in copied:  # a tied tensor has two names
+            continue
+        copied.add(tensor.data_ptr())
+        owner, _, parametrized = full_name.partition(".parametrizations.")
+        if parametrized:  # by an adapter, which is not part of the base model
+            name, _, part = parametrized.partition(".")
+            if part != "original":
+                continue
+            full_name = f"{owner}.{name}"
+        router = next(
+            (layer.router_path for layer in model.layers if full_name.startswith(f"{layer.router_path}.")), None
+        )
+        key = (full_name, "value") if router is None else (router, full_name.removeprefix(f"{router}."))
+        values[key] = tensor.clone()
     for layer in model.layers:
         bank = layer.experts.edgefed_bank
         for slot, expert in enumerate(bank.experts):
@@ -59,7 +72,7 @@ def all_values(model):
     return values
 
 
-def test_only_tuned_experts_and_routers_change(toy, device):
+def test_only_trainable_experts_and_routers_change(toy, device):
     model, _ = device
     before = all_values(model)
     losses, stepped, _ = train(model, toy)
@@ -123,7 +136,7 @@ def test_gradients_equal_those_of_the_full_model(toy):
 
 
 def test_renormalized_routing_trains_the_router(toy, device):
-    """A token whose experts are all absent still moves the router through the experts that it got instead."""
+    """A token whose experts are all absent still moves the router through the experts that replace them."""
     model, _ = device
     loss_of(model, toy).backward()
     for layer in model.layers:
@@ -132,7 +145,7 @@ def test_renormalized_routing_trains_the_router(toy, device):
         assert weight.grad.abs().sum() > 0
 
 
-def test_schedule_leaves_the_others_untouched(toy, device):
+def test_experts_outside_the_schedule_do_not_change(toy, device):
     model, _ = device
     before = all_values(model)
     asked = []
@@ -154,7 +167,7 @@ def test_schedule_leaves_the_others_untouched(toy, device):
     assert sum(trained.values()) == trained[0, 5]
 
 
-def test_schedule_is_not_asked_outside_training(olmoe):
+def test_schedule_is_not_called_outside_training(olmoe):
     model, _ = make_device(olmoe, TrainScope())
     model.set_schedule(lambda layer, record: pytest.fail("asked"))
     with torch.no_grad():
@@ -228,7 +241,7 @@ def test_fresh_adapters_change_nothing(toy):
         torch.testing.assert_close(model.module(toy.input_ids).logits, toy.logits, rtol=1e-5, atol=2e-6)
 
 
-def test_adapters_train_and_weights_do_not(toy):
+def test_adapters_are_trained_and_base_weights_are_not(toy):
     model, units = make_device(toy, LORA)
     losses, stepped, _ = train(model, toy, steps=4)
     assert losses[-1] < losses[0]
@@ -242,12 +255,12 @@ def test_adapters_train_and_weights_do_not(toy):
     for layer, expert in stepped:
         key = model.layers[layer].expert_key(expert) + ":lora"
         assert any(not torch.equal(value, units[key][name]) for name, value in trained[key][1].items())
-    held = {model.layers[la].expert_key(e) + ":lora" for la, es in enumerate(TRAINABLE) for e in es}
-    assert {key for key, (spec, _) in trained.items() if spec.kind == "expert"} == held
+    expected = {model.layers[layer].expert_key(e) + ":lora" for layer, experts in enumerate(TRAINABLE) for e in experts}
+    assert {key for key, (spec, _) in trained.items() if spec.kind == "expert"} == expected
 
 
 def test_merged_adapters_are_the_trained_model(toy):
-    """Train all adapters, put them back, merge: the plain model computes what the device computed."""
+    """Train all adapters, load and merge them: the plain model computes the same as the device."""
     model, units = make_device(toy, LORA, trainable=[range(8), range(8)], frozen=None)
     train(model, toy)
     model.module.eval()
@@ -286,7 +299,7 @@ def test_adapters_depend_on_seed_and_key_alone(olmoe):
 
 
 def test_a_frozen_expert_carries_its_adapter(olmoe):
-    """What others have learned counts in the forward pass; here it does not train."""
+    """An adapter that other clients trained is used in the forward pass, but not trained."""
     model, units = make_device(olmoe, LORA, trainable=[[], []], frozen=[range(8), range(8)])
     assert model.experts_with_gradient() == []
     before = model.module(olmoe.input_ids).logits.detach()

@@ -1,4 +1,4 @@
-"""Planned models train with the native kernels where those can run: known ahead, and as the reference would train."""
+"""Planned models train with the native kernels where those can run: predicted, and with the reference's results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRAINABLE, FROZEN = [[0, 5, 6], [3, 4]], [[2], [7]]
 
 
 @pytest.fixture(autouse=True)
-def nothing_in_the_environment(monkeypatch):
+def without_requested_kernels(monkeypatch):
     monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
 
 
@@ -76,7 +76,7 @@ def assert_same(found: dict, expected: dict, rtol: float = 1e-4, atol: float = 1
 
 
 @NATIVE
-def test_what_is_said_ahead_is_what_runs(olmoe, ran, monkeypatch):
+def test_the_predicted_kernels_run(olmoe, ran, monkeypatch):
     model = planned(olmoe)
     for requested, expected in ((None, "native"), ("native", "native"), ("reference", "reference")):
         if requested:
@@ -88,10 +88,9 @@ def test_what_is_said_ahead_is_what_runs(olmoe, ran, monkeypatch):
 
 
 @NATIVE
-def test_a_dtype_without_a_kernel_is_planned_as_the_reference_and_said(olmoe, ran, caplog):
+def test_a_dtype_without_a_kernel_uses_the_reference_and_is_logged(olmoe, ran, caplog):
     model = planned(olmoe, dtype=torch.float64)
-    dispatch._logged.clear()
-    with caplog.at_level(logging.INFO, "edgefed.kernels.dispatch"):
+    with dispatch.temporary_backends(), caplog.at_level(logging.INFO, "edgefed.kernels.dispatch"):
         assert step_setup(model, TrainingConfig(local_steps=1)).kernels == "reference"
     assert "no kernel for torch.float64" in caplog.text
     gradients(model, olmoe)
@@ -99,7 +98,7 @@ def test_a_dtype_without_a_kernel_is_planned_as_the_reference_and_said(olmoe, ra
 
 
 @NATIVE
-def test_one_layer_that_finishes_its_outputs_makes_the_whole_model_train_with_the_reference(olmoe):
+def test_one_layer_with_an_operation_on_outputs_makes_all_layers_use_the_reference(olmoe):
     layers = olmoe.full().layers
     assert layer_runtime.training_kernels(layers, torch.float32, "cpu") == "native"
     last = dataclasses.replace(layers[-1], has_post_expert_norm=True)
@@ -107,13 +106,13 @@ def test_one_layer_that_finishes_its_outputs_makes_the_whole_model_train_with_th
     assert layer_runtime.training_kernels((*layers[:-1], last), torch.float32, "cpu") == "reference"
 
 
-def test_without_the_native_library_the_reference_is_planned(olmoe, ran, monkeypatch):
+def test_without_the_native_library_the_plan_uses_the_reference(olmoe, ran):
     model = planned(olmoe)
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    natives = [backend for backend in dispatch._backends if backend.name == "native"]
-    monkeypatch.setattr(dispatch, "_backends", [b for b in dispatch._backends if b not in natives])
-    assert step_setup(model, TrainingConfig(local_steps=1)).kernels == "reference"
-    gradients(model, olmoe)
+    with dispatch.temporary_backends():
+        for operation in dispatch.OPERATIONS:
+            dispatch.register_backend(operation, "native", "cpu", lambda: "not built")
+        assert step_setup(model, TrainingConfig(local_steps=1)).kernels == "reference"
+        gradients(model, olmoe)
     assert set(ran) == {"reference"}
 
 
@@ -123,7 +122,7 @@ def test_without_the_native_library_the_reference_is_planned(olmoe, ran, monkeyp
 @NATIVE
 @pytest.mark.parametrize("scope", [FULL, LORA], ids=["full", "lora"])
 def test_gradients_are_those_of_the_reference(toy, scope, ran, monkeypatch):
-    """Every family; trainable and frozen experts, absent ones, and one expert kept out of a batch by the schedule."""
+    """Every family; trainable, frozen and absent experts, and one that the schedule leaves out of a batch."""
     model = planned(toy, scope)
     schedules = (None, lambda layer, record: TRAINABLE[layer][:1])
     for again in (False, True):
@@ -139,7 +138,7 @@ def test_gradients_are_those_of_the_reference(toy, scope, ran, monkeypatch):
 
 
 @NATIVE
-def test_gradients_in_bfloat16_are_as_near_to_the_exact_ones_as_the_references(olmoe, monkeypatch):
+def test_gradients_in_bfloat16_are_as_exact_as_those_of_the_reference(olmoe, monkeypatch):
     found = gradients(planned(olmoe, dtype=torch.bfloat16), olmoe)
     monkeypatch.setenv("EDGEFED_KERNELS", "reference")
     rounded = gradients(planned(olmoe, dtype=torch.bfloat16), olmoe)
@@ -154,12 +153,12 @@ def test_gradients_in_bfloat16_are_as_near_to_the_exact_ones_as_the_references(o
 
 @NATIVE
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
-def test_quantised_frozen_experts_give_the_references_gradients(olmoe, storage, ran, monkeypatch):
+def test_quantized_frozen_experts_give_the_gradients_of_the_reference(olmoe, storage, ran, monkeypatch):
     for scope in (FULL, LORA):
         model = planned(olmoe, scope, storage=storage)
         ran.clear()
         found = gradients(model, olmoe)
-        assert set(ran) == {"native"}, "what learns never meets rounded activations, and is not left to the reference"
+        assert set(ran) == {"native"}, "trainable experts use no rounded activations and do not need the reference"
         with monkeypatch.context() as context:
             context.setenv("EDGEFED_KERNELS", "reference")
             assert_same(found, gradients(model, olmoe))
@@ -180,7 +179,7 @@ def test_an_expert_without_a_token_gets_no_gradient(olmoe, ran):
 
 
 @NATIVE
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("again", [False, True], ids=["saved", "checkpointing"])
 def test_two_runs_are_bitwise_the_same(olmoe, again, ran):
     def weights_after_three_steps() -> list[torch.Tensor]:
         model = planned(olmoe, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Cutting a model into units, loading them, and putting the model together again."""
+"""Splitting a model into units, loading them, and restoring the model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_units_are_the_whole_model_once(toy):
     assert kinds.count("router") == 2
 
 
-def test_specs_are_the_same_for_server_and_client(toy):
+def test_unit_infos_are_the_same_for_server_and_client(toy):
     scope = TrainScope(experts="lora", router="full", attention="lora", lora_rank=3)
     full, skeleton = toy.full(), MoeModel.skeleton(toy.folder)
     specs = full.unit_infos(scope)
@@ -52,7 +52,7 @@ def test_specs_are_the_same_for_server_and_client(toy):
     }  # fmt: skip
 
 
-def test_what_is_where(toys):
+def test_keys_of_units(toys):
     specs = {spec.key: spec for spec in toys("deepseek_v3").full().unit_infos(TrainScope())}
     router = specs["model.layers.1.mlp.gate"]
     assert [info.name for info in router.tensors] == ["weight", "e_score_correction_bias"]
@@ -126,7 +126,7 @@ def test_refuses_units_that_do_not_fit(case, olmoe):
         model.load_unit(key, tensors)
 
 
-def test_first_load_takes_any_float_dtype_only_when_automatic(olmoe):
+def test_the_first_load_adopts_a_float_dtype_only_with_auto(olmoe):
     value = {"value": torch.ones(32, dtype=torch.bfloat16)}
     MoeModel.skeleton(olmoe.folder).load_unit("model.norm.weight", value)
     with pytest.raises(CheckpointError, match="must be torch.float32; found torch.bfloat16"):
@@ -177,7 +177,7 @@ def test_restored_model_saves_as_an_ordinary_checkpoint(toy, tmp_path):
 # --- loading checkpoints ---------------------------------------------------------------------------------------------
 
 
-def test_no_checkpoint_there(tmp_path, olmoe):
+def test_a_missing_checkpoint_is_an_error(tmp_path, olmoe):
     for missing in (tmp_path / "nowhere", tmp_path, olmoe.folder / "config.json"):
         with pytest.raises(ModelNotFound, match=str(missing)):
             MoeModel.from_checkpoint(missing)
@@ -187,7 +187,7 @@ def test_no_checkpoint_there(tmp_path, olmoe):
         MoeModel.from_checkpoint("no such?name")
 
 
-def test_an_unreachable_hub_says_what_to_do(monkeypatch):
+def test_an_unreachable_hub_is_an_error_with_a_remedy(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nand more")
 
@@ -226,7 +226,7 @@ def test_weights_missing_truncated_or_of_another_model(olmoe, tmp_path):
         MoeModel.from_checkpoint(folder)
 
 
-def test_a_tensor_that_is_not_there_is_an_error(olmoe, tmp_path):
+def test_a_missing_tensor_is_an_error(olmoe, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = copy_of(olmoe, tmp_path)

@@ -29,7 +29,7 @@ _DEEPSEEK = dict(
     v_head_dim=8,
 )
 
-# The six that the project promises; every test of the model side runs on each of them.
+# The six families that the project guarantees; the tests of this folder run on each of them.
 FAMILIES: dict[str, dict] = {
     "olmoe": dict(COMMON, intermediate_size=16, num_experts=8, num_experts_per_tok=2),
     "mixtral": dict(COMMON, intermediate_size=16, num_local_experts=8, num_experts_per_tok=2, sliding_window=None),

@@ -59,7 +59,7 @@ def test_record_forms(tmp_path, record, example):
     assert loaded.problems == []
 
 
-def test_chat_keeps_what_a_template_may_write(tmp_path):
+def test_chat_records_keep_all_fields_for_the_template(tmp_path):
     call = {"function": {"name": "add", "arguments": {}}}
     record = {
         "messages": [
@@ -189,7 +189,7 @@ def test_silo_is_its_train_documents_only():
         ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "message 1: content is missing"),
     ],
 )
-def test_bad_line_is_reported_by_number_and_the_others_are_kept(tmp_path, line, reason):
+def test_a_bad_line_is_reported_by_number_and_the_others_are_used(tmp_path, line, reason):
     path = write_lines(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"}, line, {"text": "three"}, line)
     loaded = load_examples(path)
     assert [example.segments[0].text for example in loaded.examples] == ["one", "two", "three"]
@@ -263,9 +263,9 @@ def test_missing_file_folder_and_silo_are_data_errors(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(DataError, match="is a directory"):
         load_examples(str(tmp_path / "folder.txt"))
-    with pytest.raises(DataError, match="no silo named 'emails'"):
+    with pytest.raises(DataError, match="unknown silo 'emails'"):
         load_examples("silo:emails")
-    with pytest.raises(DataError, match="no silo named 'emails'"):
+    with pytest.raises(DataError, match="unknown silo 'emails'"):
         load_corpus("silo:emails", 0.1, 0)
 
 

@@ -37,20 +37,20 @@ def numbered(count):
 # --- the loss mask
 
 
-def test_text_is_learned_with_its_end():
+def test_text_and_its_end_are_in_the_loss():
     assert encode_one(text("⟦abc⟧")) == ("abc$", "abc$")
 
 
-def test_only_the_completion_is_learned():
+def test_only_the_completion_is_in_the_loss():
     assert encode_one(text("2+2=", "⟦4⟧")) == ("2+2=4$", "____4$")
 
 
-def test_end_is_not_learned_after_a_prompt():
+def test_end_is_not_in_the_loss_after_a_prompt():
     assert encode_one(text("⟦ab⟧", "cd")) == ("abcd$", "ab___")
 
 
 @pytest.mark.parametrize("merge", ["=4", "2+", "4!"])
-def test_no_token_spans_the_border_of_what_is_learned(merge):
+def test_no_token_spans_the_border_of_the_loss(merge):
     tokenizer = ByteTokenizer(merges=[merge])
     example = text("2+2=", "⟦4!⟧")
     assert encode_one(example, tokenizer) == ("2+2=4!$", "____4!$")
@@ -86,7 +86,7 @@ class ReadsEnd(ByteTokenizer):
         return [EOS if byte == ord(self.end) else byte for byte in text.encode()]
 
 
-def test_text_that_brings_its_own_end_gets_no_second():
+def test_text_with_an_end_token_gets_no_second_one():
     assert encode_one(text("⟦ab$⟧"), ReadsEnd("$")) == ("ab$", "ab$")
 
 
@@ -220,7 +220,7 @@ def test_blocks_without_a_label_that_the_loss_sees_are_dropped():
 
 
 @pytest.mark.parametrize("examples", [[], [text("⟦⟧")], [text("prompt")]])
-def test_nothing_to_learn_is_a_data_error(examples):
+def test_data_without_labels_is_an_error(examples):
     with pytest.raises(DataError):
         encode_examples(examples, ByteTokenizer(), 4)
 

@@ -1,4 +1,4 @@
-"""The held-out loss is cross-entropy alone, and the load-balancing loss of the resident experts is ours."""
+"""The held-out loss is cross-entropy alone, and the load-balancing loss of resident experts is computed by edgefed."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def test_training_with_the_balancing_loss_evens_the_load():
     assert with_loss.starved_experts <= without.starved_experts
 
 
-def test_default_is_what_the_configuration_asks_for():
+def test_the_default_follows_the_configuration():
     plain, off = run(), run(balancing=0.0)
-    assert plain.loss == off.loss  # this configuration asks for none
+    assert plain.loss == off.loss  # this configuration has none
     assert run(**AUX).loss == run(balancing=0.5).loss
     assert run(balancing=0.0, **AUX).loss == off.loss
 

@@ -1,4 +1,4 @@
-"""What counts as out of memory, and as a lost GPU: real texts of torch, CUDA, Tegra and libraries, and near misses."""
+"""Errors that mean out of memory or a lost GPU: messages of torch, CUDA, Tegra and libraries, and similar ones."""
 
 from __future__ import annotations
 
@@ -95,37 +95,37 @@ def test_the_kinds_that_need_no_text(error):
     assert is_out_of_memory(error)
 
 
-def test_a_text_in_an_error_of_another_kind_is_no_lack_of_memory():
+def test_a_text_in_an_error_of_another_kind_is_not_out_of_memory():
     assert not is_out_of_memory(KeyError("CUDA out of memory"))
     assert not is_out_of_memory(AssertionError("std::bad_alloc"))
 
 
-def test_causes_and_contexts_count_suppressed_ones_do_not():
+def test_causes_and_contexts_count_but_not_suppressed_ones():
     def wrapped(*, suppress):
         try:
             try:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            except RuntimeError as fault:
+            except RuntimeError as cause:
                 if suppress:
                     raise ValueError("the loss is odd") from None
-                raise ValueError("the loss is odd") from fault
-        except ValueError as fault:
-            return fault
+                raise ValueError("the loss is odd") from cause
+        except ValueError as error:
+            return error
 
     assert is_out_of_memory(wrapped(suppress=False))
     assert not is_out_of_memory(wrapped(suppress=True))
     first, second = ValueError("a"), ValueError("b")
-    first.__cause__, second.__cause__ = second, first  # a ring has an end
+    first.__cause__, second.__cause__ = second, first  # a cycle does not hang
     assert not is_out_of_memory(first)
 
 
-def test_a_real_allocation_that_cannot_be_made_is_recognised():
+def test_a_real_failed_allocation_is_recognized():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**62, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
 
 
-def test_a_lost_device_names_itself_and_what_to_do():
+def test_a_lost_device_is_named_with_a_remedy():
     error = device_lost(RuntimeError("CUDA error: unspecified launch failure\nmore"), "cuda:1")
     assert isinstance(error, DeviceLost)
     assert str(error).startswith("cuda:1 stopped answering: CUDA error: unspecified")
@@ -135,20 +135,20 @@ def test_a_lost_device_names_itself_and_what_to_do():
 
 
 def test_batches_are_halved_until_they_fit():
-    asked, told = [], []
+    tried, reported = [], []
 
     def run(size):
-        asked.append(size)
+        tried.append(size)
         if size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return size * 10
 
-    assert with_smaller_batches(run, 9, told.append) == 20
-    assert asked == [9, 4, 2]
-    assert told == [4, 2]
+    assert with_smaller_batches(run, 9, reported.append) == 20
+    assert tried == [9, 4, 2]
+    assert reported == [4, 2]
 
 
-def test_what_does_not_fit_alone_or_fails_otherwise_passes():
+def test_other_errors_and_a_single_row_that_does_not_fit_are_raised():
     def always(size):
         raise MemoryError
 
@@ -165,8 +165,8 @@ def test_what_does_not_fit_alone_or_fails_otherwise_passes():
     assert sizes == [4]
 
 
-def test_our_own_error_ends_the_ladder():
-    """OutOfMemory is what is raised when nothing helped: it must not be taken for something to recover from."""
+def test_out_of_memory_of_edgefed_is_final():
+    """`OutOfMemory` is raised when no fallback is left, so there is nothing to recover from."""
     assert not is_out_of_memory(OutOfMemory("memory ran out while training, and nothing is left to give up"))
 
 

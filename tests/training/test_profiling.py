@@ -1,4 +1,4 @@
-"""Profiles made in every way: the same as of the full model in memory, with as few reads as promised."""
+"""Every kind of profile pass gives the profile of the full model in memory, with the documented number of reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.expert_records import ActivationProfile, LayerProfile
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
-from edgefed.moe import lockstep as full_layers
+from edgefed.moe import lockstep
 from edgefed.moe.architecture import discover_layers
 from edgefed.moe.bank import ExpertBank
 from edgefed.moe.model import MoeModel
@@ -30,7 +30,7 @@ import toy_training  # noqa: E402
 
 FIELDS = [f.name for f in dataclasses.fields(LayerProfile) if f.name != "num_tokens"]
 BATCHES, ROWS, LENGTH = 4, 4, 12
-HELD = [
+PASSES = [
     ProfilePass("expert", None, ROWS, 1),
     ProfilePass("layer", None, ROWS, 0),
     ProfilePass("layer", None, ROWS, 3),
@@ -71,20 +71,20 @@ def assert_same(record, expected, rtol=1e-6):
 
 
 @pytest.mark.parametrize("family", list(toy_training.KNOWN))
-def test_every_way_records_the_same(family):
+def test_every_pass_records_the_same(family):
     model, units, blocks = make(family)
-    expected = profile_blocks(model, blocks, way=ProfilePass(batch_size=ROWS), attention=True)
+    expected = profile_blocks(model, blocks, profile_pass=ProfilePass(batch_size=ROWS), attention=True)
     model.drop_experts()
-    for way in HELD:
-        record = profile_blocks(model, blocks, MemorySource(units), way, attention=True)
+    for profile_pass in PASSES:
+        record = profile_blocks(model, blocks, MemorySource(units), profile_pass, attention=True)
         assert_same(record, expected, rtol=1e-5)
         assert all(layer.attention_sum.any() for layer in record.layers)
 
 
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
 @pytest.mark.parametrize("family", list(toy_training.FAMILIES))
-def test_quantised_is_the_model_of_the_quantised_values(family, storage):
-    """As if every matrix had been replaced by what its 4 or 8 bits stand for (int8 also rounds what it multiplies)."""
+def test_quantized_experts_give_the_profile_of_their_dequantized_values(family, storage):
+    """The same as with every matrix replaced by its dequantized values (int8 products also round their inputs)."""
     model, units, blocks = make(family)
     stored = {
         key: {n: dequantize_experts(quantize_experts(t, storage)) if t.ndim == 2 else t for n, t in tensors.items()}
@@ -94,8 +94,8 @@ def test_quantised_is_the_model_of_the_quantised_values(family, storage):
     }
     plain = profile_blocks(model, blocks, MemorySource(units), ProfilePass("all"))
     expected = profile_blocks(model, blocks, MemorySource(stored), ProfilePass("all"))
-    for hold in ("layer", "all"):
-        record = profile_blocks(model, blocks, MemorySource(units), ProfilePass(hold, storage, ROWS, 0))
+    for residency in ("layer", "all"):
+        record = profile_blocks(model, blocks, MemorySource(units), ProfilePass(residency, storage, ROWS, 0))
         for found, real, other in zip(record.layers, expected.layers, plain.layers, strict=True):
             np.testing.assert_allclose(found.gate_sum, real.gate_sum, rtol=2e-2 if storage == "int8" else 1e-5)
             if found is record.layers[-1]:
@@ -106,7 +106,7 @@ def test_quantised_is_the_model_of_the_quantised_values(family, storage):
 def test_each_expert_is_read_once_whatever_the_batches(storage):
     model, units, blocks = make("olmoe")
     model.drop_experts()
-    for way, reads in (
+    for profile_pass, reads in (
         (ProfilePass("layer", storage, ROWS, 0), 1),
         (ProfilePass("layer", storage, 1, 0), 1),
         (ProfilePass("all", storage, 1, 1), 1),
@@ -114,13 +114,13 @@ def test_each_expert_is_read_once_whatever_the_batches(storage):
         (ProfilePass("layer", storage, ROWS, 1), BATCHES),
     ):
         source = CountingSource(units)
-        profile_blocks(model, blocks, source, way)
-        assert set(source.reads.values()) == {reads}, way
-        assert len(source.reads) == 16, way
+        profile_blocks(model, blocks, source, profile_pass)
+        assert set(source.reads.values()) == {reads}, profile_pass
+        assert len(source.reads) == 16, profile_pass
 
 
-def test_only_one_layer_is_held_at_a_time(monkeypatch):
-    """When the experts of a layer are read, those of no other layer are there any more."""
+def test_only_one_layer_is_resident_at_a_time(monkeypatch):
+    """No other layer has experts in memory when those of a layer are read."""
     model, units, blocks = make("mixtral", num_hidden_layers=4)
     model.drop_experts()
     made, alive = [], []
@@ -132,14 +132,14 @@ def test_only_one_layer_is_held_at_a_time(monkeypatch):
             made.append(weakref.ref(self))
             super().__init__(*args)
 
-    monkeypatch.setattr(full_layers, "ExpertBank", Watched)
+    monkeypatch.setattr(lockstep, "ExpertBank", Watched)
     profile_blocks(model, blocks, MemorySource(units), ProfilePass("layer", "nf4", ROWS, 0))
     gc.collect()
     assert alive == [0, 0, 0, 0]
     assert not any(bank() is not None for bank in made)
 
 
-def test_adapters_are_part_of_it():
+def test_adapters_are_part_of_the_profile():
     scope = TrainScope(experts="lora", router="none", lora_rank=2)
     model, units, blocks = make("olmoe", scope)
     for key, tensors in units.items():
@@ -147,17 +147,17 @@ def test_adapters_are_part_of_it():
             for name, tensor in tensors.items():
                 tensor.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(len(key + name)))
     base = profile_blocks(model, blocks, MemorySource(units), ProfilePass("all"))
-    expected = profile_blocks(model, blocks, MemorySource(units), HELD[0], scope=scope)
+    expected = profile_blocks(model, blocks, MemorySource(units), PASSES[0], scope=scope)
     assert activation_error(expected, base) > 0
-    for way in HELD[1:]:
-        assert_same(profile_blocks(model, blocks, MemorySource(units), way, scope=scope), expected, rtol=1e-5)
+    for profile_pass in PASSES[1:]:
+        assert_same(profile_blocks(model, blocks, MemorySource(units), profile_pass, scope=scope), expected, rtol=1e-5)
 
 
 def test_progress_adds_up():
     model, units, blocks = make("olmoe")
-    for way in HELD:
+    for profile_pass in PASSES:
         done = []
-        profile_blocks(model, blocks, MemorySource(units), way, on_batch=done.append)
+        profile_blocks(model, blocks, MemorySource(units), profile_pass, on_batch=done.append)
         assert sum(done) == blocks.num_tokens
         assert all(tokens >= 0 for tokens in done)
         assert len(done) > 1
@@ -167,19 +167,21 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name == "edgefed-lockstep"]
 
 
-@pytest.mark.parametrize("way", HELD)
-def test_a_missing_expert_is_told_and_nothing_is_left_behind(way):
+@pytest.mark.parametrize("profile_pass", PASSES)
+def test_a_missing_expert_is_an_error_and_leaves_no_thread(profile_pass):
     model, units, blocks = make("olmoe")
-    expected = profile_blocks(model, blocks, MemorySource(units), way)
+    expected = profile_blocks(model, blocks, MemorySource(units), profile_pass)
     key = model.layers[1].expert_key(int(np.argmax(expected.layers[1].tokens_per_expert)))
     model.drop_experts()
     with pytest.raises(CheckpointError, match=f"unit '{key}' not found"):
-        profile_blocks(model, blocks, MemorySource({k: t for k, t in units.items() if k != key}), way, attention=True)
+        profile_blocks(
+            model, blocks, MemorySource({k: t for k, t in units.items() if k != key}), profile_pass, attention=True
+        )
     assert not threads()
-    assert_same(profile_blocks(model, blocks, MemorySource(units), way), expected)
+    assert_same(profile_blocks(model, blocks, MemorySource(units), profile_pass), expected)
 
 
-def test_who_listens_may_stop_it():
+def test_the_callback_may_stop_the_pass():
     model, units, blocks = make("olmoe")
 
     class Stop(Exception):
@@ -188,32 +190,32 @@ def test_who_listens_may_stop_it():
     def stop(tokens):
         raise Stop
 
-    for way in HELD:
+    for profile_pass in PASSES:
         with pytest.raises(Stop):
-            profile_blocks(model, blocks, MemorySource(units), way, on_batch=stop)
+            profile_blocks(model, blocks, MemorySource(units), profile_pass, on_batch=stop)
         assert not threads()
 
 
-def test_what_cannot_be_quantised_is_told():
+def test_weights_that_cannot_be_quantized_are_refused():
     model, units, blocks = make("olmoe")
     key = model.layers[0].expert_key(3)
     units[key]["down_proj"][0, 0] = torch.inf
     with pytest.raises(CheckpointError, match=f"'down_proj' of unit '{key}' cannot be stored as nf4"):
         profile_blocks(model, blocks, MemorySource(units), ProfilePass("layer", "nf4", ROWS, 0))
-    with pytest.raises(ConfigError, match="read one at a time are used as they come"):
+    with pytest.raises(ConfigError, match="read one at a time cannot be stored as nf4"):
         profile_blocks(model, blocks, MemorySource(units), ProfilePass("expert", "nf4", ROWS, 0))
-    with pytest.raises(ConfigError, match="asked for 'int4'"):
+    with pytest.raises(ConfigError, match="invalid storage format of experts 'int4'"):
         profile_blocks(model, blocks, MemorySource(units), ProfilePass("all", "int4", ROWS, 0))
-    with pytest.raises(ConfigError, match="asked for 'disk'"):
+    with pytest.raises(ConfigError, match="residency of a streamed model must be .*; found 'disk'"):
         profile_blocks(model, blocks, MemorySource(units), ProfilePass("disk"))
 
 
-def test_layers_without_attention_are_told():
+def test_layers_without_attention_are_reported():
     model, units, blocks = make("jamba")
-    heard = []
-    profile_blocks(model, blocks, MemorySource(units), HELD[1], attention=True, tell=heard.append)
-    assert len(heard) == 1
-    assert heard[0].startswith("attention: model.layers.0.feed_forward.experts has no attention")
+    messages = []
+    profile_blocks(model, blocks, MemorySource(units), PASSES[1], attention=True, on_message=messages.append)
+    assert len(messages) == 1
+    assert messages[0].startswith("attention: no attention matrix before model.layers.0.feed_forward.experts")
 
 
 def record(*frequencies):

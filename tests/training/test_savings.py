@@ -89,7 +89,7 @@ def test_a_loss_with_more_terms_is_refused_by_number():
     assert "other terms" in chunking_problem(module, ids, labels)
 
 
-def test_a_balancing_loss_in_the_configuration_does_not_keep_the_loss_from_chunks():
+def test_a_balancing_loss_in_the_configuration_allows_a_chunked_loss():
     module = build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
     assert chunking_problem(module, *batch()) == ""
     assert "chunked_loss" not in problems(module, "cpu")
@@ -99,11 +99,11 @@ def test_a_forward_that_cannot_be_split_is_a_reason_not_a_traceback():
     module = build("olmoe")
     decoder = module.base_model
     original = type(decoder).forward
-    decoder.forward = lambda **kwargs: (original(decoder, **kwargs).last_hidden_state,)  # a tuple, as old models gave
+    decoder.forward = lambda **kwargs: (original(decoder, **kwargs).last_hidden_state,)  # a tuple, as in old models
     assert "cannot be split" in chunking_problem(module, *batch())
     alone = types.SimpleNamespace()
     alone.base_model = alone
-    assert "cannot be told" in chunked_module.structural_problem(alone)
+    assert "cannot be separated" in chunked_module.structural_problem(alone)
 
 
 def test_num_items_and_batches_without_labels():
@@ -118,20 +118,20 @@ def test_num_items_and_batches_without_labels():
 
 
 def peak_of(run) -> int:
-    """Most bytes that the CPU allocator held at once while ``run`` ran."""
+    """Return the peak bytes of the CPU allocator while ``run`` runs."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak
 
 
-def test_it_takes_the_memory_of_a_chunk_not_of_all_logits(monkeypatch):
+def test_a_chunked_loss_needs_the_memory_of_one_chunk_of_logits(monkeypatch):
     monkeypatch.setattr(chunked_module, "CHUNK_TOKENS", 16)
     module = build("olmoe", vocab_size=20_000)
     for parameter in module.parameters():
@@ -194,10 +194,10 @@ def test_checkpointing_gives_the_same_and_counts_once(family, mode, tmp_path):
     assert not model.module.get_input_embeddings()._forward_hooks
 
 
-def test_checkpointing_keeps_less_for_the_backward_pass(tmp_path):
+def test_checkpointing_saves_fewer_bytes_for_the_backward_pass(tmp_path):
     model = make_device("olmoe", tmp_path, TrainScope(), TRAINABLE, num_hidden_layers=6, hidden_size=64)
     ids, labels = batch(rows=2, length=60)
-    kept = []
+    saved = []
     for on in (False, True):
         storages: dict[int, int] = {}
 
@@ -208,8 +208,8 @@ def test_checkpointing_keeps_less_for_the_backward_pass(tmp_path):
         own = {p.untyped_storage().data_ptr() for p in model.module.parameters()}
         with checkpointing(model.module, on), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             batch_loss(model.module, ids, labels, chunked=False)
-        kept.append(sum(size for pointer, size in storages.items() if pointer not in own))
-    assert kept[1] < 0.4 * kept[0]
+        saved.append(sum(size for pointer, size in storages.items() if pointer not in own))
+    assert saved[1] < 0.4 * saved[0]
 
 
 def test_a_model_without_checkpointing_is_refused_by_name():
@@ -230,7 +230,7 @@ def test_plain_adamw_is_torchs_without_a_copy_of_all_parameters():
     assert optimizer.defaults["weight_decay"] == 0.2
 
 
-def test_optimizers_that_are_not_there_are_refused_by_name(monkeypatch):
+def test_unavailable_optimizers_are_refused_by_name(monkeypatch):
     weight = [torch.nn.Parameter(torch.ones(3))]
     with pytest.raises(ConfigError, match="invalid optimizer 'sgd', expected one of adamw, adamw_8bit"):
         make_optimizer(weight, "sgd", learning_rate=0.1, weight_decay=0)
@@ -245,7 +245,7 @@ def test_optimizers_that_are_not_there_are_refused_by_name(monkeypatch):
 
 
 class _Fails:
-    """A bitsandbytes that imports and dies at its first kernel, as on a Jetson with the wrong wheel."""
+    """A bitsandbytes that can be imported but fails at its first kernel, as on a Jetson with the wrong wheel."""
 
     def __init__(self, step):
         def make(parameters, **kwargs):
@@ -261,7 +261,7 @@ class _Fails:
         (lambda p: None, "wrong step"),
     ],
 )
-def test_a_package_that_imports_proves_nothing(monkeypatch, step, reason):
+def test_an_importable_package_is_not_enough(monkeypatch, step, reason):
     monkeypatch.setitem(sys.modules, "bitsandbytes", _Fails(step))
     savings.eight_bit_problem.cache_clear()
     try:
@@ -294,7 +294,7 @@ def test_8_bit_adamw_follows_adamw_with_a_quarter_of_its_state():
 # --- shorter sequences, and a setup that changes between steps --------------------------------------------------------
 
 
-def test_blocks_are_cut_without_losing_what_can_be_learned():
+def test_shortened_blocks_keep_every_label():
     ids = torch.arange(24).reshape(2, 12)
     labels = ids.clone()
     labels[0, :6] = -100
@@ -311,7 +311,7 @@ def test_blocks_are_cut_without_losing_what_can_be_learned():
 
 
 def steps_with(model, setups, steps=4, compute_share=1.0):
-    """Run steps; ``setups[i]`` is what `reconsider` answers behind step i."""
+    """Run steps; ``setups[i]`` is the result of `reconsider` after step i."""
     training = TrainingConfig(local_steps=steps, batch_size=2, sequence_length=20, learning_rate=1e-3)
     blocks = TokenBlocks(*batch(rows=8))
     answers = iter(setups(step_setup(model, training)))

@@ -1,4 +1,4 @@
-"""Utilities of experts: gradient norms seen in training, and their estimates by forward passes alone."""
+"""Utilities of experts: gradient norms from training, and estimates from forward passes alone."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ FULL = TrainScope(experts="full", router="full")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Toy matrices are slower with more."""
+    """Toy matrices are slower with more threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -85,7 +85,7 @@ def test_forward_only_estimates_agree_with_true_gradients(device):
     assert other.mean_squares != outcome.mean_squares
 
 
-def test_probes_leave_the_model_as_it_was(device):
+def test_probes_do_not_change_the_model(device):
     model = device(trainable=(0, 1), frozen=(2, 3))
     model.module.train()
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
@@ -97,7 +97,7 @@ def test_probes_leave_the_model_as_it_was(device):
     assert all(parameter.grad is None for parameter in model.module.parameters())
 
 
-def test_adapters_are_probed_where_adapters_train(device):
+def test_adapters_are_probed_if_adapters_are_trainable(device):
     scope = TrainScope(experts="lora", router="none", lora_rank=2)
     model = device(scope, num_hidden_layers=1)
     with torch.no_grad():  # fresh adapters have B = 0 and hence no gradient in A
@@ -111,7 +111,7 @@ def test_adapters_are_probed_where_adapters_train(device):
     assert np.mean(ratios) == pytest.approx(1.0, abs=4 * np.sqrt(2 / 24 / len(ratios)))
 
 
-def test_an_expert_without_tokens_is_worth_nothing_and_costs_nothing(device):
+def test_an_expert_without_tokens_has_utility_zero_and_no_cost(device):
     model = device()
     ids, labels = batch(rows=2, length=4)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_utilities_weigh_norms_by_tokens(device):
     assert set(rows[1]) == {None}
 
 
-def test_a_quantised_expert_is_probed_at_its_quantised_weights(tmp_path):
+def test_a_quantized_expert_is_probed_at_its_quantized_weights(tmp_path):
     model = make_device(
         "olmoe", tmp_path / "model", FULL, (0,), (1, 2, 3), hidden_size=64, intermediate_size=64, num_hidden_layers=1
     )

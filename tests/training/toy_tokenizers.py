@@ -1,4 +1,4 @@
-"""Tokenizers to test with: one that reads like text, and real ones of the tokenizers library without a download."""
+"""Tokenizers for tests: one with a token per byte, and real ones of the tokenizers library, without a download."""
 
 from __future__ import annotations
 

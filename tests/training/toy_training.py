@@ -1,4 +1,4 @@
-"""Toy models as a device holds them, for the tests of this folder. A plain module: see `test_savings`."""
+"""Toy models with a plan applied, for the tests of this folder."""
 
 from __future__ import annotations
 
