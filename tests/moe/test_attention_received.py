@@ -231,7 +231,7 @@ def test_records_with_attention_add_and_travel():
     np.testing.assert_array_equal((record + record).attention_sum, [1.0, 0.0, 2.0])
     assert (layer_record(None) + layer_record(None)).attention_sum is None
     assert layer_record(None).mean_attention is None
-    with pytest.raises(ValueError, match="one record has the attention"):
+    with pytest.raises(ValueError, match="cannot add a profile with attention and one without"):
         record + layer_record(None)
     for layer in (record, layer_record(None)):
         saved = ActivationProfile((layer,)).to_dict()
