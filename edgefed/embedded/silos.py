@@ -86,8 +86,8 @@ class Silo:
     sha256: str
 
 
-def load_silo(name: str) -> Silo:
-    """Read the silo `name` from the running Python.
+def load_silo(name: str, library: pathlib.Path | None = None) -> Silo:
+    """Read the silo `name` from `library`, by default the standard library of the running Python.
 
     About a fifth of the bytes is held out as whole documents, chosen by a hash of their names. The same Python version
     gives the same split on every machine, and no file is on both sides.
@@ -101,14 +101,15 @@ def load_silo(name: str) -> Silo:
             f"unknown silo {name!r}; it must be one of {', '.join(SILOS)}",
             remedy="Use one of the listed names, as in silo:asyncio.",
         )
-    documents = _topic_documents() if name == "topics" else _package_documents(name)
+    library = library or _standard_library()
+    documents = _topic_documents() if name == "topics" else _package_documents(name, library)
     documents = [document for document in documents if document.text.strip()]
     if len(documents) < 2:
         raise DataError(
-            f"silo {name!r} needs at least two readable documents; found {len(documents)} in {_standard_library()}",
+            f"silo {name!r} needs at least two readable documents; found {len(documents)} in {library}",
             remedy="Use a Python that ships the source of its standard library, or pass a file instead of a silo.",
         )
-    held_out_names = _select_held_out(documents)
+    held_out_names = select_held_out(documents)
     return Silo(
         name=name,
         train=tuple(document for document in documents if document.name not in held_out_names),
@@ -117,21 +118,21 @@ def load_silo(name: str) -> Silo:
     )
 
 
-def pretraining_documents() -> tuple[Document, ...]:
-    """Return the standard library outside every silo, ordered by name, so that the silos stay unseen.
+def pretraining_documents(library: pathlib.Path | None = None) -> tuple[Document, ...]:
+    """Return the documents of `library` outside every silo, ordered by name, so that the silos stay unseen.
 
     Raises:
         DataError: this Python comes without the source text of its standard library.
 
     """
-    root = _standard_library()
+    root = library or _standard_library()
     excluded = _NOT_PRETRAINING.union(SILOS)
     documents = []
     for name in sorted(sys.stdlib_module_names):
         if name in excluded:
             continue
         if (root / name).is_dir():
-            documents += _package_documents(name)
+            documents += _package_documents(name, root)
         elif (root / f"{name}.py").is_file():
             documents.append(_read_document(root / f"{name}.py", root))
     documents = [document for document in documents if document.text.strip()]
@@ -158,13 +159,28 @@ def document_order(document: Document) -> str:
     return hashlib.sha256(document.name.encode("utf-8")).hexdigest()
 
 
+def select_held_out(documents: list[Document]) -> set[str]:
+    """Return the names of the held-out documents: in hash order, each that fits, until the share is reached."""
+    sizes = {document.name: len(document.text.encode("utf-8")) for document in documents}
+    total = sum(sizes.values())
+    chosen: set[str] = set()
+    held_bytes = 0
+    for document in sorted(documents, key=document_order):
+        if held_bytes >= HELD_OUT_SHARE * total:
+            break
+        if held_bytes + sizes[document.name] <= HELD_OUT_CEILING * total:
+            chosen.add(document.name)
+            held_bytes += sizes[document.name]
+    # With two or three large files none fits; holding out the smallest removes the least training text.
+    return chosen or {min(sizes, key=lambda name: (sizes[name], name))}
+
+
 def _standard_library() -> pathlib.Path:
     return pathlib.Path(sysconfig.get_path("stdlib"))
 
 
-def _package_documents(package: str) -> list[Document]:
-    """Return the `.py` files below `package`, tests left out, ordered by name; empty when there is no such folder."""
-    root = _standard_library()
+def _package_documents(package: str, root: pathlib.Path) -> list[Document]:
+    """Return the `.py` files below `root/package` except tests, ordered by name; empty if the folder is missing."""
     paths = [
         path
         for path in (root / package).rglob("*.py")
@@ -193,19 +209,3 @@ def _topic_documents() -> list[Document]:
             f"this Python comes without pydoc_data.topics: {error}", remedy="Use another silo, or pass a file."
         ) from error
     return [Document(f"topics/{name}", topics[name]) for name in sorted(topics)]
-
-
-def _select_held_out(documents: list[Document]) -> set[str]:
-    """Choose the held-out names: walk in hash order and take what fits until the share is reached."""
-    sizes = {document.name: len(document.text.encode("utf-8")) for document in documents}
-    total = sum(sizes.values())
-    chosen: set[str] = set()
-    held_bytes = 0
-    for document in sorted(documents, key=document_order):
-        if held_bytes >= HELD_OUT_SHARE * total:
-            break
-        if held_bytes + sizes[document.name] <= HELD_OUT_CEILING * total:
-            chosen.add(document.name)
-            held_bytes += sizes[document.name]
-    # With two or three large files none fits; holding out the smallest removes the least training text.
-    return chosen or {min(sizes, key=lambda name: (sizes[name], name))}

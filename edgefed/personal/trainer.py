@@ -41,7 +41,13 @@ from edgefed.training.out_of_memory import device_lost, is_device_lost, is_out_o
 
 
 class PersonalTrainer:
-    """A `edgefed.protocol.trainer.Trainer`; one per process, not thread-safe. ``folder`` is the agent's state."""
+    """A `edgefed.protocol.trainer.Trainer`; one per process, not thread-safe. ``folder`` is the agent's state.
+
+    Attributes:
+        num_examples: training examples of the task.
+        mixture: the client's model, the shared extractor and the gate; exists from the first round on.
+
+    """
 
     def __init__(self, task: PersonalTask, folder: Path, *, device: str = "cpu"):
         self.num_examples = task.num_examples
@@ -50,7 +56,7 @@ class PersonalTrainer:
         self._device = device
         self._run_id: str | None = None
         self._open: OpenTask
-        self._mixture: LocalMixture
+        self.mixture: LocalMixture
         self._state: PersonalState
 
     def train_round(
@@ -79,10 +85,10 @@ class PersonalTrainer:
         if self._run_id != run.run_id:
             self._begin(run, method, {file.name: blobs[file.sha256] for file in manifest.files}, progress)
         source = FrameSource(manifest.units, blobs)
-        self._mixture.shared.load_state_dict(source.read(EXTRACTOR_UNIT))
+        self.mixture.shared.load_state_dict(source.read(EXTRACTOR_UNIT))
         rates = Rates(method.extractor_lr, method.model_lr, method.gate_lr, method.momentum, method.weight_decay)
-        optimizer = make_optimizer(self._mixture.groups(), rates)
-        begun = self._state.restore(self._mixture, optimizer, assignment.server_round) > 0
+        optimizer = make_optimizer(self.mixture.groups(), rates)
+        begun = self._state.restore(self.mixture, optimizer, assignment.server_round) > 0
         try:
             loss, before, after = self._train(method, assignment, optimizer, progress, begun)
         except (EdgefedError, StopRequested):
@@ -99,7 +105,7 @@ class PersonalTrainer:
                 raise failure from error
             raise
         self._write_theta(manifest, update_path)
-        self._state.save(self._mixture, optimizer, assignment.server_round)
+        self._state.save(self.mixture, optimizer, assignment.server_round)
         return TrainedUpdate(
             experts=(),
             metrics=_metrics(loss, before, after),
@@ -122,7 +128,7 @@ class PersonalTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(identity)
             gate = Gate(self._open.shared.gate_in, method.gate_width, method.gate_norm)
-            self._mixture = LocalMixture(self._open.shared, self._open.own, gate).to(self._device)
+            self.mixture = LocalMixture(self._open.shared, self._open.own, gate).to(self._device)
         facts = {
             "extractor": run.model, "model": self._task.model, "classes": "\n".join(self._task.classes),
             "gate": f"{method.gate_width} {method.gate_norm}",
@@ -143,19 +149,19 @@ class PersonalTrainer:
         with torch.random.fork_rng(devices=[]):  # for dropout in the client's own model
             torch.manual_seed(int(rng.integers(2**31)))
             progress.phase("evaluate")
-            before = evaluate(self._mixture, held_out, self._device)
-            loss_of = guided_loss(method, self._mixture, train, begun=begun, device=self._device)
+            before = evaluate(self.mixture, held_out, self._device)
+            loss_of = guided_loss(method, self.mixture, train, begun=begun, device=self._device)
             progress.phase("train", method.local_epochs * num_batches(len(train), method.batch_size), "step")
             loss = train_epochs(
-                self._mixture, train, optimizer, epochs=method.local_epochs, batch_size=method.batch_size, rng=rng,
+                self.mixture, train, optimizer, epochs=method.local_epochs, batch_size=method.batch_size, rng=rng,
                 device=self._device, on_step=lambda: progress.advance(1), loss_of=loss_of,
             )  # fmt: skip
             progress.phase("evaluate")
-            return loss, before, evaluate(self._mixture, held_out, self._device)
+            return loss, before, evaluate(self.mixture, held_out, self._device)
 
     def _write_theta(self, manifest: Manifest, path: Path) -> None:
         """Write the tensors that the manifest lists; the rest of the mixture is not in it."""
-        values = self._mixture.shared.state_dict()
+        values = self.mixture.shared.state_dict()
         tensors = {}
         for unit in manifest.units:
             for info in unit.tensors:

@@ -212,7 +212,7 @@ def test_a_written_profile_is_one_that_can_stand_in(quick, run, tmp_path):
         (("--compare", "a.json", "b.json"), 2, "config", ("cannot read a.json",)),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_measured(run, words, status, code, texts):
+def test_invalid_options_are_refused_before_anything_is_measured(run, words, status, code, texts):
     result = run(*words)
     if "--json" in words and "-" in words:
         assert result[0] == status
@@ -225,7 +225,7 @@ def test_what_cannot_be_is_told_before_anything_is_measured(run, words, status, 
     refused(result, status, code, *texts)
 
 
-def test_compare_refuses_what_is_no_report(run, tmp_path, quick):
+def test_compare_refuses_an_invalid_report(run, tmp_path, quick):
     broken = tmp_path / "broken.json"
     broken.write_text('{"schema": "edgefed.bench/1", "created"')
     refused(run("--compare", quick[0] / "a.json", broken), 2, "config", "broken.json is not JSON")

@@ -115,7 +115,7 @@ def test_a_wrong_model_path(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "texts"),
     [
-        ("absent.txt", None, ["there is no file"]),
+        ("absent.txt", None, ["file not found"]),
         ("empty.txt", b"", ["is empty"]),
         ("blank.jsonl", b"\n\n", ["empty"]),
         ("bad.jsonl", b'{"text": 1}\n{broken\n[]\n', ["line 1", "line 2"]),
@@ -123,7 +123,7 @@ def test_a_wrong_model_path(run, tmp_path):
         ("latin.txt", b"caf\xe9 " * 50, ["UTF-8"]),
     ],
 )
-def test_data_that_cannot_be_used(run, tmp_path, name, content, texts):
+def test_unusable_data_is_refused(run, tmp_path, name, content, texts):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -154,7 +154,7 @@ def test_errors_are_json_for_programs(run, tmp_path):
     assert json.loads(err)["error"]["code"] == "server-unreachable"
 
 
-def test_export_of_what_is_not_there(run, tmp_path):
+def test_export_without_a_run_is_refused(run, tmp_path):
     refused(run("export", "--state", tmp_path / "none", tmp_path / "model"), 7, "storage", "no run in")
 
 
@@ -207,7 +207,7 @@ def test_variables_have_the_names_of_the_flags(run, monkeypatch):
     assert "nothing would be trained" in run("serve")[2]
 
 
-def test_every_fault_of_a_settings_file_is_told_at_once(tmp_path):
+def test_all_errors_of_a_settings_file_are_reported_together(tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text("[serve]\nmetod = 1\nmin-clients = 3\n[train]\nx = 1\n")
     known = {"serve": {field.flag: field for field in fields_of(Server)}}
@@ -227,7 +227,7 @@ def test_shares_and_assignments():
         parse_assignments(("a=1", "a=2"), "options")
 
 
-def test_a_reader_that_goes_away_is_no_traceback(text):
+def test_a_closed_pipe_gives_no_traceback(text):
     child = subprocess.run(
         f"{sys.executable} -m edgefed profile --data {text} --tokens 256 --json | head -c 10",
         shell=True,
@@ -273,12 +273,14 @@ def test_joining_needs_a_model_for_a_task(run):
     ("given", "found"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
 )
 def test_threads_hardly_spin_while_they_wait_unless_the_user_wants_it(given, found):
-    """Said before torch is there, or it would be too late."""
+    """The variable must be set before torch is imported."""
     code = (
         "import os, sys; from edgefed.cli.main import main; assert 'torch' not in sys.modules\n"
         "try: main(['--version'])\n"
         "except SystemExit: print(os.environ.get('GOMP_SPINCOUNT'))"
     )
-    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    done = subprocess.run([sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, timeout=60)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=inherited | given, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.splitlines()[-1] == found, done.stderr

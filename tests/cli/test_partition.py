@@ -53,14 +53,14 @@ def test_json_of_a_dirichlet_partition(run, images):
     words = (images, "--clients", 4, "--by", "dirichlet", "--alpha", 0.5, "--seed", 7, "--out", "parts", "--json")
     status, out, _ = run(*words)
     assert status == 0
-    told = json.loads(out)
-    assert told["settings"] == {
+    printed = json.loads(out)
+    assert printed["settings"] == {
         "clients": 4, "by": "dirichlet", "alpha": 0.5, "min_examples": 10, "seed": 7, "resized": False,
     }  # fmt: skip
-    assert not told["cached"]
-    assert len(told["files"]) == 4
-    assert np.sum(told["counts"]) == 120
-    assert min(map(sum, told["counts"])) >= 10
+    assert not printed["cached"]
+    assert len(printed["files"]) == 4
+    assert np.sum(printed["counts"]) == 120
+    assert min(map(sum, printed["counts"])) >= 10
     assert json.loads(run(*words)[1])["cached"]
 
 

@@ -52,5 +52,5 @@ def test_values_keep_their_units_on_narrow_terminals(width):
     assert "\u2026" not in text.partition("round  updates")[0], text
 
 
-def test_names_are_no_markup():
+def test_names_are_not_read_as_markup():
     assert "[red]:boom:[/]" in drawn("hfedmoe", "[red]:boom:[/]")

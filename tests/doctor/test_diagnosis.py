@@ -69,8 +69,8 @@ def by_name(diagnosed):
 
 
 def test_this_machine_can_train_and_the_arithmetic_is_run(tmp_path):
-    told = []
-    diagnosed = examine(Options(device="cpu", state=tmp_path / "state"), told.append)
+    reported = []
+    diagnosed = examine(Options(device="cpu", state=tmp_path / "state"), reported.append)
     found = by_name(diagnosed)
     assert diagnosed.can_train, [finding for finding in diagnosed.findings if finding.state is State.PROBLEM]
     for name in ("matmul float32", "matmul bfloat16", "matmul float16", "expert layer"):
@@ -80,7 +80,7 @@ def test_this_machine_can_train_and_the_arithmetic_is_run(tmp_path):
     assert "MB/s" in found["state folder"].found
     assert diagnosed.facts.kind is MemoryKind.CPU
     assert diagnosed.arithmetic_ran
-    assert {"packages", "sensors", "expert layer", "disk"} <= set(told)
+    assert {"packages", "sensors", "expert layer", "disk"} <= set(reported)
     assert any("`server`" in sentence for sentence in diagnosed.left_out)
     assert list(tmp_path.iterdir()) == []
 

@@ -167,7 +167,7 @@ def test_a_worker_that_stops_answering_is_ended(worker, checks):
     assert worker.call(f"{checks}:add", 60, one=1, other=2).value == 3
 
 
-def test_what_a_check_prints_is_no_answer(worker, checks):
+def test_printed_output_of_a_check_is_not_its_answer(worker, checks):
     assert worker.call(f"{checks}:prints", 60).value == 2
 
 

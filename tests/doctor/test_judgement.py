@@ -38,7 +38,7 @@ def test_a_driver_that_works(device):
 
 
 @pytest.mark.parametrize("setting", [Setting(), Setting(container="docker"), Setting(is_wsl=True)])
-def test_no_driver_at_all_is_no_fault(device, parts, setting):
+def test_a_machine_without_a_driver_is_not_an_error(device, parts, setting):
     problem, remedy = explain(Answer(None, LIBRARY_NOT_FOUND), setting)
     facts = device("cpu-vm-2core", driver=parts["broken_driver"](problem, remedy))
     finding = one(sensors.gpu_findings(facts), "NVIDIA driver")
@@ -179,7 +179,7 @@ def test_swap_in_use_means_too_little_memory(device):
     assert one(of_memory(much), "swap").state is State.WARNING
 
 
-def test_zram_and_huge_pages_are_told(device):
+def test_zram_and_huge_pages_are_reported(device):
     findings = of_memory(device(host={"zram_used_bytes": GIB, "huge_pages_total": 512}))
     assert "1.0 GiB" in one(findings, "zram").found
     assert "512" in one(findings, "huge pages").found
@@ -298,7 +298,7 @@ def test_the_disk(tmp_path):
         (None, None, "Permission denied", State.PROBLEM),
     ],
 )
-def test_what_a_disk_is_good_for(tmp_path, free, speed, error, state):
+def test_verdicts_on_a_disk(tmp_path, free, speed, error, state):
     finding = host.disk_finding(host.DiskProbe(tmp_path, free, speed, error), tmp_path / "state")
     assert finding.state is state
     assert not error or error in finding.found

@@ -60,7 +60,7 @@ def test_an_expert_layer_with_a_wrong_result_or_gradient_is_noticed(monkeypatch)
         kernel_runs.masked_experts("cpu")
 
 
-def test_nothing_that_is_no_number_passes():
+def test_non_finite_numbers_are_refused():
     exact = torch.ones(4)
     with pytest.raises(WrongResult, match="1 of 4"):
         kernel_runs.compare(torch.tensor([1.0, math.nan, 1.0, 1.0]), exact, 0.1, "it")

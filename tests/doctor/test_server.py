@@ -113,6 +113,6 @@ def test_nobody_answers():
 
 
 @pytest.mark.parametrize(("url", "token"), [("127.0.0.1:80", None), ("http://", None), ("http://127.0.0.1", "ä")])
-def test_what_is_no_address_or_token_is_the_users_mistake(url, token):
+def test_an_invalid_address_or_token_is_a_usage_error(url, token):
     with pytest.raises(ConfigError):
         server_findings(url, token)

@@ -82,7 +82,7 @@ def test_orin_runs_code_of_its_family(device):
     assert "has no code" in on_gpu(facts, build(architectures=("sm_89", "sm_90"))).found
 
 
-def test_a_card_without_bfloat16_is_told(device):
+def test_a_card_without_bfloat16_is_reported(device):
     names = [
         finding.name
         for finding in torch_findings(device("t4"), build(architectures=("sm_75",)), PIP, gpu_requested=False)
@@ -108,7 +108,7 @@ def test_the_command_fits_old_cards_and_no_card(device):
     assert "index-url" not in install_command(device("cpu-vm-2core"))
 
 
-def test_a_recording_tells_of_torch_what_it_holds(device):
+def test_a_recording_reports_the_torch_that_it_recorded(device):
     (fine,) = recorded_torch_findings(device(), PIP)
     assert fine.state is State.OK
     facts = device(gpu={"cuda_index": None})

@@ -74,12 +74,11 @@ def test_unknown_silo_names_what_there_is():
     assert "silo:asyncio" in caught.value.remedy
 
 
-def test_python_without_source_is_a_data_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(silos, "_standard_library", lambda: tmp_path)
+def test_python_without_source_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="'xml' needs at least two readable documents; found 0"):
-        load_silo("xml")
+        load_silo("xml", tmp_path)
     with pytest.raises(DataError, match="no standard library source"):
-        pretraining_documents()
+        pretraining_documents(tmp_path)
 
 
 def test_python_without_topics_is_a_data_error(monkeypatch):
@@ -88,25 +87,23 @@ def test_python_without_topics_is_a_data_error(monkeypatch):
         load_silo("topics")
 
 
-def test_unreadable_file_is_a_data_error(tmp_path, monkeypatch):
+def test_unreadable_file_is_a_data_error(tmp_path):
     package = tmp_path / "xml"
     package.mkdir()
     (package / "a.py").write_text("a = 1\n")
     (package / "b.py").write_bytes(b"# coding: no-such-codec\n")
-    monkeypatch.setattr(silos, "_standard_library", lambda: tmp_path)
     with pytest.raises(DataError, match="cannot read .*b.py"):
-        load_silo("xml")
+        load_silo("xml", tmp_path)
 
 
-def test_tests_are_left_out_and_the_coding_cookie_is_honoured(tmp_path, monkeypatch):
+def test_tests_are_left_out_and_the_coding_cookie_is_honoured(tmp_path):
     package = tmp_path / "xml"
     for folder in ("test", "dom", "dom/tests"):
         (package / folder).mkdir(parents=True)
         (package / folder / "inside.py").write_text(f"# {folder}\n")
     (package / "test_things.py").write_text("# a test\n")
     (package / "latin.py").write_bytes(b"# coding: latin-1\r\n# caf\xe9\r\n")
-    monkeypatch.setattr(silos, "_standard_library", lambda: tmp_path)
-    silo = load_silo("xml")
+    silo = load_silo("xml", tmp_path)
     texts = {d.name: d.text for d in (*silo.train, *silo.held_out)}
     assert texts == {"xml/dom/inside.py": "# dom\n", "xml/latin.py": "# coding: latin-1\n# caf\xe9\n"}
 
@@ -122,7 +119,7 @@ def test_tests_are_left_out_and_the_coding_cookie_is_honoured(tmp_path, monkeypa
 )
 def test_held_out_count(sizes, held_out):
     documents = [Document(f"xml/{index}.py", "x" * size) for index, size in enumerate(sizes)]
-    chosen = silos._select_held_out(documents)
+    chosen = silos.select_held_out(documents)
     assert len(chosen) == held_out
     if 1000 in sizes:
         assert chosen == {"xml/1.py"}  # the smallest is the least lost

@@ -89,9 +89,9 @@ def test_dtype_is_cast_except_where_the_model_keeps_its_own(save_toy, tmp_path):
         export_checkpoint(MemorySource(units), toy.folder, tmp_path / "f16", "float16") / "model.safetensors"
     )
     for name in same:
-        kept = name.endswith("e_score_correction_bias")
-        assert same[name].dtype == (torch.float32 if kept else torch.bfloat16)
-        assert cast[name].dtype == (torch.float32 if kept else torch.float16)
+        stays_float32 = name.endswith("e_score_correction_bias")
+        assert same[name].dtype == (torch.float32 if stays_float32 else torch.bfloat16)
+        assert cast[name].dtype == (torch.float32 if stays_float32 else torch.float16)
     assert load(tmp_path / "f16", dtype="auto").dtype == torch.float16
     with pytest.raises(ConfigError, match="found 'int8'"):
         export_checkpoint(MemorySource(units), toy.folder, tmp_path / "int8", "int8")

@@ -177,7 +177,7 @@ def test_nothing_left_is_zero_with_a_reason():
     assert any("wanted, not enough was left" in term.origin for term in budget.terms)
 
 
-def test_a_limit_of_nothing_at_all_is_no_crash():
+def test_a_limit_of_zero_everywhere_does_not_crash():
     budget = plan_budget(laptop(cgroup_limit_bytes=of(0), cgroup_used_bytes=of(0)))
     assert budget.now_bytes == 0
     assert any("0 MiB container limit" in note for note in budget.notes)
@@ -309,7 +309,7 @@ def test_cpu_by_hand():
     assert small.now_bytes == pytest.approx((4 - 1.0) * 0.95 * GIB, abs=8)
 
 
-def test_cpu_counts_what_the_process_holds():
+def test_cpu_counts_the_memory_of_this_process():
     running = plan_budget(laptop(available=7 * GIB), own=OwnMemory(rss_bytes=5 * GIB))
     assert running.now_bytes == plan_budget(laptop()).now_bytes
     assert plan_budget(laptop(available=7 * GIB, own_rss_bytes=of(5 * GIB))).now_bytes == running.now_bytes
@@ -392,13 +392,13 @@ def test_the_owners_limit_wins():
     assert sum(term.signed_bytes for term in budget.terms) == 2 * GIB
 
 
-def test_a_limit_just_above_what_is_there_is_taken_with_a_warning():
+def test_a_limit_just_above_the_available_memory_is_taken_with_a_warning():
     measured = plan_budget(rtx()).now_bytes
     assert plan_budget(rtx(), override_bytes=measured).notes == ()
     assert len(plan_budget(rtx(), override_bytes=measured + 1).notes) == 1
 
 
-def test_a_limit_above_what_is_there_is_taken_with_a_warning():
+def test_a_limit_above_the_available_memory_is_taken_with_a_warning():
     budget = plan_budget(rtx(), override_bytes=20 * GIB)
     assert budget.now_bytes == 20 * GIB
     assert steps(budget) == {"`memory`": 20 * GIB}

@@ -47,7 +47,7 @@ def test_a_limit_may_stand_at_any_level(tmp_path):
     assert limit_of(tmp_path, files) == (4 * GIB, 3 * GIB)
 
 
-def test_the_fullest_level_tells_what_is_left_and_the_least_limit_the_limit(tmp_path):
+def test_room_is_that_of_the_fullest_level_and_the_limit_is_the_lowest(tmp_path):
     files = {
         "/proc/self/cgroup": "0::/a/b\n",
         f"{V2}/a/b/memory.max": str(4 * GIB),
@@ -113,7 +113,7 @@ def test_version_1(tmp_path):
     assert limit_of(tmp_path, files) == (2 * GIB, GIB // 2)
 
 
-def test_version_1_tells_of_a_limit_above_its_own_root(tmp_path):
+def test_version_1_reports_a_limit_above_its_own_root(tmp_path):
     files = {
         f"{V1}/memory.limit_in_bytes": NONE_V1,
         f"{V1}/memory.usage_in_bytes": str(GIB),
@@ -140,7 +140,7 @@ def test_a_limit_with_an_unknown_use(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "lots", "-5", "1e9", "0x10", b"\xff\xfe", "9" * 40])
-def test_a_limit_that_is_no_number_is_said(tmp_path, text):
+def test_a_limit_that_is_not_a_number_is_reported(tmp_path, text):
     limit = read_memory_limit(Files(write_root(tmp_path, {f"{V2}/memory.max": text}))).limit_bytes
     assert limit.reason is Reason.FAILED
     assert limit.source == f"{V2}/memory.max"
@@ -206,7 +206,7 @@ def test_the_room_is_never_negative_nor_above_any_limit(levels):
 
 
 @given(st.text(max_size=200), st.text(max_size=60), st.text(max_size=60))
-def test_no_text_is_an_error(own, limit, used):
+def test_an_empty_text_is_an_error(own, limit, used):
     texts = {"/proc/self/cgroup": own, f"{V2}/memory.max": limit, f"{V2}/memory.current": used, f"{V2}/cpu.max": used}
     found = read_memory_limit(Texts(texts))
     assert found.limit_bytes.value is None or found.limit_bytes.value >= 0

@@ -70,7 +70,7 @@ def test_a_meminfo_that_makes_no_sense(tmp_path, meminfo, total, available):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\x00\x80" * 50, b"nonsense\n", b"-1\n", b"9" * 5000, b"\n\n\n"])
-def test_garbage_in_any_file_is_a_reason_and_no_error(tmp_path, content):
+def test_garbage_in_any_file_gives_a_reason_and_no_error(tmp_path, content):
     paths = [*PC, "/proc/swaps", "/proc/buddyinfo", "/proc/self/cgroup", "/proc/1/cgroup", "/sys/fs/cgroup/memory.max",
              "/sys/fs/cgroup/cpu.max", "/sys/class/power_supply/BAT0/type", "/sys/class/power_supply/BAT0/capacity",
              "/proc/sys/kernel/osrelease", "/sys/firmware/devicetree/base/model"]  # fmt: skip
@@ -133,7 +133,7 @@ def test_a_file_is_read_to_a_limit(tmp_path, monkeypatch):
     assert Files(tmp_path).text("/a").value == "0123456789"
 
 
-def test_compressed_swap_is_told_by_the_memory_it_takes(tmp_path):
+def test_compressed_swap_counts_the_memory_it_takes(tmp_path):
     swaps = "Filename\tType\tSize\tUsed\tPriority\n/dev/zram0 partition 650173 2048 5\n/dev/sda2 partition 9 9 -2\n"
     used = host_of(tmp_path, {"/proc/swaps": swaps}).zram_used_bytes
     assert used.value == 2048 * KIB
@@ -161,12 +161,12 @@ def test_the_battery(tmp_path, files, percent, plugged):
 
 
 @pytest.mark.parametrize("capacity", ["-3", "101", "full", ""])
-def test_a_battery_that_tells_nothing_is_none(tmp_path, capacity):
+def test_a_battery_without_readings_is_none(tmp_path, capacity):
     base = "/sys/class/power_supply/BAT0"
     assert not host_of(tmp_path, {f"{base}/type": "Battery\n", f"{base}/capacity": capacity}).battery.known
 
 
-def test_a_mouse_is_no_battery_of_the_machine(tmp_path):
+def test_the_battery_of_a_mouse_is_not_the_machines(tmp_path):
     base = "/sys/class/power_supply/hid-0"
     files = {f"{base}/type": "Battery\n", f"{base}/scope": "Device\n", f"{base}/capacity": "90\n"}
     assert host_of(tmp_path, files).battery.reason is Reason.ABSENT
@@ -197,7 +197,7 @@ def test_the_container_that_the_environment_names(plain_machine, monkeypatch, va
     assert read_host(Files(plain_machine.root)).container.value == name
 
 
-def test_wsl_is_told_by_its_kernel_or_by_its_variable(plain_machine, monkeypatch):
+def test_wsl_is_recognised_by_its_kernel_or_by_its_variable(plain_machine, monkeypatch):
     files = Files(plain_machine.root)
     assert not host_files.is_wsl(files)
     monkeypatch.setenv("WSL_DISTRO_NAME", "Ubuntu")
@@ -241,7 +241,7 @@ def test_another_system_is_asked_through_psutil(tmp_path, monkeypatch):
 
 
 @given(st.text(max_size=300))
-def test_meminfo_never_gives_a_size_that_is_none(text):
+def test_meminfo_never_gives_an_invalid_size(text):
     assert all(0 <= size < host_files.LARGEST for size in host_files.parse_meminfo(text).values())
 
 

@@ -50,7 +50,7 @@ def test_chips_that_share_the_hosts_memory(name):
      "Tesla T4", "NVIDIA A10G", "NVIDIA L40S", "Tesla V100-SXM2-16GB", "NVIDIA GeForce GTX 1660 Ti", "NVIDIA RTX A2000",
      "NVIDIA RTX PRO 6000 Blackwell", "NVIDIA GeForce GT 1030", "Quadro P2000", "NVIDIA TITAN RTX"],
 )  # fmt: skip
-def test_cards_are_no_such_chips(name):
+def test_discrete_cards_are_not_integrated_chips(name):
     assert not chip_of(Reading.of(name, "x"))
     assert CARD_FAMILIES.search(name.lower())
 
@@ -148,7 +148,7 @@ def test_without_uuids_one_is_matched_to_one_and_two_to_none():
     assert [gpu.cuda_index for gpu in match_cuda(twins, cuda_report(device))] == [None, None, 0]
 
 
-def test_what_contradicts_is_not_matched():
+def test_contradicting_facts_are_not_matched():
     a = gpu_of(nvml_index=0, uuid=f"GPU-{UUIDS[0]}", compute_capability=(8, 9))
     (first, second) = match_cuda((a,), cuda_report(cuda_device(0, "other", UUIDS[1])))
     assert (first.cuda_index, second.cuda_index, second.nvml_index) == (None, 0, None)
@@ -293,7 +293,7 @@ def test_why_torch_cannot_use_cuda(monkeypatch):
     assert cuda.ask_torch().available.detail == "CUDA unknown error"
 
 
-def test_what_torch_tells_of_a_device(monkeypatch):
+def test_facts_that_torch_reports_about_a_device(monkeypatch):
     properties = types.SimpleNamespace(
         name="NVIDIA GB10", major=12, minor=1, total_memory=2**37, is_integrated=1, uuid=UUIDS[0]
     )

@@ -15,7 +15,7 @@ def test_sizes_are_read(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "much", "-2GiB", "0", "2 XiB", "GiB", "nan"])
-def test_what_is_no_size_is_refused(text):
+def test_an_invalid_size_is_refused(text):
     with pytest.raises(ConfigError, match="invalid memory size"):
         memory.parse_bytes(text)
 

@@ -84,7 +84,7 @@ def test_an_agent_that_ended_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_later_process_of_the_same_number_is_no_agent(tmp_path):
+def test_a_later_process_with_the_same_pid_is_not_an_agent(tmp_path):
     with agent(tmp_path) as other:
         file = tmp_path / f"{other.pid}.json"
         entry = msgspec.json.decode(file.read_bytes())
@@ -128,20 +128,20 @@ def test_two_agents_plan_no_more_than_the_machine_has():
     assert any("another edgefed agent" in note for note in shared.notes)
     limited = plan_budget(facts, others=[OtherAgent(7, 0, GIB)])
     assert limited.now_bytes == alone.now_bytes - GIB
-    told = plan_budget(facts, override_bytes=alone.now_bytes, others=[other])
-    assert told.now_bytes == alone.now_bytes  # the owner's limit wins, with a warning
-    assert any("is more than the" in note for note in told.notes)
+    by_the_owner = plan_budget(facts, override_bytes=alone.now_bytes, others=[other])
+    assert by_the_owner.now_bytes == alone.now_bytes  # the owner's limit wins, with a warning
+    assert any("is more than the" in note for note in by_the_owner.notes)
 
 
-def test_what_other_agents_hold_counts_as_shared():
-    """An agent that already holds half of the memory leaves the other half, not a quarter."""
+def test_memory_of_other_agents_counts_as_shared():
+    """An agent that already uses half of the memory leaves the other half, not a quarter."""
     facts = facts_of(find_profile("rpi-5"))
     alone = plan_budget(facts)
     half = alone.now_bytes // 2
-    held = facts.host.memory_available_bytes.value - int(half / 0.95)
+    available = facts.host.memory_available_bytes.value - int(half / 0.95)
     busy = dataclasses.replace(
         facts, host=dataclasses.replace(facts.host, memory_available_bytes=facts.host.memory_available_bytes.map(
-            lambda _: held))
+            lambda _: available))
     )  # fmt: skip
     shared = plan_budget(busy, others=[OtherAgent(7, half, None)])
     assert shared.now_bytes == pytest.approx(half, rel=0.01)

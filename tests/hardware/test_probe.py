@@ -82,7 +82,7 @@ def test_the_kind_of_memory(machine, name, lines, kind):
         assert any("memory of this GPU is unknown" in note and "`memory`" in note for note in facts.notes)
 
 
-def test_a_total_of_zero_is_no_size(machine):
+def test_a_total_of_zero_is_not_a_size(machine):
     machine.driver("gb10", "0.Memory = 0 0 0")
     memory = machine.probe().gpu.memory_total_bytes
     assert memory.value is None
@@ -123,14 +123,14 @@ def test_placeholders_are_missing_values(machine):
         assert getattr(gpu, name).reason is Reason.IMPLAUSIBLE, name
 
 
-def test_a_pcie_link_that_is_none_is_not_reported(machine):
+def test_an_invalid_pcie_link_is_not_reported(machine):
     machine.driver("gb10")
     assert machine.probe().gpu.pcie_generation.reason is Reason.IMPLAUSIBLE
     machine.say("rtx4090", "0.BusType = 7")
     assert machine.probe().gpu.pcie_width.reason is Reason.NOT_SUPPORTED
 
 
-def test_a_field_that_is_forbidden_does_not_take_the_others_with_it(machine):
+def test_a_forbidden_field_leaves_the_others_readable(machine):
     machine.driver("rtx4090", "0.PowerUsage = !4", "0.Compute = !4", "0.UUID = !4", "0.Clock1 = !999", "0.Name = !17")
     facts = machine.probe()
     gpu = facts.gpu
@@ -280,7 +280,7 @@ def test_a_jetson_without_nvml_is_known_by_its_files(plain_machine):
     assert not facts.trains_on_gpu
 
 
-def test_a_jetson_with_nvml_takes_from_its_files_what_nvml_does_not_tell(machine):
+def test_a_jetson_with_nvml_reads_from_its_files_what_nvml_lacks(machine):
     machine.files(THOR)
     machine.driver("thor")
     gpu = machine.probe().gpu

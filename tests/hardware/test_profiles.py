@@ -117,7 +117,9 @@ def test_every_shipped_profile_is_whole(profile):
     for figure in [*figures.values(), *(each for mode in profile.power_modes for each in mode.figures.values())]:
         assert figure.basis in BASES
         assert len(figure.source) > 3
-        assert "from memory" not in figure.note or figure.basis == "derived", "what nobody checked is no data sheet"
+        assert "from memory" not in figure.note or figure.basis == "derived", (
+            "an unchecked figure is not from a data sheet"
+        )
     visible, total = profile.value("memory_visible"), profile.value("memory_total")
     assert visible <= total * 1.001
     assert visible > 0.85 * total * 10**9 / GIB
@@ -264,7 +266,7 @@ def test_a_small_profile_is_enough():
         ),
     ],
 )
-def test_what_is_wrong_is_named_with_file_and_key(old, new, said):
+def test_errors_name_file_and_key(old, new, said):
     assert old in VALID
     with pytest.raises(ConfigError) as caught:
         parse_profile(VALID.replace(old, new, 1), "mine.toml")
@@ -471,7 +473,7 @@ def test_measured_figures_override_the_profile():
 
 
 @pytest.mark.parametrize("profile", SHIPPED.values(), ids=SHIPPED)
-def test_what_is_written_reads_back_the_same(profile):
+def test_a_written_file_reads_back_the_same(profile):
     assert parse_profile(to_toml(profile), "round.toml") == profile
 
 

@@ -198,7 +198,7 @@ def test_a_damaged_recording_is_a_setting_that_is_wrong(machine, path, value):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"null"])
-def test_a_file_that_is_no_recording(tmp_path, content):
+def test_a_file_that_is_not_a_recording(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"x\.json is not a recording"):

@@ -42,7 +42,7 @@ def test_a_thor(tmp_path):
     assert tegra.temperature_celsius.value == 41.5
 
 
-def test_a_machine_that_is_no_jetson(tmp_path):
+def test_a_machine_that_is_not_a_jetson(tmp_path):
     assert tegra_of(tmp_path, PC) is None
     assert tegra_of(tmp_path, {"/proc/device-tree/compatible": "raspberrypi,5-model-b\0brcm,bcm2712\0"}) is None
 
@@ -114,7 +114,7 @@ def test_the_power_mode(tmp_path, files, mode):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\x00\x80", b"-1", b"nonsense", b"9" * 60, b"0"])
-def test_garbage_in_any_file_is_a_reason_and_no_error(tmp_path, content):
+def test_garbage_in_any_file_gives_a_reason_and_no_error(tmp_path, content):
     files = dict.fromkeys(ORIN, content)
     files["/proc/device-tree/compatible"] = "nvidia,tegra234\0"
     tegra = tegra_of(tmp_path, files)

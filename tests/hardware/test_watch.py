@@ -91,11 +91,11 @@ def test_swapping_counts_when_it_goes_on_not_when_it_happened():
 
 
 def test_gpu_pages_that_no_process_shows_count_on_unified_memory_only():
-    held = sample(process_bytes_sum=int(0.94 * 32 * GIB))
-    assert rule_of(LIMITS[MemoryKind.UNIFIED], held) == "processes"
+    full = sample(process_bytes_sum=int(0.94 * 32 * GIB))
+    assert rule_of(LIMITS[MemoryKind.UNIFIED], full) == "processes"
     assert rule_of(LIMITS[MemoryKind.UNIFIED], sample(process_bytes_sum=int(0.92 * 32 * GIB))) is None
-    assert rule_of(LIMITS[MemoryKind.DISCRETE], held) is None
-    assert rule_of(dataclasses.replace(LIMITS[MemoryKind.UNIFIED], memory_total_bytes=None), held) is None
+    assert rule_of(LIMITS[MemoryKind.DISCRETE], full) is None
+    assert rule_of(dataclasses.replace(LIMITS[MemoryKind.UNIFIED], memory_total_bytes=None), full) is None
 
 
 def test_a_gpu_that_fills_up_counts_on_discrete_memory_only():
@@ -209,23 +209,23 @@ def test_it_samples_at_most_twice_a_second_by_default():
     assert min(b - a for a, b in zip(sensors.times, sensors.times[1:], strict=False)) >= 0.45
 
 
-def test_an_event_is_told_once_until_it_is_over():
-    told, sensors = [], FakeSensors(sample(throttle_reasons=0x40))
-    watch = PressureWatch(sensors, LIMITS[MemoryKind.DISCRETE], on_event=lambda name, sentence: told.append(name))
+def test_an_event_is_reported_once_until_it_is_over():
+    events, sensors = [], FakeSensors(sample(throttle_reasons=0x40))
+    watch = PressureWatch(sensors, LIMITS[MemoryKind.DISCRETE], on_event=lambda name, sentence: events.append(name))
     for _ in range(3):
         watch.look()
-    assert told == ["throttled"]
+    assert events == ["throttled"]
     assert not watch.lost()
     sensors.now = sample()
     watch.look()
     sensors.now = sample(throttle_reasons=0x40)
     watch.look()
-    assert told == ["throttled", "throttled"]
+    assert events == ["throttled", "throttled"]
     sensors.now = sample()
     sensors.now.gpu_free_bytes = Reading.missing(Reason.LOST, "NVML memory v2")
     watch.look()
     watch.look()
-    assert told[2:] == ["lost"]
+    assert events[2:] == ["lost"]
     assert "NVML memory v2" in watch.lost()
 
 

@@ -126,7 +126,7 @@ def test_every_method_is_deterministic_and_leaves_the_given_models_alone(name):
     assert one.final() == other.final()
     assert one.received == other.received
     assert all(map(same, models, others))
-    assert all(same(parameters(client.model), kept) for client, kept in zip(clients, before, strict=True))
+    assert all(same(parameters(client.model), start) for client, start in zip(clients, before, strict=True))
 
 
 def test_theta_after_a_round_is_the_weighted_mean_and_the_rest_stays():
@@ -355,7 +355,7 @@ def test_flops_are_those_of_the_products_forward_and_backward():
     assert history.flops[0] == (forward + backward) * len(clients[0].train)
 
 
-def test_momentum_stays_with_the_client_and_not_with_what_came_from_elsewhere():
+def test_momentum_of_own_tensors_stays_and_momentum_of_received_tensors_does_not():
     method = dataclasses.replace(METHOD, momentum=0.9)
     strategy = make_strategy("fedmoe", small_clients(2), method, seed=0)
     run(strategy, Settings(1))

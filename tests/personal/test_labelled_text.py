@@ -117,7 +117,7 @@ def test_bad_lines_are_reported_by_number_and_the_others_are_used(tmp_path):
         ("d.txt", b"secret words", "unsupported suffix"),
     ],
 )
-def test_what_cannot_be_used_is_named_and_never_quoted(tmp_path, name, content, message):
+def test_invalid_values_are_named_and_never_quoted(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
         load_labelled_texts(tmp_path / name)
@@ -125,7 +125,7 @@ def test_what_cannot_be_used_is_named_and_never_quoted(tmp_path, name, content, 
     assert error.value.remedy
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_missing_things_are_named(tmp_path):
     with pytest.raises(DataError, match="file not found"):
         load_labelled_texts(str(tmp_path / "d.csv"))
     (tmp_path / "d.csv").mkdir()

@@ -221,7 +221,7 @@ def test_one_weight_per_example_also_where_there_is_an_answer_per_token():
     torch.testing.assert_close(logits, own.header(mixed))
 
 
-def test_what_is_frozen_stays():
+def test_frozen_parameters_stay_as_they_are():
     mixture = make_mixture()
     frozen = mixture.own.extractor[1].weight.requires_grad_(False)
     before = frozen.clone()
@@ -260,7 +260,7 @@ def test_it_learns_and_is_evaluated_on_every_example_in_its_order():
     assert after.accuracy == float((logits.argmax(1) == every.labels).float().mean())
 
 
-def test_a_loss_that_is_no_number_ends_training():
+def test_a_non_finite_loss_ends_training():
     mixture = make_mixture()
     with torch.no_grad():
         mixture.own.header.weight.fill_(torch.inf)
@@ -290,10 +290,10 @@ def test_holding_out_leaves_an_example_of_each_class_and_takes_a_share_of_each(c
     labels = np.repeat(np.arange(len(counts)), counts)
     numbers = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1)
     samples = ImageSamples(numbers, labels, tuple("abcd"[: len(counts)]))
-    training, held = hold_out(samples, share, seed)
-    assert sorted([*training.images.flat, *held.images.flat]) == list(range(len(labels)))
+    training, held_out = hold_out(samples, share, seed)
+    assert sorted([*training.images.flat, *held_out.images.flat]) == list(range(len(labels)))
     for label, count in enumerate(counts):
-        assert (held.labels == label).sum() == min(round(share * count), count - 1)
+        assert (held_out.labels == label).sum() == min(round(share * count), count - 1)
         assert (training.labels == label).sum() >= 1
     again, _ = hold_out(samples, share, seed)
     assert np.array_equal(again.images, training.images)

@@ -370,7 +370,7 @@ BAD = {
     "another number of classes": (lambda: ResNetLike(1000), "has 1000 outputs, but the data has 7", "num_classes"),
     "a header of another number": (lambda: Parts(classes=3), "has 3 outputs, but the data has 7", "num_classes"),
     "a wrong width": (lambda: Parts(width=9), "is 9, but its extractor returns 6", "Set width to 6"),
-    "a width that is no number": (lambda: Parts(width="six"), "must be an integer, found 'six'", "Remove it"),
+    "a width that is not a number": (lambda: Parts(width="six"), "must be an integer, found 'six'", "Remove it"),
     "features that are maps": (with_("extractor", nn.Conv2d(3, 6, 3)), r"\(4, 6, 30, 30\) .* not features \(4, width\)",
                                "Pool or flatten"),
     "a header that refuses the features": (with_("header", nn.Linear(9, CLASSES)), "header rejects", "Change"),
@@ -380,7 +380,7 @@ BAD = {
     "a header with a log-softmax": (with_("header", nn.Sequential(nn.Linear(6, CLASSES), nn.LogSoftmax(-1))),
                                     "returns log-probabilities", "softmax"),
     "parameters outside": (with_("temperature", nn.Parameter(torch.ones(1))), "'temperature'", "only extractor and"),
-    "a state that is no tensor": (KeepsWords, "not a tensor", "Make it a tensor"),
+    "a state that is not a tensor": (KeepsWords, "not a tensor", "Make it a tensor"),
     "nothing": (lambda: None, "returned None, not a torch.nn.Module", "Return the model"),
     "a class": (lambda: ResNetLike, "returned a type", "Return the model"),
     "no weights": (lambda: nn.Linear(4, 4, device="meta"), "uninitialised parameters", "initialised"),
@@ -389,7 +389,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_used_is_refused_by_name(what, spec_of):
+def test_unusable_models_are_refused_by_name(what, spec_of):
     function, message, remedy = BAD[what]
     with pytest.raises(ModelError, match=message) as error:
         load(spec_of(function))
@@ -397,7 +397,7 @@ def test_what_cannot_be_used_is_refused_by_name(what, spec_of):
     assert remedy in error.value.remedy
 
 
-def test_a_module_that_returns_a_tuple_is_told_what_to_return(spec_of):
+def test_a_module_that_returns_a_tuple_gets_a_remedy(spec_of):
     class Pair(nn.Module):
         def forward(self, x):
             return x.flatten(1), None
@@ -432,7 +432,7 @@ def test_code_lies_in_the_working_directory_and_knows_its_neighbours(user_file, 
     assert sys.path == before
 
 
-def test_what_the_users_code_raises_is_told_with_its_place(user_file, tmp_path):
+def test_errors_of_the_users_code_are_reported_with_their_place(user_file, tmp_path):
     name = user_file(
         "import torch\n\ndef build_model():\n    return helper()\n\ndef helper():\n    torch.ones(2) @ torch.ones(3)\n"
     )

@@ -92,7 +92,7 @@ def test_alpha_decides_how_unlike_clients_are():
     assert largest_share(1000.0) < 0.13
 
 
-def test_partitions_that_cannot_be_are_refused():
+def test_impossible_partitions_are_refused():
     labels = np.repeat([0, 1], [50, 3])
     with pytest.raises(ConfigError, match="classes_per_client is 3, but the data has 2"):
         partition_by_class(labels, 4, 3, 0)

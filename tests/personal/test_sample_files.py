@@ -71,7 +71,7 @@ def test_a_single_class_is_fine_and_unread_arrays_are_named(tmp_path):
     assert notes == ["ignored arrays: x_test, y_test"]
 
 
-def test_other_sizes_are_an_error_that_says_both_and_resize_scales_them(tmp_path):
+def test_another_size_is_an_error_that_names_both_and_resize_scales_it(tmp_path):
     large = np.repeat(np.repeat(PIXELS, 2, axis=1), 2, axis=2)
     path = saved(tmp_path / "d.npz", images=large, labels=LABELS)
     with pytest.raises(DataError, match=r"64x64 \(6\); expected 32x32") as error:
@@ -126,7 +126,7 @@ def test_nothing_is_unpickled(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY\x01\x00"])
-def test_what_is_no_archive_is_unreadable(tmp_path, content):
+def test_a_file_that_is_not_an_archive_is_unreadable(tmp_path, content):
     (tmp_path / "d.npz").write_bytes(content)
     with pytest.raises(DataError, match="cannot read"):
         load_images(tmp_path / "d.npz")
@@ -248,7 +248,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
         load_images(root)
 
 
-def test_what_is_not_there_or_of_another_kind_is_named(tmp_path):
+def test_a_missing_or_wrong_kind_of_file_is_named(tmp_path):
     with pytest.raises(DataError, match="file or folder not found"):
         load_images(tmp_path / "nothing.npz")
     (tmp_path / "d.txt").write_text("text")

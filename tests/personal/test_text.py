@@ -157,14 +157,14 @@ def test_each_model_gets_the_ids_of_its_own_tokenizer(packaged, bert):
     assert batch.labels.dtype == torch.int64
     assert (samples.shared.max_length, samples.own.max_length) == (6, 6)
     assert samples.own.num_truncated == 2
-    train, held = hold_out(samples, 0.5, seed=0)
-    assert len(train) == len(held) == 2
-    assert sorted(train.labels) == sorted(held.labels) == [0, 1]
-    whole = {tuple(row) for part in (train, held) for row in part.batch(np.arange(2)).shared["input_ids"].tolist()}
+    train, held_out = hold_out(samples, 0.5, seed=0)
+    assert len(train) == len(held_out) == 2
+    assert sorted(train.labels) == sorted(held_out.labels) == [0, 1]
+    whole = {tuple(row) for part in (train, held_out) for row in part.batch(np.arange(2)).shared["input_ids"].tolist()}
     assert len(whole) == 4
 
 
-def test_texts_of_one_vocabulary_are_kept_once(packaged):
+def test_texts_of_one_vocabulary_are_stored_once(packaged):
     twin = load_tokenizer(resolve_model("tiny"))
     samples = text_samples(TEXTS, LABELS, ("a", "b"), shared_tokenizer=packaged, own_tokenizer=twin, length=9)
     batch = samples.subset(np.arange(3)).batch(np.arange(2))
@@ -173,7 +173,7 @@ def test_texts_of_one_vocabulary_are_kept_once(packaged):
 
 
 @pytest.mark.parametrize("text", ["", "   \n\t "])
-def test_an_empty_text_is_told_by_its_number(packaged, bert, text):
+def test_an_empty_text_is_reported_by_its_number(packaged, bert, text):
     for tokenizer in (packaged, load_tokenizer(bert)):  # the second makes [CLS] [SEP] of it
         with pytest.raises(DataError, match="text 2 of 3 is empty"):
             tokenize(["one", text, "three"], tokenizer, 8)
@@ -272,7 +272,7 @@ def test_extractor_and_header_of_a_language_model_are_the_whole_model(tmp_path, 
         torch.testing.assert_close(model.eval()(inputs), whole(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_predict_tokens_is_refused_by_name(bert, tmp_path):
+def test_models_that_cannot_predict_tokens_are_refused_by_name(bert, tmp_path):
     masked = tiny_bert(tmp_path, load_tokenizer(bert), with_head=True)
     for spec, why in (
         (masked, "attends to later tokens"),
@@ -287,7 +287,7 @@ def test_what_cannot_predict_tokens_is_refused_by_name(bert, tmp_path):
     check_causal(TextExtractor(30, True, SMALL), 30, "mine")
 
 
-def test_checkpoints_that_cannot_be_used_are_told_apart(tmp_path, bert, llama, monkeypatch):
+def test_unusable_checkpoints_are_distinguished(tmp_path, bert, llama, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelNotFound) as caught:
         load_text_model(str(tmp_path / "nothing"), num_classes=2, task="text")
@@ -436,7 +436,7 @@ def test_clients_with_unlike_models_and_tokenizers_share_what_they_learn(package
         assert found.accuracy > BETTER_THAN_CHANCE
 
 
-TOLD = {"fedmoe": 2_102_272, "static": 2_102_272, "fml": 2_102_272 + 257 * 4, "standalone": 0}
+SENT_BYTES = {"fedmoe": 2_102_272, "static": 2_102_272, "fml": 2_102_272 + 257 * 4, "standalone": 0}
 
 
 @pytest.mark.parametrize("name", ["fedmoe", "static", "standalone", "fedavg", "fedproto", "lg-fedavg", "fml"])
@@ -450,7 +450,7 @@ def test_every_method_of_the_comparison_reads_text(name, packaged):
     history = run(make_strategy(name, clients, FedMoE(batch_size=8), seed=0, **options), Settings(1))
     sent = history.rounds[0].parameters_up
     assert all(np.isfinite(loss) for loss in history.rounds[0].losses.values())
-    assert sent[0] == TOLD.get(name, sent[0])
+    assert sent[0] == SENT_BYTES.get(name, sent[0])
     assert (max(sent.values()) > 0) == (name != "standalone")
 
 

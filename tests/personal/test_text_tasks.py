@@ -84,7 +84,7 @@ def code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def learns(opened) -> None:
+def assert_that_it_learns(opened) -> None:
     mixture = LocalMixture(opened.shared, opened.own, Gate(opened.shared.gate_in, 8))
     before = opened.shared.encoder.embedding.weight.detach().clone()
     optimizer = make_optimizer(mixture.groups(), Rates())
@@ -121,7 +121,7 @@ def test_labelled_texts(files, labelled, code, model):
     assert batch.shared["input_ids"].shape == (16, 24)
     assert (batch.own is batch.shared) == (model != "text-cnn")
     assert batch.own["input_ids"].shape == (16, 24)
-    learns(opened)
+    assert_that_it_learns(opened)
 
 
 @pytest.mark.parametrize("model", ["text-gru", "my_text:build_model"])
@@ -135,10 +135,10 @@ def test_the_next_token(files, code, tmp_path, model):
     assert len(opened.train) > len(opened.held_out) > 0
     batch = opened.train.batch(np.arange(2))
     assert batch.shared["input_ids"].shape == batch.labels.shape == (2, 32)
-    learns(opened)
+    assert_that_it_learns(opened)
 
 
-def test_what_does_not_fit_is_told(files, labelled, code, tmp_path):
+def test_a_model_that_does_not_fit_is_reported(files, labelled, code, tmp_path):
     llama = tiny_llama(tmp_path / "llama", word_tokenizer(labelled_lines(5)[0], 90, specials=False, end="<end>"))
     with pytest.raises(ConfigError, match="needs the run's vocabulary"):
         make_task("next-token", labelled, llama, "me", 0.2).open("text-small", files, 3, 16)

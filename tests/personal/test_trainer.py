@@ -85,10 +85,10 @@ def test_theta_is_all_that_is_in_the_update(table, images, tmp_path):
     first = FrameSource(table.manifest.units, table.paths).read(unit.key)
     trained = {name.rpartition("|")[2]: frames.map_tensor(tmp_path / "update", entry) for name, entry in header.items()}
     assert all(not np.array_equal(trained[name], tensor.numpy()) for name, tensor in first.items())
-    kept = tensors_of(state_of(tmp_path / "me"))
+    saved = tensors_of(state_of(tmp_path / "me"))
     for name, value in trained.items():
-        np.testing.assert_array_equal(kept[f"shared.{name}"].numpy(), value)
-    own = sum(value.numel() for name, value in kept.items() if name.startswith("own."))
+        np.testing.assert_array_equal(saved[f"shared.{name}"].numpy(), value)
+    own = sum(value.numel() for name, value in saved.items() if name.startswith("own."))
     assert own == 2_621_558, "cnn1 with ten classes stays here"
     assert update.experts == ()
     assert update.survey is None
@@ -98,7 +98,7 @@ def test_theta_is_all_that_is_in_the_update(table, images, tmp_path):
     assert 0 < update.metrics["shared_extractor_share"] < 1
 
 
-def test_own_model_gate_and_momentum_go_on_and_theta_is_the_rounds(images, tmp_path):
+def test_own_model_gate_and_momentum_continue_and_theta_is_that_of_the_round(images, tmp_path):
     table = Table(tmp_path / "run", momentum=0.9)
     trainer = trainer_of(images, tmp_path / "me")
     table.round(trainer, tmp_path / "update")
@@ -110,7 +110,7 @@ def test_own_model_gate_and_momentum_go_on_and_theta_is_the_rounds(images, tmp_p
     class Look(NullProgress):
         def phase(self, name, total=None, unit="B"):
             if name == "train":
-                seen.update({n: v.clone() for n, v in trainer._mixture.state_dict().items()})
+                seen.update({n: v.clone() for n, v in trainer.mixture.state_dict().items()})
 
     table.round(trainer, tmp_path / "update", 2, Look())
     theta = FrameSource(table.manifest.units, table.paths).read("extractor")
@@ -131,8 +131,8 @@ def test_a_restart_and_a_repeated_round_end_where_an_uninterrupted_device_ends(i
                 trainer = trainer_of(images, tmp_path / name / "me")
             table.round(trainer, tmp_path / name / "update", server_round)
         updates[name] = (tmp_path / name / "update").read_bytes()
-        kept = sorted(path.name for path in state_of(tmp_path / name / "me").parent.iterdir())
-        assert kept == ["round-000002.safetensors", "round-000003.safetensors"]
+        files = sorted(path.name for path in state_of(tmp_path / name / "me").parent.iterdir())
+        assert files == ["round-000002.safetensors", "round-000003.safetensors"]
     assert updates["once"] == updates["restarted"]
 
 
@@ -179,7 +179,7 @@ def test_runs_and_tasks_that_do_not_go_together(images, tmp_path):
         make_task("images", images, None, "me", 0.1)
 
 
-def test_a_loss_that_is_no_number_ends_the_round_and_keeps_nothing(images, tmp_path):
+def test_a_non_finite_loss_ends_the_round_and_saves_nothing(images, tmp_path):
     table = Table(tmp_path / "run", model_lr=1e30, extractor_lr=1e30, local_epochs=3)
     with pytest.raises(TrainingDiverged):
         table.round(trainer_of(images, tmp_path / "me"), tmp_path / "update")

@@ -43,8 +43,8 @@ def labelled_lines(per_class: int, lines: int = 4, classes: tuple[str, ...] = CL
     for label, name in enumerate(classes):
         silo, runs = load_silo(name), []
         for document in silo.held_out if held_out else silo.train:
-            kept = [line for line in document.text.splitlines() if line.strip()]
-            runs += ["\n".join(kept[start : start + lines]) for start in range(0, len(kept) - lines, lines)]
+            full_lines = [line for line in document.text.splitlines() if line.strip()]
+            runs += ["\n".join(full_lines[start : start + lines]) for start in range(0, len(full_lines) - lines, lines)]
         chosen = np.random.default_rng(label).permutation(len(runs))[:per_class]
         assert len(chosen) == per_class, f"{name} has {len(runs)} runs"
         texts += [runs[index] for index in chosen]
