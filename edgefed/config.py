@@ -1,4 +1,4 @@
-"""Settings: what a command or an object of the Python API can be told, and where the values come from.
+"""Settings of a command or an object of the Python API, and the sources of their values.
 
 A settings class is a dataclass whose fields carry a `Setting`:
 

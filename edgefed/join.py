@@ -105,7 +105,7 @@ class DeviceMemory:
         return self.latest
 
     def describe(self) -> DeviceInfo:
-        """What the aggregator learns of this device at registration."""
+        """Return the facts about this device that the agent sends at registration."""
         facts, budget = self.facts, self.latest
         profile = match_profile(facts)
         gpu = facts.gpu if budget.kind is not MemoryKind.CPU else None
@@ -146,7 +146,7 @@ class DeviceMemory:
         return PressureWatch(MemorySensors(watched), limits)
 
     def close(self) -> None:
-        """Tell the other agents of this machine that this one needs no memory any more."""
+        """Remove this agent from the registry: it needs no memory any more."""
         self._registry.leave()
 
     def _plan(self, facts: DeviceFacts) -> MemoryBudget:

@@ -157,9 +157,9 @@ def save_partition_picture(path: Path, counts: np.ndarray, classes: Sequence[str
 
 
 def _legend(plan: ExpertPlan | None) -> str:
-    meanings = {Role.TRAINABLE: "dot: trained", Role.FROZEN: "ring: held", Role.MERGED: "cross: merged"}
+    meanings = {Role.TRAINABLE: "dot: trained", Role.FROZEN: "ring: resident", Role.MERGED: "cross: merged"}
     here = [text for role, text in meanings.items() if plan and any((roles == role).any() for roles in plan.roles)]
-    return ", ".join(here) or "nothing is held"
+    return ", ".join(here) or "no resident experts"
 
 
 def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:

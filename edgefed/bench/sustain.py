@@ -89,7 +89,7 @@ class DeviceSensors:
         return self.sense().energy_joules
 
     def room_bytes(self) -> int | None:
-        """Return the bytes that may be allocated above the system's reserve, None when sensors cannot tell."""
+        """Return the bytes that may be allocated above the system's reserve; None if it is unknown."""
         sample = self._memory.sample()
         host = self._host_room(sample)
         if not self._on_gpu or self._facts.kind is MemoryKind.UNIFIED or self._facts.gpu is None:

@@ -15,7 +15,7 @@ from edgefed.errors import EdgefedError
 from edgefed.hardware.memory import format_bytes
 
 PLAIN_WIDTH = 140
-"""Width of tables that go to a file or a pipe, where there is no terminal to ask."""
+"""Width of tables that are written to a file or a pipe."""
 
 
 def stdout_console() -> Console:
@@ -56,7 +56,7 @@ def print_error(error: EdgefedError, *, as_json: bool) -> None:
 
 
 def print_note(text: str) -> None:
-    """One line on stderr that is no error."""
+    """Print one line on stderr that is not an error."""
     stderr_console().print(to_flags(text), markup=False)
 
 

@@ -116,7 +116,7 @@ def render_status(status: Status, width: int = 140) -> RenderableType:
     shown = [index for index, name in enumerate(columns) if name not in left_out]
     clients = make_table(*(columns[index] for index in shown))
     for client in status.clients:
-        busy = client.state != "finished"  # the last heartbeat of a finished client tells of the past
+        busy = client.state != "finished"  # the last heartbeat of a finished client is out of date
         row: tuple[RenderableType, ...] = (
             Text(client.name),
             client.state,

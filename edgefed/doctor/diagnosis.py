@@ -54,7 +54,7 @@ class Options:
 
 
 def examine(options: Options, on_check: OnCheck = lambda name: None) -> Diagnosis:
-    """Examine this machine. ``on_check`` is told what is looked at next.
+    """Examine this machine. ``on_check`` gets the name of the next check.
 
     Raises ConfigError when an option itself is wrong; a device that is not there is a problem, not an error.
     """
@@ -70,9 +70,9 @@ def examine(options: Options, on_check: OnCheck = lambda name: None) -> Diagnosi
         on_check("sensors")
         alone = worker.call(f"{QUERIES}:sensors", SENSOR_LIMIT_S, device=None, ask_torch=False)
         on_check("torch")
-        build, torch_faults = _torch(worker, SENSOR_LIMIT_S if alone.died else IMPORT_LIMIT_S)
-        facts, sensor_faults = _sensors(worker, options, alone, ask_torch=build is not None)
-        findings += sensor_faults
+        build, torch_errors = _torch(worker, SENSOR_LIMIT_S if alone.died else IMPORT_LIMIT_S)
+        facts, sensor_errors = _sensors(worker, options, alone, ask_torch=build is not None)
+        findings += sensor_errors
         if facts is not None:
             findings += judge_facts(facts, gpu_requested=options.gpu_requested)
             command = torch_command(facts)
@@ -81,7 +81,7 @@ def examine(options: Options, on_check: OnCheck = lambda name: None) -> Diagnosi
                     Group.TORCH, lambda: torch_findings(facts, build, command, gpu_requested=options.gpu_requested)
                 )
         if not any(finding.name == "torch" and finding.state is State.PROBLEM for finding in findings):
-            findings += torch_faults  # otherwise the packages told already that it is not there
+            findings += torch_errors  # otherwise the check of packages has reported it
         if build is not None and facts is not None and not options.quick:
             findings += _kernels(worker, facts, on_check)
         if build is not None:
@@ -136,8 +136,8 @@ def _guarded(group: Group, check: Callable[[], Iterable[Finding]]) -> list[Findi
         return list(check())
     except ConfigError:
         raise
-    except Exception as fault:  # an unexpected error must not end the examination
-        text = f"the check failed: {type(fault).__name__}: {fault}"
+    except Exception as caught:  # an unexpected error must not end the examination
+        text = f"the check failed: {type(caught).__name__}: {caught}"
         return [
             Finding(
                 group, "check", State.PROBLEM, text, "This is a bug of edgefed; the check gave no result.",

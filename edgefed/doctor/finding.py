@@ -42,7 +42,7 @@ class Group(str, enum.Enum):
 class Finding:
     """One check's result.
 
-    ``found`` says what is there, ``why`` why that matters, ``fix`` what to do, ``command`` a line to copy. A warning or
+    ``found`` is the result, ``why`` the reason it matters, ``fix`` what to do, ``command`` a line to copy. A warning or
     a problem always has a ``fix`` or a ``command``.
     """
 

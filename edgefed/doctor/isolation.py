@@ -72,8 +72,8 @@ class Worker:
         if self._process is None:
             try:
                 self._start()
-            except OSError as fault:
-                return Outcome(failure=f"no process could be started for it: {fault.strerror or fault}")
+            except OSError as error:
+                return Outcome(failure=f"no process could be started for it: {error.strerror or error}")
         request = {"target": target, "arguments": arguments, "timeout_s": timeout_s}
         try:
             self._send(request)

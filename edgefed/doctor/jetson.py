@@ -110,7 +110,7 @@ def _power(facts: DeviceFacts, tegra: TegraFacts) -> Finding:
 
 
 def power_mode_cost(profile: DeviceProfile | None, mode: str) -> str:
-    """What ``mode`` gives of the fastest one, in a sentence; empty when the profile does not tell."""
+    """Return a sentence with the share of the fastest mode's speed that ``mode`` gives; empty if unknown."""
     if profile is None:
         return ""
     slower = in_power_mode(profile, mode)

@@ -99,8 +99,9 @@ def masked_experts(device: str) -> str:
 def nf4(device: str, columns: int) -> str:
     """bitsandbytes: a matrix of ``columns`` columns to NF4 in blocks of 64 and back, on the device.
 
-    Importing it proves nothing: on a Jetson it dies here. Rows that are no whole blocks are worth a call of their own:
-    the CPU kernel of bitsandbytes 0.50.2 scales all of a row, and the next ones, by the wrong block's maximum.
+    A successful import does not prove that it works: on a Jetson it fails here. Rows that are not a multiple of a block
+    need their own call: the CPU kernel of bitsandbytes 0.50.2 scales such a row and the next
+    ones by the wrong maximum.
     """
     import bitsandbytes.functional as quantizer
     import torch

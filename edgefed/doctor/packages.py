@@ -319,9 +319,9 @@ def recorded_torch_findings(facts: DeviceFacts, install_command: str) -> list[Fi
 
 
 def install_command(facts: DeviceFacts) -> str:
-    """The pip line for a torch that fits the GPU and driver here. Jetsons have their own, see `edgefed.doctor.jetson`.
+    """Return the pip line for a torch that fits the GPU and driver here. Jetsons have their own, see `edgefed.doctor.jetson`.
 
-    Any build for CUDA 12 runs on any driver for CUDA 12, so the two kept by PyTorch's index are told apart by age.
+    Any build for CUDA 12 runs on any driver for CUDA 12, so the older one serves old drivers and GPUs.
     CUDA 13 builds begin at compute capability 7.5.
     """
     if facts.gpu is None:

@@ -102,7 +102,7 @@ def _label(gpu: GpuFacts) -> str:
 def _one_gpu(gpu: GpuFacts, chosen: bool, kind: MemoryKind) -> Finding:
     parts = [gpu.name.value or f"name unknown: {gpu.name.describe()}"]
     total = gpu.memory_total_bytes if gpu.memory_total_bytes.known else gpu.cuda_total_bytes
-    if total.value is not None and not (chosen and kind is MemoryKind.UNIFIED):  # what NVML says there is no size
+    if total.value is not None and not (chosen and kind is MemoryKind.UNIFIED):  # NVML's number is not a size there
         parts.append(format_bytes(total.value))
     if gpu.compute_capability.value:
         parts.append("compute capability {}.{}".format(*gpu.compute_capability.value))

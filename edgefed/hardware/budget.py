@@ -8,7 +8,7 @@
 On a GPU, discrete or unified, ``usable`` is what torch may hold there in all (its reserved bytes); on the CPU it is the
 whole process, resident memory with Python and libraries, which the setting `memory` bounds there too. What the process
 already holds is given back before anything is subtracted, so a running agent measures the same budget as a new one.
-Swap is never counted: a GPU cannot use it, and training in it is no training. Where huge pages are reserved, the free
+Swap is never counted: a GPU cannot use it, and on a CPU it is far too slow. Where huge pages are reserved, the free
 ones take MemAvailable's place on a unified device, because CUDA allocates from them alone there.
 
 One departure: the reserve protects whoever shares the memory, so where a container limit decides, it is taken from that

@@ -69,7 +69,7 @@ def read_memory_limit(files: TextFiles, found: list[tuple[int, str]] | None = No
                 rooms.append((max(0, limit.value - used.value), used.source))
             else:
                 unread = unread or used
-        # version 1 also tells the least limit above the container's own root, where we can read no files
+        # version 1 also reports the lowest limit above the container's root, where no file can be read
         least = _statistic(files, folder, "hierarchical_memory_limit") if version == 1 else None
         if least is not None and least < NO_LIMIT:
             limits.append((least, f"{folder}/memory.stat hierarchical_memory_limit"))

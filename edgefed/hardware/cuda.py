@@ -1,7 +1,7 @@
 """Ask torch about CUDA. The only file of this package that imports torch, and only inside functions.
 
 Asking a device for its properties initialises CUDA in this process, which costs no GPU memory; `free_bytes` creates a
-context on the device (some hundred MB) and is asked only where NVML cannot tell.
+context on the device (some hundred MB) and is called only if NVML does not report free memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgefed.hardware.facts import Reading, Reason
 
 @dataclasses.dataclass(frozen=True)
 class CudaDevice:
-    """One device as torch numbers it. ``uuid`` is empty when torch does not tell; ``integrated`` None likewise."""
+    """One device as torch numbers it. If torch does not report them, ``uuid`` is empty and ``integrated`` None."""
 
     index: int
     name: str
@@ -95,7 +95,7 @@ def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
     """Whether a build with these architectures runs on a device.
 
     ``sm_86`` runs on its own major version from its minor version on; ``compute_80`` is compiled on any newer device;
-    ``sm_90a`` and ``sm_100f`` are exact or family builds and count for their own. An empty list tells nothing: True.
+    ``sm_90a`` and ``sm_100f`` are exact or family builds and run on their own capability only. True for an empty list.
     """
     for architecture in architectures:
         kind, _, digits = architecture.partition("_")
@@ -112,7 +112,10 @@ def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
 
 
 def free_bytes(index: int) -> Reading[int]:
-    """Free memory of a discrete GPU when NVML cannot tell. Creates a CUDA context; may fail on a busy device."""
+    """Return the free memory of a discrete GPU that NVML does not report.
+
+    Creates a CUDA context, and may fail on a busy device.
+    """
     source = "torch.cuda.mem_get_info"
     try:
         import torch

@@ -237,7 +237,7 @@ class TegraFacts:
 
 @dataclasses.dataclass(frozen=True)
 class DriverFacts:
-    """NVML as a whole. ``problem`` says why there is no NVML or what is wrong with it, ``remedy`` what to do."""
+    """State of NVML. ``problem`` says why it is missing or does not work, ``remedy`` what to do."""
 
     available: bool
     driver_version: Reading[str]

@@ -25,7 +25,7 @@ from edgefed.hardware.facts import Battery, HostFacts, Reading, Reason
 READ_LIMIT = 2**20
 """Bytes of one file that are looked at. The longest that we need, /proc/cpuinfo of a large server, is about 200 KB."""
 LARGEST = 2**60
-"""Sizes from here on (1 EiB) are no sizes: kernels write such numbers for "no limit", broken ones for garbage."""
+"""Numbers from 1 EiB are not sizes: kernels write such numbers for "no limit", and broken files contain them."""
 
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ELOOP, errno.ENAMETOOLONG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
@@ -44,7 +44,7 @@ def sysroot(root: Path | None = None) -> Path:
 
 
 class Files:
-    """Files below ``root``, the environment of this process, and what only the system's own calls tell."""
+    """Files below ``root``, the environment of this process, and facts that only system calls report."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -83,7 +83,7 @@ class Files:
         return os.environ.get(name, "")
 
     def ask(self, name: str) -> Reading[Any]:
-        """What no file tells, by the names of `_QUESTIONS`. A stand-in root has no such answers of its own."""
+        """Return a fact that no file contains, by its name in `_QUESTIONS`; absent for a stand-in root."""
         source, own, question = _QUESTIONS[name]
         if not (self.is_real or own):
             return Reading.missing(Reason.ABSENT, source, "not asked for a stand-in root")
@@ -306,7 +306,7 @@ def read_board(files: Files) -> Reading[str]:
         text = files.text(path)
         if text.value is not None and (name := text.value.strip(" \0\n\t")):
             return Reading.of(name[:120], path)
-    return Reading.missing(Reason.ABSENT, "device tree, DMI", "no model is told")
+    return Reading.missing(Reason.ABSENT, "device tree, DMI", "no file names the model")
 
 
 def _kernel(files: Files) -> Reading[str]:

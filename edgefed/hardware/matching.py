@@ -143,7 +143,7 @@ def _with_cuda(gpu: GpuFacts, device: CudaDevice | None, reason: Reading[bool]) 
         return reading if reading.known or not value else Reading.of(value, source)
 
     integrated = (
-        Reading.missing(Reason.NOT_SUPPORTED, source, "this torch does not tell")
+        Reading.missing(Reason.NOT_SUPPORTED, source, "this version of torch does not report it")
         if device.integrated is None
         else Reading.of(device.integrated, source)
     )
@@ -172,7 +172,7 @@ def unlisted_gpu(source: str, detail: str) -> GpuFacts:
 
 
 def tegra_gpu(gpus: tuple[GpuFacts, ...], tegra: TegraFacts) -> tuple[GpuFacts, ...]:
-    """The Jetson's own GPU, with what its files tell where NVML and CUDA are silent; made from them if not listed."""
+    """Return the GPUs with the Jetson's own one, completed from its files, or created from them if it is not listed."""
     if not gpus:
         gpus = (unlisted_gpu("NVML", "no NVML here"),)
     capability = SOC_CAPABILITY.get(tegra.soc.value or "")
@@ -294,7 +294,7 @@ def classify(gpu: GpuFacts | None, tegra: TegraFacts | None, board: Reading[str]
     if memory.known:
         return Verdict(MemoryKind.DISCRETE, evidence, ())
     if gpu.cuda_total_bytes.known:
-        notes = (f"NVML tells no memory of this GPU: {memory.describe()}. Its size is CUDA's.",)
+        notes = (f"NVML reports no memory for this GPU ({memory.describe()}); the size is the one that CUDA reports.",)
         return Verdict(MemoryKind.DISCRETE, (*evidence, "nothing else says that it shares the host's memory"), notes)
     if memory.reason is Reason.LOST:
         return Verdict(MemoryKind.DISCRETE, (*evidence, "taken for a GPU with memory of its own"), ())
@@ -330,7 +330,7 @@ def _second_signs(gpu: GpuFacts, tegra: TegraFacts | None, board: Reading[str]) 
     if chip := chip_of(gpu.name):
         signs.append(f"its name {gpu.name.value!r} means {chip}, which shares the host's memory ({gpu.name.source})")
     elif CARD_FAMILIES.search((gpu.name.value or "").lower()):
-        return ()  # a card in a slot: what surrounds it is no sign
+        return ()  # a card in a slot: the board around it proves nothing
     if tegra is not None:
         known = [reading for reading in (tegra.soc, tegra.model, tegra.l4t) if reading.known]
         signs.append("this is a Jetson: " + ", ".join(f"{reading.value} ({reading.source})" for reading in known))

@@ -18,7 +18,7 @@ _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", star
 def parse_bytes(text: str) -> int:
     """Read a size: ``2GiB`` and ``2G`` are 2 * 2**30, ``2GB`` is 2 * 10**9, a bare number is bytes.
 
-    Raises ConfigError when it is no size or not above zero.
+    Raises ConfigError for an invalid size, or one that is not above zero.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None

@@ -111,7 +111,7 @@ class Library:
             if self._pynvml is None and (failure := self._import()) is not None:
                 return failure
             if self._started:
-                # a driver that went away answers here first; only a new start tells why
+                # a driver that disappeared fails here first; only a new start shows the reason
                 if self._guarded("nvmlDeviceGetCount").code == 0:
                     return self._ready()
                 self._guarded("nvmlShutdown")
@@ -248,7 +248,7 @@ def explain(answer: Answer, setting: Setting) -> tuple[str, str]:
     if code == DRIVER_NOT_LOADED:
         return (
             "the NVIDIA driver is installed, but its kernel module is not loaded (Driver Not Loaded)",
-            "Run `sudo modprobe nvidia`; after a kernel update `dkms status` tells whether the module must be rebuilt.",
+            "Run `sudo modprobe nvidia`; after a kernel update `dkms status` shows whether the module must be rebuilt.",
         )
     if code == RM_MISMATCH:
         return (

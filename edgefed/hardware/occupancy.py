@@ -3,7 +3,7 @@
 Each agent plans with its share of the memory that agents of one machine have in common. Every agent keeps one small
 file in a folder of this machine and user (`agents_folder`): its process number and start time, the memory in which it
 trains (the host's, or a GPU's), and its owner's limit. An entry counts while that process lives, so a crash needs no
-cleanup: whoever reads a stale entry removes it. The start time tells a process from a later one with the same number.
+cleanup: whoever reads a stale entry removes it. The start time tells it from a later process of the same number.
 
     share = (usable memory + what the other agents hold) / number of agents
 
@@ -51,14 +51,14 @@ class OwnMemory:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOnGpu:
-    """What this process holds on the GPU, and how much of it, or of what comes yet, is no room for tensors."""
+    """Bytes of this process on the GPU, and the part of them that a CUDA context occupies or will occupy."""
 
     size_bytes: int
     context_bytes: int
     origin: str
 
     def idle_context_bytes(self, own: OwnMemory | None, assumed_bytes: int) -> int:
-        """The context's size, also where it is no part of what is held."""
+        """Return the size of the context, whether it exists yet or not."""
         return self.context_bytes or (own and own.context_bytes) or assumed_bytes
 
 

@@ -95,7 +95,7 @@ class Term:
 
 
 class Waterfall:
-    """From a total down to what is left; every step is kept, and no step takes more than there is."""
+    """Subtract from a total step by step; each step is recorded, and none takes more than is left."""
 
     terms: tuple[Term, ...]
     left: int

@@ -56,7 +56,7 @@ class Sources:
     nvml: Nvml
     ask_torch: Callable[[], cuda.CudaReport]
     cuda_free: Callable[[int], Reading[int]] = cuda.free_bytes
-    """Free bytes of torch's device of that number: asked only for a discrete GPU whose memory NVML does not tell."""
+    """Free bytes of torch's device of that number; called only for a discrete GPU whose memory NVML does not report."""
 
 
 def sources_of(root: Path | None = None, *, ask_torch: bool = True) -> Sources:
@@ -131,7 +131,7 @@ def _why_none(device: str | None) -> str:
 
 
 def _with_cuda_memory(gpu: GpuFacts, sources: Sources) -> GpuFacts:
-    """A card that NVML does not know (a container without it, another maker): CUDA tells its memory."""
+    """Read the memory from CUDA for a card that NVML does not know (a container without it, another maker)."""
     if gpu.cuda_index is None or gpu.memory_free_bytes.known or gpu.memory_free_bytes.reason is Reason.LOST:
         return gpu
     free = sources.cuda_free(gpu.cuda_index)

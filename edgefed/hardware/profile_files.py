@@ -62,7 +62,7 @@ FIGURES: dict[str, tuple[str, float, float] | type] = {
     "network": ("Mbit/s", 0.01, 1_000_000.0),
     "cpu_count": ("processors", 1.0, 4096.0),
 }
-"""Each figure that a profile may state: its unit and range, or its type where it is no quantity."""
+"""Figure that a profile may state -> (unit, lowest, highest), or its type if it is not a quantity."""
 
 REQUIRED = ("memory_visible", "memory_idle")
 IN_POWER_MODE = (
@@ -318,7 +318,7 @@ class _Reader:
 def plain_name(name: str) -> str:
     """A device's name as profiles compare it: ``NVIDIA GeForce GTX 1660 Ti with Max-Q Design`` is ``gtx 1660 ti``.
 
-    Lower case; the maker, the brand and "with Max-Q" go; what tells devices apart stays ("laptop gpu", "super").
+    In lower case, without the maker, the brand and "with Max-Q"; words that distinguish devices stay ("laptop gpu").
     """
     lowered = re.sub(r"[_\s]+", " ", name.lower().replace("(r)", " ").replace("(tm)", " "))
     return " ".join(re.sub(r"\bnvidia\b|\bgeforce\b|\bwith max-q( design)?\b|\(nvgpu\)", " ", lowered).split())

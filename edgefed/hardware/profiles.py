@@ -84,7 +84,7 @@ def check_distinct(profiles: list[DeviceProfile]) -> None:
 def find_profile(name: str) -> DeviceProfile:
     """A profile by id or alias, or from a TOML file when ``name`` is a path (ends in .toml, or has a separator).
 
-    Raises UnknownProfile, which names close ones, and ConfigError for a file that is no profile.
+    Raises UnknownProfile, which suggests similar names, and ConfigError for a file that is not a valid profile.
     """
     if name.endswith(".toml") or "/" in name or "\\" in name:
         try:
@@ -177,9 +177,8 @@ def effective(profile: DeviceProfile, measured: Mapping[str, Figure], power_mode
 def profile_of(name: str, facts: DeviceFacts, measured: Mapping[str, Figure]) -> DeviceProfile:
     """A profile of the device that ``facts`` were read from, called ``name``, with figures measured on it.
 
-    What nobody measured is taken over from the matching shipped profile, basis and source as there. `to_toml` writes
-    it. Raises ConfigError for a name that is no id, and when the memory of
-    the device is unknown.
+    Figures that were not measured come from the matching shipped profile, with their basis and source. `to_toml` writes
+    the result. Raises ConfigError for an invalid id, or if the memory of the device is unknown.
     """
     if not ID.fullmatch(name):
         raise ConfigError(f"{name!r} is not a profile id: expected lower-case letters, digits, hyphens and dots")
@@ -228,10 +227,10 @@ def profile_of(name: str, facts: DeviceFacts, measured: Mapping[str, Figure]) ->
 def facts_of(profile: DeviceProfile) -> DeviceFacts:
     """A device as the profile describes it: idle, with all of its memory where it should be. For planning.
 
-    Every reading names the profile as its source; what a profile does not say is absent.
+    Every reading names the profile as its source; figures that the profile lacks are absent.
     """
     source = f"profile {profile.id}"
-    missing = functools.partial(Reading.missing, Reason.ABSENT, source, "a profile is no sensor")
+    missing = functools.partial(Reading.missing, Reason.ABSENT, source, "not in a profile")
     visible = round(profile.required("memory_visible") * GIB)
     free = max(0, visible - round(profile.required("memory_idle") * GIB))
     discrete, cpu = profile.kind is MemoryKind.DISCRETE, profile.kind is MemoryKind.CPU

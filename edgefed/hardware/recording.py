@@ -114,7 +114,7 @@ class Anonymiser:
 
 
 def _local_names() -> set[str]:
-    """Names of this host and of its user, as far as they can be told."""
+    """Return the names of this host and of its user, as far as they are known."""
     names = {socket.gethostname(), socket.gethostname().split(".")[0], Path.home().name}
     with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
         names.add(getpass.getuser())
@@ -158,8 +158,8 @@ class _RecordingFiles(Files):
 
     def names(self, path: str) -> tuple[str, ...]:
         names = self._inner.names(path)
-        kept = [name for name in names if name.startswith("nvidia")] if path == "/dev" else list(names)
-        self.log["names"][path] = kept
+        recorded = [name for name in names if name.startswith("nvidia")] if path == "/dev" else list(names)
+        self.log["names"][path] = recorded
         return names
 
     def exists(self, path: str) -> bool:

@@ -116,10 +116,10 @@ def _process_sum(
         return Reading.of(total, source)
     if sizes.value is None:
         return sizes.without_value()
-    held = [size for size in sizes.value.values() if size is not None]
-    if len(held) < len(sizes.value):
+    known = [size for size in sizes.value.values() if size is not None]
+    if len(known) < len(sizes.value):
         return Reading.missing(Reason.NOT_SUPPORTED, sizes.source, "the driver does not say how much each one holds")
-    return Reading.of(total + sum(held), f"{source} + {sizes.source}")
+    return Reading.of(total + sum(known), f"{source} + {sizes.source}")
 
 
 def _thermal_zone(files: Files, facts: DeviceFacts) -> str:

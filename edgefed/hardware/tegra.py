@@ -116,7 +116,7 @@ def _model(files: Files) -> Reading[str]:
 
 
 def _gpu_folder(files: Files) -> str:
-    """The GPU's folder below /sys/class/devfreq: Orin's is told by its device-tree node, Thor's by its own name."""
+    """Return the GPU's folder in /sys/class/devfreq, found by its device-tree node (Orin) or its own name (Thor)."""
     base = "/sys/class/devfreq"
     names = files.names(base)
     for name in names:
@@ -198,7 +198,7 @@ def _temperatures(files: Files) -> Reading[dict[str, float]]:
                     found[name.value] = value.value
         if found:
             return Reading.of(found, base)
-    return Reading.missing(Reason.ABSENT, "/sys/class/thermal", "no zone tells a temperature")
+    return Reading.missing(Reason.ABSENT, "/sys/class/thermal", "no zone reports a temperature")
 
 
 def _headline(temperatures: Reading[dict[str, float]]) -> Reading[float]:

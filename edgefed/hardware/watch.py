@@ -127,11 +127,11 @@ def find_pressure(samples: Sequence[Any], limits: WatchLimits) -> Pressure | Non
         if len(pages) == 3 and None not in pages and pages[0] < pages[1] < pages[2]:
             return Pressure("swapping", f"the machine is swapping: {pages[2] - pages[0]} pages in the last second")
     if limits.kind is MemoryKind.UNIFIED and limits.memory_total_bytes:
-        held = _value(last, "process_bytes_sum")
-        if held is not None and held > UNIFIED_CEILING * limits.memory_total_bytes:
+        used = _value(last, "process_bytes_sum")
+        if used is not None and used > UNIFIED_CEILING * limits.memory_total_bytes:
             return Pressure(
                 "processes",
-                f"all processes hold {format_bytes(held)} of the {format_bytes(limits.memory_total_bytes)} "
+                f"all processes hold {format_bytes(used)} of the {format_bytes(limits.memory_total_bytes)} "
                 "that CPU and GPU share",
             )
     if limits.kind is MemoryKind.DISCRETE:

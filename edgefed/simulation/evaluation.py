@@ -99,7 +99,7 @@ def held_out_losses(
     max_tokens: int = 8192,
     rounds: Sequence[int] | None = None,
 ) -> dict[str, list[float]]:
-    """Loss of the global model at the start of each kept round and after the last one, {client: [loss, ...]}.
+    """Loss of the global model at the start of each stored round and after the last one, {client: [loss, ...]}.
 
     Every expert of the model is streamed from the run's blobs, so numbers of different methods and budgets can be
     compared. ``held_out``: {client: examples}. ``rounds``: evaluate these manifests only, where 1 is the model before

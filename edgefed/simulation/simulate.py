@@ -84,7 +84,7 @@ def simulate(
             KNOWN_SHAPES[config.cost_shape], shape.experts_per_layer, gpu_optimizer=config.gpu_optimizer
         )
     for device in config.fleet:
-        device_rates(device)  # a profile that says too little is told before anything starts
+        device_rates(device)  # raises for an incomplete profile before anything starts
     budgets = {device.name: memory_budget(device) for device in config.fleet}
     if config.split is not None:
         data = split_records(config.split, [device.name for device in config.fleet], out / "data", config.seed)

@@ -78,19 +78,19 @@ class SimulatedClient:
 
     def begin(self, server_round: int) -> None:
         """Make the state that of the round's beginning, whatever an earlier attempt left of it."""
-        kept = self._folder / f"before-{server_round}"
+        backup = self._folder / f"before-{server_round}"
         with disk_errors(self._folder):
             self.state.mkdir(parents=True, exist_ok=True)
-            if kept.exists():
+            if backup.exists():
                 shutil.rmtree(self.state)
-                shutil.copytree(kept, self.state)
+                shutil.copytree(backup, self.state)
                 return
             copying = self._folder / "copying"
             shutil.rmtree(copying, ignore_errors=True)
             shutil.copytree(self.state, copying)
-            copying.rename(kept)
+            copying.rename(backup)
             for old in self._folder.glob("before-*"):
-                if old != kept:
+                if old != backup:
                     shutil.rmtree(old)
 
     def resident_blobs(self) -> set[str]:
