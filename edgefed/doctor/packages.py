@@ -219,7 +219,7 @@ class TorchBuild:
     cuda: str | None
     architectures: tuple[str, ...]
     cuda_available: bool
-    cuda_fault: str
+    cuda_error: str
     devices: tuple[tuple[str, tuple[int, int]], ...]
     visible_devices: str | None
     threads: int
@@ -269,11 +269,11 @@ def torch_findings(
         if driver and _number(driver)[:1] < _number(build.cuda)[:1]:
             return unusable(
                 f"torch {build.version} needs a driver for CUDA {build.cuda}, this one ends at CUDA {driver}",
-                build.cuda_fault,
+                build.cuda_error,
                 "Update the NVIDIA driver, or install a torch built for an older CUDA.", install_command,
             )  # fmt: skip
         return unusable(
-            f"torch {build.version} for CUDA {build.cuda} finds no GPU: {build.cuda_fault or 'no reason given'}",
+            f"torch {build.version} for CUDA {build.cuda} finds no GPU: {build.cuda_error or 'no reason given'}",
             f"NVML sees {name}.", "Reboot or reload the driver; in a container, start it with --gpus all.",
         )  # fmt: skip
     if capability and build.architectures and not has_code_for(capability, list(build.architectures)):
@@ -319,7 +319,7 @@ def recorded_torch_findings(facts: DeviceFacts, install_command: str) -> list[Fi
 
 
 def install_command(facts: DeviceFacts) -> str:
-    """Return the pip line for a torch that fits the GPU and driver here. Jetsons have their own, see `edgefed.doctor.jetson`.
+    """Return the pip line for a torch that fits the GPU and driver here; `edgefed.doctor.jetson` has those of Jetsons.
 
     Any build for CUDA 12 runs on any driver for CUDA 12, so the older one serves old drivers and GPUs.
     CUDA 13 builds begin at compute capability 7.5.

@@ -31,16 +31,16 @@ def sensors(device: str | None, ask_torch: bool) -> object:
 def torch_build() -> dict[str, object]:
     """Import torch and say what it was built for and what it finds here; see `edgefed.doctor.packages.TorchBuild`.
 
-    ``cuda_fault`` has torch's own words when it was built for CUDA and cannot start it.
+    ``cuda_error`` has torch's own words when it was built for CUDA and cannot start it.
     """
     import torch
 
-    fault = ""
+    cuda_error = ""
     if torch.version.cuda and not torch.cuda.is_available():
         try:
             torch.cuda.init()  # type: ignore[no-untyped-call]
         except Exception as error:  # torch has a dozen kinds for this
-            fault = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            cuda_error = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         devices.append([torch.cuda.get_device_name(index), list(torch.cuda.get_device_capability(index))])
@@ -49,7 +49,7 @@ def torch_build() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "architectures": torch.cuda.get_arch_list() if torch.version.cuda else [],
         "cuda_available": torch.cuda.is_available(),
-        "cuda_fault": fault,
+        "cuda_error": cuda_error,
         "devices": devices,
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "threads": torch.get_num_threads(),

@@ -12,7 +12,7 @@ PIP = "pip install THIS"
 def build(**changes):
     fields = {
         "version": "2.13.0+cu130", "cuda": "13.0", "architectures": ("sm_80", "sm_90", "compute_90"),
-        "cuda_available": True, "cuda_fault": "", "devices": (("NVIDIA GeForce RTX 4090", (8, 9)),),
+        "cuda_available": True, "cuda_error": "", "devices": (("NVIDIA GeForce RTX 4090", (8, 9)),),
         "visible_devices": None, "threads": 8, "cpu_level": "AVX2",
     }  # fmt: skip
     return TorchBuild(**(fields | changes))
@@ -43,7 +43,7 @@ NO_CUDA_HERE = {"cuda_available": False, "devices": ()}
         (build(cuda=None, architectures=(), version="2.13.0+cpu", **NO_CUDA_HERE), "is a CPU build"),
         (build(visible_devices="", **NO_CUDA_HERE), "CUDA_VISIBLE_DEVICES is ''"),
         (build(visible_devices="-1", **NO_CUDA_HERE), "CUDA_VISIBLE_DEVICES is '-1'"),
-        (build(cuda_fault="CUDA unknown error", **NO_CUDA_HERE), "CUDA unknown error"),
+        (build(cuda_error="CUDA unknown error", **NO_CUDA_HERE), "CUDA unknown error"),
         (build(architectures=("sm_100", "sm_120")), "has no code for"),
     ],
 )
@@ -61,11 +61,11 @@ def test_a_gpu_that_torch_cannot_use(device, torch, words):
 
 def test_a_driver_older_than_torch(device, parts):
     facts = device(gpu={"cuda_index": None}, driver=parts["driver"]("540.4.0", "12.6"))
-    finding = on_gpu(facts, build(cuda_fault="The NVIDIA driver is too old", **NO_CUDA_HERE))
+    finding = on_gpu(facts, build(cuda_error="The NVIDIA driver is too old", **NO_CUDA_HERE))
     assert "needs a driver for CUDA 13.0, this one ends at CUDA 12.6" in finding.found
     assert finding.command == PIP
     assert "too old" in finding.why
-    newer_within_major = on_gpu(facts, build(cuda="12.8", cuda_fault="other", **NO_CUDA_HERE))
+    newer_within_major = on_gpu(facts, build(cuda="12.8", cuda_error="other", **NO_CUDA_HERE))
     assert "ends at CUDA" not in newer_within_major.found  # CUDA 12.8 runs on a driver for 12.6
 
 
