@@ -203,16 +203,16 @@ def _torch(worker: Worker, limit_s: float) -> tuple[TorchBuild | None, list[Find
 def _sensors(
     worker: Worker, options: Options, alone: Outcome, *, ask_torch: bool
 ) -> tuple[DeviceFacts | None, list[Finding]]:
-    """The facts of the wanted device; of the best one, with a problem, when the wanted one is not there.
+    """Return the facts of the requested device; if it is not found, those of the best one and a problem.
 
-    ``alone`` is what the sensors gave without torch: taken when they fail with it, and not asked again if they died.
+    ``alone`` is the result without torch. It is used if the sensors fail with torch; if it died, they are not called again.
     """
     if alone.died:
-        return None, [_sensor_fault(alone, "Memory and GPU of this device are unknown.")]
+        return None, [_sensor_problem(alone, "Memory and GPU of this device are unknown.")]
     outcome = worker.call(f"{QUERIES}:sensors", SENSOR_LIMIT_S, device=options.device, ask_torch=ask_torch)
-    faults = []
+    problems = []
     if isinstance(outcome.error, DeviceNotFound):
-        faults.append(
+        problems.append(
             Finding(
                 Group.GPU, "device", State.PROBLEM, outcome.failure, "`device` asks for it.", outcome.error.remedy
             )
@@ -221,12 +221,12 @@ def _sensors(
     if isinstance(outcome.error, ConfigError):
         raise outcome.error
     if not outcome.ok:
-        faults.append(_sensor_fault(outcome, "The sensors below were read without torch." if alone.ok else ""))
+        problems.append(_sensor_problem(outcome, "The sensors below were read without torch." if alone.ok else ""))
         outcome = alone
-    return (msgspec.convert(outcome.value, DeviceFacts) if outcome.ok else None), faults
+    return (msgspec.convert(outcome.value, DeviceFacts) if outcome.ok else None), problems
 
 
-def _sensor_fault(outcome: Outcome, why: str) -> Finding:
+def _sensor_problem(outcome: Outcome, why: str) -> Finding:
     return Finding(
         Group.GPU, "sensors", State.PROBLEM, f"they cannot be read: {outcome.failure}", why,
         "Run `nvidia-smi`: if it fails or hangs as well, reinstall the driver or reboot.", "nvidia-smi",

@@ -3,7 +3,7 @@
 Each agent plans with its share of the memory that agents of one machine have in common. Every agent keeps one small
 file in a folder of this machine and user (`agents_folder`): its process number and start time, the memory in which it
 trains (the host's, or a GPU's), and its owner's limit. An entry counts while that process lives, so a crash needs no
-cleanup: whoever reads a stale entry removes it. The start time tells it from a later process of the same number.
+cleanup: whoever reads a stale entry removes it. The start time rules out a later process with the same number.
 
     share = (usable memory + what the other agents hold) / number of agents
 
