@@ -205,7 +205,7 @@ def _sensors(
 ) -> tuple[DeviceFacts | None, list[Finding]]:
     """Return the facts of the requested device; if it is not found, those of the best one and a problem.
 
-    ``alone`` is the result without torch. It is used if the sensors fail with torch; if it died, they are not called again.
+    ``alone`` is the result without torch. It replaces a failed result with torch; after a crash no second call is made.
     """
     if alone.died:
         return None, [_sensor_problem(alone, "Memory and GPU of this device are unknown.")]
