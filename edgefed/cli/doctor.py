@@ -167,8 +167,9 @@ def to_json(diagnosis: Diagnosis) -> dict[str, object]:
         "can_train": diagnosis.can_train,
         "counts": {str(state): diagnosis.count(state) for state in State},
         "findings": [
-            {name: str(value) for name, value in dataclasses.asdict(finding).items()} for finding in diagnosis.findings
+            {name: to_flags(str(value)) for name, value in dataclasses.asdict(finding).items()}
+            for finding in diagnosis.findings
         ],
-        "left_out": list(diagnosis.left_out),
+        "left_out": [to_flags(sentence) for sentence in diagnosis.left_out],
         "facts": msgspec.to_builtins(diagnosis.facts),
     }

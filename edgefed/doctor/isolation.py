@@ -169,7 +169,8 @@ def describe_exit(status: int | None) -> str:
 
 
 def _forward(stream: IO[str], replies: queue.SimpleQueue[str]) -> None:
-    """Move lines to the queue; an empty line at the end says that no more will come."""
-    for line in stream:
-        replies.put(line)
+    """Move lines to the queue, then close the stream. An empty line means that no more will come."""
+    with stream:
+        for line in stream:
+            replies.put(line)
     replies.put("")

@@ -93,7 +93,7 @@ def _read_npz(path: Path, report: Callable[[str], None]) -> tuple[Array, Array, 
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("not a .npz archive")
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:  # np.load leaves a bad file open
             found = set(archive.files)
             pair = next((names for names in ARRAY_NAMES if found.issuperset(names)), None)
             if pair is None:
