@@ -1,4 +1,4 @@
-"""`edgefed bench` as a person meets it: a real quick run in a process of its own, and every mistake with a remedy."""
+"""`edgefed bench` as a user runs it: a real quick run in a process of its own (`-m full`), and errors with remedies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refused(result, status, code, *texts):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """One real quick run: (folder, finished process)."""
+    """One real quick run, about 30 s of processor time: (folder, finished process)."""
     folder = tmp_path_factory.mktemp("bench")
     words = ["--quick", "--model", "tiny", "--repeats", "3", "--state", ".", "--json", "a.json", "--csv", "-",
              "--plot", "a.svg", "--markdown", "a.md"]  # fmt: skip
@@ -60,6 +60,7 @@ def quick(tmp_path_factory):
     return folder, done
 
 
+@pytest.mark.full
 def test_a_quick_run_measures_and_writes_what_was_asked_for(quick):
     folder, done = quick
     assert sorted(path.name for path in folder.iterdir()) == ["a.json", "a.md", "a.svg"]  # and no file of the disk test
@@ -82,12 +83,14 @@ def test_a_quick_run_measures_and_writes_what_was_asked_for(quick):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_stdout_is_nothing_but_the_document(quick):
     rows = list(csv.DictReader(io.StringIO(quick[1].stdout)))
     assert {row["name"] for row in rows} >= {"copy", "train step", "energy"}
     assert all(row["verdict"] for row in rows)
 
 
+@pytest.mark.full
 def test_nothing_in_a_report_names_the_machine_or_its_owner(quick):
     text = (quick[0] / "a.json").read_text().lower()
     words = set(re.findall(r"[^\s\"/,]+", text))
@@ -95,6 +98,7 @@ def test_nothing_in_a_report_names_the_machine_or_its_owner(quick):
     assert str(quick[0]).lower() not in text
 
 
+@pytest.mark.full
 def test_a_report_compares_with_itself_as_the_same_or_says_why_not(quick, run):
     path = quick[0] / "a.json"
     status, out, _ = run("--compare", path, path, "--json", "-")
@@ -109,6 +113,7 @@ def test_a_report_compares_with_itself_as_the_same_or_says_why_not(quick, run):
     assert out.isascii()
 
 
+@pytest.mark.full
 def test_ctrl_c_leaves_a_report_of_what_there_is(tmp_path):
     words = ["--quick", "--model", "tiny", "--sustain", "600", "--state", ".", "--json", "a.json"]
     child = subprocess.Popen(
@@ -168,6 +173,7 @@ def test_profiles_are_listed(run):
     assert "t4" in json.loads(run("--list-profiles", "--json", "-")[1])["profiles"]
 
 
+@pytest.mark.full
 def test_a_written_profile_is_one_that_can_stand_in(quick, run, tmp_path):
     """From the report's own numbers, without measuring again."""
     from edgefed.bench.formats import to_profile
@@ -225,6 +231,7 @@ def test_invalid_options_are_refused_before_anything_is_measured(run, words, sta
     refused(result, status, code, *texts)
 
 
+@pytest.mark.full
 def test_compare_refuses_an_invalid_report(run, tmp_path, quick):
     broken = tmp_path / "broken.json"
     broken.write_text('{"schema": "edgefed.bench/1", "created"')
