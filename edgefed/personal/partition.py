@@ -50,7 +50,7 @@ def partition_by_class(labels: IntArray, clients: int, classes_per_client: int, 
     classes = np.unique(labels)
     if not 1 <= classes_per_client <= len(classes):
         raise ConfigError(
-            f"classes_per_client is {classes_per_client}, but the data has {len(classes)} classes",
+            f"`classes_per_client` is {classes_per_client}, but the data has {len(classes)} classes",
             remedy=f"Set `classes_per_client` to 1 to {len(classes)}.",
         )
     rng = np.random.default_rng(seed)
@@ -90,9 +90,9 @@ def partition_dirichlet(
     """
     _check_clients(clients)
     if not (np.isfinite(alpha) and alpha > 0):
-        raise ConfigError(f"alpha must be above 0, found {alpha}", remedy="Set `alpha`, for example to 0.5.")
+        raise ConfigError(f"`alpha` must be above 0, found {alpha}", remedy="Set `alpha`, for example to 0.5.")
     if min_examples < 1:
-        raise ConfigError(f"min_examples must be at least 1, found {min_examples}")
+        raise ConfigError(f"`min_examples` must be at least 1, found {min_examples}")
     if len(labels) < clients * min_examples:
         raise DataError(
             f"{len(labels)} examples are too few for {clients} clients with at least {min_examples} each",
@@ -134,7 +134,7 @@ def _cuts(rng: np.random.Generator, sizes: IntArray, clients: int, alpha: float)
 
 def _check_clients(clients: int) -> None:
     if clients < 1:
-        raise ConfigError(f"clients must be at least 1, found {clients}", remedy="Set `clients`, for example to 10.")
+        raise ConfigError(f"`clients` must be at least 1, found {clients}", remedy="Set `clients`, for example to 10.")
 
 
 BY_CLASS, DIRICHLET = "class", "dirichlet"

@@ -111,7 +111,7 @@ def test_record_then_replay(run, tmp_path):
     assert json.loads((tmp_path / "here.json").read_text())["schema"].startswith("edgefed.recording/")
     assert os.listdir(tmp_path) == ["here.json"]
     status, out, _ = run("--replay", "here.json")
-    assert "A recording was shown" in " ".join(out.split())
+    assert "A recording was examined" in " ".join(out.split())
     assert "Memory" in out
     assert "matmul" not in out
     again = run("--replay", "here.json")
@@ -131,7 +131,7 @@ def test_a_recording_is_not_overwritten_unless_asked(run, tmp_path):
 
 def test_a_recording_that_cannot_be_written(run, tmp_path):
     refused(run("--record", tmp_path / "no" / "such" / "x.json"), 2, "config", "existing folder")
-    refused(run("--record", tmp_path, "--force"), 2, "config", "no file that could be written")
+    refused(run("--record", tmp_path, "--force"), 2, "config", "not a file in an existing folder")
     refused(run("--record", "/proc/edgefed.json"), 7, "storage", "/proc/edgefed.json")
 
 

@@ -64,12 +64,12 @@ def test_json_of_a_dirichlet_partition(run, images):
     assert json.loads(run(*words)[1])["cached"]
 
 
-def test_texts_with_bad_lines_are_divided_and_these_are_told(run, tmp_path):
+def test_texts_with_bad_lines_are_divided_and_the_lines_are_reported(run, tmp_path):
     rows = [json.dumps({"text": f"number {i}", "label": "odd" if i % 2 else "even"}) for i in range(40)]
     (tmp_path / "all.jsonl").write_text("\n".join(["no json", *rows]))
     status, out, err = run("all.jsonl", "--clients", 2, "--classes-per-client", 1, "--out", "parts")
     assert status == 0
-    assert "line 1: no valid JSON" in err
+    assert "line 1: invalid JSON" in err
     assert {load_labelled_texts(tmp_path / "parts" / f"client-0{i}.jsonl").classes for i in range(2)} == {
         ("odd",),
         ("even",),
@@ -106,12 +106,17 @@ def test_other_sizes_need_resize(run, tmp_path):
     ("words", "status", "code", "text"),
     [
         (("nothing.npz", "--clients", 2), 4, "data", "file or folder not found"),
-        (("all.txt", "--clients", 2), 4, "data", "unsupported suffix"),
-        (("all.npz", "--clients", 2, "--classes-per-client", 4), 2, "config", "the data have 3"),
+        (("all.txt", "--clients", 2), 4, "data", "unknown suffix"),
+        (
+            ("all.npz", "--clients", 2, "--classes-per-client", 4),
+            2,
+            "config",
+            "--classes-per-client is 4, but the data has 3 classes",
+        ),
         (("all.npz", "--clients", 2, "--alpha", 1), 2, "config", "--alpha has no effect with --by class"),
         (("all.npz", "--clients", 2, "--by", "dirichlet", "--classes-per-client", 1), 2, "config", "no effect"),
         (("all.npz", "--clients", 13, "--by", "dirichlet"), 4, "data", "120 examples are too few for 13 clients"),
-        (("all.npz", "--clients", 100), 4, "data", "has 40 examples for the 6"),
+        (("all.npz", "--clients", 100), 4, "data", "class 0 has 40 examples, too few for 67 clients"),
     ],
 )
 def test_mistakes_are_named_with_a_remedy(run, images, words, status, code, text):
