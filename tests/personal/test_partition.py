@@ -96,7 +96,7 @@ def test_impossible_partitions_are_refused():
     labels = np.repeat([0, 1], [50, 3])
     with pytest.raises(ConfigError, match="`classes_per_client` is 3, but the data has 2"):
         partition_by_class(labels, 4, 3, 0)
-    with pytest.raises(ConfigError, match="clients must be at least 1, found 0"):
+    with pytest.raises(ConfigError, match="`clients` must be at least 1, found 0"):
         partition_by_class(labels, 0, 1, 0)
     with pytest.raises(DataError, match="class 1 has 3 examples, too few for 5 clients"):
         partition_by_class(labels, 5, 2, 0)
