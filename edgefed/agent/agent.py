@@ -58,7 +58,7 @@ StepKind = Literal["waited", "accepted", "dropped", "unregistered", "finished"]
 
 @dataclasses.dataclass(frozen=True)
 class AgentSettings:
-    """What this device tells the server, and its time-outs; seconds and bytes."""
+    """What this device reports to the server, and its time-outs; seconds and bytes."""
 
     name: str
     memory_bytes: int
@@ -156,7 +156,7 @@ class Agent:
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def run(self) -> RunSummary:
-        """Take part until the run is over or ``stop`` is set. Unless the run is over, tell the server at the end."""
+        """Take part until the run is over or ``stop`` is set. Unless the run is over, report leaving to the server."""
         try:
             while True:
                 outcome = self.step()
@@ -205,7 +205,7 @@ class Agent:
         try:
             self.client.leave(reason, timeout_s=self._settings.leave_s)
         except EdgefedError as error:
-            logger.debug("the server was not told that this device leaves: %s", error)
+            logger.debug("could not report to the server that this device leaves: %s", error)
 
     def _summary(self, *, finished: bool, reason: str) -> RunSummary:
         return RunSummary(

@@ -107,11 +107,11 @@ class Throughput:
                 self._bytes += size_bytes
                 return
             self._total_s += seconds
-            kept = 0.5 ** (seconds / self._half_life_s)
+            remaining = 0.5 ** (seconds / self._half_life_s)
             # The weight of these seconds at their end, each decayed by its own age; the bytes are spread evenly.
-            weight = (1 - kept) * self._half_life_s / math.log(2)
-            self._bytes = self._bytes * kept + size_bytes * weight / seconds
-            self._seconds = self._seconds * kept + weight
+            weight = (1 - remaining) * self._half_life_s / math.log(2)
+            self._bytes = self._bytes * remaining + size_bytes * weight / seconds
+            self._seconds = self._seconds * remaining + weight
 
     def end(self) -> None:
         """End a transfer. The time since the last event is not counted."""

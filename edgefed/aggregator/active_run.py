@@ -304,7 +304,7 @@ class ActiveRun:
         )
 
     def _tidy(self, folded: list[UpdateRecord]) -> None:
-        """Delete what no round needs. The next start deletes what cannot be deleted now."""
+        """Delete files that no round needs. After a failure, the next start deletes them."""
         try:
             self.uploads.delete_updates(folded)
             with self.lock:

@@ -204,7 +204,7 @@ class Endpoints:
         try:
             file = await self.run(_open_at, path, begin)
         except FileNotFoundError as error:  # its manifest was pruned at this moment
-            raise NotFound(f"no kept manifest names a blob {sha256}") from error
+            raise NotFound(f"no stored manifest contains blob {sha256}") from error
         return FileStream(self, file, begin, end, headers, request.headers.get(routes.CLIENT_KEY_HEADER, ""))
 
     # --- uploads ------------------------------------------------------------------------------------------------

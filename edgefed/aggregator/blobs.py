@@ -180,7 +180,7 @@ class BlobBatch:
 
 
 class Catalog:
-    """The global model as it can be downloaded now: the manifest of the open round, and the blobs of all kept ones.
+    """The global model as it can be downloaded now: the manifest of the open round, and the blobs of all stored rounds.
 
     Reads the store once a round and memory otherwise. The owner calls `load` under its own lock.
     """
@@ -204,7 +204,7 @@ class Catalog:
         self.load_references()
 
     def load_references(self) -> None:
-        """Read from the store which blobs the kept manifests name."""
+        """Read the blobs of all stored manifests from the store."""
         self._referenced = self._store.referenced()
 
     def check_files(self) -> None:
@@ -225,8 +225,8 @@ class Catalog:
         return encode_message(manifest)
 
     def blob(self, sha256: str) -> tuple[Path, int]:
-        """Path and size of a blob that a kept manifest names. Raises NotFound for any other name."""
+        """Path and size of a blob of a stored manifest. Raises NotFound for any other name."""
         size_bytes = self._referenced.get(sha256) if is_sha256(sha256) else None
         if size_bytes is None:
-            raise NotFound(f"no kept manifest names a blob {sha256[:64]!r}")
+            raise NotFound(f"no stored manifest contains blob {sha256[:64]!r}")
         return self._blobs.path(sha256), size_bytes

@@ -1,6 +1,6 @@
 r"""The round state machine: which clients take part in a round, and when it closes. Pure: no clock, file or socket.
 
-    WAITING    --enough live clients-->  TRAINING  --quorum, everybody, or deadline-->  AGGREGATING
+    WAITING    --enough live clients-->  TRAINING  --quorum, all clients, or deadline-->  AGGREGATING
        ^  \                               |  ^
        |   `---- a participant returns --|--'                    AGGREGATING --folded--> WAITING (next round) | FINISHED
        `-------- no participant is left, and no update has arrived
@@ -235,7 +235,7 @@ def restore(
     now: float,
     lost: Mapping[str, float] = MappingProxyType({}),
 ) -> RoundState:
-    """The state after a restart. A deadline starts anew, and every client counts as just seen: none could reach us.
+    """The state after a restart. A deadline starts again, and every client counts as just seen: none could reach us.
 
     ``lost``: seconds of silence of those of ``clients`` that had fallen silent before. They are live again once they
     are heard of.

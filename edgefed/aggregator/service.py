@@ -197,7 +197,7 @@ class Service:
             return self._run.catalog.encoded_manifest(number)
 
     def blob(self, sha256: str) -> tuple[Path, int]:
-        """Path and size of a blob that a kept manifest names. Raises NotFound for any other name."""
+        """Path and size of a blob of a stored manifest. Raises NotFound for any other name."""
         return self._run.catalog.blob(sha256)
 
     def note_download(self, key: str, size_bytes: int) -> None:
@@ -212,7 +212,7 @@ class Service:
     # --- uploads ------------------------------------------------------------------------------------------------
 
     def upload_state(self, client_id: str, key: str, server_round: int, attempt: int) -> UploadState:
-        """How much of an upload has arrived. Raises RoundClosed, UpdateConflict if it cannot count any more."""
+        """How much of an upload has arrived. Raises RoundClosed or UpdateConflict if it can no longer count."""
         run = self._run
         with run.seen(client_id, key):
             update = run.store.find_update(server_round, client_id)

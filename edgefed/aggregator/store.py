@@ -281,18 +281,18 @@ class Store:
         return dict(self._query("SELECT key, MAX(server_round) FROM units GROUP BY key"))
 
     def oldest_round(self) -> int:
-        """The oldest round whose manifest is kept."""
+        """The oldest round with a stored manifest."""
         rows = self._query("SELECT value FROM run WHERE name = 'oldest_round'")
         return int(rows[0][0]) if rows else 1
 
     def referenced(self) -> dict[str, int]:
-        """SHA-256 -> size of every blob that a kept manifest names."""
+        """SHA-256 -> size of every blob of a stored manifest."""
         found = dict(self._query("SELECT sha256, size_bytes FROM units"))
         found.update({file.sha256: file.size_bytes for file in self.files})
         return found
 
     def prune(self, keep_rounds: int) -> list[str]:
-        """Delete all but the newest ``keep_rounds`` manifests (0: none). Returns the blobs that none names any more."""
+        """Delete all but the newest ``keep_rounds`` manifests (0: none). Returns the blobs without a manifest."""
         oldest = self.current_round().server_round - keep_rounds + 1
         if keep_rounds <= 0 or oldest <= self.oldest_round():
             return []

@@ -73,7 +73,7 @@ def answer_errors(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except ClientDisconnect:
-            return Response(status_code=400)  # nobody reads it
+            return Response(status_code=400)  # the client is gone
         except asyncio.CancelledError:  # the server stops before this request has ended
             response = error_reply(ServerUnreachable("the server stops"))
             response.headers["connection"] = "close"
