@@ -1,4 +1,4 @@
-"""What a profile costs and how true it is: quantised, over fewer tokens, a round old; layer by layer or all at once.
+"""What a profile costs and how true it is: quantized, over fewer tokens, a round old; layer by layer or all at once.
 
     python benchmarks/bench_profiling.py --json benchmarks/results/profiling.json
 

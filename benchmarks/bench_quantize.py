@@ -69,7 +69,7 @@ def measure(
                 values, absmax
             )
         moved = weights.numel() * weights.element_size() + packed.size_bytes
-        for direction, runs in (("quantise", packers), ("dequantise", unpackers)):
+        for direction, runs in (("quantize", packers), ("dequantize", unpackers)):
             times = time_all(runs, repetitions)
             best = min(times[label] for label in ours)
             rows[f"{format} {direction}"] = {

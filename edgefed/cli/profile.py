@@ -25,7 +25,7 @@ class ProfileSettings:
     storage: Annotated[
         Literal["full", "int8", "nf4"],
         Setting(
-            "Storage of experts: unchanged, or quantised, which needs less memory and gives an approximate profile."
+            "Storage of experts: unchanged, or quantized, which needs less memory and gives an approximate profile."
         ),
     ] = "full"
     attention: Annotated[bool, Setting("Also record the attention that each expert's tokens receive; slower.")] = False

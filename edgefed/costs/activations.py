@@ -378,9 +378,9 @@ def optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence
 
 
 def workspace_bytes(shape: ModelShape, setup: StepSetup) -> int:
-    """Scratch memory of libraries and of dequantisation.
+    """Scratch memory of libraries and of dequantization.
 
-    Quantised experts: one matrix decoded, with the reference also its codes and scales at full size. Quantised dense
+    Quantized experts: one matrix decoded, with the reference also its codes and scales at full size. Quantized dense
     part: two matrices.
     """
     scratch = 0

@@ -13,7 +13,7 @@ experts that T evenly routed tokens use. A multiplication and an addition are tw
     attention             2 T S A forward (causal, A outputs of the queries), 2.5 times as much backward
     output embedding      2 T H V forward, 2 T H V backward; forward once more if the loss is computed in chunks
     checkpointing         the layers once more forward
-    quantised weights     read packed; above DECODED_TOKENS tokens also written and read once decoded
+    quantized weights     read packed; above DECODED_TOKENS tokens also written and read once decoded
     optimizer             AdamW: 7 w per trained parameter, 8 bit: 3 w + 4; clipping 3 w; all bytes
 """
 
@@ -27,7 +27,7 @@ from edgefed.costs.shapes import LayerShape, ModelShape
 from edgefed.costs.step_setup import DTYPE_BYTES, STORAGE_BYTES, StepSetup
 
 DECODED_TOKENS = 256
-"""With fewer, a kernel decodes quantised weights as it multiplies; with more, decoding once first is cheaper."""
+"""With fewer, a kernel decodes quantized weights as it multiplies; with more, decoding once first is cheaper."""
 
 WIDE_RANK = 64
 """A product of width R runs at R / WIDE_RANK of the peak, at most at the peak. An assumption, of the order of what the

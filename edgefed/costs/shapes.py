@@ -22,7 +22,7 @@ class LayerShape:
         mixer_width: Outputs per token of all projections of the attention, or of the Mamba or convolution block that
             replaces it.
         num_heads: Attention heads, 0 without attention.
-        linear_parameters: Matrices outside experts and router, which could be quantised.
+        linear_parameters: Matrices outside experts and router, which could be quantized.
         other_parameters: Norms, biases, router.
         dense_width: As ``mixer_width``, of a dense MLP and of shared experts, without the down projection.
         attention_matrices: Matrices of the attention that can train or have adapters.

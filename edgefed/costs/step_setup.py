@@ -21,7 +21,7 @@ STORAGE_BYTES: Mapping[str, float] = MappingProxyType(
         "nf4_dq": 0.5 + 1 / 64 + 4 / (64 * 256),  # the scales are themselves 8-bit, in blocks of 256
     }
 )
-"""Bytes of a stored parameter; quantised formats as in `edgefed.kernels.quantization` and bitsandbytes."""
+"""Bytes of a stored parameter; quantized formats as in `edgefed.kernels.quantization` and bitsandbytes."""
 SCALE_BYTES, BLOCKSIZE = 4, 64
 UNPACKING_BYTES: Mapping[str, int] = MappingProxyType({"int8": 8, "nf4": 13, "nf4_dq": 13})
 """Temporary bytes per parameter while the reference decodes it, without the result: 64-bit indices and float32."""

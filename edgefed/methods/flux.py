@@ -8,7 +8,7 @@ Paper symbol -> our name
     eps           `exploitation`: share of them that is trained; as many other experts are explored as slots are left
     alpha_e       frequency x mean attention, the weight within a merged expert (`edgefed.moe.merging.plan`)
 
-A device profiles with quantised experts and one round late, and trains the trainable experts. It measures the gradient
+A device profiles with quantized experts and one round late, and trains the trainable experts. It measures the gradient
 norms of trainable experts during training, and estimates those of explored experts by forward passes alone
 (`edgefed.training.utility`). It uploads the trainable experts and the utilities.
 

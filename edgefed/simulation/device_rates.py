@@ -204,7 +204,7 @@ class CostShape:
 
 
 def _bytes_by_kind(shape: ModelShape, setup: StepSetup) -> dict[str, float]:
-    """Bytes that cross a network for the whole model, as it is stored by the aggregator: nothing quantised."""
+    """Bytes that cross a network for the whole model, as it is stored by the aggregator: nothing quantized."""
 
     def adapters(pairs: Sequence[tuple[int, int]]) -> int:
         return ADAPTER_BYTES * sum(setup.lora_rank * (size_in + size_out) for size_in, size_out in pairs)

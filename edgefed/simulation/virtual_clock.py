@@ -4,9 +4,9 @@
 
     download, upload   bytes over the link, which the aggregator's link bounds; one latency each
     load               planned experts from disk into the device's memory
-    profile            all experts from disk once, quantised if the profile is; the pass itself
+    profile            all experts from disk once, quantized if the profile is; the pass itself
     merge              members read and summed; before the first time all experts compared with each other
-    train              steps by the roofline; experts quantised anew in each round before
+    train              steps by the roofline; experts quantized anew in each round before
     offload            experts that do not fit cross the host's link, or the disk's, when tokens need them
     explore, evaluate  forward passes
 
@@ -138,7 +138,7 @@ class CostModel:
             parts["offload"] = work.steps * self._offload(setup, resident, trainable, rates, usable_bytes)
         else:
             parts["load"] = self._load(setup, resident, trainable, rates)
-            parts["train"] += self._quantise(setup, resident, trainable, rates)
+            parts["train"] += self._quantize(setup, resident, trainable, rates)
         parts["merge"] = self._merge(work, setup, rates)
         explored = work.explored_tokens * self.charged.experts_ratio  # each expert is probed on its own
         for name, tokens in (("explore", explored), ("evaluate", work.evaluated_tokens)):
@@ -181,7 +181,7 @@ class CostModel:
         return [(at.num_experts, at.parameters_per_expert * setup.width, stored_bytes(at, setup)) for at in layers]
 
     def _load(self, setup: StepSetup, resident: Sequence[int], trainable: Sequence[int], rates: DeviceRates) -> float:
-        """Experts lie on disk as they were downloaded, and are quantised, if they are, on the way in."""
+        """Experts lie on disk as they were downloaded, and are quantized, if they are, on the way in."""
         sizes = self._expert_sizes(setup)
         read = sum(count * plain for count, (_, plain, _) in zip(resident, sizes, strict=True))
         entered = sum(
@@ -190,7 +190,7 @@ class CostModel:
         )
         return read / rates.disk_read + (entered / rates.host_link if rates.host_link else 0.0)
 
-    def _quantise(
+    def _quantize(
         self, setup: StepSetup, resident: Sequence[int], trainable: Sequence[int], rates: DeviceRates
     ) -> float:
         if setup.expert_storage in (None, *DTYPE_BYTES):
@@ -219,7 +219,7 @@ class CostModel:
         return self.charged.counts(counts or (0,) * len(self.charged.experts_per_layer))
 
     def _profile(self, work: RoundWork, tokens: int, setup: StepSetup, rates: DeviceRates) -> float:
-        """Layer by layer: its experts from disk, quantised where the profile is, then all ``tokens`` through it."""
+        """Layer by layer: its experts from disk, quantized where the profile is, then all ``tokens`` through it."""
         if not tokens:
             return 0.0
         setup = dataclasses.replace(setup, experts="none", expert_storage=work.profile_storage)

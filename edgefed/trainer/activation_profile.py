@@ -6,7 +6,7 @@
     expert      one expert                     one for each batch that needs it
 
 The first that fits is used, in that order. Experts keep the model's dtype while each needs to be read only once; else
-those of a layer are quantised, to 8 bits before 4: reading is what a profile costs in time, quantising costs accuracy
+those of a layer are quantized, to 8 bits before 4: reading is what a profile costs in time, quantizing costs accuracy
 (`benchmarks/results/profiling.json` has both).
 """
 
@@ -64,7 +64,7 @@ def choose_profile_pass(
         usable_bytes: Memory. If nothing fits, the pass is `ONE_EXPERT_AT_A_TIME`.
         requested: One of `PROFILE_STORAGES`.
         attention: The profile records attention.
-        packable: The experts' dtype can be quantised.
+        packable: The experts' dtype can be quantized.
         threads: Threads of the CPU.
 
     Raises:

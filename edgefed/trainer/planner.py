@@ -44,7 +44,7 @@ GROWTH = 1.10
 
 _OFFLOADING_PROBLEMS = {
     "adamw_8bit": "moments of offloaded experts stay as they are",
-    "nf4_experts": "a method that offloads experts does not quantise them",
+    "nf4_experts": "a method that offloads experts does not quantize them",
 }
 
 
@@ -322,8 +322,8 @@ class Planner:
         fields = {"chunked_loss": "chunked_loss", "checkpointing": "checkpointing", "adamw_8bit": "optimizer"}
         changes = {field: getattr(wanted.setup, field) for saving, field in fields.items() if saving in problems}
         storage = wanted.setup.expert_storage
-        may_quantise = storage is None and "nf4_experts" not in problems
-        if previous.setup.expert_storage not in ((None, "nf4") if may_quantise else (storage,)):
+        may_quantize = storage is None and "nf4_experts" not in problems
+        if previous.setup.expert_storage not in ((None, "nf4") if may_quantize else (storage,)):
             changes["expert_storage"] = storage
         resident = min(previous.resident, wanted.resident)
         return StepPlan(dataclasses.replace(previous.setup, **changes), resident, min(previous.trainable, resident))

@@ -95,7 +95,7 @@ def test_native_kernels_keep_the_up_projection_and_nothing_else_of_a_pair():
     assert moments["backward"] > moments["loss"]
 
 
-def test_quantised_experts_change_nothing_of_what_is_kept():
+def test_quantized_experts_change_nothing_of_what_is_kept():
     for kernels in ("reference", "native"):
         dense = StepSetup(1, 512, kernels=kernels)
         packed = dataclasses.replace(dense, expert_storage="nf4")
@@ -124,7 +124,7 @@ def test_checkpointing_keeps_one_layer_and_the_inputs():
     assert plain.phases["loss"] - again.phases["loss"] == pytest.approx(1.05 * 16 * layer - inputs, rel=0.04)
 
 
-def test_quantised_storage():
+def test_quantized_storage():
     assert STORAGE_BYTES["nf4"] == 0.5625
     assert STORAGE_BYTES["nf4_dq"] == pytest.approx(0.51587, abs=1e-5)
     setup = StepSetup(1, 512, expert_storage="nf4_dq", dense_storage="nf4_dq")
@@ -132,7 +132,7 @@ def test_quantised_storage():
     expert = 3 * 2048 * 1024
     assert expert * STORAGE_BYTES["nf4_dq"] / 2**20 == pytest.approx(3.1, abs=0.05)
     assert found["resident experts"] == pytest.approx(16 * 63 * expert * STORAGE_BYTES["nf4_dq"], abs=1)
-    assert found["trainable experts"] == 16 * expert * 2, "what trains in full is not quantised"
+    assert found["trainable experts"] == 16 * expert * 2, "what trains in full is not quantized"
     assert found["dense"] / GIB == pytest.approx(0.52, abs=0.005)
     assert found["workspace"] > 0, "weights are decoded somewhere"
 

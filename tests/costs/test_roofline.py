@@ -86,7 +86,7 @@ def test_checkpointing_runs_the_layers_once_more_and_a_chunked_loss_the_head():
     assert flops(again.backward) > flops(plain.backward) + 0.99 * (flops(plain.forward) - head)
 
 
-def test_quantised_weights_are_read_packed_and_for_many_tokens_decoded_once():
+def test_quantized_weights_are_read_packed_and_for_many_tokens_decoded_once():
     few, many = 8, 512
     plain = experts_op(forward_pass(SHAPE, SETUP, [4, 4], few).forward)
     packed = experts_op(forward_pass(SHAPE, SETUP, [4, 4], few, storage="nf4").forward)

@@ -61,7 +61,7 @@ def test_what_the_owner_asks_for_holds():
         choose_profile_pass(OLMOE, SETUP, 128, GIB, "int4")
 
 
-def test_experts_that_cannot_be_quantised_are_not():
+def test_experts_that_cannot_be_quantized_are_not():
     for budget in (8, 3, 2, 1):
         assert choose_profile_pass(OLMOE, SETUP, 128, int(budget * GIB), packable=False)[0].storage is None
 

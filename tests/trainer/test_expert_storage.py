@@ -258,12 +258,12 @@ def test_what_makes_no_sense_is_refused_by_name(rig):
 def test_what_a_device_cannot_do_is_refused_or_passed_over(rig, monkeypatch):
     table = rig(**LORA)
     usable = tight_budget(table)
-    reason = "quantised experts fail on cpu: no such kernel"
+    reason = "quantized experts fail on cpu: no such kernel"
     monkeypatch.setattr(placement, "packing_problem", lambda *args: reason)
     real = problems
     monkeypatch.setattr(planner, "problems", lambda *args: {**real(*args), "nf4_experts": reason})
     with pytest.raises(
-        ConfigError, match="`expert_storage=nf4` does not work on this device: quantised experts fail on cpu"
+        ConfigError, match="`expert_storage=nf4` does not work on this device: quantized experts fail on cpu"
     ):
         table.round(table.device("asked", expert_storage="nf4"))
     device = table.device("auto", usable)
