@@ -16,7 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent))  # warm_process, warm_imports
 
 DEFAULT_FAMILIES = {"olmoe", "deepseek_v3", "gpt_oss"}
-"""Model families that a default run covers: softmax routers, sigmoid routers with a bias, transposed weights with biases.
+"""Model families of a default run: softmax routers, sigmoid routers with a bias, transposed weights with biases.
 A test that has more than `MOST_FAMILIES` families runs on the others with `-m full`."""
 MOST_FAMILIES = 3
 FULL_FIXTURES = {"built_rig": "emulated"}

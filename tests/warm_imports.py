@@ -3,10 +3,10 @@
 import contextlib
 import importlib
 
+import torch
+
 for _name in ("numpy", "torch", "transformers", "safetensors.torch", "httpx", "uvicorn", "starlette", "rich"):
     with contextlib.suppress(ImportError):
         importlib.import_module(_name)
-
-import torch
 
 torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Processes for tests that start with torch and transformers already loaded.
 
-A cold `python -m edgefed` spends seconds on imports. A `WarmProcess` is forked from a server that has imported them, and
-is otherwise a process of its own: own pid, working directory, environment, output file, signals and exit status.
+A cold `python -m edgefed` spends seconds on imports. A `WarmProcess` is forked from a server that has imported them,
+and is otherwise a process of its own: own pid, working directory, environment, output file, signals and exit status.
 """
 
 from __future__ import annotations

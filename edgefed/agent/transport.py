@@ -156,7 +156,7 @@ class AggregatorClient:
         try:
             return self._channel.ask("GET", self._own(routes.UPLOAD, server_round, attempt), UploadState)
         except NotFound:
-            # Nothing has arrived, or the round is unknown; the PUT that follows tells which.
+            # Nothing has arrived, or the round is unknown; the following PUT shows which.
             return UploadState(offset=0, status="partial")
 
     def commit(self, meta: UpdateMeta) -> UpdateAccepted:

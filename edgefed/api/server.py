@@ -149,14 +149,14 @@ class Server:
         from edgefed.aggregator.server import AggregatorServer, ServerConfig, bind, check_token
         from edgefed.aggregator.store import has_run
 
-        tell = on_message or (lambda text: None)
+        report = on_message or (lambda text: None)
         check_token(self.host, self.token)
         bind(self.host, self.port).close()  # a port in use is reported before the import, which takes long
         if has_run(self.state):
             self.run_config = self._existing_run()
-            tell(f"continuing the run in {self.state}")
+            report(f"continuing the run in {self.state}")
         else:
-            self.run_config = self._create_run(tell)
+            self.run_config = self._create_run(report)
         config = ServerConfig(
             state_folder=self.state,
             host=self.host,
@@ -189,7 +189,7 @@ class Server:
             raise ConfigError("`options` are part of a method object", remedy="Set them where the object is made.")
         return custom.name_and_options(self.method)
 
-    def _create_run(self, tell: Callable[[str], None]) -> RunConfig:
+    def _create_run(self, report: Callable[[str], None]) -> RunConfig:
         from edgefed.embedded import TINY, resolve_model
         from edgefed.methods.registry import check_training, make_method
         from edgefed.protocol.messages import RunConfig
@@ -224,7 +224,7 @@ class Server:
             tokenizer=tokenizer,
         )
         policy = self._policy(run.rounds)
-        tell(f"importing {run.model} into {self.state}")
+        report(f"importing {run.model} into {self.state}")
         import_in_subprocess(source, self.state, run, policy, personal=method.personal)
         return run
 

@@ -1,7 +1,7 @@
 """The sizes of a Mixture-of-Experts model that determine the memory and time of a training step.
 
 `edgefed.moe.model_shape.shape_from_config` counts them for any model of transformers. `KNOWN_SHAPES` are constants, so
-that a device can tell what fits before anything is downloaded.
+that a device knows what fits before anything is downloaded.
 """
 
 from __future__ import annotations

@@ -286,7 +286,7 @@ def _bias_dots(call: Call, dy: torch.Tensor, pairs: SortedPairs, tensors: list[t
 
 
 def _counts_to_host(pairs: SortedPairs) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """Copy the begins by slot to the host; the event tells when they have arrived."""
+    """Copy the begins by slot to the host; the event is recorded when they have arrived."""
     begins = pairs.begins()
     if not begins.is_cuda:
         return begins.clone(), None

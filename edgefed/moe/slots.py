@@ -5,9 +5,9 @@
     PerturbedSlots   other slots with one expert moved in a random direction
 
 `slot_weights` builds the weights of one slot; `empty_stack` and `pack_into` store experts in 4 or 8 bits. The slots of
-an expert bank are in `edgefed.moe.bank`. Perturbed slots estimate gradients by forward passes alone. The moved weights are
-computed when the expert is requested, one expert at a time, and released afterwards, so resident weights never change:
-quantized experts can be moved too, and a failed pass needs no cleanup.
+an expert bank are in `edgefed.moe.bank`. Perturbed slots estimate gradients by forward passes alone. The moved weights
+are computed when the expert is requested, one expert at a time, and released afterwards, so resident weights never
+change: quantized experts can be moved too, and a failed pass needs no cleanup.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a device tells the aggregator of a round: the update, reports of its experts, a survey where it assigns them."""
+"""What a device reports to the aggregator after a round: the update, one report per expert, a survey if needed."""
 
 from __future__ import annotations
 

@@ -289,7 +289,7 @@ def _marks(
 
 @dataclasses.dataclass
 class _Parts:
-    """The fields of `StepMeasurement` that spans tell."""
+    """The fields of `StepMeasurement` that spans give."""
 
     phases: dict[str, int]
     saved_bytes: int = 0

@@ -158,7 +158,7 @@ def configured_balancing(module: PreTrainedModel) -> float:
 
 
 def structural_problem(module: PreTrainedModel) -> str:
-    """Return why the loss cannot be taken apart, as far as the model's structure tells; empty if it can."""
+    """Return why the loss cannot be taken apart, as far as the model's structure shows; empty if it can."""
     if decoder_of(module) is module:
         return "its decoder cannot be separated from its output embedding"
     return ""
