@@ -21,7 +21,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 TOP_LEVEL = {"triton_kernels": "edgefed.triton_kernels", "profiles": "edgefed.profiles"}
 
 FLOORS = (
-    ("errors", "expert_records", "interrupt"),
+    ("errors", "expert_records"),
     ("config", "disk", "embedded", "hardware", "native", "plots", "progress"),
     ("protocol",),
     ("kernels", "costs", "methods", "agent"),
