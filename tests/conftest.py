@@ -22,6 +22,35 @@ MOST_FAMILIES = 3
 FULL_FIXTURES = {"built_rig": "emulated"}
 """Fixture -> parameter that marks a test `full`: the emulator needs a minute to compile."""
 
+SLOW_FILES = {
+    "simulation/test_simulate.py": ("test_a_fleet_learns", "test_two_simulations_are_equal"),
+    "simulation/test_flux_federation.py": (),
+    "simulation/test_text_federation.py": (),
+    "simulation/test_personal_federation.py": (),
+    "trainer/test_memory_guard.py": ("test_fewer_experts_after", "test_a_smaller_budget", "test_what_a_half_done"),
+    "doctor/test_diagnosis.py": ("test_quick_runs_no_kernel",),
+    "cli/test_doctor.py": ("test_a_healthy_machine", "test_json_is_one_document"),
+    "training/test_calibration.py": ("test_one_step_of_one_plan_corrects_all_plans[mixtral-float32-full-auto]",),
+}
+"""File whose tests take seconds each -> those that a default run keeps; the others are `full`."""
+SLOW_TESTS = (
+    "trainer/test_offloading.py::test_a_round_under_a_real_limit",
+    "cli/test_cli.py::test_a_wrong_model_path",
+    "cli/test_cli.py::test_a_closed_pipe",
+    "cli/test_cli.py::test_flags_of_a_run_of_text",
+    "api/test_api.py::test_a_method_of_ones_own_in_a_simulation",
+    "costs/test_fallbacks.py::test_whatever_the_model",
+)
+"""Single tests that are `full` for their time."""
+
+
+def _is_slow(nodeid: str) -> bool:
+    place = nodeid.removeprefix("tests/")
+    file, _, name = place.partition("::")
+    if file in SLOW_FILES and not any(name.startswith(kept) for kept in SLOW_FILES[file]):
+        return True
+    return place.startswith(SLOW_TESTS)
+
 
 def _families() -> set[str]:
     spec = importlib.util.spec_from_file_location("toy_families", Path(__file__).parent / "moe" / "toy_models.py")
@@ -36,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     by_test: dict[str, list[tuple[pytest.Item, str]]] = defaultdict(list)
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if any(params.get(fixture) == value for fixture, value in FULL_FIXTURES.items()):
+        if _is_slow(item.nodeid) or any(params.get(fixture) == value for fixture, value in FULL_FIXTURES.items()):
             item.add_marker("full")
         for value in params.values():
             if isinstance(value, str) and value in known:
