@@ -72,8 +72,8 @@ class Worker:
         if self._process is None:
             try:
                 self._start()
-            except OSError as error:
-                return Outcome(failure=f"no process could be started for it: {error.strerror or error}")
+            except OSError as caught:
+                return Outcome(failure=f"no process could be started for it: {caught.strerror or caught}")
         request = {"target": target, "arguments": arguments, "timeout_s": timeout_s}
         try:
             self._send(request)
