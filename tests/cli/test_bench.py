@@ -22,7 +22,7 @@ from edgefed.hardware.profile_files import parse_profile
 
 COMMAND = [sys.executable, "-m", "edgefed", "bench"]
 LIMIT_S = 120
-LATE_S = 25.0
+LATE_S = 100.0
 
 
 @pytest.fixture
@@ -235,9 +235,9 @@ def test_invalid_options_are_refused_before_anything_is_measured(run, words, sta
 def test_compare_refuses_an_invalid_report(run, tmp_path, quick):
     broken = tmp_path / "broken.json"
     broken.write_text('{"schema": "edgefed.bench/1", "created"')
-    refused(run("--compare", quick[0] / "a.json", broken), 2, "config", "broken.json is not JSON")
+    refused(run("--compare", quick[0] / "a.json", broken), 2, "config", "broken.json: invalid JSON")
     broken.write_text('{"schema": "something else"}')
-    refused(run("--compare", broken, quick[0] / "a.json"), 2, "config", "has schema 'something else'")
+    refused(run("--compare", broken, quick[0] / "a.json"), 2, "config", "found 'something else'")
     report = parse_report((quick[0] / "a.json").read_bytes(), "a")
     broken.write_text(to_json(report).replace('"seconds"', '"seconds": "x", "s"', 1))
     result = run("--compare", broken, broken)
