@@ -92,4 +92,4 @@ def test_the_demo_compares_what_each_client_got(tmp_path):
         [sys.executable, "-m", "edgefed", *command, "--learning-rate", "0.1"], capture_output=True, text=True
     )
     assert refused.returncode == 2
-    assert "--learning-rate says nothing" in refused.stderr
+    assert "--learning-rate has no effect in the demo of fedmoe" in refused.stderr
