@@ -75,7 +75,7 @@ class SettingField:
 
     @property
     def required(self) -> bool:
-        """Whether there is no default."""
+        """Whether the setting has no default."""
         return self.default is dataclasses.MISSING
 
 

@@ -147,7 +147,7 @@ class ExtendDeadline:
 
 @dataclasses.dataclass(frozen=True)
 class Abandon:
-    """All participants are gone and there is no update: the round waits for clients again."""
+    """All participants are gone without an update: the round waits for clients again."""
 
     server_round: int
 

@@ -9,7 +9,7 @@ from edgefed.bench.statistics import MIN_SAMPLES, Sampling
 
 MIB = 2**20
 DEFAULT_MODEL = "OLMoE-1B-7B"
-"""Its configuration is built in, so there is no download."""
+"""Its configuration is built in, so nothing is downloaded."""
 DEFAULT_LINE = "10mbit"
 """Uplink for upload times when none was measured or given: a slow home connection."""
 

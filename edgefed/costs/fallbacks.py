@@ -8,7 +8,7 @@ Fallback 4b exists only for methods that offload experts (`Requirements.offloadi
 `fit` returns the best step plan that the memory model accepts; it is called before anything is loaded. `next_fallback`
 takes one more step down that frees memory; the memory guard calls it in the middle of a round.
 
-    1 to 3   change neither loss nor gradients (8-bit moments: hardly)
+    1 to 3   change neither loss nor gradients (8-bit moments: barely)
     4        rounds frozen weights to 4 bits and loads the experts again (with adapters, all experts: QLoRA)
     5        shortens the context
     6, 7     change which experts train and which are resident
@@ -34,7 +34,7 @@ from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.memory import format_bytes
 
 SHORTEST_SEQUENCE = 32
-"""Tokens. A shorter block hardly holds a sentence, and its first token gives no loss."""
+"""Tokens. A shorter block rarely contains a sentence, and its first token gives no loss."""
 
 SEQUENCE_SHARE = 4
 """Blocks are at least a quarter of the run's sequence length, so that all devices train on similar contexts."""

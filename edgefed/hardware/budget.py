@@ -338,7 +338,7 @@ def _container_room(host: HostFacts, own_bytes: int, notes: list[str]) -> tuple[
         if limit.reason is Reason.ABSENT or limit.reason is Reason.NOT_SUPPORTED:
             return True, None
         _unknown("the container's memory limit", limit, notes)
-        return not host.container.known, None  # outside a container there is hardly ever one
+        return not host.container.known, None  # outside a container there is rarely one
     if used.value is None:
         _unknown("the memory used under the container's limit", used, notes)
         return False, None

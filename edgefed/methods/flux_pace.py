@@ -30,7 +30,7 @@ def paced_limits(surveys: Mapping[str, ExpertSurvey], eps: Mapping[str, float], 
 
     c ranges over the C clients whose rate (`round_trip_rate`) is known. Experts are taken to be equally large, so their
     bytes cancel. The mean is geometric because rates differ by orders of magnitude: one very slow or very fast device
-    hardly changes it, and equal clients are not limited. The sum is exact (fsum), so it does not depend on their order.
+    barely changes it, and equal clients are not limited. The sum is exact (fsum), so it does not depend on their order.
     """
     rates = {client: rate for client, survey in surveys.items() if (rate := round_trip_rate(survey)) is not None}
     if not rates:

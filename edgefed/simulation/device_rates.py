@@ -186,7 +186,7 @@ class CostShape:
     def setup(self, setup: StepSetup, kind: MemoryKind) -> StepSetup:
         """How a step is done on a device of this ``kind`` that is done so with the model here.
 
-        ``gpu_optimizer`` counts on GPUs whatever is installed here: 8-bit moments change the training hardly.
+        ``gpu_optimizer`` counts on GPUs whatever is installed here: 8-bit moments barely change the training.
         """
         optimizer = setup.optimizer if kind is MemoryKind.CPU else self.gpu_optimizer
         return dataclasses.replace(

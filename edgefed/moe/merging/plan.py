@@ -11,7 +11,7 @@ with equal weights; clusters, slots and weights of the previous round are reused
 experts can be cached; other slot sizes and a K-means weighted by alpha are available.
 
 `plan_merging` and what it calls decide on statistics and embeddings only. `ExpertMerger` is the part that reads
-weights: it computes the embeddings once per process, because fine-tuning hardly changes how similar experts are, and
+weights: it computes the embeddings once per process, because fine-tuning barely changes how similar experts are, and
 because groups that stay the same do not need to be merged again. While a device searches for a plan that fits, only
 the number of groups matters, so `with_placeholder_groups` assigns experts to groups in order.
 """
