@@ -14,6 +14,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent))  # warm_process, warm_imports
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # merge_error, pretrain_tiny
 
 DEFAULT_FAMILIES = {"olmoe", "deepseek_v3", "gpt_oss"}
 """Model families of a default run: softmax routers, sigmoid routers with a bias, transposed weights with biases.

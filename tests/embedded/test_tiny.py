@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 
+import pretrain_tiny as pretrain
 import pytest
 import torch
 
-from benchmarks import pretrain_tiny as pretrain
 from edgefed.embedded import tiny_model_directory
 from edgefed.embedded.silos import SILOS, Document, load_silo, pretraining_documents
 from edgefed.training.data import encode_examples, load_corpus

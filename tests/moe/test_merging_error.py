@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from merge_error import layer_output_errors
 
-from benchmarks.merge_error import layer_output_errors
 from edgefed.errors import ConfigError
 from edgefed.expert_records import ExpertPlan, MergedGroup, Role
 from edgefed.kernels.masked_experts import masked_experts
