@@ -16,11 +16,11 @@ import msgspec
 from edgefed.disk import write_durably
 from edgefed.doctor import host, jetson, packages, sensors
 from edgefed.doctor.finding import Diagnosis, Finding, Group, State
-from edgefed.doctor.isolation import Outcome, Worker
 from edgefed.doctor.packages import TorchBuild, install_command, recorded_torch_findings, torch_findings
 from edgefed.errors import ConfigError, DeviceNotFound, StorageError
 from edgefed.hardware.budget import plan_budget
 from edgefed.hardware.facts import DeviceFacts
+from edgefed.isolation.worker import Outcome, Worker
 
 IMPORT_LIMIT_S = 180.0
 """For importing torch and starting CUDA: over a minute from a cold SD card."""
@@ -28,7 +28,7 @@ KERNEL_LIMIT_S = 120.0
 """For one kernel, compiling it included."""
 SENSOR_LIMIT_S = 30.0
 KERNELS = "edgefed.doctor.kernel_runs"
-QUERIES = "edgefed.doctor.worker"
+QUERIES = "edgefed.doctor.queries"
 QUICK = "no kernel was run and nothing was written to the disk (`quick`): the arithmetic was not checked"
 NO_SERVER = "the connection to a server was not tested (set `server`); a client needs no open port"
 REBUILD = "EDGEFED_NATIVE=1 pip install --force-reinstall --no-deps ."

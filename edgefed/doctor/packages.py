@@ -209,7 +209,7 @@ def _holds(found: tuple[int, ...], operator: str, bound: tuple[int, ...]) -> boo
 
 @dataclasses.dataclass(frozen=True)
 class TorchBuild:
-    """What `edgefed.doctor.worker.torch_build` found. ``cuda`` is None in a build without CUDA.
+    """What `edgefed.doctor.queries.torch_build` found. ``cuda`` is None in a build without CUDA.
 
     ``architectures`` as ``torch.cuda.get_arch_list`` names them: sm_80, sm_120a, compute_90. ``cpu_level`` is the
     vector level that torch's CPU kernels use: DEFAULT, AVX2, AVX512, NEON.

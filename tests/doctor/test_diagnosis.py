@@ -145,7 +145,7 @@ def test_a_driver_that_hangs(quick, replace_module, monkeypatch):
 
 
 def test_sensors_that_fail_only_beside_torch(quick, monkeypatch):
-    from edgefed.doctor.isolation import Outcome, Worker
+    from edgefed.isolation.worker import Outcome, Worker
 
     ask = Worker.call
 
@@ -195,7 +195,7 @@ def test_a_native_library_that_is_wrong_or_not_there(tmp_path):
         def call(self, *_, **__):
             return self.outcome
 
-    from edgefed.doctor.isolation import Outcome
+    from edgefed.isolation.worker import Outcome
 
     missing = diagnosis.native_finding(Replying(Outcome(failure="NativeUnavailable: no _native library in /x")))
     assert missing.state is State.NOTE
@@ -217,7 +217,7 @@ def test_a_native_library_that_is_wrong_or_not_there(tmp_path):
     ],
 )
 def test_bitsandbytes_by_what_it_computes(device, parts, whole, part, states, l4t):
-    from edgefed.doctor.isolation import Outcome
+    from edgefed.isolation.worker import Outcome
 
     class Replying:
         def call(self, target, timeout_s, *, device, columns):

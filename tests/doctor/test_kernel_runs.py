@@ -127,7 +127,7 @@ def test_nf4_is_judged_by_its_own_rounding(monkeypatch, columns):
 
 def test_triton_in_its_interpreter():
     pytest.importorskip("triton")
-    from edgefed.doctor.isolation import Worker
+    from edgefed.isolation.worker import Worker
 
     with Worker({"TRITON_INTERPRET": "1"}) as worker:
         outcome = worker.call("edgefed.doctor.kernel_runs:triton_kernel", 120, device="cpu")

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from edgefed.doctor.isolation import Worker, describe_exit
 from edgefed.errors import DeviceNotFound
+from edgefed.isolation.worker import Worker, describe_exit
 
 CHECKS = """
 import os, signal, sys, time

@@ -1,7 +1,7 @@
-"""Run checks in a worker process with a time limit, so that they cannot harm the doctor.
+"""Run functions in a worker process with a time limit, so that a crash or a hang cannot harm the caller.
 
 A broken wheel dies of an illegal instruction, and a driver that lost its GPU hangs: both become findings. The worker
-(`worker.py`) is started again after each death.
+(`child.py`) is started again after each death.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Worker:
         return Outcome(failure=f"{'' if kind else raised['type'] + ': '}{raised['text']}", error=error)
 
     def _start(self) -> None:
-        script = Path(__file__).with_name("worker.py")
+        script = Path(__file__).with_name("child.py")
         self._stderr.seek(0)
         self._stderr.truncate()
         self._process = subprocess.Popen(
