@@ -1,4 +1,4 @@
-"""Progress and interruption of a round: phases for the screen and the heartbeat, and the request to stop.
+"""Progress and interruption of a round: phases for the screen and the heartbeat, its line, and the request to stop.
 
 One event, which the command line sets on Ctrl-C, ends every wait and every transfer. A blocking socket read does not
 notice an event, so `run_interruptibly` runs the request in a daemon thread and watches both. An abandoned request ends
@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
 IDLE_PHASE = "waiting"
@@ -124,6 +124,64 @@ class WatchedProgress:
         if self._name != IDLE_PHASE:
             self._seconds[self._name] = self._seconds.get(self._name, 0.0) + now - self._started
         self._started = now
+
+
+class RoundLines:
+    """One line for each round of a device, with the time that it takes and the wait that is to be expected.
+
+    ``round 2/5: train 4.74, held-out 4.61 -> 4.48, 12 s, next in about 40 s``
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began: tuple[int, float] | None = None
+        self._ended: float | None = None
+        self._wait_s: float | None = None
+
+    def begin(self, server_round: int) -> None:
+        """The device starts to work on a round."""
+        now = self._clock()
+        if self._ended is not None:
+            self._wait_s = now - self._ended
+        self._began, self._ended = (server_round, now), None
+
+    def end(self, server_round: int, rounds: int, metrics: Mapping[str, float]) -> str:
+        """The line of a round whose update was acknowledged. A round that another process began has no time."""
+        now = self._clock()
+        seconds = now - self._began[1] if self._began is not None and self._began[0] == server_round else None
+        self._ended = now
+        line = round_line(server_round, rounds, metrics, seconds)
+        if self._wait_s is None or self._wait_s < 1 or server_round >= rounds:
+            return line
+        return f"{line}, next in about {format_seconds(self._wait_s)}"
+
+
+def round_line(server_round: int, rounds: int, metrics: Mapping[str, float], seconds: float | None, *more: str) -> str:
+    """One line about a finished round: its losses, ``more`` in between, and its time."""
+    parts = [*filter(None, [format_losses(metrics)]), *more]
+    if seconds is not None:
+        parts.append(format_seconds(seconds))
+    return f"round {server_round}/{rounds}: {', '.join(parts) or 'done'}"
+
+
+def format_losses(metrics: Mapping[str, float]) -> str:
+    """``train 4.74, held-out 4.61 -> 4.48`` from the metrics of a round; empty without any. Losses are in nats."""
+    parts = []
+    if (train := metrics.get("train_loss")) is not None:
+        parts.append(f"train {train:.2f}")
+    before, after = metrics.get("held_out_loss_before"), metrics.get("held_out_loss_after")
+    if before is not None and after is not None:
+        parts.append(f"held-out {before:.2f} -> {after:.2f}")
+    if (accuracy := metrics.get("held_out_accuracy_after")) is not None:
+        parts.append(f"held-out accuracy {100 * accuracy:.1f} %")
+    return ", ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """``0.4 s``, ``95 s``, ``12.5 min``, ``3.2 h``."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

@@ -25,11 +25,12 @@ from edgefed import __version__
 from edgefed.agent.backoff import Retry
 from edgefed.agent.cache import BlobCache
 from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
+from edgefed.agent.heartbeat import HeartbeatThread
 from edgefed.agent.journal import Journal
 from edgefed.agent.transport import AggregatorClient
 from edgefed.disk import hash_file
 from edgefed.errors import ChecksumMismatch, EdgefedError, NotFound, RoundClosed, UnknownClient
-from edgefed.progress import NullProgress, ProgressSink, StopRequested, WatchedProgress, run_interruptibly
+from edgefed.progress import NullProgress, ProgressSink, RoundLines, StopRequested, WatchedProgress, run_interruptibly
 from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.messages import (
     Assignment,
@@ -49,8 +50,6 @@ logger = logging.getLogger("edgefed.agent")
 BLOBS_FOLDER = "blobs"
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.05, 60.0
 """Limits on the pause between two requests for work, which the server asks for."""
-MIN_INTERVAL_S, MAX_INTERVAL_S = 0.05, 300.0
-"""Limits on the interval between two heartbeats."""
 
 T = TypeVar("T")
 StepKind = Literal["waited", "accepted", "dropped", "unregistered", "finished"]
@@ -140,6 +139,7 @@ class Agent:
         self._left_out: set[str] = set()
         self._wait_reason = ""
         self._started = clock()
+        self._lines = RoundLines(clock)
 
     def __enter__(self) -> Agent:
         return self
@@ -273,6 +273,7 @@ class Agent:
     def _take_part(self, assignment: Assignment) -> Delivered:
         assert self._run is not None, "not registered"
         self._server_round = assignment.server_round
+        self._lines.begin(assignment.server_round)
         self._delivery.open_account()
         attempt = self.journal.begin_training(assignment.server_round)
         path = self.journal.update_path()
@@ -298,6 +299,8 @@ class Agent:
             return StepOutcome("dropped", delivered.server_round, str(delivered.error))
         self._rounds += 1
         self._metrics = delivered.metrics
+        if self._run is not None:
+            self.progress.message(self._lines.end(delivered.server_round, self._run.rounds, delivered.metrics))
         try:
             self._trainer.between_rounds(self._fetch, self.progress)
         except (NotFound, RoundClosed) as error:
@@ -370,29 +373,3 @@ def open_agent(
                 retry=retry,
             ) as agent:
                 yield agent
-
-
-class HeartbeatThread:
-    """Calls ``send()`` every ``interval_s``, also while the device trains.
-
-    A failure is only logged, because the agent's own requests report problems of the network.
-    """
-
-    def __init__(self, send: Callable[[], None], interval_s: float) -> None:
-        self._send = send
-        self.interval_s = interval_s
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="edgefed-heartbeat", daemon=True)
-        self._thread.start()
-
-    def close(self, timeout_s: float = 1.0) -> None:
-        """Stop. Waits at most ``timeout_s`` for a heartbeat in progress."""
-        self._ended.set()
-        self._thread.join(timeout_s)
-
-    def _work(self) -> None:
-        while not self._ended.wait(min(max(self.interval_s, MIN_INTERVAL_S), MAX_INTERVAL_S)):
-            try:
-                self._send()
-            except Exception as error:  # this thread must survive every failure
-                logger.debug("heartbeat failed: %s", error)

@@ -26,7 +26,7 @@ from edgefed.aggregator import rounds
 from edgefed.aggregator.blobs import BlobStore, Catalog
 from edgefed.aggregator.fold import fold_round
 from edgefed.aggregator.rounds import Phase, RoundPolicy
-from edgefed.aggregator.status import Presence, build_status, round_status
+from edgefed.aggregator.status import Presence, build_status, describe_round, round_status
 from edgefed.aggregator.store import ClientRecord, Store, UpdateRecord
 from edgefed.aggregator.uploads import UploadFolder
 from edgefed.aggregator.validate import check_client_id, digest, update_units
@@ -298,10 +298,7 @@ class ActiveRun:
             self.catalog.load(server_round + 1)
             self.apply(rounds.Folded(self.clock(), server_round))
         self._tidy(updates)
-        logger.info(
-            "round %d: %d of %d units changed, folded in %.2f s",
-            *(server_round, len(changed), len(units), time.monotonic() - started),
-        )
+        logger.info("%s", describe_round(status, self.policy.rounds, time.monotonic() - started))
 
     def _tidy(self, folded: list[UpdateRecord]) -> None:
         """Delete files that no round needs. After a failure, the next start deletes them."""

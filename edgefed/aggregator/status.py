@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from edgefed.aggregator.rounds import Phase, RoundState
 from edgefed.aggregator.store import ClientRecord, RoundRecord, UpdateRecord
+from edgefed.progress import format_seconds, round_line
 from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, Status, UnitInfo
 
 
@@ -59,6 +60,13 @@ def round_status(current: RoundRecord, updates: Sequence[UpdateRecord], changed:
         experts_changed=len({(unit.layer, unit.expert) for unit in changed if unit.kind == "expert"}),
         metrics=average_metrics(updates),
     )
+
+
+def describe_round(status: RoundStatus, rounds: int, fold_s: float) -> str:
+    """The line of the server's log about a round that was aggregated in ``fold_s`` seconds."""
+    received = f"{status.updates} of {status.participants} clients"
+    folded = f"aggregated in {format_seconds(fold_s)}"
+    return round_line(status.server_round, rounds, status.metrics, status.seconds, received, folded)
 
 
 def average_metrics(updates: Sequence[UpdateRecord]) -> dict[str, float]:

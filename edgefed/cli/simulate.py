@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from edgefed.cli.options import command
 from edgefed.config import Setting
+from edgefed.progress import format_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,13 +100,6 @@ class SimulationDisplay:
             )  # fmt: skip
         elif self._status:
             self._status.update(f"{where}: {event.client} trains, {event.clients_done} of {event.clients} done")
-
-
-def format_seconds(seconds: float) -> str:
-    """``95 s``, ``12.5 min``, ``3.2 h``."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def render_methods(result: SimulationResult) -> Table:
