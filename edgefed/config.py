@@ -196,5 +196,6 @@ def parse_share(value: str | float, setting: str, *, zero: bool = False) -> floa
         share = -1.0
     if not (0 < share <= 1 or (zero and share == 0)):
         allowed = "a share from 0 to 1" if zero else "a share above 0, at most 1"
-        raise ConfigError(f"invalid `{setting}`: {value!r}; expected {allowed}, such as 25% or 0.25")
+        hint = f". Did you mean {share:g}%?" if 1 < share <= 100 and not text.endswith("%") else ""
+        raise ConfigError(f"invalid `{setting}`: {value!r}; expected {allowed}, such as 25% or 0.25{hint}")
     return share

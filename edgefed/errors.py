@@ -46,6 +46,7 @@ The command line shows these as flags: --memory, --expert-storage full.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -84,7 +85,7 @@ class UnknownMethod(ConfigError):
     """No federated method has this name."""
 
     code = "unknown-method"
-    default_remedy = "Choose one of these methods, or pass a class of your own as module:Class or file.py:Class."
+    default_remedy = "Choose a method that the message lists, or pass your own class as module:Class or file.py:Class."
 
 
 class UnknownProfile(ConfigError):
@@ -328,6 +329,15 @@ class ChecksumMismatch(ProtocolError):
 
     code, http_status = "checksum-mismatch", 422
     default_remedy = "Send the file again from the start."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'flux'?`` for a name like one of ``known``; empty if none is similar. To append to a sentence."""
+    import difflib
+
+    lower = {choice.lower(): choice for choice in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f" Did you mean {lower[close[0]]!r}?" if close else ""
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -22,7 +22,7 @@ TOP_LEVEL = {"triton_kernels": "edgefed.triton_kernels", "profiles": "edgefed.pr
 
 FLOORS = (
     ("errors", "expert_records"),
-    ("config", "disk", "embedded", "hardware", "isolation", "native", "plots", "progress"),
+    ("config", "disk", "embedded", "hardware", "hub", "isolation", "native", "plots", "progress"),
     ("protocol",),
     ("kernels", "costs", "methods", "agent"),
     ("moe", "aggregator", "doctor"),

@@ -156,10 +156,15 @@ def profile(
 
     Raises DataError, ModelNotFound, CheckpointError, UnsupportedArchitecture.
     """
+    from edgefed.embedded import resolve_model
+    from edgefed.hub import check_source
     from edgefed.progress import NullProgress
-    from edgefed.training.data import load_corpus, problem_notes
 
     sink = progress or NullProgress()
+    if isinstance(model, (str, Path)) and (note := check_source(resolve_model(str(model)))):
+        sink.message(note)
+    from edgefed.training.data import load_corpus, problem_notes
+
     corpus = load_corpus(str(data), 0.0, 0)  # before torch is loaded: a bad file is reported at once
     from edgefed.training.encoding import encode_examples
     from edgefed.training.profiling import profile_blocks, spread_blocks

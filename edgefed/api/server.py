@@ -191,6 +191,7 @@ class Server:
 
     def _create_run(self, report: Callable[[str], None]) -> RunConfig:
         from edgefed.embedded import TINY, resolve_model
+        from edgefed.hub import check_source
         from edgefed.methods.registry import check_training, make_method
         from edgefed.protocol.messages import RunConfig
         from edgefed.runs import import_in_subprocess
@@ -224,6 +225,8 @@ class Server:
             tokenizer=tokenizer,
         )
         policy = self._policy(run.rounds)
+        if note := "" if method.personal else check_source(source):
+            report(note)
         report(f"importing {run.model} into {self.state}")
         import_in_subprocess(source, self.state, run, policy, personal=method.personal)
         return run

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgefed import __version__
-from edgefed.errors import DiskFull, EdgefedError, StorageError
+from edgefed.cli.verbosity import log_level, set_up_logging, verbosity_options
+from edgefed.errors import DiskFull, EdgefedError, StorageError, did_you_mean
 
 if TYPE_CHECKING:
     from edgefed.cli.options import SettingsCommand
@@ -46,6 +47,14 @@ class LazyGroup(click.Group):
         """The command of a verb, imported now; None for an unknown one."""
         return verb_command(cmd_name) if cmd_name in VERBS else None
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command of the first word. An unknown one is refused with the most similar verb."""
+        if args[0] not in VERBS and not ctx.resilient_parsing:
+            ctx.fail(f"unknown command {args[0]!r}.{did_you_mean(args[0], VERBS)}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the verbs without importing them."""
         with formatter.section("Commands"):
@@ -66,16 +75,14 @@ def verb_command(verb: str) -> SettingsCommand:
     type=click.Path(path_type=Path),
     help="Settings file; default: edgefed.toml in this folder, if there is one.",
 )
-@click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
-)
 @click.pass_context
-def cli(ctx: click.Context, config_path: Path | None, log_level: str) -> None:
+def cli(ctx: click.Context, config_path: Path | None) -> None:
     """Fine-tune Mixture-of-Experts language models across the devices that people already own.
 
-    Settings come from flags, then EDGEFED_VERB_OPTION variables, then edgefed.toml, then defaults.
+    Settings come from flags, then EDGEFED_VERB_OPTION variables, then edgefed.toml, then defaults. `edgefed COMMAND
+    --help` shows the flags of a command, with examples.
     """
-    set_up_logging(log_level)
+    set_up_logging(log_level(ctx))
     path = config_path or Path("edgefed.toml")
     if config_path or path.exists():
         from edgefed.config import load_settings
@@ -84,18 +91,7 @@ def cli(ctx: click.Context, config_path: Path | None, log_level: str) -> None:
         ctx.default_map = load_settings(path, fields)
 
 
-def set_up_logging(level: str) -> None:
-    """Log lines of edgefed on stderr, with UTC time."""
-    import time
-
-    handler = logging.StreamHandler()
-    formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    logger = logging.getLogger("edgefed")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
+cli.params += verbosity_options()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import threading
 import time
 
 from rich.console import Console
@@ -23,9 +25,26 @@ def stdout_console() -> Console:
     return Console(highlight=False, emoji=False, soft_wrap=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
-def stderr_console() -> Console:
-    """For progress and errors."""
-    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
+def stderr_console(*, quiet: bool | None = None) -> Console:
+    """For notices, progress and errors. ``quiet``: print nothing; by default with -q, or a log level above info."""
+    if quiet is None:
+        quiet = logging.getLogger("edgefed").level > logging.INFO
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
+
+
+_times = threading.Event()
+
+
+def show_times() -> None:
+    """Begin each notice with the time: in UTC with the date in a log, the local time of day on a terminal."""
+    _times.set()
+
+
+def stamp() -> str:
+    """The time as notices begin with it, or nothing."""
+    if not _times.is_set():
+        return ""
+    return time.strftime("%H:%M:%S ") if sys.stderr.isatty() else time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime())
 
 
 def print_json(data: object) -> None:
@@ -49,7 +68,7 @@ def print_error(error: EdgefedError, *, as_json: bool) -> None:
         reply = {"error": {"code": error.code, "message": to_flags(str(error)), "remedy": to_flags(error.remedy)}}
         print(json.dumps(reply), file=sys.stderr)
         return
-    console = stderr_console()
+    console = stderr_console(quiet=False)
     console.print(f"[bold red]error\\[{error.code}][/]: ", end="")
     console.print(to_flags(str(error)), markup=False)
     console.print(f"  {to_flags(error.remedy)}", markup=False)
@@ -57,7 +76,7 @@ def print_error(error: EdgefedError, *, as_json: bool) -> None:
 
 def print_note(text: str) -> None:
     """Print one line on stderr that is not an error."""
-    stderr_console().print(to_flags(text), markup=False)
+    stderr_console().print(stamp() + to_flags(text), markup=False)
 
 
 def make_table(*columns: str, title: str | None = None) -> Table:
@@ -108,7 +127,7 @@ class TerminalProgress:
 
     def message(self, text: str) -> None:
         """Print one line above the bar."""
-        self._console.print(to_flags(text), markup=False)
+        self._console.print(stamp() + to_flags(text), markup=False)
 
     def done(self) -> None:
         """End the phase; a line with its amount and duration remains in a log."""
@@ -119,7 +138,7 @@ class TerminalProgress:
             self._bar = None
         seconds = time.monotonic() - self._started
         if seconds >= self._quiet_s:
-            self._console.print(f"{self._name:<10} {self._amount():>12}  {seconds:.1f} s", markup=False)
+            self._console.print(f"{stamp()}{self._name:<10} {self._amount():>12}  {seconds:.1f} s", markup=False)
         self._name = ""
 
     def _amount(self) -> str:

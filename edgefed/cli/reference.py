@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+from edgefed.cli.examples import EXAMPLES
 from edgefed.cli.main import VERBS, verb_command
 from edgefed.cli.options import SettingsCommand, default_text, variable_of
 from edgefed.cli.phrasing import to_flags
@@ -12,7 +13,19 @@ from edgefed.config import SettingField
 INTRODUCTION = """\
 # Command line
 
-`edgefed [--config FILE] [--log-level LEVEL] COMMAND`
+`edgefed [--config FILE] COMMAND [-v | -q | --log-level LEVEL]`
+
+`-v` (`--log-level debug`) shows more, `-q` neither notices nor progress; both may stand before or after the command.
+Colors appear on a terminal only, and not with `NO_COLOR` or `TERM=dumb`. Exit status 130 means Ctrl-C; the other
+statuses are on the page of errors.
+
+Shell completion of commands, options and their values:
+
+```
+eval "$(_EDGEFED_COMPLETE=bash_source edgefed)"                                                        # in ~/.bashrc
+eval "$(_EDGEFED_COMPLETE=zsh_source edgefed)"                                                         # in ~/.zshrc
+_EDGEFED_COMPLETE=fish_source edgefed > ~/.config/fish/completions/edgefed.fish                        # once, in fish
+```
 
 Settings come from flags, then environment variables, then the table of the command in `edgefed.toml`, then defaults. A
 key of `edgefed.toml` is the flag without its dashes.
@@ -28,6 +41,7 @@ def _section(verb: str, command: SettingsCommand) -> str:
     arguments = " ".join(_argument(field) for field in command.fields if field.setting.positional)
     usage = f"edgefed {verb} {arguments}".strip()
     lines = [f"## edgefed {verb}", "", f"```\n{usage} [OPTIONS]\n```", "", inspect.cleandoc(command.help or ""), ""]
+    lines += ["```", *(f"{line}  # {comment}" for comment, line in EXAMPLES.get(verb, ())), "```", ""]
     lines += ["| setting | value | default | environment | meaning |", "| --- | --- | --- | --- | --- |"]
     flags = {field.name: f"--{field.flag}" for field in command.fields}
     for field in command.fields:

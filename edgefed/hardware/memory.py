@@ -15,16 +15,26 @@ _UNITS |= {f"{prefix}ib": size for prefix, size in _UNITS.items() if prefix not 
 _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
 
 
+LEAST_BARE = 2**20
+"""A size in bytes below this is a forgotten unit: no device trains in less than 1 MiB."""
+
+
 def parse_bytes(text: str) -> int:
     """Read a size: ``2GiB`` and ``2G`` are 2 * 2**30, ``2GB`` is 2 * 10**9, a bare number is bytes.
 
-    Raises ConfigError for an invalid size, or one that is not above zero.
+    Raises ConfigError for an invalid size, one that is not above zero, and a bare number below `LEAST_BARE`, where a
+    unit was forgotten.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
+    number = float(match[1]) if match else 0.0
+    size = int(number * unit) if unit else 0
+    if match and not match[2] and 0 < number < LEAST_BARE:
+        hint, size = f": it has no unit. Did you mean {match[1]}{'GiB' if number < 256 else 'MiB'}?", 0
+    else:
+        hint = ""
     if size <= 0:
-        raise ConfigError(f"invalid memory size {text!r}", remedy="Write it like 2GiB, 512MiB or 1500MB.")
+        raise ConfigError(f"invalid memory size {text!r}{hint}", remedy="Write it like 2GiB, 512MiB or 1500MB.")
     return size
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast, get_args, get_origi
 
 import msgspec
 
-from edgefed.errors import ConfigError
+from edgefed.errors import ConfigError, did_you_mean
 
 Value: TypeAlias = float | int | str | bool
 
@@ -93,7 +93,7 @@ def read_options(name: str, kind: type, values: Mapping[str, object]) -> dict[st
     for key, value in values.items():
         if key not in known:
             listed = ", ".join(f"{option.name}={option.default}" for option in known.values()) or "none"
-            raise ConfigError(f"{name} has no option {key!r}; its options are {listed}")
+            raise ConfigError(f"{name} has no option {key!r}; its options are {listed}.{did_you_mean(key, known)}")
         option = known[key]
         if (converted := option.convert(value)) is None:
             raise ConfigError(f"{name}: option {key} must be {option.kind.__name__}, found {value!r}")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from edgefed.errors import ConfigError, UnknownMethod
+from edgefed.errors import ConfigError, UnknownMethod, did_you_mean
 from edgefed.methods.baselines import (
     FrequentExperts,
     Local,
@@ -98,7 +98,8 @@ def make_expert_method(name: str, options: Mapping[str, object] | None = None) -
 def method_class(name: str) -> type[Method]:
     """The class of a method. Raises UnknownMethod."""
     if name not in METHODS:
-        raise UnknownMethod(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
+        listed = ", ".join(METHODS)
+        raise UnknownMethod(f"unknown method {name!r}; the methods are {listed}.{did_you_mean(name, METHODS)}")
     return METHODS[name]
 
 

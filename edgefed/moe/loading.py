@@ -18,11 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from edgefed.errors import CheckpointError, ModelNotFound, UnsupportedArchitecture, first_line
+from edgefed.hub import HUB_REMEDY, check_source
 
-_HUB_REMEDY = (
-    "If this machine cannot reach the hub, download the checkpoint elsewhere (`hf download NAME --local-dir FOLDER`), "
-    "copy the folder and pass its path; `tiny` needs no download."
-)
 # Weights in formats that are not read here, and subfolders with copies of the weights in other formats.
 _NOT_DOWNLOADED = ["*/*", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.pt", "*.pth", "consolidated*"]
 
@@ -45,20 +42,16 @@ def load_config(source: str | Path) -> PretrainedConfig:
 
     Raises ModelNotFound, CheckpointError (broken config.json) or UnsupportedArchitecture (unknown model type).
     """
-    folder = Path(source)
-    local = folder.is_dir()
-    if local and not (folder / "config.json").is_file():
-        raise ModelNotFound(f"not a Hugging Face checkpoint: {str(folder)!r} has no config.json")
-    if not local and (folder.exists() or _looks_like_path(str(source))):
-        raise ModelNotFound(f"checkpoint folder not found: {str(source)!r}")
+    check_source(str(source))
+    local = Path(source).is_dir()
     if local:
-        read_config_file(folder)
+        read_config_file(Path(source))
     try:
         config = AutoConfig.from_pretrained(str(source), trust_remote_code=False, local_files_only=local)
     except OSError as error:
         raise ModelNotFound(
             f"{str(source)!r} is neither a local folder nor available from the hub: {first_line(error)}",
-            remedy=_HUB_REMEDY,
+            remedy=HUB_REMEDY,
         ) from error
     except ValueError as error:
         raise UnsupportedArchitecture(f"transformers cannot use {str(source)!r}: {first_line(error)}") from error
@@ -85,7 +78,7 @@ def find_folder(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), ignore_patterns=_download_filter(str(source))))
     except (OSError, ValueError) as error:
         raise ModelNotFound(
-            f"cannot download the weights of {str(source)!r} from the hub: {first_line(error)}", remedy=_HUB_REMEDY
+            f"cannot download the weights of {str(source)!r} from the hub: {first_line(error)}", remedy=HUB_REMEDY
         ) from error
 
 
@@ -182,7 +175,3 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or source.endswith("/") or "\\" in source

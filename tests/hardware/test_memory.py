@@ -8,13 +8,20 @@ from edgefed.hardware import memory
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("2GiB", 2 << 30), ("2G", 2 << 30), ("2GB", 2 * 10**9), ("1.5 MiB", 3 << 19), ("512", 512), ("64kb", 64000)],
+    [
+        ("2GiB", 2 << 30),
+        ("2G", 2 << 30),
+        ("2GB", 2 * 10**9),
+        ("1.5 MiB", 3 << 19),
+        ("2000000", 2 * 10**6),
+        ("8kb", 8000),
+    ],
 )
 def test_sizes_are_read(text, size):
     assert memory.parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "-2GiB", "0", "2 XiB", "GiB", "nan"])
+@pytest.mark.parametrize("text", ["", "much", "-2GiB", "0", "2 XiB", "GiB", "nan", "2", "512"])
 def test_an_invalid_size_is_refused(text):
     with pytest.raises(ConfigError, match="invalid memory size"):
         memory.parse_bytes(text)

@@ -1,0 +1,55 @@
+"""Examples of each verb, for ``--help`` and the reference page: a comment and a command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXAMPLES: dict[str, Sequence[tuple[str, str]]] = {
+    "bench": (
+        ("About 30 seconds, for the usual models.", "edgefed bench --quick"),
+        ("What fits into 8 GiB of this model?", "edgefed bench --model Qwen3-30B-A3B --memory 8GiB --quick"),
+        ("Plan for another device; nothing is measured.", "edgefed bench --device-profile jetson-orin-nano-8gb"),
+    ),
+    "demo": (
+        ("A federation of four clients, in about a minute.", "edgefed demo"),
+        ("All methods on the same data.", "edgefed demo --compare"),
+        ("Clients with models of their own.", "edgefed demo --method fedmoe"),
+    ),
+    "doctor": (
+        ("Check this device.", "edgefed doctor"),
+        ("Also the way to a server.", "edgefed doctor --server http://192.168.1.5:8470"),
+    ),
+    "export": (
+        ("The newest model of a run.", "edgefed export --state ./run ./model"),
+        ("The model before round 3.", "edgefed export --state ./run --round 3 ./model"),
+    ),
+    "join": (
+        ("Train on a file.", "edgefed join http://192.168.1.5:8470 --data my.jsonl --state ./me"),
+        ("Within limits.", "edgefed join http://192.168.1.5:8470 --data my.jsonl --memory 2GiB --experts 25%"),
+        ("With a model of your own (FedMoE).",
+         "edgefed join http://192.168.1.5:8470 --task images --data my.npz --model cnn3"),
+    ),
+    "partition": (
+        ("Two classes for each of ten clients.", "edgefed partition all.npz --clients 10 --out parts"),
+        ("Unequal shares of every class.", "edgefed partition all.csv --clients 10 --by dirichlet --out parts"),
+    ),
+    "profile": (
+        ("Which experts of the tiny model does this text use?", "edgefed profile --data my.jsonl"),
+        ("Of a checkpoint, with a picture.", "edgefed profile --model ./olmoe --data my.jsonl --plot experts.png"),
+    ),
+    "serve": (
+        ("Wait for two clients, then train five rounds.",
+         "edgefed serve --model tiny --rounds 5 --min-clients 2 --state ./run"),
+        ("For other machines; clients set the same EDGEFED_TOKEN.",
+         "EDGEFED_TOKEN=secret edgefed serve --host 0.0.0.0 --model ./olmoe --train-experts lora"),
+        ("Continue a run.", "edgefed serve --state ./run"),
+    ),
+    "simulate": (
+        ("Run a fleet; the same command continues it.", "edgefed simulate fleet.toml --out results"),
+        ("One of its methods.", "edgefed simulate fleet.toml --method flux --rounds 10"),
+    ),
+    "status": (
+        ("The run on this machine.", "edgefed status"),
+        ("Until it ends.", "edgefed status http://192.168.1.5:8470 --watch"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,105 @@
+"""Whether a model can be found, checked before torch is loaded: a folder, a copy in the hub's cache, or the hub itself.
+
+huggingface_hub tries an unreachable hub six times for each file, which takes minutes. One connection with a time limit
+decides here; without the hub, a model that was downloaded before is used from its cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from edgefed.errors import ModelNotFound
+
+CONNECT_S = 3.0
+"""Time limit of the connection to the hub, with the look-up of its name."""
+HUB_REMEDY = (
+    "If this machine cannot reach the hub, download the checkpoint elsewhere (`hf download NAME --local-dir FOLDER`), "
+    "copy the folder and pass its path; `tiny` needs no download."
+)
+OFFLINE = "HF_HUB_OFFLINE"
+
+
+def check_source(source: str) -> str:
+    """Check that a checkpoint folder exists, or that a hub id can be downloaded or is in the cache. Returns a note.
+
+    The note is empty, or says that the cached copy is used because the hub cannot be reached; HF_HUB_OFFLINE is then
+    set for this process and its children. Raises ModelNotFound.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelNotFound(f"not a Hugging Face checkpoint: {str(folder)!r} has no config.json")
+        return ""
+    if folder.exists() or looks_like_path(source):
+        raise ModelNotFound(f"checkpoint folder not found: {source!r}")
+    asked_offline = os.environ.get(OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
+    reason = f"{OFFLINE} is set" if asked_offline else unreachable(_endpoint())
+    if not reason:
+        return ""
+    if not is_cached(source):
+        raise ModelNotFound(
+            f"{source!r} is no local folder, and the hub cannot be used: {reason}; no copy is in {cache_folder()}",
+            remedy=HUB_REMEDY,
+        )
+    os.environ[OFFLINE] = "1"
+    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
+        constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]  # it has read the environment already
+    return "" if asked_offline else f"the hub cannot be used ({reason}): taking the copy of {source} in the cache"
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether a name can only be a path: hub ids are NAME or OWNER/NAME."""
+    return source.startswith((".", "/", "~", "\\")) or source.count("/") > 1 or source.endswith("/") or "\\" in source
+
+
+def cache_folder() -> Path:
+    """Where huggingface_hub keeps what it has downloaded."""
+    if cache := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(cache).expanduser()
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(home).expanduser() / "hub"
+
+
+def is_cached(source: str) -> bool:
+    """Whether the configuration of a hub model is in the cache."""
+    snapshots = cache_folder() / f"models--{source.replace('/', '--')}" / "snapshots"
+    return any(snapshots.glob("*/config.json"))
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+@functools.cache
+def unreachable(url: str) -> str:
+    """Why no connection to ``url``, or to the proxy that leads there, opens within `CONNECT_S`; "" if one does."""
+    address = urlsplit(url)
+    proxy = None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)
+    target = urlsplit(proxy if proxy is None or "://" in proxy else f"http://{proxy}") if proxy else address
+    host = target.hostname or ""
+    try:
+        port = target.port or (443 if target.scheme == "https" else 80)
+    except ValueError:
+        return ""  # an odd address of a proxy is for huggingface_hub to judge
+    found: list[str] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), CONNECT_S).close()
+        except OSError as error:
+            found.append(f"no connection to {host}:{port}: {error.strerror or error}")
+        else:
+            found.append("")
+
+    # In a thread: the look-up of a name has no time limit of its own.
+    thread = threading.Thread(target=connect, name="edgefed-hub", daemon=True)
+    thread.start()
+    thread.join(CONNECT_S)
+    return found[0] if found else f"{host}:{port} did not answer within {CONNECT_S:.0f} s"

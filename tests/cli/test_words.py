@@ -1,0 +1,174 @@
+"""The words of the command line: suggestions, examples, verbosity, sizes without a unit, a hub out of reach."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from edgefed import hub
+from edgefed.cli.examples import EXAMPLES
+from edgefed.cli.main import VERBS, main, verb_command
+from edgefed.cli.reference import reference
+from edgefed.config import parse_share
+from edgefed.errors import ConfigError, ModelNotFound, UnknownMethod, did_you_mean
+from edgefed.hardware.memory import parse_bytes
+from edgefed.methods.registry import make_method
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Run the command line in an empty folder; returns (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    yield call
+    logging.getLogger("edgefed").setLevel(logging.INFO)
+
+
+def test_similar_names_are_suggested():
+    assert did_you_mean("Fluxx", ["hfedmoe", "flux"]) == " Did you mean 'flux'?"
+    assert did_you_mean("olmoe", ["OLMoE-1B"]) == " Did you mean 'OLMoE-1B'?"
+    assert did_you_mean("zzz", ["flux"]) == ""
+
+
+def test_verbs_flags_methods_and_options_that_almost_exist(run):
+    status, _, err = run("serv")
+    assert (status, "unknown command 'serv'. Did you mean 'serve'?" in err) == (2, True)
+    status, _, err = run("serve", "--rouns", "2")
+    assert (status, "--rounds" in err) == (2, True)
+    with pytest.raises(UnknownMethod, match=r"the methods are hfedmoe, .*local\. Did you mean 'fedavg'\?"):
+        make_method("fedav")
+    with pytest.raises(ConfigError, match=r"Did you mean 'lambda'\?"):
+        make_method("hfedmoe", {"lamda": "1"})
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_every_verb_ends_with_examples_that_parse(run, verb):
+    status, out, _ = run(verb, "--help")
+    assert status == 0
+    assert EXAMPLES[verb]
+    for comment, line in EXAMPLES[verb]:
+        assert f"# {comment}" in " ".join(out.split())
+        assert line in out
+        assert line in reference()
+        words = [word for word in shlex.split(line) if "=" not in word or word.startswith("-")]
+        assert words[:2] == ["edgefed", verb]
+        verb_command(verb).make_context(verb, words[2:])  # raises for a flag or value that does not exist
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [
+        (["partition"], logging.INFO),
+        (["-q", "partition"], logging.WARNING),
+        (["partition", "-q"], logging.WARNING),
+        (["partition", "-v"], logging.DEBUG),
+        (["--log-level", "error", "partition"], logging.ERROR),
+        (["-v", "partition", "--log-level", "warning"], logging.WARNING),
+    ],
+)
+def test_verbosity_before_and_after_the_verb(run, words, level):
+    assert run(*words, "absent.csv", "--clients", 2, "--out", "parts")[0] == 4
+    assert logging.getLogger("edgefed").level == level
+
+
+def test_quiet_hides_notices_but_not_errors(run, tmp_path):
+    (tmp_path / "labels.csv").write_text("text,label\n" + "hello there,a\ngood bye,b\n" * 20)
+    split = ("partition", "labels.csv", "--clients", 2, "--classes-per-client", 1)
+    assert run(*split, "--out", "one", "-q")[2] == ""
+    status, _, err = run("partition", "absent.csv", "--clients", 2, "--out", "two", "-q")
+    assert status
+    assert "error[" in err
+
+
+def test_log_lines_are_notices_with_the_time_for_long_running_verbs():
+    code = (
+        "import logging; from edgefed.cli.verbosity import set_up_logging; set_up_logging('info', {verb!r});"
+        "log = logging.getLogger('edgefed.x'); log.info('as it is'); log.warning('set `memory`'); log.debug('no')"
+    )
+    lines = {
+        verb: subprocess.run(
+            [sys.executable, "-c", code.format(verb=verb)], capture_output=True, text=True, check=True
+        ).stderr.splitlines()
+        for verb in ("status", "serve")
+    }
+    assert lines["status"] == ["as it is", "warning: set --memory"]
+    assert [line.split(" ", 1)[1] for line in lines["serve"]] == lines["status"]
+    assert all(time.strptime(line.split()[0], "%Y-%m-%dT%H:%M:%SZ") for line in lines["serve"])
+
+
+def test_sizes_and_shares_without_a_unit_ask_for_it():
+    for text, likely in (("2", "2GiB"), ("0.5", "0.5GiB"), ("512", "512MiB")):
+        with pytest.raises(ConfigError, match=rf"invalid memory size '{text}': .* Did you mean {likely}\?"):
+            parse_bytes(text)
+    assert parse_bytes("1048576") == 2**20
+    assert parse_bytes("2G") == 2**31
+    with pytest.raises(ConfigError, match=r"invalid `experts`: '25'; .* Did you mean 25%\?"):
+        parse_share("25", "experts")
+    with pytest.raises(ConfigError, match=r"0\.25$"):
+        parse_share("250", "experts")
+
+
+# --- the hub ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """An address of the hub at which nothing listens, and an empty cache; returns the cache."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(hub.OFFLINE, "0")  # what the check sets is undone after the test
+    return tmp_path / "cache"
+
+
+def test_a_hub_id_without_the_hub_fails_at_once_with_what_to_do(run, no_hub):
+    started = time.monotonic()
+    for words in (("serve", "--port", 0), ("profile", "--data", "silo:http")):
+        status, _, err = run(*words, "--model", "allenai/OLMoE-1B-7B-0924")
+        assert status == 3
+        text = " ".join(err.split())
+        assert "error[model-not-found]" in text
+        assert "the hub cannot be used: no connection to 127.0.0.1:" in text
+        assert "hf download NAME --local-dir FOLDER" in text
+    assert time.monotonic() - started < 5
+
+
+def test_without_the_hub_a_cached_model_is_used(no_hub, monkeypatch):
+    snapshot = no_hub / "models--allenai--OLMoE" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert "taking the copy of allenai/OLMoE in the cache" in hub.check_source("allenai/OLMoE")
+    monkeypatch.setenv(hub.OFFLINE, "1")
+    assert hub.check_source("allenai/OLMoE") == ""
+    with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE is set"):
+        hub.check_source("allenai/other")
+
+
+def test_a_host_that_does_not_answer_takes_a_limited_time(monkeypatch):
+    def slow(*_: object) -> None:
+        time.sleep(1)
+        raise TimeoutError
+
+    monkeypatch.setattr(hub, "CONNECT_S", 0.1)
+    monkeypatch.setattr(hub.socket, "create_connection", slow)
+    assert "did not answer" in hub.unreachable("http://example.invalid:81")
+
+
+def test_a_reachable_hub_is_left_to_huggingface(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv(hub.OFFLINE, "0")
+        assert hub.check_source("allenai/OLMoE") == ""
