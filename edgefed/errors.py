@@ -141,7 +141,7 @@ class DataError(EdgefedError):
 
     code, exit_status = "data", 4
     default_remedy = (
-        "Pass a .txt file, or a .jsonl file with one record per line; the documentation shows the record formats."
+        "Pass text as .txt, .jsonl, .json, .csv or .parquet, or a folder; the documentation shows the record formats."
     )
 
 

@@ -27,6 +27,7 @@ from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
 from edgefed.trainer.ports import ProcessMemory
 from edgefed.training.data import problem_notes
+from edgefed.training.records import AUTOMATIC, RecordFields
 
 MAX_TEXT_CHARACTERS = 200
 _PROGRAMS = re.compile(r" \([^()]*\)")
@@ -58,6 +59,8 @@ class JoinConfig:
     task: str | None = None
     """"images" or "text": take part with a model of one's own (FedMoE), ``model``; None: train the server's model."""
     model: str | None = None
+    fields: RecordFields = AUTOMATIC
+    """Names of the fields of the data's records."""
     resize: bool = False
     """Scale images of another size than the shared extractor's."""
 
@@ -226,6 +229,7 @@ def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progress
         ProcessMemory(memory.measure, memory.torch_device, memory.make_watch()),
         held_out_share=config.held_out_share,
         device=memory.torch_device,
+        fields=config.fields,
     )
     for note in problem_notes(config.data, trainer.corpus.problems):
         progress.message(note)
@@ -238,7 +242,9 @@ def _personal_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progre
     from edgefed.personal.trainer import PersonalTrainer
 
     assert config.task is not None, "the configuration names a task"
-    task = make_task(config.task, config.data, config.model, config.name, config.held_out_share, config.resize)
+    task = make_task(
+        config.task, config.data, config.model, config.name, config.held_out_share, config.resize, config.fields
+    )
     for note in problem_notes(config.data, task.problems):
         progress.message(note)
     of_classes = f" of {len(task.classes)} classes" if task.classes else ""

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from edgefed.config import Setting, check_settings, parse_share
-from edgefed.errors import ConfigError
+from edgefed.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from edgefed.agent.agent import RunSummary
     from edgefed.progress import ProgressSink
+    from edgefed.training.records import RecordFields
 
 StorageChoice = Literal["auto", "full", "int8", "nf4"]
 
@@ -52,10 +53,13 @@ class Client:
     server: Annotated[str, Setting("Address of the server, http://host:port.", positional=True)]
     data: Annotated[
         str,
-        Setting("Training data, which stays on this device: text as .txt, .jsonl or silo:NAME; with `task`, labelled "
-                "examples."),
+        Setting("Training data, which stays on this device: a .txt, .jsonl, .json, .csv or .parquet file, a folder of "
+                "them, a data set of the Hugging Face hub, or silo:NAME; with `task`, labelled examples."),
     ]  # fmt: skip
     _: dataclasses.KW_ONLY
+    prompt_field: Annotated[str | None, Setting("Field of a record with the prompt.", default="instruction")] = None
+    response_field: Annotated[str | None, Setting("Field of a record with the response.", default="response")] = None
+    text_field: Annotated[str | None, Setting("Field of a record with plain text to continue.", default="text")] = None
     task: Annotated[
         Literal["images", "text", "next-token"] | None,
         Setting("In a run of fedmoe: train a model of your own, on labelled images or texts, or to continue text."),
@@ -121,6 +125,37 @@ class Client:
             )
         if self.resize and self.task != "images":
             raise ConfigError("`resize` needs `task=images`", remedy="Set `task=images`, or remove `resize`.")
+        if self.fields and self.task in ("images", "text"):
+            raise ConfigError(
+                f"`prompt_field`, `response_field` and `text_field` have no effect with `task={self.task}`",
+                remedy="Remove them; labelled texts have the fields text and label.",
+            )
+
+    @property
+    def fields(self) -> RecordFields:
+        """Names of the fields of the data's records."""
+        from edgefed.training.records import RecordFields
+
+        return RecordFields(self.prompt_field, self.response_field, self.text_field)
+
+    def check_data(self) -> None:
+        """Raise DataError if the data is not found, has another format, or its first records cannot be used.
+
+        Loads no torch and reads no further than the first usable record.
+        """
+        if self.task is None or self.task == "next-token":
+            from edgefed.training.data import check_data
+
+            check_data(self.data, self.fields)
+        elif self.task == "text":
+            from edgefed.personal.labelled_text import check_labelled_texts
+
+            check_labelled_texts(self.data)
+        elif not self.data.startswith("glyphs:") and not Path(self.data).expanduser().exists():
+            raise DataError(
+                f"file not found: {self.data}",
+                remedy="Pass a .npz file with images and labels, or a folder with one subfolder of images per class.",
+            )
 
     @property
     def memory_bytes(self) -> int | None:
@@ -151,6 +186,7 @@ class Client:
 
         check_base_url(self.server)
         memory_bytes = self.memory_bytes
+        self.check_data()
         sink = progress or _EventSink(on_event)
         sink.phase("load")
         from edgefed.hardware.occupancy import AgentRegistry
@@ -181,6 +217,7 @@ class Client:
             expert_storage=self.expert_storage,
             profile_storage=self.profile_storage,
             held_out_share=parse_share(self.held_out, "held_out", zero=True),
+            fields=self.fields,
             task=self.task,
             model=self.model,
             resize=self.resize,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgefed.moe.units import ExpertSource
     from edgefed.progress import ProgressSink
     from edgefed.training.profiling import ProfilePass
+    from edgefed.training.records import RecordFields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,7 @@ def profile(
     storage: Literal["full", "int8", "nf4"] = "full",
     attention: bool = False,
     memory: str | int | None = None,
+    fields: RecordFields | None = None,
     progress: ProgressSink | None = None,
 ) -> ActivationProfile:
     """Run text through a model and record which experts its router chooses.
@@ -148,24 +150,24 @@ def profile(
     (512, (16, 16, 16, 16))
     >>> busiest = profile.layers[0].tokens_per_expert.argmax()
 
-    ``model``: "tiny", a checkpoint folder, a hub id, or a transformers model. ``data``: a .txt or .jsonl file, or
-    "silo:NAME". ``tokens``: most to read, 0 for all. ``storage``: experts as they are, or quantized, which needs less
-    memory. ``attention``: also record the attention that the tokens of each expert receive. ``memory``: bytes, or a
-    text like "8GiB"; None is what is available. A checkpoint that does not fit is read layer by layer, or expert by
-    expert.
+    ``model``: "tiny", a checkpoint folder, a hub id, or a transformers model. ``data``, ``fields``: as `Client` takes
+    them. ``tokens``: most to read, 0 for all. ``storage``: experts as they are, or quantized, which needs less memory.
+    ``attention``: also record the attention that the tokens of each expert receive. ``memory``: bytes, or a text like
+    "8GiB"; None is what is available. A checkpoint that does not fit is read layer by layer, or expert by expert.
 
     Raises DataError, ModelNotFound, CheckpointError, UnsupportedArchitecture.
     """
     from edgefed.embedded import resolve_model
     from edgefed.hub import check_source
     from edgefed.progress import NullProgress
+    from edgefed.training.data import load_corpus, problem_notes
+    from edgefed.training.records import AUTOMATIC
 
     sink = progress or NullProgress()
     if isinstance(model, (str, Path)) and (note := check_source(resolve_model(str(model)))):
         sink.message(note)
-    from edgefed.training.data import load_corpus, problem_notes
-
-    corpus = load_corpus(str(data), 0.0, 0)  # before torch is loaded: a bad file is reported at once
+    # Before torch is loaded: a bad file is reported at once.
+    corpus = load_corpus(str(data), 0.0, 0, fields or AUTOMATIC)
     from edgefed.training.encoding import encode_examples
     from edgefed.training.profiling import profile_blocks, spread_blocks
     from edgefed.training.tokenizer import check_vocabulary, load_tokenizer

@@ -18,7 +18,10 @@ class ProfileSettings:
     """What `edgefed profile` takes."""
 
     model: Annotated[str, Setting("`tiny`, a Hugging Face checkpoint folder, or a hub id.")] = "tiny"
-    data: Annotated[str, Setting("A .txt or .jsonl file, or silo:NAME.")]
+    data: Annotated[str, Setting("Text, as `edgefed join` takes it: a file, a folder, or silo:NAME.")]
+    prompt_field: Annotated[str | None, Setting("Field of a record with the prompt.", default="instruction")] = None
+    response_field: Annotated[str | None, Setting("Field of a record with the response.", default="response")] = None
+    text_field: Annotated[str | None, Setting("Field of a record with plain text.", default="text")] = None
     tokens: Annotated[int, Setting("Most tokens to read; 0 means all.")] = 16384
     sequence_length: Annotated[int, Setting("Tokens in a sequence.")] = 128
     batch_size: Annotated[int, Setting("Sequences in a batch.")] = 8
@@ -47,11 +50,13 @@ def profile_command(settings: ProfileSettings) -> None:
     """
     from edgefed.api.models import profile
     from edgefed.cli.output import TerminalProgress, make_table, print_json, stdout_console
+    from edgefed.training.records import RecordFields
 
     model, data, attention = settings.model, settings.data, settings.attention
     record = profile(
         model, data, tokens=settings.tokens, sequence_length=settings.sequence_length, batch_size=settings.batch_size,
         storage=settings.storage, attention=attention, memory=settings.memory, progress=TerminalProgress(),
+        fields=RecordFields(settings.prompt_field, settings.response_field, settings.text_field),
     )  # fmt: skip
     if settings.plot:
         from edgefed.plots import save_heat_map

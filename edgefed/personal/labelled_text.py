@@ -9,24 +9,28 @@ labels are names, and the classes are the sorted names. The content of texts is 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from edgefed.errors import DataError
-from edgefed.personal.sample_files import MAX_CLASSES
-from edgefed.personal.samples import IntArray
-from edgefed.training.data import HOPELESS_LINES, LineProblem, nothing_usable, read_lines
-from edgefed.training.records import BadRecord, json_object, text_field
+from edgefed.training.data import HOPELESS_LINES, LineProblem, nothing_usable
+from edgefed.training.record_files import Content, csv_records, json_lines, read_lines
+from edgefed.training.records import BadRecord, text_field
+
+if TYPE_CHECKING:
+    from edgefed.personal.samples import IntArray
 
 TEXT_SUFFIXES = (".jsonl", ".csv", ".jsonl.gz", ".csv.gz")
 TEXT_FIELDS = ("text", "sentence")
+MAX_CLASSES = 65536
+"""Maximum number of classes, of texts and of images; a header for more would take gigabytes."""
 FORMS = 'Use a .jsonl file with {"text": ..., "label": ...} per line, or a .csv file with the columns text and label.'
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -57,16 +61,8 @@ def load_labelled_texts(path: str | Path) -> LabelledTexts:
             usable line.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise DataError(f"{path} is a directory, not a file", remedy=FORMS)
-    name = path.name.lower()
-    if not name.endswith(TEXT_SUFFIXES):
-        raise DataError(f"unsupported suffix of {path}; supported are {', '.join(TEXT_SUFFIXES)}", remedy=FORMS)
-    if not path.exists():
-        raise DataError(f"file not found: {path}", remedy="Check the path; it is relative to the current directory.")
     digest = hashlib.sha256()
-    lines = read_lines(path, digest)
-    parsed = _csv_rows(path, lines) if name.endswith((".csv", ".csv.gz")) else _json_rows(lines)
+    parsed = _parsed_rows(path, digest)
     rows: list[tuple[int, str, str]] = []  # line, text, label
     problems: list[LineProblem] = []
     for number, row in parsed:
@@ -94,43 +90,57 @@ def load_labelled_texts(path: str | Path) -> LabelledTexts:
     return LabelledTexts(tuple(text for _, text, _ in rows), labels, classes, tuple(problems), digest.hexdigest())
 
 
+def check_labelled_texts(path: str | Path) -> None:
+    """Raise DataError if the file has an unusable format, or neither of its first lines is usable."""
+    rows = itertools.islice(_parsed_rows(Path(path).expanduser(), hashlib.sha256()), HOPELESS_LINES)
+    problems = []
+    for number, row in rows:
+        if not isinstance(row, BadRecord):
+            return
+        problems.append(LineProblem(number, str(row)))
+    if problems:
+        raise nothing_usable(str(path), problems)
+
+
+def _parsed_rows(path: Path, digest: Any) -> Iterator[tuple[int, tuple[str, str] | BadRecord]]:
+    """Each row with its number. Raises DataError for a file that is missing or has another format."""
+    if path.is_dir():
+        raise DataError(f"{path} is a directory, not a file", remedy=FORMS)
+    name = path.name.lower()
+    if not name.endswith(TEXT_SUFFIXES):
+        raise DataError(f"unsupported suffix of {path}; supported are {', '.join(TEXT_SUFFIXES)}", remedy=FORMS)
+    if not path.exists():
+        raise DataError(f"file not found: {path}", remedy="Check the path; it is relative to the current directory.")
+    lines = read_lines(path, digest)
+    return _csv_rows(path, lines) if name.endswith((".csv", ".csv.gz")) else _json_rows(lines)
+
+
 def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, tuple[str, str] | BadRecord]]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield number, _row(json_object(line))
-        except BadRecord as error:
-            yield number, error
+    return ((place.number, _row_of(content)) for place, content in json_lines(lines))
 
 
 def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, tuple[str, str] | BadRecord]]:
     """Rows with the number of their first line; a quoted text may span several lines."""
-    reader = csv.reader(lines, strict=True)
-    start = 1
-    try:
-        header = [name.strip().lower() for name in next(reader, [])]
-        if "label" not in header or not any(field in header for field in TEXT_FIELDS):
+
+    def on_header(header: list[str]) -> list[str]:
+        names = [name.lower() for name in header]
+        if "label" not in names or not any(field in names for field in TEXT_FIELDS):
             raise DataError(
-                f"the first line of {path} names {len(header)} columns, but not both text and label", remedy=FORMS
+                f"the first line of {path} names {len(names)} columns, but not both text and label", remedy=FORMS
             )
-        start = reader.line_num + 1
-        for cells in reader:
-            try:
-                if cells and len(cells) != len(header):
-                    raise BadRecord(f"{len(cells)} columns, but the first line names {len(header)}")
-                if not cells:
-                    raise BadRecord("empty line")
-                yield start, _row(dict(zip(header, cells, strict=True)))
-            except BadRecord as error:
-                yield start, error
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"invalid CSV in {path}, in the row that starts at line {start}: {error}",
-            remedy="Double the quotes inside a quoted text, or save the file as .jsonl.",
-        ) from error
+        return names
+
+    return ((number, _row_of(row)) for number, row in csv_records(path, lines, on_header=on_header))
 
 
-def _row(record: dict[str, Any]) -> tuple[str, str]:
+def _row_of(content: Content) -> tuple[str, str] | BadRecord:
+    try:
+        return content if isinstance(content, BadRecord) else _row(cast("Mapping[str, Any]", content))
+    except BadRecord as error:
+        return error
+
+
+def _row(record: Mapping[str, Any]) -> tuple[str, str]:
     """(text, label) of a record. Raises BadRecord."""
     field = next((name for name in TEXT_FIELDS if name in record), TEXT_FIELDS[0])
     text = text_field(record, field)

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from edgefed.errors import DataError
+from edgefed.personal.labelled_text import MAX_CLASSES
 from edgefed.personal.samples import ImageSamples, IntArray
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -39,8 +40,6 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 ARRAY_NAMES = (("images", "labels"), ("x", "y"), ("x_train", "y_train"))
 MAX_PIXELS = 64 * 1024 * 1024
 """Maximum pixels of an image file, above that of any camera; 192 MiB when decoded."""
-MAX_CLASSES = 65536
-"""Maximum number of classes; a header for more would take gigabytes."""
 
 FORMS = "Use a .npz file with images and labels, or a folder of images with one subfolder per class."
 _UNREADABLE = (

@@ -10,7 +10,7 @@ both must have the same vocabulary
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -234,7 +234,7 @@ def text_samples(
     return TextSamples(shared, shared if same else tokenize(texts, own_tokenizer, length), labels, classes)
 
 
-def token_samples(examples: Sequence[Example], tokenizer: Any, length: int) -> TokenSamples:
+def token_samples(examples: Collection[Example], tokenizer: Any, length: int) -> TokenSamples:
     """Text records (`edgefed.training.records`) in blocks of ``length`` tokens, for next-token prediction.
 
     No examples give no blocks. Raises DataError if no token of the text has a loss.

@@ -45,6 +45,7 @@ from edgefed.personal.state import LOCAL_PARTS, MOMENTUM, load_tensors, read_sta
 from edgefed.personal.text_models import check_causal, load_text_model
 from edgefed.personal.user_code import is_code
 from edgefed.training.data import load_corpus
+from edgefed.training.records import AUTOMATIC, RecordFields
 from edgefed.training.tokenizer import load_tokenizer, vocabulary_size
 
 DEFAULT_LENGTH = 128
@@ -108,9 +109,18 @@ class ImageTask:
 
 
 def make_task(
-    task: str, data: str, model: str | None, name: str, held_out_share: float, resize: bool = False
+    task: str,
+    data: str,
+    model: str | None,
+    name: str,
+    held_out_share: float,
+    resize: bool = False,
+    fields: RecordFields = AUTOMATIC,
 ) -> PersonalTask:
-    """Make a task by name. ``resize``: scale images to 32x32. Raises ConfigError, DataError, ModelError."""
+    """Make a task by name. Raises ConfigError, DataError, ModelError.
+
+    ``resize``: scale images to 32x32. ``fields``: names of the fields of records, for next-token prediction.
+    """
     if task not in TASKS:
         raise ConfigError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
     if not model:
@@ -118,9 +128,10 @@ def make_task(
             f"`task={task}` trains a model of your own, and `model` is missing",
             remedy="Set `model` to cnn1 to cnn5 (text: text-gru, text-cnn), package:function, or a checkpoint folder.",
         )
-    if task != IMAGES:
-        kind = TextTask if task == TEXT else NextTokenTask
-        return kind(data, model, name, held_out_share)
+    if task == TEXT:
+        return TextTask(data, model, name, held_out_share)
+    if task == NEXT_TOKEN:
+        return NextTokenTask(data, model, name, held_out_share, fields)
     return ImageTask(data, model, name, held_out_share, resize)
 
 
@@ -201,10 +212,10 @@ class NextTokenTask:
 
     classes: tuple[str, ...] = ()
 
-    def __init__(self, data: str, model: str, name: str, held_out_share: float):
-        self._corpus = load_corpus(data, held_out_share, seed=0)
+    def __init__(self, data: str, model: str, name: str, held_out_share: float, fields: RecordFields = AUTOMATIC):
+        self._corpus = load_corpus(data, held_out_share, 0, fields)
         self.identity, self.model = f"{name}/{self._corpus.sha256}", model
-        self.problems = tuple(f"line {each.line}: {each.reason}" for each in self._corpus.problems)
+        self.problems = tuple(map(str, self._corpus.problems))
         self.num_examples = len(self._corpus.train)
         self._seed = seed_of(self.identity)
         self._own = None if _is_code(model) else load_text_model(

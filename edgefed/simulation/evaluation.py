@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,11 @@ class GlobalEvaluator:
     """Evaluates manifests of one run. ``held_out``: {client: examples}; at most ``max_tokens`` tokens of each."""
 
     def __init__(
-        self, shared: SharedModel, held_out: Mapping[str, Sequence[Example]], training: TrainingConfig, max_tokens: int
+        self,
+        shared: SharedModel,
+        held_out: Mapping[str, Collection[Example]],
+        training: TrainingConfig,
+        max_tokens: int,
     ):
         self._shared, self._training, self._max_tokens = shared, training, max_tokens
         self._held_out = held_out
@@ -92,7 +96,7 @@ def _measure(module: torch.nn.Module, blocks: TokenBlocks, batch_size: int) -> t
 
 def held_out_losses(
     run_folder: Path,
-    held_out: Mapping[str, Sequence[Example]],
+    held_out: Mapping[str, Collection[Example]],
     *,
     sequence_length: int,
     batch_size: int = 8,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from edgefed.training.data import Example
 FOLD_BYTES_PER_S = 1.39e9
 """Bytes of updates that the aggregator folds in a second on 2 cores: benchmarks/results/aggregator.json, 32 clients."""
 
-Score = Callable[[Any, Any, Mapping[str, Sequence[Example]]], Mapping[str, float]]
+Score = Callable[[Any, Any, Mapping[str, Collection[Example]]], Mapping[str, float]]
 """(transformers model, tokenizer, {client: held-out examples}) -> metrics of the global model."""
 
 

@@ -54,6 +54,7 @@ from edgefed.training.out_of_memory import (
     with_smaller_batches,
 )
 from edgefed.training.profiling import spread_blocks
+from edgefed.training.records import AUTOMATIC, RecordFields
 from edgefed.training.steps import StepsOutcome, run_steps
 from edgefed.training.utility import GradientNorms, ProbeOutcome
 
@@ -86,7 +87,7 @@ class LocalTrainer:
     """A `Trainer` with a real model. One per process; not thread-safe.
 
     Args:
-        data: Training data, a file or ``silo:NAME`` (see `load_corpus`).
+        data: Training data (see `load_corpus`).
         folder: The device's state: model files, plan, caches.
         limits: What the owner allows.
         name: Name of the device. With the data it seeds what is random, so a device repeats itself.
@@ -98,6 +99,7 @@ class LocalTrainer:
         models: Provides the model.
         merger: Merges experts, for methods that do.
         evaluates: Measure the held-out loss before and after training.
+        fields: Names of the fields of the data's records.
 
     Raises:
         DataError: The data cannot be used. It is read at once.
@@ -118,8 +120,9 @@ class LocalTrainer:
         models: ModelHost | None = None,
         merger: ExpertMerger | None = None,
         evaluates: bool = True,
+        fields: RecordFields = AUTOMATIC,
     ):
-        self.corpus: Corpus = load_corpus(data, held_out_share, corpus_seed)
+        self.corpus: Corpus = load_corpus(data, held_out_share, corpus_seed, fields)
         self.num_examples = len(self.corpus.train)
         self._folder = folder
         self._limits = limits

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from edgefed.errors import DataError
+from edgefed.training.instruction_template import instruction_template
 from edgefed.training.records import Example
 
 _MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -55,7 +56,7 @@ class Layout:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer.
+    """The chat template of a tokenizer; `instruction_template` if it has none.
 
     Raises:
         DataError: there are several templates and no default.
@@ -64,6 +65,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
+        self._default = "" if getattr(tokenizer, "chat_template", None) else instruction_template(tokenizer)
         self._source(None)
         self._names: Mapping[str, Any] = tokenizer.special_tokens_map
         added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
@@ -124,6 +126,8 @@ class ChatTemplate:
         return position
 
     def _source(self, tools: Any) -> str:
+        if self._default:
+            return self._default
         try:
             return str(self._tokenizer.get_chat_template(tools=tools))
         except ValueError as error:

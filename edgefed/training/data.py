@@ -1,66 +1,75 @@
-"""User data on its way to the model: a file or silo -> examples -> a held-out share -> blocks of token ids.
+"""User data on its way to the model: a source -> examples -> a held-out share -> blocks of token ids.
 
     corpus = load_corpus("notes.jsonl", held_out_share=0.1, seed=0)
-    blocks = encode_examples(corpus.train, tokenizer, sequence_length=256)
+    blocks = encode_examples(corpus.train, tokenizer, sequence_length=256)      # edgefed.training.encoding
     for input_ids, labels in blocks.batches(8, generator): ...
 
-`edgefed.training.records` defines the record forms, `edgefed.training.encoding` turns text into ids and a loss mask.
-The text is private: nothing here logs or sends it, and error messages quote line numbers, field names and roles, never
-contents.
+`edgefed.training.record_files` reads the formats, `edgefed.training.records` defines the record forms, and
+`edgefed.training.encoding` turns text into ids and a loss mask. The text stays in its files: `Corpus.train` and
+`Corpus.held_out` read it each time they are iterated. It is private: nothing here logs or sends it, and error messages
+quote line numbers, field names and roles, never contents. Does not import torch.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import pathlib
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from edgefed.embedded.silos import Document, load_silo
 from edgefed.errors import DataError
-from edgefed.training.encoding import TokenBlocks, encode_examples
-from edgefed.training.records import BadRecord, Example, Segment, cut_passages, parse_record
+from edgefed.training.conversions import how_to_name_fields
+from edgefed.training.record_files import Place, read_source
+from edgefed.training.records import AUTOMATIC, BadRecord, Example, RecordFields, Segment, parse_record
 
 __all__ = [
     "Corpus",
     "Example",
+    "Examples",
     "LineProblem",
     "LoadedData",
+    "RecordFields",
     "Segment",
-    "TokenBlocks",
-    "encode_examples",
+    "check_data",
     "load_corpus",
     "load_examples",
     "split_held_out",
 ]
 
 SILO_PREFIX = "silo:"
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 MAX_PROBLEMS_SHOWN = 5
+_KEY_BYTES = 16
 HOPELESS_LINES = 1000  # bad lines without a good record, after which the file is refused: it has another format
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class LineProblem:
-    """A line that cannot be used.
+    """A line, row or record that cannot be used.
 
     Attributes:
-        line: its number in the file, from 1.
+        line: its number, from 1.
         reason: what is wrong with it.
+        unit: what is counted: "line", "row" or "record".
+        file: its file, where the source is a folder.
 
     """
 
     line: int
     reason: str
+    unit: str = "line"
+    file: str = ""
 
     def __str__(self) -> str:
-        """Return the problem with its line, for the user."""
-        return f"line {self.line}: {self.reason}"
+        """Return the problem with its place, for the user."""
+        return f"{Place(self.line, self.unit, self.file)}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -73,52 +82,62 @@ class LoadedData:
     sha256: str
 
 
+class Examples(Collection[Example]):
+    """Some examples of a source, read from it in each iteration. An iteration to the end compares the checksum."""
+
+    def __init__(self, source: str, fields: RecordFields, chosen: BoolArray, sha256: str):
+        self._source, self._fields, self._chosen, self._sha256 = source, fields, chosen, sha256
+
+    def __len__(self) -> int:
+        return int(self._chosen.sum())
+
+    def __iter__(self) -> Iterator[Example]:
+        digest = hashlib.sha256()
+        found = _iter_examples(self._source, self._fields, digest, [])
+        # The records and then the checksum: a file that has changed has other records.
+        for example, chosen in zip(found, self._chosen, strict=False):
+            if chosen:
+                yield example
+        if next(found, None) is not None or digest.hexdigest() != self._sha256:
+            raise DataError(
+                f"{self._source} was changed while it was in use", remedy="Leave the file as it is, and join again."
+            )
+
+    def __contains__(self, example: object) -> bool:
+        return any(example == other for other in self)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """The examples of one source, split into a training and a held-out part."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Collection[Example]
+    held_out: Collection[Example]
     problems: list[LineProblem]
     sha256: str
     source: str
 
 
-def load_examples(source: str) -> LoadedData:
-    """Read `source`: the path of a .txt, .jsonl, .txt.gz or .jsonl.gz file, or `silo:NAME`.
+def load_examples(source: str, fields: RecordFields = AUTOMATIC) -> LoadedData:
+    """Read `source`: `silo:NAME`, or what `edgefed.training.record_files.read_source` reads.
 
     A text file becomes passages of 1,000-2,000 characters, a silo one example per training document (without its
-    held-out documents), a .jsonl file one example per line. Lines that cannot be used are returned as `problems`.
+    held-out documents); of other formats, each record is an example. Lines that cannot be used are returned as
+    `problems`.
 
     Raises:
-        DataError: no such file or silo, a folder, an unknown suffix, not UTF-8, damaged gzip, or no usable example.
+        DataError: not found, an unknown suffix, not UTF-8, damaged, a missing package, or no usable example.
 
     """
-    if source.startswith(SILO_PREFIX):
-        silo = load_silo(source[len(SILO_PREFIX) :])
-        return LoadedData(_document_examples(silo.train), [], source, silo.sha256)
-    path = pathlib.Path(source).expanduser()
-    name = path.name.lower()
-    if path.is_dir():
-        raise DataError(f"{source} is a directory, not a file")
-    if not name.endswith(SUFFIXES):
-        raise DataError(
-            f"{source} has an unknown suffix; known suffixes are {', '.join(SUFFIXES)} and {SILO_PREFIX}NAME"
-        )
-    if not path.exists():
-        raise DataError(f"file not found: {source}", remedy="Check the path; it is relative to the current folder.")
     digest = hashlib.sha256()
-    lines = read_lines(path, digest)
     problems: list[LineProblem] = []
-    if name.endswith((".txt", ".txt.gz")):
-        examples = [Example((Segment(passage, in_loss=True),)) for passage in cut_passages(lines)]
-    else:
-        examples = _parse_lines(source, lines, problems)
-    if not examples and not problems:
-        raise DataError(f"{source} is empty")
-    if not examples:
-        raise nothing_usable(source, problems)
-    return LoadedData(examples, problems, source, digest.hexdigest())
+    examples = list(_iter_examples(source, fields, digest, problems))
+    return LoadedData(examples, problems, source, _silo_sha256(source) or digest.hexdigest())
+
+
+def check_data(source: str, fields: RecordFields = AUTOMATIC) -> None:
+    """Raise DataError unless `source` has a usable record, without reading further than that."""
+    next(_iter_examples(source, fields, hashlib.sha256(), []))
 
 
 def split_held_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -132,30 +151,18 @@ def split_held_out(examples: Sequence[Example], share: float, seed: int) -> tupl
         DataError: `share` is outside [0, 1).
 
     """
-    if not 0 <= share < 1:
-        raise DataError(f"the held-out share must be at least 0 and less than 1, not {share}")
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(_example_key(example, seed), []).append(index)
-    if share == 0 or len(groups) < 2:
-        return list(examples), []
-    goal = max(1, round(share * len(examples)))
-    chosen: set[int] = set()
-    ordered: list[list[int]] = [groups[key] for key in sorted(groups)]
-    for group in ordered[:-1]:
-        if len(chosen) + len(group) <= goal:
-            chosen.update(group)
-    # Every record is repeated more often than the goal: the rarest one overshoots least.
-    sizes = [len(group) for group in ordered]
-    chosen = chosen or set(ordered[sizes.index(min(sizes))])
-    train = [example for index, example in enumerate(examples) if index not in chosen]
-    return train, [examples[index] for index in sorted(chosen)]
+    held_out = _choose_held_out(b"".join(_example_key(example, seed) for example in examples), share)
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example, chosen in zip(examples, held_out, strict=True):
+        sides[int(chosen)].append(example)
+    return sides
 
 
-def load_corpus(source: str, held_out_share: float, seed: int) -> Corpus:
-    """Read `source` as `load_examples` does and hold out a share of the records.
+def load_corpus(source: str, held_out_share: float, seed: int, fields: RecordFields = AUTOMATIC) -> Corpus:
+    """Read `source` once, as `load_examples` does, and hold out a share of the records as `split_held_out` does.
 
-    A silo brings its own held-out files, which are used for any share and seed: they must never be trained on.
+    The text does not stay in memory: the two sides read it again. A silo brings its own held-out files, which are used
+    for any share and seed: they must never be trained on.
 
     Raises:
         DataError: as `load_examples` and `split_held_out`.
@@ -164,12 +171,40 @@ def load_corpus(source: str, held_out_share: float, seed: int) -> Corpus:
     if source.startswith(SILO_PREFIX):
         silo = load_silo(source[len(SILO_PREFIX) :])
         return Corpus(_document_examples(silo.train), _document_examples(silo.held_out), [], silo.sha256, source)
-    loaded = load_examples(source)
-    train, held_out = split_held_out(loaded.examples, held_out_share, seed)
-    return Corpus(train, held_out, loaded.problems, loaded.sha256, source)
+    digest = hashlib.sha256()
+    problems: list[LineProblem] = []
+    keys = bytearray()
+    for example in _iter_examples(source, fields, digest, problems):
+        keys += _example_key(example, seed)
+    held_out = _choose_held_out(bytes(keys), held_out_share)
+    sha256 = digest.hexdigest()
+    train, kept = (Examples(source, fields, chosen, sha256) for chosen in (~held_out, held_out))
+    return Corpus(train, kept, problems, sha256, source)
 
 
-def _example_key(example: Example, seed: int) -> str:
+def _choose_held_out(keys: bytes, share: float) -> BoolArray:
+    """(N,) whether each record is held out, given the `_KEY_BYTES` bytes of each."""
+    if not 0 <= share < 1:
+        raise DataError(f"the held-out share must be at least 0 and less than 1, not {share}")
+    words = np.frombuffer(keys, ">u8").reshape(-1, _KEY_BYTES // 8)
+    held_out = np.zeros(len(words), dtype=bool)
+    order = np.lexsort(words.T[::-1])  # records by key; equal ones in their own order
+    starts = np.flatnonzero(np.r_[True, (words[order][1:] != words[order][:-1]).any(axis=1)][: len(words)])
+    if share == 0 or len(starts) < 2:
+        return held_out
+    groups = np.split(order, starts[1:])
+    goal = max(1, round(share * len(words)))
+    count = 0
+    for group in groups[:-1]:
+        if count + len(group) <= goal:
+            held_out[group] = True
+            count += len(group)
+    if not count:  # every record is repeated more often than the goal: the rarest one overshoots least
+        held_out[min(groups, key=len)] = True
+    return held_out
+
+
+def _example_key(example: Example, seed: int) -> bytes:
     """Return a digest of seed and content, the same on every machine and Python version (repr is not)."""
     digest = hashlib.sha256(str(seed).encode())
     for segment in example.segments:
@@ -179,24 +214,51 @@ def _example_key(example: Example, seed: int) -> str:
             digest.update(json.dumps(segment.fields, sort_keys=True).encode())
     if example.tools:
         digest.update(json.dumps(example.tools, sort_keys=True).encode())
-    return digest.hexdigest()
+    return digest.digest()[:_KEY_BYTES]
+
+
+def _silo_sha256(source: str) -> str | None:
+    return load_silo(source[len(SILO_PREFIX) :]).sha256 if source.startswith(SILO_PREFIX) else None
 
 
 def _document_examples(documents: Sequence[Document]) -> list[Example]:
     return [Example((Segment(document.text, in_loss=True),)) for document in documents]
 
 
-def _parse_lines(source: str, lines: Iterator[str], problems: list[LineProblem]) -> list[Example]:
-    """Return the examples of the lines and append the others to `problems`."""
-    examples: list[Example] = []
-    for number, line in enumerate(lines, start=1):
+def _iter_examples(source: str, fields: RecordFields, digest: Any, problems: list[LineProblem]) -> Iterator[Example]:
+    """Yield the examples of a source and append the records that cannot be used to `problems`."""
+    if source.startswith(SILO_PREFIX):
+        yield from _document_examples(load_silo(source[len(SILO_PREFIX) :]).train)
+        return
+    if fields.text and (fields.prompt or fields.response):
+        raise DataError(
+            "`text_field` excludes `prompt_field` and `response_field`",
+            remedy="Name a text, or a prompt and a response.",
+        )
+    count = 0
+    found: set[str] = set()  # fields of records without a known form
+    for place, content in read_source(source, digest, fields):
+        if isinstance(content, str):
+            count += 1
+            yield Example((Segment(content, in_loss=True),))
+            continue
         try:
-            examples.append(parse_record(line, number))
+            if isinstance(content, BadRecord):
+                raise content
+            example = parse_record(content, fields, str(place))
         except BadRecord as error:
-            problems.append(LineProblem(number, str(error)))
-        if not examples and len(problems) >= HOPELESS_LINES:
-            raise nothing_usable(source, problems)
-    return examples
+            problems.append(LineProblem(place.number, str(error), place.unit, place.file))
+            if not count and not isinstance(content, BadRecord):
+                found.update(content)
+            if not count and len(problems) >= HOPELESS_LINES:
+                break
+            continue
+        count += 1
+        yield example
+    if not count and not problems:
+        raise DataError(f"{source} is empty")
+    if not count:
+        raise nothing_usable(source, problems, how_to_name_fields(source, found) if found else None)
 
 
 def problem_notes(source: str, problems: Sequence[LineProblem | str]) -> list[str]:
@@ -207,51 +269,7 @@ def problem_notes(source: str, problems: Sequence[LineProblem | str]) -> list[st
     return notes
 
 
-def nothing_usable(source: str, problems: Sequence[LineProblem]) -> DataError:
+def nothing_usable(source: str, problems: Sequence[LineProblem], remedy: str | None = None) -> DataError:
     """Return the error of a file without a usable line; it names the first three."""
     shown = "; ".join(str(problem) for problem in problems[:3])
-    return DataError(f"{source} has no usable record in {len(problems)} lines: {shown}")
-
-
-def read_lines(path: pathlib.Path, digest: Any) -> Iterator[str]:
-    """Yield the lines of `path` as text, unzipped if gzipped, with line feeds; `digest` sees the unzipped bytes.
-
-    Raises:
-        DataError: unreadable, damaged gzip, or not UTF-8.
-
-    """
-    number = 0
-    first = b""
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                digest.update(raw)
-                first = first or raw
-                if number == 1 and b"\0" in raw:  # ASCII in UTF-16 is valid UTF-8, too
-                    raise DataError(f"{path} is not UTF-8: line 1 contains NUL bytes", remedy=_recode(raw))
-                line = raw.decode("utf-8")
-                if line.endswith("\r\n"):
-                    line = line[:-2] + "\n"
-                yield line.removeprefix("\ufeff") if number == 1 else line
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: line {number}, byte {error.start} is 0x{error.object[error.start]:02x}",
-            remedy=_recode(first),
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"cannot read {path} after line {number}: {error}", remedy="Check the permissions, or write the file again."
-        ) from error
-
-
-def _recode(first_bytes: bytes) -> str:
-    """Return the remedy for a file in another encoding, judged by its first bytes."""
-    if first_bytes.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
-        encoding = "UTF-32"
-    elif first_bytes.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding = "UTF-16"
-    elif b"\0" in first_bytes:
-        encoding = "UTF-16LE" if first_bytes[1:2] == b"\0" else "UTF-16BE"
-    else:
-        encoding = "LATIN1"
-    return f"Convert it, for example with `iconv -f {encoding} -t UTF-8`."
+    return DataError(f"{source} has no usable record in {len(problems)} {problems[0].unit}s: {shown}", remedy=remedy)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class TokenBlocks:
 
 
 def encode_examples(
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     tokenizer: Any,
     sequence_length: int,
     on_message: Callable[[str], None] = lambda message: None,
@@ -97,9 +97,9 @@ def encode_examples(
     tokens, which are not in its loss. Otherwise they are dropped. Text shorter than a block is one shorter block.
     Blocks without a label that the shifted loss sees are dropped.
 
-    Chat is laid out by ``tokenizer.chat_template`` where there is one (`edgefed.training.chat_template`), else as
-    ``role: content`` lines of which the assistant's contents, with their line ends, are in the loss. Time and memory
-    are linear in the text.
+    Conversations, also instructions with their responses, are laid out by ``tokenizer.chat_template``
+    (`edgefed.training.chat_template`), or by `instruction_template` where there is none. Time and memory are linear in
+    the text.
 
     Args:
         examples: what `edgefed.training.data.load_corpus` gives.
@@ -158,7 +158,7 @@ def _cut(input_ids: torch.Tensor, labels: torch.Tensor, length: int) -> TokenBlo
     return TokenBlocks(ids, wanted) if keep.all() else TokenBlocks(ids[keep], wanted[keep])
 
 
-def _lay_out_all(examples: Sequence[Example], tokenizer: Any, on_message: Callable[[str], None]) -> Iterator[Layout]:
+def _lay_out_all(examples: Iterable[Example], tokenizer: Any, on_message: Callable[[str], None]) -> Iterator[Layout]:
     """Yield each example as text and spans; reports conversations that are left out, and fields that are not used."""
     template: ChatTemplate | None = None
     refused: list[str] = []
@@ -171,15 +171,11 @@ def _lay_out_all(examples: Sequence[Example], tokenizer: Any, on_message: Callab
             continue
         fields.update(field for segment in example.segments for field in segment.fields)
         fields.update(["tools"] if example.tools else [])
-        if not getattr(tokenizer, "chat_template", None):
-            yield _lay_out_lines(example)
-            taken += 1
-            continue
         template = template or ChatTemplate(tokenizer)
         try:
             layout = template.lay_out(example)
         except ConversationRefused as error:
-            place = f"line {example.line}: " if example.line else ""
+            place = f"{example.place}: " if example.place else ""
             refused.append(f"{place}{error}")
             if len(refused) <= _MAX_SHOWN:
                 on_message(refused[-1])
@@ -203,26 +199,13 @@ def _lay_out_all(examples: Sequence[Example], tokenizer: Any, on_message: Callab
             used = template is not None and template.writes(field)
             on_message(
                 f"chat field {field}, given {fields[field]} times, is "
-                + ("written by the chat template" if used else "not used: " + _why_unused(template))
+                + ("written by the chat template" if used else "not used: the chat template does not write it")
             )
-
-
-def _why_unused(template: ChatTemplate | None) -> str:
-    return "the tokenizer has no chat template" if template is None else "the chat template does not write it"
 
 
 def _lay_out_text(example: Example) -> Layout:
     """Return the segments of an example that is no chat, one behind the other."""
     return _joined((segment.text, segment.in_loss) for segment in example.segments)
-
-
-def _lay_out_lines(example: Example) -> Layout:
-    """Return a conversation as `role: content` lines, for a tokenizer without a chat template."""
-    return _joined(
-        piece
-        for segment in example.segments
-        for piece in ((f"{segment.role}: ", False), (f"{segment.text}\n", segment.in_loss))
-    )
 
 
 def _joined(pieces: Iterator[tuple[str, bool]]) -> Layout:

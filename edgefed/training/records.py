@@ -1,6 +1,6 @@
 """One record of user text: what it says and which part of it is in the loss. Pure; knows no files and no tokenizer.
 
-Record forms of a JSON line, tried in this order:
+Record forms, tried in this order:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
         the assistant's turns are in the loss
@@ -11,16 +11,19 @@ Record forms of a JSON line, tried in this order:
     {"text": "..."}
         all of it is in the loss
 
+`RecordFields` names other fields. A prompt and its completion are joined as they are. An instruction and its response
+are a conversation of two turns; a context follows the instruction under the heading `### Context:`. Conversations are
+laid out by the model's chat template, or by edgefed's own where it has none (`edgefed.training.chat_template`).
+
 Of a message, ``content`` may be a string or a list of parts of type ``text``, which are joined. An assistant's content
 may be missing beside ``tool_calls``. The fields in `CHAT_FIELDS`, and the record's ``tools``, are handed to the
-tokenizer's chat template. Other fields are ignored. An instruction becomes `### Instruction:`, `### Context:` (when
-there is one) and `### Response:` headings; a prompt and its completion are joined as they are.
+tokenizer's chat template. Other fields are ignored.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,13 +69,14 @@ class Example:
 
     Attributes:
         segments: its pieces, in order.
-        line: its number in the file, from 1; None if it does not come from a line. Equal records differ in it.
+        place: where the record is, as "line 3" or "b.jsonl line 3"; None if that is not known. Equal records differ in
+            it.
         tools: what the assistant may call, as JSON schemas; only for chat.
 
     """
 
     segments: tuple[Segment, ...]
-    line: int | None = field(default=None, compare=False)
+    place: str | None = field(default=None, compare=False)
     tools: list[Any] | None = field(default=None, hash=False)
 
 
@@ -80,26 +84,72 @@ class BadRecord(Exception):
     """A line is not a usable record; the text of the exception is the reason."""
 
 
-def parse_record(line: str, number: int | None = None) -> Example:
-    """Return the example of one JSON line; ``number`` is the line's number.
+FORM_FIELDS = (
+    "messages", "tools", "prompt", "completion", "instruction", "response", "output", "context", "input", "text",
+)  # fmt: skip
+"""Every field that a form reads."""
 
-    Raises:
-        BadRecord: invalid JSON, not an object, no known form, a field of the wrong type, or a required field is empty.
+
+@dataclass(frozen=True)
+class RecordFields:
+    """Names of the fields to read, where they are not those of the forms.
+
+    Attributes:
+        prompt: the instruction.
+        response: what is to be learned.
+        text: plain text, all of it to be learned; excludes the other two.
 
     """
-    record = json_object(line)
+
+    prompt: str | None = None
+    response: str | None = None
+    text: str | None = None
+
+    def __bool__(self) -> bool:
+        return any((self.prompt, self.response, self.text))
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """The columns to read of a table with the columns ``names``: those in use, or all if no form is complete."""
+        answers = {self.text} if self.text else {self.response or "response", "output"}
+        used = {self.text} if self.text else {self.prompt or "instruction", *answers, "context", "input"}
+        if not self:
+            answers, used = {"messages", "completion", "response", "output", "text"}, set(FORM_FIELDS)
+        return [name for name in names if name in used] if answers & set(names) else list(names)
+
+
+AUTOMATIC = RecordFields()
+"""The form of each record decides."""
+
+
+def parse_record(record: Mapping[str, Any], fields: RecordFields = AUTOMATIC, place: str | None = None) -> Example:
+    """Return the example of one record.
+
+    Raises:
+        BadRecord: no known form, a field of the wrong type, or a required field is empty.
+
+    """
+    if fields.text:
+        return Example((Segment(text_field(record, fields.text), True),), place)
+    if fields:
+        return _instruction(record, fields.prompt or "instruction", fields.response, place)
     if "messages" in record:
-        return Example(_chat_segments(record["messages"]), number, _tools(record.get("tools")))
+        return Example(_chat_segments(record["messages"]), place, _tools(record.get("tools")))
     if "prompt" in record or "completion" in record:
-        pieces = text_field(record, "prompt"), text_field(record, "completion")
-    elif "instruction" in record:
-        pieces = _instruction(record)
-    elif "text" in record:
-        return Example((Segment(text_field(record, "text"), True),), number)
-    else:
-        found = ", ".join(sorted(record)[:5]) or "none"
-        raise BadRecord(f"no known field: text, prompt + completion, instruction + response or messages; found {found}")
-    return Example((Segment(pieces[0], False), Segment(pieces[1], True)), number)
+        prompt, completion = text_field(record, "prompt"), text_field(record, "completion")
+        return Example((Segment(prompt, False), Segment(completion, True)), place)
+    if "instruction" in record:
+        return _instruction(record, "instruction", None, place)
+    if "text" in record:
+        return Example((Segment(text_field(record, "text"), True),), place)
+    found = ", ".join(sorted(record)[:5]) or "none"
+    raise BadRecord(f"no known field: text, prompt + completion, instruction + response or messages; found {found}")
+
+
+def check_object(value: Any) -> dict[str, Any]:
+    """Return ``value``, which must be a JSON object. Raises BadRecord."""
+    if not isinstance(value, dict):
+        raise BadRecord(f"a record must be a JSON object, found {_kind(value)}")
+    return value
 
 
 def json_object(line: str) -> dict[str, Any]:
@@ -117,9 +167,7 @@ def json_object(line: str) -> dict[str, Any]:
         raise BadRecord(f"invalid JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits; a thousand open brackets
         raise BadRecord(f"invalid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise BadRecord(f"a record must be a JSON object, found {_kind(record)}")
-    return record
+    return check_object(record)
 
 
 def cut_passages(lines: Iterable[str]) -> Iterator[str]:
@@ -156,13 +204,20 @@ def _close_passage(passage: list[str]) -> Iterator[str]:
         yield text
 
 
-def _instruction(record: dict[str, Any]) -> tuple[str, str]:
-    """(prompt, response) of an instruction record."""
-    answer = "response" if "response" in record else "output" if "output" in record else "response"
-    context = text_field(record, "context" if "context" in record else "input", optional=True)
-    instruction, response = text_field(record, "instruction"), text_field(record, answer)
-    middle = f"### Context:\n{context}\n\n" if context.strip() else ""
-    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n", response
+def instruction_turn(instruction: str, context: str = "") -> str:
+    """Return the user's turn of an instruction with an optional context."""
+    return f"{instruction}\n\n### Context:\n{context}" if context.strip() else instruction
+
+
+def _instruction(record: Mapping[str, Any], prompt: str, response: str | None, place: str | None) -> Example:
+    answer = response or ("response" if "response" in record or "output" not in record else "output")
+    context_field = "context" if "context" in record else "input"
+    used = (prompt, answer)  # a field that is named as the prompt is no context
+    context = "" if context_field in used else text_field(record, context_field, optional=True)
+    instruction, text = text_field(record, prompt), text_field(record, answer)
+    return Example(
+        (Segment(instruction_turn(instruction, context), False, "user"), Segment(text, True, "assistant")), place
+    )
 
 
 def _chat_segments(messages: Any) -> tuple[Segment, ...]:
@@ -206,7 +261,7 @@ def _tools(tools: Any) -> list[Any] | None:
 
 
 def text_field(
-    record: dict[str, Any], name: str, *, optional: bool = False, may_be_empty: bool = False, where: str = ""
+    record: Mapping[str, Any], name: str, *, optional: bool = False, may_be_empty: bool = False, where: str = ""
 ) -> str:
     """Return the string under ``name``; "" when it is optional and absent or null.
 

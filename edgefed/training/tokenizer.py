@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from edgefed.errors import CheckpointError, ModelNotFound
 from edgefed.training.chat_template import Layout
+from edgefed.training.instruction_template import instruction_template, special_tokens_around
 
 _PROBE = "The quick brown fox jumps over 13 lazy dogs."
 _ANCHORS = ("\n", "a", ".", " ")
@@ -22,6 +23,8 @@ _BATCH_TEXTS = 256
 
 def load_tokenizer(source: str | Path) -> Any:
     """Load the tokenizer of a checkpoint, a folder or a hub id; code that comes with it is never run.
+
+    A tokenizer without a chat template gets edgefed's `instruction_template`.
 
     Raises:
         ModelNotFound: there is none, or it has no vocabulary. transformers makes an empty tokenizer of a folder
@@ -41,6 +44,8 @@ def load_tokenizer(source: str | Path) -> Any:
             f"no tokenizer files in {source}: the vocabulary has {len(tokenizer)} tokens and none for plain text",
             remedy=remedy,
         )
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = instruction_template(tokenizer)
     return tokenizer
 
 
@@ -72,7 +77,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._has_offsets = bool(getattr(tokenizer, "is_fast", False))
         self._added: dict[int, Any] = dict(getattr(tokenizer, "added_tokens_decoder", {}))
-        self._prefix, self._suffix = self._special_tokens()
+        self._prefix, self._suffix = special_tokens_around(tokenizer)
 
     def encode(self, layouts: Iterator[Layout]) -> Iterator[tuple[list[int], list[bool]]]:
         """Yield (ids, in_loss) of each layout, closed by the end-of-text token."""
@@ -99,15 +104,6 @@ class TextEncoder:
         if end not in ids[-1:] and (layout.special_tokens or end not in ids[-2:]):
             ids, in_loss = [*ids, end], [*in_loss, ends_in_loss]
         return ids, in_loss
-
-    def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """Ids that the tokenizer puts before and after a text."""
-        plain = self._tokenizer(["a"], add_special_tokens=False, verbose=False)["input_ids"][0]
-        full = self._tokenizer(["a"], add_special_tokens=True, verbose=False)["input_ids"][0]
-        for start in range(len(full) - len(plain) + 1):
-            if full[start : start + len(plain)] == plain:
-                return full[:start], full[start + len(plain) :]
-        return [], []
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:

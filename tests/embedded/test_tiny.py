@@ -11,7 +11,8 @@ import torch
 
 from edgefed.embedded import tiny_model_directory
 from edgefed.embedded.silos import SILOS, Document, load_silo, pretraining_documents
-from edgefed.training.data import encode_examples, load_corpus
+from edgefed.training.data import load_corpus
+from edgefed.training.encoding import encode_examples
 
 MAX_MODEL_BYTES = 12_000_000
 

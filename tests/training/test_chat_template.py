@@ -280,7 +280,7 @@ def test_fields_without_a_template_are_reported(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     messages = []
     encode_examples(load_examples(str(tmp_path / "a.jsonl")).examples, byte_level(CHATML_MARKS), 64, messages.append)
-    assert messages == ["chat field name, given 1 times, is not used: the tokenizer has no chat template"]
+    assert messages == ["chat field name, given 1 times, is not used: the chat template does not write it"]
 
 
 # --- templates that read like text, a byte a token
@@ -363,13 +363,13 @@ def test_long_lists_of_refused_lines_are_shortened():
     ],
 )
 def test_broken_template_is_a_data_error(template, message):
-    examples = [Example(chat("a", "b").segments, line=line) for line in (1, 2, 3)]
+    examples = [Example(chat("a", "b").segments, place=f"line {line}") for line in (1, 2, 3)]
     with pytest.raises(DataError, match=message):
         encode_examples(examples, byte_level(CHATML_MARKS, template), 64)
 
 
 def test_template_that_refuses_everything_is_given_up_early():
-    examples = [Example(chat("a", "b").segments, line=line) for line in range(1, 2000)]
+    examples = [Example(chat("a", "b").segments, place=f"line {line}") for line in range(1, 2000)]
     with pytest.raises(DataError, match="takes none of 1000 conversations"):
         encode_examples(examples, byte_level(CHATML_MARKS, "{{ raise_exception('no') }}"), 64)
 
@@ -421,7 +421,7 @@ def test_renderings_do_not_grow_with_the_number_of_turns(monkeypatch):
 def test_packaged_tokenizer_with_and_without_a_template():
     from edgefed.training.tokenizer import load_tokenizer
 
-    for template, end in ((None, "\n"), (ANGLED, "</>")):
+    for template, end in ((None, ""), (ANGLED, "</>")):
         tokenizer = load_tokenizer(tiny_model_directory())
         tokenizer.chat_template = template
         blocks = encode_examples([chat("What is it?", "It is a test.")], tokenizer, 512)

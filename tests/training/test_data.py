@@ -31,19 +31,19 @@ def write_lines(path, *records):
         ({"prompt": "2+2=", "completion": "4"}, (Segment("2+2=", False), Segment("4", True))),
         (
             {"instruction": "Add", "response": "5"},
-            (Segment("### Instruction:\nAdd\n\n### Response:\n", False), Segment("5", True)),
+            (Segment("Add", False, "user"), Segment("5", True, "assistant")),
         ),
         (
             {"instruction": "Add", "context": "2, 3", "response": "5", "category": "math"},
-            (Segment("### Instruction:\nAdd\n\n### Context:\n2, 3\n\n### Response:\n", False), Segment("5", True)),
+            (Segment("Add\n\n### Context:\n2, 3", False, "user"), Segment("5", True, "assistant")),
         ),
         (
             {"instruction": "Add", "input": "2, 3", "output": "5"},
-            (Segment("### Instruction:\nAdd\n\n### Context:\n2, 3\n\n### Response:\n", False), Segment("5", True)),
+            (Segment("Add\n\n### Context:\n2, 3", False, "user"), Segment("5", True, "assistant")),
         ),
         (
             {"instruction": "Add", "context": "", "response": "5"},
-            (Segment("### Instruction:\nAdd\n\n### Response:\n", False), Segment("5", True)),
+            (Segment("Add", False, "user"), Segment("5", True, "assistant")),
         ),
         (
             {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
@@ -76,7 +76,7 @@ def test_chat_records_keep_all_fields_for_the_template(tmp_path):
         "id": 7,
     }
     (example,) = load_examples(write_lines(tmp_path / "a.jsonl", "", record)).examples
-    assert example.line == 2
+    assert example.place == "line 2"
     assert example.tools == record["tools"]
     assert [segment.message() for segment in example.segments] == [
         {"role": "user", "content": "Say hi", "name": "Ann"},
@@ -90,8 +90,8 @@ def test_chat_records_keep_all_fields_for_the_template(tmp_path):
 def test_records_that_differ_only_in_fields_or_tools_are_different():
     plain = Segment("a", True, "assistant")
     examples = [
-        Example((plain,), line=1),
-        Example((plain,), line=2),
+        Example((plain,), place="line 1"),
+        Example((plain,), place="line 2"),
         Example((Segment("a", True, "assistant", {"reasoning": "r"}),)),
         Example((plain,), tools=[{"name": "add"}]),
     ]
@@ -224,7 +224,8 @@ def test_errors_do_not_quote_the_text(tmp_path):
         ("a.txt", b"good\nbad \xff\n", "not UTF-8: line 2, byte 4 is 0xff"),
         ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "not UTF-8: line 1"),
         ("a.txt", "words".encode("utf-16-le"), "not UTF-8: line 1 contains NUL"),
-        ("a.csv", b"a,b", r"unknown suffix.*\.txt, \.jsonl"),
+        ("a.csv", b"a,b", "is empty"),
+        ("a.toml", b"a", r"unknown suffix.*\.txt, \.md, \.jsonl"),
         ("jsonl", b"{}", "unknown suffix"),
         ("a.txt.gz", b"not gzip", "cannot read"),
         ("a.txt.gz", gzip.compress(random.Random(0).randbytes(9000), mtime=0)[:4000], "cannot read|not UTF-8"),
@@ -261,7 +262,7 @@ def test_missing_file_folder_and_silo_are_data_errors(tmp_path):
     with pytest.raises(DataError, match="file not found: .*nowhere.txt"):
         load_examples(str(tmp_path / "nowhere.txt"))
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(DataError, match="is a directory"):
+    with pytest.raises(DataError, match="has no file that can be read"):
         load_examples(str(tmp_path / "folder.txt"))
     with pytest.raises(DataError, match="unknown silo 'emails'"):
         load_examples("silo:emails")
@@ -324,7 +325,7 @@ def test_corpus_of_a_file(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", *({"text": f"record {index}"} for index in range(10)), "{}")
     corpus = load_corpus(path, held_out_share=0.3, seed=1)
     loaded = load_examples(path)
-    assert (corpus.train, corpus.held_out) == split_held_out(loaded.examples, 0.3, 1)
+    assert (list(corpus.train), list(corpus.held_out)) == split_held_out(loaded.examples, 0.3, 1)
     assert (len(corpus.train), len(corpus.held_out)) == (7, 3)
     assert corpus.problems == loaded.problems
     assert corpus.problems[0].line == 11

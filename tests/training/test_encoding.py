@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -69,8 +68,11 @@ def test_chat_without_template():
         )
     )
     whole, mask = encode_one(example)
-    assert whole == "system: Be kind\nuser: Hi\nassistant: Hello\nuser: Bye\nassistant: So long\n$"
-    assert mask.replace("_", "") == "Hello\nSo long\n$"
+    assert whole == (
+        "### System:\nBe kind\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n"
+        "### Instruction:\nBye\n\n### Response:\nSo long$"
+    )
+    assert mask.replace("_", "") == "HelloSo long$"
     assert mask.index("Hello") == whole.index("Hello")
     assert mask.index("So long") == whole.index("So long")
 
@@ -124,7 +126,7 @@ def test_no_character_is_added_or_lost(request, kind, prompt, completion):
         tokenizer = byte_level(["</s>"]) if kind == "bytes" else request.getfixturevalue(kind)
     if "llama" in kind and not completion.isascii():
         pytest.skip("this small vocabulary has no such characters")
-    example = parse_record(json.dumps({"prompt": prompt, "completion": completion}))
+    example = parse_record({"prompt": prompt, "completion": completion})
     blocks = encode_examples([example], tokenizer, 4096)
     assert tokenizer.decode(blocks.input_ids[0], skip_special_tokens=True) == prompt + completion
     ids, labels = blocks.input_ids[0].tolist(), blocks.labels[0].tolist()

@@ -1,0 +1,118 @@
+"""Rows of Parquet files (package `pyarrow`) and of data sets of Hugging Face (package `datasets`), in batches.
+
+Both packages are optional: ``pip install 'edgefed[data]'``. A data set of the hub is downloaded to the cache of
+`datasets` and read from there, memory-mapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from edgefed.errors import DataError, first_line
+from edgefed.training.conversions import how_to_convert, python_command
+from edgefed.training.record_files import Place
+from edgefed.training.records import RecordFields
+
+if TYPE_CHECKING:
+    from edgefed.training.record_files import Records
+
+_BATCH_ROWS = 256
+_CHUNK_BYTES = 1 << 20
+
+
+def parquet_rows(path: pathlib.Path, digest: Any, fields: RecordFields) -> Records:
+    """Yield the rows of a Parquet file; ``digest`` sees its bytes. Raises DataError."""
+    convert = how_to_convert(path)
+    parquet = _package("pyarrow.parquet", f"reading {path}", convert)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        with parquet.ParquetFile(path) as file:
+            wanted = fields.columns(file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Place(number, "row"), row
+    except (OSError, _package("pyarrow", f"reading {path}", convert).ArrowException) as error:
+        raise DataError(
+            f"{path} is not a readable Parquet file: {first_line(error)}", remedy="Write the file again."
+        ) from error
+
+
+def saved_rows(folder: pathlib.Path, digest: Any, fields: RecordFields) -> Records:
+    """Yield the rows of a folder that ``datasets.save_to_disk`` wrote; of several splits, "train". Raises DataError."""
+    code = f"import datasets; datasets.load_from_disk({str(folder)!r}).to_json('data.jsonl')"
+    datasets = _package("datasets", f"reading the data set in {folder}", f"Convert it: {python_command(code)}")
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever is wrong with the files, and with their version
+        raise DataError(
+            f"`datasets` cannot load {folder}: {first_line(error)}",
+            remedy=f"Save it again with this version of `datasets`, or convert it: {python_command(code)}",
+        ) from error
+    if isinstance(loaded, dict):
+        if "train" not in loaded:
+            (first, *_) = loaded
+            raise DataError(
+                f"the data set in {folder} has no split train; its splits are {', '.join(loaded)}",
+                remedy=f"Pass the folder of one split: {folder / first}",
+            )
+        loaded = loaded["train"]
+    return _rows(loaded, digest, fields)
+
+
+def hub_rows(source: str, digest: Any, fields: RecordFields) -> Records:
+    """Yield the rows of a data set of the hub, "owner/name" or "owner/name:split"; the split is "train" by default.
+
+    Raises DataError: there is no such file and no such data set, the hub cannot be reached, or it has several parts.
+    """
+    return _rows(load_hub(source), digest, fields)
+
+
+@functools.lru_cache(maxsize=2)
+def load_hub(source: str) -> Any:
+    """The `datasets.Dataset` of an id of the hub, loaded once. Raises DataError."""
+    name, _, split = source.partition(":")
+    what = f"{source} is not a file here; reading the data set of that name from the hub"
+    datasets = _package("datasets", what, "Check the path if a file is meant.")
+    split = split or "train"
+    try:
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # errors of the network, of the hub, of the data set
+        configuration = "'CONFIGURATION', " if "onfig" in str(error) else ""
+        code = f"import datasets; datasets.load_dataset({name!r}, {configuration}split={split!r}).to_json('data.jsonl')"
+        raise DataError(
+            f"{source} is not a file here, and not a data set that can be loaded from the hub: {first_line(error)}",
+            remedy=f"Convert it where there is a network: {python_command(code)}",
+        ) from error
+
+
+def _rows(loaded: Any, digest: Any, fields: RecordFields) -> Records:
+    """Yield the rows of a `datasets.Dataset`; ``digest`` sees them as JSON."""
+    table = loaded.select_columns(fields.columns(loaded.column_names))
+    number = 0
+    for batch in table.iter(batch_size=_BATCH_ROWS):
+        names = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            row = dict(zip(names, values, strict=True))
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            yield Place(number, "row"), row
+
+
+def _package(name: str, what: str, otherwise: str) -> Any:
+    """Import an optional package. Raises DataError."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DataError(
+            f"{what} needs the package {package}, which is not installed",
+            remedy=f"Run `pip install 'edgefed[data]'`. {otherwise}",
+        ) from error
