@@ -40,7 +40,7 @@ def check_source(source: str) -> str:
     if folder.exists() or looks_like_path(source):
         raise ModelNotFound(f"checkpoint folder not found: {source!r}")
     asked_offline = os.environ.get(OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
-    reason = f"{OFFLINE} is set" if asked_offline else unreachable(_endpoint())
+    reason = f"{OFFLINE} is set" if asked_offline else unreachable(endpoint())
     if not reason:
         return ""
     if not is_cached(source):
@@ -73,7 +73,8 @@ def is_cached(source: str) -> bool:
     return any(snapshots.glob("*/config.json"))
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """Address of the hub."""
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
 from edgefed.errors import DataError, first_line
+from edgefed.hub import OFFLINE, endpoint, unreachable
 from edgefed.training.conversions import how_to_convert, python_command
 from edgefed.training.record_files import Place
 from edgefed.training.records import RecordFields
@@ -77,8 +79,11 @@ def hub_rows(source: str, digest: Any, fields: RecordFields) -> Records:
 
 @functools.lru_cache(maxsize=2)
 def load_hub(source: str) -> Any:
-    """The `datasets.Dataset` of an id of the hub, loaded once. Raises DataError."""
+    """The `datasets.Dataset` of an id of the hub, or of its copy in the cache, loaded once. Raises DataError."""
     name, _, split = source.partition(":")
+    reason = unreachable(endpoint())
+    if reason:
+        os.environ[OFFLINE] = "1"  # or `datasets` tries again and again; it reads this when it is imported
     what = f"{source} is not a file here; reading the data set of that name from the hub"
     datasets = _package("datasets", what, "Check the path if a file is meant.")
     split = split or "train"
@@ -88,7 +93,8 @@ def load_hub(source: str) -> Any:
         configuration = "'CONFIGURATION', " if "onfig" in str(error) else ""
         code = f"import datasets; datasets.load_dataset({name!r}, {configuration}split={split!r}).to_json('data.jsonl')"
         raise DataError(
-            f"{source} is not a file here, and not a data set that can be loaded from the hub: {first_line(error)}",
+            f"{source} is not a file here, and not a data set that can be loaded from the hub: "
+            f"{reason or first_line(error)}",
             remedy=f"Convert it where there is a network: {python_command(code)}",
         ) from error
 

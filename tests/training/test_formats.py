@@ -146,6 +146,7 @@ def test_a_data_set_of_the_hub(monkeypatch):
             return Rows()
 
     arrow_data.load_hub.cache_clear()
+    monkeypatch.setattr(arrow_data, "unreachable", lambda url: "")
     monkeypatch.setitem(sys.modules, "datasets", Package)
     expected = Example((Segment("Add", False, "user"), Segment("5", True, "assistant")))
     assert list(load_corpus("owner/name", 0.0, 0).train) == [expected]
