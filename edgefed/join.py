@@ -23,6 +23,7 @@ from edgefed.hardware.watch import PressureWatch, WatchLimits
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import DeviceInfo
 from edgefed.protocol.trainer import Trainer
+from edgefed.trainer.comparison import ComparingTrainer
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
 from edgefed.trainer.ports import ProcessMemory
@@ -63,6 +64,10 @@ class JoinConfig:
     """Names of the fields of the data's records."""
     resize: bool = False
     """Scale images of another size than the shared extractor's."""
+    final_evaluation: str = "auto"
+    """One of `finish.EVALUATIONS`; without ``task``."""
+    compare_alone: bool = False
+    """Also train alone at the end, for comparison."""
 
 
 class DeviceMemory:
@@ -205,6 +210,7 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
             compute_share=config.compute_share,
             device=memory.describe(),
             budget_bytes=lambda: memory.latest.now_bytes,
+            final_evaluation="never" if config.task else config.final_evaluation,
         )
         with open_agent(
             config.server,
@@ -233,7 +239,7 @@ def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progress
     )
     for note in problem_notes(config.data, trainer.corpus.problems):
         progress.message(note)
-    return trainer
+    return ComparingTrainer(trainer, config.state, config.final_evaluation, config.compare_alone)
 
 
 def _personal_trainer(config: JoinConfig, memory: DeviceMemory, progress: ProgressSink) -> Trainer:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import ssl
@@ -25,6 +26,7 @@ from edgefed import __version__
 from edgefed.agent.backoff import Retry
 from edgefed.agent.cache import BlobCache
 from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
+from edgefed.agent.finish import COMPARISON_PATIENCE_S, compare_at_end
 from edgefed.agent.heartbeat import HeartbeatThread
 from edgefed.agent.journal import Journal
 from edgefed.agent.transport import AggregatorClient
@@ -32,6 +34,7 @@ from edgefed.disk import hash_file
 from edgefed.errors import ChecksumMismatch, EdgefedError, NotFound, RoundClosed, UnknownClient
 from edgefed.progress import NullProgress, ProgressSink, RoundLines, StopRequested, WatchedProgress, run_interruptibly
 from edgefed.protocol import PROTOCOL_VERSION
+from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
     Assignment,
     DeviceInfo,
@@ -72,6 +75,8 @@ class AgentSettings:
     """Time limit of the first registration. A device that has joined before never gives up."""
     leave_s: float = 2.0
     """Time limit of the goodbye."""
+    final_evaluation: str = "never"
+    """Whether the final model is compared with others at the end, one of `finish.EVALUATIONS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,8 @@ class StepOutcome:
 class RunSummary:
     """What an agent did. ``finished``: the run is over; otherwise the agent was stopped.
 
-    ``rounds``: number of acknowledged updates. ``metrics``: those of the last one.
+    ``rounds``: number of acknowledged updates. ``metrics``: those of the last one. ``comparison``: losses of the final
+    model and others on this device's text, None unless the run is over.
     """
 
     rounds: int
@@ -97,6 +103,7 @@ class RunSummary:
     metrics: Mapping[str, float]
     finished: bool
     reason: str
+    comparison: Comparison | None = None
 
 
 class Agent:
@@ -138,6 +145,7 @@ class Agent:
         self._metrics: Mapping[str, float] = {}
         self._left_out: set[str] = set()
         self._wait_reason = ""
+        self._comparison: Comparison | None = None
         self._started = clock()
         self._lines = RoundLines(clock)
 
@@ -188,6 +196,12 @@ class Agent:
         except UnknownClient as error:
             return self._start_over(error)
         if isinstance(reply, Finished):
+            assert self._run is not None, "not registered"
+            self._comparison = compare_at_end(
+                self._trainer, self._run, reply.server_round, self.client, self._cache,
+                functools.partial(self._fetch, give_up_after_s=COMPARISON_PATIENCE_S), self.progress,
+                self._settings.final_evaluation,
+            )  # fmt: skip
             return StepOutcome("finished", reply.server_round, reply.reason)
         if reply.reason != self._wait_reason:
             self._wait_reason = reply.reason
@@ -211,6 +225,7 @@ class Agent:
         return RunSummary(
             rounds=self._rounds, bytes_down=self.client.bytes_down, bytes_up=self.client.bytes_up,
             seconds=self._clock() - self._started, metrics=self._metrics, finished=finished, reason=reason,
+            comparison=self._comparison,
         )  # fmt: skip
 
     # --- registration and requests --------------------------------------------------------------------------------
@@ -307,7 +322,7 @@ class Agent:
             logger.info("not prepared for the next round: %s", error)  # the server moved on; done within the round
         return StepOutcome("accepted", delivered.server_round)
 
-    def _fetch(self, items: Iterable[UnitInfo | FileInfo]) -> Mapping[str, Path]:
+    def _fetch(self, items: Iterable[UnitInfo | FileInfo], give_up_after_s: float | None = None) -> Mapping[str, Path]:
         items = tuple(items)
 
         def ensure() -> dict[str, Path]:
@@ -316,7 +331,7 @@ class Agent:
                 self.progress.phase("download", missing_bytes, "B")
             return self._cache.ensure(items, self._delivery.count_download)
 
-        blobs = self._call(ensure)
+        blobs = self._call(ensure, give_up_after_s)
         if self.progress.snapshot()[0] == "download":
             self.progress.done()
         return blobs

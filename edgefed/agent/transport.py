@@ -23,6 +23,7 @@ from edgefed.agent.network import Throughput, TransferRates, decode_marks
 from edgefed.disk import disk_errors
 from edgefed.errors import ChecksumMismatch, NotFound, OffsetMismatch, ProtocolError
 from edgefed.protocol import probe, routes
+from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
     Assignment,
     AssignmentReply,
@@ -133,6 +134,10 @@ class AggregatorClient:
         """Say goodbye; each phase of the request takes at most ``timeout_s``."""
         timeout = httpx.Timeout(timeout_s)
         self._channel.ask("POST", self._own(routes.LEAVE), dict[str, object], Leave(reason=reason), timeout=timeout)
+
+    def compare(self, comparison: Comparison) -> None:
+        """Report the losses that this device compared at the end of the run."""
+        self._channel.ask("POST", self._own(routes.COMPARISON), dict[str, object], comparison)
 
     def assignment(self, wait_s: float) -> Wait | Assignment | Finished:
         """Ask for work. The server answers at once if there is some, or after ``wait_s`` seconds at the latest."""

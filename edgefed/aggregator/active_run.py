@@ -330,7 +330,8 @@ class ActiveRun:
                 return False
             now = self.clock()
             return all(
-                self.presence.get(client_id, Presence()).heard_finished
+                (presence := self.presence.get(client_id, Presence())).heard_finished
+                and not presence.comparing
                 and now - self.state.last_seen[client_id] >= idle_s
                 for client_id in self.state.live(now)
             )

@@ -42,6 +42,7 @@ from edgefed.aggregator.wire import (
 )
 from edgefed.errors import NotFound, ProtocolError
 from edgefed.protocol import PROTOCOL_VERSION, routes
+from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
     Heartbeat,
     Leave,
@@ -107,6 +108,7 @@ class Endpoints:
             ("POST", routes.REGISTER, self.register),
             ("POST", routes.HEARTBEAT, self.heartbeat),
             ("POST", routes.LEAVE, self.leave),
+            ("POST", routes.COMPARISON, self.comparison),
             ("GET", routes.ASSIGNMENT, self.assignment),
             ("GET", routes.MANIFEST, self.manifest),
             ("GET", routes.BLOB, self.blob),
@@ -164,6 +166,12 @@ class Endpoints:
         """POST LEAVE."""
         message = decode_message(await read_body(request), Leave)
         await self.run_for(request, self.service.leave, message.reason)
+        return reply({})
+
+    async def comparison(self, request: Request) -> Response:
+        """POST COMPARISON."""
+        message = decode_message(await read_body(request), Comparison)
+        await self.run_for(request, self.service.compare, message)
         return reply({})
 
     async def assignment(self, request: Request) -> Response:

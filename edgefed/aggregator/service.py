@@ -16,7 +16,7 @@ from pathlib import Path
 from edgefed.aggregator import rounds
 from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.rounds import Phase, RoundState
-from edgefed.aggregator.status import Presence
+from edgefed.aggregator.status import Presence, describe_comparison
 from edgefed.aggregator.store import ClientRecord, UpdateRecord
 from edgefed.aggregator.uploads import PartWriter, UploadName
 from edgefed.aggregator.validate import (
@@ -43,6 +43,7 @@ from edgefed.errors import (
     UnknownClient,
     UpdateTooLarge,
 )
+from edgefed.protocol.comparison import COMPARING_PHASE, Comparison, is_sound
 from edgefed.protocol.messages import (
     Assignment,
     AssignmentReply,
@@ -100,6 +101,7 @@ class Service:
             )
             if known is not None:
                 client.rounds_done, client.metrics, client.survey = known.rounds_done, known.metrics, known.survey
+                client.comparison = known.comparison
                 client.uploaded_bytes, client.downloaded_bytes = known.uploaded_bytes, known.downloaded_bytes
             client.last_seen_at = time.time()
             run.store.save_clients([client])
@@ -145,6 +147,7 @@ class Service:
                 raise MalformedMessage(f"heartbeat has budget_bytes {message.budget_bytes}")
             presence = self._run.presence.setdefault(client_id, Presence())
             presence.phase, presence.fraction = message.phase, message.fraction
+            presence.comparing |= message.phase == COMPARING_PHASE
             presence.budget_bytes = message.budget_bytes
 
     def leave(self, client_id: str, key: str, reason: str) -> None:
@@ -156,6 +159,16 @@ class Service:
             run.store.save_clients([client])
             run.apply(rounds.ClientLeft(run.clock(), client_id))
         logger.info("client %s left: %r", client_id, reason[:MAX_TEXT_CHARACTERS])
+
+    def compare(self, client_id: str, key: str, message: Comparison) -> None:
+        """Store what a client compared at the end of the run. Raises MalformedMessage."""
+        if not is_sound(message):
+            raise MalformedMessage("invalid comparison: expected finite losses and short texts")
+        with self._run.seen(client_id, key) as client:
+            self._run.presence.setdefault(client_id, Presence()).comparing = False
+            client.comparison = message
+            self._run.store.save_clients([client])
+        logger.info("%s: %s", client.name, describe_comparison(message))
 
     def assignment(self, client_id: str, key: str) -> AssignmentReply:
         """What the client has to do now. Raises UnknownClient if it has left."""

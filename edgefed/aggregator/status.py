@@ -11,12 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from edgefed.aggregator.rounds import Phase, RoundState
 from edgefed.aggregator.store import ClientRecord, RoundRecord, UpdateRecord
 from edgefed.progress import format_seconds, round_line
+from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, Status, UnitInfo
 
 
 @dataclasses.dataclass
 class Presence:
     """What is known of a client while the server runs: its process, its last heartbeat, whether it heard `Finished`.
+
+    ``comparing``: it evaluates the final model and will send a `Comparison`.
 
     ``instance``: the process that registered last. ``refused``: whether an earlier one was refused since.
     """
@@ -27,6 +30,7 @@ class Presence:
     fraction: float = 0.0
     budget_bytes: int | None = None
     heard_finished: bool = False
+    comparing: bool = False
 
 
 def peak_memory_bytes() -> int:
@@ -67,6 +71,14 @@ def describe_round(status: RoundStatus, rounds: int, fold_s: float) -> str:
     received = f"{status.updates} of {status.participants} clients"
     folded = f"aggregated in {format_seconds(fold_s)}"
     return round_line(status.server_round, rounds, status.metrics, status.seconds, received, folded)
+
+
+def describe_comparison(comparison: Comparison) -> str:
+    """The line of the server's log about what a client compared; losses in nats per token."""
+    names = {"before": "before", "global_model": "global model", "device": "this device", "alone": "alone"}
+    losses = [f"{text} {loss:.2f}" for name, text in names.items() if (loss := getattr(comparison, name)) is not None]
+    found = f"on its held-out text {', '.join(losses)} nats per token" if losses else "nothing to compare"
+    return f"{found} (final model: {comparison.skipped})" if comparison.skipped else found
 
 
 def average_metrics(updates: Sequence[UpdateRecord]) -> dict[str, float]:
@@ -123,6 +135,7 @@ def _client_status(client: ClientRecord, state: RoundState, presence: Presence, 
         last_seen_s=_seconds_since_seen(client, seen, now),
         metrics=client.metrics,
         device=client.device,
+        comparison=client.comparison,
     )
 
 

@@ -27,6 +27,7 @@ import msgspec
 
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.errors import DiskFull, StateCorrupt, StateLocked, StorageError
+from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
     DeviceInfo,
     ExpertSurvey,
@@ -85,6 +86,7 @@ class ClientRecord:
     survey: ExpertSurvey | None = None
     lost: bool = False
     last_seen_at: float | None = None
+    comparison: Comparison | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,10 +319,8 @@ class Store:
     def clients(self) -> list[ClientRecord]:
         """All clients that have ever registered, by id."""
         with sqlite_errors(self._path):
-            return [
-                msgspec.json.decode(row[0], type=ClientRecord)
-                for row in self._query("SELECT record FROM clients ORDER BY client_id")
-            ]
+            rows = self._query("SELECT record FROM clients ORDER BY client_id")
+            return [msgspec.json.decode(row[0], type=ClientRecord) for row in rows]
 
     def save_clients(self, clients: Iterable[ClientRecord]) -> None:
         """Store clients, new ones and changed ones."""

@@ -103,6 +103,16 @@ class Client:
                 "expert needs to be read only once (auto)."),
     ] = "auto"  # fmt: skip
     held_out: Annotated[str | float, Setting("Share of the records held out for evaluation, or 0.")] = "10%"
+    final_evaluation: Annotated[
+        Literal["auto", "always", "never"],
+        Setting("Evaluate the final model on this device's held-out text; auto: unless that downloads more than the "
+                "whole run did."),
+    ] = "auto"  # fmt: skip
+    compare_alone: Annotated[
+        bool,
+        Setting("At the end also train as many steps without the federation, for comparison. Keeps the model of the "
+                "first round on disk."),
+    ] = False  # fmt: skip
     state: Annotated[Path, Setting("Folder for identity, downloads and pending updates.")] = Path("edgefed-client")
     new_identity: Annotated[
         bool, Setting("Join as a new client: for a state folder that was copied from another device.")
@@ -123,6 +133,10 @@ class Client:
             raise ConfigError(
                 f"`model={self.model}` needs `task`", remedy="Set `task` to images, text or next-token, or remove it."
             )
+        if self.compare_alone and self.final_evaluation == "never":
+            raise ConfigError("`compare_alone` needs `final_evaluation`", remedy="Set `final_evaluation=auto`.")
+        if self.compare_alone and self.task:
+            raise ConfigError("`compare_alone` has no effect with `task`", remedy="Remove one of them.")
         if self.resize and self.task != "images":
             raise ConfigError("`resize` needs `task=images`", remedy="Set `task=images`, or remove `resize`.")
         if self.fields and self.task in ("images", "text"):
@@ -221,6 +235,8 @@ class Client:
             task=self.task,
             model=self.model,
             resize=self.resize,
+            final_evaluation=self.final_evaluation,
+            compare_alone=self.compare_alone,
         )
         sink.done()
         try:

@@ -26,9 +26,10 @@ def join_command(settings: JoinSettings) -> None:
 
     Joins the run at SERVER (http://host:port) and trains on DATA until it ends or Ctrl-C.
     """
-    from edgefed.cli.output import TerminalProgress, print_json, print_note
+    from edgefed.cli.output import TerminalProgress, print_json, print_note, stdout_console
     from edgefed.hardware.memory import format_bytes
     from edgefed.progress import stop_signals
+    from edgefed.protocol.comparison import verdict
 
     stop = threading.Event()
 
@@ -41,7 +42,15 @@ def join_command(settings: JoinSettings) -> None:
         signal.signal(signum, ask_to_stop)
     summary = settings.run(progress=TerminalProgress(), stop=stop)
     if settings.json:
-        print_json(dataclasses.asdict(summary))
+        import msgspec
+
+        print_json(msgspec.to_builtins(summary))
+    elif summary.comparison is not None:
+        from edgefed.cli.comparison import comparison_table
+
+        console = stdout_console()
+        console.print(comparison_table({settings.name or "this device": summary.comparison}))
+        console.print(verdict(summary.comparison), markup=False)
     print_note(
         f"{summary.reason}: {summary.rounds} rounds, {format_bytes(summary.bytes_down)} down, "
         f"{format_bytes(summary.bytes_up)} up"

@@ -35,6 +35,7 @@ from edgefed.personal.state import PersonalState
 from edgefed.personal.tasks import OpenTask, PersonalTask
 from edgefed.progress import ProgressSink, StopRequested
 from edgefed.protocol import frames
+from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig
 from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.training.out_of_memory import device_lost, is_device_lost, is_out_of_memory
@@ -113,6 +114,12 @@ class PersonalTrainer:
             num_tokens=len(self._open.train) * method.local_epochs,
             keep=frozenset(file.sha256 for file in manifest.files),
         )
+
+    def compare(
+        self, run: RunConfig, manifest: Manifest, fetch: Fetch | None, progress: ProgressSink, skipped: str = ""
+    ) -> Comparison | None:
+        """Return None: the final theta is only a part of this device's mixture."""
+        return None
 
     def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:
         """Do nothing: the next round starts from a theta that does not exist yet."""

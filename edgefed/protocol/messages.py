@@ -13,6 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from edgefed.errors import EdgefedError, MalformedMessage, ProtocolError, all_errors
+from edgefed.protocol.comparison import Comparison
 
 UNIT_KINDS = ("dense", "router", "expert")
 
@@ -297,7 +298,10 @@ class ErrorReply(Message, frozen=True):
 
 
 class ClientStatus(Message, frozen=True):
-    """One client in `edgefed status`. ``last_seen_s`` is seconds ago; ``memory_bytes`` its newest budget."""
+    """One client in `edgefed status`. ``last_seen_s`` is seconds ago; ``memory_bytes`` its newest budget.
+
+    ``comparison``: once the client has compared the final model with others.
+    """
 
     client_id: str
     name: str
@@ -312,6 +316,7 @@ class ClientStatus(Message, frozen=True):
     last_seen_s: float
     metrics: dict[str, float]
     device: DeviceInfo | None = None
+    comparison: Comparison | None = None
 
 
 class RoundStatus(Message, frozen=True):

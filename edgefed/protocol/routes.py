@@ -5,6 +5,7 @@ Paths are templates in Starlette's syntax; `path_for` fills them for a client.
     POST {REGISTER}      Register                 -> Registered
     POST {HEARTBEAT}     Heartbeat                -> {}
     POST {LEAVE}         Leave                    -> {}
+    POST {COMPARISON}    Comparison               -> {}                     once, after Finished
     GET  {ASSIGNMENT}                             -> AssignmentReply        ?wait_s=20 long poll
     GET  {MANIFEST}                               -> Manifest               server_round, or "latest"
     GET  {BLOB}          Range: bytes=N-          -> the bytes of one unit or file
@@ -27,6 +28,7 @@ from urllib.parse import quote
 REGISTER = "/v1/clients"
 HEARTBEAT = "/v1/clients/{client_id}/heartbeat"
 LEAVE = "/v1/clients/{client_id}/leave"
+COMPARISON = "/v1/clients/{client_id}/comparison"
 ASSIGNMENT = "/v1/clients/{client_id}/assignment"
 MANIFEST = "/v1/manifests/{server_round}"
 BLOB = "/v1/blobs/{sha256}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgefed.progress import ProgressSink
+from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import Assignment, ExpertReport, ExpertSurvey, FileInfo, Manifest, RunConfig, UnitInfo
 
 Fetch = Callable[[Iterable[UnitInfo | FileInfo]], Mapping[str, Path]]
@@ -35,6 +36,16 @@ class Trainer(Protocol):
 
     num_examples: int
     """Training examples on this device; known before the agent registers."""
+
+    def compare(
+        self, run: RunConfig, manifest: Manifest, fetch: Fetch | None, progress: ProgressSink, skipped: str = ""
+    ) -> Comparison | None:
+        """Compare the final model ``manifest`` with others on this device's held-out text, at the end of a run.
+
+        ``fetch`` None: nothing more is downloaded, for the reason ``skipped``. Returns None if there is nothing to
+        compare.
+        """
+        ...
 
     def train_round(
         self,

@@ -11,6 +11,7 @@ Memory is read before each round. If it gets tight or runs out during a round, t
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import zlib
@@ -23,7 +24,7 @@ import torch
 from edgefed.errors import ConfigError, first_line
 from edgefed.expert_records import ExpertPlan
 from edgefed.methods.interface import Assigning, ExpertMethod
-from edgefed.methods.registry import make_method
+from edgefed.methods.registry import make_expert_method, make_method
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.merging.plan import ExpertMerger
 from edgefed.moe.model import MoeModel
@@ -31,6 +32,7 @@ from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
+from edgefed.trainer.evaluation import evaluate_resident, evaluate_streamed
 from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.trainer.placement import (
     ExpertPlacer,
@@ -45,15 +47,8 @@ from edgefed.trainer.ports import FormulaCosts, Memory, ModelHost, OwnModel, Ste
 from edgefed.training.calibration import can_measure, correction_from, measure_step
 from edgefed.training.data import Corpus, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
-from edgefed.training.loss import chunking_problem, evaluate_loss
-from edgefed.training.out_of_memory import (
-    device_lost,
-    free_memory,
-    is_device_lost,
-    is_out_of_memory,
-    with_smaller_batches,
-)
-from edgefed.training.profiling import spread_blocks
+from edgefed.training.loss import chunking_problem
+from edgefed.training.out_of_memory import device_lost, free_memory, is_device_lost, is_out_of_memory
 from edgefed.training.records import AUTOMATIC, RecordFields
 from edgefed.training.steps import StepsOutcome, run_steps
 from edgefed.training.utility import GradientNorms, ProbeOutcome
@@ -135,7 +130,7 @@ class LocalTrainer:
         """The plan of the last round."""
         self._placer = ExpertPlacer(folder)
         self._device = device
-        self._evaluates = evaluates
+        self.evaluates = evaluates
         self._train_blocks: TokenBlocks | None = None
         self._held_out_blocks: TokenBlocks | None = None
         self._last: _RoundContext | None = None
@@ -207,6 +202,37 @@ class LocalTrainer:
         ctx = dataclasses.replace(ctx, fetch=fetch, progress=progress)
         self.planner.profile_ahead(self._plan_request(ctx))
 
+    def evaluate_whole(
+        self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink
+    ) -> tuple[float, int]:
+        """(held-out loss of the whole global model in nats per token, number of tokens); (NaN, 0) without such text.
+
+        Every expert is streamed through the device's memory; the resident ones are dropped. Raises what `train_round`
+        raises, and out-of-memory errors.
+        """
+        model = self._models.open(run, make_expert_method(run.method, run.method_options), manifest, fetch, progress)
+        self._encode(run, progress)
+        if self._held_out_blocks is None:
+            return math.nan, 0
+        model.drop_experts()
+        source = self._models.load_shared(manifest.units, fetch)
+        source.add(manifest.units, fetch(manifest.units))
+        usable_bytes = self._memory.usable_bytes()
+        chunked = self._chunking_checked and self.planner.step_plan.setup.chunked_loss
+        return evaluate_streamed(model, run, self._held_out_blocks, source, usable_bytes, progress, chunked=chunked)
+
+    def sibling(self, folder: Path) -> LocalTrainer:
+        """A trainer with the same data, model and memory, but with a plan and a state of its own in ``folder``.
+
+        Only one of the two has experts in the model at a time.
+        """
+        other = copy.copy(self)
+        other._folder, other._placer = folder, ExpertPlacer(folder)
+        other.planner = Planner(folder, self._limits, self._identity, self._memory, self._costs)
+        other.plan = other._last = None
+        self.model.drop_experts()
+        return other
+
     def _encode(self, run: RunConfig, progress: ProgressSink) -> TokenBlocks:
         """The training blocks; encodes the data in the first round."""
         if self._train_blocks is None:
@@ -216,7 +242,7 @@ class LocalTrainer:
                 progress.message(f"{self.corpus.source} {note}")
 
             self._train_blocks = encode_examples(self.corpus.train, tokenizer, length, on_message=report)
-            if self._evaluates and self.corpus.held_out:
+            if self.evaluates and self.corpus.held_out:
                 self._held_out_blocks = encode_examples(self.corpus.held_out, tokenizer, length, on_message=report)
             self._memory.model_is_empty()
             progress.done()
@@ -309,24 +335,11 @@ class LocalTrainer:
 
     def _held_out_loss(self, ctx: _RoundContext) -> float:
         """Loss of the resident experts on the held-out text; NaN without any."""
-        if self._held_out_blocks is None:
+        if self._held_out_blocks is None or not self.evaluates:
             return math.nan
         ctx.phase = "evaluating"
-        training, progress = ctx.run.training, ctx.progress
-        blocks = spread_blocks(self._held_out_blocks, training.evaluation_tokens)
         chunked = self.planner.step_plan.setup.chunked_loss
-
-        def evaluate(batch_size: int) -> float:
-            progress.phase("evaluate", blocks.num_tokens, "token")
-            return evaluate_loss(self.model.module, blocks, batch_size, chunked=chunked, on_batch=progress.advance)
-
-        loss = with_smaller_batches(
-            evaluate,
-            training.batch_size,
-            lambda size: progress.message(f"memory: out of memory while evaluating; {size} sequences at a time"),
-        )
-        progress.done()
-        return loss
+        return evaluate_resident(self.model, ctx.run.training, self._held_out_blocks, chunked, ctx.progress)
 
     def _train(self, ctx: _RoundContext, model: MoeModel, plan: ExpertPlan, guard: MemoryGuard) -> StepsOutcome:
         ctx.phase = "training"

@@ -51,10 +51,13 @@ def device(
     stop: threading.Event | None = None,
     memo: Memo | None = None,
     give_up_after_s: float = 5.0,
+    final_evaluation: str = "never",
 ) -> Iterator[Agent]:
     """An agent with quick waits."""
     stop = stop or threading.Event()
-    settings = AgentSettings(name="toy", memory_bytes=1 << 30, poll_s=1.0, give_up_after_s=give_up_after_s)
+    settings = AgentSettings(
+        name="toy", memory_bytes=1 << 30, poll_s=1.0, give_up_after_s=give_up_after_s, final_evaluation=final_evaluation
+    )  # fmt: skip
     retry = Retry(stop, schedule=BackoffSchedule(first_s=0.02, cap_s=0.05))
     with open_agent(url, state, settings, trainer or ToyTrainer(), stop=stop, progress=memo, retry=retry) as agent:
         yield agent

@@ -14,9 +14,10 @@ from fake_aggregator import EXPERTS, REFUSED, FakeAggregator
 from throttling_proxy import ThrottlingProxy
 from toy_device import ToyTrainer, toy_value
 
-from edgefed.agent import delivery, network
+from edgefed.agent import delivery, finish, network
 from edgefed.agent.agent import AgentSettings, open_agent
 from edgefed.agent.backoff import BackoffSchedule, Retry
+from edgefed.agent.cache import BlobCache
 from edgefed.agent.journal import Journal
 from edgefed.errors import (
     ChecksumMismatch,
@@ -38,6 +39,7 @@ from edgefed.errors import (
     VersionMismatch,
 )
 from edgefed.progress import StopRequested
+from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import ExpertSurvey, Heartbeat
 
 
@@ -118,6 +120,38 @@ def test_an_unmeasured_rate_is_not_reported(server, tmp_path):
     with device(server.url, tmp_path, Surveyor()) as agent:
         agent.step()
     assert server.commits[0].survey.upload_bytes_per_s is None, "so few bytes say too little"
+
+
+class Comparing(ToyTrainer):
+    """Compares what it is given."""
+
+    fetches: bool | None = None
+
+    def compare(self, run, manifest, fetch, progress, skipped=""):
+        self.fetches = fetch is not None
+        if fetch is not None:
+            fetch(manifest.units)
+        return Comparison(server_round=manifest.server_round, device=1.5, skipped=skipped)
+
+
+@pytest.mark.parametrize("evaluation", ["auto", "never"])
+def test_a_device_compares_at_the_end_even_where_the_server_does_not_listen(server, tmp_path, evaluation):
+    with device(server.url, tmp_path, trainer := Comparing(), final_evaluation=evaluation) as agent:
+        summary = agent.run()  # this server answers 404 to the report
+    assert summary.finished
+    assert trainer.fetches == (True if evaluation == "auto" else None)
+    assert (summary.comparison and summary.comparison.device) == (1.5 if evaluation == "auto" else None)
+
+
+def test_a_final_model_larger_than_the_whole_run_is_not_downloaded(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(finish, "FREE_DOWNLOAD_BYTES", 0)
+    monkeypatch.setattr(BlobCache, "bytes_to_download", lambda cache, items: 1 << 40)
+    memo, trainer = Memo(), Comparing()
+    with device(server.url, tmp_path, trainer, memo=memo, final_evaluation="auto") as agent:
+        summary = agent.run()
+    assert not trainer.fetches
+    assert "1024 GiB to download" in summary.comparison.skipped
+    assert any("is not evaluated: 1024 GiB" in text for text in memo.messages)
 
 
 def test_missing_blobs_between_rounds_are_ignored(server, tmp_path):

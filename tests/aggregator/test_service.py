@@ -32,6 +32,7 @@ from edgefed.errors import (
     UpdateTooLarge,
     VersionMismatch,
 )
+from edgefed.protocol.comparison import COMPARING_PHASE, Comparison
 from edgefed.protocol.messages import Assignment, DeviceInfo, Finished, Heartbeat, Wait
 
 # --- clients ----------------------------------------------------------------------------------------------------
@@ -412,7 +413,18 @@ def test_a_finished_run_serves_its_final_model(toy):
     assert not toy.run.all_heard(5.0)
     toy.now += 5.0
     assert toy.run.all_heard(5.0)
+    toy.service.heartbeat("a", KEY + "a", Heartbeat(phase=COMPARING_PHASE, fraction=0.0, server_round=3))
+    toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="evaluate", fraction=0.5, server_round=3))
+    toy.now += 10.0
+    assert not toy.run.all_heard(5.0)  # it still compares
+    with pytest.raises(MalformedMessage, match="finite losses"):
+        toy.service.compare("a", KEY + "a", Comparison(server_round=3, before=-1.0))
+    found = Comparison(server_round=3, num_tokens=512, before=5.26, global_model=4.45, device=4.28)
+    toy.service.compare("a", KEY + "a", found)
+    toy.now += 5.0
+    assert toy.run.all_heard(5.0)
     again = toy.reopen()
+    assert [client.comparison for client in again.run.status().clients] == [found, None]
     assert isinstance(again.assignment("a"), Finished)
     with pytest.raises(RoundClosed):
         again.put("a", b"x", server_round=3)

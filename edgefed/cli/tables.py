@@ -1,0 +1,148 @@
+"""Tables that fit: where a terminal is narrow, less important columns go first, and no value loses its unit.
+
+A column that is always shown has ``drop`` 0. Of the others, those with the largest ``drop`` are left out first, until
+the table fits with its names cut in the middle to `SHORT_NAME` and its titles wrapped. Only a table whose values alone
+are wider than the terminal wraps values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+GAP = 2
+"""Spaces between two columns."""
+SHORT_NAME, SHORTEST_NAME = 12, 7
+"""Characters to which names are cut before columns are left out, and where no column can be left out."""
+SHORT_TEXT = 16
+"""Characters of a column that wraps, before columns are left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column.
+
+    Attributes:
+        title: Its title, which wraps between words. "" for none.
+        drop: 0: always shown. Columns with larger numbers are left out first.
+        name: Its values are names: aligned left, and cut in the middle where the table is too wide.
+        wraps: Its values are sentences: aligned left, and wrapped where the table is too wide.
+        left: Its values are aligned left.
+    """
+
+    title: str
+    drop: int = 0
+    name: bool = False
+    wraps: bool = False
+    left: bool = False
+
+
+class FittedTable:
+    """A table that chooses its columns by the width of the console that prints it."""
+
+    def __init__(self, *columns: Column, title: str | None = None):
+        self._columns, self._title = columns, title
+        self._rows: list[tuple[Text, ...]] = []
+        self._sections: set[int] = set()
+
+    def add_row(self, *cells: str | Text) -> None:
+        """Add a row; strings are shown as they are, without markup."""
+        assert len(cells) == len(self._columns), "one cell for each column"
+        self._rows.append(tuple(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+    def add_section(self) -> None:
+        """Leave the next rows apart from the ones before."""
+        self._sections.add(len(self._rows))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows without the title."""
+        return len(self._rows)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table as wide as the console."""
+        shown, widths = self._fit(options.max_width)
+        titled = any(self._columns[index].title for index in shown)
+        table = Table(
+            title=None if self._title is None else Text(self._title),
+            title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 1), show_header=titled,
+            title_style="italic",
+        )  # fmt: skip
+        for index in shown:
+            column = self._columns[index]
+            aligned = "left" if column.name or column.wraps or column.left else "right"
+            title = "\n".join(textwrap.wrap(column.title, max(1, widths[index]), break_long_words=False))
+            table.add_column(
+                Text(title), justify=aligned, width=widths[index], overflow="fold", vertical="top", no_wrap=False
+            )
+        for number, row in enumerate(self._rows):
+            if number in self._sections:
+                table.add_row(*["" for _ in shown])
+            table.add_row(*(_cut(row[index], widths[index], self._columns[index]) for index in shown))
+        yield table
+
+    def _fit(self, width: int) -> tuple[list[int], dict[int, int]]:
+        """Return the columns to show and the width of each."""
+        shown = list(range(len(self._columns)))
+        while True:
+            least = {index: self._least(index, SHORT_NAME) for index in shown}
+            droppable = [index for index in shown if self._columns[index].drop]
+            if _total(least) <= width or not droppable:
+                break
+            shown.remove(max(droppable, key=lambda index: (self._columns[index].drop, index)))
+        if _total(least) > width:
+            least = {index: self._least(index, SHORTEST_NAME) for index in shown}
+        while _total(least) > width and max(least.values()) > 1:  # values wrap
+            least[max(least, key=least.__getitem__)] -= 1
+        spare = width - _total(least)
+        names = [index for index in shown if self._columns[index].name]
+        for index in (*names, *(index for index in shown if index not in names)):
+            more = min(spare, max(0, self._most(index) - least[index]))
+            least[index], spare = least[index] + more, spare - more
+        return shown, least
+
+    def _values(self, index: int) -> int:
+        return max((max(map(cell_len, row[index].plain.splitlines()), default=0) for row in self._rows), default=0)
+
+    def _most(self, index: int) -> int:
+        return max(self._values(index), cell_len(self._columns[index].title), 1)
+
+    def _least(self, index: int, name: int) -> int:
+        column = self._columns[index]
+        limit = name if column.name else SHORT_TEXT if column.wraps else self._values(index)
+        return max(min(limit, self._values(index)), max(map(cell_len, column.title.split()), default=0), 1)
+
+
+def _total(widths: dict[int, int]) -> int:
+    return sum(widths.values()) + GAP * max(0, len(widths) - 1)
+
+
+def _cut(cell: Text, width: int, column: Column) -> Text:
+    return Text(cut_middle(cell.plain, width), style=cell.style) if column.name else cell
+
+
+def cut_middle(name: str, width: int) -> str:
+    """``name`` in at most ``width`` columns of a terminal, its middle replaced by two dots where it is longer."""
+    if cell_len(name) <= width:
+        return name
+    head, tail = "", ""
+    while True:
+        longer = (name[: len(head) + 1], tail) if len(head) <= len(tail) else (head, name[-len(tail) - 1 :])
+        if cell_len(longer[0]) + cell_len(longer[1]) + 2 > width:
+            return f"{head}..{tail}"
+        head, tail = longer
+
+
+def columns(*titles: str, drop: Sequence[int] = ()) -> tuple[Column, ...]:
+    """Columns of numbers, the first one of names. ``drop`` counts from the first column; missing ones are 0."""
+    drops = [*drop, *[0] * (len(titles) - len(drop))]
+    return tuple(Column(title, drops[index], name=index == 0) for index, title in enumerate(titles))

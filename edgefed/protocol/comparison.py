@@ -1,0 +1,81 @@
+"""The comparison that a device makes at the end of a run: losses of several models on its own held-out text.
+
+    before         the global model before the device's first round
+    global model   the global model after the last round
+    this device    the experts that the device holds, after its last local steps
+    alone          as many local steps of this device without the federation
+
+Losses are mean cross-entropies per predicted token, in nats, all on the same tokens, which never leave the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+COMPARING_PHASE = "compare"
+"""Phase of a device that compares; the server waits for it before it ends."""
+FREE_DOWNLOAD_BYTES = 256 * 1024**2
+"""A comparison may always download this much; more only as far as the run itself did."""
+SAME_NATS = 0.005
+"""A smaller difference is shown as none."""
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """Losses in nats per token, None where unknown.
+
+    ``server_round``: the manifest that is the final global model. ``before_round``: the manifest that ``before`` is of;
+    1 is the imported model. ``num_tokens``: tokens evaluated. ``skipped``: why ``global_model`` is unknown.
+    """
+
+    server_round: int
+    before_round: int = 1
+    num_tokens: int = 0
+    before: float | None = None
+    global_model: float | None = None
+    device: float | None = None
+    alone: float | None = None
+    skipped: str = ""
+
+
+def is_sound(comparison: Comparison) -> bool:
+    """Whether a comparison from the network has possible values."""
+    losses = (comparison.before, comparison.global_model, comparison.device, comparison.alone)
+    return (
+        all(loss is None or (math.isfinite(loss) and 0 <= loss < 1e6) for loss in losses)
+        and 0 <= comparison.num_tokens <= 10**12
+        and 1 <= comparison.before_round <= 10**9
+        and len(comparison.skipped) <= 200
+        and comparison.skipped.isprintable()
+    )
+
+
+def verdict(comparison: Comparison) -> str:
+    """One or two sentences: what the federation brought on this device's text. Empty if nothing can be compared."""
+    ours = [
+        (loss, name)
+        for loss, name in ((comparison.global_model, "the global model"), (comparison.device, "this device's model"))
+        if loss is not None
+    ]
+    if not ours:
+        return ""
+    sentences = []
+    best, name = min(ours)
+    if comparison.alone is not None:
+        sentences.append(f"{name} is {_difference(best, comparison.alone)} training alone")
+        sentences += [
+            f"{other} is {_difference(loss, comparison.alone)} training alone" for loss, other in ours if other != name
+        ]
+    elif comparison.before is not None:
+        since = "before the run" if comparison.before_round == 1 else f"before round {comparison.before_round}"
+        sentences.append(f"{name} is {_difference(best, comparison.before)} the model {since}")
+    text = "; ".join(sentences)
+    return f"On this device's text {text}." if text else ""
+
+
+def _difference(loss: float, other: float) -> str:
+    """``0.42 nats better than``, or worse, or as good as."""
+    if abs(other - loss) < SAME_NATS:
+        return "as good as"
+    return f"{abs(other - loss):.2f} nats {'better' if loss < other else 'worse'} than"
