@@ -13,7 +13,7 @@ from edgefed.agent.agent import AgentSettings, RunSummary, open_agent
 from edgefed.errors import BudgetTooSmall, ConfigError
 from edgefed.hardware.budget import MemoryBudget, plan_budget
 from edgefed.hardware.facts import DeviceFacts, MemoryKind
-from edgefed.hardware.memory import process_rss_bytes
+from edgefed.hardware.memory import process_rss_bytes, set_up_allocator
 from edgefed.hardware.occupancy import HOST, AgentRegistry, OwnMemory
 from edgefed.hardware.policy import policy_from_environment
 from edgefed.hardware.probe import probe_device
@@ -188,6 +188,7 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
     The data is read first, so that a bad file is reported before the server hears of this device. Raises what
     `Agent.run`, the trainers and `DeviceMemory` raise.
     """
+    set_up_allocator()
     memory = DeviceMemory(config.device, config.memory_bytes)
     with contextlib.closing(memory):
         notes = dict.fromkeys((*memory.facts.notes, *memory.first.notes))

@@ -21,6 +21,7 @@ from edgefed.aggregator.creation import RawTensors, create_run
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError, EdgefedError, StateCorrupt
+from edgefed.hardware.memory import set_up_allocator
 from edgefed.protocol.messages import (
     Manifest,
     RunConfig,
@@ -193,6 +194,7 @@ def export_model(folder: Path, to: Path, server_round: int | None = None) -> Pat
     """
     import tempfile
 
+    set_up_allocator()
     with RunReader(folder) as reader, tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
         manifest = reader.manifest(server_round)
         # Loads torch: a missing run is reported before that.
@@ -211,6 +213,7 @@ def export_model(folder: Path, to: Path, server_round: int | None = None) -> Pat
 
 def main() -> int:
     """Run the import that standard input requests. Errors go to standard output as protocol error messages."""
+    set_up_allocator()
     request = decode_message(sys.stdin.buffer.read(), ImportRequest)
     try:
         if request.personal:

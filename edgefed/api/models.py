@@ -158,11 +158,13 @@ def profile(
     Raises DataError, ModelNotFound, CheckpointError, UnsupportedArchitecture.
     """
     from edgefed.embedded import resolve_model
+    from edgefed.hardware.memory import set_up_allocator
     from edgefed.hub import check_source
     from edgefed.progress import NullProgress
     from edgefed.training.data import load_corpus, problem_notes
     from edgefed.training.records import AUTOMATIC
 
+    set_up_allocator()
     sink = progress or NullProgress()
     if isinstance(model, (str, Path)) and (note := check_source(resolve_model(str(model)))):
         sink.message(note)

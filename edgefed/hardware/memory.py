@@ -1,9 +1,20 @@
-"""Sizes as text, and the memory that this process and the machine use."""
+"""Sizes as text, the memory that this process and the machine use, and the C library's allocator.
+
+glibc takes blocks from three places. Blocks above a threshold are mapped, and returned to the system when they are
+freed. Smaller ones lie in a heap, or in one of several arenas, and memory between two blocks in use stays resident. The
+threshold grows to the size of the largest freed block, up to 32 MiB, so the tensors of a training step soon lie in the
+heap: 4.9 GiB of freed memory stayed resident with a budget of 6 GiB. `set_up_allocator` fixes the threshold.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import os
 import re
 import sys
+from collections.abc import Callable
 
 import psutil
 
@@ -45,6 +56,53 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.{0 if abs(size) >= 100 else 1}f} {unit}"
         size /= 1024
     raise AssertionError("unreachable")
+
+
+MMAP_THRESHOLD_BYTES = 2**20
+"""Larger blocks are mapped."""
+TRIM_THRESHOLD_BYTES = 8 * 2**20
+"""Free memory at the end of the heap beyond this is returned at once."""
+ARENAS = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+
+
+@functools.lru_cache(maxsize=1)
+def set_up_allocator() -> bool:
+    """Let this process return freed tensors to the system, so that its resident memory follows what it uses.
+
+    Call it before threads and large blocks exist. Returns whether it applies: only to glibc, and not where the
+    environment sets up malloc (MALLOC_*_, GLIBC_TUNABLES). musl, macOS and Windows return large blocks by themselves.
+    """
+    names = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    if any(name in os.environ for name in names) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    mallopt = _c_function("mallopt")
+    if mallopt is None:
+        return False
+    values = (
+        (_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES),
+        (_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES),
+        (_M_ARENA_MAX, ARENAS),
+    )
+    return all([mallopt(name, value) for name, value in values])
+
+
+def trim_memory() -> None:
+    """Return the allocator's free memory to the system, where it can: glibc's `malloc_trim`."""
+    if malloc_trim := _c_function("malloc_trim"):
+        malloc_trim(0)
+
+
+def _c_function(name: str) -> Callable[..., int] | None:
+    """A function that only glibc has; None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018 - musl has an empty mallopt
+        function: Callable[..., int] = getattr(library, name)
+        return function
+    return None
 
 
 def process_rss_bytes() -> int:

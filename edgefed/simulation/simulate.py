@@ -16,6 +16,7 @@ from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.disk import disk_errors, write_durably
 from edgefed.embedded import resolve_model
 from edgefed.errors import ConfigError, StateCorrupt
+from edgefed.hardware.memory import set_up_allocator
 from edgefed.moe.model_shape import shape_from_config
 from edgefed.simulation.config import SimulationConfig, split_records
 from edgefed.simulation.device_rates import Calibration, CostShape, device_rates, memory_budget
@@ -73,6 +74,7 @@ def simulate(
 
     from edgefed.moe.loading import load_config
 
+    set_up_allocator()
     torch.set_num_threads(config.threads)
     _claim(out, config)
     calibration = calibration or Calibration()

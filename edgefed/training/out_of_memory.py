@@ -9,10 +9,8 @@ bug.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
@@ -20,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from edgefed.errors import DeviceLost
+from edgefed.hardware.memory import trim_memory
 
 T = TypeVar("T")
 
@@ -115,10 +114,8 @@ def free_memory(device: str | torch.device = "cpu") -> None:
     if torch.device(device).type == "cuda":
         with contextlib.suppress(RuntimeError):  # it synchronizes, and may report the same failure again
             torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        # glibc keeps freed blocks; they would count as resident memory.
-        with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)
+    else:
+        trim_memory()
 
 
 def with_smaller_batches(run: Callable[[int], T], batch_size: int, on_retry: Callable[[int], None]) -> T:

@@ -1,5 +1,10 @@
 """Sizes as people write them, and what this process uses."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from edgefed.errors import ConfigError
@@ -36,3 +41,52 @@ def test_sizes_are_written(size, text):
 
 def test_peak_is_at_least_now():
     assert memory.process_peak_rss_bytes() >= memory.process_rss_bytes() * 0.9 > 1 << 20
+
+
+# --- the allocator of the C library -----------------------------------------------------------------------------------
+
+FRAGMENTED = """
+import sys
+import numpy as np
+from edgefed.hardware.memory import process_rss_bytes, set_up_allocator, trim_memory
+applies = {set_up}
+np.ones(2**24, np.uint8)  # freed at once: glibc's threshold would grow to its size
+before = process_rss_bytes()
+blocks = [np.ones(2**22, np.uint8) for _ in range(40)]
+del blocks[::2]
+{then}
+print(applies, process_rss_bytes() - before)
+"""
+
+
+def freed_and_resident(set_up, then="", **environment):
+    """(what `set_up_allocator` said, resident bytes that are not in use) after half of the blocks are freed."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC", "GLIBC"))}
+    command = [sys.executable, "-c", FRAGMENTED.format(set_up=set_up, then=then)]
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=True)
+    applies, grown = done.stdout.split()
+    return applies, int(grown) - 20 * 2**22
+
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator of glibc")
+
+
+@glibc
+def test_freed_blocks_between_others_are_returned_to_the_system():
+    applies, kept = freed_and_resident("set_up_allocator()")
+    assert applies == "True"
+    assert kept < 4 * 2**20
+    assert freed_and_resident("None")[1] > 64 * 2**20  # as the system has it
+
+
+@glibc
+@pytest.mark.parametrize(
+    "environment", [{"MALLOC_ARENA_MAX": "4"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432"}]
+)
+def test_an_allocator_that_the_owner_has_set_up_stays_as_it_is(environment):
+    assert freed_and_resident("set_up_allocator()", **environment)[0] == "False"
+
+
+@glibc
+def test_memory_that_an_allocator_retains_is_returned_when_asked_for():
+    assert freed_and_resident("None", then="trim_memory()")[1] < 4 * 2**20
