@@ -4,11 +4,13 @@
 strongly the router chose each expert. Both consist of numpy arrays: methods decide on them without torch, and they fit
 into a message.
 
-Dimension letters: ``L`` MoE layers, ``E`` experts of a layer (may differ between layers), ``S`` expert slots.
+Dimension letters: ``L`` MoE layers, ``E`` experts of a layer (may differ between layers), ``S`` expert slots, ``I``
+neurons of an expert (its intermediate size).
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import enum
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[np.float64]
+NeuronMask: TypeAlias = npt.NDArray[np.bool_]
+"""(E, I): which neurons of each expert of a layer are on a device."""
 
 
 class Role(enum.IntEnum):
@@ -58,12 +62,16 @@ class ExpertPlan:
 
     Slots are dense: first the trainable experts, then the frozen ones, each in ascending order, so that the trainable
     part of a bank is one contiguous block; then the merged groups in their order.
+
+    A sliced plan also says which neurons of each expert are on the device; an expert without any is absent.
     """
 
     roles: tuple[npt.NDArray[np.int8], ...]
     """(E_l,) of `Role` values for each layer."""
     merged: tuple[tuple[MergedGroup, ...], ...] = ()
     """The merged groups of each layer; () for a plan without any."""
+    neurons: tuple[NeuronMask, ...] = ()
+    """(E_l, I_l) bool for each layer of a sliced plan; () for a plan of whole experts."""
 
     def __post_init__(self) -> None:
         for layer, roles in enumerate(self.roles):
@@ -77,6 +85,22 @@ class ExpertPlan:
             members = sorted(expert for group in self.groups(layer) for expert in group.experts)
             if members != np.flatnonzero(roles == Role.MERGED).tolist():
                 raise ValueError(f"the groups of layer {layer} have experts {members}, but others have the role MERGED")
+        if self.neurons:
+            self._check_neurons()
+
+    def _check_neurons(self) -> None:
+        if len(self.neurons) != len(self.roles) or any(self.merged):
+            raise ValueError(
+                f"a sliced plan has the neurons of all {len(self.roles)} layers and no merged experts; found neurons "
+                f"of {len(self.neurons)} layers"
+            )
+        for layer, (roles, mask) in enumerate(zip(self.roles, self.neurons, strict=True)):
+            if mask.dtype != np.bool_ or mask.ndim != 2 or len(mask) != len(roles):
+                raise ValueError(
+                    f"neurons of layer {layer} must be bool ({len(roles)}, I), found {mask.dtype} {mask.shape}"
+                )
+            if ((roles == Role.ABSENT) == mask.any(axis=1)).any():
+                raise ValueError(f"in layer {layer} exactly the absent experts must be without neurons")
 
     @classmethod
     def full(cls, experts_per_layer: Sequence[int], role: Role = Role.TRAINABLE) -> ExpertPlan:
@@ -154,6 +178,31 @@ class ExpertPlan:
             slots[list(group.experts)] = slot
         return slots
 
+    def neuron_indices(self, layer: int, expert: int) -> npt.NDArray[np.int64] | None:
+        """Neurons of an expert on the device, ascending; None in a plan of whole experts."""
+        return np.flatnonzero(self.neurons[layer][expert]) if self.neurons else None
+
+    def slice_shares(self) -> tuple[float, ...]:
+        """Mean share of their neurons that the resident experts of each layer have, (0, 1]; 1 for whole experts."""
+        if not self.neurons:
+            return (1.0,) * self.num_layers
+        return tuple(float(mask[mask.any(axis=1)].mean()) for mask in self.neurons)
+
+    def counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(resident, trainable) experts of each layer, as the memory model counts them.
+
+        Slices count as if all resident experts of their layer had the mean width: the trainable ones, if they are
+        wider than the others, as more.
+        """
+        layers = range(self.num_layers)
+        resident = tuple(self.num_slots(layer) for layer in layers)
+        trainable = [len(self.trainable(layer)) for layer in layers]
+        for layer, mask in enumerate(self.neurons):
+            widths = mask.sum(axis=1)
+            wide = int(widths[self.trainable(layer)].sum())
+            trainable[layer] = min(resident[layer], -(-wide * resident[layer] // int(widths.sum())))
+        return resident, tuple(trainable)
+
     def resident_keys(self) -> list[tuple[int, int]]:
         """All (layer, expert) whose weights the device needs, unmerged or as part of a merged expert."""
         return [
@@ -165,7 +214,11 @@ class ExpertPlan:
     def to_dict(self) -> dict[str, Any]:
         """Numbers and lists, for JSON; `from_dict` is the inverse."""
         groups = [[dataclasses.asdict(group) for group in self.groups(layer)] for layer in range(self.num_layers)]
-        return {"roles": [roles.tolist() for roles in self.roles], "merged": groups if any(groups) else []}
+        found: dict[str, Any] = {"roles": [roles.tolist() for roles in self.roles]}
+        found["merged"] = groups if any(groups) else []
+        if self.neurons:
+            found["neurons"] = [_encode_mask(mask) for mask in self.neurons]
+        return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ExpertPlan:
@@ -176,13 +229,15 @@ class ExpertPlan:
                 tuple(MergedGroup(tuple(group["experts"]), tuple(group["weights"])) for group in groups)
                 for groups in data["merged"]
             ),
+            tuple(_decode_mask(mask) for mask in data.get("neurons", ())),
         )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ExpertPlan) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash((tuple(roles.tobytes() for roles in self.roles), self.merged if any(self.merged) else ()))
+        roles, neurons = ([array.tobytes() for array in arrays] for arrays in (self.roles, self.neurons))
+        return hash((*roles, self.merged if any(self.merged) else (), *neurons))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +265,10 @@ class LayerProfile:
 
     The attention of a token is the mean of its column of the attention matrix, over heads and over the queries that can
     attend to it; a sum would favour early tokens under a causal mask."""
+    neuron_energy: Array | None = None
+    """(E, I) sum over the tokens routed to e of (gate weight times h_j)^2 ||down_j||^2, with h_j the activation of
+    neuron j and down_j its column of the down projection: what neuron j adds to the layer's output, squared. None if it
+    was not recorded."""
 
     @property
     def num_experts(self) -> int:
@@ -232,12 +291,7 @@ class LayerProfile:
         return None if self.attention_sum is None else self.attention_sum / np.maximum(self.tokens_per_expert, 1)
 
     def __add__(self, other: LayerProfile) -> LayerProfile:
-        """Statistics of both token sets together. Raises ValueError if only one has attention."""
-        attention = None
-        if self.attention_sum is not None and other.attention_sum is not None:
-            attention = self.attention_sum + other.attention_sum
-        elif self.attention_sum is not None or other.attention_sum is not None:
-            raise ValueError("cannot add a profile with attention and one without")
+        """Statistics of both token sets together. Raises ValueError if only one has attention, or neuron energies."""
         return LayerProfile(
             num_tokens=self.num_tokens + other.num_tokens,
             tokens_per_expert=self.tokens_per_expert + other.tokens_per_expert,
@@ -246,7 +300,8 @@ class LayerProfile:
             gate_log_sum=self.gate_log_sum + other.gate_log_sum,
             gate_complement_log_sum=self.gate_complement_log_sum + other.gate_complement_log_sum,
             routed_gate_sum=self.routed_gate_sum + other.routed_gate_sum,
-            attention_sum=attention,
+            attention_sum=_added(self.attention_sum, other.attention_sum, "attention"),
+            neuron_energy=_added(self.neuron_energy, other.neuron_energy, "neuron energies"),
         )
 
 
@@ -272,23 +327,53 @@ class ActivationProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and lists, for JSON; `from_dict` is the inverse."""
-        return {
-            "layers": [
-                {
-                    field.name: value.tolist() if isinstance(value := getattr(layer, field.name), np.ndarray) else value
-                    for field in dataclasses.fields(LayerProfile)
-                }
-                for layer in self.layers
-            ]
-        }
+
+        def plain(value: Any) -> Any:
+            if not isinstance(value, np.ndarray):
+                return value
+            return value.tolist() if value.ndim == 1 else _encode_matrix(value)
+
+        fields = [field.name for field in dataclasses.fields(LayerProfile)]
+        return {"layers": [{name: plain(getattr(layer, name)) for name in fields} for layer in self.layers]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ActivationProfile:
         """Inverse of `to_dict`."""
 
         def read(value: Any) -> Any:
+            if isinstance(value, dict):
+                return _decode_matrix(value)
             return np.asarray(value, dtype=np.float64) if isinstance(value, list) else value
 
         return cls(
             tuple(LayerProfile(**{name: read(value) for name, value in layer.items()}) for layer in data["layers"])
         )
+
+
+def _added(one: Array | None, other: Array | None, what: str) -> Array | None:
+    if (one is None) != (other is None):
+        raise ValueError(f"cannot add a profile with {what} and one without")
+    return None if one is None or other is None else one + other
+
+
+def _encode_mask(mask: NeuronMask) -> dict[str, Any]:
+    """A bit per neuron: the numbers of a large model would take megabytes of JSON."""
+    return {"shape": list(mask.shape), "bits": base64.b64encode(np.packbits(mask).tobytes()).decode()}
+
+
+def _decode_mask(data: Mapping[str, Any]) -> NeuronMask:
+    rows, columns = data["shape"]
+    bits = np.frombuffer(base64.b64decode(data["bits"]), dtype=np.uint8)
+    return np.unpackbits(bits, count=rows * columns).astype(np.bool_).reshape(rows, columns)
+
+
+def _encode_matrix(matrix: Array) -> dict[str, Any]:
+    """In float32, whose 24 bits are more than a choice needs."""
+    raw = np.ascontiguousarray(matrix, dtype="<f4").tobytes()
+    return {"shape": list(matrix.shape), "float32": base64.b64encode(raw).decode()}
+
+
+def _decode_matrix(data: Mapping[str, Any]) -> Array:
+    raw = np.frombuffer(base64.b64decode(data["float32"]), dtype="<f4")
+    matrix: Array = raw.reshape(data["shape"]).astype(np.float64)
+    return matrix

@@ -46,13 +46,15 @@ class ImportRequest(msgspec.Struct, frozen=True):
     policy: RoundPolicy
     personal: bool = False
     """The run shares an extractor instead of a model. The importing process cannot ask a user's own method."""
+    neurons: bool = False
+    """Experts are stored neuron by neuron."""
 
 
 def import_in_subprocess(
-    source: str, folder: Path, run: RunConfig, policy: RoundPolicy, *, personal: bool = False
+    source: str, folder: Path, run: RunConfig, policy: RoundPolicy, *, personal: bool = False, neurons: bool = False
 ) -> None:
     """Run `import_model` or `import_extractor` in a separate process. Raises what they raise."""
-    request = msgspec.json.encode(ImportRequest(source, str(folder), run, policy, personal))
+    request = msgspec.json.encode(ImportRequest(source, str(folder), run, policy, personal, neurons))
     # The child reports errors on stdout. Its stderr, with warnings and progress of libraries, is inherited.
     child = subprocess.run([sys.executable, "-m", "edgefed.runs"], input=request, stdout=subprocess.PIPE, check=False)
     if child.returncode:
@@ -91,17 +93,19 @@ def import_extractor(folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
         )
 
 
-def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
+def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy, *, neurons: bool = False) -> None:
     """Write each unit of a checkpoint, and its other files unchanged, as a new run in ``folder``.
 
     Reads one parameter at a time. LoRA adapters are drawn here from ``run.seed``, so that all clients start from the
-    same ones. Raises ModelError, ConfigError, StorageError.
+    same ones. With ``neurons``, experts are stored neuron by neuron (`edgefed.moe.neurons`). Raises ModelError,
+    ConfigError, StorageError.
     """
     import tempfile
 
     from edgefed.moe.checkpoint import Checkpoint
     from edgefed.moe.expert_reading import raw_array
     from edgefed.moe.loading import load_config
+    from edgefed.moe.neurons import to_table
     from edgefed.moe.units import dtype_name
     from edgefed.training.steps import train_scope
     from edgefed.training.tokenizer import check_vocabulary, load_tokenizer
@@ -116,6 +120,8 @@ def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy)
 
     def units() -> Iterator[tuple[UnitInfo, RawTensors]]:
         for unit, tensors in checkpoint.iter_units(scope, seed=run.seed):
+            if neurons and unit.kind == "expert":
+                tensors = to_table(checkpoint.layers[unit.layer], unit.key, tensors)
             yield unit, {name: (dtype_name(tensor.dtype), raw_array(tensor)) for name, tensor in tensors.items()}
 
     with tempfile.TemporaryDirectory(prefix="edgefed-import-") as scratch:
@@ -219,7 +225,7 @@ def main() -> int:
         if request.personal:
             import_extractor(Path(request.folder), request.run, request.policy)
             return 0
-        import_model(request.source, Path(request.folder), request.run, request.policy)
+        import_model(request.source, Path(request.folder), request.run, request.policy, neurons=request.neurons)
     except EdgefedError as error:
         sys.stdout.buffer.write(encode_error(error))
         return error.exit_status

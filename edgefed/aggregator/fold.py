@@ -2,6 +2,9 @@
 
     next = sum_c w_c x_c / sum_c w_c          per tensor, or per leading row where w_c is an array (E,)
 
+The table of an expert's neurons is averaged row by row over the clients that sent the row, and a row that nobody sent
+keeps its value (`edgefed.aggregator.slices`).
+
 Clients are taken in the order of their ids and sums are float64 (`edgefed.kernels.fold`), so the result is bitwise
 independent of the order of arrival and of restarts. Memory is a few blocks per thread for any model and number of
 clients: files are read into one reused buffer and not mapped, because mapped pages count as resident memory. The
@@ -23,13 +26,14 @@ import msgspec
 import numpy as np
 
 from edgefed.aggregator.blobs import BlobStore
+from edgefed.aggregator.slices import are_rows, neuron_table, read_rows, row_runs, row_weights, upload_tensors
 from edgefed.aggregator.validate import read_exactly
 from edgefed.disk import disk_errors
 from edgefed.errors import StateCorrupt
 from edgefed.kernels.fold import FoldBackend
 from edgefed.methods.interface import UnitMerge
 from edgefed.protocol.frames import FLOAT_DTYPES, TensorEntry, encode_header, read_header, storage_dtype, update_name
-from edgefed.protocol.messages import TensorInfo, UnitInfo
+from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, TensorInfo, UnitInfo
 
 BLOCK_ELEMENTS = 64 * 1024
 """Elements per block: 512 KiB of float64 sums stay in the second-level cache while all clients are added."""
@@ -44,12 +48,16 @@ class FoldCancelled(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Position of one client's tensor, and the client's share: a float, or (E,) for rows."""
+    """Position of one client's tensor, and the client's share: a float, or (E,) for rows.
+
+    ``rows``: of a slice, the ascending rows of the global table that the client's tensor has.
+    """
 
     client_id: str
     path: Path
     start: int
     share: float | np.ndarray
+    rows: np.ndarray | None = None
 
 
 class UpdateIndex:
@@ -57,15 +65,20 @@ class UpdateIndex:
 
     def __init__(self, units: Sequence[UnitInfo], updates: Mapping[str, Path]):
         """Read the header of each file in ``updates`` {client_id: path}."""
-        names = [update_name(unit.key, info.name) for unit in units if unit.trainable for info in unit.tensors]
+        names = [update_name(unit.key, info.name) for unit in units if unit.trainable for info in upload_tensors(unit)]
         self._order = {name: at for at, name in enumerate(names)}
         self._paths = dict(updates)
         self._starts = {}
+        self._widths: dict[str, np.ndarray] = {}
+        sliced = any(neuron_table(unit) for unit in units)
         for client_id, path in updates.items():
             starts = np.full(len(names), _ABSENT, dtype=np.int64)
+            widths = np.zeros(len(names) if sliced else 0, dtype=np.int32)
             for name, entry in read_header(path).items():
                 starts[self._order[name]] = entry.start
-            self._starts[client_id] = starts
+                if sliced and entry.info.shape:
+                    widths[self._order[name]] = entry.info.shape[0]
+            self._starts[client_id], self._widths[client_id] = starts, widths
 
     def locate(self, client_id: str, unit_key: str, name: str) -> tuple[Path, int]:
         """File and first byte of a tensor. Raises ValueError if the client did not upload it: the plan is wrong."""
@@ -74,6 +87,15 @@ class UpdateIndex:
         if start == _ABSENT:
             raise ValueError(f"the merge plan needs unit {unit_key!r} of client {client_id!r}, which did not upload it")
         return self._paths[client_id], start
+
+    def rows(self, client_id: str, unit_key: str, num_rows: int) -> np.ndarray:
+        """Rows of a table of ``num_rows`` neurons that a client uploaded, (W,). Raises ValueError, StateCorrupt."""
+        path, start = self.locate(client_id, unit_key, NEURON_INDEX)
+        width = int(self._widths[client_id][self._order[update_name(unit_key, NEURON_INDEX)]])
+        rows = read_rows(path, start, width)
+        if len(rows) != width or not are_rows(rows, num_rows):
+            raise StateCorrupt(f"update {path} of client {client_id!r} changed after it was accepted")
+        return rows
 
 
 def fold_round(
@@ -137,13 +159,21 @@ def _unit_chunks(
     for info in unit.tensors:
         if info.dtype not in FLOAT_DTYPES:
             raise ValueError(f"tensor {info.name!r} of unit {unit.key!r} is {info.dtype}: only floats are averaged")
-        shares, keep_rows = _shares([weight for _, weight in weights], info)
+        rows: list[np.ndarray | None] = [None] * len(weights)
+        given = [weight for _, weight in weights]
+        if info.name == NEURON_TABLE:
+            found = [index.rows(client_id, unit.key, info.shape[0]) for client_id, _ in weights]
+            given = [row_weights(float(weight), own, info.shape[0]) for weight, own in zip(given, found, strict=True)]
+            rows = [*found]
+        shares, keep_rows = _shares(given, info)
         sources = [
-            _Source(client_id, *index.locate(client_id, unit.key, info.name), share)
-            for (client_id, _), share in zip(weights, shares, strict=True)
+            _Source(client_id, *index.locate(client_id, unit.key, info.name), share, own)
+            for (client_id, _), share, own in zip(weights, shares, rows, strict=True)
             if np.any(share)
         ]
-        if sources:
+        if sources and keep_rows is not None and info.name == NEURON_TABLE:
+            yield from _table_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
+        elif sources:
             yield from _tensor_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
         else:
             yield from _copy_chunks(old_path, old[info.name], scratch)
@@ -206,6 +236,54 @@ def _tensor_chunks(
                 for part, row in _rows(begin, length, row_elements):
                     if keep_rows[row]:
                         out[part] = raw[part]
+            yield memoryview(out.data).cast("B")
+
+
+def _table_chunks(
+    info: TensorInfo,
+    sources: Sequence[_Source],
+    keep_rows: np.ndarray,
+    old_path: Path,
+    old: TensorEntry,
+    scratch: _Scratch,
+) -> Iterator[memoryview]:
+    """As `_tensor_chunks`, for a neuron table of which each source has some rows."""
+    dtype = storage_dtype(info.dtype)
+    num_rows, columns = info.shape
+    if not 0 < columns <= BLOCK_ELEMENTS:
+        raise ValueError(f"a neuron has {columns} numbers: expected 1..{BLOCK_ELEMENTS}")
+    step = BLOCK_ELEMENTS // columns
+    with _Files() as files:
+        for begin in range(0, num_rows, step):
+            if scratch.cancelled():
+                raise FoldCancelled("the server stops; the next start aggregates the round again")
+            end = min(begin + step, num_rows)
+            length = (end - begin) * columns
+            sums, out = scratch.sums[:length], scratch.out[: length * dtype.itemsize].view(dtype)
+            sums[:] = -0.0
+            for source in sources:
+                assert source.rows is not None, "a source of a table has rows"
+                assert isinstance(source.share, np.ndarray), "and a share for each row"
+                first, last = np.searchsorted(source.rows, (begin, end)).tolist()
+                if first == last:
+                    continue
+                start = source.start + first * columns * dtype.itemsize
+                raw = files.read(source.path, start, scratch.raw, (last - first) * columns, dtype)
+                rows = source.rows[first:last]
+                for at, stop in row_runs(rows, source.share):
+                    part = sums[(rows[at] - begin) * columns : (rows[stop - 1] + 1 - begin) * columns]
+                    share = float(source.share[rows[at]])
+                    block = raw[at * columns : stop * columns]
+                    if share and scratch.backend.fold_block(part, block, info.dtype, share) >= 0:
+                        raise StateCorrupt(
+                            f"update {source.path} of client {source.client_id!r} changed after it was accepted"
+                        )
+            scratch.backend.narrow_block(sums, info.dtype, out)
+            if keep_rows[begin:end].any():
+                size = columns * dtype.itemsize
+                kept = files.read(old_path, old.start + begin * size, scratch.raw, length, dtype)
+                mask = keep_rows[begin:end]
+                out.reshape(-1, columns)[mask] = kept.reshape(-1, columns)[mask]
             yield memoryview(out.data).cast("B")
 
 

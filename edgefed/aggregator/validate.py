@@ -1,8 +1,8 @@
 """Checks of everything that a client sends: ids, registrations, updates. After them the server trusts its input.
 
 An update is a frame with tensors named ``<unit key>|<tensor name>``, in whole units, with the manifest's dtypes and
-shapes and finite values, and an `UpdateMeta` whose numbers are in range. The file is not loaded but scanned through one
-small buffer.
+shapes and finite values, and an `UpdateMeta` whose numbers are in range. Of a neuron table it may have some rows
+(`edgefed.aggregator.slices`). The file is not loaded but scanned through one small buffer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from edgefed import __version__
+from edgefed.aggregator.slices import INDEX_DTYPE, check_slice, neuron_table, upload_tensors
 from edgefed.disk import disk_errors
 from edgefed.errors import InvalidUpdate, MalformedMessage, VersionMismatch
 from edgefed.kernels.fold import FoldBackend
@@ -32,7 +33,16 @@ from edgefed.protocol.frames import (
     storage_dtype,
     update_name,
 )
-from edgefed.protocol.messages import DeviceInfo, ExpertSurvey, Register, TensorInfo, UnitInfo, UpdateMeta
+from edgefed.protocol.messages import (
+    NEURON_INDEX,
+    NEURON_TABLE,
+    DeviceInfo,
+    ExpertSurvey,
+    Register,
+    TensorInfo,
+    UnitInfo,
+    UpdateMeta,
+)
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MIN_KEY_CHARACTERS = 16
@@ -136,7 +146,7 @@ def max_header_bytes(units: Sequence[UnitInfo]) -> int:
         TensorInfo(name=update_name(unit.key, info.name), dtype=info.dtype, shape=info.shape)
         for unit in units
         if unit.trainable
-        for info in unit.tensors
+        for info in upload_tensors(unit)
     ]
     return min(2 * len(encode_header(infos)) + _HEADER_SLACK_BYTES, MAX_HEADER_BYTES)
 
@@ -146,7 +156,7 @@ def max_update_bytes(units: Sequence[UnitInfo]) -> int:
     total = max_header_bytes(units)
     for unit in units:
         if unit.trainable:
-            total += sum(math.prod(info.shape) * (8 if info.dtype == "F64" else 4) for info in unit.tensors)
+            total += sum(math.prod(info.shape) * (8 if info.dtype == "F64" else 4) for info in upload_tensors(unit))
     return total
 
 
@@ -213,7 +223,7 @@ def validate_update(
     """
     validate_meta(meta, experts_per_layer)
     entries = read_header(path, max_header_bytes=max_header_bytes(units))
-    uploaded = _check_tensors(entries, {unit.key: unit for unit in units})
+    uploaded = _check_tensors(path, entries, {unit.key: unit for unit in units})
     reported = {(report.layer, report.expert) for report in meta.experts}
     for unit in units:
         if unit.key in uploaded and unit.kind == "expert" and (unit.layer, unit.expert) not in reported:
@@ -227,8 +237,8 @@ def update_units(path: Path) -> frozenset[str]:
     return frozenset(name.partition(NAME_SEPARATOR)[0] for name in read_header(path))
 
 
-def _check_tensors(entries: Mapping[str, TensorEntry], units: Mapping[str, UnitInfo]) -> frozenset[str]:
-    found: dict[str, set[str]] = {}
+def _check_tensors(path: Path, entries: Mapping[str, TensorEntry], units: Mapping[str, UnitInfo]) -> frozenset[str]:
+    found: dict[str, dict[str, TensorEntry]] = {}
     for full_name, entry in entries.items():
         key, _, name = full_name.partition(NAME_SEPARATOR)
         unit = units.get(key)
@@ -236,20 +246,23 @@ def _check_tensors(entries: Mapping[str, TensorEntry], units: Mapping[str, UnitI
             raise InvalidUpdate(f"tensor {full_name[:200]!r} belongs to no unit of the model")
         if not unit.trainable:
             raise InvalidUpdate(f"tensor {full_name!r} belongs to a unit that is not trained in this run")
-        expected = next((info for info in unit.tensors if info.name == name), None)
+        expected = next((info for info in upload_tensors(unit) if info.name == name), None)
         if expected is None:
             raise InvalidUpdate(f"unit {key!r} has no tensor {name[:200]!r}")
         if entry.info.dtype != expected.dtype:
             raise InvalidUpdate(f"tensor {full_name!r} is {entry.info.dtype}, the manifest says {expected.dtype}")
-        if entry.info.shape != tuple(expected.shape):
+        in_slice = name in (NEURON_TABLE, NEURON_INDEX) and neuron_table(unit) is not None
+        if entry.info.shape != tuple(expected.shape) and not in_slice:
             raise InvalidUpdate(
                 f"tensor {full_name!r} has shape {list(entry.info.shape)}, the manifest says {list(expected.shape)}"
             )
-        found.setdefault(key, set()).add(name)
-    for key, names in found.items():
-        missing = [info.name for info in units[key].tensors if info.name not in names]
+        found.setdefault(key, {})[name] = entry
+    for key, tensors in found.items():
+        missing = [info.name for info in upload_tensors(units[key]) if info.name not in tensors]
         if missing:
             raise InvalidUpdate(f"unit {key!r} is incomplete: tensors {json.dumps(missing)} are missing")
+        if neuron_table(units[key]) is not None:
+            check_slice(path, units[key], tensors)
     return frozenset(found)
 
 
@@ -257,6 +270,8 @@ def _check_finite(path: Path, entries: Mapping[str, TensorEntry], backend: FoldB
     buffer = np.empty(SCAN_BLOCK_BYTES, dtype=np.uint8)
     with disk_errors(f"read {path}"), path.open("rb", buffering=0) as file:
         for name, entry in entries.items():
+            if entry.info.dtype == INDEX_DTYPE:
+                continue  # no other trainable tensor is of integers
             dtype, done = storage_dtype(entry.info.dtype), 0
             file.seek(entry.start)
             while done < entry.size_bytes:

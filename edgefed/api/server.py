@@ -228,7 +228,8 @@ class Server:
         if note := "" if method.personal else check_source(source):
             report(note)
         report(f"importing {run.model} into {self.state}")
-        import_in_subprocess(source, self.state, run, policy, personal=method.personal)
+        neurons = not method.personal and method.requirements.neurons
+        import_in_subprocess(source, self.state, run, policy, personal=method.personal, neurons=neurons)
         return run
 
     def _training(self) -> Any:

@@ -25,7 +25,7 @@ keeps that share. Otherwise a device could keep every expert, train one per laye
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from edgefed.costs.memory import MemoryEstimate
 from edgefed.costs.step_setup import CHUNK_TOKENS, StepSetup
@@ -90,7 +90,8 @@ class FallbackSearch:
     """The search for one run, model and device.
 
     Attributes:
-        estimate: ``estimate(setup, resident, trainable)`` is the peak of a step; experts per layer.
+        estimate: ``estimate(setup, resident, trainable)`` is the peak of a step; experts per layer. For a sliced plan
+            a fourth argument has the mean share of their neurons that the resident experts of each layer have.
         layout: ``layout(resident, trainable)`` is the expert plan for these totals.
         num_layers: MoE layers.
         run_sequence_length: Tokens of a block, as the run asks for.
@@ -100,7 +101,7 @@ class FallbackSearch:
         may_offload: Experts may be moved to host memory or disk.
     """
 
-    estimate: Callable[[StepSetup, Sequence[int], Sequence[int]], MemoryEstimate]
+    estimate: Callable[..., MemoryEstimate]
     layout: Callable[[int, int], ExpertPlan]
     num_layers: int
     run_sequence_length: int
@@ -111,9 +112,9 @@ class FallbackSearch:
     def memory(self, step_plan: StepPlan) -> MemoryEstimate:
         """The peak of a training step under ``step_plan``, in parts."""
         plan = self.layout(step_plan.resident, step_plan.trainable)
-        layers = range(plan.num_layers)
-        resident = [plan.num_slots(layer) for layer in layers]
-        trainable = [len(plan.trainable(layer)) for layer in layers]
+        resident, trainable = plan.counts()
+        if plan.neurons:
+            return self.estimate(step_plan.setup, resident, trainable, plan.slice_shares())
         return self.estimate(step_plan.setup, resident, trainable)
 
     def needs_bytes(self, step_plan: StepPlan) -> int:

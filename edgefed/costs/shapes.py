@@ -7,7 +7,8 @@ that a device knows what fits before anything is downloaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 Matrix = tuple[int, int]
@@ -59,6 +60,17 @@ class LayerShape:
         """I, the input size of the down projection."""
         return self.expert_matrices[-1][0] if self.expert_matrices else 0
 
+    def sliced(self, share: float) -> LayerShape:
+        """The layer with experts that have a ``share`` (0, 1] of their neurons each, rounded up."""
+        width = self.expert_width
+        if not width or share >= 1:
+            return self
+        left = max(1, math.ceil(share * width - 1e-9))
+        (size_in, size_up), (_, size_out) = self.expert_matrices[0], self.expert_matrices[-1]
+        up = size_up // width * left
+        biases = (up, *self.expert_biases[1:]) if self.expert_biases else ()
+        return dataclasses.replace(self, expert_matrices=((size_in, up), (left, size_out)), expert_biases=biases)
+
     @property
     def parameters_per_expert(self) -> int:
         """Elements of one expert."""
@@ -104,6 +116,12 @@ class ModelShape:
     def experts_per_layer(self) -> tuple[int, ...]:
         """Experts of each MoE layer."""
         return tuple(layer.num_experts for layer in self.moe_layers)
+
+    def sliced(self, shares: Sequence[float]) -> ModelShape:
+        """The model with slices of experts; ``shares`` of their neurons that the experts of each MoE layer have."""
+        left = iter(shares)
+        layers = tuple(layer.sliced(next(left)) if layer.num_experts else layer for layer in self.layers)
+        return dataclasses.replace(self, layers=layers)
 
     @property
     def num_experts(self) -> int:

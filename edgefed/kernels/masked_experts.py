@@ -14,17 +14,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
 
 from edgefed.kernels.dispatch import FEW_TOKENS, Unsupported, choose, run_best
+from edgefed.kernels.neuron_energy import add_neuron_energy
 from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts
 
 IMPLEMENTATIONS = {
-    "native": ("edgefed.kernels.native_experts", ("int8_activations", "keep_activations")),
+    "native": ("edgefed.kernels.native_experts", ("int8_activations", "keep_activations", "neuron_energy")),
     "triton": ("edgefed.triton_kernels.masked_experts", ("keep_activations", "finish")),
     "cuda": ("edgefed.kernels.cuda_experts", ()),
 }
@@ -48,8 +49,8 @@ class SlotWeights:
     writes a gradient as large as the whole stack, once per expert.
 
     ``up`` is gate_up_proj (2I, H), or up_proj (I, H) of an ungated expert; ``down`` is (H, I). Both are transposed if
-    the layer ``is_transposed``. Either may be quantized; such a weight is frozen, and is dequantized to its original
-    dtype for products.
+    the layer ``is_transposed``. I may differ between the slots of a layer. Either may be quantized; such a weight is
+    frozen, and is dequantized to its original dtype for products.
     """
 
     up: torch.Tensor | QuantizedMatrix
@@ -124,6 +125,7 @@ def masked_experts(
     backend: str = "auto",
     int8_activations: bool | None = None,
     keep_activations: bool | None = None,
+    neuron_energy: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Compute the weighted sum of each token's resident experts.
 
@@ -144,6 +146,8 @@ def masked_experts(
         keep_activations: save the up projection (P, 2I) for the backward pass instead of computing it again. None: if
             it is smaller than the gradients of the trainable dense weights; never for a frozen layer. The reference
             always saves it.
+        neuron_energy: (I,) accumulators, one per slot, to which the energies of this batch are added
+            (`edgefed.kernels.neuron_energy`). Reference and native only.
 
     Returns (T, H) in the dtype of ``hidden_states``; zero for a token without a pair. Sums over k run in at least
     float32. Differentiable in hidden_states, expert_weights and all dense tensors of the slots with tokens; an expert
@@ -153,15 +157,22 @@ def masked_experts(
 
     """
     check_pairs(hidden_states, slot_indices, expert_weights)
-    options = {"int8_activations": int8_activations, "keep_activations": keep_activations, "finish": finish}
+    options = {
+        "int8_activations": int8_activations,
+        "keep_activations": keep_activations,
+        "finish": finish,
+        "neuron_energy": neuron_energy,
+    }
 
     def run(name: str) -> torch.Tensor:
         if name == "reference":
             return masked_experts_reference(
                 hidden_states, slot_indices, expert_weights, slots, activation=activation, is_transposed=is_transposed,
-                finish=finish,
+                finish=finish, neuron_energy=neuron_energy,
             )  # fmt: skip
         module, supported = IMPLEMENTATIONS[name]
+        if neuron_energy is not None and ("neuron_energy" not in supported or finish is not None):
+            raise Unsupported("it does not record neuron energies")
         implementation = importlib.import_module(module)
         reason = implementation.why_not(hidden_states, expert_weights, slots)
         if reason is not None:
@@ -243,6 +254,7 @@ def masked_experts_reference(
     activation: Callable[[torch.Tensor], torch.Tensor],
     is_transposed: bool = False,
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    neuron_energy: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The specification of `masked_experts`, in plain PyTorch."""
     check_pairs(hidden_states, slot_indices, expert_weights)
@@ -255,6 +267,7 @@ def masked_experts_reference(
     if len(tokens_per_slot) > len(slots):
         raise IndexError(f"slot {len(tokens_per_slot) - 1} is out of range: there are {len(slots)} slots")
     tokens = pairs // max(top_k, 1)  # (P,)
+    factors = expert_weights.reshape(-1)[pairs]  # (P,)
     inputs = hidden_states[tokens]  # (P, H)
     outputs = []
     start = 0
@@ -264,11 +277,14 @@ def masked_experts_reference(
         weights = slots[slot]
         x = inputs[start : start + count].to(weights.up.dtype)
         up = activation(_project(x, weights.up, weights.up_bias, weights.up_lora, is_transposed))  # (count, I)
+        if neuron_energy is not None:
+            pair_weights = factors[start : start + count]
+            add_neuron_energy(neuron_energy[slot], up, pair_weights, weights.down, is_transposed=is_transposed)
         down = _project(up, weights.down, weights.down_bias, weights.down_lora, is_transposed)  # (count, H)
         outputs.append(down if finish is None else finish(down))
         start += count
     accumulated = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
     if outputs:
-        weighted = torch.cat(outputs) * expert_weights.reshape(-1)[pairs].unsqueeze(-1)  # (P, H)
+        weighted = torch.cat(outputs) * factors.unsqueeze(-1)  # (P, H)
         accumulated = accumulated.index_add(0, tokens, weighted.to(accumulated.dtype))
     return accumulated.to(hidden_states.dtype)

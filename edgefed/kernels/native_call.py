@@ -26,12 +26,13 @@ class Projection(NamedTuple):
 
 
 class Expert(NamedTuple):
-    """One slot with tokens: the sorted pairs begin .. end."""
+    """One slot with tokens: the sorted pairs begin .. end. ``width``: outputs of the up projection, 2I or I."""
 
     up: Projection
     down: Projection
     begin: int
     end: int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Call:
     int8: bool
     keep_activations: bool
     is_swiglu: bool
+    on_activation: Callable[[Expert, torch.Tensor], None] | None = None
+    """Called in the forward pass with each expert and its activation (p, I)."""
 
 
 _known: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], bool]] = weakref.WeakKeyDictionary()

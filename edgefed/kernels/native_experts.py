@@ -10,7 +10,7 @@ G = dy[token] and D = G W_down of a pair: d weight = D . act, d act = weight D, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +25,11 @@ from edgefed.kernels.native_products import (
     swiglu,
     swiglu_backward,
 )
+from edgefed.kernels.neuron_energy import add_neuron_energy
 
 if TYPE_CHECKING:
     from edgefed.kernels.masked_experts import Slots
+    from edgefed.kernels.quantization import QuantizedMatrix
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATED_ROWS = 256
@@ -55,10 +57,11 @@ def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: ob
 
 
 def runs_of(experts: tuple[Expert, ...]) -> list[list[Expert]]:
-    """Split experts into runs of one weight dtype; each run is computed in that dtype."""
+    """Split experts into runs of one weight dtype, in which each run is computed, and of one width."""
     runs: list[list[Expert]] = []
     for expert in experts:
-        if not runs or runs[-1][-1].up.matrix.dtype != expert.up.matrix.dtype:
+        last = runs[-1][-1] if runs else expert
+        if not runs or (last.up.matrix.dtype, last.width) != (expert.up.matrix.dtype, expert.width):
             runs.append([])
         runs[-1].append(expert)
     return runs
@@ -95,6 +98,9 @@ def forward(
         up = project(call, run, "up", tensors, x, tokens[run[0].begin : run[-1].end], call.int8)
         act = swiglu(up) if call.is_swiglu else torch.cat(list(map(call.activation, torch.split(up, ACTIVATED_ROWS))))
         outputs.append(project(call, run, "down", tensors, act, None, call.int8))
+        if call.on_activation is not None:
+            for expert in run:
+                call.on_activation(expert, act[expert.begin - run[0].begin : expert.end - run[0].begin])
         if call.keep_activations:
             saved.append(up)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), saved
@@ -287,6 +293,7 @@ def masked_experts(
     *,
     int8_activations: bool | None = None,
     keep_activations: bool | None = None,
+    neuron_energy: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Compute `edgefed.kernels.masked_experts.masked_experts` on the CPU. torch.compile does not trace it."""
     order, place, counts = sort_pairs(slot_indices, len(slots))
@@ -298,6 +305,14 @@ def masked_experts(
     streamed_rows: list[torch.Tensor] = []
     tokens = order // slot_indices.shape[1]
     int8 = int8_activations is not False
+    measured: dict[int, tuple[torch.Tensor, torch.Tensor | QuantizedMatrix]] = {}  # by the first pair of an expert
+
+    def measure(expert: Expert, act: torch.Tensor) -> None:
+        energy, down = measured.pop(expert.begin)
+        pair_weights = expert_weights.reshape(-1)[order[expert.begin : expert.end]]
+        add_neuron_energy(energy, act, pair_weights, down, is_transposed=is_transposed)
+
+    on_activation = None if neuron_energy is None else measure
     for slot, count in enumerate(counts):
         if count == 0:
             continue
@@ -307,10 +322,12 @@ def masked_experts(
         for matrix in (up.matrix, down.matrix):
             if matrix.dtype not in _DTYPES:
                 raise Unsupported(f"no kernel for slot {slot} in {matrix.dtype}")
-        experts.append(Expert(up, down, begin, begin + count))
+        experts.append(Expert(up, down, begin, begin + count, up.matrix.shape[1 if is_transposed else 0]))
+        if neuron_energy is not None:
+            measured[begin] = neuron_energy[slot], weights.down
         begin += count
         if streamed:  # one expert at a time in memory
-            call = Call(tuple(experts), activation, is_transposed, int8, False, False)
+            call = Call(tuple(experts), activation, is_transposed, int8, False, False, on_activation)
             with torch.no_grad():
                 streamed_rows.append(forward(call, hidden_states, tokens, tensors.all)[0])
             tensors, experts = Tensors(), []
@@ -322,12 +339,12 @@ def masked_experts(
     if needs_grad:
         int8 = int8_activations is True
         if keep_activations is None:
-            size = order.numel() * max(expert.up.matrix.shape[1 if is_transposed else 0] for expert in experts)
+            size = sum((expert.end - expert.begin) * expert.width for expert in experts)
             dense = {p.matrix.data for expert in experts for p in (expert.up, expert.down) if p.matrix.scale < 0}
             keep_activations = size < sum(tensors.all[i].numel() for i in dense if tensors.all[i].requires_grad)
-    columns = experts[0].up.matrix.shape[1 if is_transposed else 0]
-    gated = is_swiglu(activation, columns)
-    call = Call(tuple(experts), activation, is_transposed, int8, bool(keep_activations and needs_grad), gated)
+    gated = all(is_swiglu(activation, columns) for columns in {expert.width for expert in experts})
+    keep = bool(keep_activations and needs_grad)
+    call = Call(tuple(experts), activation, is_transposed, int8, keep, gated, on_activation)
     if needs_grad:
         return _apply(call, hidden_states, expert_weights, order, place, *tensors.all)
     rows, _ = forward(call, hidden_states.detach(), tokens, tensors.all)

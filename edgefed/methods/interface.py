@@ -60,6 +60,8 @@ class Profiling:
     it is used, and costs no time while other clients still train or the aggregator aggregates."""
     attention: bool = False
     """Whether the profile also records the attention that tokens receive."""
+    neurons: bool = False
+    """Whether the profile also records how much each neuron adds to the output (`LayerProfile.neuron_energy`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Requirements:
     """Storage of frozen experts on every device; None: each device chooses."""
     offloading: bool = False
     """Experts that do not fit next to the processor stay in host memory or on disk and are loaded on demand."""
+    neurons: bool = False
+    """Plans have slices of experts: a run stores and exchanges experts neuron by neuron (`edgefed.moe.neurons`)."""
     train_experts: TrainExperts | None = None
     """The only supported value of `TrainingConfig.experts`; None: any."""
 

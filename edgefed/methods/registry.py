@@ -21,6 +21,7 @@ from edgefed.methods.flux import Flux
 from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import ExpertMethod, Method, PersonalMethod
 from edgefed.methods.options import Value, check_options, options_of, read_options
+from edgefed.methods.slices import Slices
 
 METHODS: dict[str, type[Method]] = {}
 """The classes by method name, in the order in which they were registered."""
@@ -129,5 +130,6 @@ for _kind in (
     Submodel,
     RandomExperts,
     Local,
+    Slices,
 ):
     register(_kind)

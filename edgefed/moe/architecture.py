@@ -8,6 +8,7 @@ with one row per expert. The router is a sibling module whose weight has one row
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import cast
@@ -94,6 +95,30 @@ class ExpertLayer:
     def bytes_per_expert(self) -> int:
         """Weight bytes of one expert."""
         return sum(torch.Size(p.shape).numel() * p.dtype.itemsize for p in self.parameters)
+
+    @property
+    def num_neurons(self) -> int:
+        """I, the neurons of an expert: its intermediate size."""
+        return next(self.input_output_sizes(p)[0] for p in self.parameters if p.name == "down_proj")
+
+    @functools.cached_property
+    def is_interleaved(self) -> bool:
+        """Whether the gate and up rows of a neuron are neighbours (GPT-OSS) instead of I rows apart.
+
+        Found by one run of the layer's gating. Raises UnsupportedArchitecture if a neuron depends on other rows.
+        """
+        if not self.has_gate:
+            return False
+        width = 4
+        with torch.enable_grad():  # small numbers: a gating that clamps has no gradient beyond its limits
+            probe = torch.linspace(0.1, 0.8, 2 * width).unsqueeze(0).requires_grad_()
+            output = expert_activation(self.experts)(probe)
+            used = torch.autograd.grad(output[0, 0], probe)[0][0].nonzero().flatten().tolist()
+        if used not in ([0, width], [0, 1]):
+            raise UnsupportedArchitecture(
+                f"the experts of {self.experts_path!r} cannot be sliced: their first neuron uses the rows {used}"
+            )
+        return used == [0, 1]
 
     def expert_key(self, expert: int) -> str:
         """Return the key of the expert's unit."""

@@ -7,6 +7,8 @@ expert without a token gets no gradient, and no optimizer state before its first
 Matrices that are not trainable can be quantized into one packed stack: those of frozen and merged experts, and the base
 weights of experts whose adapters are trainable (QLoRA, arXiv 2305.14314). Biases and adapters are never quantized. Each
 expert is quantized as soon as it is read, so at most one is unquantized in memory at a time.
+
+In a sliced plan, experts have different widths: a storage is then a `RaggedStack`, and a packed matrix has no stack.
 """
 
 from __future__ import annotations
@@ -27,17 +29,20 @@ from edgefed.kernels.quantization import QuantizedMatrix
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.expert_reading import read_adapter, read_expert, read_with_adapter
 from edgefed.moe.merged_cache import Align, MergedCache, merge_experts
+from edgefed.moe.neurons import slice_tensors, sliced_shape, to_table
 from edgefed.moe.offloading import Offloaded, OffloadSpace, mark_offloaded, release
 from edgefed.moe.slots import (
     PACKABLE,
     Perturbation,
     PerturbedSlots,
+    RaggedStack,
     empty_stack,
     pack_into,
     slot_weights,
     typical_weight,
 )
 from edgefed.moe.units import LORA_SUFFIX, ExpertSource, TrainScope, check_tensors, copy_into
+from edgefed.protocol.messages import NEURON_INDEX
 
 _LORA_PARTS = (".lora_a", ".lora_b")
 
@@ -104,7 +109,12 @@ class ExpertBank(nn.Module):
         self._first_packed = len(self.experts) if storage is None else num_full
         self.perturbation: Perturbation | None = None
         """While set, one slot appears moved."""
-        self._storage: dict[str, torch.Tensor] = {}
+        self.neurons: tuple[torch.Tensor, ...] = ()
+        """Neurons of each slot, int64 ascending; () if the plan has whole experts."""
+        if plan.neurons:
+            masks = plan.neurons[ordinal]
+            self.neurons = tuple(torch.from_numpy(np.flatnonzero(masks[expert])) for expert in resident)
+        self._storage: dict[str, torch.Tensor | RaggedStack] = {}
         self._packed: dict[str, QuantizedMatrix] = {}
         self.offload = offload
         self._training_space: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = {}
@@ -118,9 +128,9 @@ class ExpertBank(nn.Module):
             self.register_buffer(name, value.to(device), persistent=False)
         for slot, expert in enumerate(resident.tolist()):
             key = layer.expert_key(expert)
-            self._fill(slot, key, read_expert(layer, expert, source), slot < num_full, device)
+            self._fill(slot, key, self._sliced(slot, read_expert(layer, expert, source)), slot < num_full, device)
             if scope.experts == "lora":
-                adapter = read_adapter(layer, expert, source, scope.lora_rank)
+                adapter = self._sliced(slot, read_adapter(layer, expert, source, scope.lora_rank))
                 self._fill(slot, key + LORA_SUFFIX, adapter, slot < self.num_trainable, device)
         for slot, group in enumerate(groups, start=len(resident)):
             tensors = _merged_tensors(layer, group, source, scope, align, merged)
@@ -130,6 +140,9 @@ class ExpertBank(nn.Module):
     def __len__(self) -> int:
         return len(self.experts)
 
+    def _sliced(self, slot: int, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return slice_tensors(self.layer, tensors, self.neurons[slot]) if self.neurons else tensors
+
     def _fill(
         self, slot: int, key: str, tensors: Mapping[str, torch.Tensor], trainable: bool, device: torch.device
     ) -> None:
@@ -137,15 +150,16 @@ class ExpertBank(nn.Module):
         for name, value in tensors.items():
             is_matrix = value.ndim == 2 and not is_adapter
             if is_matrix and self._storage_format is not None and slot >= self._first_packed:
-                if name not in self._packed:
-                    count = len(self) - self._first_packed
+                stack, place = self._place_packed(name, slot)
+                if stack not in self._packed:
+                    count = 1 if self.neurons else len(self) - self._first_packed
                     shape = (value.shape[0], value.shape[1])
-                    self._set_packed(name, empty_stack(self._storage_format, count, shape, value.dtype, device))
-                pack_into(self._packed[name], slot - self._first_packed, key, name, value)
+                    self._set_packed(stack, empty_stack(self._storage_format, count, shape, value.dtype, device))
+                pack_into(self._packed[stack], place, key, name, value)
                 continue
             if name not in self._storage:
                 count = self.num_resident if is_adapter else self._first_packed if is_matrix else len(self)
-                self._storage[name] = self._empty((count, *value.shape), value.dtype, device)
+                self._storage[name] = self._empty(name, count, tuple(value.shape), value.dtype, device)
             copy_into(key, name, self._storage[name][slot], value)
             # .data gives the view its own version counter: an optimizer step on one expert is not a change of others.
             parameter = nn.Parameter(self._storage[name].data[slot], requires_grad=trainable)
@@ -153,10 +167,15 @@ class ExpertBank(nn.Module):
             if self.offload is not None:
                 mark_offloaded(parameter, self._offloaded(self.offload, name, slot, parameter, is_adapter))
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def _empty(
+        self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor | RaggedStack:
         if self.offload is not None:
-            return self.offload.empty(shape, dtype)
-        return torch.empty(shape, dtype=dtype, device=device)
+            return self.offload.empty((count, *shape), dtype)
+        if self.neurons:
+            shapes = [sliced_shape(self.layer, name, shape, len(neurons)) for neurons in self.neurons[:count]]
+            return RaggedStack.empty(shapes, dtype, device)
+        return torch.empty((count, *shape), dtype=dtype, device=device)
 
     def _offloaded(
         self, space: OffloadSpace, name: str, slot: int, parameter: nn.Parameter, is_adapter: bool
@@ -177,7 +196,11 @@ class ExpertBank(nn.Module):
     def release(self) -> None:
         """Release the memory of offloaded weights until they are needed again."""
         if self.offload is not None:
-            release(self._storage.values())
+            release(storage for storage in self._storage.values() if isinstance(storage, torch.Tensor))
+
+    def _place_packed(self, name: str, slot: int) -> tuple[str, int]:
+        """Return the name of the packed stack with a matrix, and its place there: slices have a stack each."""
+        return (f"{name}_{slot}", 0) if self.neurons else (name, slot - self._first_packed)
 
     def _set_packed(self, name: str, stack: QuantizedMatrix) -> None:
         """Store a packed stack. Its tensors are buffers, so that the module's memory includes them."""
@@ -194,7 +217,10 @@ class ExpertBank(nn.Module):
         A cast does not change packed weights, only the dtype that they are dequantized to.
         """
         if self.offload is None:
-            self._storage = {name: fn(storage) for name, storage in self._storage.items()}
+            self._storage = {
+                name: storage.apply(fn) if isinstance(storage, RaggedStack) else fn(storage)
+                for name, storage in self._storage.items()
+            }
         for name, storage in self._storage.items():
             for slot in range(len(storage)):
                 parameter = self.parameter(name, slot)
@@ -217,7 +243,8 @@ class ExpertBank(nn.Module):
         matrix = self.layer.up_name
         if matrix in self._storage:
             return self._storage[matrix].dtype
-        return self._packed[matrix].dtype if matrix in self._packed else None
+        packed = self.packed(len(self) - 1) if len(self) else {}
+        return packed[matrix].dtype if matrix in packed else None
 
     def parameter(self, name: str, slot: int) -> nn.Parameter:
         """Return the leaf of one tensor of one slot; ``name`` as in the unit (``down_proj``, ``down_proj.lora_a``).
@@ -234,12 +261,22 @@ class ExpertBank(nn.Module):
             if name.endswith(_LORA_PARTS) == adapter and slot < len(storage)
         }
 
+    def unit_tensors(self, slot: int, *, adapter: bool = False) -> dict[str, torch.Tensor]:
+        """Return the values of the slot's unit, or of its adapter unit, as the run stores them: what is uploaded."""
+        tensors = {name: tensor.detach() for name, tensor in self.tensors(slot, adapter=adapter).items()}
+        if not self.neurons:
+            return tensors
+        index = {NEURON_INDEX: self.neurons[slot].to(torch.int32)}
+        return to_table(self.layer, self.layer.expert_key(self.experts[slot]), tensors) | index
+
     def packed(self, slot: int) -> dict[str, QuantizedMatrix]:
         """Return views of the quantized matrices of the slot's unit by tensor name; empty if nothing is packed."""
-        place = slot - self._first_packed
-        return {name: stack[place] for name, stack in self._packed.items()} if place >= 0 else {}
+        if slot < self._first_packed:
+            return {}
+        places = {p.name: self._place_packed(p.name, slot) for p in self.layer.matrices}
+        return {name: self._packed[stack][place] for name, (stack, place) in places.items() if stack in self._packed}
 
-    def storages(self) -> Mapping[str, torch.Tensor]:
+    def storages(self) -> Mapping[str, torch.Tensor | RaggedStack]:
         """Return the contiguous storages of slots 0, 1, ... by tensor name, for kernels that take all slots at once."""
         return self._storage
 
@@ -268,6 +305,8 @@ class ExpertBank(nn.Module):
         slot = self.slot(expert)
         targets = self.tensors(slot, adapter=adapter)
         stacks = {} if adapter or slot < self._first_packed else self._packed
+        if self.neurons:
+            raise CheckpointError(f"unit {key!r} is resident as a slice: apply a plan again")
         shapes = {name: tuple(target.shape) for name, target in targets.items()}
         check_tensors(key, tensors, shapes | {name: stack.shape[1:] for name, stack in stacks.items()})
         for name, target in targets.items():

@@ -15,8 +15,9 @@ from torch import nn
 from edgefed.errors import CheckpointError
 from edgefed.moe.adapters import low_rank_product
 from edgefed.moe.architecture import ExpertLayer
+from edgefed.moe.neurons import from_table
 from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, ExpertSource, TrainScope, check_tensors, copy_into
-from edgefed.protocol.messages import UnitInfo
+from edgefed.protocol.messages import NEURON_TABLE, UnitInfo
 
 
 class FrameSource:
@@ -72,9 +73,11 @@ def check_expert_adapter(layer: ExpertLayer, key: str, tensors: Mapping[str, tor
 
 
 def read_expert(layer: ExpertLayer, expert: int, source: ExpertSource) -> dict[str, torch.Tensor]:
-    """Return the checked tensors of one expert by name. Raises CheckpointError."""
+    """Return the checked tensors of one expert by the model's names. Raises CheckpointError."""
     key = layer.expert_key(expert)
     tensors = dict(source.read(key))
+    if NEURON_TABLE in tensors:
+        tensors = from_table(layer, key, tensors, adapter=False)
     check_expert(layer, key, tensors)
     return tensors
 
@@ -83,6 +86,8 @@ def read_adapter(layer: ExpertLayer, expert: int, source: ExpertSource, rank: in
     """Return the checked tensors of one expert's adapter by name. Raises CheckpointError."""
     key = layer.expert_key(expert) + LORA_SUFFIX
     tensors = dict(source.read(key))
+    if NEURON_TABLE in tensors:
+        tensors = from_table(layer, key, tensors, adapter=True)
     check_expert_adapter(layer, key, tensors, rank)
     return tensors
 

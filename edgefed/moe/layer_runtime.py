@@ -35,14 +35,22 @@ Schedule = Callable[[int, LayerProfile], Iterable[int]]
 
 
 class StatisticsRecorder:
-    """Collects router statistics since the last `take`; with ``attention``, also the attention that tokens receive."""
+    """Collects router statistics since the last `take`.
 
-    def __init__(self, layers: tuple[ExpertLayer, ...], attention: AttentionCapture | None = None):
+    With ``attention``, also the attention that tokens receive; with ``neurons``, also the energies of neurons, while
+    all experts are streamed.
+    """
+
+    def __init__(
+        self, layers: tuple[ExpertLayer, ...], attention: AttentionCapture | None = None, *, neurons: bool = False
+    ):
         self.attention = attention
+        self.neurons = neurons
         self._layers = layers
         self._statistics: dict[int, torch.Tensor] = {}
         self._num_tokens: dict[int, int] = {}
         self._attention_sums: dict[int, torch.Tensor] = {}
+        self._energies: dict[int, torch.Tensor] = {}
 
     def add(self, layer: int, logits: torch.Tensor, kind: str, indices: torch.Tensor, weights: torch.Tensor) -> None:
         """Add one batch of a layer: router logits (T, E) of a gate ``kind``, its full choice and its weights (T, K)."""
@@ -57,6 +65,14 @@ class StatisticsRecorder:
             total = self._attention_sums.setdefault(layer, sums.new_zeros(logits.shape[1]))
             total.index_add_(0, indices.reshape(-1), per_pair)
 
+    def energies(self, layer: int, device: torch.device) -> torch.Tensor:
+        """Return the accumulator (E, I) of the neuron energies of a layer."""
+        if layer not in self._energies:
+            shape = self._layers[layer].num_experts, self._layers[layer].num_neurons
+            dtype = new_statistics(0, device).dtype
+            self._energies[layer] = torch.zeros(shape, dtype=dtype, device=device)
+        return self._energies[layer]
+
     def take(self) -> ActivationProfile:
         """Return the profile so far and start again from zero. This is the only host synchronization."""
         profiles = []
@@ -69,7 +85,12 @@ class StatisticsRecorder:
                 received = self._attention_sums.pop(layer.ordinal, statistics.new_zeros(layer.num_experts))
                 values = received.to(device="cpu", dtype=torch.float64).numpy()
                 profile = dataclasses.replace(profile, attention_sum=values)
+            if self.neurons:
+                energies = self.energies(layer.ordinal, statistics.device)
+                values = energies.to(device="cpu", dtype=torch.float64).numpy()
+                profile = dataclasses.replace(profile, neuron_energy=values)
             profiles.append(profile)
+        self._energies = {}
         return ActivationProfile(tuple(profiles))
 
 
@@ -140,8 +161,12 @@ class LayerRuntime:
     def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the experts' output (T, H) for the router's choice (T, K)."""
         slots: Slots
+        energies: torch.Tensor | None = None
         if self.stream is not None:
             slots, slot_indices = self.stream(), indices
+            for recorder in self.recorders:
+                if recorder.neurons:
+                    energies = recorder.energies(self.layer.ordinal, hidden_states.device)
         elif self.bank is not None:
             bank = self.bank
             slot_indices = bank.slot_of[indices]  # (T, K)
@@ -186,6 +211,7 @@ class LayerRuntime:
             keep_activations=keep,
             # A perturbed expert is compared with itself, and rounded activations would hide the difference.
             int8_activations=None if self.bank is None or self.bank.perturbation is None else False,
+            neuron_energy=None if energies is None else energies.unbind(0),
         )
         if self.bank is not None:
             self.bank.release()

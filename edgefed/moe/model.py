@@ -292,13 +292,14 @@ class MoeModel:
         self.module.set_experts_implementation(self._default_implementation)
 
     @contextlib.contextmanager
-    def record_statistics(self, *, attention: bool = False) -> Iterator[StatisticsRecorder]:
+    def record_statistics(self, *, attention: bool = False, neurons: bool = False) -> Iterator[StatisticsRecorder]:
         """Collect router statistics over all experts, including absent ones: the router's full choice and weights.
 
         With ``attention``, also collect the attention that tokens receive (`edgefed.moe.attention_received`); slower.
+        With ``neurons``, also the energies of neurons, of passes within `streaming`.
         """
         with AttentionCapture(self.module) if attention else contextlib.nullcontext() as capture:
-            recorder = StatisticsRecorder(self.layers, capture)
+            recorder = StatisticsRecorder(self.layers, capture, neurons=neurons)
             for runtime in self._runtimes:
                 runtime.recorders.append(recorder)
             try:
@@ -379,7 +380,7 @@ class MoeModel:
         for bank in self._banks():
             for slot in range(bank.num_trainable):
                 lora = self.scope.experts == "lora"
-                tensors = {n: t.detach() for n, t in bank.tensors(slot, adapter=lora).items()}
+                tensors = bank.unit_tensors(slot, adapter=lora)
                 base = units.expert_unit(bank.layer, bank.experts[slot], self.scope)
                 yield units.unit_from_tensors(base, tensors, adapter=lora), tensors
 

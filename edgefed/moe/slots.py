@@ -4,8 +4,9 @@
     StreamedSlots    all experts of a layer, each read when it is needed and released afterwards
     PerturbedSlots   other slots with one expert moved in a random direction
 
-`slot_weights` builds the weights of one slot; `empty_stack` and `pack_into` store experts in 4 or 8 bits. The slots of
-an expert bank are in `edgefed.moe.bank`. Perturbed slots estimate gradients by forward passes alone. The moved weights
+`RaggedStack` stores one tensor of slots of different widths. `slot_weights` builds the weights of one slot;
+`empty_stack` and `pack_into` store experts in 4 or 8 bits. The slots of an expert bank are in `edgefed.moe.bank`.
+Perturbed slots estimate gradients by forward passes alone. The moved weights
 are computed when the expert is requested, one expert at a time, and released afterwards, so resident weights never
 change: quantized experts can be moved too, and a failed pass needs no cleanup.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -51,6 +52,42 @@ def slot_weights(
         up_lora=lora(up),
         down_lora=lora("down_proj"),
     )
+
+
+class RaggedStack:
+    """One tensor of every slot, of different shapes: views of one contiguous storage."""
+
+    def __init__(self, flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]):
+        self._flat, self._shapes = flat, tuple(shapes)
+        sizes = [math.prod(shape) for shape in self._shapes]
+        parts = torch.split(flat.detach(), sizes)
+        self._parts: list[torch.Tensor] = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    @classmethod
+    def empty(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> RaggedStack:
+        """Return an uninitialized stack."""
+        size = sum(math.prod(shape) for shape in shapes)
+        return cls(torch.empty(size, dtype=dtype, device=device), shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, slot: int) -> torch.Tensor:
+        return self._parts[slot]
+
+    @property
+    def data(self) -> list[torch.Tensor]:
+        """The tensors, each with a version counter of its own, as of ``Tensor.data``."""
+        return [part.data for part in self._parts]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the tensors."""
+        return self._flat.dtype
+
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> RaggedStack:
+        """Return the stack with ``fn`` applied to its storage: a move or a cast."""
+        return RaggedStack(fn(self._flat), self._shapes)
 
 
 class StackSlots:

@@ -16,6 +16,10 @@ from edgefed.errors import EdgefedError, MalformedMessage, ProtocolError, all_er
 from edgefed.protocol.comparison import Comparison
 
 UNIT_KINDS = ("dense", "router", "expert")
+NEURON_TABLE = "neurons"
+"""Tensor (I, C) of an expert unit in a run whose devices hold slices: one row per neuron (`edgefed.moe.neurons`)."""
+NEURON_INDEX = "neurons.index"
+"""Beside a `NEURON_TABLE` in an upload: which rows of the global table these are, int32 (W,), ascending."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):

@@ -162,6 +162,10 @@ class CostShape:
         """The model is charged with what it is."""
         return cls(shape, shape.experts_per_layer, None, gpu_optimizer)
 
+    def sliced(self, shares: Sequence[float]) -> CostShape:
+        """With slices of experts: ``shares`` of their neurons per MoE layer of the model, () for whole experts."""
+        return dataclasses.replace(self, shape=self.shape.sliced(self.shares(shares))) if shares else self
+
     @property
     def experts_ratio(self) -> float:
         """Experts of the cost shape for each of the model's."""

@@ -37,7 +37,8 @@ class InProcessAggregator:
         # first one still take part in the first round.
         policy = RoundPolicy(rounds=run.rounds, min_clients=1, clients_per_round=len(clients))
         if not has_run(folder):
-            import_in_subprocess(model, folder, run, policy)
+            neurons = make_expert_method(run.method, run.method_options).requirements.neurons
+            import_in_subprocess(model, folder, run, policy, neurons=neurons)
         # Devices keep no files here: what one of them still has of an earlier round is read from the aggregator's.
         refresh = make_expert_method(run.method, run.method_options).refresh_rounds
         self.active = ActiveRun(folder, make_method, keep_rounds=1 + refresh, clock=lambda: 0.0)

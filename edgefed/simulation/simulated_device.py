@@ -164,7 +164,9 @@ class SimulatedCosts:
 
     def __init__(self, charged: CostShape, kind: MemoryKind):
         self._charged, self._kind = charged, kind
-        self._estimates: dict[tuple[StepSetup, tuple[int, ...], tuple[int, ...]], MemoryEstimate] = {}
+        self._estimates: dict[
+            tuple[StepSetup, tuple[int, ...], tuple[int, ...], tuple[float, ...]], MemoryEstimate
+        ] = {}
         self._profile_pass: ProfilePass | None = None
         self._profile_blocks = 0
 
@@ -177,13 +179,14 @@ class SimulatedCosts:
         correction: Correction | None,
         *,
         offloading: bool,
+        slice_shares: Sequence[float] = (),
     ) -> MemoryEstimate:
         """The peak with the cost shape; ``offloading`` needs room for one expert per layer."""
-        charged = self._charged
+        charged = self._charged.sliced(slice_shares)
         resident, trainable = charged.counts(resident), charged.counts(trainable)
         if offloading:
             resident, trainable = (tuple(min(1, count) for count in counts) for counts in (resident, trainable))
-        asked = (setup, resident, trainable)
+        asked = (setup, resident, trainable, tuple(slice_shares))
         if asked not in self._estimates:
             charged_setup = charged.setup(setup, self._kind)
             self._estimates[asked] = training_memory(charged.shape, charged_setup, resident, trainable)

@@ -258,6 +258,7 @@ class SimulatedRun:
         pairs = [max(1, update.num_tokens * min(k, count)) for k, count in zip(self._top_k, resident, strict=True)]
         return {
             "resident": resident,
+            "slice_shares": plan.slice_shares() if plan.neurons else (),
             "trainable": tuple(len(plan.trainable(layer)) for layer in layers),
             "trainable_pairs": tuple(min(1.0, count / most) for count, most in zip(routed, pairs, strict=True)),
             "groups": tuple(len(plan.groups(layer)) for layer in layers),

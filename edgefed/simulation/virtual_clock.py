@@ -43,6 +43,7 @@ class RoundWork(msgspec.Struct, frozen=True):
         groups: Merged experts per MoE layer.
         members: Experts in these groups.
         profile_tokens: Tokens that went forward through all experts for a profile.
+        slice_shares: Mean share of their neurons that the resident experts of each MoE layer have; () for whole ones.
         profile_storage: How the profile stored experts; None is the model's dtype.
         profile_reads: How often each expert was read from disk for it.
         waiting_profile_tokens: Tokens of a profile for the next round, made after the upload.
@@ -64,6 +65,7 @@ class RoundWork(msgspec.Struct, frozen=True):
     groups: tuple[int, ...] = ()
     members: tuple[int, ...] = ()
     profile_tokens: int = 0
+    slice_shares: tuple[float, ...] = ()
     profile_storage: str | None = None
     profile_reads: int = 1
     waiting_profile_tokens: int = 0
@@ -128,7 +130,8 @@ class CostModel:
         setup = self.charged.setup(work.setup, rates.kind)
         resident, trainable = self.charged.counts(work.resident), self.charged.counts(work.trainable)
         pairs = self.charged.shares(work.trainable_pairs)
-        shape = self.charged.shape
+        sliced = dataclasses.replace(self, charged=self.charged.sliced(work.slice_shares))
+        shape = sliced.charged.shape
         parts = dict.fromkeys(PARTS, 0.0)
         parts["download"] = self._transfer(work.down, rates.link.down_mbit, rates)
         parts["upload"] = self._transfer(work.up, rates.link.up_mbit, rates)
@@ -137,8 +140,8 @@ class CostModel:
         if work.offloads:
             parts["offload"] = work.steps * self._offload(setup, resident, trainable, rates, usable_bytes)
         else:
-            parts["load"] = self._load(setup, resident, trainable, rates)
-            parts["train"] += self._quantize(setup, resident, trainable, rates)
+            parts["load"] = sliced._load(setup, resident, trainable, rates)
+            parts["train"] += sliced._quantize(setup, resident, trainable, rates)
         parts["merge"] = self._merge(work, setup, rates)
         explored = work.explored_tokens * self.charged.experts_ratio  # each expert is probed on its own
         for name, tokens in (("explore", explored), ("evaluate", work.evaluated_tokens)):

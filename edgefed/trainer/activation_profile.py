@@ -146,6 +146,7 @@ def make_profile(
     *,
     storage: str = "auto",
     attention: bool = False,
+    neurons: bool = False,
 ) -> ActivationProfile:
     """Router statistics of the full model over the training text.
 
@@ -161,6 +162,7 @@ def make_profile(
         progress: Where the chosen pass is reported.
         storage: One of `PROFILE_STORAGES`.
         attention: Also record the attention that tokens receive.
+        neurons: Also record the energies of neurons.
 
     Raises:
         ConfigError: Unknown ``storage``.
@@ -180,7 +182,7 @@ def make_profile(
         one_expert = dataclasses.replace(ONE_EXPERT_AT_A_TIME, batch_size=batch_size)
         return profile_blocks(
             model, picked, source, chosen if batch_size == chosen.batch_size else one_expert,
-            scope=scope, attention=attention, on_batch=progress.advance, on_message=progress.message,
+            scope=scope, attention=attention, neurons=neurons, on_batch=progress.advance, on_message=progress.message,
         )  # fmt: skip
 
     profile = with_smaller_batches(

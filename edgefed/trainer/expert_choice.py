@@ -72,11 +72,35 @@ def method_layout(
 
 
 def freeze_others(plan: ExpertPlan, trainable: ExpertPlan) -> ExpertPlan:
-    """``plan`` in which only the trainable experts of ``trainable`` stay so, at least one per layer."""
+    """``plan`` in which only the trainable experts of ``trainable`` stay so, at least one per layer.
+
+    With slices, those experts stay trainable of which the narrower plan has most, as many neurons as it has.
+    """
+    if plan.neurons:
+        trainable = _widest_slices(plan, trainable)
     roles = []
     for mine, theirs in zip(plan.roles, trainable.roles, strict=True):
         both = (mine == Role.TRAINABLE) & (theirs == Role.TRAINABLE)
         if not both.any():
             both[np.flatnonzero(mine == Role.TRAINABLE)[:1]] = True
         roles.append(np.where((mine == Role.TRAINABLE) & ~both, Role.FROZEN, mine).astype(np.int8))
-    return ExpertPlan(tuple(roles), plan.merged)
+    return ExpertPlan(tuple(roles), plan.merged, plan.neurons)
+
+
+def _widest_slices(plan: ExpertPlan, narrow: ExpertPlan) -> ExpertPlan:
+    """``plan`` without the neurons of the experts that are not to train."""
+    widths = [mask.sum(axis=1) for mask in plan.neurons]
+    ranking = sorted(
+        (-int(mask[expert].sum()) / int(widths[layer][expert]), layer, expert)
+        for layer, mask in enumerate(narrow.neurons)
+        for expert in np.flatnonzero(widths[layer]).tolist()
+    )
+    left = sum(int(mask.sum()) for mask in narrow.neurons)
+    roles = [np.zeros_like(row) for row in plan.roles]
+    for _, layer, expert in ranking:
+        width = int(widths[layer][expert])
+        if width <= left or not roles[layer].any():
+            roles[layer][expert] = Role.TRAINABLE
+            left -= width
+    neurons = tuple(mask & (row == Role.TRAINABLE)[:, None] for mask, row in zip(plan.neurons, roles, strict=True))
+    return ExpertPlan(tuple(roles), neurons=neurons)

@@ -349,7 +349,7 @@ class LocalTrainer:
 
         def measure(optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> None:
             measurement = measure_step(model, optimizer, step)
-            self.planner.correct(correction_from(measurement, self.planner.shape, setup))
+            self.planner.correct(correction_from(measurement, self.planner.shape_of(plan), setup))
 
         measures = self._costs.measures_steps and self.planner.correction is None and can_measure(setup)
         progress.phase("train", training.local_steps, "step")

@@ -110,7 +110,9 @@ class ExpertPlacer:
         """
         self._merged.hashes = hashes or {}
         model.apply_plan(
-            plan, source, train_scope(run.training), missing=run.training.missing, storage=setup.expert_storage,
+            plan, source, train_scope(run.training),
+            missing="skip" if plan.neurons else run.training.missing,  # an expert without neurons adds nothing
+            storage=setup.expert_storage,
             align=neuron_aligner(model.layers) if method.merging and method.merging.align else None,
             merged=self._merged if hashes is not None else None, offload=offload,
         )  # fmt: skip

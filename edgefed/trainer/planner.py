@@ -167,6 +167,10 @@ class Planner:
         assert self._shape is not None, "there is a plan"
         return self._shape
 
+    def shape_of(self, plan: ExpertPlan) -> ModelShape:
+        """The shape of the model with the plan's slices, if it has any."""
+        return self.shape.sliced(plan.slice_shares()) if plan.neurons else self.shape
+
     @property
     def profile(self) -> ActivationProfile:
         """The newest profile."""
@@ -203,7 +207,7 @@ class Planner:
         self._save(plan)
         # A method may not use every expert that would fit.
         real = dataclasses.replace(step_plan, resident=plan.num_resident, trainable=plan.num_trainable)
-        progress.message(f"plan: {describe(real, sum(sizes))}")
+        progress.message(f"plan: {describe(real, sum(sizes))}{_describe_slices(plan)}")
         return plan
 
     def shrink(self) -> tuple[Fallback, ExpertPlan] | None:
@@ -270,7 +274,9 @@ class Planner:
         estimate = functools.partial(self._costs.estimate, shape, offloading=method.requirements.offloading)
         correction = self._saved.correction
         return FallbackSearch(
-            estimate=lambda setup, resident, trainable: estimate(setup, resident, trainable, correction),
+            estimate=lambda setup, resident, trainable, shares=(): estimate(
+                setup, resident, trainable, correction, slice_shares=shares
+            ),
             layout=layout,
             num_layers=len(shape.experts_per_layer),
             run_sequence_length=request.run.training.sequence_length,
@@ -298,13 +304,14 @@ class Planner:
         if method.exchanges:
             model.drop_experts()  # those of the last round; they are placed again after the plan
         attention = method.profiling is not None and method.profiling.attention
+        neurons = method.profiling is not None and method.profiling.neurons
         storage = self._costs.profile_storage(
             self._limits.profile_storage, step_setup(model, training), request.blocks, training.profile_tokens,
             usable_bytes, attention=attention,
         )  # fmt: skip
         self._saved.profile = make_profile(
             model, self.shape, training, request.blocks, request.source, usable_bytes, request.progress,
-            storage=storage, attention=attention,
+            storage=storage, attention=attention, neurons=neurons,
         )  # fmt: skip
         self._saved.profile_round = request.manifest.server_round
 
@@ -376,3 +383,10 @@ class Planner:
     def _save(self, plan: ExpertPlan) -> None:
         self._saved.plan, self._saved.step = plan, SavedStepPlan.of(self.step_plan)
         self._saved.write(self._path, self._fingerprint)
+
+
+def _describe_slices(plan: ExpertPlan) -> str:
+    if not plan.neurons:
+        return ""
+    share = sum(int(mask.sum()) for mask in plan.neurons) / sum(mask.size for mask in plan.neurons)
+    return f"; slices with {share:.1%} of all neurons"

@@ -66,10 +66,12 @@ class StepCosts(Protocol):
         correction: Correction | None,
         *,
         offloading: bool,
+        slice_shares: Sequence[float] = (),
     ) -> MemoryEstimate:
         """Peak memory of a training step with ``resident`` and ``trainable`` experts per MoE layer of ``shape``.
 
         ``correction`` is from a measured step of this run; ``offloading``: the method offloads what does not fit.
+        ``slice_shares``: of their neurons that the resident experts of each layer have; () for whole experts.
         """
 
     def profile_storage(
@@ -181,8 +183,10 @@ class FormulaCosts:
         correction: Correction | None,
         *,
         offloading: bool,
+        slice_shares: Sequence[float] = (),
     ) -> MemoryEstimate:
         """See `StepCosts`; whether a step offloads is in its ``setup``."""
+        shape = shape.sliced(slice_shares) if slice_shares else shape
         return training_memory(shape, setup, resident, trainable, correction)
 
     def profile_storage(

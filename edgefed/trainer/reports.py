@@ -17,7 +17,7 @@ from edgefed.methods.interface import ExpertMethod
 from edgefed.moe.expert_reading import raw_array
 from edgefed.moe.model import MoeModel
 from edgefed.protocol import frames
-from edgefed.protocol.messages import ExpertReport, ExpertSurvey, FileInfo, UnitInfo
+from edgefed.protocol.messages import NEURON_INDEX, ExpertReport, ExpertSurvey, FileInfo, UnitInfo
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.out_of_memory import with_smaller_batches
 from edgefed.training.steps import StepsOutcome
@@ -28,12 +28,14 @@ def write_update(model: MoeModel | None, units: Mapping[str, UnitInfo], path: Pa
     """Write what was trained as one frame; an empty frame without a model. Raises TrainingDiverged, StorageError."""
     tensors: dict[str, tuple[str, np.ndarray]] = {}
     for spec, values in model.trained_units() if model else ():
-        unit = units[spec.key]
-        for info in unit.tensors:
-            value = values[info.name].detach()
+        dtypes = {info.name: info.dtype for info in units[spec.key].tensors}
+        if NEURON_INDEX in values:
+            dtypes[NEURON_INDEX] = "I32"
+        for name, dtype in dtypes.items():
+            value = values[name].detach()
             if not torch.isfinite(value).all():
-                raise TrainingDiverged(f"{spec.key} {info.name} holds a value that is not finite")
-            tensors[frames.update_name(spec.key, info.name)] = (info.dtype, raw_array(value))
+                raise TrainingDiverged(f"{spec.key} {name} holds a value that is not finite")
+            tensors[frames.update_name(spec.key, name)] = (dtype, raw_array(value))
     with disk_errors(path):
         frames.write_frame(path, tensors)
 

@@ -51,6 +51,7 @@ def profile_blocks(
     *,
     scope: TrainScope | None = None,
     attention: bool = False,
+    neurons: bool = False,
     on_batch: Callable[[int], None] = lambda tokens: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> ActivationProfile:
@@ -67,6 +68,7 @@ def profile_blocks(
         profile_pass: What is in memory at a time.
         scope: Which adapters the experts have.
         attention: Also record the attention that tokens receive.
+        neurons: Also record the energies of neurons; needs a ``source``.
         on_batch: Called with the number of tokens done; a share of the layers where batches go side by side.
         on_message: Called with a note where attention cannot be recorded.
     """
@@ -74,7 +76,7 @@ def profile_blocks(
     was_training = module.training
     module.train(False)
     try:
-        with model.record_statistics(attention=attention) as recorder:
+        with model.record_statistics(attention=attention, neurons=neurons) as recorder:
             if source is None:
                 _forward_all(model, blocks, dataclasses.replace(profile_pass, concurrent_batches=1), on_batch)
             else:

@@ -39,6 +39,7 @@ def some_record(seed: int = 0) -> ActivationProfile:
                 gate_log_sum=(gates * np.log(gates)).sum(0),
                 gate_complement_log_sum=((1 - gates) * np.log(1 - gates)).sum(0),
                 routed_gate_sum=(gates * chosen).sum(0),
+                neuron_energy=rng.gamma(0.3, size=(count, 24)),
             )
         )
     return ActivationProfile(tuple(layers))
@@ -75,7 +76,9 @@ def test_a_plan_fits_the_budget_and_has_an_expert_in_each_layer(name, budget):
             method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(budget), np.random.default_rng(0))
         return
     plan = method.plan_experts(some_record(), EXPERTS_PER_LAYER, DeviceBudget(budget), np.random.default_rng(0))
-    merged = budget - plan.num_resident
+    if plan.neurons:
+        assert budget - 0.5 < sum(mask.mean(axis=1).sum() for mask in plan.neurons) <= budget
+    merged = 0 if plan.neurons else budget - plan.num_resident
     assert merged == (method.merged_slots(budget, EXPERTS_PER_LAYER) if method.merging else 0)
     assert all(len(plan.resident(layer)) >= 1 for layer in range(2))
     assert plan.num_trainable >= 1

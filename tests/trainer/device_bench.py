@@ -12,6 +12,7 @@ import pytest
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.costs.memory import MemoryEstimate, training_memory
 from edgefed.embedded import tiny_model_directory
+from edgefed.methods.registry import make_expert_method
 from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
@@ -61,7 +62,9 @@ def bench(tmp_path):
             training=TrainingConfig(evaluation_tokens=256, **training),
         )  # fmt: skip
         folder = tmp_path / f"run-{len(readers)}"
-        import_model(str(tiny_model_directory()), folder, run, RoundPolicy(rounds=rounds, min_clients=1))
+        neurons = make_expert_method(method, options).requirements.neurons
+        policy = RoundPolicy(rounds=rounds, min_clients=1)
+        import_model(str(tiny_model_directory()), folder, run, policy, neurons=neurons)
         readers.append(RunReader(folder))
         return Bench(readers[-1], [])
 
@@ -94,8 +97,10 @@ class OnlyWith(FormulaCosts):
         super().__init__(measures_steps=False)
         self.savings = savings
 
-    def estimate(self, shape, setup, resident, trainable, correction, *, offloading):
-        found = super().estimate(shape, setup, resident, trainable, correction, offloading=offloading)
+    def estimate(self, shape, setup, resident, trainable, correction, *, offloading, slice_shares=()):
+        found = super().estimate(
+            shape, setup, resident, trainable, correction, offloading=offloading, slice_shares=slice_shares
+        )
         more = sum(getattr(setup, name) != value for name, value in self.savings.items()) * TIB
         return MemoryEstimate(
             found.parts | {"more": more}, {phase: size + more for phase, size in found.phases.items()}
@@ -109,7 +114,7 @@ class Corrected(FormulaCosts):
         super().__init__(measures_steps=False)
         self.correction = correction
 
-    def estimate(self, shape, setup, resident, trainable, correction, *, offloading):
+    def estimate(self, shape, setup, resident, trainable, correction, *, offloading, slice_shares=()):
         return training_memory(shape, setup, resident, trainable, self.correction)
 
 
