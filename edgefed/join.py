@@ -9,7 +9,8 @@ import re
 import threading
 from pathlib import Path
 
-from edgefed.agent.agent import AgentSettings, RunSummary, open_agent
+from edgefed.agent.agent import AgentSettings, open_agent
+from edgefed.agent.summary import RunSummary
 from edgefed.errors import BudgetTooSmall, ConfigError
 from edgefed.hardware.budget import MemoryBudget, plan_budget
 from edgefed.hardware.facts import DeviceFacts, MemoryKind

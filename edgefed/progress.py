@@ -20,6 +20,11 @@ WATCH_S = 0.1
 T = TypeVar("T")
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 round``, ``2 rounds``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class StopRequested(Exception):
     """The agent was asked to stop. Not an error: the journal stays resumable."""
 

@@ -22,6 +22,7 @@ from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError, EdgefedError, StateCorrupt
 from edgefed.hardware.memory import set_up_allocator
+from edgefed.isolation.start import module_command
 from edgefed.protocol.messages import (
     Manifest,
     RunConfig,
@@ -56,7 +57,7 @@ def import_in_subprocess(
     """Run `import_model` or `import_extractor` in a separate process. Raises what they raise."""
     request = msgspec.json.encode(ImportRequest(source, str(folder), run, policy, personal, neurons))
     # The child reports errors on stdout. Its stderr, with warnings and progress of libraries, is inherited.
-    child = subprocess.run([sys.executable, "-m", "edgefed.runs"], input=request, stdout=subprocess.PIPE, check=False)
+    child = subprocess.run(module_command("edgefed.runs"), input=request, stdout=subprocess.PIPE, check=False)
     if child.returncode:
         if child.stdout.startswith(b"{"):
             raise decode_error(child.stdout)

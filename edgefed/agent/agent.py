@@ -23,16 +23,25 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from edgefed import __version__
-from edgefed.agent.backoff import Retry
+from edgefed.agent.backoff import Retry, never_reached
 from edgefed.agent.cache import BlobCache
 from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
 from edgefed.agent.finish import COMPARISON_PATIENCE_S, compare_at_end
 from edgefed.agent.heartbeat import HeartbeatThread
 from edgefed.agent.journal import Journal
+from edgefed.agent.summary import RunSummary
 from edgefed.agent.transport import AggregatorClient
 from edgefed.disk import hash_file
-from edgefed.errors import ChecksumMismatch, EdgefedError, NotFound, RoundClosed, UnknownClient
-from edgefed.progress import NullProgress, ProgressSink, RoundLines, StopRequested, WatchedProgress, run_interruptibly
+from edgefed.errors import ChecksumMismatch, EdgefedError, NotFound, RoundClosed, ServerUnreachable, UnknownClient
+from edgefed.progress import (
+    NullProgress,
+    ProgressSink,
+    RoundLines,
+    StopRequested,
+    WatchedProgress,
+    counted,
+    run_interruptibly,
+)
 from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
@@ -88,24 +97,6 @@ class StepOutcome:
     detail: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class RunSummary:
-    """What an agent did. ``finished``: the run is over; otherwise the agent was stopped.
-
-    ``rounds``: number of acknowledged updates. ``metrics``: those of the last one. ``comparison``: losses of the final
-    model and others on this device's text, None unless the run is over.
-    """
-
-    rounds: int
-    bytes_down: int
-    bytes_up: int
-    seconds: float
-    metrics: Mapping[str, float]
-    finished: bool
-    reason: str
-    comparison: Comparison | None = None
-
-
 class Agent:
     """One device in one run. `run` loops until the run is over or ``stop`` is set; `step` is one iteration.
 
@@ -141,7 +132,7 @@ class Agent:
         self._joined = journal.knows(client.base_url)
         self._heartbeat: HeartbeatThread | None = None
         self._server_round = journal.record.server_round
-        self._forgotten = self._rounds = 0
+        self._forgotten = self._rounds = self._run_rounds = 0
         self._metrics: Mapping[str, float] = {}
         self._left_out: set[str] = set()
         self._wait_reason = ""
@@ -223,7 +214,8 @@ class Agent:
 
     def _summary(self, *, finished: bool, reason: str) -> RunSummary:
         return RunSummary(
-            rounds=self._rounds, bytes_down=self.client.bytes_down, bytes_up=self.client.bytes_up,
+            rounds=self._rounds, rounds_of_run=self.journal.rounds_done(), run_rounds=self._run_rounds,
+            bytes_down=self.client.bytes_down, bytes_up=self.client.bytes_up,
             seconds=self._clock() - self._started, metrics=self._metrics, finished=finished, reason=reason,
             comparison=self._comparison,
         )  # fmt: skip
@@ -239,9 +231,15 @@ class Agent:
             edgefed_version=__version__, device=settings.device, instance=self.client.instance,
         )  # fmt: skip
         limit = None if self._joined else settings.give_up_after_s
-        registered = self._call(lambda: self.client.register(message), give_up_after_s=limit)
-        self.journal.bind(self.client.base_url, registered.run.run_id)
-        self._run, self._joined = registered.run, True
+        try:
+            registered = self._call(lambda: self.client.register(message), give_up_after_s=limit)
+        except ServerUnreachable as error:
+            raise never_reached(error, self.client.base_url, settings.give_up_after_s) from error
+        run = registered.run
+        if not self._joined:
+            self.progress.message(f"joined: {run.method} on {run.model}, {counted(run.rounds, 'round')}")
+        self.journal.bind(self.client.base_url, run.run_id)
+        self._run, self._joined, self._run_rounds = run, True, run.rounds
         if self._heartbeat is None:
             self._heartbeat = HeartbeatThread(self._send_heartbeat, registered.heartbeat_s)
         self._heartbeat.interval_s = registered.heartbeat_s
@@ -266,11 +264,12 @@ class Agent:
     def _call(self, request: Callable[[], T], give_up_after_s: float | None = None) -> T:
         """Repeat ``request`` until it succeeds. Report the first failure of each kind, and the success after it."""
         reported = ""
+        how_long = "until it works" if give_up_after_s is None else f"for {give_up_after_s:.0f} s"
 
         def report(error: EdgefedError) -> None:
             nonlocal reported
             if error.code != reported:
-                self.progress.message(f"{error}; retrying until it works")
+                self.progress.message(f"{error}; retrying {how_long}")
             reported = error.code
 
         result = self._retry.run(

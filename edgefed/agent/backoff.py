@@ -59,6 +59,15 @@ def is_transient(error: EdgefedError, *, joined: bool) -> bool:
     return joined and error.foreign
 
 
+def never_reached(error: ServerUnreachable, url: str, after_s: float | None) -> ServerUnreachable:
+    """The error of a device that has never reached its server, for the user: the address may be wrong."""
+    return ServerUnreachable(
+        f"no server was ever reached at {url}: gave up after {after_s or 0:.0f} s ({error})",
+        remedy="Check host and port, that `edgefed serve` runs there, and that its machine accepts connections from "
+        "others (`edgefed serve --host 0.0.0.0` with a token).",
+    )
+
+
 class Retry:
     """Repeats requests until they succeed. One per agent; not thread-safe except for `note_progress`."""
 
@@ -111,7 +120,7 @@ class Retry:
                 left = None if give_up_after_s is None else started + give_up_after_s - self._clock()
                 if left is not None and left <= 0:
                     raise
-                logger.info("%s; trying again", error)
+                logger.debug("%s; trying again", error)
                 if on_wait:
                     on_wait(error)
             self._failures += 1

@@ -109,6 +109,17 @@ class Journal:
         """Whether this device has joined that server before."""
         return self.record.server == server and self.record.run_id != ""
 
+    def rounds_done(self) -> int:
+        """Number of rounds of this run for which the ledger has an accepted update, also of earlier processes."""
+        path = self.folder / LEDGER_FILE
+        if not path.exists():
+            return 0
+        with disk_errors(path):
+            lines = path.read_bytes().splitlines()
+        entries = [msgspec.json.decode(line, type=LedgerEntry) for line in lines if line.endswith(b"}")]
+        of_run = [entry for entry in entries if entry.run_id == self.record.run_id and entry.outcome == "accepted"]
+        return len({entry.server_round for entry in of_run})
+
     def renew_identity(self) -> None:
         """Draw a new identity. The server and work of the old one are dropped."""
         client_id, client_key = _new_identity()

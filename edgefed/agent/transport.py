@@ -120,6 +120,10 @@ class AggregatorClient:
         """Close all connections. A request that still runs in another thread fails."""
         self._channel.close()
 
+    def health(self) -> dict[str, str | int]:
+        """What a server says to anybody: that it is there, and its protocol version."""
+        return self._channel.ask("GET", routes.HEALTH, dict[str, str | int])
+
     # --- messages -------------------------------------------------------------------------------------------------
 
     def register(self, message: Register) -> Registered:

@@ -41,6 +41,7 @@ from edgefed.errors import (
 )
 from edgefed.kernels.fold import select_backend
 from edgefed.methods.interface import Contribution, Coverage, Method
+from edgefed.progress import counted
 from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, Manifest, Status
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,9 @@ class ActiveRun:
             now=self.clock(),
         )
         logger.info(
-            "run %s: round %d of %d is %s, updates so far: %d",
-            *(self.config.run_id, current.server_round, self.config.rounds, current.phase.value, len(updates)),
+            "run %s: round %d of %d, %s, with %s",
+            *(self.config.run_id[:8], min(current.server_round, self.config.rounds), self.config.rounds),
+            *(current.phase.value, counted(len(updates), "update")),
         )
         self._tidy([])
         self.tick()
@@ -251,9 +253,9 @@ class ActiveRun:
 
     def _announce(self, action: rounds.Action) -> None:
         if isinstance(action, rounds.OpenRound):
-            logger.info("round %d: %d clients train", action.server_round, len(action.participants))
+            logger.info("round %d: %s to train", action.server_round, counted(len(action.participants), "client"))
         elif isinstance(action, rounds.Fold):
-            logger.info("round %d: closed with %d updates", action.server_round, len(action.clients))
+            logger.info("round %d: closed with %s", action.server_round, counted(len(action.clients), "update"))
             self.uploads.end_round(RoundClosed(f"round {action.server_round} is closed"))
         elif isinstance(action, rounds.ExtendDeadline):
             logger.warning("round %d: the deadline passed without an update; a new one starts", action.server_round)
@@ -262,9 +264,7 @@ class ActiveRun:
                 "round %d: all participants have left or fallen silent; waiting for clients", action.server_round
             )
         else:
-            logger.info(
-                "all %d rounds are done; manifest %d is the final model", self.config.rounds, action.server_round
-            )
+            logger.info("run finished after %s", counted(self.config.rounds, "round"))
 
     @property
     def fold_due(self) -> bool:

@@ -15,6 +15,7 @@ import ipaddress
 import json
 import logging
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -141,6 +142,11 @@ class AggregatorServer:
         if self._failure is not None:
             raise self._failure
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the server."""
+        return self._server.signal == signal.SIGINT
+
     def stop(self) -> None:
         """End a running server; from any thread."""
         self._server.should_exit = True
@@ -188,7 +194,7 @@ class AggregatorServer:
                     await asyncio.sleep(FOLD_RETRY_S)
                 leaving = self._config.exit_when_finished and not endpoints.transfers
                 if leaving and self.active.all_heard(self._config.finish_grace_s):
-                    logger.info("the run is finished and every client knows: the server ends")
+                    logger.info("every client knows that the run is finished: the server ends")
                     self.stop()
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(ring.wait(), TICK_S)
@@ -213,6 +219,8 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, *, started: Callable[[], None], stopping: Callable[[], None]):
         super().__init__(config)
         self._announce, self._stopping = started, stopping
+        self.signal: int | None = None
+        """The signal that ended the server."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -224,7 +232,10 @@ class _Server(uvicorn.Server):
         self._stopping()  # before uvicorn waits for open requests: long polls are among them
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit
+        if self.signal is not None:
+            # The second one does not wait for transfers and threads. What was acknowledged is on disk.
+            os._exit(128 + sig)
+        self.signal = sig
         self.should_exit = True
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from edgefed.aggregator import rounds
 from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.rounds import Phase, RoundState
-from edgefed.aggregator.status import Presence, describe_comparison
+from edgefed.aggregator.status import Presence, client_label, describe_comparison
 from edgefed.aggregator.store import ClientRecord, UpdateRecord
 from edgefed.aggregator.uploads import PartWriter, UploadName
 from edgefed.aggregator.validate import (
@@ -43,6 +43,7 @@ from edgefed.errors import (
     UnknownClient,
     UpdateTooLarge,
 )
+from edgefed.progress import counted
 from edgefed.protocol.comparison import COMPARING_PHASE, Comparison, is_sound
 from edgefed.protocol.messages import (
     Assignment,
@@ -63,6 +64,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
 MAX_HEARTBEAT_S = 10.0
+SHOWN_NAMES = 3
+"""Clients that have left and are named to one that waits."""
 HEARTBEATS_PER_TIMEOUT = 4
 """A client counts as lost after this many missing heartbeats."""
 
@@ -108,11 +111,11 @@ class Service:
             run.clients[client.client_id] = client
             presence = run.presence.setdefault(client.client_id, Presence())
             if presence.instance not in ("", message.instance) and known is not None and known.joined:
-                logger.info("client %s (%r) registers from another process than before", client.client_id, message.name)
+                logger.info("%s registers from another process than before", client_label(client))
             presence.instance, presence.refused = message.instance, False
             self._ids_by_key[key_sha256] = client.client_id
             run.apply(rounds.ClientJoined(run.clock(), client.client_id))
-        logger.info("client %s registered as %r", client.client_id, client.name)
+        logger.info("%s joined", client_label(client))
         heartbeat_s = min(MAX_HEARTBEAT_S, run.policy.client_timeout_s / HEARTBEATS_PER_TIMEOUT)
         return Registered(run=run.config, heartbeat_s=heartbeat_s)
 
@@ -130,8 +133,8 @@ class Service:
             if not presence.refused:
                 presence.refused = True
                 logger.warning(
-                    "two processes use the identity of client %s; the one that registered last, as %r, stays. "
-                    "Was its state folder copied?", client_id, client.name,
+                    "two processes use the identity of %s; the one that registered last stays. "
+                    "Was its state folder copied?", client_label(client),
                 )  # fmt: skip
         raise IdentityInUse(
             f"another process has registered with this device's identity, as {client.name!r} (client {client_id}); "
@@ -158,7 +161,7 @@ class Service:
             run.note_left(client)
             run.store.save_clients([client])
             run.apply(rounds.ClientLeft(run.clock(), client_id))
-        logger.info("client %s left: %r", client_id, reason[:MAX_TEXT_CHARACTERS])
+        logger.info("%s left: %r", client_label(client), reason[:MAX_TEXT_CHARACTERS])
 
     def compare(self, client_id: str, key: str, message: Comparison) -> None:
         """Store what a client compared at the end of the run. Raises MalformedMessage."""
@@ -168,7 +171,7 @@ class Service:
             self._run.presence.setdefault(client_id, Presence()).comparing = False
             client.comparison = message
             self._run.store.save_clients([client])
-        logger.info("%s: %s", client.name, describe_comparison(message))
+        logger.info("%s: %s", client_label(client), describe_comparison(message))
 
     def assignment(self, client_id: str, key: str) -> AssignmentReply:
         """What the client has to do now. Raises UnknownClient if it has left."""
@@ -177,7 +180,7 @@ class Service:
             state, now = run.state, run.clock()
             if state.phase is Phase.FINISHED:
                 run.presence.setdefault(client_id, Presence()).heard_finished = True
-                return Finished(server_round=state.server_round, reason=f"all {run.config.rounds} rounds are done")
+                return Finished(server_round=state.server_round, reason="Run finished")
             if not client.joined:
                 raise UnknownClient(f"client {client_id!r} has left; it must register again")
             if state.is_trainer(client_id):
@@ -190,7 +193,8 @@ class Service:
                     seed=int.from_bytes(seed, "little"),
                     experts=run.assigner.assignment(client_id, run.clients, run.catalog.manifest, run.config.seed),
                 )
-            return Wait(retry_after_s=RETRY_AFTER_S, reason=_wait_reason(state, client_id, now))
+            left = [other.name for other in run.clients.values() if not other.joined]
+            return Wait(retry_after_s=RETRY_AFTER_S, reason=_wait_reason(state, client_id, now, left))
 
     def status(self) -> Status:
         """The status of the run."""
@@ -297,7 +301,8 @@ class Service:
                 with run.lock:  # the part may be gone because the round was closed meanwhile; then report that
                     run.check_open(client_id, server_round)
                 raise
-        logger.info("round %d: update of client %s accepted, %d bytes", server_round, client_id, meta.size_bytes)
+        label = client_label(run.clients[client_id])
+        logger.info("round %d: update of %s accepted, %.1f MiB", server_round, label, meta.size_bytes / 2**20)
         return UpdateAccepted(server_round=server_round, repeated=False)
 
     def _verify(self, name: UploadName, path: Path, meta: UpdateMeta, units: Sequence[UnitInfo]) -> None:
@@ -316,7 +321,8 @@ class Service:
             run.uploads.discard(name, refusal)
             if isinstance(refusal, InvalidUpdate):
                 logger.warning(
-                    "update of client %s for round %d refused: %s", name.client_id, name.server_round, refusal
+                    "round %d: update of %s refused: %s",
+                    *(name.server_round, client_label(run.clients[name.client_id]), refusal),
                 )
             raise
 
@@ -345,11 +351,12 @@ class Service:
             run.apply(rounds.UpdateAccepted(run.clock(), client_id))
 
 
-def _wait_reason(state: RoundState, client_id: str, now: float) -> str:
+def _wait_reason(state: RoundState, client_id: str, now: float, left: Sequence[str]) -> str:
+    """Why a client waits. ``left``: names of the clients that have left the run."""
     if state.phase is Phase.WAITING:
-        return (
-            f"round {state.server_round} waits for {state.policy.min_clients} clients, {len(state.live(now))} are here"
-        )
+        live, needed = len(state.live(now)), counted(state.policy.min_clients, "client")
+        names = ", ".join(left[:SHOWN_NAMES]) + (f" and {len(left) - SHOWN_NAMES} more" * (len(left) > SHOWN_NAMES))
+        return f"round {state.server_round} waits: {live} of {needed} needed{f'; {names} left' if left else ''}"
     if state.phase is Phase.AGGREGATING:
         return f"round {state.server_round} is being aggregated"
     if client_id in state.accepted:

@@ -33,6 +33,11 @@ class Presence:
     comparing: bool = False
 
 
+def client_label(client: ClientRecord) -> str:
+    """Name and short id of a client, for people: ``vm (188b3e2b)``."""
+    return f"{client.name} ({client.client_id[:8]})"
+
+
 def peak_memory_bytes() -> int:
     """Largest resident memory of this process so far.
 

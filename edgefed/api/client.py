@@ -12,10 +12,12 @@ from edgefed.config import Setting, check_settings, parse_share
 from edgefed.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from edgefed.agent.agent import RunSummary
+    from edgefed.agent.summary import RunSummary
     from edgefed.progress import ProgressSink
     from edgefed.training.records import RecordFields
 
+GREETING_S = 3.0
+"""Time limit of the first contact, before the device loads."""
 StorageChoice = Literal["auto", "full", "int8", "nf4"]
 
 
@@ -202,6 +204,7 @@ class Client:
         memory_bytes = self.memory_bytes
         self.check_data()
         sink = progress or _EventSink(on_event)
+        self._greet(sink)
         sink.phase("load")
         from edgefed.hardware.occupancy import AgentRegistry
 
@@ -243,6 +246,18 @@ class Client:
             return run_agent(config, sink, stop or threading.Event())
         finally:
             sink.done()
+
+    def _greet(self, sink: ProgressSink) -> None:
+        """Tell at once whether the server answers: the device then loads for seconds before it joins."""
+        from edgefed.agent.transport import AggregatorClient
+        from edgefed.errors import EdgefedError
+
+        with AggregatorClient(self.server, token=self.token, connect_s=GREETING_S, read_s=GREETING_S) as client:
+            try:
+                client.health()
+                sink.message(f"connected to {client.base_url}")
+            except EdgefedError as error:
+                sink.message(f"{error}; trying again once this device is ready")
 
 
 class _EventSink:

@@ -144,7 +144,8 @@ class Server:
         """Serve until the run is over (``exit_when_finished``), `stop` is called, or the process is interrupted.
 
         ``on_ready`` gets the URL once connections are accepted, ``on_message`` lines about what happens before. Raises
-        MissingToken, PortInUse, ConfigError, ModelError, StateLocked, StateCorrupt, StorageError.
+        MissingToken, PortInUse, ConfigError, ModelError, StateLocked, StateCorrupt, StorageError, and KeyboardInterrupt
+        once Ctrl-C has ended the server cleanly.
         """
         from edgefed.aggregator.server import AggregatorServer, ServerConfig, bind, check_token
         from edgefed.aggregator.store import has_run
@@ -169,6 +170,8 @@ class Server:
         )
         self._running = AggregatorServer(config, on_ready=on_ready or (lambda url: None))
         self._running.run()
+        if self._running.interrupted:
+            raise KeyboardInterrupt
 
     def stop(self) -> None:
         """End a running `serve`; callable from any thread. The run continues when it is served again."""

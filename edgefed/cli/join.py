@@ -51,9 +51,7 @@ def join_command(settings: JoinSettings) -> None:
         console = stdout_console()
         console.print(comparison_table({settings.name or "this device": summary.comparison}))
         console.print(verdict(summary.comparison), markup=False)
-    print_note(
-        f"{summary.reason}: {summary.rounds} rounds, {format_bytes(summary.bytes_down)} down, "
-        f"{format_bytes(summary.bytes_up)} up"
-    )
+    sentence = str(summary) if summary.run_rounds else "Stopped before this device joined."
+    print_note(f"{sentence} {format_bytes(summary.bytes_down)} down, {format_bytes(summary.bytes_up)} up.")
     if stop.is_set():
         sys.exit(130)

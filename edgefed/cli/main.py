@@ -6,6 +6,7 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,11 @@ def main(arguments: list[str] | None = None) -> None:
     status: Any
     try:
         status = cli.main(args=words, prog_name="edgefed", standalone_mode=False) or 0
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end the exit with a traceback
+        from edgefed.cli.output import print_note
+
+        print_note("stopped")
         status = INTERRUPTED
     except click.ClickException as error:
         error.show()
@@ -115,11 +120,6 @@ def main(arguments: list[str] | None = None) -> None:
     except EdgefedError as error:
         logging.getLogger("edgefed").debug("traceback", exc_info=True)
         status = _report(error, as_json)
-    except KeyboardInterrupt:
-        from edgefed.cli.output import print_note
-
-        print_note("stopped")
-        status = INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         status = 1

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from edgefed.agent.transport import AggregatorClient
 from edgefed.errors import ProcessFailed, ServerUnreachable
+from edgefed.isolation.start import module_command
 from edgefed.protocol.messages import Status
 
 START_TIMEOUT_S = 120.0
@@ -142,7 +142,7 @@ class LocalFederation:
         environment |= {"OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false"}
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "edgefed", "--config", os.devnull, *arguments],
+                [*module_command("edgefed"), "--config", os.devnull, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

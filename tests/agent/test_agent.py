@@ -398,12 +398,17 @@ def test_permanent_errors_end_the_agent(server, tmp_path, error):
 def test_an_unreachable_server_ends_the_agent_only_before_joining(server, tmp_path):
     server.stop()
     started = time.monotonic()
-    with device(server.url, tmp_path, give_up_after_s=0.3) as agent, pytest.raises(ServerUnreachable):
+    memo = Memo()
+    unreached = pytest.raises(ServerUnreachable, match=f"no server was ever reached at {server.url}: gave up after 0 s")
+    with device(server.url, tmp_path, memo=memo, give_up_after_s=0.3) as agent, unreached:
         agent.run()
     assert 0.3 <= time.monotonic() - started < 5
+    assert [line for line in memo.messages if line.endswith("retrying for 0 s")] == memo.messages
+    assert len(memo.messages) == 1
     server.start()
-    with device(server.url, tmp_path) as agent:
+    with device(server.url, tmp_path, memo=memo) as agent:
         agent.step()
+    assert memo.messages[1] == "joined: fedavg on tiny, 2 rounds"
     server.stop()
     with device(server.url, tmp_path, give_up_after_s=0.1) as agent:  # a restarted device waits for its server
         thread, ends = start(agent)
@@ -412,6 +417,7 @@ def test_an_unreachable_server_ends_the_agent_only_before_joining(server, tmp_pa
         server.start()
         thread.join(15)
     assert ends[0].rounds == 1
+    assert str(ends[0]) == "Run finished. This device trained in 2 of 2 rounds."
 
 
 def test_a_web_page_before_joining_ends_the_agent(server, tmp_path):

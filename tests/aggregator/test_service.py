@@ -658,7 +658,7 @@ def test_the_process_that_registered_last_keeps_an_identity_and_the_other_gets_a
     for _ in range(3):
         with pytest.raises(IdentityInUse, match="as 'second'"):
             toy.service.check_instance("a", KEY + "a", "card-a")
-    assert caplog.text.count("two processes use the identity of client a") == 1
+    assert caplog.text.count("two processes use the identity of second (a)") == 1
     with pytest.raises(Unauthorized):
         toy.service.check_instance("a", "another key, long enough", "card-a")
     toy.service.register(toy_run.register_message("a", instance="card-a", name="first"))
@@ -687,3 +687,34 @@ def test_an_invalid_policy_changes_nothing(toy):
     again = Toy(toy.folder)
     assert again.run.policy.min_clients == 2
     again.close()
+
+
+def test_logs_and_the_reason_to_wait_name_clients(tmp_path, caplog):
+    caplog.set_level("INFO", logger="edgefed.aggregator")
+    toy = Toy(make_run(tmp_path / "state", min_clients=3))
+    toy.join("a")
+    assert toy.assignment("a").reason == "round 1 waits: 1 of 3 clients needed"
+    toy.join("b")
+    toy.service.leave("b", KEY + "b", "shutdown")
+    assert toy.assignment("a").reason == "round 1 waits: 1 of 3 clients needed; device of b left"
+    toy.join("c", "d")
+    toy.send(toy.update("a", 1))
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if "joined" in line] == [f"device of {name} ({name}) joined" for name in "abcd"]
+    assert "device of b (b) left: 'shutdown'" in lines
+    assert "round 1: 3 clients to train" in lines
+    assert any(line.startswith("round 1: update of device of a (a) accepted, 0.0 MiB") for line in lines)
+    toy.close()
+
+
+def test_the_words_of_the_log_agree_in_number(tmp_path, caplog):
+    caplog.set_level("INFO", logger="edgefed.aggregator")
+    toy = Toy(make_run(tmp_path / "state", min_clients=1, rounds=1))
+    toy.join("a")
+    toy.send(toy.update("a", 1))
+    toy.run.fold_pending()
+    lines = [record.getMessage() for record in caplog.records]
+    assert "round 1: 1 client to train" in lines
+    assert "round 1: closed with 1 update" in lines
+    assert "run finished after 1 round" in lines
+    toy.close()

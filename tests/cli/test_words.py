@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from edgefed import hub
+from edgefed.aggregator.creation import create_run
+from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.cli.examples import EXAMPLES
 from edgefed.cli.main import VERBS, main, verb_command
 from edgefed.cli.reference import reference
 from edgefed.config import parse_share
 from edgefed.errors import ConfigError, ModelNotFound, UnknownMethod, did_you_mean
 from edgefed.hardware.memory import parse_bytes
+from edgefed.isolation.start import module_command
 from edgefed.methods.registry import make_method
+from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo
 
 
 @pytest.fixture
@@ -172,3 +178,43 @@ def test_a_reachable_hub_is_left_to_huggingface(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv(hub.OFFLINE, "0")
         assert hub.check_source("allenai/OLMoE") == ""
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gap_s", [None, 0.0, pytest.param(0.3, marks=pytest.mark.full)])
+def test_ctrl_c_ends_serve_with_130_and_no_traceback(tmp_path, gap_s):
+    """Once, twice at once, and again while it ends."""
+    run = RunConfig(
+        run_id="r", model="m", method="fedavg", method_options={}, rounds=1, seed=0, training=TrainingConfig()
+    )
+    unit = UnitInfo(key="dense", kind="dense", trainable=True), {"weight": ("F32", np.zeros(4, np.float32))}
+    create_run(tmp_path / "run", run, RoundPolicy(rounds=1), [unit], [])
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-m", "edgefed", "serve", "--port", "0", "--state", str(tmp_path / "run")]
+    server = subprocess.Popen(
+        [*command, "--ready-file", str(ready)], stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
+    while not ready.exists():
+        assert server.poll() is None
+        time.sleep(0.02)
+    server.send_signal(signal.SIGINT)
+    if gap_s is not None:
+        time.sleep(gap_s)
+        server.send_signal(signal.SIGINT)
+    _, err = server.communicate(timeout=30)
+    assert server.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_processes_of_a_demo_import_the_package_of_their_parent(tmp_path):
+    """Not ./edgefed: in a checkout that is another one, without its compiled libraries."""
+    other = tmp_path / "edgefed"
+    other.mkdir()
+    (other / "__init__.py").write_text("")
+    (other / "__main__.py").write_text("print('the wrong one')")
+    command = [*module_command("edgefed"), "--version"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("edgefed, version")
