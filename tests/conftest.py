@@ -3,9 +3,12 @@
 The tensors are tiny; several OpenMP threads only wait for each other, many times longer on a busy machine.
 """
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,6 +16,8 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["EDGEFED_CACHE"] = tempfile.mkdtemp(prefix="edgefed-test-cache-")  # nothing is proved in it
+atexit.register(shutil.rmtree, os.environ["EDGEFED_CACHE"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent))  # warm_process, warm_imports
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # merge_error, pretrain_tiny
 

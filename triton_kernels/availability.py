@@ -27,8 +27,8 @@ def version_numbers() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", triton_version() or "0.0")[:2])
 
 
-def why_not() -> str | None:
-    """Return why the kernels cannot run in this process, in one clause, or None."""
+def why_not(device: str = "cuda") -> str | None:
+    """Return why the kernels cannot run on a GPU ("cuda:1"; "cuda" is the current one), in one clause, or None."""
     version = triton_version()
     if version is None:
         return "triton is not installed"
@@ -38,15 +38,15 @@ def why_not() -> str | None:
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(torch.device(device))
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
     return None
 
 
-def detail() -> str:
+def detail(device: str = "cuda") -> str:
     """Describe what the kernels run with. Call it only if `why_not` is None."""
     import torch
 
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(torch.device(device))
     return f"triton {triton_version()}, compute capability {major}.{minor}"

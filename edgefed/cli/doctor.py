@@ -34,6 +34,7 @@ class DoctorSettings:
         str | None, Setting("cpu, cuda, cuda:1, or the UUID of a GPU or MIG instance; default: the best one.")
     ] = None
     quick: Annotated[bool, Setting("Run no kernel and write nothing to the disk.")] = False
+    prove: Annotated[bool, Setting("Prove the device's kernels again: results, gradients, speed.")] = False
     state: Annotated[Path, Setting("Folder that `edgefed join` will use: its disk is examined.")] = Path(
         "edgefed-client"
     )
@@ -80,7 +81,9 @@ def doctor_command(settings: DoctorSettings) -> None:
         progress = TerminalProgress(quiet_s=float("inf"))
         try:
             diagnosis = examine(
-                Options(settings.device, settings.state, settings.server, settings.token, settings.quick),
+                Options(
+                    settings.device, settings.state, settings.server, settings.token, settings.quick, settings.prove
+                ),
                 progress.phase,
             )
         finally:
@@ -99,6 +102,8 @@ def _check_options(settings: DoctorSettings) -> None:
     recording = settings.record is not None or settings.replay is not None
     if settings.record is not None and settings.replay is not None:
         raise click.UsageError("--record and --replay exclude each other")
+    if settings.prove and (recording or settings.quick):
+        raise click.UsageError("--prove goes with neither --quick, --record nor --replay")
     if recording and settings.server is not None:
         raise click.UsageError("--server goes with neither --record nor --replay")
     if settings.force and settings.record is None:

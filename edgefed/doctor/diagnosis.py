@@ -16,11 +16,13 @@ import msgspec
 from edgefed.disk import write_durably
 from edgefed.doctor import host, jetson, packages, sensors
 from edgefed.doctor.finding import Diagnosis, Finding, Group, State
+from edgefed.doctor.kernel_findings import REBUILD, backend_findings, proof_findings
 from edgefed.doctor.packages import TorchBuild, install_command, recorded_torch_findings, torch_findings
 from edgefed.errors import ConfigError, DeviceNotFound, StorageError
 from edgefed.hardware.budget import plan_budget
 from edgefed.hardware.facts import DeviceFacts
 from edgefed.isolation.worker import Outcome, Worker
+from edgefed.kernels.proof import prove_again, standard_cases
 
 IMPORT_LIMIT_S = 180.0
 """For importing torch and starting CUDA: over a minute from a cold SD card."""
@@ -31,8 +33,8 @@ KERNELS = "edgefed.doctor.kernel_runs"
 QUERIES = "edgefed.doctor.queries"
 QUICK = "no kernel was run and nothing was written to the disk (`quick`): the arithmetic was not checked"
 NO_SERVER = "the connection to a server was not tested (set `server`); a client needs no open port"
-REBUILD = "EDGEFED_NATIVE=1 pip install --force-reinstall --no-deps ."
 REPLAYED = "a recording was examined, not this machine: sensors only, no packages, kernels, disk or network"
+
 
 OnCheck = Callable[[str], None]
 
@@ -46,6 +48,7 @@ class Options:
     server: str | None = None
     token: str | None = None
     quick: bool = False
+    prove: bool = False
 
     @property
     def gpu_requested(self) -> bool:
@@ -86,7 +89,13 @@ def examine(options: Options, on_check: OnCheck = lambda name: None) -> Diagnosi
             findings += _kernels(worker, facts, on_check)
         if build is not None:
             on_check("kernel backends")
-            findings += backend_findings(worker.call(f"{QUERIES}:kernel_table", IMPORT_LIMIT_S))
+            place = _training_device(facts)
+            findings += backend_findings(worker.call(f"{QUERIES}:kernel_table", IMPORT_LIMIT_S, device=place))
+            if options.prove and any(f.group is Group.TORCH and f.state is State.PROBLEM for f in findings):
+                left_out.append("the kernels were not proved, because torch has a problem on this device")
+            elif options.prove:
+                prove_again(place, standard_cases(), on_message=on_check)  # torch is sound: this process may import it
+            findings += proof_findings(worker.call(f"{QUERIES}:kernel_verdicts", IMPORT_LIMIT_S, device=place), place)
     on_check("disk")
     findings += _guarded(
         Group.HOST,
@@ -164,27 +173,6 @@ def native_finding(worker: Worker) -> Finding:
     )  # fmt: skip
 
 
-def backend_findings(outcome: Outcome) -> list[Finding]:
-    """One finding per operation: which implementation can run for which kind of device, and why the others cannot."""
-    if not outcome.ok:
-        return [
-            Finding(
-                Group.NATIVE, "kernel backends", State.PROBLEM, outcome.failure,
-                "The implementation that computes the experts is unknown.", "Install edgefed again.", REBUILD,
-            )
-        ]  # fmt: skip
-    operations: dict[str, list[str]] = {}
-    for operation, name, device_type, available, reason in msgspec.convert(
-        outcome.value, list[tuple[str, str, str, bool, str]]
-    ):
-        where = "" if device_type == "*" else f" on {device_type}"
-        line = f"{name}{where}: {'yes, ' if available else 'no, '}{reason}"
-        operations.setdefault(operation, []).append(line)
-    return [
-        Finding(Group.NATIVE, operation, State.OK, "; ".join(lines)) for operation, lines in sorted(operations.items())
-    ]
-
-
 def _torch(worker: Worker, limit_s: float) -> tuple[TorchBuild | None, list[Finding]]:
     outcome = worker.call(f"{QUERIES}:torch_build", limit_s)
     if outcome.ok:
@@ -236,7 +224,7 @@ def _sensor_problem(outcome: Outcome, why: str) -> Finding:
 def _kernels(worker: Worker, facts: DeviceFacts, on_check: OnCheck) -> list[Finding]:
     """Run the arithmetic where training would run it."""
     on_gpu = facts.trains_on_gpu
-    device = f"cuda:{facts.gpu.cuda_index}" if on_gpu and facts.gpu is not None else "cpu"
+    device = _training_device(facts)
     findings = []
     command = torch_command(facts)
 
@@ -295,6 +283,12 @@ def bitsandbytes_findings(worker: Worker, facts: DeviceFacts, device: str, on_ch
             )
         )  # fmt: skip
     return findings
+
+
+def _training_device(facts: DeviceFacts | None) -> str:
+    """The device that training uses, as torch names it."""
+    on_gpu = facts is not None and facts.trains_on_gpu and facts.gpu is not None
+    return f"cuda:{facts.gpu.cuda_index}" if on_gpu and facts is not None and facts.gpu is not None else "cpu"
 
 
 def _words(outcome: Outcome) -> str:

@@ -43,11 +43,25 @@ def torch_build() -> dict[str, object]:
     }
 
 
-def kernel_table() -> list[list[object]]:
+def kernel_table(device: str) -> list[list[object]]:
     """[operation, backend, kind of device, can run, why not or with what] of every implementation of the kernels."""
     from edgefed.kernels.dispatch import backend_table
 
-    return [[row.operation, row.name, row.device_type, row.available, row.reason] for row in backend_table()]
+    return [[row.operation, row.name, row.device_type, row.available, row.reason] for row in backend_table(device)]
+
+
+def kernel_verdicts(device: str) -> object:
+    """What is proved of the kernels on a device: where it is written, and the verdicts, as JSON types."""
+    import msgspec
+
+    from edgefed.kernels.dispatch import needs_proof
+    from edgefed.kernels.verdicts import verdicts_of
+
+    verdicts = verdicts_of(device)
+    rows = [[str(row.case), row.backend, row.state, row.describe(), row.when] for row in verdicts.all()]
+    waiting = [str(case) for case in verdicts.wanted() if all(row.case != case for row in verdicts.all())]
+    found = {"path": str(verdicts.path), "rows": rows, "waiting": waiting, "needed": needs_proof(device)}
+    return msgspec.to_builtins(found)
 
 
 def recording(device: str | None, ask_torch: bool) -> object:

@@ -59,7 +59,7 @@ def read_tegra(files: Files) -> TegraFacts | None:
         temperature_celsius=_headline(temperatures),
         power_watts=total,
         power_rails_watts=rails,
-        power_mode=_power_mode(files),
+        power_mode=read_power_mode(files),
         nvmap_used_bytes=field_of(meminfo, parse_meminfo(meminfo.value or ""), "NvMapMemUsed"),
     )
 
@@ -256,7 +256,7 @@ def _power_monitors(files: Files) -> list[tuple[str, str]]:
     return folders
 
 
-def _power_mode(files: Files) -> Reading[str]:
+def read_power_mode(files: Files) -> Reading[str]:
     """Name of the nvpmodel mode, or ``mode 2`` when no configuration names it."""
     status = files.text("/var/lib/nvpmodel/status")
     match = re.search(r"pmode:\s*(\d+)", status.value or "")

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional as F
 
-from edgefed.kernels.dispatch import FEW_TOKENS, Unsupported, choose, run_best
+from edgefed.kernels.cases import masked_experts_case
+from edgefed.kernels.dispatch import Unsupported, choose, proved_in_training, run_best, want_proof
 from edgefed.kernels.neuron_energy import add_neuron_energy
 from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts
 
@@ -139,7 +140,7 @@ def masked_experts(
         is_transposed: weights are (in, out) instead of (out, in).
         finish: applied to each expert's output (P, H) before the weighting. Backends other than the reference store the
             outputs of all T*K pairs for it, in the dtype of ``hidden_states``.
-        backend: "reference", "native" (CPU), "triton" or "cuda" (GPU), or "auto": the fastest that can run.
+        backend: "reference", "native" (CPU), "triton" or "cuda" (GPU), or "auto": the fastest that is right here.
         int8_activations: multiply int8 weights with x rounded to 8 bits row by row, with exact integer sums. The error
             of x is at most max |x| / 254 of its row: about 1 % of an output. None: if no gradient is needed and the
             processor has VNNI. Native only; the reference never rounds.
@@ -188,18 +189,21 @@ def masked_experts(
         except implementation.Unsupported as error:
             raise Unsupported(str(error)) from error
 
-    few_tokens = hidden_states.shape[0] < FEW_TOKENS
-    return run_best("masked_experts", hidden_states.device.type, backend, run, few_tokens=few_tokens)
+    case = functools.partial(masked_experts_case, hidden_states, slot_indices, slots, activation, is_transposed, finish)
+    return run_best("masked_experts", str(hidden_states.device), backend, run, case=case)
 
 
 def backend_for(
-    device_type: str, dtype: torch.dtype, finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+    device: str, dtype: torch.dtype, finish: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> tuple[str, str]:
     """Return the backend that "auto" trains a layer of ``dtype`` with, and why it is the reference ("" for another).
 
-    A layer with ``finish`` trains with the reference: another backend would also store the outputs of all pairs.
+    On a GPU, that is one that is proved in every case of training that the device knows of. A layer with ``finish``
+    trains with the reference: another backend would also store the outputs of all pairs.
     """
-    name = choose("masked_experts", device_type)
+    name = choose("masked_experts", device)
+    if name == "reference":
+        name = proved_in_training(device, str(dtype).removeprefix("torch.")) or name
     if name == "reference":
         return name, "no other backend was chosen"
     probe = torch.empty(0, 1, dtype=dtype)

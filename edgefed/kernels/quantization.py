@@ -28,6 +28,7 @@ import torch
 
 from edgefed.kernels import gpu_quantization
 from edgefed.kernels.dispatch import choose, run_best
+from edgefed.kernels.verdicts import Case
 from edgefed.native import dtype_code, isa_code, load_native
 
 Format = Literal["nf4", "int8"]
@@ -169,7 +170,9 @@ def quantize_experts(
             return (_quantize_native if name == "native" else _quantize_reference)(stack, format, blocksize)
         return gpu_quantization.quantize(name, stack, format, blocksize)
 
-    packed, absmax = run_best("quantize_experts", weights.device.type, backend, run)
+    packed, absmax = run_best(
+        "quantize_experts", str(weights.device), backend, run, case=lambda: _case(weights.dtype, format)
+    )
     scales = _nest(absmax) if nested else None
     if weights.ndim == 2:
         packed, absmax = packed[0], absmax[0]
@@ -215,8 +218,12 @@ def dequantize_experts(
         else:
             gpu_quantization.dequantize(name, matrix.packed, matrix.scales(), matrix.format, matrix.blocksize, out)
 
-    run_best("quantize_experts", matrix.device.type, backend, run)
+    run_best("quantize_experts", str(matrix.device), backend, run, case=lambda: _case(dtype, matrix.format))
     return out
+
+
+def _case(dtype: torch.dtype, format: str) -> Case:
+    return Case("quantize_experts", str(dtype).removeprefix("torch."), format)
 
 
 # --- the specification ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 
 from edgefed.expert_records import LayerProfile
 from edgefed.kernels.dispatch import Unsupported, choose, note_backend, run_best
+from edgefed.kernels.verdicts import Case
 from edgefed.native import dtype_code, isa_code, load_native
 
 TOKENS_PER_EXPERT, GATE_SUM, GATE_MAX, GATE_LOG_SUM, GATE_COMPLEMENT_LOG_SUM, ROUTED_GATE_SUM = range(6)
@@ -106,7 +107,12 @@ def router_statistics(
         if sums is not statistics:
             statistics.copy_(sums)
 
-    run_best("router_statistics", device, backend, run)
+    run_best("router_statistics", str(router.device), backend, run, case=lambda: _case(router, kind))
+
+
+def _case(router: torch.Tensor, kind: str) -> Case:
+    dtype = str(router.dtype).removeprefix("torch.")
+    return Case("router_statistics", dtype, kind, width=router.shape[1])
 
 
 def _why_not(

@@ -97,7 +97,7 @@ class StatisticsRecorder:
 class LayerRuntime:
     """The state of one MoE layer between and during forward passes.
 
-    ``kernels(dtype, device type)`` returns which kernels train the experts, like `training_kernels`.
+    ``kernels(dtype, device)`` returns which kernels train the experts, like `training_kernels`.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class LayerRuntime:
         experts, backend, keep = self.layer.experts, "auto", None
         if torch.is_grad_enabled():
             # Whether activations are kept must not depend on token counts: the memory model predicts it.
-            if self._kernels(hidden_states.dtype, hidden_states.device.type) == "reference":
+            if self._kernels(hidden_states.dtype, str(hidden_states.device)) == "reference":
                 backend = "reference"
             else:
                 keep = True
@@ -259,18 +259,18 @@ def balancing_loss(
     return num_slots * (load * share).sum()
 
 
-def training_kernels(layers: Iterable[ExpertLayer], dtype: torch.dtype, device_type: str) -> str:
+def training_kernels(layers: Iterable[ExpertLayer], dtype: torch.dtype, device: str) -> str:
     """Return which kernels train the experts of a model of ``dtype``, for all its layers: a `StepSetup.kernels`.
 
-    "native" if the dispatcher has a kernel for such layers: by default on the CPU, and on a GPU if EDGEFED_KERNELS
-    names one. Otherwise, and if a layer post-processes each expert's output, "reference". The memory model has
-    different formulas for the two.
+    "native" if the dispatcher has a kernel for such layers: by default on the CPU, and on a GPU if it is proved there
+    or EDGEFED_KERNELS names it. Otherwise, and if a layer post-processes each expert's output, "reference". The memory
+    model has different formulas for the two.
     """
     finishes = (layer.experts.post_expert_norm for layer in layers if layer.has_post_expert_norm)
-    name, reason = backend_for(device_type, dtype, next(finishes, None))
+    name, reason = backend_for(device, dtype, next(finishes, None))
     if name != "reference":
         return "native"
-    log_choice("training of masked_experts", device_type, name, reason)
+    log_choice("training of masked_experts", device, name, reason)
     return name
 
 

@@ -327,7 +327,7 @@ class MoeModel:
 
     def training_kernels(self) -> str:
         """Return which kernels train the experts of a plan, as in `StepSetup.kernels`."""
-        return training_kernels(self.layers, self.dtype, self._device.type)
+        return training_kernels(self.layers, self.dtype, str(self._device))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return all trainable parameters, for an optimizer."""

@@ -23,6 +23,7 @@ import torch
 
 from edgefed.errors import ConfigError, first_line
 from edgefed.expert_records import ExpertPlan
+from edgefed.kernels.failures import record_backward_failure
 from edgefed.methods.interface import Assigning, ExpertMethod
 from edgefed.methods.registry import make_expert_method, make_method
 from edgefed.moe.expert_reading import FrameSource
@@ -33,6 +34,7 @@ from edgefed.protocol.messages import Assignment, Manifest, RunConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
 from edgefed.trainer.evaluation import evaluate_resident, evaluate_streamed
+from edgefed.trainer.kernel_proof import prove_before_round
 from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.trainer.placement import (
     ExpertPlacer,
@@ -256,7 +258,7 @@ class LocalTrainer:
         """(plan, outcome, held-out loss before, after) of the first plan that runs to its end.
 
         After an out-of-memory the plan shrinks by one fallback and the round starts again from its first weights: an
-        optimizer step may have changed half of them.
+        optimizer step may have changed half of them. After a failed kernel it starts again with another backend.
         """
         plan: ExpertPlan | None = None
         before: dict[tuple[ExpertPlan, str | None], float] = {}  # by what is resident, and how it is stored
@@ -265,6 +267,7 @@ class LocalTrainer:
             try:
                 if plan is None:
                     ctx.phase = "planning"
+                    prove_before_round(self._device, model, ctx.run, ctx.progress)
                     plan = self.planner.make_plan(self._plan_request(ctx))
                 placed = (plan, self.planner.step_plan.setup.expert_storage)
                 if not (ctx.own and placed == (model.plan, model.storage)):  # own experts are never offloaded
@@ -277,11 +280,15 @@ class LocalTrainer:
             except PlanShrunk:
                 plan = guard.plan
             except Exception as error:
+                backend = record_backward_failure(self._device, error)
                 if is_device_lost(error):
                     raise device_lost(error, self._device) from error
-                if not is_out_of_memory(error):
+                if backend:
+                    ctx.progress.message(f"kernels: the round starts again without the backend {backend}")
+                elif is_out_of_memory(error):
+                    reason = first_line(error)[:160]
+                else:
                     raise
-                reason = first_line(error)[:160]
             # Outside the handlers: their traceback keeps what the failed step had allocated.
             for parameter in model.module.parameters():
                 parameter.grad = None

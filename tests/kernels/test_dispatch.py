@@ -56,12 +56,16 @@ def test_the_environment_variable_applies_only_to_auto(monkeypatch, without_nati
 
 def test_a_new_backend_is_preferred_where_it_can_run():
     broken = ["no such device"]
-    dispatch.register_backend("masked_experts", "fast", "cpu", lambda: broken[0] if broken else None, lambda: "wings")
+    dispatch.register_backend(
+        "masked_experts", "fast", "cpu", lambda device: broken[0] if broken else None, lambda device: "wings"
+    )
     row = next(row for row in dispatch.backend_table() if row.name == "fast")
     assert (row.available, row.reason) == (False, "no such device")
     assert dispatch.choose("masked_experts", "cpu") != "fast"
     broken.clear()
-    dispatch.register_backend("masked_experts", "fast", "cpu", lambda: None, lambda: "wings", before="native")
+    dispatch.register_backend(
+        "masked_experts", "fast", "cpu", lambda device: None, lambda device: "wings", before="native"
+    )
     assert dispatch.choose("masked_experts", "cpu") == "fast" == dispatch.choose("masked_experts", "cpu", "fast")
     assert dispatch.choose("masked_experts", "mps") == "reference"
     assert [row.name for row in dispatch.backend_table()].count("fast") == 1
@@ -81,38 +85,37 @@ def test_the_table_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def announce_gpu(*, measured=True):
-    """Make the Triton and CUDA backends available, as on a machine with a GPU."""
+def announce_gpu():
+    """Make the Triton and CUDA backends available, as on a machine with a GPU, without the need of a proof."""
     for row in dispatch.backend_table():
         if row.device_type == "cuda":
-            dispatch.register_backend(
-                row.operation,
-                row.name,
-                row.device_type,
-                lambda: None,
-                only_by_name="" if measured else dispatch.NOT_MEASURED,
-                for_few_tokens=row.for_few_tokens,
-            )
+            dispatch.register_backend(row.operation, row.name, row.device_type, lambda device: None)
 
 
-def test_few_tokens_on_a_gpu_use_dot_products_and_many_use_tiles(monkeypatch):
-    announce_gpu()
-    assert dispatch.choose("masked_experts", "cuda", few_tokens=True) == "cuda"
-    assert dispatch.choose("masked_experts", "cuda", few_tokens=False) == "triton"
-    for requested in ("triton", "cuda", "reference"):  # a requested name has priority
-        assert dispatch.choose("masked_experts", "cuda", requested, few_tokens=True) == requested
-    assert dispatch.choose("router_statistics", "cuda", few_tokens=True) == "triton"
-    dispatch.register_backend("masked_experts", "cuda", "cuda", lambda: "no library", for_few_tokens=True)
-    assert dispatch.choose("masked_experts", "cuda", few_tokens=True) == "triton"
+def test_what_a_backend_needs_is_asked_of_each_device_by_its_number():
+    asked = []
+
+    def why_not(device):
+        asked.append(device)
+        return "compute capability 7.5 is below 8.0" if device == "cuda:0" else None
+
+    dispatch.register_backend("masked_experts", "triton", "cuda", why_not, needs_proof=False)
+    dispatch.register_backend("masked_experts", "cuda", "cuda", lambda device: "no library")
+    assert dispatch.choose("masked_experts", "cuda:0") == "reference"
+    assert dispatch.choose("masked_experts", "cuda:1") == "triton"
+    assert asked == ["cuda:0", "cuda:1"]
+    rows = {(row.operation, row.name): row for row in dispatch.backend_table("cuda:0")}
+    assert not rows["masked_experts", "triton"].available
+    assert rows["masked_experts", "reference"].available
 
 
-@pytest.mark.parametrize("few_tokens", [False, True])
-def test_unmeasured_backends_run_only_by_name(monkeypatch, few_tokens):
-    announce_gpu(measured=False)
+def test_unproved_backends_run_only_by_name(monkeypatch):
     for operation in dispatch.OPERATIONS:
-        assert dispatch.choose(operation, "cuda", few_tokens=few_tokens) == "reference"
+        for name in ("triton", "cuda"):
+            dispatch.register_backend(operation, name, "cuda", lambda device: None, needs_proof=True)
+        assert dispatch.choose(operation, "cuda:0") == "reference"
         monkeypatch.setenv("EDGEFED_KERNELS", "triton")
-        assert dispatch.choose(operation, "cuda", few_tokens=few_tokens) == "triton"
+        assert dispatch.choose(operation, "cuda:0") == "triton"
         monkeypatch.delenv("EDGEFED_KERNELS")
 
 
@@ -136,11 +139,11 @@ def test_a_backend_that_does_not_support_a_call_is_skipped_and_logged(monkeypatc
 
     with caplog.at_level("INFO"):
         for _ in range(2):
-            assert dispatch.run_best("masked_experts", "cuda", "auto", run, few_tokens=True) == "done"
-    assert tried == ["cuda", "triton", "reference"] * 2
+            assert dispatch.run_best("masked_experts", "cuda", "auto", run) == "done"
+    assert tried == ["triton", "cuda", "reference"] * 2
     said = [record.message for record in caplog.records if "no such shape" in record.message]
     assert said == [
-        "masked_experts on cuda uses reference (not cuda: cuda has no such shape; not triton: triton has no such shape)"
+        "masked_experts on cuda uses reference (not triton: triton has no such shape; not cuda: cuda has no such shape)"
     ]
     with pytest.raises(ConfigError, match="requested backend 'triton': triton has no such shape"):
         dispatch.run_best("masked_experts", "cuda", "triton", run)

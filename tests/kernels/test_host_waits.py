@@ -60,7 +60,7 @@ def library(monkeypatch):
         for module in (cuda_kernels, cuda_experts):
             monkeypatch.setattr(module, "cuda_kernels", lambda: kernels)
         for operation in dispatch.OPERATIONS:
-            dispatch.register_backend(operation, "cuda", "meta", lambda: None)
+            dispatch.register_backend(operation, "cuda", "meta", lambda device: None)
         yield still
 
 

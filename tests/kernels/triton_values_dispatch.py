@@ -23,7 +23,7 @@ def announced(monkeypatch):
     with dispatch.temporary_backends():
         monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
         for operation in dispatch.OPERATIONS:
-            dispatch.register_backend(operation, "triton", DEVICE, lambda: None, before="native")
+            dispatch.register_backend(operation, "triton", DEVICE, lambda device: None, before="native")
         yield
 
 

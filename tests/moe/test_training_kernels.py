@@ -110,7 +110,7 @@ def test_without_the_native_library_the_plan_uses_the_reference(olmoe, ran):
     model = planned(olmoe)
     with dispatch.temporary_backends():
         for operation in dispatch.OPERATIONS:
-            dispatch.register_backend(operation, "native", "cpu", lambda: "not built")
+            dispatch.register_backend(operation, "native", "cpu", lambda device: "not built")
         assert step_setup(model, TrainingConfig(local_steps=1)).kernels == "reference"
         gradients(model, olmoe)
     assert set(ran) == {"reference"}
