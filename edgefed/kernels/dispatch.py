@@ -143,7 +143,7 @@ def run_best(
     Raises ConfigError if a backend requested by name cannot run here, or does not support this call.
 
     """
-    kind = case() if _consults_verdicts(operation, device) else None
+    kind = case() if requested == "auto" and _consults_verdicts(operation, device) else None
     refused: dict[str, str] = {}
     failed: dict[str, Exception] = {}
     while True:

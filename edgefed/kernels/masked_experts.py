@@ -190,7 +190,10 @@ def masked_experts(
             raise Unsupported(str(error)) from error
 
     case = functools.partial(masked_experts_case, hidden_states, slot_indices, slots, activation, is_transposed, finish)
-    return run_best("masked_experts", str(hidden_states.device), backend, run, case=case)
+    device = str(hidden_states.device)
+    if backend == "reference":
+        want_proof("masked_experts", device, case)
+    return run_best("masked_experts", device, backend, run, case=case)
 
 
 def backend_for(

@@ -54,7 +54,7 @@ def test_a_round_proves_what_it_will_run(bench, data, tmp_path, monkeypatch):
     assert (likely.operation, likely.trains) == ("masked_experts", "weights")
     wanted = verdicts.verdicts_of("cpu").wanted()
     trained = [case for case in wanted if case.trains == "weights"]
-    assert trained
+    assert trained, wanted
     assert {(case.hidden, case.width, case.dtype) for case in trained} == {(likely.hidden, likely.width, likely.dtype)}
 
 
