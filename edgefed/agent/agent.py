@@ -130,6 +130,7 @@ class Agent:
         self._delivery = Delivery(client, journal, self._retry, self.progress, self._call)
         self._run: RunConfig | None = None
         self._joined = journal.knows(client.base_url)
+        self._num_examples = trainer.num_examples
         self._heartbeat: HeartbeatThread | None = None
         self._server_round = journal.record.server_round
         self._forgotten = self._rounds = self._run_rounds = 0
@@ -222,12 +223,15 @@ class Agent:
 
     # --- registration and requests --------------------------------------------------------------------------------
 
-    def _register(self) -> None:
+    def _register(self, num_examples: int = 0) -> None:
+        """Register, or register again: an update may not have more examples than its client has registered."""
         record, settings = self.journal.record, self._settings
+        pending = self.journal.pending.num_examples if self.journal.pending else 0
+        self._num_examples = max(num_examples, pending, self._num_examples)
         message = Register(
             protocol_version=PROTOCOL_VERSION, client_id=record.client_id, client_key=record.client_key,
             name=settings.name, memory_bytes=settings.memory_bytes, expert_share=settings.expert_share,
-            compute_share=settings.compute_share, num_examples=self._trainer.num_examples,
+            compute_share=settings.compute_share, num_examples=self._num_examples,
             edgefed_version=__version__, device=settings.device, instance=self.client.instance,
         )  # fmt: skip
         limit = None if self._joined else settings.give_up_after_s
@@ -301,6 +305,8 @@ class Agent:
         except ChecksumMismatch as error:
             return self._delivery.refuse(error)
         self.progress.done()
+        if trained.num_examples > self._num_examples:  # known only now: examples are made from records of the data
+            self._register(trained.num_examples)
         meta = self._describe(trained, assignment.server_round, attempt, path)
         self.journal.finish_training(
             path, meta, bytes_down=self._delivery.bytes_down, seconds=self.progress.take_seconds()
@@ -377,13 +383,7 @@ def open_agent(
         with AggregatorClient(server, record.client_id, record.client_key, token, verify=verify) as client:
             cache = BlobCache(journal.folder / BLOBS_FOLDER, client)
             with Agent(
-                settings,
-                trainer,
-                client=client,
-                journal=journal,
-                cache=cache,
-                progress=progress,
-                stop=stop,
+                settings, trainer, client=client, journal=journal, cache=cache, progress=progress, stop=stop,
                 retry=retry,
-            ) as agent:
+            ) as agent:  # fmt: skip
                 yield agent

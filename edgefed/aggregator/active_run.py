@@ -14,35 +14,33 @@ import hmac
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import msgspec
-import numpy as np
-
 from edgefed.aggregator import rounds
+from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregated, Aggregation, aggregate_round, undo_round
+from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore, Catalog
-from edgefed.aggregator.fold import fold_round
+from edgefed.aggregator.robust import find_rule
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.aggregator.status import Presence, build_status, describe_round, round_status
 from edgefed.aggregator.store import ClientRecord, Store, UpdateRecord
 from edgefed.aggregator.uploads import UploadFolder
-from edgefed.aggregator.validate import check_client_id, digest, update_units
+from edgefed.aggregator.validate import ClaimLimits, check_client_id, digest
 from edgefed.errors import (
     NotFound,
     RoundClosed,
-    StateCorrupt,
     StorageError,
     Unauthorized,
     UnknownClient,
     UpdateConflict,
 )
 from edgefed.kernels.fold import select_backend
-from edgefed.methods.interface import Contribution, Coverage, Method
+from edgefed.methods.interface import Method
 from edgefed.progress import counted
-from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, Manifest, Status
+from edgefed.protocol.messages import SetAside, Status
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +99,7 @@ class ActiveRun:
         before = self.store.policy
         policy = dataclasses.replace(before, **changes)  # type: ignore[arg-type]  # checked next
         policy.check()
+        find_rule(policy.robust)
         if policy != before:
             self.store.save_policy(policy)
             for name in changes:
@@ -114,10 +113,6 @@ class ActiveRun:
         updates = self.store.updates(current.server_round)
         takes_uploads = current.phase in (Phase.WAITING, Phase.TRAINING)
         self.uploads.recover(current.server_round if takes_uploads else None, updates)
-        for update in updates:
-            path = self.uploads.updates / update.file_name
-            if not path.is_file() or path.stat().st_size != update.size_bytes:
-                raise StateCorrupt(f"the accepted update {path} is missing or has another size than was recorded")
         self.clients = {client.client_id: client for client in self.store.clients()}
         self.state = rounds.restore(
             self.policy,
@@ -181,6 +176,14 @@ class ActiveRun:
             client = self.authenticate(client_id, key)
             self.apply(rounds.ClientSeen(self.clock(), client_id))
             yield client
+
+    def claim_limits(self, client: ClientRecord) -> ClaimLimits:
+        """What an update of this client may claim of itself."""
+        training, method = self.config.training, self._method
+        if method.personal:
+            return ClaimLimits(examples=client.num_examples)
+        tokens = training.local_steps * training.batch_size * training.sequence_length
+        return ClaimLimits(client.num_examples, tokens, method.importance_limit)
 
     def check_open(self, client_id: str, server_round: int, update: UpdateRecord | None = None) -> None:
         """Raise unless an update of this client for this round would count. ``update``: one accepted before."""
@@ -274,31 +277,51 @@ class ActiveRun:
     def fold_pending(self) -> None:
         """Aggregate the closed round, if there is one. For one thread at a time; may be repeated after any failure.
 
-        Raises FoldCancelled if the run closes meanwhile, DiskFull and StorageError (try again later), and the errors of
-        the method.
+        Raises FoldCancelled if the run closes meanwhile, DiskFull and StorageError (try again later).
         """
         if not self.fold_due:
             return
         started = time.monotonic()
         units, server_round = self.catalog.manifest.units, self.state.server_round
         updates = self.store.updates(server_round)
-        paths = {update.client_id: self.uploads.updates / update.file_name for update in updates}
-        plan = self._method.plan_merge([_contribution(update, paths[update.client_id]) for update in updates], units)
-        changed = fold_round(
-            *(units, plan, paths, self._blobs, self.backend), threads=self._fold_threads, cancelled=self._closing.is_set
+        result = self._undo(updates) or aggregate_round(
+            Aggregation(
+                *(self._method, self.policy, self._blobs, self.backend, self._fold_threads, self._closing.is_set)
+            ),
+            *(units, updates, self.uploads.updates),
         )
+        changed, used = result.changed, [update for update in updates if update.client_id not in result.set_aside]
         with self.lock:
-            for update in updates:
-                survey = None if update.meta is None else update.meta.survey
-                client = self.clients[update.client_id]
+            for update in used:
+                assert update.meta is not None, "only updates with metadata count"
+                survey, client = update.meta.survey, self.clients[update.client_id]
+                loss = update.meta.metrics.get(HELD_OUT_LOSS)
+                client.held_out = None if loss is None else (server_round, loss)
                 client.survey = client.survey if survey is None else combined_survey(client.survey, survey)
-            status = round_status(self.store.current_round(), updates, changed)
+            set_aside = [
+                SetAside(client_id=client_id, name=self.clients[client_id].name, reason=reason)
+                for client_id, reason in sorted(result.set_aside.items())
+            ]
+            status = round_status(self.store.current_round(), used, changed, set_aside, result.undone)
             next_phase = Phase.FINISHED if server_round >= self.policy.rounds else Phase.WAITING
             self.store.record_fold(status, changed, next_phase, self.clients.values())
             self.catalog.load(server_round + 1)
             self.apply(rounds.Folded(self.clock(), server_round))
         self._tidy(updates)
+        for each in set_aside:
+            logger.warning(
+                "round %d: the update of client %s (%r) is set aside: %s",
+                *(server_round, each.client_id, each.name, each.reason),
+            )
         logger.info("%s", describe_round(status, self.policy.rounds, time.monotonic() - started))
+
+    def _undo(self, updates: Sequence[UpdateRecord]) -> Aggregated | None:
+        """Undo the last aggregation, if clients report that it made the model much worse."""
+        if self.policy.rollback is None:
+            return None
+        now = self.catalog.manifest
+        earlier = {client.client_id: client.held_out for client in self.clients.values()}
+        return undo_round(updates, earlier, self.policy.rollback, now, self.store.manifest(now.server_round - 1))
 
     def _tidy(self, folded: list[UpdateRecord]) -> None:
         """Delete files that no round needs. After a failure, the next start deletes them."""
@@ -335,64 +358,3 @@ class ActiveRun:
                 and now - self.state.last_seen[client_id] >= idle_s
                 for client_id in self.state.live(now)
             )
-
-
-def _contribution(update: UpdateRecord, path: Path) -> Contribution:
-    if update.meta is None:
-        raise StateCorrupt(f"the record of update {update.file_name} has no metadata")
-    reports = {(report.layer, report.expert): report for report in update.meta.experts}
-    return Contribution(
-        client_id=update.client_id, num_examples=update.meta.num_examples, experts=reports, units=update_units(path)
-    )
-
-
-def combined_survey(before: ExpertSurvey | None, now: ExpertSurvey) -> ExpertSurvey:
-    """``now``, with the earlier utilities and transfer rates where it has none."""
-    if before is None:
-        return now
-    utility = tuple(
-        tuple(new if new is not None else old for old, new in zip(old_row, new_row, strict=True))
-        for old_row, new_row in zip(before.utility, now.utility, strict=True)
-    )
-    rates = {
-        name: getattr(before, name) if getattr(now, name) is None else getattr(now, name)
-        for name in ("upload_bytes_per_s", "download_bytes_per_s")
-    }
-    return msgspec.structs.replace(now, utility=utility, **rates)
-
-
-def expert_coverage(store: Store, manifest: Manifest) -> Coverage:
-    """Rounds since each expert was last trained, from the rounds in which its unit or its adapter changed."""
-    changed = store.last_changed()
-    idle = [np.full(size, manifest.server_round - 1) for size in store.experts_per_layer]
-    for unit in manifest.units:
-        if unit.kind == "expert":
-            since = manifest.server_round - changed[unit.key]
-            idle[unit.layer][unit.expert] = min(idle[unit.layer][unit.expert], since)
-    return Coverage(tuple(idle))
-
-
-class Assigner:
-    """Assigns experts, where the method does: once per round, for all clients that have sent a survey.
-
-    Surveys enter a `ClientRecord` when a round is folded, so the decision is the same after a restart within a round.
-    The owner calls it under its own lock.
-    """
-
-    def __init__(self, method: Method, store: Store):
-        self._method, self._store = method, store
-        self._decided: dict[str, ExpertAssignment] = {}
-        self._decided_for = 0
-
-    def assignment(
-        self, client_id: str, clients: Mapping[str, ClientRecord], manifest: Manifest, seed: int
-    ) -> ExpertAssignment | None:
-        """The experts of a client in the round of ``manifest``; None if the method assigns none, or has no survey."""
-        if self._method.personal or self._method.assigning is None:
-            return None
-        if self._decided_for != manifest.server_round:
-            surveys = {client.client_id: client.survey for client in clients.values() if client.survey is not None}
-            coverage = expert_coverage(self._store, manifest)
-            self._decided = self._method.assign_experts(surveys, coverage, manifest.server_round, seed)
-            self._decided_for = manifest.server_round
-        return self._decided.get(client_id)

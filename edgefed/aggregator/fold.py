@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import io
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,20 +24,15 @@ import msgspec
 import numpy as np
 
 from edgefed.aggregator.blobs import BlobStore
-from edgefed.aggregator.slices import are_rows, neuron_table, read_rows, row_runs, row_weights, upload_tensors
-from edgefed.aggregator.validate import read_exactly
-from edgefed.disk import disk_errors
-from edgefed.errors import StateCorrupt
+from edgefed.aggregator.slices import row_runs, row_weights
+from edgefed.aggregator.update_files import BlockFiles, UpdateDamaged, UpdateIndex
 from edgefed.kernels.fold import FoldBackend
 from edgefed.methods.interface import UnitMerge
-from edgefed.protocol.frames import FLOAT_DTYPES, TensorEntry, encode_header, read_header, storage_dtype, update_name
-from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, TensorInfo, UnitInfo
+from edgefed.protocol.frames import FLOAT_DTYPES, TensorEntry, encode_header, read_header, storage_dtype
+from edgefed.protocol.messages import NEURON_TABLE, TensorInfo, UnitInfo
 
 BLOCK_ELEMENTS = 64 * 1024
 """Elements per block: 512 KiB of float64 sums stay in the second-level cache while all clients are added."""
-MAX_OPEN_FILES = 64
-"""Open files per thread: a round may have more clients than a process can open files."""
-_ABSENT = -1
 
 
 class FoldCancelled(Exception):
@@ -47,10 +40,24 @@ class FoldCancelled(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Robustness:
+    """How lies are limited (`edgefed.aggregator.robust`).
+
+    ``factors`` {(client_id, unit key): f}: x is taken as g + f (x - g), where g is the current value. ``combine``:
+    (n, m) -> (m,), taken in place of the weighted mean where n >= ``min_clients``.
+    """
+
+    factors: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
+    combine: Callable[[np.ndarray], np.ndarray] | None = None
+    min_clients: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class _Source:
     """Position of one client's tensor, and the client's share: a float, or (E,) for rows.
 
     ``rows``: of a slice, the ascending rows of the global table that the client's tensor has.
+    ``factor``: see `Robustness`.
     """
 
     client_id: str
@@ -58,44 +65,11 @@ class _Source:
     start: int
     share: float | np.ndarray
     rows: np.ndarray | None = None
+    factor: float = 1.0
 
-
-class UpdateIndex:
-    """Position of each tensor in each update file, in 8 bytes per tensor and client; headers take many more."""
-
-    def __init__(self, units: Sequence[UnitInfo], updates: Mapping[str, Path]):
-        """Read the header of each file in ``updates`` {client_id: path}."""
-        names = [update_name(unit.key, info.name) for unit in units if unit.trainable for info in upload_tensors(unit)]
-        self._order = {name: at for at, name in enumerate(names)}
-        self._paths = dict(updates)
-        self._starts = {}
-        self._widths: dict[str, np.ndarray] = {}
-        sliced = any(neuron_table(unit) for unit in units)
-        for client_id, path in updates.items():
-            starts = np.full(len(names), _ABSENT, dtype=np.int64)
-            widths = np.zeros(len(names) if sliced else 0, dtype=np.int32)
-            for name, entry in read_header(path).items():
-                starts[self._order[name]] = entry.start
-                if sliced and entry.info.shape:
-                    widths[self._order[name]] = entry.info.shape[0]
-            self._starts[client_id], self._widths[client_id] = starts, widths
-
-    def locate(self, client_id: str, unit_key: str, name: str) -> tuple[Path, int]:
-        """File and first byte of a tensor. Raises ValueError if the client did not upload it: the plan is wrong."""
-        at = self._order.get(update_name(unit_key, name))
-        start = int(self._starts[client_id][at]) if at is not None and client_id in self._starts else _ABSENT
-        if start == _ABSENT:
-            raise ValueError(f"the merge plan needs unit {unit_key!r} of client {client_id!r}, which did not upload it")
-        return self._paths[client_id], start
-
-    def rows(self, client_id: str, unit_key: str, num_rows: int) -> np.ndarray:
-        """Rows of a table of ``num_rows`` neurons that a client uploaded, (W,). Raises ValueError, StateCorrupt."""
-        path, start = self.locate(client_id, unit_key, NEURON_INDEX)
-        width = int(self._widths[client_id][self._order[update_name(unit_key, NEURON_INDEX)]])
-        rows = read_rows(path, start, width)
-        if len(rows) != width or not are_rows(rows, num_rows):
-            raise StateCorrupt(f"update {path} of client {client_id!r} changed after it was accepted")
-        return rows
+    def share_of(self, row: int) -> float:
+        """The share in one row."""
+        return self.share if isinstance(self.share, float) else float(self.share[row])
 
 
 def fold_round(
@@ -105,14 +79,15 @@ def fold_round(
     blobs: BlobStore,
     backend: FoldBackend,
     *,
+    robustness: Robustness | None = None,
     threads: int | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[UnitInfo]:
     """Write the units of the next global model that differ from the current one. Returns them, in manifest order.
 
     Their blobs are durable when this returns. ``updates`` maps clients to validated update files; ``threads`` None
-    means one per processor, at most four. Raises ValueError if the updates or units do not cover the plan, StateCorrupt
-    if a file has changed since its validation, DiskFull, StorageError, FoldCancelled.
+    means one per processor, at most four. Raises ValueError if the updates or units do not cover the plan,
+    UpdateDamaged if a file has changed since its validation, DiskFull, StorageError, FoldCancelled.
     """
     unknown = plan.keys() - {unit.key for unit in units if unit.trainable}
     if unknown:
@@ -123,13 +98,12 @@ def fold_round(
 
     def fold_one(unit: UnitInfo) -> UnitInfo:
         if not hasattr(scratches, "own"):
-            scratches.own = _Scratch(backend, cancelled)
+            scratches.own = _Scratch(backend, cancelled, robustness or Robustness())
         chunks = _unit_chunks(unit, plan[unit.key], index, blobs.path(unit.sha256), scratches.own)
         sha256, size_bytes = batch.put(chunks)
         return unit if sha256 == unit.sha256 else msgspec.structs.replace(unit, sha256=sha256, size_bytes=size_bytes)
 
-    threads = threads or min(4, os.cpu_count() or 1)
-    pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="fold")
+    pool = concurrent.futures.ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="fold")
     with blobs.batch() as batch:
         try:
             folded = list(pool.map(fold_one, planned))
@@ -138,14 +112,21 @@ def fold_round(
     return [new for new, old in zip(folded, planned, strict=True) if new is not old]
 
 
+def default_threads() -> int:
+    """One thread per processor, at most four."""
+    return min(4, os.cpu_count() or 1)
+
+
 class _Scratch:
     """The buffers of one thread."""
 
-    def __init__(self, backend: FoldBackend, cancelled: Callable[[], bool]):
+    def __init__(self, backend: FoldBackend, cancelled: Callable[[], bool], robustness: Robustness):
         self.backend = backend
         self.cancelled = cancelled
+        self.robustness = robustness
         self.sums = np.empty(BLOCK_ELEMENTS, dtype=np.float64)
         self.raw = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
+        self.old = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
         self.out = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
 
 
@@ -167,7 +148,10 @@ def _unit_chunks(
             rows = [*found]
         shares, keep_rows = _shares(given, info)
         sources = [
-            _Source(client_id, *index.locate(client_id, unit.key, info.name), share, own)
+            _Source(
+                *(client_id, *index.locate(client_id, unit.key, info.name), share, own),
+                factor=scratch.robustness.factors.get((client_id, unit.key), 1.0),
+            )
             for (client_id, _), share, own in zip(weights, shares, rows, strict=True)
             if np.any(share)
         ]
@@ -212,30 +196,42 @@ def _tensor_chunks(
     old: TensorEntry,
     scratch: _Scratch,
 ) -> Iterator[memoryview]:
-    dtype = storage_dtype(info.dtype)
+    dtype, rule = storage_dtype(info.dtype), scratch.robustness
     count = old.size_bytes // dtype.itemsize
     row_elements = count // info.shape[0] if keep_rows is not None else count
-    with _Files() as files:
-        for begin in range(0, count, BLOCK_ELEMENTS):
+    needs_old = (keep_rows is not None and bool(keep_rows.any())) or any(source.factor < 1 for source in sources)
+    combines = rule.combine is not None and len(sources) >= rule.min_clients
+    step = max(1024, BLOCK_ELEMENTS // len(sources)) if combines else BLOCK_ELEMENTS
+    with BlockFiles() as files:
+        for begin in range(0, count, step):
             if scratch.cancelled():
                 raise FoldCancelled("the server stops; the next start aggregates the round again")
-            length = min(BLOCK_ELEMENTS, count - begin)
+            length = min(step, count - begin)
             sums, out = scratch.sums[:length], scratch.out[: length * dtype.itemsize].view(dtype)
             sums[:] = -0.0  # neutral element of addition: 0.0 would turn a mean of -0.0 into 0.0
-            for source in sources:
+            before = None
+            if needs_old:
+                before = files.read(old_path, old.start + begin * dtype.itemsize, scratch.old, length, dtype)
+            rows = list(_rows(begin, length, row_elements))
+            matrix = np.empty((len(sources), length)) if combines else None
+            for at, source in enumerate(sources):
                 raw = files.read(source.path, source.start + begin * dtype.itemsize, scratch.raw, length, dtype)
-                for part, row in _rows(begin, length, row_elements):
-                    share = source.share if isinstance(source.share, float) else float(source.share[row])
-                    if share and scratch.backend.fold_block(sums[part], raw[part], info.dtype, share) >= 0:
-                        raise StateCorrupt(
-                            f"update {source.path} of client {source.client_id!r} changed after it was accepted"
-                        )
+                if matrix is not None:
+                    matrix[at] = -0.0
+                    _add(matrix[at], raw, before, source, 1.0, info.dtype, scratch.backend)
+                    continue
+                for part, row in rows:
+                    if share := source.share_of(row):
+                        old_part = None if before is None else before[part]
+                        _add(sums[part], raw[part], old_part, source, share, info.dtype, scratch.backend)
+            if matrix is not None:
+                for part, row in rows:
+                    sums[part] = _combined(matrix[:, part], [source.share_of(row) for source in sources], rule)
             scratch.backend.narrow_block(sums, info.dtype, out)
-            if keep_rows is not None and keep_rows.any():
-                raw = files.read(old_path, old.start + begin * dtype.itemsize, scratch.raw, length, dtype)
-                for part, row in _rows(begin, length, row_elements):
+            if keep_rows is not None and before is not None:
+                for part, row in rows:
                     if keep_rows[row]:
-                        out[part] = raw[part]
+                        out[part] = before[part]
             yield memoryview(out.data).cast("B")
 
 
@@ -252,8 +248,8 @@ def _table_chunks(
     num_rows, columns = info.shape
     if not 0 < columns <= BLOCK_ELEMENTS:
         raise ValueError(f"a neuron has {columns} numbers: expected 1..{BLOCK_ELEMENTS}")
-    step = BLOCK_ELEMENTS // columns
-    with _Files() as files:
+    step, clipped = BLOCK_ELEMENTS // columns, any(source.factor < 1 for source in sources)
+    with BlockFiles() as files:
         for begin in range(0, num_rows, step):
             if scratch.cancelled():
                 raise FoldCancelled("the server stops; the next start aggregates the round again")
@@ -261,6 +257,10 @@ def _table_chunks(
             length = (end - begin) * columns
             sums, out = scratch.sums[:length], scratch.out[: length * dtype.itemsize].view(dtype)
             sums[:] = -0.0
+            before = None
+            if clipped or keep_rows[begin:end].any():
+                start = old.start + begin * columns * dtype.itemsize
+                before = files.read(old_path, start, scratch.old, length, dtype)
             for source in sources:
                 assert source.rows is not None, "a source of a table has rows"
                 assert isinstance(source.share, np.ndarray), "and a share for each row"
@@ -273,18 +273,42 @@ def _table_chunks(
                 for at, stop in row_runs(rows, source.share):
                     part = sums[(rows[at] - begin) * columns : (rows[stop - 1] + 1 - begin) * columns]
                     share = float(source.share[rows[at]])
-                    block = raw[at * columns : stop * columns]
-                    if share and scratch.backend.fold_block(part, block, info.dtype, share) >= 0:
-                        raise StateCorrupt(
-                            f"update {source.path} of client {source.client_id!r} changed after it was accepted"
-                        )
+                    if share:
+                        block, old_rows = raw[at * columns : stop * columns], None
+                        if before is not None:
+                            old_rows = before[(rows[at] - begin) * columns : (rows[stop - 1] + 1 - begin) * columns]
+                        _add(part, block, old_rows, source, share, info.dtype, scratch.backend)
             scratch.backend.narrow_block(sums, info.dtype, out)
-            if keep_rows[begin:end].any():
-                size = columns * dtype.itemsize
-                kept = files.read(old_path, old.start + begin * size, scratch.raw, length, dtype)
+            if before is not None:
                 mask = keep_rows[begin:end]
-                out.reshape(-1, columns)[mask] = kept.reshape(-1, columns)[mask]
+                out.reshape(-1, columns)[mask] = before.reshape(-1, columns)[mask]
             yield memoryview(out.data).cast("B")
+
+
+def _add(
+    sums: np.ndarray,
+    raw: np.ndarray,
+    before: np.ndarray | None,
+    source: _Source,
+    share: float,
+    dtype: str,
+    backend: FoldBackend,
+) -> None:
+    """``sums += share (g + f (x - g))``. Raises UpdateDamaged for a value that is not finite."""
+    if backend.fold_block(sums, raw, dtype, share * source.factor) >= 0:
+        raise UpdateDamaged(source.client_id, source.path)
+    if source.factor < 1:
+        assert before is not None, "the current values were read for clipped sources"
+        backend.fold_block(sums, before, dtype, share * (1 - source.factor))
+
+
+def _combined(values: np.ndarray, shares: Sequence[float], rule: Robustness) -> np.ndarray:
+    """The robust mean of the clients with a share, or their weighted mean if they are too few; ``values`` (n, m)."""
+    present = [at for at, share in enumerate(shares) if share]
+    if rule.combine is not None and len(present) >= rule.min_clients:
+        return rule.combine(values[present])
+    mean: np.ndarray = np.asarray(shares)[present] @ values[present]
+    return mean
 
 
 def _rows(begin: int, length: int, row_elements: int) -> Iterator[tuple[slice, int]]:
@@ -298,34 +322,7 @@ def _rows(begin: int, length: int, row_elements: int) -> Iterator[tuple[slice, i
 
 
 def _copy_chunks(path: Path, entry: TensorEntry, scratch: _Scratch) -> Iterator[memoryview]:
-    with _Files() as files:
+    with BlockFiles() as files:
         for begin in range(0, entry.size_bytes, scratch.out.nbytes):
             length = min(scratch.out.nbytes, entry.size_bytes - begin)
             yield files.read(path, entry.start + begin, scratch.out, length, np.dtype(np.uint8)).data
-
-
-class _Files:
-    """Open files of one tensor, at most `MAX_OPEN_FILES`."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, io.FileIO] = {}
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.close()
-
-    def read(self, path: Path, start: int, buffer: np.ndarray, length: int, dtype: np.dtype) -> np.ndarray:
-        """Read ``length`` elements at byte ``start`` into ``buffer`` and return them as ``dtype``."""
-        with disk_errors(f"read {path}"):
-            file = self._open.get(path)
-            if file is None:
-                for oldest in list(itertools.islice(self._open, max(0, len(self._open) - MAX_OPEN_FILES + 1))):
-                    self._open.pop(oldest).close()
-                file = self._open[path] = io.FileIO(path)
-            raw = buffer[: length * dtype.itemsize]
-            file.seek(start)
-            read_exactly(file, raw)
-        return raw.view(dtype)

@@ -41,7 +41,13 @@ class Phase(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class RoundPolicy:
-    """When rounds open and close. ``quorum`` None: all participants; ``clients_per_round`` None: all live clients."""
+    """When rounds open and close, and how much one client counts.
+
+    ``quorum`` None: all participants; ``clients_per_round`` None: all live clients. ``max_examples``: the most examples
+    that a client counts with; None: a multiple of the round's median (`aggregation.EXAMPLES_RATIO`). ``clip``: limit of
+    a client's change, in multiples of the round's median; None: none. ``robust``: one of `robust.RULES`. ``rollback``:
+    a round is undone if the held-out loss of most clients grows to this multiple; None: never.
+    """
 
     rounds: int
     min_clients: int = 2
@@ -49,6 +55,10 @@ class RoundPolicy:
     deadline_s: float | None = None
     clients_per_round: int | None = None
     client_timeout_s: float = 60.0
+    max_examples: int | None = None
+    clip: float | None = None
+    robust: str = "mean"
+    rollback: float | None = None
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""
@@ -59,11 +69,15 @@ class RoundPolicy:
                 ("min_clients", self.min_clients, 1),
                 ("quorum", self.quorum, 1),
                 ("clients_per_round", self.clients_per_round, 1),
+                ("max_examples", self.max_examples, 1),
             )
             if value is not None and value < least
         ]
         if self.deadline_s is not None and not 0 < self.deadline_s < float("inf"):
             wrong.append(f"deadline_s is {self.deadline_s}, expected a positive number")
+        for name, ratio in (("clip", self.clip), ("rollback", self.rollback)):
+            if ratio is not None and not 1 <= ratio < float("inf"):
+                wrong.append(f"{name} is {ratio}, expected a number from 1")
         if not 0 < self.client_timeout_s < float("inf"):
             wrong.append(f"client_timeout_s is {self.client_timeout_s}, expected a positive number")
         if self.quorum and self.clients_per_round and self.quorum > self.clients_per_round:

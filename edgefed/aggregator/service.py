@@ -105,6 +105,7 @@ class Service:
             if known is not None:
                 client.rounds_done, client.metrics, client.survey = known.rounds_done, known.metrics, known.survey
                 client.comparison = known.comparison
+                client.held_out = known.held_out
                 client.uploaded_bytes, client.downloaded_bytes = known.uploaded_bytes, known.downloaded_bytes
             client.last_seen_at = time.time()
             run.store.save_clients([client])
@@ -316,7 +317,8 @@ class Service:
             found, _ = hash_file(path)
             if found != meta.sha256:
                 raise ChecksumMismatch(f"what arrived has SHA-256 {found}, the update has {meta.sha256[:64]!r}")
-            validate_update(path, meta, units, run.store.experts_per_layer, run.backend)
+            limits = run.claim_limits(run.clients[name.client_id])
+            validate_update(path, meta, units, run.store.experts_per_layer, run.backend, limits)
         except ProtocolError as refusal:
             run.uploads.discard(name, refusal)
             if isinstance(refusal, InvalidUpdate):

@@ -12,7 +12,7 @@ from edgefed.aggregator.rounds import Phase, RoundState
 from edgefed.aggregator.store import ClientRecord, RoundRecord, UpdateRecord
 from edgefed.progress import format_seconds, round_line
 from edgefed.protocol.comparison import Comparison
-from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, Status, UnitInfo
+from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, SetAside, Status, UnitInfo
 
 
 @dataclasses.dataclass
@@ -58,8 +58,14 @@ def peak_memory_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def round_status(current: RoundRecord, updates: Sequence[UpdateRecord], changed: Sequence[UnitInfo]) -> RoundStatus:
-    """The record of a round that was just folded."""
+def round_status(
+    current: RoundRecord,
+    updates: Sequence[UpdateRecord],
+    changed: Sequence[UnitInfo],
+    set_aside: Sequence[SetAside] = (),
+    undone: int | None = None,
+) -> RoundStatus:
+    """The record of a round that was just folded, from the ``updates`` that counted."""
     return RoundStatus(
         server_round=current.server_round,
         participants=len(current.participants),
@@ -68,6 +74,8 @@ def round_status(current: RoundRecord, updates: Sequence[UpdateRecord], changed:
         uploaded_bytes=sum(update.size_bytes for update in updates),
         experts_changed=len({(unit.layer, unit.expert) for unit in changed if unit.kind == "expert"}),
         metrics=average_metrics(updates),
+        set_aside=tuple(set_aside),
+        undone=undone,
     )
 
 

@@ -66,8 +66,8 @@ class ClientRecord:
     """What is stored of a client. ``key_sha256``: hash of its secret. ``joined``: it has not left since.
 
     ``lost``: it fell silent. ``last_seen_at``: when it was last heard of, as of its leaving, its falling silent or the
-    stop of the server; seconds since the epoch. ``survey``: its reports about experts up to the last folded round, for
-    methods that assign experts.
+    stop of the server; seconds since the epoch. ``survey``: its reports about experts up to the last folded round.
+    ``held_out``: (round, held-out loss of that round's global model), as it last reported.
     """
 
     client_id: str
@@ -87,6 +87,7 @@ class ClientRecord:
     lost: bool = False
     last_seen_at: float | None = None
     comparison: Comparison | None = None
+    held_out: tuple[int, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,9 +366,8 @@ class Store:
     def record_update(self, update: UpdateRecord, client: ClientRecord) -> None:
         """Record an update whose file is durable. After this it may be acknowledged."""
         with self._transaction() as connection:
-            row = (update.server_round, update.client_id, update.attempt, update.sha256, update.size_bytes)
-            row_end = (time.time(), msgspec.json.encode(update.meta))
-            connection.execute("INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?)", row + row_end)
+            row = (update.server_round, update.client_id, update.attempt, update.sha256, update.size_bytes, time.time())
+            connection.execute("INSERT INTO updates VALUES (?,?,?,?,?,?,?)", (*row, msgspec.json.encode(update.meta)))
             _save_clients(connection, [client])
 
     def record_fold(

@@ -7,6 +7,7 @@ shapes and finite values, and an `UpdateMeta` whose numbers are in range. Of a n
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -54,6 +55,12 @@ SCAN_BLOCK_BYTES = 256 * 1024
 MAX_EXAMPLES = 10**9
 MAX_COUNT = 10**15
 """Limit of tokens and steps: far beyond any round, and exact in float64."""
+MAX_METRIC = 1e15
+"""Limit of a metric, so that sums over clients stay finite."""
+MIN_FREQUENCY = 1e-15
+"""Smallest frequency other than 0: one token of `MAX_COUNT`."""
+LIMIT_SLACK = 1e-6
+"""How far rounding may take a claim beyond the range of its equation."""
 MAX_METRICS = 256
 MAX_METRIC_NAME = 64
 _HEADER_SLACK_BYTES = 64 * 1024
@@ -160,18 +167,37 @@ def max_update_bytes(units: Sequence[UnitInfo]) -> int:
     return total
 
 
-def validate_meta(meta: UpdateMeta, experts_per_layer: Sequence[int]) -> None:
+@dataclasses.dataclass(frozen=True)
+class ClaimLimits:
+    """The most that an update may claim of itself.
+
+    ``examples``: the number that its client has registered. ``tokens``: those of a round of local training.
+    ``importance``: the upper end of the method's range (`methods.interface.ExpertMethod.importance_limit`).
+    """
+
+    examples: int = MAX_EXAMPLES
+    tokens: int = MAX_COUNT
+    importance: float = 1.0
+
+
+WIDEST = ClaimLimits()
+
+
+def validate_meta(meta: UpdateMeta, experts_per_layer: Sequence[int], limits: ClaimLimits = WIDEST) -> None:
     """Check the numbers of an update. Raises InvalidUpdate."""
-    if not 1 <= meta.num_examples <= MAX_EXAMPLES:
-        raise InvalidUpdate(f"num_examples is {meta.num_examples}, expected 1..{MAX_EXAMPLES}")
-    if not 0 <= meta.num_tokens <= MAX_COUNT:
-        raise InvalidUpdate(f"num_tokens is {meta.num_tokens}, expected 0..{MAX_COUNT}")
+    if not 1 <= meta.num_examples <= limits.examples:
+        raise InvalidUpdate(
+            f"num_examples is {meta.num_examples}, expected 1..{limits.examples}, the number that the client registered"
+        )
+    if not 0 <= meta.num_tokens <= limits.tokens:
+        raise InvalidUpdate(f"num_tokens is {meta.num_tokens}, expected 0..{limits.tokens}")
     if len(meta.metrics) > MAX_METRICS:
         raise InvalidUpdate(f"the update has {len(meta.metrics)} metrics, expected at most {MAX_METRICS}")
     for name, value in meta.metrics.items():
-        if not math.isfinite(value) or not 0 < len(name) <= MAX_METRIC_NAME or not name.isprintable():
+        if not abs(value) <= MAX_METRIC or not 0 < len(name) <= MAX_METRIC_NAME or not name.isprintable():
             raise InvalidUpdate(
-                f"metric {name[:MAX_METRIC_NAME]!r} is {value}, expected a short name and a finite number"
+                f"metric {name[:MAX_METRIC_NAME]!r} is {value}, expected a short name and a number of at most "
+                f"{MAX_METRIC:g}"
             )
     seen = set()
     for report in meta.experts:
@@ -183,11 +209,11 @@ def validate_meta(meta: UpdateMeta, experts_per_layer: Sequence[int]) -> None:
         seen.add((report.layer, report.expert))
         if not 0.0 <= report.usage <= 1.0:
             raise InvalidUpdate(f"{where}: usage is {report.usage}, expected 0..1")
-        if not (math.isfinite(report.importance) and report.importance >= 0.0):
-            raise InvalidUpdate(f"{where}: importance is {report.importance}, expected a finite number from 0")
-        for field, value in (("steps", report.steps), ("tokens", report.tokens)):
-            if not 0 <= value <= MAX_COUNT:
-                raise InvalidUpdate(f"{where}: {field} is {value}, expected 0..{MAX_COUNT}")
+        if not 0.0 <= report.importance <= limits.importance + LIMIT_SLACK:
+            raise InvalidUpdate(f"{where}: importance is {report.importance}, expected 0..{limits.importance:g}")
+        for field, value, most in (("steps", report.steps, MAX_COUNT), ("tokens", report.tokens, limits.tokens)):
+            if not 0 <= value <= most:
+                raise InvalidUpdate(f"{where}: {field} is {value}, expected 0..{most}")
     if meta.survey is not None:
         _check_survey(meta.survey, experts_per_layer)
 
@@ -200,10 +226,10 @@ def _check_survey(survey: ExpertSurvey, experts_per_layer: Sequence[int]) -> Non
             raise InvalidUpdate(f"survey: {name} has rows of {found[:8]} numbers, the layers have {sizes[:8]} experts")
         for row in rows:
             for value in row:
-                if value is not None and not (math.isfinite(value) and value >= 0.0):
-                    raise InvalidUpdate(f"survey: {name} has the value {value}, expected a finite number from 0")
-    if any(value > 1.0 for row in survey.frequency for value in row):
-        raise InvalidUpdate("survey: a frequency is above 1")
+                if value is not None and not 0.0 <= value <= MAX_METRIC:
+                    raise InvalidUpdate(f"survey: {name} has the value {value}, expected 0..{MAX_METRIC:g}")
+    if any(value > 1.0 or 0.0 < value < MIN_FREQUENCY for row in survey.frequency for value in row):
+        raise InvalidUpdate(f"survey: a frequency is above 1, or between 0 and {MIN_FREQUENCY:g}")
     if not len(sizes) <= survey.tune_slots <= sum(sizes):
         raise InvalidUpdate(f"survey: tune_slots is {survey.tune_slots}, expected {len(sizes)}..{sum(sizes)}")
     if survey.train_slots is not None and not 1 <= survey.train_slots <= sum(sizes):
@@ -215,13 +241,18 @@ def _check_survey(survey: ExpertSurvey, experts_per_layer: Sequence[int]) -> Non
 
 
 def validate_update(
-    path: Path, meta: UpdateMeta, units: Sequence[UnitInfo], experts_per_layer: Sequence[int], backend: FoldBackend
+    path: Path,
+    meta: UpdateMeta,
+    units: Sequence[UnitInfo],
+    experts_per_layer: Sequence[int],
+    backend: FoldBackend,
+    limits: ClaimLimits = WIDEST,
 ) -> frozenset[str]:
     """Check an uploaded frame and its meta against the manifest's units. Returns the keys of the units in it.
 
     Raises InvalidUpdate, which names the tensor, what was expected and what was found.
     """
-    validate_meta(meta, experts_per_layer)
+    validate_meta(meta, experts_per_layer, limits)
     entries = read_header(path, max_header_bytes=max_header_bytes(units))
     uploaded = _check_tensors(path, entries, {unit.key: unit for unit in units})
     reported = {(report.layer, report.expert) for report in meta.experts}

@@ -77,12 +77,31 @@ class Server:
     ] = None
     deadline: Annotated[
         float | None,
-        Setting("Close a round after this time with the updates received so far; default: never.", above=0,
-                metavar="SECONDS"),
+        Setting("Close a round after this time with the updates received so far; 0: never.", default="3600",
+                minimum=0, metavar="SECONDS"),
     ] = None  # fmt: skip
     client_timeout: Annotated[
         float | None,
         Setting("Time after which a silent client counts as lost.", default="60", minimum=1, metavar="SECONDS"),
+    ] = None
+    clip: Annotated[
+        float | None,
+        Setting("Most that a client may change the model, in multiples of the round's median; 0: no limit.",
+                default="2", minimum=0),
+    ] = None  # fmt: skip
+    robust: Annotated[
+        Literal["mean", "trimmed-mean", "median"] | None,
+        Setting("How updates are combined; the two others ignore the weights of clients, and need three of them.",
+                default="mean"),
+    ] = None  # fmt: skip
+    rollback: Annotated[
+        float | None,
+        Setting("Undo a round that multiplies the held-out loss of most clients by this; 0: never.", default="1.5",
+                minimum=0),
+    ] = None  # fmt: skip
+    max_examples: Annotated[
+        int | None,
+        Setting("Most examples that a client counts with; default: 10 times the median of the round.", minimum=1),
     ] = None
     state: Annotated[Path, Setting("Folder of the run; an existing run continues.")] = Path("edgefed-run")
     host: Annotated[str, Setting("Address to listen on.")] = "127.0.0.1"
@@ -244,7 +263,9 @@ class Server:
     def _policy(self, rounds: int) -> RoundPolicy:
         from edgefed.aggregator.rounds import RoundPolicy
 
-        defaults: dict[str, Any] = {"min_clients": 2, "client_timeout_s": 60.0}
+        defaults: dict[str, Any] = {
+            "min_clients": 2, "client_timeout_s": 60.0, "deadline_s": 3600.0, "clip": 2.0, "rollback": 1.5,
+        }  # fmt: skip
         policy = RoundPolicy(rounds=rounds, **{**defaults, **self._policy_settings()})
         policy.check()
         return policy
@@ -257,8 +278,14 @@ class Server:
             "deadline_s": self.deadline,
             "clients_per_round": self.clients_per_round,
             "client_timeout_s": self.client_timeout,
+            "clip": self.clip,
+            "robust": self.robust,
+            "rollback": self.rollback,
+            "max_examples": self.max_examples,
         }
-        return {name: value for name, value in settings.items() if value is not None}
+        switched_off = ("deadline_s", "clip", "rollback")
+        given = {name: value for name, value in settings.items() if value is not None}
+        return {name: None if name in switched_off and value == 0 else value for name, value in given.items()}
 
     def _extractor(self, method: str) -> tuple[str, str]:
         """(extractor, its tokenizer or "") of a run whose clients have models of their own.

@@ -15,8 +15,9 @@ from edgefed.config import Setting
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
-    from edgefed.protocol.messages import ClientStatus, Status
+    from edgefed.protocol.messages import ClientStatus, RoundStatus, Status
 
 BAR_CELLS = 12
 NARROW = {122: ("",), 106: ("rounds",), 98: ("down", "up")}
@@ -151,8 +152,23 @@ def render_status(status: Status, width: int = 140) -> RenderableType:
                 format_bytes(done.uploaded_bytes), f"{done.seconds:.1f}",
                 *("-" if value is None else f"{value:.3f}" for value in metrics),
             )  # fmt: skip
-        parts += [Text(""), rounds]
+        parts += [Text(""), rounds, *_incidents(status.history[-10:])]
     return Group(*parts)
+
+
+def _incidents(history: Iterable[RoundStatus]) -> list[Text]:
+    """A line for each update that did not count, and for each round that was undone."""
+    from rich.text import Text
+
+    lines = []
+    for done in history:
+        if done.undone is not None:
+            lines.append(Text(f"round {done.server_round}: the held-out loss jumped, round {done.undone} was undone"))
+        lines += [
+            Text(f"round {done.server_round}: the update of {each.name} was set aside: {each.reason}")
+            for each in done.set_aside
+        ]
+    return lines
 
 
 def _devices(clients: Iterable[ClientStatus]) -> Table:

@@ -200,6 +200,11 @@ class ExpertMethod(Protocol):
         """False: a client uploads metadata alone and downloads nothing after the first round."""
         return True
 
+    @property
+    def importance_limit(self) -> float:
+        """Upper end of the range of `expert_importance`, which begins at 0. The aggregator refuses what is above."""
+        return 1.0
+
     def plan_experts(
         self,
         profile: ActivationProfile | None,

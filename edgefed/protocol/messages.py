@@ -323,8 +323,20 @@ class ClientStatus(Message, frozen=True):
     comparison: Comparison | None = None
 
 
+class SetAside(Message, frozen=True):
+    """An accepted update that did not count in its round, and why."""
+
+    client_id: str
+    name: str
+    reason: str
+
+
 class RoundStatus(Message, frozen=True):
-    """One finished round in `edgefed status`."""
+    """One finished round in `edgefed status`. ``updates`` counted; ``set_aside`` were accepted, but did not.
+
+    ``undone``: the held-out loss had jumped, so that this round's updates were dropped and the aggregation of that
+    earlier round was undone; None otherwise.
+    """
 
     server_round: int
     participants: int
@@ -333,6 +345,8 @@ class RoundStatus(Message, frozen=True):
     uploaded_bytes: int
     experts_changed: int
     metrics: dict[str, float]
+    set_aside: tuple[SetAside, ...] = ()
+    undone: int | None = None
 
 
 class Status(Message, frozen=True):

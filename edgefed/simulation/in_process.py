@@ -15,6 +15,7 @@ from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.aggregator.service import Service
 from edgefed.aggregator.store import has_run
+from edgefed.aggregator.validate import MAX_EXAMPLES
 from edgefed.disk import hash_file
 from edgefed.errors import StateCorrupt
 from edgefed.methods.registry import make_expert_method, make_method
@@ -67,7 +68,7 @@ class InProcessAggregator:
                     memory_bytes=1,
                     expert_share=1.0,
                     compute_share=1.0,
-                    num_examples=1,
+                    num_examples=MAX_EXAMPLES,
                     edgefed_version=__version__,
                 )  # fmt: skip
             )

@@ -71,7 +71,7 @@ def expert_reports(method: ExpertMethod, plan: ExpertPlan, outcome: StepsOutcome
                     layer=layer,
                     expert=expert,
                     usage=float(min(1.0, record.mean_gate[expert])),
-                    importance=float(importance[expert]),
+                    importance=float(min(method.importance_limit, importance[expert])),
                     steps=outcome.expert_steps[layer, expert],
                     tokens=outcome.expert_tokens.get((layer, expert), 0),
                 )

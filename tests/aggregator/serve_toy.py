@@ -17,12 +17,12 @@ from pathlib import Path
 
 import toy_run
 
-from edgefed.aggregator import active_run, blobs, server, store, uploads
+from edgefed.aggregator import aggregation, blobs, server, store, uploads
 
 PLACES = {
     "UploadFolder.promote": (uploads.UploadFolder, "promote"),
     "Store.record_update": (store.Store, "record_update"),
-    "fold_round": (active_run, "fold_round"),
+    "fold_round": (aggregation, "fold_round"),
     "BlobBatch.flush": (blobs.BlobBatch, "flush"),
     "Store.record_fold": (store.Store, "record_fold"),
     "Store.prune": (store.Store, "prune"),

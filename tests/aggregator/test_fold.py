@@ -7,10 +7,9 @@ import pytest
 import toy_run
 from toy_run import frame_of, new_unit, trained, weighted_mean
 
-from edgefed.aggregator import fold
+from edgefed.aggregator import fold, update_files
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.creation import RunWriter
-from edgefed.errors import StateCorrupt
 from edgefed.kernels.fold import NUMPY, select_backend
 from edgefed.methods.interface import UnitMerge
 
@@ -93,7 +92,7 @@ def test_blocks_threads_and_open_files_change_no_bit(case, monkeypatch, block, t
     expected = [unit.sha256 for unit in case.fold()]
     assert len(set(expected)) == 4
     monkeypatch.setattr(fold, "BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(fold, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(update_files, "MAX_OPEN_FILES", 2)
     assert [unit.sha256 for unit in case.fold(threads=threads)] == expected
     assert [unit.sha256 for unit in case.fold(backend=select_backend("auto"), threads=threads)] == expected
 
@@ -137,7 +136,7 @@ def test_an_update_changed_on_disk_is_an_error(case):
     tensors = dict(case.tensors["c"])
     tensors["f64|w"][1][4, 12] = np.nan
     case.paths["c"].write_bytes(frame_of(tensors))
-    with pytest.raises(StateCorrupt, match="client 'c'"):
+    with pytest.raises(update_files.UpdateDamaged, match="changed while"):
         case.fold()
     assert not list((case.blobs.root / "tmp").iterdir())
 

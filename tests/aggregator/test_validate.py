@@ -101,6 +101,7 @@ def test_every_expert_needs_its_report(check, tensors):
         {"experts": (report(0, 1), report(0, 1))}, {"experts": (report(0, 1, usage=1.1),)},
         {"experts": (report(0, 1, usage=math.nan),)}, {"experts": (report(0, 1, usage=-0.1),)},
         {"experts": (report(0, 1, importance=math.inf),)}, {"experts": (report(0, 1, importance=-1.0),)},
+        {"experts": (report(0, 1, importance=1.01),)}, {"metrics": {"loss": 1.1e15}},
         {"experts": (report(0, 1, importance=math.nan),)}, {"experts": (report(0, 1, steps=-1),)},
         {"experts": (report(0, 1, tokens=-1),)},
     ],

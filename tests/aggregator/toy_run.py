@@ -133,7 +133,7 @@ def make_run(
 def register_message(client_id: str, **changes: object) -> Register:
     facts: dict = {
         "protocol_version": 1, "client_id": client_id, "client_key": KEY + client_id, "name": f"device of {client_id}",
-        "memory_bytes": 2**30, "expert_share": 0.5, "compute_share": 1.0, "num_examples": 10,
+        "memory_bytes": 2**30, "expert_share": 0.5, "compute_share": 1.0, "num_examples": 1000,
         "edgefed_version": "0.1.0",
     }  # fmt: skip
     return Register(**{**facts, **changes})

@@ -1,0 +1,204 @@
+"""One round: which of its accepted updates count, how much each counts, and the units that follow.
+
+An update was checked when it was accepted, but a file can decay on the disk, and a method can fail on numbers that pass
+every check. Such an update is *set aside* with its reason, and the round goes on without it. Only a failure of this
+machine's disk leaves `aggregate_round`, since a later try may succeed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from edgefed.aggregator.blobs import BlobStore
+from edgefed.aggregator.fold import FoldCancelled, Robustness, default_threads, fold_round
+from edgefed.aggregator.robust import absurd_moves, clip_factors, find_rule, measure_moves
+from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.aggregator.store import UpdateRecord
+from edgefed.aggregator.update_files import UpdateDamaged
+from edgefed.aggregator.validate import update_units
+from edgefed.disk import hash_file
+from edgefed.errors import StorageError, first_line
+from edgefed.kernels.fold import FoldBackend
+from edgefed.methods.interface import Contribution, Method
+from edgefed.protocol.messages import Manifest, UnitInfo
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES_RATIO = 10.0
+"""An update counts at most so many times the examples of the round's median update. Clients claim these numbers."""
+HELD_OUT_LOSS = "held_out_loss_before"
+"""Metric of an update: the loss of the global model that it was trained from, on the client's held-out data."""
+MIN_FOR_UNDO = 2
+"""Clients that must have compared two models before one is undone."""
+MIN_FOR_MEDIAN = 3
+"""Updates from which a median says which one is out of line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregated:
+    """``changed``: units of the next global model that differ. ``set_aside``: {client_id: why its update is not in}.
+
+    ``undone``: the earlier round whose aggregation this one undoes, or None.
+    """
+
+    changed: list[UnitInfo]
+    set_aside: dict[str, str]
+    undone: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregation:
+    """What a round is aggregated with; ``threads`` and ``cancelled`` as in `fold_round`."""
+
+    method: Method
+    policy: RoundPolicy
+    blobs: BlobStore
+    backend: FoldBackend
+    threads: int | None = None
+    cancelled: Callable[[], bool] = lambda: False
+
+
+def aggregate_round(
+    how: Aggregation, units: Sequence[UnitInfo], updates: Sequence[UpdateRecord], folder: Path
+) -> Aggregated:
+    """Aggregate the ``updates`` of a round, whose files are in ``folder``, over the current ``units``.
+
+    The blobs of the changed units are durable when this returns. Raises DiskFull and StorageError (try again later) and
+    FoldCancelled.
+    """
+    set_aside: dict[str, str] = {}
+    paths = {update.client_id: folder / update.file_name for update in updates}
+    with concurrent.futures.ThreadPoolExecutor(how.threads or default_threads(), thread_name_prefix="hash") as pool:
+        problems = pool.map(lambda update: file_problem(update, paths[update.client_id]), updates)
+        set_aside |= {u.client_id: reason for u, reason in zip(updates, problems, strict=True) if reason is not None}
+    while True:
+        counted = [update for update in updates if update.client_id not in set_aside]
+        if not counted:
+            return Aggregated([], set_aside)
+        files = {update.client_id: paths[update.client_id] for update in counted}
+        try:
+            robustness, absurd = resist(how, units, files)
+            if absurd:
+                set_aside |= absurd
+                continue
+            contributions = weighed(counted, paths, how.policy.max_examples)
+            plan = how.method.plan_merge(contributions, units)
+            changed = fold_round(
+                *(units, plan, files, how.blobs, how.backend),
+                robustness=robustness,
+                threads=how.threads,
+                cancelled=how.cancelled,
+            )
+            return Aggregated(changed, set_aside)
+        except (FoldCancelled, StorageError):
+            raise
+        except UpdateDamaged as error:
+            set_aside[error.client_id] = str(error)
+        except Exception as error:
+            set_aside |= culprits(how, units, contributions, first_line(error))
+
+
+def undo_round(
+    updates: Sequence[UpdateRecord],
+    earlier: Mapping[str, tuple[int, float] | None],
+    ratio: float,
+    now: Manifest,
+    before: Manifest | None,
+) -> Aggregated | None:
+    """Undo the last aggregation if it made the held-out loss of most clients ``ratio`` times larger; None if not.
+
+    ``earlier``: what clients reported of an earlier model, {client_id: (round, loss)}; only the round before counts.
+    ``now`` and ``before``: the models that they evaluated; ``before``, which is restored, is None if it is not stored.
+    """
+    jumps = []
+    for update in updates:
+        loss = None if update.meta is None else update.meta.metrics.get(HELD_OUT_LOSS)
+        known = earlier.get(update.client_id)
+        if loss is not None and known is not None and known[0] == now.server_round - 1:
+            jumps.append(loss > ratio * known[1])
+    if len(jumps) < MIN_FOR_UNDO or 2 * sum(jumps) <= len(jumps):
+        return None
+    if before is None:
+        logger.error(
+            "round %d: the held-out loss jumped on %d of %d clients, and the model before is not stored; keep 2 rounds",
+            *(now.server_round, sum(jumps), len(jumps)),
+        )
+        return None
+    current = {unit.key: unit.sha256 for unit in now.units}
+    reason = f"the model that it trained was undone: the held-out loss jumped on {sum(jumps)} of {len(jumps)} clients"
+    logger.error("round %d: the aggregation of round %d is undone: %s", now.server_round, before.server_round, reason)
+    return Aggregated(
+        [unit for unit in before.units if unit.sha256 != current[unit.key]],
+        {update.client_id: reason for update in updates},
+        before.server_round,
+    )
+
+
+def resist(how: Aggregation, units: Sequence[UnitInfo], files: Mapping[str, Path]) -> tuple[Robustness, dict[str, str]]:
+    """The limits of the round, and the clients whose update changes the model beyond all measure, with the reason."""
+    rule = find_rule(how.policy.robust)
+    if how.policy.clip is None:
+        return Robustness({}, rule.combine, rule.min_clients), {}
+    moves = measure_moves(
+        units, files, how.blobs, how.backend, threads=how.threads or default_threads(), cancelled=how.cancelled
+    )
+    factors = clip_factors(units, moves, how.policy.clip)
+    for client_id in sorted({client_id for client_id, _ in factors}):
+        of_client = [factor for (other, _), factor in factors.items() if other == client_id]
+        logger.warning(
+            "client %s: %d units changed more than %g times the median and are shortened, the farthest to %.3g",
+            *(client_id, len(of_client), how.policy.clip, min(of_client)),
+        )
+    return Robustness(factors, rule.combine, rule.min_clients), absurd_moves(moves)
+
+
+def file_problem(update: UpdateRecord, path: Path) -> str | None:
+    """Why the file of an accepted update is not what was accepted; None if it is. Raises StorageError."""
+    if not path.is_file():
+        return f"its file {path.name} is missing"
+    if update.meta is None:
+        return f"the record of {path.name} has no metadata"
+    found, size_bytes = hash_file(path)
+    if (found, size_bytes) != (update.sha256, update.size_bytes):
+        return (
+            f"its file {path.name} is damaged: {size_bytes} bytes with SHA-256 {found[:12]}, expected "
+            f"{update.size_bytes} with {update.sha256[:12]}"
+        )
+    return None
+
+
+def culprits(
+    how: Aggregation, units: Sequence[UnitInfo], contributions: Sequence[Contribution], reason: str
+) -> dict[str, str]:
+    """The clients whose contribution alone makes the method fail, with the error; all of them if none does alone."""
+    found: dict[str, str] = {}
+    for contribution in contributions:
+        try:
+            how.method.plan_merge([contribution], units)
+        except Exception as error:
+            found[contribution.client_id] = f"the method fails on it: {first_line(error)}"
+    return found or {c.client_id: f"the method fails on the updates of this round: {reason}" for c in contributions}
+
+
+def weighed(updates: Sequence[UpdateRecord], paths: Mapping[str, Path], max_examples: int | None) -> list[Contribution]:
+    """The updates as the method sees them, with the examples of each cut to what one client may count.
+
+    That is ``max_examples``, or `EXAMPLES_RATIO` times the median of the round, if it has enough updates for one.
+    """
+    metas = [(update.client_id, update.meta) for update in updates if update.meta is not None]
+    limit = max_examples
+    if limit is None and len(metas) >= MIN_FOR_MEDIAN:
+        limit = int(EXAMPLES_RATIO * statistics.median_low(meta.num_examples for _, meta in metas))
+    found = []
+    for client_id, meta in metas:
+        examples = meta.num_examples if limit is None else min(meta.num_examples, limit)
+        if examples < meta.num_examples:
+            logger.warning("client %s says %d examples; they count as %d", client_id, meta.num_examples, examples)
+        reports = {(report.layer, report.expert): report for report in meta.experts}
+        found.append(Contribution(client_id, examples, reports, update_units(paths[client_id])))
+    return found

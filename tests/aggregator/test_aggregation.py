@@ -1,0 +1,239 @@
+"""Which updates of a round count, and how much: claims out of range, failing methods, files that decay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import toy_run
+from toy_run import Toy, make_run, make_update, trained, weighted_mean
+
+from edgefed.aggregator.robust import RULES, coordinate_median, trimmed_mean
+from edgefed.errors import ConfigError, InvalidUpdate
+from edgefed.protocol.frames import storage_dtype
+
+
+def close_round(toy: Toy, **examples: int) -> None:
+    """Every client in ``examples`` trains everything and the round is aggregated."""
+    toy.join(*examples)
+    for seed, (name, count) in enumerate(examples.items()):
+        toy.send(toy.update(name, seed, num_examples=count))
+    toy.run.fold_pending()
+
+
+def means(toy: Toy, weights: list[float]) -> dict[str, np.ndarray]:
+    """The model that follows if client i, trained with seed i, has weight i."""
+    units = [unit for unit in toy.manifest("1").units if unit.trainable]
+    updates = [trained(units, seed) for seed in range(len(weights))]
+    return {
+        name: weighted_mean([(w, u[name][1]) for w, u in zip(weights, updates, strict=True)]).astype(values.dtype)
+        for name, (_, values) in updates[0].items()
+    }
+
+
+def assert_model(toy: Toy, expected: dict[str, np.ndarray]) -> None:
+    values = toy.values()
+    for name, array in expected.items():
+        np.testing.assert_allclose(values[name], array, rtol=1e-6, atol=1e-3 if array.dtype == np.float16 else 1e-7)
+
+
+def set_aside(toy: Toy) -> dict[str, str]:
+    return {each.client_id: each.reason for each in toy.run.status().history[-1].set_aside}
+
+
+def test_more_examples_than_registered_are_refused(toy):
+    toy.join("a", "b")
+    with pytest.raises(InvalidUpdate, match=r"num_examples is 1001, expected 1\.\.1000, the number that the client"):
+        toy.send(toy.update("a", 1, num_examples=1001))
+
+
+def test_more_tokens_than_a_round_of_training_are_refused(toy):
+    toy.join("a", "b")
+    with pytest.raises(InvalidUpdate, match="num_tokens is 20481"):
+        toy.send(toy.update("a", 1, num_tokens=20 * 8 * 128 + 1))
+
+
+def test_one_client_counts_at_most_a_multiple_of_the_median(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", min_clients=3))
+    close_round(toy, a=10, b=10, c=1000)
+    assert_model(toy, means(toy, [10, 10, 100]))
+    toy.close()
+
+
+def test_the_policy_can_limit_the_examples_of_a_client(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", max_examples=20))
+    close_round(toy, a=10, b=1000)
+    assert_model(toy, means(toy, [10, 20]))
+    toy.close()
+
+
+def test_a_decayed_update_is_set_aside_and_the_round_goes_on(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", min_clients=3))
+    toy.join("a", "b", "c")
+    for seed, name in enumerate("abc"):
+        toy.send(toy.update(name, seed))
+    (path,) = toy.run.uploads.updates.glob("c-*")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0x10
+    path.write_bytes(content)
+    toy.run.fold_pending()
+    assert set_aside(toy) == {"c": set_aside(toy)["c"]}
+    assert "is damaged" in set_aside(toy)["c"]
+    assert toy.run.status().history[-1].updates == 2
+    assert_model(toy, means(toy, [1, 1]))
+    toy.close()
+
+
+class Picky(toy_run.Mean):
+    """Fails on one client, or on every round of several."""
+
+    def plan_merge(self, contributions, units):
+        if any(c.client_id == "b" for c in contributions):
+            raise OverflowError("weights of b")
+        return super().plan_merge(contributions, units)
+
+
+class Broken(toy_run.Mean):
+    def plan_merge(self, contributions, units):
+        raise ZeroDivisionError("always")
+
+    def assign_experts(self, surveys, coverage, server_round, seed):
+        raise ZeroDivisionError("always")
+
+
+def test_an_update_on_which_the_method_fails_is_set_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_run, "make_method", lambda name, options: Picky())
+    toy = Toy(make_run(tmp_path / "state", min_clients=3))
+    close_round(toy, a=10, b=10, c=10)
+    assert set_aside(toy) == {"b": "the method fails on it: weights of b"}
+    assert toy.manifest().server_round == 2
+    toy.close()
+
+
+def test_a_method_that_always_fails_leaves_the_model_and_the_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_run, "make_method", lambda name, options: Broken(assigns=True))
+    toy = Toy(make_run(tmp_path / "state"))
+    before = toy.values()
+    close_round(toy, a=10, b=10)
+    assert set(set_aside(toy)) == {"a", "b"}
+    assert toy.assignment("a").experts is None
+    for name, values in toy.values().items():
+        np.testing.assert_array_equal(values, before[name])
+    toy.close()
+
+
+# --- limits on what one client can do -----------------------------------------------------------------------------
+
+
+def moved(toy: Toy, seed: int, size: float, *, kinds: tuple[str, ...] = ("dense", "router", "expert")) -> dict:
+    """The current model with noise of ``size`` in every trainable unit of ``kinds``."""
+    current, rng, tensors = toy.values(), np.random.default_rng(seed), {}
+    for unit in toy.manifest().units:
+        if unit.trainable and unit.kind in kinds:
+            for info in unit.tensors:
+                name = f"{unit.key}|{info.name}"
+                noise = size * rng.standard_normal(info.shape)
+                tensors[name] = (info.dtype, (current[name] + noise).astype(storage_dtype(info.dtype)))
+    return tensors
+
+
+def send_moved(toy: Toy, sizes: dict[str, float], **changes) -> None:
+    toy.join(*sizes)
+    for seed, (name, size) in enumerate(sizes.items()):
+        toy.send(make_update(toy.manifest(), name, moved(toy, seed, size), **changes))
+    toy.run.fold_pending()
+
+
+def distance(toy: Toy, before: dict) -> float:
+    """Root mean square of the change of the float32 tensors."""
+    after = toy.values()
+    changes = [(after[n] - before[n]).ravel() for n in after if before[n].dtype == np.float32]
+    return float(np.sqrt(np.mean(np.concatenate(changes).astype(np.float64) ** 2)))
+
+
+@pytest.mark.parametrize(("clip", "most"), [(2.0, 0.02), (None, 0.5)])
+def test_a_client_moves_the_model_no_farther_than_the_median_allows(tmp_path, clip, most):
+    toy = Toy(make_run(tmp_path / "state", min_clients=4, clip=clip))
+    before = toy.values()
+    send_moved(toy, {"a": 0.01, "b": 0.01, "c": 0.01, "liar": 0.8})
+    assert distance(toy, before) < most
+    assert clip is not None or distance(toy, before) > 0.1
+    toy.close()
+
+
+def test_clipping_changes_no_bit_where_nobody_is_out_of_line(tmp_path):
+    models = []
+    for name, clip in (("plain", None), ("clipped", 2.0)):
+        toy = Toy(make_run(tmp_path / name, min_clients=3, clip=clip))
+        send_moved(toy, {"a": 0.01, "b": 0.012, "c": 0.009})
+        models.append(toy.blobs())
+        toy.close()
+    assert models[0] == models[1]
+
+
+def test_an_absurd_update_is_set_aside(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", min_clients=3, clip=2.0))
+    toy.join("a", "b", "liar")
+    for seed, name in enumerate("ab"):
+        toy.send(make_update(toy.manifest(), name, moved(toy, seed, 0.01)))
+    huge = {n: (d, np.full_like(v, 6e4)) for n, (d, v) in moved(toy, 3, 0.01).items()}
+    toy.send(make_update(toy.manifest(), "liar", huge))
+    toy.run.fold_pending()
+    assert set(set_aside(toy)) == {"liar"}
+    assert "per element (root mean square), limit" in set_aside(toy)["liar"]
+    toy.close()
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
+def test_robust_rules_ignore_an_outlier_and_keep_rows_nobody_uses(tmp_path, rule):
+    toy = Toy(make_run(tmp_path / "state", min_clients=4, robust=rule, options={"row_routers": True}))
+    before = toy.values()
+    toy.join("a", "b", "c", "liar")
+    updates = {
+        name: moved(toy, seed, 100.0 if name == "liar" else 0.01) for seed, name in enumerate(("a", "b", "c", "liar"))
+    }
+    for name, tensors in updates.items():
+        used = {n: v for n, v in tensors.items() if n.split("|")[0] != "layer0.expert2"}
+        toy.send(make_update(toy.manifest(), name, used))
+    toy.run.fold_pending()
+    after = toy.values()
+    stack = np.stack([tensors["layer0.expert1|up"][1] for tensors in updates.values()]).astype(np.float64)
+    np.testing.assert_allclose(after["layer0.expert1|up"], RULES[rule].combine(stack), rtol=1e-6)
+    np.testing.assert_array_equal(after["layer0.router|w"][2], before["layer0.router|w"][2])
+    assert distance(toy, before) < 0.05
+    toy.close()
+
+
+def test_rules_by_hand():
+    values = np.array([[1.0, 5.0], [2.0, 7.0], [3.0, -9.0], [100.0, 6.0], [4.0, 6.5]])
+    np.testing.assert_array_equal(coordinate_median(values), [3.0, 6.0])
+    np.testing.assert_allclose(trimmed_mean(values), [3.0, 17.5 / 3])
+
+
+@pytest.mark.parametrize(("changes", "says"), [({"clip": 0.5}, "clip is 0.5"), ({"rollback": 0.0}, "rollback is 0")])
+def test_invalid_policies_are_refused(tmp_path, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        make_run(tmp_path / "state", **changes)
+
+
+def test_a_round_whose_loss_jumps_on_most_clients_is_undone(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", rounds=4, min_clients=3, rollback=1.5))
+
+    def play(*losses: float) -> dict[str, str]:
+        toy.join("a", "b", "c")
+        for seed, (name, loss) in enumerate(zip("abc", losses, strict=True)):
+            toy.send(make_update(toy.manifest(), name, moved(toy, seed, 0.01), metrics={"held_out_loss_before": loss}))
+        toy.run.fold_pending()
+        return toy.blobs()
+
+    first = toy.blobs()
+    good = play(2.0, 2.0, 2.0)
+    assert good != first
+    bad = play(1.9, 9.0, 2.0)  # one liar is no majority
+    assert bad != good
+    restored = play(9.0, 9.0, 9.0)
+    assert restored == good
+    last = toy.run.status().history[-1]
+    assert (last.undone, last.updates, len(last.set_aside)) == (2, 0, 3)
+    assert play(2.0, 2.0, 2.0) != restored
+    assert toy.run.status().history[-1].undone is None
+    toy.close()
