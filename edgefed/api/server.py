@@ -25,7 +25,8 @@ DEFAULT_METHOD = "hfedmoe"
 DEFAULT_EXTRACTOR = "cnn5"
 TRAINING = (
     "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "local_steps", "batch_size",
-    "sequence_length", "learning_rate", "weight_decay", "balancing", "missing", "profile_tokens", "evaluation_tokens",
+    "sequence_length", "learning_rate", "weight_decay", "balancing", "missing", "profile_tokens",
+    "profile_agreement", "evaluation_tokens",
 )  # fmt: skip
 """Settings of the training of a language model."""
 
@@ -136,6 +137,11 @@ class Server:
         int | None,
         Setting("Most tokens of its training text that a client profiles; 0 means all.", default="16384", minimum=0),
     ] = None
+    profile_agreement: Annotated[
+        float | None,
+        Setting("A profile ends as soon as the plan made from it agrees so far with the plan of all its tokens, as "
+                "estimated from random parts; 1 profiles all tokens.", default="0.95", above=0, maximum=1),
+    ] = None  # fmt: skip
     evaluation_tokens: Annotated[
         int | None,
         Setting("Most tokens of its held-out text that a client evaluates; 0 means all.", default="4096", minimum=0),

@@ -8,6 +8,8 @@ the same layer have run.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -38,32 +40,44 @@ class StatisticsRecorder:
     """Collects router statistics since the last `take`.
 
     With ``attention``, also the attention that tokens receive; with ``neurons``, also the energies of neurons, while
-    all experts are streamed.
+    all experts are streamed. With ``part_tokens``, statistics other than energies are kept apart for every so many
+    tokens of a pass, for `take_parts`.
     """
 
     def __init__(
-        self, layers: tuple[ExpertLayer, ...], attention: AttentionCapture | None = None, *, neurons: bool = False
+        self,
+        layers: tuple[ExpertLayer, ...],
+        attention: AttentionCapture | None = None,
+        *,
+        neurons: bool = False,
+        part_tokens: int = 0,
     ):
         self.attention = attention
         self.neurons = neurons
         self._layers = layers
-        self._statistics: dict[int, torch.Tensor] = {}
-        self._num_tokens: dict[int, int] = {}
-        self._attention_sums: dict[int, torch.Tensor] = {}
+        self._part_tokens = part_tokens
+        self._parts: dict[int, list[_Part]] = {}
         self._energies: dict[int, torch.Tensor] = {}
 
     def add(self, layer: int, logits: torch.Tensor, kind: str, indices: torch.Tensor, weights: torch.Tensor) -> None:
         """Add one batch of a layer: router logits (T, E) of a gate ``kind``, its full choice and its weights (T, K)."""
-        if layer not in self._statistics:
-            self._statistics[layer] = new_statistics(logits.shape[1], logits.device)
-        sums = self._statistics[layer]
-        router_statistics(sums, logits, indices, weights, kind=kind)
-        self._num_tokens[layer] = self._num_tokens.get(layer, 0) + logits.shape[0]
+        num_tokens, num_experts = logits.shape
+        received = None
         if self.attention is not None:
-            received = self.attention.of(self._layers[layer].experts_path, logits.shape[0], logits.device)  # (T,)
-            per_pair = received.to(sums.dtype).unsqueeze(1).expand_as(indices).reshape(-1)  # (T*K,)
-            total = self._attention_sums.setdefault(layer, sums.new_zeros(logits.shape[1]))
-            total.index_add_(0, indices.reshape(-1), per_pair)
+            received = self.attention.of(self._layers[layer].experts_path, num_tokens, logits.device)  # (T,)
+        parts = self._parts.setdefault(layer, [])
+        size = self._part_tokens or max(1, num_tokens)
+        for start in range(0, num_tokens, size):
+            if self._part_tokens or not parts:
+                parts.append(_Part(new_statistics(num_experts, logits.device)))
+            part, rows = parts[-1], slice(start, start + size)
+            router_statistics(part.sums, logits[rows], indices[rows], weights[rows], kind=kind)
+            part.num_tokens += len(logits[rows])
+            if received is not None:
+                per_pair = received[rows].to(part.sums.dtype).unsqueeze(1).expand_as(indices[rows])  # (t, K)
+                if part.attention is None:
+                    part.attention = part.sums.new_zeros(num_experts)
+                part.attention.index_add_(0, indices[rows].reshape(-1), per_pair.reshape(-1))
 
     def energies(self, layer: int, device: torch.device) -> torch.Tensor:
         """Return the accumulator (E, I) of the neuron energies of a layer."""
@@ -75,23 +89,46 @@ class StatisticsRecorder:
 
     def take(self) -> ActivationProfile:
         """Return the profile so far and start again from zero. This is the only host synchronization."""
+        taken, self._parts = self._parts, {}
+        energies, self._energies = self._energies, {}
         profiles = []
         for layer in self._layers:
-            statistics = self._statistics.pop(layer.ordinal, None)
-            if statistics is None:
-                statistics = new_statistics(layer.num_experts)
-            profile = to_layer_profile(statistics, self._num_tokens.pop(layer.ordinal, 0))
-            if self.attention is not None:
-                received = self._attention_sums.pop(layer.ordinal, statistics.new_zeros(layer.num_experts))
-                values = received.to(device="cpu", dtype=torch.float64).numpy()
-                profile = dataclasses.replace(profile, attention_sum=values)
+            parts = (part.profile() for part in taken.get(layer.ordinal, []))
+            profile = functools.reduce(operator.add, parts, self._empty(layer))
             if self.neurons:
-                energies = self.energies(layer.ordinal, statistics.device)
-                values = energies.to(device="cpu", dtype=torch.float64).numpy()
-                profile = dataclasses.replace(profile, neuron_energy=values)
+                found = energies.get(layer.ordinal)
+                values = torch.zeros(layer.num_experts, layer.num_neurons) if found is None else found
+                profile = dataclasses.replace(
+                    profile, neuron_energy=values.to(device="cpu", dtype=torch.float64).numpy()
+                )
             profiles.append(profile)
-        self._energies = {}
         return ActivationProfile(tuple(profiles))
+
+    def take_parts(self) -> list[ActivationProfile]:
+        """Return the profile of each part so far, in their order and without energies, and start again."""
+        taken, self._parts = self._parts, {}
+        rows = [[part.profile() for part in taken.get(layer.ordinal, [])] for layer in self._layers]
+        return [ActivationProfile(layers) for layers in zip(*rows, strict=True)]
+
+    def _empty(self, layer: ExpertLayer) -> LayerProfile:
+        part = _Part(new_statistics(layer.num_experts))
+        part.attention = None if self.attention is None else part.sums.new_zeros(layer.num_experts)
+        return part.profile()
+
+
+@dataclasses.dataclass
+class _Part:
+    """Sums (6, E) of a layer over ``num_tokens`` tokens; ``attention`` (E,), what the tokens of each expert receive."""
+
+    sums: torch.Tensor
+    num_tokens: int = 0
+    attention: torch.Tensor | None = None
+
+    def profile(self) -> LayerProfile:
+        profile = to_layer_profile(self.sums, self.num_tokens)
+        if self.attention is None:
+            return profile
+        return dataclasses.replace(profile, attention_sum=self.attention.to(device="cpu", dtype=torch.float64).numpy())
 
 
 class LayerRuntime:

@@ -292,14 +292,12 @@ class MoeModel:
         self.module.set_experts_implementation(self._default_implementation)
 
     @contextlib.contextmanager
-    def record_statistics(self, *, attention: bool = False, neurons: bool = False) -> Iterator[StatisticsRecorder]:
-        """Collect router statistics over all experts, including absent ones: the router's full choice and weights.
-
-        With ``attention``, also collect the attention that tokens receive (`edgefed.moe.attention_received`); slower.
-        With ``neurons``, also the energies of neurons, of passes within `streaming`.
-        """
+    def record_statistics(
+        self, *, attention: bool = False, neurons: bool = False, part_tokens: int = 0
+    ) -> Iterator[StatisticsRecorder]:
+        """Collect the router's full choice and weights, absent experts included; see `StatisticsRecorder`."""
         with AttentionCapture(self.module) if attention else contextlib.nullcontext() as capture:
-            recorder = StatisticsRecorder(self.layers, capture, neurons=neurons)
+            recorder = StatisticsRecorder(self.layers, capture, neurons=neurons, part_tokens=part_tokens)
             for runtime in self._runtimes:
                 runtime.recorders.append(recorder)
             try:

@@ -95,6 +95,8 @@ class TrainingConfig(Message, frozen=True):
     """Tokens routed to an absent expert: "renormalize" takes the next best resident one, "skip" takes none."""
     profile_tokens: int = 16384
     """Maximum number of tokens of the training text in a profile; 0 means all."""
+    profile_agreement: float = 0.95
+    """A profile ends when the plan made from it agrees so far with that of all tokens; 1: it takes all tokens."""
     evaluation_tokens: int = 4096
     """Maximum number of tokens of the held-out text in an evaluation, before and after training; 0 means all."""
 

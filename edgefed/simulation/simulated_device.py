@@ -40,8 +40,7 @@ from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.placement import OWN_FOLDER, add_own_units, load_own_units, save_own_units
 from edgefed.trainer.planner import DeviceLimits
 from edgefed.trainer.ports import FixedMemory, copy_model_files, load_shared_units
-from edgefed.training.encoding import TokenBlocks
-from edgefed.training.profiling import ProfilePass, spread_blocks
+from edgefed.training.profiling import ProfilePass
 from edgefed.training.steps import train_scope
 from edgefed.training.tokenizer import load_tokenizer
 
@@ -168,7 +167,7 @@ class SimulatedCosts:
             tuple[StepSetup, tuple[int, ...], tuple[int, ...], tuple[float, ...]], MemoryEstimate
         ] = {}
         self._profile_pass: ProfilePass | None = None
-        self._profile_blocks = 0
+        self._block_tokens = 1
 
     def estimate(
         self,
@@ -196,32 +195,33 @@ class SimulatedCosts:
         self,
         requested: str,
         setup: StepSetup,
-        blocks: TokenBlocks,
-        profile_tokens: int,
+        num_blocks: int,
         usable_bytes: int,
         *,
         attention: bool,
     ) -> str:
         """How a device with the cost shape would have to store experts for a profile."""
-        self._profile_blocks = len(spread_blocks(blocks, profile_tokens))
         self._profile_pass, _ = choose_profile_pass(
-            self._charged.shape, self._charged.setup(setup, self._kind), self._profile_blocks, usable_bytes,
-            requested, attention=attention,
+            self._charged.shape, self._charged.setup(setup, self._kind), num_blocks, usable_bytes, requested,
+            attention=attention,
         )  # fmt: skip
+        self._block_tokens = setup.sequence_length
         return self._profile_pass.storage or "full"
 
-    @property
-    def profile_reads(self) -> tuple[str | None, int]:
-        """(how the last profile stored experts, how often each of them was read from disk for it)."""
+    def profile_reads(self, stages: Sequence[int]) -> tuple[str | None, int]:
+        """(how the last profile stored experts, how often each of them was read from disk for it).
+
+        ``stages``: tokens in each of its stages.
+        """
         last = self._profile_pass
         if last is None:
             return None, 1
-        batches = -(-self._profile_blocks // last.batch_size)
         if last.residency == "all":
             return last.storage, 1
+        batches = [-(-tokens // (self._block_tokens * last.batch_size)) for tokens in stages]
         if last.residency == "layer":
-            return last.storage, -(-batches // (last.concurrent_batches or batches))
-        return last.storage, batches
+            return last.storage, max(1, sum(-(-count // (last.concurrent_batches or count)) for count in batches))
+        return last.storage, max(1, sum(batches))
 
 
 class SavedMerger(ExpertMerger):
@@ -255,16 +255,18 @@ class SavedMerger(ExpertMerger):
 
 
 class CountingProgress(NullProgress):
-    """Counts what a round does, by the phases that it reports: {phase: units done}."""
+    """Counts what a round does, by the phases that it reports: {phase: units done}. ``stages``: {phase: totals}."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.stages: dict[str, list[int]] = {}
         self._phase = ""
 
     def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
         """Count under another name."""
         self._phase = name
         self.counts.setdefault(name, 0)
+        self.stages.setdefault(name, []).append(total or 0)
 
     def advance(self, n: int) -> None:
         """Count ``n`` units."""

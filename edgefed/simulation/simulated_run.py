@@ -224,8 +224,9 @@ class SimulatedRun:
         waiting = CountingProgress()
         if server_round < self._config.rounds:
             trainer.between_rounds(fetch, waiting)
-        storage, reads = client.costs.profile_reads
         counts = progress.counts
+        profiled = progress.stages.get("profile") or waiting.stages.get("profile") or ()
+        storage, reads = client.costs.profile_reads(profiled)
         work = RoundWork(
             **self._expert_counts(plan, update),
             setup=step_plan.setup,

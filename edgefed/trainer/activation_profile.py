@@ -7,7 +7,8 @@
 
 The first that fits is used, in that order. Experts keep the model's dtype while each needs to be read only once; else
 those of a layer are quantized, to 8 bits before 4: reading is what a profile costs in time, quantizing costs accuracy
-(`benchmarks/results/profiling.json` has both).
+(`benchmarks/results/profiling.json` has both). It ends when the plan made from it is stable
+(`edgefed.training.stopping`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from edgefed.costs.memory import profiling_memory
@@ -24,6 +26,7 @@ from edgefed.costs.step_setup import StepSetup
 from edgefed.errors import ConfigError
 from edgefed.expert_records import ActivationProfile
 from edgefed.hardware.memory import format_bytes
+from edgefed.methods.interface import Profiling
 from edgefed.moe.model import MoeModel
 from edgefed.moe.slots import PACKABLE
 from edgefed.moe.units import ExpertSource
@@ -33,6 +36,7 @@ from edgefed.training.encoding import TokenBlocks
 from edgefed.training.out_of_memory import with_smaller_batches
 from edgefed.training.profiling import ProfilePass, profile_blocks, spread_blocks
 from edgefed.training.steps import step_setup, train_scope
+from edgefed.training.stopping import Choice, SequentialTest, Sufficiency, num_first_blocks
 
 PROFILE_STORAGES = ("auto", "full", "int8", "nf4")
 """How an owner may have a profile store experts. "full" is the model's dtype."""
@@ -143,49 +147,64 @@ def make_profile(
     source: ExpertSource,
     usable_bytes: int,
     progress: ProgressSink,
+    profiling: Profiling,
     *,
     storage: str = "auto",
-    attention: bool = False,
-    neurons: bool = False,
-) -> ActivationProfile:
-    """Router statistics of the full model over the training text.
+    choice: Choice,
+    seed: int = 0,
+) -> tuple[ActivationProfile, Sufficiency]:
+    """Router statistics of the full model over the training text, or over as much of it as ``choice`` needs.
 
-    After an out-of-memory it continues with one expert at a time and half as many sequences.
+    After an out-of-memory it starts again with one expert at a time and half as many sequences.
 
     Args:
         model: The model; experts are read from ``source``.
         shape: Its shape.
-        training: Says how many tokens, and which adapters there are.
+        training: Says how many tokens, how sure the choice must be, and which adapters there are.
         blocks: The device's text.
         source: Reads every expert.
         usable_bytes: Memory for the model, including what it has loaded.
         progress: Where the chosen pass is reported.
+        profiling: What is recorded. Energies of neurons are too large to be kept for each block, so a profile with them
+            takes all tokens.
         storage: One of `PROFILE_STORAGES`.
-        attention: Also record the attention that tokens receive.
-        neurons: Also record the energies of neurons.
+        choice: The plan that is made from a profile (`edgefed.training.stopping`).
+        seed: Of the order in which blocks are profiled.
 
     Raises:
         ConfigError: Unknown ``storage``.
         CheckpointError: An expert cannot be read.
     """
     picked = spread_blocks(blocks, training.profile_tokens)
+    length = picked.input_ids.shape[1]
+    takes_all = training.profile_agreement >= 1 or profiling.neurons
+    if not takes_all:
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(picked)))
+        picked = TokenBlocks(picked.input_ids[order], picked.labels[order])
     setup, scope = step_setup(model, training), train_scope(training)
-    setup = dataclasses.replace(setup, sequence_length=picked.input_ids.shape[1])
+    setup = dataclasses.replace(setup, sequence_length=length)
     chosen, reason = choose_profile_pass(
-        shape, setup, len(picked), usable_bytes, storage,
-        attention=attention, packable=model.dtype in PACKABLE, threads=torch.get_num_threads(),
+        shape, setup, len(picked) if takes_all else stage_blocks(blocks, training), usable_bytes, storage,
+        attention=profiling.attention, packable=model.dtype in PACKABLE, threads=torch.get_num_threads(),
     )  # fmt: skip
     progress.message(f"profile: {reason}")
 
-    def run_with(batch_size: int) -> ActivationProfile:
-        progress.phase("profile", picked.num_tokens, "token")
-        one_expert = dataclasses.replace(ONE_EXPERT_AT_A_TIME, batch_size=batch_size)
-        return profile_blocks(
-            model, picked, source, chosen if batch_size == chosen.batch_size else one_expert,
-            scope=scope, attention=attention, neurons=neurons, on_batch=progress.advance, on_message=progress.message,
+    def run_with(batch_size: int) -> tuple[ActivationProfile, Sufficiency]:
+        test = SequentialTest(
+            len(picked), length, choice, training.profile_agreement, seed,
+            lambda tokens: progress.phase("profile", tokens, "token"),
         )  # fmt: skip
+        if takes_all:
+            progress.phase("profile", picked.num_tokens, "token")
+        one_expert = dataclasses.replace(ONE_EXPERT_AT_A_TIME, batch_size=batch_size)
+        made = profile_blocks(
+            model, picked, source, chosen if batch_size == chosen.batch_size else one_expert,
+            enough=None if takes_all else test, scope=scope, attention=profiling.attention, neurons=profiling.neurons,
+            on_batch=progress.advance, on_message=progress.message,
+        )  # fmt: skip
+        return made, test.result if not takes_all else Sufficiency(picked.num_tokens, picked.num_tokens)
 
-    profile = with_smaller_batches(
+    profile, sufficiency = with_smaller_batches(
         run_with,
         chosen.batch_size,
         lambda size: progress.message(
@@ -193,4 +212,12 @@ def make_profile(
         ),
     )
     progress.done()
-    return profile
+    if not sufficiency.uses_all:
+        progress.message(f"profile: {sufficiency}")
+    return profile, sufficiency
+
+
+def stage_blocks(blocks: TokenBlocks, training: TrainingConfig) -> int:
+    """Blocks that a profile of ``blocks`` should take side by side: all, or those of a stage if it may end early."""
+    count, length = len(spread_blocks(blocks, training.profile_tokens)), blocks.input_ids.shape[1]
+    return count if training.profile_agreement >= 1 else min(count, 2 * num_first_blocks(count, length))

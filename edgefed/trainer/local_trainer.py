@@ -184,12 +184,12 @@ class LocalTrainer:
             copies.keep(ctx.units, newest, manifest.server_round)
         self._models.close(method, newest)
         self._last = ctx
-        forwards = (
-            {"probe_forwards": float(probed.forwards)} if method.assigning and method.assigning.directions else {}
-        )
+        more = {"probe_forwards": float(probed.forwards)} if method.assigning and method.assigning.directions else {}
+        more |= reports.profile_metrics(self.planner.sufficiency)
+        self.planner.sufficiency = None  # reported
         return TrainedUpdate(
             experts=reports.expert_reports(method, plan, outcome),
-            metrics=reports.round_metrics(plan, outcome, before, after, guard.num_shrinks, **forwards),
+            metrics=reports.round_metrics(plan, outcome, before, after, guard.num_shrinks, **more),
             num_examples=len(blocks),
             num_tokens=outcome.num_tokens,
             keep=reports.kept_blobs(method, plan, manifest.files, ctx.units.values()),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from edgefed.costs.step_setup import Correction
 from edgefed.errors import BudgetTooSmall
 from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.hardware.memory import format_bytes
-from edgefed.methods.interface import ExpertMethod, RoundContext
+from edgefed.methods.interface import ExpertMethod, Profiling, RoundContext
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.merging.plan import ExpertMerger, MergingOptions
 from edgefed.moe.model import MoeModel
@@ -30,7 +31,7 @@ from edgefed.moe.model_shape import shape_from_config
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import ExpertAssignment, Manifest, RunConfig
 from edgefed.protocol.trainer import Fetch
-from edgefed.trainer.activation_profile import make_profile
+from edgefed.trainer.activation_profile import make_profile, stage_blocks
 from edgefed.trainer.expert_choice import Layout, even_layout, method_layout
 from edgefed.trainer.placement import required_storage
 from edgefed.trainer.ports import Memory, StepCosts
@@ -38,6 +39,7 @@ from edgefed.trainer.saved_plan import PLAN_FILE, SavedPlan, SavedStepPlan, read
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.savings import problems
 from edgefed.training.steps import step_setup
+from edgefed.training.stopping import Sufficiency
 
 GROWTH = 1.10
 """A step plan grows only into memory divided by this; see the top of this file."""
@@ -96,10 +98,9 @@ class PlanRequest:
         experts = [unit for unit in self.manifest.units if unit.kind == "expert"]
         self.source.add(experts, self.fetch(experts))
 
-    @property
-    def context(self) -> RoundContext:
-        """The round, for the method."""
-        server_round, rounds = self.manifest.server_round, self.run.rounds
+    def context(self, *, ahead: int = 0) -> RoundContext:
+        """The round, or the one ``ahead``, for the method."""
+        server_round, rounds = min(self.manifest.server_round + ahead, self.run.rounds), self.run.rounds
         return RoundContext(server_round, (server_round - 1) / (rounds - 1) if rounds > 1 else 1.0, self.assignment)
 
 
@@ -141,6 +142,7 @@ class Planner:
         self._current: _Current | None = None
         self.train_slots = 0
         """Largest number of experts that could train in this round if every resident expert were trainable."""
+        self.sufficiency: Sufficiency | None = None  # how much text the newest profile used, until that is reported
 
     # --- the plan of now --------------------------------------------------------------------------------------------
 
@@ -190,11 +192,8 @@ class Planner:
         method, sizes, progress = request.method, request.manifest.experts_per_layer, request.progress
         most, _ = fit(self._search(request, even_layout(sizes)), wanted, usable_bytes)
         self.train_slots = most.trainable
-        profile = self._current_profile(request, usable_bytes)
-        layout = method_layout(
-            method, profile, sizes, request.context,
-            compute_share=self._limits.compute_share, seed=request.run.seed, identity=self._identity,
-        )  # fmt: skip
+        profile = self._current_profile(request, usable_bytes, most)
+        layout = self._layout(request, profile, request.context())
         search = self._search(request, layout)
         previous = self._previous(wanted)
         step_plan = self._settle(search, previous, wanted, usable_bytes, progress)
@@ -228,7 +227,7 @@ class Planner:
 
     def profile_ahead(self, request: PlanRequest) -> None:
         """Make the profile of the round after ``request.manifest``'s now; see `Profiling.when`."""
-        self._make_profile(request, self._tensor_bytes())
+        self._make_profile(request, self._tensor_bytes(), self.step_plan, request.context(ahead=1))
         self._saved.write(self._path, self._fingerprint)
 
     def exclude(self, saving: str, reason: str) -> None:
@@ -287,31 +286,40 @@ class Planner:
 
     # --- the profile ------------------------------------------------------------------------------------------------
 
-    def _current_profile(self, request: PlanRequest, usable_bytes: int) -> ActivationProfile | None:
-        """The profile that this round's plan is made from; None if there is none and the method needs none."""
+    def _layout(self, request: PlanRequest, profile: ActivationProfile | None, context: RoundContext) -> Layout:
+        return method_layout(
+            request.method, profile, request.manifest.experts_per_layer, context,
+            compute_share=self._limits.compute_share, seed=request.run.seed, identity=self._identity,
+        )  # fmt: skip
+
+    def _current_profile(self, request: PlanRequest, usable_bytes: int, likely: StepPlan) -> ActivationProfile | None:
+        """The profile that this round's plan is made from, of about the size of ``likely``; None if none is needed."""
         method, saved = request.method, self._saved
         if profiling := method.profiling:
             due = saved.profile is None or profiling.when == "each_round"
             # A profile made while waiting is of the round before. An older one is from before a time of absence.
             due |= profiling.when == "while_waiting" and saved.profile_round < request.manifest.server_round - 1
             if due:
-                self._make_profile(request, usable_bytes)
+                self._make_profile(request, usable_bytes, likely, request.context())
         return saved.profile
 
-    def _make_profile(self, request: PlanRequest, usable_bytes: int) -> None:
+    def _make_profile(self, request: PlanRequest, usable_bytes: int, likely: StepPlan, context: RoundContext) -> None:
         method, model, training = request.method, request.model, request.run.training
         request.add_all_experts()
         if method.exchanges:
             model.drop_experts()  # those of the last round; they are placed again after the plan
-        attention = method.profiling is not None and method.profiling.attention
-        neurons = method.profiling is not None and method.profiling.neurons
+        profiling = method.profiling or Profiling()
         storage = self._costs.profile_storage(
-            self._limits.profile_storage, step_setup(model, training), request.blocks, training.profile_tokens,
-            usable_bytes, attention=attention,
+            self._limits.profile_storage, step_setup(model, training), stage_blocks(request.blocks, training),
+            usable_bytes, attention=profiling.attention,
         )  # fmt: skip
-        self._saved.profile = make_profile(
+
+        def choice(profile: ActivationProfile) -> ExpertPlan:
+            return self._layout(request, profile, context)(likely.resident, likely.trainable)
+
+        self._saved.profile, self.sufficiency = make_profile(
             model, self.shape, training, request.blocks, request.source, usable_bytes, request.progress,
-            storage=storage, attention=attention, neurons=neurons,
+            profiling, storage=storage, choice=choice, seed=zlib.crc32(self._identity.encode()),
         )  # fmt: skip
         self._saved.profile_round = request.manifest.server_round
 

@@ -31,7 +31,6 @@ from edgefed.moe.units import LORA_SUFFIX
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import Manifest, RunConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch
-from edgefed.training.encoding import TokenBlocks
 from edgefed.training.tokenizer import load_tokenizer
 
 
@@ -78,15 +77,14 @@ class StepCosts(Protocol):
         self,
         requested: str,
         setup: StepSetup,
-        blocks: TokenBlocks,
-        profile_tokens: int,
+        num_blocks: int,
         usable_bytes: int,
         *,
         attention: bool,
     ) -> str:
         """How an activation profile stores experts, one of `activation_profile.PROFILE_STORAGES`.
 
-        ``requested`` is the owner's choice; the profile covers ``profile_tokens`` tokens of ``blocks``.
+        ``requested`` is the owner's choice; the profile takes ``num_blocks`` blocks of text at a time.
         """
 
 
@@ -193,8 +191,7 @@ class FormulaCosts:
         self,
         requested: str,
         setup: StepSetup,
-        blocks: TokenBlocks,
-        profile_tokens: int,
+        num_blocks: int,
         usable_bytes: int,
         *,
         attention: bool,

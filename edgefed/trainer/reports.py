@@ -21,6 +21,7 @@ from edgefed.protocol.messages import NEURON_INDEX, ExpertReport, ExpertSurvey, 
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.out_of_memory import with_smaller_batches
 from edgefed.training.steps import StepsOutcome
+from edgefed.training.stopping import Sufficiency
 from edgefed.training.utility import ProbeOutcome, probe_gradient_norms, utilities
 
 
@@ -58,6 +59,17 @@ def round_metrics(
         **more,
     }
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def profile_metrics(sufficiency: Sufficiency | None) -> dict[str, float]:
+    """What the ledger says of a profile that was made for the round; nothing without one."""
+    if sufficiency is None:
+        return {}
+    return {
+        "profile_tokens": float(sufficiency.num_tokens),
+        "profile_agreement": sufficiency.agreement,
+        "profile_frequency_error": sufficiency.frequency_error,
+    }
 
 
 def expert_reports(method: ExpertMethod, plan: ExpertPlan, outcome: StepsOutcome) -> tuple[ExpertReport, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from edgefed.moe.lockstep import run_in_lockstep
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import ExpertSource, TrainScope
 from edgefed.training.encoding import TokenBlocks
+
+Enough = Callable[[Sequence[ActivationProfile]], int]
+"""Decides how many blocks a profile takes next; see `profile_blocks`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +57,13 @@ def profile_blocks(
     scope: TrainScope | None = None,
     attention: bool = False,
     neurons: bool = False,
+    enough: Enough | None = None,
     on_batch: Callable[[int], None] = lambda tokens: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> ActivationProfile:
     """Run ``blocks`` forward through the full model and return the router's statistics.
+
+    With ``enough``, the pass may end before the last block. Each stage of it reads experts again.
 
     With a ``source``, experts are read from it as ``profile_pass`` says, with the adapters of ``scope``. Without, the
     model must have all its experts, and of ``profile_pass`` only the batch size counts. Router logits differ between
@@ -68,25 +76,52 @@ def profile_blocks(
         profile_pass: What is in memory at a time.
         scope: Which adapters the experts have.
         attention: Also record the attention that tokens receive.
-        neurons: Also record the energies of neurons; needs a ``source``.
+        neurons: Also record the energies of neurons; needs a ``source``, and no ``enough``.
+        enough: Called with the profile of each block so far, at first with none; returns how many blocks to profile
+            next, 0 to end.
         on_batch: Called with the number of tokens done; a share of the layers where batches go side by side.
         on_message: Called with a note where attention cannot be recorded.
     """
     module = model.module
     was_training = module.training
     module.train(False)
+    part_tokens = blocks.input_ids.shape[1] if enough else 0
+    if source is None:
+        profile_pass = dataclasses.replace(profile_pass, concurrent_batches=1)
+        experts: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    else:
+        experts = model.streaming(source, scope, residency=profile_pass.residency, storage=profile_pass.storage)
     try:
-        with model.record_statistics(attention=attention, neurons=neurons) as recorder:
-            if source is None:
-                _forward_all(model, blocks, dataclasses.replace(profile_pass, concurrent_batches=1), on_batch)
+        with (
+            model.record_statistics(attention=attention, neurons=neurons, part_tokens=part_tokens) as recorder,
+            experts,
+        ):
+            if enough is None:
+                _forward_all(model, blocks, profile_pass, on_batch)
+                profile = recorder.take()
             else:
-                with model.streaming(source, scope, residency=profile_pass.residency, storage=profile_pass.storage):
-                    _forward_all(model, blocks, profile_pass, on_batch)
+                profile = _forward_in_stages(model, blocks, profile_pass, on_batch, enough, recorder.take_parts)
             for note in recorder.attention.notes if recorder.attention else ():
                 on_message(f"attention: {note}")
-            return recorder.take()
+            return profile
     finally:
         module.train(was_training)
+
+
+def _forward_in_stages(
+    model: MoeModel,
+    blocks: TokenBlocks,
+    profile_pass: ProfilePass,
+    on_batch: Callable[[int], None],
+    enough: Enough,
+    take: Callable[[], list[ActivationProfile]],
+) -> ActivationProfile:
+    parts: list[ActivationProfile] = []
+    while more := min(enough(parts), len(blocks) - len(parts)):
+        rows = slice(len(parts), len(parts) + more)
+        _forward_all(model, TokenBlocks(blocks.input_ids[rows], blocks.labels[rows]), profile_pass, on_batch)
+        parts += take()
+    return functools.reduce(operator.add, parts)
 
 
 def _forward_all(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import msgspec
 import pytest
 
 from edgefed.aggregator.blobs import BlobStore
@@ -13,16 +15,21 @@ from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError
 from edgefed.expert_records import ActivationProfile
+from edgefed.methods.averaging import plan_trainable, select_by_score
+from edgefed.methods.fedavg import FedAvg
+from edgefed.methods.interface import FIRST_ROUND, Profiling
+from edgefed.methods.registry import make_method
 from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
-from edgefed.trainer import activation_profile
+from edgefed.trainer import activation_profile, local_trainer
 from edgefed.trainer.activation_profile import MAX_CONCURRENT_BATCHES, PROFILE_STORAGES, choose_profile_pass
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
 from edgefed.trainer.ports import ProcessMemory
 from edgefed.trainer.saved_plan import PLAN_FILE
-from edgefed.training.profiling import ProfilePass
+from edgefed.training.profiling import ProfilePass, activation_error
+from edgefed.training.stopping import MAX_FREQUENCY_ERROR
 
 GIB = 1 << 30
 OLMOE = KNOWN_SHAPES["OLMoE-1B-7B"]
@@ -118,21 +125,26 @@ def run_folder(tmp_path_factory):
     return folder, run
 
 
-def one_round(run_folder, folder, storage):
-    root, run = run_folder
+def one_round(run_folder, folder, storage, run=None, data="notes.jsonl"):
+    return round_of(run_folder, folder, storage, run, data)[:2]
+
+
+def round_of(run_folder, folder, storage="auto", run=None, data="notes.jsonl"):
+    """(profile, messages about it, metrics of the round)."""
+    root, run = run_folder[0], run or run_folder[1]
     heard, blobs = Heard(), BlobStore(root / "run")
     limits = DeviceLimits(expert_share=0.5, profile_storage=storage)
-    trainer = LocalTrainer(str(root / "notes.jsonl"), folder, limits, "me", ProcessMemory(4 << 30))
+    source = str(root / data) if data.endswith(".jsonl") else data
+    trainer = LocalTrainer(source, folder, limits, "me", ProcessMemory(4 << 30))
     with RunReader(root / "run") as reader:
         manifest = reader.manifest()
-    trainer.train_round(
+    update = trainer.train_round(
         run, manifest, Assignment(server_round=1, deadline_s=None, seed=0),
         lambda items: {item.sha256: blobs.path(item.sha256) for item in items}, heard, folder / "update",
     )  # fmt: skip
     saved = json.loads((folder / PLAN_FILE).read_text())
-    return ActivationProfile.from_dict(saved["profile"]), [
-        text for text in heard.messages if text.startswith("profile:")
-    ]
+    messages = [text for text in heard.messages if text.startswith("profile:")]
+    return ActivationProfile.from_dict(saved["profile"]), messages, update.metrics
 
 
 def test_a_device_profiles_as_its_owner_requested(run_folder, tmp_path, monkeypatch):
@@ -154,3 +166,46 @@ def test_a_device_profiles_as_its_owner_requested(run_folder, tmp_path, monkeypa
         assert found[storage].to_dict() != found["full"].to_dict()
     with pytest.raises(ConfigError, match="invalid storage of a profile 'int4'"):
         one_round(run_folder, tmp_path / "int4", "int4")
+
+
+@dataclasses.dataclass(frozen=True)
+class MostUsed(FedAvg):
+    """A method of somebody's own: the most used experts."""
+
+    name = "most_used"
+    profiling = Profiling()
+
+    def plan_experts(self, profile, experts_per_layer, budget, rng, context=FIRST_ROUND):
+        scores = [layer.frequency for layer in profile.layers]
+        used = [score > 0 for score in scores]
+        return plan_trainable(experts_per_layer, select_by_score(scores, used, budget.resident_experts))
+
+
+@pytest.mark.parametrize("method", ["hfedmoe", "flux", "most_used"])
+def test_a_profile_ends_when_the_choice_of_any_method_is_stable(run_folder, tmp_path, method, monkeypatch):
+    def method_named(name, options):
+        return MostUsed() if name == "most_used" else make_method(name, options)
+
+    monkeypatch.setattr(local_trainer, "make_method", method_named)
+    training = TrainingConfig(
+        local_steps=1,
+        batch_size=4,
+        sequence_length=32,
+        profile_tokens=8192,
+        profile_agreement=0.8,
+        evaluation_tokens=32,
+    )
+    run = msgspec.structs.replace(run_folder[1], method=method, training=training)
+    found, heard, metrics = round_of(run_folder, tmp_path / "some", run=run, data="silo:unittest")
+    assert found.num_tokens == metrics["profile_tokens"] < 8192
+    assert 0.8 <= metrics["profile_agreement"] <= 1
+    assert 0 < metrics["profile_frequency_error"] <= MAX_FREQUENCY_ERROR
+    assert heard[-1].startswith(f"profile: {found.num_tokens:,} of 8,192 tokens (estimated from these: ")
+    again, *_ = round_of(run_folder, tmp_path / "again", run=run, data="silo:unittest")
+    assert again.to_dict() == found.to_dict()
+    run = msgspec.structs.replace(run, training=msgspec.structs.replace(training, profile_agreement=1.0))
+    whole, heard, metrics = round_of(run_folder, tmp_path / "all", run=run, data="silo:unittest")
+    assert whole.num_tokens == metrics["profile_tokens"] == 8192
+    assert metrics["profile_agreement"] == 1
+    assert len(heard) == 1
+    assert activation_error(found, whole) < 0.1
