@@ -1,20 +1,21 @@
-"""Builds edgefed, with its native library if there is a C++ compiler, and its CUDA library if there is also nvcc.
+"""Builds edgefed, with its native library if there is a C++ compiler, and its CUDA library if there are nvcc and a GPU.
 
 Both are shared libraries with a plain C interface and no link to Python or torch, so one wheel serves every Python and
 every torch of a platform. Without a compiler the package is complete but slower, and says so. The CUDA library contains
-the CUDA runtime and loads on a machine without a driver.
+the CUDA runtime and loads on a machine without a driver. What is compiled is printed; pip shows it with -v.
 
     EDGEFED_NATIVE=0        build neither
     EDGEFED_NATIVE=1        fail if the native library cannot be built
     EDGEFED_CUDA=0          do not build the CUDA library
-    EDGEFED_CUDA=1          fail if the CUDA library cannot be built
-    EDGEFED_CUDA_ARCHS=87   only for these GPUs, as in "80;87"; else for all of CUDA_ARCHS that nvcc knows
+    EDGEFED_CUDA=1          build it for all of CUDA_ARCHS that nvcc knows, or fail
+    EDGEFED_CUDA_ARCHS=87   build it for these GPUs, as in "80;87"
 """
 
 import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,8 +74,7 @@ class BuildNative(build_ext):
             subprocess.check_call([*compiler, *flags, "-c", source, "-o", str(result)])
             return str(result)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(build, sources))
+        objects = compile_all(build, sources, f"with {compiler[0]}, about a minute on two cores")
         subprocess.check_call([*compiler, *objects, *LINK_FLAGS, "-o", str(target)])
 
     def build_cuda(self, ext):
@@ -89,8 +89,14 @@ class BuildNative(build_ext):
                 raise SystemExit("edgefed: EDGEFED_CUDA=1, but no nvcc was found in PATH, CUDA_HOME or /usr/local/cuda")
             print("edgefed: no nvcc, CUDA part left out")
             return
+        wanted = os.environ.get("EDGEFED_CUDA_ARCHS")
+        if not wanted and requested != "1":
+            wanted = gpus_here()
+            if not wanted:
+                print("edgefed: no NVIDIA GPU here, CUDA part left out (EDGEFED_CUDA=1 builds it for all GPUs)")
+                return
         try:
-            archs = choose_archs(nvcc, os.environ.get("EDGEFED_CUDA_ARCHS"))
+            archs = choose_archs(nvcc, wanted)
             target = Path(self.get_ext_fullpath(ext.name))
             folder = Path(self.build_temp) / "csrc"
             for place in (target.parent, folder):
@@ -105,8 +111,7 @@ class BuildNative(build_ext):
                 subprocess.check_call([nvcc, *CUDA_FLAGS, *code, *threads, "-c", source, "-o", str(result)])
                 return str(result)
 
-            with ThreadPoolExecutor(cores) as pool:
-                objects = list(pool.map(build, ext.sources))
+            objects = compile_all(build, ext.sources, f"with nvcc for {len(archs)} kinds of GPU")
             subprocess.check_call([nvcc, *CUDA_LINK_FLAGS, *objects, "-o", str(target)])
         except (OSError, subprocess.CalledProcessError) as error:
             if requested == "1":
@@ -115,6 +120,31 @@ class BuildNative(build_ext):
 
     def get_outputs(self):
         return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+def compile_all(build, sources, how):
+    """Build each source, as many in parallel as there are cores; print what goes on. Returns the objects in order."""
+    started = time.monotonic()
+    print(f"edgefed: compiling {len(sources)} files {how}", flush=True)
+
+    def timed(source):
+        result = build(source)
+        print(f"edgefed: {source} compiled after {time.monotonic() - started:.0f} s", flush=True)
+        return result
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(timed, sources))
+
+
+def gpus_here():
+    """Return the compute capabilities of this machine's GPUs, as in "86;89"; "all" if unknown, "" without a GPU."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+        found = {capability.replace(".", "") for capability in listed if capability.replace(".", "").isdigit()}
+        return ";".join(sorted(found, key=int))
+    except (OSError, subprocess.SubprocessError):
+        return "all" if os.path.exists("/etc/nv_tegra_release") else ""  # a Jetson may lack nvidia-smi
 
 
 def find_nvcc():
@@ -129,7 +159,7 @@ def choose_archs(nvcc, requested):
     """Return the compute capabilities to compile for, ascending: the requested ones, else all that this nvcc knows."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     known = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed]
-    if not requested:
+    if not requested or requested == "all":
         return known
     chosen = requested.replace(",", ";").split(";")
     unknown = [arch for arch in chosen if f"compute_{arch}" not in listed]

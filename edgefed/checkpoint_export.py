@@ -156,7 +156,7 @@ class _ModelState:
                 stack = torch.empty((layer.num_experts, *tensor.shape), dtype=tensor.dtype)
             if tensor.dtype != stack.dtype:
                 raise CheckpointError(
-                    f"{own!r} of unit {layer.expert_key(expert)!r} must be {stack.dtype}; found {tensor.dtype}"
+                    f"{own!r} of {layer.expert_key(expert)!r} must be {stack.dtype}; found {tensor.dtype}"
                 )
             stack[expert] = tensor
         assert stack is not None, "an expert layer has experts"

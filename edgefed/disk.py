@@ -133,3 +133,12 @@ def filesystem(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
         if (place == mounted or mounted in place.parents) and len(mounted.parts) >= best:
             best, kind = len(mounted.parts), fields[2]
     return kind
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of the files under a folder in bytes, while others write there; 0 if it does not exist."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            total += path.lstat().st_size if path.is_file() else 0
+    return total

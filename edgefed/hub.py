@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import socket
 import sys
 import threading
@@ -39,6 +40,8 @@ def check_source(source: str) -> str:
         return ""
     if folder.exists() or looks_like_path(source):
         raise ModelNotFound(f"checkpoint folder not found: {source!r}")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise ModelNotFound(f"{source!r} is neither a local folder nor a hub id, OWNER/NAME")
     asked_offline = os.environ.get(OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
     reason = f"{OFFLINE} is set" if asked_offline else unreachable(endpoint())
     if not reason:

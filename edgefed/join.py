@@ -255,7 +255,9 @@ def _personal_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progre
     )
     for note in problem_notes(config.data, task.problems):
         progress.message(note)
-    of_classes = f" of {len(task.classes)} classes" if task.classes else ""
+    of_classes = f" of {task.num_present} classes" if task.classes else ""
+    if task.num_present < len(task.classes):
+        of_classes += f" (the data names {len(task.classes)})"
     progress.message(
         f"{config.name}: {task.num_examples} examples{of_classes}, own model {config.model}; "
         "only the shared extractor leaves this device"

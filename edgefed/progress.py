@@ -7,6 +7,7 @@ by itself: its next byte raises `StopRequested`, its socket times out, or the pr
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import time
@@ -47,6 +48,44 @@ class ProgressSink(Protocol):
     def done(self) -> None:
         """The current phase is over."""
         ...
+
+
+class Pulse:
+    """Says that something still goes on: calls ``say(seconds)`` after 3 seconds, and then less and less often.
+
+    A context; from a thread of its own, which ends with it.
+    """
+
+    TIMES_S = (3.0, 10.0, 30.0, 60.0)
+    """Seconds after which it speaks; the last one is repeated."""
+
+    def __init__(self, say: Callable[[float], None]) -> None:
+        self._say = say
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="edgefed-pulse", daemon=True)
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _work(self) -> None:
+        started = time.monotonic()
+        for due in itertools.chain(self.TIMES_S, itertools.count(2 * self.TIMES_S[-1], self.TIMES_S[-1])):
+            if self._ended.wait(max(0.0, started + due - time.monotonic())):
+                return
+            self._say(time.monotonic() - started)
+
+
+def remaining(done: float, total: float | None, seconds: float) -> str:
+    """``about 40 s left`` after ``seconds`` in which ``done`` of ``total`` was done; without these, the time so far."""
+    if not total or not 0 < done <= total:
+        return f"{format_seconds(seconds)} so far"
+    return f"about {format_seconds(seconds * (total - done) / done)} left"
 
 
 class NullProgress:

@@ -64,7 +64,7 @@ def build(tmp_path):
 
 def test_both_parts_are_built_where_both_compilers_are(build):
     build.stand_in("nvcc")
-    done = build.run()
+    done = build.run(EDGEFED_CUDA="1")
     assert done.returncode == 0, done.stderr
     assert build.built() == {"_native.so", "_cuda.so"}
     compiled = [call for call in build.calls("nvcc") if " -c " in call]
@@ -75,6 +75,33 @@ def test_both_parts_are_built_where_both_compilers_are(build):
     (link,) = [call for call in build.calls("nvcc") if " -shared " in call]
     assert "--cudart=static" in link
     assert "--exclude-libs,ALL" in link
+
+
+def test_without_a_gpu_the_cuda_part_is_left_out_at_once_and_it_is_said(build):
+    if shutil.which("nvidia-smi", path="/usr/bin:/bin") or Path("/etc/nv_tegra_release").exists():
+        pytest.skip("this machine has a GPU")
+    build.stand_in("nvcc")
+    done = build.run()
+    assert build.built() == {"_native.so"}
+    assert "no NVIDIA GPU here, CUDA part left out (EDGEFED_CUDA=1" in done.stdout
+    assert not build.calls("nvcc")
+
+
+def test_with_a_gpu_the_cuda_part_is_built_for_it(build):
+    build.stand_in("nvcc")
+    smi = build.bin / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '8.7\\n8.7\\n'\n")
+    smi.chmod(0o755)
+    assert build.run().returncode == 0
+    (call, *_) = [call for call in build.calls("nvcc") if " -c " in call]
+    assert [word.rpartition("=")[2] for word in call.split() if word.startswith("-gencode")] == ["sm_87", "compute_87"]
+
+
+def test_the_build_says_what_it_compiles(build):
+    out = build.run(EDGEFED_CUDA="0").stdout
+    sources = list((ROOT / "csrc").glob("*.cpp"))
+    assert f"edgefed: compiling {len(sources)} files with {build.bin / 'fake-g++'}" in out
+    assert all(f"edgefed: csrc/{source.name} compiled after " in out for source in sources)
 
 
 def test_without_nvcc_the_native_part_is_built_and_it_is_said(build):
@@ -116,7 +143,7 @@ def test_a_part_that_must_be_built_and_cannot_fails_by_name(build):
 
 def test_an_nvcc_that_fails_costs_only_the_cuda_part(build):
     build.stand_in("nvcc", status=1)
-    done = build.run()
+    done = build.run(EDGEFED_CUDA_ARCHS="87")
     assert done.returncode == 0
     assert "_native.so" in build.built()
     assert "_cuda.so" not in build.built()

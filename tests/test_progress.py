@@ -1,10 +1,12 @@
-"""The line of a round."""
+"""The line of a round, and what says that work goes on."""
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from edgefed.progress import RoundLines, format_seconds, round_line
+from edgefed.progress import Pulse, RoundLines, counted, format_seconds, remaining, round_line
 
 LOSSES = {"train_loss": 4.738, "held_out_loss_before": 4.61, "held_out_loss_after": 4.4849}
 
@@ -41,3 +43,29 @@ def test_a_round_of_an_earlier_process_has_no_time():
 @pytest.mark.parametrize(("seconds", "text"), [(0.42, "0.4 s"), (95, "95 s"), (750, "12.5 min"), (11520, "3.2 h")])
 def test_times_have_the_unit_that_fits(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_a_pulse_speaks_less_and_less_often_and_ends_with_its_work(monkeypatch):
+    monkeypatch.setattr(Pulse, "TIMES_S", (0.02, 0.05, 0.1))
+    spoken: list[float] = []
+    with Pulse(spoken.append):
+        time.sleep(0.36)
+    count = len(spoken)
+    assert 3 <= count <= 5  # 0.02, 0.05, 0.1, 0.2, 0.3 s
+    time.sleep(0.15)
+    assert len(spoken) == count
+    with Pulse(spoken.append):
+        pass
+    assert len(spoken) == count
+
+
+def test_what_remains_is_computed_where_the_whole_is_known():
+    assert remaining(5, 20, 4.0) == "about 12 s left"
+    assert remaining(20, 20, 4.0) == "about 0.0 s left"
+    assert remaining(0, 20, 4.0) == "4.0 s so far"
+    assert remaining(5, None, 70.0) == "70 s so far"
+    assert (counted(1, "round"), counted(2, "round"), counted(1200, "update")) == (
+        "1 round",
+        "2 rounds",
+        "1,200 updates",
+    )

@@ -108,7 +108,7 @@ class BlobCache:
         with disk_errors(self.folder):
             free = shutil.disk_usage(self.folder).free
         if need > free:
-            raise DiskFull(f"the units to download need {need} bytes in {self.folder}, {free} are free")
+            raise DiskFull(f"the parts of the model to download need {need} bytes in {self.folder}, {free} are free")
 
     def _download_all(self, missing: Mapping[str, int], on_bytes: OnBytes | None) -> None:
         """Uses daemon threads and a queue: the threads of an executor would delay the exit after Ctrl-C."""

@@ -114,22 +114,22 @@ def create_run(
 
 def _check_unit(unit: UnitInfo, tensors: RawTensors, known: Mapping[str, UnitInfo]) -> None:
     if unit.key in known:
-        raise CheckpointError(f"duplicate unit key {unit.key!r}")
+        raise CheckpointError(f"duplicate key {unit.key!r}")
     if unit.kind not in UNIT_KINDS:
-        raise CheckpointError(f"unit {unit.key!r} has kind {unit.kind!r}, expected one of {', '.join(UNIT_KINDS)}")
+        raise CheckpointError(f"{unit.key!r} has kind {unit.kind!r}, expected one of {', '.join(UNIT_KINDS)}")
     if (unit.kind == "expert") != (unit.expert >= 0) or (unit.kind == "expert" and unit.layer < 0):
-        raise CheckpointError(f"unit {unit.key!r} of kind {unit.kind!r} has layer {unit.layer}, expert {unit.expert}")
+        raise CheckpointError(f"{unit.key!r} of kind {unit.kind!r} has layer {unit.layer}, expert {unit.expert}")
     if not tensors:
-        raise CheckpointError(f"unit {unit.key!r} has no tensors")
+        raise CheckpointError(f"{unit.key!r} has no tensors")
     for name in (unit.key, *tensors):
         if not name or NAME_SEPARATOR in name:
-            raise CheckpointError(f"invalid name of a unit or tensor: {name!r} is empty or contains {NAME_SEPARATOR!r}")
+            raise CheckpointError(f"invalid name of a part or tensor: {name!r} is empty or contains {NAME_SEPARATOR!r}")
     for name, (dtype, array) in tensors.items():
         if array.dtype != storage_dtype(dtype):
             raise CheckpointError(f"tensor {name!r} of {unit.key!r}: {dtype} is not stored as {array.dtype}")
         if unit.trainable and dtype not in FLOAT_DTYPES:
             raise CheckpointError(
-                f"tensor {name!r} of the trainable unit {unit.key!r} is {dtype}: only floats can be averaged"
+                f"tensor {name!r} of the trainable {unit.key!r} is {dtype}: only floats can be averaged"
             )
 
 
@@ -147,7 +147,7 @@ def _experts_per_layer(units: Iterable[UnitInfo]) -> tuple[int, ...]:
         if unit.kind == "expert":
             found.setdefault(unit.layer, set()).add(unit.expert)
     if sorted(found) != list(range(len(found))):
-        raise CheckpointError(f"the units name MoE layers {sorted(found)}, expected 0..{len(found) - 1}")
+        raise CheckpointError(f"the parts name MoE layers {sorted(found)}, expected 0..{len(found) - 1}")
     for layer, experts in found.items():
         if experts != set(range(len(experts))):
             raise CheckpointError(f"layer {layer} has experts {sorted(experts)[:8]}..., expected 0..{len(experts) - 1}")

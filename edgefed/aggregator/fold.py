@@ -91,7 +91,7 @@ def fold_round(
     """
     unknown = plan.keys() - {unit.key for unit in units if unit.trainable}
     if unknown:
-        raise ValueError(f"the merge plan names units that are not trainable in this run: {sorted(unknown)[:4]}")
+        raise ValueError(f"the merge plan names parts that are not trainable in this run: {sorted(unknown)[:4]}")
     index = UpdateIndex(units, updates)
     planned = [unit for unit in units if unit.key in plan]
     scratches = threading.local()
@@ -139,7 +139,7 @@ def _unit_chunks(
     yield encode_header(unit.tensors)
     for info in unit.tensors:
         if info.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"tensor {info.name!r} of unit {unit.key!r} is {info.dtype}: only floats are averaged")
+            raise ValueError(f"tensor {info.name!r} of {unit.key!r} is {info.dtype}: only floats are averaged")
         rows: list[np.ndarray | None] = [None] * len(weights)
         given = [weight for _, weight in weights]
         if info.name == NEURON_TABLE:

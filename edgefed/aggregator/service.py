@@ -43,7 +43,7 @@ from edgefed.errors import (
     UnknownClient,
     UpdateTooLarge,
 )
-from edgefed.progress import counted
+from edgefed.progress import IDLE_PHASE, counted
 from edgefed.protocol.comparison import COMPARING_PHASE, Comparison, is_sound
 from edgefed.protocol.messages import (
     Assignment,
@@ -350,6 +350,8 @@ class Service:
                 client.rounds_done, client.uploaded_bytes, client.metrics = before
                 run.uploads.demote(name, path)
                 raise
+            presence = run.presence.setdefault(client_id, Presence())
+            presence.phase, presence.fraction = IDLE_PHASE, 0.0  # the next heartbeat may be seconds away
             run.apply(rounds.UpdateAccepted(run.clock(), client_id))
 
 

@@ -41,13 +41,13 @@ def check_slice(path: Path, unit: UnitInfo, tensors: Mapping[str, TensorEntry]) 
     assert whole is not None, "the unit has a table"
     if len(index.info.shape) != 1 or table.shape != (*index.info.shape, *whole.shape[1:]):
         raise InvalidUpdate(
-            f"unit {unit.key!r}: the neuron table has shape {list(table.shape)} and its index "
+            f"{unit.key!r}: the neuron table has shape {list(table.shape)} and its index "
             f"{list(index.info.shape)}, expected [W, {whole.shape[1]}] and [W]"
         )
     rows = read_rows(path, index.start, index.info.shape[0])
     if not are_rows(rows, whole.shape[0]):
         raise InvalidUpdate(
-            f"unit {unit.key!r}: the index must name neurons 0..{whole.shape[0] - 1} in ascending order, found "
+            f"{unit.key!r}: the index must name neurons 0..{whole.shape[0] - 1} in ascending order, found "
             f"{rows[:8].tolist()}"
         )
 

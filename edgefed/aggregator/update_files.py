@@ -57,7 +57,7 @@ class UpdateIndex:
         at = self._order.get(update_name(unit_key, name))
         start = int(self._starts[client_id][at]) if at is not None and client_id in self._starts else _ABSENT
         if start == _ABSENT:
-            raise ValueError(f"the merge plan needs unit {unit_key!r} of client {client_id!r}, which did not upload it")
+            raise ValueError(f"the merge plan needs {unit_key!r} of client {client_id!r}, which did not upload it")
         return self._paths[client_id], start
 
     def rows(self, client_id: str, unit_key: str, num_rows: int) -> np.ndarray:

@@ -258,7 +258,7 @@ def validate_update(
     reported = {(report.layer, report.expert) for report in meta.experts}
     for unit in units:
         if unit.key in uploaded and unit.kind == "expert" and (unit.layer, unit.expert) not in reported:
-            raise InvalidUpdate(f"unit {unit.key!r} was uploaded without a report for that expert")
+            raise InvalidUpdate(f"{unit.key!r} was uploaded without a report for that expert")
     _check_finite(path, entries, backend)
     return uploaded
 
@@ -274,12 +274,12 @@ def _check_tensors(path: Path, entries: Mapping[str, TensorEntry], units: Mappin
         key, _, name = full_name.partition(NAME_SEPARATOR)
         unit = units.get(key)
         if unit is None:
-            raise InvalidUpdate(f"tensor {full_name[:200]!r} belongs to no unit of the model")
+            raise InvalidUpdate(f"tensor {full_name[:200]!r} belongs to no part of the model")
         if not unit.trainable:
-            raise InvalidUpdate(f"tensor {full_name!r} belongs to a unit that is not trained in this run")
+            raise InvalidUpdate(f"tensor {full_name!r} is not trained in this run")
         expected = next((info for info in upload_tensors(unit) if info.name == name), None)
         if expected is None:
-            raise InvalidUpdate(f"unit {key!r} has no tensor {name[:200]!r}")
+            raise InvalidUpdate(f"{key!r} has no tensor {name[:200]!r}")
         if entry.info.dtype != expected.dtype:
             raise InvalidUpdate(f"tensor {full_name!r} is {entry.info.dtype}, the manifest says {expected.dtype}")
         in_slice = name in (NEURON_TABLE, NEURON_INDEX) and neuron_table(unit) is not None
@@ -291,7 +291,7 @@ def _check_tensors(path: Path, entries: Mapping[str, TensorEntry], units: Mappin
     for key, tensors in found.items():
         missing = [info.name for info in upload_tensors(units[key]) if info.name not in tensors]
         if missing:
-            raise InvalidUpdate(f"unit {key!r} is incomplete: tensors {json.dumps(missing)} are missing")
+            raise InvalidUpdate(f"{key!r} is incomplete: tensors {json.dumps(missing)} are missing")
         if neuron_table(units[key]) is not None:
             check_slice(path, units[key], tensors)
     return frozenset(found)

@@ -221,6 +221,7 @@ class Server:
         from edgefed.embedded import TINY, resolve_model
         from edgefed.hub import check_source
         from edgefed.methods.registry import check_training, make_method
+        from edgefed.progress import Pulse
         from edgefed.protocol.messages import RunConfig
         from edgefed.runs import import_in_subprocess
 
@@ -257,8 +258,24 @@ class Server:
             report(note)
         report(f"importing {run.model} into {self.state}")
         neurons = not method.personal and method.requirements.neurons
-        import_in_subprocess(source, self.state, run, policy, personal=method.personal, neurons=neurons)
+        with Pulse(self._import_watch(run.model, source, report)):
+            import_in_subprocess(source, self.state, run, policy, personal=method.personal, neurons=neurons)
         return run
+
+    def _import_watch(self, model: str, source: str, report: Callable[[str], None]) -> Callable[[float], None]:
+        """What says how far an import is: bytes of the run's folder against those of the checkpoint."""
+        from edgefed.disk import folder_bytes
+        from edgefed.hardware.memory import format_bytes
+        from edgefed.progress import remaining
+
+        total = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+
+        def say(seconds: float) -> None:
+            written = folder_bytes(self.state)
+            amount = f"{format_bytes(written)} of {format_bytes(total)}, " if written and total else ""
+            report(f"importing {model}: {amount}{remaining(written, total, seconds)}")
+
+        return say
 
     def _training(self) -> Any:
         from edgefed.protocol.messages import TrainingConfig
@@ -320,6 +337,7 @@ class Server:
 
     def _existing_run(self) -> RunConfig:
         """The run in the state folder. Raises ConfigError for a setting that contradicts it."""
+        from edgefed.methods.options import option_values
         from edgefed.methods.registry import make_method
         from edgefed.runs import RunReader
 
@@ -335,10 +353,14 @@ class Server:
             if value is not None and value != found:
                 raise self._contradiction(f"`{name}={value}`", found)
         if options:
-            found = make_method(run.method, run.method_options)
-            if make_method(run.method, {**run.method_options, **options}) != found:
-                words = ", ".join(f"{name}={value}" for name, value in options.items())
-                raise self._contradiction(f"`options` {words}", found)
+            found, wanted_method = (
+                option_values(make_method(run.method, {**run.method_options, **more})) for more in ({}, options)
+            )
+            if differing := [name for name in options if wanted_method[name] != found[name]]:
+                asked, has = (
+                    ", ".join(f"{name}={values[name]}" for name in differing) for values in (wanted_method, found)
+                )
+                raise self._contradiction(f"`options` {asked}", has)
         return run
 
     def _contradiction(self, asked: str, found: object) -> ConfigError:

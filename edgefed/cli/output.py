@@ -15,6 +15,7 @@ from rich.table import Table
 from edgefed.cli.phrasing import to_flags
 from edgefed.errors import EdgefedError
 from edgefed.hardware.memory import format_bytes
+from edgefed.progress import Pulse, remaining
 
 PLAIN_WIDTH = 140
 """Width of tables that are written to a file or a pipe."""
@@ -87,6 +88,14 @@ def make_table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
+HINTS = {
+    "load": "; torch and the data are read, on a slow disk for a minute",
+    "prepare": "; the tokenizer and the frozen part of the model are read",
+    "evaluate": "; the held-out text is read",
+}
+"""What phases do whose end cannot be computed."""
+
+
 class TerminalProgress:
     """Progress of an agent or a tool: a bar per phase on a terminal, a line per finished phase elsewhere.
 
@@ -100,6 +109,7 @@ class TerminalProgress:
         self._quiet_s = quiet_s
         self._name, self._unit, self._count, self._started = "", "B", 0, 0.0
         self._total: int | None = None
+        self._pulse: Pulse | None = None
 
     def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
         """Start a bar for a phase, and end the phase before it."""
@@ -118,6 +128,9 @@ class TerminalProgress:
             )
             self._bar.start()
             self._task = self._bar.add_task(name, total=total or None, amount="")
+        else:
+            self._pulse = Pulse(self._say)
+            self._pulse.__enter__()
 
     def advance(self, n: int) -> None:
         """Move the bar by ``n`` units."""
@@ -136,15 +149,26 @@ class TerminalProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if self._pulse is not None:
+            self._pulse.__exit__()
+            self._pulse = None
         seconds = time.monotonic() - self._started
         if seconds >= self._quiet_s:
             self._console.print(f"{stamp()}{self._name:<10} {self._amount():>12}  {seconds:.1f} s", markup=False)
         self._name = ""
 
+    def _say(self, seconds: float) -> None:
+        """In a log: what goes on, and how long it may take."""
+        left = remaining(self._count, self._total, seconds)
+        amount = f" {done}," if (done := self._amount()) else ""
+        hint = HINTS.get(self._name, "") if not self._count else ""
+        self._console.print(f"{stamp()}{self._name}:{amount} {left}{hint}", markup=False)
+
     def _amount(self) -> str:
         if not self._count:
             return ""
         if self._unit == "B":
-            return format_bytes(self._count)
+            whole = f" of {format_bytes(self._total)}" if self._total and self._count < self._total else ""
+            return format_bytes(self._count) + whole
         done = f"{self._count}/{self._total}" if self._total and self._count < self._total else str(self._count)
         return f"{done} {self._unit}s"

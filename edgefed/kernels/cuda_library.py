@@ -34,7 +34,7 @@ class CudaMatrix(ctypes.Structure):
 
 def find_cuda() -> Path:
     """Return the path of the built library. Raises NativeUnavailable if it is missing."""
-    return find_library("_cuda", "nvcc")
+    return find_library("_cuda", "nvcc, or without a GPU (EDGEFED_CUDA=1)")
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from types import ModuleType
 
 from edgefed.errors import ConfigError, UnknownMethod
 from edgefed.methods.interface import Method
-from edgefed.methods.options import Value, options_of
+from edgefed.methods.options import Value, option_values
 from edgefed.methods.registry import register
 
 REMEDY = "Pass file.py:Class or package.module:Class."
@@ -54,8 +54,7 @@ def name_and_options(method: Method) -> tuple[str, dict[str, Value]]:
     Raises ConfigError when another class has the same name.
     """
     register(type(method))
-    options = options_of(type(method)).values()
-    return method.name, {option.name: getattr(method, option.field) for option in options}
+    return method.name, option_values(method)
 
 
 def _import_file(path: Path) -> ModuleType:

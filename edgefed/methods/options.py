@@ -84,6 +84,11 @@ def options_of(kind: type) -> Mapping[str, Option]:
     return {option.name: option for option in found}
 
 
+def option_values(method: Any) -> dict[str, Value]:
+    """The options of ``method`` by name."""
+    return {option.name: getattr(method, option.field) for option in options_of(type(method)).values()}
+
+
 def read_options(name: str, kind: type, values: Mapping[str, object]) -> dict[str, Value]:
     """Keyword arguments for ``kind`` from option values, which may be text.
 

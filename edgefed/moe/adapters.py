@@ -100,7 +100,7 @@ def load_adapter(unit: FixedTensors, tensors: Mapping[str, torch.Tensor]) -> Non
     """Copy values into the installed adapter. Raises CheckpointError if there is none or the tensors do not fit."""
     key, targets = unit.key + LORA_SUFFIX, adapter_tensors(unit)
     if not targets:
-        raise CheckpointError(f"unit {unit.key!r} has no adapter installed: apply a plan with LoRA first")
+        raise CheckpointError(f"{unit.key!r} has no adapter installed: apply a plan with LoRA first")
     check_tensors(key, tensors, {name: tuple(target.shape) for name, target in targets.items()})
     for name, target in targets.items():
         copy_into(key, name, target, tensors[name])

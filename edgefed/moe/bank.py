@@ -306,7 +306,7 @@ class ExpertBank(nn.Module):
         targets = self.tensors(slot, adapter=adapter)
         stacks = {} if adapter or slot < self._first_packed else self._packed
         if self.neurons:
-            raise CheckpointError(f"unit {key!r} is resident as a slice: apply a plan again")
+            raise CheckpointError(f"{key!r} is resident as a slice: apply a plan again")
         shapes = {name: tuple(target.shape) for name, target in targets.items()}
         check_tensors(key, tensors, shapes | {name: stack.shape[1:] for name, stack in stacks.items()})
         for name, target in targets.items():

@@ -337,7 +337,7 @@ class Checkpoint:
         if path in self._layer_of and expert.isdecimal() and int(expert) < self._layer_of[path].num_experts:
             return self.expert(self._layer_of[path], int(expert))
         if unit_key not in self._fixed:
-            raise CheckpointError(f"unit {unit_key!r} not found in the checkpoint {str(self.folder)!r}")
+            raise CheckpointError(f"{unit_key!r} not found in the checkpoint {str(self.folder)!r}")
         fixed = self._fixed[unit_key]
         return {name: self.tensor(place.full_name) for name, place in fixed.places.items()}
 

@@ -36,12 +36,12 @@ class FrameSource:
         """Return the tensors of a unit, new on the CPU. Raises CheckpointError if it is missing or unreadable."""
         path = self._paths.get(unit_key)
         if path is None:
-            raise CheckpointError(f"unit {unit_key!r} not found among the {len(self._paths)} units on this disk")
+            raise CheckpointError(f"{unit_key!r} not found among the {len(self._paths)} parts on this disk")
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read unit {unit_key!r} from {path}: {error}") from error
+            raise CheckpointError(f"cannot read {unit_key!r} from {path}: {error}") from error
 
 
 def raw_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
@@ -57,7 +57,7 @@ def check_expert(layer: ExpertLayer, key: str, tensors: Mapping[str, torch.Tenso
     check_tensors(key, tensors, {parameter.name: parameter.shape for parameter in layer.parameters})
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{name!r} of unit {key!r} must have a floating-point dtype; found {tensor.dtype}")
+            raise CheckpointError(f"{name!r} of {key!r} must have a floating-point dtype; found {tensor.dtype}")
 
 
 def check_expert_adapter(layer: ExpertLayer, key: str, tensors: Mapping[str, torch.Tensor], rank: int) -> None:
@@ -69,7 +69,7 @@ def check_expert_adapter(layer: ExpertLayer, key: str, tensors: Mapping[str, tor
     check_tensors(key, tensors, shapes)
     for name, tensor in tensors.items():
         if tensor.dtype != ADAPTER_DTYPE:
-            raise CheckpointError(f"adapter {name!r} of unit {key!r} must be {ADAPTER_DTYPE}; found {tensor.dtype}")
+            raise CheckpointError(f"adapter {name!r} of {key!r} must be {ADAPTER_DTYPE}; found {tensor.dtype}")
 
 
 def read_expert(layer: ExpertLayer, expert: int, source: ExpertSource) -> dict[str, torch.Tensor]:

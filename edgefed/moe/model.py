@@ -167,7 +167,7 @@ class MoeModel:
                     raise CheckpointError(f"expert {base!r} is not resident: no plan is applied")
                 runtime.bank.load(int(expert), tensors, adapter=is_adapter)
                 return
-        raise CheckpointError(f"the model has no unit {key!r}")
+        raise CheckpointError(f"the model has no part {key!r}")
 
     def _load_fixed(self, unit: FixedTensors, tensors: Mapping[str, torch.Tensor]) -> None:
         names = {place.full_name for place in unit.places.values()}

@@ -93,7 +93,7 @@ def to_table(layer: ExpertLayer, key: str, tensors: Tensors) -> dict[str, torch.
             moved = moved.view(rows, -1, *moved.shape[1:]).transpose(0, 1)  # (W, rows, ...)
         columns.append(moved.reshape(tensors[name].shape[axis] // rows, -1))
     if len({part.dtype for part in columns}) != 1:
-        raise CheckpointError(f"the tensors of unit {key!r} have several dtypes: they cannot be stored by neuron")
+        raise CheckpointError(f"the tensors of {key!r} have several dtypes: they cannot be stored by neuron")
     return {NEURON_TABLE: torch.cat(columns, dim=1), **rest}
 
 
@@ -115,12 +115,12 @@ def from_table(layer: ExpertLayer, key: str, tensors: Tensors, *, adapter: bool)
         inner = () if name.endswith("_bias") else (rank,) if adapter else (hidden,)
         size = rows * (inner[0] if inner else 1)
         if table.ndim != 2 or begin + size > table.shape[1]:
-            raise CheckpointError(f"the table of unit {key!r} of shape {tuple(table.shape)} has too few columns")
+            raise CheckpointError(f"the table of {key!r} of shape {tuple(table.shape)} has too few columns")
         part = table[:, begin : begin + size].reshape(-1, rows, *inner)  # (W, rows, ...)
         begin += size
         if rows > 1 and not layer.is_interleaved:
             part = part.transpose(0, 1)
         found[name] = part.flatten(0, 1).movedim(0, axis)
     if begin != table.shape[1]:
-        raise CheckpointError(f"the table of unit {key!r} must have {begin} columns; found {table.shape[1]}")
+        raise CheckpointError(f"the table of {key!r} must have {begin} columns; found {table.shape[1]}")
     return {name: found[name] for name in (*names, *found) if name in found}

@@ -252,13 +252,12 @@ def pack_into(stack: QuantizedMatrix, place: int, key: str, name: str, value: to
     """
     if value.dtype != stack.dtype or tuple(value.shape) != stack.shape[1:]:
         raise CheckpointError(
-            f"{name!r} of unit {key!r} must be {stack.dtype} {stack.shape[1:]}; found {value.dtype} "
-            f"{tuple(value.shape)}"
+            f"{name!r} of {key!r} must be {stack.dtype} {stack.shape[1:]}; found {value.dtype} {tuple(value.shape)}"
         )
     try:
         packed = quantize_experts(value, stack.format, blocksize=BLOCKSIZE)
     except ValueError as error:
-        raise CheckpointError(f"{name!r} of unit {key!r} cannot be stored as {stack.format}: {error}") from error
+        raise CheckpointError(f"{name!r} of {key!r} cannot be stored as {stack.format}: {error}") from error
     stack.packed[place].copy_(packed.packed)
     if stack.absmax is not None and packed.absmax is not None:
         stack.absmax[place].copy_(packed.absmax)

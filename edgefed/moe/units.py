@@ -93,7 +93,7 @@ class MemorySource:
     def read(self, unit_key: str) -> Mapping[str, torch.Tensor]:
         """Return the tensors of a unit by name. Raises CheckpointError if there is no such unit."""
         if unit_key not in self._units:
-            raise CheckpointError(f"unit {unit_key!r} not found among the {len(self._units)} units in memory")
+            raise CheckpointError(f"{unit_key!r} not found among the {len(self._units)} parts in memory")
         return self._units[unit_key]
 
 
@@ -193,7 +193,7 @@ class FixedTensors:
             target, value = place.get(), tensors[name]
             adopts = adopt_dtype and target.is_floating_point() and value.is_floating_point()
             if target.dtype != value.dtype and not adopts:
-                raise CheckpointError(f"{name!r} of unit {self.key!r} must be {target.dtype}; found {value.dtype}")
+                raise CheckpointError(f"{name!r} of {self.key!r} must be {target.dtype}; found {value.dtype}")
         for name, place in self.places.items():
             if materialize:
                 place.replace(tensors[name].detach().to(device, copy=True))
@@ -309,19 +309,18 @@ def check_tensors(key: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping
     """Raise CheckpointError unless ``tensors`` have exactly these names and shapes."""
     if set(tensors) != set(shapes):
         raise CheckpointError(
-            f"unit {key!r} must have the tensors {', '.join(sorted(shapes))}; "
-            f"found {', '.join(sorted(tensors)) or 'none'}"
+            f"{key!r} must have the tensors {', '.join(sorted(shapes))}; found {', '.join(sorted(tensors)) or 'none'}"
         )
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != tuple(shape):
             raise CheckpointError(
-                f"{name!r} of unit {key!r} must have shape {tuple(shape)}; found {tuple(tensors[name].shape)}"
+                f"{name!r} of {key!r} must have shape {tuple(shape)}; found {tuple(tensors[name].shape)}"
             )
 
 
 def copy_into(key: str, name: str, target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a value in place. Raises CheckpointError if the dtypes differ, because a silent cast would lose bits."""
     if target.dtype != value.dtype:
-        raise CheckpointError(f"{name!r} of unit {key!r} must be {target.dtype}; found {value.dtype}")
+        raise CheckpointError(f"{name!r} of {key!r} must be {target.dtype}; found {value.dtype}")
     with torch.no_grad():
         target.copy_(value)

@@ -75,6 +75,8 @@ class PersonalTask(Protocol):
     """Training examples, or records of text."""
     classes: tuple[str, ...]
     """Names of the classes; () for next-token prediction."""
+    num_present: int
+    """Number of classes of which there are examples; a file may name more."""
     problems: tuple[str, ...]
     """Problems of the data, for the user."""
 
@@ -95,6 +97,7 @@ class ImageTask:
         self.problems = tuple(notes)
         digest = hashlib.sha256(samples.images.tobytes() + samples.labels.tobytes()).hexdigest()
         self.identity, self.model, self.classes = f"{name}/{digest}", model, samples.classes
+        self.num_present = len(np.unique(samples.labels))
         self._train, self._held_out = hold_out(samples, held_out_share, seed=0)
         self.num_examples = len(self._train)
         example = self._train.batch(np.arange(min(2, self.num_examples))).own
@@ -177,6 +180,7 @@ class TextTask:
         self.identity, self.model, self.classes = f"{name}/{labelled.sha256}", model, labelled.classes
         self.problems = tuple(f"line {each.line}: {each.reason}" for each in labelled.problems)
         self._texts, self._labels = labelled.texts, labelled.labels
+        self.num_present = len(np.unique(labelled.labels))
         self._train, self._held_out = held_out_rows(labelled.labels, held_out_share, seed=0)
         self.num_examples = len(self._train)
         self._seed = seed_of(self.identity)
@@ -211,6 +215,7 @@ class NextTokenTask:
     """Text and a language model that predicts its next tokens."""
 
     classes: tuple[str, ...] = ()
+    num_present = 0
 
     def __init__(self, data: str, model: str, name: str, held_out_share: float, fields: RecordFields = AUTOMATIC):
         self._corpus = load_corpus(data, held_out_share, 0, fields)

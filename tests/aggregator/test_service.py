@@ -710,3 +710,11 @@ def test_the_words_of_the_log_agree_in_number(tmp_path, caplog):
     assert "round 1: closed with 1 update" in lines
     assert "run finished after 1 round" in lines
     toy.close()
+
+
+def test_a_client_is_shown_at_rest_as_soon_as_its_update_is_accepted(toy):
+    toy.join("a", "b")
+    beat(toy, "a")
+    toy.send(toy.update("a", 1))
+    (client,) = [each for each in toy.service.status().clients if each.client_id == "a"]
+    assert (client.state, client.phase, client.fraction) == ("done", "waiting", 0.0)

@@ -51,10 +51,10 @@ def test_unexpected_tensors_are_named(check, tensors):
     up = "layer0.expert1|up"
     shape = tensors[up][1].shape
     cases = {
-        "belongs to no unit": {"layer9.router|w": tensors[up]},
+        "belongs to no part": {"layer9.router|w": tensors[up]},
         "not trained": {"embed|weight": ("BF16", np.zeros((16, 8), np.uint16))},
         "has no tensor 'extra'": {"layer0.expert1|extra": tensors[up]},
-        r"no unit": {"up": tensors[up]},
+        r"no part": {"up": tensors[up]},
         r"shape \[8, 4\], the manifest says \[4, 8\]": {up: ("F32", np.zeros(shape[::-1], np.float32))},
         r"shape \[4, 9\]": {up: ("F32", np.zeros((4, 9), np.float32))},
         "is F16, the manifest says F32": {up: ("F16", np.zeros(shape, np.float16))},

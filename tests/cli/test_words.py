@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,14 +18,17 @@ import pytest
 from edgefed import hub
 from edgefed.aggregator.creation import create_run
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.api.server import Server
 from edgefed.cli.examples import EXAMPLES
 from edgefed.cli.main import VERBS, main, verb_command
+from edgefed.cli.output import TerminalProgress
 from edgefed.cli.reference import reference
 from edgefed.config import parse_share
 from edgefed.errors import ConfigError, ModelNotFound, UnknownMethod, did_you_mean
 from edgefed.hardware.memory import parse_bytes
 from edgefed.isolation.start import module_command
 from edgefed.methods.registry import make_method
+from edgefed.progress import Pulse
 from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo
 
 
@@ -53,7 +58,7 @@ def test_verbs_flags_methods_and_options_that_almost_exist(run):
     assert (status, "unknown command 'serv'. Did you mean 'serve'?" in err) == (2, True)
     status, _, err = run("serve", "--rouns", "2")
     assert (status, "--rounds" in err) == (2, True)
-    with pytest.raises(UnknownMethod, match=r"the methods are hfedmoe, .*local\. Did you mean 'fedavg'\?"):
+    with pytest.raises(UnknownMethod, match=r"the methods are hfedmoe, .*\. Did you mean 'fedavg'\?"):
         make_method("fedav")
     with pytest.raises(ConfigError, match=r"Did you mean 'lambda'\?"):
         make_method("hfedmoe", {"lamda": "1"})
@@ -124,6 +129,57 @@ def test_sizes_and_shares_without_a_unit_ask_for_it():
         parse_share("25", "experts")
     with pytest.raises(ConfigError, match=r"0\.25$"):
         parse_share("250", "experts")
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+def test_a_log_says_what_goes_on_and_how_long_it_may_take(capsys, monkeypatch):
+    monkeypatch.setattr(Pulse, "TIMES_S", (0.05, 60.0))
+    progress = TerminalProgress()
+    progress.phase("train", 20, "step")
+    progress.advance(5)
+    time.sleep(0.15)
+    progress.phase("load")
+    time.sleep(0.15)
+    progress.phase("download", 3 << 20)
+    progress.advance(1 << 20)
+    time.sleep(0.15)
+    progress.done()
+    lines = [re.sub(r"[0-9.]+ s\b", "N s", line) for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "train: 5/20 steps, about N s left",
+        "load: N s so far; torch and the data are read, on a slow disk for a minute",
+        "download: 1.0 MiB of 3.0 MiB, about N s left",
+    ]
+
+
+def test_an_import_says_how_far_it_is(tmp_path, monkeypatch):
+    """With the folder of a run that grows while the importing process works."""
+    monkeypatch.setattr(Pulse, "TIMES_S", (0.05, 60.0))
+
+    def slow_import(source: str, folder: Path, *_: object, **__: object) -> None:
+        folder.mkdir()
+        (folder / "blob").write_bytes(bytes(1 << 20))
+        time.sleep(0.3)
+        raise ModelNotFound("enough")
+
+    monkeypatch.setattr("edgefed.runs.import_in_subprocess", slow_import)
+    lines: list[str] = []
+    with pytest.raises(ModelNotFound, match="enough"):
+        Server(model="tiny", state=tmp_path / "run", port=0).serve(on_message=lines.append)
+    assert lines[0] == f"importing tiny into {tmp_path / 'run'}"
+    assert re.fullmatch(r"importing tiny: 1\.0 MiB of [0-9.]+ MiB, about [0-9.]+ s left", lines[1])
+
+
+def test_an_option_that_contradicts_the_run_is_named_with_the_value_of_the_run(tmp_path):
+    run = RunConfig(
+        run_id="r", model="m", method="hfedmoe", method_options={}, rounds=1, seed=0, training=TrainingConfig()
+    )
+    unit = UnitInfo(key="dense", kind="dense", trainable=True), {"weight": ("F32", np.zeros(4, np.float32))}
+    create_run(tmp_path / "run", run, RoundPolicy(rounds=1), [unit], [])
+    with pytest.raises(ConfigError, match=r"^`options` lambda=0.9 was asked for, but the run in .* has lambda=0.5$"):
+        Server(state=tmp_path / "run", port=0, options={"lambda": "0.9", "beta": "0.25"}).serve()
 
 
 # --- the hub ------------------------------------------------------------------------------------------------------

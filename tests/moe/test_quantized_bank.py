@@ -244,7 +244,7 @@ def test_weights_that_cannot_be_packed_are_refused(olmoe):
         model.apply_plan(some_experts(model), source, TrainScope(), storage="fp4")
     key = "model.layers.0.mlp.experts.2"
     units[key]["down_proj"][0, 0] = math.inf
-    with pytest.raises(CheckpointError, match=r"'down_proj' of unit '.*experts.2' cannot be stored as nf4"):
+    with pytest.raises(CheckpointError, match=r"'down_proj' of '.*experts.2' cannot be stored as nf4"):
         model.apply_plan(some_experts(model), source, TrainScope(), storage="nf4")
     assert model.plan is None
     assert model.storage is None

@@ -320,7 +320,7 @@ def test_refusals(olmoe):
     with pytest.raises(ConfigError, match="cannot stream"), model.streaming(source, TrainScope(router="none")):
         pass
     del units["model.layers.0.mlp.experts.5"]
-    with pytest.raises(CheckpointError, match=r"unit 'model.layers.0.mlp.experts.5' not found"):
+    with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.experts.5' not found"):
         model.apply_plan(some_experts(model), source, TrainScope())
     with pytest.raises(ConfigError, match="training mode of experts must be one of full, lora, none; found 'some'"):
         TrainScope(experts="some")

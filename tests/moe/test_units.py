@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from edgefed import hub
 from edgefed.errors import CheckpointError, ModelNotFound
 from edgefed.expert_records import ExpertPlan
 from edgefed.moe import loading
@@ -106,7 +107,7 @@ def test_loaded_values_are_copies(olmoe):
 def _wrong_units():
     good = torch.zeros(32)
     return {
-        "unknown": ("model.nothing", {"value": good}, "no unit 'model.nothing'"),
+        "unknown": ("model.nothing", {"value": good}, "no part 'model.nothing'"),
         "expert out of range": ("model.layers.0.mlp.experts.8", {}, "not resident on this device"),
         "absent expert": ("model.layers.0.mlp.experts.1", {}, "not resident on this device"),
         "no adapter here": ("model.layers.0.mlp.gate:lora", {}, "has no adapter"),
@@ -183,7 +184,7 @@ def test_a_missing_checkpoint_is_an_error(tmp_path, olmoe):
             MoeModel.from_checkpoint(missing)
     with pytest.raises(ModelNotFound, match="nowhere"):
         MoeModel.skeleton("./nowhere")
-    with pytest.raises(ModelNotFound, match="is neither a local folder nor available from the hub"):
+    with pytest.raises(ModelNotFound, match="is neither a local folder nor a hub id"):
         MoeModel.from_checkpoint("no such?name")
 
 
@@ -191,6 +192,7 @@ def test_an_unreachable_hub_is_an_error_with_a_remedy(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nand more")
 
+    monkeypatch.setattr(hub, "unreachable", lambda url: "")  # the connection breaks after the check
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
     with pytest.raises(
         ModelNotFound, match="'some/model' is neither a local folder nor available.*couldn't connect"

@@ -173,7 +173,7 @@ def test_a_missing_expert_is_an_error_and_leaves_no_thread(profile_pass):
     expected = profile_blocks(model, blocks, MemorySource(units), profile_pass)
     key = model.layers[1].expert_key(int(np.argmax(expected.layers[1].tokens_per_expert)))
     model.drop_experts()
-    with pytest.raises(CheckpointError, match=f"unit '{key}' not found"):
+    with pytest.raises(CheckpointError, match=f"'{key}' not found"):
         profile_blocks(
             model, blocks, MemorySource({k: t for k, t in units.items() if k != key}), profile_pass, attention=True
         )
@@ -200,7 +200,7 @@ def test_weights_that_cannot_be_quantized_are_refused():
     model, units, blocks = make("olmoe")
     key = model.layers[0].expert_key(3)
     units[key]["down_proj"][0, 0] = torch.inf
-    with pytest.raises(CheckpointError, match=f"'down_proj' of unit '{key}' cannot be stored as nf4"):
+    with pytest.raises(CheckpointError, match=f"'down_proj' of '{key}' cannot be stored as nf4"):
         profile_blocks(model, blocks, MemorySource(units), ProfilePass("layer", "nf4", ROWS, 0))
     with pytest.raises(ConfigError, match="read one at a time cannot be stored as nf4"):
         profile_blocks(model, blocks, MemorySource(units), ProfilePass("expert", "nf4", ROWS, 0))
