@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +71,8 @@ def draw_heat_map(axes: Axes, record: ActivationProfile, title: str, plan: Exper
     rows = heat_map_rows(record)
     image = axes.imshow(rows * 100, cmap="viridis", aspect="auto", vmin=0)
     axes.set_title(title, fontsize=9, loc="left")
-    axes.set_xlabel("expert", fontsize=8)
-    axes.set_ylabel("MoE layer", fontsize=8)
+    axes.set_xlabel("expert, by index", fontsize=8)
+    axes.set_ylabel("MoE layer, by index", fontsize=8)
     axes.set_yticks(
         range(len(rows)), labels=[str(row) if len(rows) <= 32 else "" for row in range(len(rows))], fontsize=7
     )
@@ -87,47 +87,104 @@ def draw_heat_map(axes: Axes, record: ActivationProfile, title: str, plan: Exper
 
 
 def save_heat_map(path: Path, record: ActivationProfile, title: str) -> None:
-    """Write the heat map of one profile to ``path``."""
-    figure, axes = _subplots(1, 1, width=max(4.0, 0.22 * max(record.experts_per_layer) + 2.0), height=0.35)
-    figure.set_figheight(max(2.4, 0.3 * len(record.layers) + 1.4))
-    draw_heat_map(axes[0], record, title)
+    """Write the heat map of one profile to ``path``, with the number of experts that cover most of its tokens."""
+    figure = new_figure(max(5.5, 0.22 * max(record.experts_per_layer) + 2.0), max(2.6, 0.3 * len(record.layers) + 1.6))
+    axes = figure.add_subplot()
+    draw_heat_map(axes, record, f"{title}\n{coverage_text(record)}")
     save_figure(figure, path)
+
+
+COVERED_SHARE = 0.8
+
+
+def experts_covering(record: ActivationProfile, share: float = COVERED_SHARE) -> list[int]:
+    """For each layer, the fewest experts that get ``share`` of the places that its router gives to tokens."""
+    found = []
+    for layer in record.layers:
+        tokens = np.sort(layer.tokens_per_expert)[::-1]
+        reached = np.cumsum(tokens) >= share * tokens.sum() - 1e-9
+        found.append(int(np.argmax(reached)) + 1 if tokens.sum() else 0)
+    return found
+
+
+def coverage_text(record: ActivationProfile) -> str:
+    """``80 % of the tokens go to 5 to 9 of 16 experts a layer``."""
+    counts, sizes = experts_covering(record), record.experts_per_layer
+
+    def span(values: Sequence[int]) -> str:
+        return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+    return f"{100 * COVERED_SHARE:.0f} % of the tokens go to {span(counts)} of {span(sizes)} experts a layer"
+
+
+def set_loss_limits(axes: Sequence[Axes], losses: Iterable[float]) -> None:
+    """Give all ``axes`` one range, at least a quarter of the largest loss, so that a small change looks small."""
+    known = [loss for loss in losses if np.isfinite(loss)]
+    if known:
+        low, high = min(known), max(known)
+        spread = max(high - low, 0.25 * high)
+        middle = (low + high) / 2
+        for each in axes:
+            each.set_ylim(middle - 0.55 * spread, middle + 0.55 * spread)
+
+
+def legend_beside(axes: Axes) -> None:
+    """Put the legend to the right of the axes, off the data."""
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2)
 
 
 def save_federation_picture(
     path: Path,
+    title: str,
     curves: Mapping[str, Sequence[float]],
     client_curves: Mapping[str, Sequence[float]],
     profiles: Mapping[str, tuple[ActivationProfile, ExpertPlan | None]],
+    alone: Mapping[str, float] | None = None,
 ) -> None:
-    """Write loss curves (left: one line a method; middle: one a client) and a heat map per client below.
+    """Write loss curves (left: one line a method; right: one a client) and a heat map per client below.
 
-    curves, client_curves: {label: held-out loss after round 0, 1, ...}. profiles: {client: (record, plan)}.
+    curves, client_curves: {label: held-out loss after round 0, 1, ...}. profiles: {client: (record, plan)}. alone:
+    {client: held-out loss after training without the federation}.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
+    alone = alone or {}
     rows = 1 + (len(profiles) + 1) // 2
-    figure = new_figure(10, 3.2 + 2.1 * (rows - 1))
+    figure = new_figure(11, 3.6 + 2.3 * (rows - 1))
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     grid = figure.add_gridspec(rows, 2, height_ratios=[1.5] + [1] * (rows - 1))
-    for column, (lines, title) in enumerate(
-        ((curves, "held-out loss of the global model, mean over clients"), (client_curves, "the same, by client"))
+    panels = []
+    for column, (lines, heading) in enumerate(
+        ((curves, "global model on held-out text, mean over clients"), (client_curves, "the same, by client"))
     ):
         axes = figure.add_subplot(grid[0, column])
+        panels.append(axes)
         for index, (label, values) in enumerate(lines.items()):
-            axes.plot(
-                range(len(values)), values, marker="o", markersize=3, color=COLOURS[index % len(COLOURS)], label=label
-            )
-        axes.set_title(title, fontsize=9, loc="left")
-        axes.set_xlabel("round", fontsize=8)
-        axes.set_ylabel("nats per token", fontsize=8)
+            colour = COLOURS[index % len(COLOURS)]
+            axes.plot(range(len(values)), values, marker="o", markersize=3, color=colour, label=label)
+            if label in alone:
+                last = len(values) - 1
+                axes.plot([last], [alone[label]], marker="x", markersize=7, linestyle="none", color=colour)
+        if alone and column == 0:
+            mean = sum(alone.values()) / len(alone)
+            axes.axhline(mean, color="#333333", linestyle="--", linewidth=1, label="alone, at the end")
+        elif alone:
+            axes.plot([], [], marker="x", linestyle="none", color="#333333", label="alone, at the end")
+        axes.set_title(heading, fontsize=9, loc="left")
+        axes.set_xlabel("rounds done", fontsize=8)
+        axes.set_ylabel("loss, nats per token", fontsize=8)
         axes.locator_params(axis="x", integer=True)
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+        tidy_axes(axes)
+        legend_beside(axes)
+    losses = [loss for lines in (curves, client_curves) for values in lines.values() for loss in values]
+    set_loss_limits(panels, [*losses, *alone.values()])
     for index, (client, (record, plan)) in enumerate(profiles.items()):
         axes = figure.add_subplot(grid[1 + index // 2, index % 2])
-        draw_heat_map(axes, record, f"{client}: experts its text uses ({_legend(plan)})", plan)
+        draw_heat_map(axes, record, f"{client} ({_legend(plan)})\n{coverage_text(record)}", plan)
+    if profiles:
+        figure.supxlabel(
+            "Bright without a dot: many tokens choose this expert, but the method ranks others higher (it weighs how "
+            "sure the router is, not only how often), and the device's budget ends before it.",
+            fontsize=8, x=0.01, ha="left",
+        )  # fmt: skip
     save_figure(figure, path)
 
 
@@ -142,8 +199,8 @@ def save_partition_picture(path: Path, counts: np.ndarray, classes: Sequence[str
     largest = max(int(counts.max(initial=0)), 1)
     axes.scatter(client, label, s=counts[client, label] / largest * (0.9 * cell_points) ** 2, color=COLOURS[0])
     axes.set_title(f"{title}\nlargest bubble: {largest:,}", fontsize=9, loc="left", parse_math=False)
-    axes.set_xlabel("client", fontsize=8)
-    axes.set_ylabel("class", fontsize=8)
+    axes.set_xlabel("client, by index", fontsize=8)
+    axes.set_ylabel("class (area: examples)", fontsize=8)
     axes.set_xlim(-0.7, clients - 0.3)
     axes.set_ylim(num_classes - 0.3, -0.7)
     axes.locator_params(axis="x", integer=True)
@@ -160,8 +217,3 @@ def _legend(plan: ExpertPlan | None) -> str:
     meanings = {Role.TRAINABLE: "dot: trained", Role.FROZEN: "ring: resident", Role.MERGED: "cross: merged"}
     here = [text for role, text in meanings.items() if plan and any((roles == role).any() for roles in plan.roles)]
     return ", ".join(here) or "no resident experts"
-
-
-def _subplots(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    figure = new_figure(width, height)
-    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]

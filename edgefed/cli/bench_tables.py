@@ -1,14 +1,13 @@
-"""How `edgefed bench` looks: header, memory waterfall, speed, what fits. Columns go as the terminal gets narrow.
+"""How `edgefed bench` looks: header, memory waterfall, speed, what fits, in tables that fit the terminal.
 
     under 110 columns  short bars
-    under 90 columns   no paper figures, no NF4 columns
     under 80 columns   no bars
 ASCII alone where nobody looks at a terminal, or NO_COLOR is set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,12 +22,11 @@ from edgefed.bench.report import Fit, Report, Sustain
 from edgefed.bench.statistics import FAILED, INTERRUPTED, NOISY, SKIPPED, STABLE, UNUSABLE, Entry
 from edgefed.cli.output import stdout_console
 from edgefed.cli.phrasing import to_flags
+from edgefed.cli.tables import Column, FittedTable
 from edgefed.hardware.memory import GIB, format_bytes
 from edgefed.hardware.profile_files import DeviceProfile
 
 Justify = Literal["left", "right"]
-WIDE = 90
-"""Columns from which a terminal gets paper figures and NF4."""
 BARS = ((110, 22), (80, 12))
 """Columns from which a bar has so many cells; none below. What a number comes from needs the rest of the line."""
 
@@ -89,7 +87,7 @@ def print_report(report: Report, files: Sequence[Path]) -> None:
         _sustain(console, style, report.sustain)
     if report.network:
         console.print("\nNetwork", style="bold")
-        console.print(_entries(style, report.network, console.width, paper=False))
+        console.print(entries_table(style, report.network))
     if report.explain:
         print_explain(console, style, report)
     if report.fits:
@@ -171,8 +169,7 @@ def _memory(console: Console, style: Style, report: Report) -> None:
 def _speed(console: Console, style: Style, report: Report) -> None:
     where = "" if report.device.speed_on == report.device.id else f" on {report.device.speed_on}"
     console.print(f"\nSpeed{where}", style="bold", markup=False)
-    paper = console.width >= WIDE and any(entry.paper for entry in report.tests)
-    console.print(_entries(style, report.tests, console.width, paper=paper))
+    console.print(entries_table(style, report.tests))
     if report.model:
         train = report.test("train step")
         params = train.params if train else {}
@@ -187,31 +184,32 @@ def _speed(console: Console, style: Style, report: Report) -> None:
         console.print("  " + "; ".join(words), style="dim", markup=False)
 
 
-def _entries(style: Style, entries: Iterable[Entry], width: int, *, paper: bool) -> Table:
-    columns: list[tuple[str, Justify]] = [("test", "left"), ("median", "right"), ("spread", "right"), ("unit", "left")]
-    columns += [("paper", "right"), ("share", "right")] if paper else []
-    table = table_of(*columns, ("", "left"), ("note", "left"))
+def entries_table(style: Style, entries: Sequence[Entry]) -> FittedTable:
+    """Measurements, a row each: what was measured stays, paper figures and notes go where the terminal is narrow."""
+    paper = any(entry.paper for entry in entries)
+    table = FittedTable(
+        Column("test", name=True), Column("median"), Column("spread", drop=3), Column("unit", left=True),
+        *((Column("paper", drop=4), Column("share", drop=2)) if paper else ()), Column("", left=True),
+        Column("note", drop=1, wraps=True),
+    )  # fmt: skip
     for entry in entries:
         colour = COLOURS[entry.verdict]
-        if not entry.measured:
-            cells: list[str | Text] = [Text("-", style=colour), "", entry.unit, *(["", ""] if paper else [])]
-            reason = Text(
-                to_flags(entry.reason), style="dim" if entry.verdict == "skipped" else colour, overflow="ellipsis"
-            )
-            table.add_row(entry.name, *cells, Text(entry.verdict, style=colour), reason)
-            continue
-        spread = f"{style.plus_minus}{100 * (entry.spread or 0):.1f} %" if len(entry.samples) > 2 else "-"
-        cells = [f"{number(entry.median or 0.0)}{'*' if entry.derived else ''}", Text(spread, style=colour), entry.unit]
-        if paper:
-            share = entry.share
-            cells += [
-                "-" if entry.paper is None else number(entry.paper),
-                "-" if share is None else f"{100 * share:.0f} %",
-            ]
-        note = entry.note or entry.reason
-        if entry.reason and entry.note:
-            note = entry.reason if entry.verdict != STABLE else entry.note
-        table.add_row(entry.name, *cells, Text(entry.verdict, style=colour), Text(_short(to_flags(note)), style="dim"))
+        spread = share = figure = ""
+        median: str | Text = Text("-", style=colour)
+        note = Text(to_flags(entry.reason), style="dim" if entry.verdict == SKIPPED else colour)
+        if entry.measured:
+            median = f"{number(entry.median or 0.0)}{'*' if entry.derived else ''}"
+            spread = f"{style.plus_minus}{100 * (entry.spread or 0):.1f} %" if len(entry.samples) > 2 else "-"
+            share = "-" if entry.share is None else f"{100 * entry.share:.0f} %"
+            figure = "-" if entry.paper is None else number(entry.paper)
+            text = entry.note or entry.reason
+            if entry.reason and entry.note:
+                text = entry.reason if entry.verdict != STABLE else entry.note
+            note = Text(_short(to_flags(text)), style="dim")
+        table.add_row(
+            entry.name, median, Text(spread, style=colour), entry.unit, *((figure, share) if paper else ()),
+            Text(entry.verdict, style=colour), note,
+        )  # fmt: skip
     return table
 
 
@@ -251,15 +249,16 @@ def print_comparison(first: str, second: str, a: Report, b: Report, rows: Sequen
             console.print(f"   [red]not comparable:[/] {escape(reason)}")
     for difference in differences(a, b):
         console.print(f"   differs: {difference}", style="yellow", markup=False)
-    table = table_of(
-        ("test", "left"),
-        ("A", "right"),
-        ("B", "right"),
-        ("unit", "left"),
-        ("B / A", "right"),
-        ("", "left"),
-        ("why", "left"),
-    )
+    console.print()
+    console.print(changes_table(a, b, rows))
+
+
+def changes_table(a: Report, b: Report, rows: Sequence[Comparison]) -> FittedTable:
+    """The tests of two reports, with the ratio of their medians."""
+    table = FittedTable(
+        Column("test", name=True), Column("A", drop=2), Column("B", drop=2), Column("unit", drop=3, left=True),
+        Column("B / A"), Column("", left=True), Column("why", drop=1, wraps=True),
+    )  # fmt: skip
     colours = {"faster": "green", "slower": "red", "same": "", "not comparable": "yellow"}
     common = {f"{label}: {reason}" for label, report in (("A", a), ("B", b)) for reason in conditions(report)}
     for row in rows:
@@ -271,68 +270,72 @@ def print_comparison(first: str, second: str, a: Report, b: Report, rows: Sequen
             row.name, *shown, row.unit, "-" if row.ratio is None else f"{row.ratio:.2f}",
             Text(row.verdict, style=colours[row.verdict]), Text("; ".join(why), style="dim"),
         )  # fmt: skip
-    console.print()
-    console.print(table)
+    return table
 
 
 def print_profiles(profiles: Mapping[str, DeviceProfile]) -> None:
     """The shipped device profiles, one a line."""
     console = stdout_console()
-    wide = console.width >= WIDE
-    columns: list[tuple[str, Justify]] = [
-        ("profile", "left"),
-        ("memory", "right"),
-        ("GB/s", "right"),
-        ("bf16 TFLOPS", "right"),
-    ]
-    columns += [("device", "left"), ("disk", "left")] if wide else []
-    table = table_of(*columns)
+    console.print(profiles_table(profiles))
+    console.print("edgefed bench --device-profile NAME plans for one of them", style="dim", markup=False)
+
+
+def profiles_table(profiles: Mapping[str, DeviceProfile]) -> FittedTable:
+    """A row for each device profile; its name is what a user types, so it is never cut."""
+    table = FittedTable(
+        Column("profile", left=True), Column("memory"), Column("GB/s"), Column("bf16 TFLOPS", drop=1),
+        Column("device", drop=3, wraps=True), Column("disk", drop=2, left=True),
+    )  # fmt: skip
     for name, profile in profiles.items():
         values = [profile.value(key) for key in ("memory_visible", "bandwidth", "bf16_tflops")]
         cells = ["-" if value is None else number(value) for value in values[1:]]
         unit = f"{number(values[0] or 0.0)} GiB {profile.kind}"
-        table.add_row(name, unit, *cells, *([profile.name, profile.typical_disk] if wide else []))
-    console.print(table)
-    console.print("edgefed bench --device-profile NAME plans for one of them", style="dim", markup=False)
+        table.add_row(name, unit, *cells, profile.name, profile.typical_disk)
+    return table
 
 
 def print_fits(console: Console, style: Style, report: Report) -> None:
     """Print how many experts per layer of each model fit."""
-    wide = console.width >= WIDE
-    storages = list(STORAGES) if wide else ["bfloat16"]
     console.print("\nExperts per layer that fit", style="bold", end="")
     both = any(fit.budget == "now" for fit in report.fits) and any(fit.budget == "ideal" for fit in report.fits)
     console.print(" now (and on an idle machine)" if both else "", style="dim", markup=False)
-    columns: list[tuple[str, Justify]] = [("\nmodel", "left"), ("\nof", "right")]
-    columns += [(f"{STORAGES[storage]}\n{label}", "right") for storage in storages for label in MODES.values()]
-    columns.append((_upload_title(report), "right"))
-    table = table_of(*columns)
-    found: dict[tuple[str, ...], Fit] = {(f.model, f.storage, f.mode, f.budget): f for f in report.fits}
-    for model in dict.fromkeys(fit.model for fit in report.fits):
-        cells, of = [], 0
-        for storage in storages:
-            for mode in MODES:
-                now, ideal = (found.get((model, storage, mode, budget)) for budget in ("now", "ideal"))
-                if (shown := now or ideal) is not None:
-                    of = shown.of
-                    cells.append(_fit_cell(now, ideal, shown))
-        lora = found.get((model, "bfloat16", "lora", "now")) or found.get((model, "bfloat16", "lora", "ideal"))
-        seconds = lora.upload_s if lora else None
-        table.add_row(model, str(of), *cells, "-" if seconds is None else duration(seconds))
-    console.print(table)
+    console.print(fits_table(report))
     notes = [
         "predicted: 512 tokens a step, checkpointing, chunked loss",
         "profile = forward; LoRA = rank 16 on all resident experts; full = one expert per layer trains in full",
     ]
-    if wide:
+    if any(fit.storage == "nf4" for fit in report.fits):
         notes.append("NF4 = frozen experts in 4 bits, as `edgefed join` stores them where memory is short")
     for note in notes:
         console.print(f"  {note}", style="dim", markup=False)
 
 
+def fits_table(report: Report) -> FittedTable:
+    """How many experts per layer of each model fit, a column for each storage and way to train: none is left out."""
+    table = FittedTable(
+        Column("model", name=True), Column("of"),
+        *(Column(f"{STORAGES[storage]} {label}") for storage in STORAGES for label in MODES.values()),
+        Column(_upload_title(report), drop=1),
+    )  # fmt: skip
+    found: dict[tuple[str, ...], Fit] = {(f.model, f.storage, f.mode, f.budget): f for f in report.fits}
+    for model in dict.fromkeys(fit.model for fit in report.fits):
+        cells: list[Text] = []
+        of = 0
+        for storage in STORAGES:
+            for mode in MODES:
+                now, ideal = (found.get((model, storage, mode, budget)) for budget in ("now", "ideal"))
+                shown = now or ideal
+                of = shown.of if shown is not None else of
+                cells.append(Text("-") if shown is None else _fit_cell(now, ideal, shown))
+        lora = found.get((model, "bfloat16", "lora", "now")) or found.get((model, "bfloat16", "lora", "ideal"))
+        seconds = lora.upload_s if lora else None
+        table.add_row(model, str(of), *cells, "-" if seconds is None else duration(seconds))
+    return table
+
+
 def _upload_title(report: Report) -> str:
     line = report.uplink
-    return f"LoRA up,\n{line['name']}" if line else "LoRA up"
+    return f"LoRA up, {line['name']}" if line else "LoRA up"
 
 
 def _fit_cell(now: Fit | None, ideal: Fit | None, shown: Fit) -> Text:

@@ -14,8 +14,9 @@ from edgefed.config import Setting
 from edgefed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
+    from edgefed.cli.tables import FittedTable
     from edgefed.protocol.messages import Status
     from edgefed.simulation.demo import MethodResult, PersonalClientResult
 
@@ -59,7 +60,8 @@ def demo_command(settings: DemoSettings) -> None:
         show_personal_demo(settings)
         return
     started = time.monotonic()
-    from edgefed.simulation.demo import RESULT_FILE, DemoConfig, as_dict, generate_sample, run_demo
+    from edgefed.simulation.demo import RESULT_FILE, DemoConfig, as_dict, run_demo
+    from edgefed.simulation.evaluation import generate_sample
 
     methods = (method, *(name for name in COMPARED if settings.compare and name != method))
     given = settings.given("rounds", "clients", "local_steps", "learning_rate")
@@ -74,9 +76,9 @@ def demo_command(settings: DemoSettings) -> None:
         print_json(data)
         return
     console = stdout_console()
-    for table in render_results(results):
-        console.print(table)
-        console.print()
+    for part in render_results(results):
+        console.print(part)
+    console.print()
     console.print("the final model continues a prompt:", style="dim")
     for line in sample.splitlines():
         console.print(f"  | {line}", markup=False)
@@ -98,7 +100,7 @@ class DemoDisplay:
 
         self._console = stderr_console()
         self._rounds = rounds
-        self._seen_rounds = 0
+        self._seen_rounds = self._methods = 0
         live = self._console.is_terminal
         self._live = Live(console=self._console, auto_refresh=False, transient=True) if live else None
 
@@ -113,55 +115,62 @@ class DemoDisplay:
 
     def method(self, name: str) -> None:
         """Report the start of a method's run."""
+        self._methods += 1
         self._seen_rounds = 0
         self.note(f"{name}: starting the aggregator and the agents")
 
     def status(self, status: Status) -> None:
         """Show the status of the run, and a line for each round that ended since the last call."""
         from edgefed.cli.status import render_status
+        from edgefed.methods.registry import is_personal
+        from edgefed.progress import round_line
 
         for done in status.history[self._seen_rounds :]:
-            held_out = ""
-            if (accuracy := done.metrics.get("held_out_accuracy_after")) is not None:
-                held_out = f", held-out accuracy on the devices {100 * accuracy:.1f} %"
-            elif (loss := done.metrics.get("held_out_loss_after")) is not None:
-                held_out = f", held-out loss on the devices {loss:.3f}"
-            self.note(
-                f"{status.run.method}: round {done.server_round} of {self._rounds}, {done.updates} updates, "
-                f"{done.seconds:.1f} s{held_out}"
-            )
+            received = f"{done.updates} of {done.participants} clients"
+            line = round_line(done.server_round, self._rounds, done.metrics, done.seconds, received)
+            self.note(f"{status.run.method}: {line}")
+        ended = status.state == "finished" and self._seen_rounds < len(status.history)
+        if ended and self._methods == 1 and not is_personal(status.run.method):
+            self.note("comparing: the clients evaluate the final model and train alone, as long as the rounds took")
         self._seen_rounds = len(status.history)
         if self._live:
-            self._live.update(render_status(status, self._console.width), refresh=True)
+            self._live.update(render_status(status, self._console.height), refresh=True)
 
     def note(self, text: str) -> None:
         """Print one line."""
         self._console.print(text, markup=False)
 
 
-def render_results(results: Sequence[MethodResult]) -> list[Table]:
-    """Tables: the clients of the first method, and the methods against each other if there are several."""
-    from edgefed.cli.output import make_table
+def render_results(results: Sequence[MethodResult]) -> list[RenderableType]:
+    """Tables: losses and costs of the first method's clients, and the methods against each other if several ran."""
+    from rich.text import Text
+
+    from edgefed.cli.comparison import comparison_table
+    from edgefed.cli.tables import Column, FittedTable
     from edgefed.hardware.memory import format_bytes
+    from edgefed.protocol.comparison import overall_verdict
 
     first = results[0]
-    clients = make_table(
-        "client", "budget", "resident experts by layer", "trained", "down", "up", "peak expert memory", "peak RSS",
-        "held-out loss", "on device", title=f"{first.method}: clients",
+    compared = {client.name: client.comparison for client in first.clients}
+    clients = FittedTable(
+        Column("client", name=True), Column("budget"), Column("resident experts by layer", drop=2), Column("trained"),
+        Column("down", drop=3), Column("up", drop=1), Column("peak expert memory"), Column("peak RSS", drop=4),
+        title=f"{first.method}: what it cost each client",
     )  # fmt: skip
     for client in first.clients:
         clients.add_row(
             client.name, f"{100 * client.expert_share:.0f} %", " ".join(map(str, client.held)),
             str(sum(client.trained)), format_bytes(client.bytes_down), format_bytes(client.bytes_up),
             format_bytes(client.peak_expert_bytes), format_bytes(client.peak_rss_bytes),
-            f"{client.global_losses[0]:.3f} > {client.global_losses[-1]:.3f}",
-            f"{client.device_before:.3f} > {client.device_after:.3f}",
         )  # fmt: skip
-    tables = [clients]
+    parts: list[RenderableType] = [
+        comparison_table(compared), Text(overall_verdict(compared.values())), Text(""), clients,
+    ]  # fmt: skip
     if len(results) > 1:
-        methods = make_table(
-            "method", "held-out loss, global model", "on device", "down", "up", "largest expert memory", "smallest",
-            "server peak", title="methods, means over clients",
+        methods = FittedTable(
+            Column("method", name=True), Column("held-out loss, global model"), Column("on device"),
+            Column("down", drop=3), Column("up", drop=1), Column("largest expert memory", drop=2),
+            Column("smallest", drop=4), Column("server peak", drop=5), title="methods, means over clients",
         )  # fmt: skip
         for result in results:
             everyone = result.clients
@@ -171,12 +180,12 @@ def render_results(results: Sequence[MethodResult]) -> list[Table]:
             )
             losses = result.mean_global_losses
             methods.add_row(
-                result.method, f"{losses[0]:.3f} > {losses[-1]:.3f}", f"{before:.3f} > {after:.3f}",
+                result.method, f"{losses[0]:.3f} -> {losses[-1]:.3f}", f"{before:.3f} -> {after:.3f}",
                 format_bytes(sum(c.bytes_down for c in everyone)), format_bytes(sum(c.bytes_up for c in everyone)),
                 format_bytes(max(peaks)), format_bytes(min(peaks)), format_bytes(result.server_peak_rss_bytes),
             )  # fmt: skip
-        tables.append(methods)
-    return tables
+        parts += [Text(""), methods]
+    return parts
 
 
 # ``edgefed demo --method fedmoe``: its progress and its table.
@@ -216,14 +225,16 @@ def show_personal_demo(settings: DemoSettings) -> None:
     console.print(f"{time.monotonic() - started:.0f} s in all", markup=False)
 
 
-def render_clients(results: Sequence[PersonalClientResult]) -> Table:
+def render_clients(results: Sequence[PersonalClientResult]) -> FittedTable:
     """A row for each client, and the mean."""
-    from edgefed.cli.output import make_table
+    from edgefed.cli.tables import Column, FittedTable
     from edgefed.hardware.memory import format_bytes
 
     others = list(results[0].others)
-    table = make_table(
-        "client", "model", "weights", "classes", "images", "up", "peak RSS", "shared", *others, "fedmoe",
+    table = FittedTable(
+        Column("client", name=True), Column("model", drop=12, left=True), Column("weights", drop=15),
+        Column("classes", drop=13), Column("images", drop=14), Column("up", drop=16), Column("peak RSS", drop=17),
+        Column("shared", drop=11), *(Column(name, drop=place) for place, name in enumerate(others)), Column("fedmoe"),
         title="fedmoe: held-out accuracy of each client's own model (shared: the gate's mean weight of what travels)",
     )  # fmt: skip
     for result in results:

@@ -10,7 +10,6 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from edgefed.cli.phrasing import to_flags
 from edgefed.errors import EdgefedError
@@ -78,14 +77,6 @@ def print_error(error: EdgefedError, *, as_json: bool) -> None:
 def print_note(text: str) -> None:
     """Print one line on stderr that is not an error."""
     stderr_console().print(stamp() + to_flags(text), markup=False)
-
-
-def make_table(*columns: str, title: str | None = None) -> Table:
-    """A table whose first column is left-aligned and whose others are right-aligned."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
 
 
 HINTS = {

@@ -11,8 +11,8 @@ from edgefed.config import Setting
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.table import Table
 
+    from edgefed.cli.tables import FittedTable
     from edgefed.personal.labelled_text import LabelledTexts
     from edgefed.personal.partition import Partition
     from edgefed.personal.samples import ImageSamples
@@ -84,7 +84,7 @@ def partition_command(given: PartitionCommandSettings) -> None:
         print_json(partition.to_dict())
         return
     console = stdout_console()
-    console.print(_table(partition))
+    console.print(counts_table(partition))
     left = len(samples) - int(partition.counts.sum())
     if left:
         console.print(f"{left:,} examples are of classes that no client has", markup=False)
@@ -92,18 +92,18 @@ def partition_command(given: PartitionCommandSettings) -> None:
     console.print(f"{what}: {len(partition.files)} files and partition.png in {partition.folder}", markup=False)
 
 
-def _table(partition: Partition) -> Table:
+def counts_table(partition: Partition) -> FittedTable:
     """A table of counts per client and class, and totals."""
-    from rich.markup import escape
-
-    from edgefed.cli.output import make_table
+    from edgefed.cli.tables import Column, FittedTable, cut_middle
 
     shown = [place for place in range(len(partition.classes)) if partition.counts[:, place].any()]
     more = len(shown) > SHOWN_CLASSES
     shown = shown[:SHOWN_CLASSES]
-    names = [partition.classes[place] for place in shown]
-    table = make_table("client", *(escape(name if len(name) <= 12 else name[:11] + "~") for name in names),
-                       *(["more"] if more else []), "examples", "classes")  # fmt: skip
+    names = [cut_middle(partition.classes[place], 12) for place in shown]
+    table = FittedTable(
+        Column("client", name=True), *(Column(name, drop=place + 1) for place, name in enumerate(names)),
+        *([Column("more", drop=len(names) + 1)] if more else []), Column("examples"), Column("classes"),
+    )  # fmt: skip
 
     def row(title: str, counts: np.ndarray) -> None:
         listed = [str(counts[place]) if counts[place] else "-" for place in shown]

@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 from rich.text import Text
 
 from edgefed.cli.options import command
+from edgefed.cli.tables import Column, FittedTable
 from edgefed.config import Setting
 from edgefed.expert_records import ActivationProfile
+from edgefed.plots import coverage_text, experts_covering
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,7 +51,7 @@ def profile_command(settings: ProfileSettings) -> None:
     Runs the text through a model and records which experts its router chooses.
     """
     from edgefed.api.models import profile
-    from edgefed.cli.output import TerminalProgress, make_table, print_json, stdout_console
+    from edgefed.cli.output import TerminalProgress, print_json, stdout_console
     from edgefed.training.records import RecordFields
 
     model, data, attention = settings.model, settings.data, settings.attention
@@ -63,7 +65,8 @@ def profile_command(settings: ProfileSettings) -> None:
 
         save_heat_map(settings.plot, record, f"{model} on {data}: {record.num_tokens:,} tokens")
     if settings.json:
-        print_json({"model": model, "data": data, "num_tokens": record.num_tokens, **record.to_dict()})
+        covering = {"experts_covering_80_percent": experts_covering(record)}
+        print_json({"model": model, "data": data, "num_tokens": record.num_tokens, **covering, **record.to_dict()})
         return
     console = stdout_console()
     console.print(
@@ -73,8 +76,17 @@ def profile_command(settings: ProfileSettings) -> None:
     )
     for line in render_heat_map(record, colour=console.is_terminal and not console.no_color):
         console.print(line)
-    titles = ("layer", "expert", "tokens", "share %", "mean gate", *(("attention %",) if attention else ()))
-    table = make_table("busiest experts", *titles)
+    console.print(busiest_table(record))
+    console.print(coverage_text(record), markup=False, emoji=False)
+    if settings.plot:
+        console.print(f"heat map: {settings.plot}", markup=False, emoji=False)
+
+
+def busiest_table(record: ActivationProfile) -> FittedTable:
+    """The eight experts that most tokens are routed to."""
+    attention = any(layer.mean_attention is not None for layer in record.layers)
+    titles = ("layer", "expert", "tokens", "share of tokens", "mean gate", *(("attention",) if attention else ()))
+    table = FittedTable(*map(Column, titles), title="busiest experts")
     ranked = sorted(
         ((layer.frequency[e], index, e) for index, layer in enumerate(record.layers) for e in range(layer.num_experts)),
         reverse=True,
@@ -83,12 +95,10 @@ def profile_command(settings: ProfileSettings) -> None:
         layer = record.layers[index]
         received = layer.mean_attention if attention else None
         table.add_row(
-            "", str(index), str(expert), f"{layer.tokens_per_expert[expert]:.0f}", f"{100 * share:.1f}",
-            f"{layer.mean_gate[expert]:.3f}", *(() if received is None else (f"{100 * received[expert]:.2f}",)),
+            str(index), str(expert), f"{layer.tokens_per_expert[expert]:.0f}", f"{100 * share:.1f} %",
+            f"{layer.mean_gate[expert]:.3f}", *(() if received is None else (f"{100 * received[expert]:.2f} %",)),
         )  # fmt: skip
-    console.print(table)
-    if settings.plot:
-        console.print(f"heat map: {settings.plot}", markup=False, emoji=False)
+    return table
 
 
 SHADES = " .:-=+*#%@"
@@ -98,6 +108,7 @@ MAX_CELLS = 64
 
 def render_heat_map(record: ActivationProfile, *, colour: bool) -> list[Text]:
     """Lines to print. Cells are two columns wide; layers with more than `MAX_CELLS` experts are summed in groups."""
+    covering = experts_covering(record)
     busiest = max(float(layer.frequency.max()) for layer in record.layers) or 1.0
     lines = []
     for index, layer in enumerate(record.layers):
@@ -111,7 +122,8 @@ def render_heat_map(record: ActivationProfile, *, colour: bool) -> list[Text]:
                 )
             else:
                 line.append(SHADES[round(level * (len(SHADES) - 1))] * 2)
-        line.append(f"  {(layer.tokens_per_expert > 0).sum():>3} of {layer.num_experts} used")
+        used = int((layer.tokens_per_expert > 0).sum())
+        line.append(f"  {used:>3} of {layer.num_experts} used, {covering[index]} cover 80 %")
         lines.append(line)
     low, high = ("dark", "bright") if colour else ("blank", SHADES[-1])
     lines.append(Text(f"          {low}: no token, {high}: {100 * busiest:.0f} % of the tokens", style="dim"))

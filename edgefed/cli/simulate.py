@@ -12,8 +12,7 @@ from edgefed.config import Setting
 from edgefed.progress import format_seconds
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from edgefed.cli.tables import FittedTable
     from edgefed.simulation.result import SimulationResult
     from edgefed.simulation.simulate import SimulationEvent
 
@@ -60,9 +59,13 @@ def simulate_command(settings: SimulateSettings) -> None:
         return
     console = stdout_console()
     console.print(render_methods(result))
+    refusals: dict[tuple[str, str], list[str]] = {}
     for run in result.runs:
-        for device, reason in run.refused.items():
-            console.print(f"{run.label}: {device} did not take part: {reason}", markup=False)
+        for refusal in run.refused.items():
+            refusals.setdefault(refusal, []).append(run.label)
+    for (device, reason), labels in refusals.items():
+        console.print(f"{device} did not take part in {', '.join(labels)}: {reason}", markup=False)
+    for run in result.runs:
         if run.stopped:
             console.print(f"{run.label} stopped: {run.stopped}", markup=False)
     console.print(f"results   {settings.out / RESULT_FILE}", markup=False)
@@ -102,16 +105,24 @@ class SimulationDisplay:
             self._status.update(f"{where}: {event.client} trains, {event.clients_done} of {event.clients} done")
 
 
-def render_methods(result: SimulationResult) -> Table:
+def render_methods(result: SimulationResult) -> FittedTable:
     """A table with a row per method: quality, virtual time, and what the slowest devices spent most time on."""
-    from edgefed.cli.output import make_table
+    from edgefed.cli.tables import Column, FittedTable
     from edgefed.hardware.memory import format_bytes
 
     target = result.target_loss
-    columns = ["method", "rounds", "held-out loss", "accuracy", "virtual time"]
-    columns += [f"to loss {target:g}"] if target is not None else []
-    columns += ["devices", "down", "up", "most time of the slowest goes to"]
-    table = make_table(*columns, title=f"{len(result.budgets)} devices, charged as {result.cost_shape or result.model}")
+    columns = [
+        Column("method", name=True), Column("rounds", drop=3), Column("held-out loss"), Column("accuracy", drop=4),
+        Column("virtual time"),
+    ]  # fmt: skip
+    columns += [Column(f"to loss {target:g}")] if target is not None else []
+    columns += [
+        Column("devices", drop=2), Column("down", drop=6), Column("up", drop=5),
+        Column("most time of the slowest goes to", drop=1, wraps=True),
+    ]  # fmt: skip
+    count = len(result.budgets)
+    devices = "device" if count == 1 else "devices"
+    table = FittedTable(*columns, title=f"{count} {devices}, charged as {result.cost_shape or result.model}")
     for run in result.runs:
         last = run.rounds[-1] if run.rounds else run.first
         parts: dict[str, float] = {}
@@ -121,7 +132,7 @@ def render_methods(result: SimulationResult) -> Table:
         largest = sorted(parts, key=parts.__getitem__, reverse=True)[:2]
         total = sum(parts.values()) or 1.0
         row = [
-            run.label, str(len(run.rounds)), f"{run.first.loss:.4f} > {last.loss:.4f}", f"{100 * last.accuracy:.1f} %",
+            run.label, str(len(run.rounds)), f"{run.first.loss:.4f} -> {last.loss:.4f}", f"{100 * last.accuracy:.1f} %",
             format_seconds(last.ends),
         ]  # fmt: skip
         if target is not None:

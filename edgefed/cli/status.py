@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 from edgefed.cli.options import command
 from edgefed.cli.phrasing import to_flags
 from edgefed.config import Setting
+from edgefed.progress import format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.table import Table
     from rich.text import Text
 
     from edgefed.protocol.messages import ClientStatus, RoundStatus, Status
 
 BAR_CELLS = 12
-NARROW = {122: ("",), 106: ("rounds",), 98: ("down", "up")}
-"""Columns of a terminal below which columns of the table of clients are left out, so that values keep their units."""
-WIDE_ROUNDS = 98
-"""Columns of a terminal from which the table of rounds has the training loss."""
+SHOWN_ROUNDS = 10
+HEADER_LINES, TABLE_LINES = 3, 3
+"""Lines of the header on a narrow terminal, and of a table beside its rows: a blank one and two of titles."""
+STALE_PHASES = ("", "waiting", "train", "upload")
+"""Phases that say nothing of a client that is not training: the last heartbeat may be from before."""
 
 
 @dataclasses.dataclass
@@ -61,7 +62,7 @@ def _print_status(status: Status, console: Console, as_json: bool) -> None:
 
         print_json(msgspec.to_builtins(status))
     else:
-        console.print(render_status(status, console.width))
+        console.print(render_status(status))
 
 
 def _watch(fetch: Callable[[], Status], console: Console, interval: float, as_json: bool) -> None:
@@ -69,12 +70,17 @@ def _watch(fetch: Callable[[], Status], console: Console, interval: float, as_js
     import msgspec
     from rich.live import Live
 
-    live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
-    with live or contextlib.nullcontext():
+    # The last state stays on the screen whole, however long it is.
+    live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal and not as_json else None
+    status = None
+    with contextlib.ExitStack() as stack:
+        if live:
+            stack.callback(lambda: status and console.print(render_status(status)))
+            stack.enter_context(live)
         while True:
             status = fetch()
             if live:
-                live.update(render_status(status, console.width), refresh=True)
+                live.update(render_status(status, console.height), refresh=True)
             else:
                 print(msgspec.json.encode(status).decode() if as_json else one_line(status), flush=True)
             if status.state == "finished":
@@ -90,19 +96,55 @@ def one_line(status: Status) -> str:
     )
 
 
-def render_status(status: Status, width: int = 140) -> RenderableType:
-    """Header, clients and finished rounds as tables, for a terminal of ``width`` columns.
+def render_status(status: Status, height: int | None = None) -> RenderableType:
+    """Header, clients and finished rounds as tables, which fit the terminal's width.
 
-    Where clients have no experts, their accuracy is shown instead.
+    ``height``: lines that may be used. Devices go first, then rounds, then clients. Where clients have no experts,
+    their accuracy is shown instead.
     """
     from rich.console import Group
     from rich.text import Text
 
-    from edgefed.cli.output import make_table
-    from edgefed.hardware.memory import format_bytes
+    from edgefed.cli.comparison import comparison_table
     from edgefed.methods.registry import is_personal
+    from edgefed.protocol.comparison import overall_verdict
 
     personal = is_personal(status.run.method)
+    left = (height or 10**6) - HEADER_LINES
+    clients, used = _clients(status, personal, left)
+    parts: list[RenderableType] = [_header(status), Text(""), clients]
+    left -= used
+    compared = {client.name: client.comparison for client in status.clients if client.comparison is not None}
+    if compared and left > len(compared) + TABLE_LINES + 3:  # title, mean, verdict
+        parts += [Text(""), comparison_table(compared), Text(overall_verdict(compared.values()))]
+        left -= len(compared) + TABLE_LINES + 3
+    if status.history and left > TABLE_LINES:
+        shown = status.history[-min(SHOWN_ROUNDS, left - TABLE_LINES) :]
+        incidents = _incidents(shown)
+        room = max(0, left - len(shown) - TABLE_LINES) // 2  # a long one takes two lines
+        incidents = incidents[max(0, len(incidents) - room) :]
+        parts += [Text(""), _rounds(shown, personal), *incidents]
+        left -= len(shown) + TABLE_LINES + 2 * len(incidents)
+    known = [client for client in status.clients if client.device]
+    if known and left > len(status.clients) + TABLE_LINES:
+        parts += [Text(""), _devices(status.clients)]
+        left -= len(status.clients) + TABLE_LINES
+        origins = [
+            Text(f"{client.name}: {to_flags(client.device.budget_origin)}", style="dim")
+            for client in known
+            if client.device
+            and client.device.budget_origin
+            and client.device.budget_bytes == client.memory_bytes  # else it tells of an older budget
+        ]
+        parts += origins if left > len(origins) * 3 else []
+    return Group(*parts)
+
+
+def _header(status: Status) -> RenderableType:
+    from rich.text import Text
+
+    from edgefed.hardware.memory import format_bytes
+
     shown_round = min(status.server_round, status.run.rounds)
     header = Text()
     header.append(f"{status.run.method} on {status.run.model}", style="bold")
@@ -111,49 +153,64 @@ def render_status(status: Status, width: int = 140) -> RenderableType:
         f"   {len(status.clients)} clients (at least {status.min_clients})"
         f"   server peak {format_bytes(status.memory_peak_bytes)}"
     )
-    share, changed = ("accuracy", "accuracy") if personal else ("experts", "experts changed")
-    columns = ("client", "state", "doing", "", share, "rounds", "down", "up", "held-out loss", "seen")
-    left_out = {name for limit, names in NARROW.items() if width < limit for name in names}
-    shown = [index for index, name in enumerate(columns) if name not in left_out]
-    clients = make_table(*(columns[index] for index in shown))
-    for client in status.clients:
-        busy = client.state != "finished"  # the last heartbeat of a finished client is out of date
-        row: tuple[RenderableType, ...] = (
-            Text(client.name),
+    return header
+
+
+def _clients(status: Status, personal: bool, lines: int) -> tuple[RenderableType, int]:
+    """The table of clients in at most ``lines`` lines, and how many it takes: the busy ones where not all fit."""
+    from edgefed.cli.tables import Column, FittedTable
+    from edgefed.hardware.memory import format_bytes
+
+    table = FittedTable(
+        Column("client", name=True), Column("state", left=True), Column("doing", drop=2, left=True),
+        Column("", drop=4, left=True), Column("accuracy" if personal else "experts", drop=0 if personal else 1),
+        Column("held-out loss"), Column("rounds", drop=5), Column("down", drop=6), Column("up", drop=6),
+        Column("seen", drop=3),
+    )  # fmt: skip
+    clients = list(status.clients)
+    room = max(1, lines - 2)
+    if len(clients) > room:
+        order = ("training", "done", "waiting", "finished", "lost", "left")
+        clients.sort(key=lambda client: order.index(client.state) if client.state in order else len(order))
+    for client in clients[: room if len(clients) <= room else room - 1]:
+        busy = client.state == "training" or (
+            client.state in ("done", "waiting", "finished") and client.phase not in STALE_PHASES
+        )
+        table.add_row(
+            client.name,
             client.state,
             client.phase if busy else "-",
             _bar(client.fraction) if busy else "",
             _accuracy(client.metrics) if personal else f"{100 * client.expert_share:.0f} %",
+            _loss(client.metrics),
             str(client.rounds_done),
             format_bytes(client.downloaded_bytes),
             format_bytes(client.uploaded_bytes),
-            _loss(client),
             f"{client.last_seen_s:.0f} s ago",
         )
-        clients.add_row(*(row[index] for index in shown))
-    parts: list[RenderableType] = [header, Text(""), clients]
-    if any(client.device for client in status.clients):
-        parts += [Text(""), _devices(status.clients)]
-        parts += [
-            Text(f"{client.name}: {to_flags(client.device.budget_origin)}", style="dim")
-            for client in status.clients
-            if client.device and client.device.budget_origin
-        ]
-    if status.history:
-        wide = width >= WIDE_ROUNDS
-        titles = ("train loss", "held-out before", "after") if wide else ("before", "after")
-        rounds = make_table("round", "updates", changed, "up", "seconds", *titles)
-        for done in status.history[-10:]:
-            losses = ("train_loss",) * wide + ("held_out_loss_before", "held_out_loss_after")
-            metrics = [done.metrics.get(name) for name in losses]
-            rounds.add_row(
-                str(done.server_round), f"{done.updates} of {done.participants}",
-                _accuracy(done.metrics) if personal else str(done.experts_changed),
-                format_bytes(done.uploaded_bytes), f"{done.seconds:.1f}",
-                *("-" if value is None else f"{value:.3f}" for value in metrics),
-            )  # fmt: skip
-        parts += [Text(""), rounds, *_incidents(status.history[-10:])]
-    return Group(*parts)
+    if len(clients) > room:
+        table.add_row(f"{len(clients) - table.num_rows} more", *[""] * 9)
+    return table, 2 + table.num_rows
+
+
+def _rounds(history: Iterable[RoundStatus], personal: bool) -> RenderableType:
+    from edgefed.cli.tables import Column, FittedTable
+    from edgefed.hardware.memory import format_bytes
+
+    changed = "accuracy" if personal else "experts changed"
+    table = FittedTable(
+        Column("round"), Column("train loss", drop=2), Column("held-out loss"), Column("updates"),
+        Column(changed, drop=0 if personal else 3), Column("up", drop=4), Column("time", drop=1),
+    )  # fmt: skip
+    for done in history:
+        train = done.metrics.get("train_loss")
+        table.add_row(
+            str(done.server_round), "-" if train is None else f"{train:.3f}", _loss(done.metrics),
+            f"{done.updates} of {done.participants}",
+            _accuracy(done.metrics) if personal else str(done.experts_changed),
+            format_bytes(done.uploaded_bytes), format_seconds(done.seconds),
+        )  # fmt: skip
+    return table
 
 
 def _incidents(history: Iterable[RoundStatus]) -> list[Text]:
@@ -171,25 +228,25 @@ def _incidents(history: Iterable[RoundStatus]) -> list[Text]:
     return lines
 
 
-def _devices(clients: Iterable[ClientStatus]) -> Table:
+def _devices(clients: Iterable[ClientStatus]) -> RenderableType:
     """What each device is and can afford: its budget as last measured, with nothing else running, and in all."""
-    from rich.text import Text
-
-    from edgefed.cli.output import make_table
+    from edgefed.cli.tables import Column, FittedTable
     from edgefed.hardware.memory import format_bytes
 
     def size(size_bytes: int | None) -> str:
         return "unknown" if size_bytes is None else format_bytes(size_bytes)
 
-    table = make_table("client", "device", "memory", "trains on", "budget", "if idle", "of")
-    table.columns[1].justify, table.columns[1].no_wrap = "left", False
+    table = FittedTable(
+        Column("client", name=True), Column("device", wraps=True, drop=3), Column("memory", drop=4, left=True),
+        Column("trains on", drop=2, left=True), Column("budget"), Column("if idle", drop=1), Column("of"),
+    )  # fmt: skip
     for client in clients:
         if (device := client.device) is None:
-            table.add_row(Text(client.name), "unknown", "", "", size(client.memory_bytes))
+            table.add_row(client.name, "unknown", "", "", size(client.memory_bytes), "", "")
             continue
         name = f"{device.name} ({device.power_mode})" if device.power_mode else device.name
         sizes = (client.memory_bytes, device.ideal_budget_bytes, device.total_bytes)
-        table.add_row(Text(client.name), Text(name), device.kind, device.trains_on, *map(size, sizes))
+        table.add_row(client.name, name, device.kind, device.trains_on, *map(size, sizes))
     return table
 
 
@@ -203,6 +260,6 @@ def _accuracy(metrics: Mapping[str, float]) -> str:
     return "-" if found is None else f"{100 * found:.1f} %"
 
 
-def _loss(client: ClientStatus) -> str:
-    before, after = client.metrics.get("held_out_loss_before"), client.metrics.get("held_out_loss_after")
-    return "-" if before is None or after is None else f"{before:.3f} > {after:.3f}"
+def _loss(metrics: Mapping[str, float]) -> str:
+    before, after = metrics.get("held_out_loss_before"), metrics.get("held_out_loss_after")
+    return "-" if before is None or after is None else f"{before:.3f} -> {after:.3f}"

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -79,7 +78,7 @@ class FittedTable:
         )  # fmt: skip
         for index in shown:
             column = self._columns[index]
-            aligned = "left" if column.name or column.wraps or column.left else "right"
+            aligned: Literal["left", "right"] = "left" if column.name or column.wraps or column.left else "right"
             title = "\n".join(textwrap.wrap(column.title, max(1, widths[index]), break_long_words=False))
             table.add_column(
                 Text(title), justify=aligned, width=widths[index], overflow="fold", vertical="top", no_wrap=False
@@ -99,9 +98,12 @@ class FittedTable:
             if _total(least) <= width or not droppable:
                 break
             shown.remove(max(droppable, key=lambda index: (self._columns[index].drop, index)))
+        for index in sorted(shown, key=lambda index: -least[index]):  # values wrap between words
+            if _total(least) > width and not self._columns[index].name:
+                least[index] = self._longest_word(index)
         if _total(least) > width:
-            least = {index: self._least(index, SHORTEST_NAME) for index in shown}
-        while _total(least) > width and max(least.values()) > 1:  # values wrap
+            least |= {index: self._least(index, SHORTEST_NAME) for index in shown if self._columns[index].name}
+        while _total(least) > width and max(least.values()) > 1:  # and within them
             least[max(least, key=least.__getitem__)] -= 1
         spare = width - _total(least)
         names = [index for index in shown if self._columns[index].name]
@@ -112,6 +114,10 @@ class FittedTable:
 
     def _values(self, index: int) -> int:
         return max((max(map(cell_len, row[index].plain.splitlines()), default=0) for row in self._rows), default=0)
+
+    def _longest_word(self, index: int) -> int:
+        texts = (self._columns[index].title, *(row[index].plain for row in self._rows))
+        return max((cell_len(word) for text in texts for word in text.split()), default=1)
 
     def _most(self, index: int) -> int:
         return max(self._values(index), cell_len(self._columns[index].title), 1)
@@ -140,9 +146,3 @@ def cut_middle(name: str, width: int) -> str:
         if cell_len(longer[0]) + cell_len(longer[1]) + 2 > width:
             return f"{head}..{tail}"
         head, tail = longer
-
-
-def columns(*titles: str, drop: Sequence[int] = ()) -> tuple[Column, ...]:
-    """Columns of numbers, the first one of names. ``drop`` counts from the first column; missing ones are 0."""
-    drops = [*drop, *[0] * (len(titles) - len(drop))]
-    return tuple(Column(title, drops[index], name=index == 0) for index, title in enumerate(titles))

@@ -11,6 +11,7 @@ Losses are mean cross-entropies per predicted token, in nats, all on the same to
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import msgspec
 
@@ -72,6 +73,23 @@ def verdict(comparison: Comparison) -> str:
         sentences.append(f"{name} is {_difference(best, comparison.before)} the model {since}")
     text = "; ".join(sentences)
     return f"On this device's text {text}." if text else ""
+
+
+def overall_verdict(comparisons: Iterable[Comparison]) -> str:
+    """One sentence about the clients that evaluated the global model, by the mean of their losses; empty for none.
+
+    They are compared with training alone if all of them have done that, else with the model before the run.
+    """
+    known = [each for each in comparisons if each.global_model is not None]
+    for reference, name in (("alone", "training alone"), ("before", "the model before the run")):
+        pairs = [(each.global_model, getattr(each, reference)) for each in known]
+        if not pairs or any(other is None for _, other in pairs):
+            continue
+        found, others = (math.fsum(losses) / len(pairs) for losses in zip(*pairs, strict=True))
+        better = sum(loss < other for loss, other in pairs)
+        mean = f"On the clients' own texts the global model is on average {_difference(found, others)} {name}"
+        return f"{mean}; it is better for {better} of {len(pairs)}."
+    return ""
 
 
 def _difference(loss: float, other: float) -> str:

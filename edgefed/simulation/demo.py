@@ -9,24 +9,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import msgspec
 import numpy as np
 
 from edgefed.errors import ConfigError
 from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.methods.fedmoe import IMAGES, FedMoE
 from edgefed.methods.registry import make_expert_method
-from edgefed.moe.loading import without_progress_bars
 from edgefed.personal.local_training import evaluate
 from edgefed.personal.mixture import LocalMixture
 from edgefed.personal.networks import CNNS
 from edgefed.personal.state import newest_state
 from edgefed.personal.tasks import OpenTask, load_mixture, make_task
-from edgefed.protocol.messages import Status
+from edgefed.protocol.comparison import Comparison, overall_verdict
+from edgefed.protocol.messages import Status, TrainingConfig
 from edgefed.simulation.evaluation import held_out_losses
 from edgefed.simulation.personal_baselines import make_strategy
 from edgefed.simulation.personal_federation import Client, History, Settings, run
 from edgefed.simulation.pictures import Outcome, save_comparison, save_gate_histograms
 from edgefed.simulation.processes import LocalClient, LocalFederation, read_ledger
+from edgefed.trainer.comparison import load_comparison
 from edgefed.trainer.saved_plan import load_plan
 from edgefed.training.data import load_corpus
 
@@ -35,8 +37,9 @@ SHARES = (1.0, 0.5, 0.25, 0.12)
 CLIENT_SILOS = ("asyncio", "email", "unittest", "topics", "xml", "http", "multiprocessing", "logging", "importlib")
 RESULT_FILE = "demo.json"
 PICTURE_FILE = "demo.png"
-PROMPT = "import asyncio\n\nasync def "
 TIMEOUT_S = 1800.0
+EVALUATION_TOKENS = TrainingConfig().evaluation_tokens
+"""Tokens of a client's held-out text in an evaluation, here as on the device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,8 @@ class ClientResult:
     """One client of one run. Bytes are over all rounds; ``held`` and ``trained`` are experts per MoE layer.
 
     ``global_losses``: held-out loss of the full global model before round 1 and after each round. ``device_before``,
-    ``device_after``: of the experts that the device holds, before its first and after its last local step.
+    ``device_after``: of the experts that the device holds, before its first and after its last local step. ``alone``:
+    after as many local steps without the federation, NaN if that was not tried.
     """
 
     name: str
@@ -92,6 +96,17 @@ class ClientResult:
     global_losses: tuple[float, ...]
     device_before: float
     device_after: float
+    alone: float = math.nan
+
+    @property
+    def comparison(self) -> Comparison:
+        """The same losses as a device reports them."""
+        losses = (self.global_losses[0], self.global_losses[-1], self.device_after, self.alone)
+        before, after, device, alone = (None if math.isnan(loss) else loss for loss in losses)
+        return Comparison(
+            server_round=len(self.global_losses), before=before, global_model=after, device=device, alone=alone,
+            num_tokens=EVALUATION_TOKENS,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +142,16 @@ def run_demo(config: DemoConfig, sink: DemoSink) -> list[MethodResult]:
             1.0 if make_expert_method(method).requirements.all_experts else SHARES[index % len(SHARES)]
             for index in range(config.clients)
         ]
-        clients = [LocalClient(silo, f"silo:{silo}", share) for silo, share in zip(silos, shares, strict=True)]
+        # What the first method brought is told against training alone; the others are compared with it.
+        alone = method == config.methods[0] and make_expert_method(method).exchanges
+        flags = ("--compare-alone",) if alone else ("--final-evaluation", "never")
+        clients = [LocalClient(silo, f"silo:{silo}", share, flags) for silo, share in zip(silos, shares, strict=True)]
         results.append(_run_method(config, method, clients, sink))
     first = config.out / config.methods[0]
     sink.note("exporting the final model")
     export_model(first / "run", config.out / "model")
     profiles = {silo: load_plan(first / "clients" / silo) for silo in silos}
-    draw(config.out / PICTURE_FILE, results, profiles)
+    draw(config, results, profiles)
     return results
 
 
@@ -161,7 +179,9 @@ def _run_method(config: DemoConfig, method: str, clients: Sequence[LocalClient],
         status = federation.run(sink.status, timeout_s=TIMEOUT_S)
     sink.note(f"{method}: evaluating {config.rounds + 1} global models")
     held_out = {client.name: load_corpus(client.data, 0.1, 0).held_out for client in clients}
-    losses = held_out_losses(federation.run_folder, held_out, sequence_length=config.sequence_length)
+    losses = held_out_losses(
+        federation.run_folder, held_out, sequence_length=config.sequence_length, max_tokens=EVALUATION_TOKENS
+    )
     return MethodResult(
         method=method,
         seconds=sum(done.seconds for done in status.history),
@@ -175,6 +195,7 @@ def _client_result(federation: LocalFederation, client: LocalClient, losses: Seq
     ledger = [entry for entry in read_ledger(folder) if entry["outcome"] == "accepted"]
     _, plan = load_plan(folder)
     metrics = [entry["metrics"] for entry in ledger]
+    compared = load_comparison(folder)
     return ClientResult(
         name=client.name,
         silo=client.data,
@@ -188,35 +209,33 @@ def _client_result(federation: LocalFederation, client: LocalClient, losses: Seq
         global_losses=tuple(losses),
         device_before=metrics[0].get("held_out_loss_before", math.nan),
         device_after=metrics[-1].get("held_out_loss_after", math.nan),
+        alone=math.nan if compared is None or compared.alone is None else compared.alone,
     )
 
 
 def draw(
-    path: Path, results: Sequence[MethodResult], profiles: Mapping[str, tuple[ActivationProfile | None, ExpertPlan]]
+    config: DemoConfig,
+    results: Sequence[MethodResult],
+    profiles: Mapping[str, tuple[ActivationProfile | None, ExpertPlan]],
 ) -> None:
     """Write the picture: curves per method and per client of the first method, heat maps with the plans."""
     from edgefed.plots import save_federation_picture
 
-    shown = {name: (record, plan) for name, (record, plan) in profiles.items() if record is not None}
+    first = results[0]
+    setting = f"{config.clients} devices on Python text, {config.rounds} rounds of {config.local_steps} steps"
+    shown = {
+        f"{client.name}, {100 * client.expert_share:.0f} % of the experts": (record, plan)
+        for client in first.clients
+        if (record := profiles[client.name][0]) is not None and (plan := profiles[client.name][1])
+    }
     save_federation_picture(
-        path,
+        config.out / PICTURE_FILE,
+        f"{first.method}: {setting}",
         {result.method: result.mean_global_losses for result in results},
-        {client.name: client.global_losses for client in results[0].clients},
+        {client.name: client.global_losses for client in first.clients},
         shown,
+        alone={client.name: client.alone for client in first.clients if not math.isnan(client.alone)},
     )
-
-
-def generate_sample(model_folder: Path, prompt: str = PROMPT, new_tokens: int = 48) -> str:
-    """Text that the exported checkpoint writes after ``prompt``, greedy, with transformers alone."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    with without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(model_folder)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    inputs.pop("token_type_ids", None)
-    output = cast(Any, model).generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 def as_dict(config: DemoConfig, results: Sequence[MethodResult], sample: str) -> dict[str, Any]:
@@ -227,6 +246,8 @@ def as_dict(config: DemoConfig, results: Sequence[MethodResult], sample: str) ->
         "results": [
             {**dataclasses.asdict(result), "mean_global_losses": result.mean_global_losses} for result in results
         ],
+        "comparison": {client.name: msgspec.to_builtins(client.comparison) for client in results[0].clients},
+        "verdict": overall_verdict(client.comparison for client in results[0].clients),
     }
 
 

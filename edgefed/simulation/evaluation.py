@@ -6,11 +6,13 @@ import math
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
 
 from edgefed.expert_records import ExpertPlan, Role
+from edgefed.moe.loading import without_progress_bars
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol.messages import FileInfo, Manifest, TrainingConfig, UnitInfo
@@ -23,6 +25,8 @@ from edgefed.training.loss import evaluate_loss
 from edgefed.training.profiling import spread_blocks
 from edgefed.training.steps import train_scope
 from edgefed.training.tokenizer import load_tokenizer
+
+PROMPT = "import asyncio\n\nasync def "
 
 
 class GlobalEvaluator:
@@ -136,3 +140,16 @@ def held_out_losses(
                 for name in held_out:
                     losses[name].append(evaluate_loss(model.module, blocks[name], batch_size))
     return losses
+
+
+def generate_sample(model_folder: Path, prompt: str = PROMPT, new_tokens: int = 48) -> str:
+    """Text that the exported checkpoint writes after ``prompt``, greedy, with transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    with without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    output = cast(Any, model).generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgefed.hardware.memory import GIB
-from edgefed.plots import COLOURS, DPI, new_figure, save_figure, tidy_axes
+from edgefed.plots import COLOURS, DPI, legend_beside, new_figure, save_figure, set_loss_limits, tidy_axes
 from edgefed.simulation.result import MethodRun, SimulationResult
 from edgefed.simulation.virtual_clock import PARTS
 
@@ -70,7 +70,10 @@ def draw_quality(result: SimulationResult) -> Figure:
     figure: Figure = new_figure(8.5, 4.4)
     axes = figure.add_subplot()
     size, unit = time_unit(max((run.curve[-1][0] for run in result.runs), default=0.0))
+    every_loss = [loss for run in result.runs for _, loss in run.curve]
     target = result.target_loss
+    if target is not None and not (every_loss and min(every_loss) <= target <= max(every_loss)):
+        target = None  # nobody reaches it, or everybody from the beginning: a line would only stretch the axis
     for index, run in enumerate(result.runs):
         colour = COLOURS[index % len(COLOURS)]
         times, losses = zip(*run.curve, strict=True)
@@ -86,8 +89,10 @@ def draw_quality(result: SimulationResult) -> Figure:
         axes.text(0.995, target, "target ", ha="right", va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
     axes.set_xlabel(f"virtual time, {unit}", fontsize=9)
     axes.set_ylabel("held-out loss, nats per token", fontsize=9)
-    axes.set_title(_title(result, "quality over virtual time"), fontsize=10, loc="left")
-    axes.legend(fontsize=8, frameon=False)
+    missed = "" if target == result.target_loss else f"\nno run crosses the target of {result.target_loss:g} nats"
+    axes.set_title(_title(result, "quality over virtual time") + missed, fontsize=10, loc="left")
+    set_loss_limits([axes], every_loss)
+    legend_beside(axes)
     tidy_axes(axes)
     return figure
 
@@ -115,6 +120,7 @@ def draw_time(result: SimulationResult) -> Figure:
         axes.set_title(run.label, fontsize=9, loc="left")
         tidy_axes(axes)
     panels[-1].set_xlabel(f"mean of a round, {unit} of virtual time", fontsize=9)
+    figure.suptitle(_title(result, "where the time of a round goes"), fontsize=10, x=0.01, ha="left")
     if runs:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(
@@ -145,7 +151,7 @@ def draw_budget(result: SimulationResult) -> Figure:
     axes.set_xticks(range(len(devices)), labels=[_wrapped(result.profiles[name]) for name in devices], fontsize=7)
     axes.set_ylabel("GiB at the peak of a step", fontsize=9)
     axes.set_title(_title(result, "budget use"), fontsize=10, loc="left")
-    axes.legend(fontsize=8, frameon=False)
+    legend_beside(axes)
     tidy_axes(axes)
     return figure
 
@@ -169,12 +175,12 @@ def draw_experts(result: SimulationResult) -> Figure:
     for axes, name in zip(panels, names, strict=False):
         image = axes.imshow(grids[name], cmap="viridis", aspect="auto", vmin=0, vmax=most)
         axes.set_title(name, fontsize=8, loc="left")
-        axes.set_ylabel("layer", fontsize=7)
+        axes.set_ylabel("layer, by index", fontsize=7)
         axes.tick_params(labelsize=6)
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes in panels[max(0, len(names) - columns) : len(names)]:
-        axes.set_xlabel("expert", fontsize=7)
+        axes.set_xlabel("expert, by index", fontsize=7)
     bar = figure.colorbar(image, ax=list(panels), pad=0.01, aspect=40)
     bar.set_label("% of tokens", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -217,7 +223,8 @@ def _representatives(result: SimulationResult) -> list[str]:
 
 def _title(result: SimulationResult, what: str) -> str:
     charged = f" charged as {result.cost_shape}" if result.cost_shape else ""
-    return f"{what}: {len(result.profiles)} devices, {Path(result.model).name}{charged}"
+    rounds = max((len(run.rounds) for run in result.runs), default=0)
+    return f"{what}: {len(result.profiles)} devices, {Path(result.model).name}{charged}, {rounds} rounds"
 
 
 def _wrapped(profile: str) -> str:
@@ -245,11 +252,11 @@ def save_comparison(path: Path, splits: Mapping[str, Mapping[str, Sequence[Outco
             places = np.arange(len(values)) + (index - (len(methods) - 1) / 2) * width
             clients.bar(places, 100 * values, width, color=f"C{index}", label=label)
         curves.set(xlabel="round", ylabel="mean accuracy of clients, %", title=f"{split}: held-out accuracy")
-        curves.legend(fontsize=7)
-        clients.set(xlabel="client", ylabel="accuracy, %", title=f"{split}: clients after the last round")
+        curves.set_ylim(0, 100)
+        legend_beside(clients)
+        clients.set(xlabel="client, by index", ylabel="accuracy, %", title=f"{split}: clients after the last round")
         clients.set_xticks(range(_clients(methods)))
-        low = min(float(np.min(accuracy)) for outcomes in methods.values() for _, accuracy in outcomes)
-        clients.set_ylim(max(0.0, 100 * low - 10), None)
+        clients.set_ylim(0, 100)
         tidy_axes(curves, clients)
     save_figure(figure, path, PERSONAL_DPI)
 
@@ -277,9 +284,10 @@ def save_gate_histograms(path: Path, clients: Mapping[str, tuple[Array, Array]],
 
     ``clients`` is {name: (a_G (N,), labels (N,))} of held-out examples, as in `Evaluation`.
     """
-    columns = min(5, max(1, len(clients)))
+    columns = min(3, max(1, len(clients)))
     rows = -(-len(clients) // columns)
-    figure = new_figure(2.9 * columns, 2.5 * rows)
+    figure = new_figure(3.9 * columns, 2.5 * rows)
+    figure.suptitle("How much each client's gate relies on the shared extractor", fontsize=10, x=0.01, ha="left")
     edges = np.linspace(0, 1, BINS + 1)
     for number, (name, (weights, labels)) in enumerate(clients.items()):
         axes = figure.add_subplot(rows, columns, number + 1)
@@ -289,7 +297,8 @@ def save_gate_histograms(path: Path, clients: Mapping[str, tuple[Array, Array]],
             axes.stairs(100 * shares[label], edges, color=f"C{label % 10}", label=f"{classes[label]} ({mean:.2f})")
         axes.set_title(name, fontsize=9)
         axes.set_xlim(0, 1)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=6, frameon=False, title="class (mean weight)", title_fontsize=6, loc="upper left",
+                    bbox_to_anchor=(1.0, 1.0))  # fmt: skip
         if number % columns == 0:
             axes.set_ylabel("% of the class", fontsize=8)
         if number // columns == rows - 1:

@@ -94,7 +94,8 @@ class LocalFederation:
             self._start_agent(client, url)
         status = None
         with AggregatorClient(url, "status", "status") as server:
-            while status is None or status.state != "finished":
+            # Agents compare models after the run, and the server waits for them.
+            while status is None or status.state != "finished" or self._agents_run():
                 self._check_children()
                 if time.monotonic() > deadline:
                     raise ProcessFailed(f"the federation in {self.folder} did not finish within {timeout_s:.0f} s")
@@ -109,6 +110,9 @@ class LocalFederation:
                 raise ProcessFailed(f"{child.label} did not end after the run was finished") from error
         self._check_children()
         return status
+
+    def _agents_run(self) -> bool:
+        return any(child.process.poll() is None for child in self._children[1:])
 
     def _start_server(self) -> str:
         ready = self.folder / "address"

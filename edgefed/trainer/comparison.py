@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from edgefed.disk import disk_errors, make_folder, write_durably
-from edgefed.errors import EdgefedError, first_line
+from edgefed.errors import EdgefedError, StateCorrupt, first_line
 from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_method
 from edgefed.progress import ProgressSink, format_seconds
@@ -46,6 +46,18 @@ class ComparisonRecord(msgspec.Struct, kw_only=True):
     train_s: float = 0.0
     first: Manifest | None = None
     finished: bool = False
+
+
+def load_comparison(folder: Path) -> Comparison | None:
+    """The finished comparison in a device's state folder; None if there is none. Raises StateCorrupt."""
+    path = folder / COMPARISON_FILE
+    if not path.exists():
+        return None
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=ComparisonRecord)
+    except msgspec.DecodeError as error:
+        raise StateCorrupt(f"{path} is damaged: {error}") from error
+    return record.comparison if record.finished else None
 
 
 class ComparingTrainer:
@@ -105,7 +117,7 @@ class ComparingTrainer:
             self._due = run, manifest
             keep |= {unit.sha256 for unit in manifest.units}
         if record.first is not None:
-            keep |= {item.sha256 for item in (*record.first.units, *record.first.files)}
+            keep |= {unit.sha256 for unit in record.first.units} | {file.sha256 for file in record.first.files}
         return dataclasses.replace(update, keep=keep)
 
     def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:

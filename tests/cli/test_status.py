@@ -6,31 +6,16 @@ import io
 
 import pytest
 from rich.console import Console
+from sample_status import DEVICE, client_of, status_of
 
 from edgefed.cli.status import render_status
-from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, Status, TrainingConfig
+from edgefed.protocol.comparison import Comparison
+from edgefed.protocol.messages import Status
 
 
-def drawn(method: str, name: str = "kitchen", width: int = 140) -> str:
-    metrics = {"held_out_loss_before": 2.0, "held_out_loss_after": 1.5, "held_out_accuracy_after": 0.625}
-    client = ClientStatus(
-        client_id="c1", name=name, state="training", phase="train", fraction=0.5, memory_bytes=1 << 30,
-        expert_share=0.25, rounds_done=1, uploaded_bytes=1 << 20, downloaded_bytes=1 << 21, last_seen_s=1.0,
-        metrics=metrics,
-    )  # fmt: skip
-    done = RoundStatus(
-        server_round=1, participants=2, updates=1, seconds=3.0, uploaded_bytes=1 << 20, experts_changed=77,
-        metrics=metrics,
-    )  # fmt: skip
-    run = RunConfig(
-        run_id="r", model="m", method=method, method_options={}, rounds=3, seed=0, training=TrainingConfig()
-    )  # fmt: skip
-    status = Status(
-        run=run, state="training", server_round=2, min_clients=1, quorum=1, deadline_s=None, updates_received=0,
-        clients=(client,), history=(done,), memory_peak_bytes=50 << 20,
-    )  # fmt: skip
+def drawn(status: Status, width: int = 140, height: int | None = None) -> str:
     console = Console(width=width, emoji=False, record=True, file=io.StringIO())
-    console.print(render_status(status, width))
+    console.print(render_status(status, height))
     return console.export_text()
 
 
@@ -39,18 +24,54 @@ def drawn(method: str, name: str = "kitchen", width: int = 140) -> str:
     ("hfedmoe", ["experts changed", "25 %", "77"], ["accuracy", "62.5 %"]),
 ])  # fmt: skip
 def test_accuracy_stands_where_clients_have_no_experts(method, there, absent):
-    text = drawn(method)
-    assert all(each in text for each in ("kitchen", "round 2 of 3", "2.000 > 1.500", "######......", *there)), text
+    text = drawn(status_of(method, [client_of("kitchen")]))
+    assert all(each in text for each in ("kitchen", "round 2 of 3", "2.000 -> 1.500", "######......", *there)), text
     assert not any(each in text for each in absent), text
 
 
-@pytest.mark.parametrize("width", [80, 100, 110, 140])
-def test_values_keep_their_units_on_narrow_terminals(width):
-    text = drawn("hfedmoe", "a name of twenty one", width)
-    assert all(each in text for each in ("a name of twenty one", "25 %", "2.000 > 1.500", "1 s ago")), text
-    assert ("2.0 MiB" in text) == (width >= 98), text
-    assert "\u2026" not in text.partition("round  updates")[0], text
+def test_a_finished_client_is_not_said_to_train():
+    text = drawn(status_of("hfedmoe", [client_of("a", state="done"), client_of("b", state="finished")]))
+    assert "######" not in text
+    comparing = drawn(status_of("hfedmoe", [client_of("a", state="finished", phase="evaluate")]))
+    assert "evaluate" in comparing
+
+
+def test_the_comparison_of_each_client_stands_side_by_side_with_a_verdict():
+    found = {
+        "kitchen": Comparison(server_round=4, num_tokens=4096, before=5.26, global_model=4.45, device=4.6, alone=4.87),
+        "vm": Comparison(server_round=4, num_tokens=2048, before=5.54, global_model=4.71, device=4.8, alone=4.61),
+    }
+    clients = [client_of(name, number, comparison=each) for number, (name, each) in enumerate(found.items())]
+    text = drawn(status_of("hfedmoe", clients, state="finished"), 60)
+    assert "5.260         4.450        4.600  4.870" in text, text
+    assert "mean" in text
+    flat = " ".join(text.split())
+    assert "on average 0.16 nats better than training alone; it is better for 1 of 2." in flat, text
+
+
+def test_a_budget_that_has_changed_since_is_not_explained():
+    assert "1.0 GiB of 16.0" in drawn(status_of("hfedmoe", [client_of("a", device=DEVICE)]))
+    assert "1.0 GiB of 16.0" not in drawn(status_of("hfedmoe", [client_of("a", device=DEVICE, memory_bytes=2 << 30)]))
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+@pytest.mark.parametrize("compared", [False, True])
+def test_ten_clients_fit_a_terminal_of_24_lines(width, compared):
+    comparison = Comparison(server_round=4, before=5.0, global_model=4.0) if compared else None
+    clients = [client_of(f"client-{i}", i, device=DEVICE, comparison=comparison) for i in range(10)]
+    text = drawn(status_of("hfedmoe", clients, rounds=9), width, 24).rstrip("\n")
+    assert len(text.splitlines()) <= 24, text
+    assert all(f"client-{i}" in text for i in range(10)), text
+    assert text.count("2.000 -> 1.500") >= 12, text  # each client, and rounds
+
+
+def test_of_a_hundred_clients_those_that_train_are_shown():
+    clients = [client_of(f"idle-{i}", i, state="lost") for i in range(99)] + [client_of("busy", 99)]
+    text = drawn(status_of("hfedmoe", clients, rounds=3), 80, 24)
+    assert len(text.rstrip("\n").splitlines()) <= 24, text
+    assert "busy" in text
+    assert "more" in text
 
 
 def test_names_are_not_read_as_markup():
-    assert "[red]:boom:[/]" in drawn("hfedmoe", "[red]:boom:[/]")
+    assert "[red]:boom:[/]" in drawn(status_of("hfedmoe", [client_of("[red]:boom:[/]")]))

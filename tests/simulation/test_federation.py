@@ -121,6 +121,8 @@ def test_a_device_trains_and_its_text_never_crosses_the_wire(serve, processes, w
     tap.close()
 
     log = (tmp_path / "agent.log").read_text()
+    assert '"global_model": ' in log  # the summary compares the final model
+    assert "round 1/1: train" in log
     assert "line 61" in log  # the broken line is named, and costs nothing else
     heard = bytes(tap.heard["up"] + tap.heard["down"])
     assert b"listener-test" in heard  # the wiretap does hear
@@ -165,7 +167,8 @@ def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
     )  # fmt: skip
     assert demo.wait(timeout=240) == 0, (tmp_path / "demo.log").read_text()
     log = (tmp_path / "demo.log").read_text()
-    assert "round 1 of 1, 2 updates" in log
+    assert "round 1/1: train" in log
+    assert "2 of 2 clients" in log
     assert "asyncio" in log
     assert "100 %" in log
     assert "50 %" in log
@@ -175,6 +178,16 @@ def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
     assert clients[1]["peak_expert_bytes"] == pytest.approx(clients[0]["peak_expert_bytes"] / 2, rel=0.05)
     assert clients[1]["bytes_up"] < 0.6 * clients[0]["bytes_up"]
     assert len(found["results"][0]["mean_global_losses"]) == 2
+    for client in clients:
+        compared = found["comparison"][client["name"]]
+        assert [compared["before"], compared["global_model"]] == client["global_losses"]
+        assert compared["alone"] == client["alone"] < compared["before"] + 0.5
+        own = json.loads((tmp_path / "demo" / "hfedmoe" / "clients" / client["name"] / "comparison.json").read_text())
+        # What the device itself found of the same models on the same text.
+        assert own["comparison"]["global_model"] == pytest.approx(compared["global_model"], rel=1e-3)
+        assert own["comparison"]["before"] == pytest.approx(compared["before"], rel=1e-3)
+    assert "training alone" in found["verdict"]
+    assert "training alone" in log
     assert found["sample"].startswith("import asyncio")
     picture = (tmp_path / "demo" / "demo.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
