@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from edgefed.agent.channel import BUSY_STATUSES
 from edgefed.errors import EdgefedError, ServerUnreachable
 from edgefed.progress import pause
 
@@ -54,7 +55,7 @@ def is_transient(error: EdgefedError, *, joined: bool) -> bool:
     untrusted certificate) means a wrong address before the device has joined. Afterwards it is a proxy or a login page,
     which goes away.
     """
-    if isinstance(error, ServerUnreachable) or error.received_status >= 500:
+    if isinstance(error, ServerUnreachable) or error.received_status >= 500 or error.received_status in BUSY_STATUSES:
         return True
     return joined and error.foreign
 

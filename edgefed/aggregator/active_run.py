@@ -277,7 +277,8 @@ class ActiveRun:
     def fold_pending(self) -> None:
         """Aggregate the closed round, if there is one. For one thread at a time; may be repeated after any failure.
 
-        Raises FoldCancelled if the run closes meanwhile, DiskFull and StorageError (try again later).
+        Raises FoldCancelled if the run closes meanwhile, DiskFull and StorageError (try again later), and the errors
+        of a method that fails whatever clients send.
         """
         if not self.fold_due:
             return

@@ -68,8 +68,8 @@ def aggregate_round(
 ) -> Aggregated:
     """Aggregate the ``updates`` of a round, whose files are in ``folder``, over the current ``units``.
 
-    The blobs of the changed units are durable when this returns. Raises DiskFull and StorageError (try again later) and
-    FoldCancelled.
+    The blobs of the changed units are durable when this returns. Raises DiskFull and StorageError (try again later),
+    FoldCancelled, and the error of a method that fails whatever clients send; then the updates stay.
     """
     set_aside: dict[str, str] = {}
     paths = {update.client_id: folder / update.file_name for update in updates}
@@ -175,7 +175,11 @@ def file_problem(update: UpdateRecord, path: Path) -> str | None:
 def culprits(
     how: Aggregation, units: Sequence[UnitInfo], contributions: Sequence[Contribution], reason: str
 ) -> dict[str, str]:
-    """The clients whose contribution alone makes the method fail, with the error; all of them if none does alone."""
+    """The clients whose contribution alone makes the method fail, with the error; all of them if none does alone.
+
+    Raises the error of a method that fails even on an empty contribution: then it is not the clients' fault.
+    """
+    how.method.plan_merge([Contribution("nobody", 1, {}, frozenset())], units)  # raises if the method itself is broken
     found: dict[str, str] = {}
     for contribution in contributions:
         try:

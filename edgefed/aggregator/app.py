@@ -23,15 +23,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from edgefed.aggregator.connections import EndQuietly, mark_known
+from edgefed.aggregator.gate import TokenGate
 from edgefed.aggregator.probing import ProbeLimiter, answer_probe_down, answer_probe_up
 from edgefed.aggregator.service import Service
 from edgefed.aggregator.validate import parse_number
 from edgefed.aggregator.wire import (
     Handler,
-    TokenGate,
     answer_errors,
     answer_http_exception,
     batches,
+    error_reply,
     identity,
     parse_range,
     read_body,
@@ -40,13 +42,14 @@ from edgefed.aggregator.wire import (
     upload_numbers,
     wait_seconds,
 )
-from edgefed.errors import NotFound, ProtocolError
+from edgefed.errors import NotFound, ProtocolError, ServerUnreachable
 from edgefed.protocol import PROTOCOL_VERSION, routes
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
     Heartbeat,
     Leave,
     Register,
+    UpdateAccepted,
     UpdateMeta,
     UploadState,
     Wait,
@@ -59,6 +62,8 @@ POLL_S = 1.0
 MAX_OFFSET = 10**15
 MAX_INSTANCE_CHARACTERS = 64
 IO_THREADS = 8
+SMALL_MESSAGE_BYTES = 64 * 1024
+"""Largest message other than the end of an upload."""
 COMMIT_THREADS = 2
 """Hashing and checking is limited by memory and disk; more threads would slow each of them down."""
 
@@ -145,6 +150,7 @@ class Endpoints:
 
         def call() -> T:
             self.service.check_instance(client_id, key, instance)
+            mark_known(request.scope)
             return function(client_id, key, *numbers, *args)
 
         return await self.run(call, commit=commit)
@@ -153,24 +159,26 @@ class Endpoints:
 
     async def register(self, request: Request) -> Response:
         """POST REGISTER."""
-        message = decode_message(await read_body(request), Register)
-        return reply(await self.run(self.service.register, message))
+        message = decode_message(await read_body(request, SMALL_MESSAGE_BYTES), Register)
+        registered = await self.run(self.service.register, message)
+        mark_known(request.scope)
+        return reply(registered)
 
     async def heartbeat(self, request: Request) -> Response:
         """POST HEARTBEAT."""
-        message = decode_message(await read_body(request), Heartbeat)
+        message = decode_message(await read_body(request, SMALL_MESSAGE_BYTES), Heartbeat)
         await self.run_for(request, self.service.heartbeat, message)
         return reply({})
 
     async def leave(self, request: Request) -> Response:
         """POST LEAVE."""
-        message = decode_message(await read_body(request), Leave)
+        message = decode_message(await read_body(request, SMALL_MESSAGE_BYTES), Leave)
         await self.run_for(request, self.service.leave, message.reason)
         return reply({})
 
     async def comparison(self, request: Request) -> Response:
         """POST COMPARISON."""
-        message = decode_message(await read_body(request), Comparison)
+        message = decode_message(await read_body(request, SMALL_MESSAGE_BYTES), Comparison)
         await self.run_for(request, self.service.compare, message)
         return reply({})
 
@@ -243,8 +251,13 @@ class Endpoints:
 
     async def commit(self, request: Request) -> Response:
         """POST COMMIT."""
-        meta = decode_message(await read_body(request), UpdateMeta)
-        return reply(await self.run_for(request, self.service.commit, meta, upload=True, commit=True))
+        await self.run_for(request, lambda *_: None)  # who it is comes before a body that may be large
+        body = await read_body(request, self.service.max_meta_bytes)
+
+        def finish(client_id: str, key: str, server_round: int, attempt: int) -> UpdateAccepted:
+            return self.service.commit(client_id, key, server_round, attempt, decode_message(body, UpdateMeta))
+
+        return reply(await self.run_for(request, finish, upload=True, commit=True))
 
     # --- the server itself --------------------------------------------------------------------------------------
 
@@ -332,4 +345,5 @@ def build_app(
     app: ASGIApp = Starlette(
         routes=endpoints.routes(), lifespan=around, exception_handlers={HTTPException: answer_http_exception}
     )
-    return (TokenGate(app, token) if token else app), endpoints
+    app = TokenGate(app, token) if token else app
+    return EndQuietly(app, lambda: error_reply(ServerUnreachable("the server stops"))), endpoints

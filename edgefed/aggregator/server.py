@@ -26,7 +26,9 @@ import uvicorn
 
 from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.app import Bell, Endpoints, build_app
+from edgefed.aggregator.connections import ConnectionGuard, ConnectionLimits, connection_limits, guarded_protocol
 from edgefed.aggregator.fold import FoldCancelled
+from edgefed.aggregator.gate import LogLimiter, check_strength
 from edgefed.aggregator.service import Service
 from edgefed.disk import disk_errors
 from edgefed.errors import ConfigError, MissingToken, NetworkError, PortInUse, StateCorrupt, StorageError
@@ -43,8 +45,11 @@ SHUTDOWN_S = 1
 KEEP_ALIVE_S = 75
 """An idle connection stays open for longer than a client waits between two requests."""
 BACKLOG = 512
-MAX_HEAD_BYTES = 512 * 1024
-"""Limit of a request head: two reads of the event loop, of which the first may also have the end of a body."""
+LIMITED_LOGGERS = (
+    "edgefed.aggregator.connections", "edgefed.aggregator.gate", "edgefed.aggregator.service",
+    "edgefed.aggregator.wire", "uvicorn.error", "asyncio",
+)  # fmt: skip
+"""What strangers and clients can make the server log."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,8 @@ class ServerConfig:
     keep_rounds: int = 2
     fold_backend: str = "auto"
     policy_changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    limits: ConnectionLimits | None = None
+    """None: what the file descriptors of this process allow."""
 
 
 def run_server(
@@ -98,6 +105,7 @@ class AggregatorServer:
         self._config, self._on_ready = config, on_ready
         self._failure: BaseException | None = None
         self._bell = Bell()
+        self._guard = ConnectionGuard(config.limits or connection_limits())
         self._socket = bind(config.host, config.port)
         try:
             self.active = ActiveRun(
@@ -115,7 +123,7 @@ class AggregatorServer:
         app, self.endpoints = build_app(Service(self.active), self._bell, config.token or None, self._around)
         self._server = _Server(
             uvicorn.Config(
-                app, http=bounded_protocol(),
+                app, http=guarded_protocol(self._guard),
                 log_config=None, access_log=False, lifespan="on", ws="none", server_header=False,
                 timeout_graceful_shutdown=SHUTDOWN_S, timeout_keep_alive=KEEP_ALIVE_S, backlog=BACKLOG,
             ),
@@ -134,11 +142,16 @@ class AggregatorServer:
 
     def run(self) -> None:
         """Serve until stopped. Raises the error that made aggregation impossible."""
+        limiter, limited = LogLimiter(), [logging.getLogger(name) for name in LIMITED_LOGGERS]
+        for each in limited:
+            each.addFilter(limiter)
         try:
             self._server.run(sockets=[self._socket])
         finally:
             self.active.close()
             self._socket.close()
+            for each in limited:
+                each.removeFilter(limiter)
         if self._failure is not None:
             raise self._failure
 
@@ -165,13 +178,14 @@ class AggregatorServer:
     @contextlib.asynccontextmanager
     async def _around(self, endpoints: Endpoints) -> AsyncIterator[None]:
         """Tick while the application runs."""
-        ticking = asyncio.create_task(self._tick_forever(endpoints))
+        tasks = [asyncio.create_task(work) for work in (self._tick_forever(endpoints), self._guard.sweep_forever())]
         try:
             yield
         finally:
-            ticking.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await ticking
+            for task in tasks:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
             for _ in range(20):  # cancelled transfers close their files in threads that end after this
                 if not endpoints.transfers:
                     break
@@ -240,10 +254,9 @@ class _Server(uvicorn.Server):
 
 
 def check_token(host: str, token: str | None) -> None:
-    """Raise MissingToken if other machines could reach a server without a token."""
+    """Raise MissingToken if other machines could reach a server without a token, ConfigError for a weak one."""
     if token:
-        if not token.isascii() or not token.isprintable() or token != token.strip():
-            raise ConfigError("invalid token: it must be printable ASCII without spaces at its ends")
+        check_strength(token)
         return
     if not all(ipaddress.ip_address(address[0].split("%")[0]).is_loopback for _, address in resolve(host, 0)):
         raise MissingToken(f"other machines can reach a server on {host!r}, and it has no token")
@@ -276,41 +289,3 @@ def bind(host: str, port: int) -> socket.socket:
             raise PortInUse(f"port {port} on {host} is in use") from error
         raise NetworkError(f"cannot serve on {host}:{port}: {error}") from error
     return listener
-
-
-def bounded_protocol() -> type[asyncio.Protocol]:
-    """The fastest installed HTTP/1.1 protocol, with a limit on request heads.
-
-    uvicorn's httptools protocol has none, and a client without a token can send one; its h11 protocol has a limit.
-    Bodies are limited where they are read.
-    """
-    try:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    except ImportError:
-        from uvicorn.protocols.http.h11_impl import H11Protocol
-
-        return H11Protocol
-
-    class BoundedHttpToolsProtocol(HttpToolsProtocol):
-        """Closes the connection if the request line and headers do not end."""
-
-        in_head = False
-        head_bytes = 0
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.in_head:
-                self.head_bytes += len(data)
-                if self.head_bytes > MAX_HEAD_BYTES:
-                    logger.warning("a request head has more than %d bytes: closing the connection", MAX_HEAD_BYTES)
-                    self.transport.close()
-
-        def on_message_begin(self) -> None:
-            self.in_head, self.head_bytes = True, 0
-            super().on_message_begin()
-
-        def on_headers_complete(self) -> None:
-            self.in_head = False
-            super().on_headers_complete()
-
-    return BoundedHttpToolsProtocol

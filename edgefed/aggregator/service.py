@@ -44,6 +44,7 @@ from edgefed.errors import (
     UpdateTooLarge,
 )
 from edgefed.progress import IDLE_PHASE, counted
+from edgefed.protocol import routes
 from edgefed.protocol.comparison import COMPARING_PHASE, Comparison, is_sound
 from edgefed.protocol.messages import (
     Assignment,
@@ -66,6 +67,8 @@ RETRY_AFTER_S = 1.0
 MAX_HEARTBEAT_S = 10.0
 SHOWN_NAMES = 3
 """Clients that have left and are named to one that waits."""
+META_BYTES, META_EXPERT_BYTES = 128 * 1024, 512
+"""Size of an update's meta: names and metrics, and for each expert a report and its place in a survey."""
 HEARTBEATS_PER_TIMEOUT = 4
 """A client counts as lost after this many missing heartbeats."""
 
@@ -200,6 +203,12 @@ class Service:
     def status(self) -> Status:
         """The status of the run."""
         return self._run.status()
+
+    @property
+    def max_meta_bytes(self) -> int:
+        """Largest `UpdateMeta` that a client of this run can need."""
+        experts = sum(self._run.store.experts_per_layer)
+        return min(routes.MAX_MESSAGE_BYTES, META_BYTES + META_EXPERT_BYTES * experts)
 
     @property
     def closing(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hmac
 import logging
 import re
 import time
@@ -13,10 +12,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive
 
 from edgefed.aggregator.validate import parse_number
-from edgefed.errors import EdgefedError, MalformedMessage, NotFound, ServerUnreachable, StorageError, Unauthorized
+from edgefed.errors import EdgefedError, MalformedMessage, NotFound, ServerUnreachable, StorageError
 from edgefed.protocol import routes
 from edgefed.protocol.messages import encode_error, encode_message
 
@@ -26,30 +25,13 @@ MAX_WAIT_S = 30.0
 DRAIN_BYTES = 8 * 1024 * 1024
 DRAIN_S = 10.0
 """How much of a refused body is read, and for how long. Otherwise its sender would not read the answer."""
+BODY_S = 30.0
+"""Time limit of a message; uploads are limited by their pauses instead."""
 STORAGE_LOG_S = 60.0
 """A route logs an error of the disk at most this often."""
 _RANGE = re.compile(r"bytes=(\d{1,16})-(\d{0,16})")
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-
-class TokenGate:
-    """Refuses requests without the server's token, except to HEALTH. Runs before routing, so paths leak nothing."""
-
-    def __init__(self, app: ASGIApp, token: str):
-        self._app = app
-        self._expected = b"Bearer " + token.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or pass the request on."""
-        if scope["type"] == "http" and scope["path"] != routes.HEALTH:
-            sent = dict(scope["headers"]).get(routes.TOKEN_HEADER.encode(), b"")
-            if not hmac.compare_digest(sent, self._expected):
-                response = error_reply(Unauthorized("missing or wrong token: this server needs one"))
-                response.headers["connection"] = "close"
-                await response(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:
@@ -140,15 +122,25 @@ def parse_range(header: str | None, size_bytes: int) -> tuple[int, int] | None:
     return (begin, end) if begin < end else None
 
 
-async def read_body(request: Request) -> bytes:
-    """Read a JSON body. Raises MalformedMessage, and stops reading, beyond `routes.MAX_MESSAGE_BYTES`."""
-    parts, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > routes.MAX_MESSAGE_BYTES:
-            raise MalformedMessage(f"a message has at most {routes.MAX_MESSAGE_BYTES} bytes, this one has more")
-        parts.append(chunk)
-    return b"".join(parts)
+async def read_body(request: Request, most_bytes: int) -> bytes:
+    """Read a JSON body. Raises MalformedMessage, and stops reading, beyond ``most_bytes`` or after `BODY_S` seconds."""
+    length = request.headers.get("content-length", "0")
+    if length.isascii() and length.isdigit() and int(length[:20]) > most_bytes:
+        raise MalformedMessage(f"this message has at most {most_bytes} bytes, found {length[:20]}")
+
+    async def read() -> bytes:
+        parts, size = [], 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > most_bytes:
+                raise MalformedMessage(f"this message has at most {most_bytes} bytes, and more arrive")
+            parts.append(chunk)
+        return b"".join(parts)
+
+    try:
+        return await asyncio.wait_for(read(), BODY_S)
+    except asyncio.TimeoutError as error:
+        raise MalformedMessage(f"the message has not ended after {BODY_S:.0f} s") from error
 
 
 async def batches(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

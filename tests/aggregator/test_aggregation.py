@@ -92,9 +92,13 @@ class Picky(toy_run.Mean):
         return super().plan_merge(contributions, units)
 
 
-class Broken(toy_run.Mean):
+class Moody(toy_run.Mean):
+    """Fails on two contributions, not on one; and never assigns."""
+
     def plan_merge(self, contributions, units):
-        raise ZeroDivisionError("always")
+        if len(contributions) > 1:
+            raise ZeroDivisionError("together")
+        return super().plan_merge(contributions, units)
 
     def assign_experts(self, surveys, coverage, server_round, seed):
         raise ZeroDivisionError("always")
@@ -109,8 +113,8 @@ def test_an_update_on_which_the_method_fails_is_set_aside(tmp_path, monkeypatch)
     toy.close()
 
 
-def test_a_method_that_always_fails_leaves_the_model_and_the_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy_run, "make_method", lambda name, options: Broken(assigns=True))
+def test_updates_on_which_the_method_fails_together_leave_the_model_and_the_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_run, "make_method", lambda name, options: Moody(assigns=True))
     toy = Toy(make_run(tmp_path / "state"))
     before = toy.values()
     close_round(toy, a=10, b=10)

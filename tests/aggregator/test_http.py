@@ -43,19 +43,21 @@ from edgefed.errors import (
 from edgefed.protocol import routes
 from edgefed.protocol.messages import Assignment, Finished, Heartbeat, Leave, Wait, encode_message
 
+TOKEN = "correct-horse-battery"
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """A server with a token whose round never closes: it waits for 60 clients."""
     state = make_run(tmp_path_factory.mktemp("shared") / "state", min_clients=60)
-    server = ServerProcess(state, token="secret")
+    server = ServerProcess(state, token=TOKEN)
     yield server
     server.kill()
 
 
 @pytest.fixture
 def client(shared) -> Client:
-    joined = Client(shared.url, "a", token="secret")
+    joined = Client(shared.url, "a", token=TOKEN)
     joined.register()
     return joined
 
@@ -71,12 +73,12 @@ def updates_for(manifest, clients: str, share: float = 1.0) -> dict[str, toy_run
 
 def test_every_route_but_health_needs_a_token(shared):
     assert httpx.get(shared.url + routes.HEALTH).json() == {"status": "ok", "protocol_version": 1}
-    for token in (None, "wrong", "secretx"):
+    for token in (None, "wrong", TOKEN + "x"):
         stranger = Client(shared.url, "a", token=token)
         for verb, path in (("GET", routes.STATUS), ("POST", routes.REGISTER), ("GET", "/v1/nothing")):
             with pytest.raises(Unauthorized, match="token"):
                 stranger.request(verb, path)
-    response = httpx.get(shared.url + routes.STATUS, headers={"authorization": "bearer secret"})
+    response = httpx.get(shared.url + routes.STATUS, headers={"authorization": f"bearer {TOKEN}"})
     assert response.status_code == 401
     assert response.json()["remedy"]
 
@@ -116,7 +118,7 @@ def test_every_refusal_is_an_error_reply(shared, client):
 @pytest.mark.parametrize("client_id", ["..", "../../x", "..%2f..%2fx", "a.b", "%00", "a" * 65, "CON.", "a\\b", "ä"])
 def test_a_client_id_that_could_leave_the_folder_is_refused(shared, client_id):
     before = set(Path(shared.log.parent).rglob("*"))
-    stranger = Client(shared.url, client_id, token="secret")
+    stranger = Client(shared.url, client_id, token=TOKEN)
     with pytest.raises((MalformedMessage, NotFound)):
         stranger.register()
     with pytest.raises((MalformedMessage, NotFound)):
@@ -147,8 +149,8 @@ def test_hostile_headers_and_bodies_are_refused(shared, client):
 
 def test_an_unknown_client_and_a_wrong_key(shared, client):
     with pytest.raises(UnknownClient):
-        Client(shared.url, "nobody", token="secret").assignment()
-    thief = Client(shared.url, "a", token="secret", key="x" * 32)
+        Client(shared.url, "nobody", token=TOKEN).assignment()
+    thief = Client(shared.url, "a", token=TOKEN, key="x" * 32)
     with pytest.raises(Unauthorized):
         thief.assignment()
     with pytest.raises(Unauthorized):
@@ -186,7 +188,7 @@ def test_blobs_are_served_whole_and_in_ranges(client):
 
 
 def test_downloads_are_counted_for_the_client_whose_key_is_sent(shared):
-    counted = Client(shared.url, "counted", token="secret")
+    counted = Client(shared.url, "counted", token=TOKEN)
     counted.register()
     unit = counted.manifest().units[0]
     counted.blob(unit.sha256)
@@ -353,9 +355,9 @@ def test_a_busy_port_a_locked_folder_and_a_missing_token_are_refused(tmp_path, s
     for host in ("0.0.0.0", "::"):
         with pytest.raises(MissingToken):
             check_token(host, None)
-        check_token(host, "secret")
+        check_token(host, TOKEN)
     check_token("localhost", None)
-    for token in ("ä", " x", "a\nb"):
+    for token in ("ä" * 16, " " + TOKEN, TOKEN + "\nb", "a", "aaaaaaaaaaaaaaaa", "short-token"):
         with pytest.raises(ConfigError):
             check_token("127.0.0.1", token)
     with pytest.raises(NetworkError):

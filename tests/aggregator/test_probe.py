@@ -20,7 +20,7 @@ from edgefed.errors import MalformedMessage, NetworkError, Unauthorized
 from edgefed.protocol import probe, routes
 from edgefed.protocol.messages import decode_error
 
-TOKEN = "a token"
+TOKEN = "a token of probes"
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from edgefed.errors import ConfigError, NetworkError, ServerUnreachable  # noqa:
 from edgefed.protocol import routes  # noqa: E402
 from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo  # noqa: E402
 
-TOKEN = "secret"
+TOKEN = "correct-horse-battery"
 NAMES = ["connect", "message", "upload", "download"]
 linux = sys.platform == "linux"
 

@@ -1,0 +1,142 @@
+"""The door of the server: the token, the brake on guesses, and a log that strangers cannot fill."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import hmac
+import ipaddress
+import logging
+import time
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from edgefed.aggregator.connections import is_known, mark_known
+from edgefed.aggregator.wire import error_reply
+from edgefed.errors import ConfigError, Unauthorized
+from edgefed.protocol import routes
+
+MIN_TOKEN_CHARACTERS, MIN_TOKEN_DIFFERENT = 12, 4
+FREE_GUESSES = 5
+"""Wrong tokens of an address in `GUESS_WINDOW_S` before its next requests on new connections have to wait."""
+GUESS_WINDOW_S = 60.0
+GUESS_WAIT_S = 1.0
+GUESSES_WAITING = 4
+"""Requests of one address that wait at once; further ones are refused unseen. So 4 guesses a second at most."""
+MAX_ADDRESSES = 4096
+LOG_WINDOW_S, LOG_LINES = 60.0, 20
+"""Lines of one kind that the log gets in a minute; the next one says how many were left out."""
+
+
+def check_strength(token: str) -> None:
+    """Raise ConfigError for a token that cannot be sent in a header, or that can be guessed."""
+    if not token.isascii() or not token.isprintable() or token != token.strip():
+        raise ConfigError("invalid token: it must be printable ASCII without spaces at its ends")
+    if len(token) < MIN_TOKEN_CHARACTERS or len(set(token)) < MIN_TOKEN_DIFFERENT:
+        raise ConfigError(
+            f"weak token: it has {len(token)} characters, {len(set(token))} of them different; at least "
+            f"{MIN_TOKEN_CHARACTERS} and {MIN_TOKEN_DIFFERENT} are needed",
+            remedy='Make one with: python -c "import secrets; print(secrets.token_urlsafe())"',
+        )
+
+
+class GuessBrake:
+    """Counts wrong tokens by address. Belongs to one event loop; remembers at most `MAX_ADDRESSES`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._wrong: collections.OrderedDict[str, collections.deque[float]] = collections.OrderedDict()
+        self._waiting: collections.Counter[str] = collections.Counter()
+
+    def note_wrong(self, address: str) -> None:
+        """Count a wrong token."""
+        times = self._wrong.setdefault(address, collections.deque(maxlen=FREE_GUESSES))
+        times.append(self._clock())
+        self._wrong.move_to_end(address)
+        while len(self._wrong) > MAX_ADDRESSES:
+            self._wrong.popitem(last=False)
+
+    def brakes(self, address: str) -> bool:
+        """Whether requests of this address have to wait before their token is looked at."""
+        times = self._wrong.get(address)
+        return times is not None and len(times) == FREE_GUESSES and self._clock() - times[0] < GUESS_WINDOW_S
+
+    async def wait(self, address: str) -> bool:
+        """Wait for the next look at a token. Returns False, at once, if too many of this address wait already."""
+        if self._waiting[address] >= GUESSES_WAITING:
+            return False
+        self._waiting[address] += 1
+        try:
+            await asyncio.sleep(GUESS_WAIT_S)
+        finally:
+            self._waiting[address] -= 1
+            if not self._waiting[address]:
+                del self._waiting[address]
+        return True
+
+
+class TokenGate:
+    """Refuses requests without the server's token, except to HEALTH. Runs before routing, so paths leak nothing.
+
+    Nothing of a body is read before the token was seen. A wrong token is counted; see `GuessBrake`.
+    """
+
+    def __init__(self, app: ASGIApp, token: str):
+        self._app = app
+        self._expected = b"Bearer " + token.encode()
+        self._brake = GuessBrake()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass the request on."""
+        if scope["type"] != "http" or scope["path"] == routes.HEALTH:
+            await self._app(scope, receive, send)
+            return
+        address = address_of(scope)
+        if not is_known(scope) and self._brake.brakes(address) and not await self._brake.wait(address):
+            response = error_reply(Unauthorized("too many wrong tokens from this address; try again in a second"))
+            response.status_code, response.headers["retry-after"] = 429, "1"
+        elif hmac.compare_digest(dict(scope["headers"]).get(routes.TOKEN_HEADER.encode(), b""), self._expected):
+            mark_known(scope)
+            await self._app(scope, receive, send)
+            return
+        else:
+            self._brake.note_wrong(address)
+            logging.getLogger(__name__).warning("wrong or missing token from %s", address)
+            response = error_reply(Unauthorized("missing or wrong token: this server needs one"))
+        response.headers["connection"] = "close"
+        await response(scope, receive, send)
+
+
+def address_of(scope: Scope) -> str:
+    """The network that a request comes from: an IPv4 address, or 64 bits of an IPv6 address."""
+    text = str((scope.get("client") or [""])[0])
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return text[:64]
+    if address.version == 6:
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
+
+
+class LogLimiter(logging.Filter):
+    """Lets `LOG_LINES` lines of one kind (logger and message without its values) through in `LOG_WINDOW_S`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        super().__init__()
+        self._clock = clock
+        self._kinds: dict[tuple[str, str], list[float]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is written."""
+        now, kind = self._clock(), (record.name, str(record.msg)[:200])
+        begun, count = self._kinds.get(kind, (now, 0.0))
+        if now - begun >= LOG_WINDOW_S:
+            if count > LOG_LINES:
+                record.msg = f"{record.msg} ({count - LOG_LINES:.0f} more such lines were left out)"
+            begun, count = now, 0.0
+        if len(self._kinds) > MAX_ADDRESSES:
+            self._kinds.clear()
+        self._kinds[kind] = [begun, count + 1]
+        return count < LOG_LINES
