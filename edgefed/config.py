@@ -37,7 +37,8 @@ class Setting:
     ``default``: what the help shows where the field's own default is None. ``minimum`` and ``maximum`` are inclusive,
     ``above`` is an exclusive lower limit. ``flag``: name on the command line where it differs from the field's.
     ``formerly``: an old name, refused with a hint. ``variable``: environment variable, if not EDGEFED_VERB_OPTION.
-    ``positional``: an argument without a flag. ``hidden``: for the Python API only.
+    ``secret``: the flag takes @FILE only, because other users can read command lines. ``positional``: an argument
+    without a flag. ``hidden``: for the Python API only.
     """
 
     help: str = ""
@@ -49,6 +50,7 @@ class Setting:
     flag: str | None = None
     formerly: str | None = None
     variable: str | None = None
+    secret: bool = False
     positional: bool = False
     hidden: bool = False
 

@@ -80,6 +80,15 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def make_private(folder: Path) -> Path:
+    """Create a folder that only its owner may read, or make it so; one of another owner stays as it is."""
+    make_folder(folder)
+    with contextlib.suppress(OSError):
+        if folder.stat().st_mode & 0o077:
+            folder.chmod(0o700)
+    return folder
+
+
 def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace ``path`` by ``data``: after a crash it holds the old content or the new one, nothing else."""
     temporary = path.with_name(path.name + ".tmp")

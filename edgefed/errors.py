@@ -28,6 +28,7 @@
        |- VersionMismatch     client and server use different protocol versions
        |- Unauthorized        the token or client key is wrong
        |- IdentityInUse       two processes use the identity of one client
+       |- ServerFull          the server has as many clients as it takes
        |- UnknownClient       the client is not registered with this run
        |- NotFound            the blob, round or upload does not exist
        |- RoundClosed         the round is over, the update came too late
@@ -273,6 +274,13 @@ class IdentityInUse(ProtocolError):
 
     code, http_status = "identity-in-use", 409
     default_remedy = "Stop one of the two, or give this device an identity of its own with `new_identity`."
+
+
+class ServerFull(ProtocolError):
+    """The server has as many clients as it takes."""
+
+    code, http_status = "server-full", 503
+    default_remedy = "Wait until others have left, or raise `max_clients` on the server."
 
 
 class UnknownClient(ProtocolError):

@@ -182,7 +182,6 @@ class Agent:
             if self.journal.pending is not None:
                 return self._close_round(self._delivery.resume())
             reply = self._call(lambda: self.client.assignment(self._settings.poll_s))
-            self._forgotten = 0
             if isinstance(reply, Assignment):
                 return self._close_round(self._take_part(reply))
         except UnknownClient as error:
@@ -317,7 +316,7 @@ class Agent:
     def _close_round(self, delivered: Delivered) -> StepOutcome:
         if delivered.error is not None:
             return StepOutcome("dropped", delivered.server_round, str(delivered.error))
-        self._rounds += 1
+        self._rounds, self._forgotten = self._rounds + 1, 0
         self._metrics = delivered.metrics
         if self._run is not None:
             self.progress.message(self._lines.end(delivered.server_round, self._run.rounds, delivered.metrics))

@@ -22,7 +22,8 @@ from edgefed.errors import (
     StorageError,
 )
 from edgefed.protocol import routes
-from edgefed.protocol.messages import T, decode_error, decode_message, encode_message
+from edgefed.protocol.limits import printable, printable_message
+from edgefed.protocol.messages import Manifest, T, decode_error, decode_message, encode_message
 
 BUSY_STATUSES = (408, 429)
 """Answers of a proxy after which a client should try again; so is every 5xx."""
@@ -134,6 +135,8 @@ class Channel:
             with self._http.stream(
                 method, path, params=params, content=content, headers=headers, timeout=timeout or self.timeout
             ) as response:
+                if (coding := response.headers.get("content-encoding", "identity")) != "identity":
+                    raise self._compressed(response, coding)
                 if not response.is_success and response.status_code not in passed:
                     raise self._refusal(response)
                 yield response
@@ -144,7 +147,8 @@ class Channel:
         """Decode an answer. Raises MalformedMessage for JSON of another message; for other content see `foreign`."""
         body = self._read(response, routes.MAX_MESSAGE_BYTES)
         try:
-            return decode_message(body, kind)
+            message = decode_message(body, kind)
+            return message if kind is Manifest else printable_message(message)
         except MalformedMessage:
             if "json" in response.headers.get("content-type", ""):
                 raise
@@ -152,7 +156,7 @@ class Channel:
 
     def _read(self, response: httpx.Response, limit: int) -> bytes:
         body = bytearray()
-        for chunk in response.iter_bytes():
+        for chunk in response.iter_raw():
             body += chunk
             if len(body) > limit:
                 raise MalformedMessage(f"{self.base_url} sent a message of more than {limit} bytes")
@@ -168,7 +172,7 @@ class Channel:
         error: EdgefedError
         try:
             body = self._read(response, PROBLEM_EXCERPT_BYTES)
-            error = decode_error(body)
+            error = printable_error(decode_error(body))
         except MalformedMessage:
             if response.status_code < 500 and response.status_code not in BUSY_STATUSES:
                 return self.foreign(response, body)
@@ -179,10 +183,19 @@ class Channel:
         error.retry_after = response.headers.get("retry-after", "")
         return error
 
+    def _compressed(self, response: httpx.Response, coding: str) -> ProtocolError:
+        """The error for an answer that is compressed although this client asks for none: it could be of any size."""
+        error = ProtocolError(
+            f"{self.base_url}{self._by_proxy()} sends a compressed answer ({printable(coding[:40])})",
+            remedy="Switch off compression in the proxy in front of the server.",
+        )
+        error.foreign, error.received_status = True, response.status_code
+        return error
+
     def foreign(self, response: httpx.Response, body: bytes) -> ProtocolError:
         """The error for an answer that no aggregator gives; its attribute ``foreign`` is for `backoff.is_transient`."""
-        kind = response.headers.get("content-type", "no content type")
-        excerpt = " ".join(body[:80].decode("utf-8", "replace").split())
+        kind = printable(response.headers.get("content-type", "no content type")[:80])
+        excerpt = " ".join(printable(body[:80].decode("utf-8", "replace")).split())
         if response.status_code == 413:
             error = ProtocolError(
                 f"a proxy in front of {self.base_url} refuses the size of a request (HTTP 413)",
@@ -200,6 +213,11 @@ class Channel:
 
     def _by_proxy(self) -> str:
         return f" through {self._proxy.describe()}" if self._proxy else ""
+
+
+def printable_error(error: EdgefedError) -> EdgefedError:
+    """An error of the server with texts that a terminal can show."""
+    return type(error)(printable(str(error)), remedy=printable(error.remedy), offset=error.offset)
 
 
 def connection_error(error: httpx.HTTPError, server: str) -> EdgefedError:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import filelock
 import msgspec
 
-from edgefed.disk import disk_errors, make_folder, settle_file, write_durably
+from edgefed.disk import disk_errors, make_folder, make_private, settle_file, write_durably
 from edgefed.errors import EdgefedError, MalformedMessage, StateCorrupt, StateLocked
 from edgefed.protocol.messages import UpdateMeta, decode_message, encode_message
 
@@ -69,7 +69,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = make_folder(Path(folder))
+        self.folder = make_private(Path(folder))
         self.updates = make_folder(self.folder / UPDATES_FOLDER)
         self._path = self.folder / JOURNAL_FILE
         self._lock = filelock.FileLock(str(self.folder / LOCK_FILE), blocking=False, thread_local=False)

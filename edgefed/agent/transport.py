@@ -24,6 +24,7 @@ from edgefed.disk import disk_errors
 from edgefed.errors import ChecksumMismatch, NotFound, OffsetMismatch, ProtocolError
 from edgefed.protocol import probe, routes
 from edgefed.protocol.comparison import Comparison
+from edgefed.protocol.limits import check_manifest, check_run
 from edgefed.protocol.messages import (
     Assignment,
     AssignmentReply,
@@ -128,7 +129,9 @@ class AggregatorClient:
 
     def register(self, message: Register) -> Registered:
         """Introduce this client. Repeating it is harmless."""
-        return self._channel.ask("POST", routes.REGISTER, Registered, message)
+        registered = self._channel.ask("POST", routes.REGISTER, Registered, message)
+        check_run(registered.run)
+        return registered
 
     def heartbeat(self, message: Heartbeat) -> None:
         """Report that this client is alive, and what it does."""
@@ -154,7 +157,9 @@ class AggregatorClient:
 
     def manifest(self, server_round: int | str = "latest") -> Manifest:
         """The global model at the start of a round. Raises NotFound if the server has moved on."""
-        return self._channel.ask("GET", routes.path_for(routes.MANIFEST, server_round=server_round), Manifest)
+        manifest = self._channel.ask("GET", routes.path_for(routes.MANIFEST, server_round=server_round), Manifest)
+        check_manifest(manifest)
+        return manifest
 
     def status(self) -> Status:
         """Status of the run."""

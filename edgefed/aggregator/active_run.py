@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hmac
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,15 +24,19 @@ from edgefed.aggregator import rounds
 from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregated, Aggregation, aggregate_round, undo_round
 from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore, Catalog
+from edgefed.aggregator.records import ClientRecord, UpdateRecord
 from edgefed.aggregator.robust import find_rule
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.aggregator.status import Presence, build_status, describe_round, round_status
-from edgefed.aggregator.store import ClientRecord, Store, UpdateRecord
+from edgefed.aggregator.store import Store
 from edgefed.aggregator.uploads import UploadFolder
 from edgefed.aggregator.validate import ClaimLimits, check_client_id, digest
+from edgefed.disk import make_private
 from edgefed.errors import (
+    DiskFull,
     NotFound,
     RoundClosed,
+    ServerFull,
     StorageError,
     Unauthorized,
     UnknownClient,
@@ -44,6 +49,8 @@ from edgefed.protocol.messages import SetAside, Status
 
 logger = logging.getLogger(__name__)
 
+DISK_RESERVE_BYTES = 8 * 1024 * 1024
+"""Free space that uploads leave, for the database and the log."""
 STANDSTILL_TICKS = 12
 """A gap of so many ticks means that this process did not run: it was suspended, or its disk stalled."""
 
@@ -82,6 +89,7 @@ class ActiveRun:
         self._closing = threading.Event()
         self._phase_unsaved = False
         self.store = Store(folder)
+        make_private(folder)
         try:
             self.config, self.policy = self.store.run, self._change_policy(policy_changes)
             self._method = make_method(self.config.method, dict(self.config.method_options))
@@ -176,6 +184,36 @@ class ActiveRun:
             client = self.authenticate(client_id, key)
             self.apply(rounds.ClientSeen(self.clock(), client_id))
             yield client
+
+    def make_room_for_client(self) -> None:
+        """Forget clients that are gone and never contributed, if there are too many. Call with the lock.
+
+        Raises ServerFull if everyone is here or has contributed.
+        """
+        if len(self.clients) < self.policy.max_clients:
+            return
+        gone = [c.client_id for c in self.clients.values() if not c.rounds_done and (not c.joined or self._lost(c))]
+        if not gone:
+            raise ServerFull(f"this server takes {self.policy.max_clients} clients, and has as many")
+        self.store.delete_clients(gone)
+        for client_id in gone:
+            del self.clients[client_id]
+            self.presence.pop(client_id, None)
+            self.apply(rounds.ClientLeft(self.clock(), client_id))
+        logger.warning("%d clients that are gone and never contributed are forgotten", len(gone))
+
+    def make_room_on_disk(self, needed_bytes: int) -> None:
+        """Delete unfinished uploads of absent clients if the disk is short. Raises DiskFull if that is not enough."""
+        for last_try in (False, True):
+            free_bytes = shutil.disk_usage(self.uploads.parts).free
+            if free_bytes >= needed_bytes + DISK_RESERVE_BYTES:
+                return
+            if last_try:
+                raise DiskFull(f"an upload of {needed_bytes} bytes does not fit: {free_bytes} bytes are free")
+            with self.lock:
+                absent = {c.client_id for c in self.clients.values() if not c.joined or self._lost(c)}
+            freed = self.uploads.discard_of(absent, RoundClosed("the disk is short, and this client was absent"))
+            logger.warning("the disk is short: %d bytes of unfinished uploads of absent clients are deleted", freed)
 
     def claim_limits(self, client: ClientRecord) -> ClaimLimits:
         """What an update of this client may claim of itself."""

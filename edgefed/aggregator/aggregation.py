@@ -16,9 +16,9 @@ from pathlib import Path
 
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.fold import FoldCancelled, Robustness, default_threads, fold_round
+from edgefed.aggregator.records import UpdateRecord
 from edgefed.aggregator.robust import absurd_moves, clip_factors, find_rule, measure_moves
 from edgefed.aggregator.rounds import RoundPolicy
-from edgefed.aggregator.store import UpdateRecord
 from edgefed.aggregator.update_files import UpdateDamaged
 from edgefed.aggregator.validate import update_units
 from edgefed.disk import hash_file

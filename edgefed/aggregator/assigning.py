@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import msgspec
 import numpy as np
 
-from edgefed.aggregator.store import ClientRecord, Store
+from edgefed.aggregator.records import ClientRecord
+from edgefed.aggregator.store import Store
 from edgefed.errors import first_line
 from edgefed.methods.interface import Coverage, Method
 from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, Manifest

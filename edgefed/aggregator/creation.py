@@ -16,7 +16,7 @@ import numpy as np
 from edgefed.aggregator.blobs import BlobBatch, BlobStore
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import DATABASE_NAME, has_run, lock_folder, write_database
-from edgefed.disk import disk_errors, sync_folder
+from edgefed.disk import disk_errors, make_private, sync_folder
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.protocol.frames import FLOAT_DTYPES, NAME_SEPARATOR, array_bytes, encode_header, storage_dtype
 from edgefed.protocol.messages import UNIT_KINDS, FileInfo, RunConfig, TensorInfo, UnitInfo
@@ -33,8 +33,7 @@ class RunWriter:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        with disk_errors(f"make {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         self._lock = lock_folder(folder)
         self._units: dict[str, UnitInfo] = {}
         self._files: dict[str, FileInfo] = {}

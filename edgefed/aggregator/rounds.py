@@ -46,7 +46,8 @@ class RoundPolicy:
     ``quorum`` None: all participants; ``clients_per_round`` None: all live clients. ``max_examples``: the most examples
     that a client counts with; None: a multiple of the round's median (`aggregation.EXAMPLES_RATIO`). ``clip``: limit of
     a client's change, in multiples of the round's median; None: none. ``robust``: one of `robust.RULES`. ``rollback``:
-    a round is undone if the held-out loss of most clients grows to this multiple; None: never.
+    a round is undone if the held-out loss of most clients grows to this multiple; None: never. ``max_clients``: clients
+    that are registered at most.
     """
 
     rounds: int
@@ -59,6 +60,7 @@ class RoundPolicy:
     clip: float | None = None
     robust: str = "mean"
     rollback: float | None = None
+    max_clients: int = 4096
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""
@@ -70,6 +72,7 @@ class RoundPolicy:
                 ("quorum", self.quorum, 1),
                 ("clients_per_round", self.clients_per_round, 1),
                 ("max_examples", self.max_examples, 1),
+                ("max_clients", self.max_clients, 1),
             )
             if value is not None and value < least
         ]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from edgefed.aggregator import rounds
 from edgefed.aggregator.active_run import ActiveRun
+from edgefed.aggregator.records import ClientRecord, UpdateRecord
 from edgefed.aggregator.rounds import Phase, RoundState
 from edgefed.aggregator.status import Presence, client_label, describe_comparison
-from edgefed.aggregator.store import ClientRecord, UpdateRecord
 from edgefed.aggregator.uploads import PartWriter, UploadName
 from edgefed.aggregator.validate import (
     MAX_TEXT_CHARACTERS,
@@ -84,7 +84,7 @@ class Service:
     # --- clients ------------------------------------------------------------------------------------------------
 
     def register(self, message: Register) -> Registered:
-        """Register a new client, or one again. Raises VersionMismatch, MalformedMessage, Unauthorized."""
+        """Register a new client, or one again. Raises VersionMismatch, MalformedMessage, Unauthorized, ServerFull."""
         check_register(message)
         run, key_sha256 = self._run, digest(message.client_key)
         with run.lock:
@@ -95,6 +95,8 @@ class Service:
             folded = message.client_id.casefold()
             if known is None and any(other.casefold() == folded for other in run.clients):
                 raise MalformedMessage(f"client id {message.client_id!r} differs from a registered one in case only")
+            if known is None:
+                run.make_room_for_client()
             client = ClientRecord(
                 client_id=message.client_id,
                 name=message.name,
@@ -165,6 +167,7 @@ class Service:
             run.note_left(client)
             run.store.save_clients([client])
             run.apply(rounds.ClientLeft(run.clock(), client_id))
+        run.uploads.discard_of({client_id}, UnknownClient(f"client {client_id!r} has left"))
         logger.info("%s left: %r", client_label(client), reason[:MAX_TEXT_CHARACTERS])
 
     def compare(self, client_id: str, key: str, message: Comparison) -> None:
@@ -270,6 +273,7 @@ class Service:
             )
             run.uploads.discard(name, error)
             raise error
+        run.make_room_on_disk((limit_bytes - offset) if length is None else length)
         return name, run.uploads.open(name, offset, limit_bytes)
 
     def close_upload(self, name: UploadName, writer: PartWriter, *, refused: ProtocolError | None = None) -> int:

@@ -8,8 +8,8 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
+from edgefed.aggregator.records import ClientRecord, RoundRecord, UpdateRecord
 from edgefed.aggregator.rounds import Phase, RoundState
-from edgefed.aggregator.store import ClientRecord, RoundRecord, UpdateRecord
 from edgefed.progress import format_seconds, round_line
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, SetAside, Status, UnitInfo

@@ -11,10 +11,10 @@ import dataclasses
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from edgefed.aggregator.store import UpdateRecord
+from edgefed.aggregator.records import UpdateRecord
 from edgefed.disk import disk_errors, sync_file, sync_folder, write_all
 from edgefed.errors import NotFound, OffsetMismatch, ProtocolError, UpdateTooLarge
 
@@ -124,6 +124,13 @@ class UploadFolder:
             self._stop(name, reason)
             self._delete_parts(lambda other: other == name)
 
+    def discard_of(self, client_ids: Collection[str], reason: ProtocolError) -> int:
+        """Delete the parts of these clients and end their connections. Returns the number of bytes."""
+        with self._lock:
+            for name in [name for name in self._writers if name.client_id in client_ids]:
+                self._stop(name, reason)
+            return self._delete_parts(lambda name: name.client_id in client_ids)
+
     def promote(self, name: UploadName, file_name: str) -> Path:
         """Move a verified part to the updates, durably. Raises DiskFull, StorageError; then the part stays."""
         source, target = self.parts / name.part_name, self.updates / file_name
@@ -161,7 +168,7 @@ class UploadFolder:
         known = {update.file_name for update in recorded}
         with disk_errors("tidy the uploads"):
             for path in self.updates.iterdir():
-                if path.name not in known:
+                if path.name not in known and path.is_file():
                     os.replace(path, self.parts / path.with_suffix(".part").name)
         with self._lock:
             self._delete_parts(lambda name: name.server_round != server_round)
@@ -171,9 +178,12 @@ class UploadFolder:
         if writer is not None:
             writer.stop(refusal)
 
-    def _delete_parts(self, wanted: Callable[[UploadName], bool]) -> None:
+    def _delete_parts(self, wanted: Callable[[UploadName], bool]) -> int:
+        deleted_bytes = 0
         for path in self.parts.iterdir():
             found = _PART_NAME.fullmatch(path.name)
             name = UploadName(found["client_id"], int(found["server_round"]), int(found["attempt"])) if found else None
-            if name is None or wanted(name):
+            if path.is_file() and (name is None or wanted(name)):
+                deleted_bytes += path.stat().st_size
                 path.unlink(missing_ok=True)
+        return deleted_bytes

@@ -120,7 +120,7 @@ class Client:
         bool, Setting("Join as a new client: for a state folder that was copied from another device.")
     ] = False
     name: Annotated[str | None, Setting("Name of this device in `edgefed status`.", default="its host name")] = None
-    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN", secret=True)] = None
     threads: Annotated[int | None, Setting("CPU threads; default: chosen by torch.", minimum=1)] = None
 
     def __post_init__(self) -> None:

@@ -104,13 +104,20 @@ class Server:
         int | None,
         Setting("Most examples that a client counts with; default: 10 times the median of the round.", minimum=1),
     ] = None
+    max_clients: Annotated[
+        int | None, Setting("Clients that may be registered at once.", default="4096", minimum=1)
+    ] = None
     state: Annotated[Path, Setting("Folder of the run; an existing run continues.")] = Path("edgefed-run")
     host: Annotated[str, Setting("Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Setting("Port to listen on; 0 takes any free one.", minimum=0, maximum=65535)] = 8470
     token: Annotated[
         str | None,
-        Setting("Secret that every client must present; required unless `host` is local.", variable="EDGEFED_TOKEN"),
-    ] = None
+        Setting(
+            "Secret that every client must present; required unless `host` is local.",
+            variable="EDGEFED_TOKEN",
+            secret=True,
+        ),
+    ] = None  # fmt: skip
     train_experts: Annotated[TrainMode | None, Setting("How experts are trained.", default="full")] = None
     train_router: Annotated[TrainMode | None, Setting("How routers are trained.", default="full")] = None
     train_attention: Annotated[TrainMode | None, Setting("How attention weights are trained.", default="none")] = None
@@ -305,6 +312,7 @@ class Server:
             "robust": self.robust,
             "rollback": self.rollback,
             "max_examples": self.max_examples,
+            "max_clients": self.max_clients,
         }
         switched_off = ("deadline_s", "clip", "rollback")
         given = {name: value for name, value in settings.items() if value is not None}

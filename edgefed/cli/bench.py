@@ -50,7 +50,7 @@ class BenchSettings:
         Path | None, Setting("Measure the disk of this folder.", default="the folder of temporary files")
     ] = None
     server: Annotated[str | None, Setting("Also measure the connection to this server.", metavar="URL")] = None
-    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN", secret=True)] = None
     active: Annotated[bool, Setting("Exchange some megabytes with `server` to measure its rates.")] = False
     no_network: Annotated[bool, Setting("Skip the network, whatever the settings say.")] = False
     uplink: Annotated[

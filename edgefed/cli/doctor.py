@@ -39,7 +39,7 @@ class DoctorSettings:
         "edgefed-client"
     )
     server: Annotated[str | None, Setting("Also try the connection to this server, http://host:port.")] = None
-    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN", secret=True)] = None
     record: Annotated[Path | None, Setting("Only write every raw reading to this file, with identifiers hashed.")] = (
         None
     )

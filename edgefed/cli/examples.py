@@ -40,8 +40,8 @@ EXAMPLES: dict[str, Sequence[tuple[str, str]]] = {
     "serve": (
         ("Wait for two clients, then train five rounds.",
          "edgefed serve --model tiny --rounds 5 --min-clients 2 --state ./run"),
-        ("For other machines; clients set the same EDGEFED_TOKEN.",
-         "EDGEFED_TOKEN=secret edgefed serve --host 0.0.0.0 --model ./olmoe --train-experts lora"),
+        ("For other machines; clients join with the same `--token @token.txt`.",
+         "edgefed serve --host 0.0.0.0 --token @token.txt --model ./olmoe --train-experts lora"),
         ("Continue a run.", "edgefed serve --state ./run"),
     ),
     "simulate": (

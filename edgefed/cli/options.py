@@ -84,11 +84,28 @@ def _parameter(verb: str, field: SettingField, flags: Mapping[str, str]) -> clic
         show_default=shown is not None and setting.default is None,
         required=field.required,
         envvar=variable_of(verb, field),
-        metavar=setting.metavar,
+        metavar="@FILE" if setting.secret else setting.metavar,
+        callback=_read_secret if setting.secret else None,
         is_flag=True if field.kind is bool else None,
         multiple=field.many in ("any", "pairs"),
         nargs=2 if field.many == "two" else None,
     )
+
+
+def _read_secret(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """The secret in @FILE; one from a variable or the settings file as it is. Other users can read command lines."""
+    if value is None or not value.startswith("@"):
+        on_command_line = ctx.get_parameter_source(param.name or "") is click.core.ParameterSource.COMMANDLINE
+        if value and on_command_line:
+            raise click.UsageError(
+                f"{param.opts[0]} takes @FILE: every user of this machine can read a secret on a command line. "
+                f"Write it to a file of your own, or set {param.envvar}."
+            )
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"cannot read the file of {param.opts[0]}: {error}") from error
 
 
 def _click_type(field: SettingField) -> click.ParamType[Any]:

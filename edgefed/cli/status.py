@@ -34,7 +34,7 @@ class StatusSettings:
     server: Annotated[str, Setting("Address of the server.", positional=True)] = "http://127.0.0.1:8470"
     watch: Annotated[bool, Setting("Refresh until the run is finished or Ctrl-C.")] = False
     interval: Annotated[float, Setting("Seconds between refreshes.", minimum=0.1)] = 1.0
-    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN", secret=True)] = None
     json: Annotated[bool, Setting("Print JSON; with `watch` one line for each refresh.")] = False
 
 

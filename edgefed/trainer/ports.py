@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from edgefed.costs.memory import MemoryEstimate, training_memory
 from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import Correction, StepSetup
 from edgefed.disk import disk_errors, make_folder
-from edgefed.errors import ConfigError, MalformedMessage
+from edgefed.errors import ConfigError, MalformedMessage, first_line
 from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.memory import process_rss_bytes
 from edgefed.hardware.watch import PressureWatch
@@ -29,6 +30,7 @@ from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.progress import ProgressSink
+from edgefed.protocol.limits import check_model_config, check_tokenizer
 from edgefed.protocol.messages import Manifest, RunConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch
 from edgefed.training.tokenizer import load_tokenizer
@@ -215,6 +217,7 @@ class OwnModel:
         """The model, built from the run's files the first time."""
         if self.model is None:
             copy_model_files(manifest, fetch, self._folder)
+            check_model_files(manifest, self._folder)
             progress.phase("prepare")
             self.model = MoeModel.skeleton(self._folder, device=self._device)
             self.tokenizer = load_tokenizer(self._folder)
@@ -241,6 +244,21 @@ def copy_model_files(manifest: Manifest, fetch: Fetch, folder: Path) -> None:
             raise MalformedMessage(f"the manifest names a file {file.name[:80]!r}, expected a bare file name")
         with disk_errors(folder):
             shutil.copyfile(paths[file.sha256], folder / file.name)
+
+
+def check_model_files(manifest: Manifest, folder: Path) -> None:
+    """Check what config.json and tokenizer.json make this device allocate and compute. Raises MalformedMessage."""
+    found = {}
+    for name in ("config.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            try:
+                found[name] = json.loads((folder / name).read_bytes())
+            except (ValueError, RecursionError) as error:
+                raise MalformedMessage(f"{name} of the server is not JSON: {first_line(error)}") from error
+            if not isinstance(found[name], dict):
+                raise MalformedMessage(f"{name} of the server is not a JSON object")
+    check_model_config(found.get("config.json", {}), manifest)
+    check_tokenizer(found.get("tokenizer.json", {}))
 
 
 def load_shared_units(model: MoeModel, loaded: dict[str, str], units: Iterable[UnitInfo], fetch: Fetch) -> FrameSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.server
 import os
@@ -425,3 +426,58 @@ def test_a_full_disk_of_the_server_is_not_reported_as_local(server, client, tmp_
     with pytest.raises(DiskFull, match="the server http.* reports") as caught:
         client.upload(1, 1, tmp_path / "update")
     assert "on the server" in caught.value.remedy
+
+
+@pytest.fixture
+def hostile():
+    """serve(body, **headers) -> client of a server that answers every request with ``body``."""
+    servers, clients = [], []
+
+    def serve(body: bytes, status: int = 200, **headers: str) -> AggregatorClient:
+        class Answer(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(status)
+                for name, value in {"content-type": "application/json", **headers}.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        clients.append(AggregatorClient(f"http://127.0.0.1:{servers[-1].server_port}", CLIENT, KEY, read_s=5))
+        return clients[-1]
+
+    yield serve
+    for each in clients:
+        each.close()
+    for each in servers:
+        each.shutdown()
+        each.server_close()
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_compressed_answer_is_refused_before_it_is_read(hostile, status):
+    packed = gzip.compress(b"x" * 10**7)
+    with pytest.raises(ProtocolError, match=r"sends a compressed answer \(gzip\)"):
+        hostile(packed, status, content_encoding="gzip").assignment(0)
+
+
+def test_texts_of_a_server_reach_the_terminal_without_control_characters(hostile):
+    reply = hostile(b'{"type": "wait", "retry_after_s": 1.0, "reason": "\\u001b]0;owned\\u0007 wait"}').assignment(0)
+    assert reply == Wait(retry_after_s=1.0, reason=" ]0;owned  wait")
+    error = b'{"code": "round-closed", "message": "\\u001b[2Jgone", "remedy": "\\u0007"}'
+    with pytest.raises(RoundClosed, match=r"^ \[2Jgone$"):
+        hostile(error, 410).assignment(0)
+
+
+def test_a_manifest_that_could_write_outside_its_folder_is_refused(hostile):
+    manifest = (
+        b'{"run_id": "r", "server_round": 1, "experts_per_layer": [], "units": [], '
+        b'"files": [{"name": "../x", "sha256": "", "size_bytes": 1}]}'
+    )
+    with pytest.raises(MalformedMessage, match="invalid file name"):
+        hostile(manifest).manifest()

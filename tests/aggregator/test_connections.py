@@ -147,9 +147,7 @@ def test_the_brake_is_released_after_a_while():
     assert not brake.brakes("x")
 
 
-@pytest.mark.parametrize(
-    "token", ["a", "short-token", "aaaaaaaaaaaaaaaaaaaa", " correct-horse-battery"]
-)
+@pytest.mark.parametrize("token", ["a", "short-token", "aaaaaaaaaaaaaaaaaaaa", " correct-horse-battery"])
 def test_weak_tokens_are_refused(token):
     with pytest.raises(ConfigError):
         check_strength(token)

@@ -7,12 +7,14 @@ import hashlib
 import math
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import toy_run
 from toy_run import KEY, Toy, make_run, make_update, trained, weighted_mean
 
+from edgefed.aggregator import active_run
 from edgefed.aggregator import blobs as blobs_module
 from edgefed.aggregator import uploads as uploads_module
 from edgefed.errors import (
@@ -25,6 +27,7 @@ from edgefed.errors import (
     NotFound,
     OffsetMismatch,
     RoundClosed,
+    ServerFull,
     StateCorrupt,
     Unauthorized,
     UnknownClient,
@@ -718,3 +721,53 @@ def test_a_client_is_shown_at_rest_as_soon_as_its_update_is_accepted(toy):
     toy.send(toy.update("a", 1))
     (client,) = [each for each in toy.service.status().clients if each.client_id == "a"]
     assert (client.state, client.phase, client.fraction) == ("done", "waiting", 0.0)
+
+
+def test_clients_that_are_gone_make_room_for_new_ones(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", max_clients=2))
+    toy.join("a", "b")
+    with pytest.raises(ServerFull, match="takes 2 clients"):
+        toy.join("c")
+    toy.join("a")
+    toy.service.leave("b", KEY + "b", "done")
+    toy.join("c")
+    assert {client.client_id for client in toy.service.status().clients} == {"a", "c"}
+    again = toy.reopen()
+    assert {client.client_id for client in again.service.status().clients} == {"a", "c"}
+    again.close()
+
+
+def test_unfinished_uploads_of_absent_clients_make_room_on_a_short_disk(tmp_path, monkeypatch):
+    toy = Toy(make_run(tmp_path / "state", min_clients=3, client_timeout_s=60))
+    toy.join("a", "b", "c")
+    update = toy.update("a", 1)
+    toy.put("b", b"x" * 1000)
+    free = {"bytes": 10**9}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free["bytes"]))
+    free["bytes"] = active_run.DISK_RESERVE_BYTES + len(update.frame) - 1
+    with pytest.raises(DiskFull, match="does not fit"):
+        toy.put("a", update.frame)
+    assert list((toy.folder / "uploads").iterdir()), "b is here"
+    toy.now += 61
+    toy.run.tick()
+    toy.service.heartbeat("a", KEY + "a", Heartbeat(phase="train", fraction=0.5, server_round=1))
+    with pytest.raises(DiskFull):
+        toy.put("a", update.frame)
+    assert not list((toy.folder / "uploads").iterdir())
+    free["bytes"] += 1
+    assert toy.put("a", update.frame) == len(update.frame)
+    toy.close()
+
+
+def test_the_part_of_a_client_that_left_is_deleted(toy):
+    toy.join("a", "b")
+    toy.put("a", b"x" * 1000)
+    toy.service.leave("a", KEY + "a", "done")
+    assert not list((toy.folder / "uploads").iterdir())
+
+
+def test_the_state_folder_is_private(tmp_path):
+    folder = make_run(tmp_path / "state")
+    folder.chmod(0o755)
+    Toy(folder).close()
+    assert folder.stat().st_mode & 0o077 == 0
