@@ -24,7 +24,7 @@ from typing import Literal, TypeVar
 
 from edgefed import __version__
 from edgefed.agent.backoff import Retry, never_reached
-from edgefed.agent.cache import BlobCache
+from edgefed.agent.cache import BlobCache, Item
 from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
 from edgefed.agent.finish import COMPARISON_PATIENCE_S, compare_at_end
 from edgefed.agent.heartbeat import HeartbeatThread
@@ -47,12 +47,10 @@ from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
     Assignment,
     DeviceInfo,
-    FileInfo,
     Finished,
     Heartbeat,
     Register,
     RunConfig,
-    UnitInfo,
     UpdateMeta,
 )
 from edgefed.protocol.trainer import TrainedUpdate, Trainer
@@ -326,7 +324,7 @@ class Agent:
             logger.info("not prepared for the next round: %s", error)  # the server moved on; done within the round
         return StepOutcome("accepted", delivered.server_round)
 
-    def _fetch(self, items: Iterable[UnitInfo | FileInfo], give_up_after_s: float | None = None) -> Mapping[str, Path]:
+    def _fetch(self, items: Iterable[Item], give_up_after_s: float | None = None) -> Mapping[str, Path]:
         items = tuple(items)
 
         def ensure() -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 An expert that did not change between two rounds has the same hash, so a device downloads only what is new to it. A blob
 is verified once, when it arrives; later uses check its size only. A download in progress is a `.part` file, which
-survives an interruption.
+survives an interruption. A slice of a unit is a file of its own, cut from the whole blob where that is here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeAlias
 
 from edgefed.disk import READ_BYTES, disk_errors, make_folder, sync_file
 from edgefed.errors import DiskFull, MalformedMessage
 from edgefed.protocol.messages import FileInfo, UnitInfo
+from edgefed.protocol.slices import SliceFile, UnitSlice
 
+Item: TypeAlias = UnitInfo | FileInfo | UnitSlice
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that have just moved."""
 
@@ -39,6 +41,10 @@ class BlobSource(Protocol):
         """Store the blob at ``path``, verified; continue from ``path``.part."""
         ...
 
+    def download_slice(self, item: UnitSlice, path: Path, on_bytes: OnBytes | None = None) -> None:
+        """The same for some neurons of a unit."""
+        ...
+
 
 class BlobCache:
     """The blobs of one state folder. One user at a time: the journal has the folder's lock."""
@@ -52,7 +58,7 @@ class BlobCache:
         """File of a blob, whether or not it is there."""
         return self.folder / sha256
 
-    def missing(self, items: Iterable[UnitInfo | FileInfo]) -> dict[str, int]:
+    def missing(self, items: Iterable[Item]) -> dict[str, int]:
         """Blobs of ``items`` that are not in the cache: {sha256: size_bytes}. Deletes a blob that has the wrong size.
 
         Raises MalformedMessage for an invalid hash, or for one hash with two sizes.
@@ -73,20 +79,24 @@ class BlobCache:
             missing[sha256] = size
         return missing
 
-    def bytes_to_download(self, items: Iterable[UnitInfo | FileInfo]) -> int:
-        """Bytes that `ensure` would download; partial downloads count as done."""
+    def bytes_to_download(self, items: Iterable[Item]) -> int:
+        """Bytes that `ensure` would download; partial downloads count as done, and slices of blobs that are here."""
+        items = tuple(items)
+        self._cut_slices(items)
         return sum(size - self._left_behind(sha256, size) for sha256, size in self.missing(items).items())
 
-    def ensure(self, items: Iterable[UnitInfo | FileInfo], on_bytes: OnBytes | None = None) -> dict[str, Path]:
+    def ensure(self, items: Iterable[Item], on_bytes: OnBytes | None = None) -> dict[str, Path]:
         """Download missing ``items`` and return {sha256: file} of all.
 
         Raises DiskFull before the first byte if the disk has too little room, and any error of a download. Complete
         and partial downloads stay, and the next call continues from them. ``on_bytes`` is called from several threads.
         """
         items = tuple(items)
+        self._cut_slices(items)
         missing = self.missing(items)
         self._check_room(missing)
-        self._download_all(missing, on_bytes)
+        slices = {item.sha256: item for item in items if isinstance(item, UnitSlice)}
+        self._download_all(missing, slices, on_bytes)
         return {item.sha256: self.path(item.sha256) for item in items}
 
     def prune(self, keep: Iterable[str]) -> int:
@@ -99,6 +109,22 @@ class BlobCache:
                     file.unlink()
         return freed
 
+    def _cut_slices(self, items: Iterable[Item]) -> None:
+        """Make slices from whole blobs that are in the cache."""
+        for item in items:
+            if not isinstance(item, UnitSlice) or self.path(item.sha256).exists():
+                continue
+            check_sha256(item.unit.sha256, item.unit.size_bytes)
+            whole = self.path(item.unit.sha256)
+            if _size_of(whole) != item.unit.size_bytes:
+                continue
+            part = PartFile(self.path(item.sha256), item.size_bytes)
+            with SliceFile(whole, item.rows) as file, part.opened():
+                part.truncate()
+                while chunk := file.read(READ_BYTES):
+                    part.append(chunk)
+            part.publish()
+
     def _left_behind(self, sha256: str, size_bytes: int) -> int:
         path = self.path(sha256)
         return min(_size_of(path.with_name(path.name + PART_SUFFIX)) or 0, size_bytes)
@@ -110,7 +136,9 @@ class BlobCache:
         if need > free:
             raise DiskFull(f"the parts of the model to download need {need} bytes in {self.folder}, {free} are free")
 
-    def _download_all(self, missing: Mapping[str, int], on_bytes: OnBytes | None) -> None:
+    def _download_all(
+        self, missing: Mapping[str, int], slices: Mapping[str, UnitSlice], on_bytes: OnBytes | None
+    ) -> None:
         """Uses daemon threads and a queue: the threads of an executor would delay the exit after Ctrl-C."""
         todo: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         for entry in missing.items():
@@ -124,7 +152,10 @@ class BlobCache:
                 except queue.Empty:
                     return
                 try:
-                    self._source.download(sha256, size, self.path(sha256), on_bytes)
+                    if sha256 in slices:
+                        self._source.download_slice(slices[sha256], self.path(sha256), on_bytes)
+                    else:
+                        self._source.download(sha256, size, self.path(sha256), on_bytes)
                 except BaseException as error:  # raised again in the caller's thread
                     errors.append(error)
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import httpx
 
@@ -107,7 +107,7 @@ class Channel:
         kind: type[T],
         message: object = None,
         *,
-        params: dict[str, float] | None = None,
+        params: Mapping[str, float | str] | None = None,
         timeout: httpx.Timeout | None = None,
     ) -> T:
         """Send ``message``, if any, and decode the answer as ``kind``."""
@@ -124,7 +124,7 @@ class Channel:
         method: str,
         path: str,
         *,
-        params: dict[str, float] | None = None,
+        params: Mapping[str, float | str] | None = None,
         content: bytes | Iterator[bytes] | None = None,
         headers: dict[str, str],
         timeout: httpx.Timeout | None = None,

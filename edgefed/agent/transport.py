@@ -40,6 +40,7 @@ from edgefed.protocol.messages import (
     UploadState,
     Wait,
 )
+from edgefed.protocol.slices import UnitSlice
 
 logger = logging.getLogger("edgefed.agent")
 
@@ -290,16 +291,39 @@ class AggregatorClient:
             remedy="The blob may be damaged on the server's disk; see the server's log.",
         )
 
-    def _get_rest(self, sha256: str, part: PartFile, on_bytes: OnBytes | None) -> None:
+    def download_slice(self, item: UnitSlice, path: Path, on_bytes: OnBytes | None = None) -> None:
+        """As `download`, for some neurons of a blob. The answer says what its hash is."""
+        check_sha256(item.unit.sha256, item.unit.size_bytes)
+        part = PartFile(path, item.size_bytes)
+        for _ in range(2):
+            with part.opened():
+                if part.offset == part.size_bytes:  # complete, but what it should be is not known any more
+                    part.truncate()
+                expected = self._get_rest(item.unit.sha256, part, on_bytes, rows=item.rows)
+            if part.sha256() == expected:
+                part.publish()
+                return
+            found = part.offset
+            part.discard()
+        raise ChecksumMismatch(
+            f"{self.base_url} sent another slice of blob {item.unit.sha256[:12]} than it announced, twice: {found} "
+            f"bytes, expected {item.size_bytes}",
+            remedy="The blob may be damaged on the server's disk; see the server's log.",
+        )
+
+    def _get_rest(self, sha256: str, part: PartFile, on_bytes: OnBytes | None, rows: str | None = None) -> str:
+        """Append what is missing of a blob, or of ``rows`` of it; returns the ETag of the answer."""
         headers = {"range": f"bytes={part.offset}-"} if part.offset else {}
         path_on_server = routes.path_for(routes.BLOB, sha256=sha256)
+        params = None if rows is None else {"rows": rows}
         with (
-            self._channel.exchange("GET", path_on_server, headers=headers, passed=(416,)) as response,
+            self._channel.exchange("GET", path_on_server, params=params, headers=headers, passed=(416,)) as response,
             self._channel.down.transfer(part.size_bytes - part.offset) as pace,
         ):
+            tag = str(response.headers.get("etag", "")).strip('"')
             if response.status_code == 416:  # the server's blob is shorter than the partial download
                 part.truncate()
-                return
+                return tag
             if response.status_code != 206 or _range_start(response) != part.offset:
                 part.truncate()
                 if response.status_code == 206 and _range_start(response) != 0:
@@ -309,9 +333,10 @@ class AggregatorClient:
                 self._channel.count(down=len(chunk))
                 pace.moved(len(chunk))
                 if not part.append(chunk):
-                    return  # longer than the manifest says: the hash check fails, and the disk does not fill
+                    return tag  # longer than the manifest says: the hash check fails, and the disk does not fill
                 if on_bytes:
                     on_bytes(len(chunk))
+            return tag
 
     # --- probes ---------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ from edgefed.protocol.messages import (
     decode_message,
     encode_error,
 )
+from edgefed.protocol.slices import SliceFile
 
 POLL_S = 1.0
 """A long poll checks this often whether its client is still connected; the client counts as live meanwhile."""
@@ -205,10 +206,13 @@ class Endpoints:
         return Response(encoded, media_type="application/json")
 
     async def blob(self, request: Request) -> Response:
-        """GET BLOB, whole or from an offset."""
+        """GET BLOB, whole or from an offset; with ``rows``, a slice of it."""
         sha256 = request.path_params["sha256"]
         path, size_bytes = self.service.blob(sha256)
-        headers = {"accept-ranges": "bytes", "etag": f'"{sha256}"'}
+        rows, tag = request.query_params.get("rows"), sha256
+        if rows is not None:
+            size_bytes, tag = await self.run(_slice_facts, path, rows)
+        headers = {"accept-ranges": "bytes", "etag": f'"{tag}"'}
         span = parse_range(request.headers.get("range"), size_bytes)
         if span is None:
             headers["content-range"] = f"bytes */{size_bytes}"
@@ -218,7 +222,7 @@ class Endpoints:
         if "range" in request.headers and (begin, end) != (0, size_bytes):
             headers["content-range"] = f"bytes {begin}-{end - 1}/{size_bytes}"
         try:
-            file = await self.run(_open_at, path, begin)
+            file = await self.run(_open_at, path, begin, rows)
         except FileNotFoundError as error:  # its manifest was pruned at this moment
             raise NotFound(f"no stored manifest contains blob {sha256}") from error
         return FileStream(self, file, begin, end, headers, request.headers.get(routes.CLIENT_KEY_HEADER, ""))
@@ -273,7 +277,9 @@ class Endpoints:
 class FileStream(Response):
     """Bytes [begin, end) of an open file, streamed in chunks of `routes.CHUNK_BYTES`. Closes the file."""
 
-    def __init__(self, endpoints: Endpoints, file: io.FileIO, begin: int, end: int, headers: dict[str, str], key: str):
+    def __init__(
+        self, endpoints: Endpoints, file: io.FileIO | SliceFile, begin: int, end: int, headers: dict[str, str], key: str
+    ):
         self._endpoints, self._file, self._begin, self._end, self._key = endpoints, file, begin, end, key
         self.status_code = 206 if "content-range" in headers else 200
         self.background = None
@@ -303,19 +309,28 @@ class FileStream(Response):
             self._endpoints.transfers -= 1
 
 
-def _open_at(path: Path, begin: int) -> io.FileIO:
-    file = io.FileIO(path)
+def _open_at(path: Path, begin: int, rows: str | None) -> io.FileIO | SliceFile:
+    file = io.FileIO(path) if rows is None else SliceFile(path, rows)
     file.seek(begin)
     return file
 
 
-def _read_cached(file: io.FileIO, at: int, length: int) -> bytes:
+def _slice_facts(path: Path, rows: str) -> tuple[int, str]:
+    """Size and hash of a slice of a blob. Raises NotFound if the blob was pruned at this moment, MalformedMessage."""
+    try:
+        with SliceFile(path, rows) as file:
+            return file.size_bytes, file.sha256()
+    except FileNotFoundError as error:
+        raise NotFound(f"no stored manifest contains blob {path.name}") from error
+
+
+def _read_cached(file: io.FileIO | SliceFile, at: int, length: int) -> bytes:
     """Read from the page cache without waiting for the disk. Returns b"" if the data is not cached, or unknown.
 
     All clients download the model, so nearly every read is cached, and a thread would cost more than the read. Moves
     the file's position as a read does.
     """
-    if not hasattr(os, "RWF_NOWAIT"):
+    if isinstance(file, SliceFile) or not hasattr(os, "RWF_NOWAIT"):
         return b""
     buffer = bytearray(length)
     try:

@@ -1,8 +1,4 @@
-"""Slices of experts in updates: which rows of a neuron table a client sent.
-
-In a run whose devices hold slices, an expert unit has a table with a row per neuron (`protocol.messages.NEURON_TABLE`).
-An update has only some of its rows, and beside them a `NEURON_INDEX` that names them: int32 (W,), ascending.
-"""
+"""Slices of experts in updates: which rows of a neuron table a client sent (`edgefed.protocol.slices`)."""
 
 from __future__ import annotations
 
@@ -15,13 +11,7 @@ from edgefed.disk import disk_errors
 from edgefed.errors import InvalidUpdate
 from edgefed.protocol.frames import TensorEntry, storage_dtype
 from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, TensorInfo, UnitInfo
-
-INDEX_DTYPE = "I32"
-
-
-def neuron_table(unit: UnitInfo) -> TensorInfo | None:
-    """The neuron table of a unit, (I, C); None if the unit has none."""
-    return next((info for info in unit.tensors if info.name == NEURON_TABLE), None)
+from edgefed.protocol.slices import INDEX_DTYPE, are_rows, neuron_table, slice_tensors
 
 
 def upload_tensors(unit: UnitInfo) -> tuple[TensorInfo, ...]:
@@ -29,7 +19,7 @@ def upload_tensors(unit: UnitInfo) -> tuple[TensorInfo, ...]:
     table = neuron_table(unit)
     if table is None:
         return unit.tensors
-    return (*unit.tensors, TensorInfo(name=NEURON_INDEX, dtype=INDEX_DTYPE, shape=(table.shape[0],)))
+    return slice_tensors(unit.tensors, table.shape[0])
 
 
 def check_slice(path: Path, unit: UnitInfo, tensors: Mapping[str, TensorEntry]) -> None:
@@ -58,11 +48,6 @@ def read_rows(path: Path, start: int, count: int) -> np.ndarray:
     with disk_errors(f"read {path}"), path.open("rb") as file:
         file.seek(start)
         return np.frombuffer(file.read(count * dtype.itemsize), dtype=dtype)
-
-
-def are_rows(rows: np.ndarray, num_rows: int) -> bool:
-    """Whether ``rows`` are one or more rows of a table of ``num_rows``, ascending, none twice."""
-    return bool(len(rows) and rows[0] >= 0 and rows[-1] < num_rows and (np.diff(rows.astype(np.int64)) > 0).all())
 
 
 def row_weights(weight: float, rows: np.ndarray, num_rows: int) -> np.ndarray:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.aggregator.slices import are_rows, neuron_table, read_rows, upload_tensors
+from edgefed.aggregator.slices import read_rows, upload_tensors
 from edgefed.aggregator.validate import read_exactly
 from edgefed.disk import disk_errors
 from edgefed.protocol.frames import read_header, update_name
 from edgefed.protocol.messages import NEURON_INDEX, UnitInfo
+from edgefed.protocol.slices import are_rows, neuron_table
 
 MAX_OPEN_FILES = 64
 """Open files per thread: a round may have more clients than a process can open files."""

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from edgefed import __version__
-from edgefed.aggregator.slices import INDEX_DTYPE, check_slice, neuron_table, upload_tensors
+from edgefed.aggregator.slices import check_slice, upload_tensors
 from edgefed.disk import disk_errors
 from edgefed.errors import InvalidUpdate, MalformedMessage, VersionMismatch
 from edgefed.kernels.fold import FoldBackend
@@ -44,6 +44,7 @@ from edgefed.protocol.messages import (
     UnitInfo,
     UpdateMeta,
 )
+from edgefed.protocol.slices import INDEX_DTYPE, neuron_table
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MIN_KEY_CHARACTERS = 16

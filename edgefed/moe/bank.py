@@ -27,9 +27,9 @@ from edgefed.expert_records import ExpertPlan, MergedGroup
 from edgefed.kernels.masked_experts import Slots, SlotWeights
 from edgefed.kernels.quantization import QuantizedMatrix
 from edgefed.moe.architecture import ExpertLayer
-from edgefed.moe.expert_reading import read_adapter, read_expert, read_with_adapter
+from edgefed.moe.expert_reading import read_adapter, read_expert, read_slice, read_with_adapter
 from edgefed.moe.merged_cache import Align, MergedCache, merge_experts
-from edgefed.moe.neurons import slice_tensors, sliced_shape, to_table
+from edgefed.moe.neurons import sliced_shape, to_table
 from edgefed.moe.offloading import Offloaded, OffloadSpace, mark_offloaded, release
 from edgefed.moe.slots import (
     PACKABLE,
@@ -128,9 +128,9 @@ class ExpertBank(nn.Module):
             self.register_buffer(name, value.to(device), persistent=False)
         for slot, expert in enumerate(resident.tolist()):
             key = layer.expert_key(expert)
-            self._fill(slot, key, self._sliced(slot, read_expert(layer, expert, source)), slot < num_full, device)
+            self._fill(slot, key, self._read(slot, source), slot < num_full, device)
             if scope.experts == "lora":
-                adapter = self._sliced(slot, read_adapter(layer, expert, source, scope.lora_rank))
+                adapter = self._read(slot, source, scope.lora_rank)
                 self._fill(slot, key + LORA_SUFFIX, adapter, slot < self.num_trainable, device)
         for slot, group in enumerate(groups, start=len(resident)):
             tensors = _merged_tensors(layer, group, source, scope, align, merged)
@@ -140,8 +140,12 @@ class ExpertBank(nn.Module):
     def __len__(self) -> int:
         return len(self.experts)
 
-    def _sliced(self, slot: int, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return slice_tensors(self.layer, tensors, self.neurons[slot]) if self.neurons else tensors
+    def _read(self, slot: int, source: ExpertSource, rank: int | None = None) -> Mapping[str, torch.Tensor]:
+        """Return the tensors of a slot, or with ``rank`` of its adapter."""
+        layer, expert = self.layer, self.experts[slot]
+        if self.neurons:
+            return read_slice(layer, expert, source, self.neurons[slot], rank=rank)
+        return read_expert(layer, expert, source) if rank is None else read_adapter(layer, expert, source, rank)
 
     def _fill(
         self, slot: int, key: str, tensors: Mapping[str, torch.Tensor], trainable: bool, device: torch.device

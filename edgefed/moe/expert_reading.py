@@ -15,19 +15,20 @@ from torch import nn
 from edgefed.errors import CheckpointError
 from edgefed.moe.adapters import low_rank_product
 from edgefed.moe.architecture import ExpertLayer
-from edgefed.moe.neurons import from_table
+from edgefed.moe.neurons import from_table, slice_tensors, sliced_shape
 from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, ExpertSource, TrainScope, check_tensors, copy_into
-from edgefed.protocol.messages import NEURON_TABLE, UnitInfo
+from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, UnitInfo
+from edgefed.protocol.slices import UnitSlice
 
 
 class FrameSource:
     """An `ExpertSource` over content-addressed safetensors files. It stores paths and opens a file for each read."""
 
-    def __init__(self, units: Iterable[UnitInfo] = (), paths: Mapping[str, Path] | None = None):
+    def __init__(self, units: Iterable[UnitInfo | UnitSlice] = (), paths: Mapping[str, Path] | None = None):
         self._paths: dict[str, Path] = {}
         self.add(units, paths or {})
 
-    def add(self, units: Iterable[UnitInfo], paths: Mapping[str, Path]) -> None:
+    def add(self, units: Iterable[UnitInfo | UnitSlice], paths: Mapping[str, Path]) -> None:
         """Make ``units`` readable; ``paths`` maps their sha256 to local files."""
         for unit in units:
             self._paths[unit.key] = Path(paths[unit.sha256])
@@ -90,6 +91,32 @@ def read_adapter(layer: ExpertLayer, expert: int, source: ExpertSource, rank: in
         tensors = from_table(layer, key, tensors, adapter=True)
     check_expert_adapter(layer, key, tensors, rank)
     return tensors
+
+
+def read_slice(
+    layer: ExpertLayer, expert: int, source: ExpertSource, neurons: torch.Tensor, *, rank: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the checked tensors of some ``neurons`` (W,) int64 of an expert, or with ``rank`` of its adapter.
+
+    ``source`` may have the whole unit or only these neurons and some others. Raises CheckpointError.
+    """
+    key = layer.expert_key(expert) + (LORA_SUFFIX if rank is not None else "")
+    tensors = source.read(key)
+    if NEURON_INDEX not in tensors:
+        whole = read_expert(layer, expert, source) if rank is None else read_adapter(layer, expert, source, rank)
+        return slice_tensors(layer, whole, neurons)
+    tensors = dict(tensors)
+    index = tensors.pop(NEURON_INDEX).long()
+    places = torch.searchsorted(index, neurons).clamp_max(max(0, len(index) - 1))
+    if not torch.equal(index[places], neurons):
+        raise CheckpointError(
+            f"the slice of unit {key!r} on this disk has {len(index)} neurons, but not all planned ones"
+        )
+    found = slice_tensors(layer, from_table(layer, key, tensors, adapter=rank is not None), places)
+    if rank is None:
+        shapes = {p.name: sliced_shape(layer, p.name, p.shape, len(neurons)) for p in layer.parameters}
+        check_tensors(key, found, shapes)
+    return found
 
 
 def read_with_adapter(

@@ -8,7 +8,7 @@ Paths are templates in Starlette's syntax; `path_for` fills them for a client.
     POST {COMPARISON}    Comparison               -> {}                     once, after Finished
     GET  {ASSIGNMENT}                             -> AssignmentReply        ?wait_s=20 long poll
     GET  {MANIFEST}                               -> Manifest               server_round, or "latest"
-    GET  {BLOB}          Range: bytes=N-          -> the bytes of one unit or file
+    GET  {BLOB}          Range: bytes=N-          -> the bytes of one unit or file; ?rows= a slice (`protocol.slices`)
     GET  {UPLOAD}                                 -> UploadState
     PUT  {UPLOAD}        ?offset=N, raw bytes     -> UploadState
     POST {COMMIT}        UpdateMeta               -> UpdateAccepted

@@ -10,8 +10,9 @@ from typing import Protocol
 from edgefed.progress import ProgressSink
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import Assignment, ExpertReport, ExpertSurvey, FileInfo, Manifest, RunConfig, UnitInfo
+from edgefed.protocol.slices import UnitSlice
 
-Fetch = Callable[[Iterable[UnitInfo | FileInfo]], Mapping[str, Path]]
+Fetch = Callable[[Iterable[UnitInfo | FileInfo | UnitSlice]], Mapping[str, Path]]
 """Returns local files {sha256: path} and downloads what is missing. May be called several times in a round."""
 
 

@@ -16,6 +16,7 @@ from edgefed.moe.loading import without_progress_bars
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol.messages import FileInfo, Manifest, TrainingConfig, UnitInfo
+from edgefed.protocol.slices import UnitSlice
 from edgefed.runs import RunReader
 from edgefed.simulation.simulated_device import SharedModel
 from edgefed.trainer.ports import load_shared_units
@@ -46,7 +47,7 @@ class GlobalEvaluator:
     def place(self, manifest: Manifest, blob: Callable[[str], Path]) -> None:
         """Load the whole global model: every expert, nothing trains. `release` frees it."""
 
-        def fetch(items: Iterable[UnitInfo | FileInfo]) -> dict[str, Path]:
+        def fetch(items: Iterable[UnitInfo | FileInfo | UnitSlice]) -> dict[str, Path]:
             return {item.sha256: blob(item.sha256) for item in items}
 
         model = self._shared.open(manifest, fetch)

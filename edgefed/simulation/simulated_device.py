@@ -32,6 +32,7 @@ from edgefed.moe.model import MoeModel
 from edgefed.moe.units import ExpertSource
 from edgefed.progress import NullProgress, ProgressSink
 from edgefed.protocol.messages import FileInfo, Manifest, RunConfig, UnitInfo
+from edgefed.protocol.slices import UnitSlice
 from edgefed.protocol.trainer import Fetch
 from edgefed.simulation.config import SimulatedDevice
 from edgefed.simulation.device_rates import FILE, CostShape, byte_kind
@@ -287,14 +288,16 @@ class CountingFetch:
         self._blob, self.resident = blob, set(resident)
         self._down: dict[str, int] = {}
 
-    def __call__(self, items: Iterable[UnitInfo | FileInfo]) -> dict[str, Path]:
-        """The files of ``items``, {sha256: path}."""
+    def __call__(self, items: Iterable[UnitInfo | FileInfo | UnitSlice]) -> dict[str, Path]:
+        """The files of ``items``, {sha256: path}; for a slice that of the whole unit."""
         paths = {}
         for item in items:
-            paths[item.sha256] = self._blob(item.sha256)
-            if item.sha256 not in self.resident:
-                self.resident.add(item.sha256)
-                kind = byte_kind(item) if isinstance(item, UnitInfo) else FILE
+            unit = item.unit if isinstance(item, UnitSlice) else item
+            paths[item.sha256] = self._blob(unit.sha256)
+            is_new = self.resident.isdisjoint((item.sha256, unit.sha256))
+            self.resident.add(item.sha256)
+            if is_new:
+                kind = byte_kind(unit) if isinstance(unit, UnitInfo) else FILE
                 self._down[kind] = self._down.get(kind, 0) + item.size_bytes
         return paths
 

@@ -320,7 +320,7 @@ class LocalTrainer:
         offload = self._placer.reserve(model, plan, setup, self.planner.shape, ctx.progress)
         ctx.units = with_newest_trainable(ctx.units, ctx.newest, plan)
         source = self._models.load_shared(ctx.units.values(), ctx.fetch)
-        resident = [unit for unit in ctx.units.values() if reports.is_resident(unit, plan)]
+        resident = reports.resident_parts(ctx.units.values(), plan)
         source.add(resident, ctx.fetch(resident))
         add_own_units(source, ctx.units, ctx.own)
         hashes = None if ctx.own else {key: unit.sha256 for key, unit in ctx.units.items()}

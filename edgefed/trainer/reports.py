@@ -18,6 +18,7 @@ from edgefed.moe.expert_reading import raw_array
 from edgefed.moe.model import MoeModel
 from edgefed.protocol import frames
 from edgefed.protocol.messages import NEURON_INDEX, ExpertReport, ExpertSurvey, FileInfo, UnitInfo
+from edgefed.protocol.slices import UnitSlice, neuron_table, slice_unit
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.out_of_memory import with_smaller_batches
 from edgefed.training.steps import StepsOutcome
@@ -145,10 +146,22 @@ def is_resident(unit: UnitInfo, plan: ExpertPlan) -> bool:
     return unit.kind == "expert" and plan.roles[unit.layer][unit.expert] != Role.ABSENT
 
 
+def resident_parts(units: Iterable[UnitInfo], plan: ExpertPlan) -> list[UnitInfo | UnitSlice]:
+    """What the plan puts on the device of the experts among ``units`` and their adapters: whole ones, or slices."""
+    found: list[UnitInfo | UnitSlice] = []
+    for unit in units:
+        if is_resident(unit, plan):
+            neurons = plan.neuron_indices(unit.layer, unit.expert)
+            found.append(unit if neurons is None or neuron_table(unit) is None else slice_unit(unit, neurons))
+    return found
+
+
 def kept_blobs(
     method: ExpertMethod, plan: ExpertPlan, files: Iterable[FileInfo], units: Iterable[UnitInfo]
 ) -> frozenset[str]:
     """Hashes of what the next round may need: `TrainedUpdate.keep`. ``units`` as the round used them."""
     profiles = method.profiling is not None and method.profiling.when != "once"
-    kept = {unit.sha256 for unit in units if profiles or unit.kind != "expert" or is_resident(unit, plan)}
+    units = tuple(units)
+    kept = {unit.sha256 for unit in units if profiles or unit.kind != "expert"}
+    kept |= {part.sha256 for part in resident_parts(units, plan)}
     return frozenset(kept | {file.sha256 for file in files})

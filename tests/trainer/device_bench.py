@@ -39,7 +39,7 @@ class Bench:
     def fetch(self, items):
         items = tuple(items)
         self.fetched += items
-        return {item.sha256: self.paths[item.sha256] for item in items}
+        return {item.sha256: self.paths[getattr(item, "unit", item).sha256] for item in items}  # of a slice, the whole
 
     def expert_keys_fetched(self):
         return {item.key for item in self.fetched if getattr(item, "kind", "") == "expert"}

@@ -9,6 +9,7 @@ from device_bench import MEMORY_BYTES, trainer_of
 from edgefed.methods.registry import make_expert_method
 from edgefed.protocol import frames
 from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE
+from edgefed.protocol.slices import UnitSlice
 from edgefed.trainer.ports import FixedMemory, FormulaCosts
 from edgefed.trainer.saved_plan import load_plan
 
@@ -48,13 +49,20 @@ def test_an_eighth_of_the_neurons_takes_an_eighth_of_memory_and_upload(bench, da
         assert len(rows) % 8 == 0
 
 
-def test_the_plan_is_kept_over_rounds_and_restarts(bench, data, tmp_path):
+def test_the_plan_is_kept_and_later_rounds_download_slices(bench, data, tmp_path):
     table = bench("slices")
     table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
     profile, before = load_plan(tmp_path / "a")
     assert profile.layers[0].neuron_energy.shape == (16, 96)
-    table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update", server_round=2)
+    table.fetched.clear()
+    _, update = table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update", server_round=2)
     assert load_plan(tmp_path / "a")[1] == before
+    experts = [unit for unit in table.reader.manifest().units if unit.kind == "expert"]
+    slices = [item for item in table.fetched if isinstance(item, UnitSlice)]
+    assert not {unit.sha256 for unit in experts} & {item.sha256 for item in table.fetched}, "no whole expert"
+    assert {item.sha256 for item in slices} <= update.keep
+    size = sum(item.size_bytes for item in {item.sha256: item for item in slices}.values())
+    assert size < 0.27 * sum(unit.size_bytes for unit in experts)
 
 
 @pytest.mark.parametrize("training", [{"experts": "lora", "lora_rank": 4}, {"experts": "full"}])
