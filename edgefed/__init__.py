@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from edgefed.api.chat import load_chat as load_chat
     from edgefed.api.client import Client as Client
     from edgefed.api.client import ClientEvent as ClientEvent
     from edgefed.api.models import Plan as Plan
@@ -37,6 +38,7 @@ _PLACES = {
     "Server": "edgefed.api.server:Server",
     "experts": "edgefed.api.models:experts",
     "export": "edgefed.api.runs:export",
+    "load_chat": "edgefed.api.chat:load_chat",
     "plan": "edgefed.api.models:plan",
     "profile": "edgefed.api.models:profile",
     "register_method": "edgefed.methods.registry:register",
@@ -44,7 +46,7 @@ _PLACES = {
 }
 
 __all__ = [
-    "Client", "ClientEvent", "Plan", "Server", "experts", "export", "plan", "profile", "register_experts",
+    "Client", "ClientEvent", "Plan", "Server", "experts", "export", "load_chat", "plan", "profile", "register_experts",
     "register_method", "simulate",
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Import a checkpoint into a run folder, and export a run's model as a checkpoint.
+"""Import a checkpoint into a run folder, and read the models of a run.
 
 This is the only module that uses both the model side and the aggregator's store; the aggregator itself never loads a
 model. `import_model` runs in a separate process (``python -m edgefed.runs``), so the server does not load torch.
@@ -10,7 +10,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from edgefed.hardware.memory import set_up_allocator
 from edgefed.isolation.start import module_command
 from edgefed.protocol.messages import (
     Manifest,
+    RoundStatus,
     RunConfig,
     UnitInfo,
     decode_error,
@@ -171,6 +172,10 @@ class RunReader:
             )
         return manifest
 
+    def is_unchanged(self, server_round: int) -> bool:
+        """Whether the model at the start of a round is the one that the run began with."""
+        return not changed_before(self._store.history(), server_round, self.run)
+
     def paths(self, manifest: Manifest) -> dict[str, Path]:
         """Return the local file of each blob of a manifest, {sha256: path}. Raises StateCorrupt if one is missing."""
         hashes = [unit.sha256 for unit in manifest.units] + [file.sha256 for file in manifest.files]
@@ -194,28 +199,10 @@ class RunReader:
         return FrameSource(manifest.units, paths)
 
 
-def export_model(folder: Path, to: Path, server_round: int | None = None) -> Path:
-    """Write the global model of a run folder as a Hugging Face checkpoint in ``to``. Returns ``to``.
-
-    Raises StorageError, StateCorrupt, ConfigError (round not stored, target not empty).
-    """
-    import tempfile
-
-    set_up_allocator()
-    with RunReader(folder) as reader, tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
-        manifest = reader.manifest(server_round)
-        # Loads torch: a missing run is reported before that.
-        from edgefed.checkpoint_export import export_checkpoint
-        from edgefed.personal.extractors import EXTRACTOR_UNIT
-        from edgefed.training.steps import train_scope
-
-        if any(unit.key == EXTRACTOR_UNIT for unit in manifest.units):
-            raise ConfigError(
-                f"{folder} is a run of {reader.run.method}: clients have models of their own, the server has none",
-                remedy="The mixture of a client is in the folder personal/ of its `state`.",
-            )
-        source = reader.unpack(manifest, Path(scratch))
-        return export_checkpoint(source, Path(scratch), to, scope=train_scope(reader.run.training))
+def changed_before(history: Sequence[RoundStatus], server_round: int, run: RunConfig) -> bool:
+    """Whether a client changed the model in a round before ``server_round``."""
+    rounds = [each for each in history if each.server_round < server_round and each.updates]
+    return any(each.experts_changed for each in rounds) or (bool(rounds) and run.training.experts == "none")
 
 
 def main() -> int:

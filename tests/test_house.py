@@ -29,6 +29,7 @@ FLOORS = (
     ("training", "checkpoint_export"),
     ("personal", "trainer", "bench"),
     ("join", "runs"),
+    ("exporting",),
     ("simulation",),
     ("api",),
     ("cli",),

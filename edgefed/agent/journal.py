@@ -226,6 +226,17 @@ class Journal:
         )
 
 
+def read_journal(folder: Path) -> JournalRecord:
+    """The record of a state folder, also while an agent uses it. Raises StateCorrupt, StorageError."""
+    path = folder / JOURNAL_FILE
+    with disk_errors(path):
+        data = path.read_bytes()
+    try:
+        return decode_message(data, JournalRecord)
+    except MalformedMessage as error:
+        raise StateCorrupt(f"invalid journal {path}: {error}") from error
+
+
 def _new_identity() -> tuple[str, str]:
     """A random (client_id, client_key)."""
     return uuid.uuid4().hex, secrets.token_hex(32)

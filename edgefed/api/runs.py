@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from edgefed.errors import ConfigError
 
 if TYPE_CHECKING:
+    from edgefed.progress import ProgressSink
     from edgefed.simulation.config import SimulationConfig
     from edgefed.simulation.result import SimulationResult
     from edgefed.simulation.simulate import SimulationEvent
@@ -69,17 +70,29 @@ def simulation_settings(
 
 
 def export(
-    run: str | Path, target: str | Path, *, format: Literal["hf"] = "hf", server_round: int | None = None
+    run: str | Path,
+    target: str | Path,
+    *,
+    format: Literal["hf"] = "hf",
+    server_round: int | None = None,
+    global_model: bool = False,
+    token: str | None = None,
+    progress: ProgressSink | None = None,
 ) -> Path:
-    """Write the global model of the run folder ``run`` to the folder ``target``, and return that folder.
+    """Write the model of a run to the folder ``target``, and return that folder.
 
     >>> edgefed.export("edgefed-run", "model", format="hf")                               # doctest: +SKIP
 
-    ``format="hf"``: a Hugging Face checkpoint. ``server_round``: the model at the start of this round; None: the
-    newest. Raises ConfigError (unknown format, round not stored, target not empty), StorageError, StateCorrupt.
+    ``run``: the folder of a run, the address of its server, or the state folder of a device, which exports what it has:
+    its own weights where the method exchanges none, otherwise the global model of its last round. ``global_model``:
+    of a device, the newest global model, from its server. ``format="hf"``: a Hugging Face checkpoint. ``server_round``:
+    the model at the start of this round; None: the newest. ``token``: of the server.
+
+    Raises ConfigError (unknown format, round not stored, target not empty), StorageError, StateCorrupt, and where the
+    server is asked ServerUnreachable, Unauthorized, NotFound.
     """
-    from edgefed.runs import export_model
+    from edgefed.exporting import export_model
 
     if format != "hf":
         raise ConfigError(f"invalid `format`: {format!r}; expected hf")
-    return export_model(Path(run), Path(target), server_round)
+    return export_model(run, Path(target), server_round, global_model=global_model, token=token, progress=progress)

@@ -19,8 +19,15 @@ EXAMPLES: dict[str, Sequence[tuple[str, str]]] = {
         ("Check this device.", "edgefed doctor"),
         ("Also the way to a server.", "edgefed doctor --server http://192.168.1.5:8470"),
     ),
+    "chat": (
+        ("Talk to an exported model.", "edgefed chat ./model"),
+        ("One answer, from the newest model of a run.", 'edgefed chat ./run --prompt "Name three colours."'),
+        ("Continue plain text.", 'edgefed chat ./model --raw --prompt "def area("'),
+    ),
     "export": (
         ("The newest model of a run.", "edgefed export --state ./run ./model"),
+        ("The same from another machine.", "edgefed export http://192.168.1.5:8470 ./model"),
+        ("What this device has.", "edgefed export --state ./me ./model"),
         ("The model before round 3.", "edgefed export --state ./run --round 3 ./model"),
     ),
     "join": (

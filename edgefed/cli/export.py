@@ -1,4 +1,4 @@
-"""``edgefed export``: the global model of a run as a checkpoint that transformers loads."""
+"""``edgefed export``: the model of a run as a checkpoint that transformers loads."""
 
 from __future__ import annotations
 
@@ -8,34 +8,69 @@ from typing import Annotated, Literal
 
 from edgefed.cli.options import command
 from edgefed.config import Setting
+from edgefed.errors import ConfigError
 
 
 @dataclasses.dataclass
 class ExportSettings:
     """What `edgefed export` takes."""
 
-    target: Annotated[Path, Setting("Folder to write to.", positional=True)]
-    state: Annotated[Path, Setting("Folder of the run.")] = Path("edgefed-run")
+    places: Annotated[
+        tuple[str, ...],
+        Setting("The source, unless --state names it, and the folder to write to.", positional=True,
+                metavar="[SOURCE] TARGET"),
+    ]  # fmt: skip
+    state: Annotated[
+        Path | None,
+        Setting("Folder of the run, or state folder of a device.", default="edgefed-run, if no SOURCE is given"),
+    ] = None
     format: Annotated[Literal["hf"], Setting("Hugging Face checkpoint.", flag="to")] = "hf"
     server_round: Annotated[
         int | None, Setting("The model at the start of this round; default: the newest.", flag="round", minimum=1)
     ] = None
-    json: Annotated[bool, Setting("Print path and size as JSON.")] = False
+    global_model: Annotated[bool, Setting("Of a device: the newest global model, from its server.", flag="global")] = (
+        False
+    )
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    json: Annotated[bool, Setting("Print path, size and origin as JSON.")] = False
 
 
 @command("export", ExportSettings)
 def export_command(settings: ExportSettings) -> None:
-    """Write the global model of a run as a checkpoint.
+    """Write the model of a run as a checkpoint.
 
-    The folder TARGET must not exist or be empty; transformers loads it without edgefed.
+    SOURCE is the address of a server (http://host:port), the folder of a run, or the state folder of a device. A device
+    exports what it has. The folder TARGET must not exist or be empty; transformers loads it without edgefed.
     """
+    import msgspec
+
     from edgefed.api.runs import export
-    from edgefed.cli.output import print_json, print_note
+    from edgefed.cli.output import TerminalProgress, print_json, print_note
+    from edgefed.exporting import read_record
     from edgefed.hardware.memory import format_bytes
 
-    folder = export(settings.state, settings.target, format=settings.format, server_round=settings.server_round)
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    source, target = _source_and_target(settings)
+    folder = export(
+        source, target, format=settings.format, server_round=settings.server_round,
+        global_model=settings.global_model, token=settings.token, progress=TerminalProgress(),
+    )  # fmt: skip
+    size, record = sum(path.stat().st_size for path in folder.iterdir()), read_record(folder)
     if settings.json:
-        print_json({"path": str(folder), "form": settings.format, "size_bytes": size})
+        origin = msgspec.to_builtins(record)
+        print_json({"path": str(folder), "form": settings.format, "size_bytes": size, "origin": origin})
         return
+    print_note(f"{record}")
     print_note(f"wrote {folder} ({format_bytes(size)}): AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    print_note(f"talk to it: edgefed chat {folder}")
+
+
+def _source_and_target(settings: ExportSettings) -> tuple[str, str]:
+    """(source, target) of the arguments. Raises ConfigError."""
+    if len(settings.places) > 2:
+        raise ConfigError(f"export takes a source and a target, found {len(settings.places)} arguments")
+    *sources, target = settings.places
+    if sources and settings.state is not None:
+        raise ConfigError(
+            f"two sources are given: {sources[0]} and `state={settings.state}`", remedy="Leave one of them out."
+        )
+    return sources[0] if sources else str(settings.state or "edgefed-run"), target

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 VERBS = {
     "bench": "Measure this device and show which models fit.",
+    "chat": "Talk to the model of a run.",
     "demo": "Run a whole federation on this machine.",
     "doctor": "Check this device and name what to fix.",
-    "export": "Write the global model of a run as a checkpoint.",
+    "export": "Write the model of a run as a checkpoint.",
     "join": "Take part in a run with this device's data.",
     "partition": "Split a labelled data set among clients.",
     "profile": "Show which experts a text uses.",

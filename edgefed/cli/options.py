@@ -71,7 +71,10 @@ def _parameter(verb: str, field: SettingField, flags: Mapping[str, str]) -> clic
     setting, kind = field.setting, _click_type(field)
     if setting.positional:
         default = {} if field.required else {"default": field.default}
-        return click.Argument([field.name], type=kind, required=field.required, **default)
+        many = -1 if field.many == "any" else 1
+        return click.Argument(
+            [field.name], type=kind, required=field.required, nargs=many, metavar=setting.metavar, **default
+        )
     shown = default_text(field)
     text = to_flags(setting.help, flags)
     if setting.default is not None:

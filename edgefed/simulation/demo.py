@@ -129,7 +129,7 @@ def run_demo(config: DemoConfig, sink: DemoSink) -> list[MethodResult]:
 
     Raises ConfigError for an output folder that is not an earlier demo's, ProcessFailed when a process fails.
     """
-    from edgefed.runs import export_model
+    from edgefed.exporting import export_model
 
     config.check()
     prepare_folder(config.out)

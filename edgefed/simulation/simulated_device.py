@@ -37,8 +37,9 @@ from edgefed.protocol.trainer import Fetch
 from edgefed.simulation.config import SimulatedDevice
 from edgefed.simulation.device_rates import FILE, CostShape, byte_kind
 from edgefed.trainer.activation_profile import choose_profile_pass
+from edgefed.trainer.last_round import OWN_FOLDER
 from edgefed.trainer.local_trainer import LocalTrainer
-from edgefed.trainer.placement import OWN_FOLDER, add_own_units, load_own_units, save_own_units
+from edgefed.trainer.placement import add_own_units, load_own_units, save_own_units
 from edgefed.trainer.planner import DeviceLimits
 from edgefed.trainer.ports import FixedMemory, copy_model_files, load_shared_units
 from edgefed.training.profiling import ProfilePass

@@ -35,6 +35,7 @@ from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
 from edgefed.trainer.evaluation import evaluate_resident, evaluate_streamed
 from edgefed.trainer.kernel_proof import prove_before_round
+from edgefed.trainer.last_round import save_last_round
 from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.trainer.placement import (
     ExpertPlacer,
@@ -180,6 +181,9 @@ class LocalTrainer:
             probed = self._probe(ctx, model, plan, method.assigning)
             survey = reports.expert_survey(plan, self.planner.profile, self.planner.train_slots, outcome, probed)
         reports.write_update(model if method.exchanges else None, newest, update_path)
+        if not method.exchanges:
+            save_own_units(model, newest, self._folder)
+        save_last_round(self._folder, run, manifest)
         if copies:
             copies.keep(ctx.units, newest, manifest.server_round)
         self._models.close(method, newest)

@@ -35,10 +35,11 @@ from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch
+from edgefed.trainer.last_round import OWN_FOLDER, save_own_files
 from edgefed.training.savings import packing_problem
 from edgefed.training.steps import train_scope
 
-OFFLOAD_FOLDER, MERGED_FOLDER, OWN_FOLDER = "offloaded", "merged", "own"
+OFFLOAD_FOLDER, MERGED_FOLDER = "offloaded", "merged"
 """In the device's state folder."""
 COPIES_FILE = "frozen.json"
 _log = logging.getLogger("edgefed.agent")
@@ -121,7 +122,7 @@ class ExpertPlacer:
 
 def save_own_units(model: MoeModel, units: Mapping[str, UnitInfo], folder: Path) -> dict[str, Path]:
     """Write every unit that ``model`` trains to a file in ``folder``; returns {unit key: path}. Raises StorageError."""
-    folder = folder / OWN_FOLDER
+    state, folder = folder, folder / OWN_FOLDER
     paths = {}
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +132,7 @@ def save_own_units(model: MoeModel, units: Mapping[str, UnitInfo], folder: Path)
             frames.write_frame(
                 paths[spec.key], {info.name: (info.dtype, raw_array(values[info.name])) for info in infos}
             )
+    save_own_files(state, paths)
     return paths
 
 

@@ -98,6 +98,10 @@ class ChatTemplate:
         names = ("reasoning_content", "reasoning", "thinking") if field in _REASONING else (field,)
         return any(re.search(rf"\b{name}\b", self._source(None)) for name in names)
 
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text of ``messages`` with the generation prompt. Raises ConversationRefused."""
+        return self._render(messages, None, ask=True)[0]
+
     def render(self, messages: Sequence[Message], tools: Any, *, ask: bool = False) -> str | None:
         """Return the text of ``messages``, with the generation prompt if asked; None where there is none."""
         try:

@@ -12,6 +12,9 @@ from edgefed.errors import CheckpointError, ModelNotFound
 from edgefed.training.chat_template import Layout
 from edgefed.training.instruction_template import instruction_template, special_tokens_around
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""Where transformers looks for the chat template of a checkpoint."""
+
 _PROBE = "The quick brown fox jumps over 13 lazy dogs."
 _ANCHORS = ("\n", "a", ".", " ")
 """Texts to put before a text whose beginning is not the beginning of the input."""
@@ -47,6 +50,14 @@ def load_tokenizer(source: str | Path) -> Any:
     if not tokenizer.chat_template:
         tokenizer.chat_template = instruction_template(tokenizer)
     return tokenizer
+
+
+def write_chat_template(folder: Path) -> None:
+    """Write `instruction_template` to a checkpoint folder if its tokenizer has no template. Raises ModelNotFound."""
+    tokenizer = load_tokenizer(folder)
+    template = instruction_template(tokenizer)
+    if tokenizer.chat_template == template:
+        (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -92,6 +103,11 @@ class TextEncoder:
                 else:
                     ids, in_loss = next(mixed)
                 yield self._closed(layout, ids, in_loss)
+
+    def encode_prompt(self, layout: Layout) -> list[int]:
+        """Ids of a text that is to be continued: with the special tokens in front, without those at the end."""
+        (ids,) = self._ids([layout.text]) if layout.text else ([],)
+        return [*self._prefix, *ids] if layout.special_tokens else ids
 
     def _closed(self, layout: Layout, ids: list[int], in_loss: list[bool]) -> tuple[list[int], list[bool]]:
         """Put the special tokens around the ids of a text."""

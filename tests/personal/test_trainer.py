@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.errors import ConfigError, ModelError, StateCorrupt, TrainingDiverged
+from edgefed.exporting import export_model
 from edgefed.methods.interface import Contribution
 from edgefed.methods.registry import make_method
 from edgefed.moe.expert_reading import FrameSource
@@ -20,7 +21,7 @@ from edgefed.personal.trainer import PersonalTrainer
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
-from edgefed.runs import RunReader, export_model, import_extractor
+from edgefed.runs import RunReader, import_extractor
 
 THETA = 665_048
 OPTIONS = {"batch_size": 16, "extractor_lr": 0.05, "model_lr": 0.05, "gate_lr": 0.05}

@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.exporting import export_model
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
-from edgefed.runs import RunReader, export_model, import_model
+from edgefed.runs import RunReader, import_model
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
 from edgefed.trainer.ports import ProcessMemory

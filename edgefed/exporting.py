@@ -1,0 +1,256 @@
+"""The model of a run as a checkpoint: from the folder of the run, from its server, or from a device that took part.
+
+The checkpoint comes with `RECORD_FILE`, which says where it is from, and with a chat template if the model has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from edgefed import __version__
+from edgefed.errors import ConfigError, NetworkError, NotFound, StateCorrupt
+from edgefed.hardware.memory import set_up_allocator
+from edgefed.progress import NullProgress, ProgressSink
+from edgefed.protocol.messages import FileInfo, Manifest, RunConfig, UnitInfo
+
+RECORD_FILE = "edgefed.json"
+"""In the folder of an export."""
+CONNECT_LIMIT_S = 20.0
+
+
+class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an exported model is from. ``server_round``: the model at the start of this round.
+
+    ``source``: a run's folder, its server, or a device. ``own_units``: parts that are the device's own. ``unchanged``:
+    no client has changed the model yet.
+    """
+
+    model: str
+    method: str
+    run_id: str
+    rounds: int
+    server_round: int
+    source: Literal["run", "server", "device"]
+    own_units: int = 0
+    unchanged: bool = False
+    edgefed_version: str = __version__
+
+    def __str__(self) -> str:
+        if self.server_round > self.rounds:
+            when = f"after all {self.rounds} rounds"
+        elif self.server_round == 1:
+            when = f"before round 1 of {self.rounds}"
+        else:
+            when = f"after round {self.server_round - 1} of {self.rounds}"
+        whose = f"this device's own model ({self.own_units} units of its own)" if self.own_units else "the global model"
+        changed = "; no client has changed it: it is the model that the run began with" if self.unchanged else ""
+        return f"{whose} of {self.model} {when}, method {self.method}{changed}"
+
+
+class _Model(msgspec.Struct, frozen=True):
+    """A model to export: files of its units by SHA-256, and of the units that replace them by key."""
+
+    record: ExportRecord
+    run: RunConfig
+    manifest: Manifest
+    paths: Mapping[str, Path]
+    own: Mapping[str, Path] = {}
+
+
+def export_model(
+    source: str | Path,
+    to: Path,
+    server_round: int | None = None,
+    *,
+    global_model: bool = False,
+    token: str | None = None,
+    progress: ProgressSink | None = None,
+) -> Path:
+    """Write a model as a Hugging Face checkpoint in ``to``. Returns ``to``.
+
+    ``source``: the folder of a run, the address of its server, or the state folder of a device. A device exports what
+    it has: its own weights where the method exchanges none, otherwise the global model of its last round; with
+    ``global_model``, the newest global model, from its server. ``server_round``: the model at the start of that round.
+
+    Raises StorageError, StateCorrupt, ConfigError (round not stored, target not empty, nothing to export), and, where
+    the server is asked, ServerUnreachable, Unauthorized, NotFound.
+    """
+    sink = progress or NullProgress()
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"cannot export to {str(to)!r}: it exists and is not an empty folder")
+    with contextlib.ExitStack() as stack:
+        if is_address(source):
+            model = stack.enter_context(_server_model(str(source), server_round, token, sink))
+        elif (Path(source) / "journal.json").exists():
+            model = stack.enter_context(_device_model(Path(source), server_round, global_model, token, sink))
+        else:
+            model = stack.enter_context(_run_model(Path(source), server_round))
+        set_up_allocator()
+        sink.phase("export")
+        with tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
+            folder = _write(model, Path(scratch), to)
+        sink.done()
+        return folder
+
+
+def read_record(folder: Path) -> ExportRecord | None:
+    """Where a checkpoint is from; None if edgefed has not exported it."""
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ExportRecord)
+    except msgspec.DecodeError as error:
+        raise StateCorrupt(f"{path} is not a file that edgefed wrote: {error}") from error
+
+
+def is_address(source: str | Path) -> bool:
+    """Whether ``source`` is the address of a server rather than a folder."""
+    return str(source).startswith(("http://", "https://"))
+
+
+def _write(model: _Model, scratch: Path, to: Path) -> Path:
+    # Loads torch: a missing run is reported before that.
+    from edgefed.checkpoint_export import export_checkpoint
+    from edgefed.moe.expert_reading import FrameSource
+    from edgefed.training.steps import train_scope
+    from edgefed.training.tokenizer import write_chat_template
+
+    for file in model.manifest.files:
+        shutil.copyfile(model.paths[file.sha256], scratch / file.name)
+    source = FrameSource(model.manifest.units, model.paths)
+    units = {unit.key: unit for unit in model.manifest.units}
+    for key, path in model.own.items():
+        source.add([units[key]], {units[key].sha256: path})
+    write_chat_template(scratch)
+    (scratch / RECORD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(model.record), indent=2) + b"\n")
+    return export_checkpoint(source, scratch, to, scope=train_scope(model.run.training))
+
+
+def _record(
+    run: RunConfig, manifest: Manifest, source: Literal["run", "server", "device"], unchanged: bool, own_units: int = 0
+) -> ExportRecord:
+    return ExportRecord(
+        model=run.model, method=run.method, run_id=run.run_id, rounds=run.rounds, server_round=manifest.server_round,
+        source=source, own_units=own_units, unchanged=unchanged,
+    )  # fmt: skip
+
+
+def _check_shared(units: Iterable[UnitInfo], what: str, run: RunConfig) -> None:
+    from edgefed.personal.extractors import EXTRACTOR_UNIT
+
+    if any(unit.key == EXTRACTOR_UNIT for unit in units):
+        raise ConfigError(
+            f"{what} is a run of {run.method}: clients have models of their own, the server has none",
+            remedy="Use a client's model with `edgefed predict --state STATE`, or edgefed.load_mixture(STATE).",
+        )
+
+
+@contextlib.contextmanager
+def _run_model(folder: Path, server_round: int | None) -> Iterator[_Model]:
+    from edgefed.runs import RunReader
+
+    with RunReader(folder) as reader:
+        manifest = reader.manifest(server_round)
+        _check_shared(manifest.units, str(folder), reader.run)
+        unchanged = reader.is_unchanged(manifest.server_round)
+        yield _Model(_record(reader.run, manifest, "run", unchanged), reader.run, manifest, reader.paths(manifest))
+
+
+@contextlib.contextmanager
+def _server_model(url: str, server_round: int | None, token: str | None, sink: ProgressSink) -> Iterator[_Model]:
+    from edgefed.runs import changed_before
+
+    with _Download(url, token, sink) as download:
+        status = download.client.status()
+        manifest = download.client.manifest(server_round or "latest")
+        _check_shared(manifest.units, url, status.run)
+        unchanged = not changed_before(status.history, manifest.server_round, status.run)
+        paths = download.fetch([*manifest.files, *manifest.units], {})
+        yield _Model(_record(status.run, manifest, "server", unchanged), status.run, manifest, paths)
+
+
+@contextlib.contextmanager
+def _device_model(
+    state: Path, server_round: int | None, global_model: bool, token: str | None, sink: ProgressSink
+) -> Iterator[_Model]:
+    from edgefed.agent.agent import BLOBS_FOLDER
+    from edgefed.agent.journal import read_journal
+    from edgefed.trainer.last_round import load_last_round, load_own_files
+
+    server = read_journal(state).server
+    if (state / "personal").is_dir():
+        raise ConfigError(
+            f"{state} is of a device with a model of its own, which is not a checkpoint of transformers",
+            remedy="Use it with `edgefed predict --state STATE`, or edgefed.load_mixture(STATE).",
+        )
+    last = load_last_round(state)
+    if last is None and not server:
+        raise ConfigError(f"{state} is of a device that has not taken part in a round yet: it has no model")
+    if global_model or server_round is not None or last is None:
+        with _server_model(server, server_round, token, sink) as model:
+            yield model
+        return
+    own = load_own_files(state)
+    blobs = {path.name: path for path in (state / BLOBS_FOLDER).iterdir()}
+    needed: list[UnitInfo | FileInfo] = [
+        *last.manifest.files,
+        *(unit for unit in last.manifest.units if unit.key not in own),
+    ]
+    missing = {item.sha256 for item in needed} - blobs.keys()
+    record = _record(last.run, last.manifest, "device", last.manifest.server_round == 1 and not own, len(own))
+    if not missing:
+        yield _Model(record, last.run, last.manifest, blobs, own)
+        return
+    sink.message(f"{len(missing)} of {len(needed)} units are not on this device: downloading them from {server}")
+    with _Download(server, token, sink) as download:
+        try:
+            paths = download.fetch(needed, blobs)
+        except (NetworkError, NotFound) as error:
+            error.remedy = (
+                f"This device has {len(needed) - len(missing)} of {len(needed)} units of round "
+                f"{last.manifest.server_round}. Start its server again, or export the newest model with `global_model`."
+            )
+            raise
+        yield _Model(record, last.run, last.manifest, paths, own)
+
+
+class _Download:
+    """Downloads blobs from a server to a temporary folder, which is deleted at the end."""
+
+    def __init__(self, url: str, token: str | None, sink: ProgressSink) -> None:
+        from edgefed.agent.addresses import check_base_url
+        from edgefed.agent.transport import AggregatorClient
+
+        check_base_url(url)
+        self._sink = sink
+        self.client = AggregatorClient(url, token=token)
+        self._folder = tempfile.TemporaryDirectory(prefix="edgefed-download-")
+
+    def __enter__(self) -> _Download:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self._folder.cleanup()
+
+    def fetch(self, items: Iterable[UnitInfo | FileInfo], present: Mapping[str, Path]) -> dict[str, Path]:
+        """{sha256: file} of all items; those in ``present`` are not downloaded. A lost connection is tried again."""
+        from edgefed.agent.backoff import Retry
+        from edgefed.agent.cache import BlobCache
+
+        absent = [item for item in items if item.sha256 not in present]
+        cache = BlobCache(Path(self._folder.name), self.client)
+        self._sink.phase("download", cache.bytes_to_download(absent), "B")
+        retry = Retry(threading.Event())
+        found = retry.run(lambda: cache.ensure(absent, self._sink.advance), give_up_after_s=CONNECT_LIMIT_S)
+        self._sink.done()
+        return {**present, **found}
