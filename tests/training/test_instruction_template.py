@@ -51,7 +51,7 @@ def test_transformers_gives_the_tokens_of_training(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["packaged", "llama"])
 def test_a_conversation_of_several_turns_is_closed_after_each_answer(tmp_path, kind):
     tokenizer = load_tokenizer(save(kind, tmp_path))
-    turns = [("system", "Be kind"), ("user", "Hi"), ("assistant", "the stone"), ("user", "Bye"), ("assistant", "colour")]
+    turns = [("system", "Be kind"), ("user", "Hi"), ("assistant", "the stone"), ("user", "Bye"), ("assistant", "of")]
     example = Example(tuple(Segment(text, role == "assistant", role) for role, text in turns))
     blocks = encode_examples([example], tokenizer, 4096)
     ids, labels = blocks.input_ids[0], blocks.labels[0]
@@ -59,7 +59,7 @@ def test_a_conversation_of_several_turns_is_closed_after_each_answer(tmp_path, k
     assert tokenizer.apply_chat_template(messages)["input_ids"] == ids.tolist()
     assert [int(token) for token in labels if token == tokenizer.eos_token_id] == [tokenizer.eos_token_id] * 2
     learned = tokenizer.decode(labels[labels != -100], skip_special_tokens=True)
-    assert learned.replace(" ", "") == "thestonecolour"
+    assert learned.replace(" ", "") == "thestoneof"
 
 
 def test_a_template_of_the_models_own_is_left_alone(tmp_path):
