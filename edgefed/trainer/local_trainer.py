@@ -35,12 +35,12 @@ from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
 from edgefed.trainer.evaluation import evaluate_resident, evaluate_streamed
 from edgefed.trainer.kernel_proof import prove_before_round
-from edgefed.trainer.last_round import save_last_round
 from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.trainer.placement import (
     ExpertPlacer,
     StaleExperts,
     add_own_units,
+    keep_model,
     load_own_units,
     save_own_units,
     with_newest_trainable,
@@ -48,11 +48,10 @@ from edgefed.trainer.placement import (
 from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.trainer.ports import FormulaCosts, Memory, ModelHost, OwnModel, StepCosts
 from edgefed.training.calibration import can_measure, correction_from, measure_step
-from edgefed.training.data import Corpus, load_corpus
+from edgefed.training.data import AUTOMATIC, Corpus, RecordFields, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
 from edgefed.training.loss import chunking_problem
 from edgefed.training.out_of_memory import device_lost, free_memory, is_device_lost, is_out_of_memory
-from edgefed.training.records import AUTOMATIC, RecordFields
 from edgefed.training.steps import StepsOutcome, run_steps
 from edgefed.training.utility import GradientNorms, ProbeOutcome
 
@@ -99,8 +98,7 @@ class LocalTrainer:
         evaluates: Measure the held-out loss before and after training.
         fields: Names of the fields of the data's records.
 
-    Raises:
-        DataError: The data cannot be used. It is read at once.
+    Raises DataError if the data cannot be used. It is read at once.
     """
 
     def __init__(
@@ -181,9 +179,7 @@ class LocalTrainer:
             probed = self._probe(ctx, model, plan, method.assigning)
             survey = reports.expert_survey(plan, self.planner.profile, self.planner.train_slots, outcome, probed)
         reports.write_update(model if method.exchanges else None, newest, update_path)
-        if not method.exchanges:
-            save_own_units(model, newest, self._folder)
-        save_last_round(self._folder, run, manifest)
+        keep_model(model, method, run, manifest, self._folder)
         if copies:
             copies.keep(ctx.units, newest, manifest.server_round)
         self._models.close(method, newest)

@@ -33,9 +33,9 @@ from edgefed.moe.slots import EXPERT_STORAGES
 from edgefed.moe.units import LORA_SUFFIX, ExpertSource
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
-from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo
+from edgefed.protocol.messages import Manifest, RunConfig, TrainingConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch
-from edgefed.trainer.last_round import OWN_FOLDER, save_own_files
+from edgefed.trainer.last_round import OWN_FOLDER, save_last_round, save_own_files
 from edgefed.training.savings import packing_problem
 from edgefed.training.steps import train_scope
 
@@ -134,6 +134,13 @@ def save_own_units(model: MoeModel, units: Mapping[str, UnitInfo], folder: Path)
             )
     save_own_files(state, paths)
     return paths
+
+
+def keep_model(model: MoeModel, method: ExpertMethod, run: RunConfig, manifest: Manifest, folder: Path) -> None:
+    """Record what the device has after a round, for exports (`edgefed.trainer.last_round`). Raises StorageError."""
+    if not method.exchanges:
+        save_own_units(model, {unit.key: unit for unit in manifest.units}, folder)
+    save_last_round(folder, run, manifest)
 
 
 def add_own_units(source: FrameSource, units: Mapping[str, UnitInfo], own: Mapping[str, Path]) -> None:

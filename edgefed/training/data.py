@@ -28,6 +28,7 @@ from edgefed.training.record_files import Place, read_source
 from edgefed.training.records import AUTOMATIC, BadRecord, Example, RecordFields, Segment, parse_record
 
 __all__ = [
+    "AUTOMATIC",
     "Corpus",
     "Example",
     "Examples",
