@@ -349,8 +349,8 @@ class ActiveRun:
         self._tidy(updates)
         for each in set_aside:
             logger.warning(
-                "round %d: the update of client %s (%r) is set aside: %s",
-                *(server_round, each.client_id, each.name, each.reason),
+                "round %d: the update of %r (%s) is set aside: %s",
+                *(server_round, each.name, each.client_id[:8], each.reason),
             )
         logger.info("%s", describe_round(status, self.policy.rounds, time.monotonic() - started))
 

@@ -151,8 +151,8 @@ def resist(how: Aggregation, units: Sequence[UnitInfo], files: Mapping[str, Path
     for client_id in sorted({client_id for client_id, _ in factors}):
         of_client = [factor for (other, _), factor in factors.items() if other == client_id]
         logger.warning(
-            "client %s: %d units changed more than %g times the median and are shortened, the farthest to %.3g",
-            *(client_id, len(of_client), how.policy.clip, min(of_client)),
+            "client %s: %d parts changed more than %g times the median and are shortened, the farthest to %.3g",
+            *(client_id[:8], len(of_client), how.policy.clip, min(of_client)),
         )
     return Robustness(factors, rule.combine, rule.min_clients), absurd_moves(moves)
 
@@ -202,7 +202,7 @@ def weighed(updates: Sequence[UpdateRecord], paths: Mapping[str, Path], max_exam
     for client_id, meta in metas:
         examples = meta.num_examples if limit is None else min(meta.num_examples, limit)
         if examples < meta.num_examples:
-            logger.warning("client %s says %d examples; they count as %d", client_id, meta.num_examples, examples)
+            logger.warning("client %s says %d examples; they count as %d", client_id[:8], meta.num_examples, examples)
         reports = {(report.layer, report.expert): report for report in meta.experts}
         found.append(Contribution(client_id, examples, reports, update_units(paths[client_id])))
     return found

@@ -185,9 +185,7 @@ def absurd_moves(moves: Moves) -> dict[str, str]:
     for (client_id, key), moved in moves.moved.items():
         limit = ABSURD_RATIO * max(moves.sizes[key], ABSURD_FLOOR)
         if not moved <= limit and client_id not in found:
-            found[client_id] = (
-                f"it changes unit {key!r} by {moved:.3g} per element (root mean square), limit {limit:.3g}"
-            )
+            found[client_id] = f"it changes {key!r} by {moved:.3g} per element (root mean square), limit {limit:.3g}"
     return found
 
 

@@ -34,8 +34,8 @@ class Presence:
 
 
 def client_label(client: ClientRecord) -> str:
-    """Name and short id of a client, for people: ``vm (188b3e2b)``."""
-    return f"{client.name} ({client.client_id[:8]})"
+    """Name and short id of a client, for people: ``'vm' (188b3e2b)``."""
+    return f"{client.name!r} ({client.client_id[:8]})"
 
 
 def peak_memory_bytes() -> int:

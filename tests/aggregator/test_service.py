@@ -653,7 +653,7 @@ def test_the_process_that_registered_last_keeps_an_identity_and_the_other_gets_a
     for _ in range(3):
         with pytest.raises(IdentityInUse, match="as 'second'"):
             toy.service.check_instance("a", KEY + "a", "card-a")
-    assert caplog.text.count("two processes use the identity of second (a)") == 1
+    assert caplog.text.count("two processes use the identity of 'second' (a)") == 1
     with pytest.raises(Unauthorized):
         toy.service.check_instance("a", "another key, long enough", "card-a")
     toy.service.register(toy_run.register_message("a", instance="card-a", name="first"))
@@ -695,10 +695,10 @@ def test_logs_and_the_reason_to_wait_name_clients(tmp_path, caplog):
     toy.join("c", "d")
     toy.send(toy.update("a", 1))
     lines = [record.getMessage() for record in caplog.records]
-    assert [line for line in lines if "joined" in line] == [f"device of {name} ({name}) joined" for name in "abcd"]
-    assert "device of b (b) left: 'shutdown'" in lines
+    assert [line for line in lines if "joined" in line] == [f"'device of {name}' ({name}) joined" for name in "abcd"]
+    assert "'device of b' (b) left: 'shutdown'" in lines
     assert "round 1: 3 clients to train" in lines
-    assert any(line.startswith("round 1: update of device of a (a) accepted, 0.0 MiB") for line in lines)
+    assert any(line.startswith("round 1: update of 'device of a' (a) accepted, 0.0 MiB") for line in lines)
     toy.close()
 
 

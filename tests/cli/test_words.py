@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shlex
 import signal
@@ -274,3 +275,29 @@ def test_processes_of_a_demo_import_the_package_of_their_parent(tmp_path):
     command = [*module_command("edgefed"), "--version"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("edgefed, version")
+
+
+# --- colors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pty")
+@pytest.mark.parametrize(
+    ("variables", "colored"),
+    [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+    ids=["terminal", "NO_COLOR", "dumb"],
+)
+def test_colors_are_for_terminals_that_want_them(tmp_path, variables, colored):
+    import pty
+
+    code = (
+        "from edgefed.cli.output import print_error; from edgefed.errors import DataError;"
+        "print_error(DataError('no'), as_json=False)"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLORTERM")}
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, env=clean | variables, check=True, cwd=tmp_path)
+    os.close(theirs)
+    shown = os.read(ours, 10000)
+    os.close(ours)
+    assert bool(re.search(rb"\x1b\[[0-9;]*3[0-7]", shown)) == colored  # bold is no color
+    assert b"error" in shown
