@@ -280,7 +280,7 @@ class Agent:
             on_wait=report,
         )
         if reported:
-            self.progress.message("connected again")
+            self.progress.message("connected again" if self._joined else "connected")
         return result
 
     # --- one round ------------------------------------------------------------------------------------------------

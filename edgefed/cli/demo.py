@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from edgefed.cli.demo_display import DemoDisplay
 from edgefed.cli.options import command
 from edgefed.config import Setting
 from edgefed.errors import ConfigError
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from edgefed.cli.tables import FittedTable
-    from edgefed.protocol.messages import Status
     from edgefed.simulation.demo import MethodResult, PersonalClientResult
 
+USUAL_S, USUAL_METHOD_S, USUAL_PERSONAL_S = 90.0, 45.0, 45.0
+"""Time of the demo on two idle cores with its usual settings, of each further method, and of that of fedmoe."""
 COMPARED = ("hfedmoe", "flux", "random", "local", "fedavg")
 
 
@@ -67,7 +69,8 @@ def demo_command(settings: DemoSettings) -> None:
     given = settings.given("rounds", "clients", "local_steps", "learning_rate")
     config = DemoConfig(out=out, methods=methods, seed=settings.seed, **given)
     config.check()
-    with DemoDisplay(config.rounds) as display:
+    usual_s = USUAL_S + (len(methods) - 1) * USUAL_METHOD_S
+    with DemoDisplay(config.rounds, len(methods), usual_s) as display:
         results = run_demo(config, display)
     sample = generate_sample(out / "model")
     data = as_dict(config, results, sample)
@@ -88,57 +91,6 @@ def demo_command(settings: DemoSettings) -> None:
         f"checkpoint  {out / 'model'}   AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})", markup=False
     )
     console.print(f"{time.monotonic() - started:.0f} s in all", markup=False)
-
-
-class DemoDisplay:
-    """Live progress of the demo: tables on a terminal, a line per finished round elsewhere."""
-
-    def __init__(self, rounds: int) -> None:
-        from rich.live import Live
-
-        from edgefed.cli.output import stderr_console
-
-        self._console = stderr_console()
-        self._rounds = rounds
-        self._seen_rounds = self._methods = 0
-        live = self._console.is_terminal
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if live else None
-
-    def __enter__(self) -> DemoDisplay:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def method(self, name: str) -> None:
-        """Report the start of a method's run."""
-        self._methods += 1
-        self._seen_rounds = 0
-        self.note(f"{name}: starting the aggregator and the agents")
-
-    def status(self, status: Status) -> None:
-        """Show the status of the run, and a line for each round that ended since the last call."""
-        from edgefed.cli.status import render_status
-        from edgefed.methods.registry import is_personal
-        from edgefed.progress import round_line
-
-        for done in status.history[self._seen_rounds :]:
-            received = f"{done.updates} of {done.participants} clients"
-            line = round_line(done.server_round, self._rounds, done.metrics, done.seconds, received)
-            self.note(f"{status.run.method}: {line}")
-        ended = status.state == "finished" and self._seen_rounds < len(status.history)
-        if ended and self._methods == 1 and not is_personal(status.run.method):
-            self.note("comparing: the clients evaluate the final model and train alone, as long as the rounds took")
-        self._seen_rounds = len(status.history)
-        if self._live:
-            self._live.update(render_status(status, self._console.height), refresh=True)
-
-    def note(self, text: str) -> None:
-        """Print one line."""
-        self._console.print(text, markup=False)
 
 
 def render_results(results: Sequence[MethodResult]) -> list[RenderableType]:
@@ -210,7 +162,7 @@ def show_personal_demo(settings: DemoSettings) -> None:
         given["compared"] = COMPARED
     config = PersonalDemoConfig(out=out, seed=settings.seed, **given)
     config.check()
-    with DemoDisplay(config.rounds) as display:
+    with DemoDisplay(config.rounds, 1, USUAL_PERSONAL_S) as display:
         results = run_personal_demo(config, display)
     data = as_personal_dict(config, results)
     (out / RESULT_FILE).write_text(json.dumps(data, indent=2) + "\n")

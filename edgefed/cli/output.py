@@ -74,9 +74,9 @@ def print_error(error: EdgefedError, *, as_json: bool) -> None:
     console.print(f"  {to_flags(error.remedy)}", markup=False)
 
 
-def print_note(text: str) -> None:
-    """Print one line on stderr that is not an error."""
-    stderr_console().print(stamp() + to_flags(text), markup=False)
+def print_note(text: str, *, to_copy: bool = False) -> None:
+    """Print one line on stderr that is not an error. ``to_copy``: a command in it is not broken by new lines."""
+    stderr_console().print(stamp() + to_flags(text), markup=False, soft_wrap=to_copy or None)
 
 
 HINTS = {

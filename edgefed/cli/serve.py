@@ -15,7 +15,7 @@ def serve_command(server: Server) -> None:
     from edgefed.cli.output import print_note
 
     def on_ready(url: str) -> None:
-        print_note(f"clients join with: edgefed join {url} {_flags_to_join(server)}")
+        print_note(f"clients join with: edgefed join {url} {_flags_to_join(server)}", to_copy=True)
 
     server.serve(on_ready, on_message=print_note)
 

@@ -71,6 +71,9 @@ class DemoSink(Protocol):
     def status(self, status: Status) -> None:
         """The state of the run, at every poll."""
 
+    def evaluated(self, models: int, of: int) -> None:
+        """So many of the global models of the run are evaluated."""
+
     def note(self, text: str) -> None:
         """One line for the user."""
 
@@ -177,11 +180,12 @@ def _run_method(config: DemoConfig, method: str, clients: Sequence[LocalClient],
     folder = config.out / method
     with LocalFederation(folder, flags, clients) as federation:
         status = federation.run(sink.status, timeout_s=TIMEOUT_S)
-    sink.note(f"{method}: evaluating {config.rounds + 1} global models")
+    sink.note(f"{method}: evaluating {config.rounds + 1} global models, one after another")
     held_out = {client.name: load_corpus(client.data, 0.1, 0).held_out for client in clients}
     losses = held_out_losses(
-        federation.run_folder, held_out, sequence_length=config.sequence_length, max_tokens=EVALUATION_TOKENS
-    )
+        federation.run_folder, held_out, sequence_length=config.sequence_length, max_tokens=EVALUATION_TOKENS,
+        on_model=lambda models: sink.evaluated(models, config.rounds + 1),
+    )  # fmt: skip
     return MethodResult(
         method=method,
         seconds=sum(done.seconds for done in status.history),
@@ -335,9 +339,7 @@ def run_personal_demo(config: PersonalDemoConfig, sink: DemoSink) -> list[Person
     with LocalFederation(folder, flags, clients) as federation:
         federation.run(sink.status, timeout_s=TIMEOUT_S)
         folders = [federation.client_folder(client.name) for client in clients]
-    tasks = [
-        make_task(IMAGES, client.data, client.flags[3], client.name, HELD_OUT_SHARE) for client in clients
-    ]  # fmt: skip
+    tasks = [make_task(IMAGES, client.data, client.flags[3], client.name, HELD_OUT_SHARE) for client in clients]
     opened = [task.open(EXTRACTOR, {}, config.seed) for task in tasks]
     compared = {}
     for name in config.compared:
@@ -366,9 +368,8 @@ def run_personal_demo(config: PersonalDemoConfig, sink: DemoSink) -> list[Person
             )
         )
     curve = np.mean([result.accuracy for result in results], axis=0).tolist()
-    shown: dict[str, list[Outcome]] = {
-        FedMoE.name: [(list(enumerate(curve, start=1)), [result.accuracy[-1] for result in results])]
-    }
+    final = [result.accuracy[-1] for result in results]
+    shown: dict[str, list[Outcome]] = {FedMoE.name: [(list(enumerate(curve, start=1)), final)]}
     shown |= {name: [(history.curve(), history.final())] for name, history in compared.items()}
     save_comparison(config.out / PICTURE_FILE, {"embedded digits": shown})
     save_gate_histograms(config.out / GATES_FILE, gates, tasks[0].classes)

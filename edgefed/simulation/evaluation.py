@@ -107,12 +107,13 @@ def held_out_losses(
     batch_size: int = 8,
     max_tokens: int = 8192,
     rounds: Sequence[int] | None = None,
+    on_model: Callable[[int], None] = lambda evaluated: None,
 ) -> dict[str, list[float]]:
     """Loss of the global model at the start of each stored round and after the last one, {client: [loss, ...]}.
 
     Every expert of the model is streamed from the run's blobs, so numbers of different methods and budgets can be
     compared. ``held_out``: {client: examples}. ``rounds``: evaluate these manifests only, where 1 is the model before
-    the first round.
+    the first round. ``on_model``: gets the number of models evaluated so far, after each.
     """
     losses: dict[str, list[float]] = {name: [] for name in held_out}
     with RunReader(run_folder) as reader, tempfile.TemporaryDirectory(prefix="edgefed-") as scratch:
@@ -140,6 +141,7 @@ def held_out_losses(
             with model.streaming(source, scope):
                 for name in held_out:
                     losses[name].append(evaluate_loss(model.module, blocks[name], batch_size))
+            on_model(max(map(len, losses.values())))
     return losses
 
 
