@@ -113,6 +113,8 @@ def masked_experts(
         tuple(weights[0].up.shape),
         tuple(weights[0].down.shape),
     )
+    if any((tuple(w.up.shape), tuple(w.down.shape)) != (layout.up_shape, layout.down_shape) for w in weights):
+        raise Unsupported("slots differ in shape")
     if num_slots > MAX_SLOTS:
         raise Unsupported(f"{num_slots} slots in one layer; the maximum is {MAX_SLOTS}")
     has_bias = any(part.bias >= 0 for part in (*layout.up, *layout.down))

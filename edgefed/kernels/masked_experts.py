@@ -33,6 +33,10 @@ IMPLEMENTATIONS = {
 """Module of each backend, with ``why_not``, ``masked_experts`` and ``Unsupported``, and the options it supports."""
 
 
+ONE_WIDTH = ("triton", "cuda")
+"""Backends that take slots of one width in a call: slices of different widths are computed width by width."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LowRankPair:
     """A LoRA update of one weight: adds ``scale * (x A^T) B^T``. ``lora_a`` (R, in), ``lora_b`` (out, R)."""
@@ -65,7 +69,8 @@ class SlotWeights:
 class Slots(Protocol):
     """S experts by slot. An item is read once per call, only if a token needs it: it may come from disk.
 
-    With a true attribute ``streamed``, items are read one after the other and none stays in memory.
+    With a true attribute ``streamed``, items are read one after the other and none stays in memory. Slots of different
+    widths have an attribute ``widths``, (S,): the neurons of each.
     """
 
     def __len__(self) -> int: ...
@@ -182,6 +187,9 @@ def masked_experts(
             implementation.masked_experts, slots=slots, activation=activation, is_transposed=is_transposed,
             **{option: options[option] for option in supported},
         )  # fmt: skip
+        widths = getattr(slots, "widths", ())
+        if name in ONE_WIDTH and len(set(widths)) > 1:
+            function = functools.partial(by_width, function, slots, widths)
         try:
             if finish is None or "finish" in supported:
                 return function(hidden_states, slot_indices, expert_weights)
@@ -214,6 +222,43 @@ def backend_for(
     if finish is not None:
         reason = "the layer has an operation after its experts"
     return ("reference", f"not {name}: {reason}") if reason else (name, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class _SomeSlots:
+    """``members`` of ``slots``, in their order."""
+
+    slots: Slots
+    members: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, slot: int) -> SlotWeights:
+        return self.slots[self.members[slot]]
+
+
+def by_width(
+    function: Callable[..., torch.Tensor],
+    slots: Slots,
+    widths: Sequence[int],
+    hidden_states: torch.Tensor,
+    slot_indices: torch.Tensor,
+    expert_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Compute slots of different ``widths`` (S,) by a ``function`` that takes one width: a call and a sum for each.
+
+    ``function(hidden_states, slot_indices, expert_weights, slots=...)`` is one of a backend. The sums of the widths are
+    rounded to the dtype of ``hidden_states`` one by one.
+    """
+    total = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+    for width in sorted(set(widths)):
+        members = tuple(slot for slot, own in enumerate(widths) if own == width)
+        place_of = torch.full((len(widths) + 1,), -1, dtype=torch.int64)
+        place_of[list(members)] = torch.arange(len(members))  # the last entry is that of slot -1
+        own_indices = place_of.to(slot_indices.device)[slot_indices]
+        total = total + function(hidden_states, own_indices, expert_weights, slots=_SomeSlots(slots, members))
+    return total.to(hidden_states.dtype)
 
 
 def _finish_pairs(

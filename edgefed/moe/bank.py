@@ -355,6 +355,11 @@ class BankSlots:
     def __len__(self) -> int:
         return len(self._bank)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each slot, (S,); () if all experts are whole."""
+        return tuple(map(len, self._bank.neurons))
+
     def __getitem__(self, slot: int) -> SlotWeights:
         bank = self._bank
         tensors: dict[str, torch.Tensor] = {**bank.tensors(slot), **bank.tensors(slot, adapter=True)}

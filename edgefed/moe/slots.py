@@ -150,6 +150,7 @@ class PerturbedSlots:
 
     def __init__(self, slots: Slots, perturbation: Perturbation):
         self._slots, self._perturbation = slots, perturbation
+        self.widths: tuple[int, ...] = getattr(slots, "widths", ())
 
     def __len__(self) -> int:
         return len(self._slots)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from edgefed.kernels.masked_experts import LowRankPair, SlotWeights, masked_experts
+from edgefed.kernels.masked_experts import LowRankPair, SlotWeights, by_width, masked_experts
 
 HIDDEN, WIDTH, RANK = 6, 5, 2
 
@@ -202,3 +204,62 @@ def test_shapes_that_do_not_match_are_refused():
         run(hidden, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 2), slots, LAYOUTS["gated"])
     with pytest.raises(IndexError, match="slot 2 is out of range: there are 2 slots"):
         run(hidden, torch.full((3, 1), 2), torch.ones(3, 1), slots, LAYOUTS["gated"])
+
+
+class Ragged(list):
+    """Slots of different widths."""
+
+    def __init__(self, slots, widths):
+        super().__init__(slots)
+        self.widths = widths
+
+
+def ragged_slots(widths, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.3).to(dtype).requires_grad_()
+
+    return Ragged([SlotWeights(up=random(2 * w, HIDDEN), down=random(HIDDEN, w)) for w in widths], tuple(widths))
+
+
+@pytest.mark.parametrize("form", ["native", "by width"])
+def test_slices_of_different_widths_match_the_reference(form):
+    """Output and every gradient; native in float32, and width by width as backends do that take one width."""
+    widths, dtype = (16, 5, 16, 48, 5), torch.float32 if form == "native" else torch.float64
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(-1, len(widths), (40, 3), generator=generator)
+    results = []
+    for name in ("reference", form):
+        slots = ragged_slots(widths, dtype)
+        hidden = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        weights = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        if name == "by width":
+            function = functools.partial(masked_experts, activation=swiglu, backend="reference")
+            out = by_width(function, slots, widths, hidden, indices, weights)
+        else:
+            out = masked_experts(hidden, indices, weights, slots, activation=swiglu, backend=name)
+        out.sin().sum().backward()
+        results.append([out.detach(), hidden.grad, weights.grad, *(t.grad for s in slots for t in (s.up, s.down))])
+    tolerance = dict(rtol=1e-4, atol=1e-5) if form == "native" else dict(rtol=1e-9, atol=1e-12)
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_neuron_energies_of_slices(backend):
+    widths = (16, 5, 48)
+    slots = ragged_slots(widths, torch.float32)
+    indices = torch.randint(-1, len(widths), (600, 2), generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(600, HIDDEN, generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(600, 2, generator=torch.Generator().manual_seed(2))
+    energies = [torch.zeros(width, dtype=torch.float64) for width in widths]
+    with torch.no_grad():
+        for _ in range(2):  # they accumulate
+            masked_experts(hidden, indices, weights, slots, activation=swiglu, backend=backend, neuron_energy=energies)
+        for slot, energy in enumerate(energies):
+            token, k = (indices == slot).nonzero(as_tuple=True)
+            act = swiglu(hidden[token] @ slots[slot].up.T)
+            parts = weights[token, k, None, None] * act[:, :, None] * slots[slot].down.T  # (P, I, H)
+            expected = 2 * parts.double().square().sum(dim=(0, 2))
+            torch.testing.assert_close(energy, expected, rtol=1e-4, atol=1e-9)
