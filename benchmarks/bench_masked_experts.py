@@ -187,7 +187,7 @@ def crossover(repetitions: int) -> dict:
     try:
         for form in ("nf4", "int8", "bf16"):
             stored = dense if form == "bf16" else quantize_experts(dense, form)
-            for rows in (1, 2, 4, 6, 8, 12, 16, 24, 32):
+            for rows in (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128):
                 tensors, entries = [], []
                 for e in range(len(dense)):
                     data = [dense[e]] if form == "bf16" else [stored[e].packed, stored[e].scales()]

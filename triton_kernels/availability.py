@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import re
 
-MIN_TRITON = (3, 6)
+MIN_TRITON = (3, 3)
 MIN_CAPABILITY = (8, 0)
 
 

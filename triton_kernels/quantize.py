@@ -49,7 +49,8 @@ def quantize_nf4_kernel(values, packed, absmax, num_blocks, BLOCKSIZE: tl.conste
     even = tl.load(at, mask=is_block[:, None], other=0.0).to(tl.float32)
     odd = tl.load(at + 1, mask=is_block[:, None], other=0.0).to(tl.float32)
     top = tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), axis=1)
-    factor = tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), tl.maximum(top, 1e-38))[:, None]
+    tiny = tl.full((BLOCKS,), 1e-38, tl.float32)  # as a literal, a subnormal number is float64 up to Triton 3.8
+    factor = tl.div_rn(tl.full((BLOCKS,), 1.0, tl.float32), tl.maximum(top, tiny))[:, None]
     even = tl.minimum(tl.maximum(even * factor, -1.0), 1.0)
     odd = tl.minimum(tl.maximum(odd * factor, -1.0), 1.0)
     code = (_nf4_code(even) << 4) | _nf4_code(odd)

@@ -42,7 +42,7 @@ def backend_findings(outcome: Outcome) -> list[Finding]:
 
 
 def proof_findings(outcome: Outcome, device: str) -> list[Finding]:
-    """One finding per backend: in how many cases it is proved on the device, how much faster, and what is wrong."""
+    """One finding per case: which backends are proved in it on the device, how much faster, and what is wrong."""
     if not outcome.ok:
         return [
             Finding(
@@ -52,16 +52,14 @@ def proof_findings(outcome: Outcome, device: str) -> list[Finding]:
         ]  # fmt: skip
     found = msgspec.convert(outcome.value, Proofs)
     findings = []
-    for backend in dict.fromkeys(row[1] for row in found.rows):
-        rows = [row for row in found.rows if row[1] == backend]
-        proved = [row for row in rows if row[2] == "proved"]
-        bad = [row for row in rows if row[2] in ("wrong", "failed", "died", "trying")]
-        text = f"{backend} on {device}: proved in {len(proved)} of {len(rows)} cases"
-        text += "".join(f"; {case}: {words} ({when[:10]})" for case, _, _, words, when in rows)
+    for case in dict.fromkeys(row[0] for row in found.rows):
+        rows = [row for row in found.rows if row[0] == case]
+        bad = any(state in ("wrong", "failed", "died", "trying") for _, _, state, _, _ in rows)
+        words = "; ".join(f"{backend} {text}, {when[:10]}" for _, backend, _, text, when in rows)
         findings.append(
             Finding(
-                Group.NATIVE, "kernel proofs", State.NOTE if bad else State.OK, text,
-                "The next backend runs in the other cases." if bad else "", "Prove them again." if bad else "",
+                Group.NATIVE, "kernel proof", State.NOTE if bad else State.OK, f"{case} on {device}: {words}",
+                "Another backend runs in this case." if bad else "", "Prove the kernels again." if bad else "",
                 PROVE if bad else "",
             )
         )  # fmt: skip

@@ -24,7 +24,7 @@ SCRIPT = ROOT / "benchmarks" / "report_triton_resources.py"
 # 12.0, and the other tensor-core instructions of 9.0.
 SAMPLE = {
     80: ["grouped_matmul nf4 bf16 gated 128", "grouped_matmul nf4 bf16 backward 64", "schedule_tiles S64"],
-    86: ["grouped_matmul plain bf16 gated 128", "grouped_outer bf16 128"],
+    86: ["grouped_matmul plain bf16 gated 128", "grouped_outer bf16 128", "quantize nf4", "dequantize nf4"],
     87: ["grouped_matmul nf4 bf16 gated 16", "swiglu_backward", "router_statistics softmax E64"],
     89: ["grouped_matmul int8 bf16 gated 64", "quantize nf4"],
     90: ["grouped_matmul plain bf16 forward 128", "grouped_matmul nf4 bf16 forward 128", "combine"],

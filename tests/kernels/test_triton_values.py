@@ -65,5 +65,5 @@ def test_importing_the_package_imports_no_triton():
 def test_why_not_says_why(monkeypatch):
     monkeypatch.setattr(availability, "triton_version", lambda: None)
     assert availability.why_not() == "triton is not installed"
-    monkeypatch.setattr(availability, "triton_version", lambda: "3.5.1")
-    assert availability.why_not() == "triton 3.5.1 is older than 3.6"
+    monkeypatch.setattr(availability, "triton_version", lambda: "3.2.0")
+    assert availability.why_not() == "triton 3.2.0 is older than 3.3"
