@@ -26,7 +26,7 @@ DEFAULT_EXTRACTOR = "cnn5"
 TRAINING = (
     "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "local_steps", "batch_size",
     "sequence_length", "learning_rate", "weight_decay", "balancing", "missing", "profile_tokens",
-    "profile_agreement", "evaluation_tokens",
+    "profile_agreement", "evaluation_tokens", "evaluation_share",
 )  # fmt: skip
 """Settings of the training of a language model."""
 
@@ -153,6 +153,11 @@ class Server:
         int | None,
         Setting("Most tokens of its held-out text that a client evaluates; 0 means all.", default="4096", minimum=0),
     ] = None
+    evaluation_share: Annotated[
+        float | None,
+        Setting("Most tokens of an evaluation as a share of those that a client trains on in a round, but at least a "
+                "batch; 1 sets no limit.", default="0.05", above=0, maximum=1),
+    ] = None  # fmt: skip
     seed: Annotated[int | None, Setting("Seed of the run.", default="0", minimum=0)] = None
     keep_rounds: Annotated[int, Setting("Rounds whose global model stays on disk; 0 keeps all.", minimum=0)] = 2
     exit_when_finished: Annotated[bool, Setting("Exit after the last round instead of serving the final model.")] = (

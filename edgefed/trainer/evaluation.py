@@ -23,14 +23,71 @@ from edgefed.training.profiling import ProfilePass, spread_blocks
 from edgefed.training.steps import step_setup, train_scope
 
 
+def held_out_sample(blocks: TokenBlocks, training: TrainingConfig) -> TokenBlocks:
+    """The blocks of an evaluation, spread evenly over ``blocks``.
+
+    At most ``training.evaluation_tokens``, and at most ``training.evaluation_share`` of the tokens that a round trains
+    on, but at least one batch.
+    """
+    length = blocks.input_ids.shape[1]
+    sample = spread_blocks(blocks, training.evaluation_tokens)
+    if training.evaluation_share >= 1:
+        return sample
+    batch = training.batch_size * training.sequence_length
+    limit = max(batch, int(training.evaluation_share * training.local_steps * batch))
+    return spread_blocks(blocks, limit) if sample.num_tokens > max(limit, length) else sample
+
+
+class HeldOutLosses:
+    """Losses before and after the training of each round. What was evaluated before is not evaluated again.
+
+    ``weights`` names the weights of the resident experts and all others; equal names are equal weights.
+    """
+
+    def __init__(self) -> None:
+        self._global: tuple[object, float] | None = None
+        self._own: tuple[object, float] | None = None
+        self._announced = False
+
+    def before(
+        self, weights: object, own: bool, model: MoeModel, training: TrainingConfig, blocks: TokenBlocks, chunked: bool,
+        progress: ProgressSink,
+    ) -> float:  # fmt: skip
+        """Loss before training. ``own``: the weights are those that the last round of this device left."""
+        known, self._own = (self._own if own else self._global), None
+        if known and known[0] == weights:
+            progress.message("evaluation: the weights are as in an earlier evaluation, whose loss is used")
+            return known[1]
+        sample = held_out_sample(blocks, training)
+        if not self._announced and sample.num_tokens < spread_blocks(blocks, training.evaluation_tokens).num_tokens:
+            progress.message(
+                f"evaluation: {sample.num_tokens:,} of {blocks.num_tokens:,} held-out tokens, at most "
+                f"{100 * training.evaluation_share:g} % of what a round trains on, or one batch"
+            )
+            self._announced = True
+        loss = evaluate_resident(model, training, blocks, chunked, progress)
+        if not own:
+            self._global = weights, loss
+        return loss
+
+    def after(
+        self, weights: object, own: bool, model: MoeModel, training: TrainingConfig, blocks: TokenBlocks, chunked: bool,
+        progress: ProgressSink,
+    ) -> float:  # fmt: skip
+        """Loss after training. ``own``: the next round begins with these weights."""
+        loss = evaluate_resident(model, training, blocks, chunked, progress)
+        self._own = (weights, loss) if own else None
+        return loss
+
+
 def evaluate_resident(
     model: MoeModel, training: TrainingConfig, blocks: TokenBlocks, chunked: bool, progress: ProgressSink
 ) -> float:
-    """Loss of the resident experts on at most ``training.evaluation_tokens`` tokens of ``blocks``, in nats per token.
+    """Loss of the resident experts on the `held_out_sample` of ``blocks``, in nats per token.
 
     After an out-of-memory it continues with half as many sequences.
     """
-    blocks = spread_blocks(blocks, training.evaluation_tokens)
+    blocks = held_out_sample(blocks, training)
 
     def evaluate(batch_size: int) -> float:
         progress.phase("evaluate", blocks.num_tokens, "token")
@@ -58,7 +115,7 @@ def evaluate_streamed(
     The model has no resident experts. ``chunked``: the model's loss may be computed in chunks.
     """
     training = run.training
-    blocks = spread_blocks(blocks, training.evaluation_tokens)
+    blocks = held_out_sample(blocks, training)
     setup = dataclasses.replace(step_setup(model, training), sequence_length=blocks.input_ids.shape[1])
     shape = shape_from_config(model.config, run.model)
     chosen, _ = choose_profile_pass(

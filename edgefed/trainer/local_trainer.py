@@ -33,7 +33,7 @@ from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
-from edgefed.trainer.evaluation import evaluate_resident, evaluate_streamed
+from edgefed.trainer.evaluation import HeldOutLosses, evaluate_streamed
 from edgefed.trainer.kernel_proof import prove_before_round
 from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.trainer.placement import (
@@ -134,6 +134,7 @@ class LocalTrainer:
         self.evaluates = evaluates
         self._train_blocks: TokenBlocks | None = None
         self._held_out_blocks: TokenBlocks | None = None
+        self._losses = HeldOutLosses()
         self._last: _RoundContext | None = None
         self._chunking_checked = False
 
@@ -274,9 +275,9 @@ class LocalTrainer:
                     self._place(ctx, model, plan)
                 self._check_chunked_loss(ctx, model)
                 if placed not in before:
-                    before[placed] = self._held_out_loss(ctx)
+                    before[placed] = self._held_out_loss(ctx, plan, self._losses.before)
                 outcome = self._train(ctx, model, plan, guard)
-                return plan, outcome, before[placed], self._held_out_loss(ctx)
+                return plan, outcome, before[placed], self._held_out_loss(ctx, plan, self._losses.after)
             except PlanShrunk:
                 plan = guard.plan
             except Exception as error:
@@ -340,13 +341,15 @@ class LocalTrainer:
             self.planner.exclude("chunked_loss", problem)
             raise PlanShrunk
 
-    def _held_out_loss(self, ctx: _RoundContext) -> float:
+    def _held_out_loss(self, ctx: _RoundContext, plan: ExpertPlan, evaluate: Callable[..., float]) -> float:
         """Loss of the resident experts on the held-out text; NaN without any."""
         if self._held_out_blocks is None or not self.evaluates:
             return math.nan
         ctx.phase = "evaluating"
-        chunked = self.planner.step_plan.setup.chunked_loss
-        return evaluate_resident(self.model, ctx.run.training, self._held_out_blocks, chunked, ctx.progress)
+        own, setup, blocks = not ctx.method.exchanges, self.planner.step_plan.setup, self._held_out_blocks
+        units = () if own else ctx.units.values()
+        weights = reports.weights_in_use(ctx.run.run_id, plan, setup.expert_storage, units)
+        return evaluate(weights, own, self.model, ctx.run.training, blocks, setup.chunked_loss, ctx.progress)
 
     def _train(self, ctx: _RoundContext, model: MoeModel, plan: ExpertPlan, guard: MemoryGuard) -> StepsOutcome:
         ctx.phase = "training"
@@ -380,20 +383,9 @@ class LocalTrainer:
 
     def _probe(self, ctx: _RoundContext, model: MoeModel, plan: ExpertPlan, assigning: Assigning) -> ProbeOutcome:
         """Estimate gradient norms of the explored experts after training; see `edgefed.training.utility`."""
-        progress, setup = ctx.progress, self.planner.step_plan.setup
-        frozen = sum(len(plan.frozen(layer)) for layer in range(plan.num_layers))
         assert self._train_blocks is not None, "the data has been encoded"
-        progress.phase("explore", 1 + 2 * assigning.directions * min(frozen, assigning.max_explored), "pass")
-        outcome = reports.probe_explored(
-            model, plan, self._train_blocks.shortened(setup.sequence_length), directions=assigning.directions,
-            most=assigning.max_explored, batch_size=setup.batch_size, seed=self._seed(ctx), chunked=setup.chunked_loss,
-            on_forward=lambda: progress.advance(1),
-            on_smaller=lambda size: progress.message(
-                f"memory: out of memory while exploring; {size} sequences at a time"
-            ),
-        )  # fmt: skip
-        progress.done()
-        return outcome
+        setup, seed = self.planner.step_plan.setup, self._seed(ctx)
+        return reports.probe_explored(model, plan, self._train_blocks, assigning, setup, seed, ctx.progress)
 
     def _seed(self, ctx: _RoundContext) -> int:
         """A seed that only this device has, in this round of this run."""

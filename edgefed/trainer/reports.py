@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from edgefed.costs.step_setup import StepSetup
 from edgefed.disk import disk_errors
 from edgefed.errors import TrainingDiverged
 from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
 from edgefed.hardware.memory import process_peak_rss_bytes
-from edgefed.methods.interface import ExpertMethod
+from edgefed.methods.interface import Assigning, ExpertMethod
 from edgefed.moe.expert_reading import raw_array
 from edgefed.moe.model import MoeModel
+from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import NEURON_INDEX, ExpertReport, ExpertSurvey, FileInfo, UnitInfo
 from edgefed.protocol.slices import UnitSlice, neuron_table, slice_unit
@@ -96,33 +98,39 @@ def probe_explored(
     model: MoeModel,
     plan: ExpertPlan,
     blocks: TokenBlocks,
-    *,
-    directions: int,
-    most: int,
-    batch_size: int,
+    assigning: Assigning,
+    setup: StepSetup,
     seed: int,
-    chunked: bool,
-    on_forward: Callable[[], None],
-    on_smaller: Callable[[int], None],
+    progress: ProgressSink,
 ) -> ProbeOutcome:
     """Gradient norms of experts that are held as themselves but not trained, by forward passes over one batch.
 
-    ``most`` of them are drawn, and the batch is the first in an order, both by ``seed``. Out of memory, half of the
-    batch is taken.
+    ``assigning.max_explored`` of them are drawn, and the batch is the first in an order, both by ``seed``. Out of
+    memory, half of the batch is taken.
     """
+    blocks, most, directions = blocks.shortened(setup.sequence_length), assigning.max_explored, assigning.directions
     explored = [(layer, int(expert)) for layer in range(plan.num_layers) for expert in plan.frozen(layer)]
     if len(explored) > most:
         explored = [explored[place] for place in sorted(np.random.default_rng(seed).permutation(len(explored))[:most])]
+    progress.phase("explore", 1 + 2 * directions * len(explored), "pass")
     if not explored or not directions:
+        progress.done()
         return ProbeOutcome({}, 0)
 
     def probe(size: int) -> ProbeOutcome:
         input_ids, labels = next(blocks.batches(size, torch.Generator().manual_seed(seed)))
         return probe_gradient_norms(
-            model, explored, input_ids, labels, directions=directions, seed=seed, chunked=chunked, on_forward=on_forward
-        )
+            model, explored, input_ids, labels, directions=directions, seed=seed, chunked=setup.chunked_loss,
+            on_forward=lambda: progress.advance(1),
+        )  # fmt: skip
 
-    return with_smaller_batches(probe, batch_size, on_smaller)
+    outcome = with_smaller_batches(
+        probe,
+        setup.batch_size,
+        lambda size: progress.message(f"memory: out of memory while exploring; {size} sequences at a time"),
+    )
+    progress.done()
+    return outcome
 
 
 def expert_survey(
@@ -139,6 +147,12 @@ def expert_survey(
         tune_slots=sum(len(plan.resident(layer)) for layer in range(plan.num_layers)),
         train_slots=train_slots,
     )
+
+
+def weights_in_use(run_id: str, plan: ExpertPlan, storage: str | None, units: Iterable[UnitInfo]) -> object:
+    """A name of the weights with which a device computes: its plan, and the hashes of the ``units`` in it."""
+    hashes = tuple(unit.sha256 for unit in units if unit.kind != "expert" or is_resident(unit, plan))
+    return run_id, plan, storage, hashes
 
 
 def is_resident(unit: UnitInfo, plan: ExpertPlan) -> bool:
