@@ -13,7 +13,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +27,8 @@ from edgefed.protocol.messages import Manifest, encode_message
 logger = logging.getLogger(__name__)
 
 BATCH_FILES = 64
-"""Open files per batch. They are synced together, which costs the file system one journal commit instead of 64."""
+"""Files that are synced together, which costs the file system one journal commit instead of 64. While one batch is
+synced, the next is written, so up to twice as many are open."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -112,20 +114,27 @@ class _Pending:
 
 
 class BlobBatch:
-    """Writes many blobs, from several threads. Leaving the context publishes them; an exception discards the rest."""
+    """Writes many blobs, from several threads. Leaving the context publishes them; an exception discards the rest.
+
+    Full batches are synced in the background. An error there is raised by the next `put` that fills one, or by `flush`.
+    """
 
     def __init__(self, blobs: BlobStore):
         self._blobs = blobs
         self._lock = threading.Lock()
         self._pending: list[_Pending] = []
+        self._syncing: Future[None] | None = None
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="edgefed-sync")
 
     def __enter__(self) -> BlobBatch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.flush()
-        else:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self._syncer.shutdown()
             self._discard(self._pending)
 
     def put(self, chunks: Iterable[bytes | memoryview]) -> tuple[str, int]:
@@ -148,29 +157,42 @@ class BlobBatch:
                 self._discard([pending])
             else:
                 self._pending.append(pending)
-            full = len(self._pending) >= BATCH_FILES
-        if full:
-            self.flush()
+            if len(self._pending) >= BATCH_FILES:
+                self._start_flush()
         return pending.sha256, size
 
     def flush(self) -> None:
         """Sync and rename all blobs that were written so far."""
         with self._lock:
-            ready, self._pending = self._pending, []
-            try:
-                with disk_errors("write a blob"):
-                    folders = set()
-                    for pending in ready:
-                        sync_file(pending.file)
-                        pending.file.close()  # Windows renames only closed files
-                        folder = self._blobs.folder_of(pending.sha256)
-                        os.replace(pending.path, folder / pending.sha256)
-                        folders.add(folder)
-                    for folder in folders:
-                        sync_folder(folder)
-            except BaseException:
-                self._discard(ready)
-                raise
+            self._start_flush()
+            self._await_flush()
+
+    def _start_flush(self) -> None:
+        """Hand what is pending to the background, after the batch before it. The caller has the lock."""
+        self._await_flush()
+        ready, self._pending = self._pending, []
+        self._syncing = self._syncer.submit(self._publish, ready)
+
+    def _await_flush(self) -> None:
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
+
+    def _publish(self, ready: Sequence[_Pending]) -> None:
+        try:
+            with disk_errors("write a blob"):
+                folders = set()
+                for pending in ready:
+                    sync_file(pending.file)
+                    pending.file.close()  # Windows renames only closed files
+                    folder = self._blobs.folder_of(pending.sha256)
+                    os.replace(pending.path, folder / pending.sha256)
+                    folders.add(folder)
+                for folder in folders:
+                    sync_folder(folder)
+        except BaseException:
+            self._discard(ready)
+            raise
 
     @staticmethod
     def _discard(entries: Iterable[_Pending]) -> None:
