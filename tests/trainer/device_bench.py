@@ -59,7 +59,7 @@ def bench(tmp_path):
         training = {"local_steps": STEPS, "batch_size": 2, "sequence_length": 64, "profile_tokens": 1024, **training}
         run = RunConfig(
             run_id="run", model="tiny", method=method, method_options=options or {}, rounds=rounds, seed=3,
-            training=TrainingConfig(evaluation_tokens=256, **training),
+            training=TrainingConfig(evaluation_tokens=256, evaluation_share=1.0, **training),
         )  # fmt: skip
         folder = tmp_path / f"run-{len(readers)}"
         neurons = make_expert_method(method, options).requirements.neurons
