@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgefed.api.chat import load_chat as load_chat
     from edgefed.api.client import Client as Client
     from edgefed.api.client import ClientEvent as ClientEvent
+    from edgefed.api.mixture import load_mixture as load_mixture
     from edgefed.api.models import Plan as Plan
     from edgefed.api.models import experts as experts
     from edgefed.api.models import plan as plan
@@ -39,6 +40,7 @@ _PLACES = {
     "experts": "edgefed.api.models:experts",
     "export": "edgefed.api.runs:export",
     "load_chat": "edgefed.api.chat:load_chat",
+    "load_mixture": "edgefed.api.mixture:load_mixture",
     "plan": "edgefed.api.models:plan",
     "profile": "edgefed.api.models:profile",
     "register_method": "edgefed.methods.registry:register",
@@ -46,8 +48,8 @@ _PLACES = {
 }
 
 __all__ = [
-    "Client", "ClientEvent", "Plan", "Server", "experts", "export", "load_chat", "plan", "profile", "register_experts",
-    "register_method", "simulate",
+    "Client", "ClientEvent", "Plan", "Server", "experts", "export", "load_chat", "load_mixture", "plan", "profile",
+    "register_experts", "register_method", "simulate",
 ]  # fmt: skip
 
 # In a checkout, profiles/ and triton_kernels/ lie beside this folder; installed, they lie in it. `python -m edgefed`

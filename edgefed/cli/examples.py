@@ -40,6 +40,10 @@ EXAMPLES: dict[str, Sequence[tuple[str, str]]] = {
         ("Two classes for each of ten clients.", "edgefed partition all.npz --clients 10 --out parts"),
         ("Unequal shares of every class.", "edgefed partition all.csv --clients 10 --by dirichlet --out parts"),
     ),
+    "predict": (
+        ("Classify texts with the model of this device.", 'edgefed predict --state ./me "a great film"'),
+        ("Its accuracy on labelled examples.", "edgefed predict --state ./me --data test.npz"),
+    ),
     "profile": (
         ("Which experts of the tiny model does this text use?", "edgefed profile --data my.jsonl"),
         ("Of a checkpoint, with a picture.", "edgefed profile --model ./olmoe --data my.jsonl --plot experts.png"),

@@ -21,7 +21,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -85,6 +85,16 @@ def load_images(
     if not len(images):
         raise DataError(f"{path} has no example", remedy=FORMS)
     return ImageSamples(_as_size(images, size, resize, path, report), numbers, names)
+
+
+def load_image_files(files: Sequence[Path], size: tuple[int, int] = (32, 32)) -> ImageSamples:
+    """Read image files without labels, scaled to ``size`` and cropped at the centre. Raises DataError."""
+    images = np.empty((len(files), *size, 3), np.uint8)
+    for index, file in enumerate(files):
+        if not file.is_file():
+            raise DataError(f"image not found: {file}", remedy="Check the path.")
+        images[index] = np.asarray(_fitted(_open_image(file), size))
+    return ImageSamples(images, np.zeros(len(files), np.int64), ("",))
 
 
 def _read_npz(path: Path, report: Callable[[str], None]) -> tuple[Array, Array, Array | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,13 @@ class PersonalState:
     def __init__(self, folder: Path, run_id: str, facts: Mapping[str, str]):
         self._folder = make_folder(make_folder(folder / "personal") / run_id)
         self._facts = dict(facts)
+
+    def keep_files(self, files: Mapping[str, Path]) -> None:
+        """Copy the files of the run beside the states, so that predictions need no server. Raises StorageError."""
+        folder = make_folder(files_folder(self._folder))
+        with disk_errors(folder):
+            for name, path in files.items():
+                shutil.copyfile(path, folder / Path(name).name)
 
     def restore(self, mixture: nn.Module, optimizer: torch.optim.Optimizer, server_round: int) -> int:
         """Load own model, gate and their momentum from before ``server_round``; theta stays as it is.
@@ -79,7 +87,7 @@ class PersonalState:
 
     def _check(self, found: Mapping[str, str]) -> None:
         for name, wanted in self._facts.items():
-            if found.get(name) != wanted:
+            if name in found and found[name] != wanted:
                 raise ConfigError(
                     f"the state in {self._folder} was trained with {name} {found.get(name)!r}, found {wanted!r} now",
                     remedy=f"Join with the same {name} as before, or with another `state`.",
@@ -101,6 +109,11 @@ def newest_state(folder: Path) -> Path:
             f"no mixture found in {folder}", remedy="Pass the `state` folder of a device that joined with `task`."
         )
     return found[-1]
+
+
+def files_folder(folder: Path) -> Path:
+    """Where the files of a run (tokenizer, ...) are kept, in the folder of its states."""
+    return folder / "files"
 
 
 def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -15,7 +15,7 @@ import hashlib
 import shutil
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +67,8 @@ class OpenTask:
 class PersonalTask(Protocol):
     """Data and model of a device."""
 
+    kind: str
+    """One of `TASKS`."""
     identity: str
     """Device and data; seeds everything random."""
     model: str
@@ -90,6 +92,8 @@ class PersonalTask(Protocol):
 
 class ImageTask:
     """Labelled images and a model that classifies them."""
+
+    kind = IMAGES
 
     def __init__(self, data: str, model: str, name: str, held_out_share: float, resize: bool = False):
         notes: list[str] = []
@@ -175,6 +179,8 @@ _TRIED = 2
 class TextTask:
     """Labelled texts and a model that classifies them."""
 
+    kind = TEXT
+
     def __init__(self, data: str, model: str, name: str, held_out_share: float):
         labelled = load_labelled_texts(data)
         self.identity, self.model, self.classes = f"{name}/{labelled.sha256}", model, labelled.classes
@@ -193,11 +199,9 @@ class TextTask:
         """Tokenize every text with both tokenizers."""
         check_task(TEXT, extractor)
         tokenizer = unpack_tokenizer(files)
-        if self._own is None:
-            few = tokenize(self._texts[:_TRIED], tokenizer, length).batch(np.arange(min(_TRIED, len(self._texts))))
-            own = _from_code(self.model, TEXT, len(self.classes), self._seed, few, tokenizer), tokenizer
-        else:
-            own = self._own
+        own = self._own or own_text_model(
+            self.model, len(self.classes), tokenizer, length, self._seed, self._texts[:_TRIED]
+        )
         samples = text_samples(
             self._texts, self._labels, self.classes, shared_tokenizer=tokenizer, own_tokenizer=own[1], length=length
         )
@@ -214,6 +218,7 @@ class TextTask:
 class NextTokenTask:
     """Text and a language model that predicts its next tokens."""
 
+    kind = NEXT_TOKEN
     classes: tuple[str, ...] = ()
     num_present = 0
 
@@ -256,6 +261,19 @@ def unpack_tokenizer(files: Mapping[str, Path]) -> Any:
                 raise MalformedMessage(f"invalid file name {name[:80]!r} in the manifest: it must not contain a folder")
             shutil.copyfile(path, Path(folder) / name)
         return load_tokenizer(folder)
+
+
+def own_text_model(
+    model: str, num_classes: int, tokenizer: Any, length: int, seed: int = 0, sample: Sequence[str] = ("a b", "c d")
+) -> tuple[PersonalModel, Any]:
+    """(a client's model that classifies texts, its tokenizer). Code is called with the run's ``tokenizer``.
+
+    It is tried on ``sample``. Raises ConfigError, ModelError, ModelNotFound, CheckpointError.
+    """
+    if not _is_code(model):
+        return load_text_model(model, num_classes=num_classes, task=TEXT, seed=seed)
+    few = tokenize(sample, tokenizer, length).batch(np.arange(len(sample)))
+    return _from_code(model, TEXT, num_classes, seed, few, tokenizer), tokenizer
 
 
 def _is_code(model: str) -> bool:

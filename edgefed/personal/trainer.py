@@ -138,9 +138,11 @@ class PersonalTrainer:
             self.mixture = LocalMixture(self._open.shared, self._open.own, gate).to(self._device)
         facts = {
             "extractor": run.model, "model": self._task.model, "classes": "\n".join(self._task.classes),
-            "gate": f"{method.gate_width} {method.gate_norm}",
+            "gate": f"{method.gate_width} {method.gate_norm}", "task": self._task.kind,
+            "length": str(run.training.sequence_length),
         }  # fmt: skip
         self._state = PersonalState(self._folder, run.run_id, facts)
+        self._state.keep_files(files)
         self._run_id = run.run_id
 
     def _train(
