@@ -135,6 +135,7 @@ class Agent:
         self._metrics: Mapping[str, float] = {}
         self._left_out: set[str] = set()
         self._wait_reason = ""
+        self._asked = False
         self._comparison: Comparison | None = None
         self._started = clock()
         self._lines = RoundLines(clock)
@@ -179,7 +180,10 @@ class Agent:
                 self._register()
             if self.journal.pending is not None:
                 return self._close_round(self._delivery.resume())
-            reply = self._call(lambda: self.client.assignment(self._settings.poll_s))
+            # The server answers the first request at once: the user hears what the device waits for.
+            poll_s = self._settings.poll_s if self._asked else 0.0
+            reply = self._call(lambda: self.client.assignment(poll_s))
+            self._asked = True
             if isinstance(reply, Assignment):
                 return self._close_round(self._take_part(reply))
         except UnknownClient as error:

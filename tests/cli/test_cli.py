@@ -262,9 +262,9 @@ def test_a_run_keeps_its_tokenizer_and_length(run, tmp_path):
     refused(run(*again, "--sequence-length", 32), 2, "config", "--sequence-length 32 was asked for", "has 64")
 
 
-def test_joining_needs_a_model_for_a_task(run):
+def test_joining_needs_a_model_for_a_task(run, text):
     join = ("join", "http://127.0.0.1:9", "--data", "none.jsonl")
-    refused(run(*join, "--task", "next-token"), 2, "config", "--model is missing", "text-gru")
+    refused(run(*join[:-1], text, "--task", "next-token"), 2, "config", "--model is missing", "text-gru")
     refused(run(*join, "--task", "text", "--model", "text-cnn"), 4, "data", "file not found")
     refused(run(*join, "--model", "text-cnn"), 2, "config", "--task")
 
