@@ -27,12 +27,6 @@ PARTS = ("import", "download", "export")
 CHUNK = 1 << 20
 TARGET = 2.0
 
-EXPORT = """
-import sys
-from pathlib import Path
-from edgefed.runs import export_model
-export_model(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
 DOWNLOAD = """
 import sys
 from pathlib import Path
@@ -139,7 +133,7 @@ def run_parts(model: Path, scratch: Path, parts: Sequence[str]) -> list[dict]:
             server.wait(timeout=60)
     if "export" in parts:
         target = scratch / "exported"
-        export = command("-c", EXPORT, run_folder, target)
+        export = command("-m", "edgefed", "export", "--state", run_folder, "--to", "hf", target)
         rows.append(measure("export", weights, scratch, export, lambda: shutil.rmtree(target)))
     return rows
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -208,6 +209,8 @@ def changed_before(history: Sequence[RoundStatus], server_round: int, run: RunCo
 def main() -> int:
     """Run the import that standard input requests. Errors go to standard output as protocol error messages."""
     set_up_allocator()
+    # An import allocates each tensor three times over. On huge pages, torch does that twice as fast.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     request = decode_message(sys.stdin.buffer.read(), ImportRequest)
     try:
         if request.personal:

@@ -175,6 +175,8 @@ class LocalTrainer:
         guard = MemoryGuard(self.planner.shrink, progress, self._device, self._memory.watch)
         plan, outcome, before, after = self._train_within_memory(ctx, model, guard)
         self.plan = plan
+        if note := reports.starved_note(plan, outcome):
+            progress.message(note)
         probed, survey = ProbeOutcome({}, 0), None
         if method.assigning:
             probed = self._probe(ctx, model, plan, method.assigning)

@@ -64,6 +64,20 @@ def round_metrics(
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
+MAX_STARVED_SHARE = 0.25
+"""Share of the resident experts without load above which a person is told."""
+
+
+def starved_note(plan: ExpertPlan, outcome: StepsOutcome) -> str:
+    """A warning that many resident experts got almost no tokens in training; empty if few did."""
+    if outcome.starved_experts <= MAX_STARVED_SHARE * plan.num_resident:
+        return ""
+    return (
+        f"experts: {outcome.starved_experts} of {plan.num_resident} resident experts got less than a tenth of an even "
+        "load. If the number grows, the router collapses: lower the run's `learning_rate`, or set its `balancing`."
+    )
+
+
 def profile_metrics(sufficiency: Sufficiency | None) -> dict[str, float]:
     """What the ledger says of a profile that was made for the round; nothing without one."""
     if sufficiency is None:

@@ -1,6 +1,7 @@
 """Evaluations around training: how much text they take, and which are not repeated."""
 
 import json
+from collections import Counter
 
 import msgspec
 import pytest
@@ -9,14 +10,17 @@ import torch
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.embedded import tiny_model_directory
+from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
+from edgefed.trainer import reports
 from edgefed.trainer.evaluation import held_out_sample
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
 from edgefed.trainer.ports import ProcessMemory
 from edgefed.training.encoding import TokenBlocks
+from edgefed.training.steps import StepsOutcome
 
 TRAINING = TrainingConfig(local_steps=2, batch_size=2, sequence_length=32, profile_tokens=512)
 
@@ -136,3 +140,16 @@ def test_other_experts_are_evaluated(folder, tmp_path):
     assert len(evaluations) == len(again) == 2
     assert messages == []
     assert second["held_out_loss_before"] != first["held_out_loss_before"]
+
+
+def test_many_experts_without_load_are_reported():
+    plan = ExpertPlan.full([8, 8])
+    record = ActivationProfile(())
+
+    def note(starved):
+        outcome = StepsOutcome(1.0, 1, 100, 1.0, Counter(), record, 0, starved_experts=starved)
+        return reports.starved_note(plan, outcome)
+
+    assert note(0) == note(4) == ""
+    assert note(5).startswith("experts: 5 of 16 resident experts got less than a tenth of an even load.")
+    assert "`balancing`" in note(5)
