@@ -8,6 +8,8 @@ that does not concern the server is ignored.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import hmac
 import importlib.util
 import ipaddress
 import re
@@ -23,6 +25,22 @@ from edgefed.protocol import routes
 
 MAX_LABEL_CHARACTERS = 63
 SYSTEM_PROXY = "the proxy settings of the system"
+
+
+def split_pin(text: str) -> tuple[str, str]:
+    """(address, fingerprint) of ``https://host:port#sha256:HEX``; the fingerprint is "" without that part.
+
+    Raises ConfigError for an invalid fingerprint, or one of an address that is not https.
+    """
+    address, mark, fragment = text.strip().partition("#sha256:")
+    if not mark:
+        return text, ""
+    if re.fullmatch(r"[0-9a-fA-F]{64}", fragment) is None or not address.startswith("https://"):
+        raise ConfigError(
+            f"invalid fingerprint in the server's address: {fragment[:80]!r}",
+            remedy="Pass the whole address that `edgefed serve` prints, in quotes: https://host:port#sha256:...",
+        )
+    return address, fragment.lower()
 
 
 def check_base_url(text: str) -> str:
@@ -195,3 +213,22 @@ def trusted_certificates(environ: Mapping[str, str]) -> ssl.SSLContext | bool:
         except (ssl.SSLError, OSError) as error:
             raise ConfigError(f"{variable}: no certificates in {value}: {error}", remedy=remedy) from error
     return True
+
+
+def pinned_context(fingerprint: str) -> ssl.SSLContext:
+    """A context that accepts the one certificate with this SHA-256, whoever signed it, and under any host name."""
+
+    class PinnedSocket(ssl.SSLSocket):
+        def do_handshake(self, block: bool = False) -> None:
+            super().do_handshake(block)
+            found = hashlib.sha256(self.getpeercert(binary_form=True) or b"").hexdigest()
+            if not hmac.compare_digest(found, fingerprint):
+                error = ssl.SSLCertVerificationError("the server has another certificate")
+                error.verify_message = f"its fingerprint is {found}, the address says {fingerprint}"
+                raise error
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the fingerprint is checked instead
+    context.sslsocket_class = PinnedSocket
+    return context

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import httpx
 
-from edgefed.agent.addresses import check_base_url, find_proxy, trusted_certificates
+from edgefed.agent.addresses import check_base_url, find_proxy, pinned_context, split_pin, trusted_certificates
 from edgefed.agent.network import Throughput, TransferRates
 from edgefed.errors import (
     ConfigError,
@@ -56,7 +56,8 @@ class Channel:
         write_s: float,
         verify: ssl.SSLContext | bool,
     ) -> None:
-        self.base_url = check_base_url(base_url)
+        address, pin = split_pin(base_url)
+        self.base_url = check_base_url(address)
         self.timeout = httpx.Timeout(connect=connect_s, read=read_s, write=write_s, pool=connect_s)
         # A Range counts bytes of the blob itself, so the answer must not be compressed.
         headers = {"accept-encoding": "identity"}
@@ -69,6 +70,8 @@ class Channel:
         self._proxy = find_proxy(self.base_url, os.environ)
         if not self.base_url.startswith("https:"):
             verify = False  # loading certificate authorities takes 50 ms and megabytes; no redirect leads to https
+        elif pin:
+            verify = pinned_context(pin)
         elif verify is True:
             verify = trusted_certificates(os.environ)
         self._http = httpx.Client(
@@ -227,7 +230,8 @@ def connection_error(error: httpx.HTTPError, server: str) -> EdgefedError:
         if isinstance(cause, ssl.SSLCertVerificationError):
             untrusted = NetworkError(
                 f"the certificate of {server} is not trusted: {cause.verify_message}",
-                remedy="Set SSL_CERT_FILE to the certificate of the authority that signed the server's.",
+                remedy="Use the whole address that the server prints, with its #sha256 part, or set SSL_CERT_FILE to "
+                "the certificate of the authority that signed the server's.",
             )
             untrusted.foreign = True
             return untrusted

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -78,16 +79,39 @@ class GuardedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 on h11, which bounds heads and trailers, under a `ConnectionGuard`."""
 
     guard: ConnectionGuard
+    tls: ssl.SSLContext | None
     known = False
+    _early = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A connection begins."""
-        super().connection_made(transport)
+        """A connection begins: count it, and with TLS shake hands first."""
         self.logger = logger  # uvicorn's own would log every invalid request
         self.app_state = {**self.app_state, "connection": self}
         self.heard_at = self.waiting_since = self.guard.clock()
         self.head_begun = self.blocked_since = None
+        self.transport = transport
         self.guard.admit(self)
+        if self.tls is None:
+            super().connection_made(transport)
+        else:
+            transport.pause_reading()  # the first bytes are for the handshake
+            self._handshake = self.loop.create_task(self._shake_hands(transport, self.tls))
+
+    async def _shake_hands(self, transport: asyncio.Transport, tls: ssl.SSLContext) -> None:
+        try:
+            secure = await self.loop.start_tls(
+                transport, self, tls, server_side=True, ssl_handshake_timeout=self.guard.limits.head_s
+            )
+        except (OSError, asyncio.CancelledError):  # ssl.SSLError and time-outs are OSErrors
+            secure = None
+        if secure is None or transport.is_closing():
+            self.guard.forget(self)
+            transport.abort()
+            return
+        super().connection_made(secure)
+        early, self._early = self._early, b""
+        if early:  # arrived in one piece with the end of the handshake
+            self.data_received(early)
 
     head_begun: float | None
     blocked_since: float | None
@@ -95,11 +119,15 @@ class GuardedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It has ended."""
         self.guard.forget(self)
-        super().connection_lost(exc)
+        if self.flow is not None:  # None before the end of a handshake
+            super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Bytes arrive: note when, and when a request head begins."""
         self.heard_at = self.guard.clock()
+        if self.flow is None:
+            self._early += data
+            return
         if not self._answering and self.head_begun is None:
             self.head_begun = self.heard_at
         super().data_received(data)
@@ -141,9 +169,9 @@ class GuardedProtocol(H11Protocol):
         return None
 
 
-def guarded_protocol(guard: ConnectionGuard) -> type[GuardedProtocol]:
-    """The protocol class for uvicorn, bound to ``guard``."""
-    return type("BoundProtocol", (GuardedProtocol,), {"guard": guard})
+def guarded_protocol(guard: ConnectionGuard, tls: ssl.SSLContext | None) -> type[GuardedProtocol]:
+    """The protocol class for uvicorn, bound to ``guard`` and ``tls``."""
+    return type("BoundProtocol", (GuardedProtocol,), {"guard": guard, "tls": tls})
 
 
 def mark_known(scope: Scope) -> None:

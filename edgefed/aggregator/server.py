@@ -30,6 +30,7 @@ from edgefed.aggregator.connections import ConnectionGuard, ConnectionLimits, co
 from edgefed.aggregator.fold import FoldCancelled
 from edgefed.aggregator.gate import LogLimiter, check_strength
 from edgefed.aggregator.service import Service
+from edgefed.aggregator.tls import ServerTls, own_certificate, self_signed_certificate
 from edgefed.disk import disk_errors
 from edgefed.errors import ConfigError, MissingToken, NetworkError, PortInUse, StateCorrupt, StorageError
 from edgefed.methods.interface import Method
@@ -73,6 +74,11 @@ class ServerConfig:
     keep_rounds: int = 2
     fold_backend: str = "auto"
     policy_changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    certificate: Path | None = None
+    """PEM file with the server's certificate chain, ``certificate_key`` with its key. None: a self-signed one, unless
+    only this machine can reach the server, or with ``plain_http``."""
+    certificate_key: Path | None = None
+    plain_http: bool = False
     limits: ConnectionLimits | None = None
     """None: what the file descriptors of this process allow."""
 
@@ -106,6 +112,7 @@ class AggregatorServer:
         self._failure: BaseException | None = None
         self._bell = Bell()
         self._guard = ConnectionGuard(config.limits or connection_limits())
+        self._tls = make_tls(config)
         self._socket = bind(config.host, config.port)
         try:
             self.active = ActiveRun(
@@ -123,7 +130,7 @@ class AggregatorServer:
         app, self.endpoints = build_app(Service(self.active), self._bell, config.token or None, self._around)
         self._server = _Server(
             uvicorn.Config(
-                app, http=guarded_protocol(self._guard),
+                app, http=guarded_protocol(self._guard, self._tls.context if self._tls else None),
                 log_config=None, access_log=False, lifespan="on", ws="none", server_header=False,
                 timeout_graceful_shutdown=SHUTDOWN_S, timeout_keep_alive=KEEP_ALIVE_S, backlog=BACKLOG,
             ),
@@ -138,7 +145,13 @@ class AggregatorServer:
         address = ipaddress.ip_address(host)
         if address.is_unspecified:
             address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
-        return f"http://[{address}]:{port}" if address.version == 6 else f"http://{address}:{port}"
+        scheme = "https" if self._tls else "http"
+        return f"{scheme}://[{address}]:{port}" if address.version == 6 else f"{scheme}://{address}:{port}"
+
+    @property
+    def join_url(self) -> str:
+        """The address for clients: `url`, with the fingerprint of a self-signed certificate."""
+        return self.url + (f"#sha256:{self._tls.pin}" if self._tls and self._tls.pin else "")
 
     def run(self) -> None:
         """Serve until stopped. Raises the error that made aggregation impossible."""
@@ -165,7 +178,7 @@ class AggregatorServer:
         self._server.should_exit = True
 
     def _announce(self) -> None:
-        url, config = self.url, self._config
+        url, config = self.join_url, self._config
         logger.info("serving %s at %s", config.state_folder, url)
         if config.ready_file is not None:
             facts = {"url": url, "port": self._socket.getsockname()[1], "pid": os.getpid()}
@@ -253,12 +266,28 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def make_tls(config: ServerConfig) -> ServerTls | None:
+    """TLS as the configuration asks for; None for plain HTTP. Raises ConfigError, StorageError."""
+    if (config.certificate is None) != (config.certificate_key is None):
+        raise ConfigError("`certificate` and `certificate_key` belong together")
+    if config.certificate is not None and config.certificate_key is not None:
+        return own_certificate(config.certificate, config.certificate_key)
+    if config.plain_http or is_local(config.host):
+        return None
+    return self_signed_certificate(config.state_folder, config.host)
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach a server on ``host``. Raises NetworkError."""
+    return all(ipaddress.ip_address(address[0].split("%")[0]).is_loopback for _, address in resolve(host, 0))
+
+
 def check_token(host: str, token: str | None) -> None:
     """Raise MissingToken if other machines could reach a server without a token, ConfigError for a weak one."""
     if token:
         check_strength(token)
         return
-    if not all(ipaddress.ip_address(address[0].split("%")[0]).is_loopback for _, address in resolve(host, 0)):
+    if not is_local(host):
         raise MissingToken(f"other machines can reach a server on {host!r}, and it has no token")
 
 

@@ -118,6 +118,12 @@ class Server:
             secret=True,
         ),
     ] = None  # fmt: skip
+    certificate: Annotated[
+        Path | None,
+        Setting("PEM file of the server's certificate chain; default: a self-signed one, unless `host` is local."),
+    ] = None
+    certificate_key: Annotated[Path | None, Setting("PEM file with the key of `certificate`.")] = None
+    plain_http: Annotated[bool, Setting("Serve other machines without TLS.")] = False
     train_experts: Annotated[TrainMode | None, Setting("How experts are trained.", default="full")] = None
     train_router: Annotated[TrainMode | None, Setting("How routers are trained.", default="full")] = None
     train_attention: Annotated[TrainMode | None, Setting("How attention weights are trained.", default="none")] = None
@@ -200,6 +206,9 @@ class Server:
             host=self.host,
             port=self.port,
             token=self.token,
+            certificate=self.certificate,
+            certificate_key=self.certificate_key,
+            plain_http=self.plain_http,
             ready_file=self.ready_file,
             exit_when_finished=self.exit_when_finished,
             keep_rounds=self.keep_rounds,
