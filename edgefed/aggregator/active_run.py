@@ -20,6 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
+
 from edgefed.aggregator import rounds
 from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregated, Aggregation, aggregate_round, undo_round
 from edgefed.aggregator.assigning import Assigner, combined_survey
@@ -215,13 +217,14 @@ class ActiveRun:
             freed = self.uploads.discard_of(absent, RoundClosed("the disk is short, and this client was absent"))
             logger.warning("the disk is short: %d bytes of unfinished uploads of absent clients are deleted", freed)
 
-    def claim_limits(self, client: ClientRecord) -> ClaimLimits:
-        """What an update of this client may claim of itself."""
+    @property
+    def claim_limits(self) -> ClaimLimits:
+        """What an update may claim of itself."""
         training, method = self.config.training, self._method
         if method.personal:
-            return ClaimLimits(examples=client.num_examples)
+            return ClaimLimits()
         tokens = training.local_steps * training.batch_size * training.sequence_length
-        return ClaimLimits(client.num_examples, tokens, method.importance_limit)
+        return ClaimLimits(tokens, method.importance_limit)
 
     def check_open(self, client_id: str, server_round: int, update: UpdateRecord | None = None) -> None:
         """Raise unless an update of this client for this round would count. ``update``: one accepted before."""
@@ -322,7 +325,7 @@ class ActiveRun:
             return
         started = time.monotonic()
         units, server_round = self.catalog.manifest.units, self.state.server_round
-        updates = self.store.updates(server_round)
+        updates = [self._as_registered(update) for update in self.store.updates(server_round)]
         result = self._undo(updates) or aggregate_round(
             Aggregation(
                 *(self._method, self.policy, self._blobs, self.backend, self._fold_threads, self._closing.is_set)
@@ -353,6 +356,13 @@ class ActiveRun:
                 *(server_round, each.name, each.client_id[:8], each.reason),
             )
         logger.info("%s", describe_round(status, self.policy.rounds, time.monotonic() - started))
+
+    def _as_registered(self, update: UpdateRecord) -> UpdateRecord:
+        """An update with at most as many examples as its client has registered."""
+        most = max(1, self.clients[update.client_id].num_examples)
+        if update.meta is None or update.meta.num_examples <= most:
+            return update
+        return dataclasses.replace(update, meta=msgspec.structs.replace(update.meta, num_examples=most))
 
     def _undo(self, updates: Sequence[UpdateRecord]) -> Aggregated | None:
         """Undo the last aggregation, if clients report that it made the model much worse."""

@@ -330,8 +330,7 @@ class Service:
             found, _ = hash_file(path)
             if found != meta.sha256:
                 raise ChecksumMismatch(f"what arrived has SHA-256 {found}, the update has {meta.sha256[:64]!r}")
-            limits = run.claim_limits(run.clients[name.client_id])
-            validate_update(path, meta, units, run.store.experts_per_layer, run.backend, limits)
+            validate_update(path, meta, units, run.store.experts_per_layer, run.backend, run.claim_limits)
         except ProtocolError as refusal:
             run.uploads.discard(name, refusal)
             if isinstance(refusal, InvalidUpdate):

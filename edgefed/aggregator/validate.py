@@ -172,11 +172,9 @@ def max_update_bytes(units: Sequence[UnitInfo]) -> int:
 class ClaimLimits:
     """The most that an update may claim of itself.
 
-    ``examples``: the number that its client has registered. ``tokens``: those of a round of local training.
-    ``importance``: the upper end of the method's range (`methods.interface.ExpertMethod.importance_limit`).
+    ``tokens``: those of a round of local training. ``importance``: the upper end of the method's range (`methods.interface.ExpertMethod.importance_limit`).
     """
 
-    examples: int = MAX_EXAMPLES
     tokens: int = MAX_COUNT
     importance: float = 1.0
 
@@ -186,10 +184,8 @@ WIDEST = ClaimLimits()
 
 def validate_meta(meta: UpdateMeta, experts_per_layer: Sequence[int], limits: ClaimLimits = WIDEST) -> None:
     """Check the numbers of an update. Raises InvalidUpdate."""
-    if not 1 <= meta.num_examples <= limits.examples:
-        raise InvalidUpdate(
-            f"num_examples is {meta.num_examples}, expected 1..{limits.examples}, the number that the client registered"
-        )
+    if not 1 <= meta.num_examples <= MAX_EXAMPLES:
+        raise InvalidUpdate(f"num_examples is {meta.num_examples}, expected 1..{MAX_EXAMPLES}")
     if not 0 <= meta.num_tokens <= limits.tokens:
         raise InvalidUpdate(f"num_tokens is {meta.num_tokens}, expected 0..{limits.tokens}")
     if len(meta.metrics) > MAX_METRICS:
