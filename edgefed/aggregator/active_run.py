@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import hmac
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,6 @@ from edgefed.aggregator.uploads import UploadFolder
 from edgefed.aggregator.validate import ClaimLimits, check_client_id, digest
 from edgefed.disk import make_private
 from edgefed.errors import (
-    DiskFull,
     NotFound,
     RoundClosed,
     ServerFull,
@@ -51,8 +49,6 @@ from edgefed.protocol.messages import SetAside, Status
 
 logger = logging.getLogger(__name__)
 
-DISK_RESERVE_BYTES = 8 * 1024 * 1024
-"""Free space that uploads leave, for the database and the log."""
 STANDSTILL_TICKS = 12
 """A gap of so many ticks means that this process did not run: it was suspended, or its disk stalled."""
 
@@ -204,18 +200,10 @@ class ActiveRun:
             self.apply(rounds.ClientLeft(self.clock(), client_id))
         logger.warning("%d clients that are gone and never contributed are forgotten", len(gone))
 
-    def make_room_on_disk(self, needed_bytes: int) -> None:
-        """Delete unfinished uploads of absent clients if the disk is short. Raises DiskFull if that is not enough."""
-        for last_try in (False, True):
-            free_bytes = shutil.disk_usage(self.uploads.parts).free
-            if free_bytes >= needed_bytes + DISK_RESERVE_BYTES:
-                return
-            if last_try:
-                raise DiskFull(f"an upload of {needed_bytes} bytes does not fit: {free_bytes} bytes are free")
-            with self.lock:
-                absent = {c.client_id for c in self.clients.values() if not c.joined or self._lost(c)}
-            freed = self.uploads.discard_of(absent, RoundClosed("the disk is short, and this client was absent"))
-            logger.warning("the disk is short: %d bytes of unfinished uploads of absent clients are deleted", freed)
+    def absent_clients(self) -> set[str]:
+        """The clients that have left or fallen silent."""
+        with self.lock:
+            return {c.client_id for c in self.clients.values() if not c.joined or self._lost(c)}
 
     @property
     def claim_limits(self) -> ClaimLimits:

@@ -273,7 +273,7 @@ class Service:
             )
             run.uploads.discard(name, error)
             raise error
-        run.make_room_on_disk((limit_bytes - offset) if length is None else length)
+        run.uploads.make_room(limit_bytes - offset if length is None else length, run.absent_clients)
         return name, run.uploads.open(name, offset, limit_bytes)
 
     def close_upload(self, name: UploadName, writer: PartWriter, *, refused: ProtocolError | None = None) -> int:

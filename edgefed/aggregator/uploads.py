@@ -8,16 +8,22 @@ This module does not know the content of an update, nor who may send one.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from edgefed.aggregator.records import UpdateRecord
 from edgefed.disk import disk_errors, sync_file, sync_folder, write_all
-from edgefed.errors import NotFound, OffsetMismatch, ProtocolError, UpdateTooLarge
+from edgefed.errors import DiskFull, NotFound, OffsetMismatch, ProtocolError, RoundClosed, UpdateTooLarge
 
+logger = logging.getLogger(__name__)
+
+DISK_RESERVE_BYTES = 8 * 1024 * 1024
+"""Free space that uploads leave, for the database and the log."""
 _PART_NAME = re.compile(r"(?P<client_id>[A-Za-z0-9_-]{1,64})-(?P<server_round>\d{1,9})-(?P<attempt>\d{1,9})\.part")
 
 
@@ -123,6 +129,17 @@ class UploadFolder:
         with self._lock:
             self._stop(name, reason)
             self._delete_parts(lambda other: other == name)
+
+    def make_room(self, needed_bytes: int, absent: Callable[[], Collection[str]]) -> None:
+        """Delete the parts of ``absent`` clients if the disk is short. Raises DiskFull if that is not enough."""
+        for last_try in (False, True):
+            free_bytes = shutil.disk_usage(self.parts).free
+            if free_bytes >= needed_bytes + DISK_RESERVE_BYTES:
+                return
+            if last_try:
+                raise DiskFull(f"an upload of {needed_bytes} bytes does not fit: {free_bytes} bytes are free")
+            freed = self.discard_of(absent(), RoundClosed("the disk is short, and this client was absent"))
+            logger.warning("the disk is short: %d bytes of unfinished uploads of absent clients are deleted", freed)
 
     def discard_of(self, client_ids: Collection[str], reason: ProtocolError) -> int:
         """Delete the parts of these clients and end their connections. Returns the number of bytes."""

@@ -172,7 +172,8 @@ def max_update_bytes(units: Sequence[UnitInfo]) -> int:
 class ClaimLimits:
     """The most that an update may claim of itself.
 
-    ``tokens``: those of a round of local training. ``importance``: the upper end of the method's range (`methods.interface.ExpertMethod.importance_limit`).
+    ``tokens``: those of a round of local training. ``importance``: the upper end of the method's range
+    (`methods.interface.ExpertMethod.importance_limit`).
     """
 
     tokens: int = MAX_COUNT

@@ -14,7 +14,6 @@ import pytest
 import toy_run
 from toy_run import KEY, Toy, make_run, make_update, trained, weighted_mean
 
-from edgefed.aggregator import active_run
 from edgefed.aggregator import blobs as blobs_module
 from edgefed.aggregator import uploads as uploads_module
 from edgefed.errors import (
@@ -744,7 +743,7 @@ def test_unfinished_uploads_of_absent_clients_make_room_on_a_short_disk(tmp_path
     toy.put("b", b"x" * 1000)
     free = {"bytes": 10**9}
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free["bytes"]))
-    free["bytes"] = active_run.DISK_RESERVE_BYTES + len(update.frame) - 1
+    free["bytes"] = uploads_module.DISK_RESERVE_BYTES + len(update.frame) - 1
     with pytest.raises(DiskFull, match="does not fit"):
         toy.put("a", update.frame)
     assert list((toy.folder / "uploads").iterdir()), "b is here"
