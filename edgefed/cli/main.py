@@ -28,7 +28,7 @@ VERBS = {
     "export": "Write the model of a run as a checkpoint.",
     "join": "Take part in a run with this device's data.",
     "partition": "Split a labelled data set among clients.",
-    "predict": "Predict with a client's own model (fedmoe).",
+    "predict": "Predict with a client's own model.",
     "profile": "Show which experts a text uses.",
     "serve": "Coordinate a run.",
     "simulate": "Simulate a fleet of devices on this machine.",

@@ -42,7 +42,8 @@ class Prediction:
 class Predictor:
     """A client's mixture: its own model, the shared extractor and the gate, ready to predict.
 
-    Raises ConfigError if ``state`` has no mixture, or one that predicts no class; StateCorrupt, ModelError, ModelNotFound.
+    Raises ConfigError if ``state`` has no mixture, or one that predicts no class; StateCorrupt, ModelError,
+    ModelNotFound.
     """
 
     def __init__(self, state: str | Path) -> None:

@@ -37,6 +37,8 @@ class PersonalState:
 
     def keep_files(self, files: Mapping[str, Path]) -> None:
         """Copy the files of the run beside the states, so that predictions need no server. Raises StorageError."""
+        if not files:
+            return
         folder = make_folder(files_folder(self._folder))
         with disk_errors(folder):
             for name, path in files.items():

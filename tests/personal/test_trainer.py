@@ -244,7 +244,10 @@ def test_facts_travel_in_the_file(table, images, tmp_path):
     table.round(trainer_of(images, tmp_path / "me"), tmp_path / "update")
     with safe_open(state_of(tmp_path / "me"), framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
-    assert facts == {"extractor": "cnn5", "model": "cnn5", "classes": "\n".join("0123456789"), "gate": "64 switch"}
+    assert facts == {
+        "extractor": "cnn5", "model": "cnn5", "classes": "\n".join("0123456789"), "gate": "64 switch", "task": "images",
+        "length": "128",
+    }  # fmt: skip
 
 
 def test_the_aggregator_weighs_by_examples():
