@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgefed.api.models import experts as experts
     from edgefed.api.models import plan as plan
     from edgefed.api.models import profile as profile
+    from edgefed.api.runs import comparisons as comparisons
     from edgefed.api.runs import export as export
     from edgefed.api.runs import simulate as simulate
     from edgefed.api.server import Server as Server
@@ -38,6 +39,7 @@ _PLACES = {
     "Plan": "edgefed.api.models:Plan",
     "Server": "edgefed.api.server:Server",
     "experts": "edgefed.api.models:experts",
+    "comparisons": "edgefed.api.runs:comparisons",
     "export": "edgefed.api.runs:export",
     "load_chat": "edgefed.api.chat:load_chat",
     "load_mixture": "edgefed.api.mixture:load_mixture",
@@ -48,7 +50,8 @@ _PLACES = {
 }
 
 __all__ = [
-    "Client", "ClientEvent", "Plan", "Server", "experts", "export", "load_chat", "load_mixture", "plan", "profile",
+    "Client", "ClientEvent", "Plan", "Server", "comparisons", "experts", "export", "load_chat", "load_mixture",
+    "plan", "profile",
     "register_experts", "register_method", "simulate",
 ]  # fmt: skip
 

@@ -147,15 +147,16 @@ def save_federation_picture(
     {client: held-out loss after training without the federation}.
     """
     alone = alone or {}
-    rows = 1 + (len(profiles) + 1) // 2
-    figure = new_figure(11, 3.6 + 2.3 * (rows - 1))
+    rows = (len(profiles) + 1) // 2
+    figure = new_figure(11, 3.6 + 2.4 * rows)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    grid = figure.add_gridspec(rows, 2, height_ratios=[1.5] + [1] * (rows - 1))
+    # Two figures in one: the legends of one do not push the other's axes aside.
+    curves_part, maps_part = figure.subfigures(2, 1, height_ratios=[3.6, 2.4 * rows]) if rows else (figure, figure)
     panels = []
     for column, (lines, heading) in enumerate(
         ((curves, "global model on held-out text, mean over clients"), (client_curves, "the same, by client"))
     ):
-        axes = figure.add_subplot(grid[0, column])
+        axes = curves_part.add_subplot(1, 2, column + 1)
         panels.append(axes)
         for index, (label, values) in enumerate(lines.items()):
             colour = COLOURS[index % len(COLOURS)]
@@ -177,12 +178,12 @@ def save_federation_picture(
     losses = [loss for lines in (curves, client_curves) for values in lines.values() for loss in values]
     set_loss_limits(panels, [*losses, *alone.values()])
     for index, (client, (record, plan)) in enumerate(profiles.items()):
-        axes = figure.add_subplot(grid[1 + index // 2, index % 2])
+        axes = maps_part.add_subplot(rows, 2, index + 1)
         draw_heat_map(axes, record, f"{client} ({_legend(plan)})\n{coverage_text(record)}", plan)
     if profiles:
-        figure.supxlabel(
-            "Bright without a dot: many tokens choose this expert, but the method ranks others higher (it weighs how "
-            "sure the router is, not only how often), and the device's budget ends before it.",
+        maps_part.supxlabel(
+            "Bright without a dot: many tokens choose this expert, but the method's own ranking puts others first, and "
+            "the device's budget ends before it.",
             fontsize=8, x=0.01, ha="left",
         )  # fmt: skip
     save_figure(figure, path)

@@ -24,6 +24,7 @@ from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError, EdgefedError, StateCorrupt
 from edgefed.hardware.memory import set_up_allocator
 from edgefed.isolation.start import module_command
+from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
     Manifest,
     RoundStatus,
@@ -161,6 +162,10 @@ class RunReader:
     def oldest_round(self) -> int:
         """Oldest round whose manifest is stored."""
         return self._store.oldest_round()
+
+    def comparisons(self) -> dict[str, Comparison]:
+        """What clients compared at the end of the run, by name."""
+        return {client.name: client.comparison for client in self._store.clients() if client.comparison is not None}
 
     def manifest(self, server_round: int | None = None) -> Manifest:
         """Return the global model at the start of a round; None: the newest. Raises ConfigError if it is not stored."""

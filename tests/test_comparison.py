@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import msgspec
 import pytest
 
-from edgefed.protocol.comparison import Comparison, is_sound, verdict
+from edgefed.aggregator.creation import create_run
+from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.aggregator.store import ClientRecord, Store
+from edgefed.errors import StateCorrupt
+from edgefed.protocol.comparison import Comparison, is_sound, overall_verdict, verdict
+from edgefed.protocol.messages import RunConfig, TrainingConfig
 
 
 @pytest.mark.parametrize(
     ("losses", "text"),
     [
         ({"before": 5.26, "global_model": 4.45, "device": 4.9, "alone": 4.87},
-         "the global model is 0.42 nats better than training alone; "
-         "this device's model is 0.03 nats worse than training alone."),
-        ({"before": 5.26, "global_model": 4.45, "device": 4.276, "alone": 4.263},
+         "the global model is 0.42 nats better than training alone and 0.81 nats better than the model before the run; "
+         "this device's model is 0.03 nats worse than training alone and 0.36 nats better than the model before the "
+         "run."),
+        ({"global_model": 4.45, "device": 4.276, "alone": 4.263},
          "this device's model is 0.01 nats worse than training alone; "
          "the global model is 0.19 nats worse than training alone."),
-        ({"before": 5.26, "global_model": 4.45, "device": 4.5},
+        ({"before": 5.26, "global_model": 4.45},
          "the global model is 0.81 nats better than the model before the run."),
         ({"before": 5.26, "before_round": 3, "global_model": 5.4},
          "the global model is 0.14 nats worse than the model before round 3."),
@@ -27,6 +35,44 @@ from edgefed.protocol.comparison import Comparison, is_sound, verdict
 )  # fmt: skip
 def test_the_verdict_is_honest_in_both_directions(losses, text):
     assert verdict(Comparison(server_round=6, **losses)) == f"On this device's text {text}"
+
+
+def test_the_verdict_over_clients_counts_those_that_it_is_true_for():
+    first = Comparison(server_round=6, before=5.0, global_model=4.0, alone=4.5)
+    second = Comparison(server_round=6, before=3.0, global_model=3.1, alone=3.2)
+    assert overall_verdict([first, second]) == (
+        "On the clients' own texts the global model is on average 0.30 nats better than training alone (better for 2 "
+        "of 2) and 0.45 nats better than the model before the run (better for 1 of 2)."
+    )
+    unknown = Comparison(server_round=6, before=3.0, global_model=3.1)
+    assert "training alone" not in overall_verdict([first, unknown])
+    assert overall_verdict([Comparison(server_round=6, before=1.0, skipped="13 GiB to download")]) == ""
+
+
+def test_comparisons_are_read_from_a_run_and_from_a_device(tmp_path):
+    import edgefed
+
+    found = Comparison(server_round=3, before=5.0, global_model=4.0)
+    run = RunConfig(
+        run_id="r", model="m", method="fedavg", method_options={}, rounds=2, seed=0, training=TrainingConfig()
+    )  # fmt: skip
+    create_run(tmp_path / "run", run, RoundPolicy(rounds=2, min_clients=1), [], [])
+    assert edgefed.comparisons(tmp_path / "run") == {}
+    store = Store(tmp_path / "run")
+    record = {"key_sha256": "", "memory_bytes": 1, "expert_share": 1.0, "compute_share": 1.0, "num_examples": 1}
+    store.save_clients([
+        ClientRecord(client_id="a", name="kitchen", comparison=found, **record),
+        ClientRecord(client_id="b", name="vm", **record),
+    ])  # fmt: skip
+    store.close()
+    assert edgefed.comparisons(tmp_path / "run") == {"kitchen": found}
+    assert edgefed.comparisons(tmp_path) == {}
+    record = {"run_id": "r", "comparison": msgspec.to_builtins(found), "rounds": 2, "finished": True}
+    (tmp_path / "comparison.json").write_text(json.dumps(record))
+    assert edgefed.comparisons(tmp_path) == {"this device": found}
+    (tmp_path / "comparison.json").write_text("{")
+    with pytest.raises(StateCorrupt, match="comparison.json is damaged"):
+        edgefed.comparisons(tmp_path)
 
 
 def test_there_is_no_verdict_without_two_models():

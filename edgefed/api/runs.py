@@ -1,4 +1,4 @@
-"""`simulate` a fleet of devices on this machine, and `export` the model of a run."""
+"""`simulate` a fleet of devices, `export` the model of a run, and read the `comparisons` of its clients."""
 
 from __future__ import annotations
 
@@ -11,9 +11,38 @@ from edgefed.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgefed.progress import ProgressSink
+    from edgefed.protocol.comparison import Comparison
     from edgefed.simulation.config import SimulationConfig
     from edgefed.simulation.result import SimulationResult
     from edgefed.simulation.simulate import SimulationEvent
+
+
+def comparisons(run: str | Path, *, token: str | None = None) -> dict[str, Comparison]:
+    """What clients compared at the end of a run, {client: held-out losses on its own text}; empty before the end.
+
+    >>> edgefed.comparisons("edgefed-run")["kitchen"].global_model                        # doctest: +SKIP
+
+    ``run``: the folder of a run, the address of its server, or the state folder of a device, which knows its own only.
+    ``token``: of the server. Raises StateCorrupt, StorageError, and where the server is asked ServerUnreachable and
+    Unauthorized.
+    """
+    from edgefed.aggregator.store import has_run
+
+    if "://" in str(run):
+        from edgefed.agent.transport import AggregatorClient
+
+        with AggregatorClient(str(run), "status", "status", token) as server:
+            clients = server.status().clients
+        return {client.name: client.comparison for client in clients if client.comparison is not None}
+    if has_run(Path(run)):
+        from edgefed.runs import RunReader
+
+        with RunReader(Path(run)) as reader:
+            return reader.comparisons()
+    from edgefed.trainer.comparison import load_comparison
+
+    found = load_comparison(Path(run))
+    return {} if found is None else {"this device": found}
 
 
 def simulate(

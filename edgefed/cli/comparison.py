@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from edgefed.cli.tables import Column, FittedTable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from edgefed.protocol.comparison import Comparison
 
 MODELS = {
@@ -38,6 +40,16 @@ def comparison_table(comparisons: Mapping[str, Comparison]) -> FittedTable:
             means.append(_loss(sum(known) / len(known) if len(known) == len(comparisons) else None))
         table.add_row("mean", *means, "")
     return table
+
+
+def print_comparisons(console: Console, comparisons: Mapping[str, Comparison]) -> None:
+    """Print the table and what it means, unless nothing was compared."""
+    from edgefed.protocol.comparison import overall_verdict, verdict
+
+    if comparisons:
+        console.print(comparison_table(comparisons))
+        alone = len(comparisons) == 1
+        console.print(verdict(*comparisons.values()) if alone else overall_verdict(comparisons.values()), markup=False)
 
 
 def _loss(loss: float | None) -> str:

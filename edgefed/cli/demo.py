@@ -34,7 +34,7 @@ class DemoSettings:
     compare: Annotated[bool, Setting("Also run the other methods on the same seed, into table and picture.")] = False
     rounds: Annotated[int | None, Setting("Number of rounds.", default="5; fedmoe: 20", minimum=1)] = None
     clients: Annotated[int | None, Setting("Number of clients.", default="4; fedmoe: 5", minimum=1)] = None
-    local_steps: Annotated[int | None, Setting("Optimizer steps of a client in a round.", default="20", minimum=1)] = (
+    local_steps: Annotated[int | None, Setting("Optimizer steps of a client in a round.", default="12", minimum=1)] = (
         None
     )
     learning_rate: Annotated[float | None, Setting("Learning rate of clients.", default="0.0005", above=0)] = None

@@ -44,8 +44,9 @@ def export_command(settings: ExportSettings) -> None:
     """
     import msgspec
 
-    from edgefed.api.runs import export
-    from edgefed.cli.output import TerminalProgress, print_json, print_note
+    from edgefed.api.runs import comparisons, export
+    from edgefed.cli.comparison import print_comparisons
+    from edgefed.cli.output import TerminalProgress, print_json, print_note, stdout_console
     from edgefed.exporting import read_record
     from edgefed.hardware.memory import format_bytes
 
@@ -55,10 +56,14 @@ def export_command(settings: ExportSettings) -> None:
         global_model=settings.global_model, token=settings.token, progress=TerminalProgress(),
     )  # fmt: skip
     size, record = sum(path.stat().st_size for path in folder.iterdir()), read_record(folder)
+    found = comparisons(source, token=settings.token)
     if settings.json:
-        origin = msgspec.to_builtins(record)
-        print_json({"path": str(folder), "form": settings.format, "size_bytes": size, "origin": origin})
+        origin, compared = msgspec.to_builtins(record), msgspec.to_builtins(found)
+        print_json({
+            "path": str(folder), "form": settings.format, "size_bytes": size, "origin": origin, "comparisons": compared,
+        })  # fmt: skip
         return
+    print_comparisons(stdout_console(), found)
     print_note(f"{record}")
     print_note(f"wrote {folder} ({format_bytes(size)}): AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     print_note(f"talk to it: edgefed chat {folder}")

@@ -29,7 +29,6 @@ def join_command(settings: JoinSettings) -> None:
     from edgefed.cli.output import TerminalProgress, print_json, print_note, stdout_console
     from edgefed.hardware.memory import format_bytes
     from edgefed.progress import stop_signals
-    from edgefed.protocol.comparison import verdict
 
     stop = threading.Event()
 
@@ -46,11 +45,9 @@ def join_command(settings: JoinSettings) -> None:
 
         print_json(msgspec.to_builtins(summary))
     elif summary.comparison is not None:
-        from edgefed.cli.comparison import comparison_table
+        from edgefed.cli.comparison import print_comparisons
 
-        console = stdout_console()
-        console.print(comparison_table({settings.name or "this device": summary.comparison}))
-        console.print(verdict(summary.comparison), markup=False)
+        print_comparisons(stdout_console(), {settings.name or "this device": summary.comparison})
     sentence = str(summary) if summary.run_rounds else "Stopped before this device joined."
     print_note(f"{sentence} {format_bytes(summary.bytes_down)} down, {format_bytes(summary.bytes_up)} up.")
     if stop.is_set():

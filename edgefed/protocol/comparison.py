@@ -52,44 +52,45 @@ def is_sound(comparison: Comparison) -> bool:
     )
 
 
+REFERENCES = (("alone", "training alone"), ("before", "the model before the run"))
+
+
 def verdict(comparison: Comparison) -> str:
-    """One or two sentences: what the federation brought on this device's text. Empty if nothing can be compared."""
+    """What the federation brought on this device's text, in words. Empty if nothing can be compared."""
     ours = [
         (loss, name)
         for loss, name in ((comparison.global_model, "the global model"), (comparison.device, "this device's model"))
         if loss is not None
     ]
-    if not ours:
-        return ""
-    sentences = []
-    best, name = min(ours)
-    if comparison.alone is not None:
-        sentences.append(f"{name} is {_difference(best, comparison.alone)} training alone")
-        sentences += [
-            f"{other} is {_difference(loss, comparison.alone)} training alone" for loss, other in ours if other != name
-        ]
-    elif comparison.before is not None:
-        since = "before the run" if comparison.before_round == 1 else f"before round {comparison.before_round}"
-        sentences.append(f"{name} is {_difference(best, comparison.before)} the model {since}")
-    text = "; ".join(sentences)
-    return f"On this device's text {text}." if text else ""
+    parts = []
+    for loss, name in sorted(ours):
+        differences = []
+        for field, other in REFERENCES:
+            if (reference := getattr(comparison, field)) is not None:
+                since = other if comparison.before_round == 1 else f"the model before round {comparison.before_round}"
+                differences.append(f"{_difference(loss, reference)} {since if field == 'before' else other}")
+        if differences:
+            parts.append(f"{name} is {' and '.join(differences)}")
+    return f"On this device's text {'; '.join(parts)}." if parts else ""
 
 
 def overall_verdict(comparisons: Iterable[Comparison]) -> str:
     """One sentence about the clients that evaluated the global model, by the mean of their losses; empty for none.
 
-    They are compared with training alone if all of them have done that, else with the model before the run.
+    A reference counts if all of them know it.
     """
     known = [each for each in comparisons if each.global_model is not None]
-    for reference, name in (("alone", "training alone"), ("before", "the model before the run")):
-        pairs = [(each.global_model, getattr(each, reference)) for each in known]
+    parts = []
+    for field, name in REFERENCES:
+        pairs = [(each.global_model, getattr(each, field)) for each in known]
         if not pairs or any(other is None for _, other in pairs):
             continue
         found, others = (math.fsum(losses) / len(pairs) for losses in zip(*pairs, strict=True))
         better = sum(loss < other for loss, other in pairs)
-        mean = f"On the clients' own texts the global model is on average {_difference(found, others)} {name}"
-        return f"{mean}; it is better for {better} of {len(pairs)}."
-    return ""
+        parts.append(f"{_difference(found, others)} {name} (better for {better} of {len(pairs)})")
+    if not parts:
+        return ""
+    return f"On the clients' own texts the global model is on average {' and '.join(parts)}."
 
 
 def _difference(loss: float, other: float) -> str:

@@ -50,7 +50,7 @@ class DemoConfig:
     methods: tuple[str, ...] = ("hfedmoe",)
     rounds: int = 5
     clients: int = 4
-    local_steps: int = 20
+    local_steps: int = 12
     batch_size: int = 8
     sequence_length: int = 128
     learning_rate: float = 5e-4

@@ -123,9 +123,7 @@ def draw_time(result: SimulationResult) -> Figure:
     figure.suptitle(_title(result, "where the time of a round goes"), fontsize=10, x=0.01, ha="left")
     if runs:
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside upper center", ncols=min(10, len(labels)), fontsize=8, frameon=False
-        )
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 

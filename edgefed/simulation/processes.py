@@ -17,7 +17,7 @@ from edgefed.errors import ProcessFailed, ServerUnreachable
 from edgefed.isolation.start import module_command
 from edgefed.protocol.messages import Status
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 15
 

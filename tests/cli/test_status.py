@@ -46,7 +46,7 @@ def test_the_comparison_of_each_client_stands_side_by_side_with_a_verdict():
     assert "5.260         4.450        4.600  4.870" in text, text
     assert "mean" in text
     flat = " ".join(text.split())
-    assert "on average 0.16 nats better than training alone; it is better for 1 of 2." in flat, text
+    assert "on average 0.16 nats better than training alone (better for 1 of 2)" in flat, text
 
 
 def test_a_budget_that_has_changed_since_is_not_explained():
