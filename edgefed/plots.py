@@ -151,7 +151,10 @@ def save_federation_picture(
     figure = new_figure(11, 3.6 + 2.4 * rows)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     # Two figures in one: the legends of one do not push the other's axes aside.
-    curves_part, maps_part = figure.subfigures(2, 1, height_ratios=[3.6, 2.4 * rows]) if rows else (figure, figure)
+    curves_part: Any = figure
+    maps_part: Any = figure
+    if rows:
+        curves_part, maps_part = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.6, 2.4 * rows])[:, 0]
     panels = []
     for column, (lines, heading) in enumerate(
         ((curves, "global model on held-out text, mean over clients"), (client_curves, "the same, by client"))
