@@ -100,9 +100,7 @@ class TrainingConfig(Message, frozen=True):
     evaluation_tokens: int = 4096
     """Maximum number of tokens of the held-out text in an evaluation, before and after training; 0 means all."""
     evaluation_share: float = 0.05
-    """Maximum size of an evaluation as a share of the tokens that a round trains on, at least one batch; 1: no limit.
-
-    A forward pass costs a third to a half of a step, so the two evaluations of a round take less than this share."""
+    """Maximum tokens of an evaluation, as a share of those a round trains on, at least one batch; 1: no limit."""
 
 
 class RunConfig(Message, frozen=True):
