@@ -172,7 +172,7 @@ def measure(cell: Cell, arguments: argparse.Namespace) -> dict:
         "exit_status": status,
         "seconds": round(time.monotonic() - started, 1),
         **summarize(spans, samples, parse(cell.memory)),
-        "rounds": rounds,
+        "trained": rounds,
         "messages": messages,
         **{option: getattr(arguments, option) for option in options},
         "provenance": provenance(),
