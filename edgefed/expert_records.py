@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -202,6 +202,16 @@ class ExpertPlan:
             wide = int(widths[self.trainable(layer)].sum())
             trainable[layer] = min(resident[layer], -(-wide * resident[layer] // int(widths.sum())))
         return resident, tuple(trainable)
+
+    def computed_with(self, quantized: bool) -> Hashable:
+        """What a forward pass under this plan computes with: plans with the same value give the same loss.
+
+        ``quantized``: experts that do not train are stored with fewer bits.
+        """
+        roles = [row if quantized else np.where(row == Role.TRAINABLE, Role.FROZEN, row) for row in self.roles]
+        groups = self.merged if any(self.merged) else ()
+        neurons = tuple(mask.tobytes() for mask in self.neurons)
+        return tuple(row.astype(np.int8).tobytes() for row in roles), groups, neurons, quantized
 
     def resident_keys(self) -> list[tuple[int, int]]:
         """All (layer, expert) whose weights the device needs, unmerged or as part of a merged expert."""

@@ -42,6 +42,9 @@ SEQUENCE_SHARE = 4
 STEP_SHARE = 4
 """In the middle of a round a fallback removes a quarter of the experts: fourteen such steps from 64 to 4."""
 
+LEAST_FREED = 50
+"""Where it is known how much is missing, a fallback frees at least a fiftieth of the peak: no restart for a trifle."""
+
 TRAINABLE_SHARE = 4
 """Freezing stops when a quarter of the resident experts is trainable."""
 
@@ -159,14 +162,22 @@ def fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[St
     return found, _path(search, wanted, found)
 
 
-def next_fallback(search: FallbackSearch, step_plan: StepPlan) -> Fallback | None:
-    """The next step down from ``step_plan`` that frees memory, whatever the budget; None when nothing is left."""
+def next_fallback(search: FallbackSearch, step_plan: StepPlan, missing_bytes: int = 0) -> Fallback | None:
+    """The first step down from ``step_plan`` that frees ``missing_bytes``, whatever the budget; None: nothing is left.
+
+    The first single fallback of 1 to 5 that frees enough; else several together, and as few experts as needed. If
+    nothing frees enough, the smallest plan. With 0 it is unknown how much is missing: the first fallback that frees
+    anything, or a quarter fewer experts.
+    """
     need = search.needs_bytes(step_plan)
+    goal = need - (max(missing_bytes, need // LEAST_FREED) if missing_bytes > 0 else 1)
     for name, setup, sentence in _setup_fallbacks(search, step_plan.setup):
         other = dataclasses.replace(step_plan, setup=_with_field_of(step_plan.setup, setup, _FIELD_OF[name]))
         after = search.needs_bytes(other)
-        if after < need:
+        if after <= goal:
             return _fallback(name, other, need - after, sentence, keeps_plan=name not in _RELOADS_EXPERTS)
+    if missing_bytes > 0:
+        return _together(search, step_plan, goal)
     if search.all_experts:
         return None
     for name in (_FEWER_TRAINABLE, _FEWER_RESIDENT):
@@ -176,6 +187,23 @@ def next_fallback(search: FallbackSearch, step_plan: StepPlan) -> Fallback | Non
                 sentence = _expert_sentence(name, step_plan, other)
                 return _fallback(name, other, need - after, sentence, keeps_plan=False)
     return None
+
+
+def _together(search: FallbackSearch, step_plan: StepPlan, goal: int) -> Fallback | None:
+    """The fallbacks that bring ``step_plan`` to ``goal`` bytes, or to the smallest plan, as one; None if none helps."""
+    try:
+        found, path = fit(search, step_plan, goal)
+    except BudgetTooSmall:
+        setups = [setup for _, setup, _ in _setup_fallbacks(search, step_plan.setup)]
+        setup = setups[-1] if setups else step_plan.setup
+        least = StepPlan(setup, search.num_layers, search.num_layers)
+        found = dataclasses.replace(step_plan, setup=setup) if search.all_experts else least
+        path = _path(search, step_plan, found)
+    saved = search.needs_bytes(step_plan) - search.needs_bytes(found)
+    if saved <= 0 or not path:
+        return None
+    sentence = ", ".join(fallback.sentence for fallback in path)
+    return Fallback(path[-1].name, found, saved, sentence, all(fallback.keeps_plan for fallback in path))
 
 
 def describe(step_plan: StepPlan, total: int) -> str:

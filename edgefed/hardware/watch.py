@@ -83,10 +83,15 @@ class WatchLimits:
 
 @dataclasses.dataclass(frozen=True)
 class Pressure:
-    """Memory is tight. ``rule`` is a short name for programs, ``sentence`` a message for the owner."""
+    """Memory is tight.
+
+    ``rule`` is a short name for programs, ``sentence`` a message for the owner, ``missing_bytes`` how much has to be
+    freed, 0 where that is unknown.
+    """
 
     rule: str
     sentence: str
+    missing_bytes: int = 0
 
 
 def find_pressure(samples: Sequence[Any], limits: WatchLimits) -> Pressure | None:
@@ -110,16 +115,19 @@ def find_pressure(samples: Sequence[Any], limits: WatchLimits) -> Pressure | Non
         return Pressure(
             "own",
             f"this process holds {format_bytes(own_bytes)}, its budget is {format_bytes(limits.own_limit_bytes)}",
+            own_bytes - limits.own_limit_bytes,
         )
     room = _value(last, "cgroup_room_bytes")
     if room is not None and room < CGROUP_FLOOR_BYTES:
-        return Pressure("cgroup", f"only {format_bytes(room)} are left under the container's memory limit")
+        sentence = f"only {format_bytes(room)} are left under the container's memory limit"
+        return Pressure("cgroup", sentence, CGROUP_FLOOR_BYTES - room)
     available = _value(last, "available_bytes")
     if available is not None and available < limits.host_reserve_bytes / 2:
         return Pressure(
             "available",
             f"the machine has {format_bytes(available)} of memory left, "
             f"{format_bytes(limits.host_reserve_bytes / 2)} must stay free",
+            limits.host_reserve_bytes // 2 - available,
         )
     # A healthy host moves idle pages to swap now and then; only where GPU pages share the pool does room mean nothing.
     if limits.kind is MemoryKind.UNIFIED or available is None or available < limits.host_reserve_bytes:
@@ -133,11 +141,13 @@ def find_pressure(samples: Sequence[Any], limits: WatchLimits) -> Pressure | Non
                 "processes",
                 f"all processes hold {format_bytes(used)} of the {format_bytes(limits.memory_total_bytes)} "
                 "that CPU and GPU share",
+                used - int(UNIFIED_CEILING * limits.memory_total_bytes),
             )
     if limits.kind is MemoryKind.DISCRETE:
         free = _value(last, "gpu_free_bytes")
         if free is not None and free < limits.headroom_bytes / 2:
-            return Pressure("gpu", f"the GPU has {format_bytes(free)} of memory left: another program uses it")
+            sentence = f"the GPU has {format_bytes(free)} of memory left: another program uses it"
+            return Pressure("gpu", sentence, limits.headroom_bytes // 2 - free)
     return None
 
 
@@ -182,6 +192,8 @@ class PressureWatch:
         self.on_event = on_event
         self._samples: list[Any] = []
         self._pressure: Pressure | None = None
+        self._overrun: Pressure | None = None
+        self._lock = threading.Lock()
         self._event = ""
         self._lost = ""
         self._stop = threading.Event()
@@ -199,7 +211,8 @@ class PressureWatch:
     def start(self) -> None:
         """Begin, with nothing remembered of an earlier time."""
         self.close()
-        self._samples, self._pressure, self._event, self._lost = [], None, "", ""
+        self.relieve()
+        self._event, self._lost = "", ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(self._stop,), name="edgefed-watch", daemon=True)
         self._thread.start()
@@ -212,8 +225,12 @@ class PressureWatch:
             thread.join(timeout=5)
 
     def pressure(self) -> Pressure | None:
-        """The current pressure, or None. Reads one attribute: cheap enough for every step."""
-        return self._pressure
+        """The current pressure, or None. Reads two attributes: cheap enough for every step.
+
+        That this process was above its limit counts until `relieve`, as a step needs most memory in its middle: the
+        sample with the most is returned.
+        """
+        return self._overrun or self._pressure
 
     def lost(self) -> str:
         """Why the GPU counts as lost; empty while it answers."""
@@ -221,10 +238,14 @@ class PressureWatch:
 
     def relieve(self) -> None:
         """Forget the samples so far, because memory was freed: only new samples count."""
-        self._samples, self._pressure = [], None
+        self._samples, self._pressure, self._overrun = [], None, None
 
     def look(self) -> Pressure | None:
-        """Take one sample now and judge it. The thread does this; call it only while the thread does not run."""
+        """Take one sample now and judge it. The thread does this, too."""
+        with self._lock:
+            return self._look()
+
+    def _look(self) -> Pressure | None:
         started = time.perf_counter()
         samples = self._samples  # `relieve` puts another list there: a sample of before must not end up in it
         try:
@@ -239,6 +260,8 @@ class PressureWatch:
         pressure = find_pressure(samples, self.limits)
         if samples is self._samples:
             self._pressure = pressure
+            if pressure is not None and pressure.rule == "own":
+                self._overrun = max(self._overrun or pressure, pressure, key=lambda each: each.missing_bytes)
         self._tell(find_event(sample))
         return self._pressure
 

@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -24,7 +24,7 @@ import torch
 from edgefed.errors import ConfigError, first_line
 from edgefed.expert_records import ExpertPlan
 from edgefed.kernels.failures import record_backward_failure
-from edgefed.methods.interface import Assigning, ExpertMethod
+from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_expert_method, make_method
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.merging.plan import ExpertMerger
@@ -34,6 +34,7 @@ from edgefed.protocol.messages import Assignment, Manifest, RunConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
 from edgefed.trainer.evaluation import HeldOutLosses, evaluate_streamed
+from edgefed.trainer.finished_steps import FinishedSteps
 from edgefed.trainer.kernel_proof import prove_before_round
 from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.trainer.placement import (
@@ -173,13 +174,18 @@ class LocalTrainer:
         own = {} if model.plan is None or method.exchanges else save_own_units(model, units, self._folder)
         ctx = _RoundContext(run, method, manifest, assignment, fetch, progress, newest, units, own)
         guard = MemoryGuard(self.planner.shrink, progress, self._device, self._memory.watch)
-        plan, outcome, before, after = self._train_within_memory(ctx, model, guard)
+        try:
+            plan, outcome, before, after = self._train_within_memory(ctx, model, guard)
+        finally:
+            FinishedSteps.remove(self._folder)
         self.plan = plan
         if note := reports.starved_note(plan, outcome):
             progress.message(note)
         probed, survey = ProbeOutcome({}, 0), None
         if method.assigning:
-            probed = self._probe(ctx, model, plan, method.assigning)
+            probed = reports.probe_explored(
+                model, plan, blocks, method.assigning, self.planner.step_plan.setup, self._seed(ctx), progress
+            )
             survey = reports.expert_survey(plan, self.planner.profile, self.planner.train_slots, outcome, probed)
         reports.write_update(model if method.exchanges else None, newest, update_path)
         keep_model(model, method, run, manifest, self._folder)
@@ -260,11 +266,13 @@ class LocalTrainer:
     ) -> tuple[ExpertPlan, StepsOutcome, float, float]:
         """(plan, outcome, held-out loss before, after) of the first plan that runs to its end.
 
-        After an out-of-memory the plan shrinks by one fallback and the round starts again from its first weights: an
-        optimizer step may have changed half of them. After a failed kernel it starts again with another backend.
+        Under pressure between two steps the plan shrinks, and the finished steps count. After an out-of-memory it
+        starts again from the first weights of the round, or those after such finished steps: an optimizer step may have
+        changed half of the weights. After a failed kernel it starts again with another backend.
         """
         plan: ExpertPlan | None = None
-        before: dict[tuple[ExpertPlan, str | None], float] = {}  # by what is resident, and how it is stored
+        finished: FinishedSteps | None = None
+        before: dict[Hashable, float] = {}  # by what is computed with
         while True:
             reason = ""
             try:
@@ -272,14 +280,21 @@ class LocalTrainer:
                     ctx.phase = "planning"
                     prove_before_round(self._device, model, ctx.run, ctx.progress)
                     plan = self.planner.make_plan(self._plan_request(ctx))
-                placed = (plan, self.planner.step_plan.setup.expert_storage)
-                if not (ctx.own and placed == (model.plan, model.storage)):  # own experts are never offloaded
+                storage = self.planner.step_plan.setup.expert_storage
+                if not (ctx.own and (plan, storage) == (model.plan, model.storage)):  # own experts are never offloaded
                     self._place(ctx, model, plan)
                 self._check_chunked_loss(ctx, model)
-                if placed not in before:
-                    before[placed] = self._held_out_loss(ctx, plan, self._losses.before)
-                outcome = self._train(ctx, model, plan, guard)
-                return plan, outcome, before[placed], self._held_out_loss(ctx, plan, self._losses.after)
+                computed = plan.computed_with(storage is not None)
+                if computed not in before:
+                    before[computed] = self._held_out_loss(ctx, plan, self._losses.before)
+                if finished:
+                    finished.restore(model, ctx.units, plan)
+                outcome = self._train(ctx, model, plan, guard, finished)
+                if outcome.steps == ctx.run.training.local_steps:
+                    return plan, outcome, before[computed], self._held_out_loss(ctx, plan, self._losses.after)
+                # Slices of other neurons cannot go on from these.
+                finished = None if plan.neurons else FinishedSteps.save(model, ctx.units, outcome, self._folder)
+                plan = guard.plan
             except PlanShrunk:
                 plan = guard.plan
             except Exception as error:
@@ -353,7 +368,10 @@ class LocalTrainer:
         weights = reports.weights_in_use(ctx.run.run_id, plan, setup.expert_storage, units)
         return evaluate(weights, own, self.model, ctx.run.training, blocks, setup.chunked_loss, ctx.progress)
 
-    def _train(self, ctx: _RoundContext, model: MoeModel, plan: ExpertPlan, guard: MemoryGuard) -> StepsOutcome:
+    def _train(
+        self, ctx: _RoundContext, model: MoeModel, plan: ExpertPlan, guard: MemoryGuard, finished: FinishedSteps | None
+    ) -> StepsOutcome:
+        """The steps of the round, those that are ``finished`` included; fewer if the plan has to shrink."""
         ctx.phase = "training"
         training, progress = ctx.run.training, ctx.progress
         setup = self.planner.step_plan.setup
@@ -367,27 +385,14 @@ class LocalTrainer:
         progress.phase("train", training.local_steps, "step")
         with self._memory.watch or contextlib.nullcontext():
             outcome = run_steps(
-                model,
-                plan,
-                ctx.method,
-                self._train_blocks,
-                training,
-                compute_share=self._limits.compute_share,
-                seed=self._seed(ctx),
-                setup=setup,
-                on_step=lambda loss: progress.advance(1),
+                model, plan, ctx.method, self._train_blocks, training,
+                compute_share=self._limits.compute_share, seed=self._seed(ctx), setup=setup,
+                on_step=lambda loss: progress.advance(1), reconsider=guard.reconsider,
                 norms=GradientNorms(model) if ctx.method.assigning else None,
-                reconsider=guard.reconsider,
-                measure=measure if measures else None,
-            )
+                first_step=finished.outcome.steps if finished else 0, measure=measure if measures else None,
+            )  # fmt: skip
         progress.done()
-        return outcome
-
-    def _probe(self, ctx: _RoundContext, model: MoeModel, plan: ExpertPlan, assigning: Assigning) -> ProbeOutcome:
-        """Estimate gradient norms of the explored experts after training; see `edgefed.training.utility`."""
-        assert self._train_blocks is not None, "the data has been encoded"
-        setup, seed = self.planner.step_plan.setup, self._seed(ctx)
-        return reports.probe_explored(model, plan, self._train_blocks, assigning, setup, seed, ctx.progress)
+        return finished.before(outcome, plan) if finished else outcome
 
     def _seed(self, ctx: _RoundContext) -> int:
         """A seed that only this device has, in this round of this run."""

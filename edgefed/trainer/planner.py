@@ -209,13 +209,15 @@ class Planner:
         progress.message(f"plan: {describe(real, sum(sizes))}{_describe_slices(plan)}")
         return plan
 
-    def shrink(self) -> tuple[Fallback, ExpertPlan] | None:
+    def shrink(self, missing_bytes: int = 0) -> tuple[Fallback, ExpertPlan] | None:
         """Take the next fallback, whatever the memory model says of the current plan; None when nothing is left.
+
+        It frees ``missing_bytes`` where that is known and possible; see `next_fallback`.
 
         Later rounds keep the smaller plan until memory has grown by a tenth.
         """
         current = self._current
-        fallback = next_fallback(current.search, current.step_plan) if current else None
+        fallback = next_fallback(current.search, current.step_plan, missing_bytes) if current else None
         if current is None or fallback is None:
             return None
         step_plan = fallback.step_plan

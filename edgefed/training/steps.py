@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ from edgefed.training.optimizers import clip_gradients
 from edgefed.training.savings import checkpointing, make_optimizer
 from edgefed.training.utility import GradientNorms
 
+STOP: Final = "stop"
+"""Answer of ``reconsider``: the remaining steps need another plan."""
 STARVED_LOAD = 0.1
 """An expert with less than this share of an even load counts as starved."""
 
@@ -146,7 +148,8 @@ def run_steps(
     setup: StepSetup | None = None,
     on_step: Callable[[float], None] = lambda loss: None,
     norms: GradientNorms | None = None,
-    reconsider: Callable[[], StepSetup | None] = lambda: None,
+    reconsider: Callable[[], StepSetup | Literal["stop"] | None] = lambda: None,
+    first_step: int = 0,
     measure: Callable[[torch.optim.Optimizer, Callable[[], None]], None] | None = None,
 ) -> StepsOutcome:
     """Train ``training.local_steps`` steps on ``blocks``, in a shuffled order that depends on ``seed`` alone.
@@ -158,23 +161,24 @@ def run_steps(
     ``setup`` says how a step saves memory (None: it does not); its sequence length cuts the blocks. ``on_step`` is
     called with the loss of each step, ``norms`` counts the gradients. ``reconsider`` is called between steps, when
     there are no gradients. It may return another setup for the steps that follow: another optimizer starts with fresh
-    moments, another length cuts the blocks anew. ``measure(optimizer, step)`` is called for the first step and must
+    moments, another length cuts the blocks anew; with `STOP` the outcome has fewer steps. ``first_step`` steps of the
+    round are done already. ``measure(optimizer, step)`` is called for the first step and must
     call ``step()`` once.
 
     Raises:
         TrainingDiverged: the loss is not finite. Also what ``on_step`` and ``reconsider`` raise.
 
     """
-    steps = _LocalSteps(model, blocks, training, setup or step_setup(model, training), seed, norms)
+    steps = _LocalSteps(model, blocks, training, setup or step_setup(model, training), seed + first_step, norms)
     started = time.perf_counter()
     model.module.train()
     trained_before = Counter(model.trained_tokens())
     model.set_schedule(make_schedule(plan, method, compute_share))
     try:
         with model.record_statistics() as statistics:
-            for step in range(training.local_steps):
+            for step in range(first_step, training.local_steps):
                 try:
-                    if measure is not None and step == 0:
+                    if measure is not None and step == first_step:
                         measure(steps.optimizer, steps.take)
                     else:
                         steps.take()
@@ -183,6 +187,8 @@ def run_steps(
                 steps.count_memory()
                 on_step(steps.losses[-1])
                 other = reconsider() if step + 1 < training.local_steps else None
+                if other == STOP:
+                    break
                 if other is not None:
                     steps.adopt(other)
             record = statistics.take()

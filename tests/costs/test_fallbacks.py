@@ -343,3 +343,54 @@ def test_experts_are_offloaded_before_sequences_get_shorter_and_are_placed_anew(
 def test_other_methods_never_offload():
     with pytest.raises(BudgetTooSmall):
         fit(search(**OFFLOADS | {"may_offload": False}), WANTED, 2000)
+
+
+@pytest.mark.parametrize(
+    ("missing", "name"),
+    [
+        (1, "chunked loss"),
+        (384, "chunked loss"),
+        (385, "checkpointing"),
+        (449, "8-bit optimizer"),
+        (960, "8-bit optimizer"),
+    ],
+)
+def test_the_first_fallback_that_frees_what_is_missing_is_taken_alone(missing, name):
+    fallback = next_fallback(search(), WANTED, missing)
+    assert fallback.name == name
+    assert fallback.saved_bytes >= missing
+    changed = [
+        field.name
+        for field in dataclasses.fields(StepSetup)
+        if getattr(fallback.step_plan.setup, field.name) != getattr(WANTED.setup, field.name)
+    ]
+    assert len(changed) == 1
+    assert fallback.keeps_plan
+
+
+def test_several_fallbacks_together_free_what_none_frees_alone():
+    fallback = next_fallback(search(), WANTED, 961)
+    assert fallback.keeps_plan
+    assert fallback.saved_bytes >= 961
+    assert fallback.sentence.count("(saves ") == 3
+    assert (fallback.step_plan.resident, fallback.step_plan.trainable) == (64, 64)
+
+
+def test_no_more_experts_go_than_what_is_missing_takes():
+    fallback = next_fallback(search(), WANTED, 2300)
+    step_plan = fallback.step_plan
+    assert not fallback.keeps_plan
+    assert step_plan.trainable < step_plan.resident == 64
+    assert search().needs_bytes(step_plan) <= FULL - 2300
+    one_more = dataclasses.replace(step_plan, trainable=step_plan.trainable + 1)
+    assert search().needs_bytes(one_more) > FULL - 2300
+
+
+def test_where_nothing_frees_enough_the_smallest_plan_is_left_and_then_nothing():
+    fallback = next_fallback(search(), WANTED, 10**9)
+    assert (fallback.step_plan.resident, fallback.step_plan.trainable) == (LAYERS, LAYERS)
+    assert fallback.step_plan.setup.sequence_length == SHORTEST_SEQUENCE
+    assert next_fallback(search(), fallback.step_plan, 10**9) is None
+    every = next_fallback(search(all_experts=True), WANTED, 10**9)
+    assert every.step_plan.resident == every.step_plan.trainable == 64
+    assert next_fallback(search(all_experts=True), every.step_plan, 10**9) is None

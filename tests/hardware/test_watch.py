@@ -117,6 +117,20 @@ def test_a_container_and_the_owners_limit():
     assert "2.0 GiB" in found.sentence
 
 
+@pytest.mark.parametrize(
+    ("kind", "reading", "missing"),
+    [
+        (MemoryKind.CPU, {"own_rss_bytes": 2 * GIB + 5}, 5),
+        (MemoryKind.CPU, {"cgroup_room_bytes": CGROUP_FLOOR_BYTES - 7}, 7),
+        (MemoryKind.CPU, {"available_bytes": LIMITS[MemoryKind.CPU].host_reserve_bytes // 2 - 9}, 9),
+        (MemoryKind.DISCRETE, {"gpu_free_bytes": LIMITS[MemoryKind.DISCRETE].headroom_bytes // 2 - 11}, 11),
+    ],
+)
+def test_pressure_says_how_much_is_missing(kind, reading, missing):
+    limits = dataclasses.replace(LIMITS[kind], own_limit_bytes=2 * GIB)
+    assert find_pressure([sample(**reading)], limits).missing_bytes == missing
+
+
 def test_only_the_newest_sample_counts():
     assert rule_of(LIMITS[MemoryKind.CPU], sample(available_bytes=1), sample()) is None
 
@@ -178,6 +192,20 @@ def test_the_thread_follows_the_sensors_and_forgets_on_request():
     asked = watch.num_samples
     time.sleep(0.05)
     assert watch.num_samples == asked  # the thread is gone
+
+
+def test_the_most_that_this_process_held_above_its_limit_counts_until_relief():
+    """Between two steps, when the guard asks, a step's gradients are gone."""
+    limits = dataclasses.replace(LIMITS[MemoryKind.CPU], own_limit_bytes=2 * GIB)
+    sensors = FakeSensors(sample())
+    watch = PressureWatch(sensors, limits)
+    for own in (2 * GIB + 5, 2 * GIB + 50, 2 * GIB + 20, GIB):
+        sensors.now = sample(own_rss_bytes=own)
+        watch.look()
+    assert watch.pressure().missing_bytes == 50
+    watch.relieve()
+    assert watch.pressure() is None
+    assert watch.look() is None
 
 
 def test_a_sample_from_before_relief_says_nothing_after_it():

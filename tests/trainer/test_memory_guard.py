@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -20,18 +21,21 @@ from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.costs.memory import training_memory
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import BudgetTooSmall, ConfigError, DeviceLost, OutOfMemory
+from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.watch import Pressure
 from edgefed.methods.interface import RoundContext
 from edgefed.methods.registry import make_expert_method
+from edgefed.moe.expert_reading import FrameSource
 from edgefed.progress import NullProgress, StopRequested
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
+from edgefed.trainer import evaluation, memory_guard
 from edgefed.trainer import local_trainer as trainer_module
-from edgefed.trainer import memory_guard
 from edgefed.trainer.expert_choice import method_layout
+from edgefed.trainer.finished_steps import FINISHED_FOLDER, FinishedSteps
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.memory_guard import MemoryGuard
 from edgefed.trainer.planner import DeviceLimits
@@ -39,6 +43,7 @@ from edgefed.trainer.ports import FixedMemory, ProcessMemory
 from edgefed.trainer.saved_plan import PLAN_FILE
 from edgefed.training import steps as steps_module
 from edgefed.training.savings import make_optimizer
+from edgefed.training.steps import train_scope
 
 TEGRA = (
     'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/opt/torch/c10/cuda/CUDACachingAllocator.cpp":1131, please report '
@@ -55,6 +60,7 @@ class Heard(NullProgress):
 
     def __init__(self):
         self.messages, self.phases, self.stop_in = [], [], None
+        self.advanced = Counter()
 
     def message(self, text):
         self.messages.append(text)
@@ -63,6 +69,7 @@ class Heard(NullProgress):
         self.phases.append(name)
 
     def advance(self, n):
+        self.advanced[self.phases[-1]] += n
         if self.stop_in is not None and self.phases[-1] == self.stop_in:
             raise StopRequested
 
@@ -249,7 +256,8 @@ def test_fewer_experts_after_out_of_memory_are_what_is_reported_and_sent(rig, mo
 )
 def test_out_of_memory_at_each_place_of_a_round(rig, monkeypatch, place, doing):
     table = rig(batch_size=1)  # no smaller batch to evaluate with
-    owner = trainer_module if place != "apply_plan" else trainer_module.MoeModel
+    owners = {"apply_plan": trainer_module.MoeModel, "evaluate_loss": evaluation}
+    owner = owners.get(place, trainer_module)
     fail(monkeypatch, owner, place, torch.OutOfMemoryError(CUDA))
     update = table.round(table.trainer())
     assert update.metrics["memory_shrinks"] == 1
@@ -261,7 +269,7 @@ def test_evaluation_and_profile_need_only_smaller_batches(rig, monkeypatch):
     table = rig(batch_size=4)
     expected = rig(batch_size=4)
     plain = expected.round(expected.trainer())
-    calls = fail(monkeypatch, trainer_module, "evaluate_loss", torch.OutOfMemoryError(CUDA))
+    calls = fail(monkeypatch, evaluation, "evaluate_loss", torch.OutOfMemoryError(CUDA))
     from edgefed.trainer import activation_profile as device_profile
 
     fail(monkeypatch, device_profile, "profile_blocks", torch.OutOfMemoryError(CUDA))
@@ -372,6 +380,9 @@ class FakeWatch:
     def pressure(self):
         return self.answers.pop(0) if self.answers else None
 
+    def look(self):  # after freed memory was returned to the system
+        return self.pressure()
+
     def relieve(self):
         self.relieved += 1
 
@@ -384,7 +395,7 @@ TIGHT = Pressure("available", "the machine has 900 MiB of memory left, 1.2 GiB m
 
 def test_pressure_takes_a_rung_that_keeps_the_plan_and_goes_on_with_the_next_step(rig):
     table = rig()
-    trainer = table.trainer(watch=FakeWatch(TIGHT))
+    trainer = table.trainer(watch=FakeWatch(TIGHT, TIGHT))
     update = table.round(trainer)
     assert update.metrics["memory_shrinks"] == 1
     assert table.heard.said("900 MiB of memory left", "256 tokens at a time")
@@ -394,15 +405,54 @@ def test_pressure_takes_a_rung_that_keeps_the_plan_and_goes_on_with_the_next_ste
 
 
 def test_pressure_seen_before_a_rung_can_have_helped_is_not_taken_for_more(rig):
-    watch = FakeWatch(TIGHT, TIGHT, None)
+    watch = FakeWatch(TIGHT, TIGHT, TIGHT, None)
     table = rig()
     update = table.round(table.trainer(watch=watch))
     assert update.metrics["memory_shrinks"] == 1
-    assert watch.relieved == 2
+    assert watch.relieved == 3  # freed memory, a fallback, what was seen before it
 
 
-def test_pressure_that_lasts_goes_down_to_fewer_experts_and_starts_the_steps_again(rig):
-    watch = FakeWatch(*[TIGHT] * 9)  # every second one counts: chunks, checkpointing, 64, 32, then experts
+def test_pressure_that_freed_memory_relieves_changes_nothing(rig):
+    table = rig()
+    trainer = table.trainer(watch=FakeWatch(TIGHT, None))
+    update = table.round(trainer)
+    assert update.metrics["memory_shrinks"] == 0
+    assert table.heard.said("900 MiB of memory left", "of freed memory to the system")
+    assert not trainer.planner.step_plan.setup.chunked_loss
+
+
+def test_pressure_that_comes_back_after_freed_memory_was_returned_takes_a_fallback(rig):
+    table = rig()
+    update = table.round(table.trainer(watch=FakeWatch(TIGHT, None, TIGHT)))
+    assert update.metrics["memory_shrinks"] == 1
+    assert len(table.heard.said("of freed memory to the system")) == 1
+
+
+def test_pressure_after_calm_steps_returns_freed_memory_first_again(rig):
+    calm = [None] * memory_guard.CALM_STEPS
+    table = rig(local_steps=len(calm) + 3)
+    update = table.round(table.trainer(watch=FakeWatch(TIGHT, None, *calm, TIGHT, None)))
+    assert update.metrics["memory_shrinks"] == 0
+    assert len(table.heard.said("of freed memory to the system")) == 2
+
+
+def test_a_fallback_frees_what_is_missing(rig):
+    """Where 40 % of the peak is missing, the plan shrinks once, as far as that takes."""
+    table = rig(share=1.0)
+    trainer = table.trainer()
+    table.round(trainer)
+    need = trainer.planner.needs_bytes
+    missing = int(0.4 * need)
+    tight = dataclasses.replace(TIGHT, missing_bytes=missing)
+    other = table.trainer(name="other", watch=FakeWatch(tight, tight))
+    update = table.round(other)
+    assert update.metrics["memory_shrinks"] == 1
+    assert other.planner.needs_bytes <= 1.1 * need - missing  # other draws, another measured step
+
+
+def test_pressure_that_lasts_goes_down_to_fewer_experts_and_keeps_the_finished_steps(rig):
+    # Freed memory, then every second one counts: chunks, checkpointing, 64, 32, then experts, after nine steps.
+    watch = FakeWatch(*[TIGHT] * 10)
     table = rig(local_steps=12)
     trainer = table.trainer(watch=watch)
     update = table.round(trainer)
@@ -411,8 +461,34 @@ def test_pressure_that_lasts_goes_down_to_fewer_experts_and_starts_the_steps_aga
     assert step_plan.trainable < step_plan.resident == 32
     assert table.heard.phases.count("train") == 2
     assert watch.started == 2
+    assert table.heard.advanced["train"] == 12  # no step was taken twice
+    assert table.heard.phases.count("evaluate") == 2  # what is computed with has not changed
     assert len(table.sent_experts()) == step_plan.trainable
-    assert update.num_tokens == 12 * 4 * 32
+    assert update.num_tokens == 4 * (5 * 128 + 2 * 64 + 5 * 32)
+    stepped = {(report.layer, report.expert): report.steps for report in update.experts if report.steps}
+    assert len(stepped) <= step_plan.trainable
+    assert max(stepped.values()) == 12
+    assert not (table.folder / "me" / FINISHED_FOLDER).exists()
+
+
+def test_an_expert_that_still_trains_goes_on_from_its_finished_steps(rig):
+    """Trainable experts have the weights after the finished steps, frozen ones those that the round began with."""
+    table = rig(method="fedavg", share=1.0)
+    trainer = table.trainer()
+    table.round(trainer)
+    model, units = trainer.model, {unit.key: unit for unit in table.reader.manifest().units}
+    trained = {spec.key: {n: t.clone() for n, t in values.items()} for spec, values in model.trained_units()}
+    finished = FinishedSteps.save(model, units, None, table.folder)
+    roles = tuple(np.where(np.arange(16) < 4, 2, 1).astype(np.int8) for _ in range(4))
+    plan = ExpertPlan(roles)
+    source = FrameSource(units.values(), table.paths)
+    model.apply_plan(plan, source, train_scope(table.reader.run.training))
+    finished.restore(model, units, plan)
+    for spec, values in model.trained_units():
+        assert all(torch.equal(values[name], trained[spec.key][name]) for name in values), spec.key
+    bank = model.layers[0].experts.edgefed_bank
+    frozen = bank.tensors(bank.slot(8))
+    assert all(torch.equal(frozen[name], value) for name, value in source.read(model.layers[0].expert_key(8)).items())
 
 
 def test_a_gpu_that_the_watch_sees_lost_ends_the_round(rig):
@@ -424,7 +500,8 @@ def test_a_gpu_that_the_watch_sees_lost_ends_the_round(rig):
 def test_with_nothing_left_it_waits_for_others_and_then_refuses():
     heard = Heard()
     heard.phase("train")
-    guard = MemoryGuard(lambda: None, heard, "cpu", FakeWatch(TIGHT, TIGHT, TIGHT, None), patience_s=10, poll_s=0.01)
+    watch = FakeWatch(TIGHT, TIGHT, TIGHT, TIGHT, None)
+    guard = MemoryGuard(lambda missing: None, heard, "cpu", watch, patience_s=10, poll_s=0.01)
     assert guard.reconsider() is None
     assert heard.said("nothing is left to give up; waiting")
 
@@ -433,10 +510,10 @@ def test_with_nothing_left_it_waits_for_others_and_then_refuses():
             return TIGHT
 
     with pytest.raises(OutOfMemory, match="900 MiB of memory left.* with the smallest plan"):
-        MemoryGuard(lambda: None, heard, "cpu", Always(), patience_s=0.02, poll_s=0.01).reconsider()
+        MemoryGuard(lambda missing: None, heard, "cpu", Always(), patience_s=0.02, poll_s=0.01).reconsider()
     heard.stop_in = "train"
     with pytest.raises(StopRequested):
-        MemoryGuard(lambda: None, heard, "cpu", Always(), patience_s=10, poll_s=0.01).reconsider()
+        MemoryGuard(lambda missing: None, heard, "cpu", Always(), patience_s=10, poll_s=0.01).reconsider()
 
 
 def test_shrinking_has_an_end_whatever_the_ladder_says(monkeypatch):
@@ -445,7 +522,7 @@ def test_shrinking_has_an_end_whatever_the_ladder_says(monkeypatch):
     from edgefed.costs.memory import StepSetup
 
     fallback = Fallback("chunked loss", StepPlan(StepSetup(1, 32), 4, 4), 1, "again and again", True)
-    guard = MemoryGuard(lambda: (fallback, None), Heard(), "cpu")
+    guard = MemoryGuard(lambda missing: (fallback, None), Heard(), "cpu")
     for _ in range(3):
         guard.ran_out("training", "text")
     with pytest.raises(OutOfMemory, match="nothing is left"):
