@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
+from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler
 from torch._C._profiler import RecordScope
-from torch.autograd import _disable_profiler, _enable_profiler, _prepare_profiler
 from torch.autograd.profiler import profile, record_function
 
 _PREFIX = "edgefed:"
@@ -65,7 +65,7 @@ class CpuLog:
         os.environ["KINETO_LOG_LEVEL"] = "99"  # else it writes two lines to stderr; read when the first profiler starts
         try:
             _prepare_profiler(config, activities)
-            _enable_profiler(config, activities, {RecordScope.USER_SCOPE})
+            _enable_profiler(config, activities, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
         finally:
             del os.environ["KINETO_LOG_LEVEL"]
             if level is not None:
