@@ -66,7 +66,7 @@ def _can(code: int, blocksize: int, dtype: int, n: int, k: int, transposed: bool
 def torch_has_amx() -> bool:
     """Whether torch multiplies bfloat16 with AMX on this processor."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return bool(supported()) and bool(torch._C.has_mkldnn)
+    return bool(supported()) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def choose_kernel(matrix: Matrix, rows: int, dtype: torch.dtype, transposed: bool, int8: bool, isa: int) -> int:
