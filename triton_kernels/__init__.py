@@ -12,6 +12,6 @@ reference under ``edgefed.kernels`` that is its specification.
     router_statistics   the sums of the activation profile in one pass
     quantize            quantization and dequantization of NF4 and INT8
 
-For compute capability 8.0 and later, Triton 3.3 and later (from 3.5 on without spills). No kernel adds floats atomically, so results are bitwise
-reproducible. A forward pass never synchronizes with the host.
+For compute capability 8.0 and later, Triton 3.3 and later (from 3.5 on without spills). No kernel adds floats
+atomically, so results are bitwise reproducible. A forward pass never synchronizes with the host.
 """

@@ -117,6 +117,9 @@ class ExpertBank(nn.Module):
         self._storage: dict[str, torch.Tensor | RaggedStack] = {}
         self._packed: dict[str, QuantizedMatrix] = {}
         self.offload = offload
+        self.slot_table: dict[int, SlotWeights] = {}
+        """Slots as kernels take them, each built once: collecting the tensors of a layer takes the host longer than a
+        GPU computes with them."""
         self._training_space: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = {}
         members = np.array([expert for group in groups for expert in group.experts], dtype=np.int64)
         for name, value in (
@@ -220,6 +223,7 @@ class ExpertBank(nn.Module):
 
         A cast does not change packed weights, only the dtype that they are dequantized to.
         """
+        self.slot_table.clear()
         if self.offload is None:
             self._storage = {
                 name: storage.apply(fn) if isinstance(storage, RaggedStack) else fn(storage)
@@ -362,6 +366,9 @@ class BankSlots:
 
     def __getitem__(self, slot: int) -> SlotWeights:
         bank = self._bank
+        is_lasting = self._scheduled is None and bank.offload is None
+        if is_lasting and slot in bank.slot_table:
+            return bank.slot_table[slot]
         tensors: dict[str, torch.Tensor] = {**bank.tensors(slot), **bank.tensors(slot, adapter=True)}
         if self._scheduled is not None and bank.experts[slot] not in self._scheduled:
             tensors = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -369,7 +376,10 @@ class BankSlots:
             tensors = {name: bank.offload.near(tensor) for name, tensor in tensors.items()}
         # The weights of a merged expert include the adapters of its members.
         scale = bank.lora_scale if slot < bank.num_resident else None
-        return slot_weights(bank.layer, tensors, bank.packed(slot), scale)
+        weights = slot_weights(bank.layer, tensors, bank.packed(slot), scale)
+        if is_lasting:
+            bank.slot_table[slot] = weights
+        return weights
 
 
 def _merged_tensors(

@@ -192,6 +192,19 @@ def test_new_values_are_quantized_again(toy):
     assert all(torch.equal(p, other_trainable[name]) for name, p in bank.tensors(1).items())
 
 
+def test_slots_are_collected_once_and_again_after_a_cast(olmoe):
+    model, source = olmoe.device(olmoe.units())
+    model.apply_plan(some_experts(model), source, TrainScope(), storage="nf4")
+    bank = model.layers[0].experts.edgefed_bank
+    last = len(bank) - 1
+    assert all(bank.slots()[slot] is bank.slots()[slot] for slot in (0, last))
+    scheduled = bank.slots(scheduled=())[0]
+    assert not scheduled.up.requires_grad
+    assert bank.slots()[0].up.requires_grad
+    model.module.to(torch.bfloat16)
+    assert {bank.slots()[slot].up.dtype for slot in (0, last)} == {torch.bfloat16}
+
+
 def test_moving_and_casting_do_not_change_packed_tensors(olmoe):
     model, source = olmoe.device(olmoe.units())
     model.apply_plan(some_experts(model), source, TrainScope(), storage="nf4")
