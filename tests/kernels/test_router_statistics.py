@@ -36,9 +36,8 @@ def _batch(num_tokens: int, num_experts: int, top_k: int, seed: int):
 
 
 def _oracle(batches, num_experts: int) -> dict[str, list[float]]:
-    names = [
-        field.name for field in dataclasses.fields(LayerProfile) if field.name not in ("num_tokens", "attention_sum")
-    ]
+    required = [field.name for field in dataclasses.fields(LayerProfile) if field.default is dataclasses.MISSING]
+    names = [name for name in required if name != "num_tokens"]  # what other sources add is optional
     result = {name: [0.0] * num_experts for name in names}
     for gate, indices, weights in batches:
         for row, chosen, weight in zip(gate.tolist(), indices.tolist(), weights.tolist(), strict=True):
