@@ -210,9 +210,7 @@ class Planner:
         return plan
 
     def shrink(self, missing_bytes: int = 0) -> tuple[Fallback, ExpertPlan] | None:
-        """Take the next fallback, whatever the memory model says of the current plan; None when nothing is left.
-
-        It frees ``missing_bytes`` where that is known and possible; see `next_fallback`.
+        """Take the next fallback (`next_fallback`), whatever the memory model says; None when nothing is left.
 
         Later rounds keep the smaller plan until memory has grown by a tenth.
         """
