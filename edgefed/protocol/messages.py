@@ -306,10 +306,7 @@ class ErrorReply(Message, frozen=True):
 
 
 class ClientStatus(Message, frozen=True):
-    """One client in `edgefed status`. ``last_seen_s`` is seconds ago; ``memory_bytes`` its newest budget.
-
-    ``comparison``: once the client has compared the final model with others.
-    """
+    """One client in `edgefed status`. ``last_seen_s`` is seconds ago; ``memory_bytes`` its newest budget."""
 
     client_id: str
     name: str
@@ -325,6 +322,7 @@ class ClientStatus(Message, frozen=True):
     metrics: dict[str, float]
     device: DeviceInfo | None = None
     comparison: Comparison | None = None
+    """Once the client has compared the final model with others."""
 
 
 class SetAside(Message, frozen=True):
