@@ -336,8 +336,7 @@ class SetAside(Message, frozen=True):
 class RoundStatus(Message, frozen=True):
     """One finished round in `edgefed status`. ``updates`` counted; ``set_aside`` were accepted, but did not.
 
-    ``undone``: the held-out loss had jumped, so that this round's updates were dropped and the aggregation of that
-    earlier round was undone; None otherwise.
+    ``undone``: the earlier round that this one undid, because the held-out loss had jumped; None otherwise.
     """
 
     server_round: int
