@@ -16,10 +16,8 @@ from edgefed.errors import EdgefedError, MalformedMessage, ProtocolError, all_er
 from edgefed.protocol.comparison import Comparison
 
 UNIT_KINDS = ("dense", "router", "expert")
-NEURON_TABLE = "neurons"
-"""Tensor (I, C) of an expert unit in a run whose devices hold slices: one row per neuron (`edgefed.moe.neurons`)."""
-NEURON_INDEX = "neurons.index"
-"""Beside a `NEURON_TABLE` in an upload: which rows of the global table these are, int32 (W,), ascending."""
+NEURON_TABLE, NEURON_INDEX = "neurons", "neurons.index"
+"""Tensors of an expert whose slices are exchanged (`protocol.slices`): a row per neuron (I, C), and rows sent (W,)."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
