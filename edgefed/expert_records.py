@@ -102,6 +102,11 @@ class ExpertPlan:
             if ((roles == Role.ABSENT) == mask.any(axis=1)).any():
                 raise ValueError(f"in layer {layer} exactly the absent experts must be without neurons")
 
+    @property
+    def neuron_share(self) -> float:
+        """Share of all neurons that a sliced plan has on the device."""
+        return sum(int(mask.sum()) for mask in self.neurons) / sum(mask.size for mask in self.neurons)
+
     @classmethod
     def full(cls, experts_per_layer: Sequence[int], role: Role = Role.TRAINABLE) -> ExpertPlan:
         """Every expert resident with the same role."""

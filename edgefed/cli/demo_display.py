@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from edgefed.protocol.messages import Status
 
 START_SHARE, ROUNDS_SHARE, COMPARE_SHARE = 0.15, 0.45, 0.2
-"""Shares of a method's time: its processes start, its rounds, and, of the first method, the clients compare. Measured
-with four clients on two cores; the rest goes into the evaluation of the global models."""
+"""Shares of a method's time: its processes start, its rounds, and, of the first method, the clients compare. Estimates;
+the rest goes into the evaluation of the global models."""
 LEAST_SHARE = 0.05
 """Before this share is done, the time that is left is unknown."""
 

@@ -206,7 +206,8 @@ class Planner:
         self._save(plan)
         # A method may not use every expert that would fit.
         real = dataclasses.replace(step_plan, resident=plan.num_resident, trainable=plan.num_trainable)
-        progress.message(f"plan: {describe(real, sum(sizes))}{_describe_slices(plan)}")
+        slices = f"; slices with {plan.neuron_share:.1%} of all neurons" if plan.neurons else ""
+        progress.message(f"plan: {describe(real, sum(sizes))}{slices}")
         return plan
 
     def shrink(self, missing_bytes: int = 0) -> tuple[Fallback, ExpertPlan] | None:
@@ -391,10 +392,3 @@ class Planner:
     def _save(self, plan: ExpertPlan) -> None:
         self._saved.plan, self._saved.step = plan, SavedStepPlan.of(self.step_plan)
         self._saved.write(self._path, self._fingerprint)
-
-
-def _describe_slices(plan: ExpertPlan) -> str:
-    if not plan.neurons:
-        return ""
-    share = sum(int(mask.sum()) for mask in plan.neurons) / sum(mask.size for mask in plan.neurons)
-    return f"; slices with {share:.1%} of all neurons"
