@@ -38,7 +38,7 @@ class ChatSettings:
     global_model: Annotated[bool, Setting("Of a device: the newest global model, from its server.", flag="global")] = (
         False
     )
-    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN", secret=True)] = None
     device: Annotated[str | None, Setting("cpu, cuda or cuda:1.", default="a GPU if there is one")] = None
     json: Annotated[bool, Setting("With --prompt: print prompt and answer as JSON.")] = False
 

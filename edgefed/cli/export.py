@@ -31,7 +31,7 @@ class ExportSettings:
     global_model: Annotated[bool, Setting("Of a device: the newest global model, from its server.", flag="global")] = (
         False
     )
-    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN")] = None
+    token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN", secret=True)] = None
     json: Annotated[bool, Setting("Print path, size and origin as JSON.")] = False
 
 

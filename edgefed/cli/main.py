@@ -105,6 +105,10 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of clients need not be in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
+    if arguments is None and os.name == "posix":
+        from edgefed.cli.hidden_token import hide_token
+
+        hide_token()
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     status: Any
