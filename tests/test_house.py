@@ -29,7 +29,7 @@ FLOORS = (
     ("training", "checkpoint_export"),
     ("personal", "trainer", "bench"),
     ("join", "runs"),
-    ("exporting",),
+    ("exporting", "preview"),
     ("simulation",),
     ("api",),
     ("cli",),

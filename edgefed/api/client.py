@@ -13,6 +13,8 @@ from edgefed.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from edgefed.agent.summary import RunSummary
+    from edgefed.join import JoinConfig
+    from edgefed.preview import Preview
     from edgefed.progress import ProgressSink
     from edgefed.training.records import RecordFields
 
@@ -196,8 +198,6 @@ class Client:
         ``on_event`` gets phases and messages; ``progress`` is a display that gets them instead. Raises the errors of
         `edgefed.errors`: ConfigError, DataError, BudgetTooSmall, OutOfMemory, DeviceLost, NetworkError, StorageError.
         """
-        import platform
-
         from edgefed.agent.addresses import check_base_url
 
         check_base_url(self.server)
@@ -205,6 +205,49 @@ class Client:
         self.check_data()
         sink = progress or _EventSink(on_event)
         self._greet(sink)
+        config = self._load(memory_bytes, sink)
+        from edgefed.join import run_agent
+
+        try:
+            return run_agent(config, sink, stop or threading.Event())
+        finally:
+            sink.done()
+
+    def preview(
+        self, on_event: Callable[[ClientEvent], None] | None = None, *, progress: ProgressSink | None = None
+    ) -> Preview:
+        """Say what this device would do in the run, without registering with the server or training.
+
+        Checks the data, measures memory, the connection and the time of a step with random weights, and plans as
+        `run` would. Arguments and errors are those of `run`; a model that does not fit raises BudgetTooSmall.
+        """
+        from edgefed.agent.addresses import check_base_url
+        from edgefed.agent.transport import AggregatorClient
+
+        check_base_url(self.server)
+        if self.task is not None:
+            raise ConfigError(
+                f"a preview has no effect with `task={self.task}`: it plans the experts of the server's model",
+                remedy="Remove one of them.",
+            )
+        memory_bytes = self.memory_bytes
+        self.check_data()
+        sink = progress or _EventSink(on_event)
+        with AggregatorClient(self.server, token=self.token) as server:
+            status = server.status()
+            sink.message(f"connected to {server.base_url}")
+            config = self._load(memory_bytes, sink)
+            from edgefed.preview import make_preview
+
+            try:
+                return make_preview(config, server, status, sink)
+            finally:
+                sink.done()
+
+    def _load(self, memory_bytes: int | None, sink: ProgressSink) -> JoinConfig:
+        """Load torch, and return the settings of the device."""
+        import platform
+
         sink.phase("load")
         from edgefed.hardware.occupancy import AgentRegistry
 
@@ -212,7 +255,7 @@ class Client:
         AgentRegistry().enter(limit_bytes=memory_bytes)
         import torch
 
-        from edgefed.join import JoinConfig, run_agent
+        from edgefed.join import JoinConfig
 
         if self.method:
             from edgefed.methods.custom import load_method
@@ -242,10 +285,7 @@ class Client:
             compare_alone=self.compare_alone,
         )
         sink.done()
-        try:
-            return run_agent(config, sink, stop or threading.Event())
-        finally:
-            sink.done()
+        return config
 
     def _greet(self, sink: ProgressSink) -> None:
         """Tell at once whether the server answers: the device then loads for seconds before it joins."""

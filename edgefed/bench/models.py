@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
 from edgefed.costs.shapes import KNOWN_SHAPES, ModelShape
 from edgefed.embedded import TINY, resolve_model
 from edgefed.errors import UnsupportedArchitecture
-from edgefed.expert_records import ExpertPlan
+from edgefed.expert_records import ExpertPlan, Role
 from edgefed.moe.loading import load_config
 from edgefed.moe.model import MoeModel
 from edgefed.moe.model_shape import shape_from_config
@@ -140,10 +141,19 @@ _DTYPES = {
 
 
 def build_model(
-    model: BenchModel, layers: int, resident: int, trainable: int, scope: TrainScope, device: torch.device
+    model: BenchModel,
+    layers: int,
+    resident: int,
+    trainable: int,
+    scope: TrainScope,
+    device: torch.device,
+    *,
+    storage: str | None = None,
+    neuron_share: float = 1.0,
 ) -> tuple[MoeModel, ExpertPlan, ExpertSource]:
     """Build the first ``layers`` layers on ``device``: ``resident`` experts each, the first ``trainable`` trainable.
 
+    ``storage``: as `MoeModel.apply_plan` takes it. ``neuron_share``: of its neurons that each resident expert has.
     Returns (model, plan, source of its experts). Raises UnsupportedArchitecture, and the errors of allocations.
     """
     if model.folder is not None and layers == len(model.shape.layers):
@@ -167,7 +177,14 @@ def build_model(
         trainable=[range(some) for _, some in counts],
         frozen=[range(some, most) for most, some in counts],
     )
-    moe.apply_plan(plan, source, scope)
+    if neuron_share < 1.0:
+        widths = [max(1, round(neuron_share * layer.num_neurons)) for layer in moe.layers]
+        masks = (
+            np.logical_and.outer(roles != Role.ABSENT, np.arange(layer.num_neurons) < width)
+            for roles, layer, width in zip(plan.roles, moe.layers, widths, strict=True)
+        )
+        plan = ExpertPlan(plan.roles, neurons=tuple(masks))
+    moe.apply_plan(plan, source, scope, storage=storage)
     return moe, plan, source
 
 

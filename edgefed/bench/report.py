@@ -191,6 +191,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     unknown: dict[str, str] = {}
     seconds: float = 0.0
     interrupted: bool = False
+    verdict: str = ""
+    """What this device could do in a run, in one sentence (`edgefed.bench.verdict`)."""
 
     def test(self, name: str) -> Entry | None:
         """Return the test of that name, None if it is missing."""

@@ -12,6 +12,8 @@ import functools
 import time
 from typing import Any
 
+import msgspec
+
 from edgefed.bench import report as sections
 from edgefed.bench.capacity import verify_memory
 from edgefed.bench.compute import Stopwatch, dtype_name
@@ -24,6 +26,7 @@ from edgefed.bench.speed import Session, SpeedTests, paper_figures
 from edgefed.bench.statistics import Entry
 from edgefed.bench.sustain import DeviceSensors, run_sustained
 from edgefed.bench.training_step import measure_memory
+from edgefed.bench.verdict import verdict
 from edgefed.errors import ConfigError
 from edgefed.hardware.budget import MemoryBudget, plan_budget
 from edgefed.hardware.facts import DeviceFacts, MemoryKind
@@ -46,7 +49,7 @@ def stand_in(options: BenchOptions) -> Report:
     budget = plan_budget(facts, override_bytes=options.memory_bytes)
     model = find_model(options.model) if options.model else None
     planner = Planner(facts, budget, _line(options, []), stand_in=True)
-    return Report(
+    report = Report(
         created=_now(),
         tool=sections.tool_section("plan", 0),
         host=sections.host_section(facts),
@@ -60,6 +63,7 @@ def stand_in(options: BenchOptions) -> Report:
         warnings=(f"planned for the profile {profile.id}, not measured", *budget.notes),
         seconds=time.monotonic() - started,
     )
+    return msgspec.structs.replace(report, verdict=verdict(report))
 
 
 def run_bench(options: BenchOptions, progress: ProgressSink) -> Report:
@@ -111,7 +115,7 @@ class _Run:
             self.progress.done()
             interrupted = True
         planner = Planner(self.facts, self.budget, _line(self.options, self.network, self.line))
-        return Report(
+        report = Report(
             created=_now(),
             tool=sections.tool_section(self.options.mode, self.options.sampling.repeats),
             host=sections.host_section(self.facts, _load_now()),
@@ -130,6 +134,7 @@ class _Run:
             seconds=time.monotonic() - started,
             interrupted=interrupted,
         )
+        return msgspec.structs.replace(report, verdict=verdict(report))
 
     def _warn_about_conditions(self) -> None:
         host, warn = self.facts.host, self.session.warnings.append

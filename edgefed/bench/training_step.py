@@ -182,6 +182,31 @@ def step_seconds(
     return [end - start for start, end in zip(moments, moments[1:], strict=False)]
 
 
+def seconds_of_step(
+    watch: Stopwatch, sampling: Sampling, model: BenchModel, setup: StepSetup, work: StepWork, neuron_share: float = 1.0
+) -> float:
+    """Return the median seconds of a training step of the whole model under ``setup``, with random weights.
+
+    With ``neuron_share`` below 1, each expert has this share of its neurons. Raises MemoryError if not even two layers
+    fit, and the errors of training.
+    """
+    shape = model.shape.sliced([neuron_share] * len(model.shape.moe_layers)) if neuron_share < 1.0 else model.shape
+    sized = dataclasses.replace(model, shape=shape)
+    scope = TrainScope(setup.experts, setup.router, setup.attention, setup.lora_rank)
+    seconds: dict[int, list[float]] = {}
+    for depth in depths(sized, setup, work):
+        moe, plan, source = build_model(
+            sized, depth, work.resident, work.trainable, scope, watch.device,
+            storage=setup.expert_storage, neuron_share=neuron_share,
+        )  # fmt: skip
+        seconds[depth] = step_seconds(watch, moe, plan, setup, work, sampling)
+        del moe, plan, source
+        watch.release()
+    if not seconds:
+        raise MemoryError(f"not even two layers of {model.name} fit")
+    return statistics.median(extrapolate(seconds, len(shape.layers)))
+
+
 def profile_seconds(
     watch: Stopwatch, moe: MoeModel, source: ExpertSource, scope: TrainScope, work: StepWork, sampling: Sampling
 ) -> list[float]:

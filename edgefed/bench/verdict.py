@@ -27,16 +27,22 @@ def verdict(report: Report) -> str:
             parts.append(f"{fit.model}: does not fit")
             continue
         of = f"{fit.model}: {fit.experts} of {fit.of}"
-        details = [f"{of} experts a layer {STORAGE_WORDS[fit.storage]} with adapters" if not number else of]
+        what = f"{of} experts a layer {STORAGE_WORDS[fit.storage]} with adapters" if not number else of
         if number and fit.storage != chosen[0].storage:
-            details[0] += f" {STORAGE_WORDS[fit.storage]}"
-        if (seconds := measured.get(fit.model)) is not None:
-            details.append(f"about {format_seconds(seconds)} of training a round")
-        if fit.upload_s is not None:
-            details.append(f"{format_seconds(fit.upload_s)} upload")
-        parts.append(", ".join(details))
+            what += f" {STORAGE_WORDS[fit.storage]}"
+        parts.append(with_times(what, measured.get(fit.model), fit.upload_s))
     idle = "" if any(fit.budget == "now" for fit in chosen) else "on an idle machine, "
     return f"{idle}{'; '.join(parts)}"
+
+
+def with_times(what: str, training_s: float | None, upload_s: float | None) -> str:
+    """``what`` a device holds and trains, with the seconds of a round that are known."""
+    parts = [what]
+    if training_s is not None:
+        parts.append(f"about {format_seconds(training_s)} of training a round")
+    if upload_s is not None:
+        parts.append(f"{format_seconds(upload_s)} upload")
+    return ", ".join(parts)
 
 
 def _by_model(report: Report) -> list[list[Fit]]:

@@ -20,7 +20,6 @@ from edgefed.bench.compare import Comparison, conditions, differences
 from edgefed.bench.formats import MODES, STORAGES, duration, gib, number
 from edgefed.bench.report import Fit, Report, Sustain
 from edgefed.bench.statistics import FAILED, INTERRUPTED, NOISY, SKIPPED, STABLE, UNUSABLE, Entry
-from edgefed.bench.verdict import verdict
 from edgefed.cli.output import stdout_console
 from edgefed.cli.phrasing import to_flags
 from edgefed.cli.tables import Column, FittedTable
@@ -95,8 +94,8 @@ def print_report(report: Report, files: Sequence[Path]) -> None:
         print_fits(console, style, report)
     for warning in report.warnings:
         console.print(f"[yellow]![/] {escape(to_flags(warning))}")
-    if sentence := verdict(report):
-        console.print(f"\n{sentence}", style="bold", markup=False)
+    if report.verdict:
+        console.print(f"\n{report.verdict}", style="bold", markup=False)
     ending = "stopped by Ctrl-C: what was measured until then is above; " if report.interrupted else ""
     went = f"written: {', '.join(map(str, files))}" if files else "nothing written; --json FILE keeps it"
     console.print(f"{ending}{report.seconds:.0f} s {style.dot} {went}", style="dim", markup=False)

@@ -32,6 +32,8 @@ EXAMPLES: dict[str, Sequence[tuple[str, str]]] = {
     ),
     "join": (
         ("Train on a file.", "edgefed join http://192.168.1.5:8470 --data my.jsonl --state ./me"),
+        ("What would this device do in the run? Nothing is trained.",
+         "edgefed join --dry-run http://192.168.1.5:8470 --data my.jsonl"),
         ("Within limits.", "edgefed join http://192.168.1.5:8470 --data my.jsonl --memory 2GiB --experts 25%"),
         ("With a model of your own (FedMoE).",
          "edgefed join http://192.168.1.5:8470 --task images --data my.npz --model cnn3"),

@@ -17,6 +17,9 @@ from edgefed.config import Setting
 class JoinSettings(Client):
     """What `edgefed join` takes: the settings of `edgefed.Client`, and how to print."""
 
+    dry_run: Annotated[
+        bool, Setting("Only say what this device would do in the run; it does not register and trains nothing.")
+    ] = False
     json: Annotated[bool, Setting("Print a summary as JSON at the end.")] = False
 
 
@@ -26,6 +29,9 @@ def join_command(settings: JoinSettings) -> None:
 
     Joins the run at SERVER (http://host:port) and trains on DATA until it ends or Ctrl-C.
     """
+    if settings.dry_run:
+        _dry_run(settings)
+        return
     from edgefed.cli.output import TerminalProgress, print_json, print_note, stdout_console
     from edgefed.hardware.memory import format_bytes
     from edgefed.progress import stop_signals
@@ -52,3 +58,14 @@ def join_command(settings: JoinSettings) -> None:
     print_note(f"{sentence} {format_bytes(summary.bytes_down)} down, {format_bytes(summary.bytes_up)} up.")
     if stop.is_set():
         sys.exit(130)
+
+
+def _dry_run(settings: JoinSettings) -> None:
+    """Print what this device would do in the run."""
+    from edgefed.cli.output import TerminalProgress, print_json, stdout_console
+
+    found = settings.preview(progress=TerminalProgress())
+    if settings.json:
+        print_json({**dataclasses.asdict(found), "verdict": str(found)})
+    else:
+        stdout_console().print(str(found), style="bold", markup=False)

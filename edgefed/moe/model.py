@@ -66,7 +66,7 @@ class MoeModel:
         """Storage format of the plan's experts that are not trainable; None: the dtype of the model."""
         self.offloads = False
         """Whether the experts of the plan are in an `OffloadSpace`."""
-        self._device = device
+        self.device = device
         self._default_implementation = module.config._experts_implementation
         self._fixed = units.find_fixed_tensors(module, layers)
         self._unloaded: set[str] = set()
@@ -172,7 +172,7 @@ class MoeModel:
     def _load_fixed(self, unit: FixedTensors, tensors: Mapping[str, torch.Tensor]) -> None:
         names = {place.full_name for place in unit.places.values()}
         first = not names.isdisjoint(self._unloaded)
-        unit.load(tensors, self._device, materialize=first, adopt_dtype=first and self._adopts_dtype)
+        unit.load(tensors, self.device, materialize=first, adopt_dtype=first and self._adopts_dtype)
         self._unloaded -= names
 
     def missing(self) -> list[str]:
@@ -226,7 +226,7 @@ class MoeModel:
             for runtime in self._runtimes:
                 runtime.missing = missing
                 runtime.bank = ExpertBank(
-                    runtime.layer, plan, source, scope, self._device, storage, align, merged, offload
+                    runtime.layer, plan, source, scope, self.device, storage, align, merged, offload
                 )
                 runtime.layer.experts.add_module("edgefed_bank", runtime.bank)
         except Exception:
@@ -242,7 +242,7 @@ class MoeModel:
             for place in unit.places.values():
                 place.get().requires_grad_(mode == "full" and place.learnable)
             if mode == "lora" and unit.matrices:
-                adapters.install_adapter(unit, scope, self._device)
+                adapters.install_adapter(unit, scope, self.device)
                 adapters.load_adapter(unit, source.read(unit.key + LORA_SUFFIX))
 
     @contextlib.contextmanager
@@ -265,7 +265,7 @@ class MoeModel:
             if self.plan is not None:
                 raise ConfigError(f"cannot stream with {scope}: a plan with {self.scope} is applied")
             self._install_scope(scope, source)
-        streams = lockstep.open_streams(self.layers, source, scope, self._device, residency, storage)
+        streams = lockstep.open_streams(self.layers, source, scope, self.device, residency, storage)
         before = self.module.config._experts_implementation
         register_implementation()
         self.module.set_experts_implementation(IMPLEMENTATION)
@@ -288,7 +288,7 @@ class MoeModel:
             adapters.remove_adapter(unit, merge=True)
         self.scope = TrainScope(experts="none", router="none")
         for layer in self.layers:
-            restore_layer(layer, source, scope, self._device)
+            restore_layer(layer, source, scope, self.device)
         self.module.set_experts_implementation(self._default_implementation)
 
     @contextlib.contextmanager
@@ -325,7 +325,7 @@ class MoeModel:
 
     def training_kernels(self) -> str:
         """Return which kernels train the experts of a plan, as in `StepSetup.kernels`."""
-        return training_kernels(self.layers, self.dtype, str(self._device))
+        return training_kernels(self.layers, self.dtype, str(self.device))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return all trainable parameters, for an optimizer."""

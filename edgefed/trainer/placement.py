@@ -187,7 +187,7 @@ def required_storage(requested: str, method: ExpertMethod, training: TrainingCon
             f"{asked} needs {requested}, but {method.name} trains every expert in full: no frozen expert to quantize",
             remedy="Join without `expert_storage`, or serve with `train_experts=lora`.",
         )
-    if problem := packing_problem(requested, str(model.module.device), model.dtype):
+    if problem := packing_problem(requested, str(model.device), model.dtype):
         raise ConfigError(
             f"{asked} does not work on this device: {problem}",
             remedy="Join with `expert_storage=full`, or on another device.",

@@ -210,6 +210,11 @@ class Planner:
         progress.message(f"plan: {describe(real, sum(sizes))}{slices}")
         return plan
 
+    def estimate(self, request: PlanRequest) -> StepPlan:
+        """The step plan before anything is known of the experts. Downloads nothing; raises as `make_plan` does."""
+        wanted, layout = self._prepare(request), even_layout(request.manifest.experts_per_layer)
+        return fit(self._search(request, layout), wanted, self._tensor_bytes())[0]
+
     def shrink(self, missing_bytes: int = 0) -> tuple[Fallback, ExpertPlan] | None:
         """Take the next fallback (`next_fallback`), whatever the memory model says; None when nothing is left.
 
@@ -258,7 +263,7 @@ class Planner:
             self._saved.correction = None  # it is of other kernels; the next step is measured
         self._shape = self._shape or shape_from_config(model.config, run.model)
         if self._problems is None:
-            self._problems = problems(model.module, model.module.device)
+            self._problems = problems(model.module, model.device)
             if self._limits.expert_storage == "full":
                 self._problems["nf4_experts"] = "this device has `expert_storage=full`"
         # The small term keeps 0.29 of 100 experts at 29; a layer without any expert would pass no gradient.

@@ -82,7 +82,7 @@ def step_setup(model: MoeModel, training: TrainingConfig, **savings: Any) -> Ste
 
     ``savings`` are other fields of `StepSetup`. float64, which the memory formulas do not cover, counts as float32.
     """
-    device = model.module.device.type
+    device = model.device.type
     return StepSetup(
         batch_size=training.batch_size,
         sequence_length=training.sequence_length,

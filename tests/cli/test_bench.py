@@ -155,6 +155,7 @@ def test_a_profile_stands_in_without_measuring(run):
     assert out.isascii()
     status, out, _ = run("--device-profile", "rtx-4090", "--memory", "6GiB", "--uplink", "cable", "--json", "-")
     report = json.loads(out)
+    assert json.loads(out)["verdict"].startswith("OLMoE-1B-7B: ")
     assert report["memory"]["now_bytes"] == 6 * 2**30
     assert report["uplink"]["name"] == "cable"
     assert report["device"]["stand_in"]
