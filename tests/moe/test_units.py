@@ -192,6 +192,7 @@ def test_an_unreachable_hub_is_an_error_with_a_remedy(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nand more")
 
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(hub, "unreachable", lambda url: "")  # the connection breaks after the check
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
     with pytest.raises(

@@ -31,7 +31,8 @@ def test_one_agent_killed_and_one_upload_repeated_give_the_closed_form(serve, pr
     from toy_device import toy_value
 
     _, url = serve(
-        "--method", "fedavg", "--rounds", 1, "--min-clients", 3, "--client-timeout", 3, "--local-steps", 2
+        "--method", "fedavg", "--rounds", 1, "--min-clients", 3, "--client-timeout", 3, "--local-steps", 2,
+        "--clip", 0,  # the toy updates are far from the model
     )  # fmt: skip
     quick = processes(TOY_DEVICE, url, tmp_path / "quick", 0.1, log=tmp_path / "quick.log")
     slow = processes(TOY_DEVICE, url, tmp_path / "slow", 600, log=tmp_path / "slow.log")
@@ -183,8 +184,8 @@ def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
         assert [compared["before"], compared["global_model"]] == client["global_losses"]
         assert compared["alone"] == client["alone"] < compared["before"] + 0.5
         own = json.loads((tmp_path / "demo" / "hfedmoe" / "clients" / client["name"] / "comparison.json").read_text())
-        # What the device itself found of the same models on the same text.
-        assert own["comparison"]["global_model"] == pytest.approx(compared["global_model"], rel=1e-3)
+        # What the device itself found of the same models, on a part of the same text.
+        assert own["comparison"]["global_model"] == pytest.approx(compared["global_model"], rel=0.05)
         assert own["comparison"]["before"] == pytest.approx(compared["before"], rel=1e-3)
     assert "training alone" in found["verdict"]
     assert "training alone" in log
