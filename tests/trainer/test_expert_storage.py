@@ -225,7 +225,11 @@ def test_memory_that_runs_out_ends_in_packed_experts_before_any_is_given_up(rig,
     update, _ = table.round(device, heard=heard)
     assert device.model.storage == "nf4"
     assert device.planner.step_plan.resident == 64
-    assert heard.said("out of memory while training", "frozen experts in NF4", "the steps since the last change of the plan start again")
+    assert heard.said(
+        "out of memory while training",
+        "frozen experts in NF4",
+        "the steps since the last change of the plan start again",
+    )
     told = heard.said("out of memory while training")
     assert update.metrics["memory_shrinks"] == len(told)
     assert "NF4" in told[-1]
