@@ -46,8 +46,6 @@ from edgefed.training.out_of_memory import free_memory, is_out_of_memory
 STEP_LIMIT_S = 5.0
 """Time limit for the steps at one depth of the model; a step that has begun is finished."""
 STEPS = 5
-QUICK_STEP_S = 2.0
-"""A step that seems to take longer is measured with one and two sequences; its time is a + b times the sequences."""
 WHOLE_BELOW_BYTES = GIB // 2
 """A larger model is timed with its first layers; creating random weights takes time."""
 STORAGE_WORDS = {"nf4": "NF4", "int8": "8 bits"}
@@ -214,20 +212,10 @@ def _training_seconds(
         resident=resident, trainable=trainable, batch_size=setup.batch_size, sequence_length=setup.sequence_length,
         memory_bytes=usable_bytes, limit_s=STEP_LIMIT_S, whole_below_bytes=WHOLE_BELOW_BYTES,
     )  # fmt: skip
-    watch, sampling = Stopwatch(torch_device), Sampling(STEPS, limit_s=STEP_LIMIT_S)
-
-    def seconds_with(batch_size: int) -> float:
-        setup_of_size = dataclasses.replace(setup, batch_size=batch_size)
-        work_of_size = dataclasses.replace(work, batch_size=batch_size)
-        return seconds_of_step(watch, sampling, model, setup_of_size, work_of_size, neuron_share)
-
     progress.phase("measure")
     try:
-        seconds = seconds_with(1)
-        if seconds * setup.batch_size <= QUICK_STEP_S:
-            seconds = seconds_with(setup.batch_size)
-        elif setup.batch_size > 1:
-            seconds += (setup.batch_size - 1) * max(0.0, seconds_with(2) - seconds)
+        sampling = Sampling(STEPS, limit_s=STEP_LIMIT_S)
+        seconds = seconds_of_step(Stopwatch(torch_device), sampling, model, setup, work, neuron_share)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
