@@ -24,7 +24,7 @@ from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError, EdgefedError, StateCorrupt
 from edgefed.hardware.memory import set_up_allocator
 from edgefed.isolation.start import module_command
-from edgefed.protocol.comparison import Comparison
+from edgefed.protocol.comparison import Comparison, comparisons_by_name
 from edgefed.protocol.messages import (
     Manifest,
     RoundStatus,
@@ -165,7 +165,7 @@ class RunReader:
 
     def comparisons(self) -> dict[str, Comparison]:
         """What clients compared at the end of the run, by name."""
-        return {client.name: client.comparison for client in self._store.clients() if client.comparison is not None}
+        return comparisons_by_name(self._store.clients())
 
     def manifest(self, server_round: int | None = None) -> Manifest:
         """Return the global model at the start of a round; None: the newest. Raises ConfigError if it is not stored."""

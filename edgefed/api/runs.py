@@ -30,10 +30,11 @@ def comparisons(run: str | Path, *, token: str | None = None) -> dict[str, Compa
 
     if "://" in str(run):
         from edgefed.agent.transport import AggregatorClient
+        from edgefed.protocol.comparison import comparisons_by_name
 
         with AggregatorClient(str(run), "status", "status", token) as server:
             clients = server.status().clients
-        return {client.name: client.comparison for client in clients if client.comparison is not None}
+        return comparisons_by_name(clients)
     if has_run(Path(run)):
         from edgefed.runs import RunReader
 

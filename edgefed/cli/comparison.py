@@ -42,14 +42,13 @@ def comparison_table(comparisons: Mapping[str, Comparison]) -> FittedTable:
     return table
 
 
-def print_comparisons(console: Console, comparisons: Mapping[str, Comparison]) -> None:
-    """Print the table and what it means, unless nothing was compared."""
+def print_comparisons(console: Console, comparisons: Mapping[str, Comparison], *, own: bool) -> None:
+    """Print the table and what it means, unless nothing was compared. ``own``: it is the comparison of this device."""
     from edgefed.protocol.comparison import overall_verdict, verdict
 
     if comparisons:
         console.print(comparison_table(comparisons))
-        alone = len(comparisons) == 1
-        console.print(verdict(*comparisons.values()) if alone else overall_verdict(comparisons.values()), markup=False)
+        console.print(verdict(*comparisons.values()) if own else overall_verdict(comparisons.values()), markup=False)
 
 
 def _loss(loss: float | None) -> str:

@@ -63,7 +63,7 @@ def export_command(settings: ExportSettings) -> None:
             "path": str(folder), "form": settings.format, "size_bytes": size, "origin": origin, "comparisons": compared,
         })  # fmt: skip
         return
-    print_comparisons(stdout_console(), found)
+    print_comparisons(stdout_console(), found, own="this device" in found)
     print_note(f"{record}")
     print_note(f"wrote {folder} ({format_bytes(size)}): AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     print_note(f"talk to it: edgefed chat {folder}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import threading
@@ -42,6 +44,8 @@ def join_command(settings: JoinSettings) -> None:
         if stop.is_set():  # the second Ctrl-C ends the process at once
             sys.exit(130)
         stop.set()
+        with contextlib.suppress(OSError):  # a signal may have interrupted a buffered write: write past the buffer
+            os.write(sys.stderr.fileno(), b"stopping; Ctrl-C again ends at once\n")
 
     for signum in stop_signals():
         signal.signal(signum, ask_to_stop)
@@ -53,7 +57,7 @@ def join_command(settings: JoinSettings) -> None:
     elif summary.comparison is not None:
         from edgefed.cli.comparison import print_comparisons
 
-        print_comparisons(stdout_console(), {settings.name or "this device": summary.comparison})
+        print_comparisons(stdout_console(), {settings.name or "this device": summary.comparison}, own=True)
     sentence = str(summary) if summary.run_rounds else "Stopped before this device joined."
     print_note(f"{sentence} {format_bytes(summary.bytes_down)} down, {format_bytes(summary.bytes_up)} up.")
     if stop.is_set():

@@ -107,14 +107,14 @@ def render_status(status: Status, height: int | None = None) -> RenderableType:
 
     from edgefed.cli.comparison import comparison_table
     from edgefed.methods.registry import is_personal
-    from edgefed.protocol.comparison import overall_verdict
+    from edgefed.protocol.comparison import comparisons_by_name, overall_verdict
 
     personal = is_personal(status.run.method)
     left = (height or 10**6) - HEADER_LINES
     clients, used = _clients(status, personal, left)
     parts: list[RenderableType] = [_header(status), Text(""), clients]
     left -= used
-    compared = {client.name: client.comparison for client in status.clients if client.comparison is not None}
+    compared = comparisons_by_name(status.clients)
     if compared and left > len(compared) + TABLE_LINES + 3:  # title, mean, verdict
         parts += [Text(""), comparison_table(compared), Text(overall_verdict(compared.values()))]
         left -= len(compared) + TABLE_LINES + 3

@@ -11,7 +11,9 @@ Losses are mean cross-entropies per predicted token, in nats, all on the same to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -50,6 +52,31 @@ def is_sound(comparison: Comparison) -> bool:
         and len(comparison.skipped) <= 200
         and comparison.skipped.isprintable()
     )
+
+
+class Client(Protocol):
+    """What has made a comparison."""
+
+    @property
+    def client_id(self) -> str:
+        """Random id, hexadecimal."""
+
+    @property
+    def name(self) -> str:
+        """Name that its owner chose; several clients may have the same."""
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """None before the end of the run."""
+
+
+def comparisons_by_name(clients: Sequence[Client]) -> dict[str, Comparison]:
+    """The comparisons of clients by name, with a part of the id where several clients have the same name."""
+    count = Counter(client.name for client in clients)
+    names = [c.name if count[c.name] == 1 else f"{c.name} ({c.client_id[:8]})" for c in clients]
+    return {
+        name: client.comparison for name, client in zip(names, clients, strict=True) if client.comparison is not None
+    }
 
 
 REFERENCES = (("alone", "training alone"), ("before", "the model before the run"))

@@ -103,6 +103,11 @@ def check_manifest(manifest: Manifest) -> None:
 
 def check_model_config(settings: dict[str, Any], manifest: Manifest) -> None:
     """Check that config.json describes a model no larger than the manifest's: it decides what is allocated."""
+    for name, implementation in _implementations(settings):
+        if not implementation.isidentifier():  # transformers would load code of this name from a hub
+            raise MalformedMessage(
+                f"config.json: {name} is {printable(implementation[:80])!r}, which is code elsewhere"
+            )
     largest = max((dim for unit in manifest.units for info in unit.tensors for dim in info.shape), default=1)
     for name, value in _numbers(settings):
         limit = MAX_POSITIONS if _is_length(name) else max(MAX_SIZE, largest)
@@ -114,6 +119,17 @@ def check_model_config(settings: dict[str, Any], manifest: Manifest) -> None:
             continue
         if value > limit:
             raise MalformedMessage(f"config.json: {name} is {value}, and the model's tensors allow {limit} at most")
+
+
+def _implementations(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _implementations(each, f"{name}.{key}" if "implementation" in name else str(key))
+    elif isinstance(value, list):
+        for each in value:
+            yield from _implementations(each, name)
+    elif isinstance(value, str) and "implementation" in name:
+        yield name, value
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

@@ -67,6 +67,20 @@ def test_file_names_are_bare(name):
         check_manifest(msgspec.structs.replace(MODEL, files=(msgspec.structs.replace(FILE, name=name),)))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"_attn_implementation": "kernels-community/flash-attn"}, {"text_config": {"experts_implementation": "a/b"}},
+        {"attn_implementation": {"text_config": "a/b@main:c"}}, {"attn_implementation": ["../x"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_names_no_code_of_a_hub(settings):
+    with pytest.raises(MalformedMessage, match="code elsewhere"):
+        check_model_config(settings, MODEL)
+    check_model_config({"_attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}, MODEL)
+
+
 def test_one_name_stands_for_one_file():
     with pytest.raises(MalformedMessage, match="invalid file name"):
         check_manifest(msgspec.structs.replace(MODEL, files=(FILE, FILE)))
