@@ -173,7 +173,7 @@ def _run_method(config: DemoConfig, method: str, clients: Sequence[LocalClient],
         "--model", "tiny", "--method", method, "--rounds", str(config.rounds), "--seed", str(config.seed),
         "--local-steps", str(config.local_steps), "--batch-size", str(config.batch_size),
         "--sequence-length", str(config.sequence_length), "--learning-rate", str(config.learning_rate),
-        "--keep-rounds", "0",
+        "--keep-rounds", "0", "--evaluation-share", "1",  # the table compares losses on the same tokens
     ]  # fmt: skip
     if (experts := make_expert_method(method).requirements.train_experts) is not None:
         flags += ["--train-experts", experts]
