@@ -185,7 +185,7 @@ def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
         assert compared["alone"] == client["alone"] < compared["before"] + 0.5
         own = json.loads((tmp_path / "demo" / "hfedmoe" / "clients" / client["name"] / "comparison.json").read_text())
         # What the device itself found of the same models on the same text.
-            assert own["comparison"]["num_tokens"] == compared["num_tokens"]
+        assert own["comparison"]["num_tokens"] == compared["num_tokens"]
         assert own["comparison"]["global_model"] == pytest.approx(compared["global_model"], rel=1e-3)
         assert own["comparison"]["before"] == pytest.approx(compared["before"], rel=1e-3)
     assert "training alone" in found["verdict"]
