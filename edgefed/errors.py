@@ -194,7 +194,7 @@ class DiskFull(StorageError):
     """No space for a blob, an update or a checkpoint."""
 
     code, http_status = "disk-full", 507
-    default_remedy = "Free space on this disk. Acknowledged data is safe, and the transfer continues by itself."
+    default_remedy = "Free space on this disk. Acknowledged data is safe. A transfer goes on; run other commands again."
 
 
 class StateLocked(StorageError):

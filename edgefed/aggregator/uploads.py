@@ -137,9 +137,13 @@ class UploadFolder:
             if free_bytes >= needed_bytes + DISK_RESERVE_BYTES:
                 return
             if last_try:
-                raise DiskFull(f"an upload of {needed_bytes} bytes does not fit: {free_bytes} bytes are free")
+                raise DiskFull(
+                    f"an upload of {needed_bytes} bytes does not fit: {free_bytes} bytes are free, of which "
+                    f"{DISK_RESERVE_BYTES} are reserved"
+                )
             freed = self.discard_of(absent(), RoundClosed("the disk is short, and this client was absent"))
-            logger.warning("the disk is short: %d bytes of unfinished uploads of absent clients are deleted", freed)
+            if freed:
+                logger.warning("the disk is short: %d bytes of unfinished uploads of absent clients are deleted", freed)
 
     def discard_of(self, client_ids: Collection[str], reason: ProtocolError) -> int:
         """Delete the parts of these clients and end their connections. Returns the number of bytes."""

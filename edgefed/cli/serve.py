@@ -27,7 +27,8 @@ def _flags_to_join(server: Server) -> str:
     from edgefed.methods.registry import is_personal
 
     run = server.run_config
+    token = " --token @FILE" if server.token else ""
     if run is not None and is_personal(run.method):
-        return f"--task {extractor_task(run.model)} --data DATA --model MODEL"
+        return f"--task {extractor_task(run.model)} --data DATA --model MODEL{token}"
     custom = f" --method {server.method}" if isinstance(server.method, str) and ":" in server.method else ""
-    return f"--data FILE{custom}"
+    return f"--data FILE{custom}{token}"

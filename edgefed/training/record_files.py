@@ -84,9 +84,10 @@ def check_source(source: str) -> None:
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         if not is_saved_dataset(path) and not files_of(path):
+            other = next((file for file in sorted(path.rglob("*")) if file.is_file()), None)
             raise DataError(
                 f"the folder {source} has no file that can be read; known suffixes are {', '.join(SUFFIXES)}",
-                remedy=how_to_convert(next((file for file in sorted(path.rglob("*")) if file.is_file()), path)),
+                remedy="Put a file of text into it." if other is None else how_to_convert(other),
             )
         return
     if path.exists():

@@ -44,6 +44,10 @@ def test_the_process_list_does_not_show_the_token(tmp_path):
         assert "--model\0tiny" in _shown(server.pid)
         assert TOKEN not in log.read_text()
         assert f"EDGEFED_TOKEN={TOKEN}" in Path(f"/proc/{server.pid}/environ").read_text()
+        while b"clients join with" not in log.read_bytes():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        assert "--token @FILE" in log.read_text().split("clients join with")[1]
         assert os.stat(f"/proc/{server.pid}/environ").st_mode & 0o077 == 0
     finally:
         server.kill()

@@ -262,8 +262,9 @@ def test_missing_file_folder_and_silo_are_data_errors(tmp_path):
     with pytest.raises(DataError, match="file not found: .*nowhere.txt"):
         load_examples(str(tmp_path / "nowhere.txt"))
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(DataError, match="has no file that can be read"):
+    with pytest.raises(DataError, match="has no file that can be read") as caught:
         load_examples(str(tmp_path / "folder.txt"))
+    assert caught.value.remedy == "Put a file of text into it."
     with pytest.raises(DataError, match="unknown silo 'emails'"):
         load_examples("silo:emails")
     with pytest.raises(DataError, match="unknown silo 'emails'"):
