@@ -37,6 +37,8 @@ MODEL_SIZES = (
     "num_key_value_heads",
 )  # fmt: skip
 """Keys of config.json that are dimensions of tensors."""
+LAYER_NUMBERS = ("max_window_layers",)
+"""Keys that name layers and count none: real configurations have more than the model (dots.llm1: 62)."""
 MAX_REPLACEMENT_CHARACTERS, MAX_PATTERN_CHARACTERS = 16, 4096
 
 T = TypeVar("T")
@@ -111,7 +113,7 @@ def check_model_config(settings: dict[str, Any], manifest: Manifest) -> None:
     largest = max((dim for unit in manifest.units for info in unit.tensors for dim in info.shape), default=1)
     for name, value in _numbers(settings):
         limit = MAX_POSITIONS if _is_length(name) else max(MAX_SIZE, largest)
-        if "layers" in name or name in ("n_layer", "depth"):
+        if ("layers" in name and name not in LAYER_NUMBERS) or name in ("n_layer", "depth"):
             limit = len(manifest.units)
         elif name in MODEL_SIZES:
             limit = largest

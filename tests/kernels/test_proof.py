@@ -82,11 +82,13 @@ def test_every_backend_gets_the_verdict_that_it_deserves():
     said = []
     found = proof.prove("cpu", [CASE], on_message=said.append, run_limit_s=4.0, imports=IMPORTS)
     states = {row.backend: row for row in found}
-    assert {name: row.state for name, row in states.items()} == {
-        "good": "proved", "wrong_output": "wrong", "wrong_gradient": "wrong", "not_a_number": "wrong", "flaky": "wrong",
+    good = states["good"]  # a right one; whether it is faster depends on the processor
+    assert good.state == ("proved" if good.speedup > verdicts.FASTER else "slower")
+    assert {name: row.state for name, row in states.items() if row is not good} == {
+        "wrong_output": "wrong", "wrong_gradient": "wrong", "not_a_number": "wrong", "flaky": "wrong",
         "slow": "slower", "hanging": "died", "crashing": "died", "raising": "failed", "unsupported": "unsupported",
     }  # fmt: skip
-    assert states["good"].speedup > verdicts.FASTER > states["slow"].speedup > 0
+    assert good.speedup > states["slow"].speedup > 0
     assert states["wrong_output"].reason.startswith("the output is off by 20")
     assert states["wrong_gradient"].reason.startswith("gradient 1 is off by")
     assert states["flaky"].reason == "other bits from run to run"
@@ -94,7 +96,7 @@ def test_every_backend_gets_the_verdict_that_it_deserves():
     assert "SIGSEGV" in states["crashing"].reason
     assert states["raising"].reason == "RuntimeError: ptxas fatal: out of registers\nand more"
     assert any("proving good on cpu (1 of 10)" in line for line in said)
-    assert run() == "good"
+    assert run() == ("good" if good.state == "proved" else "reference")
 
     verdicts.reload_verdicts()  # as another process
     assert {row.backend: row.state for row in verdicts.verdicts_of("cpu").all()} == {

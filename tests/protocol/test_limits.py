@@ -78,6 +78,7 @@ def test_file_names_are_bare(name):
 def test_a_config_names_no_code_of_a_hub(settings):
     with pytest.raises(MalformedMessage, match="code elsewhere"):
         check_model_config(settings, MODEL)
+    check_model_config({"max_window_layers": 62}, MODEL)  # dots.llm1; allocates nothing
     check_model_config({"_attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}, MODEL)
 
 
