@@ -6,8 +6,8 @@
 
 Each cell is one process: the trainer of `edgefed join` with its budget and its memory guard, and the files of a run
 that was imported once into --folder. The global model stays as it is between rounds. Every 20 ms this process reads the
-other one's peak (VmHWM, which the child resets when a phase begins), so nothing between two readings is missed but what
-lies between the last one and a reset. Each row is written as it comes, and cells that the file has are not run again.
+other one's peak (VmHWM, which the child resets when a phase begins), so only the time between
+the last reading and a reset is missed. Each row is written when its cell ends. Cells already in the file are skipped.
 
 --allocator system leaves the C library's allocator as it is, for comparison.
 """

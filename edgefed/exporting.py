@@ -50,7 +50,7 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
             when = f"before round 1 of {self.rounds}"
         else:
             when = f"after round {self.server_round - 1} of {self.rounds}"
-        whose = f"this device's own model ({self.own_units} units of its own)" if self.own_units else "the global model"
+        whose = f"this device's own model ({self.own_units} parts of its own)" if self.own_units else "the global model"
         changed = "; no client has changed it: it is the model that the run began with" if self.unchanged else ""
         return f"{whose} of {self.model} {when}, method {self.method}{changed}"
 
@@ -210,13 +210,15 @@ def _device_model(
     if not missing:
         yield _Model(record, last.run, last.manifest, blobs, own)
         return
-    sink.message(f"{len(missing)} of {len(needed)} units are not on this device: downloading them from {server}")
+    sink.message(
+        f"{len(missing)} of {len(needed)} parts of the model are not on this device: downloading them from {server}"
+    )
     with _Download(server, token, sink) as download:
         try:
             paths = download.fetch(needed, blobs)
         except (NetworkError, NotFound) as error:
             error.remedy = (
-                f"This device has {len(needed) - len(missing)} of {len(needed)} units of round "
+                f"This device has {len(needed) - len(missing)} of {len(needed)} parts of the model of round "
                 f"{last.manifest.server_round}. Start its server again, or export the newest model with `global_model`."
             )
             raise

@@ -48,13 +48,18 @@ def check_source(source: str) -> str:
         return ""
     if not is_cached(source):
         raise ModelNotFound(
-            f"{source!r} is no local folder, and the hub cannot be used: {reason}; no copy is in {cache_folder()}",
+            f"{source!r} is not a local folder, and the hub cannot be used: {reason}; {cache_folder()} has no copy",
             remedy=HUB_REMEDY,
         )
+    go_offline()
+    return "" if asked_offline else f"the hub cannot be used ({reason}): taking the copy of {source} in the cache"
+
+
+def go_offline() -> None:
+    """Keep the hub's libraries in this process and its children from trying to connect again."""
     os.environ[OFFLINE] = "1"
     if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
         constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]  # it has read the environment already
-    return "" if asked_offline else f"the hub cannot be used ({reason}): taking the copy of {source} in the cache"
 
 
 def looks_like_path(source: str) -> bool:

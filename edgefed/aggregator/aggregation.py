@@ -17,7 +17,7 @@ from pathlib import Path
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.fold import FoldCancelled, Robustness, default_threads, fold_round
 from edgefed.aggregator.records import UpdateRecord
-from edgefed.aggregator.robust import absurd_moves, clip_factors, find_rule, measure_moves
+from edgefed.aggregator.robust import MIN_CLIENTS, absurd_moves, clip_factors, find_rule, measure_moves
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.update_files import UpdateDamaged
 from edgefed.aggregator.validate import update_units
@@ -35,8 +35,6 @@ HELD_OUT_LOSS = "held_out_loss_before"
 """Metric of an update: the loss of the global model that it was trained from, on the client's held-out data."""
 MIN_FOR_UNDO = 2
 """Clients that must have compared two models before one is undone."""
-MIN_FOR_MEDIAN = 3
-"""Updates from which a median says which one is out of line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +138,7 @@ def undo_round(
 
 
 def resist(how: Aggregation, units: Sequence[UnitInfo], files: Mapping[str, Path]) -> tuple[Robustness, dict[str, str]]:
-    """The limits of the round, and the clients whose update changes the model beyond all measure, with the reason."""
+    """The limits of the round, and the clients whose update changes the model far too much, with the reason."""
     rule = find_rule(how.policy.robust)
     if how.policy.clip is None:
         return Robustness({}, rule.combine, rule.min_clients), {}
@@ -196,7 +194,7 @@ def weighed(updates: Sequence[UpdateRecord], paths: Mapping[str, Path], max_exam
     """
     metas = [(update.client_id, update.meta) for update in updates if update.meta is not None]
     limit = max_examples
-    if limit is None and len(metas) >= MIN_FOR_MEDIAN:
+    if limit is None and len(metas) >= MIN_CLIENTS:
         limit = int(EXAMPLES_RATIO * statistics.median_low(meta.num_examples for _, meta in metas))
     found = []
     for client_id, meta in metas:

@@ -1,9 +1,9 @@
-"""Limits on connections: how many strangers may hold one, and how long anybody may keep the server waiting.
+"""Limits on connections: their number, and how long a client may keep the server waiting.
 
 A connection is a *stranger's* until one of its requests has shown the server's token or a client's key. Strangers get a
-part of the file descriptors, so that clients always find one; when it is used up, the stranger that has waited longest
-makes room for the newest. What is limited by time: a request head, the pauses within a body, and the pauses of a
-reader. A slow line that still moves is no reason to end a transfer, and a transfer can be resumed.
+part of the file descriptors, so that some are always left for clients. When it is used up, the server closes the
+stranger's connection that is oldest. Time limits apply to a request head, to pauses within a body, and to pauses of a
+reader. A slow transfer goes on as long as it makes progress; a transfer that was closed can be resumed.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def guarded_protocol(guard: ConnectionGuard, tls: ssl.SSLContext | None) -> type
 
 
 def mark_known(scope: Scope) -> None:
-    """The sender of this request has shown a secret: its connection is no stranger's."""
+    """Note that the sender of this request has shown a secret, so its connection no longer counts as a stranger's."""
     connection = scope.get("state", {}).get("connection")
     if connection is not None:
         connection.known = True

@@ -36,7 +36,7 @@ from edgefed.protocol.frames import FLOAT_DTYPES, read_header, storage_dtype
 from edgefed.protocol.messages import NEURON_TABLE, TensorInfo, UnitInfo
 
 MIN_CLIENTS = 3
-"""Clients from which a median says which one is out of line."""
+"""Smallest number of clients of which a median shows an outlier."""
 ABSURD_RATIO, ABSURD_FLOOR = 10.0, 0.1
 """An update is set aside if a unit moved by more than this many times its root mean square, or times the floor."""
 TRIMMED_SHARE = 0.2
@@ -180,7 +180,7 @@ def _add_squares(
 
 
 def absurd_moves(moves: Moves) -> dict[str, str]:
-    """The clients that changed a unit beyond all measure: {client_id: reason}."""
+    """The clients that changed a unit far too much: {client_id: reason}."""
     found = {}
     for (client_id, key), moved in moves.moved.items():
         limit = ABSURD_RATIO * max(moves.sizes[key], ABSURD_FLOOR)

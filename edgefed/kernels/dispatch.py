@@ -282,7 +282,7 @@ def want_proof(operation: str, device: str, case: Callable[[], Case | None]) -> 
 
 
 def proved_in_training(device: str, dtype: str) -> str | None:
-    """Return a backend with which training runs in every case that the device knows of; None if there is no such case.
+    """Return a backend that is proved for the known training cases of the device; None unless every case has one.
 
     The memory of a step is planned before its cases are known.
     """

@@ -27,7 +27,7 @@ START_LIMIT_S = 180.0
 RUN_LIMIT_S = 120.0
 """For one backend in one case, compiling it included."""
 TRAINING_LIMIT_S = 60.0
-"""For everything that a round proves before it plans. What is left waits for the next round."""
+"""For all proofs before a round. Cases that do not fit into it wait for the next round."""
 
 RUNS = "edgefed.kernels.proof_runs"
 

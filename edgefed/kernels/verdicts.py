@@ -116,7 +116,7 @@ class _File(msgspec.Struct):
 
 
 def cache_folder() -> Path:
-    """Return the folder of what may be deleted at any time: EDGEFED_CACHE, or ``edgefed`` in the user's cache."""
+    """Return the cache folder, which may be deleted at any time: EDGEFED_CACHE, or ``edgefed`` in the user's cache."""
     chosen = os.environ.get("EDGEFED_CACHE")
     if chosen:
         return Path(chosen)
@@ -310,7 +310,7 @@ def _numbered(device: str) -> str:
 
 
 def has_verdicts(device: str) -> bool:
-    """Whether anything is known of a device. Without any file there is no need to describe it, which takes time."""
+    """Whether any verdict on a device is stored. Without a file the device is not described, which takes time."""
     folder = cache_folder()
     if not any(opened == folder for _, opened in _opened):
         if folder not in _files:

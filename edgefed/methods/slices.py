@@ -12,8 +12,8 @@ router sent there; a slice keeps it.
 Choice: neurons are ranked within their expert by S_j and cut into blocks of B. A block's score is the sum over its
 neurons of S_j^p divided by the sum over the layer; the blocks with the best scores are taken until N. p = 1/2
 (``allocation="sqrt"``) spreads neurons over experts and layers more evenly than p = 1: energies of different layers are
-not comparable, and the error of what is left out adds up along the layers. An expert without a block contributes
-nothing; the router's choice stays.
+not comparable, and the errors of dropped neurons add up along the layers. An expert without a block contributes
+nothing; routing does not change.
 
 Server: each neuron is averaged over the clients that sent it, weighted by the tokens that trained it there; a neuron
 that nobody trained stays. Routers and dense tensors are averaged by examples.
@@ -147,7 +147,7 @@ def choose_neurons(scores: Sequence[Array], share: float, block: int) -> tuple[n
     Args:
         scores: (E_l, I_l) per layer, at least 0.
         share: share (0, 1] of all neurons to choose, rounded down to whole blocks.
-        block: neurons of a block; the last one of an expert has what is left.
+        block: neurons of a block; the last block of an expert may be smaller.
 
     Returns:
         bool (E_l, I_l) per layer. Ties go to the lower layer, then the lower expert, then the lower neuron.

@@ -104,14 +104,15 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def check_model_config(settings: dict[str, Any], manifest: Manifest) -> None:
-    """Check that config.json describes a model no larger than the manifest's: it decides what is allocated."""
-    for name, implementation in _implementations(settings):
-        if not implementation.isidentifier():  # transformers would load code of this name from a hub
-            raise MalformedMessage(
-                f"config.json: {name} is {printable(implementation[:80])!r}, which is code elsewhere"
-            )
+    """Check that config.json describes a model no larger than the manifest's, and names no code of a hub."""
+    for path, value in _leaves(settings):
+        if isinstance(value, str) and any("implementation" in key for key in path) and not value.isidentifier():
+            # transformers would load code of this name from a hub
+            raise MalformedMessage(f"config.json: {path[-1]} is {printable(value[:80])!r}, which is code elsewhere")
     largest = max((dim for unit in manifest.units for info in unit.tensors for dim in info.shape), default=1)
-    for name, value in _numbers(settings):
+    for (*_, name), value in _leaves(settings):
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
         limit = MAX_POSITIONS if _is_length(name) else max(MAX_SIZE, largest)
         if ("layers" in name and name not in LAYER_NUMBERS) or name in ("n_layer", "depth"):
             limit = len(manifest.units)
@@ -123,26 +124,16 @@ def check_model_config(settings: dict[str, Any], manifest: Manifest) -> None:
             raise MalformedMessage(f"config.json: {name} is {value}, and the model's tensors allow {limit} at most")
 
 
-def _implementations(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def _leaves(value: Any, path: tuple[str, ...] = ("",)) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The values of nested settings, each with its keys from the outermost; those of a list have the list's keys."""
     if isinstance(value, dict):
         for key, each in value.items():
-            yield from _implementations(each, f"{name}.{key}" if "implementation" in name else str(key))
+            yield from _leaves(each, (*path, str(key)))
     elif isinstance(value, list):
         for each in value:
-            yield from _implementations(each, name)
-    elif isinstance(value, str) and "implementation" in name:
-        yield name, value
-
-
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield from _numbers(each, str(key))
-    elif isinstance(value, list):
-        for each in value:
-            yield from _numbers(each, name)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield name, value
+            yield from _leaves(each, path)
+    else:
+        yield path, value
 
 
 def _is_size(name: str) -> bool:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
 from edgefed.errors import DataError, first_line
-from edgefed.hub import OFFLINE, endpoint, unreachable
+from edgefed.hub import endpoint, go_offline, unreachable
 from edgefed.training.conversions import how_to_convert, python_command
 from edgefed.training.record_files import Place
 from edgefed.training.records import RecordFields
@@ -72,7 +71,8 @@ def saved_rows(folder: pathlib.Path, digest: Any, fields: RecordFields) -> Recor
 def hub_rows(source: str, digest: Any, fields: RecordFields) -> Records:
     """Yield the rows of a data set of the hub, "owner/name" or "owner/name:split"; the split is "train" by default.
 
-    Raises DataError: there is no such file and no such data set, the hub cannot be reached, or it has several parts.
+    Raises DataError: neither a file nor a data set has this name, the hub cannot be reached, or the data set has
+    several configurations.
     """
     return _rows(load_hub(source), digest, fields)
 
@@ -83,7 +83,7 @@ def load_hub(source: str) -> Any:
     name, _, split = source.partition(":")
     reason = unreachable(endpoint())
     if reason:
-        os.environ[OFFLINE] = "1"  # or `datasets` tries again and again; it reads this when it is imported
+        go_offline()  # before `datasets` is imported, which then reads the environment
     what = f"{source} is not a file here; reading the data set of that name from the hub"
     datasets = _package("datasets", what, "Check the path if a file is meant.")
     split = split or "train"

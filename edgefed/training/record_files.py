@@ -102,7 +102,7 @@ def check_source(source: str) -> None:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether ``source``, which is no file, is written as an id of the hub: owner/name or owner/name:split."""
+    """Whether ``source``, which is not a file, has the form of a hub id: owner/name or owner/name:split."""
     owner, slash, name = source.partition("/")
     words = (owner, *name.split(":")) if slash else ()
     plain = all(word and word[0].isalnum() and word.replace("-", "").replace("_", "").replace(".", "").isalnum()

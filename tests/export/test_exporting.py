@@ -62,7 +62,7 @@ def test_a_run_that_exchanged_nothing_says_that_the_model_is_unchanged(exported)
     [
         ({}, "the global model of tiny after round 2 of 4, method flux"),
         ({"server_round": 5}, "the global model of tiny after all 4 rounds, method flux"),
-        ({"own_units": 7}, "this device's own model (7 units of its own) of tiny after round 2 of 4, method flux"),
+        ({"own_units": 7}, "this device's own model (7 parts of its own) of tiny after round 2 of 4, method flux"),
     ],
 )
 def test_the_record_names_the_round(changes, sentence):
