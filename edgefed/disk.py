@@ -80,6 +80,19 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def check_folder(folder: Path, setting: str = "state") -> None:
+    """Raise StorageError unless ``folder`` can be written to, or made. Creates nothing; ``setting`` names it."""
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    if not place.is_dir():
+        raise StorageError(
+            f"`{setting}={folder}` must be a folder, but {place} is a file", remedy=f"Choose another `{setting}`."
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"`{setting}={folder}`: no permission to write to {place}", remedy=f"Choose another `{setting}`."
+        )
+
+
 def make_private(folder: Path) -> Path:
     """Create a folder that only its owner may read, or make it so; one of another owner stays as it is."""
     make_folder(folder)

@@ -13,6 +13,7 @@ import hmac
 import importlib.util
 import ipaddress
 import re
+import socket
 import ssl
 import urllib.request
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from edgefed.errors import ConfigError
 from edgefed.protocol import routes
 
 MAX_LABEL_CHARACTERS = 63
+SCHEME_TIMEOUT_S = 3.0
 SYSTEM_PROXY = "the proxy settings of the system"
 
 
@@ -213,6 +215,36 @@ def trusted_certificates(environ: Mapping[str, str]) -> ssl.SSLContext | bool:
         except (ssl.SSLError, OSError) as error:
             raise ConfigError(f"{variable}: no certificates in {value}: {error}", remedy=remedy) from error
     return True
+
+
+def check_scheme(base_url: str, timeout_s: float = SCHEME_TIMEOUT_S) -> None:
+    """Raise ConfigError if whatever listens at ``base_url`` speaks HTTP where the address says https, or the reverse.
+
+    Connects once, directly. A server that does not answer in either way is left to the caller.
+    """
+    url = httpx.URL(base_url)
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
+    try:
+        with socket.create_connection((url.host, port), timeout_s) as connection:
+            if url.scheme == "https":
+                connection.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
+                if connection.recv(5) == b"HTTP/":
+                    raise ConfigError(
+                        f"the server at {base_url} speaks plain HTTP, the address says https",
+                        remedy=f"Pass the address that `edgefed serve` prints, which begins with http://{url.host}. "
+                        "If it must not be plain HTTP, ask whoever runs the server.",
+                    )
+            else:
+                context = ssl.create_default_context()
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                context.wrap_socket(connection).close()
+                raise ConfigError(
+                    f"the server at {base_url} speaks HTTPS, the address says http",
+                    remedy="Pass the whole address that `edgefed serve` prints, in quotes: "
+                    "https://host:port#sha256:...",
+                )
+    except OSError:  # ssl.SSLError and time-outs, too
+        return
 
 
 def pinned_context(fingerprint: str) -> ssl.SSLContext:

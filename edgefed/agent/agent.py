@@ -58,6 +58,7 @@ from edgefed.protocol.trainer import TrainedUpdate, Trainer
 logger = logging.getLogger("edgefed.agent")
 
 BLOBS_FOLDER = "blobs"
+STOPPED = "stopped by its user"
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.05, 60.0
 """Limits on the pause between two requests for work, which the server asks for."""
 
@@ -162,10 +163,13 @@ class Agent:
                 if outcome.kind == "finished":
                     return self._summary(finished=True, reason=outcome.detail)
         except StopRequested:
-            self.leave("stopped by its user")
+            self.leave(STOPPED)
             return self._summary(finished=False, reason="stopped")
+        except (KeyboardInterrupt, SystemExit):
+            self.leave(STOPPED)
+            raise
         except BaseException as error:
-            self.leave(error.code if isinstance(error, EdgefedError) else type(error).__name__)
+            self.leave(error.code if isinstance(error, EdgefedError) else f"internal error ({type(error).__name__})")
             raise
         finally:
             self.close()

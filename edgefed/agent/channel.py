@@ -10,7 +10,14 @@ from collections.abc import Iterator, Mapping
 
 import httpx
 
-from edgefed.agent.addresses import check_base_url, find_proxy, pinned_context, split_pin, trusted_certificates
+from edgefed.agent.addresses import (
+    check_base_url,
+    check_scheme,
+    find_proxy,
+    pinned_context,
+    split_pin,
+    trusted_certificates,
+)
 from edgefed.agent.network import Throughput, TransferRates
 from edgefed.errors import (
     ConfigError,
@@ -84,6 +91,7 @@ class Channel:
             proxy=self._proxy.url if self._proxy else None,
         )
         self._lock = threading.Lock()
+        self._scheme_checked = self._proxy is not None
         self.bytes_up = 0
         self.bytes_down = 0
         self.up, self.down = Throughput(), Throughput()
@@ -138,12 +146,16 @@ class Channel:
             with self._http.stream(
                 method, path, params=params, content=content, headers=headers, timeout=timeout or self.timeout
             ) as response:
+                self._scheme_checked = True
                 if (coding := response.headers.get("content-encoding", "identity")) != "identity":
                     raise self._compressed(response, coding)
                 if not response.is_success and response.status_code not in passed:
                     raise self._refusal(response)
                 yield response
         except httpx.HTTPError as error:
+            if not self._scheme_checked and not isinstance(error, httpx.TimeoutException):
+                self._scheme_checked = True
+                check_scheme(self.base_url)
             raise connection_error(error, f"{self.base_url}{self._by_proxy()}") from error
 
     def decode(self, response: httpx.Response, kind: type[T]) -> T:

@@ -285,7 +285,7 @@ class ActiveRun:
 
     def _announce(self, action: rounds.Action) -> None:
         if isinstance(action, rounds.OpenRound):
-            logger.info("round %d: %s to train", action.server_round, counted(len(action.participants), "client"))
+            logger.info("round %d: %s to train", action.server_round, counted(len(action.clients), "client"))
         elif isinstance(action, rounds.Fold):
             logger.info("round %d: closed with %s", action.server_round, counted(len(action.clients), "update"))
             self.uploads.end_round(RoundClosed(f"round {action.server_round} is closed"))

@@ -141,10 +141,13 @@ class Folded(Event):
 
 @dataclasses.dataclass(frozen=True)
 class OpenRound:
-    """Training begins, or continues with more or returned participants."""
+    """Training begins, or continues with more or returned participants.
+
+    ``clients``: those that have to train: live participants without an update.
+    """
 
     server_round: int
-    participants: tuple[str, ...]
+    clients: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +282,7 @@ def _joined(state: RoundState, client_id: str, now: float, actions: list[Action]
         there = sum(1 for c in state.participants if c in state.accepted or state.is_live(c, now))
         if there < (state.policy.clients_per_round or state.policy.min_clients):
             state = dataclasses.replace(state, participants=state.participants | {client_id})
-            actions.append(OpenRound(state.server_round, tuple(sorted(state.participants))))
+            actions.append(OpenRound(state.server_round, tuple(state.awaited(now))))
     return state
 
 
@@ -332,7 +335,8 @@ def _open_if_possible(state: RoundState, now: float, actions: list[Action]) -> R
         participants=state.participants | set(chosen),
         deadline=_deadline(state.policy, now),
     )
-    actions.append(OpenRound(state.server_round, tuple(sorted(state.participants))))
+    if awaited := state.awaited(now):  # otherwise the round closes at once
+        actions.append(OpenRound(state.server_round, tuple(awaited)))
     return state
 
 

@@ -158,6 +158,7 @@ class AggregatorServer:
         limiter, limited = LogLimiter(), [logging.getLogger(name) for name in LIMITED_LOGGERS]
         for each in limited:
             each.addFilter(limiter)
+        logging.getLogger("uvicorn.error").addFilter(_in_own_words)
         try:
             self._server.run(sockets=[self._socket])
         finally:
@@ -165,6 +166,7 @@ class AggregatorServer:
             self._socket.close()
             for each in limited:
                 each.removeFilter(limiter)
+            logging.getLogger("uvicorn.error").removeFilter(_in_own_words)
         if self._failure is not None:
             raise self._failure
 
@@ -238,6 +240,14 @@ class AggregatorServer:
             await asyncio.wait([folding], timeout=TICK_S)
             await endpoints.run(self.active.tick)
         await folding
+
+
+def _in_own_words(record: logging.LogRecord) -> bool:
+    """Replace what uvicorn says at the end about requests in progress: ending them is not an error here."""
+    if record.msg.startswith("Cancel "):
+        logger.info("requests in progress end here; clients repeat them once the server is back")
+        return False
+    return True
 
 
 class _Server(uvicorn.Server):

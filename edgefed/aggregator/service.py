@@ -116,12 +116,13 @@ class Service:
             run.store.save_clients([client])
             run.clients[client.client_id] = client
             presence = run.presence.setdefault(client.client_id, Presence())
-            if presence.instance not in ("", message.instance) and known is not None and known.joined:
+            if known is None or not known.joined:
+                logger.info("%s joined%s", client_label(client), "" if known is None else " again")
+            elif presence.instance not in ("", message.instance):
                 logger.info("%s registers from another process than before", client_label(client))
             presence.instance, presence.refused = message.instance, False
             self._ids_by_key[key_sha256] = client.client_id
             run.apply(rounds.ClientJoined(run.clock(), client.client_id))
-        logger.info("%s joined", client_label(client))
         heartbeat_s = min(MAX_HEARTBEAT_S, run.policy.client_timeout_s / HEARTBEATS_PER_TIMEOUT)
         return Registered(run=run.config, heartbeat_s=heartbeat_s)
 
@@ -175,7 +176,8 @@ class Service:
         if not is_sound(message):
             raise MalformedMessage("invalid comparison: expected finite losses and short texts")
         with self._run.seen(client_id, key) as client:
-            self._run.presence.setdefault(client_id, Presence()).comparing = False
+            presence = self._run.presence.setdefault(client_id, Presence())
+            presence.comparing, presence.phase, presence.fraction = False, IDLE_PHASE, 0.0
             client.comparison = message
             self._run.store.save_clients([client])
         logger.info("%s: %s", client_label(client), describe_comparison(message))
@@ -315,8 +317,6 @@ class Service:
                 with run.lock:  # the part may be gone because the round was closed meanwhile; then report that
                     run.check_open(client_id, server_round)
                 raise
-        label = client_label(run.clients[client_id])
-        logger.info("round %d: update of %s accepted, %.1f MiB", server_round, label, meta.size_bytes / 2**20)
         return UpdateAccepted(server_round=server_round, repeated=False)
 
     def _verify(self, name: UploadName, path: Path, meta: UpdateMeta, units: Sequence[UnitInfo]) -> None:
@@ -364,6 +364,8 @@ class Service:
                 raise
             presence = run.presence.setdefault(client_id, Presence())
             presence.phase, presence.fraction = IDLE_PHASE, 0.0  # the next heartbeat may be seconds away
+            size_mib = meta.size_bytes / 2**20
+            logger.info("round %d: update of %s accepted, %.1f MiB", server_round, client_label(client), size_mib)
             run.apply(rounds.UpdateAccepted(run.clock(), client_id))
 
 

@@ -199,8 +199,10 @@ class Client:
         `edgefed.errors`: ConfigError, DataError, BudgetTooSmall, OutOfMemory, DeviceLost, NetworkError, StorageError.
         """
         from edgefed.agent.addresses import check_base_url
+        from edgefed.disk import check_folder
 
         check_base_url(self.server)
+        check_folder(self.state)
         memory_bytes = self.memory_bytes
         self.check_data()
         sink = progress or _EventSink(on_event)
@@ -296,6 +298,8 @@ class Client:
             try:
                 client.health()
                 sink.message(f"connected to {client.base_url}")
+            except ConfigError:
+                raise
             except EdgefedError as error:
                 sink.message(f"{error}; trying again once this device is ready")
 

@@ -192,8 +192,10 @@ class Server:
         """
         from edgefed.aggregator.server import AggregatorServer, ServerConfig, bind, check_token
         from edgefed.aggregator.store import has_run
+        from edgefed.disk import check_folder
 
         report = on_message or (lambda text: None)
+        check_folder(self.state)
         check_token(self.host, self.token)
         bind(self.host, self.port).close()  # a port in use is reported before the import, which takes long
         if has_run(self.state):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 from edgefed.cli.options import command
 from edgefed.cli.phrasing import to_flags
 from edgefed.config import Setting
-from edgefed.progress import format_seconds
+from edgefed.progress import counted, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -146,11 +147,14 @@ def _header(status: Status) -> RenderableType:
     from edgefed.hardware.memory import format_bytes
 
     shown_round = min(status.server_round, status.run.rounds)
+    num_in = Counter(client.state for client in status.clients)
+    gone = [f"{number} {state}" for state in ("lost", "left") if (number := num_in[state])]
+    here = counted(num_in.total() - num_in["lost"] - num_in["left"], "client")
     header = Text()
     header.append(f"{status.run.method} on {status.run.model}", style="bold")
     header.append(
         f"   round {shown_round} of {status.run.rounds}, {status.state}   {status.updates_received} updates"
-        f"   {len(status.clients)} clients (at least {status.min_clients})"
+        f"   {', '.join([here, *gone])} (at least {status.min_clients})"
         f"   server peak {format_bytes(status.memory_peak_bytes)}"
     )
     return header

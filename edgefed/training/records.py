@@ -162,9 +162,9 @@ def json_object(line: str) -> dict[str, Any]:
     if not line.strip():
         raise BadRecord("empty line")
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip())  # the end of an unfinished line is not column 1 of the next one
     except json.JSONDecodeError as error:
-        raise BadRecord(f"invalid JSON: {error.msg} at column {error.colno}") from error
+        raise BadRecord(f"invalid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits; a thousand open brackets
         raise BadRecord(f"invalid JSON: {error}") from error
     return check_object(record)

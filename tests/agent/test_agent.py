@@ -486,6 +486,21 @@ def test_trainer_errors_propagate_after_leaving(server, tmp_path):
     assert server.left == ["training-diverged"]
 
 
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [(SystemExit, "stopped by its user"), (KeyboardInterrupt, "stopped by its user"),
+     (ZeroDivisionError, "internal error (ZeroDivisionError)")],
+)  # fmt: skip
+def test_the_server_hears_in_words_why_a_device_leaves(server, tmp_path, end, reason):
+    class Ending(ToyTrainer):
+        def train_round(self, *_):
+            raise end
+
+    with device(server.url, tmp_path, Ending()) as agent, pytest.raises(end):
+        agent.run()
+    assert server.left == [reason]
+
+
 def test_a_state_folder_has_one_agent(server, tmp_path):
     with device(server.url, tmp_path), pytest.raises(StateLocked), device(server.url, tmp_path):
         pass

@@ -18,6 +18,7 @@ from fake_aggregator import REFUSED
 from edgefed.agent.addresses import check_base_url
 from edgefed.agent.channel import connection_error
 from edgefed.agent.transport import AggregatorClient
+from edgefed.api.client import Client
 from edgefed.errors import (
     ChecksumMismatch,
     ConfigError,
@@ -203,10 +204,11 @@ def test_a_server_that_does_not_speak_http():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer():
-            connection, _ = listener.accept()
-            connection.recv(65536)
-            connection.sendall(b"SSH-2.0-OpenSSH_9.0\r\n")
-            connection.close()
+            for _ in range(2):  # the second one asks whether it speaks TLS
+                connection, _ = listener.accept()
+                connection.recv(65536)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.0\r\n")
+                connection.close()
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
@@ -214,6 +216,18 @@ def test_a_server_that_does_not_speak_http():
         with AggregatorClient(url, read_s=5) as client, pytest.raises(ServerUnreachable):
             client.status()
         thread.join(5)
+
+
+def test_https_to_a_server_of_plain_http_is_said_at_once(server, tmp_path):
+    (tmp_path / "text.txt").write_text("some text")
+    address = server.url.replace("http://", "https://")
+    for url in (address, f"{address}#sha256:{'0' * 64}"):
+        with AggregatorClient(url) as client, pytest.raises(ConfigError, match="speaks plain HTTP") as caught:
+            client.status()
+        assert "http://127.0.0.1" in caught.value.remedy
+    joining = Client(address, data=str(tmp_path / "text.txt"), state=tmp_path / "me")
+    with pytest.raises(ConfigError, match="speaks plain HTTP"):
+        joining.run()
 
 
 def test_untrusted_certificate_is_a_network_error_of_its_own(tmp_path):

@@ -423,6 +423,7 @@ def test_a_finished_run_serves_its_final_model(toy):
         toy.service.compare("a", KEY + "a", Comparison(server_round=3, before=-1.0))
     found = Comparison(server_round=3, num_tokens=512, before=5.26, global_model=4.45, device=4.28)
     toy.service.compare("a", KEY + "a", found)
+    assert toy.service.status().clients[0].phase == "waiting"
     toy.now += 5.0
     assert toy.run.all_heard(5.0)
     again = toy.reopen()
@@ -691,7 +692,7 @@ def test_logs_and_the_reason_to_wait_name_clients(tmp_path, caplog):
     toy.join("b")
     toy.service.leave("b", KEY + "b", "shutdown")
     assert toy.assignment("a").reason == "round 1 waits: 1 of 3 clients needed; device of b left"
-    toy.join("c", "d")
+    toy.join("c", "d", "d")  # repeated: more examples than were announced
     toy.send(toy.update("a", 1))
     lines = [record.getMessage() for record in caplog.records]
     assert [line for line in lines if "joined" in line] == [f"'device of {name}' ({name}) joined" for name in "abcd"]
@@ -708,8 +709,13 @@ def test_the_words_of_the_log_agree_in_number(tmp_path, caplog):
     toy.send(toy.update("a", 1))
     toy.run.fold_pending()
     lines = [record.getMessage() for record in caplog.records]
-    assert "round 1: 1 client to train" in lines
-    assert "round 1: closed with 1 update" in lines
+    said = [
+        line for line in lines if "update of" in line or line.startswith(("'device", "round 1: 1", "round 1: closed"))
+    ]
+    assert [line.split(",")[0] for line in said] == [
+        "'device of a' (a) joined", "round 1: 1 client to train", "round 1: update of 'device of a' (a) accepted",
+        "round 1: closed with 1 update",
+    ]  # fmt: skip
     assert "run finished after 1 round" in lines
     toy.close()
 
@@ -720,6 +726,18 @@ def test_a_client_is_shown_at_rest_as_soon_as_its_update_is_accepted(toy):
     toy.send(toy.update("a", 1))
     (client,) = [each for each in toy.service.status().clients if each.client_id == "a"]
     assert (client.state, client.phase, client.fraction) == ("done", "waiting", 0.0)
+
+
+def test_the_log_counts_those_who_train_and_who_returns(tmp_path, caplog):
+    caplog.set_level("INFO", logger="edgefed.aggregator")
+    toy = Toy(make_run(tmp_path / "state"))
+    toy.join("a", "b")
+    for name in "ab":
+        toy.service.leave(name, KEY + name, "shutdown")
+    toy.join("a")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[-2:] == ["'device of a' (a) joined again", "round 1: 1 client to train"]
+    toy.close()
 
 
 def test_clients_that_are_gone_make_room_for_new_ones(tmp_path):

@@ -19,7 +19,7 @@ from edgefed.agent.transport import AggregatorClient
 from edgefed.aggregator.connections import ConnectionLimits
 from edgefed.aggregator.server import AggregatorServer, ServerConfig
 from edgefed.aggregator.tls import make_certificate
-from edgefed.errors import ConfigError, NetworkError, ServerUnreachable
+from edgefed.errors import ConfigError, NetworkError
 
 TOKEN = "correct-horse-battery"
 LIMITS = ConnectionLimits(at_once=40, strangers=8, head_s=1.0)
@@ -68,10 +68,11 @@ def test_another_certificate_and_an_unknown_one_are_refused(server):
     assert "#sha256" in caught.value.remedy
 
 
-def test_plain_http_is_not_answered(server):
+def test_plain_http_is_not_answered_and_the_client_says_why(server):
     address = server.url.replace("https", "http")
-    with AggregatorClient(address, token=TOKEN) as client, pytest.raises(ServerUnreachable):
+    with AggregatorClient(address, token=TOKEN) as client, pytest.raises(ConfigError, match="speaks HTTPS") as caught:
         client.status()
+    assert "#sha256" in caught.value.remedy
 
 
 def test_handshakes_that_do_not_come_lock_nobody_out(server):

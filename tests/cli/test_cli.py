@@ -96,6 +96,12 @@ def test_nothing_to_train(run):
     refused(run("serve", "--port", 0, *nothing), 2, "config", "nothing would be trained")
 
 
+def test_a_state_folder_that_cannot_be_used_is_refused_before_anything_else(run, text):
+    for state in (text, text / "run"):
+        for command in (("serve", "--model", "nobody/nothing"), ("join", "http://127.0.0.1:1", "--data", text)):
+            refused(run(*command, "--state", state), 7, "storage", f"{text} is a file", "Choose another --state")
+
+
 def test_a_port_in_use_and_an_open_host(run):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -36,6 +36,13 @@ def test_a_finished_client_is_not_said_to_train():
     assert "evaluate" in comparing
 
 
+def test_clients_that_are_gone_are_counted_apart():
+    states = ("training", "waiting", "left", "lost", "left")
+    text = drawn(status_of("hfedmoe", [client_of(f"c{number}", state=each) for number, each in enumerate(states)]))
+    assert "2 clients, 1 lost, 2 left (at least 1)" in text, text
+    assert "   1 client (at least 1)" in drawn(status_of("hfedmoe", [client_of("a")]))
+
+
 def test_the_comparison_of_each_client_stands_side_by_side_with_a_verdict():
     found = {
         "kitchen": Comparison(server_round=4, num_tokens=4096, before=5.26, global_model=4.45, device=4.6, alone=4.87),

@@ -268,6 +268,26 @@ def test_ctrl_c_ends_serve_with_130_and_no_traceback(tmp_path, gap_s):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("after_s", [0.04, pytest.param(0.15, marks=pytest.mark.full)])
+def test_ctrl_c_while_modules_load_leaves_no_traceback(tmp_path, after_s):
+    slow = "import sys, time; print('up', flush=True); sys.meta_path.insert(0, __import__('slow')); "
+    (tmp_path / "slow.py").write_text(
+        "import time\ndef find_spec(name, path=None, target=None):\n    time.sleep(0.02)\n    return None\n"
+    )
+    code = f"{slow}sys.argv = ['edgefed', '--help']; from edgefed.__main__ import main; print('in', flush=True); main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert [child.stdout.readline(), child.stdout.readline()] == ["up\n", "in\n"]
+    time.sleep(after_s)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode in (-signal.SIGINT, 130)
+    assert "Traceback" not in err
+
+
 def test_processes_of_a_demo_import_the_package_of_their_parent(tmp_path):
     """Not ./edgefed: in a checkout that is another one, without its compiled libraries."""
     other = tmp_path / "edgefed"

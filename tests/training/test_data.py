@@ -152,7 +152,8 @@ def test_silo_is_its_train_documents_only():
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"text": "cut of', "invalid JSON"),
+        ('{"text": "cut of', "invalid JSON: Unterminated string starting at column 10"),
+        ('{"text": "a"', "invalid JSON: Expecting ',' delimiter at column 13"),
         ("[" * 100_000, "invalid JSON"),
         ('{"text": ' + "1" * 5000 + "}", "JSON|must be a string"),  # Python refuses such a number since 3.10.7
         ("", "empty line"),
