@@ -192,7 +192,12 @@ setup(
         "edgefed.triton_kernels": "triton_kernels",
         "edgefed.profiles": "profiles",
     },
-    package_data={"edgefed": ["py.typed"], "edgefed.embedded": ["tiny/*"], "edgefed.profiles": ["*.toml"]},
+    package_data={
+        "edgefed": ["py.typed"],
+        "edgefed.aggregator": ["static/*"],
+        "edgefed.embedded": ["tiny/*"],
+        "edgefed.profiles": ["*.toml"],
+    },
     ext_modules=[
         Extension("edgefed._native", sources=SOURCES, optional=True),
         Extension("edgefed._cuda", sources=CUDA_SOURCES, optional=True),

@@ -25,10 +25,11 @@ from edgefed.aggregator import rounds
 from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregated, Aggregation, aggregate_round, undo_round
 from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore, Catalog
+from edgefed.aggregator.coverage import cover_round
 from edgefed.aggregator.records import ClientRecord, UpdateRecord
 from edgefed.aggregator.robust import find_rule
 from edgefed.aggregator.rounds import Phase, RoundPolicy
-from edgefed.aggregator.status import Presence, build_status, describe_round, round_status
+from edgefed.aggregator.status import Presence, build_status, describe_round, downloads_since, log_action, round_status
 from edgefed.aggregator.store import Store
 from edgefed.aggregator.uploads import UploadFolder
 from edgefed.aggregator.validate import ClaimLimits, check_client_id, digest
@@ -279,24 +280,11 @@ class ActiveRun:
             except StorageError as error:
                 logger.error("the phase of round %d is not stored yet: %s", self.state.server_round, error)
         for action in actions:
-            self._announce(action)
+            log_action(action, self.config.rounds)
+            if isinstance(action, rounds.Fold):
+                self.uploads.end_round(RoundClosed(f"round {action.server_round} is closed"))
         if actions or moved:
             self._on_change()
-
-    def _announce(self, action: rounds.Action) -> None:
-        if isinstance(action, rounds.OpenRound):
-            logger.info("round %d: %s to train", action.server_round, counted(len(action.clients), "client"))
-        elif isinstance(action, rounds.Fold):
-            logger.info("round %d: closed with %s", action.server_round, counted(len(action.clients), "update"))
-            self.uploads.end_round(RoundClosed(f"round {action.server_round} is closed"))
-        elif isinstance(action, rounds.ExtendDeadline):
-            logger.warning("round %d: the deadline passed without an update; a new one starts", action.server_round)
-        elif isinstance(action, rounds.Abandon):
-            logger.warning(
-                "round %d: all participants have left or fallen silent; waiting for clients", action.server_round
-            )
-        else:
-            logger.info("run finished after %s", counted(self.config.rounds, "round"))
 
     @property
     def fold_due(self) -> bool:
@@ -321,6 +309,9 @@ class ActiveRun:
             *(units, updates, self.uploads.updates),
         )
         changed, used = result.changed, [update for update in updates if update.client_id not in result.set_aside]
+        coverage = cover_round(
+            *(self.store.coverage(), self.catalog.manifest, used, self.uploads.updates, self.clients)
+        )
         with self.lock:
             for update in used:
                 assert update.meta is not None, "only updates with metadata count"
@@ -332,9 +323,12 @@ class ActiveRun:
                 SetAside(client_id=client_id, name=self.clients[client_id].name, reason=reason)
                 for client_id, reason in sorted(result.set_aside.items())
             ]
-            status = round_status(self.store.current_round(), used, changed, set_aside, result.undone)
+            downloaded_bytes = downloads_since(self.store.history(), self.clients.values())
+            status = round_status(
+                self.store.current_round(), used, changed, set_aside, result.undone, downloaded_bytes=downloaded_bytes
+            )
             next_phase = Phase.FINISHED if server_round >= self.policy.rounds else Phase.WAITING
-            self.store.record_fold(status, changed, next_phase, self.clients.values())
+            self.store.record_fold(status, changed, next_phase, self.clients.values(), coverage)
             self.catalog.load(server_round + 1)
             self.apply(rounds.Folded(self.clock(), server_round))
         self._tidy(updates)

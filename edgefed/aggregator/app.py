@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgefed.aggregator.connections import EndQuietly, mark_known
 from edgefed.aggregator.gate import TokenGate
+from edgefed.aggregator.page import page_handlers
 from edgefed.aggregator.probing import ProbeLimiter, answer_probe_down, answer_probe_up
 from edgefed.aggregator.service import Service
 from edgefed.aggregator.validate import parse_number
@@ -122,7 +123,9 @@ class Endpoints:
             ("PUT", routes.UPLOAD, self.upload),
             ("POST", routes.COMMIT, self.commit),
             ("GET", routes.STATUS, self.status),
+            ("GET", routes.COVERAGE, self.coverage),
             ("GET", routes.HEALTH, self.health),
+            *(("GET", path, handler) for path, handler in page_handlers().items()),
             ("POST", routes.PROBE, functools.partial(answer_probe_up, self.probes)),
             ("GET", routes.PROBE, functools.partial(answer_probe_down, self.probes)),
         ]
@@ -268,6 +271,10 @@ class Endpoints:
     async def status(self, request: Request) -> Response:
         """GET STATUS."""
         return reply(await self.run(self.service.status))
+
+    async def coverage(self, request: Request) -> Response:
+        """GET COVERAGE."""
+        return reply(await self.run(self.service.coverage))
 
     async def health(self, request: Request) -> Response:
         """GET HEALTH: needs no token."""

@@ -77,7 +77,7 @@ class GuessBrake:
 
 
 class TokenGate:
-    """Refuses requests without the server's token, except to HEALTH. Runs before routing, so paths leak nothing.
+    """Refuses requests without the server's token, except to `routes.OPEN`. Runs before routing, so paths leak nothing.
 
     Nothing of a body is read before the token was seen. A wrong token is counted; see `GuessBrake`.
     """
@@ -89,7 +89,7 @@ class TokenGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass the request on."""
-        if scope["type"] != "http" or scope["path"] == routes.HEALTH:
+        if scope["type"] != "http" or scope["path"] in routes.OPEN:
             await self._app(scope, receive, send)
             return
         address = address_of(scope)

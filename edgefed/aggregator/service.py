@@ -46,6 +46,7 @@ from edgefed.errors import (
 from edgefed.progress import IDLE_PHASE, counted
 from edgefed.protocol import routes
 from edgefed.protocol.comparison import COMPARING_PHASE, Comparison, is_sound
+from edgefed.protocol.coverage import ExpertCoverage
 from edgefed.protocol.messages import (
     Assignment,
     AssignmentReply,
@@ -208,6 +209,10 @@ class Service:
     def status(self) -> Status:
         """The status of the run."""
         return self._run.status()
+
+    def coverage(self) -> ExpertCoverage:
+        """Which experts the clients hold and train."""
+        return self._run.store.coverage()
 
     @property
     def max_meta_bytes(self) -> int:

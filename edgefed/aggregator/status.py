@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from edgefed.aggregator.records import ClientRecord, RoundRecord, UpdateRecord
-from edgefed.aggregator.rounds import Phase, RoundState
-from edgefed.progress import format_seconds, round_line
+from edgefed.aggregator.rounds import Abandon, Action, ExtendDeadline, Fold, OpenRound, Phase, RoundState
+from edgefed.progress import counted, format_seconds, round_line
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, SetAside, Status, UnitInfo
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -64,6 +67,7 @@ def round_status(
     changed: Sequence[UnitInfo],
     set_aside: Sequence[SetAside] = (),
     undone: int | None = None,
+    downloaded_bytes: int = 0,
 ) -> RoundStatus:
     """The record of a round that was just folded, from the ``updates`` that counted."""
     return RoundStatus(
@@ -76,7 +80,29 @@ def round_status(
         metrics=average_metrics(updates),
         set_aside=tuple(set_aside),
         undone=undone,
+        downloaded_bytes=downloaded_bytes,
     )
+
+
+def downloads_since(history: Sequence[RoundStatus], clients: Iterable[ClientRecord]) -> int:
+    """Bytes that clients have downloaded since the last round of ``history`` was folded."""
+    return max(0, sum(client.downloaded_bytes for client in clients) - sum(done.downloaded_bytes for done in history))
+
+
+def log_action(action: Action, num_rounds: int) -> None:
+    """Log what the state machine decided. ``num_rounds``: rounds of the run."""
+    if isinstance(action, OpenRound):
+        logger.info("round %d: %s to train", action.server_round, counted(len(action.clients), "client"))
+    elif isinstance(action, Fold):
+        logger.info("round %d: closed with %s", action.server_round, counted(len(action.clients), "update"))
+    elif isinstance(action, ExtendDeadline):
+        logger.warning("round %d: the deadline passed without an update; a new one starts", action.server_round)
+    elif isinstance(action, Abandon):
+        logger.warning(
+            "round %d: all participants have left or fallen silent; waiting for clients", action.server_round
+        )
+    else:
+        logger.info("run finished after %s", counted(num_rounds, "round"))
 
 
 def describe_round(status: RoundStatus, rounds: int, fold_s: float) -> str:

@@ -24,9 +24,11 @@ from typing import Any, TypeVar
 import filelock
 import msgspec
 
+from edgefed.aggregator.coverage import no_coverage
 from edgefed.aggregator.records import ClientRecord, RoundRecord, UpdateRecord
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.errors import DiskFull, StateCorrupt, StateLocked, StorageError
+from edgefed.protocol.coverage import ExpertCoverage
 from edgefed.protocol.messages import (
     FileInfo,
     Manifest,
@@ -316,8 +318,19 @@ class Store:
             connection.execute("INSERT INTO updates VALUES (?,?,?,?,?,?,?)", (*row, msgspec.json.encode(update.meta)))
             _save_clients(connection, [client])
 
+    def coverage(self) -> ExpertCoverage:
+        """How the experts are covered, up to the last folded round."""
+        rows = self._query("SELECT value FROM run WHERE name = 'coverage'")
+        with sqlite_errors(self._path):
+            return msgspec.json.decode(rows[0][0], type=ExpertCoverage) if rows else no_coverage(self.experts_per_layer)
+
     def record_fold(
-        self, status: RoundStatus, changed: Sequence[UnitInfo], next_phase: Phase, clients: Iterable[ClientRecord]
+        self,
+        status: RoundStatus,
+        changed: Sequence[UnitInfo],
+        next_phase: Phase,
+        clients: Iterable[ClientRecord],
+        coverage: ExpertCoverage,
     ) -> None:
         """Close a round and begin the next with ``changed`` units, whose blobs are durable. One transaction."""
         following = status.server_round + 1
@@ -330,6 +343,7 @@ class Store:
             )
             connection.execute("INSERT INTO rounds VALUES (?, ?, '[]', NULL, NULL)", (following, next_phase.value))
             connection.execute("UPDATE updates SET meta = NULL WHERE server_round = ?", (status.server_round,))
+            connection.execute("INSERT OR REPLACE INTO run VALUES ('coverage', ?)", (msgspec.json.encode(coverage),))
             _save_clients(connection, clients)
 
 

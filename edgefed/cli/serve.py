@@ -17,6 +17,7 @@ def serve_command(server: Server) -> None:
     from edgefed.cli.output import print_note
 
     def on_ready(url: str) -> None:
+        print_note(f"watch the run in a browser: {url.partition('#')[0]}/", to_copy=True)
         print_note(f"clients join with: edgefed join {shlex.quote(url)} {_flags_to_join(server)}", to_copy=True)
 
     server.serve(on_ready, on_message=print_note)

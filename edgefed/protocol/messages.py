@@ -346,6 +346,7 @@ class RoundStatus(Message, frozen=True):
     metrics: dict[str, float]
     set_aside: tuple[SetAside, ...] = ()
     undone: int | None = None
+    downloaded_bytes: int = 0
 
 
 class Status(Message, frozen=True):

@@ -13,9 +13,11 @@ Paths are templates in Starlette's syntax; `path_for` fills them for a client.
     PUT  {UPLOAD}        ?offset=N, raw bytes     -> UploadState
     POST {COMMIT}        UpdateMeta               -> UpdateAccepted
     GET  {STATUS}                                 -> Status
+    GET  {COVERAGE}                               -> ExpertCoverage         changes once a round
     GET  {HEALTH}                                 -> {"status": "ok", "protocol_version": 1}
     POST {PROBE}         raw bytes, discarded     -> {"marks": [[seconds, bytes], ...]}
     GET  {PROBE}         ?bytes=N                 -> N random bytes
+    GET  {PAGE}, {PAGE}page.js, ...               -> the page of the run, without any of its data
 
 PROBE measures the line and touches no disk. A request moves at most 8 MiB in at most 30 seconds; an address has one
 request at a time and 64 MiB in a minute. Beyond that it answers 429 with Retry-After. An older server answers 404.
@@ -35,8 +37,14 @@ BLOB = "/v1/blobs/{sha256}"
 UPLOAD = "/v1/clients/{client_id}/rounds/{server_round}/uploads/{attempt}"
 COMMIT = "/v1/clients/{client_id}/rounds/{server_round}/uploads/{attempt}/commit"
 STATUS = "/v1/status"
+COVERAGE = "/v1/coverage"
 HEALTH = "/v1/health"
 PROBE = "/v1/probe"
+PAGE = "/"
+PAGE_FILES = ("page.js", "charts.js", "page.css", "icon.svg")
+"""Files beside the page. They and the page are the same for every run."""
+OPEN = frozenset({HEALTH, PAGE, *(f"{PAGE}{name}" for name in PAGE_FILES)})
+"""What a server with a token answers without one: nothing of it tells of the run."""
 
 CLIENT_KEY_HEADER = "x-edgefed-client-key"
 """Secret of the client: required under /v1/clients/{client_id}; on a download it names the client that downloads."""
