@@ -70,11 +70,11 @@ class FittedTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the table as wide as the console."""
         shown, widths = self._fit(options.max_width)
+        if self._title is not None:  # not Rich's, which wraps at the width of the table
+            yield Text(self._title, style="italic")
         titled = any(self._columns[index].title for index in shown)
         table = Table(
-            title=None if self._title is None else Text(self._title),
-            title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 1), show_header=titled,
-            title_style="italic",
+            box=None, pad_edge=False, header_style="bold", padding=(0, 1), show_header=titled,
         )  # fmt: skip
         for index in shown:
             column = self._columns[index]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
+
+from rich.console import Console
 
 from edgefed.cli.demo_display import DemoDisplay
 from edgefed.progress import Pulse
@@ -66,5 +69,40 @@ def test_a_silence_ends_after_seconds(capsys, monkeypatch):
         display.method("flux")
         time.sleep(0.2)
     lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"flux: starting the aggregator and the agents \(0\.[0-9] s so far\)", lines[-1])
+    assert lines[1] == "flux: starting the aggregator and the agents"
+    assert re.fullmatch(r"starting: 0\.[0-9] s so far", lines[-1])
     assert len(lines) == 3
+
+
+def test_the_time_that_is_left_counts_down_and_no_line_is_repeated(capsys, monkeypatch):
+    monkeypatch.setattr(Pulse, "TIMES_S", (0.01,))
+    clock = Clock()
+    with DemoDisplay(rounds=2, methods=1, usual_s=90.0, clock=clock) as display:
+        display.method("hfedmoe")
+        clock.now += 30
+        display.status(status(1))
+        for _ in range(8):
+            time.sleep(0.02)
+            clock.now += 2
+        display.status(status(2, "finished"))
+        time.sleep(0.05)
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("starting", "comparing"))]
+    left = [float(found[1]) for line in lines if (found := re.search(r"about ([\d.]+) s left", line))]
+    assert len(left) > 5
+    assert left == sorted(left, reverse=True), lines
+    happened = [line for line in lines if "so far" not in line]
+    assert len({line.partition(" (")[0] for line in happened}) == len(happened), lines
+    assert all(line.startswith("round 2: ") for line in lines if "so far" in line), lines
+
+
+def test_on_a_terminal_the_table_goes_when_the_run_is_over(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
+    monkeypatch.setattr("edgefed.cli.output.stderr_console", lambda: screen)
+    with DemoDisplay(rounds=2, methods=1, usual_s=90.0) as display:
+        display.method("hfedmoe")
+        display.status(status(1))
+        assert "hfedmoe on tiny" in screen.file.getvalue()
+        before = len(screen.file.getvalue())
+        display.note("hfedmoe: evaluating 3 global models", "evaluating")
+        display.evaluated(1, 3)
+    assert "hfedmoe on tiny" not in screen.file.getvalue()[before:].rpartition("evaluated 1 of 3")[2]

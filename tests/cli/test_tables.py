@@ -222,3 +222,9 @@ def test_the_least_important_columns_go_first_and_names_are_cut_in_the_middle():
 )
 def test_names_are_cut_in_the_middle(name, width, text):
     assert cut_middle(name, width) == text
+
+
+def test_a_title_is_as_wide_as_the_terminal_not_as_its_table():
+    table = FittedTable(Column("a"), title="held-out loss on each client's own text")
+    table.add_row("1")
+    assert drawn([table], 60).splitlines()[0].rstrip() == "held-out loss on each client's own text"
