@@ -97,11 +97,14 @@ def fields_of(settings: type) -> list[SettingField]:
 
 
 def _take_apart(hint: Any) -> tuple[type, tuple[str, ...], Literal["one", "two", "any", "pairs"]]:
-    """(kind, choices, many) of an annotation. Of a union, the command line takes Path, a Literal, or str."""
+    """(kind, choices, many) of an annotation. Of a union, the command line takes a Literal, str, or Path.
+
+    str before Path, which would turn ./name into name: a hub id where no such folder exists.
+    """
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         members = [member for member in typing.get_args(hint) if member is not type(None)]
-        order = (Path, str)
+        order = (str, Path)
         literal = next((member for member in members if typing.get_origin(member) is Literal), None)
         preferred = next((member for member in order if member in members), None)
         return _take_apart(literal or preferred or members[0])

@@ -38,8 +38,10 @@ def check_source(source: str) -> str:
         if not (folder / "config.json").is_file():
             raise ModelNotFound(f"not a Hugging Face checkpoint: {str(folder)!r} has no config.json")
         return ""
-    if folder.exists() or looks_like_path(source):
-        raise ModelNotFound(f"checkpoint folder not found: {source!r}")
+    if folder.exists():
+        raise ModelNotFound(f"a checkpoint is a folder, {source!r} is not")
+    if looks_like_path(source):
+        raise ModelNotFound(f"the checkpoint folder {source!r} does not exist")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise ModelNotFound(f"{source!r} is neither a local folder nor a hub id, OWNER/NAME")
     asked_offline = os.environ.get(OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")

@@ -166,7 +166,7 @@ def profile(
 
     set_up_allocator()
     sink = progress or NullProgress()
-    if isinstance(model, (str, Path)) and (note := check_source(resolve_model(str(model)))):
+    if isinstance(model, (str, Path)) and (note := check_source(resolve_model(model))):
         sink.message(note)
     # Before torch is loaded: a bad file is reported at once.
     corpus = load_corpus(str(data), 0.0, 0, fields or AUTOMATIC)
@@ -269,7 +269,7 @@ def _profiled_model(
         experts = MemorySource({unit.key: tensors for unit, tensors in moe.iter_units() if unit.kind == "expert"})
         moe.drop_experts()
         return moe, experts, ProfilePass("layer", quantized, batch_size, 1), source
-    source = resolve_model(str(model))
+    source = resolve_model(model)
     moe, checkpoint = MoeModel.streamed(source)
     free = available_memory_bytes() if memory is None else parse_bytes(str(memory))
     free -= moe.memory_bytes()["dense"]
@@ -290,7 +290,7 @@ def _moe_model(model: str | Path | PreTrainedModel) -> tuple[MoeModel, str]:
     from edgefed.moe.model import MoeModel
 
     if isinstance(model, (str, Path)):
-        source = resolve_model(str(model))
+        source = resolve_model(model)
         return MoeModel.from_checkpoint(source), source
     return MoeModel(model, discover_layers(model), device=model.device), model.name_or_path or ""
 
@@ -301,7 +301,7 @@ def _shape_of(model: str | Path | PreTrainedModel) -> tuple[ModelShape, str, str
     from edgefed.moe.model_shape import shape_from_config
 
     if isinstance(model, (str, Path)):
-        found = find_model(str(model))
+        found = find_model(model)
         return found.shape, str(found.dtype).removeprefix("torch."), found.name
     name = Path(model.name_or_path or "").name or type(model).__name__
     return shape_from_config(model.config, name), str(model.dtype).removeprefix("torch."), name

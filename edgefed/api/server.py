@@ -261,7 +261,7 @@ class Server:
                         f"`{setting}={value}` has no effect with `method={name}`",
                         remedy=f"Remove `{setting}`: it is for fedmoe only.",
                     )
-            source = resolve_model(model)
+            source = resolve_model(self.model or TINY)
         training = self._training()
         check_training(method, training.experts)
         if {training.experts, training.router, training.attention} == {"none"}:

@@ -71,12 +71,12 @@ class BenchModel:
         return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.bfloat16
 
 
-def known_name(name: str) -> str | None:
+def known_name(name: str | Path) -> str | None:
     """Return the well-known model called ``name`` in any case, None if there is none."""
-    return next((known for known in KNOWN_SHAPES if known.lower() == name.lower()), None)
+    return next((known for known in KNOWN_SHAPES if known.lower() == str(name).lower()), None)
 
 
-def find_model(name: str) -> BenchModel:
+def find_model(name: str | Path) -> BenchModel:
     """Find a model: ``tiny``, a well-known name, a directory with a config.json, or a Hugging Face Hub id.
 
     Only the configuration of a directory or Hub model is read. Raises ModelNotFound, CheckpointError,
@@ -88,8 +88,8 @@ def find_model(name: str) -> BenchModel:
         return BenchModel(known, AutoConfig.for_model(kind, dtype="bfloat16", **values), KNOWN_SHAPES[known])
     source = resolve_model(name)
     config = load_config(source)
-    label = name if name == TINY else Path(name).name or name
-    return BenchModel(label, config, shape_from_config(config, label), source if name == TINY else None)
+    label = Path(name).name or str(name)
+    return BenchModel(label, config, shape_from_config(config, label), source if str(name) == TINY else None)
 
 
 def shortened(config: Any, layers: int) -> Any:

@@ -186,8 +186,8 @@ def render_clients(results: Sequence[PersonalClientResult]) -> FittedTable:
     table = FittedTable(
         Column("client", name=True), Column("model", drop=12, left=True), Column("weights", drop=15),
         Column("classes", drop=13), Column("images", drop=14), Column("up", drop=16), Column("peak RSS", drop=17),
-        Column("weight of shared", drop=11), *(Column(name, drop=place) for place, name in enumerate(others)), Column("fedmoe"),
-        title="fedmoe: held-out accuracy of each client's own model",
+        Column("weight of shared", drop=11), *(Column(name, drop=place) for place, name in enumerate(others)),
+        Column("fedmoe"), title="fedmoe: held-out accuracy of each client's own model",
     )  # fmt: skip
     for result in results:
         table.add_row(

@@ -7,6 +7,7 @@ tests, not for evaluation, because the text changes with the Python version.
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 __all__ = ["TINY", "resolve_model", "tiny_model_directory"]
@@ -23,6 +24,14 @@ def tiny_model_directory() -> pathlib.Path:
     return pathlib.Path(__file__).resolve().parent / "tiny"
 
 
-def resolve_model(name: str) -> str:
-    """Return the source that transformers loads for ``name``: the packaged folder for `tiny`, else ``name`` itself."""
-    return str(tiny_model_directory()) if name == TINY else name
+def resolve_model(name: str | pathlib.Path) -> str:
+    """Return the source that transformers loads for ``name``: the packaged folder for `tiny`, else ``name`` itself.
+
+    A Path other than `tiny`, and ``~/name``, become paths that no hub id looks like.
+    """
+    if str(name) == TINY:
+        return str(tiny_model_directory())
+    if isinstance(name, str) and not name.startswith("~"):
+        return name
+    path = pathlib.Path(name).expanduser()
+    return str(path) if path.is_absolute() else os.path.join(os.curdir, path)

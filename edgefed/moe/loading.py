@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from edgefed.embedded import resolve_model
 from edgefed.errors import CheckpointError, ModelNotFound, UnsupportedArchitecture, first_line
 from edgefed.hub import HUB_REMEDY, check_source
 
@@ -42,7 +43,7 @@ def load_config(source: str | Path) -> PretrainedConfig:
 
     Raises ModelNotFound, CheckpointError (broken config.json) or UnsupportedArchitecture (unknown model type).
     """
-    check_source(str(source))
+    check_source(source if isinstance(source, str) else resolve_model(source))
     local = Path(source).is_dir()
     if local:
         read_config_file(Path(source))

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.api.server import Server
 from edgefed.cli.main import VERBS, main
 from edgefed.config import fields_of, load_settings, parse_assignments, parse_share
-from edgefed.errors import ConfigError
+from edgefed.errors import ConfigError, ModelNotFound
 from edgefed.protocol.messages import RunConfig, TrainingConfig
 from edgefed.runs import import_extractor
 
@@ -111,6 +112,10 @@ def test_a_port_in_use_and_an_open_host(run):
 
 def test_a_wrong_model_path(run, tmp_path):
     refused(run("profile", "--model", tmp_path / "nowhere", "--data", "silo:http"), 3, "model-not-found", "nowhere")
+    for name in ("./nowhere", "../no/where", "~/nowhere", "a/b/nowhere"):
+        refused(run("serve", "--model", name, "--port", 0), 3, "model-not-found", "nowhere' does not exist")
+    with pytest.raises(ModelNotFound, match="'./no/where' does not exist"):
+        Server(model=Path("no/where"), port=0).serve()
     (tmp_path / "empty").mkdir()
     refused(run("profile", "--model", tmp_path / "empty", "--data", "silo:http"), 3, "model-not-found", "config.json")
     # The importer is a process of its own; what it finds comes out the same.
