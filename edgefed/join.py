@@ -239,7 +239,7 @@ def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progress
         device=memory.torch_device,
         fields=config.fields,
     )
-    for note in problem_notes(config.data, trainer.corpus.problems):
+    for note in trainer.corpus.notes():
         progress.message(note)
     return ComparingTrainer(trainer, config.state, config.final_evaluation, config.compare_alone)
 

@@ -39,7 +39,7 @@ from edgefed.protocol.messages import Manifest, RunConfig, Status, UnitInfo
 from edgefed.trainer.expert_choice import even_layout
 from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.trainer.ports import FormulaCosts, OwnModel, ProcessMemory
-from edgefed.training.data import load_corpus, problem_notes
+from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
 from edgefed.training.out_of_memory import free_memory, is_out_of_memory
 
@@ -178,7 +178,7 @@ def _open(
 ) -> tuple[MoeModel, PlanRequest, int]:
     """(the model without weights, what a plan is made from, number of examples), with the data read and encoded."""
     corpus = load_corpus(config.data, config.held_out_share, 0, config.fields)
-    for note in problem_notes(config.data, corpus.problems):
+    for note in corpus.notes():
         progress.message(note)
     host = OwnModel(cache.folder.parent / "model", device.torch_device)
     model = host.open(run, method, manifest, cache.ensure, progress)

@@ -61,8 +61,12 @@ class Client:
                 "them, a data set of the Hugging Face hub, or silo:NAME; with `task`, labelled examples."),
     ]  # fmt: skip
     _: dataclasses.KW_ONLY
-    prompt_field: Annotated[str | None, Setting("Field of a record with the prompt.", default="instruction")] = None
-    response_field: Annotated[str | None, Setting("Field of a record with the response.", default="response")] = None
+    prompt_field: Annotated[
+        str | None, Setting("Field of a record with the prompt.", default="instruction, prompt, question, ...")
+    ] = None
+    response_field: Annotated[
+        str | None, Setting("Field of a record with the response.", default="response, output, answer, ...")
+    ] = None
     text_field: Annotated[str | None, Setting("Field of a record with plain text to continue.", default="text")] = None
     task: Annotated[
         Literal["images", "text", "next-token"] | None,

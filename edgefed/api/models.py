@@ -161,7 +161,7 @@ def profile(
     from edgefed.hardware.memory import set_up_allocator
     from edgefed.hub import check_source
     from edgefed.progress import NullProgress
-    from edgefed.training.data import load_corpus, problem_notes
+    from edgefed.training.data import load_corpus
     from edgefed.training.records import AUTOMATIC
 
     set_up_allocator()
@@ -174,7 +174,7 @@ def profile(
     from edgefed.training.profiling import profile_blocks, spread_blocks
     from edgefed.training.tokenizer import check_vocabulary, load_tokenizer
 
-    for note in problem_notes(str(data), corpus.problems):
+    for note in corpus.notes():
         sink.message(note)
     sink.phase("load")
     moe, units, profile_pass, source = _profiled_model(model, storage, batch_size, sequence_length, memory)

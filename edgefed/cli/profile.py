@@ -21,8 +21,12 @@ class ProfileSettings:
 
     model: Annotated[str, Setting("`tiny`, a Hugging Face checkpoint folder, or a hub id.")] = "tiny"
     data: Annotated[str, Setting("Text, as `edgefed join` takes it: a file, a folder, or silo:NAME.")]
-    prompt_field: Annotated[str | None, Setting("Field of a record with the prompt.", default="instruction")] = None
-    response_field: Annotated[str | None, Setting("Field of a record with the response.", default="response")] = None
+    prompt_field: Annotated[
+        str | None, Setting("Field of a record with the prompt.", default="instruction, prompt, question, ...")
+    ] = None
+    response_field: Annotated[
+        str | None, Setting("Field of a record with the response.", default="response, output, answer, ...")
+    ] = None
     text_field: Annotated[str | None, Setting("Field of a record with plain text.", default="text")] = None
     tokens: Annotated[int, Setting("Most tokens to read; 0 means all.")] = 16384
     sequence_length: Annotated[int, Setting("Tokens in a sequence.")] = 128

@@ -7,6 +7,8 @@ import pathlib
 import shlex
 from collections.abc import Collection
 
+from edgefed.training.records import PROMPTS, RESPONSES
+
 _MAX_INSPECTED_BYTES = 64 << 20
 
 _COMMANDS = {
@@ -33,10 +35,8 @@ _SHARE_GPT = (
     "for m in json.loads(l)['conversations']]}})) for l in open({source!r})]"
 )
 
-_PROMPT_NAMES = ("question", "prompt", "query", "instruction", "inputs", "input", "user", "title", "source")
-_RESPONSE_NAMES = (
-    "answer", "response", "output", "outputs", "completion", "targets", "target", "assistant", "reply", "summary",
-)  # fmt: skip
+_PROMPT_NAMES = (*PROMPTS, "title", "source")
+_RESPONSE_NAMES = (*RESPONSES, "completion", "summary")
 _TEXT_NAMES = ("content", "body", "article", "document", "sentence", "passage")
 
 

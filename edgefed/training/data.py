@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy.typing as npt
 
 from edgefed.embedded.silos import Document, load_silo
 from edgefed.errors import DataError
+from edgefed.progress import counted
 from edgefed.training.conversions import how_to_name_fields
 from edgefed.training.record_files import Place, read_source
 from edgefed.training.records import AUTOMATIC, BadRecord, Example, RecordFields, Segment, parse_record
@@ -44,7 +46,7 @@ __all__ = [
 
 SILO_PREFIX = "silo:"
 
-MAX_PROBLEMS_SHOWN = 5
+MAX_PROBLEMS_SHOWN, MAX_FORMS_SHOWN = 5, 3
 _KEY_BYTES = 16
 HOPELESS_LINES = 1000  # bad lines without a good record, after which the file is refused: it has another format
 
@@ -117,6 +119,16 @@ class Corpus:
     problems: list[LineProblem]
     sha256: str
     source: str
+    forms: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+    """How many records were read from which fields; none for plain text and for a silo."""
+
+    def notes(self) -> list[str]:
+        """Lines for the user: which fields were read, and which records cannot be used."""
+        counts = sorted(self.forms.items(), key=lambda form: -form[1])
+        read = [f"{counted(count, 'record')} with {', '.join(fields)}" for fields, count in counts[:MAX_FORMS_SHOWN]]
+        more = sum(count for _, count in counts[MAX_FORMS_SHOWN:])
+        read += [f"{more:,} with others"] if more else []
+        return ([f"{self.source}: {'; '.join(read)}"] if read else []) + problem_notes(self.source, self.problems)
 
 
 def load_examples(source: str, fields: RecordFields = AUTOMATIC) -> LoadedData:
@@ -175,12 +187,14 @@ def load_corpus(source: str, held_out_share: float, seed: int, fields: RecordFie
     digest = hashlib.sha256()
     problems: list[LineProblem] = []
     keys = bytearray()
+    forms: Counter[tuple[str, ...]] = Counter()
     for example in _iter_examples(source, fields, digest, problems):
         keys += _example_key(example, seed)
+        forms.update([example.read] if example.read else [])
     held_out = _choose_held_out(bytes(keys), held_out_share)
     sha256 = digest.hexdigest()
     train, kept = (Examples(source, fields, chosen, sha256) for chosen in (~held_out, held_out))
-    return Corpus(train, kept, problems, sha256, source)
+    return Corpus(train, kept, problems, sha256, source, forms)
 
 
 def _choose_held_out(keys: bytes, share: float) -> BoolArray:

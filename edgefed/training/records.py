@@ -6,8 +6,8 @@ Record forms, tried in this order:
         the assistant's turns are in the loss
     {"prompt": "...", "completion": "..."}
         the completion is in the loss
-    {"instruction": "...", "response" (or "output"): "...", optional "context" (or "input"): "..."}
-        the response is in the loss
+    {"instruction": "...", "response": "...", optional "context" (or "input"): "..."}
+        the response is in the loss; the names may be others of `PROMPTS` and `RESPONSES`, in any case
     {"text": "..."}
         all of it is in the loss
 
@@ -72,22 +72,25 @@ class Example:
         place: where the record is, as "line 3" or "b.jsonl line 3"; None if that is not known. Equal records differ in
             it.
         tools: what the assistant may call, as JSON schemas; only for chat.
+        read: the fields of the record that the segments are made of; empty for plain text.
 
     """
 
     segments: tuple[Segment, ...]
     place: str | None = field(default=None, compare=False)
     tools: list[Any] | None = field(default=None, hash=False)
+    read: tuple[str, ...] = field(default=(), compare=False)
 
 
 class BadRecord(Exception):
     """A line is not a usable record; the text of the exception is the reason."""
 
 
-FORM_FIELDS = (
-    "messages", "tools", "prompt", "completion", "instruction", "response", "output", "context", "input", "text",
-)  # fmt: skip
-"""Every field that a form reads."""
+PROMPTS = ("instruction", "prompt", "question", "query", "problem", "user", "input", "inputs")
+RESPONSES = ("response", "output", "solution", "answer", "assistant", "reply", "target", "targets", "outputs")
+"""Names of an instruction and of its response as data sets have them; the first of each that a record has is read."""
+FORM_FIELDS = {"messages", "tools", "prompt", "completion", "context", "text", *PROMPTS, *RESPONSES}
+"""Every field that a form reads, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,10 @@ class RecordFields:
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """The columns to read of a table with the columns ``names``: those in use, or all if no form is complete."""
-        answers = {self.text} if self.text else {self.response or "response", "output"}
-        used = {self.text} if self.text else {self.prompt or "instruction", *answers, "context", "input"}
-        if not self:
-            answers, used = {"messages", "completion", "response", "output", "text"}, set(FORM_FIELDS)
-        return [name for name in names if name in used] if answers & set(names) else list(names)
+        given = {name for name in (self.prompt, self.response, self.text) if name}
+        answers = {self.response or self.text, "messages", "completion", "text", *RESPONSES}
+        complete = any(name in answers or name.lower() in answers for name in names)
+        return [name for name in names if name in given or name.lower() in FORM_FIELDS or not complete]
 
 
 AUTOMATIC = RecordFields()
@@ -129,18 +131,22 @@ def parse_record(record: Mapping[str, Any], fields: RecordFields = AUTOMATIC, pl
 
     """
     if fields.text:
-        return Example((Segment(text_field(record, fields.text), True),), place)
+        return _plain(record, fields.text, place)
+    names = {name.lower(): name for name in record if name not in (fields.prompt, fields.response)}
+    asked = fields.prompt or next((names[name] for name in PROMPTS if name in names), None)
+    answered = fields.response or next((names[name] for name in RESPONSES if name in names), None)
     if fields:
-        return _instruction(record, fields.prompt or "instruction", fields.response, place)
+        return _instruction(record, asked or "instruction", answered or "response", place)
     if "messages" in record:
-        return Example(_chat_segments(record["messages"]), place, _tools(record.get("tools")))
-    if "prompt" in record or "completion" in record:
-        prompt, completion = text_field(record, "prompt"), text_field(record, "completion")
-        return Example((Segment(prompt, False), Segment(completion, True)), place)
-    if "instruction" in record:
-        return _instruction(record, "instruction", None, place)
+        return Example(_chat_segments(record["messages"]), place, _tools(record.get("tools")), ("messages",))
+    has_both = asked is not None and answered is not None
+    if {"prompt", "completion"} <= record.keys() or (not has_both and {"prompt", "completion"} & record.keys()):
+        pieces = Segment(text_field(record, "prompt"), False), Segment(text_field(record, "completion"), True)
+        return Example(pieces, place, read=("prompt", "completion"))
+    if asked is not None and (has_both or asked == "instruction"):
+        return _instruction(record, asked, answered or "response", place)
     if "text" in record:
-        return Example((Segment(text_field(record, "text"), True),), place)
+        return _plain(record, "text", place)
     found = ", ".join(sorted(record)[:5]) or "none"
     raise BadRecord(f"no known field: text, prompt + completion, instruction + response or messages; found {found}")
 
@@ -209,15 +215,17 @@ def instruction_turn(instruction: str, context: str = "") -> str:
     return f"{instruction}\n\n### Context:\n{context}" if context.strip() else instruction
 
 
-def _instruction(record: Mapping[str, Any], prompt: str, response: str | None, place: str | None) -> Example:
-    answer = response or ("response" if "response" in record or "output" not in record else "output")
+def _plain(record: Mapping[str, Any], name: str, place: str | None) -> Example:
+    return Example((Segment(text_field(record, name), True),), place, read=(name,))
+
+
+def _instruction(record: Mapping[str, Any], prompt: str, answer: str, place: str | None) -> Example:
     context_field = "context" if "context" in record else "input"
     used = (prompt, answer)  # a field that is named as the prompt is no context
     context = "" if context_field in used else text_field(record, context_field, optional=True)
     instruction, text = text_field(record, prompt), text_field(record, answer)
-    return Example(
-        (Segment(instruction_turn(instruction, context), False, "user"), Segment(text, True, "assistant")), place
-    )
+    turns = Segment(instruction_turn(instruction, context), False, "user"), Segment(text, True, "assistant")
+    return Example(turns, place, read=(prompt, *((context_field,) if context.strip() else ()), answer))
 
 
 def _chat_segments(messages: Any) -> tuple[Segment, ...]:

@@ -15,6 +15,7 @@ import pytest
 from edgefed.errors import DataError
 from edgefed.training import arrow_data
 from edgefed.training.data import Example, RecordFields, Segment, check_data, load_corpus, load_examples
+from edgefed.training.records import FORM_FIELDS
 
 ROWS = [
     {
@@ -185,6 +186,44 @@ def test_named_fields(tmp_path, record, fields, segments):
     assert [segment.in_loss for segment in example.segments][-1]
 
 
+@pytest.mark.parametrize(
+    ("record", "segments", "read"),
+    [
+        ({"prompt": "Q", "response": "A", "id": "7"}, ("Q", "A"), "prompt, response"),
+        ({"question": "Q", "answer": "A", "text": "other"}, ("Q", "A"), "question, answer"),
+        ({"Question": "Q", "Answer": "A"}, ("Q", "A"), "Question, Answer"),
+        ({"instruction": "Q", "output": "A", "input": ""}, ("Q", "A"), "instruction, output"),
+        ({"input": "Q", "output": "A"}, ("Q", "A"), "input, output"),
+        ({"question": "Q", "context": "C", "answer": "A"}, ("Q\n\n### Context:\nC", "A"), "question, context, answer"),
+        ({"query": "Q", "response": "A"}, ("Q", "A"), "query, response"),
+        ({"problem": "Q", "solution": "A", "answer": "A"}, ("Q", "A"), "problem, solution"),
+        ({"prompt": "Q", "completion": "A", "response": "B"}, ("Q", "A"), "prompt, completion"),
+        ({"messages": [{"role": "assistant", "content": "A"}]}, ("A",), "messages"),
+        ({"text": "A", "title": "B"}, ("A",), "text"),
+    ],
+)
+def test_fields_of_common_names_are_read_without_settings(tmp_path, record, segments, read):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(record)}\n{json.dumps(record | {'id': '8'})}\n")
+    corpus = load_corpus(str(path), 0.0, 0)
+    examples = list(corpus.train)
+    assert [tuple(segment.text for segment in example.segments) for example in examples] == [segments] * 2
+    assert examples[0].segments[-1].in_loss
+    assert corpus.notes() == [f"{path}: 2 records with {read}"]
+    if not isinstance(record.get("messages"), list):
+        assert RecordFields().columns(["id", *record]) == [name for name in record if name.lower() in FORM_FIELDS]
+
+
+def test_a_mixture_of_forms_and_plain_text_say_what_they_are(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n{"input": "c", "output": "d"}\nnonsense\n')
+    first, second = load_corpus(str(path), 0.0, 0).notes()
+    assert first == f"{path}: 2 records with text; 1 record with input, output"
+    assert second.startswith(f"{path} line 4: invalid JSON")
+    (tmp_path / "a.txt").write_text("plain\n")
+    assert load_corpus(str(tmp_path / "a.txt"), 0.0, 0).notes() == []
+
+
 def test_fields_that_exclude_each_other(tmp_path):
     (tmp_path / "a.jsonl").write_text(LINES)
     with pytest.raises(DataError, match="`text_field` excludes"):
@@ -194,8 +233,7 @@ def test_fields_that_exclude_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("record", "remedy"),
     [
-        ({"question": "?", "Answer": "!"}, "`prompt_field=question` `response_field=Answer`"),
-        ({"prompt": "?", "response": "!"}, "`prompt_field=prompt` `response_field=response`"),
+        ({"title": "?", "summary": "!"}, "`prompt_field=title` `response_field=summary`"),
         ({"article": "..."}, "`text_field=article`"),
         ({"x": "..."}, "`prompt_field` and `response_field`"),
     ],
