@@ -22,10 +22,12 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
+from edgefed.disk import sync_folder
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StorageError
 from edgefed.moe import adapters
 from edgefed.moe.architecture import ExpertLayer, discover_layers
 from edgefed.moe.expert_reading import read_expert, read_with_adapter
+from edgefed.moe.file_tensors import FileTensor
 from edgefed.moe.loading import build_skeleton, load_config, read_config_file
 from edgefed.moe.units import LORA_SUFFIX, ExpertSource, FixedTensors, TrainScope, check_tensors, find_fixed_tensors
 from edgefed.moe.weight_files import WEIGHT_SUFFIXES, WeightFiles, WeightWriter
@@ -40,8 +42,9 @@ def export_checkpoint(
 ) -> Path:
     """Write all units as a checkpoint folder and return ``to``.
 
-    The folder appears complete or not at all: it is written next to its place and renamed. The memory peak is about
-    two parameters, where all experts of a layer count as one.
+    The folder appears complete or not at all: it is written next to its place, synced and renamed. Tensors that a
+    checkpoint has as the units have them are copied from file to file. The memory peak is otherwise about two
+    parameters, where all experts of a layer count as one.
 
     Args:
         units: reads every unit of the model, and its adapters if ``scope`` trains by LoRA.
@@ -73,6 +76,7 @@ def export_checkpoint(
         if target.exists():
             target.rmdir()
         os.replace(temporary, target)
+        sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         kind = DiskFull if full else StorageError
@@ -150,17 +154,20 @@ class _ModelState:
     def _stack(self, name: str) -> torch.Tensor:
         layer, own = self._expert_of[name]
         stack: torch.Tensor | None = None
+        in_files: list[torch.Tensor] = []
         for expert in range(layer.num_experts):
             tensor = read_with_adapter(layer, expert, self._units, self._scope, only=own)[own]
+            if expert == 0:
+                dtype = tensor.dtype
+                if not isinstance(tensor, FileTensor):
+                    stack = torch.empty((layer.num_experts, *tensor.shape), dtype=dtype)
+            if tensor.dtype != dtype:
+                raise CheckpointError(f"{own!r} of {layer.expert_key(expert)!r} must be {dtype}; found {tensor.dtype}")
             if stack is None:
-                stack = torch.empty((layer.num_experts, *tensor.shape), dtype=tensor.dtype)
-            if tensor.dtype != stack.dtype:
-                raise CheckpointError(
-                    f"{own!r} of {layer.expert_key(expert)!r} must be {stack.dtype}; found {tensor.dtype}"
-                )
-            stack[expert] = tensor
-        assert stack is not None, "an expert layer has experts"
-        return stack
+                in_files.append(tensor)
+            else:
+                stack[expert] = tensor
+        return torch.stack(in_files) if stack is None else stack
 
 
 def _write_weights(state: _ModelState, folder: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
+import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +21,8 @@ READ_BYTES = 1024 * 1024
 logger = logging.getLogger(__name__)
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """What a filesystem answers that cannot sync a folder. EIO, EROFS, EBADF and others remain errors."""
+CANNOT_COPY = {*CANNOT_SYNC, errno.EXDEV, errno.EPERM, errno.ETXTBSY}
+"""What a filesystem answers that cannot copy in the kernel; the bytes are then read and written."""
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -137,6 +141,58 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRange:
+    """Bytes of a file."""
+
+    path: Path
+    start: int
+    size_bytes: int
+
+
+def read_ranges(ranges: Iterable[FileRange]) -> Iterator[memoryview]:
+    """Yield the bytes of ranges, one after another, in chunks; each chunk overwrites the one before.
+
+    Raises StorageError if a file cannot be read or is too short.
+    """
+    buffer = memoryview(bytearray(READ_BYTES))
+    for part in ranges:
+        with _open_range(part) as file:
+            left = part.size_bytes
+            while left:
+                with disk_errors(f"read {part.path}"):
+                    count = file.readinto(buffer[: min(left, READ_BYTES)])
+                if not count:
+                    raise StorageError(
+                        f"{part.path} is too short: {left} of {part.size_bytes} bytes at {part.start} are missing"
+                    )
+                yield buffer[:count]
+                left -= count
+
+
+def copy_range(part: FileRange, target: BinaryIO) -> None:
+    """Append bytes of a file to an unbuffered one, in the kernel where it can. Raises StorageError, OSError."""
+    copy, left = getattr(os, "copy_file_range", None), part.size_bytes  # Linux has it
+    with _open_range(part) as file:
+        try:
+            while copy and left and (count := copy(file.fileno(), target.fileno(), left)):
+                left -= count
+        except OSError as error:
+            if error.errno not in CANNOT_COPY:
+                raise
+    for chunk in read_ranges([FileRange(part.path, part.start + part.size_bytes - left, left)]):
+        write_all(target, chunk)
+
+
+@contextlib.contextmanager
+def _open_range(part: FileRange) -> Iterator[io.FileIO]:
+    with disk_errors(f"read {part.path}"):
+        file = io.FileIO(part.path)
+        file.seek(part.start)
+    with file:
+        yield file
 
 
 def filesystem(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:

@@ -120,13 +120,13 @@ def is_address(source: str | Path) -> bool:
 def _write(model: _Model, scratch: Path, to: Path) -> Path:
     # Loads torch: a missing run is reported before that.
     from edgefed.checkpoint_export import export_checkpoint
-    from edgefed.moe.expert_reading import FrameSource
+    from edgefed.moe.expert_reading import FileSource
     from edgefed.training.steps import train_scope
     from edgefed.training.tokenizer import write_chat_template
 
     for file in model.manifest.files:
         shutil.copyfile(model.paths[file.sha256], scratch / file.name)
-    source = FrameSource(model.manifest.units, model.paths)
+    source = FileSource(model.manifest.units, model.paths)
     units = {unit.key: unit for unit in model.manifest.units}
     for key, path in model.own.items():
         source.add([units[key]], {units[key].sha256: path})

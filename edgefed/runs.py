@@ -75,8 +75,7 @@ def import_extractor(folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
     """
     import tempfile
 
-    from edgefed.moe.expert_reading import raw_array
-    from edgefed.moe.units import dtype_name
+    from edgefed.moe.expert_reading import raw_tensor
     from edgefed.personal.extractors import EXTRACTOR_UNIT, make_extractor
 
     tokenizer = vocab_size = None
@@ -87,7 +86,7 @@ def import_extractor(folder: Path, run: RunConfig, policy: RoundPolicy) -> None:
         tokenizer = load_tokenizer(resolve_model(run.tokenizer))
         vocab_size = vocabulary_size(tokenizer)
     extractor = make_extractor(run.model, run.seed, vocab_size=vocab_size)
-    tensors = {name: (dtype_name(value.dtype), raw_array(value)) for name, value in extractor.state_dict().items()}
+    tensors = {name: raw_tensor(value) for name, value in extractor.state_dict().items()}
     unit = UnitInfo(key=EXTRACTOR_UNIT, kind="dense", trainable=True)
     with tempfile.TemporaryDirectory(prefix="edgefed-import-") as scratch:
         if tokenizer is not None:
@@ -107,17 +106,16 @@ def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy,
     import tempfile
 
     from edgefed.moe.checkpoint import Checkpoint
-    from edgefed.moe.expert_reading import raw_array
+    from edgefed.moe.expert_reading import raw_tensor
     from edgefed.moe.loading import load_config
     from edgefed.moe.neurons import to_table
-    from edgefed.moe.units import dtype_name
     from edgefed.training.steps import train_scope
     from edgefed.training.tokenizer import check_vocabulary, load_tokenizer
 
     scope = train_scope(run.training)
     load_config(source)  # report a missing checkpoint before a missing tokenizer
     tokenizer = load_tokenizer(source)
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, in_files=True)
     check_vocabulary(tokenizer, checkpoint.num_embeddings, source)
     if summary := checkpoint.unused_summary():
         _log.warning("%s", summary)
@@ -126,7 +124,7 @@ def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy,
         for unit, tensors in checkpoint.iter_units(scope, seed=run.seed):
             if neurons and unit.kind == "expert":
                 tensors = to_table(checkpoint.layers[unit.layer], unit.key, tensors)
-            yield unit, {name: (dtype_name(tensor.dtype), raw_array(tensor)) for name, tensor in tensors.items()}
+            yield unit, {name: raw_tensor(tensor) for name, tensor in tensors.items()}
 
     with tempfile.TemporaryDirectory(prefix="edgefed-import-") as scratch:
         config = Path(scratch) / "config.json"

@@ -86,3 +86,34 @@ def test_hash_file(tmp_path, size):
     assert disk.hash_file(tmp_path / "file") == (hashlib.sha256(data[:size]).hexdigest(), size)
     with pytest.raises(StorageError, match="cannot read"):
         disk.hash_file(Path(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_ranges_of_files_are_read_and_copied(tmp_path, monkeypatch, in_kernel):
+    data = os.urandom(disk.READ_BYTES + 1000)
+    (tmp_path / "a").write_bytes(data)
+    if not in_kernel:
+        monkeypatch.setattr(os, "copy_file_range", _refuse_to_copy, raising=False)
+    parts = [(3, 10), (0, 0), (100, disk.READ_BYTES + 900), (0, 7)]
+    ranges = [disk.FileRange(tmp_path / "a", start, size) for start, size in parts]
+    expected = b"".join(data[start : start + size] for start, size in parts)
+    assert b"".join(bytes(chunk) for chunk in disk.read_ranges(ranges)) == expected
+    with (tmp_path / "b").open("wb", buffering=0) as file:
+        for each in ranges:
+            disk.copy_range(each, file)
+    assert (tmp_path / "b").read_bytes() == expected
+
+
+def _refuse_to_copy(*arguments):
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+def test_a_range_that_its_file_does_not_have(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    beyond = disk.FileRange(tmp_path / "a", 2, 4)
+    with pytest.raises(StorageError, match="too short: 1 of 4 bytes at 2"):
+        list(disk.read_ranges([beyond]))
+    with (tmp_path / "b").open("wb", buffering=0) as file, pytest.raises(StorageError, match="too short: 1 of"):
+        disk.copy_range(beyond, file)
+    with pytest.raises(StorageError, match="No such file"):
+        list(disk.read_ranges([disk.FileRange(tmp_path / "none", 0, 1)]))

@@ -7,7 +7,9 @@ database into place, the folder has no run, only blobs that a later import uses 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -16,13 +18,22 @@ import numpy as np
 from edgefed.aggregator.blobs import BlobBatch, BlobStore
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import DATABASE_NAME, has_run, lock_folder, write_database
-from edgefed.disk import disk_errors, make_private, sync_folder
+from edgefed.disk import disk_errors, make_private, read_ranges, sync_folder
 from edgefed.errors import CheckpointError, ConfigError
-from edgefed.protocol.frames import FLOAT_DTYPES, NAME_SEPARATOR, array_bytes, encode_header, storage_dtype
+from edgefed.protocol.frames import (
+    FLOAT_DTYPES,
+    NAME_SEPARATOR,
+    FileArray,
+    array_bytes,
+    encode_header,
+    storage_dtype,
+)
 from edgefed.protocol.messages import UNIT_KINDS, FileInfo, RunConfig, TensorInfo, UnitInfo
 
-RawTensors = Mapping[str, tuple[str, np.ndarray]]
+RawTensors = Mapping[str, tuple[str, np.ndarray | FileArray]]
 """{name: (safetensors dtype, raw array)}; BF16 is uint16."""
+COPY_THREADS = 2
+"""Hashing and writing hold no lock of Python. More threads than cores of a small server gain nothing."""
 
 
 class RunWriter:
@@ -63,10 +74,29 @@ class RunWriter:
         infos = tuple(
             TensorInfo(name=name, dtype=dtype, shape=tuple(array.shape)) for name, (dtype, array) in tensors.items()
         )
+        self._units[unit.key] = unit  # in the order of the calls
         sha256, size_bytes = self._batch.put(_frame_chunks(infos, tensors))
         stored = msgspec.structs.replace(unit, tensors=infos, sha256=sha256, size_bytes=size_bytes)
         self._units[unit.key] = stored
         return stored
+
+    def add_units(self, units: Iterable[tuple[UnitInfo, RawTensors]]) -> None:
+        """Store units, one in memory at a time; those that lie in files are copied side by side. Raises as `add_unit`.
+
+        ``units`` is read in the caller's thread, ahead of the copying threads by at most as many units as there are
+        threads.
+        """
+        with ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="edgefed-copy") as pool:
+            copies: deque[Future[UnitInfo]] = deque()
+            for unit, tensors in units:
+                if all(isinstance(array, FileArray) for _, array in tensors.values()):
+                    copies.append(pool.submit(self.add_unit, unit, tensors))
+                else:
+                    self.add_unit(unit, tensors)
+                while len(copies) > 2 * COPY_THREADS:
+                    copies.popleft().result()
+            for copy in copies:
+                copy.result()
 
     def add_file(self, path: Path) -> FileInfo:
         """Copy a small file (config.json, tokenizer.json, ...) into the run, under its own name."""
@@ -104,8 +134,7 @@ def create_run(
 ) -> None:
     """Import a model and make it a run, one unit in memory at a time. Raises as `RunWriter` does."""
     with RunWriter(folder) as writer:
-        for unit, tensors in units:
-            writer.add_unit(unit, tensors)
+        writer.add_units(units)
         for path in files:
             writer.add_file(path)
         writer.finish(run, policy)
@@ -124,7 +153,7 @@ def _check_unit(unit: UnitInfo, tensors: RawTensors, known: Mapping[str, UnitInf
         if not name or NAME_SEPARATOR in name:
             raise CheckpointError(f"invalid name of a part or tensor: {name!r} is empty or contains {NAME_SEPARATOR!r}")
     for name, (dtype, array) in tensors.items():
-        if array.dtype != storage_dtype(dtype):
+        if isinstance(array, np.ndarray) and array.dtype != storage_dtype(dtype):
             raise CheckpointError(f"tensor {name!r} of {unit.key!r}: {dtype} is not stored as {array.dtype}")
         if unit.trainable and dtype not in FLOAT_DTYPES:
             raise CheckpointError(
@@ -135,7 +164,9 @@ def _check_unit(unit: UnitInfo, tensors: RawTensors, known: Mapping[str, UnitInf
 def _frame_chunks(infos: tuple[TensorInfo, ...], tensors: RawTensors) -> Iterator[bytes | memoryview]:
     yield encode_header(infos)
     for _, array in tensors.values():
-        if array.size:
+        if isinstance(array, FileArray):
+            yield from read_ranges(array.ranges)
+        elif array.size:
             yield array_bytes(array)
 
 

@@ -62,7 +62,8 @@ class _Conversion:
 class Checkpoint:
     """A checkpoint in a local folder or on the hub.
 
-    ``dtype`` is the dtype of the weights; "auto" uses that of the configuration, or else of the files.
+    ``dtype`` is the dtype of the weights; "auto" uses that of the configuration, or else of the files. With
+    ``in_files``, tensors stay in their files until an operation needs their values (`edgefed.moe.file_tensors`).
 
     Attributes:
         folder: local folder of the files.
@@ -80,7 +81,8 @@ class Checkpoint:
 
     """
 
-    def __init__(self, source: str | Path, dtype: str | torch.dtype = "auto"):
+    def __init__(self, source: str | Path, dtype: str | torch.dtype = "auto", *, in_files: bool = False):
+        self._in_files = in_files
         self.config: PretrainedConfig = load_config(source)
         self.changes: dict[str, Any] = {}
         self._quantizer = take_quantizer(self.config)
@@ -276,7 +278,13 @@ class Checkpoint:
 
     def _loader(self, key: str, dtype: torch.dtype | None, row: int | None, meta: bool) -> Callable[[], torch.Tensor]:
         def load() -> torch.Tensor:
-            tensor = self._files.empty(key) if meta else self._files.read(key, row)
+            if meta:
+                tensor = self._files.empty(key)
+            elif self._in_files:
+                tensor = self._files.locate(key)
+                tensor = tensor if row is None else tensor[row : row + 1]
+            else:
+                tensor = self._files.read(key, row)
             return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
         return load

@@ -12,11 +12,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from edgefed.errors import CheckpointError
+from edgefed.errors import CheckpointError, InvalidUpdate
 from edgefed.moe.adapters import low_rank_product
 from edgefed.moe.architecture import ExpertLayer
+from edgefed.moe.file_tensors import FileSpace, FileTensor
 from edgefed.moe.neurons import from_table, slice_tensors, sliced_shape
-from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, ExpertSource, TrainScope, check_tensors, copy_into
+from edgefed.moe.units import (
+    ADAPTER_DTYPE,
+    LORA_SUFFIX,
+    ExpertSource,
+    TrainScope,
+    check_tensors,
+    copy_into,
+    dtype_name,
+    named_dtype,
+)
+from edgefed.protocol.frames import FileArray, read_header
 from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, UnitInfo
 from edgefed.protocol.slices import UnitSlice
 
@@ -33,16 +44,47 @@ class FrameSource:
         for unit in units:
             self._paths[unit.key] = Path(paths[unit.sha256])
 
+    def path(self, unit_key: str) -> Path:
+        """Return the file of a unit. Raises CheckpointError if there is none."""
+        if unit_key not in self._paths:
+            raise CheckpointError(f"{unit_key!r} not found among the {len(self._paths)} parts on this disk")
+        return self._paths[unit_key]
+
     def read(self, unit_key: str) -> dict[str, torch.Tensor]:
         """Return the tensors of a unit, new on the CPU. Raises CheckpointError if it is missing or unreadable."""
-        path = self._paths.get(unit_key)
-        if path is None:
-            raise CheckpointError(f"{unit_key!r} not found among the {len(self._paths)} parts on this disk")
+        path = self.path(unit_key)
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read {unit_key!r} from {path}: {error}") from error
+
+
+class FileSource(FrameSource):
+    """A `FrameSource` whose tensors stay in their files until an operation needs their values."""
+
+    def __init__(self, units: Iterable[UnitInfo | UnitSlice] = (), paths: Mapping[str, Path] | None = None):
+        super().__init__(units, paths)
+        self._space = FileSpace()
+
+    def read(self, unit_key: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a unit. Raises CheckpointError if it is missing or unreadable."""
+        path = self.path(unit_key)
+        try:
+            entries = read_header(path)
+        except (OSError, InvalidUpdate) as error:
+            raise CheckpointError(f"cannot read {unit_key!r} from {path}: {error}") from error
+        return {
+            name: self._space.tensor(path, entry.start, named_dtype(entry.info.dtype), entry.info.shape)
+            for name, entry in entries.items()
+        }
+
+
+def raw_tensor(tensor: torch.Tensor) -> tuple[str, npt.NDArray[Any] | FileArray]:
+    """Return the dtype name and the array of a tensor as the importer of a run takes it; see `raw_array`."""
+    if isinstance(tensor, FileTensor):
+        return dtype_name(tensor.dtype), FileArray(tuple(tensor.shape), tensor.ranges)
+    return dtype_name(tensor.dtype), raw_array(tensor)
 
 
 def raw_array(tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -105,6 +105,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPE_NAMES[dtype]
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """Inverse of `dtype_name`, for the name of a checked header."""
+    return next(dtype for dtype, known in _DTYPE_NAMES.items() if known == name)
+
+
 def tensor_infos(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorInfo, ...]:
     """Return name, dtype and shape of each tensor."""
     return tuple(TensorInfo(name=n, dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for n, t in tensors.items())

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from edgefed.disk import copy_range, sync_file, write_all
 from edgefed.errors import CheckpointError, first_line
 from edgefed.moe.expert_reading import raw_array
+from edgefed.moe.file_tensors import FileSpace, FileTensor
 from edgefed.moe.units import dtype_name
 
 # (single file, index of several files), in the order in which transformers looks for them.
@@ -44,6 +46,8 @@ class WeightFiles:
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._loaded: dict[Path, dict[str, torch.Tensor]] = {}
+        self._starts: dict[str, int] = {}
+        self._space = FileSpace()
         for path in _weight_files(folder):
             if path.suffix == ".safetensors":
                 self._add_safetensors(path)
@@ -69,6 +73,7 @@ class WeightFiles:
                     dtype = file.get_tensor(name).dtype if dtype is None else dtype
                     self._shapes[name] = dtype, tuple(part.get_shape())
                     self._file_of[name] = path
+            self._starts |= _tensor_starts(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read the weights in {str(path)!r}: {first_line(error)}") from error
 
@@ -106,25 +111,43 @@ class WeightFiles:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read {name!r} from {str(path)!r}: {first_line(error)}") from error
 
+    def locate(self, name: str) -> torch.Tensor:
+        """Return a tensor whose values are read when an operation needs them, where its file has that format."""
+        dtype, shape = self._shapes[name]
+        if name not in self._starts:
+            return self.read(name)
+        return self._space.tensor(self._file_of[name], self._starts[name], dtype, shape)
+
+
+def _tensor_starts(path: Path) -> dict[str, int]:
+    """First byte of each tensor of a safetensors file, which safetensors has checked."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
+
 
 class WeightWriter:
     """Writes the tensors of a checkpoint in any order. A context; ``tensors`` has their dtypes and shapes by name.
 
     A file has at most ``max_shard_bytes`` (default `MAX_SHARD_BYTES`), or one tensor. Leaving the context without an
-    error raises CheckpointError if a tensor was not written. Raises OSError.
+    error syncs the files, and raises CheckpointError if a tensor was not written. Raises OSError.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_bytes: int | None = None):
         self._expected = dict(tensors)
         self._places: dict[str, tuple[BinaryIO, int]] = {}
         self._files = contextlib.ExitStack()
+        self._opened: list[BinaryIO] = []
         shards = _shards(tensors, max_shard_bytes or MAX_SHARD_BYTES)
         weight_map: dict[str, str] = {}
         with contextlib.ExitStack() as files:
             for number, names in enumerate(shards, start=1):
                 single = len(shards) == 1
                 name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-                file = files.enter_context(open(folder / name, "wb"))
+                file = files.enter_context(open(folder / name, "wb", buffering=0))
+                self._opened.append(file)
                 self._add_file(file, names)
                 weight_map |= dict.fromkeys(names, name)
             self._files = files.pop_all()
@@ -146,7 +169,7 @@ class WeightWriter:
             offsets[name], offset = offset, end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
+        write_all(file, len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
         for name, start in offsets.items():
             self._places[name] = file, 8 + len(text) + start
@@ -155,7 +178,10 @@ class WeightWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._files.close()
+        with self._files:
+            if kind is None:
+                for file in self._opened:
+                    sync_file(file)
         if kind is None and self._places:
             raise CheckpointError(f"{len(self._places)} tensors were not written; the first is {min(self._places)!r}")
 
@@ -167,9 +193,12 @@ class WeightWriter:
                 f"{name!r} must be {expected.dtype} {tuple(expected.shape)}; found {tensor.dtype} {tuple(tensor.shape)}"
             )
         file, offset = self._places.pop(name)
-        if tensor.numel():
-            file.seek(offset)
-            file.write(raw_array(tensor).reshape(-1).view(np.uint8).data)
+        file.seek(offset)
+        if isinstance(tensor, FileTensor):
+            for part in tensor.ranges:
+                copy_range(part, file)
+        elif tensor.numel():
+            write_all(file, raw_array(tensor).reshape(-1).view(np.uint8).data)
 
 
 def _shards(tensors: Mapping[str, torch.Tensor], max_bytes: int) -> list[list[str]]:

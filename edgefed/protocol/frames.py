@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edgefed.disk import sync_file, sync_folder
+from edgefed.disk import FileRange, sync_file, sync_folder
 from edgefed.errors import InvalidUpdate
 from edgefed.protocol.messages import TensorInfo
 
@@ -47,6 +47,14 @@ class TensorEntry:
     info: TensorInfo
     start: int
     size_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FileArray:
+    """A raw array that lies in files, in C order; for whoever copies it."""
+
+    shape: tuple[int, ...]
+    ranges: Sequence[FileRange]
 
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:

@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM
 from edgefed.checkpoint_export import check_checkpoint, export_checkpoint
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StorageError
 from edgefed.moe import weight_files
+from edgefed.moe.expert_reading import FileSource, raw_tensor
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope
+from edgefed.protocol.frames import write_frame
+from edgefed.protocol.messages import UnitInfo
 
 
 def load(folder, **options):
@@ -70,6 +73,37 @@ def test_adapters_are_merged(toy, files, tmp_path):
     assert not torch.allclose(expected, toy.logits, atol=1e-2)
     to = export_checkpoint(source, files, tmp_path / "out", scope=scope)
     torch.testing.assert_close(logits_of(load(to), toy), expected, rtol=1e-4, atol=1e-5)
+
+
+def on_disk(units, folder):
+    folder.mkdir()
+    infos, paths = [], {}
+    for number, (key, tensors) in enumerate(units.items()):
+        path = folder / str(number)
+        sha256, _ = write_frame(path, {name: raw_tensor(tensor) for name, tensor in tensors.items()})
+        infos.append(UnitInfo(key=key, kind="dense", trainable=False, sha256=sha256))
+        paths[sha256] = path
+    return FileSource(infos, paths)
+
+
+def test_units_on_disk_become_the_same_files(toy, files, tmp_path):
+    """Of transposed stacks (gpt_oss) as of tensors that are copied from file to file."""
+    units = toy.units()
+    first = export_checkpoint(MemorySource(units), files, tmp_path / "a")
+    second = export_checkpoint(on_disk(units, tmp_path / "units"), files, tmp_path / "b")
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_adapters_on_disk_are_merged(olmoe, tmp_path):
+    scope = TrainScope(experts="lora", router="lora", attention="lora", lora_rank=2)
+    units, files = olmoe.units(scope), files_of(olmoe, tmp_path)
+    for key, tensors in units.items():
+        if key.endswith(":lora"):
+            for tensor in tensors.values():
+                tensor.fill_(0.1)
+    first = export_checkpoint(MemorySource(units), files, tmp_path / "a", scope=scope)
+    second = export_checkpoint(on_disk(units, tmp_path / "units"), files, tmp_path / "b", scope=scope)
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
 def test_export_of_an_export_is_the_same_model(olmoe, tmp_path):

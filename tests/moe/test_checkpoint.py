@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from edgefed.errors import CheckpointError
 from edgefed.moe.checkpoint import Checkpoint
+from edgefed.moe.file_tensors import FileTensor, value_of
 from edgefed.moe.model import MoeModel
+from edgefed.moe.weight_files import WeightFiles
 
 
 @pytest.fixture
@@ -48,6 +50,52 @@ def test_every_unit_is_what_transformers_loads(toy):
             assert torch.equal(tensor, expected)
             assert tensor.dtype == expected.dtype
     assert keys == {unit.key for unit in toy.full().unit_infos()}
+    for unit, tensors in Checkpoint(toy.folder, in_files=True).iter_units():
+        for name, expected in checkpoint.read(unit.key).items():
+            assert (tensors[name].shape, tensors[name].dtype) == (expected.shape, expected.dtype)
+            assert torch.equal(value_of(tensors[name]), expected)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "deepseek_v3"])
+def test_tensors_that_are_only_rearranged_stay_in_their_files(toys, family):
+    checkpoint = Checkpoint(toys(family).folder, in_files=True)
+    for unit, tensors in checkpoint.iter_units():
+        if unit.kind == "expert":
+            assert all(isinstance(tensor, FileTensor) and tensor.loaded is None for tensor in tensors.values())
+
+
+def test_file_tensors_compute_what_tensors_compute(tmp_path):
+    values = {"a": torch.randn(4, 6, 16), "b": torch.randn(3, 6, 16), "c": torch.randn(4, 6, 8), "d": torch.randn(32)}
+    save_file(values, tmp_path / "model.safetensors")
+    files = WeightFiles(tmp_path)
+    operations = [
+        (True, lambda a, b, c, d: torch.cat([a, b])),
+        (True, lambda a, b, c, d: torch.stack([a[1], b[-1]], dim=1)),
+        (True, lambda a, b, c, d: torch.chunk(torch.cat([a, b, a]), 2, dim=1)[1].contiguous()),
+        (True, lambda a, b, c, d: torch.split(a, [1, 5], dim=-2)[1][2:4]),
+        (True, lambda a, b, c, d: torch.chunk(b, 3)[2].squeeze(0).unsqueeze(1)),
+        (True, lambda a, b, c, d: torch.stack([d, d]).detach()),
+        (False, lambda a, b, c, d: torch.cat([a, c], dim=-1)),
+        (False, lambda a, b, c, d: torch.chunk(a, 2, dim=2)[1]),
+        (False, lambda a, b, c, d: torch.stack([d, d], dim=1)),
+        (False, lambda a, b, c, d: a.transpose(1, 2).contiguous()),
+        (False, lambda a, b, c, d: a.reshape(4, 3, 2, 16).float() + 1),
+        (False, lambda a, b, c, d: torch.cat([a, torch.zeros(1, 6, 16)])),
+        (False, lambda a, b, c, d: torch.zeros(4, 6, 16).copy_(a)),
+    ]
+    for stays, operation in operations:
+        found = operation(*(files.locate(name) for name in values))
+        assert isinstance(found, FileTensor) == stays
+        assert torch.equal(value_of(found), operation(*values.values()))
+
+
+def test_a_file_that_became_shorter_is_an_error(tmp_path):
+    save_file({"a": torch.randn(4, 32)}, tmp_path / "model.safetensors")
+    tensor = WeightFiles(tmp_path).locate("a")
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate((tmp_path / "model.safetensors").stat().st_size - 4)
+    with pytest.raises(CheckpointError, match="too short: 4 of 512 bytes"):
+        tensor + 1
 
 
 def test_an_untied_output_embedding_stays_untied_although_the_config_ties_it(olmoe, copy_of):
