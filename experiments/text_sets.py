@@ -12,15 +12,19 @@ from pathlib import Path
 import numpy as np
 
 AGNEWS_TOPICS = ("World", "Sports", "Business", "Technology")
-AGNEWS_CLIENTS, AGNEWS_DIRICHLET = 10, 0.5
-SHAKESPEARE_CLIENTS = 10
-GSM8K_CLIENTS = 10
+CLIENTS = 10
+DIRICHLET = 0.5
+LARGEST_ROLES = 30
+"""Roles of Shakespeare among which the clients are drawn: the first has 61,007 characters, the thirtieth 22,326."""
 
 
-def write_clients(name: str, data: Path, folder: Path, seed: int, parts: int = 1) -> dict[str, Path]:
+def write_clients(
+    name: str, data: Path, folder: Path, seed: int, parts: int = 1, most: int | None = None
+) -> dict[str, Path]:
     """Write the clients of a set to ``folder``, {client: file}; with ``parts``, so many clients share what is one's.
 
-    Raises SystemExit when the set is not in ``data``.
+    ``most``: maximum number of records of a client. ``seed`` decides who has which records, and their order, so also
+    which of them are held out. Raises SystemExit when the set is not in ``data``.
     """
     records = SETS[name](data, seed)
     if parts > 1:
@@ -29,55 +33,58 @@ def write_clients(name: str, data: Path, folder: Path, seed: int, parts: int = 1
     paths = {}
     for client, rows in records.items():
         paths[client] = folder / f"{client}.jsonl"
-        paths[client].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        paths[client].write_text("".join(json.dumps(row) + "\n" for row in rows[:most]), encoding="utf-8")
     return paths
 
 
 def _open(path: Path) -> str:
     if not path.exists():
-        raise SystemExit(f"{path} is absent; benchmarks/README.md says where to get it")
+        raise SystemExit(f"{path} is absent; experiments/README.md says where to get it")
     return gzip.decompress(path.read_bytes()).decode("utf-8")
 
 
-def _dolly(data: Path, seed: int) -> dict[str, list[dict]]:
-    """Ten clients, each two or three of Dolly's eight categories."""
-    clients = {}
-    for index in range(10):
-        rows = json.loads(_open(data / "dolly15k" / f"client_{index}.json.gz"))
-        clients[f"dolly-{index}"] = [
-            {"instruction": row["instruction"], "context": row["context"], "response": row["response"]}
-            for row in rows
-            if row["instruction"].strip() and row["response"].strip()
-        ]
-    return clients
-
-
-def _agnews(data: Path, seed: int) -> dict[str, list[dict]]:
-    """Ten clients whose shares of the four topics are drawn from a Dirichlet distribution (alpha 0.5)."""
-    by_topic = defaultdict(list)
-    for topic, title, description in csv.reader(io.StringIO(_open(data / "agnews" / "test.csv.gz"))):
-        by_topic[int(topic) - 1].append(
-            {"prompt": f"{title}. {description}\nTopic:", "completion": f" {AGNEWS_TOPICS[int(topic) - 1]}"}
-        )
+def _dirichlet(kind: str, by_label: dict[str, list[dict]], seed: int) -> dict[str, list[dict]]:
+    """Clients whose shares of each label are drawn from a Dirichlet distribution, their records in random order."""
     rng = np.random.default_rng(seed)
     clients = defaultdict(list)
-    for topic in sorted(by_topic):
-        rows = [by_topic[topic][i] for i in rng.permutation(len(by_topic[topic]))]
-        shares = rng.dirichlet([AGNEWS_DIRICHLET] * AGNEWS_CLIENTS)
-        bounds = np.round(np.cumsum(shares) * len(rows)).astype(int)
+    for label in sorted(by_label):
+        rows = [by_label[label][i] for i in rng.permutation(len(by_label[label]))]
+        bounds = np.round(np.cumsum(rng.dirichlet([DIRICHLET] * CLIENTS)) * len(rows)).astype(int)
         for client, (start, end) in enumerate(zip([0, *bounds], bounds, strict=False)):
-            clients[f"agnews-{client}"] += rows[start:end]
+            clients[f"{kind}-{client}"] += rows[start:end]
     return {client: [rows[i] for i in rng.permutation(len(rows))] for client, rows in sorted(clients.items()) if rows}
 
 
+def _dolly(data: Path, seed: int) -> dict[str, list[dict]]:
+    """Dolly's eight categories by Dirichlet(0.5)."""
+    by_category = defaultdict(list)
+    for index in range(10):
+        for row in json.loads(_open(data / "dolly15k" / f"client_{index}.json.gz")):
+            if row["instruction"].strip() and row["response"].strip():
+                by_category[row["category"]].append({key: row[key] for key in ("instruction", "context", "response")})
+    return _dirichlet("dolly", by_category, seed)
+
+
+def _agnews(data: Path, seed: int) -> dict[str, list[dict]]:
+    """The four topics by Dirichlet(0.5)."""
+    by_topic = defaultdict(list)
+    for topic, title, description in csv.reader(io.StringIO(_open(data / "agnews" / "test.csv.gz"))):
+        by_topic[topic].append(
+            {"prompt": f"{title}. {description}\nTopic:", "completion": f" {AGNEWS_TOPICS[int(topic) - 1]}"}
+        )
+    return _dirichlet("agnews", by_topic, seed)
+
+
 def _shakespeare(data: Path, seed: int) -> dict[str, list[dict]]:
-    """The ten roles with the most text, one client each."""
+    """Ten of the roles with the most text, one client each, their speeches in random order."""
     by_role = defaultdict(list)
     for line in _open(data / "shakespeare_by_role" / "speeches.jsonl.gz").splitlines():
         row = json.loads(line)
         by_role[f"{row['play']} {row['role']}"].append({"text": row["text"]})
-    largest = sorted(by_role, key=lambda role: -sum(len(row["text"]) for row in by_role[role]))[:SHAKESPEARE_CLIENTS]
-    return {f"role-{index}": by_role[role] for index, role in enumerate(largest)}
+    largest = sorted(by_role, key=lambda role: -sum(len(row["text"]) for row in by_role[role]))[:LARGEST_ROLES]
+    rng = np.random.default_rng(seed)
+    drawn = [by_role[largest[i]] for i in sorted(rng.permutation(LARGEST_ROLES)[:CLIENTS])]
+    return {f"role-{index}": [rows[i] for i in rng.permutation(len(rows))] for index, rows in enumerate(drawn)}
 
 
 def _gsm8k(data: Path, seed: int) -> dict[str, list[dict]]:
@@ -90,8 +97,23 @@ def _gsm8k(data: Path, seed: int) -> dict[str, list[dict]]:
             {"prompt": f"{rows[i]['question']}\nAnswer:", "completion": f" {rows[i]['answer']}"}
             for i in rng.permutation(part)
         ]
-        for index, part in enumerate(np.array_split(order, GSM8K_CLIENTS))
+        for index, part in enumerate(np.array_split(order, CLIENTS))
     }
 
 
-SETS = {"dolly": _dolly, "agnews": _agnews, "shakespeare": _shakespeare, "gsm8k": _gsm8k}
+TASKS = ("ARC-Challenge", "ARC-Easy", "SVAMP", "boolq", "openbookqa", "social_i_qa", "winogrande")
+
+
+def _tasks(data: Path, seed: int) -> dict[str, list[dict]]:
+    """Questions of seven tasks by Dirichlet(0.5). No table has this set: settings are chosen on it."""
+    by_task = {
+        task: [
+            {"prompt": f"{row['instruction']}\n", "completion": row["output"]}
+            for row in json.loads(_open(data / "mcq_math_tasks" / task / "test.json.gz"))
+        ]
+        for task in TASKS
+    }
+    return _dirichlet("tasks", by_task, seed)
+
+
+SETS = {"dolly": _dolly, "agnews": _agnews, "shakespeare": _shakespeare, "gsm8k": _gsm8k, "tasks": _tasks}

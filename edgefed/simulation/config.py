@@ -134,6 +134,7 @@ class SimulationConfig:
         split: One data file for all devices. None: each device has its own.
         held_out_share: Share of each device's data for evaluation.
         evaluation_tokens: Held-out tokens per client for the evaluation of the global model after each round.
+        evaluate_devices: Also measure the held-out loss of what each device holds, before and after its training.
         preinstalled: Devices have the initial model before the first round and download only what changed.
         target_loss: Report the time until this loss is reached.
         server_mbit: Mbit/s of the aggregator's link, which all devices share.
@@ -151,6 +152,7 @@ class SimulationConfig:
     split: SplitData | None = None
     held_out_share: float = 0.1
     evaluation_tokens: int = 4096
+    evaluate_devices: bool = False
     preinstalled: bool = False
     target_loss: float | None = None
     server_mbit: float = 1000.0

@@ -113,6 +113,7 @@ class _Settings(_Table):
     seed: int | msgspec.UnsetType = msgspec.UNSET
     held_out_share: float | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="held-out")
     evaluation_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    evaluate_devices: bool | msgspec.UnsetType = msgspec.UNSET
     preinstalled: bool | msgspec.UnsetType = msgspec.UNSET
     target_loss: float | msgspec.UnsetType = msgspec.UNSET
     server_mbit: float | msgspec.UnsetType = msgspec.UNSET

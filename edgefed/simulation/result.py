@@ -12,7 +12,9 @@ class ClientRound:
     """One client in one round. ``seconds`` by part; ``late``, ``waits``, ``hidden`` as in `virtual_clock.ClientSpan`.
 
     ``resident`` and ``trainable`` are experts per MoE layer of the trained model; bytes are those of the cost shape.
-    ``memory_bytes``: peak of a step, by the memory model.
+    ``memory_bytes``: peak of a step, by the memory model. ``expert_bytes``: the most that weights, gradients and
+    moments of experts took in the training that really ran. ``device_losses``: held-out loss in nats per token of what
+    the device holds, before and after training, if it was measured.
     """
 
     seconds: Mapping[str, float]
@@ -26,6 +28,8 @@ class ClientRound:
     bytes_down: float
     bytes_up: float
     train_loss: float | None
+    expert_bytes: int = 0
+    device_losses: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from edgefed.simulation.simulated_run import Score, SimulatedRun
 
 RESULT_FILE = "simulation.json"
 CONFIG_FILE = "config.json"
-FORMAT = 2
+FORMAT = 3
 """Of the files in the output folder."""
 
 

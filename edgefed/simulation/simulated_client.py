@@ -34,12 +34,15 @@ class TrainedRound(msgspec.Struct, frozen=True):
     memory_bytes: int
     merged: tuple[int, ...]
     train_loss: float | None
+    expert_bytes: int = 0
+    device_losses: tuple[float, float] | None = None
 
 
 class SimulatedClient:
     """One device of the fleet in one method's run.
 
     ``client_id`` orders the clients and names its ``folder``. ``costs`` are those of `SimulatedCosts` for it.
+    ``evaluates``: it measures the held-out loss of what it holds.
 
     Raises:
         DataError: The device's data cannot be used.
@@ -54,9 +57,10 @@ class SimulatedClient:
         costs: SimulatedCosts,
         shared: SharedModel,
         held_out_share: float,
+        evaluates: bool = False,
     ):
         self.device, self.client_id, self.costs, self._folder = device, client_id, costs, folder
-        self.trainer = simulated_trainer(device, self.state, usable_bytes, costs, shared, held_out_share)
+        self.trainer = simulated_trainer(device, self.state, usable_bytes, costs, shared, held_out_share, evaluates)
 
     @property
     def state(self) -> Path:

@@ -4,7 +4,7 @@ Differences from a device's own process, all of them ports of `edgefed.trainer.p
     memory   what a device profile leaves for training
     costs    the memory model of the cost shape; nothing is measured, so nothing depends on this machine
     model    shared by all clients, who train one after the other
-The held-out loss on the device is left out: the global model's is measured once for all clients.
+The held-out loss on the device is left out unless it is asked for: the global model's is measured once for all.
 """
 
 from __future__ import annotations
@@ -315,6 +315,7 @@ def simulated_trainer(
     costs: SimulatedCosts,
     shared: SharedModel,
     held_out_share: float,
+    evaluates: bool = False,
 ) -> LocalTrainer:
     """The trainer of one simulated device, its state in ``folder``. Raises DataError when its data cannot be used."""
     return LocalTrainer(
@@ -327,5 +328,5 @@ def simulated_trainer(
         costs=costs,
         models=SharedModelHost(shared, folder),
         merger=SavedMerger(folder / EMBEDDINGS_FILE),
-        evaluates=False,
+        evaluates=evaluates,
     )

@@ -110,6 +110,7 @@ class SimulatedRun:
         return SimulatedClient(
             device, client_id, folder / "clients" / client_id, self._budgets[device.name],
             SimulatedCosts(self._charged, device.profile.kind), self._shared, self._config.held_out_share,
+            self._config.evaluate_devices,
         )  # fmt: skip
 
     def play(self) -> MethodRun:
@@ -236,6 +237,7 @@ class SimulatedRun:
             profile_storage=storage,
             profile_reads=reads,
             waiting_profile_tokens=waiting.counts.get("profile", 0),
+            evaluated_tokens=counts.get("evaluate", 0),
             explored_tokens=counts.get("explore", 0) * step_plan.setup.tokens,
             compares="compare experts" in counts,
             offloads=self._method.requirements.offloading,
@@ -244,7 +246,12 @@ class SimulatedRun:
             waiting_down=fetch.take(),
         )
         merged = tuple(len(plan.groups(layer)) for layer in range(plan.num_layers))
-        done = TrainedRound(server_round, meta, work, memory_bytes, merged, update.metrics.get("train_loss"))
+        losses = [update.metrics.get(f"held_out_loss_{when}", math.nan) for when in ("before", "after")]
+        evaluated = all(map(math.isfinite, losses))
+        done = TrainedRound(
+            server_round, meta, work, memory_bytes, merged, update.metrics.get("train_loss"),
+            int(update.metrics["peak_expert_bytes"]), (losses[0], losses[1]) if evaluated else None,
+        )  # fmt: skip
         client.finish(done, fetch.resident)
         return done
 
@@ -310,7 +317,7 @@ class SimulatedRun:
             seconds=mine.parts, late=mine.late, waits=mine.waits, hidden=mine.hidden, resident=work.resident,
             trainable=work.trainable, merged=done.merged, memory_bytes=done.memory_bytes,
             bytes_down=self._costs.charged_bytes(work.down), bytes_up=self._costs.charged_bytes(work.up),
-            train_loss=done.train_loss,
+            train_loss=done.train_loss, expert_bytes=done.expert_bytes, device_losses=done.device_losses,
         )  # fmt: skip
 
     def _evaluate(

@@ -265,3 +265,26 @@ def test_the_whole_model_baselines_run_on_devices_that_cannot_hold_it(texts, tmp
     assert math.isfinite(result.run("fmd").rounds[0].loss)
     assert math.isfinite(result.run("fmq").rounds[0].loss)
     assert not list(tmp_path.rglob("offloaded"))
+
+
+def test_slices_run_on_devices_that_evaluate_what_they_hold(texts, tmp_path):
+    fleet = tuple(
+        device(texts, name, "rtx-4090", expert_share=share) for name, share in (("fast", 0.5), ("slow", 0.125))
+    )
+    given = config(texts, "slices", "random", fleet=fleet, cost_shape=None, rounds=1, evaluate_devices=True)
+    result = simulate(given, tmp_path / "out")
+    last = {label: result.run(label).rounds[-1].clients for label in ("slices", "random")}
+    for name in ("fast", "slow"):
+        before, after = last["slices"][name].device_losses
+        assert after < before, "training helps what the device holds"
+        assert last["slices"][name].seconds["evaluate"] > 0
+        # The same bytes of experts, their gradients and moments, whichever the method.
+        assert last["slices"][name].expert_bytes == pytest.approx(last["random"][name].expert_bytes, rel=0.1)
+    small, large = (last["slices"][name].expert_bytes for name in ("slow", "fast"))
+    assert small == pytest.approx(large / 4, rel=0.1)
+    assert sum(last["slices"]["slow"].resident) > sum(last["random"]["slow"].resident), "of more experts, a part"
+
+
+def test_devices_do_not_evaluate_unless_asked(reference):
+    for each in reference[0].run("flux").rounds:
+        assert all(client.device_losses is None and client.expert_bytes > 0 for client in each.clients.values())

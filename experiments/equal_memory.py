@@ -1,0 +1,229 @@
+"""Methods at equal memory for experts: paired differences to `slices`, globally and on the devices.
+
+    python experiments/equal_memory.py tune --data DIR --work DIR
+    python experiments/equal_memory.py compare --data DIR --work DIR --sets dolly agnews --seeds 0 1 2 3 4
+    python experiments/equal_memory.py table
+
+Three clients hold 50, 25 and 12 % of the experts' bytes. Every method has the same clients, batches, number
+of local steps and budgets; a seed changes who has which records, their order, and which are held out. Learning rate and
+local steps per round are chosen for every method from the same grid, on a set that no table has (`tune`, one seed); the
+number of steps is the same in the whole grid.
+
+Every finished run is one line of results/equal_memory.jsonl with commit and versions; runs that are there are not
+repeated. Losses are in nats per token on held-out records: `global` of the full model, `device` of what a device holds
+after its last step, both means over the clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from recording import provenance
+from text_sets import SETS, write_clients
+
+from edgefed.hardware.profiles import effective, find_profile
+from edgefed.protocol.messages import TrainingConfig
+from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
+from edgefed.simulation.simulate import simulate
+
+RESULTS = Path(__file__).parent / "results" / "equal_memory.jsonl"
+OURS = "slices"
+METHODS: Mapping[str, dict] = {
+    OURS: {},
+    "hfedmoe": {},
+    "fmes": {},
+    "fedmoe_submodel": {},
+    "flux": {"probes": 1, "pace": "own", "refresh_rounds": 1, "eps_start": 0.9},
+    "random": {},
+}
+"""Method and options. Flux without a limit by the network, and with the largest share of trained experts."""
+TUNING_SET, TUNING_SEED = "tasks", 100
+SHARES = (0.5, 0.25, 0.12)
+RECORDS = 400
+"""Most records of a client, held-out ones included."""
+STEPS = 40
+"""Local steps of a client in the whole run."""
+RATES = (1e-3, 3e-3)
+LOCAL_STEPS = (10, 20)
+BATCH_SIZE, SEQUENCE_LENGTH = 4, 128
+PROFILE_TOKENS, EVALUATION_TOKENS = 1024, 2048
+PROFILE = "rtx-4090"
+"""Any device with room for the whole model: memory is limited by the share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One method on one set with one seed."""
+
+    method: str
+    set: str
+    seed: int
+    learning_rate: float
+    local_steps: int
+
+
+def play(run: Run, data: Path, work: Path) -> dict:
+    """Simulate one run; returns its row."""
+    work.mkdir(parents=True, exist_ok=True)
+    files = write_clients(run.set, data, work / "data", run.seed, most=RECORDS)
+    device, link = effective(find_profile(PROFILE), {}, None), LINKS["fibre"]
+    fleet = tuple(
+        SimulatedDevice(name, device, link, str(file), expert_share=share)
+        for (name, file), share in zip(files.items(), SHARES, strict=False)
+    )
+    training = TrainingConfig(
+        local_steps=run.local_steps, batch_size=BATCH_SIZE, sequence_length=SEQUENCE_LENGTH,
+        learning_rate=run.learning_rate, profile_tokens=PROFILE_TOKENS, evaluation_tokens=EVALUATION_TOKENS,
+        evaluation_share=1.0,
+    )  # fmt: skip
+    config = SimulationConfig(
+        fleet=fleet, methods=(MethodChoice(run.method, METHODS[run.method]),), rounds=STEPS // run.local_steps,
+        seed=run.seed, training=training, held_out_share=0.2, evaluation_tokens=EVALUATION_TOKENS,
+        evaluate_devices=True,
+    )  # fmt: skip
+    started, wall = time.process_time(), time.monotonic()
+    found = simulate(config, work / "simulation").runs[0]
+    if found.refused or found.stopped:
+        raise SystemExit(f"{run}: {found.refused or found.stopped}")
+    clients = [[each.clients[member.name] for each in found.rounds] for member in fleet]
+    return {
+        **dataclasses.asdict(run),
+        "global": found.rounds[-1].loss,
+        "global_before": found.first.loss,
+        "device": statistics.mean(rounds[-1].device_losses[1] for rounds in clients),
+        "device_before": statistics.mean(rounds[0].device_losses[0] for rounds in clients),
+        "global_by_client": [found.rounds[-1].losses[member.name] for member in fleet],
+        "global_before_by_client": [found.first.losses[member.name] for member in fleet],
+        "device_by_client": [rounds[-1].device_losses[1] for rounds in clients],
+        "expert_bytes_by_client": [max(each.expert_bytes for each in rounds) for rounds in clients],
+        "bytes_up": sum(each.bytes_up for rounds in clients for each in rounds),
+        "bytes_down": sum(each.bytes_down for rounds in clients for each in rounds),
+        "cpu_seconds": round(time.process_time() - started, 1),
+        "wall_seconds": round(time.monotonic() - wall, 1),
+        "provenance": provenance(),
+    }
+
+
+def read_rows(path: Path = RESULTS) -> list[dict]:
+    """The recorded rows."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_of(row: Mapping) -> Run:
+    """What a row is of."""
+    return Run(**{field.name: row[field.name] for field in dataclasses.fields(Run)})
+
+
+def chosen_settings(rows: Iterable[Mapping]) -> dict[str, tuple[float, int]]:
+    """{method: (learning rate, local steps)} with the least mean of global and device loss on the tuning set."""
+    found: dict[str, tuple[float, tuple[float, int]]] = {}
+    for row in rows:
+        if row["set"] == TUNING_SET:
+            score = ((row["global"] + row["device"]) / 2, (row["learning_rate"], row["local_steps"]))
+            found[row["method"]] = min(score, found.get(row["method"], (math.inf, (0.0, 0))))
+    return {method: settings for method, (_, settings) in found.items()}
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """(mean, half of its 95 % confidence interval by Student's t); infinite for fewer than two differences."""
+    from scipy.stats import t
+
+    count = len(differences)
+    if count < 2:
+        return differences[0], math.inf
+    spread = statistics.stdev(differences) / math.sqrt(count)
+    return statistics.mean(differences), float(t.ppf(0.975, count - 1)) * spread
+
+
+def comparison(rows: Iterable[Mapping]) -> list[dict]:
+    """One entry per set and method: mean losses and memory, and paired differences to `slices` over the seeds of both.
+
+    A positive difference means that `slices` has the lower loss.
+    """
+    rows = [row for row in rows if row["set"] != TUNING_SET]
+    entries = []
+    for name in sorted({row["set"] for row in rows}, key=list(SETS).index):
+        by_method = {method: {row["seed"]: row for row in rows if (row["set"], row["method"]) == (name, method)}
+                     for method in METHODS}  # fmt: skip
+        for method, mine in by_method.items():
+            seeds = sorted(mine.keys() & by_method[OURS].keys())
+            if not seeds:
+                continue
+            entry: dict = {"set": name, "method": method, "seeds": len(seeds)}
+            for what in ("global", "device"):
+                entry[what] = statistics.mean(mine[seed][what] for seed in seeds)
+                entry[f"{what}_difference"] = interval(
+                    [mine[seed][what] - by_method[OURS][seed][what] for seed in seeds]
+                )
+            entry["expert_bytes"] = statistics.mean(
+                statistics.mean(mine[seed]["expert_bytes_by_client"]) for seed in seeds
+            )
+            entries.append(entry)
+    return entries
+
+
+def table(rows: Iterable[Mapping]) -> str:
+    """`comparison` as Markdown."""
+
+    def difference(entry: Mapping, what: str) -> str:
+        mean, half = entry[f"{what}_difference"]
+        sign = " (0 inside)" if abs(mean) <= half else ""
+        return f"{mean:+.3f} ± {half:.3f}{sign}" if entry["method"] != OURS else ""
+
+    lines = [
+        "| set, seeds | method | global loss | above `slices` | loss on the devices | above `slices` | expert memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in comparison(rows):
+        lines.append(
+            f"| {entry['set']}, {entry['seeds']} | `{entry['method']}` | {entry['global']:.3f} | "
+            f"{difference(entry, 'global')} | {entry['device']:.3f} | {difference(entry, 'device')} | "
+            f"{entry['expert_bytes'] / 2**20:.1f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("tune", "compare", "table"))
+    parser.add_argument("--data", type=Path, help="folder with the public sets, see README.md here")
+    parser.add_argument("--work", type=Path, help="folder for the state of the run in progress")
+    parser.add_argument("--sets", nargs="+", choices=[name for name in SETS if name != TUNING_SET], default=["dolly"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.action == "table":
+        print(table(read_rows(arguments.json)))
+        return
+    if not arguments.data or not arguments.work:
+        parser.error("--data and --work are needed")
+    if arguments.action == "tune":
+        grid = itertools.product(RATES, LOCAL_STEPS, arguments.methods)
+        plans = [Run(method, TUNING_SET, TUNING_SEED, rate, steps) for rate, steps, method in grid]
+    else:
+        settings = chosen_settings(read_rows(arguments.json))
+        order = itertools.product(arguments.seeds, arguments.sets, arguments.methods)
+        plans = [Run(method, name, seed, *settings[method]) for seed, name, method in order]
+    done = {run_of(row) for row in read_rows(arguments.json)}
+    for plan in plans:
+        if plan in done:
+            continue
+        row = play(plan, arguments.data, arguments.work / "run")
+        with arguments.json.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        shutil.rmtree(arguments.work / "run")
+        print(f"{plan}: global {row['global']:.4f}, device {row['device']:.4f}, {row['cpu_seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
