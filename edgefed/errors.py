@@ -26,7 +26,8 @@
     `- ProtocolError          client and server do not agree
        |- MalformedMessage    a message is not of the expected form
        |- VersionMismatch     client and server use different protocol versions
-       |- Unauthorized        the token or client key is wrong
+       |- Unauthorized        the token, invitation, signature or client key is wrong
+       |- StaleRequest        a signed request is too old, or was received before
        |- IdentityInUse       two processes use the identity of one client
        |- ServerFull          the server has as many clients as it takes
        |- UnknownClient       the client is not registered with this run
@@ -238,7 +239,7 @@ class MissingToken(NetworkError):
     """A server that other machines can reach needs a token."""
 
     code = "missing-token"
-    default_remedy = "Set `token` or EDGEFED_TOKEN on both sides, or serve on 127.0.0.1."
+    default_remedy = "Set `token` or EDGEFED_TOKEN on both sides, set `invite_only`, or serve on 127.0.0.1."
 
 
 class ProtocolError(EdgefedError):
@@ -261,12 +262,19 @@ class VersionMismatch(ProtocolError):
 
 
 class Unauthorized(ProtocolError):
-    """The token or client key is wrong."""
+    """The token, invitation, signature or client key is wrong."""
 
     code, http_status = "unauthorized", 401
     default_remedy = (
         "Set `token` or EDGEFED_TOKEN to the server's token. The `state` folder of a client belongs to one device."
     )
+
+
+class StaleRequest(ProtocolError):
+    """A signed request is too old, or was received before."""
+
+    code, http_status = "stale-request", 425
+    default_remedy = "No action needed: the client repeats it by the server's clock."
 
 
 class IdentityInUse(ProtocolError):

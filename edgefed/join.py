@@ -53,6 +53,7 @@ class JoinConfig:
     compute_share: float = 1.0
     held_out_share: float = 0.1
     token: str | None = None
+    invitation: str = ""
     new_identity: bool = False
     """Join as a new client: for a state folder that was copied from another device."""
     device: str | None = None
@@ -220,6 +221,7 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
             settings,
             trainer,
             token=config.token,
+            invitation=config.invitation,
             progress=progress,
             stop=stop,
             new_identity=config.new_identity,

@@ -29,20 +29,36 @@ SCHEME_TIMEOUT_S = 3.0
 SYSTEM_PROXY = "the proxy settings of the system"
 
 
-def split_pin(text: str) -> tuple[str, str]:
-    """(address, fingerprint) of ``https://host:port#sha256:HEX``; the fingerprint is "" without that part.
+@dataclasses.dataclass(frozen=True)
+class JoinLink:
+    """A server's address and what its fragment says: ``https://host:port#sha256:HEX,invite:ID.SECRET``.
 
-    Raises ConfigError for an invalid fingerprint, or one of an address that is not https.
+    ``pin``: SHA-256 of the server's certificate, or "". ``invitation``: ``ID.SECRET``, or "".
     """
-    address, mark, fragment = text.strip().partition("#sha256:")
+
+    address: str
+    pin: str = ""
+    invitation: str = ""
+
+
+def parse_link(text: str) -> JoinLink:
+    """Take a join link apart. Raises ConfigError for an invalid fingerprint or invitation, or one without https."""
+    address, mark, fragment = text.strip().partition("#")
     if not mark:
-        return text, ""
-    if re.fullmatch(r"[0-9a-fA-F]{64}", fragment) is None or not address.startswith("https://"):
-        raise ConfigError(
-            f"invalid fingerprint in the server's address: {fragment[:80]!r}",
-            remedy="Pass the whole address that `edgefed serve` prints, in quotes: https://host:port#sha256:...",
-        )
-    return address, fragment.lower()
+        return JoinLink(text)
+    remedy = "Pass the whole address that `edgefed serve` or `edgefed invite` prints, in quotes."
+    found = {}
+    for part in fragment.split(","):
+        name, _, value = part.partition(":")
+        form = {"sha256": r"[0-9a-fA-F]{64}", "invite": r"[0-9a-f]{8}\.[\w-]{32}"}.get(name)
+        if form is None or name in found or re.fullmatch(form, value, re.ASCII) is None:
+            what = {"sha256": "fingerprint", "invite": "invitation"}.get(name, "part after #")
+            shown = "" if name == "invite" else f": {part[:80]!r}"
+            raise ConfigError(f"invalid {what} in the server's address{shown}", remedy=remedy)
+        found[name] = value
+    if "sha256" in found and not address.startswith("https://"):
+        raise ConfigError("invalid fingerprint in the server's address: it is not https", remedy=remedy)
+    return JoinLink(address, found.get("sha256", "").lower(), found.get("invite", ""))
 
 
 def check_base_url(text: str) -> str:

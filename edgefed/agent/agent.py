@@ -370,6 +370,7 @@ def open_agent(
     trainer: Trainer,
     *,
     token: str | None = None,
+    invitation: str = "",
     verify: ssl.SSLContext | bool = True,
     progress: ProgressSink | None = None,
     stop: threading.Event | None = None,
@@ -385,7 +386,10 @@ def open_agent(
         if new_identity:
             journal.renew_identity()
         record = journal.record
-        with AggregatorClient(server, record.client_id, record.client_key, token, verify=verify) as client:
+        with AggregatorClient(
+            server, record.client_id, record.client_key, token,
+            device_key=record.device_key, invitation=invitation, verify=verify,
+        ) as client:  # fmt: skip
             cache = BlobCache(journal.folder / BLOBS_FOLDER, client)
             with Agent(
                 settings, trainer, client=client, journal=journal, cache=cache, progress=progress, stop=stop,

@@ -6,7 +6,8 @@ import contextlib
 import os
 import ssl
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Generator, Iterator, Mapping
 
 import httpx
 
@@ -14,8 +15,8 @@ from edgefed.agent.addresses import (
     check_base_url,
     check_scheme,
     find_proxy,
+    parse_link,
     pinned_context,
-    split_pin,
     trusted_certificates,
 )
 from edgefed.agent.network import Throughput, TransferRates
@@ -26,14 +27,16 @@ from edgefed.errors import (
     NetworkError,
     ProtocolError,
     ServerUnreachable,
+    StaleRequest,
     StorageError,
 )
 from edgefed.protocol import routes
 from edgefed.protocol.limits import printable, printable_message
 from edgefed.protocol.messages import Manifest, T, decode_error, decode_message, encode_message
+from edgefed.protocol.signing import STREAM, Signer, body_digest
 
-BUSY_STATUSES = (408, 429)
-"""Answers of a proxy after which a client should try again; so is every 5xx."""
+BUSY_STATUSES = (408, 425, 429)
+"""Answers after which a client should try again; so is every 5xx. 425: the time of a signed request (RFC 8470)."""
 PROBLEM_EXCERPT_BYTES = 64 * 1024
 SERVER_DISK_REMEDY = "Free space or check the disk on the server; clients continue by themselves."
 
@@ -42,6 +45,37 @@ def _check_token(token: str) -> str:
     if not token.isascii() or not token.isprintable() or token != token.strip():
         raise ConfigError("a token is printable ASCII without blanks at its ends, because it travels in an HTTP header")
     return token
+
+
+class RequestSigner(httpx.Auth):
+    """Signs each request with the device's key (`protocol.signing`), by the server's clock where that differs."""
+
+    def __init__(self, key: str) -> None:
+        self._signer = Signer(key)
+        self.run_id = ""
+        """The run that the device has joined; "" before."""
+        self._ahead_ms = 0
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Sign; once more if the server refuses the time and the body is still there."""
+        try:
+            digest = body_digest(request.content)
+        except httpx.RequestNotRead:
+            digest = STREAM
+        self._sign(request, digest)
+        response = yield request
+        server_ms = response.headers.get(routes.TIME_HEADER, "")
+        if response.status_code == StaleRequest.http_status and server_ms.isascii() and server_ms.isdigit():
+            self._ahead_ms = int(server_ms[:15]) - round(1000 * time.time())
+            if digest != STREAM:
+                self._sign(request, digest)
+                yield request
+
+    def _sign(self, request: httpx.Request, digest: str) -> None:
+        now_ms = round(1000 * time.time()) + self._ahead_ms
+        target = request.url.raw_path.decode("ascii")
+        run_id = "" if target == routes.REGISTER else self.run_id
+        request.headers[routes.SIGNATURE_HEADER] = self._signer.header(run_id, request.method, target, now_ms, digest)
 
 
 class Channel:
@@ -58,13 +92,16 @@ class Channel:
         token: str | None,
         *,
         instance: str = "",
+        device_key: str = "",
+        invitation: str = "",
         connect_s: float,
         read_s: float,
         write_s: float,
         verify: ssl.SSLContext | bool,
     ) -> None:
-        address, pin = split_pin(base_url)
-        self.base_url = check_base_url(address)
+        link = parse_link(base_url)
+        pin, invitation = link.pin, link.invitation or invitation
+        self.base_url = check_base_url(link.address)
         self.timeout = httpx.Timeout(connect=connect_s, read=read_s, write=write_s, pool=connect_s)
         # A Range counts bytes of the blob itself, so the answer must not be compressed.
         headers = {"accept-encoding": "identity"}
@@ -72,8 +109,11 @@ class Channel:
             headers[routes.CLIENT_KEY_HEADER] = client_key
         if instance:
             headers[routes.INSTANCE_HEADER] = instance
-        if token:
+        if invitation:
+            headers[routes.TOKEN_HEADER] = f"Invitation {_check_token(invitation)}"
+        elif token:
             headers[routes.TOKEN_HEADER] = f"Bearer {_check_token(token)}"
+        self.signer = RequestSigner(device_key) if device_key else None
         self._proxy = find_proxy(self.base_url, os.environ)
         if not self.base_url.startswith("https:"):
             verify = False  # loading certificate authorities takes 50 ms and megabytes; no redirect leads to https
@@ -84,6 +124,7 @@ class Channel:
         self._http = httpx.Client(
             base_url=self.base_url,
             headers=headers,
+            auth=self.signer,
             timeout=self.timeout,
             verify=verify,
             follow_redirects=False,

@@ -24,6 +24,7 @@ import msgspec
 from edgefed.disk import disk_errors, make_folder, make_private, settle_file, write_durably
 from edgefed.errors import EdgefedError, MalformedMessage, StateCorrupt, StateLocked
 from edgefed.protocol.messages import UpdateMeta, decode_message, encode_message
+from edgefed.protocol.signing import new_key
 
 logger = logging.getLogger("edgefed.agent")
 
@@ -33,11 +34,12 @@ LOCK_FILE = "agent.lock"
 UPDATES_FOLDER = "updates"
 Phase = Literal["idle", "training", "trained", "uploading"]
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
+_DEVICE_KEY = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 class JournalRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Content of journal.json.
+    """Content of journal.json. ``device_key``: private key that signs requests (`protocol.signing`).
 
     ``server_round`` and ``attempt`` belong to the last work that was begun. They stay after it has ended, so that a
     later attempt gets a new number. ``update`` and ``update_file`` are set while an update waits for its
@@ -47,6 +49,7 @@ class JournalRecord(msgspec.Struct, frozen=True, kw_only=True):
     format_version: int
     client_id: str
     client_key: str
+    device_key: str = ""
     server: str = ""
     run_id: str = ""
     server_round: int = 0
@@ -122,8 +125,7 @@ class Journal:
 
     def renew_identity(self) -> None:
         """Draw a new identity. The server and work of the old one are dropped."""
-        client_id, client_key = _new_identity()
-        self._forget(client_id=client_id, client_key=client_key, server="", run_id="", server_round=0, attempt=0)
+        self._forget(**_new_identity(), server="", run_id="", server_round=0, attempt=0)
 
     def bind(self, server: str, run_id: str) -> None:
         """Record the run that the device takes part in. Drops work for another server or run; keeps the identity."""
@@ -201,8 +203,7 @@ class Journal:
         with disk_errors(self._path):
             data = self._path.read_bytes() if self._path.exists() else None
         if data is None:
-            client_id, client_key = _new_identity()
-            record = JournalRecord(format_version=FORMAT_VERSION, client_id=client_id, client_key=client_key)
+            record = msgspec.convert({"format_version": FORMAT_VERSION, **_new_identity()}, JournalRecord)
             write_durably(self._path, encode_message(record))
             return record
         try:
@@ -213,6 +214,11 @@ class Journal:
             raise self._corrupt(f"format {record.format_version}, this edgefed reads format {FORMAT_VERSION}")
         if not _IDENTITY.fullmatch(record.client_id) or not record.client_key:
             raise self._corrupt("invalid client_id, or an empty client_key")
+        if not record.device_key:  # of an earlier version
+            record = msgspec.structs.replace(record, device_key=new_key())
+            write_durably(self._path, encode_message(record))
+        elif not _DEVICE_KEY.fullmatch(record.device_key):
+            raise self._corrupt("invalid device_key")
         if (record.phase in ("trained", "uploading")) != (record.update is not None):
             raise self._corrupt(f"phase {record.phase} with {'an' if record.update else 'no'} update")
         if record.update is not None and not _FILE_NAME.fullmatch(record.update_file):
@@ -237,9 +243,9 @@ def read_journal(folder: Path) -> JournalRecord:
         raise StateCorrupt(f"invalid journal {path}: {error}") from error
 
 
-def _new_identity() -> tuple[str, str]:
-    """A random (client_id, client_key)."""
-    return uuid.uuid4().hex, secrets.token_hex(32)
+def _new_identity() -> dict[str, str]:
+    """A random client_id, client_key and device_key."""
+    return {"client_id": uuid.uuid4().hex, "client_key": secrets.token_hex(32), "device_key": new_key()}
 
 
 # --- ledger.jsonl: one line per round, with its cost and its result ---------------------------------------------

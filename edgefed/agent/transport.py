@@ -53,7 +53,9 @@ MIN_PIECE_BYTES = 64 * 1024
 class AggregatorClient:
     """One client's connection to one aggregator. Thread-safe; close it, or use it in a ``with``.
 
-    ``client_id`` and ``client_key`` may be empty for requests that need no client, such as the status. ``verify`` is an
+    ``client_id`` and ``client_key`` may be empty for requests that need no client, such as the status. ``device_key``:
+    private key that signs the requests, "" for none (`protocol.signing`); ``invitation``: ``ID.SECRET``, where the
+    address has none; it goes before the token. ``verify`` is an
     SSL context, or True for the usual authorities. ``bytes_up`` and ``bytes_down`` count the bodies of messages and
     files.
 
@@ -68,6 +70,8 @@ class AggregatorClient:
         client_key: str = "",
         token: str | None = None,
         *,
+        device_key: str = "",
+        invitation: str = "",
         connect_s: float = 10.0,
         read_s: float = 60.0,
         write_s: float = 60.0,
@@ -77,8 +81,8 @@ class AggregatorClient:
         self.instance = secrets.token_hex(8)
         """Random name of this connection's process, for `routes.INSTANCE_HEADER`."""
         self._channel = Channel(
-            base_url, client_key, token, instance=self.instance, connect_s=connect_s, read_s=read_s, write_s=write_s,
-            verify=verify,
+            base_url, client_key, token, instance=self.instance, device_key=device_key, invitation=invitation,
+            connect_s=connect_s, read_s=read_s, write_s=write_s, verify=verify,
         )  # fmt: skip
         self._piece_bytes: int | None = None
 
@@ -132,6 +136,8 @@ class AggregatorClient:
         """Introduce this client. Repeating it is harmless."""
         registered = self._channel.ask("POST", routes.REGISTER, Registered, message)
         check_run(registered.run)
+        if self._channel.signer is not None:
+            self._channel.signer.run_id = registered.run.run_id
         return registered
 
     def heartbeat(self, message: Heartbeat) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from edgefed.aggregator import rounds
+from edgefed.aggregator.access import Access
 from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregated, Aggregation, aggregate_round, undo_round
 from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore, Catalog
@@ -37,7 +38,6 @@ from edgefed.disk import make_private
 from edgefed.errors import (
     NotFound,
     RoundClosed,
-    ServerFull,
     StorageError,
     Unauthorized,
     UnknownClient,
@@ -96,7 +96,12 @@ class ActiveRun:
             self.catalog = Catalog(self.store, self._blobs)
             self.catalog.check_files()
             self.assigner = Assigner(self._method, self.store)
-            self._resume()
+            self.access = Access(folder)
+            try:
+                self._resume()
+            except BaseException:
+                self.access.close()
+                raise
         except BaseException:
             self.store.close()
             raise
@@ -157,6 +162,7 @@ class ActiveRun:
                 if client.joined and not client.lost:
                     client.last_seen_at = self._seen_at(client)
             self.store.save_clients(self.clients.values())
+        self.access.close()
         self.store.close()
 
     @property
@@ -184,27 +190,10 @@ class ActiveRun:
             self.apply(rounds.ClientSeen(self.clock(), client_id))
             yield client
 
-    def make_room_for_client(self) -> None:
-        """Forget clients that are gone and never contributed, if there are too many. Call with the lock.
-
-        Raises ServerFull if everyone is here or has contributed.
-        """
-        if len(self.clients) < self.policy.max_clients:
-            return
-        gone = [c.client_id for c in self.clients.values() if not c.rounds_done and (not c.joined or self._lost(c))]
-        if not gone:
-            raise ServerFull(f"this server takes {self.policy.max_clients} clients, and has as many")
-        self.store.delete_clients(gone)
-        for client_id in gone:
-            del self.clients[client_id]
-            self.presence.pop(client_id, None)
-            self.apply(rounds.ClientLeft(self.clock(), client_id))
-        logger.warning("%d clients that are gone and never contributed are forgotten", len(gone))
-
     def absent_clients(self) -> set[str]:
         """The clients that have left or fallen silent."""
         with self.lock:
-            return {c.client_id for c in self.clients.values() if not c.joined or self._lost(c)}
+            return {c.client_id for c in self.clients.values() if not c.joined or self.lost(c)}
 
     @property
     def claim_limits(self) -> ClaimLimits:
@@ -235,9 +224,7 @@ class ActiveRun:
         """Let time pass: deadlines and silent clients. Records which clients fall silent or return."""
         with self.lock:
             self.apply(rounds.Tick(self.clock()))
-            changed = [
-                client for client in self.clients.values() if client.joined and client.lost != self._lost(client)
-            ]
+            changed = [client for client in self.clients.values() if client.joined and client.lost != self.lost(client)]
             for client in changed:
                 client.last_seen_at, client.lost = self._seen_at(client), not client.lost
             if changed:
@@ -246,7 +233,8 @@ class ActiveRun:
                 except StorageError as error:
                     logger.error("clients that fell silent or returned are not stored: %s", error)
 
-    def _lost(self, client: ClientRecord) -> bool:
+    def lost(self, client: ClientRecord) -> bool:
+        """Whether a client has fallen silent. Call with the lock."""
         return not self.state.is_live(client.client_id, self.clock())
 
     def _seen_at(self, client: ClientRecord) -> float:

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgefed.aggregator.connections import EndQuietly, mark_known
-from edgefed.aggregator.gate import TokenGate
+from edgefed.aggregator.gate import Gate, credentials_of
 from edgefed.aggregator.page import page_handlers
 from edgefed.aggregator.probing import ProbeLimiter, answer_probe_down, answer_probe_up
 from edgefed.aggregator.service import Service
@@ -154,6 +154,7 @@ class Endpoints:
 
         def call() -> T:
             self.service.check_instance(client_id, key, instance)
+            self.service.check_signed(client_id, credentials_of(request.scope))
             mark_known(request.scope)
             return function(client_id, key, *numbers, *args)
 
@@ -164,7 +165,7 @@ class Endpoints:
     async def register(self, request: Request) -> Response:
         """POST REGISTER."""
         message = decode_message(await read_body(request, SMALL_MESSAGE_BYTES), Register)
-        registered = await self.run(self.service.register, message)
+        registered = await self.run(self.service.register, message, credentials_of(request.scope))
         mark_known(request.scope)
         return reply(registered)
 
@@ -367,5 +368,5 @@ def build_app(
     app: ASGIApp = Starlette(
         routes=endpoints.routes(), lifespan=around, exception_handlers={HTTPException: answer_http_exception}
     )
-    app = TokenGate(app, token) if token else app
+    app = Gate(app, token, service.access, service.run_id)
     return EndQuietly(app, lambda: error_reply(ServerUnreachable("the server stops"))), endpoints

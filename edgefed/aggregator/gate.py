@@ -1,21 +1,27 @@
-"""The door of the server: the token, the brake on guesses, and a log that strangers cannot fill."""
+"""The door of the server: who is let in, the brake on guesses, and a log that strangers cannot fill."""
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import hashlib
 import hmac
 import ipaddress
 import logging
 import time
 from collections.abc import Callable
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from edgefed.aggregator.access import OWNER, Access, Credentials
 from edgefed.aggregator.connections import is_known, mark_known
 from edgefed.aggregator.wire import error_reply
-from edgefed.errors import ConfigError, Unauthorized
+from edgefed.errors import ConfigError, EdgefedError, StaleRequest, Unauthorized, UnknownClient
 from edgefed.protocol import routes
+from edgefed.protocol.signing import STREAM, parse_signature
+
+CREDENTIALS = "edgefed.credentials"
+INVITATION = b"invitation"
 
 MIN_TOKEN_CHARACTERS, MIN_TOKEN_DIFFERENT = 12, 4
 FREE_GUESSES = 5
@@ -76,15 +82,18 @@ class GuessBrake:
         return True
 
 
-class TokenGate:
-    """Refuses requests without the server's token, except to `routes.OPEN`. Runs before routing, so paths leak nothing.
+class Gate:
+    """Lets requests in that show the server's token, the signature of an admitted device, or a valid invitation.
 
-    Nothing of a body is read before the token was seen. A wrong token is counted; see `GuessBrake`.
+    `routes.OPEN` needs nothing. Runs before routing, so paths leak nothing, and before a body is read. An invitation opens
+    REGISTER and what can be read, so that a device can look at the run before it joins. Wrong credentials are counted;
+    see `GuessBrake`. Without a token every request counts as the owner's, but a signature is still checked. The scope
+    of a request that passes has its `Credentials` under `CREDENTIALS`.
     """
 
-    def __init__(self, app: ASGIApp, token: str):
-        self._app = app
-        self._expected = b"Bearer " + token.encode()
+    def __init__(self, app: ASGIApp, token: str | None, access: Access, run_id: str):
+        self._app, self._access, self._run_id = app, access, run_id
+        self._token = None if token is None else token.encode()
         self._brake = GuessBrake()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,16 +105,87 @@ class TokenGate:
         if not is_known(scope) and self._brake.brakes(address) and not await self._brake.wait(address):
             response = error_reply(Unauthorized("too many wrong tokens from this address; try again in a second"))
             response.status_code, response.headers["retry-after"] = 429, "1"
-        elif hmac.compare_digest(dict(scope["headers"]).get(routes.TOKEN_HEADER.encode(), b""), self._expected):
-            mark_known(scope)
-            await self._app(scope, receive, send)
-            return
         else:
-            self._brake.note_wrong(address)
-            logging.getLogger(__name__).warning("wrong or missing token from %s", address)
-            response = error_reply(Unauthorized("missing or wrong token: this server needs one"))
+            try:
+                scope[CREDENTIALS], digest = self._check(scope)
+            except StaleRequest as error:
+                response = error_reply(error)
+                response.headers[routes.TIME_HEADER] = str(self._access.time_ms)
+            except EdgefedError as error:
+                self._brake.note_wrong(address)
+                logging.getLogger(__name__).warning("refused a request from %s: %s", address, error)
+                response = error_reply(error)
+            else:
+                if scope[CREDENTIALS] is not OWNER:
+                    mark_known(scope)
+                await self._app(scope, receive if digest in ("", STREAM) else _checked(receive, digest), send)
+                return
         response.headers["connection"] = "close"
         await response(scope, receive, send)
+
+    def _check(self, scope: Scope) -> tuple[Credentials, str]:
+        """What a request has shown, and the digest of its body, "" if it is not signed.
+
+        Raises Unauthorized, StaleRequest, UnknownClient (the server does not know the device any more).
+        """
+        headers = dict(scope["headers"])
+        scheme, _, secret = headers.get(routes.TOKEN_HEADER.encode(), b"").partition(b" ")
+        scheme = scheme.lower()  # RFC 9110 (11.1): in either case
+        has_token = self._token is None or (scheme == b"bearer" and hmac.compare_digest(secret, self._token))
+        joins = scope["path"] == routes.REGISTER
+        signed = headers.get(routes.SIGNATURE_HEADER.encode())
+        signature = None if signed is None else parse_signature(signed.decode("latin-1"))
+        device = None if signature is None else self._access.device_of(signature.public_key)
+        if signature is None or (device is None and not joins):
+            if has_token:
+                return OWNER if self._token is None else Credentials(token=True), ""
+            if scheme == INVITATION and (joins or scope["method"] == "GET"):
+                return Credentials(invitation=self._access.check_invitation(secret.decode("latin-1"))), ""
+            if signature is not None:
+                raise UnknownClient("this run does not know the device, or has removed it")
+            raise Unauthorized("missing or wrong token: this server needs one")
+        target = scope["raw_path"].decode("latin-1")
+        if scope["query_string"]:
+            target += "?" + scope["query_string"].decode("latin-1")
+        self._access.check_signature(signature, "" if joins else self._run_id, scope["method"], target)
+        if signature.digest == STREAM and scope["method"] != "PUT":
+            raise Unauthorized("the body of this request must be signed")
+        invitation = ""
+        if device is not None:
+            self._access.check_banned(device.client_id)
+        elif scheme == INVITATION:
+            invitation = self._access.check_invitation(secret.decode("latin-1"))
+        elif not has_token:
+            raise Unauthorized(
+                "this device needs a token or an invitation to join",
+                remedy="Set `token` or EDGEFED_TOKEN, or ask for a join link (`edgefed invite`).",
+            )
+        return Credentials(has_token, signature.public_key, invitation), signature.digest
+
+
+def _checked(receive: Receive, digest: str) -> Receive:
+    """``receive``, which raises Unauthorized at the end of a body that is not the one that was signed."""
+    found, refused = hashlib.sha256(), False
+
+    async def checked() -> Message:
+        nonlocal refused
+        if refused:  # nothing is left to drain
+            return {"type": "http.request", "body": b"", "more_body": False}
+        message = await receive()
+        if message["type"] == "http.request":
+            found.update(message.get("body", b""))
+            refused = not message.get("more_body", False) and found.hexdigest() != digest
+            if refused:
+                raise Unauthorized("the body of this request is not the one that was signed")
+        return message
+
+    return checked
+
+
+def credentials_of(scope: Scope) -> Credentials:
+    """What a request has shown to the gate."""
+    found: Credentials = scope.get(CREDENTIALS, OWNER)
+    return found
 
 
 def address_of(scope: Scope) -> str:

@@ -24,11 +24,13 @@ from typing import Any
 
 import uvicorn
 
+from edgefed.aggregator.access import owner_token
 from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.app import Bell, Endpoints, build_app
 from edgefed.aggregator.connections import ConnectionGuard, ConnectionLimits, connection_limits, guarded_protocol
 from edgefed.aggregator.fold import FoldCancelled
 from edgefed.aggregator.gate import LogLimiter, check_strength
+from edgefed.aggregator.members import follow_access
 from edgefed.aggregator.service import Service
 from edgefed.aggregator.tls import ServerTls, own_certificate, self_signed_certificate
 from edgefed.disk import disk_errors
@@ -79,6 +81,8 @@ class ServerConfig:
     only this machine can reach the server, or with ``plain_http``."""
     certificate_key: Path | None = None
     plain_http: bool = False
+    invite_only: bool = False
+    """A new client needs an invitation (`edgefed invite`). The token opens only what can be read; None makes one."""
     limits: ConnectionLimits | None = None
     """None: what the file descriptors of this process allow."""
 
@@ -107,7 +111,7 @@ class AggregatorServer:
         on_ready: Callable[[str], None] = lambda url: None,
         make_method: Callable[[str, dict[str, Any]], Method] = make_method,
     ):
-        check_token(config.host, config.token)
+        check_token(config.host, config.token, invite_only=config.invite_only)
         self._config, self._on_ready = config, on_ready
         self._failure: BaseException | None = None
         self._bell = Bell()
@@ -127,7 +131,9 @@ class AggregatorServer:
         except BaseException:
             self._socket.close()
             raise
-        app, self.endpoints = build_app(Service(self.active), self._bell, config.token or None, self._around)
+        token = config.token or (owner_token(config.state_folder) if config.invite_only else None)
+        service = Service(self.active, invite_only=config.invite_only)
+        app, self.endpoints = build_app(service, self._bell, token, self._around)
         self._server = _Server(
             uvicorn.Config(
                 app, http=guarded_protocol(self._guard, self._tls.context if self._tls else None),
@@ -152,6 +158,15 @@ class AggregatorServer:
     def join_url(self) -> str:
         """The address for clients: `url`, with the fingerprint of a self-signed certificate."""
         return self.url + (f"#sha256:{self._tls.pin}" if self._tls and self._tls.pin else "")
+
+    def _address_of_others(self) -> str:
+        """`join_url` as other machines reach it: with the address of this machine where all of its are served."""
+        host, port = self._socket.getsockname()[:2]
+        if not ipaddress.ip_address(host).is_unspecified:
+            return self.join_url
+        local = ipaddress.ip_address(host_address())
+        shown = f"[{local}]" if local.version == 6 else str(local)
+        return f"{'https' if self._tls else 'http'}://{shown}:{port}{self.join_url[len(self.url) :]}"
 
     def run(self) -> None:
         """Serve until stopped. Raises the error that made aggregation impossible."""
@@ -181,6 +196,7 @@ class AggregatorServer:
 
     def _announce(self) -> None:
         url, config = self.join_url, self._config
+        self.active.access.save_address(self._address_of_others())
         logger.info("serving %s at %s", config.state_folder, url)
         if config.ready_file is not None:
             facts = {"url": url, "port": self._socket.getsockname()[1], "pid": os.getpid()}
@@ -211,6 +227,7 @@ class AggregatorServer:
             while True:
                 ring = self._bell.listen()
                 try:
+                    await endpoints.run(follow_access, self.active)
                     await endpoints.run(self.active.tick)
                     if self.active.fold_due:
                         # In another thread pool: folding takes long, and requests must not wait for it.
@@ -287,17 +304,30 @@ def make_tls(config: ServerConfig) -> ServerTls | None:
     return self_signed_certificate(config.state_folder, config.host)
 
 
+def host_address() -> str:
+    """The address of this machine in its network, as its routes say; nothing is sent. 127.0.0.1 without a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # TEST-NET-1: an address that nobody has
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
 def is_local(host: str) -> bool:
     """Whether only this machine can reach a server on ``host``. Raises NetworkError."""
     return all(ipaddress.ip_address(address[0].split("%")[0]).is_loopback for _, address in resolve(host, 0))
 
 
-def check_token(host: str, token: str | None) -> None:
-    """Raise MissingToken if other machines could reach a server without a token, ConfigError for a weak one."""
+def check_token(host: str, token: str | None, *, invite_only: bool = False) -> None:
+    """Raise MissingToken if other machines could reach a server without a token, ConfigError for a weak one.
+
+    With ``invite_only`` a server makes a token of its own (`access.owner_token`).
+    """
     if token:
         check_strength(token)
         return
-    if not is_local(host):
+    if not invite_only and not is_local(host):
         raise MissingToken(f"other machines can reach a server on {host!r}, and it has no token")
 
 

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgefed.aggregator import rounds
+from edgefed.aggregator.access import OWNER, Credentials
 from edgefed.aggregator.active_run import ActiveRun
+from edgefed.aggregator.members import make_room_for_client
 from edgefed.aggregator.records import ClientRecord, UpdateRecord
 from edgefed.aggregator.rounds import Phase, RoundState
 from edgefed.aggregator.status import Presence, client_label, describe_comparison
@@ -77,14 +79,17 @@ HEARTBEATS_PER_TIMEOUT = 4
 class Service:
     """The requests of clients to one run."""
 
-    def __init__(self, run: ActiveRun):
-        self._run = run
+    def __init__(self, run: ActiveRun, *, invite_only: bool = False):
+        """``invite_only``: the token does not suffice to join."""
+        self._run, self._invite_only = run, invite_only
+        self.access, self.run_id = run.access, run.config.run_id
         self._ids_by_key = {client.key_sha256: client.client_id for client in run.clients.values()}
+        self._ids_by_folded = {client_id.casefold(): client_id for client_id in run.clients}
         self._commit_locks: dict[str, threading.Lock] = {}
 
     # --- clients ------------------------------------------------------------------------------------------------
 
-    def register(self, message: Register) -> Registered:
+    def register(self, message: Register, credentials: Credentials = OWNER) -> Registered:
         """Register a new client, or one again. Raises VersionMismatch, MalformedMessage, Unauthorized, ServerFull."""
         check_register(message)
         run, key_sha256 = self._run, digest(message.client_key)
@@ -94,10 +99,11 @@ class Service:
                 raise Unauthorized(f"client id {message.client_id!r} belongs to a client with another key")
             # File names must differ in more than case: some file systems ignore it.
             folded = message.client_id.casefold()
-            if known is None and any(other.casefold() == folded for other in run.clients):
+            if known is None and self._ids_by_folded.get(folded) in run.clients:
                 raise MalformedMessage(f"client id {message.client_id!r} differs from a registered one in case only")
             if known is None:
-                run.make_room_for_client()
+                make_room_for_client(run)
+            run.access.admit(message.client_id, credentials, known=known is not None, invite_only=self._invite_only)
             client = ClientRecord(
                 client_id=message.client_id,
                 name=message.name,
@@ -122,7 +128,7 @@ class Service:
             elif presence.instance not in ("", message.instance):
                 logger.info("%s registers from another process than before", client_label(client))
             presence.instance, presence.refused = message.instance, False
-            self._ids_by_key[key_sha256] = client.client_id
+            self._ids_by_key[key_sha256] = self._ids_by_folded[folded] = client.client_id
             run.apply(rounds.ClientJoined(run.clock(), client.client_id))
         heartbeat_s = min(MAX_HEARTBEAT_S, run.policy.client_timeout_s / HEARTBEATS_PER_TIMEOUT)
         return Registered(run=run.config, heartbeat_s=heartbeat_s)
@@ -148,6 +154,13 @@ class Service:
             f"another process has registered with this device's identity, as {client.name!r} (client {client_id}); "
             "its state folder may be a copy"
         )
+
+    def check_signed(self, client_id: str, credentials: Credentials) -> None:
+        """Raise Unauthorized if a client has a device key and the request is not signed with it, or if it is banned."""
+        self.access.check_banned(client_id)
+        expected = self.access.key_of(client_id)
+        if expected and credentials.public_key != expected:
+            raise Unauthorized(f"requests of client {client_id!r} must be signed with its device's key")
 
     def heartbeat(self, client_id: str, key: str, message: Heartbeat) -> None:
         """Record what a client is doing."""
@@ -242,7 +255,7 @@ class Service:
         run = self._run
         with run.lock:
             client_id = self._ids_by_key.get(digest(key))
-            if client_id is not None:
+            if client_id in run.clients:
                 run.clients[client_id].downloaded_bytes += size_bytes
                 run.apply(rounds.ClientSeen(run.clock(), client_id))
 

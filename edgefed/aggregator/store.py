@@ -65,6 +65,15 @@ def has_run(folder: Path) -> bool:
     return (folder / DATABASE_NAME).is_file()
 
 
+def check_run(folder: Path) -> None:
+    """Raise StorageError unless ``folder`` has a run."""
+    if not has_run(folder):
+        raise StorageError(
+            f"no run in state folder {folder}",
+            remedy="Create a run with `edgefed serve`, or set `state` to the folder of a run.",
+        )
+
+
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
     """Lock the folder for this process, until it ends or releases the lock. Raises StateLocked."""
     lock = filelock.FileLock(str(folder / LOCK_NAME), thread_local=False)
@@ -128,11 +137,7 @@ class Store:
         """
         self.folder = folder
         self._path = folder / DATABASE_NAME
-        if not has_run(folder):
-            raise StorageError(
-                f"no run in state folder {folder}",
-                remedy="Create a run with `edgefed serve`, or set `state` to the folder of a run.",
-            )
+        check_run(folder)
         self._folder_lock = None if read_only else lock_folder(folder)
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None

@@ -54,7 +54,7 @@ class Client:
     ConfigError when settings are invalid or contradict each other.
     """
 
-    server: Annotated[str, Setting("Address of the server, http://host:port.", positional=True)]
+    server: Annotated[str, Setting("Address of the server, or a join link.", positional=True)]
     data: Annotated[
         str,
         Setting("Training data, which stays on this device: a .txt, .jsonl, .json, .csv or .parquet file, a folder of "
@@ -127,6 +127,11 @@ class Client:
     ] = False
     name: Annotated[str | None, Setting("Name of this device in `edgefed status`.", default="its host name")] = None
     token: Annotated[str | None, Setting("Token of the server.", variable="EDGEFED_TOKEN", secret=True)] = None
+    invitation: Annotated[
+        str | None,
+        Setting("Invitation to join with, ID.SECRET, where SERVER is not a join link.", variable="EDGEFED_INVITATION",
+                secret=True),
+    ] = None  # fmt: skip
     threads: Annotated[int | None, Setting("CPU threads; default: chosen by torch.", minimum=1)] = None
 
     def __post_init__(self) -> None:
@@ -202,10 +207,10 @@ class Client:
         ``on_event`` gets phases and messages; ``progress`` is a display that gets them instead. Raises the errors of
         `edgefed.errors`: ConfigError, DataError, BudgetTooSmall, OutOfMemory, DeviceLost, NetworkError, StorageError.
         """
-        from edgefed.agent.addresses import check_base_url
+        from edgefed.agent.addresses import check_base_url, parse_link
         from edgefed.disk import check_folder
 
-        check_base_url(self.server)
+        check_base_url(parse_link(self.server).address)
         check_folder(self.state)
         memory_bytes = self.memory_bytes
         self.check_data()
@@ -227,10 +232,10 @@ class Client:
         Checks the data, measures memory, the connection and the time of a step with random weights, and plans as
         `run` would. Arguments and errors are those of `run`; a model that does not fit raises BudgetTooSmall.
         """
-        from edgefed.agent.addresses import check_base_url
+        from edgefed.agent.addresses import check_base_url, parse_link
         from edgefed.agent.transport import AggregatorClient
 
-        check_base_url(self.server)
+        check_base_url(parse_link(self.server).address)
         if self.task is not None:
             raise ConfigError(
                 f"a preview has no effect with `task={self.task}`: it plans the experts of the server's model",
@@ -239,7 +244,7 @@ class Client:
         memory_bytes = self.memory_bytes
         self.check_data()
         sink = progress or _EventSink(on_event)
-        with AggregatorClient(self.server, token=self.token) as server:
+        with AggregatorClient(self.server, token=self.token, invitation=self.invitation or "") as server:
             status = server.status()
             sink.message(f"connected to {server.base_url}")
             config = self._load(memory_bytes, sink)
@@ -275,6 +280,7 @@ class Client:
             state=self.state,
             name=self.name or platform.node() or "device",
             token=self.token,
+            invitation=self.invitation or "",
             new_identity=self.new_identity,
             memory_bytes=memory_bytes,
             device=self.device,

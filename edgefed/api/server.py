@@ -124,6 +124,7 @@ class Server:
     ] = None
     certificate_key: Annotated[Path | None, Setting("PEM file with the key of `certificate`.")] = None
     plain_http: Annotated[bool, Setting("Serve other machines without TLS.")] = False
+    invite_only: Annotated[bool, Setting("Admit new clients by invitation only (`edgefed invite`).")] = False
     train_experts: Annotated[TrainMode | None, Setting("How experts are trained.", default="full")] = None
     train_router: Annotated[TrainMode | None, Setting("How routers are trained.", default="full")] = None
     train_attention: Annotated[TrainMode | None, Setting("How attention weights are trained.", default="none")] = None
@@ -196,7 +197,7 @@ class Server:
 
         report = on_message or (lambda text: None)
         check_folder(self.state)
-        check_token(self.host, self.token)
+        check_token(self.host, self.token, invite_only=self.invite_only)
         bind(self.host, self.port).close()  # a port in use is reported before the import, which takes long
         if has_run(self.state):
             self.run_config = self._existing_run()
@@ -211,6 +212,7 @@ class Server:
             certificate=self.certificate,
             certificate_key=self.certificate_key,
             plain_http=self.plain_http,
+            invite_only=self.invite_only,
             ready_file=self.ready_file,
             exit_when_finished=self.exit_when_finished,
             keep_rounds=self.keep_rounds,

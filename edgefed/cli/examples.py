@@ -19,6 +19,14 @@ EXAMPLES: dict[str, Sequence[tuple[str, str]]] = {
         ("Check this device.", "edgefed doctor"),
         ("Also the way to a server.", "edgefed doctor --server http://192.168.1.5:8470"),
     ),
+    "clients": (
+        ("Who has joined?", "edgefed clients list --state ./run"),
+        ("Refuse a device from now on.", "edgefed clients ban laptop --state ./run"),
+    ),
+    "invite": (
+        ("A join link for one device, valid for a week.", "edgefed invite --state ./run --label Ada"),
+        ("For a class of thirty, today.", "edgefed invite --state ./run --uses 30 --expires 12h"),
+    ),
     "chat": (
         ("Talk to an exported model.", "edgefed chat ./model"),
         ("One answer, from the newest model of a run.", 'edgefed chat ./run --prompt "Name three colours."'),

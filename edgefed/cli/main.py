@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 VERBS = {
     "bench": "Measure this device and show which models fit.",
     "chat": "Talk to the model of a run.",
+    "clients": "List, remove or ban the clients of a run.",
     "demo": "Run a whole federation on this machine.",
     "doctor": "Check this device and name what to fix.",
     "export": "Write the model of a run as a checkpoint.",
+    "invite": "Make a join link for a device.",
     "join": "Take part in a run with this device's data.",
     "partition": "Split a labelled data set among clients.",
     "predict": "Predict with a client's own model.",
@@ -106,9 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of clients need not be in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     if arguments is None and os.name == "posix":
-        from edgefed.cli.hidden_token import hide_token
+        from edgefed.cli.hidden_token import hide_secrets
 
-        hide_token()
+        hide_secrets()
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     status: Any

@@ -98,7 +98,7 @@ def _parameter(verb: str, field: SettingField, flags: Mapping[str, str]) -> clic
 def _read_secret(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """The secret in @FILE; one from a variable or the settings file as it is. Other users can read command lines.
 
-    On POSIX systems `hide_token` has already moved a token that was given as text.
+    On POSIX systems `hide_secrets` has already moved a token that was given as text.
     """
     if value is None or not value.startswith("@"):
         on_command_line = ctx.get_parameter_source(param.name or "") is click.core.ParameterSource.COMMANDLINE

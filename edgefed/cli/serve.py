@@ -18,6 +18,12 @@ def serve_command(server: Server) -> None:
 
     def on_ready(url: str) -> None:
         print_note(f"watch the run in a browser: {url.partition('#')[0]}/", to_copy=True)
+        state = shlex.quote(str(server.state))
+        if server.invite_only:
+            print_note(f"serving {url}; make join links with: edgefed invite --state {state}", to_copy=True)
+            if not server.token:
+                print_note(f"see the run with: edgefed status {shlex.quote(url)} --token @{state}/token", to_copy=True)
+            return
         print_note(f"clients join with: edgefed join {shlex.quote(url)} {_flags_to_join(server)}", to_copy=True)
 
     server.serve(on_ready, on_message=print_note)

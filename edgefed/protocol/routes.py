@@ -51,7 +51,11 @@ CLIENT_KEY_HEADER = "x-edgefed-client-key"
 INSTANCE_HEADER = "x-edgefed-instance"
 """Random name of the client's process: tells two processes with one identity apart, such as a copied state folder."""
 TOKEN_HEADER = "authorization"
-"""``Bearer TOKEN`` on every request, if the server has a token."""
+"""``Bearer TOKEN``, or ``Invitation ID.SECRET`` of a device that joins. Signed requests of a known device need none."""
+SIGNATURE_HEADER = "x-edgefed-signature"
+"""See `protocol.signing`."""
+TIME_HEADER = "x-edgefed-time"
+"""The server's clock in milliseconds since the epoch, in an answer that refuses the time of a signed request."""
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8470

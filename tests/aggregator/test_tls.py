@@ -14,7 +14,7 @@ import pytest
 import toy_run
 from toy_run import make_run, register_message
 
-from edgefed.agent.addresses import split_pin
+from edgefed.agent.addresses import parse_link
 from edgefed.agent.transport import AggregatorClient
 from edgefed.aggregator.connections import ConnectionLimits
 from edgefed.aggregator.server import AggregatorServer, ServerConfig
@@ -59,7 +59,8 @@ def test_a_client_with_the_whole_address_is_served_over_tls(server, tmp_path):
 
 
 def test_another_certificate_and_an_unknown_one_are_refused(server):
-    address, pin = split_pin(server.join_url)
+    link = parse_link(server.join_url)
+    address, pin = link.address, link.pin
     wrong = f"{address}#sha256:{'0' * 64}"
     with AggregatorClient(wrong, token=TOKEN) as client, pytest.raises(NetworkError, match=f"fingerprint is {pin}"):
         client.status()
@@ -92,7 +93,7 @@ def test_the_certificate_and_its_key_stay_with_the_run_and_are_private(tmp_path)
     state, found = make_run(tmp_path / "state"), []
     for _ in range(2):
         with serving(state, host="0.0.0.0") as server:
-            found.append(split_pin(server.join_url)[1])
+            found.append(parse_link(server.join_url).pin)
     assert found[0] == found[1]
     assert (state / "tls" / "key.pem").stat().st_mode & 0o077 == 0
 
