@@ -85,10 +85,10 @@ class GuessBrake:
 class Gate:
     """Lets requests in that show the server's token, the signature of an admitted device, or a valid invitation.
 
-    `routes.OPEN` needs nothing. Runs before routing, so paths leak nothing, and before a body is read. An invitation opens
-    REGISTER and what can be read, so that a device can look at the run before it joins. Wrong credentials are counted;
-    see `GuessBrake`. Without a token every request counts as the owner's, but a signature is still checked. The scope
-    of a request that passes has its `Credentials` under `CREDENTIALS`.
+    `routes.OPEN` needs nothing. Runs before routing, so paths leak nothing, and before a body is read. An invitation
+    opens REGISTER and what can be read, so that a device can look at the run before it joins. Wrong credentials are
+    counted; see `GuessBrake`. Without a token every request counts as the owner's, but a signature is still checked.
+    The scope of a request that passes has its `Credentials` under `CREDENTIALS`.
     """
 
     def __init__(self, app: ASGIApp, token: str | None, access: Access, run_id: str):
