@@ -63,6 +63,8 @@ MMAP_THRESHOLD_BYTES = 2**20
 TRIM_THRESHOLD_BYTES = 8 * 2**20
 """Free memory at the end of the heap beyond this is returned at once."""
 ARENAS = 1
+COMPILED_PRODUCTS = "256"
+"""Products that oneDNN keeps compiled, instead of 1,024: a training step has fewer (`edgefed.kernels.row_sizes`)."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
@@ -72,7 +74,10 @@ def set_up_allocator() -> bool:
 
     Call it before threads and large blocks exist. Returns whether it applies: only to glibc, and not where the
     environment sets up malloc (MALLOC_*_, GLIBC_TUNABLES). musl, macOS and Windows return large blocks by themselves.
+    It also bounds the two caches of compiled products that oneDNN has, unless the environment does.
     """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read when the first product is compiled
+        os.environ.setdefault(cache, COMPILED_PRODUCTS)
     names = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
     if any(name in os.environ for name in names) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False

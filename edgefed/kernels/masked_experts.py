@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.nn import functional as F
 
 from edgefed.kernels.cases import masked_experts_case
 from edgefed.kernels.dispatch import Unsupported, choose, proved_in_training, run_best, want_proof
 from edgefed.kernels.neuron_energy import add_neuron_energy
 from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts
+from edgefed.kernels.row_sizes import row_product
 
 IMPLEMENTATIONS = {
     "native": ("edgefed.kernels.native_experts", ("int8_activations", "keep_activations", "neuron_energy")),
@@ -88,13 +88,13 @@ class _PackedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: QuantizedMatrix, is_transposed: bool) -> torch.Tensor:
         ctx.weight, ctx.is_transposed = weight, is_transposed
         values = dequantize_experts(weight, backend="reference")
-        return x @ values if is_transposed else F.linear(x, values)
+        return row_product(x, values if is_transposed else values.t())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         values = dequantize_experts(ctx.weight, backend="reference")
-        return (F.linear(dy, values) if ctx.is_transposed else dy @ values), None, None
+        return row_product(dy, values.t() if ctx.is_transposed else values), None, None
 
 
 _packed_product: Callable[..., torch.Tensor] = _PackedProduct.apply
@@ -110,12 +110,12 @@ def _project(
     if isinstance(weight, QuantizedMatrix):
         out = _packed_product(x, weight, is_transposed)  # (P, out)
     else:
-        out = x @ weight if is_transposed else F.linear(x, weight)
+        out = row_product(x, weight if is_transposed else weight.t())
     if bias is not None:
         out = out + bias
     if lora is not None:
-        low = F.linear(x, lora.lora_a.to(x.dtype))  # (P, R)
-        out = out + F.linear(low, lora.lora_b.to(x.dtype)) * lora.scale
+        low = row_product(x, lora.lora_a.to(x.dtype).t())  # (P, R)
+        out = out + row_product(low, lora.lora_b.to(x.dtype).t()) * lora.scale
     return out
 
 

@@ -26,6 +26,7 @@ from edgefed.kernels.native_products import (
     swiglu_backward,
 )
 from edgefed.kernels.neuron_energy import add_neuron_energy
+from edgefed.kernels.row_sizes import multiply_rows, pad_rows
 
 if TYPE_CHECKING:
     from edgefed.kernels.masked_experts import Slots
@@ -81,9 +82,9 @@ def project(
             out[begin:end] += tensors[projection.bias]
         if projection.lora is not None:
             a, b, scale = projection.lora
-            rows = x[begin:end] if x_rows is None else x[x_rows[begin:end]]
-            low = torch.mm(rows, tensors[a].to(x.dtype).t())  # (p, R)
-            out[begin:end].addmm_(low, tensors[b].to(x.dtype).t(), alpha=scale)
+            rows, index = (x[begin:end], None) if x_rows is None else (x, x_rows[begin:end])
+            low, weight = tensors[a].to(x.dtype).t(), tensors[b].to(x.dtype).t()
+            multiply_rows(rows, index, weight, out[begin:end], low, scale)
     return out
 
 
@@ -163,7 +164,7 @@ class _Gradients:
             return
         a, b, scale = projection.lora
         if self.wants(a) or self.wants(b):
-            rows = x if x_rows is None else x[x_rows]
+            rows, dy = pad_rows(x, x_rows), pad_rows(dy)
             if self.wants(b):
                 low = torch.mm(rows, self.tensors[a].to(x.dtype).t())
                 self.add(b, torch.mm(dy.t(), low) * scale)
@@ -188,9 +189,9 @@ def back_project(
     for projection, begin, end in projections:
         if projection.lora is not None:
             a, b, scale = projection.lora
-            rows = dy[begin:end] if dy_rows is None else dy[dy_rows[begin:end]]
-            low = torch.mm(rows, tensors[b].to(dy.dtype))  # (p, R)
-            out[begin:end].addmm_(low, tensors[a].to(dy.dtype), alpha=scale)
+            rows, index = (dy[begin:end], None) if dy_rows is None else (dy, dy_rows[begin:end])
+            low, weight = tensors[b].to(dy.dtype), tensors[a].to(dy.dtype)
+            multiply_rows(rows, index, weight, out[begin:end], low, scale)
     return out
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from edgefed.kernels.row_sizes import multiply_rows, pad_rows
 from edgefed.native import DTYPE_CODES, ISA_CODES, ExpertGroup, dtype_code, isa_code, load_native
 
 ROWS, ROWS_INT8, TILES, TILES_INT8, TORCH = 0, 1, 2, 3, 4
@@ -162,8 +163,8 @@ def grouped_product(
     buffers: Buffers = {}
     for matrix, begin, end in by_kernel.pop(TORCH, ()):
         weight = dense(matrix, tensors, buffers)
-        rows = x[begin:end] if x_rows is None else x[x_rows[begin:end]]
-        torch.mm(rows, weight if transposed else weight.t(), out=y[begin:end])
+        rows, index = (x[begin:end], None) if x_rows is None else (x, x_rows[begin:end])
+        multiply_rows(rows, index, weight if transposed else weight.t(), y[begin:end])
     for kernel, group in by_kernel.items():
         structs = (ExpertGroup * len(group))()
         alive: list[torch.Tensor | None] = []  # until the call returns
@@ -228,7 +229,7 @@ def outer(a: torch.Tensor, b: torch.Tensor, b_rows: torch.Tensor | None) -> torc
         )  # fmt: skip
         check_result(error)
         return out
-    return torch.mm(a.t(), b if b_rows is None else b[b_rows])
+    return torch.mm(pad_rows(a).t(), pad_rows(b, b_rows))
 
 
 def sort_pairs(slot_indices: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

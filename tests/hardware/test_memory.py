@@ -87,6 +87,20 @@ def test_an_allocator_that_the_owner_has_set_up_stays_as_it_is(environment):
     assert freed_and_resident("set_up_allocator()", **environment)[0] == "False"
 
 
+@pytest.mark.parametrize("given", [{}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "LRU_CACHE_CAPACITY": "9"}])
+def test_compiled_products_are_bounded_unless_the_owner_has_bounded_them(given):
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    code = (
+        "import os; from edgefed.hardware.memory import set_up_allocator; set_up_allocator()\n"
+        f"print(*(os.environ[name] for name in {names}))"
+    )
+    inherited = {key: value for key, value in os.environ.items() if key not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=inherited | given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == list(given.values() or [memory.COMPILED_PRODUCTS] * 2)
+
+
 @glibc
 def test_memory_that_an_allocator_retains_is_returned_when_asked_for():
     assert freed_and_resident("None", then="trim_memory()")[1] < 4 * 2**20
