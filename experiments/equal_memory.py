@@ -124,11 +124,20 @@ def run_of(row: Mapping) -> Run:
 
 
 def chosen_settings(rows: Iterable[Mapping]) -> dict[str, tuple[float, int]]:
-    """{method: (learning rate, local steps)} with the least mean of global and device loss on the tuning set."""
+    """{method: (learning rate, local steps)} with the least mean of global and device loss on the tuning set.
+
+    Only settings that every method has tried count.
+    """
+    tuned = [row for row in rows if row["set"] == TUNING_SET]
+    tried = [{(r["learning_rate"], r["local_steps"]) for r in tuned if r["method"] == name} for name in METHODS]
+    shared = set.intersection(*tried)
+    if not shared:
+        raise SystemExit("there is no setting yet that every method has tried: run `tune`")
     found: dict[str, tuple[float, tuple[float, int]]] = {}
-    for row in rows:
-        if row["set"] == TUNING_SET:
-            score = ((row["global"] + row["device"]) / 2, (row["learning_rate"], row["local_steps"]))
+    for row in tuned:
+        settings = (row["learning_rate"], row["local_steps"])
+        if settings in shared:
+            score = ((row["global"] + row["device"]) / 2, settings)
             found[row["method"]] = min(score, found.get(row["method"], (math.inf, (0.0, 0))))
     return {method: settings for method, (_, settings) in found.items()}
 
@@ -200,6 +209,8 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=[name for name in SETS if name != TUNING_SET], default=["dolly"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="grid of `tune`")
+    parser.add_argument("--local-steps", type=int, nargs="+", default=LOCAL_STEPS, help="grid of `tune`")
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.action == "table":
@@ -208,8 +219,8 @@ def main() -> None:
     if not arguments.data or not arguments.work:
         parser.error("--data and --work are needed")
     if arguments.action == "tune":
-        grid = itertools.product(RATES, LOCAL_STEPS, arguments.methods)
-        plans = [Run(method, TUNING_SET, TUNING_SEED, rate, steps) for rate, steps, method in grid]
+        grid = itertools.product(arguments.local_steps, arguments.rates, arguments.methods)
+        plans = [Run(method, TUNING_SET, TUNING_SEED, rate, steps) for steps, rate, method in grid]
     else:
         settings = chosen_settings(read_rows(arguments.json))
         order = itertools.product(arguments.seeds, arguments.sets, arguments.methods)
