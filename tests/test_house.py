@@ -269,7 +269,7 @@ def test_the_readme_names_every_verb():
 
 def test_routes_are_distinct_and_documented():
     paths = [value for name, value in vars(routes).items() if isinstance(value, str) and value.startswith("/v1/")]
-    assert len(paths) == len(set(paths)) == 13
+    assert len(paths) == len(set(paths)) == 14
     assert routes.path_for(routes.BLOB, sha256="a/../b") == "/v1/blobs/a%2F..%2Fb"
 
 

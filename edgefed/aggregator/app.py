@@ -23,8 +23,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgefed.aggregator.connections import EndQuietly, mark_known
+from edgefed.aggregator.connections import EndQuietly, count_connections, mark_known
 from edgefed.aggregator.gate import Gate, credentials_of
+from edgefed.aggregator.metrics import MEDIA_TYPE
+from edgefed.aggregator.openapi import openapi_document
 from edgefed.aggregator.page import page_handlers
 from edgefed.aggregator.probing import ProbeLimiter, answer_probe_down, answer_probe_up
 from edgefed.aggregator.service import Service
@@ -124,6 +126,8 @@ class Endpoints:
             ("POST", routes.COMMIT, self.commit),
             ("GET", routes.STATUS, self.status),
             ("GET", routes.COVERAGE, self.coverage),
+            ("GET", routes.METRICS, self.metrics),
+            ("GET", routes.OPENAPI, self.openapi),
             ("GET", routes.HEALTH, self.health),
             *(("GET", path, handler) for path, handler in page_handlers().items()),
             ("POST", routes.PROBE, functools.partial(answer_probe_up, self.probes)),
@@ -276,6 +280,15 @@ class Endpoints:
     async def coverage(self, request: Request) -> Response:
         """GET COVERAGE."""
         return reply(await self.run(self.service.coverage))
+
+    async def metrics(self, request: Request) -> Response:
+        """GET METRICS."""
+        connections = count_connections(request.scope)
+        return Response(await self.run(self.service.metrics, connections), media_type=MEDIA_TYPE)
+
+    async def openapi(self, request: Request) -> Response:
+        """GET OPENAPI."""
+        return reply(openapi_document())
 
     async def health(self, request: Request) -> Response:
         """GET HEALTH: needs no token."""

@@ -187,6 +187,14 @@ def is_known(scope: Scope) -> bool:
     return connection is not None and connection.known
 
 
+def count_connections(scope: Scope) -> dict[str, int]:
+    """Open connections of the server that got this request: those that have shown a secret, and the others."""
+    connection = scope.get("state", {}).get("connection")
+    open_ = list(connection.guard.open) if connection is not None else []
+    known = sum(each.known for each in open_)
+    return {"known": known, "stranger": len(open_) - known}
+
+
 def connection_limits() -> ConnectionLimits:
     """Limits for the file descriptors that this process may open; asks the system for as many as it may have."""
     try:

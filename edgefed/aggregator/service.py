@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hmac
 import logging
+import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgefed.aggregator import rounds
 from edgefed.aggregator.access import OWNER, Credentials
 from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.members import make_room_for_client
+from edgefed.aggregator.metrics import metrics_text
 from edgefed.aggregator.records import ClientRecord, UpdateRecord
-from edgefed.aggregator.rounds import Phase, RoundState
-from edgefed.aggregator.status import Presence, client_label, describe_comparison
+from edgefed.aggregator.rounds import Phase
+from edgefed.aggregator.status import Presence, client_label, describe_comparison, wait_reason
 from edgefed.aggregator.uploads import PartWriter, UploadName
 from edgefed.aggregator.validate import (
     MAX_TEXT_CHARACTERS,
@@ -45,7 +47,7 @@ from edgefed.errors import (
     UnknownClient,
     UpdateTooLarge,
 )
-from edgefed.progress import IDLE_PHASE, counted
+from edgefed.progress import IDLE_PHASE
 from edgefed.protocol import routes
 from edgefed.protocol.comparison import COMPARING_PHASE, Comparison, is_sound
 from edgefed.protocol.coverage import ExpertCoverage
@@ -68,8 +70,6 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
 MAX_HEARTBEAT_S = 10.0
-SHOWN_NAMES = 3
-"""Clients that have left and are named to one that waits."""
 META_BYTES, META_EXPERT_BYTES = 128 * 1024, 512
 """Size of an update's meta: names and metrics, and for each expert a report and its place in a survey."""
 HEARTBEATS_PER_TIMEOUT = 4
@@ -217,7 +217,7 @@ class Service:
                     experts=run.assigner.assignment(client_id, run.clients, run.catalog.manifest, run.config.seed),
                 )
             left = [other.name for other in run.clients.values() if not other.joined]
-            return Wait(retry_after_s=RETRY_AFTER_S, reason=_wait_reason(state, client_id, now, left))
+            return Wait(retry_after_s=RETRY_AFTER_S, reason=wait_reason(state, client_id, now, left))
 
     def status(self) -> Status:
         """The status of the run."""
@@ -226,6 +226,11 @@ class Service:
     def coverage(self) -> ExpertCoverage:
         """Which experts the clients hold and train."""
         return self._run.store.coverage()
+
+    def metrics(self, connections: Mapping[str, int]) -> str:
+        """The run in numbers, for Prometheus. ``connections``: see `metrics_text`."""
+        free_bytes = shutil.disk_usage(self._run.store.folder).free
+        return metrics_text(self.status(), self.coverage(), connections, free_bytes)
 
     @property
     def max_meta_bytes(self) -> int:
@@ -385,16 +390,3 @@ class Service:
             size_mib = meta.size_bytes / 2**20
             logger.info("round %d: update of %s accepted, %.1f MiB", server_round, client_label(client), size_mib)
             run.apply(rounds.UpdateAccepted(run.clock(), client_id))
-
-
-def _wait_reason(state: RoundState, client_id: str, now: float, left: Sequence[str]) -> str:
-    """Why a client waits. ``left``: names of the clients that have left the run."""
-    if state.phase is Phase.WAITING:
-        live, needed = len(state.live(now)), counted(state.policy.min_clients, "client")
-        names = ", ".join(left[:SHOWN_NAMES]) + (f" and {len(left) - SHOWN_NAMES} more" * (len(left) > SHOWN_NAMES))
-        return f"round {state.server_round} waits: {live} of {needed} needed{f'; {names} left' if left else ''}"
-    if state.phase is Phase.AGGREGATING:
-        return f"round {state.server_round} is being aggregated"
-    if client_id in state.accepted:
-        return f"round {state.server_round} waits for other clients"
-    return f"round {state.server_round} runs without this client; it can take part in the next one"

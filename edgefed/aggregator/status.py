@@ -17,6 +17,9 @@ from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, SetA
 
 logger = logging.getLogger(__name__)
 
+SHOWN_NAMES = 3
+"""Clients that have left and are named to one that waits."""
+
 
 @dataclasses.dataclass
 class Presence:
@@ -196,3 +199,16 @@ def _client_state(client: ClientRecord, state: RoundState, now: float) -> str:
     if client.client_id in state.accepted:
         return "done"
     return "training" if state.is_trainer(client.client_id) else "waiting"
+
+
+def wait_reason(state: RoundState, client_id: str, now: float, left: Sequence[str]) -> str:
+    """Why a client waits. ``left``: names of the clients that have left the run."""
+    if state.phase is Phase.WAITING:
+        live, needed = len(state.live(now)), counted(state.policy.min_clients, "client")
+        names = ", ".join(left[:SHOWN_NAMES]) + (f" and {len(left) - SHOWN_NAMES} more" * (len(left) > SHOWN_NAMES))
+        return f"round {state.server_round} waits: {live} of {needed} needed{f'; {names} left' if left else ''}"
+    if state.phase is Phase.AGGREGATING:
+        return f"round {state.server_round} is being aggregated"
+    if client_id in state.accepted:
+        return f"round {state.server_round} waits for other clients"
+    return f"round {state.server_round} runs without this client; it can take part in the next one"

@@ -11,7 +11,7 @@ import click
 
 from edgefed.cli.examples import EXAMPLES
 from edgefed.cli.phrasing import to_flags
-from edgefed.cli.verbosity import log_level, set_up_logging, verbosity_options
+from edgefed.cli.verbosity import format_options, log_format, log_level, set_up_logging, verbosity_options
 from edgefed.config import SettingField, fields_of, parse_assignments
 
 S = TypeVar("S")
@@ -26,7 +26,7 @@ class SettingsCommand(click.Command):
         flags = {field.name: f"--{field.flag}" for field in self.fields}
         params = [_parameter(name, field, flags) for field in self.fields]
         params += [_renamed(field) for field in self.fields if field.setting.formerly]
-        params += verbosity_options()
+        params += [*verbosity_options(), *format_options(name)]
         super().__init__(name, params=params, callback=self._call, help=run.__doc__)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -38,7 +38,8 @@ class SettingsCommand(click.Command):
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")  # never wrapped: to be copied
 
     def _call(self, **values: Any) -> None:
-        set_up_logging(log_level(click.get_current_context()), self.name or "")
+        ctx = click.get_current_context()
+        set_up_logging(log_level(ctx), self.name or "", log_format(ctx))
         given = {field.name: _converted(field, values[field.name]) for field in self.fields}
         self._run(self._settings(**{name: value for name, value in given.items() if value is not dataclasses.MISSING}))
 

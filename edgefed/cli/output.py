@@ -16,6 +16,8 @@ from edgefed.errors import EdgefedError
 from edgefed.hardware.memory import format_bytes
 from edgefed.progress import Pulse, remaining
 
+CLI_LOGGER = "edgefed.cli"
+"""The logger that lines of the command line itself name."""
 PLAIN_WIDTH = 140
 """Width of tables that are written to a file or a pipe."""
 
@@ -33,11 +35,27 @@ def stderr_console(*, quiet: bool | None = None) -> Console:
 
 
 _times = threading.Event()
+_json_lines = threading.Event()
 
 
 def show_times() -> None:
     """Begin each notice with the time: in UTC with the date in a log, the local time of day on a terminal."""
     _times.set()
+
+
+def show_json_lines(wanted: bool) -> None:
+    """Write notices and errors as JSON, one object a line, instead of text."""
+    if wanted:
+        _json_lines.set()
+    else:
+        _json_lines.clear()
+
+
+def _print_json_line(level: str, source: str, message: str, **more: object) -> None:
+    now = time.time()
+    when = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
+    line = {"time": when, "level": level, "logger": source, "message": message, **more}
+    print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
 
 
 def stamp() -> str:
@@ -64,6 +82,9 @@ def _without_nan(data: object) -> object:
 
 def print_error(error: EdgefedError, *, as_json: bool) -> None:
     """An error for people (what, then what to do) or, with --json, for programs. Always on stderr."""
+    if _json_lines.is_set():
+        _print_json_line("error", CLI_LOGGER, to_flags(str(error)), code=error.code, remedy=to_flags(error.remedy))
+        return
     if as_json:
         reply = {"error": {"code": error.code, "message": to_flags(str(error)), "remedy": to_flags(error.remedy)}}
         print(json.dumps(reply), file=sys.stderr)
@@ -74,9 +95,18 @@ def print_error(error: EdgefedError, *, as_json: bool) -> None:
     console.print(f"  {to_flags(error.remedy)}", markup=False)
 
 
-def print_note(text: str, *, to_copy: bool = False) -> None:
-    """Print one line on stderr that is not an error. ``to_copy``: a command in it is not broken by new lines."""
-    stderr_console().print(stamp() + to_flags(text), markup=False, soft_wrap=to_copy or None)
+def print_note(text: str, *, to_copy: bool = False, level: str = "info", source: str = CLI_LOGGER) -> None:
+    """Print one line on stderr that is not an error of the command. ``to_copy``: a command in it is not broken up.
+
+    ``level`` and ``source`` are those of a log record.
+    """
+    console, text = stderr_console(), to_flags(text)
+    if _json_lines.is_set():
+        if not console.quiet:
+            _print_json_line(level, source, text)
+        return
+    mark = f"{level}: " if level in ("warning", "error") else ""
+    console.print(stamp() + mark + text, markup=False, soft_wrap=to_copy or None)
 
 
 HINTS = {
@@ -107,7 +137,7 @@ class TerminalProgress:
         self.done()
         self._name, self._unit, self._count, self._started = name, unit, 0, time.monotonic()
         self._total = total
-        if self._console.is_terminal:
+        if self._console.is_terminal and not _json_lines.is_set():
             self._bar = Progress(
                 TextColumn("{task.description:<10}"),
                 BarColumn(bar_width=30),
@@ -131,7 +161,10 @@ class TerminalProgress:
 
     def message(self, text: str) -> None:
         """Print one line above the bar."""
-        self._console.print(stamp() + to_flags(text), markup=False)
+        if self._bar is None:
+            print_note(text)
+        else:
+            self._bar.console.print(stamp() + to_flags(text), markup=False)
 
     def done(self) -> None:
         """End the phase; a line with its amount and duration remains in a log."""
@@ -145,7 +178,7 @@ class TerminalProgress:
             self._pulse = None
         seconds = time.monotonic() - self._started
         if seconds >= self._quiet_s:
-            self._console.print(f"{stamp()}{self._name:<10} {self._amount():>12}  {seconds:.1f} s", markup=False)
+            print_note(f"{self._name:<10} {self._amount():>12}  {seconds:.1f} s")
         self._name = ""
 
     def _say(self, seconds: float) -> None:
@@ -153,7 +186,7 @@ class TerminalProgress:
         left = remaining(self._count, self._total, seconds)
         amount = f" {done}," if (done := self._amount()) else ""
         hint = HINTS.get(self._name, "") if not self._count else ""
-        self._console.print(f"{stamp()}{self._name}:{amount} {left}{hint}", markup=False)
+        print_note(f"{self._name}:{amount} {left}{hint}")
 
     def _amount(self) -> str:
         if not self._count:

@@ -16,6 +16,7 @@ INTRODUCTION = """\
 `edgefed [--config FILE] COMMAND [-v | -q | --log-level LEVEL]`
 
 `-v` (`--log-level debug`) shows more, `-q` neither notices nor progress; both may stand before or after the command.
+`serve` and `join` write JSON, one object a line, with `--log-format json`.
 Colors appear on a terminal only, and not with `NO_COLOR` or `TERM=dumb`. Exit status 130 means Ctrl-C; the other
 statuses are on the page of errors.
 

@@ -1,4 +1,4 @@
-"""How much edgefed says on stderr: --log-level, -v and -q, before or after the verb, and the form of a log line."""
+"""What edgefed says on stderr: --log-level, -v and -q, before or after the verb, and the form of a log line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import click
 LEVELS = ("debug", "info", "warning", "error")
 TIMED_VERBS = ("join", "serve")
 """Verbs that run for hours: each of their lines begins with the time."""
-_KEY = "edgefed.log_level"
+FORMATS = ("text", "json")
+_KEY, _FORMAT_KEY = "edgefed.log_level", "edgefed.log_format"
 
 
 def verbosity_options() -> list[click.Option]:
@@ -28,6 +29,24 @@ def verbosity_options() -> list[click.Option]:
     ]
 
 
+def format_options(verb: str) -> list[click.Option]:
+    """--log-format, for verbs whose lines go to a log."""
+    if verb not in TIMED_VERBS:
+        return []
+
+    def note(ctx: click.Context, _: click.Parameter, value: str) -> None:
+        ctx.meta[_FORMAT_KEY] = value
+
+    text = "Form of log lines: for people, or one JSON object a line."
+    chosen = click.Choice(FORMATS)
+    return [click.Option(["--log-format"], type=chosen, default="text", help=text, expose_value=False, callback=note)]
+
+
+def log_format(ctx: click.Context) -> str:
+    """The form of log lines that was asked for."""
+    return str(ctx.meta.get(_FORMAT_KEY, FORMATS[0]))
+
+
 def log_level(ctx: click.Context) -> str:
     """The level that was asked for, by default info."""
     return str(ctx.meta.get(_KEY, "info"))
@@ -41,19 +60,19 @@ class NoticeHandler(logging.Handler):
         try:
             from edgefed.cli.output import print_note
 
-            mark = {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(record.levelno, "")
-            print_note(mark + self.format(record))
+            print_note(self.format(record), level=record.levelname.lower(), source=record.name)
         except Exception:  # as in every handler: a log line must not end the program
             self.handleError(record)
 
 
-def set_up_logging(level: str, verb: str = "") -> None:
-    """Show log lines of edgefed from ``level`` as notices of this verb."""
+def set_up_logging(level: str, verb: str = "", line_format: str = FORMATS[0]) -> None:
+    """Show log lines of edgefed from ``level`` as notices of this verb, in one of `FORMATS`."""
     logger = logging.getLogger("edgefed")
     logger.handlers[:] = [NoticeHandler()]
     logger.setLevel(level.upper())
     logger.propagate = False
     if verb in TIMED_VERBS:
-        from edgefed.cli.output import show_times
+        from edgefed.cli.output import show_json_lines, show_times
 
         show_times()
+        show_json_lines(line_format == "json")

@@ -14,6 +14,8 @@ Paths are templates in Starlette's syntax; `path_for` fills them for a client.
     POST {COMMIT}        UpdateMeta               -> UpdateAccepted
     GET  {STATUS}                                 -> Status
     GET  {COVERAGE}                               -> ExpertCoverage         changes once a round
+    GET  {METRICS}                                -> the run in numbers, for Prometheus
+    GET  {OPENAPI}                                -> this interface as an OpenAPI document
     GET  {HEALTH}                                 -> {"status": "ok", "protocol_version": 1}
     POST {PROBE}         raw bytes, discarded     -> {"marks": [[seconds, bytes], ...]}
     GET  {PROBE}         ?bytes=N                 -> N random bytes
@@ -38,6 +40,8 @@ UPLOAD = "/v1/clients/{client_id}/rounds/{server_round}/uploads/{attempt}"
 COMMIT = "/v1/clients/{client_id}/rounds/{server_round}/uploads/{attempt}/commit"
 STATUS = "/v1/status"
 COVERAGE = "/v1/coverage"
+METRICS = "/metrics"
+OPENAPI = "/v1/openapi.json"
 HEALTH = "/v1/health"
 PROBE = "/v1/probe"
 PAGE = "/"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import logging
 import os
 import re
@@ -119,6 +121,25 @@ def test_log_lines_are_notices_with_the_time_for_long_running_verbs():
     assert lines["status"] == ["as it is", "warning: set --memory"]
     assert [line.split(" ", 1)[1] for line in lines["serve"]] == lines["status"]
     assert all(time.strptime(line.split()[0], "%Y-%m-%dT%H:%M:%SZ") for line in lines["serve"])
+
+
+def test_log_lines_as_json_are_one_object_a_line():
+    code = (
+        "import logging; from edgefed.cli.verbosity import set_up_logging; set_up_logging('info', 'serve', 'json');"
+        "from edgefed.cli.output import print_error, TerminalProgress; from edgefed.errors import ConfigError;"
+        "log = logging.getLogger('edgefed.x'); log.warning('of %r', 'a\\nb'); log.debug('no');"
+        "sink = TerminalProgress(0); sink.phase('train'); sink.message('half'); sink.done();"
+        "print_error(ConfigError('set `memory`', remedy='do'), as_json=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [(line["level"], line["logger"], line["message"].split()[0]) for line in lines] == [
+        ("warning", "edgefed.x", "of"), ("info", "edgefed.cli", "half"), ("info", "edgefed.cli", "train"),
+        ("error", "edgefed.cli", "set"),
+    ]  # fmt: skip
+    assert lines[0]["message"] == "of 'a\\nb'"
+    assert (lines[3]["code"], lines[3]["remedy"]) == ("config", "do")
+    assert all(datetime.datetime.fromisoformat(line["time"].replace("Z", "+00:00")) for line in lines)
 
 
 def test_sizes_and_shares_without_a_unit_ask_for_it():
