@@ -6,6 +6,7 @@ model. `import_model` runs in a separate process (``python -m edgefed.runs``), s
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import msgspec
 
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.creation import RawTensors, create_run
+from edgefed.aggregator.repair import blob_problem
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError, EdgefedError, StateCorrupt
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from edgefed.moe.expert_reading import FrameSource
 
 _log = logging.getLogger(__name__)
+
+HASH_THREADS = 4
 
 
 class ImportRequest(msgspec.Struct, frozen=True):
@@ -181,13 +185,21 @@ class RunReader:
         return not changed_before(self._store.history(), server_round, self.run)
 
     def paths(self, manifest: Manifest) -> dict[str, Path]:
-        """Return the local file of each blob of a manifest, {sha256: path}. Raises StateCorrupt if one is missing."""
-        hashes = [unit.sha256 for unit in manifest.units] + [file.sha256 for file in manifest.files]
-        paths = {sha256: self._blobs.path(sha256) for sha256 in hashes}
-        missing = [sha for sha, path in paths.items() if not path.exists()]
-        if missing:
+        """Return the local file of each blob of a manifest, {sha256: path}, whose hash is checked.
+
+        Raises StateCorrupt, which names what is missing or damaged.
+        """
+        items = {unit.sha256: (unit.key, unit.size_bytes) for unit in manifest.units}
+        items |= {file.sha256: (file.name, file.size_bytes) for file in manifest.files}
+        paths = {sha256: self._blobs.path(sha256) for sha256 in items}
+        with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
+            problems = pool.map(lambda item: blob_problem(paths[item[0]], item[0], item[1][1]), items.items())
+            bad = [f"{items[sha][0]!r} {problem}" for sha, problem in zip(items, problems, strict=True) if problem]
+        if bad:
             raise StateCorrupt(
-                f"{len(missing)} blobs of round {manifest.server_round} are missing; the first is {missing[0]}"
+                f"{len(bad)} of {len(items)} parts of round {manifest.server_round} are damaged on the disk: {bad[0]}",
+                remedy="Serve the run: a client that has joined it sends a copy of what it still has. Or restore the "
+                "state folder from a copy.",
             )
         return paths
 

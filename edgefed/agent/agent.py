@@ -27,7 +27,7 @@ from edgefed.agent.backoff import Retry, never_reached
 from edgefed.agent.cache import BlobCache, Item
 from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
 from edgefed.agent.finish import COMPARISON_PATIENCE_S, compare_at_end
-from edgefed.agent.heartbeat import HeartbeatThread
+from edgefed.agent.heartbeat import Copies, HeartbeatThread
 from edgefed.agent.journal import Journal
 from edgefed.agent.summary import RunSummary
 from edgefed.agent.transport import AggregatorClient
@@ -131,6 +131,7 @@ class Agent:
         self._joined = journal.knows(client.base_url)
         self._num_examples = trainer.num_examples
         self._heartbeat: HeartbeatThread | None = None
+        self._copies = Copies(cache.path, client.restore)
         self._server_round = journal.record.server_round
         self._forgotten = self._rounds = self._run_rounds = 0
         self._metrics: Mapping[str, float] = {}
@@ -265,10 +266,10 @@ class Agent:
 
     def _send_heartbeat(self) -> None:
         phase, fraction = self.progress.snapshot()
-        budget_bytes = self._settings.budget_bytes()
-        self.client.heartbeat(
-            Heartbeat(phase=phase, fraction=fraction, server_round=self._server_round, budget_bytes=budget_bytes)
+        message = Heartbeat(
+            phase=phase, fraction=fraction, server_round=self._server_round, budget_bytes=self._settings.budget_bytes()
         )
+        self._copies.offer(self.client.heartbeat(message).wanted)
 
     def _call(self, request: Callable[[], T], give_up_after_s: float | None = None) -> T:
         """Repeat ``request`` until it succeeds. Report the first failure of each kind, and the success after it."""

@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -30,6 +30,7 @@ from edgefed.protocol.messages import (
     AssignmentReply,
     Finished,
     Heartbeat,
+    HeartbeatReply,
     Leave,
     Manifest,
     Register,
@@ -140,9 +141,9 @@ class AggregatorClient:
             self._channel.signer.run_id = registered.run.run_id
         return registered
 
-    def heartbeat(self, message: Heartbeat) -> None:
+    def heartbeat(self, message: Heartbeat) -> HeartbeatReply:
         """Report that this client is alive, and what it does."""
-        self._channel.ask("POST", self._own(routes.HEARTBEAT), dict[str, object], message)
+        return self._channel.ask("POST", self._own(routes.HEARTBEAT), HeartbeatReply, message)
 
     def leave(self, reason: str, *, timeout_s: float = 2.0) -> None:
         """Say goodbye; each phase of the request takes at most ``timeout_s``."""
@@ -276,6 +277,16 @@ class AggregatorClient:
             pace.finish()
             return self._channel.decode(response, UploadState)
 
+    def restore(self, sha256: str, path: Path) -> None:
+        """Send this device's copy of a blob that the server has lost."""
+        with disk_errors(path), path.open("rb") as file:
+            size_bytes = path.stat().st_size
+            chunks = iter(lambda: file.read(routes.CHUNK_BYTES), b"")
+            headers = {"content-length": str(size_bytes), "content-type": "application/octet-stream"}
+            target = routes.path_for(routes.BLOB, sha256=sha256)
+            with self._channel.exchange("PUT", target, content=chunks, headers=headers):
+                self._channel.count(up=size_bytes)
+
     def download(self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None) -> None:
         """Store one blob at ``path``, durably and verified; continue from ``path``.part.
 
@@ -283,10 +294,10 @@ class AggregatorClient:
         """
         check_sha256(sha256, size_bytes)
         part = PartFile(path, size_bytes)
-        for _ in range(2):
+        for again in (False, True):
             with part.opened():
                 if part.offset < size_bytes:
-                    self._get_rest(sha256, part, on_bytes)
+                    self._get_rest(sha256, part, on_bytes, {"check": "1"} if again else {})
             if part.sha256() == sha256:
                 part.publish()
                 return
@@ -305,7 +316,7 @@ class AggregatorClient:
             with part.opened():
                 if part.offset == part.size_bytes:  # complete, but what it should be is not known any more
                     part.truncate()
-                expected = self._get_rest(item.unit.sha256, part, on_bytes, rows=item.rows)
+                expected = self._get_rest(item.unit.sha256, part, on_bytes, {"rows": item.rows})
             if part.sha256() == expected:
                 part.publish()
                 return
@@ -317,11 +328,10 @@ class AggregatorClient:
             remedy="The blob may be damaged on the server's disk; see the server's log.",
         )
 
-    def _get_rest(self, sha256: str, part: PartFile, on_bytes: OnBytes | None, rows: str | None = None) -> str:
-        """Append what is missing of a blob, or of ``rows`` of it; returns the ETag of the answer."""
+    def _get_rest(self, sha256: str, part: PartFile, on_bytes: OnBytes | None, params: Mapping[str, str]) -> str:
+        """Append what is missing of a blob, or of the ``rows`` in ``params``; returns the ETag of the answer."""
         headers = {"range": f"bytes={part.offset}-"} if part.offset else {}
         path_on_server = routes.path_for(routes.BLOB, sha256=sha256)
-        params = None if rows is None else {"rows": rows}
         with (
             self._channel.exchange("GET", path_on_server, params=params, headers=headers, passed=(416,)) as response,
             self._channel.down.transfer(part.size_bytes - part.offset) as pace,

@@ -199,10 +199,14 @@ class Access:
         """The device with this key."""
         return self._by_key.get(public_key)
 
+    def is_banned(self, client_id: str) -> bool:
+        """Whether a client is banned."""
+        device = self.devices.get(client_id)
+        return device is not None and device.banned
+
     def check_banned(self, client_id: str) -> None:
         """Raise Unauthorized for a banned client."""
-        device = self.devices.get(client_id)
-        if device is not None and device.banned:
+        if self.is_banned(client_id):
             raise Unauthorized(f"client {client_id!r} is banned from this run", remedy="Ask who runs the server.")
 
     def admit(self, client_id: str, credentials: Credentials, *, known: bool, invite_only: bool) -> None:

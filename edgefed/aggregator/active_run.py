@@ -28,6 +28,7 @@ from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore, Catalog
 from edgefed.aggregator.coverage import cover_round
 from edgefed.aggregator.records import ClientRecord, UpdateRecord
+from edgefed.aggregator.repair import Repairs
 from edgefed.aggregator.robust import find_rule
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.aggregator.status import Presence, build_status, describe_round, downloads_since, log_action, round_status
@@ -94,7 +95,9 @@ class ActiveRun:
             self._method = make_method(self.config.method, dict(self.config.method_options))
             self._blobs, self.uploads = BlobStore(folder), UploadFolder(folder)
             self.catalog = Catalog(self.store, self._blobs)
-            self.catalog.check_files()
+            self.repairs = Repairs(self._blobs)
+            for sha256, size_bytes in self.catalog.check_files().items():
+                self.repairs.mark(self.catalog.name_of(sha256), sha256, size_bytes, "is missing or of another size")
             self.assigner = Assigner(self._method, self.store)
             self.access = Access(folder)
             try:
@@ -290,12 +293,15 @@ class ActiveRun:
         started = time.monotonic()
         units, server_round = self.catalog.manifest.units, self.state.server_round
         updates = [self._as_registered(update) for update in self.store.updates(server_round)]
+        banned = {u.client_id: "its client is banned" for u in updates if self.access.is_banned(u.client_id)}
         result = self._undo(updates) or aggregate_round(
             Aggregation(
-                *(self._method, self.policy, self._blobs, self.backend, self._fold_threads, self._closing.is_set)
+                *(self._method, self.policy, self._blobs, self.backend, self._fold_threads, self._closing.is_set),
+                repairs=self.repairs,
             ),
-            *(units, updates, self.uploads.updates),
+            *(units, [update for update in updates if update.client_id not in banned], self.uploads.updates),
         )
+        result.set_aside.update(banned)
         changed, used = result.changed, [update for update in updates if update.client_id not in result.set_aside]
         coverage = cover_round(
             *(self.store.coverage(), self.catalog.manifest, used, self.uploads.updates, self.clients)
@@ -313,8 +319,9 @@ class ActiveRun:
             ]
             downloaded_bytes = downloads_since(self.store.history(), self.clients.values())
             status = round_status(
-                self.store.current_round(), used, changed, set_aside, result.undone, downloaded_bytes=downloaded_bytes
-            )
+                self.store.current_round(), used, changed, set_aside, result.undone, downloaded_bytes=downloaded_bytes,
+                damaged=result.damaged,
+            )  # fmt: skip
             next_phase = Phase.FINISHED if server_round >= self.policy.rounds else Phase.WAITING
             self.store.record_fold(status, changed, next_phase, self.clients.values(), coverage)
             self.catalog.load(server_round + 1)
@@ -350,6 +357,7 @@ class ActiveRun:
                 orphans = self.store.prune(self._keep_rounds)
                 self.catalog.load_references()
             self._blobs.delete(orphans)
+            self.repairs.forget(orphans)
         except StorageError as error:
             logger.warning("files of old rounds are not deleted yet: %s", error)
 

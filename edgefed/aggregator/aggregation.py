@@ -17,6 +17,7 @@ from pathlib import Path
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.fold import FoldCancelled, Robustness, default_threads, fold_round
 from edgefed.aggregator.records import UpdateRecord
+from edgefed.aggregator.repair import Repairs
 from edgefed.aggregator.robust import MIN_CLIENTS, absurd_moves, clip_factors, find_rule, measure_moves
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.update_files import UpdateDamaged
@@ -41,17 +42,22 @@ MIN_FOR_UNDO = 2
 class Aggregated:
     """``changed``: units of the next global model that differ. ``set_aside``: {client_id: why its update is not in}.
 
-    ``undone``: the earlier round whose aggregation this one undoes, or None.
+    ``undone``: the earlier round whose aggregation this one undoes, or None. ``damaged``: keys of units that stay as
+    they are because their blob is damaged and no client has sent a copy.
     """
 
     changed: list[UnitInfo]
     set_aside: dict[str, str]
     undone: int | None = None
+    damaged: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Aggregation:
-    """What a round is aggregated with; ``threads`` and ``cancelled`` as in `fold_round`."""
+    """What a round is aggregated with; ``threads`` and ``cancelled`` as in `fold_round`.
+
+    ``repairs`` None: blobs of the current units are not checked.
+    """
 
     method: Method
     policy: RoundPolicy
@@ -59,6 +65,7 @@ class Aggregation:
     backend: FoldBackend
     threads: int | None = None
     cancelled: Callable[[], bool] = lambda: False
+    repairs: Repairs | None = None
 
 
 def aggregate_round(
@@ -74,25 +81,36 @@ def aggregate_round(
     with concurrent.futures.ThreadPoolExecutor(how.threads or default_threads(), thread_name_prefix="hash") as pool:
         problems = pool.map(lambda update: file_problem(update, paths[update.client_id]), updates)
         set_aside |= {u.client_id: reason for u, reason in zip(updates, problems, strict=True) if reason is not None}
+    trained = [unit for unit in units if unit.trainable]
+    damaged = (
+        ()
+        if how.repairs is None
+        else tuple(
+            unit.key
+            for unit in how.repairs.damaged(trained, threads=how.threads or default_threads(), cancelled=how.cancelled)
+        )
+    )
+    if damaged:
+        logger.error("the round goes on without %d damaged units: %s", len(damaged), ", ".join(damaged[:4]))
     while True:
         counted = [update for update in updates if update.client_id not in set_aside]
         if not counted:
-            return Aggregated([], set_aside)
+            return Aggregated([], set_aside, damaged=damaged)
         files = {update.client_id: paths[update.client_id] for update in counted}
         try:
-            robustness, absurd = resist(how, units, files)
+            robustness, absurd = resist(how, units, files, damaged)
             if absurd:
                 set_aside |= absurd
                 continue
             contributions = weighed(counted, paths, how.policy.max_examples)
-            plan = how.method.plan_merge(contributions, units)
+            plan = {k: merge for k, merge in how.method.plan_merge(contributions, units).items() if k not in damaged}
             changed = fold_round(
                 *(units, plan, files, how.blobs, how.backend),
                 robustness=robustness,
                 threads=how.threads,
                 cancelled=how.cancelled,
             )
-            return Aggregated(changed, set_aside)
+            return Aggregated(changed, set_aside, damaged=damaged)
         except (FoldCancelled, StorageError):
             raise
         except UpdateDamaged as error:
@@ -137,14 +155,20 @@ def undo_round(
     )
 
 
-def resist(how: Aggregation, units: Sequence[UnitInfo], files: Mapping[str, Path]) -> tuple[Robustness, dict[str, str]]:
-    """The limits of the round, and the clients whose update changes the model far too much, with the reason."""
+def resist(
+    how: Aggregation, units: Sequence[UnitInfo], files: Mapping[str, Path], left_out: Sequence[str] = ()
+) -> tuple[Robustness, dict[str, str]]:
+    """The limits of the round, and the clients whose update changes the model far too much, with the reason.
+
+    ``left_out``: keys of units that are not looked at.
+    """
     rule = find_rule(how.policy.robust)
     if how.policy.clip is None:
         return Robustness({}, rule.combine, rule.min_clients), {}
     moves = measure_moves(
-        units, files, how.blobs, how.backend, threads=how.threads or default_threads(), cancelled=how.cancelled
-    )
+        units, files, how.blobs, how.backend, threads=how.threads or default_threads(), cancelled=how.cancelled,
+        left_out=left_out,
+    )  # fmt: skip
     factors = clip_factors(units, moves, how.policy.clip)
     for client_id in sorted({client_id for client_id, _ in factors}):
         of_client = [factor for (other, _), factor in factors.items() if other == client_id]

@@ -50,6 +50,7 @@ from edgefed.protocol import PROTOCOL_VERSION, routes
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
     Heartbeat,
+    HeartbeatReply,
     Leave,
     Register,
     UpdateAccepted,
@@ -121,6 +122,7 @@ class Endpoints:
             ("GET", routes.ASSIGNMENT, self.assignment),
             ("GET", routes.MANIFEST, self.manifest),
             ("GET", routes.BLOB, self.blob),
+            ("PUT", routes.BLOB, self.restore),
             ("GET", routes.UPLOAD, self.upload_state),
             ("PUT", routes.UPLOAD, self.upload),
             ("POST", routes.COMMIT, self.commit),
@@ -177,7 +179,7 @@ class Endpoints:
         """POST HEARTBEAT."""
         message = decode_message(await read_body(request, SMALL_MESSAGE_BYTES), Heartbeat)
         await self.run_for(request, self.service.heartbeat, message)
-        return reply({})
+        return reply(HeartbeatReply(wanted=self.service.repairs.wanted()))
 
     async def leave(self, request: Request) -> Response:
         """POST LEAVE."""
@@ -217,7 +219,10 @@ class Endpoints:
         """GET BLOB, whole or from an offset; with ``rows``, a slice of it."""
         sha256 = request.path_params["sha256"]
         path, size_bytes = self.service.blob(sha256)
-        rows, tag = request.query_params.get("rows"), sha256
+        rows, tag, again = request.query_params.get("rows"), sha256, "check" in request.query_params
+        if again or rows is not None:
+            await self.run(self.service.check_blob, sha256, again=again, commit=True)
+        self.service.repairs.check_wanted(sha256)
         if rows is not None:
             size_bytes, tag = await self.run(_slice_facts, path, rows)
         headers = {"accept-ranges": "bytes", "etag": f'"{tag}"'}
@@ -234,6 +239,11 @@ class Endpoints:
         except FileNotFoundError as error:  # its manifest was pruned at this moment
             raise NotFound(f"no stored manifest contains blob {sha256}") from error
         return FileStream(self, file, begin, end, headers, request.headers.get(routes.CLIENT_KEY_HEADER, ""))
+
+    async def restore(self, request: Request) -> Response:
+        """PUT BLOB: a client's copy of a blob that the server has lost."""
+        await self.service.repairs.receive(request.path_params["sha256"], batches(request.stream()))
+        return reply({})
 
     # --- uploads ------------------------------------------------------------------------------------------------
 

@@ -229,13 +229,26 @@ class Catalog:
         """Read the blobs of all stored manifests from the store."""
         self._referenced = self._store.referenced()
 
-    def check_files(self) -> None:
-        """Raise StateCorrupt unless every blob exists and has its size. Deletes blobs that no manifest names."""
+    def check_files(self) -> dict[str, int]:
+        """{sha256: size} of the blobs that are missing or have another size; deletes blobs that no manifest names.
+
+        Raises StateCorrupt if none is there.
+        """
+        bad = {}
         for sha256, size_bytes in self._referenced.items():
             path = self._blobs.path(sha256)
             if not path.is_file() or path.stat().st_size != size_bytes:
-                raise StateCorrupt(f"blob {path} is missing, or its size is not the recorded one")
+                bad[sha256] = size_bytes
+        if len(bad) == len(self._referenced):
+            raise StateCorrupt(f"the {len(bad)} blobs of the run are missing in {self._blobs.root}")
         self._blobs.delete_unreferenced(self._referenced)
+        return bad
+
+    def name_of(self, sha256: str) -> str:
+        """What a blob is in the newest model: the key of a unit or the name of a file; its hash if it is older."""
+        units = (unit.key for unit in self.manifest.units if unit.sha256 == sha256)
+        files = (file.name for file in self.manifest.files if file.sha256 == sha256)
+        return next(units, next(files, sha256))
 
     def encoded_manifest(self, server_round: int) -> bytes:
         """A round's manifest as sent to clients. Raises NotFound if it is not stored."""

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -214,7 +215,7 @@ def connection_limits() -> ConnectionLimits:
 
 
 class EndQuietly:
-    """The outermost application: a request that the server's end cuts off leaves no traceback."""
+    """The outermost application: what cannot be answered, or is cut off by the server's end, leaves no traceback."""
 
     def __init__(self, app: ASGIApp, answer: Callable[[], Any]):
         self._app, self._answer = app, answer
@@ -230,12 +231,18 @@ class EndQuietly:
 
         try:
             await self._app(scope, receive, watch)
+        except h11.LocalProtocolError:  # the request was invalid to its end, so it cannot be answered
+            _abort(scope)
         except asyncio.CancelledError:
             if scope["type"] != "http":
                 raise
             if not begun:
                 await self._answer()(scope, receive, send)
             elif not ended:
-                connection = scope.get("state", {}).get("connection")
-                if connection is not None:
-                    connection.transport.abort()  # the client sees a broken transfer, and resumes it later
+                _abort(scope)  # the client sees a broken transfer, and resumes it later
+
+
+def _abort(scope: Scope) -> None:
+    connection = scope.get("state", {}).get("connection")
+    if connection is not None:
+        connection.transport.abort()

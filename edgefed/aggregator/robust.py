@@ -105,6 +105,7 @@ def measure_moves(
     *,
     threads: int,
     cancelled: Callable[[], bool] = lambda: False,
+    left_out: Sequence[str] = (),
 ) -> Moves:
     """Measure the update files {client_id: path} against the current units, one block at a time."""
     index = UpdateIndex(units, updates)
@@ -129,7 +130,7 @@ def measure_moves(
         scale = math.sqrt(max(count, 1))
         return {(c, unit.key): math.sqrt(square) / scale for c, square in squares.items()}, math.sqrt(size) / scale
 
-    trained = [unit for unit in units if unit.trainable]
+    trained = [unit for unit in units if unit.trainable and unit.key not in left_out]
     with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="measure") as pool:
         results = list(pool.map(measure, trained))
     moved = {key: value for found, _ in results for key, value in found.items()}

@@ -82,7 +82,7 @@ class Service:
     def __init__(self, run: ActiveRun, *, invite_only: bool = False):
         """``invite_only``: the token does not suffice to join."""
         self._run, self._invite_only = run, invite_only
-        self.access, self.run_id = run.access, run.config.run_id
+        self.access, self.repairs, self.run_id = run.access, run.repairs, run.config.run_id
         self._ids_by_key = {client.key_sha256: client.client_id for client in run.clients.values()}
         self._ids_by_folded = {client_id.casefold(): client_id for client_id in run.clients}
         self._commit_locks: dict[str, threading.Lock] = {}
@@ -254,6 +254,12 @@ class Service:
     def blob(self, sha256: str) -> tuple[Path, int]:
         """Path and size of a blob of a stored manifest. Raises NotFound for any other name."""
         return self._run.catalog.blob(sha256)
+
+    def check_blob(self, sha256: str, *, again: bool) -> None:
+        """Compare the hash of a blob, ``again`` or for the first time. Raises StorageError if it is damaged."""
+        check = self.repairs.check if again else self.repairs.check_once
+        check(self._run.catalog.name_of(sha256), sha256, self._run.catalog.blob(sha256)[1])
+        self.repairs.check_wanted(sha256)
 
     def note_download(self, key: str, size_bytes: int) -> None:
         """Count downloaded bytes for the client with this key, if any: blobs may be fetched without one."""

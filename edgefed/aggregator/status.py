@@ -71,6 +71,7 @@ def round_status(
     set_aside: Sequence[SetAside] = (),
     undone: int | None = None,
     downloaded_bytes: int = 0,
+    damaged: tuple[str, ...] = (),
 ) -> RoundStatus:
     """The record of a round that was just folded, from the ``updates`` that counted."""
     return RoundStatus(
@@ -84,6 +85,7 @@ def round_status(
         set_aside=tuple(set_aside),
         undone=undone,
         downloaded_bytes=downloaded_bytes,
+        damaged=damaged,
     )
 
 

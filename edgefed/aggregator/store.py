@@ -177,7 +177,7 @@ class Store:
         rows = self._query("SELECT value FROM run WHERE name = ?", name)
         if not rows:
             raise StateCorrupt(f"{self._path} has no {name} of the run")
-        return msgspec.json.decode(rows[0][0], type=kind)
+        return _decode(rows[0][0], kind)
 
     def close(self) -> None:
         """Close the database and release the folder."""
@@ -221,7 +221,7 @@ class Store:
                 "WHERE key = u.key AND server_round <= ?) ORDER BY position",
                 server_round,
             )
-        units = tuple(msgspec.json.decode(row[0], type=UnitInfo) for row in rows)
+        units = tuple(_decode(row[0], UnitInfo) for row in rows)
         return Manifest(
             run_id=self.run.run_id, server_round=server_round, experts_per_layer=self.experts_per_layer, units=units,
             files=self.files,
@@ -269,7 +269,7 @@ class Store:
         """All clients that have ever registered, by id."""
         with sqlite_errors(self._path):
             rows = self._query("SELECT record FROM clients ORDER BY client_id")
-            return [msgspec.json.decode(row[0], type=ClientRecord) for row in rows]
+            return [_decode(row[0], ClientRecord) for row in rows]
 
     def save_clients(self, clients: Iterable[ClientRecord]) -> None:
         """Store clients, new ones and changed ones."""
@@ -305,7 +305,7 @@ class Store:
     def history(self) -> tuple[RoundStatus, ...]:
         """The folded rounds, oldest first."""
         rows = self._query("SELECT status FROM rounds WHERE status IS NOT NULL ORDER BY server_round")
-        return tuple(msgspec.json.decode(row[0], type=RoundStatus) for row in rows)
+        return tuple(_decode(row[0], RoundStatus) for row in rows)
 
     def updates(self, server_round: int) -> list[UpdateRecord]:
         """Acknowledged updates of a round, sorted by client."""
@@ -327,7 +327,7 @@ class Store:
         """How the experts are covered, up to the last folded round."""
         rows = self._query("SELECT value FROM run WHERE name = 'coverage'")
         with sqlite_errors(self._path):
-            return msgspec.json.decode(rows[0][0], type=ExpertCoverage) if rows else no_coverage(self.experts_per_layer)
+            return _decode(rows[0][0], ExpertCoverage) if rows else no_coverage(self.experts_per_layer)
 
     def record_fold(
         self,
@@ -352,6 +352,14 @@ class Store:
             _save_clients(connection, clients)
 
 
+def _decode(data: bytes, kind: type[T]) -> T:
+    """Decode a column. Raises StateCorrupt."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise StateCorrupt(f"damaged database {DATABASE_NAME}: {error}") from error
+
+
 def _save_clients(connection: sqlite3.Connection, clients: Iterable[ClientRecord]) -> None:
     connection.executemany(
         "INSERT OR REPLACE INTO clients VALUES (?, ?, ?)",
@@ -361,5 +369,5 @@ def _save_clients(connection: sqlite3.Connection, clients: Iterable[ClientRecord
 
 def _update(row: tuple[Any, ...]) -> UpdateRecord:
     server_round, client_id, attempt, sha256, size_bytes, meta = row
-    decoded = None if meta is None else msgspec.json.decode(meta, type=UpdateMeta)
+    decoded = None if meta is None else _decode(meta, UpdateMeta)
     return UpdateRecord(server_round, client_id, attempt, sha256, size_bytes, decoded)

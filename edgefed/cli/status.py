@@ -225,6 +225,9 @@ def _incidents(history: Iterable[RoundStatus]) -> list[Text]:
     for done in history:
         if done.undone is not None:
             lines.append(Text(f"round {done.server_round}: the held-out loss jumped, round {done.undone} was undone"))
+        if done.damaged:
+            names = ", ".join(done.damaged[:3]) + (" and more" if len(done.damaged) > 3 else "")
+            lines.append(Text(f"round {done.server_round}: damaged on the server's disk and left as it was: {names}"))
         lines += [
             Text(f"round {done.server_round}: the update of {each.name} was set aside: {each.reason}")
             for each in done.set_aside

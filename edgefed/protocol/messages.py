@@ -1,7 +1,5 @@
 """Every message on the wire, as msgspec structs in JSON.
 
-Three groups: the *units* of the global model (`UnitInfo`, `Manifest`), messages of a client (`Register`, `Heartbeat`,
-`UpdateMeta`, `Leave`) and answers to it (`Registered`, `Assignment`, `Wait`, `Finished`).
 Sizes are bytes, times are seconds, shapes are lists. Decoding is strict: a wrong type or a missing field raises
 `MalformedMessage`. Unknown fields are ignored, so that a newer version may add some.
 """
@@ -236,6 +234,12 @@ class Registered(Message, frozen=True):
     heartbeat_s: float
 
 
+class HeartbeatReply(Message, frozen=True):
+    """Answer to `Heartbeat`. ``wanted``: hashes of blobs that the server has lost; a client that has one sends it."""
+
+    wanted: tuple[str, ...] = ()
+
+
 class Wait(Message, frozen=True, tag="wait"):
     """No work yet; ask again."""
 
@@ -334,7 +338,8 @@ class SetAside(Message, frozen=True):
 class RoundStatus(Message, frozen=True):
     """One finished round in `edgefed status`. ``updates`` counted; ``set_aside`` were accepted, but did not.
 
-    ``undone``: the earlier round that this one undid, because the held-out loss had jumped; None otherwise.
+    ``undone``: the earlier round that this one undid, because the held-out loss had jumped, or None. ``damaged``: keys
+    of units that stayed as they were, because the server's disk had damaged them.
     """
 
     server_round: int
@@ -346,6 +351,7 @@ class RoundStatus(Message, frozen=True):
     metrics: dict[str, float]
     set_aside: tuple[SetAside, ...] = ()
     undone: int | None = None
+    damaged: tuple[str, ...] = ()
     downloaded_bytes: int = 0
 
 

@@ -3,12 +3,14 @@
 Paths are templates in Starlette's syntax; `path_for` fills them for a client.
 
     POST {REGISTER}      Register                 -> Registered
-    POST {HEARTBEAT}     Heartbeat                -> {}
+    POST {HEARTBEAT}     Heartbeat                -> HeartbeatReply
     POST {LEAVE}         Leave                    -> {}
     POST {COMPARISON}    Comparison               -> {}                     once, after Finished
     GET  {ASSIGNMENT}                             -> AssignmentReply        ?wait_s=20 long poll
     GET  {MANIFEST}                               -> Manifest               server_round, or "latest"
     GET  {BLOB}          Range: bytes=N-          -> the bytes of one unit or file; ?rows= a slice (`protocol.slices`)
+                                                     ?check=1: the server compares its hash first
+    PUT  {BLOB}          raw bytes                -> {}                     only what HeartbeatReply asks for
     GET  {UPLOAD}                                 -> UploadState
     PUT  {UPLOAD}        ?offset=N, raw bytes     -> UploadState
     POST {COMMIT}        UpdateMeta               -> UpdateAccepted

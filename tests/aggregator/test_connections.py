@@ -8,14 +8,16 @@ import logging
 import socket
 import threading
 import time
+import types
 from collections.abc import Iterator
 
+import h11
 import pytest
 import toy_run
 from server_process import Client
 from toy_run import make_run
 
-from edgefed.aggregator.connections import ConnectionLimits, connection_limits
+from edgefed.aggregator.connections import ConnectionLimits, EndQuietly, connection_limits
 from edgefed.aggregator.gate import FREE_GUESSES, GuessBrake, LogLimiter, address_of, check_strength
 from edgefed.aggregator.server import AggregatorServer, ServerConfig
 from edgefed.errors import ConfigError, MalformedMessage, UnknownClient
@@ -177,3 +179,15 @@ def test_a_kind_of_line_is_limited_and_counted(caplog):
 def test_limits_follow_the_file_descriptors():
     limits = connection_limits()
     assert 8 <= limits.strangers <= limits.at_once // 2
+
+
+def test_a_request_that_cannot_be_answered_ends_with_its_connection():
+    """h11 raises if the answer to an invalid request comes after uvicorn's own."""
+    aborted = []
+
+    async def app(scope, receive, send) -> None:
+        raise h11.LocalProtocolError("can't handle event type Response")
+
+    connection = types.SimpleNamespace(transport=types.SimpleNamespace(abort=lambda: aborted.append(1)))
+    asyncio.run(EndQuietly(app, lambda: None)({"type": "http", "state": {"connection": connection}}, None, None))
+    assert aborted == [1]
