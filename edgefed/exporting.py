@@ -18,7 +18,7 @@ import msgspec
 from edgefed import __version__
 from edgefed.errors import ConfigError, NetworkError, NotFound, StateCorrupt
 from edgefed.hardware.memory import set_up_allocator
-from edgefed.progress import NullProgress, ProgressSink
+from edgefed.progress import NullProgress, ProgressSink, counted
 from edgefed.protocol.messages import FileInfo, Manifest, RunConfig, UnitInfo
 
 RECORD_FILE = "edgefed.json"
@@ -45,7 +45,7 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         if self.server_round > self.rounds:
-            when = f"after all {self.rounds} rounds"
+            when = f"after all {counted(self.rounds, 'round')}"
         elif self.server_round == 1:
             when = f"before round 1 of {self.rounds}"
         else:

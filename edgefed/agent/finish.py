@@ -51,7 +51,7 @@ def compare_at_end(
             progress.message(f"the final model is not evaluated: {skipped}")
         elif missing_bytes:
             progress.message(f"downloading the final model to evaluate it on this device's text: {size}")
-        comparison = trainer.compare(run, manifest, None if skipped else fetch, progress, skipped)
+        comparison = trainer.compare(run, manifest, fetch, progress, skipped)
     except EdgefedError as error:
         progress.message(f"the final model is not compared: {error}")
         comparison = None

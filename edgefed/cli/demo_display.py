@@ -81,7 +81,7 @@ class DemoDisplay:
             self.note(text, "comparing")
         self._seen_rounds = len(status.history)
         height = None if self._console.height is None else self._console.height - 1
-        self._table = render_status(status, height)
+        self._table = render_status(status, height, devices=False)  # they are all this one
         self._draw()
 
     def evaluated(self, models: int, of: int) -> None:

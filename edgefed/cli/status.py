@@ -97,11 +97,11 @@ def one_line(status: Status) -> str:
     )
 
 
-def render_status(status: Status, height: int | None = None) -> RenderableType:
+def render_status(status: Status, height: int | None = None, *, devices: bool = True) -> RenderableType:
     """Header, clients and finished rounds as tables, which fit the terminal's width.
 
     ``height``: lines that may be used. Devices go first, then rounds, then clients. Where clients have no experts,
-    their accuracy is shown instead.
+    their accuracy is shown instead. ``devices``: also show what the clients' devices are.
     """
     from rich.console import Group
     from rich.text import Text
@@ -126,10 +126,11 @@ def render_status(status: Status, height: int | None = None) -> RenderableType:
         incidents = incidents[max(0, len(incidents) - room) :]
         parts += [Text(""), _rounds(shown, personal), *incidents]
         left -= len(shown) + TABLE_LINES + 2 * len(incidents)
-    known = [client for client in status.clients if client.device]
-    if known and left > len(status.clients) + TABLE_LINES:
+    known = [client for client in status.clients if client.device and devices]
+    lines = 2 * len(status.clients) + TABLE_LINES  # the names of devices wrap
+    if known and left > lines:
         parts += [Text(""), _devices(status.clients)]
-        left -= len(status.clients) + TABLE_LINES
+        left -= lines
         origins = [
             Text(f"{client.name}: {to_flags(client.device.budget_origin)}", style="dim")
             for client in known

@@ -116,7 +116,7 @@ class PersonalTrainer:
         )
 
     def compare(
-        self, run: RunConfig, manifest: Manifest, fetch: Fetch | None, progress: ProgressSink, skipped: str = ""
+        self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink, skipped: str = ""
     ) -> Comparison | None:
         """Return None: the final theta is only a part of this device's mixture."""
         return None

@@ -39,11 +39,11 @@ class Trainer(Protocol):
     """Training examples on this device; known before the agent registers."""
 
     def compare(
-        self, run: RunConfig, manifest: Manifest, fetch: Fetch | None, progress: ProgressSink, skipped: str = ""
+        self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink, skipped: str = ""
     ) -> Comparison | None:
         """Compare the final model ``manifest`` with others on this device's held-out text, at the end of a run.
 
-        ``fetch`` None: nothing more is downloaded, for the reason ``skipped``. Returns None if there is nothing to
+        ``skipped``: why the final model must not be downloaded; "" if it may. Returns None if there is nothing to
         compare.
         """
         ...

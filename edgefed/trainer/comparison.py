@@ -24,10 +24,11 @@ from edgefed.disk import disk_errors, make_folder, write_durably
 from edgefed.errors import EdgefedError, StateCorrupt, first_line
 from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_method
-from edgefed.progress import ProgressSink, format_seconds
+from edgefed.progress import ProgressSink, counted, format_seconds
 from edgefed.protocol.comparison import FREE_DOWNLOAD_BYTES, Comparison
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig
 from edgefed.protocol.trainer import Fetch, TrainedUpdate
+from edgefed.trainer.last_round import save_last_round
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.saved_plan import PLAN_FILE
 from edgefed.training.out_of_memory import is_out_of_memory
@@ -128,11 +129,12 @@ class ComparingTrainer:
             self._evaluate_before(self._load(run.run_id, manifest.server_round), run, manifest, fetch, progress)
 
     def compare(
-        self, run: RunConfig, manifest: Manifest, fetch: Fetch | None, progress: ProgressSink, skipped: str = ""
+        self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink, skipped: str = ""
     ) -> Comparison | None:
         """The comparison at the end of a run; None without held-out text, or where this device never trained.
 
-        ``manifest`` is the final model; with ``fetch`` None, for the reason ``skipped``, it is not evaluated.
+        ``manifest`` is the final model; it is not evaluated if there is a reason, ``skipped``. Once it is on this
+        device, `edgefed.exporting` takes it from there. Training alone needs no download: its start was kept.
         """
         record = self._load(run.run_id, manifest.server_round)
         if record.rounds == 0 or not self.trainer.corpus.held_out:
@@ -140,10 +142,11 @@ class ComparingTrainer:
         if record.finished:
             return record.comparison
         found = msgspec.structs.replace(record.comparison, server_round=manifest.server_round, skipped=skipped)
-        if fetch is not None:
+        if not skipped:
             loss, tokens = self._evaluate(run, manifest, fetch, progress, "the final model")
             found = msgspec.structs.replace(found, global_model=loss, num_tokens=tokens)
-        if record.first is not None and fetch is not None:
+            save_last_round(self._path.parent, run, manifest)
+        if record.first is not None:
             found = msgspec.structs.replace(found, alone=self._train_alone(record, run, record.first, fetch, progress))
         record.comparison, record.finished, record.first = found, True, None
         self._save(record)
@@ -186,8 +189,8 @@ class ComparingTrainer:
         """Held-out loss after as many rounds without the federation, from the model of the device's first round."""
         steps = run.training.local_steps
         progress.message(
-            f"training alone for the comparison: {record.rounds} rounds of {steps} steps as in the run, at most "
-            f"{format_seconds(record.train_s)}"
+            f"training alone for the comparison: {counted(record.rounds, 'round')} of {steps} steps as in the run, "
+            f"at most {format_seconds(record.train_s)}"
         )
         make_folder(self._alone_folder)
         alone = self.trainer.sibling(self._alone_folder)

@@ -1,6 +1,7 @@
-"""What a device has of a run after a round: the run, the manifest, and which units are its own. For exports.
+"""What a device has of a run: the run, the newest manifest, and which units are its own. For exports.
 
-STATE/round.json         the run and the manifest of the last round, whose blobs are in STATE/blobs
+STATE/round.json         the run and the manifest of the last round, or of the final model if the device evaluated it;
+                         blobs are in STATE/blobs
 STATE/own/units.json     of a method without exchange: the files of the units that this device trained for itself
 """
 
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 
 class LastRound(msgspec.Struct, frozen=True):
-    """The last round that a device trained in; ``manifest`` is the global model at its start."""
+    """The newest global model that a device has had: at the start of its last round, or the final one it evaluated."""
 
     run: RunConfig
     manifest: Manifest

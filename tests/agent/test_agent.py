@@ -128,8 +128,8 @@ class Comparing(ToyTrainer):
     fetches: bool | None = None
 
     def compare(self, run, manifest, fetch, progress, skipped=""):
-        self.fetches = fetch is not None
-        if fetch is not None:
+        self.fetches = not skipped
+        if not skipped:
             fetch(manifest.units)
         return Comparison(server_round=manifest.server_round, device=1.5, skipped=skipped)
 

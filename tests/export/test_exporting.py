@@ -127,7 +127,8 @@ def test_a_model_is_taken_home_from_a_server_and_then_from_a_device_without_it(t
     assert not serving.is_alive()
 
     record = read_record(edgefed.export(state, tmp_path / "mine"))
-    assert (record.source, record.server_round, record.own_units) == ("device", 1, 0)
+    assert (record.source, record.server_round, record.own_units) == ("device", 2, 0)
+    assert "after all 1 round" in str(record)
     newest = read_record(edgefed.export(tmp_path / "run", tmp_path / "newest"))
     assert (newest.source, newest.server_round, newest.unchanged) == ("run", 2, False)
     largest = max((state / "blobs").iterdir(), key=lambda path: path.stat().st_size)

@@ -63,7 +63,7 @@ def test_a_run_of_one_device_equals_training_alone(bench, data, tmp_path):
     assert found.device == update.metrics["held_out_loss_after"]
     assert found.alone < update.metrics["held_out_loss_before"]
     assert found.alone == pytest.approx(found.device, rel=0.1)
-    assert any(f"1 rounds of {STEPS} steps" in text for text in progress.messages)
+    assert any(f"1 round of {STEPS} steps" in text for text in progress.messages)
 
 
 def test_the_comparison_survives_a_restart_and_is_made_once(bench, data, tmp_path):
@@ -75,16 +75,32 @@ def test_the_comparison_survives_a_restart_and_is_made_once(bench, data, tmp_pat
     found = again.compare(table.reader.run, manifest, table.fetch, NullProgress())
     assert None not in (found.before, found.global_model, found.device)
     assert found.alone is None
-    assert comparing(data, tmp_path).compare(table.reader.run, manifest, None, NullProgress(), "asked twice") == found
+    assert (
+        comparing(data, tmp_path).compare(table.reader.run, manifest, table.fetch, NullProgress(), "asked twice")
+        == found
+    )
+
+
+def on_disk(table, kept):
+    """A fetch that downloads nothing: what the device was not asked to keep is gone."""
+
+    def fetch(items):
+        assert {item.sha256 for item in items} <= kept
+        return table.fetch(items)
+
+    return fetch
 
 
 def test_what_is_not_downloaded_is_not_evaluated_and_said(bench, data, tmp_path):
     table = bench("random")
-    device = comparing(data, tmp_path)
-    manifest, _ = table.round(device, tmp_path / "update")
-    found = device.compare(table.reader.run, manifest, None, NullProgress(), "13 GiB to download")
+    device = comparing(data, tmp_path, compare_alone=True)
+    manifest, update = table.round(device, tmp_path / "update")
+    device.between_rounds(table.fetch, NullProgress())
+    found = device.compare(
+        table.reader.run, manifest, on_disk(table, update.keep), NullProgress(), "13 GiB to download"
+    )
     assert (found.global_model, found.skipped) == (None, "13 GiB to download")
-    assert found.device is not None
+    assert None not in (found.before, found.device, found.alone)
 
 
 def test_a_device_that_never_trained_compares_nothing(bench, data, tmp_path):
@@ -95,4 +111,4 @@ def test_a_device_that_never_trained_compares_nothing(bench, data, tmp_path):
     table.fetched.clear()
     table.round(never, tmp_path / "update")
     never.between_rounds(table.fetch, NullProgress())
-    assert never.compare(table.reader.run, table.reader.manifest(), None, NullProgress()).before is None
+    assert never.compare(table.reader.run, table.reader.manifest(), table.fetch, NullProgress(), "asked").before is None
