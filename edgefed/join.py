@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import threading
@@ -67,7 +68,7 @@ class JoinConfig:
     resize: bool = False
     """Scale images of another size than the shared extractor's."""
     final_evaluation: str = "auto"
-    """One of `finish.EVALUATIONS`; without ``task``."""
+    """One of `finish.EVALUATIONS`."""
     compare_alone: bool = False
     """Also train alone at the end, for comparison."""
 
@@ -213,7 +214,7 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
             compute_share=config.compute_share,
             device=memory.describe(),
             budget_bytes=lambda: memory.latest.now_bytes,
-            final_evaluation="never" if config.task else config.final_evaluation,
+            final_evaluation=config.final_evaluation,
         )
         with open_agent(
             config.server,
@@ -252,9 +253,11 @@ def _personal_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progre
     from edgefed.personal.trainer import PersonalTrainer
 
     assert config.task is not None, "the configuration names a task"
-    task = make_task(
-        config.task, config.data, config.model, config.name, config.held_out_share, config.resize, config.fields
-    )
+    make = functools.partial(
+        make_task, config.task, config.data, config.model, config.name, config.held_out_share, config.resize,
+        config.fields,
+    )  # fmt: skip
+    task = make()
     for note in problem_notes(config.data, task.problems):
         progress.message(note)
     of_classes = f" of {task.num_present} classes" if task.classes else ""
@@ -264,4 +267,6 @@ def _personal_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progre
         f"{config.name}: {task.num_examples} examples{of_classes}, own model {config.model}; "
         "only the shared extractor leaves this device"
     )
-    return PersonalTrainer(task, config.state, device=memory.torch_device)
+    return PersonalTrainer(
+        task, config.state, device=memory.torch_device, untrained=make, compare_alone=config.compare_alone
+    )

@@ -37,6 +37,20 @@ def test_the_verdict_is_honest_in_both_directions(losses, text):
     assert verdict(Comparison(server_round=6, **losses)) == f"On this device's text {text}"
 
 
+def test_of_models_of_their_own_the_verdict_tells_of_right_answers():
+    first = Comparison(server_round=4, device=0.9, accuracies={"device": 0.812, "alone": 0.71, "before": 0.1})
+    second = Comparison(server_round=4, device=0.9, accuracies={"device": 0.6, "alone": 0.702, "before": 0.6})
+    assert verdict(first) == (
+        "This device's mixture answers 81.2 % of its held-out examples correctly: 10.2 points more than its model "
+        "trained alone and 71.2 points more than its model before training."
+    )
+    assert "10.2 points fewer than its model trained alone and as many as its model before" in verdict(second)
+    assert overall_verdict([first, second]) == (
+        "The clients' mixtures answer on average 70.6 % of their held-out examples correctly: as many as their models "
+        "trained alone (better for 1 of 2) and 35.6 points more than their models before training (better for 1 of 2)."
+    )
+
+
 def test_the_verdict_over_clients_counts_those_that_it_is_true_for():
     first = Comparison(server_round=6, before=5.0, global_model=4.0, alone=4.5)
     second = Comparison(server_round=6, before=3.0, global_model=3.1, alone=3.2)
@@ -82,7 +96,16 @@ def test_there_is_no_verdict_without_two_models():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"before": math.inf}, {"alone": -0.1}, {"num_tokens": -1}, {"skipped": "x" * 201}, {"skipped": "\x1b[31m"}],
+    [
+        {"before": math.inf},
+        {"alone": -0.1},
+        {"num_tokens": -1},
+        {"accuracies": {"device": 1.1}},
+        {"accuracies": {"x": 0.5}},
+        {"accuracies": {"alone": math.nan}},
+        {"skipped": "x" * 201},
+        {"skipped": "\x1b[31m"},
+    ],
 )
 def test_a_comparison_from_the_network_has_possible_values(wrong):
     assert is_sound(Comparison(server_round=1, before=2.0))

@@ -43,7 +43,7 @@ def compare_at_end(
         client.heartbeat(Heartbeat(phase=COMPARING_PHASE, fraction=0.0, server_round=server_round))
         progress.phase(COMPARING_PHASE)
         manifest = client.manifest(server_round)
-        missing_bytes = cache.bytes_to_download(manifest.units)
+        missing_bytes = cache.bytes_to_download(manifest.units) if trainer.evaluates_global else 0
         limit_bytes = max(FREE_DOWNLOAD_BYTES, client.bytes_down)
         size, skipped = format_bytes(missing_bytes), ""
         if evaluation == "auto" and missing_bytes > limit_bytes:

@@ -325,14 +325,14 @@ class ActiveRun:
             next_phase = Phase.FINISHED if server_round >= self.policy.rounds else Phase.WAITING
             self.store.record_fold(status, changed, next_phase, self.clients.values(), coverage)
             self.catalog.load(server_round + 1)
+            for each in set_aside:
+                logger.warning(
+                    "round %d: the update of %r (%s) is set aside: %s",
+                    *(server_round, each.name, each.client_id[:8], each.reason),
+                )
+            logger.info("%s", describe_round(status, self.policy.rounds, time.monotonic() - started))
             self.apply(rounds.Folded(self.clock(), server_round))
         self._tidy(updates)
-        for each in set_aside:
-            logger.warning(
-                "round %d: the update of %r (%s) is set aside: %s",
-                *(server_round, each.name, each.client_id[:8], each.reason),
-            )
-        logger.info("%s", describe_round(status, self.policy.rounds, time.monotonic() - started))
 
     def _as_registered(self, update: UpdateRecord) -> UpdateRecord:
         """An update with at most as many examples as its client has registered."""

@@ -122,6 +122,8 @@ def describe_comparison(comparison: Comparison) -> str:
     names = {"before": "before", "global_model": "global model", "device": "this device", "alone": "alone"}
     losses = [f"{text} {loss:.2f}" for name, text in names.items() if (loss := getattr(comparison, name)) is not None]
     found = f"on its held-out text {', '.join(losses)} nats per token" if losses else "nothing to compare"
+    if shares := [f"{names[name]} {100 * share:.1f} %" for name, share in comparison.accuracies.items()]:
+        found = f"answers to its held-out examples that are right: {', '.join(shares)}"
     return f"{found} (final model: {comparison.skipped})" if comparison.skipped else found
 
 

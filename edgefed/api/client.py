@@ -148,8 +148,6 @@ class Client:
             )
         if self.compare_alone and self.final_evaluation == "never":
             raise ConfigError("`compare_alone` needs `final_evaluation`", remedy="Set `final_evaluation=auto`.")
-        if self.compare_alone and self.task:
-            raise ConfigError("`compare_alone` has no effect with `task`", remedy="Remove one of them.")
         if self.resize and self.task != "images":
             raise ConfigError("`resize` needs `task=images`", remedy="Set `task=images`, or remove `resize`.")
         if self.fields and self.task in ("images", "text"):

@@ -156,3 +156,21 @@ class LocalMixture(nn.Module):
             "gate": self.gate.parameters(),
         }
         return {name: [p for p in values if p.requires_grad] for name, values in parts.items()}
+
+
+class Alone(nn.Module):
+    """A client's own model, with the outputs of a mixture with a_F = 1."""
+
+    def __init__(self, own: PersonalModel):
+        super().__init__()
+        self.own = own
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(logits, weights) as of `LocalMixture`."""
+        logits = self.own(batch.own)
+        return logits, own_only(logits)
+
+
+def own_only(logits: Tensor) -> Tensor:
+    """The weights (B, 2) of answers (B, ...) that the own model gives alone."""
+    return torch.tensor([0.0, 1.0], device=logits.device).expand(len(logits), 2)

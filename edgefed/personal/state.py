@@ -24,6 +24,8 @@ from edgefed.errors import ConfigError, StateCorrupt
 
 KEPT_ROUNDS = 2
 MOMENTUM = "momentum:"
+TRAINED = "rounds"
+"""Fact of a state: how many rounds its client has trained."""
 LOCAL_PARTS = ("own.", "projection.", "gate.")
 """Prefixes of the tensors that never leave the client."""
 
@@ -68,8 +70,22 @@ class PersonalState:
                 optimizer.state[parameter]["momentum_buffer"] = buffer
         return rounds[-1]
 
+    def load_newest(self, mixture: nn.Module) -> int:
+        """Load the whole mixture as it was after its last round. Returns how many rounds it has trained, or 0.
+
+        Raises as `restore` does.
+        """
+        if not (rounds := self._rounds()):
+            return 0
+        tensors, facts = read_state(self._path(rounds[-1]))
+        self._check(facts)
+        load_tensors(mixture, {name: t for name, t in tensors.items() if not name.startswith(MOMENTUM)}, ("",))
+        return int(facts.get(TRAINED, len(rounds)))
+
     def save(self, mixture: nn.Module, optimizer: torch.optim.Optimizer, server_round: int) -> Path:
         """Save the mixture after ``server_round``, durable on return. Older states are removed."""
+        earlier = [number for number in self._rounds() if number < server_round]
+        trained = 1 + (int(read_facts(self._path(earlier[-1])).get(TRAINED, len(earlier))) if earlier else 0)
         tensors = unaliased(mixture.state_dict())
         for name, parameter in mixture.named_parameters():
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
@@ -79,7 +95,7 @@ class PersonalState:
         temporary = path.with_suffix(".tmp")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with disk_errors(path):
-            save_file(tensors, temporary, metadata={"facts": json.dumps(self._facts)})
+            save_file(tensors, temporary, metadata={"facts": json.dumps({**self._facts, TRAINED: str(trained)})})
             settle_file(temporary)
             os.replace(temporary, path)
             sync_folder(path.parent)
@@ -118,12 +134,18 @@ def files_folder(folder: Path) -> Path:
     return folder / "files"
 
 
-def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_facts(path: Path) -> dict[str, str]:
+    """The facts of a state file. Raises StateCorrupt."""
+    return read_state(path, only_facts=True)[1]
+
+
+def read_state(path: Path, *, only_facts: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors by name, facts) of a state file. Raises StateCorrupt."""
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a dict
+            names = [] if only_facts else file.keys()
+            return {name: file.get_tensor(name) for name in names}, facts
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StateCorrupt(f"cannot read {path}: {error}") from error
 

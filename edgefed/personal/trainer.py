@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from edgefed.disk import disk_errors
-from edgefed.errors import ConfigError, EdgefedError, OutOfMemory, TrainingDiverged
+from edgefed.errors import ConfigError, EdgefedError, OutOfMemory, TrainingDiverged, first_line
 from edgefed.hardware.memory import process_peak_rss_bytes
 from edgefed.methods.interface import PersonalMethod
 from edgefed.methods.registry import make_method
@@ -28,12 +29,12 @@ from edgefed.personal.local_training import (
     make_optimizer,
     train_epochs,
 )
-from edgefed.personal.mixture import Gate, LocalMixture
+from edgefed.personal.mixture import Alone, Gate, LocalMixture
 from edgefed.personal.models import user_model_error
 from edgefed.personal.samples import num_batches
 from edgefed.personal.state import PersonalState
 from edgefed.personal.tasks import OpenTask, PersonalTask
-from edgefed.progress import ProgressSink, StopRequested
+from edgefed.progress import ProgressSink, StopRequested, counted
 from edgefed.protocol import frames
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig
@@ -50,8 +51,21 @@ class PersonalTrainer:
 
     """
 
-    def __init__(self, task: PersonalTask, folder: Path, *, device: str = "cpu"):
-        self.num_examples = task.num_examples
+    def __init__(
+        self,
+        task: PersonalTask,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        untrained: Callable[[], PersonalTask] | None = None,
+        compare_alone: bool = False,
+    ):
+        """``untrained`` makes the task again, with the own model as it was before training; for the comparison.
+
+        ``compare_alone``: also train it alone at the end.
+        """
+        self.num_examples, self.evaluates_global = task.num_examples, False
+        self._untrained, self._compare_alone = untrained, compare_alone
         self._task = task
         self._folder = folder
         self._device = device
@@ -87,8 +101,7 @@ class PersonalTrainer:
             self._begin(run, method, {file.name: blobs[file.sha256] for file in manifest.files}, progress)
         source = FrameSource(manifest.units, blobs)
         self.mixture.shared.load_state_dict(source.read(EXTRACTOR_UNIT))
-        rates = Rates(method.extractor_lr, method.model_lr, method.gate_lr, method.momentum, method.weight_decay)
-        optimizer = make_optimizer(self.mixture.groups(), rates)
+        optimizer = make_optimizer(self.mixture.groups(), rates_of(method))
         begun = self._state.restore(self.mixture, optimizer, assignment.server_round) > 0
         try:
             loss, before, after = self._train(method, assignment, optimizer, progress, begun)
@@ -118,8 +131,40 @@ class PersonalTrainer:
     def compare(
         self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink, skipped: str = ""
     ) -> Comparison | None:
-        """Return None: the final theta is only a part of this device's mixture."""
-        return None
+        """Compare the mixture with this device's own model before training and, if asked for, trained alone.
+
+        The final theta is not evaluated: it is only a part of a mixture. None before the first round, and without
+        held-out examples.
+        """
+        method = make_method(run.method, run.method_options)
+        if not method.personal or self._untrained is None:
+            return None
+        blobs = fetch(manifest.files)
+        files = {file.name: blobs[file.sha256] for file in manifest.files}
+        if self._run_id != run.run_id:
+            self._begin(run, method, files, progress)
+        rounds, held_out = self._state.load_newest(self.mixture), self._open.held_out
+        if not rounds or not len(held_out):
+            return None
+        found = {"device": evaluate(self.mixture, held_out, self._device)}
+        own = self._untrained().open(run.model, files, run.seed, run.training.sequence_length).own
+        alone = Alone(own).to(self._device)
+        found["before"] = evaluate(alone, held_out, self._device)
+        if self._compare_alone:
+            try:
+                self._train_alone(alone, method, run.seed, rounds, progress)
+                found["alone"] = evaluate(alone, held_out, self._device)
+            except Exception as error:
+                known = isinstance(error, EdgefedError) or is_out_of_memory(error)
+                if not known and user_model_error(self._task.model, error) is None:
+                    raise
+                progress.message(f"training alone stopped: {first_line(error)}")
+        losses = {name: each.loss for name, each in found.items() if math.isfinite(each.loss)}
+        return Comparison(
+            server_round=manifest.server_round, num_tokens=len(held_out), before=losses.get("before"),
+            device=losses.get("device"), alone=losses.get("alone"),
+            accuracies={name: each.accuracy for name, each in found.items()},
+        )  # fmt: skip
 
     def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:
         """Do nothing: the next round starts from a theta that does not exist yet."""
@@ -168,6 +213,23 @@ class PersonalTrainer:
             progress.phase("evaluate")
             return loss, before, evaluate(self.mixture, held_out, self._device)
 
+    def _train_alone(
+        self, alone: Alone, method: PersonalMethod, seed: int, rounds: int, progress: ProgressSink
+    ) -> None:
+        """Train the own model for as many epochs as the mixture, with the same rates, on the same examples."""
+        train, epochs = self._open.train, rounds * method.local_epochs
+        progress.message(f"training alone for the comparison: {counted(epochs, 'epoch')}, as in the run")
+        trainable = [parameter for parameter in alone.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer({"model": trainable}, rates_of(method))
+        rng = np.random.default_rng([seed, zlib.crc32(self._task.identity.encode())])
+        with torch.random.fork_rng(devices=[]):  # for dropout
+            torch.manual_seed(int(rng.integers(2**31)))
+            progress.phase("train", epochs * num_batches(len(train), method.batch_size), "step")
+            train_epochs(
+                alone, train, optimizer, epochs=epochs, batch_size=method.batch_size, rng=rng, device=self._device,
+                on_step=lambda: progress.advance(1),
+            )  # fmt: skip
+
     def _write_theta(self, manifest: Manifest, path: Path) -> None:
         """Write the tensors that the manifest lists; the rest of the mixture is not in it."""
         values = self.mixture.shared.state_dict()
@@ -180,6 +242,11 @@ class PersonalTrainer:
                 tensors[frames.update_name(unit.key, info.name)] = (info.dtype, raw_array(value))
         with disk_errors(path):
             frames.write_frame(path, tensors)
+
+
+def rates_of(method: PersonalMethod) -> Rates:
+    """The settings of a method's SGD."""
+    return Rates(method.extractor_lr, method.model_lr, method.gate_lr, method.momentum, method.weight_decay)
 
 
 def _metrics(loss: float, before: Evaluation, after: Evaluation) -> dict[str, float]:

@@ -6,13 +6,15 @@
     alone          as many local steps of this device without the federation
 
 Losses are mean cross-entropies per predicted token, in nats, all on the same tokens, which never leave the device.
+Where clients have models of their own (FedMoE), "this device" is its mixture, "before" and "alone" are its own model
+without training and trained without the federation, and there are accuracies as well.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -23,13 +25,15 @@ FREE_DOWNLOAD_BYTES = 256 * 1024**2
 """A comparison may always download this much; more only as far as the run itself did."""
 SAME_NATS = 0.005
 """A smaller difference is shown as none."""
+SAME_SHARE = 0.0005
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """Losses in nats per token, None where unknown.
 
     ``server_round``: the manifest that is the final global model. ``before_round``: the manifest that ``before`` is of;
-    1 is the imported model. ``num_tokens``: tokens evaluated. ``skipped``: why ``global_model`` is unknown.
+    1 is the imported model. ``num_tokens``: tokens evaluated, or examples. ``skipped``: why ``global_model`` is
+    unknown. ``accuracies``: share of right answers, 0 to 1, by the name of a loss; of models of a client's own.
     """
 
     server_round: int
@@ -40,6 +44,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     device: float | None = None
     alone: float | None = None
     skipped: str = ""
+    accuracies: Mapping[str, float] = {}
 
 
 def is_sound(comparison: Comparison) -> bool:
@@ -51,6 +56,8 @@ def is_sound(comparison: Comparison) -> bool:
         and 1 <= comparison.before_round <= 10**9
         and len(comparison.skipped) <= 200
         and comparison.skipped.isprintable()
+        and comparison.accuracies.keys() <= {"before", "device", "alone"}
+        and all(0 <= share <= 1 for share in comparison.accuracies.values())
     )
 
 
@@ -80,10 +87,16 @@ def comparisons_by_name(clients: Sequence[Client]) -> dict[str, Comparison]:
 
 
 REFERENCES = (("alone", "training alone"), ("before", "the model before the run"))
+OWN_REFERENCES = (("alone", "its model trained alone"), ("before", "its model before training"))
 
 
 def verdict(comparison: Comparison) -> str:
     """What the federation brought on this device's text, in words. Empty if nothing can be compared."""
+    if (share := comparison.accuracies.get("device")) is not None:
+        shares = comparison.accuracies
+        differences = [f"{_points(share - shares[field])} {name}" for field, name in OWN_REFERENCES if field in shares]
+        brought = f": {' and '.join(differences)}" if differences else ""
+        return f"This device's mixture answers {100 * share:.1f} % of its held-out examples correctly{brought}."
     ours = [
         (loss, name)
         for loss, name in ((comparison.global_model, "the global model"), (comparison.device, "this device's model"))
@@ -104,8 +117,11 @@ def verdict(comparison: Comparison) -> str:
 def overall_verdict(comparisons: Iterable[Comparison]) -> str:
     """One sentence about the clients that evaluated the global model, by the mean of their losses; empty for none.
 
-    A reference counts if all of them know it.
+    A reference counts if all of them know it. Of clients with models of their own: about their mixtures.
     """
+    comparisons = list(comparisons)
+    if own := [each.accuracies for each in comparisons if "device" in each.accuracies]:
+        return _overall_accuracy(own)
     known = [each for each in comparisons if each.global_model is not None]
     parts = []
     for field, name in REFERENCES:
@@ -118,6 +134,28 @@ def overall_verdict(comparisons: Iterable[Comparison]) -> str:
     if not parts:
         return ""
     return f"On the clients' own texts the global model is on average {' and '.join(parts)}."
+
+
+def _overall_accuracy(known: Sequence[Mapping[str, float]]) -> str:
+    mean = math.fsum(each["device"] for each in known) / len(known)
+    parts = []
+    for field, name in OWN_REFERENCES:
+        if all(field in each for each in known):
+            other = math.fsum(each[field] for each in known) / len(known)
+            better = sum(each["device"] > each[field] for each in known)
+            parts.append(
+                f"{_points(mean - other)} {name.replace('its model', 'their models')} "
+                f"(better for {better} of {len(known)})"
+            )
+    brought = f": {' and '.join(parts)}" if parts else ""
+    return f"The clients' mixtures answer on average {100 * mean:.1f} % of their held-out examples correctly{brought}."
+
+
+def _points(difference: float) -> str:
+    """``10.2 points more than``, of percentages; or fewer, or as many as."""
+    if abs(difference) < SAME_SHARE:
+        return "as many as"
+    return f"{abs(100 * difference):.1f} points {'more' if difference > 0 else 'fewer'} than"
 
 
 def _difference(loss: float, other: float) -> str:

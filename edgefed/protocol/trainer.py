@@ -37,6 +37,8 @@ class Trainer(Protocol):
 
     num_examples: int
     """Training examples on this device; known before the agent registers."""
+    evaluates_global: bool
+    """Whether `compare` evaluates the final global model, which then is downloaded."""
 
     def compare(
         self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink, skipped: str = ""

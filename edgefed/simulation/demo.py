@@ -323,10 +323,10 @@ def run_personal_demo(config: PersonalDemoConfig, sink: DemoSink) -> list[Person
     prepare_folder(config.out)
     models = list(CNNS)
     clients = [
-        LocalClient(
-            f"glyphs-{index}", f"glyphs:{index}",
-            flags=("--task", IMAGES, "--model", models[index % len(models)], "--held-out", str(HELD_OUT_SHARE)),
-        )
+        LocalClient(f"glyphs-{index}", f"glyphs:{index}", flags=(
+            "--task", IMAGES, "--model", models[index % len(models)], "--held-out", str(HELD_OUT_SHARE),
+            "--final-evaluation", "never",
+        ))
         for index in range(config.clients)
     ]  # fmt: skip
     options = [word for name, value in (METHOD_OPTIONS | ADDITIONS).items() for word in ("--option", f"{name}={value}")]

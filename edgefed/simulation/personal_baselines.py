@@ -30,24 +30,11 @@ from edgefed.errors import ConfigError
 from edgefed.methods.interface import PersonalMethod
 from edgefed.personal.extractors import make_extractor
 from edgefed.personal.local_training import Loss, check_guided, class_means, cross_entropy, guided_loss, pull
-from edgefed.personal.mixture import FixedGate, Gate, LocalMixture
+from edgefed.personal.mixture import Alone, FixedGate, Gate, LocalMixture, own_only
 from edgefed.personal.networks import PersonalModel
 from edgefed.personal.samples import Batch
 from edgefed.simulation.personal_federation import AnyStrategy, Client, Strategy, Upload
 from edgefed.training.encoding import IGNORED_LABEL
-
-
-class Alone(nn.Module):
-    """A client's own model, with the outputs of a mixture with a_F = 1."""
-
-    def __init__(self, own: PersonalModel):
-        super().__init__()
-        self.own = own
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(logits, weights) as of `LocalMixture`."""
-        logits = self.own(batch.own)
-        return logits, _own_only(logits)
 
 
 class MutualPair(nn.Module):
@@ -61,11 +48,7 @@ class MutualPair(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(logits, weights) as of `LocalMixture`."""
         logits = self.own(batch.own)
-        return logits, _own_only(logits)
-
-
-def _own_only(logits: Tensor) -> Tensor:
-    return torch.tensor([0.0, 1.0], device=logits.device).expand(len(logits), 2)
+        return logits, own_only(logits)
 
 
 class Mixtures(Strategy[LocalMixture]):
@@ -262,7 +245,7 @@ class NearestPrototype(Alone):
             logits = self.own.header(features)
         else:
             logits = -(features.unsqueeze(-2) - table).square().mean(-1).masked_fill(~has, torch.inf)
-        return logits, _own_only(logits)
+        return logits, own_only(logits)
 
 
 class Fml(Strategy[MutualPair]):

@@ -74,7 +74,7 @@ class ComparingTrainer:
 
     def __init__(self, trainer: LocalTrainer, folder: Path, evaluation: str = "auto", compare_alone: bool = False):
         self.trainer = trainer
-        self.num_examples = trainer.num_examples
+        self.num_examples, self.evaluates_global = trainer.num_examples, True
         self._path = folder / COMPARISON_FILE
         self._alone_folder = folder / ALONE_FOLDER
         self._evaluation, self._compare_alone = evaluation, compare_alone

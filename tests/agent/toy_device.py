@@ -31,7 +31,7 @@ class ToyTrainer:
     """Counts its rounds."""
 
     def __init__(self, bias: float = 0.0, step_s: float = 0.0) -> None:
-        self.num_examples = 7
+        self.num_examples, self.evaluates_global = 7, True
         self.bias = bias
         self.step_s = step_s
         self.rounds: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -20,6 +21,7 @@ from edgefed.personal.tasks import make_task
 from edgefed.personal.trainer import PersonalTrainer
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
+from edgefed.protocol.comparison import is_sound
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_extractor
 
@@ -64,6 +66,14 @@ def images(tmp_path_factory):
     return str(path)
 
 
+class Memo(NullProgress):
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+
 def trainer_of(images, folder, model="cnn5", name="me"):
     return PersonalTrainer(make_task("images", images, model, name, 0.2), folder)
 
@@ -97,6 +107,29 @@ def test_theta_is_all_that_is_in_the_update(table, images, tmp_path):
     assert update.metrics["train_loss"] > 0
     assert 0 <= update.metrics["held_out_accuracy_after"] <= 1
     assert 0 < update.metrics["shared_extractor_share"] < 1
+
+
+def test_at_the_end_a_device_compares_its_mixture_with_its_model_before_and_alone(table, images, tmp_path):
+    def trainer(folder):
+        make = functools.partial(make_task, "images", images, "cnn1", "me", 0.2)
+        return PersonalTrainer(make(), tmp_path / folder, untrained=make, compare_alone=True)
+
+    device = trainer("me")
+    assert device.compare(table.run, table.manifest, table.fetch, NullProgress()) is None
+    first = table.round(device, tmp_path / "update")
+    last = table.round(device, tmp_path / "update", 2)
+    found = device.compare(table.run, table.manifest, table.fetch, Memo())
+    assert found.accuracies["device"] == last.metrics["held_out_accuracy_after"]
+    assert found.device == pytest.approx(last.metrics["held_out_loss_after"])
+    assert found.global_model is None
+    assert found.num_tokens == 10
+    assert is_sound(found)
+    assert found.before > found.alone, "untrained, and after as many epochs as the mixture"
+    assert found.before != pytest.approx(first.metrics["held_out_loss_before"]), "that was of the mixture"
+    assert trainer("me").compare(table.run, table.manifest, table.fetch, NullProgress()) == found  # after a restart
+    memo = Memo()
+    assert trainer("other").compare(table.run, table.manifest, table.fetch, memo) is None
+    assert memo.messages == []
 
 
 def test_own_model_gate_and_momentum_continue_and_theta_is_that_of_the_round(images, tmp_path):
@@ -246,7 +279,7 @@ def test_facts_travel_in_the_file(table, images, tmp_path):
         facts = json.loads(file.metadata()["facts"])
     assert facts == {
         "extractor": "cnn5", "model": "cnn5", "classes": "\n".join("0123456789"), "gate": "64 switch", "task": "images",
-        "length": "128",
+        "length": "128", "rounds": "1",
     }  # fmt: skip
 
 
