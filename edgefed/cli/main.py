@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgefed.cli.options import SettingsCommand
 
 VERBS = {
+    "backup": "Copy a run, also while it is served.",
     "bench": "Measure this device and show which models fit.",
     "chat": "Talk to the model of a run.",
     "clients": "List, remove or ban the clients of a run.",

@@ -64,12 +64,14 @@ class Client:
 
     opened: ClassVar[list[Client]] = []
 
-    def __init__(self, url: str, client_id: str, *, token: str | None = None, key: str | None = None):
+    def __init__(
+        self, url: str, client_id: str, *, token: str | None = None, key: str | None = None, verify: bool = True
+    ):
         self.client_id = client_id
         headers = {routes.CLIENT_KEY_HEADER: key or toy_run.KEY + ascii(client_id).strip("'")}
         if token is not None:
             headers[routes.TOKEN_HEADER] = f"Bearer {token}"
-        self.http = httpx.Client(base_url=url, headers=headers, timeout=15.0, trust_env=False)
+        self.http = httpx.Client(base_url=url, headers=headers, timeout=15.0, trust_env=False, verify=verify)
         self.opened.append(self)
 
     @classmethod
