@@ -16,6 +16,7 @@ from edgefed.protocol.messages import (
     AssignmentReply,
     ErrorReply,
     Heartbeat,
+    HeartbeatReply,
     Leave,
     Manifest,
     Register,
@@ -57,7 +58,7 @@ class Operation:
 OFFSET = {"type": "integer", "minimum": 0, "maximum": 10**15}
 OPERATIONS = (
     Operation("POST", routes.REGISTER, "Register a client, or one again.", Register, Registered),
-    Operation("POST", routes.HEARTBEAT, "Say what the client is doing.", Heartbeat),
+    Operation("POST", routes.HEARTBEAT, "Say what the client is doing.", Heartbeat, HeartbeatReply),
     Operation("POST", routes.LEAVE, "Leave the run.", Leave),
     Operation("POST", routes.COMPARISON, "Report losses of the final model.", Comparison),
     Operation(
@@ -67,8 +68,9 @@ OPERATIONS = (
     Operation("GET", routes.MANIFEST, "The global model at the start of a round.", None, Manifest),
     Operation(
         "GET", routes.BLOB, "The bytes of a unit or file, from an offset (Range), or some rows of it.", None, BYTES,
-        {"rows": {"type": "string"}}, statuses=(206,),
+        {"rows": {"type": "string"}, "check": {"const": "1"}}, statuses=(206,),
     ),
+    Operation("PUT", routes.BLOB, "Send a copy of a blob that `HeartbeatReply` asks for.", BYTES),
     Operation("GET", routes.UPLOAD, "How much of an upload has arrived.", None, UploadState),
     Operation("PUT", routes.UPLOAD, "Append bytes to an upload.", BYTES, UploadState, {"offset": OFFSET}, ("offset",)),
     Operation("POST", routes.COMMIT, "Complete an upload.", UpdateMeta, UpdateAccepted),

@@ -372,12 +372,10 @@ class Status(Message, frozen=True):
 
 T = TypeVar("T")
 
-_encoder = msgspec.json.Encoder()
-
 
 def encode_message(message: object) -> bytes:
     """Encode a message as JSON. NaN and infinity become null, which a strict decoder refuses."""
-    return _encoder.encode(message)
+    return msgspec.json.encode(message)
 
 
 def decode_message(data: bytes, kind: type[T]) -> T:

@@ -160,6 +160,7 @@ function renderRounds(history, personal) {
   charts.forEach((chart, at) => chart.show(specs[at], rounds));
   const incidents = history.flatMap((done) => [
     ...(done.undone === null ? [] : [`Round ${done.server_round}: the held-out loss jumped, round ${done.undone} was undone.`]),
+    ...(done.damaged?.length ? [`Round ${done.server_round}: ${count(done.damaged.length, "part")} of the model stayed as before, because the disk of the server had damaged ${done.damaged.length === 1 ? "it" : "them"}.`] : []),
     ...done.set_aside.map(({ name, reason }) => `Round ${done.server_round}: the update of ${name} was set aside: ${reason}`),
   ]);
   $("incidents").replaceChildren(...incidents.slice(-20).map((text) => make("li", {}, text)));
