@@ -5,8 +5,9 @@
 Every text is profiled in full once, block by block; the sequential test then sees its blocks in a random order for each
 seed, as a device would. ``agreement`` and ``error`` are against the full profile, ``estimated_*`` is what the test
 believes. ``last_round_agreement`` is of the plan without exploration that ends a run, which is made from the same
-profile where a method profiles once. ``within_target``: share of the seeds with an agreement of at least 95 % and an
-error of at most 8 %.
+profile where a method profiles once. The agreement of slices is in what their neurons add to the outputs of layers
+(`edgefed.training.stopping.slice_agreement`); ``same_neurons`` is the share of the neurons that are the same.
+``within_target``: share of the seeds with an agreement of at least 95 % and an error of at most 8 %.
 """
 
 from __future__ import annotations
@@ -26,31 +27,28 @@ from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.methods.interface import ExpertMethod, RoundContext
 from edgefed.methods.registry import make_method
 from edgefed.moe.model import MoeModel
+from edgefed.moe.units import MemorySource
 from edgefed.trainer.expert_choice import method_layout
 from edgefed.training.data import load_corpus
-from edgefed.training.encoding import encode_examples
-from edgefed.training.profiling import activation_error, profile_blocks, spread_blocks
-from edgefed.training.stopping import MAX_FREQUENCY_ERROR, SequentialTest, plan_agreement
+from edgefed.training.encoding import TokenBlocks, encode_examples
+from edgefed.training.profiling import NUM_GROUPS, ProfilePass, activation_error, profile_blocks, spread_blocks
+from edgefed.training.stopping import MAX_FREQUENCY_ERROR, SequentialTest, plan_agreement, slice_agreement
 from edgefed.training.tokenizer import load_tokenizer
 
-METHODS = {"hfedmoe": {}, "hfedmoe without exploration": {"exploration": 0.0}, "flux": {}}
+METHODS = {"hfedmoe": {}, "hfedmoe without exploration": {"exploration": 0.0}, "flux": {}, "slices": {}}
 SHARES = (0.25, 0.5)
 FIRST, LAST = RoundContext(1, 0.0), RoundContext(10, 1.0)
 AGREEMENT = 0.95
 
 
 def block_profiles(model: MoeModel, data: str, tokens: int, length: int) -> list[ActivationProfile]:
-    """The profile of each block of a text."""
+    """The profile of each block of a text, with attention and energies of neurons."""
     path = resolve_model("tiny")
     encoded = encode_examples(load_corpus(data, 0.1, 0).train, load_tokenizer(path), length)
-    blocks, parts = spread_blocks(encoded, tokens), []
-
-    def everything(done: Sequence[ActivationProfile]) -> int:
-        parts[:] = done
-        return len(blocks) - len(done)
-
-    profile_blocks(model, blocks, enough=everything, attention=True)
-    return parts
+    blocks = spread_blocks(encoded, tokens)
+    source = MemorySource({spec.key: {n: t.clone() for n, t in ts.items()} for spec, ts in model.iter_units()})
+    rows = [TokenBlocks(blocks.input_ids[at : at + 1], blocks.labels[at : at + 1]) for at in range(len(blocks))]
+    return [profile_blocks(model, row, source, ProfilePass("all"), attention=True, neurons=True) for row in rows]
 
 
 def measure(parts: list[ActivationProfile], method: ExpertMethod, share: float, seed: int, length: int) -> dict:
@@ -64,19 +62,35 @@ def measure(parts: list[ActivationProfile], method: ExpertMethod, share: float, 
     shuffled = [parts[at] for at in order]
     test, done = SequentialTest(len(parts), length, plan, AGREEMENT, seed), 0
     stages = 0
-    while more := test(shuffled[:done]):
+    sliced = bool(plan(parts[0]).neurons)
+
+    def seen() -> list[ActivationProfile]:
+        """As `profile_blocks` gives them: blocks, or groups of blocks with energies."""
+        found = shuffled[:done]
+        return [total(found[group::NUM_GROUPS]) for group in range(min(done, NUM_GROUPS))] if sliced else found
+
+    while more := test(seen()):
         done += more
         stages += 1
     found, truth = total(shuffled[:done]), total(parts)
-    return {
+
+    def agreement(context: RoundContext) -> float:
+        mine, theirs = plan(found, context), plan(truth, context)
+        return slice_agreement(mine, theirs, truth) if sliced else plan_agreement(mine, theirs)
+
+    row = {
         "tokens": done * length,
         "stages": stages,
-        "agreement": plan_agreement(plan(found), plan(truth)),
+        "agreement": agreement(FIRST),
         "estimated_agreement": test.result.agreement,
-        "last_round_agreement": plan_agreement(plan(found, LAST), plan(truth, LAST)),
+        "last_round_agreement": agreement(LAST),
         "error": activation_error(found, truth),
         "estimated_error": test.result.frequency_error,
     }
+    if sliced:
+        pairs = list(zip(plan(found).neurons, plan(truth).neurons, strict=True))
+        row["same_neurons"] = sum((a & b).sum() for a, b in pairs) / sum(b.sum() for _, b in pairs)
+    return row
 
 
 def total(parts: Sequence[ActivationProfile]) -> ActivationProfile:

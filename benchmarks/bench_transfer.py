@@ -3,9 +3,11 @@
     python benchmarks/bench_transfer.py DIR --scratch FOLDER --json benchmarks/results/transfer.json
 
 Each part is measured between two copies of the bytes that it moves, each file synced to the disk; ``ratio`` is its time
-divided by their mean. `sync` runs before each measurement, so that none writes the pages of another. A copy does not
-hash; import and download do. The download is from a real server over loopback. CPU seconds are of all processes of
-the part. Needs free space of twice the checkpoint.
+divided by their mean, and ``cpu_ratio`` the same of CPU seconds, which other processes of the machine disturb less.
+CPU seconds are of all processes of a part; ``start_seconds`` of them is an empty process that loads what the part loads
+(torch and transformers), whatever the size of a checkpoint. ``disk_bytes`` were read from and written to the disk.
+`sync` runs before each measurement, so that none writes the pages of another. A copy does not hash; import and download
+do. The download is from a real server over loopback. Needs free space of twice the checkpoint.
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ PARTS = ("import", "download", "export")
 CHUNK = 1 << 20
 TARGET = 2.0
 
+START = {
+    "import": "import edgefed.moe.checkpoint",
+    "download": "import edgefed.agent.cache, edgefed.agent.transport",
+    "export": "import edgefed.checkpoint_export, edgefed.exporting",
+}
 DOWNLOAD = """
 import sys
 from pathlib import Path
@@ -48,31 +55,43 @@ def copy(files: Sequence[Path], target: Path) -> None:
             os.fsync(sink.fileno())
 
 
-def timed(run: Callable[[], object]) -> dict:
+def timed(run: Callable[[], object], server: int | None = None) -> dict:
+    """Measure ``run``, with the CPU seconds of the process ``server``."""
     os.sync()
-    before, started = cpu_seconds(), time.perf_counter()
+    before, started = usage(server), time.perf_counter()
     run()
-    return {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - before}
+    seconds = time.perf_counter() - started
+    cpu, read, written = (now - then for now, then in zip(usage(server), before, strict=True))
+    return {"seconds": seconds, "cpu_seconds": cpu, "disk_bytes": {"read": 512 * read, "written": 512 * written}}
 
 
-def cpu_seconds() -> float:
+def usage(server: int | None) -> tuple[float, int, int]:
+    """CPU seconds, and blocks read from and written to the disk, of this process, its children and ``server``."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+    cpu = sum(each.ru_utime + each.ru_stime for each in used) + (server_seconds(server) if server else 0.0)
+    return cpu, sum(each.ru_inblock for each in used), sum(each.ru_oublock for each in used)
 
 
 def measure(
-    name: str, files: Sequence[Path], scratch: Path, run: Callable[[], object], undo: Callable[[], None]
+    name: str,
+    files: Sequence[Path],
+    scratch: Path,
+    run: Callable[[], object],
+    undo: Callable[[], None],
+    server: int | None = None,
 ) -> dict:
+    start = timed(command("-c", START[name]))["cpu_seconds"]
     copies = []
     for which in ("before", "after"):
         if which == "after":
-            part = timed(run)
+            part = timed(run, server)
             undo()
         copies.append(timed(lambda: copy(files, scratch / "copy")))
         shutil.rmtree(scratch / "copy")
     size = sum(path.stat().st_size for path in files)
-    mean = sum(each["seconds"] for each in copies) / 2
-    row = {"part": name, "bytes": size, "files": len(files), **part, "copies": copies, "ratio": part["seconds"] / mean}
+    row = {"part": name, "bytes": size, "files": len(files), **part, "start_seconds": start, "copies": copies}
+    for ratio, figure in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+        row[ratio] = 2 * part[figure] / sum(each[figure] for each in copies)
     row["within_target"] = row["ratio"] <= TARGET
     print(json.dumps(row), flush=True)
     return row
@@ -123,11 +142,9 @@ def run_parts(model: Path, scratch: Path, parts: Sequence[str]) -> list[dict]:
     if "download" in parts:
         server, url = serve(run_folder, scratch)
         try:
-            used = server_seconds(server.pid)
             target = scratch / "downloaded"
             download = command("-c", DOWNLOAD, url, target)
-            rows.append(measure("download", blobs, scratch, download, lambda: shutil.rmtree(target)))
-            rows[-1]["server_cpu_seconds"] = server_seconds(server.pid) - used
+            rows.append(measure("download", blobs, scratch, download, lambda: shutil.rmtree(target), server.pid))
         finally:
             server.terminate()
             server.wait(timeout=60)
@@ -146,6 +163,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.scratch.mkdir(parents=True, exist_ok=True)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has compiled files
     load = os.getloadavg()[0]
     rows = run_parts(options.model, options.scratch, options.parts)
     if options.json:

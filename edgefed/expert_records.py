@@ -368,7 +368,7 @@ class ActivationProfile:
 def _added(one: Array | None, other: Array | None, what: str) -> Array | None:
     if (one is None) != (other is None):
         raise ValueError(f"cannot add a profile with {what} and one without")
-    return None if one is None or other is None else one + other
+    return None if one is None or other is None else np.add(one, other, dtype=np.float64)
 
 
 def _encode_mask(mask: NeuronMask) -> dict[str, Any]:

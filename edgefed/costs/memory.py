@@ -178,6 +178,10 @@ def _moments(
     }
 
 
+CHOICE_BYTES = 64
+"""For each neuron of a model whose slices are chosen: two sums of energies, scores, their order, masks."""
+
+
 def profiling_memory(
     shape: ModelShape,
     setup: StepSetup,
@@ -186,6 +190,7 @@ def profiling_memory(
     residency: str = "all",
     concurrent_batches: int = 1,
     attention: bool = False,
+    energies: int = 0,
     threads: int = 1,
 ) -> MemoryEstimate:
     """Peak of the forward pass of an activation profile: no gradients, one row of logits per sequence.
@@ -198,6 +203,8 @@ def profiling_memory(
             model's dtype (`edgefed.moe.lockstep`).
         concurrent_batches: Batches side by side, of which all but one wait.
         attention: The attention that tokens receive is recorded.
+        energies: Sets of energies of all neurons that are recorded, in float32. A choice of neurons from them takes
+            `CHOICE_BYTES` for each.
         threads: Threads of the CPU.
     """
     resident, _ = _counts(shape, resident, 0, setup)
@@ -231,6 +238,9 @@ def profiling_memory(
         "logits": setup.batch_size * shape.vocab_size * setup.width,
         "workspace": workspace_bytes(shape, setup),
     }
+    if energies:
+        neurons = sum(layer.num_experts * layer.expert_width for layer in shape.moe_layers)
+        parts["neuron energies"] = (4 * energies + CHOICE_BYTES) * neurons
     return MemoryEstimate(parts, {"forward": sum(parts.values())})
 
 

@@ -7,6 +7,7 @@ the same layer have run.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import operator
@@ -40,8 +41,9 @@ class StatisticsRecorder:
     """Collects router statistics since the last `take`.
 
     With ``attention``, also the attention that tokens receive; with ``neurons``, also the energies of neurons, while
-    all experts are streamed. With ``part_tokens``, statistics other than energies are kept apart for every so many
-    tokens of a pass, for `take_parts`.
+    all experts are streamed. With ``part_tokens``, statistics are kept apart for every so many tokens of a pass, for
+    `take_parts`; with ``num_groups`` for groups of batches instead, to which these are dealt in turn, for `groups`:
+    energies are too large to be kept for each part.
     """
 
     def __init__(
@@ -51,13 +53,17 @@ class StatisticsRecorder:
         *,
         neurons: bool = False,
         part_tokens: int = 0,
+        num_groups: int = 0,
     ):
         self.attention = attention
         self.neurons = neurons
         self._layers = layers
         self._part_tokens = part_tokens
+        self._num_groups = num_groups
         self._parts: dict[int, list[_Part]] = {}
-        self._energies: dict[int, torch.Tensor] = {}
+        self._energies: dict[int, list[torch.Tensor]] = {}
+        self._added: collections.Counter[int] = collections.Counter()
+        self._measured: collections.Counter[int] = collections.Counter()
 
     def add(self, layer: int, logits: torch.Tensor, kind: str, indices: torch.Tensor, weights: torch.Tensor) -> None:
         """Add one batch of a layer: router logits (T, E) of a gate ``kind``, its full choice and its weights (T, K)."""
@@ -67,10 +73,12 @@ class StatisticsRecorder:
             received = self.attention.of(self._layers[layer].experts_path, num_tokens, logits.device)  # (T,)
         parts = self._parts.setdefault(layer, [])
         size = self._part_tokens or max(1, num_tokens)
+        group = self._added[layer] % max(1, self._num_groups)
+        self._added[layer] += 1
         for start in range(0, num_tokens, size):
-            if self._part_tokens or not parts:
+            if self._part_tokens or group == len(parts):
                 parts.append(_Part(new_statistics(num_experts, logits.device)))
-            part, rows = parts[-1], slice(start, start + size)
+            part, rows = parts[-1 if self._part_tokens else group], slice(start, start + size)
             router_statistics(part.sums, logits[rows], indices[rows], weights[rows], kind=kind)
             part.num_tokens += len(logits[rows])
             if received is not None:
@@ -80,12 +88,14 @@ class StatisticsRecorder:
                 part.attention.index_add_(0, indices[rows].reshape(-1), per_pair.reshape(-1))
 
     def energies(self, layer: int, device: torch.device) -> torch.Tensor:
-        """Return the accumulator (E, I) of the neuron energies of a layer."""
-        if layer not in self._energies:
+        """Return the accumulator (E, I) float32 of the neuron energies of a layer's next batch."""
+        found = self._energies.setdefault(layer, [])
+        group = self._measured[layer] % max(1, self._num_groups)
+        self._measured[layer] += 1
+        if group == len(found):
             shape = self._layers[layer].num_experts, self._layers[layer].num_neurons
-            dtype = new_statistics(0, device).dtype
-            self._energies[layer] = torch.zeros(shape, dtype=dtype, device=device)
-        return self._energies[layer]
+            found.append(torch.zeros(shape, dtype=torch.float32, device=device))
+        return found[group]
 
     def take(self) -> ActivationProfile:
         """Return the profile so far and start again from zero. This is the only host synchronization."""
@@ -96,11 +106,8 @@ class StatisticsRecorder:
             parts = (part.profile() for part in taken.get(layer.ordinal, []))
             profile = functools.reduce(operator.add, parts, self._empty(layer))
             if self.neurons:
-                found = energies.get(layer.ordinal)
-                values = torch.zeros(layer.num_experts, layer.num_neurons) if found is None else found
-                profile = dataclasses.replace(
-                    profile, neuron_energy=values.to(device="cpu", dtype=torch.float64).numpy()
-                )
+                found = energies.get(layer.ordinal) or [torch.zeros(layer.num_experts, layer.num_neurons)]
+                profile = _with_energy(profile, found[0])
             profiles.append(profile)
         return ActivationProfile(tuple(profiles))
 
@@ -110,10 +117,22 @@ class StatisticsRecorder:
         rows = [[part.profile() for part in taken.get(layer.ordinal, [])] for layer in self._layers]
         return [ActivationProfile(layers) for layers in zip(*rows, strict=True)]
 
+    def groups(self) -> list[ActivationProfile]:
+        """Return the profile of each group so far, and go on. Energies are in float32, and valid until then."""
+        rows = []
+        for layer in self._layers:
+            pairs = zip(self._parts.get(layer.ordinal, []), self._energies.get(layer.ordinal, []), strict=True)
+            rows.append([_with_energy(part.profile(), energy, torch.float32) for part, energy in pairs])
+        return [ActivationProfile(layers) for layers in zip(*rows, strict=True)]
+
     def _empty(self, layer: ExpertLayer) -> LayerProfile:
         part = _Part(new_statistics(layer.num_experts))
         part.attention = None if self.attention is None else part.sums.new_zeros(layer.num_experts)
         return part.profile()
+
+
+def _with_energy(profile: LayerProfile, energy: torch.Tensor, dtype: torch.dtype = torch.float64) -> LayerProfile:
+    return dataclasses.replace(profile, neuron_energy=energy.to(device="cpu", dtype=dtype).numpy())
 
 
 @dataclasses.dataclass

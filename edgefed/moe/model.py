@@ -293,11 +293,13 @@ class MoeModel:
 
     @contextlib.contextmanager
     def record_statistics(
-        self, *, attention: bool = False, neurons: bool = False, part_tokens: int = 0
+        self, *, attention: bool = False, neurons: bool = False, part_tokens: int = 0, num_groups: int = 0
     ) -> Iterator[StatisticsRecorder]:
         """Collect the router's full choice and weights, absent experts included; see `StatisticsRecorder`."""
         with AttentionCapture(self.module) if attention else contextlib.nullcontext() as capture:
-            recorder = StatisticsRecorder(self.layers, capture, neurons=neurons, part_tokens=part_tokens)
+            recorder = StatisticsRecorder(
+                self.layers, capture, neurons=neurons, part_tokens=part_tokens, num_groups=num_groups
+            )
             for runtime in self._runtimes:
                 runtime.recorders.append(recorder)
             try:

@@ -34,7 +34,7 @@ from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.out_of_memory import with_smaller_batches
-from edgefed.training.profiling import ProfilePass, profile_blocks, spread_blocks
+from edgefed.training.profiling import NUM_GROUPS, ProfilePass, profile_blocks, spread_blocks
 from edgefed.training.steps import step_setup, train_scope
 from edgefed.training.stopping import Choice, SequentialTest, Sufficiency, num_first_blocks
 
@@ -56,6 +56,7 @@ def choose_profile_pass(
     requested: str = "auto",
     *,
     attention: bool = False,
+    energies: int = 0,
     packable: bool = True,
     threads: int = 1,
 ) -> tuple[ProfilePass, str]:
@@ -68,6 +69,7 @@ def choose_profile_pass(
         usable_bytes: Memory. If nothing fits, the pass is `ONE_EXPERT_AT_A_TIME`.
         requested: One of `PROFILE_STORAGES`.
         attention: The profile records attention.
+        energies: Sets of energies of all neurons that it keeps.
         packable: The experts' dtype can be quantized.
         threads: Threads of the CPU.
 
@@ -85,6 +87,7 @@ def choose_profile_pass(
             residency=each.residency,
             concurrent_batches=each.concurrent_batches,
             attention=attention,
+            energies=energies,
             threads=threads,
         ).total_bytes
 
@@ -165,8 +168,8 @@ def make_profile(
         source: Reads every expert.
         usable_bytes: Memory for the model, including what it has loaded.
         progress: Where the chosen pass is reported.
-        profiling: What is recorded. Energies of neurons are too large to be kept for each block, so a profile with them
-            takes all tokens.
+        profiling: What is recorded. With energies of neurons, batches are small enough that the first stage has one
+            for each group (`edgefed.training.profiling.NUM_GROUPS`).
         storage: One of `PROFILE_STORAGES`.
         choice: The plan that is made from a profile (`edgefed.training.stopping`).
         seed: Of the order in which blocks are profiled.
@@ -177,15 +180,20 @@ def make_profile(
     """
     picked = spread_blocks(blocks, training.profile_tokens)
     length = picked.input_ids.shape[1]
-    takes_all = training.profile_agreement >= 1 or profiling.neurons
+    takes_all = training.profile_agreement >= 1
     if not takes_all:
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(picked)))
         picked = TokenBlocks(picked.input_ids[order], picked.labels[order])
     setup, scope = step_setup(model, training), train_scope(training)
     setup = dataclasses.replace(setup, sequence_length=length)
+    num_groups = 0 if not profiling.neurons else 1 if takes_all else NUM_GROUPS
+    if num_groups > 1:
+        smallest = max(1, num_first_blocks(len(picked), length) // num_groups)
+        setup = dataclasses.replace(setup, batch_size=min(setup.batch_size, smallest))
     chosen, reason = choose_profile_pass(
         shape, setup, len(picked) if takes_all else stage_blocks(blocks, training), usable_bytes, storage,
-        attention=profiling.attention, packable=model.dtype in PACKABLE, threads=torch.get_num_threads(),
+        attention=profiling.attention, energies=num_groups, packable=model.dtype in PACKABLE,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
     progress.message(f"profile: {reason}")
 

@@ -19,6 +19,8 @@ from edgefed.training.encoding import TokenBlocks
 
 Enough = Callable[[Sequence[ActivationProfile]], int]
 """Decides how many blocks a profile takes next; see `profile_blocks`."""
+NUM_GROUPS = 8
+"""Groups of batches whose energies of neurons are kept apart: 4 bytes each for every neuron of the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +78,17 @@ def profile_blocks(
         profile_pass: What is in memory at a time.
         scope: Which adapters the experts have.
         attention: Also record the attention that tokens receive.
-        neurons: Also record the energies of neurons; needs a ``source``, and no ``enough``.
+        neurons: Also record the energies of neurons; needs a ``source``.
         enough: Called with the profile of each block so far, at first with none; returns how many blocks to profile
-            next, 0 to end.
+            next, 0 to end. With ``neurons``, with the profiles of `NUM_GROUPS` groups of batches.
         on_batch: Called with the number of tokens done; a share of the layers where batches go side by side.
         on_message: Called with a note where attention cannot be recorded.
     """
     module = model.module
     was_training = module.training
     module.train(False)
-    part_tokens = blocks.input_ids.shape[1] if enough else 0
+    grouped = bool(enough and neurons)
+    part_tokens = blocks.input_ids.shape[1] if enough and not neurons else 0
     if source is None:
         profile_pass = dataclasses.replace(profile_pass, concurrent_batches=1)
         experts: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -93,35 +96,29 @@ def profile_blocks(
         experts = model.streaming(source, scope, residency=profile_pass.residency, storage=profile_pass.storage)
     try:
         with (
-            model.record_statistics(attention=attention, neurons=neurons, part_tokens=part_tokens) as recorder,
+            model.record_statistics(
+                attention=attention, neurons=neurons, part_tokens=part_tokens, num_groups=NUM_GROUPS if grouped else 0
+            ) as recorder,
             experts,
         ):
             if enough is None:
                 _forward_all(model, blocks, profile_pass, on_batch)
                 profile = recorder.take()
             else:
-                profile = _forward_in_stages(model, blocks, profile_pass, on_batch, enough, recorder.take_parts)
+                parts: list[ActivationProfile] = []
+                done = 0
+                while more := min(enough(parts), len(blocks) - done):
+                    rows = slice(done, done + more)
+                    stage = TokenBlocks(blocks.input_ids[rows], blocks.labels[rows])
+                    _forward_all(model, stage, profile_pass, on_batch)
+                    parts = recorder.groups() if grouped else parts + recorder.take_parts()
+                    done += more
+                profile = functools.reduce(operator.add, parts)
             for note in recorder.attention.notes if recorder.attention else ():
                 on_message(f"attention: {note}")
             return profile
     finally:
         module.train(was_training)
-
-
-def _forward_in_stages(
-    model: MoeModel,
-    blocks: TokenBlocks,
-    profile_pass: ProfilePass,
-    on_batch: Callable[[int], None],
-    enough: Enough,
-    take: Callable[[], list[ActivationProfile]],
-) -> ActivationProfile:
-    parts: list[ActivationProfile] = []
-    while more := min(enough(parts), len(blocks) - len(parts)):
-        rows = slice(len(parts), len(parts) + more)
-        _forward_all(model, TokenBlocks(blocks.input_ids[rows], blocks.labels[rows]), profile_pass, on_batch)
-        parts += take()
-    return functools.reduce(operator.add, parts)
 
 
 def _forward_all(

@@ -12,6 +12,10 @@ For N much larger than n these are half-samples (McCarthy, 1969). `NUM_PARTS` ra
 two plans, and the error of the activation frequencies. A profile ends when both keep their limits with a margin of one
 standard deviation between parts.
 
+A part consists of blocks, or of groups of them where the statistics of each block would be too large: energies of
+neurons. A plan of slices agrees with another as far as its neurons add as much to the outputs of the layers
+(`slice_agreement`): which of two neurons of the same energy it has is no matter, and most are near the boundary.
+
 The agreement is estimated somewhat too high where many experts are close to the boundary: the gaps between them that
 the n blocks show are larger than the real ones. Nothing is assumed of the method: its choice is a function from a
 profile to a plan. The test is deterministic.
@@ -39,6 +43,8 @@ FIRST_TOKENS, FIRST_BLOCKS = 2048, 8
 """The first stage has at least so many of each: the spread of fewer blocks says little."""
 NUM_PARTS = 32
 """Random parts in a test."""
+FEWEST_PARTS = 4
+"""Fewer say nothing."""
 MIN_GROWTH, MAX_GROWTH = 1.25, 2.0
 """Limits of the growth of the text in a stage. Each stage may read all experts again; text beyond need is lost time."""
 
@@ -90,6 +96,22 @@ def plan_agreement(found: ExpertPlan, expected: ExpertPlan) -> float:
     return same / total if total else 1.0
 
 
+def slice_agreement(found: ExpertPlan, expected: ExpertPlan, profile: ActivationProfile) -> float:
+    """Amplitude of the neurons of ``found`` relative to that of ``expected``, at most 1.
+
+    The amplitude of neurons is the sum over layers of their share of the layer's sum of square roots of the energies in
+    ``profile``: what they add to the layer's output, as `edgefed.methods.slices` ranks it by default.
+    """
+    mine = theirs = 0.0
+    for layer, own, other in zip(profile.layers, found.neurons, expected.neurons, strict=True):
+        assert layer.neuron_energy is not None, "slices are planned from the energies of neurons"
+        amplitude = np.sqrt(layer.neuron_energy)
+        total = max(float(amplitude.sum()), float(np.finfo(np.float64).tiny))
+        mine += float(amplitude[own].sum()) / total
+        theirs += float(amplitude[other].sum()) / total
+    return min(1.0, mine / theirs) if theirs else 1.0
+
+
 def num_first_blocks(num_blocks: int, block_tokens: int) -> int:
     """Blocks of the first stage, of ``num_blocks`` with ``block_tokens`` tokens each."""
     return min(num_blocks, max(FIRST_BLOCKS, math.ceil(FIRST_TOKENS / block_tokens)))
@@ -122,18 +144,18 @@ class SequentialTest:
         self.result = Sufficiency(0, num_blocks * block_tokens)
         """Of the stages so far."""
 
-    def __call__(self, blocks: Sequence[ActivationProfile]) -> int:
-        """Blocks to profile next, after these; 0 to end."""
-        more = self._more(blocks)
+    def __call__(self, parts: Sequence[ActivationProfile]) -> int:
+        """Blocks to profile next, after these parts of whole blocks each; 0 to end."""
+        more = self._more(parts)
         if more:
             self._on_stage(more * self._block_tokens)
         return more
 
-    def _more(self, blocks: Sequence[ActivationProfile]) -> int:
-        done, total = len(blocks), self._num_blocks
+    def _more(self, parts: Sequence[ActivationProfile]) -> int:
+        done, total = sum(part.num_tokens for part in parts) // self._block_tokens, self._num_blocks
         if not done:
             return num_first_blocks(total, self._block_tokens) if self._agreement < 1 else total
-        self.result = self._estimate(blocks)
+        self.result = self._estimate(parts, done)
         if done >= total:
             return 0
         result = self.result
@@ -147,34 +169,46 @@ class SequentialTest:
         growth = min(MAX_GROWTH, max(MIN_GROWTH, missing**2))
         return min(total, math.ceil(done * growth)) - done
 
-    def _estimate(self, blocks: Sequence[ActivationProfile]) -> Sufficiency:
-        done, total = len(blocks), self._num_blocks
+    def _estimate(self, parts: Sequence[ActivationProfile], done: int) -> Sufficiency:
+        total = self._num_blocks
         tokens = done * self._block_tokens, total * self._block_tokens
         if done >= total:
             return Sufficiency(*tokens)
+        if len(parts) < FEWEST_PARTS:
+            return Sufficiency(*tokens, agreement=0.0, frequency_error=1.0)
         rng = np.random.default_rng([self._seed, done])
-        size = max(1, round(done * total / (2 * total - done)))
-        stacked = _Stacked(blocks)
-        current = stacked.sum_of(np.arange(done))
+        size = round(len(parts) * total / (2 * total - done))
+        size = max(1, min(size, len(parts) - 1))
+        stacked = _Stacked(parts)
+        current = stacked.sum_of(np.arange(len(parts)))
         plan = self._choice(current)
         agreements, errors = [], []
         for _ in range(NUM_PARTS):
-            part = stacked.sum_of(rng.permutation(done)[:size])
-            agreements.append(plan_agreement(self._choice(part), plan))
+            part = stacked.sum_of(rng.permutation(len(parts))[:size])
+            found = self._choice(part)
+            agreements.append(slice_agreement(found, plan, current) if plan.neurons else plan_agreement(found, plan))
             errors.append(activation_error(part, current))
-        found = (np.mean(agreements), np.mean(errors), np.std(agreements), np.std(errors))
-        return Sufficiency(*tokens, *map(float, found))
+        estimates = (np.mean(agreements), np.mean(errors), np.std(agreements), np.std(errors))
+        return Sufficiency(*tokens, *map(float, estimates))
 
 
 class _Stacked:
-    """Profiles of blocks as arrays (n, E) for each layer and statistic, which are added faster than one by one."""
+    """Profiles of blocks as arrays (n, E) for each layer and statistic, which are added faster than one by one.
+
+    Energies stay apart: another copy of them would be large.
+    """
 
     def __init__(self, blocks: Sequence[ActivationProfile]):
         names = [field.name for field in dataclasses.fields(LayerProfile)]
         self._layers: list[dict[str, Any]] = []
         for layers in zip(*(block.layers for block in blocks), strict=True):
-            columns = ((name, [getattr(layer, name) for layer in layers]) for name in names)
-            self._layers.append({name: None if column[0] is None else np.stack(column) for name, column in columns})
+            columns = {name: [getattr(layer, name) for layer in layers] for name in names}
+            self._layers.append(
+                {
+                    name: None if column[0] is None else column if name == "neuron_energy" else np.stack(column)
+                    for name, column in columns.items()
+                }
+            )
 
     def sum_of(self, rows: npt.NDArray[np.int64]) -> ActivationProfile:
         """The profile of the blocks ``rows`` together."""
@@ -182,6 +216,11 @@ class _Stacked:
         def added(name: str, values: Any) -> Any:
             if values is None:
                 return None
+            if name == "neuron_energy":
+                energy = np.zeros(values[0].shape)
+                for row in rows:
+                    energy += values[row]
+                return energy
             return values[rows].max(axis=0) if name == "gate_max" else values[rows].sum(axis=0)
 
         return ActivationProfile(

@@ -100,3 +100,11 @@ def test_too_little_memory_freezes_or_narrows_slices(bench, data, tmp_path):
 def test_only_this_method_stores_neurons():
     assert make_expert_method("slices").requirements.neurons
     assert not make_expert_method("hfedmoe").requirements.neurons
+
+
+def test_a_profile_of_slices_ends_when_their_choice_is_stable(bench, data, tmp_path):
+    table = bench("slices", profile_tokens=8192, profile_agreement=0.8, local_steps=1)
+    _, update = table.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "update")
+    assert 2048 <= update.metrics["profile_tokens"] < 8192
+    assert 0.8 <= update.metrics["profile_agreement"] < 1
+    assert load_plan(tmp_path / "a")[0].num_tokens == update.metrics["profile_tokens"]

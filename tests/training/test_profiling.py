@@ -23,7 +23,13 @@ from edgefed.moe.bank import ExpertBank
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.training.encoding import TokenBlocks
-from edgefed.training.profiling import ProfilePass, activation_error, profile_blocks, top_k_agreement
+from edgefed.training.profiling import (
+    NUM_GROUPS,
+    ProfilePass,
+    activation_error,
+    profile_blocks,
+    top_k_agreement,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_training  # noqa: E402
@@ -194,6 +200,24 @@ def test_the_callback_may_stop_the_pass():
         with pytest.raises(Stop):
             profile_blocks(model, blocks, MemorySource(units), profile_pass, on_batch=stop)
         assert not threads()
+
+
+@pytest.mark.parametrize("profile_pass", [PASSES[0], PASSES[2], PASSES[4]])
+def test_energies_are_recorded_in_groups_of_batches(profile_pass):
+    model, units, blocks = make("olmoe")
+    source, calls = MemorySource(units), []
+
+    def enough(parts):
+        calls.append([part.layers[1].neuron_energy.copy() for part in parts])
+        return 8
+
+    whole = profile_blocks(model, blocks, source, profile_pass, neurons=True)
+    staged = profile_blocks(model, blocks, source, profile_pass, neurons=True, enough=enough)
+    assert_same(staged, whole)
+    batches = [-(-min(8, len(blocks) - first) // profile_pass.batch_size) for first in (0, 8)]
+    assert [len(groups) for groups in calls] == [0, batches[0], min(NUM_GROUPS, sum(batches))]
+    np.testing.assert_allclose(sum(calls[-1]), whole.layers[1].neuron_energy, rtol=1e-5)
+    assert all(group.any() for group in calls[-1])
 
 
 def test_weights_that_cannot_be_quantized_are_refused():

@@ -17,6 +17,7 @@ from edgefed.training.stopping import (
     Sufficiency,
     num_first_blocks,
     plan_agreement,
+    slice_agreement,
 )
 
 TOKENS = 128
@@ -157,6 +158,48 @@ def test_agreement_counts_experts_with_their_roles():
         ((MergedGroup((1, 2), (0.5, 0.5)),),),
     )
     assert plan_agreement(ExpertPlan.of([4], [[0]]), merged) == 1  # merged experts do not count
+
+
+def test_agreement_of_slices_is_what_their_neurons_add():
+    profile = with_energy(added(text(CLEAR / CLEAR.sum(), 1, seed=0)), [[16.0, 9.0], [4.0, 1.0]])
+
+    best_two = slices([[1, 1], [0, 0]])
+    assert slice_agreement(best_two, best_two, profile) == 1
+    assert slice_agreement(slices([[1, 0], [1, 0]]), best_two, profile) == pytest.approx((4 + 2) / (4 + 3))
+    assert slice_agreement(slices([[1, 1], [1, 0]]), best_two, profile) == 1
+
+
+def slices(mask):
+    mask = np.array(mask, dtype=np.bool_)
+    return ExpertPlan((np.where(mask.any(axis=1), Role.TRAINABLE, Role.ABSENT).astype(np.int8),), neurons=(mask,))
+
+
+def with_energy(profile, energy):
+    layer = dataclasses.replace(profile.layers[0], neuron_energy=np.array(energy))
+    return ActivationProfile((layer,))
+
+
+@pytest.mark.parametrize(("noise", "ends"), [(0.5, True), (4.0, False)])
+def test_slices_end_when_their_neurons_add_as_much(noise, ends):
+    """Of groups of blocks, whose energies vary by ``noise`` between blocks."""
+    rng = np.random.default_rng(0)
+    energy = rng.lognormal(0.0, 1.5, (EXPERTS, 16))
+    blocks = [
+        with_energy(block, energy * rng.lognormal(0.0, noise, energy.shape))
+        for block in text(CLEAR / CLEAR.sum(), 128, seed=1)
+    ]
+
+    def half(profile):
+        found = profile.layers[0].neuron_energy
+        return slices(found > np.median(found))
+
+    test, done = SequentialTest(len(blocks), TOKENS, half, 0.95), 0
+    while more := test([added(blocks[:done][group::8]) for group in range(8) if done]):
+        done += more
+    assert (done < len(blocks)) == ends
+    agreement = slice_agreement(half(added(blocks[:done])), half(added(blocks)), added(blocks))
+    assert agreement >= 0.95
+    assert agreement == pytest.approx(test.result.agreement, abs=0.03)
 
 
 def test_the_sentence_for_a_person():
