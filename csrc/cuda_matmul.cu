@@ -22,6 +22,7 @@ EF_DEVICE float weight_at(const EfCudaMatrix& matrix, const float* table, int64_
   }
   if (matrix.format == EF_INT8)
     return round_to<T>(int8_value(static_cast<float>(static_cast<const int8_t*>(matrix.data)[at]), matrix.scale[row]));
+  if (matrix.format == EF_F32) return round_to<T>(static_cast<const float*>(matrix.data)[at]);
   return to_float(static_cast<const T*>(matrix.data)[at]);
 }
 
@@ -79,6 +80,23 @@ __global__ void __launch_bounds__(kThreads, 2)
         return transposed ? weight_at<T>(matrix, table, d, at, n) : weight_at<T>(matrix, table, at, d, k);
       },
       sums);
+  if (product.low_rank.low != nullptr && matrix.factor != nullptr) {
+    const EfCudaLowRank& term = product.low_rank;
+    multiply(
+        term.rank,
+        [&](int row, int64_t d) {
+          if (row >= tile.count) return 0.0f;
+          return to_float(static_cast<const T*>(term.low)[(tile.begin + row) * term.rank + d]);
+        },
+        [&](int column, int64_t d) {
+          const int64_t at = first + column;
+          if (at >= n) return 0.0f;
+          const int64_t place = transposed ? d * n + at : at * term.rank + d;
+          return term.dtype == EF_F32 ? round_to<T>(static_cast<const float*>(matrix.factor)[place])
+                                      : to_float(static_cast<const T*>(matrix.factor)[place]);
+        },
+        sums);
+  }
   const int row = threadIdx.x / kSide, column = threadIdx.x % kSide;
 #pragma unroll
   for (int i = 0; i < kEach; ++i)
@@ -98,7 +116,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     plain_outer_kernel(const __grid_constant__ OuterTable slots, const __grid_constant__ Outer outer) {
   const int slot = slots.first + static_cast<int>(blockIdx.z);
-  T* output = static_cast<T*>(slots.outputs[blockIdx.z]);
+  void* output = slots.outputs[blockIdx.z];
   if (output == nullptr) return;
   const int32_t begin = outer.positions[slot], count = outer.positions[slot + 1] - begin;
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kTile;
@@ -124,7 +142,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       const int64_t m = first_row + row + kSide * i, n = first_column + column + kSide * j;
-      if (m < outer.m && n < outer.n) output[m * outer.n + n] = from_float<T>(alpha * sums[i][j]);
+      if (m >= outer.m || n >= outer.n) continue;
+      if (outer.is_float) {
+        static_cast<float*>(output)[m * outer.n + n] = alpha * sums[i][j];
+      } else {
+        static_cast<T*>(output)[m * outer.n + n] = from_float<T>(alpha * sums[i][j]);
+      }
     }
 }
 
@@ -140,7 +163,7 @@ int32_t log2_exact(int32_t value) {  // -1 unless a power of two
 
 bool known_format(int32_t format, int32_t blocksize, int32_t dtype) {
   if (format == EF_NF4) return blocksize > 0;
-  return format == EF_INT8 || format == dtype;
+  return format == EF_INT8 || format == EF_F32 || format == dtype;
 }
 
 int32_t capability_of(int32_t device, int32_t* capability) {
@@ -203,7 +226,9 @@ int32_t ef_cuda_can_matmul(int32_t format, int32_t blocksize, int32_t dtype, int
 
 int32_t ef_cuda_grouped_matmul(const EfCudaMatrix* matrices, int64_t num_slots, const int32_t* work, int64_t pairs,
                                const void* x, const int32_t* x_rows, void* y, int32_t dtype, int64_t n, int64_t k,
-                               int32_t transposed, int32_t accumulate, int32_t kernel, int32_t device, void* stream) {
+                               int32_t transposed, int32_t accumulate, const EfCudaLowRank* low_rank, int32_t kernel,
+                               int32_t device, void* stream) {
+  if (low_rank != nullptr && low_rank->dtype != dtype && low_rank->dtype != EF_F32) return EF_UNKNOWN_DTYPE;
   if (pairs <= 0 || num_slots <= 0 || n <= 0) return EF_OK;
   if (pairs > kMostBlocksX) return EF_UNSUPPORTED;
   for (int64_t slot = 0; slot < num_slots; ++slot) {
@@ -227,15 +252,18 @@ int32_t ef_cuda_grouped_matmul(const EfCudaMatrix* matrices, int64_t num_slots, 
       table.matrices[i].block_shift = log2_exact(matrices[first + i].blocksize);
     }
     // A launch for each format that occurs; its blocks pass over the slots of the others.
-    for (const int32_t format : {dtype, static_cast<int32_t>(EF_NF4), static_cast<int32_t>(EF_INT8)}) {
+    const int32_t formats[] = {EF_F32, EF_NF4, EF_INT8, dtype};
+    for (int which = 0; which < (dtype == EF_F32 ? 3 : 4); ++which) {
+      const int32_t format = formats[which];
       bool any = false;
       bool fits[] = {aligned(x) && aligned(y), aligned(x) && aligned(y)};  // EF_CUDA_ROWS, EF_CUDA_TILES
+      if (low_rank != nullptr && (!aligned(low_rank->low) || low_rank->rank % 8 != 0)) fits[EF_CUDA_TILES] = false;
       for (int32_t i = 0; i < count; ++i) {
         const EfCudaMatrix& matrix = table.matrices[i];
         if (matrix.data == nullptr || matrix.format != format) continue;
         any = true;
         for (const int32_t each : {EF_CUDA_ROWS, EF_CUDA_TILES})
-          fits[each] = fits[each] && aligned(matrix.data) &&
+          fits[each] = fits[each] && aligned(matrix.data) && (each == EF_CUDA_ROWS || aligned(matrix.factor)) &&
                        ef_cuda_can_matmul(format, matrix.blocksize, dtype, n, k, transposed, each, capability);
       }
       if (!any) continue;
@@ -246,7 +274,8 @@ int32_t ef_cuda_grouped_matmul(const EfCudaMatrix* matrices, int64_t num_slots, 
       const int64_t rows = chosen == EF_CUDA_ROWS ? EF_CUDA_FEW_ROWS : EF_CUDA_TILE_ROWS;
       const Product product = {positions_of(work),
                                chosen == EF_CUDA_ROWS ? few_row_tiles_of(work, num_slots) : tiles_of(work, num_slots),
-                               x, x_rows, y, n, k, accumulate};
+                               x, x_rows, y, n, k, accumulate,
+                               low_rank != nullptr ? *low_rank : EfCudaLowRank{}};
       const int64_t row_tiles = most_tiles(pairs, count, rows);
       int32_t result = EF_UNSUPPORTED;
       switch (chosen) {
@@ -263,17 +292,18 @@ int32_t ef_cuda_grouped_matmul(const EfCudaMatrix* matrices, int64_t num_slots, 
 }
 
 int32_t ef_cuda_grouped_outer(void* const* outputs, const float* alphas, int64_t num_slots, const int32_t* work,
-                              const void* a, const void* b, const int32_t* b_rows, int32_t dtype, int64_t m, int64_t n,
-                              int32_t device, void* stream) {
+                              const void* a, const void* b, const int32_t* b_rows, int32_t dtype, int32_t output_dtype,
+                              int64_t m, int64_t n, int32_t device, void* stream) {
   if (num_slots <= 0 || m <= 0 || n <= 0) return EF_OK;
   if (dtype != EF_F32 && dtype != EF_F16 && dtype != EF_BF16) return EF_UNKNOWN_DTYPE;
+  if (output_dtype != EF_F32 && output_dtype != dtype) return EF_UNKNOWN_DTYPE;
   if (ceil_div(m, kTile) > kMostBlocksY || ceil_div(n, kTile) > kMostBlocksX) return EF_UNSUPPORTED;
   const OnDevice here(device);
   if (here.error() != 0) return here.error();
   int32_t capability = 0;
   const int32_t error = capability_of(device, &capability);
   if (error != 0) return error;
-  const Outer outer = {positions_of(work), a, b, b_rows, m, n};
+  const Outer outer = {positions_of(work), a, b, b_rows, m, n, output_dtype == EF_F32};
   for (int64_t first = 0; first < num_slots; first += kSlotsPerLaunch) {
     OuterTable table = {};
     table.first = static_cast<int32_t>(first);

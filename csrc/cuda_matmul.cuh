@@ -22,6 +22,7 @@ struct Product {
   void* y;
   int64_t n, k;
   int32_t accumulate;
+  EfCudaLowRank low_rank;  // low NULL: none
 };
 static_assert(sizeof(SlotTable) + sizeof(Product) <= 4096, "parameters of a kernel");
 
@@ -61,6 +62,7 @@ struct Outer {
   const void* b;
   const int32_t* b_rows;
   int64_t m, n;
+  int32_t is_float;  // outputs are float32, whatever a and b are
 };
 
 int32_t launch_tiles_outer(const OuterTable& table, const Outer& outer, int32_t dtype, void* stream);

@@ -10,23 +10,24 @@ constexpr int kColumns = 2;  // rows of W of a warp, so that a value of x serves
 
 // How a format is read: `kEights` times eight values at once.
 template <int kFormat, typename T>
-struct Reader {  // dense values of T
+struct Reader {  // dense values of T, or float
+  using Value = std::conditional_t<kFormat == EF_F32, float, T>;
   static constexpr int kEights = 1;
   struct Raw {
     float values[8];
   };
-  const T* row;
+  const Value* row;
   float factor = 1.0f;
 
   EF_DEVICE Reader(const EfCudaMatrix& matrix, int64_t row, int64_t k)
-      : row(static_cast<const T*>(matrix.data) + row * k) {}
+      : row(static_cast<const Value*>(matrix.data) + row * k) {}
   EF_DEVICE void load(int64_t piece, Raw& raw, float& scale) const {
     load_eight(row + 8 * piece, raw.values);
     scale = 1.0f;
   }
   static EF_DEVICE void decode(const Raw& raw, int, const float*, float* out) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out[i] = raw.values[i];
+    for (int i = 0; i < 8; ++i) out[i] = round_to<T>(raw.values[i]);
   }
 };
 
@@ -81,6 +82,24 @@ struct Reader<EF_INT8, T> {
   }
 };
 
+// This lane's part of low[i] . F[column] for the rows of the tile and two columns: every 32nd of the rank.
+template <typename T, typename F, int kRows>
+EF_DEVICE void add_low_rank(const F* factor, const Product& product, const RowTile& tile, int64_t first_column,
+                            float (&sums)[kRows][kColumns]) {
+  const int64_t rank = product.low_rank.rank;
+  const T* low = static_cast<const T*>(product.low_rank.low) + tile.begin * rank;
+  for (int64_t at = threadIdx.x % kWarp; at < rank; at += kWarp) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t column = first_column + c < product.n ? first_column + c : first_column;
+      const float value = round_to<T>(to_float(factor[column * rank + at]));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        sums[r][c] = fmaf(to_float(low[(r < tile.count ? r : tile.count - 1) * rank + at]), value, sums[r][c]);
+    }
+  }
+}
+
 template <int kFormat, typename T, int kRows>
 EF_DEVICE void multiply(const EfCudaMatrix& matrix, const Product& product, const RowTile& tile, int64_t first_column,
                         const float* table) {
@@ -126,13 +145,24 @@ EF_DEVICE void multiply(const EfCudaMatrix& matrix, const Product& product, cons
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
 #pragma unroll
+    for (int c = 0; c < kColumns; ++c) sums[r][c] *= readers[c].factor;
+  if (product.low_rank.low != nullptr && matrix.factor != nullptr) {
+    if (product.low_rank.dtype == EF_F32) {
+      add_low_rank<T>(static_cast<const float*>(matrix.factor), product, tile, first_column, sums);
+    } else {
+      add_low_rank<T>(static_cast<const T*>(matrix.factor), product, tile, first_column, sums);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       float sum = sums[r][c];
       for (int by = kWarp / 2; by > 0; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
       const int64_t column = first_column + c;
       if (lane != r * kColumns + c || r >= tile.count || column >= n) continue;
       T* target = static_cast<T*>(product.y) + (tile.begin + r) * n + column;
-      float value = matrix.alpha * (sum * readers[c].factor);
+      float value = matrix.alpha * sum;
       if (matrix.bias != nullptr) value += to_float(static_cast<const T*>(matrix.bias)[column]);
       if (product.accumulate) value += to_float(*target);
       *target = from_float<T>(value);
@@ -180,6 +210,7 @@ int32_t launch_rows(const SlotTable& table, const Product& product, int32_t form
     switch (format) {
       case EF_NF4: return launch<EF_NF4, T>(table, product, row_tiles, stream);
       case EF_INT8: return launch<EF_INT8, T>(table, product, row_tiles, stream);
+      case EF_F32: return launch<EF_F32, T>(table, product, row_tiles, stream);
       default: return launch<DtypeOf<T>::value, T>(table, product, row_tiles, stream);
     }
   });

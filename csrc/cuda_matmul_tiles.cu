@@ -48,6 +48,26 @@ struct DenseSource {
 };
 
 template <typename T>
+struct FloatSource {  // float32 values of a product in T
+  struct Raw {
+    float4 low, high;
+  };
+  const float* values;
+  int64_t width;
+  int64_t lines;
+
+  EF_DEVICE Raw load(int64_t line, int64_t at) const {
+    if (line >= lines || at >= width) return {make_float4(0.0f, 0.0f, 0.0f, 0.0f), make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+    const float4* from = reinterpret_cast<const float4*>(values + line * width + at);
+    return {from[0], from[1]};
+  }
+  EF_DEVICE void store(const Raw& raw, const float*, T* to) const {
+    const float all[8] = {raw.low.x, raw.low.y, raw.low.z, raw.low.w, raw.high.x, raw.high.y, raw.high.z, raw.high.w};
+    store_eight(to, all);
+  }
+};
+
+template <typename T>
 struct Nf4Source {
   struct Raw {
     uint32_t codes;
@@ -103,6 +123,8 @@ EF_DEVICE auto source_of(const EfCudaMatrix& matrix, int64_t lines, int64_t widt
     return Nf4Source<T>{static_cast<const uint8_t*>(matrix.data), matrix.scale, width, lines, matrix.block_shift};
   } else if constexpr (kFormat == EF_INT8) {
     return Int8Source<T>{static_cast<const int8_t*>(matrix.data), matrix.scale, width, lines};
+  } else if constexpr (kFormat == EF_F32) {
+    return FloatSource<T>{static_cast<const float*>(matrix.data), width, lines};
   } else {
     return DenseSource<T>{static_cast<const T*>(matrix.data), nullptr, width, lines};
   }
@@ -240,6 +262,19 @@ __global__ void __launch_bounds__(kThreads)
     Sums sums[2][2];
     clear(sums);
     multiply<T, true, !kTransposed>(rows, 0, weights, first, k, shared.table, shared.a, shared.b, sums);
+    if (product.low_rank.low != nullptr && matrix.factor != nullptr) {
+      const EfCudaLowRank& term = product.low_rank;
+      const T* low = static_cast<const T*>(term.low) + tile.begin * term.rank;
+      const DenseSource<T> low_rows = {low, nullptr, term.rank, tile.count};
+      const int64_t lines = kTransposed ? term.rank : n, width = kTransposed ? n : term.rank;
+      if (term.dtype == EF_F32) {
+        const FloatSource<T> factor = {static_cast<const float*>(matrix.factor), width, lines};
+        multiply<T, true, !kTransposed>(low_rows, 0, factor, first, term.rank, shared.table, shared.a, shared.b, sums);
+      } else {
+        const DenseSource<T> factor = {static_cast<const T*>(matrix.factor), nullptr, width, lines};
+        multiply<T, true, !kTransposed>(low_rows, 0, factor, first, term.rank, shared.table, shared.a, shared.b, sums);
+      }
+    }
     T* y = static_cast<T*>(product.y);
     const T* bias = static_cast<const T*>(matrix.bias);
     write_sums(sums, shared.patches, [&](int row, int column, float* values) {
@@ -267,7 +302,7 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (TensorCores<T>::exist) {
     __shared__ Shared<T, false, false> shared;
     const int slot = slots.first + static_cast<int>(blockIdx.z);
-    T* output = static_cast<T*>(slots.outputs[blockIdx.z]);
+    void* output = slots.outputs[blockIdx.z];
     if (output == nullptr) return;
     const int32_t begin = outer.positions[slot], count = outer.positions[slot + 1] - begin;
     const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kTile;
@@ -283,7 +318,12 @@ __global__ void __launch_bounds__(kThreads)
       if (first_row + row >= outer.m || first_column + column >= outer.n) return;
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i] *= alpha;
-      store_eight(output + (first_row + row) * outer.n + first_column + column, values);
+      const int64_t at = (first_row + row) * outer.n + first_column + column;
+      if (outer.is_float) {
+        store_eight(static_cast<float*>(output) + at, values);
+      } else {
+        store_eight(static_cast<T*>(output) + at, values);
+      }
     });
   }
 }
@@ -309,6 +349,7 @@ int32_t launch_format(const SlotTable& table, const Product& product, int32_t fo
   switch (format) {
     case EF_NF4: return launch_either<EF_NF4, T>(table, product, transposed, row_tiles, stream);
     case EF_INT8: return launch_either<EF_INT8, T>(table, product, transposed, row_tiles, stream);
+    case EF_F32: return launch_either<EF_F32, T>(table, product, transposed, row_tiles, stream);
     default: return launch_either<DtypeOf<T>::value, T>(table, product, transposed, row_tiles, stream);
   }
 }

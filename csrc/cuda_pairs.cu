@@ -163,6 +163,81 @@ __global__ void __launch_bounds__(kRowThreads)
   if (lane == 0) dots[pair] = sum;
 }
 
+// A row is cut into pieces of kValues columns: eight if its halves are aligned, else one.
+template <typename T, int kValues>
+EF_DEVICE void load_piece(const T* from, float* out) {
+  if constexpr (kValues == 8) {
+    load_eight(from, out);
+  } else {
+    out[0] = to_float(*from);
+  }
+}
+template <typename T, int kValues>
+EF_DEVICE void store_piece(T* to, const float* values) {
+  if constexpr (kValues == 8) {
+    store_eight(to, values);
+  } else {
+    *to = from_float<T>(values[0]);
+  }
+}
+
+EF_DEVICE float sigmoid_of(float value) { return 1.0f / (1.0f + expf(-value)); }
+
+template <typename T, int kValues>
+__global__ void __launch_bounds__(kRowThreads)
+    swiglu_kernel(const T* gate_up, const int32_t* kept, T* hidden, int64_t width) {
+  const int64_t at = blockIdx.x;
+  if (at >= *kept) return;
+  const T* row = gate_up + at * 2 * width;
+  for (int64_t column = kValues * threadIdx.x; column < width; column += kValues * kRowThreads) {
+    float gate[kValues], up[kValues];
+    load_piece<T, kValues>(row + column, gate);
+    load_piece<T, kValues>(row + width + column, up);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) up[i] *= gate[i] * sigmoid_of(gate[i]);
+    store_piece<T, kValues>(hidden + at * width + column, up);
+  }
+}
+
+// A warp for each position, as in pair_dots_kernel.
+template <typename T, int kValues>
+__global__ void __launch_bounds__(kRowThreads)
+    swiglu_backward_kernel(const T* gate_up, const T* d, const int32_t* order, const float* weights,
+                           const int32_t* kept, T* gate_up_grad, T* hidden, float* dots, int64_t width) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (at >= *kept) return;
+  const int32_t pair = order[at];
+  const float weight = weights[pair];
+  float sum = 0.0f;
+  for (int64_t column = kValues * lane; column < width; column += kValues * kWarp) {
+    float gate[kValues], up[kValues], gradient[kValues];
+    load_piece<T, kValues>(gate_up + at * 2 * width + column, gate);
+    load_piece<T, kValues>(gate_up + at * 2 * width + width + column, up);
+    load_piece<T, kValues>(d + at * width + column, gradient);
+    float h[kValues];
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const float sigmoid = sigmoid_of(gate[i]), silu = gate[i] * sigmoid;
+      h[i] = silu * up[i];
+      sum += gradient[i] * h[i];
+      gradient[i] *= weight;
+      gate[i] = gradient[i] * up[i] * (sigmoid + silu * (1.0f - sigmoid));
+      up[i] = gradient[i] * silu;
+    }
+    store_piece<T, kValues>(gate_up_grad + at * 2 * width + column, gate);
+    store_piece<T, kValues>(gate_up_grad + at * 2 * width + width + column, up);
+    if (hidden != nullptr) store_piece<T, kValues>(hidden + at * width + column, h);
+  }
+  for (int by = kWarp / 2; by > 0; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+  if (lane == 0) dots[pair] = sum;
+}
+
+template <typename... Pointers>
+bool in_eights(int64_t width, const Pointers*... pointers) {
+  return width % 8 == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
 }  // namespace
 }  // namespace edgefed
 
@@ -248,6 +323,40 @@ int32_t ef_cuda_pair_dots(void* a, const void* b, const int32_t* b_rows, const i
     const auto blocks = static_cast<unsigned>(ceil_div(pairs, kRowThreads / kWarp));
     EF_LAUNCH(pair_dots_kernel<T>, blocks, kRowThreads, stream, static_cast<T*>(a), static_cast<const T*>(b), b_rows,
               order, weights, positions_of(work) + num_slots, dots, width);
+    return launched();
+  });
+}
+
+int32_t ef_cuda_swiglu(const void* gate_up, const int32_t* work, int64_t num_slots, void* hidden, int32_t dtype,
+                       int64_t pairs, int64_t width, int32_t device, void* stream) {
+  if (pairs > kMostBlocksX) return EF_UNSUPPORTED;
+  if (pairs <= 0 || width <= 0) return EF_OK;
+  const OnDevice here(device);
+  if (here.error() != 0) return here.error();
+  return with_cuda_dtype(dtype, [&](auto type) -> int32_t {
+    using T = decltype(type);
+    const auto kernel = in_eights(width, gate_up, hidden) ? swiglu_kernel<T, 8> : swiglu_kernel<T, 1>;
+    EF_LAUNCH(kernel, static_cast<unsigned>(pairs), kRowThreads, stream, static_cast<const T*>(gate_up),
+              positions_of(work) + num_slots, static_cast<T*>(hidden), width);
+    return launched();
+  });
+}
+
+int32_t ef_cuda_swiglu_backward(const void* gate_up, const void* d, const int32_t* order, const float* weights,
+                                const int32_t* work, int64_t num_slots, void* gate_up_grad, void* hidden, float* dots,
+                                int32_t dtype, int64_t pairs, int64_t width, int32_t device, void* stream) {
+  if (pairs > kMostBlocksX) return EF_UNSUPPORTED;
+  if (pairs <= 0) return EF_OK;
+  const OnDevice here(device);
+  if (here.error() != 0) return here.error();
+  return with_cuda_dtype(dtype, [&](auto type) -> int32_t {
+    using T = decltype(type);
+    const auto kernel = in_eights(width, gate_up, d, gate_up_grad, hidden) ? swiglu_backward_kernel<T, 8>
+                                                                           : swiglu_backward_kernel<T, 1>;
+    const auto blocks = static_cast<unsigned>(ceil_div(pairs, kRowThreads / kWarp));
+    EF_LAUNCH(kernel, blocks, kRowThreads, stream, static_cast<const T*>(gate_up), static_cast<const T*>(d), order,
+              weights, positions_of(work) + num_slots, static_cast<T*>(gate_up_grad), static_cast<T*>(hidden), dots,
+              width);
     return launched();
   });
 }

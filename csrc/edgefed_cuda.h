@@ -8,17 +8,26 @@
 
 #include "edgefed.h"
 
-#define EF_CUDA_ABI_VERSION 1
+#define EF_CUDA_ABI_VERSION 2
 
 // The operand of one slot in a product. data NULL: the slot is skipped, and its rows of y stay unchanged.
 struct EfCudaMatrix {
   const void* data;    // as EfGroup.data
   const float* scale;  // as EfGroup.scale
   const void* bias;    // (n) of the dtype of y, or NULL
-  int32_t format;      // an EfDtype equal to that of x, EF_NF4 or EF_INT8
+  const void* factor;  // EfCudaLowRank, or NULL
+  int32_t format;      // an EfDtype: that of x, or EF_F32; EF_NF4 or EF_INT8
   int32_t blocksize;   // NF4
   float alpha;         // factor of the product (not of the bias)
   int32_t block_shift;  // NF4: log2(blocksize), set by the library
+};
+
+// The low-rank term of a product: x[i] W^T + low[i] F^T, or x[i] W + low[i] F where the product is transposed, for slots
+// with a factor F (n, rank), transposed (rank, n). low (pairs, rank) of the dtype of x.
+struct EfCudaLowRank {
+  const void* low;
+  int64_t rank;
+  int32_t dtype;  // of the factors: that of x, or EF_F32
 };
 
 // The kernel of a product, the most specialized one first.
@@ -68,20 +77,22 @@ EF_API int32_t ef_cuda_sort_pairs(const int64_t* slots, int64_t pairs, int64_t n
 EF_API int32_t ef_cuda_can_matmul(int32_t format, int32_t blocksize, int32_t dtype, int64_t n, int64_t k,
                                   int32_t transposed, int32_t kernel, int32_t capability);
 
-// y[i] = alpha * (x[x_rows[i]] W^T) + bias, or with W where transposed, for the sorted positions i of each slot.
-// matrices (num_slots) in host memory; W is (n, k), transposed (k, n). x (., k), y (pairs, n) of dtype; x_rows NULL is
-// the identity. accumulate adds to y. kernel is a request: where it does not support a format, the next one of
-// EfCudaKernel runs. Rows of y without a pair stay unchanged.
+// y[i] = alpha * (x[x_rows[i]] W^T + low-rank term) + bias, or with W where transposed, for the sorted positions i of
+// each slot. matrices (num_slots) in host memory; W is (n, k), transposed (k, n). x (., k), y (pairs, n) of dtype; x_rows
+// NULL is the identity. accumulate adds to y. kernel is a request: where it does not support a format, the next one of
+// EfCudaKernel runs. Rows of y without a pair stay unchanged. low_rank NULL: none.
 EF_API int32_t ef_cuda_grouped_matmul(const struct EfCudaMatrix* matrices, int64_t num_slots, const int32_t* work,
                                       int64_t pairs, const void* x, const int32_t* x_rows, void* y, int32_t dtype,
-                                      int64_t n, int64_t k, int32_t transposed, int32_t accumulate, int32_t kernel,
-                                      int32_t device, void* stream);
+                                      int64_t n, int64_t k, int32_t transposed, int32_t accumulate,
+                                      const struct EfCudaLowRank* low_rank, int32_t kernel, int32_t device,
+                                      void* stream);
 
 // outputs[slot][m, n] = alpha * sum over the positions i of the slot of a[i, m] * b[b_rows[i], n]; zeros for a slot
-// without rows, nothing where outputs[slot] is NULL. outputs and alphas (num_slots) in host memory.
+// without rows, nothing where outputs[slot] is NULL. outputs and alphas (num_slots) in host memory. a and b are of
+// dtype, outputs of output_dtype: dtype or EF_F32.
 EF_API int32_t ef_cuda_grouped_outer(void* const* outputs, const float* alphas, int64_t num_slots, const int32_t* work,
-                                     const void* a, const void* b, const int32_t* b_rows, int32_t dtype, int64_t m,
-                                     int64_t n, int32_t device, void* stream);
+                                     const void* a, const void* b, const int32_t* b_rows, int32_t dtype,
+                                     int32_t output_dtype, int64_t m, int64_t n, int32_t device, void* stream);
 
 // --- between rows of pairs and rows of tokens --------------------------------------------------------------------
 
@@ -98,6 +109,18 @@ EF_API int32_t ef_cuda_spread(const void* y, const int32_t* order, const int32_t
 EF_API int32_t ef_cuda_pair_dots(void* a, const void* b, const int32_t* b_rows, const int32_t* order,
                                  const float* weights, const int32_t* work, int64_t num_slots, float* dots,
                                  int32_t dtype, int64_t pairs, int64_t width, int32_t device, void* stream);
+
+// --- SwiGLU: h = silu(g) u for the two halves g, u of each row of gate_up (pairs, 2 width) ---------------------------
+
+// hidden (pairs, width) = h, for the positions of pairs that are not dropped.
+EF_API int32_t ef_cuda_swiglu(const void* gate_up, const int32_t* work, int64_t num_slots, void* hidden, int32_t dtype,
+                              int64_t pairs, int64_t width, int32_t device, void* stream);
+// With d (pairs, width), the gradient of h without the pair's weight w: dots[order[i]] = d . h; gate_up_grad = [dg, du]
+// of w d, which may be gate_up itself; hidden = h, which may be d, unless NULL.
+EF_API int32_t ef_cuda_swiglu_backward(const void* gate_up, const void* d, const int32_t* order, const float* weights,
+                                       const int32_t* work, int64_t num_slots, void* gate_up_grad, void* hidden,
+                                       float* dots, int32_t dtype, int64_t pairs, int64_t width, int32_t device,
+                                       void* stream);
 
 // --- router statistics: edgefed/kernels/router_statistics.py ------------------------------------------------------
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from edgefed.kernels.cuda_library import CudaMatrix, error_text, load_cuda
+from edgefed.kernels.cuda_library import CudaLowRank, CudaMatrix, error_text, load_cuda
 from edgefed.native import dtype_code
 
 _NO_ERROR = -1
@@ -23,7 +23,10 @@ _NO_ERROR = -1
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """A weight (rows, columns) on the device, dense or packed with its absmax. ``code`` is of enum EfFormat."""
+    """A weight (rows, columns) on the device, dense or packed with its absmax. ``code`` is of enum EfFormat.
+
+    ``factor``: see `LowRank`.
+    """
 
     data: torch.Tensor
     code: int
@@ -31,6 +34,34 @@ class Operand:
     blocksize: int = 0
     bias: torch.Tensor | None = None
     alpha: float = 1.0
+    factor: torch.Tensor | None = None
+
+
+Matrices = ctypes.Array[CudaMatrix]
+"""The operands of a product by slot, as `matrix_table` makes them. It has addresses only: the tensors must stay."""
+
+
+def matrix_table(operands: Sequence[Operand | None]) -> Matrices:
+    """Return the table of ``operands`` by slot; None skips the slot's rows."""
+    table = (CudaMatrix * len(operands))()
+    for slot, operand in enumerate(operands):
+        if operand is not None:
+            table[slot] = CudaMatrix(
+                operand.data.data_ptr(), _pointer(operand.scale), _pointer(operand.bias), _pointer(operand.factor),
+                operand.code, operand.blocksize, operand.alpha, 0,
+            )  # fmt: skip
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Adds ``low`` F^T to a product, ``transposed`` ``low`` F, for slots with a factor F (out, R), transposed (R, out).
+
+    ``low`` (T*K, R) by position; ``dtype`` of the factors, that of ``low`` or float32.
+    """
+
+    low: torch.Tensor
+    dtype: torch.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +107,13 @@ class CudaKernels:
         if self.emulated:
             code = function(*arguments, 0, None)
         elif like.is_cuda:
-            with torch.cuda.device(like.device):
-                stream = torch.cuda.current_stream(like.device).cuda_stream
-                code = function(*arguments, like.device.index, stream)
+            device = like.device
+            stream = torch.cuda.current_stream(device).cuda_stream
+            if device.index == torch.cuda.current_device():
+                code = function(*arguments, device.index, stream)
+            else:
+                with torch.cuda.device(device):
+                    code = function(*arguments, device.index, stream)
         else:
             raise ValueError(f"expected a CUDA tensor, found one on {like.device}")
         if code != 0:
@@ -107,7 +142,7 @@ class CudaKernels:
 
     def grouped_matmul(
         self,
-        operands: Sequence[Operand | None],
+        matrices: Matrices,
         pairs: SortedPairs,
         x: torch.Tensor,
         x_rows: torch.Tensor | None,
@@ -115,25 +150,23 @@ class CudaKernels:
         *,
         transposed: bool,
         kernel: int,
+        low_rank: LowRank | None = None,
         add_to: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute Y (T*K, outputs): each position's row of x or x[x_rows] times its slot's W^T (``transposed``: W).
 
-        ``operands`` by slot; None skips the slot's rows. ``add_to``: add to this y instead of a new one.
+        ``add_to``: add to this y instead of a new one.
         """
         x = x.contiguous()
         y = torch.empty(pairs.num_pairs, outputs, dtype=x.dtype, device=x.device) if add_to is None else add_to
-        table = (CudaMatrix * max(len(operands), 1))()
-        for slot, operand in enumerate(operands):
-            if operand is not None:
-                table[slot] = CudaMatrix(
-                    operand.data.data_ptr(), _pointer(operand.scale), _pointer(operand.bias), operand.code,
-                    operand.blocksize, operand.alpha, 0,
-                )  # fmt: skip
+        term = None
+        if low_rank is not None:
+            low = low_rank.low
+            term = ctypes.byref(CudaLowRank(low.data_ptr(), low.shape[1], dtype_code(low_rank.dtype)))
         self._call(
-            "ef_cuda_grouped_matmul", x, ctypes.byref(table), len(operands), pairs.work.data_ptr(), pairs.num_pairs,
+            "ef_cuda_grouped_matmul", x, ctypes.byref(matrices), len(matrices), pairs.work.data_ptr(), pairs.num_pairs,
             x.data_ptr(), _pointer(x_rows), y.data_ptr(), dtype_code(x.dtype), outputs, x.shape[1], transposed,
-            add_to is not None, kernel,
+            add_to is not None, term, kernel,
         )  # fmt: skip
         return y
 
@@ -144,22 +177,30 @@ class CudaKernels:
         a: torch.Tensor,
         b: torch.Tensor,
         b_rows: torch.Tensor | None,
+        *,
+        dtype: torch.dtype | None = None,
+        together: bool = False,
     ) -> list[torch.Tensor | None]:
         """Compute, by slot, alpha * sum_p a[p] b[p]^T, (M, N), of a (T*K, M) and b (T*K, N) or b[b_rows].
 
-        ``wanted`` by slot: alpha, or None for no result. A slot without pairs gives zeros.
+        ``wanted`` by slot: alpha, or None for no result. A slot without pairs gives zeros. ``dtype`` of the results:
+        that of a, or float32; ``together``: in one storage, for small ones.
         """
         a, b = a.contiguous(), b.contiguous()
-        results = [
-            None if alpha is None else torch.empty(a.shape[1], b.shape[1], dtype=a.dtype, device=a.device)
-            for alpha in wanted
-        ]
+        dtype, shape = dtype or a.dtype, (a.shape[1], b.shape[1])
+        results: list[torch.Tensor | None]
+        if together:
+            count = sum(alpha is not None for alpha in wanted)
+            parts = iter(torch.empty(count, *shape, dtype=dtype, device=a.device).unbind(0))
+            results = [None if alpha is None else next(parts) for alpha in wanted]
+        else:
+            results = [None if alpha is None else torch.empty(shape, dtype=dtype, device=a.device) for alpha in wanted]
         targets = (ctypes.c_void_p * max(len(wanted), 1))(*map(_pointer, results))
         alphas = (ctypes.c_float * max(len(wanted), 1))(*(0.0 if alpha is None else alpha for alpha in wanted))
         self._call(
             "ef_cuda_grouped_outer", a, ctypes.byref(targets), ctypes.byref(alphas), len(wanted),
-            pairs.work.data_ptr(), a.data_ptr(), b.data_ptr(), _pointer(b_rows), dtype_code(a.dtype), a.shape[1],
-            b.shape[1],
+            pairs.work.data_ptr(), a.data_ptr(), b.data_ptr(), _pointer(b_rows), dtype_code(a.dtype),
+            dtype_code(dtype), *shape,
         )  # fmt: skip
         return results
 
@@ -198,6 +239,33 @@ class CudaKernels:
             _pointer(weights), pairs.work.data_ptr(), pairs.num_slots, dots.data_ptr(), dtype_code(a.dtype),
             pairs.num_pairs, a.shape[1],
         )  # fmt: skip
+
+    def swiglu(self, gate_up: torch.Tensor, pairs: SortedPairs) -> torch.Tensor:
+        """Compute silu(g) * u, (T*K, I), of the two halves of gate_up (T*K, 2I)."""
+        hidden = torch.empty(
+            gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device
+        )  # fmt: skip
+        self._call(
+            "ef_cuda_swiglu", gate_up, gate_up.data_ptr(), pairs.work.data_ptr(), pairs.num_slots, hidden.data_ptr(),
+            dtype_code(gate_up.dtype), *hidden.shape,
+        )  # fmt: skip
+        return hidden
+
+    def swiglu_backward_(
+        self, gate_up: torch.Tensor, d: torch.Tensor, pairs: SortedPairs, weights: torch.Tensor, *, keeps_hidden: bool
+    ) -> torch.Tensor:
+        """Replace gate_up (T*K, 2I) by its gradient, and return that of the weights, (T, K) float32.
+
+        d (T*K, I) is the gradient of silu(g) * u without the gate weights, float32 (T, K). ``keeps_hidden``: replace it
+        by silu(g) * u.
+        """
+        dots = torch.zeros_like(weights)
+        self._call(
+            "ef_cuda_swiglu_backward", d, gate_up.data_ptr(), d.data_ptr(), pairs.order.data_ptr(), weights.data_ptr(),
+            pairs.work.data_ptr(), pairs.num_slots, gate_up.data_ptr(), d.data_ptr() if keeps_hidden else None,
+            dots.data_ptr(), dtype_code(d.dtype), *d.shape,
+        )  # fmt: skip
+        return dots
 
     # --- router statistics ----------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgefed.native import NativeUnavailable, find_library, load_library
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ROWS, TILES, PLAIN = 0, 1, 2
 """enum EfCudaKernel."""
 
@@ -25,11 +25,18 @@ class CudaMatrix(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
         ("format", ctypes.c_int32),
         ("blocksize", ctypes.c_int32),
         ("alpha", ctypes.c_float),
         ("block_shift", ctypes.c_int32),
     ]
+
+
+class CudaLowRank(ctypes.Structure):
+    """struct EfCudaLowRank: the low-rank term of a product."""
+
+    _fields_ = [("low", ctypes.c_void_p), ("rank", ctypes.c_int64), ("dtype", ctypes.c_int32)]
 
 
 def find_cuda() -> Path:
@@ -72,11 +79,13 @@ _FUNCTIONS: dict[str, list[type[Any]]] = {
     "ef_cuda_sort_scratch": [_L, _L, _L],
     "ef_cuda_sort_pairs": [_I, _P, _L, _L, _I, _P, _P, _P, _P, _P, _I, _P],
     "ef_cuda_can_matmul": [_I, _I, _I, _I, _L, _L, _I, _I, _I],
-    "ef_cuda_grouped_matmul": [_I, _P, _L, _P, _L, _P, _P, _P, _I, _L, _L, _I, _I, _I, _I, _P],
-    "ef_cuda_grouped_outer": [_I, _P, _P, _L, _P, _P, _P, _P, _I, _L, _L, _I, _P],
+    "ef_cuda_grouped_matmul": [_I, _P, _L, _P, _L, _P, _P, _P, _I, _L, _L, _I, _I, _P, _I, _I, _P],
+    "ef_cuda_grouped_outer": [_I, _P, _P, _L, _P, _P, _P, _P, _I, _I, _L, _L, _I, _P],
     "ef_cuda_combine": [_I, _P, _P, _P, _P, _I, _L, _L, _L, _I, _P],
     "ef_cuda_spread": [_I, _P, _P, _P, _P, _P, _L, _P, _I, _L, _L, _I, _P],
     "ef_cuda_pair_dots": [_I, _P, _P, _P, _P, _P, _P, _L, _P, _I, _L, _L, _I, _P],
+    "ef_cuda_swiglu": [_I, _P, _P, _L, _P, _I, _L, _L, _I, _P],
+    "ef_cuda_swiglu_backward": [_I, _P, _P, _P, _P, _P, _L, _P, _P, _P, _I, _L, _L, _I, _P],
     "ef_cuda_statistics_scratch": [_L, _L, _L],
     "ef_cuda_router_statistics": [_I, _P, _P, _I, _I, _P, _P, _I, _L, _L, _L, _P, _I, _P],
     "ef_cuda_quantize_nf4": [_I, _P, _I, _L, _L, _P, _P, _P, _I, _P],

@@ -70,12 +70,24 @@ class Slots(Protocol):
     """S experts by slot. An item is read once per call, only if a token needs it: it may come from disk.
 
     With a true attribute ``streamed``, items are read one after the other and none stays in memory. Slots of different
-    widths have an attribute ``widths``, (S,): the neurons of each.
+    widths have an attribute ``widths``, (S,): the neurons of each. Slots that keep their tensors between calls have
+    ``lasting``, and ``scheduled``: the slots whose tensors get gradients in this call, None for all.
     """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, slot: int) -> SlotWeights: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LastingSlots:
+    """Slots that keep their tensors, none of them detached, and what backends derive from them, by backend.
+
+    Their owner clears ``layouts`` when it replaces a tensor; new values in the same tensor change nothing.
+    """
+
+    slots: Slots
+    layouts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class _PackedProduct(torch.autograd.Function):

@@ -24,7 +24,7 @@ from torch import nn
 
 from edgefed.errors import CheckpointError
 from edgefed.expert_records import ExpertPlan, MergedGroup
-from edgefed.kernels.masked_experts import Slots, SlotWeights
+from edgefed.kernels.masked_experts import LastingSlots, Slots, SlotWeights
 from edgefed.kernels.quantization import QuantizedMatrix
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.expert_reading import read_adapter, read_expert, read_slice, read_with_adapter
@@ -33,12 +33,12 @@ from edgefed.moe.neurons import sliced_shape, to_table
 from edgefed.moe.offloading import Offloaded, OffloadSpace, mark_offloaded, release
 from edgefed.moe.slots import (
     PACKABLE,
+    BankSlots,
     Perturbation,
     PerturbedSlots,
     RaggedStack,
     empty_stack,
     pack_into,
-    slot_weights,
     typical_weight,
 )
 from edgefed.moe.units import LORA_SUFFIX, ExpertSource, TrainScope, check_tensors, copy_into
@@ -120,6 +120,8 @@ class ExpertBank(nn.Module):
         self.slot_table: dict[int, SlotWeights] = {}
         """Slots as kernels take them, each built once: collecting the tensors of a layer takes the host longer than a
         GPU computes with them."""
+        self.lasting: LastingSlots | None = None if offload is not None else LastingSlots(BankSlots(self, None))
+        """The slots with what kernels derive from them; None if weights are offloaded."""
         self._training_space: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = {}
         members = np.array([expert for group in groups for expert in group.experts], dtype=np.int64)
         for name, value in (
@@ -224,6 +226,8 @@ class ExpertBank(nn.Module):
         A cast does not change packed weights, only the dtype that they are dequantized to.
         """
         self.slot_table.clear()
+        if self.lasting is not None:
+            self.lasting.layouts.clear()
         if self.offload is None:
             self._storage = {
                 name: storage.apply(fn) if isinstance(storage, RaggedStack) else fn(storage)
@@ -347,39 +351,6 @@ class ExpertBank(nn.Module):
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients:
                 yield self.experts[slot], gradients
-
-
-class BankSlots:
-    """The slots of a bank, with some of them detached from the gradient."""
-
-    def __init__(self, bank: ExpertBank, scheduled: Collection[int] | None):
-        self._bank = bank
-        self._scheduled = scheduled
-
-    def __len__(self) -> int:
-        return len(self._bank)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Neurons of each slot, (S,); () if all experts are whole."""
-        return tuple(map(len, self._bank.neurons))
-
-    def __getitem__(self, slot: int) -> SlotWeights:
-        bank = self._bank
-        is_lasting = self._scheduled is None and bank.offload is None
-        if is_lasting and slot in bank.slot_table:
-            return bank.slot_table[slot]
-        tensors: dict[str, torch.Tensor] = {**bank.tensors(slot), **bank.tensors(slot, adapter=True)}
-        if self._scheduled is not None and bank.experts[slot] not in self._scheduled:
-            tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        if bank.offload is not None:
-            tensors = {name: bank.offload.near(tensor) for name, tensor in tensors.items()}
-        # The weights of a merged expert include the adapters of its members.
-        scale = bank.lora_scale if slot < bank.num_resident else None
-        weights = slot_weights(bank.layer, tensors, bank.packed(slot), scale)
-        if is_lasting:
-            bank.slot_table[slot] = weights
-        return weights
 
 
 def _merged_tensors(

@@ -1,11 +1,12 @@
 """Experts by slot, as the kernels take them (`edgefed.kernels.masked_experts.Slots`), from different places.
 
     StackSlots       rows of the stacks of a transformers module, gradients included
+    BankSlots        the slots of an `edgefed.moe.bank.ExpertBank`
     StreamedSlots    all experts of a layer, each read when it is needed and released afterwards
     PerturbedSlots   other slots with one expert moved in a random direction
 
 `RaggedStack` stores one tensor of slots of different widths. `slot_weights` builds the weights of one slot;
-`empty_stack` and `pack_into` store experts in 4 or 8 bits. The slots of an expert bank are in `edgefed.moe.bank`.
+`empty_stack` and `pack_into` store experts in 4 or 8 bits.
 Perturbed slots estimate gradients by forward passes alone. The moved weights
 are computed when the expert is requested, one expert at a time, and released afterwards, so resident weights never
 change: quantized experts can be moved too, and a failed pass needs no cleanup.
@@ -15,17 +16,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from edgefed.costs.step_setup import BLOCKSIZE
 from edgefed.errors import CheckpointError, ConfigError
-from edgefed.kernels.masked_experts import LowRankPair, Slots, SlotWeights
+from edgefed.kernels.masked_experts import LastingSlots, LowRankPair, Slots, SlotWeights
 from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts, quantize_experts
 from edgefed.moe.architecture import ExpertLayer, ExpertsModule
 from edgefed.moe.expert_reading import read_adapter, read_expert
 from edgefed.moe.units import ExpertSource, TrainScope
+
+if TYPE_CHECKING:
+    from edgefed.moe.bank import ExpertBank
 
 Weight = torch.Tensor | QuantizedMatrix
 
@@ -112,6 +117,51 @@ class StackSlots:
             up_bias=rows[f"{up}_bias"][slot] if f"{up}_bias" in rows else None,
             down_bias=rows["down_proj_bias"][slot] if "down_proj_bias" in rows else None,
         )
+
+
+class BankSlots:
+    """The slots of a bank, with some of them detached from the gradient."""
+
+    def __init__(self, bank: ExpertBank, scheduled: Collection[int] | None):
+        self._bank = bank
+        self._scheduled = scheduled
+
+    def __len__(self) -> int:
+        return len(self._bank)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each slot, (S,); () if all experts are whole."""
+        return tuple(map(len, self._bank.neurons))
+
+    @property
+    def lasting(self) -> LastingSlots | None:
+        """See `edgefed.kernels.masked_experts.Slots`."""
+        return self._bank.lasting
+
+    @property
+    def scheduled(self) -> Collection[int] | None:
+        """Slots that are not detached; None if none is."""
+        if self._scheduled is None:
+            return None
+        return {slot for slot, expert in enumerate(self._bank.experts) if expert in self._scheduled}
+
+    def __getitem__(self, slot: int) -> SlotWeights:
+        bank = self._bank
+        is_lasting = self._scheduled is None and bank.offload is None
+        if is_lasting and slot in bank.slot_table:
+            return bank.slot_table[slot]
+        tensors: dict[str, torch.Tensor] = {**bank.tensors(slot), **bank.tensors(slot, adapter=True)}
+        if self._scheduled is not None and bank.experts[slot] not in self._scheduled:
+            tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        if bank.offload is not None:
+            tensors = {name: bank.offload.near(tensor) for name, tensor in tensors.items()}
+        # The weights of a merged expert include the adapters of its members.
+        scale = bank.lora_scale if slot < bank.num_resident else None
+        weights = slot_weights(bank.layer, tensors, bank.packed(slot), scale)
+        if is_lasting:
+            bank.slot_table[slot] = weights
+        return weights
 
 
 class StreamedSlots:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from edgefed.kernels import cuda_experts
 from edgefed.kernels.cuda_library import PLAIN, ROWS, TILES
-from edgefed.kernels.masked_experts import LowRankPair, SlotWeights, masked_experts_reference
+from edgefed.kernels.masked_experts import LastingSlots, LowRankPair, SlotWeights, masked_experts_reference
 from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts, quantize_experts
 
 HIDDEN, WIDTH, RANK = 64, 32, 8
@@ -85,6 +85,16 @@ def tensors_of(slot: SlotWeights) -> list[torch.Tensor]:
     own = [t for t in (slot.up, slot.down, slot.up_bias, slot.down_bias) if isinstance(t, torch.Tensor)]
     own += [t for pair in (slot.up_lora, slot.down_lora) if pair for t in (pair.lora_a, pair.lora_b)]
     return [tensor for tensor in own if tensor.requires_grad]
+
+
+def all_of(slots: list[SlotWeights]) -> list[torch.Tensor]:
+    return [tensor for slot in slots for tensor in tensors_of(slot)]
+
+
+def places_of(slots: list[SlotWeights], slot: int) -> range:
+    """Places of a slot's tensors in `all_of`."""
+    begin = len(all_of(slots[:slot]))
+    return range(begin, begin + len(tensors_of(slots[slot])))
 
 
 def in_float32(slots: list[SlotWeights]) -> list[SlotWeights]:
@@ -165,6 +175,69 @@ def test_all_kernels_agree(rig, kernel):
         leaves = [hidden, weights, *(t for slot in slots for t in tensors_of(slot))]
         results.append(gradients(run_ours(rig, layer, hidden, indices, weights, slots, chosen), leaves))
     assert_same(*results, dtype)
+
+
+def test_float32_adapters_beside_weights_in_16_bits(rig):
+    """As `edgefed.moe.adapters` has them: read and differentiated in float32, by one product each with the weights."""
+    layer = Layer(formats=("nf4",) * 4, lora=(8, 8, 0, 8))
+    slots = make_slots(layer, torch.float16, rig.device)
+
+    def in_float(pair):
+        if pair is None:
+            return None
+        parts = (part.detach().float().requires_grad_() for part in (pair.lora_a, pair.lora_b))
+        return LowRankPair(*parts, pair.scale)
+
+    slots = [
+        dataclasses.replace(slot, up_lora=in_float(slot.up_lora), down_lora=in_float(slot.down_lora)) for slot in slots
+    ]
+    wide = in_float32(slots)
+    for tokens in (4, 40):
+        hidden, indices, weights = inputs(layer, tokens, torch.float16, rig.device)
+        indices[indices == 3] = 0
+        ours = gradients(run_ours(rig, layer, hidden, indices, weights, slots), [hidden, weights, *all_of(slots)])
+        x, w = (t.detach().float().requires_grad_() for t in (hidden, weights))
+        expected = gradients(run_reference(layer, x, indices, w, wide), [x, w, *all_of(wide)])
+        assert [t.dtype for t in ours[3:] if t is not None] == [torch.float32] * 8
+        assert_same(ours, expected, torch.float16)
+        for leaf in (*all_of(slots), *all_of(wide)):
+            leaf.grad = None
+
+
+def test_lasting_slots_are_read_once_and_see_new_values(rig):
+    """The tables are built at the first call; optimizer steps change values in place; `scheduled` limits gradients."""
+    layer = Layer(formats=("dense", "nf4", "nf4", "dense"), lora=(8, 8, 8, 8))
+    plain = make_slots(layer, torch.float16, rig.device)
+
+    class Lasting(list):
+        reads = 0
+        scheduled = None
+
+        def __getitem__(self, slot):
+            self.reads += 1
+            return super().__getitem__(slot)
+
+    slots = Lasting(plain)
+    slots.lasting = LastingSlots(slots)
+    for scheduled in (None, {0, 2}, None):
+        results = []
+        for own in (slots, plain):
+            slots.scheduled = scheduled
+            hidden, indices, weights = inputs(layer, 30, torch.float16, rig.device)
+            output = run_ours(rig, layer, hidden, indices, weights, own)
+            results.append(gradients(output, [hidden, weights, *all_of(plain)]))
+            for leaf in all_of(plain):
+                leaf.grad = None
+        for place, (one, other) in enumerate(zip(*results, strict=True)):
+            slot = next((s for s in range(4) if place - 3 in places_of(plain, s)), None)
+            if scheduled is None or slot is None or slot in scheduled:
+                assert torch.equal(one, other)
+            else:
+                assert one is None
+        with torch.no_grad():
+            for leaf in all_of(plain):
+                leaf.mul_(1.25)
+    assert slots.reads == 4
 
 
 def test_hidden_states_of_another_dtype_than_the_weights(rig):

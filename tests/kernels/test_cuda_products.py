@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from torch.nn import functional as F
 
-from edgefed.kernels.cuda_kernels import Operand
+from edgefed.kernels.cuda_kernels import LowRank, Operand, matrix_table
 from edgefed.kernels.cuda_library import PLAIN, ROWS, TILES
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
 from edgefed.native import dtype_code
@@ -108,7 +111,9 @@ def check_product(rig, kernel, format, dtype, transposed, *, tokens=40, top_k=2,
     slots[:, 0] = 1  # one slot has many rows
     pairs = rig.kernels.sort_pairs(slots, num_slots)
     x = random(rig, tokens, k, seed=5).to(dtype)
-    y = rig.kernels.grouped_matmul(operands, pairs, x, pairs.tokens, n, transposed=transposed, kernel=kernel)
+    y = rig.kernels.grouped_matmul(
+        matrix_table(operands), pairs, x, pairs.tokens, n, transposed=transposed, kernel=kernel
+    )
     for slot in range(num_slots):
         rows = rows_of(pairs, slot)
         chosen = x[pairs.tokens[rows.start : rows.stop].long()].double()
@@ -162,9 +167,8 @@ def test_bias_factor_accumulation_and_slots_without_a_matrix(rig, kernel):
     ]
     pairs = rig.kernels.sort_pairs(torch.tensor([[0, 1], [2, 1], [0, 2], [-1, 0]], device=rig.device), 3)
     x, start = random(rig, 4, k, seed=1).to(dtype), random(rig, 8, n, seed=2).to(dtype)
-    y = rig.kernels.grouped_matmul(
-        operands, pairs, x, pairs.tokens, n, transposed=False, kernel=KERNELS[kernel], add_to=start.clone()
-    )
+    y, table = start.clone(), matrix_table(operands)
+    rig.kernels.grouped_matmul(table, pairs, x, pairs.tokens, n, transposed=False, kernel=KERNELS[kernel], add_to=y)
     for slot, (alpha, add) in {0: (0.5, bias.double()), 2: (-2.0, 0.0)}.items():
         rows = rows_of(pairs, slot)
         chosen = x[pairs.tokens[rows.start : rows.stop].long()].double()
@@ -172,6 +176,42 @@ def test_bias_factor_accumulation_and_slots_without_a_matrix(rig, kernel):
         assert_close(y[rows.start : rows.stop], expected, dtype)
     untouched = [*rows_of(pairs, 1), *range(pairs.begins().tolist()[-1], 8)]
     assert torch.equal(y[untouched], start[untouched])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "transposed"), [("rows", False), ("tiles", False), ("tiles", True), ("plain", True)]
+)
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float16], ids=name_of)
+def test_the_low_rank_term_of_a_product(rig, kernel, transposed, factor_dtype):
+    """Adapters are float32 beside weights in 16 bits: A as an operand, B within the product of the weights."""
+    dtype, n, k, rank = torch.float16, 72, 96, 8
+    operands, matrices = make_operands(rig, 3, (k, n) if transposed else (n, k), "nf4", dtype)
+    factors = [random(rig, rank, n, seed=20 + slot).to(factor_dtype) for slot in range(2)]
+    if not transposed:
+        factors = [factor.t().contiguous() for factor in factors]
+    operands[:2] = [dataclasses.replace(own, factor=factor) for own, factor in zip(operands, factors, strict=False)]
+    downs = [random(rig, k, rank, seed=30 + slot).to(factor_dtype).mul_(0.3) for slot in range(3)]
+    downs = downs if transposed else [down.t().contiguous() for down in downs]
+    lows = [Operand(down, dtype_code(factor_dtype), alpha=0.5) for down in downs]
+    slots = pick_slots(rig, 40, 2, 3)
+    pairs = rig.kernels.sort_pairs(slots, 3)
+    x, run = random(rig, 40, k, seed=5).to(dtype), rig.kernels.grouped_matmul
+    low = run(matrix_table(lows), pairs, x, pairs.tokens, rank, transposed=transposed, kernel=KERNELS[kernel])
+    y = run(
+        matrix_table(operands), pairs, x, pairs.tokens, n, transposed=transposed, kernel=KERNELS[kernel],
+        low_rank=LowRank(low, factor_dtype),
+    )  # fmt: skip
+    for slot in range(3):
+        rows = rows_of(pairs, slot)
+        chosen = x[pairs.tokens[rows.start : rows.stop].long()].double()
+        down = downs[slot].to(dtype).double()
+        expected_low = 0.5 * (chosen @ (down if transposed else down.T))
+        assert_close(low[rows.start : rows.stop], expected_low, dtype)
+        expected = chosen @ (matrices[slot] if transposed else matrices[slot].T)
+        if slot < 2:
+            factor = factors[slot].to(dtype).double()
+            expected += low[rows.start : rows.stop].double() @ (factor if transposed else factor.T)
+        assert_close(y[rows.start : rows.stop], expected, dtype)
 
 
 @pytest.mark.parametrize(("kernel", "rows"), [("rows", 5), ("tiles", 65), ("plain", 65)])
@@ -183,7 +223,7 @@ def test_the_grid_covers_the_largest_number_of_tiles(rig, kernel, rows):
     x = random(rig, 5 * rows, k).to(torch.float16)
     start = torch.zeros(5 * rows, n, dtype=torch.float16, device=rig.device)  # what no block writes stays 0
     y = rig.kernels.grouped_matmul(
-        operands, pairs, x, pairs.tokens, n, transposed=False, kernel=KERNELS[kernel], add_to=start
+        matrix_table(operands), pairs, x, pairs.tokens, n, transposed=False, kernel=KERNELS[kernel], add_to=start
     )
     for slot in range(5):
         chosen = x[slot::5].double()
@@ -210,6 +250,13 @@ def test_weight_gradients(rig, dtype, m, n):
         rows = rows_of(pairs, slot)
         chosen = b[pairs.tokens[rows.start : rows.stop].long()].double()
         assert_close(results[slot], alpha * (a[rows.start : rows.stop].double().T @ chosen), dtype)
+    wide = rig.kernels.grouped_outer(
+        [1.0, 0.5, 1.0, None], pairs, a, b, pairs.tokens, dtype=torch.float32, together=True
+    )
+    assert wide[3] is None
+    for own, other in zip(wide[:3], results[:3], strict=True):
+        assert own.dtype == torch.float32
+        assert torch.equal(own.to(dtype), other)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -242,3 +289,28 @@ def test_combine_and_its_gradients(rig, dtype, width):
     assert_close(dots, (chosen * dy.double().unsqueeze(1)).sum(-1) * mask, torch.float32 if width > 1 else dtype)
     assert_close(scaled[:valid], factor * rows[:valid].double(), dtype)
     assert torch.isnan(scaled[valid:]).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize("width", [5, 40])
+def test_swiglu_and_its_gradients(rig, dtype, width):
+    tokens, top_k = 21, 3
+    pairs = rig.kernels.sort_pairs(pick_slots(rig, tokens, top_k, 4), 4)
+    valid = pairs.begins().tolist()[-1]
+    gate_up, d = random(rig, 63, 2 * width, seed=1).to(dtype), random(rig, 63, width, seed=2).to(dtype)
+    gate_up[valid:], d[valid:] = float("nan"), float("nan")
+    weights = random(rig, tokens, top_k, seed=3)
+    source = gate_up[:valid].double().requires_grad_()
+    gate, up = source.chunk(2, dim=-1)
+    expected = F.silu(gate) * up
+    factor = weights.reshape(-1)[pairs.order[:valid].long()].double().unsqueeze(1)
+    (source_grad,) = torch.autograd.grad(expected, source, factor * d[:valid].double())
+    assert_close(rig.kernels.swiglu(gate_up, pairs)[:valid], expected.detach(), dtype)
+    for keeps_hidden in (False, True):
+        own, hidden = gate_up.clone(), d.clone()
+        dots = rig.kernels.swiglu_backward_(own, hidden, pairs, weights, keeps_hidden=keeps_hidden)
+        assert_close(own[:valid], source_grad, dtype)
+        assert_close(hidden[:valid], expected.detach() if keeps_hidden else d[:valid], dtype)
+        dot = (d[:valid].double() * expected.detach()).sum(1)
+        assert_close(dots.reshape(-1)[pairs.order[:valid].long()], dot, torch.float32)
+        assert dots[pairs.place < 0].eq(0).all()

@@ -7,6 +7,7 @@ device also fail. The kernels do nothing here; their results are tested elsewher
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from edgefed.kernels import cuda_experts, cuda_kernels, dispatch
-from edgefed.kernels.masked_experts import LowRankPair, SlotWeights, masked_experts
+from edgefed.kernels.masked_experts import LastingSlots, LowRankPair, SlotWeights, masked_experts
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
 from edgefed.kernels.router_statistics import GATE_KINDS, new_statistics, router_statistics
 
@@ -35,7 +36,7 @@ class Still:
     def __getattr__(self, name):
         def function(*arguments):
             self.called.append(name)
-            return 64 if name.endswith(("_size", "_scratch")) else 0
+            return 256 if name.endswith(("_size", "_scratch")) else 0
 
         return function
 
@@ -86,6 +87,26 @@ def slots(*, trainable: bool) -> list[SlotWeights]:
     return [dense, SlotWeights(*packed), SlotWeights(*packed, up_lora=adapter), dense]
 
 
+class Lasting(list):
+    """Slots that keep their tensors, as those of a bank."""
+
+    scheduled = None
+
+    def __init__(self, slots):
+        super().__init__(slots)
+        self.lasting = LastingSlots(self)
+
+
+def packed_slot(rank: int) -> SlotWeights:
+    up, down = (quantize_experts(torch.randn(*shape).bfloat16(), "nf4").to("meta") for shape in ((64, 64), (64, 32)))
+
+    def adapter(rows, columns):
+        parts = [on_meta(*shape, dtype=torch.float32) for shape in ((rank, columns), (rows, rank))]
+        return LowRankPair(*parts, 0.5) if rank else None
+
+    return SlotWeights(up, down, up_lora=adapter(64, 64), down_lora=adapter(64, 32))
+
+
 @pytest.mark.parametrize("finish", [None, torch.tanh])
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("trainable", [False, True])
@@ -105,6 +126,40 @@ def test_a_layer(library, tokens, trainable, finish):
     if not trainable:
         assert hidden.grad.shape == hidden.shape
         assert weights.grad.shape == weights.shape
+
+
+def calls_of(run) -> int:
+    """How many functions a call enters, of Python and of C."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_the_host_does_the_same_for_any_number_of_lasting_experts(library, rank):
+    """What a forward pass costs the host: with 64 experts at most 250 calls, and none more than with four."""
+    found = {}
+    for count in (4, 64):
+        layer = Lasting(packed_slot(rank) for _ in range(count))
+        hidden, weights = on_meta(3, HIDDEN), on_meta(3, 2)
+        indices = on_meta(3, 2, dtype=torch.int64)
+
+        def forward(layer=layer, hidden=hidden, indices=indices, weights=weights):
+            with torch.no_grad():
+                masked_experts(hidden, indices, weights, layer, activation=swiglu)
+
+        forward()
+        found[count] = calls_of(forward)
+    assert found[64] == found[4] <= 250
 
 
 @pytest.mark.parametrize("kind", GATE_KINDS)
