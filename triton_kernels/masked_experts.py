@@ -16,7 +16,6 @@ the backward pass, long after it has arrived. The host waits only there, and onl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -24,18 +23,10 @@ from .combine import combine, combine_backward
 from .gate import is_swiglu, swiglu, swiglu_backward
 from .grouped_matmul import rows_per_tile
 from .grouped_outer import column_sums, grouped_outer
-from .projection import Projection, SlotLayout, Unsupported, device_table, flatten_slot, new_rows
+from .layer import Form, layer_of
+from .projection import Projection, Unsupported, device_table, new_rows
 from .sort_pairs import MAX_SLOTS, SortedPairs, sort_pairs
 from .tensor_types import TYPES
-
-
-class LayerLayout(NamedTuple):
-    """The indices of a layer's tensors in the flat list that goes through autograd."""
-
-    up: tuple[SlotLayout, ...]
-    down: tuple[SlotLayout, ...]
-    up_shape: tuple[int, int]
-    down_shape: tuple[int, int]
 
 
 class TokenCounts:
@@ -104,50 +95,33 @@ def masked_experts(
     num_slots = len(slots)
     if slot_indices.numel() == 0 or num_slots == 0:
         return torch.zeros_like(hidden_states)
-    weights = [slots[slot] for slot in range(num_slots)]
-    up_tensors: list[torch.Tensor] = []
-    down_tensors: list[torch.Tensor] = []
-    layout = LayerLayout(
-        tuple(flatten_slot(w.up, w.up_bias, w.up_lora, up_tensors) for w in weights),
-        tuple(flatten_slot(w.down, w.down_bias, w.down_lora, down_tensors) for w in weights),
-        tuple(weights[0].up.shape),
-        tuple(weights[0].down.shape),
-    )
-    if any((tuple(w.up.shape), tuple(w.down.shape)) != (layout.up_shape, layout.down_shape) for w in weights):
-        raise Unsupported("slots differ in shape")
     if num_slots > MAX_SLOTS:
         raise Unsupported(f"{num_slots} slots in one layer; the maximum is {MAX_SLOTS}")
-    has_bias = any(part.bias >= 0 for part in (*layout.up, *layout.down))
-    is_plain_layer = finish is None and not is_transposed and not has_bias
     with torch.cuda.device_of(hidden_states):
-        dtype = _work_dtype(layout)
-        rows = rows_per_tile(slot_indices.numel(), num_slots, dtype.itemsize)
-        pairs = sort_pairs(slot_indices, num_slots, rows)
+        layer = layer_of(slots, is_transposed)
+        is_plain_layer = finish is None and not is_transposed and not layer.has_bias
+        dtype = layer.dtype
+        rows_of_tile = rows_per_tile(slot_indices.numel(), num_slots, dtype.itemsize)
+        pairs = sort_pairs(slot_indices, num_slots, rows_of_tile)
         expert_weights = expert_weights.contiguous()
         tokens = hidden_states.to(dtype).contiguous()
-        if is_plain_layer and is_swiglu(activation, layout.down_shape[1]):
-            tensors = (*up_tensors, *down_tensors)
+        scheduled = getattr(slots, "scheduled", None)
+        up, down = layer.up.form(scheduled), layer.down.form(scheduled)
+        up_tensors = [layer.up.tensors[index] for index in up.indices]
+        down_tensors = [layer.down.tensors[index] for index in down.indices]
+        if is_plain_layer and is_swiglu(activation, layer.down.shape[1]):
             if keep_activations is None:
-                dense = [up_tensors[p.weight] for p in layout.up] + [down_tensors[p.weight] for p in layout.down]
-                trainable = sum(tensor.numel() for tensor in dense if tensor.requires_grad)
-                keep_activations = pairs.num_pairs * layout.up_shape[0] < trainable
+                trainable = layer.up.num_trainable(up) + layer.down.num_trainable(down)
+                keep_activations = pairs.num_pairs * layer.up.shape[0] < trainable
             saved_slots = slot_indices.contiguous() if keep_activations and torch.is_grad_enabled() else None
-            out = _FusedExperts.apply(tokens, expert_weights, pairs, layout, saved_slots, *tensors)
+            tensors = (*up_tensors, *down_tensors)
+            out = _FusedExperts.apply(tokens, expert_weights, pairs, (up, down), saved_slots, *tensors)
             return out.to(hidden_states.dtype)
-        up_form = (layout.up, layout.up_shape, is_transposed, True)
-        hidden = activation(_GroupedLinear.apply(tokens, pairs, up_form, *up_tensors)).to(tokens.dtype).contiguous()
-        down_form = (layout.down, layout.down_shape, is_transposed, False)
-        down = _GroupedLinear.apply(hidden, pairs, down_form, *down_tensors)
+        hidden = activation(_GroupedLinear.apply(tokens, pairs, up, True, *up_tensors)).to(tokens.dtype).contiguous()
+        rows = _GroupedLinear.apply(hidden, pairs, down, False, *down_tensors)
         if finish is not None:
-            down = finish(down)
-        return _Combine.apply(down.contiguous(), expert_weights, pairs, hidden_states.dtype)
-
-
-def _work_dtype(layout: LayerLayout) -> torch.dtype:
-    dtype = layout.up[0].dtype
-    for part in (*layout.up, *layout.down):
-        dtype = torch.promote_types(dtype, part.dtype)
-    return dtype
+            rows = finish(rows)
+        return _Combine.apply(rows.contiguous(), expert_weights, pairs, hidden_states.dtype)
 
 
 class _Gradients:
@@ -228,8 +202,8 @@ class _FusedExperts(torch.autograd.Function):
     """tokens (T, H), expert_weights (T, K), then the tensors of the up and of the down projection -> (T, H)."""
 
     @staticmethod
-    def forward(ctx, tokens, expert_weights, pairs, layout, saved_slots, *tensors):
-        up, down = _projections(layout, tensors)
+    def forward(ctx, tokens, expert_weights, pairs, forms, saved_slots, *tensors):
+        up, down = _projections(forms, tensors)
         hidden = new_rows(pairs, down.size_in, tokens)
         gate_up = None
         if saved_slots is None:
@@ -237,12 +211,13 @@ class _FusedExperts(torch.autograd.Function):
         else:
             gate_up = new_rows(pairs, up.size_out, tokens)
             up.forward(tokens, gate_up, pairs, is_tokens=True)
-            is_split = tuple(int(part.format == "nf4") for part in layout.down)
+            is_split = tuple(int(part.format == "nf4") for part in down.layouts)
             swiglu(gate_up, hidden, pairs, saved_slots, device_table(is_split, torch.int32, tokens.device))
         rows = new_rows(pairs, down.size_out, tokens)
         down.forward(hidden, rows, pairs, is_split=True, row_scale=expert_weights)
-        ctx.save_for_backward(tokens, expert_weights, gate_up, *pairs.tensors(), *tensors)
-        ctx.pairs_form, ctx.layout = (pairs.top_k, pairs.rows_per_tile), layout
+        kept = () if forms[0].built else tensors
+        ctx.save_for_backward(tokens, expert_weights, gate_up, *pairs.tensors(), *kept)
+        ctx.pairs_form, ctx.forms = (pairs.top_k, pairs.rows_per_tile), forms
         ctx.counts = TokenCounts(pairs) if any(ctx.needs_input_grad[5:]) else None
         return combine(rows, pairs, tokens.dtype)
 
@@ -251,9 +226,9 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx, grad):
         tokens, expert_weights, gate_up, *rest = ctx.saved_tensors
         pairs = SortedPairs(*rest[:5], *ctx.pairs_form)
-        tensors = tuple(rest[5:])
         grad = grad.contiguous()
-        up, down = _projections(ctx.layout, tensors)
+        up_form, down_form = ctx.forms
+        up, down = _projections(ctx.forms, tuple(rest[5:]))
         gate_up_grad = new_rows(pairs, up.size_out, tokens)
         if gate_up is None:
             gate_up = gate_up_grad  # its gradient takes its place
@@ -268,43 +243,41 @@ class _FusedExperts(torch.autograd.Function):
         up_grad_lows = up.backward(gate_up_grad, rows, pairs)
         token_grad = combine(rows, pairs, tokens.dtype) if ctx.needs_input_grad[0] else None
         del rows
-        values: list[torch.Tensor | None] = [None] * len(tensors)
+        values: list[torch.Tensor | None] = [None] * len(needs)
         if any(needs):
             has_tokens = ctx.counts.has_tokens()
-            num_up = len(up.tensors)
-            up_gradients = _Gradients(up, needs[:num_up], has_tokens)
+            num_up = len(up_form.indices)
+            up_gradients = _Gradients(up, up_form.needs(needs[:num_up]), has_tokens)
             _add_gradients(
                 up_gradients, up, pairs, tokens, gate_up_grad, up_lows, up_grad_lows,
                 inputs_are_tokens=True, grad_is_tokens=False,
             )  # fmt: skip
-            down_gradients = _Gradients(down, needs[num_up:], has_tokens)
+            down_gradients = _Gradients(down, down_form.needs(needs[num_up:]), has_tokens)
             down_lows = down.low_rows(hidden, pairs)
             _add_gradients(
                 down_gradients, down, pairs, hidden, grad, down_lows, down_grad_lows,
                 inputs_are_tokens=False, grad_is_tokens=True,
             )  # fmt: skip
-            values = up_gradients.values + down_gradients.values
+            values = up_form.seen_of(up_gradients.values) + down_form.seen_of(down_gradients.values)
         return token_grad, weight_grad if ctx.needs_input_grad[1] else None, None, None, None, *values
 
 
-def _projections(layout: LayerLayout, tensors: tuple[torch.Tensor, ...]) -> tuple[Projection, Projection]:
-    num_up = 1 + max(max(p.weight, p.absmax, p.bias, p.lora_a, p.lora_b) for p in layout.up)
-    up = Projection(layout.up, tensors[:num_up], layout.up_shape, next_layouts=layout.down)
-    return up, Projection(layout.down, tensors[num_up:], layout.down_shape)
+def _projections(forms: tuple[Form, Form], tensors: tuple[torch.Tensor, ...]) -> tuple[Projection, Projection]:
+    up, down = forms
+    return up.projection(tensors[: up.num_tensors]), down.projection(tensors[up.num_tensors :])
 
 
 class _GroupedLinear(torch.autograd.Function):
     """a (T, in) tokens or (T*K, in) by position -> (T*K, out) by position; zero without a pair."""
 
     @staticmethod
-    def forward(ctx, a, pairs, form, *tensors):
-        layouts, shape, is_transposed, is_tokens = form
-        projection = Projection(layouts, tensors, shape, is_transposed)
+    def forward(ctx, a, pairs, form, is_tokens, *tensors):
+        projection = form.projection(tensors)
         out = new_rows(pairs, projection.size_out, a, zeros=True)
         projection.forward(a, out, pairs, is_tokens=is_tokens)
-        ctx.save_for_backward(a, *pairs.tensors(), *tensors)
-        ctx.form, ctx.pairs_form = form, (pairs.top_k, pairs.rows_per_tile)
-        ctx.counts = TokenCounts(pairs) if any(ctx.needs_input_grad[3:]) else None
+        ctx.save_for_backward(a, *pairs.tensors(), *(() if form.built else tensors))
+        ctx.form, ctx.is_tokens, ctx.pairs_form = form, is_tokens, (pairs.top_k, pairs.rows_per_tile)
+        ctx.counts = TokenCounts(pairs) if any(ctx.needs_input_grad[4:]) else None
         return out
 
     @staticmethod
@@ -312,24 +285,23 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         a, *rest = ctx.saved_tensors
         pairs = SortedPairs(*rest[:5], *ctx.pairs_form)
-        tensors = tuple(rest[5:])
-        layouts, shape, is_transposed, is_tokens = ctx.form
-        projection = Projection(layouts, tensors, shape, is_transposed)
+        form, is_tokens = ctx.form, ctx.is_tokens
+        projection = form.projection(tuple(rest[5:]))
         grad = grad.contiguous()
         rows = new_rows(pairs, projection.size_in, a, zeros=True)
         grad_lows = projection.backward(grad, rows, pairs)
         a_grad = combine(rows, pairs, a.dtype) if is_tokens else rows
-        needs = ctx.needs_input_grad[3:]
-        values: list[torch.Tensor | None] = [None] * len(tensors)
+        needs = ctx.needs_input_grad[4:]
+        values: list[torch.Tensor | None] = [None] * len(needs)
         if any(needs):
-            gradients = _Gradients(projection, needs, ctx.counts.has_tokens())
+            gradients = _Gradients(projection, form.needs(needs), ctx.counts.has_tokens())
             lows = projection.low_rows(a, pairs, is_tokens=is_tokens)
             _add_gradients(
                 gradients, projection, pairs, a, grad, lows, grad_lows,
                 inputs_are_tokens=is_tokens, grad_is_tokens=False,
             )  # fmt: skip
-            values = gradients.values
-        return a_grad, None, None, *values
+            values = form.seen_of(gradients.values)
+        return a_grad, None, None, None, *values
 
 
 class _Combine(torch.autograd.Function):

@@ -37,6 +37,10 @@ class SlotLayout:
     lora_rank: int = 0
     lora_scale: float = 1.0
 
+    def places(self) -> tuple[int, ...]:
+        """Indices of all tensors; -1: none."""
+        return (self.weight, self.absmax, self.bias, self.lora_a, self.lora_b)
+
     def group_key(self) -> tuple[object, ...]:
         """What the slots of a group have in common."""
         return (self.format, self.dtype, self.blocksize, self.bias >= 0, self.lora_rank, self.lora_scale)

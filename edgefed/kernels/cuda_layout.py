@@ -51,6 +51,8 @@ class Structure:
     up_width: int
     width: int
     is_transposed: bool
+    has_nested: bool
+    """Whether scales are quantized themselves, so that their values are computed at each call."""
 
     def slot_of(self) -> dict[int, int]:
         """Return the slot of each tensor that can be trainable, by its index."""
@@ -69,6 +71,7 @@ class _Tensors:
     def __init__(self) -> None:
         self.all: list[torch.Tensor] = []
         self.dtypes: set[torch.dtype] = set()
+        self.has_nested = False
 
     def add(self, tensor: torch.Tensor | None) -> int:
         if tensor is None:
@@ -81,6 +84,7 @@ class _Tensors:
     ) -> Projection:
         self.dtypes.add(weight.dtype)
         if isinstance(weight, QuantizedMatrix):
+            self.has_nested |= weight.nested is not None
             data, scale = self.add(weight.packed), self.add(weight.scales())
             code, blocksize = DTYPE_CODES[weight.format], weight.blocksize
         else:
@@ -103,7 +107,7 @@ def collect(slots: Slots, is_transposed: bool) -> tuple[Structure, list[torch.Te
     if dtype not in DTYPES:
         raise Unsupported(f"no kernel for weights of {dtype}")
     side = 1 if is_transposed else 0
-    return Structure(ups, downs, dtype, up[side], down[1 - side], is_transposed), tensors.all
+    return Structure(ups, downs, dtype, up[side], down[1 - side], is_transposed, tensors.has_nested), tensors.all
 
 
 class Factors:
@@ -242,6 +246,6 @@ def lasting_layout(slots: Slots, is_transposed: bool) -> Layout | None:
         return None
     if "cuda" not in lasting.layouts:
         layout = Layout(*collect(lasting.slots, is_transposed))
-        lasting.layouts["cuda"] = None if layout.is_copied else layout
+        lasting.layouts["cuda"] = None if layout.is_copied or layout.structure.has_nested else layout
     found: Layout | None = lasting.layouts["cuda"]
     return found

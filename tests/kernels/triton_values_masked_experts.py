@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from edgefed.kernels import quantization
-from edgefed.kernels.masked_experts import LowRankPair, SlotWeights
+from edgefed.kernels.masked_experts import LastingSlots, LowRankPair, SlotWeights
 from edgefed.kernels.masked_experts import masked_experts_reference as reference
 from edgefed.triton_kernels import masked_experts as module
 from edgefed.triton_kernels.gate import is_swiglu
@@ -308,6 +308,44 @@ def test_the_forward_pass_never_waits_for_the_device():
             masked_experts(hidden, indices, weights, slots, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+class Lasting(list):
+    """Slots that keep their tensors, as those of a bank; counts how often they are read."""
+
+    reads, scheduled = 0, None
+
+    def __init__(self, slots):
+        super().__init__(slots)
+        self.lasting = LastingSlots(self)
+
+    def __getitem__(self, slot):
+        self.reads += 1
+        return super().__getitem__(slot)
+
+
+@pytest.mark.parametrize("bias", [False, True])  # in one node, or in three
+def test_lasting_slots_are_read_once_and_see_new_values(bias):
+    plain = [make_slot(index, kind, lora=True, bias=bias) for index, kind in enumerate(("plain", "nf4", "int8"))]
+    slots = Lasting(plain)
+    indices = torch.tensor([[0, 1], [1, 2], [2, 0]])
+    for scheduled in (None, {0, 2}):
+        found = []
+        for own in (slots, plain):
+            slots.scheduled = scheduled
+            out, tensors = run(masked_experts, own, indices, torch.float32, {"activation": swiglu})
+            found.append({"output": out.detach()} | {name: tensor.grad for name, tensor in tensors.items()})
+            for leaf in leaves(plain).values():
+                leaf.grad = None
+        for name, expected in found[1].items():
+            if scheduled is not None and name.startswith("slot 1"):
+                assert found[0][name] is None
+            else:
+                assert torch.equal(found[0][name], expected), name
+        with torch.no_grad():
+            for leaf in leaves(plain).values():
+                leaf.mul_(1.25)
+    assert slots.reads <= 3 + 2 * 2  # `run` reads slot 0 for its width
 
 
 def test_layers_without_a_kernel_are_refused_with_the_reason():
