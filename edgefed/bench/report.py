@@ -168,6 +168,16 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     upload_s: float | None = None
 
 
+class Kernel(msgspec.Struct, frozen=True, kw_only=True):
+    """Which backend computes a case here; see `edgefed.kernels.proof.BackendInUse`."""
+
+    case: str
+    backend: str
+    when: str = ""
+    speedup: float = 0.0
+    others: tuple[str, ...] = ()
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One run. ``unknown``: field -> why it is null. ``interrupted``: Ctrl-C came before the end."""
 
@@ -193,6 +203,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     interrupted: bool = False
     verdict: str = ""
     """What this device could do in a run, in one sentence (`edgefed.bench.verdict`)."""
+    kernels: tuple[Kernel, ...] = ()
+    """Of the device that speed is measured on. Proofs have their time, and how much faster than plain PyTorch."""
 
     def test(self, name: str) -> Entry | None:
         """Return the test of that name, None if it is missing."""

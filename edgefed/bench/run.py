@@ -33,6 +33,7 @@ from edgefed.hardware.facts import DeviceFacts, MemoryKind
 from edgefed.hardware.memory import GIB, format_bytes, process_rss_bytes
 from edgefed.hardware.probe import probe_device
 from edgefed.hardware.profiles import facts_of, find_profile, in_power_mode, match_profile
+from edgefed.kernels.proof import backends_in_use
 from edgefed.progress import ProgressSink
 from edgefed.training.out_of_memory import is_out_of_memory
 
@@ -129,6 +130,7 @@ class _Run:
             planning=planner.planning(),
             model=_model_section(self.model),
             explain=tuple(self.explained),
+            kernels=tuple(sections.Kernel(**dataclasses.asdict(found)) for found in backends_in_use(self.speed_on)),
             warnings=tuple(dict.fromkeys((*self.facts.notes, *self.budget.notes, *self.session.warnings))),
             unknown=sections.unknown_fields(self.facts),
             seconds=time.monotonic() - started,

@@ -88,6 +88,8 @@ def print_report(report: Report, files: Sequence[Path]) -> None:
     if report.network:
         console.print("\nNetwork", style="bold")
         console.print(entries_table(style, report.network))
+    if report.kernels:
+        _kernels(console, report)
     if report.explain:
         print_explain(console, style, report)
     if report.fits:
@@ -236,6 +238,20 @@ def _sustain(console: Console, style: Style, run: Sustain) -> None:
     missing = [name.replace("_", " ").rpartition(" ")[0] or name for name in run.unknown if name != "energy_joules"]
     if missing:
         console.print(f"  not readable here: {', '.join(missing)}", style="dim", markup=False)
+
+
+def _kernels(console: Console, report: Report) -> None:
+    """Print which backend runs in each case, when it was proved, and how much faster it is."""
+    console.print("\nKernels", style="bold", end="")
+    console.print(f" on {report.device.speed_on}", style="dim", markup=False)
+    for row in report.kernels:
+        found = "proved" if row.speedup >= 1.1 else "measured"
+        proof = f", {row.speedup:.2g} times as fast as plain PyTorch, {found} {row.when[:10]}" if row.when else ""
+        console.print(f"  {row.case}: {row.backend}{proof}", markup=False)
+        for other in row.others:
+            console.print(f"    {other}", style="dim", markup=False)
+    if any("not proved" in other for row in report.kernels for other in row.others):
+        console.print("  `edgefed doctor --prove` proves the others, as does training", style="dim", markup=False)
 
 
 def print_comparison(first: str, second: str, a: Report, b: Report, rows: Sequence[Comparison]) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
 
 from edgefed.errors import EdgefedError, first_line
 from edgefed.kernels.verdicts import Case, Verdict, any_case, now, verdicts_of
@@ -55,8 +60,11 @@ def record_backward_failure(device: str, error: Exception) -> str:
     """Record a backend whose backward pass raised ``error``, for its whole operation, and return its name; "" if none.
 
     Inside a backward pass no other backend can take over, but the next attempt will use one. The backend is the one
-    whose module is innermost in the traceback.
+    whose module is innermost in the traceback. An error is recorded once, however often it is passed.
     """
+    known: str | None = getattr(error, _RECORDED, None)
+    if known is not None:
+        return known
     if not is_fault_of_backend(error):
         return ""
     from edgefed.kernels.masked_experts import IMPLEMENTATIONS
@@ -72,4 +80,33 @@ def record_backward_failure(device: str, error: Exception) -> str:
         record_failure("masked_experts", device, None, name, error)
         reason = f"{type(error).__name__}: {first_line(error)}"[:500]
         verdicts_of(device).record(*(Verdict(case, name, "failed", reason, when=now()) for case in cases))
+    setattr(error, _RECORDED, name)
     return name
+
+
+_RECORDED = "_edgefed_backend"
+"""Attribute of an error that has been recorded: the backend."""
+_watched: set[str] = set()
+
+
+def watch_backward(implementation: ModuleType) -> None:
+    """Make the autograd functions of a backend's module record what their backward pass raises, in anybody's loop."""
+    if implementation.__name__ in _watched:
+        return
+    _watched.add(implementation.__name__)
+    for function in vars(implementation).values():
+        if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+            function.backward = staticmethod(_recording(function.backward))  # type: ignore[method-assign]
+
+
+def _recording(backward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        try:
+            return backward(ctx, *gradients)
+        except Exception as error:
+            device = next((str(gradient.device) for gradient in gradients if gradient is not None), "cpu")
+            record_backward_failure(device, error)
+            raise
+
+    return run

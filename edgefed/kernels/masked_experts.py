@@ -21,6 +21,7 @@ import torch
 
 from edgefed.kernels.cases import masked_experts_case
 from edgefed.kernels.dispatch import Unsupported, choose, proved_in_training, run_best, want_proof
+from edgefed.kernels.failures import watch_backward
 from edgefed.kernels.neuron_energy import add_neuron_energy
 from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts
 from edgefed.kernels.row_sizes import row_product
@@ -192,6 +193,7 @@ def masked_experts(
         if neuron_energy is not None and ("neuron_energy" not in supported or finish is not None):
             raise Unsupported("it does not record neuron energies")
         implementation = importlib.import_module(module)
+        watch_backward(implementation)
         reason = implementation.why_not(hidden_states, expert_weights, slots)
         if reason is not None:
             raise Unsupported(reason)

@@ -3,6 +3,7 @@
     prove("cuda:0", cases, on_message=print)     every backend in every case that has no verdict yet
     prove_wanted("cuda:0", ...)                  the cases that ran without a verdict, before training, in bounded time
     standard_cases(...)                          what training a model of some size will ask for
+    backends_in_use("cuda:0")                    which backend runs in each known case, and why
 
 A backend is right if its output and all gradients equal those of float32 within the roundings of its dtype, with the
 same bits from run to run; it is used if it also takes at most 1/1.1 of the reference's time, host included. What
@@ -19,8 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import msgspec
 
 from edgefed.isolation.worker import Outcome, Worker
-from edgefed.kernels.dispatch import needs_proof, provable_backends
-from edgefed.kernels.verdicts import ROWS, Case, Verdict, Verdicts, now, reload_verdicts, verdicts_of
+from edgefed.kernels.dispatch import OPERATIONS, choose, needs_proof, provable_backends
+from edgefed.kernels.verdicts import ROWS, Case, Verdict, Verdicts, has_verdicts, now, reload_verdicts, verdicts_of
 
 START_LIMIT_S = 180.0
 """For importing torch and starting CUDA in the worker process: over a minute from a cold SD card."""
@@ -172,3 +173,45 @@ def standard_cases(hidden: int = 2048, width: int = 1024, experts: int = 64, dty
     yield layer("nf4", many, "weights", rank=8)
     yield Case("router_statistics", dtype, "softmax", width=experts)
     yield Case("quantize_experts", dtype, "nf4")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendInUse:
+    """Which backend "auto" runs in a case, or for an operation without a known case.
+
+    ``when`` and ``speedup`` (over the reference) are of its proof, "" and 0.0 without one; ``others`` says what was
+    found of the backends that do not run.
+    """
+
+    case: str
+    backend: str
+    when: str = ""
+    speedup: float = 0.0
+    others: tuple[str, ...] = ()
+
+
+def backends_in_use(device: str) -> list[BackendInUse]:
+    """Return the backend of every case that this device has a verdict on or waits for, and of other operations."""
+    known = verdicts_of(device) if has_verdicts(device) or needs_proof(device) else None
+    rows = known.all() if known else []
+    cases = list(dict.fromkeys((*(row.case for row in rows), *(known.wanted() if known else ()))))
+    found = []
+    for case in (case for case in cases if case.dtype != "any"):
+        backend = choose(case.operation, device, case=case)
+        own = next((row for row in rows if (row.case, row.backend) == (case, backend)), None)
+        others = [f"{row.backend} {row.describe()}" for row in rows if row.case == case and row is not own]
+        others += [
+            f"{name} not proved"
+            for name in provable_backends(case.operation, device)
+            if name != backend and known is not None and known.get(case, name) is None
+        ]
+        found.append(
+            BackendInUse(str(case), backend, own.when if own else "", own.speedup if own else 0.0, tuple(others))
+        )
+    for operation in OPERATIONS:
+        if not any(case.operation == operation for case in cases):
+            backend = choose(operation, device)
+            names = provable_backends(operation, device) if needs_proof(device) else []
+            unproved = [f"{name} not proved" for name in names if name != backend]
+            found.append(BackendInUse(operation, backend, others=tuple(unproved)))
+    return found

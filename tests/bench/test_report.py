@@ -26,7 +26,7 @@ def test_the_schema_is_the_one_that_is_documented():
     assert data["schema"] == SCHEMA == "edgefed.bench/1"
     assert set(data) == {
         "schema", "created", "tool", "host", "device", "memory", "tests", "sustain", "fits", "network", "uplink",
-        "planning", "model", "explain", "warnings", "unknown", "seconds", "interrupted", "verdict",
+        "planning", "model", "explain", "warnings", "unknown", "seconds", "interrupted", "verdict", "kernels",
     }  # fmt: skip
     assert set(data["tests"][0]) == {
         "name", "unit", "verdict", "samples", "median", "mad", "best", "better", "params", "derived", "note", "reason",

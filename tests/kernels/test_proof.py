@@ -241,6 +241,29 @@ def test_a_damaged_file_is_an_empty_one_and_a_full_disk_keeps_verdicts_in_memory
     assert verdicts.has_verdicts("cpu")
 
 
+def test_the_backends_in_use_with_their_proofs(monkeypatch):
+    """What `edgefed bench` shows: which backend runs in each case, since when, how much faster, and what of others."""
+    only("good", "slow")
+    monkeypatch.delenv("EDGEFED_KERNELS", raising=False)
+    unproved = {row.case: row for row in proof.backends_in_use("cpu")}
+    assert unproved["masked_experts"].backend == "reference"
+    assert unproved["masked_experts"].others == ("good not proved", "slow not proved")
+    waiting = dataclasses.replace(CASE, rows=16)
+    verdicts.verdicts_of("cpu").want(waiting)
+    verdicts.verdicts_of("cpu").record(
+        Verdict(CASE, "good", "proved", ms=1.0, reference_ms=2.5, when="2026-11-30T08:00:00Z"),
+        Verdict(CASE, "slow", "wrong", "the output is off by 20 %"),
+    )
+    rows = {row.case: row for row in proof.backends_in_use("cpu")}
+    own = rows[str(CASE)]
+    assert (own.backend, own.when, own.speedup) == ("good", "2026-11-30T08:00:00Z", 2.5)
+    assert own.others == ("slow wrong: the output is off by 20 %",)
+    assert rows[str(waiting)].backend == "reference"
+    assert rows[str(waiting)].others == ("good not proved", "slow not proved")
+    assert "masked_experts" not in rows  # its cases are known
+    assert {"quantize_experts", "router_statistics"} <= set(rows)
+
+
 # --- failures in use ------------------------------------------------------------------------------------------------
 
 
@@ -289,13 +312,17 @@ def test_want_of_memory_and_wrong_arguments_are_raised(error):
 
 
 @NATIVE
-def test_a_failing_backward_pass_is_found_by_its_traceback(monkeypatch):
+def test_a_failing_backward_pass_is_found_by_its_traceback(monkeypatch, caplog):
     hidden, indices, weights, slots = layer()
     out = masked_experts(hidden, indices, weights, slots, activation=swiglu)
     monkeypatch.setattr("edgefed.kernels.native_experts.backward", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         out.sum().backward()
-    assert failures.record_backward_failure("cpu", caught.value) == "native"
-    assert run() == "reference"
+    assert run() == "reference"  # recorded at once, whoever's loop it was
+    (row,) = verdicts.verdicts_of("cpu").all()
+    assert (row.backend, row.state, row.case.operation) == ("native", "failed", "masked_experts")
+    assert "ZeroDivisionError" in row.reason
+    assert failures.record_backward_failure("cpu", caught.value) == "native"  # what the trainer asks: no second record
+    assert caplog.text.count("the backend native failed") == 1
     assert failures.record_backward_failure("cpu", ValueError("not of a kernel")) == ""
     assert sys.exc_info() == (None, None, None)
