@@ -112,7 +112,8 @@ class Gate:
                 response = error_reply(error)
                 response.headers[routes.TIME_HEADER] = str(self._access.time_ms)
             except EdgefedError as error:
-                self._brake.note_wrong(address)
+                if isinstance(error, Unauthorized):
+                    self._brake.note_wrong(address)
                 logging.getLogger(__name__).warning("refused a request from %s: %s", address, error)
                 response = error_reply(error)
             else:
