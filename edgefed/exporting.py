@@ -1,6 +1,7 @@
 """The model of a run as a checkpoint: from the folder of the run, from its server, or from a device that took part.
 
-The checkpoint comes with `RECORD_FILE`, which says where it is from, and with a chat template if the model has none.
+The checkpoint comes with `RECORD_FILE` and a model card, which say where it is from, and with a chat template if the
+model has none.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from edgefed import __version__
 from edgefed.errors import ConfigError, NetworkError, NotFound, StateCorrupt
 from edgefed.hardware.memory import set_up_allocator
 from edgefed.progress import NullProgress, ProgressSink, counted
-from edgefed.protocol.messages import FileInfo, Manifest, RunConfig, UnitInfo
+from edgefed.protocol.messages import FileInfo, Manifest, RoundStatus, RunConfig, UnitInfo
+from edgefed.protocol.privacy import PrivacyStatus
 
-RECORD_FILE = "edgefed.json"
+RECORD_FILE, CARD_FILE = "edgefed.json", "README.md"
 """In the folder of an export."""
 CONNECT_LIMIT_S = 20.0
 
@@ -30,7 +32,7 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Where an exported model is from. ``server_round``: the model at the start of this round.
 
     ``source``: a run's folder, its server, or a device. ``own_units``: parts that are the device's own. ``unchanged``:
-    no client has changed the model yet.
+    no client has changed the model yet. ``privacy``: what the model reveals of a client at most; None: without noise.
     """
 
     model: str
@@ -41,6 +43,7 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
     source: Literal["run", "server", "device"]
     own_units: int = 0
     unchanged: bool = False
+    privacy: PrivacyStatus | None = None
     edgefed_version: str = __version__
 
     def __str__(self) -> str:
@@ -131,16 +134,40 @@ def _write(model: _Model, scratch: Path, to: Path) -> Path:
     for key, path in model.own.items():
         source.add([units[key]], {units[key].sha256: path})
     write_chat_template(scratch)
+    _add_card(scratch / CARD_FILE, model.record)
     (scratch / RECORD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(model.record), indent=2) + b"\n")
     return export_checkpoint(source, scratch, to, scope=train_scope(model.run.training))
 
 
+def _add_card(path: Path, record: ExportRecord) -> None:
+    """Add how the model was made to its model card, or make one."""
+    text = path.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if path.exists() else ""
+    if record.privacy is None:
+        privacy = "No noise was added: there is no guarantee of differential privacy."
+    else:
+        privacy = (
+            f"Client-level differential privacy of the weights: {record.privacy} (noise multiplier "
+            f"{record.privacy.noise:g}, clip {record.privacy.clip:g}). Numbers that clients reported are not covered."
+        )
+    text += (
+        f"# Federated fine-tuning\n\nThis is {record}. Trained with edgefed {record.edgefed_version} on data that "
+        f"stayed on its devices.\n\n{privacy}\n"
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _privacy_before(history: Iterable[RoundStatus], server_round: int) -> PrivacyStatus | None:
+    """What had been spent when a round began."""
+    return next((done.privacy for done in reversed(tuple(history)) if done.server_round < server_round), None)
+
+
 def _record(
-    run: RunConfig, manifest: Manifest, source: Literal["run", "server", "device"], unchanged: bool, own_units: int = 0
-) -> ExportRecord:
+    run: RunConfig, manifest: Manifest, source: Literal["run", "server", "device"], unchanged: bool, own_units: int = 0,
+    privacy: PrivacyStatus | None = None,
+) -> ExportRecord:  # fmt: skip
     return ExportRecord(
         model=run.model, method=run.method, run_id=run.run_id, rounds=run.rounds, server_round=manifest.server_round,
-        source=source, own_units=own_units, unchanged=unchanged,
+        source=source, own_units=own_units, unchanged=unchanged, privacy=privacy,
     )  # fmt: skip
 
 
@@ -162,7 +189,9 @@ def _run_model(folder: Path, server_round: int | None) -> Iterator[_Model]:
         manifest = reader.manifest(server_round)
         _check_shared(manifest.units, str(folder), reader.run)
         unchanged = reader.is_unchanged(manifest.server_round)
-        yield _Model(_record(reader.run, manifest, "run", unchanged), reader.run, manifest, reader.paths(manifest))
+        privacy = _privacy_before(reader.history(), manifest.server_round)
+        record = _record(reader.run, manifest, "run", unchanged, privacy=privacy)
+        yield _Model(record, reader.run, manifest, reader.paths(manifest))
 
 
 @contextlib.contextmanager
@@ -175,7 +204,8 @@ def _server_model(url: str, server_round: int | None, token: str | None, sink: P
         _check_shared(manifest.units, url, status.run)
         unchanged = not changed_before(status.history, manifest.server_round, status.run)
         paths = download.fetch([*manifest.files, *manifest.units], {})
-        yield _Model(_record(status.run, manifest, "server", unchanged), status.run, manifest, paths)
+        privacy = _privacy_before(status.history, manifest.server_round)
+        yield _Model(_record(status.run, manifest, "server", unchanged, privacy=privacy), status.run, manifest, paths)
 
 
 @contextlib.contextmanager

@@ -165,6 +165,10 @@ class RunReader:
         """Oldest round whose manifest is stored."""
         return self._store.oldest_round()
 
+    def history(self) -> tuple[RoundStatus, ...]:
+        """The aggregated rounds, oldest first."""
+        return self._store.history()
+
     def comparisons(self) -> dict[str, Comparison]:
         """What clients compared at the end of the run, by name."""
         return comparisons_by_name(self._store.clients())

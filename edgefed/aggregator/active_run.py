@@ -27,6 +27,7 @@ from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregated, Aggregatio
 from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore, Catalog
 from edgefed.aggregator.coverage import cover_round
+from edgefed.aggregator.privacy import check_privacy, spent
 from edgefed.aggregator.records import ClientRecord, UpdateRecord
 from edgefed.aggregator.repair import Repairs
 from edgefed.aggregator.robust import find_rule
@@ -48,6 +49,7 @@ from edgefed.kernels.fold import select_backend
 from edgefed.methods.interface import Method
 from edgefed.progress import counted
 from edgefed.protocol.messages import SetAside, Status
+from edgefed.protocol.privacy import PrivacyStatus
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,8 @@ class ActiveRun:
             self._method = make_method(self.config.method, dict(self.config.method_options))
             self._blobs, self.uploads = BlobStore(folder), UploadFolder(folder)
             self.catalog = Catalog(self.store, self._blobs)
+            if self.config.privacy is not None:
+                check_privacy(self.config.privacy, self.catalog.manifest.units)
             self.repairs = Repairs(self._blobs)
             for sha256, size_bytes in self.catalog.check_files().items():
                 self.repairs.mark(self.catalog.name_of(sha256), sha256, size_bytes, "is missing or of another size")
@@ -298,6 +302,7 @@ class ActiveRun:
             Aggregation(
                 *(self._method, self.policy, self._blobs, self.backend, self._fold_threads, self._closing.is_set),
                 repairs=self.repairs,
+                privacy=self.config.privacy,
             ),
             *(units, [update for update in updates if update.client_id not in banned], self.uploads.updates),
         )
@@ -320,7 +325,7 @@ class ActiveRun:
             downloaded_bytes = downloads_since(self.store.history(), self.clients.values())
             status = round_status(
                 self.store.current_round(), used, changed, set_aside, result.undone, downloaded_bytes=downloaded_bytes,
-                damaged=result.damaged,
+                damaged=result.damaged, privacy=self._spent(),
             )  # fmt: skip
             next_phase = Phase.FINISHED if server_round >= self.policy.rounds else Phase.WAITING
             self.store.record_fold(status, changed, next_phase, self.clients.values(), coverage)
@@ -333,6 +338,11 @@ class ActiveRun:
             logger.info("%s", describe_round(status, self.policy.rounds, time.monotonic() - started))
             self.apply(rounds.Folded(self.clock(), server_round))
         self._tidy(updates)
+
+    def _spent(self) -> PrivacyStatus | None:
+        """The privacy that the round in progress and those before it have cost the client with most updates."""
+        privacy = self.config.privacy
+        return None if privacy is None else spent(privacy, self.store.most_updates())
 
     def _as_registered(self, update: UpdateRecord) -> UpdateRecord:
         """An update with at most as many examples as its client has registered."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.fold import FoldCancelled, Robustness, default_threads, fold_round
+from edgefed.aggregator.privacy import GaussianNoise, client_norms, private_plan
 from edgefed.aggregator.records import UpdateRecord
 from edgefed.aggregator.repair import Repairs
 from edgefed.aggregator.robust import MIN_CLIENTS, absurd_moves, clip_factors, find_rule, measure_moves
@@ -25,8 +26,9 @@ from edgefed.aggregator.validate import update_units
 from edgefed.disk import hash_file
 from edgefed.errors import StorageError, first_line
 from edgefed.kernels.fold import FoldBackend
-from edgefed.methods.interface import Contribution, Method
+from edgefed.methods.interface import Contribution, Method, UnitMerge
 from edgefed.protocol.messages import Manifest, UnitInfo
+from edgefed.protocol.privacy import PrivacyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ class Aggregated:
 class Aggregation:
     """What a round is aggregated with; ``threads`` and ``cancelled`` as in `fold_round`.
 
-    ``repairs`` None: blobs of the current units are not checked.
+    ``repairs`` None: blobs of the current units are not checked. With ``privacy``, clipping, weights and noise are
+    those of `edgefed.aggregator.privacy`, and the method plans nothing.
     """
 
     method: Method
@@ -66,6 +69,7 @@ class Aggregation:
     threads: int | None = None
     cancelled: Callable[[], bool] = lambda: False
     repairs: Repairs | None = None
+    privacy: PrivacyConfig | None = None
 
 
 def aggregate_round(
@@ -98,12 +102,17 @@ def aggregate_round(
             return Aggregated([], set_aside, damaged=damaged)
         files = {update.client_id: paths[update.client_id] for update in counted}
         try:
-            robustness, absurd = resist(how, units, files, damaged)
-            if absurd:
-                set_aside |= absurd
-                continue
-            contributions = weighed(counted, paths, how.policy.max_examples)
-            plan = {k: merge for k, merge in how.method.plan_merge(contributions, units).items() if k not in damaged}
+            contributions: list[Contribution] = []
+            if how.privacy is not None:
+                plan, robustness = privately(how, how.privacy, units, files, damaged)
+            else:
+                robustness, absurd = resist(how, units, files, damaged)
+                if absurd:
+                    set_aside |= absurd
+                    continue
+                contributions = weighed(counted, paths, how.policy.max_examples)
+                planned = how.method.plan_merge(contributions, units)
+                plan = {key: merge for key, merge in planned.items() if key not in damaged}
             changed = fold_round(
                 *(units, plan, files, how.blobs, how.backend),
                 robustness=robustness,
@@ -177,6 +186,27 @@ def resist(
             *(client_id[:8], len(of_client), how.policy.clip, min(of_client)),
         )
     return Robustness(factors, rule.combine, rule.min_clients), absurd_moves(moves)
+
+
+def privately(
+    how: Aggregation,
+    privacy: PrivacyConfig,
+    units: Sequence[UnitInfo],
+    files: Mapping[str, Path],
+    left_out: Sequence[str] = (),
+) -> tuple[dict[str, UnitMerge], Robustness]:
+    """The plan and limits of a round with differential privacy."""
+    moves = measure_moves(
+        units, files, how.blobs, how.backend, threads=how.threads or default_threads(), cancelled=how.cancelled,
+        left_out=left_out,
+    )  # fmt: skip
+    plan, factors = private_plan([u for u in units if u.key not in left_out], moves, list(files), privacy.clip)
+    norms = sorted(client_norms(units, moves).values())
+    logger.debug(
+        "changes of %d clients: median L2 norm %.4g, clip %g", len(norms), norms[len(norms) // 2], privacy.clip
+    )
+    scale = privacy.noise * privacy.clip / len(files)
+    return plan, Robustness(factors, make_noise=lambda: GaussianNoise(scale).draw)
 
 
 def file_problem(update: UpdateRecord, path: Path) -> str | None:

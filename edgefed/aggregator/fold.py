@@ -44,12 +44,14 @@ class Robustness:
     """How lies are limited (`edgefed.aggregator.robust`).
 
     ``factors`` {(client_id, unit key): f}: x is taken as g + f (x - g), where g is the current value. ``combine``:
-    (n, m) -> (m,), taken in place of the weighted mean where n >= ``min_clients``.
+    (n, m) -> (m,), taken in place of the weighted mean where n >= ``min_clients``. ``make_noise`` makes what draws
+    noise for one thread, n -> (n,); every element of a planned unit gets some, also where no client has sent it.
     """
 
     factors: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     combine: Callable[[np.ndarray], np.ndarray] | None = None
     min_clients: int = 1
+    make_noise: Callable[[], Callable[[int], np.ndarray]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,7 @@ class _Scratch:
         self.backend = backend
         self.cancelled = cancelled
         self.robustness = robustness
+        self.noise = None if robustness.make_noise is None else robustness.make_noise()
         self.sums = np.empty(BLOCK_ELEMENTS, dtype=np.float64)
         self.raw = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
         self.old = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
@@ -157,7 +160,7 @@ def _unit_chunks(
         ]
         if sources and keep_rows is not None and info.name == NEURON_TABLE:
             yield from _table_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
-        elif sources:
+        elif sources or scratch.noise is not None:
             yield from _tensor_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
         else:
             yield from _copy_chunks(old_path, old[info.name], scratch)
@@ -200,6 +203,7 @@ def _tensor_chunks(
     count = old.size_bytes // dtype.itemsize
     row_elements = count // info.shape[0] if keep_rows is not None else count
     needs_old = (keep_rows is not None and bool(keep_rows.any())) or any(source.factor < 1 for source in sources)
+    needs_old = needs_old or not sources
     combines = rule.combine is not None and len(sources) >= rule.min_clients
     step = max(1024, BLOCK_ELEMENTS // len(sources)) if combines else BLOCK_ELEMENTS
     with BlockFiles() as files:
@@ -224,6 +228,10 @@ def _tensor_chunks(
                     if share := source.share_of(row):
                         old_part = None if before is None else before[part]
                         _add(sums[part], raw[part], old_part, source, share, info.dtype, scratch.backend)
+            if not sources and before is not None:
+                scratch.backend.fold_block(sums, before, info.dtype, 1.0)
+            if scratch.noise is not None:
+                sums += scratch.noise(length)
             if matrix is not None:
                 for part, row in rows:
                     sums[part] = _combined(matrix[:, part], [source.share_of(row) for source in sources], rule)

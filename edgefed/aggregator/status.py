@@ -14,6 +14,7 @@ from edgefed.aggregator.rounds import Abandon, Action, ExtendDeadline, Fold, Ope
 from edgefed.progress import counted, format_seconds, round_line
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import ClientStatus, RoundStatus, RunConfig, SetAside, Status, UnitInfo
+from edgefed.protocol.privacy import PrivacyStatus
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def round_status(
     undone: int | None = None,
     downloaded_bytes: int = 0,
     damaged: tuple[str, ...] = (),
+    privacy: PrivacyStatus | None = None,
 ) -> RoundStatus:
     """The record of a round that was just folded, from the ``updates`` that counted."""
     return RoundStatus(
@@ -86,6 +88,7 @@ def round_status(
         undone=undone,
         downloaded_bytes=downloaded_bytes,
         damaged=damaged,
+        privacy=privacy,
     )
 
 

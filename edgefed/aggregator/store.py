@@ -316,6 +316,11 @@ class Store:
         rows = self._query(f"{_UPDATES} AND client_id = ?", server_round, client_id)
         return _update(rows[0]) if rows else None
 
+    def most_updates(self) -> int:
+        """The largest number of updates that were accepted of one client."""
+        rows = self._query("SELECT COUNT(*) FROM updates GROUP BY client_id ORDER BY 1 DESC LIMIT 1")
+        return int(rows[0][0]) if rows else 0
+
     def record_update(self, update: UpdateRecord, client: ClientRecord) -> None:
         """Record an update whose file is durable. After this it may be acknowledged."""
         with self._transaction() as connection:

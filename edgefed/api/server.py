@@ -104,6 +104,18 @@ class Server:
         int | None,
         Setting("Most examples that a client counts with; default: 10 times the median of the round.", minimum=1),
     ] = None
+    dp_noise: Annotated[
+        float | None,
+        Setting("Differential privacy of clients: standard deviation of the noise on a round's sum, in multiples of "
+                "`dp_clip`; needs `pip install 'edgefed[privacy]'`.", default="no noise", above=0),
+    ] = None  # fmt: skip
+    dp_clip: Annotated[
+        float | None,
+        Setting("With `dp_noise`: longest change of a client, as the L2 norm over all that it trains.", above=0),
+    ] = None  # fmt: skip
+    dp_delta: Annotated[
+        float | None, Setting("With `dp_noise`: delta at which epsilon is reported.", default="1e-05", above=0)
+    ] = None
     max_clients: Annotated[
         int | None, Setting("Clients that may be registered at once.", default="4096", minimum=1)
     ] = None
@@ -243,6 +255,7 @@ class Server:
         return custom.name_and_options(self.method)
 
     def _create_run(self, report: Callable[[str], None]) -> RunConfig:
+        from edgefed.api.new_run import check_private, import_watch, privacy_of
         from edgefed.embedded import TINY, resolve_model
         from edgefed.hub import check_source
         from edgefed.methods.registry import check_training, make_method
@@ -277,30 +290,18 @@ class Server:
             seed=self.seed or 0,
             training=training,
             tokenizer=tokenizer,
+            privacy=privacy_of(self),
         )
         policy = self._policy(run.rounds)
+        if run.privacy is not None:
+            policy = check_private(self, run.privacy, method, policy)
         if note := "" if method.personal else check_source(source):
             report(note)
         report(f"importing {run.model} into {self.state}")
         neurons = not method.personal and method.requirements.neurons
-        with Pulse(self._import_watch(run.model, source, report)):
+        with Pulse(import_watch(self.state, run.model, source, report)):
             import_in_subprocess(source, self.state, run, policy, personal=method.personal, neurons=neurons)
         return run
-
-    def _import_watch(self, model: str, source: str, report: Callable[[str], None]) -> Callable[[float], None]:
-        """What says how far an import is: bytes of the run's folder against those of the checkpoint."""
-        from edgefed.disk import folder_bytes
-        from edgefed.hardware.memory import format_bytes
-        from edgefed.progress import remaining
-
-        total = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
-
-        def say(seconds: float) -> None:
-            written = folder_bytes(self.state)
-            amount = f"{format_bytes(written)} of {format_bytes(total)}, " if written and total else ""
-            report(f"importing {model}: {amount}{remaining(written, total, seconds)}")
-
-        return say
 
     def _training(self) -> Any:
         from edgefed.protocol.messages import TrainingConfig
@@ -363,6 +364,7 @@ class Server:
 
     def _existing_run(self) -> RunConfig:
         """The run in the state folder. Raises ConfigError for a setting that contradicts it."""
+        from edgefed.api.new_run import other_privacy
         from edgefed.methods.options import option_values
         from edgefed.methods.registry import make_method
         from edgefed.runs import RunReader
@@ -378,6 +380,8 @@ class Server:
             found = getattr(run if hasattr(run, attribute) else run.training, attribute)
             if value is not None and value != found:
                 raise self._contradiction(f"`{name}={value}`", found)
+        if asked := other_privacy(self, run.privacy):
+            raise self._contradiction(asked, run.privacy or "no noise")
         if options:
             found, wanted_method = (
                 option_values(make_method(run.method, {**run.method_options, **more})) for more in ({}, options)

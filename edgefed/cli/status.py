@@ -158,6 +158,8 @@ def _header(status: Status) -> RenderableType:
         f"   {', '.join([here, *gone])} (at least {status.min_clients})"
         f"   server peak {format_bytes(status.memory_peak_bytes)}"
     )
+    if spent := next((done.privacy for done in reversed(status.history) if done.privacy), None):
+        header.append(f"   privacy: {spent}")
     return header
 
 

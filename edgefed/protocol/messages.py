@@ -12,6 +12,7 @@ import msgspec
 
 from edgefed.errors import EdgefedError, MalformedMessage, ProtocolError, all_errors
 from edgefed.protocol.comparison import Comparison
+from edgefed.protocol.privacy import PrivacyConfig, PrivacyStatus
 
 UNIT_KINDS = ("dense", "router", "expert")
 NEURON_TABLE, NEURON_INDEX = "neurons", "neurons.index"
@@ -20,9 +21,6 @@ NEURON_TABLE, NEURON_INDEX = "neurons", "neurons.index"
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """Base of every message: immutable, fields by name."""
-
-
-# --- the global model -------------------------------------------------------------------------------------------
 
 
 class TensorInfo(Message, frozen=True):
@@ -111,9 +109,7 @@ class RunConfig(Message, frozen=True):
     training: TrainingConfig
     tokenizer: str = ""
     """Source of the tokenizer of a shared text extractor; its files are in the manifest."""
-
-
-# --- messages of a client ---------------------------------------------------------------------------------------
+    privacy: PrivacyConfig | None = None
 
 
 class DeviceInfo(Message, frozen=True):
@@ -224,9 +220,6 @@ class Leave(Message, frozen=True):
     reason: str
 
 
-# --- answers to a client ----------------------------------------------------------------------------------------
-
-
 class Registered(Message, frozen=True):
     """Answer to `Register`."""
 
@@ -304,9 +297,6 @@ class ErrorReply(Message, frozen=True):
     offset: int | None = None
 
 
-# --- status -----------------------------------------------------------------------------------------------------
-
-
 class ClientStatus(Message, frozen=True):
     """One client in `edgefed status`. ``last_seen_s`` is seconds ago; ``memory_bytes`` its newest budget."""
 
@@ -324,7 +314,6 @@ class ClientStatus(Message, frozen=True):
     metrics: dict[str, float]
     device: DeviceInfo | None = None
     comparison: Comparison | None = None
-    """Once the client has compared the final model with others."""
 
 
 class SetAside(Message, frozen=True):
@@ -352,6 +341,7 @@ class RoundStatus(Message, frozen=True):
     set_aside: tuple[SetAside, ...] = ()
     undone: int | None = None
     damaged: tuple[str, ...] = ()
+    privacy: PrivacyStatus | None = None
     downloaded_bytes: int = 0
 
 
