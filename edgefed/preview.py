@@ -32,7 +32,6 @@ from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_expert_method
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.model import MoeModel
-from edgefed.moe.model_shape import shape_from_config
 from edgefed.progress import ProgressSink
 from edgefed.protocol.limits import check_run
 from edgefed.protocol.messages import Manifest, RunConfig, Status, UnitInfo
@@ -134,7 +133,8 @@ def make_preview(config: JoinConfig, server: AggregatorClient, status: Status, p
         limits = DeviceLimits(
             config.expert_share, config.compute_share, config.profile_storage, config.expert_storage
         )  # fmt: skip
-        step = Planner(Path(folder), limits, config.name, memory, FormulaCosts()).estimate(request)
+        planner = Planner(Path(folder), limits, config.name, memory, FormulaCosts())
+        step = planner.estimate(request)
         usable_bytes = memory.usable_bytes()
         resident, trainable = even_layout(manifest.experts_per_layer)(step.resident, step.trainable).counts()
         share = 1.0
@@ -142,8 +142,8 @@ def make_preview(config: JoinConfig, server: AggregatorClient, status: Status, p
             share = step.resident / sum(manifest.experts_per_layer)
             resident = trainable = manifest.experts_per_layer
         training_s = _training_seconds(
-            BenchModel(run.model, model.config, shape_from_config(model.config, run.model)), run, step, max(resident),
-            max(trainable), share, usable_bytes, device.torch_device, progress,
+            BenchModel(run.model, model.config, planner.shape), run, step, max(resident), max(trainable), share,
+            usable_bytes, device.torch_device, progress,
         )  # fmt: skip
     size_bytes = _upload_bytes(manifest.units, step.trainable / sum(manifest.experts_per_layer), method)
     line = _measure_uplink(server, progress)

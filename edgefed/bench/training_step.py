@@ -10,8 +10,8 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgefed.bench.compute import Stopwatch, dtype_name
 from edgefed.bench.models import BenchModel, build_model, first_moe_layer, random_blocks
@@ -30,8 +30,13 @@ from edgefed.training.profiling import ProfilePass, profile_blocks
 from edgefed.training.savings import make_optimizer
 from edgefed.training.steps import run_steps, take_step
 
+if TYPE_CHECKING:
+    import torch
+
 WARM_UP_STEPS = 2
 """The first step creates the optimizer's state; the second runs with everything in place."""
+FEW_TOKENS = 64
+"""Tokens of the small steps that are measured where those of a round are slow."""
 LEARNING_RATE = 1e-6
 """Small enough that the loss of random weights stays finite."""
 
@@ -158,27 +163,41 @@ class _Enough(Exception):
 
 
 def step_seconds(
-    watch: Stopwatch, moe: MoeModel, plan: ExpertPlan, setup: StepSetup, work: StepWork, sampling: Sampling
+    watch: Stopwatch,
+    moe: MoeModel,
+    plan: ExpertPlan,
+    setup: StepSetup,
+    work: StepWork,
+    sampling: Sampling,
+    warm_up: int = WARM_UP_STEPS,
+    on_step: Callable[[], None] = lambda: None,
+    measure: Callable[[torch.optim.Optimizer, Callable[[], None]], None] | None = None,
 ) -> list[float]:
-    """Return the seconds of each training step after the warm-up, at least one, within the time limit."""
+    """Return the seconds of each training step after ``warm_up`` steps, at least one, within the time limit.
+
+    ``measure`` as in `run_steps`.
+    """
     blocks = random_blocks(moe.config.get_text_config().vocab_size, work.batch_size * 4, work.sequence_length)
     training = TrainingConfig(
-        local_steps=WARM_UP_STEPS + sampling.repeats, batch_size=work.batch_size, sequence_length=work.sequence_length,
+        local_steps=warm_up + sampling.repeats, batch_size=work.batch_size, sequence_length=work.sequence_length,
         learning_rate=LEARNING_RATE, experts=setup.experts, router=setup.router, attention=setup.attention,
         lora_rank=setup.lora_rank,
     )  # fmt: skip
     deadline = time.perf_counter() + work.limit_s
     moments: list[float] = []
 
-    def on_step(loss: float) -> None:
+    def note(loss: float) -> None:
         watch.synchronize()
         moments.append(time.perf_counter())
-        if len(moments) > WARM_UP_STEPS and moments[-1] > deadline:
+        on_step()
+        if len(moments) > warm_up and moments[-1] > deadline:
             raise _Enough
 
     with contextlib.suppress(_Enough):
-        run_steps(moe, plan, Local(), blocks, training, compute_share=1.0, seed=0, setup=setup, on_step=on_step)
-    moments = moments[WARM_UP_STEPS - 1 :]
+        run_steps(
+            moe, plan, Local(), blocks, training, compute_share=1.0, seed=0, setup=setup, on_step=note, measure=measure
+        )
+    moments = moments[warm_up - 1 :]
     return [end - start for start, end in zip(moments, moments[1:], strict=False)]
 
 
@@ -187,24 +206,98 @@ def seconds_of_step(
 ) -> float:
     """Return the median seconds of a training step of the whole model under ``setup``, with random weights.
 
-    With ``neuron_share`` below 1, each expert has this share of its neurons. Raises MemoryError if not even two layers
-    fit, and the errors of training.
+    With ``neuron_share`` below 1, each expert has this share of its neurons. Where a step is slow, small ones are
+    measured instead (`SmallSteps`). Raises MemoryError if not even two layers fit, and the errors of training.
     """
     shape = model.shape.sliced([neuron_share] * len(model.shape.moe_layers)) if neuron_share < 1.0 else model.shape
     sized = dataclasses.replace(model, shape=shape)
     scope = TrainScope(setup.experts, setup.router, setup.attention, setup.lora_rank)
-    seconds: dict[int, list[float]] = {}
-    for depth in depths(sized, setup, work):
-        moe, plan, source = build_model(
+    measured = depths(sized, setup, work)
+    if not measured:
+        raise MemoryError(f"not even two layers of {model.name} fit")
+
+    def build(depth: int, work: StepWork) -> tuple[MoeModel, ExpertPlan, ExpertSource]:
+        return build_model(
             sized, depth, work.resident, work.trainable, scope, watch.device,
             storage=setup.expert_storage, neuron_share=neuron_share,
         )  # fmt: skip
+
+    if len(measured) == 2:
+        small, limit_s = SmallSteps.of(work, shape.top_k), work.limit_s
+        shallow = small.measure(watch, setup, *build(measured[0], small.work)[:2])
+        if (shallow.gradients_s + shallow.optimizer_s) * small.times * (WARM_UP_STEPS + 1) > limit_s:
+            deep = small.measure(watch, setup, *build(measured[1], small.work)[:2])
+            return small.extrapolate(shallow, deep, measured, len(shape.layers))
+    seconds: dict[int, list[float]] = {}
+    for depth in measured:
+        moe, plan, source = build(depth, work)
         seconds[depth] = step_seconds(watch, moe, plan, setup, work, sampling)
         del moe, plan, source
         watch.release()
-    if not seconds:
-        raise MemoryError(f"not even two layers of {model.name} fit")
     return statistics.median(extrapolate(seconds, len(shape.layers)))
+
+
+class StepParts(NamedTuple):
+    """Seconds of a step: forward and backward pass, and the optimizer."""
+
+    gradients_s: float
+    optimizer_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallSteps:
+    """Steps of few tokens and few experts, from which that of ``whole`` is computed.
+
+        seconds = (head + layers * slope) * tokens + layers * update * trainable experts
+
+    An expert has about as many tokens as in the whole step, as long as a token has its experts. What the forward pass
+    costs whatever the tokens, such as to unpack weights, is counted as if it grew with them.
+    """
+
+    whole: StepWork
+    work: StepWork
+
+    @classmethod
+    def of(cls, whole: StepWork, top_k: int) -> SmallSteps:
+        """The small steps for ``whole``. Where only some experts train, one does."""
+        resident = min(whole.resident, top_k)
+        trainable = resident if whole.trainable == whole.resident else min(whole.trainable, 1)
+        length = min(FEW_TOKENS, whole.sequence_length)
+        work = dataclasses.replace(
+            whole, resident=resident, trainable=trainable, batch_size=1, sequence_length=length
+        )  # fmt: skip
+        return cls(whole, work)
+
+    @property
+    def times(self) -> float:
+        """How many times as many tokens the whole step has."""
+        return self.whole.batch_size * self.whole.sequence_length / self.work.sequence_length
+
+    def measure(self, watch: Stopwatch, setup: StepSetup, moe: MoeModel, plan: ExpertPlan) -> StepParts:
+        """Take two small steps; the second is measured."""
+        small = dataclasses.replace(setup, batch_size=1, sequence_length=self.work.sequence_length)
+        moments: list[float] = []
+
+        def note(*_: object) -> None:
+            watch.synchronize()
+            moments.append(time.perf_counter())
+
+        def first(optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> None:
+            optimizer.register_step_pre_hook(note)
+            step()
+
+        step_seconds(watch, moe, plan, small, self.work, Sampling(1), 1, on_step=note, measure=first)
+        _, end_of_first, update, end = moments
+        watch.release()
+        return StepParts(update - end_of_first, end - update)
+
+    def extrapolate(self, shallow: StepParts, deep: StepParts, depths: Sequence[int], layers: int) -> float:
+        """Return the seconds of the whole step of ``layers`` layers, from small ones at two ``depths``."""
+        gradients, updates = (
+            statistics.median(extrapolate({depths[0]: [a], depths[1]: [b]}, layers))
+            for a, b in zip(shallow, deep, strict=True)
+        )
+        return gradients * self.times + updates * self.whole.trainable / max(1, self.work.trainable)
 
 
 def profile_seconds(

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from edgefed.bench import training_step
 from edgefed.bench.compute import Stopwatch, expert_forward
 from edgefed.bench.models import KNOWN_CONFIGS, build_model, find_model, known_name, shortened
 from edgefed.bench.planning import fit_curve, fits_of, upload_bytes
@@ -63,6 +64,33 @@ def test_a_model_of_random_weights_trains_and_profiles_at_two_depths():
     assert entries[2].verdict == "skipped"
     assert entries[0].params["layers"] == [1, 2]
     assert entries[0].params["layers_of"] == 4
+
+
+def test_a_slow_step_is_computed_from_small_ones(monkeypatch):
+    built = []
+
+    def build(model, depth, resident, trainable, *rest, **options):
+        built.append((depth, resident, trainable))
+        return build_model(model, depth, resident, trainable, *rest, **options)
+
+    monkeypatch.setattr(training_step, "build_model", build)
+    setup = StepSetup(batch_size=8, sequence_length=128, dtype="float32")
+    work = StepWork(12, 4, 8, 128, memory_bytes=GIB, limit_s=1e-6, whole_below_bytes=0)
+    seconds = training_step.seconds_of_step(Stopwatch("cpu"), SHORT, small_model(), setup, work)
+    assert seconds > 0
+    top_k = small_model().shape.top_k
+    assert built == [(1, top_k, 1), (2, top_k, 1)]
+
+
+def test_what_is_computed_from_small_steps_is_what_a_linear_step_takes():
+    work = StepWork(21, 6, 8, 128, memory_bytes=GIB, limit_s=1, whole_below_bytes=0)
+    small = training_step.SmallSteps.of(work, 8)
+    assert (small.work.resident, small.work.trainable, small.times) == (8, 1, 16)
+    head_s, slope_s, update_s = 0.5, 0.2, 0.1  # of 64 tokens, and of one expert
+    parts = [training_step.StepParts(head_s + depth * slope_s, depth * update_s) for depth in (1, 2)]
+    assert small.extrapolate(*parts, (1, 2), 16) == pytest.approx(16 * (head_s + 16 * slope_s) + 16 * 6 * update_s)
+    everything = training_step.SmallSteps.of(dataclasses.replace(work, trainable=21), 8)
+    assert everything.work.trainable == 8
 
 
 def test_joules_per_token_come_from_the_devices_counter():
