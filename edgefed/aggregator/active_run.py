@@ -14,16 +14,14 @@ import hmac
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import msgspec
-
 from edgefed.aggregator import rounds
 from edgefed.aggregator.access import Access
-from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregated, Aggregation, aggregate_round, undo_round
+from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregation, aggregate_round, as_registered, undo_round
 from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore, Catalog
 from edgefed.aggregator.coverage import cover_round
@@ -32,6 +30,7 @@ from edgefed.aggregator.records import ClientRecord, UpdateRecord
 from edgefed.aggregator.repair import Repairs
 from edgefed.aggregator.robust import find_rule
 from edgefed.aggregator.rounds import Phase, RoundPolicy
+from edgefed.aggregator.staleness import buffer_of
 from edgefed.aggregator.status import Presence, build_status, describe_round, downloads_since, log_action, round_status
 from edgefed.aggregator.store import Store
 from edgefed.aggregator.uploads import UploadFolder
@@ -129,9 +128,10 @@ class ActiveRun:
     def _resume(self) -> None:
         """Continue the newest round with its accepted updates, and tidy up after a crash."""
         current = self.store.current_round()
-        updates = self.store.updates(current.server_round)
+        updates = self.store.pending_updates()
         takes_uploads = current.phase in (Phase.WAITING, Phase.TRAINING)
-        self.uploads.recover(current.server_round if takes_uploads else None, updates)
+        newest = current.server_round if takes_uploads else current.server_round - 1
+        self.uploads.recover(range(current.server_round - self.policy.max_staleness, newest + 1), updates)
         self.clients = {client.client_id: client for client in self.store.clients()}
         self.state = rounds.restore(
             self.policy,
@@ -140,6 +140,7 @@ class ActiveRun:
             server_round=current.server_round,
             participants=current.participants,
             accepted=[update.client_id for update in updates],
+            late=[update.client_id for update in updates if update.server_round < current.server_round],
             clients=[client.client_id for client in self.clients.values() if client.joined],
             lost={
                 client.client_id: time.time() - (client.last_seen_at or 0.0)
@@ -220,6 +221,8 @@ class ActiveRun:
             )
         if server_round > state.server_round:
             raise NotFound(f"round {server_round} has not begun, the current round is {state.server_round}")
+        if state.accepts_late(client_id, server_round) and client_id in self.store.participants(server_round):
+            return
         if server_round < state.server_round or state.phase in (Phase.AGGREGATING, Phase.FINISHED):
             raise RoundClosed(f"round {server_round} is closed")
         if not state.accepts(client_id):
@@ -277,7 +280,9 @@ class ActiveRun:
         for action in actions:
             log_action(action, self.config.rounds)
             if isinstance(action, rounds.Fold):
-                self.uploads.end_round(RoundClosed(f"round {action.server_round} is closed"))
+                closed = RoundClosed(f"round {action.server_round} is closed")
+                late = self.policy.max_staleness if action.server_round < self.policy.rounds else 0
+                self.uploads.end_rounds(action.server_round + 1 - late, closed)
         if actions or moved:
             self._on_change()
 
@@ -295,28 +300,30 @@ class ActiveRun:
         if not self.fold_due:
             return
         started = time.monotonic()
-        units, server_round = self.catalog.manifest.units, self.state.server_round
-        updates = [self._as_registered(update) for update in self.store.updates(server_round)]
+        manifest, server_round = self.catalog.manifest, self.state.server_round
+        pending = [update for update in self.store.pending_updates() if update.client_id in self.state.accepted]
+        updates = [as_registered(update, self.clients[update.client_id].num_examples) for update in buffer_of(pending)]
         banned = {u.client_id: "its client is banned" for u in updates if self.access.is_banned(u.client_id)}
-        result = self._undo(updates) or aggregate_round(
+        earlier = {client.client_id: client.held_out for client in self.clients.values()}
+        result = undo_round(updates, earlier, self.policy.rollback, manifest, self.store.manifest) or aggregate_round(
             Aggregation(
                 *(self._method, self.policy, self._blobs, self.backend, self._fold_threads, self._closing.is_set),
                 repairs=self.repairs,
                 privacy=self.config.privacy,
+                server_round=server_round,
+                model=self.store.manifest,
             ),
-            *(units, [update for update in updates if update.client_id not in banned], self.uploads.updates),
+            *(manifest.units, [update for update in updates if update.client_id not in banned], self.uploads.updates),
         )
         result.set_aside.update(banned)
         changed, used = result.changed, [update for update in updates if update.client_id not in result.set_aside]
-        coverage = cover_round(
-            *(self.store.coverage(), self.catalog.manifest, used, self.uploads.updates, self.clients)
-        )
+        coverage = cover_round(*(self.store.coverage(), manifest, used, self.uploads.updates, self.clients))
         with self.lock:
             for update in used:
                 assert update.meta is not None, "only updates with metadata count"
                 survey, client = update.meta.survey, self.clients[update.client_id]
                 loss = update.meta.metrics.get(HELD_OUT_LOSS)
-                client.held_out = None if loss is None else (server_round, loss)
+                client.held_out = None if loss is None else (update.server_round, loss)
                 client.survey = client.survey if survey is None else combined_survey(client.survey, survey)
             set_aside = [
                 SetAside(client_id=client_id, name=self.clients[client_id].name, reason=reason)
@@ -328,7 +335,7 @@ class ActiveRun:
                 damaged=result.damaged, privacy=self._spent(),
             )  # fmt: skip
             next_phase = Phase.FINISHED if server_round >= self.policy.rounds else Phase.WAITING
-            self.store.record_fold(status, changed, next_phase, self.clients.values(), coverage)
+            self.store.record_fold(status, changed, next_phase, self.clients.values(), coverage, updates)
             self.catalog.load(server_round + 1)
             for each in set_aside:
                 logger.warning(
@@ -344,27 +351,13 @@ class ActiveRun:
         privacy = self.config.privacy
         return None if privacy is None else spent(privacy, self.store.most_updates())
 
-    def _as_registered(self, update: UpdateRecord) -> UpdateRecord:
-        """An update with at most as many examples as its client has registered."""
-        most = max(1, self.clients[update.client_id].num_examples)
-        if update.meta is None or update.meta.num_examples <= most:
-            return update
-        return dataclasses.replace(update, meta=msgspec.structs.replace(update.meta, num_examples=most))
-
-    def _undo(self, updates: Sequence[UpdateRecord]) -> Aggregated | None:
-        """Undo the last aggregation, if clients report that it made the model much worse."""
-        if self.policy.rollback is None:
-            return None
-        now = self.catalog.manifest
-        earlier = {client.client_id: client.held_out for client in self.clients.values()}
-        return undo_round(updates, earlier, self.policy.rollback, now, self.store.manifest(now.server_round - 1))
-
     def _tidy(self, folded: list[UpdateRecord]) -> None:
         """Delete files that no round needs. After a failure, the next start deletes them."""
         try:
             self.uploads.delete_updates(folded)
             with self.lock:
-                orphans = self.store.prune(self._keep_rounds)
+                keep = self._keep_rounds and max(self._keep_rounds, self.policy.max_staleness + 1)
+                orphans = self.store.prune(keep)
                 self.catalog.load_references()
             self._blobs.delete(orphans)
             self.repairs.forget(orphans)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import msgspec
 
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.fold import FoldCancelled, Robustness, default_threads, fold_round
@@ -21,6 +24,7 @@ from edgefed.aggregator.records import UpdateRecord
 from edgefed.aggregator.repair import Repairs
 from edgefed.aggregator.robust import MIN_CLIENTS, absurd_moves, clip_factors, find_rule, measure_moves
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.aggregator.staleness import BaseLost, Rebasing, rebase_update
 from edgefed.aggregator.update_files import UpdateDamaged
 from edgefed.aggregator.validate import update_units
 from edgefed.disk import hash_file
@@ -36,6 +40,8 @@ EXAMPLES_RATIO = 10.0
 """An update counts at most so many times the examples of the round's median update. Clients claim these numbers."""
 HELD_OUT_LOSS = "held_out_loss_before"
 """Metric of an update: the loss of the global model that it was trained from, on the client's held-out data."""
+REBASED = "rebased"
+"""Folder of rebased late updates, beside that of the updates; emptied after each aggregation."""
 MIN_FOR_UNDO = 2
 """Clients that must have compared two models before one is undone."""
 
@@ -70,6 +76,10 @@ class Aggregation:
     cancelled: Callable[[], bool] = lambda: False
     repairs: Repairs | None = None
     privacy: PrivacyConfig | None = None
+    server_round: int = 0
+    """The round; an update of an earlier one is late."""
+    model: Callable[[int], Manifest | None] = lambda server_round: None
+    """The model at the start of an earlier round, from which a late update was trained."""
 
 
 def aggregate_round(
@@ -80,6 +90,16 @@ def aggregate_round(
     The blobs of the changed units are durable when this returns. Raises DiskFull and StorageError (try again later),
     FoldCancelled, and the error of a method that fails whatever clients send; then the updates stay.
     """
+    rebased = folder.parent / REBASED
+    try:
+        return _aggregate(how, units, updates, folder, rebased)
+    finally:
+        shutil.rmtree(rebased, ignore_errors=True)
+
+
+def _aggregate(
+    how: Aggregation, units: Sequence[UnitInfo], updates: Sequence[UpdateRecord], folder: Path, rebased: Path
+) -> Aggregated:
     set_aside: dict[str, str] = {}
     paths = {update.client_id: folder / update.file_name for update in updates}
     with concurrent.futures.ThreadPoolExecutor(how.threads or default_threads(), thread_name_prefix="hash") as pool:
@@ -96,6 +116,19 @@ def aggregate_round(
     )
     if damaged:
         logger.error("the round goes on without %d damaged units: %s", len(damaged), ", ".join(damaged[:4]))
+    for update in updates:
+        if update.server_round < how.server_round and update.client_id not in set_aside:
+            base = how.model(update.server_round)
+            rebasing = Rebasing(
+                None if base is None else base.units, units, how.server_round - update.server_round, damaged
+            )
+            rebased.mkdir(exist_ok=True)
+            path = rebased / update.file_name
+            try:
+                rebase_update(paths[update.client_id], path, rebasing, how.blobs, how.backend)
+                paths[update.client_id] = path
+            except BaseLost as error:
+                set_aside[update.client_id] = str(error)
     while True:
         counted = [update for update in updates if update.client_id not in set_aside]
         if not counted:
@@ -131,24 +164,27 @@ def aggregate_round(
 def undo_round(
     updates: Sequence[UpdateRecord],
     earlier: Mapping[str, tuple[int, float] | None],
-    ratio: float,
+    ratio: float | None,
     now: Manifest,
-    before: Manifest | None,
+    model: Callable[[int], Manifest | None],
 ) -> Aggregated | None:
     """Undo the last aggregation if it made the held-out loss of most clients ``ratio`` times larger; None if not.
 
     ``earlier``: what clients reported of an earlier model, {client_id: (round, loss)}; only the round before counts.
-    ``now`` and ``before``: the models that they evaluated; ``before``, which is restored, is None if it is not stored.
+    ``now``: the model that they evaluated. ``model``: that of an earlier round, which is restored; None if it is not
+    stored. ``ratio`` None: never undo.
     """
+    if ratio is None:
+        return None
     jumps = []
-    for update in updates:
+    for update in (update for update in updates if update.server_round == now.server_round):
         loss = None if update.meta is None else update.meta.metrics.get(HELD_OUT_LOSS)
         known = earlier.get(update.client_id)
         if loss is not None and known is not None and known[0] == now.server_round - 1:
             jumps.append(loss > ratio * known[1])
     if len(jumps) < MIN_FOR_UNDO or 2 * sum(jumps) <= len(jumps):
         return None
-    if before is None:
+    if (before := model(now.server_round - 1)) is None:
         logger.error(
             "round %d: the held-out loss jumped on %d of %d clients, and the model before is not stored; keep 2 rounds",
             *(now.server_round, sum(jumps), len(jumps)),
@@ -162,6 +198,14 @@ def undo_round(
         {update.client_id: reason for update in updates},
         before.server_round,
     )
+
+
+def as_registered(update: UpdateRecord, num_examples: int) -> UpdateRecord:
+    """An update with at most as many examples as its client has registered."""
+    most = max(1, num_examples)
+    if update.meta is None or update.meta.num_examples <= most:
+        return update
+    return dataclasses.replace(update, meta=msgspec.structs.replace(update.meta, num_examples=most))
 
 
 def resist(

@@ -97,7 +97,7 @@ def _copy_files(folder: Path, target: Path) -> Backup:
     try:
         current = store.current_round()
         wanted = {source.path(sha256): (copy.path(sha256), sha256) for sha256 in store.referenced()}
-        for update in store.updates(current.server_round):
+        for update in store.pending_updates():
             place = Path("updates") / update.file_name
             wanted[folder / place] = target / place, update.sha256
     finally:

@@ -15,6 +15,8 @@ Rules. A client is *live* if it was heard of within ``client_timeout_s``.
 - At the deadline without an update the round gets a new deadline, because there is nothing to aggregate.
 - If all participants are gone and there is no update, the round waits again, under the same number. If a participant
   returns, the round continues; if enough other clients are live, it opens for them in addition.
+- With ``max_staleness`` an update of one of the last rounds is *late* and counts in the current one, or, while a round
+  is aggregated, in the next. A client counts once in a round. A late update does not open a round.
 - A client that joins during a round takes part in the next one, unless the round has become too small: fewer
   participants are live or done than ``clients_per_round``, or than ``min_clients`` where all take part.
 """
@@ -47,7 +49,8 @@ class RoundPolicy:
     that a client counts with; None: a multiple of the round's median (`aggregation.EXAMPLES_RATIO`). ``clip``: limit of
     a client's change, in multiples of the round's median; None: none. ``robust``: one of `robust.RULES`. ``rollback``:
     a round is undone if the held-out loss of most clients grows to this multiple; None: never. ``max_clients``: clients
-    that are registered at most.
+    that are registered at most. ``max_staleness``: rounds by which an update may be late and still count, with less
+    weight (`edgefed.aggregator.staleness`); 0: late updates are dropped.
     """
 
     rounds: int
@@ -61,6 +64,7 @@ class RoundPolicy:
     robust: str = "mean"
     rollback: float | None = None
     max_clients: int = 4096
+    max_staleness: int = 0
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""
@@ -73,6 +77,7 @@ class RoundPolicy:
                 ("clients_per_round", self.clients_per_round, 1),
                 ("max_examples", self.max_examples, 1),
                 ("max_clients", self.max_clients, 1),
+                ("max_staleness", self.max_staleness, 0),
             )
             if value is not None and value < least
         ]
@@ -127,9 +132,10 @@ class ClientLeft(Event):
 
 @dataclasses.dataclass(frozen=True)
 class UpdateAccepted(Event):
-    """An update is safe on disk. Only for clients that `RoundState.accepts`."""
+    """An update is safe on disk. Only for clients that `RoundState.accepts`, or `accepts_late` if it is ``late``."""
 
     client_id: str
+    late: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +193,11 @@ Action = OpenRound | Fold | ExtendDeadline | Abandon | Finish
 
 @dataclasses.dataclass(frozen=True)
 class RoundState:
-    """State of the machine. ``last_seen``: the clients that have joined and not left."""
+    """State of the machine. ``last_seen``: the clients that have joined and not left.
+
+    ``accepted``: clients whose updates the round counts. ``late``: those of them whose update is late. ``carried``:
+    clients with a late update for the next round, since this one is being aggregated.
+    """
 
     policy: RoundPolicy
     seed: int
@@ -197,6 +207,8 @@ class RoundState:
     participants: frozenset[str] = frozenset()
     accepted: frozenset[str] = frozenset()
     deadline: float | None = None
+    late: frozenset[str] = frozenset()
+    carried: frozenset[str] = frozenset()
 
     def is_live(self, client_id: str, now: float) -> bool:
         """Whether a client was heard of within the time-out."""
@@ -216,6 +228,14 @@ class RoundState:
         open_ = self.phase in (Phase.WAITING, Phase.TRAINING)
         return open_ and client_id in self.participants and client_id not in self.accepted
 
+    def accepts_late(self, client_id: str, server_round: int) -> bool:
+        """Whether an update for this earlier round would count, if the client took part in that one."""
+        next_round = self.server_round + (self.phase is Phase.AGGREGATING)
+        if self.phase is Phase.FINISHED or next_round > self.policy.rounds:
+            return False
+        counted = self.carried if self.phase is Phase.AGGREGATING else self.accepted
+        return 0 < next_round - server_round <= self.policy.max_staleness and client_id not in counted
+
     def is_trainer(self, client_id: str) -> bool:
         """Whether this client has to train now."""
         return self.phase is Phase.TRAINING and self.accepts(client_id)
@@ -234,9 +254,7 @@ def step(state: RoundState, event: Event) -> tuple[RoundState, tuple[Action, ...
             state, last_seen={c: at for c, at in state.last_seen.items() if c != event.client_id}
         )
     elif isinstance(event, UpdateAccepted):
-        if not state.accepts(event.client_id):
-            raise ValueError(f"round {state.server_round} does not accept an update of client {event.client_id!r}")
-        state = dataclasses.replace(state, accepted=state.accepted | {event.client_id})
+        state = _accepted(state, event.client_id, event.late)
     elif isinstance(event, Folded):
         state = _folded(state, event.server_round, actions)
     state = _settle(state, now, actions)
@@ -253,6 +271,7 @@ def restore(
     accepted: Iterable[str],
     clients: Iterable[str],
     now: float,
+    late: Iterable[str] = (),
     lost: Mapping[str, float] = MappingProxyType({}),
 ) -> RoundState:
     """The state after a restart. A deadline starts again, and every client counts as just seen: none could reach us.
@@ -266,6 +285,7 @@ def restore(
     return RoundState(
         policy=policy, seed=seed, phase=phase, server_round=server_round, last_seen=last_seen,
         participants=frozenset(participants), accepted=frozenset(accepted), deadline=deadline,
+        late=frozenset(late),
     )  # fmt: skip
 
 
@@ -286,6 +306,15 @@ def _joined(state: RoundState, client_id: str, now: float, actions: list[Action]
     return state
 
 
+def _accepted(state: RoundState, client_id: str, late: bool) -> RoundState:
+    if late and state.phase is Phase.AGGREGATING:
+        return dataclasses.replace(state, carried=state.carried | {client_id})
+    if not (late or state.accepts(client_id)) or client_id in state.accepted:
+        raise ValueError(f"round {state.server_round} does not accept an update of client {client_id!r}")
+    accepted, found_late = state.accepted | {client_id}, state.late | {client_id} if late else state.late
+    return dataclasses.replace(state, accepted=accepted, late=found_late)
+
+
 def _folded(state: RoundState, server_round: int, actions: list[Action]) -> RoundState:
     if state.phase is not Phase.AGGREGATING or server_round != state.server_round:
         raise ValueError(f"round {server_round} was folded, but round {state.server_round} is {state.phase.value}")
@@ -293,8 +322,9 @@ def _folded(state: RoundState, server_round: int, actions: list[Action]) -> Roun
     if phase is Phase.FINISHED:
         actions.append(Finish(server_round + 1))
     return dataclasses.replace(
-        state, phase=phase, server_round=server_round + 1, participants=frozenset(), accepted=frozenset(), deadline=None
-    )
+        state, phase=phase, server_round=server_round + 1, participants=frozenset(), accepted=state.carried,
+        late=state.carried, carried=frozenset(), deadline=None,
+    )  # fmt: skip
 
 
 def _settle(state: RoundState, now: float, actions: list[Action]) -> RoundState:
@@ -319,7 +349,7 @@ def _settle(state: RoundState, now: float, actions: list[Action]) -> RoundState:
 
 
 def _open_if_possible(state: RoundState, now: float, actions: list[Action]) -> RoundState:
-    returned = bool(state.accepted) or bool(state.awaited(now))
+    returned = bool(state.accepted - state.late) or bool(state.awaited(now))
     chosen: list[str] = []
     if not returned:
         live, policy = state.live(now), state.policy

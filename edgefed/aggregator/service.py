@@ -395,4 +395,5 @@ class Service:
             presence.phase, presence.fraction = IDLE_PHASE, 0.0  # the next heartbeat may be seconds away
             size_mib = meta.size_bytes / 2**20
             logger.info("round %d: update of %s accepted, %.1f MiB", server_round, client_label(client), size_mib)
-            run.apply(rounds.UpdateAccepted(run.clock(), client_id))
+            late = server_round < run.state.server_round or run.state.phase is Phase.AGGREGATING
+            run.apply(rounds.UpdateAccepted(run.clock(), client_id, late))

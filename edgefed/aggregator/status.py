@@ -78,17 +78,25 @@ def round_status(
     """The record of a round that was just folded, from the ``updates`` that counted."""
     return RoundStatus(
         server_round=current.server_round,
-        participants=len(current.participants),
+        participants=len({*current.participants, *(update.client_id for update in updates)}),
         updates=len(updates),
         seconds=max(0.0, time.time() - current.opened_at) if current.opened_at is not None else 0.0,
         uploaded_bytes=sum(update.size_bytes for update in updates),
         experts_changed=len({(unit.layer, unit.expert) for unit in changed if unit.kind == "expert"}),
-        metrics=average_metrics(updates),
+        metrics=average_metrics(updates) | _lateness(current.server_round, updates),
         set_aside=tuple(set_aside),
         undone=undone,
         downloaded_bytes=downloaded_bytes,
         damaged=damaged,
         privacy=privacy,
+    )
+
+
+def _lateness(server_round: int, updates: Sequence[UpdateRecord]) -> dict[str, float]:
+    """Number of late updates, and the mean age of all updates in rounds; nothing if none was late."""
+    ages = [server_round - update.server_round for update in updates]
+    return (
+        {"late_updates": float(sum(age > 0 for age in ages)), "staleness": sum(ages) / len(ages)} if any(ages) else {}
     )
 
 
@@ -116,6 +124,8 @@ def log_action(action: Action, num_rounds: int) -> None:
 def describe_round(status: RoundStatus, rounds: int, fold_s: float) -> str:
     """The line of the server's log about a round that was aggregated in ``fold_s`` seconds."""
     received = f"{status.updates} of {status.participants} clients"
+    if late := status.metrics.get("late_updates"):
+        received += f" ({late:.0f} late)"
     folded = f"aggregated in {format_seconds(fold_s)}"
     return round_line(status.server_round, rounds, status.metrics, status.seconds, received, folded)
 

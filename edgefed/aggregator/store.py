@@ -55,7 +55,7 @@ CREATE TABLE updates (
     server_round INTEGER, client_id TEXT, attempt INTEGER NOT NULL, sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL,
     accepted_at REAL NOT NULL, meta BLOB, PRIMARY KEY (server_round, client_id)) WITHOUT ROWID;
 """
-_UPDATES = "SELECT server_round, client_id, attempt, sha256, size_bytes, meta FROM updates WHERE server_round = ?"
+_UPDATES = "SELECT server_round, client_id, attempt, sha256, size_bytes, meta FROM updates"
 
 T = TypeVar("T")
 
@@ -307,13 +307,19 @@ class Store:
         rows = self._query("SELECT status FROM rounds WHERE status IS NOT NULL ORDER BY server_round")
         return tuple(_decode(row[0], RoundStatus) for row in rows)
 
-    def updates(self, server_round: int) -> list[UpdateRecord]:
-        """Acknowledged updates of a round, sorted by client."""
-        return [_update(row) for row in self._query(f"{_UPDATES} ORDER BY client_id", server_round)]
+    def pending_updates(self) -> list[UpdateRecord]:
+        """Acknowledged updates that no round has counted yet, sorted by client and round."""
+        rows = self._query(f"{_UPDATES} WHERE meta IS NOT NULL ORDER BY client_id, server_round")
+        return [_update(row) for row in rows]
+
+    def participants(self, server_round: int) -> frozenset[str]:
+        """The clients that were to train in a round."""
+        rows = self._query("SELECT participants FROM rounds WHERE server_round = ?", server_round)
+        return frozenset(json.loads(rows[0][0])) if rows else frozenset()
 
     def find_update(self, server_round: int, client_id: str) -> UpdateRecord | None:
         """The acknowledged update of a client for a round, also of a finished one."""
-        rows = self._query(f"{_UPDATES} AND client_id = ?", server_round, client_id)
+        rows = self._query(f"{_UPDATES} WHERE server_round = ? AND client_id = ?", server_round, client_id)
         return _update(rows[0]) if rows else None
 
     def most_updates(self) -> int:
@@ -341,8 +347,12 @@ class Store:
         next_phase: Phase,
         clients: Iterable[ClientRecord],
         coverage: ExpertCoverage,
+        folded: Iterable[UpdateRecord],
     ) -> None:
-        """Close a round and begin the next with ``changed`` units, whose blobs are durable. One transaction."""
+        """Close a round and begin the next with ``changed`` units, whose blobs are durable. One transaction.
+
+        ``folded``: updates that the round has counted or set aside.
+        """
         following = status.server_round + 1
         with self._transaction() as connection:
             rows = _unit_rows(changed, following, [self._positions[unit.key] for unit in changed])
@@ -352,7 +362,10 @@ class Store:
                 (msgspec.json.encode(status), status.server_round),
             )
             connection.execute("INSERT INTO rounds VALUES (?, ?, '[]', NULL, NULL)", (following, next_phase.value))
-            connection.execute("UPDATE updates SET meta = NULL WHERE server_round = ?", (status.server_round,))
+            connection.executemany(
+                "UPDATE updates SET meta = NULL WHERE server_round = ? AND client_id = ?",
+                [(update.server_round, update.client_id) for update in folded],
+            )
             connection.execute("INSERT OR REPLACE INTO run VALUES ('coverage', ?)", (msgspec.json.encode(coverage),))
             _save_clients(connection, clients)
 

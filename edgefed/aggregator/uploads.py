@@ -168,20 +168,20 @@ class UploadFolder:
         with self._lock, disk_errors(f"move {path} back"):
             os.replace(path, self.parts / name.part_name)
 
-    def end_round(self, refusal: ProtocolError) -> None:
-        """End every connection and delete every part, because the round is closed."""
+    def end_rounds(self, oldest: int, refusal: ProtocolError) -> None:
+        """End the connections and delete the parts of rounds before ``oldest``: they are closed."""
         with self._lock:
-            for name in list(self._writers):
+            for name in [name for name in self._writers if name.server_round < oldest]:
                 self._stop(name, refusal)
-            self._delete_parts(lambda _: True)
+            self._delete_parts(lambda name: name.server_round < oldest)
 
     def delete_updates(self, updates: Iterable[UpdateRecord]) -> None:
         """Delete the files of a folded round."""
         for update in updates:
             (self.updates / update.file_name).unlink(missing_ok=True)
 
-    def recover(self, server_round: int | None, recorded: Iterable[UpdateRecord]) -> None:
-        """Tidy up after a crash. ``server_round``: the round that takes uploads, or None.
+    def recover(self, open_rounds: Collection[int], recorded: Iterable[UpdateRecord]) -> None:
+        """Tidy up after a crash. ``open_rounds``: those that take uploads.
 
         A complete update without a record was never acknowledged. It becomes a part again, so that its client can
         commit it without sending it again. Parts of other rounds are deleted.
@@ -192,7 +192,7 @@ class UploadFolder:
                 if path.name not in known and path.is_file():
                     os.replace(path, self.parts / path.with_suffix(".part").name)
         with self._lock:
-            self._delete_parts(lambda name: name.server_round != server_round)
+            self._delete_parts(lambda name: name.server_round not in open_rounds)
 
     def _stop(self, name: UploadName, refusal: ProtocolError) -> None:
         writer = self._writers.pop(name, None)

@@ -76,6 +76,11 @@ class Server:
     quorum: Annotated[
         int | None, Setting("Updates that close a round; default: those of all participants.", minimum=1)
     ] = None
+    max_staleness: Annotated[
+        int | None,
+        Setting("Rounds by which an update may be late and still count, with less weight; 0 drops late ones.",
+                default="0", minimum=0),
+    ] = None  # fmt: skip
     deadline: Annotated[
         float | None,
         Setting("Close a round after this time with the updates received so far; 0: never.", default="3600",
@@ -321,18 +326,11 @@ class Server:
 
     def _policy_settings(self) -> dict[str, Any]:
         """The settings of rounds that were given; they also apply to a run that continues."""
-        settings = {
-            "min_clients": self.min_clients,
-            "quorum": self.quorum,
-            "deadline_s": self.deadline,
-            "clients_per_round": self.clients_per_round,
-            "client_timeout_s": self.client_timeout,
-            "clip": self.clip,
-            "robust": self.robust,
-            "rollback": self.rollback,
-            "max_examples": self.max_examples,
-            "max_clients": self.max_clients,
-        }
+        from edgefed.aggregator.rounds import RoundPolicy
+
+        settings = {"deadline_s": self.deadline, "client_timeout_s": self.client_timeout}
+        names = {field.name for field in dataclasses.fields(RoundPolicy)} - {"rounds", *settings}
+        settings |= {name: getattr(self, name) for name in names}
         switched_off = ("deadline_s", "clip", "rollback")
         given = {name: value for name, value in settings.items() if value is not None}
         return {name: None if name in switched_off and value == 0 else value for name, value in given.items()}

@@ -190,7 +190,7 @@ def _clients(status: Status, personal: bool, lines: int) -> tuple[RenderableType
             _bar(client.fraction) if busy else "",
             _accuracy(client.metrics) if personal else f"{100 * client.expert_share:.0f} %",
             _loss(client.metrics),
-            str(client.rounds_done),
+            f"{client.rounds_done} of {max(client.rounds_done, len(status.history))}",
             format_bytes(client.downloaded_bytes),
             format_bytes(client.uploaded_bytes),
             f"{client.last_seen_s:.0f} s ago",

@@ -167,6 +167,36 @@ def test_the_sample_of_a_round_depends_on_seed_and_round_only():
     assert len(set(samples("abcdefgh", 1))) > 1
 
 
+def test_a_late_update_counts_once_in_a_later_round():
+    machine = Machine(rounds=4, quorum=1, max_staleness=1)
+    machine(ClientJoined, "a")
+    machine(ClientJoined, "b")
+    assert machine(UpdateAccepted, "a") == [Fold(1, ("a",))]
+    assert machine.state.accepts_late("b", 1), "while the round is aggregated it counts in the next"
+    assert machine(UpdateAccepted, "b", True) == []
+    assert not machine.state.accepts_late("b", 1)
+    assert machine(Folded, 1) == [OpenRound(2, ("a",)), Fold(2, ("b",))]
+    assert machine(Folded, 2) == [OpenRound(3, ("a", "b"))]
+    assert not machine.state.accepts_late("a", 1), "two rounds late"
+    assert machine.state.accepts_late("a", 2)
+    assert machine(UpdateAccepted, "a", True) == [Fold(3, ("a",))]
+    machine(Folded, 3)
+    machine(UpdateAccepted, "b")
+    assert not machine.state.accepts_late("a", 3), "no round follows the last one"
+
+
+def test_a_late_update_opens_no_round():
+    machine = Machine(quorum=1, max_staleness=1)
+    machine(ClientJoined, "a")
+    machine(ClientJoined, "b")
+    machine(UpdateAccepted, "a")
+    machine(ClientLeft, "a")
+    machine(Folded, 1)
+    assert machine(UpdateAccepted, "b", True) == []
+    assert machine.state.phase is Phase.WAITING
+    assert machine(ClientJoined, "c") == [OpenRound(2, ("c",)), Fold(2, ("b",))]
+
+
 def test_after_a_restart_every_participant_is_awaited_again():
     policy = RoundPolicy(rounds=2, min_clients=2, deadline_s=5.0, client_timeout_s=10.0)
     state = restore(
@@ -197,6 +227,7 @@ EVENTS = st.one_of(
     st.tuples(st.sampled_from([ClientJoined, ClientSeen, ClientLeft, UpdateAccepted]), st.sampled_from(CLIENTS)),
     st.tuples(st.just(Tick), st.sampled_from([0.1, 4.0, 11.0])),
     st.tuples(st.just(Folded), st.none()),
+    st.tuples(st.just("late"), st.sampled_from(CLIENTS)),
 )
 POLICIES = st.builds(
     dict,
@@ -205,6 +236,7 @@ POLICIES = st.builds(
     quorum=st.none() | st.integers(1, 3),
     deadline_s=st.none() | st.just(7.0),
     clients_per_round=st.none() | st.integers(3, 4),
+    max_staleness=st.integers(0, 2),
 )
 
 
@@ -221,6 +253,11 @@ def test_no_order_of_events_loses_an_update_or_blocks_the_run(policy, events):
         elif kind is Folded:
             if state.phase is Phase.AGGREGATING:
                 machine(Folded, state.server_round)
+        elif kind == "late":
+            counted_in = state.server_round + (state.phase is Phase.AGGREGATING)
+            if state.accepts_late(value, counted_in - 1):
+                accepted.setdefault(counted_in, set()).add(value)
+                machine(UpdateAccepted, value, True)
         elif kind is UpdateAccepted:
             if state.accepts(value):
                 accepted.setdefault(state.server_round, set()).add(value)
@@ -237,7 +274,7 @@ def test_no_order_of_events_loses_an_update_or_blocks_the_run(policy, events):
         if state.phase is Phase.TRAINING:
             assert state.awaited(machine.now), "a round that trains awaits a client"
         if state.phase is Phase.WAITING:
-            assert not state.accepted, "a round with an update closes or trains"
+            assert state.accepted == state.late, "a round with an update of its own closes or trains"
 
     for kind, value in events:
         feed(kind, value)

@@ -163,7 +163,7 @@ def test_the_manifest_of_every_kept_round_can_be_rebuilt(state):
     first = store.manifest(1)
     changed = [msgspec.structs.replace(u, sha256=f"{i:064x}", size_bytes=7) for i, u in enumerate(first.units[2:4])]
     status = toy_run_status(1)
-    store.record_fold(status, changed, store.current_round().phase, [], store.coverage())
+    store.record_fold(status, changed, store.current_round().phase, [], store.coverage(), [])
     second = store.manifest(2)
     assert [u for u in second.units if u in changed] == changed
     assert [u for u in second.units if u not in changed] == [
