@@ -28,6 +28,7 @@ from edgefed.costs.fallbacks import StepPlan
 from edgefed.errors import NetworkError, ProtocolError, first_line
 from edgefed.hardware.memory import GIB, format_bytes, set_up_allocator
 from edgefed.join import DeviceMemory, JoinConfig
+from edgefed.kernels.out_of_memory import free_memory, is_out_of_memory
 from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_expert_method
 from edgefed.moe.expert_reading import FrameSource
@@ -40,7 +41,6 @@ from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.trainer.ports import FormulaCosts, OwnModel, ProcessMemory
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
-from edgefed.training.out_of_memory import free_memory, is_out_of_memory
 
 STEP_LIMIT_S = 5.0
 """Time limit for the steps at one depth of the model; a step that has begun is finished."""

@@ -33,9 +33,9 @@ from edgefed.hardware.facts import DeviceFacts, MemoryKind
 from edgefed.hardware.memory import GIB, format_bytes, process_rss_bytes
 from edgefed.hardware.probe import probe_device
 from edgefed.hardware.profiles import facts_of, find_profile, in_power_mode, match_profile
+from edgefed.kernels.out_of_memory import is_out_of_memory
 from edgefed.kernels.proof import backends_in_use
 from edgefed.progress import ProgressSink
-from edgefed.training.out_of_memory import is_out_of_memory
 
 DEFAULT_RTT_MS = 30.0
 

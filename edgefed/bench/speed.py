@@ -31,8 +31,8 @@ from edgefed.errors import EdgefedError, first_line
 from edgefed.hardware.facts import DeviceFacts, MemoryKind, Reading
 from edgefed.hardware.profile_files import DeviceProfile
 from edgefed.hardware.sampling import read_waited_s
+from edgefed.kernels.out_of_memory import is_device_lost, is_out_of_memory
 from edgefed.progress import ProgressSink
-from edgefed.training.out_of_memory import is_device_lost, is_out_of_memory
 
 FALLBACK_BYTES = 2**30
 """Memory for tests when the free memory is unknown."""

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from edgefed.errors import ConfigError
-from edgefed.kernels.failures import is_device_lost, is_fault_of_backend, record_failures
+from edgefed.kernels.failures import ends_cuda, is_fault_of_backend, record_failures
 from edgefed.kernels.verdicts import FASTER, Case, any_case, has_verdicts, verdicts_of
 from edgefed.native import ISA_CODES, NativeUnavailable, isa_code, load_native, setting
 
@@ -162,7 +162,7 @@ def run_best(
             if name == requested or not is_fault_of_backend(error):
                 raise
             if name == "reference":
-                if failed and is_device_lost(error):  # by the first one: what runs afterwards only meets the wreck
+                if failed and ends_cuda(error):  # by the first one: what runs afterwards only meets the wreck
                     record_failures(operation, device, kind, failed)
                 raise next(iter(failed.values()), error) from error
             failed[name] = error

@@ -7,12 +7,14 @@ import logging
 import traceback
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from edgefed.errors import EdgefedError, first_line
+from edgefed.kernels.out_of_memory import is_out_of_memory
 from edgefed.kernels.verdicts import Case, Verdict, any_case, now, verdicts_of
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +32,11 @@ def is_fault_of_backend(error: Exception) -> bool:
         return False
     if not (isinstance(error, _FAULTS) or module.startswith("triton")):
         return False
-    return "out of memory" not in str(error).lower()
+    return not is_out_of_memory(error)
 
 
-def is_device_lost(error: Exception) -> bool:
-    """Whether no further call on the GPU can succeed in this process."""
+def ends_cuda(error: Exception) -> bool:
+    """Whether no further call on the GPU can succeed in this process, lost or not (`is_device_lost`)."""
     text = str(error).lower()
     return type(error).__name__ == "AcceleratorError" or ("cuda error" in text and "invalid argument" not in text)
 
@@ -93,6 +95,8 @@ def watch_backward(implementation: ModuleType) -> None:
     """Make the autograd functions of a backend's module record what their backward pass raises, in anybody's loop."""
     if implementation.__name__ in _watched:
         return
+    import torch
+
     _watched.add(implementation.__name__)
     for function in vars(implementation).values():
         if isinstance(function, type) and issubclass(function, torch.autograd.Function):

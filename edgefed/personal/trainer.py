@@ -16,6 +16,7 @@ import torch
 from edgefed.disk import disk_errors
 from edgefed.errors import ConfigError, EdgefedError, OutOfMemory, TrainingDiverged, first_line
 from edgefed.hardware.memory import process_peak_rss_bytes
+from edgefed.kernels.out_of_memory import device_lost, is_device_lost, is_out_of_memory
 from edgefed.methods.interface import PersonalMethod
 from edgefed.methods.registry import make_method
 from edgefed.moe.expert_reading import FrameSource, raw_array
@@ -39,7 +40,6 @@ from edgefed.protocol import frames
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig
 from edgefed.protocol.trainer import Fetch, TrainedUpdate
-from edgefed.training.out_of_memory import device_lost, is_device_lost, is_out_of_memory
 
 
 class PersonalTrainer:

@@ -26,6 +26,7 @@ from edgefed.costs.step_setup import StepSetup
 from edgefed.errors import ConfigError
 from edgefed.expert_records import ActivationProfile
 from edgefed.hardware.memory import format_bytes
+from edgefed.kernels.out_of_memory import with_smaller_batches
 from edgefed.methods.interface import Profiling
 from edgefed.moe.model import MoeModel
 from edgefed.moe.slots import PACKABLE
@@ -33,7 +34,6 @@ from edgefed.moe.units import ExpertSource
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.encoding import TokenBlocks
-from edgefed.training.out_of_memory import with_smaller_batches
 from edgefed.training.profiling import NUM_GROUPS, ProfilePass, profile_blocks, spread_blocks
 from edgefed.training.steps import step_setup, train_scope
 from edgefed.training.stopping import Choice, SequentialTest, Sufficiency, num_first_blocks

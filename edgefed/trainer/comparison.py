@@ -22,6 +22,7 @@ import msgspec
 
 from edgefed.disk import disk_errors, make_folder, write_durably
 from edgefed.errors import EdgefedError, StateCorrupt, first_line
+from edgefed.kernels.out_of_memory import is_out_of_memory
 from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_method
 from edgefed.progress import ProgressSink, counted, format_seconds
@@ -31,7 +32,6 @@ from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer.last_round import save_last_round
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.saved_plan import PLAN_FILE
-from edgefed.training.out_of_memory import is_out_of_memory
 
 COMPARISON_FILE = "comparison.json"
 """In the device's state folder: what is known of a run's comparison so far, as `ComparisonRecord`."""

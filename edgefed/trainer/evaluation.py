@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from edgefed.kernels.out_of_memory import with_smaller_batches
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.lockstep import run_in_lockstep
 from edgefed.moe.model import MoeModel
@@ -18,7 +19,6 @@ from edgefed.protocol.messages import RunConfig, TrainingConfig
 from edgefed.trainer.activation_profile import ONE_EXPERT_AT_A_TIME, choose_profile_pass
 from edgefed.training.encoding import IGNORED_LABEL, TokenBlocks
 from edgefed.training.loss import configured_balancing, evaluate_loss
-from edgefed.training.out_of_memory import with_smaller_batches
 from edgefed.training.profiling import ProfilePass, spread_blocks
 from edgefed.training.steps import step_setup, train_scope
 

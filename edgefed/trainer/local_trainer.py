@@ -24,6 +24,7 @@ import torch
 from edgefed.errors import ConfigError, first_line
 from edgefed.expert_records import ExpertPlan
 from edgefed.kernels.failures import record_backward_failure
+from edgefed.kernels.out_of_memory import device_lost, free_memory, is_device_lost, is_out_of_memory
 from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_expert_method, make_method
 from edgefed.moe.expert_reading import FrameSource
@@ -52,7 +53,6 @@ from edgefed.training.calibration import can_measure, correction_from, measure_s
 from edgefed.training.data import AUTOMATIC, Corpus, RecordFields, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
 from edgefed.training.loss import chunking_problem
-from edgefed.training.out_of_memory import device_lost, free_memory, is_device_lost, is_out_of_memory
 from edgefed.training.steps import StepsOutcome, run_steps
 from edgefed.training.utility import GradientNorms, ProbeOutcome
 

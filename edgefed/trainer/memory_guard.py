@@ -20,8 +20,8 @@ from edgefed.errors import DeviceLost, OutOfMemory
 from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.memory import format_bytes, process_rss_bytes
 from edgefed.hardware.watch import Pressure, PressureWatch
+from edgefed.kernels.out_of_memory import free_memory
 from edgefed.progress import ProgressSink
-from edgefed.training.out_of_memory import free_memory
 from edgefed.training.steps import STOP
 
 MAX_SHRINKS = 40

@@ -14,6 +14,7 @@ from edgefed.disk import disk_errors
 from edgefed.errors import TrainingDiverged
 from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
 from edgefed.hardware.memory import process_peak_rss_bytes
+from edgefed.kernels.out_of_memory import with_smaller_batches
 from edgefed.methods.interface import Assigning, ExpertMethod
 from edgefed.moe.expert_reading import raw_array
 from edgefed.moe.model import MoeModel
@@ -22,7 +23,6 @@ from edgefed.protocol import frames
 from edgefed.protocol.messages import NEURON_INDEX, ExpertReport, ExpertSurvey, FileInfo, UnitInfo
 from edgefed.protocol.slices import UnitSlice, neuron_table, slice_unit
 from edgefed.training.encoding import TokenBlocks
-from edgefed.training.out_of_memory import with_smaller_batches
 from edgefed.training.steps import StepsOutcome
 from edgefed.training.stopping import Sufficiency
 from edgefed.training.utility import ProbeOutcome, probe_gradient_norms, utilities

@@ -16,8 +16,8 @@ from edgefed.bench.training_step import extrapolate
 from edgefed.disk import filesystem
 from edgefed.hardware.facts import Reading, Reason
 from edgefed.hardware.sampling import read_waited_s
+from edgefed.kernels.out_of_memory import is_out_of_memory
 from edgefed.progress import NullProgress
-from edgefed.training.out_of_memory import is_out_of_memory
 
 MIB = 2**20
 SHORT = Sampling(repeats=3, limit_s=0.5)

@@ -12,13 +12,15 @@ import contextlib
 import gc
 import re
 from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-import torch
 from safetensors import SafetensorError
 
 from edgefed.errors import DeviceLost
 from edgefed.hardware.memory import trim_memory
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -63,6 +65,10 @@ _WITH_MESSAGE = (RuntimeError, OSError, ValueError, SafetensorError)
 """Types of error whose message counts. An assertion or a key that contains the words by chance does not."""
 
 
+def _tells_by_message(error: BaseException) -> bool:
+    return isinstance(error, _WITH_MESSAGE) or type(error).__module__.startswith("triton")
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield the error and its causes and contexts, each once; without suppressed contexts."""
     pending, seen = [error], set()
@@ -81,8 +87,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` or one of its causes means that memory ran out, on the device or the host."""
     return any(
-        isinstance(each, (MemoryError, torch.OutOfMemoryError))
-        or (isinstance(each, _WITH_MESSAGE) and bool(_OUT_OF_MEMORY.search(str(each))))
+        isinstance(each, MemoryError)
+        or type(each).__name__ == "OutOfMemoryError"  # torch's; this module is used without torch
+        or (_tells_by_message(each) and bool(_OUT_OF_MEMORY.search(str(each))))
         for each in _chain(error)
     )
 
@@ -110,6 +117,8 @@ def free_memory(device: str | torch.device = "cpu") -> None:
 
     Call it outside the ``except`` block: the error's traceback keeps the tensors of the failed step alive.
     """
+    import torch
+
     gc.collect()
     if torch.device(device).type == "cuda":
         with contextlib.suppress(RuntimeError):  # it synchronizes, and may report the same failure again
@@ -130,6 +139,8 @@ def with_smaller_batches(run: Callable[[int], T], batch_size: int, on_retry: Cal
         except Exception as error:
             if batch_size <= 1 or not is_out_of_memory(error):
                 raise
+        import torch
+
         is_initialized = cast(Callable[[], bool], torch.cuda.is_initialized)
         free_memory("cuda" if is_initialized() else "cpu")
         batch_size = max(1, batch_size // 2)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from edgefed.errors import DeviceLost, OutOfMemory
-from edgefed.training.out_of_memory import (
+from edgefed.kernels.failures import is_fault_of_backend
+from edgefed.kernels.out_of_memory import (
     device_lost,
     free_memory,
     is_device_lost,
@@ -74,6 +75,7 @@ NEITHER = {
 def test_out_of_memory_in_all_its_texts(text):
     assert is_out_of_memory(RuntimeError(text))
     assert not is_device_lost(RuntimeError(text))
+    assert not is_fault_of_backend(RuntimeError(text)), "no kernel is at fault where memory is short"
 
 
 @pytest.mark.parametrize("text", DEVICE_LOST.values(), ids=DEVICE_LOST)
@@ -98,6 +100,13 @@ def test_the_kinds_that_need_no_text(error):
 def test_a_text_in_an_error_of_another_kind_is_not_out_of_memory():
     assert not is_out_of_memory(KeyError("CUDA out of memory"))
     assert not is_out_of_memory(AssertionError("std::bad_alloc"))
+    assert is_fault_of_backend(KeyError("CUDA out of memory"))
+
+
+def test_errors_of_triton_are_told_by_their_text():
+    kind = type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
+    assert not is_fault_of_backend(kind("Triton Error [CUDA]: out of memory"))
+    assert is_fault_of_backend(kind("out of resource: shared memory"))
 
 
 def test_causes_and_contexts_count_but_not_suppressed_ones():
