@@ -108,8 +108,11 @@ def _options(settings: BenchSettings) -> BenchOptions:
     import tempfile
 
     from edgefed.bench.options import BenchOptions
+    from edgefed.costs.shapes import KNOWN_SHAPES
+    from edgefed.embedded import resolve_model
     from edgefed.errors import ConfigError
     from edgefed.hardware.memory import parse_bytes
+    from edgefed.hub import check_source
 
     if settings.device_profile and settings.device:
         raise ConfigError(f"`device` has no effect beside `device_profile={settings.device_profile}`")
@@ -123,6 +126,8 @@ def _options(settings: BenchSettings) -> BenchOptions:
         raise ConfigError(
             "`explain` with `device_profile` needs a `model`", remedy="Add `model=OLMoE-1B-7B`, for example."
         )
+    if settings.model is not None and settings.model.lower() not in map(str.lower, KNOWN_SHAPES):
+        check_source(resolve_model(settings.model))  # before torch is loaded
     if settings.state is not None and not settings.state.is_dir():
         raise ConfigError(f"`state={settings.state}` is not a directory", remedy="Pass one on the disk to measure.")
     sustain_s = 0.0 if settings.no_sustain else settings.sustain

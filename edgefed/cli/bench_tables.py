@@ -13,6 +13,7 @@ from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -391,9 +392,9 @@ def print_explain(console: Console, style: Style, report: Report) -> None:
         if found:
             part = "" if found["layers"] == found["layers_of"] else f" of the first {found['layers']} layers"
             ratio = found["predicted_bytes"] / found["measured_bytes"] - 1
-            console.print(
-                f"    measured{part}: {format_bytes(found['measured_bytes'])}, predicted "
+            text = (
+                f"measured{part}: {format_bytes(found['measured_bytes'])}, predicted "
                 f"{format_bytes(found['predicted_bytes'])} ({100 * ratio:+.0f} %), after correction by this step "
-                f"{format_bytes(found['corrected_bytes'])}",
-                markup=False,
+                f"{format_bytes(found['corrected_bytes'])}"
             )
+            console.print(Padding(Text(text), (0, 0, 0, 4), expand=False))

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.text import Text
 from sample_status import DEVICE, client_of, status_of
 
 from edgefed.bench.compare import Comparison as Change
 from edgefed.bench.report import Fit
 from edgefed.bench.statistics import Entry
-from edgefed.cli.bench_tables import Style, changes_table, entries_table, fits_table, profiles_table
+from edgefed.cli.bench_tables import Style, changes_table, entries_table, fits_table, print_explain, profiles_table
 from edgefed.cli.comparison import comparison_table
 from edgefed.cli.demo import render_clients, render_results
 from edgefed.cli.partition import counts_table
@@ -163,6 +164,32 @@ def entries():
     return [entries_table(style, shown)]
 
 
+class Printed:
+    """What a function prints, as a table."""
+
+    def __init__(self, print_to):
+        self.print_to = print_to
+
+    def __rich_console__(self, console, options):
+        inner = Console(width=options.max_width, emoji=False, highlight=False, record=True, file=io.StringIO())
+        self.print_to(inner)
+        yield Text(inner.export_text().rstrip("\n"))
+
+
+def waterfall():
+    parts = {"resident experts": 3 << 30, "other weights": 900 << 20, "gradients": 0, "AdamW moments": 300 << 20,
+             "activations and workspaces of kernels": 120 << 20, "process": 40 << 20}  # fmt: skip
+    total = sum(parts.values())
+    measured = {"layers": 2, "layers_of": 16, "predicted_bytes": 700 << 20, "measured_bytes": 650 << 20,
+                "corrected_bytes": 655 << 20}  # fmt: skip
+    rows = [
+        {"model": "OLMoE-1B-7B", "plan": plan, "total_bytes": total, "fits": fits, "resident": 56, "of": 64,
+         "trainable": 8, "parts": parts, "phase": "backward", "measured": found}
+        for plan, fits, found in (("full training in bf16", False, None), ("LoRA in NF4", True, measured))
+    ]  # fmt: skip
+    return [Printed(lambda console: print_explain(console, Style(console), SimpleNamespace(explain=rows)))]
+
+
 def changes():
     report = SimpleNamespace(
         interrupted=False, host=SimpleNamespace(load_before=None, cores=None, plugged=None, battery_percent=None),
@@ -189,6 +216,7 @@ TABLES = {
     "profile": (profile, ["60.0 %", "600"]),
     "partition": (partition, ["client-00.npz", "examples"]),
     "bench_fits": (bench, ["NF4", "bf16", "profile", "LoRA", "full", "64", "56", "(64)"]),
+    "bench_waterfall": (waterfall, ["resident experts", "3.0 GiB", "predicted peak", "measured", "650 MiB", "fits"]),
     "bench_entries": (entries, ["1.10", "TFLOPS", "stable", "skipped"]),
     "bench_changes": (changes, ["1.31", "faster", "not comparable"]),
     "bench_profiles": (lambda: [profiles_table(load_profiles())], ["jetson-orin-nano-8gb", "GiB"]),

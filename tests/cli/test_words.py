@@ -232,6 +232,21 @@ def test_a_hub_id_without_the_hub_fails_at_once_with_what_to_do(run, no_hub):
     assert time.monotonic() - started < 5
 
 
+def test_a_hub_id_without_the_hub_is_refused_before_torch_is_loaded(no_hub, tmp_path):
+    """Torch takes most of the time to load; what a slow machine has to wait for is what is imported."""
+    code = (
+        "import sys\n"
+        "from edgefed.cli.main import main\n"
+        "for words in ('serve --port 0', 'profile --data silo:http', 'bench', 'bench --explain'):\n"
+        "    try: main([*words.split(), '--model', 'allenai/OLMoE-1B-7B-0924'])\n"
+        "    except SystemExit as end: print(words, end.code, 'torch' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout.splitlines() == [
+        f"{words} 3 False" for words in ("serve --port 0", "profile --data silo:http", "bench", "bench --explain")
+    ], result.stderr
+
+
 def test_without_the_hub_a_cached_model_is_used(no_hub, monkeypatch):
     snapshot = no_hub / "models--allenai--OLMoE" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
