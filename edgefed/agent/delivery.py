@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from edgefed.agent.backoff import Retry
-from edgefed.agent.journal import LEDGER_FILE, Journal, LedgerEntry, append_entry, utc_now
+from edgefed.agent.journal import LEDGER_FILE, Journal, LedgerEntry, append_entry, last_entry, utc_now
 from edgefed.agent.transport import AggregatorClient
 from edgefed.disk import hash_file
 from edgefed.errors import (
@@ -195,7 +195,12 @@ class Delivery:
         return self.bytes_down + (self._journal.record.round_bytes_down if self._resumed else 0)
 
     def _write_ledger(self, outcome: str) -> LedgerEntry:
-        record = self._journal.record
+        record, path = self._journal.record, self._journal.folder / LEDGER_FILE
+        last = last_entry(path) if self._resumed else None
+        if last is not None and (last.run_id, last.server_round, last.attempt, last.outcome) == (
+            record.run_id, record.server_round, record.attempt, outcome
+        ):  # fmt: skip
+            return last  # written by the process before, which ended before its next step
         meta = record.update
         seconds = dict(record.round_seconds)
         for name, value in self._progress.take_seconds().items():
@@ -214,5 +219,5 @@ class Delivery:
             experts_changed=sum(report.steps > 0 for report in meta.experts) if meta else 0,
             metrics=meta.metrics if meta else {},
         )
-        append_entry(self._journal.folder / LEDGER_FILE, entry)
+        append_entry(path, entry)
         return entry

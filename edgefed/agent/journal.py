@@ -286,3 +286,13 @@ def append_entry(path: Path, entry: LedgerEntry) -> None:
         if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
             file.write(b"\n")
         file.write(msgspec.json.encode(entry) + b"\n")
+
+
+def last_entry(path: Path) -> LedgerEntry | None:
+    """The last line of a ledger; None if there is none, or a crash has cut it short."""
+    with disk_errors(path):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    try:
+        return msgspec.json.decode(lines[-1], type=LedgerEntry) if lines else None
+    except msgspec.DecodeError:
+        return None

@@ -90,6 +90,18 @@ def test_a_heartbeat_at_the_end_of_a_round_keeps_totals_consistent(server: FakeA
             assert getattr(journal.record, name) == sum(line[name] for line in ledger(tmp_path))
 
 
+def test_a_device_killed_after_its_ledger_was_written_notes_the_update_once(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Journal, "acknowledge", lambda journal, **_: 1 / 0)
+    with device(server.url, tmp_path) as agent, pytest.raises(ZeroDivisionError):
+        agent.run()
+    monkeypatch.undo()
+    with device(server.url, tmp_path) as agent:
+        agent.run()
+    assert [(line["server_round"], line["outcome"]) for line in ledger(tmp_path)] == [(1, "accepted"), (2, "accepted")]
+    with Journal(tmp_path) as journal:
+        assert journal.record.bytes_up == sum(line["bytes_up"] for line in ledger(tmp_path))
+
+
 class Surveyor(ToyTrainer):
     """Says something of its experts."""
 
