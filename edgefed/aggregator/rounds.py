@@ -352,6 +352,8 @@ def _open_if_possible(state: RoundState, now: float, actions: list[Action]) -> R
     returned = bool(state.accepted - state.late) or bool(state.awaited(now))
     chosen: list[str] = []
     if not returned:
+        if len(state.last_seen) < state.policy.min_clients:
+            return state  # without a look at each of them: this runs at every request
         live, policy = state.live(now), state.policy
         if len(live) < policy.min_clients:
             return state
