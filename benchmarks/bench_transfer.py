@@ -7,7 +7,8 @@ divided by their mean, and ``cpu_ratio`` the same of CPU seconds, which other pr
 CPU seconds are of all processes of a part; ``start_seconds`` of them is an empty process that loads what the part loads
 (torch and transformers), whatever the size of a checkpoint. ``disk_bytes`` were read from and written to the disk.
 `sync` runs before each measurement, so that none writes the pages of another. A copy does not hash; import and download
-do. The download is from a real server over loopback. Needs free space of twice the checkpoint.
+do. The download is from a real server over loopback. Needs free space of twice the checkpoint: copies are made, and
+deleted, `PORTION_BYTES` at a time.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from provenance import provenance
 
 PARTS = ("import", "download", "export")
 CHUNK = 1 << 20
+PORTION_BYTES = 2 << 30
 TARGET = 2.0
 
 START = {
@@ -53,6 +55,21 @@ def copy(files: Sequence[Path], target: Path) -> None:
             shutil.copyfileobj(source, sink, CHUNK)
             sink.flush()
             os.fsync(sink.fileno())
+
+
+def timed_copy(files: Sequence[Path], target: Path) -> dict:
+    """Measure `copy`, without deleting what it made."""
+    portions: list[list[Path]] = [[]]
+    for path in files:
+        if portions[-1] and sum(each.stat().st_size for each in (*portions[-1], path)) > PORTION_BYTES:
+            portions.append([])
+        portions[-1].append(path)
+    found = []
+    for portion in portions:
+        found.append(timed(lambda portion=portion: copy(portion, target)))
+        shutil.rmtree(target)
+    disk = {way: sum(each["disk_bytes"][way] for each in found) for way in ("read", "written")}
+    return {key: sum(each[key] for each in found) for key in ("seconds", "cpu_seconds")} | {"disk_bytes": disk}
 
 
 def timed(run: Callable[[], object], server: int | None = None) -> dict:
@@ -86,8 +103,7 @@ def measure(
         if which == "after":
             part = timed(run, server)
             undo()
-        copies.append(timed(lambda: copy(files, scratch / "copy")))
-        shutil.rmtree(scratch / "copy")
+        copies.append(timed_copy(files, scratch / "copy"))
     size = sum(path.stat().st_size for path in files)
     row = {"part": name, "bytes": size, "files": len(files), **part, "start_seconds": start, "copies": copies}
     for ratio, figure in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
