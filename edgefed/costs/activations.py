@@ -365,16 +365,20 @@ def offloaded_bytes(shape: ModelShape, setup: StepSetup, resident: Sequence[int]
 def optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence[int]) -> int:
     """Temporaries of the optimizer step.
 
-    Torch's AdamW makes two copies of the tensor that it updates and still has one of the previous tensor; the fused and
-    the 8-bit implementations make none.
+    Torch's AdamW makes two copies of the tensor that it updates and still has one of the previous tensor; the fused
+    implementation makes none. An 8-bit one that rounds weights in 16 bits stochastically has the weight, its gradient
+    and noise in 32 bits.
     """
-    if setup.optimizer != "adamw" or setup.device != "cpu":
+    if setup.optimizer != "adamw":
+        if setup.width > 2:
+            return 0
+    elif setup.device != "cpu":
         return 0
     largest = 0
     for layer, count in _with_counts(shape, trainable):
         expert, rest = trained_tensors(layer, setup)
         largest = max([largest, *(n * w for n, w in (expert if count else []) + rest)])
-    return 3 * largest
+    return (3 if setup.optimizer == "adamw" else 6) * largest
 
 
 def workspace_bytes(shape: ModelShape, setup: StepSetup) -> int:

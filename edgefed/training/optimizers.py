@@ -74,6 +74,53 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> None:
         release((gradient,))
 
 
+class StochasticRounding:
+    """Rounds float32 values up or down at random so that the mean is right. ``seed`` decides how."""
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def copy(self, values: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy float32 ``values``, which it overwrites, to ``target`` in 16 bits."""
+        bits, device = DROPPED_BITS[target.dtype], values.device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        noise = torch.empty(values.shape, dtype=torch.int32, device=device)
+        noise.random_(0, 1 << bits, generator=self._generators[device])
+        rounded = values.contiguous().view(torch.int32).add_(noise).bitwise_and_(-1 << bits)
+        target.copy_(rounded.view(torch.float32))
+
+
+def with_stochastic_rounding(optimizer: Any, seed: int) -> Any:
+    """Return a subclass of one of bitsandbytes' optimizers that rounds weights as `AdamW` does, where a dtype needs it.
+
+    Such a weight is updated in a float32 copy, one tensor at a time; the optimizer's own state stays as it is.
+    """
+    rounding, rounded = StochasticRounding(seed), dict[nn.Parameter, bool]()
+
+    class Rounded(optimizer):  # type: ignore[misc]  # a class that is known at run time only
+        def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+            """Update one parameter."""
+            if p not in rounded:
+                rounded[p] = needs_stochastic_rounding(p, group["lr"])
+            if not rounded[p]:
+                super().update_step(group, p, gindex, pindex)
+                return
+            weight, gradient = p.data, p.grad
+            assert gradient is not None, "the optimizer skips parameters without a gradient"
+            p.grad, p.data = None, weight.float()
+            p.grad = gradient.float()
+            try:
+                super().update_step(group, p, gindex, pindex)
+                rounding.copy(p.data, weight)
+            finally:
+                p.grad, p.data = None, weight
+                p.grad = gradient
+
+    return Rounded
+
+
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, a tensor at a time, with stochastic rounding where a dtype needs it.
 
@@ -84,9 +131,8 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, seed: int = 0, **options: Any):
         super().__init__(parameters, **options)
-        self._seed = seed
+        self._rounding = StochasticRounding(seed)
         self._rounded: set[torch.Tensor] = set()
-        self._generators: dict[torch.device, torch.Generator] = {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -142,15 +188,4 @@ class AdamW(torch.optim.AdamW):
         scale = math.sqrt(1 - beta2**steps)
         weight.addcdiv_(first, (root / scale).add_(group["eps"]), value=-group["lr"] / (1 - beta1**steps))
         for target, values in ((state["exp_avg"], first), (state["exp_avg_sq"], root), (parameter, weight)):
-            self._round_into(target, values)
-
-    def _round_into(self, target: torch.Tensor, values: torch.Tensor) -> None:
-        """Copy float32 ``values`` to ``target``, each rounded up or down at random so that the mean is right."""
-        bits = DROPPED_BITS[target.dtype]
-        device = values.device
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        noise = torch.empty(values.shape, dtype=torch.int32, device=device)
-        noise.random_(0, 1 << bits, generator=self._generators[device])
-        rounded = values.contiguous().view(torch.int32).add_(noise).bitwise_and_(-1 << bits)
-        target.copy_(rounded.view(torch.float32))
+            self._rounding.copy(values, target)

@@ -23,7 +23,12 @@ from edgefed.kernels.masked_experts import SlotWeights, masked_experts
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
 from edgefed.moe.slots import EXPERT_STORAGES, PACKABLE
 from edgefed.training.loss import structural_problem
-from edgefed.training.optimizers import AdamW, is_offloaded, needs_stochastic_rounding
+from edgefed.training.optimizers import (
+    AdamW,
+    is_offloaded,
+    needs_stochastic_rounding,
+    with_stochastic_rounding,
+)
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 _EIGHT_BIT_PROBE = 4096  # elements: bitsandbytes leaves smaller tensors in 32 bit
@@ -87,8 +92,8 @@ def make_optimizer(
     "adamw" keeps two moments in the parameter's dtype, 8 bytes per element in float32. "adamw_8bit" is bitsandbytes'
     with block-wise 8-bit moments (arXiv 2110.02861), 2.03 bytes; tensors below 4096 elements stay in 32 bit.
     "paged_adamw_8bit" can move them to the host, which helps only on a GPU with memory of its own. Moments of offloaded
-    parameters are those of "adamw" and are stored beside the parameters. If a 16-bit dtype would lose the updates,
-    "adamw" rounds them stochastically by ``seed`` (`edgefed.training.optimizers`), in the same memory.
+    parameters are those of "adamw" and are stored beside the parameters. If a 16-bit dtype would lose the updates, all
+    round weights stochastically by ``seed`` (`edgefed.training.optimizers`), in the same memory but for one tensor.
 
     Raises ConfigError if it does not work here.
     """
@@ -113,6 +118,7 @@ def make_optimizer(
     import bitsandbytes
 
     kind = bitsandbytes.optim.AdamW8bit if name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
+    kind = with_stochastic_rounding(kind, seed)
     optimizer: torch.optim.Optimizer = kind(parameters, lr=learning_rate, weight_decay=weight_decay)
     return optimizer
 

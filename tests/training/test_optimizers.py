@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+import types
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from edgefed.moe.units import TrainScope
+from edgefed.training import savings
+from edgefed.training.loss import batch_loss
 from edgefed.training.optimizers import AdamW, needs_stochastic_rounding
 from edgefed.training.savings import make_optimizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toy_training  # noqa: E402
 
 
 def train(dtype, learning_rate, steps=40, optimizer=None, seed=0):
@@ -34,6 +44,43 @@ def test_small_rates_move_bfloat16_weights_as_far_as_float32_ones(learning_rate)
     )
     if learning_rate <= 1e-5:
         assert abs((lost - torch_start).mean()) < 0.5 * abs(expected)  # what plain rounding leaves
+
+
+class PlainlyRounded(torch.optim.SGD):
+    """With the interface that bitsandbytes' optimizers have for subclasses; a step moves a weight by the rate."""
+
+    def __init__(self, parameters, lr, weight_decay):
+        super().__init__(parameters, lr=lr)
+
+    def step(self):
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                self.update_step(group, parameter, 0, index)
+
+    @torch.no_grad()
+    def update_step(self, group, p, gindex, pindex):
+        assert p.grad.dtype == p.dtype
+        p -= group["lr"] * p.grad.sign()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("eight_bit", ["bitsandbytes", "its interface"])
+def test_8_bit_state_loses_no_updates_of_16_bit_weights(monkeypatch, dtype, eight_bit):
+    optim = types.SimpleNamespace(AdamW8bit=PlainlyRounded)
+    if eight_bit == "bitsandbytes":
+        optim = pytest.importorskip("bitsandbytes").optim
+    else:
+        monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=optim))
+        monkeypatch.setattr(savings, "eight_bit_problem", lambda device: "")
+
+    def make(name):
+        return lambda p: make_optimizer(p, name, learning_rate=1e-5, weight_decay=0.0)
+
+    start, after = train(dtype, 1e-5, optimizer=make("adamw_8bit"))
+    assert (after - start).mean() == pytest.approx(-40e-5, rel=0.05)
+    if dtype == torch.bfloat16:
+        start, plain = train(dtype, 1e-5, optimizer=lambda p: optim.AdamW8bit(p, lr=1e-5, weight_decay=0.0))
+        assert abs((plain - start).mean()) < 0.5 * 40e-5  # what it leaves by itself
 
 
 @pytest.mark.parametrize("gradient", [1e-3, 1e-5, 0.0])
@@ -77,3 +124,23 @@ def test_without_rounding_it_is_torchs_adamw_bit_for_bit():
     assert torch.equal(ours, theirs)
     weight = nn.Parameter(torch.ones(2))
     assert AdamW([weight], **options).step(lambda: 3.0) == 3.0
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("learning_rate", [1e-5, 1e-2])
+def test_training_in_float16_follows_float32(tmp_path, mode, learning_rate):
+    losses = {}
+    for dtype in (torch.float16, torch.float32):
+        scope = TrainScope(experts=mode, router="none" if mode == "lora" else "full", lora_rank=4)
+        model = toy_training.make_device("olmoe", tmp_path / str(dtype), scope, range(8), dtype=dtype)
+        parameters = list(model.trainable_parameters())
+        optimizer = make_optimizer(parameters, "adamw", learning_rate=learning_rate, weight_decay=0.01)
+        losses[dtype] = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss = batch_loss(model.module, *toy_training.batch())
+            loss.backward()
+            optimizer.step()
+            losses[dtype].append(loss.item())
+        assert all(torch.isfinite(parameter).all() for parameter in parameters)
+    assert losses[torch.float16] == pytest.approx(losses[torch.float32], rel=0.03)

@@ -287,7 +287,7 @@ def test_8_bit_adamw_follows_adamw_with_a_quarter_of_its_state():
     moved = (weights[0] - start).abs().mean()
     assert (weights[0] - weights[1]).abs().mean() < 0.03 * moved
     assert states[1] < 0.3 * states[0]
-    with pytest.raises(ConfigError, match="paged AdamW"):
+    with pytest.raises(ConfigError, match="it moves its state between a GPU and the host"):
         make_optimizer([weight], "paged_adamw_8bit", learning_rate=1e-2, weight_decay=0.1)
 
 
