@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import hashlib
 import hmac
 import ipaddress
 import logging
+import socket
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -107,6 +110,7 @@ class Gate:
             response.status_code, response.headers["retry-after"] = 429, "1"
         else:
             try:
+                check_browser(scope, has_token=self._token is not None)
                 scope[CREDENTIALS], digest = self._check(scope)
             except StaleRequest as error:
                 response = error_reply(error)
@@ -187,6 +191,30 @@ def credentials_of(scope: Scope) -> Credentials:
     """What a request has shown to the gate."""
     found: Credentials = scope.get(CREDENTIALS, OWNER)
     return found
+
+
+def check_browser(scope: Scope, *, has_token: bool) -> None:
+    """Refuse what a page of another site makes a browser on this machine ask. Raises Unauthorized.
+
+    Without a token the address must not have a domain name that is not this machine's: a site could let its own name
+    point here.
+    """
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    host, origin = headers.get(b"host", ""), headers.get(b"origin", "")
+    foreign = origin not in ("", f"http://{host}", f"https://{host}")
+    if foreign or headers.get(b"sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise Unauthorized("a page of another site asks for this", remedy="Open the address of the server itself.")
+    if has_token or not host:
+        return
+    own = False
+    with contextlib.suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname or ""
+        own = not {".", ":"} & {*name} or name.endswith(".localhost") or name == socket.gethostname().lower()
+        own = own or ipaddress.ip_address(name).is_loopback
+    if not own:
+        raise Unauthorized(
+            f"a server without a token has no address {host[:80]!r}", remedy="Use 127.0.0.1, or set `token`."
+        )
 
 
 def address_of(scope: Scope) -> str:

@@ -54,6 +54,20 @@ def test_the_page_needs_no_token_and_tells_nothing_of_the_run(state, start_serve
             assert stranger.get(path).status_code == 401
 
 
+def test_pages_of_other_sites_get_nothing_from_a_server_without_a_token(state, start_server):
+    server = start_server(state)
+    own = [("accept", "*/*"), ("origin", server.url), ("sec-fetch-site", "same-origin"), ("host", "localhost:1")]
+    foreign = [("origin", "https://evil.example"), ("origin", "null"), ("sec-fetch-site", "cross-site")]
+    foreign += [("host", name) for name in ("evil.example", "10.0.0.1:80", "[", "localhost.evil.example")]
+    with httpx.Client(base_url=server.url, trust_env=False) as browser:
+        for header in [*own, ("host", "[::1]:8470"), ("host", "run.localhost")]:
+            assert browser.get(routes.STATUS, headers=[header]).status_code == 200, header
+    for header in foreign:
+        with httpx.Client(base_url=server.url, trust_env=False) as browser:
+            answer = browser.post(routes.REGISTER, content=b"{}", headers=[header])
+            assert answer.status_code in (401, 429), header
+
+
 def test_the_page_loads_nothing_from_elsewhere_and_parses_no_text_as_html():
     for path in STATIC.iterdir():
         text = path.read_text(encoding="utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")

@@ -241,7 +241,7 @@ function renderExperts() {
   const client = $("map-client").value, sliced = coverage.neurons.flat().some((share) => share > 0 && share < 1);
   options($("map-kind"), client ? [["held", "what it holds"]] : [
     ["updates", "updates of the last round"], ["idle", "rounds since it was trained"],
-    ...(sliced ? [["neurons", "share of its neurons that was trained"]] : []),
+    ...(sliced ? [["neurons", "share of neurons trained"]] : []),
   ]);
   const view = client ? clientView(coverage.clients[client], sizes) : { updates: updatesView, idle: idleView, neurons: neuronsView }[$("map-kind").value](last);
   $("legend-low").textContent = view.low;
