@@ -139,30 +139,37 @@ def measure(silo: Silo) -> list[dict]:
 
 
 def fitted(rows: Sequence[dict]) -> dict[str, float]:
-    """The constants of `edgefed.costs.price`: least squares of the logarithms, pooled over silos."""
+    """The constants of `edgefed.costs.price`: least squares of the losses, pooled over silos."""
 
     def power(pairs: list[tuple[float, float]]) -> tuple[float, float]:
         """(a, p) of y = a x^p."""
-        x, y = np.log(np.array(pairs)).T
-        p, a = np.polyfit(x, y, 1)
-        return float(np.exp(a)), float(p)
+        from scipy.optimize import curve_fit
+
+        x, y = np.array(pairs).T
+        (a, p), _ = curve_fit(lambda x, a, p: a * x**p, x, y, p0=(1.0, 1.0))
+        return float(a), float(p)
 
     found: dict[str, float] = {}
-    for what in ("experts", "neurons"):
-        pairs = [(row["dropped"], max(row["loss"], 1e-3)) for row in rows if row.get("what") == what]
+    for what, dropped in (("experts", "dropped"), ("neurons", "dropped_roots")):
+        pairs = [(row[dropped], row["loss"]) for row in rows if row.get("what") == what]
         found[f"{what}_factor"], found[f"{what}_power"] = power(pairs)
     for storage in ("int8", "nf4"):
         found[storage] = float(np.mean([row["loss"] for row in rows if row.get("storage") == storage]))
     full = {row["silo"]: row["gain"] for row in rows if row.get("experts") == "full" and row["share"] == 1}
-    pairs = [(row["trained"], max(row["gain"], 1e-3) / full[row["silo"]]) for row in rows
-             if row.get("experts") == "full" and row["share"] < 1]  # fmt: skip
-    x, y = np.log(np.array(pairs)).T
-    found["training_power"] = float((x @ y) / (x @ x))
     found["gain"] = float(np.mean(list(full.values())))
-    adapters = [row["gain"] / full[row["silo"]] for row in rows if row.get("experts") == "lora"]
-    found["adapters"] = float(np.mean(adapters))
-    halvings = [(full[row["silo"]] - row["gain"]) / np.log2(SEQUENCE_LENGTH / row["length"]) / full[row["silo"]]
-                for row in rows if row["kind"] == "sequence"]  # fmt: skip
+    gains: dict[float, list[tuple[float, float]]] = {}  # means over silos: some gain little, and their ratios are noise
+    for row in rows:
+        if row.get("experts") == "full":
+            gains.setdefault(row["share"], []).append((row["trained"], row["gain"]))
+    means = [np.mean(pairs, axis=0) for pairs in gains.values()]
+    found["training_power"] = power([(float(trained), float(gain) / found["gain"]) for trained, gain in means])[1]
+
+    def mean_gain(**facts: object) -> float:
+        return float(np.mean([row["gain"] for row in rows if facts.items() <= row.items()]))
+
+    found["adapters"] = mean_gain(experts="lora") / found["gain"]
+    halvings = [(1 - mean_gain(kind="sequence", length=length) / found["gain"]) / np.log2(SEQUENCE_LENGTH / length)
+                for length in LENGTHS]  # fmt: skip
     found["halving"] = float(np.mean(halvings))
     return found
 
@@ -174,10 +181,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [row for silo in args.silos for row in measure(Silo(silo))]
-    constants = fitted(rows)
-    print(json.dumps(constants, indent=1))
+    print(json.dumps(fitted(rows), indent=1))
     if args.json:
-        args.json.write_text(json.dumps({**provenance(), "fitted": constants, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

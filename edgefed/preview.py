@@ -24,7 +24,7 @@ from edgefed.bench.network import Line, explain, upload_seconds
 from edgefed.bench.statistics import Sampling
 from edgefed.bench.training_step import StepWork, seconds_of_step
 from edgefed.bench.verdict import with_times
-from edgefed.costs.fallbacks import StepPlan
+from edgefed.costs.step_setup import StepPlan
 from edgefed.errors import NetworkError, ProtocolError, first_line
 from edgefed.hardware.memory import GIB, format_bytes, set_up_allocator
 from edgefed.join import DeviceMemory, JoinConfig

@@ -89,9 +89,10 @@ def plan(
 
     Raises BudgetTooSmall when not even one expert per layer fits, ConfigError, ModelNotFound, UnsupportedArchitecture.
     """
-    from edgefed.costs.fallbacks import FallbackSearch, StepPlan, fit
+    from edgefed.costs.fallbacks import FallbackSearch, fit
     from edgefed.costs.memory import training_memory
-    from edgefed.costs.step_setup import StepSetup
+    from edgefed.costs.price import LossPrice
+    from edgefed.costs.step_setup import StepPlan, StepSetup
     from edgefed.hardware.memory import parse_bytes
 
     memory_bytes = parse_bytes(str(memory))
@@ -110,6 +111,7 @@ def plan(
     search = FallbackSearch(
         estimate=lambda case, resident, trainable: training_memory(shape, case, resident, trainable),
         layout=layout,
+        price=LossPrice.of(profile, sizes, sequence_length),
         num_layers=len(sizes),
         run_sequence_length=sequence_length,
         problems={},

@@ -1,34 +1,35 @@
 """Searches for a training step that fits the memory of a device: what is given up, and in which order. Pure functions.
 
-    1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> 4 experts in NF4 -> (4b offloaded experts)
-      -> 5 shorter sequences -> 6 fewer trainable experts -> 7 fewer resident experts
+    1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> (3b offloaded experts)
+      -> experts in NF4 -> shorter sequences -> fewer trainable experts -> fewer resident experts
 
-Fallback 4b exists only for methods that offload experts (`Requirements.offloading`).
+Fallback 3b exists only for methods that offload experts (`Requirements.offloading`).
 
-`fit` returns the best step plan that the memory model accepts; it is called before anything is loaded. `next_fallback`
-takes one more step down that frees memory; the memory guard calls it in the middle of a round.
+`fit` returns the best step plan that the memory model accepts; it is called before anything is loaded. It takes 1 to 3
+in order, since they change neither loss nor gradients (8-bit moments: barely). If that is not enough, it chooses among
+all combinations of the others the one of least expected loss (`edgefed.costs.price`): frozen experts in INT8 or NF4, a
+shorter context, fewer trainable, and fewer resident experts or narrower slices.
 
-    1 to 3   change neither loss nor gradients (8-bit moments: barely)
-    4        rounds frozen weights to 4 bits and loads the experts again (with adapters, all experts: QLoRA)
-    5        shortens the context
-    6, 7     change which experts train and which are resident
+`next_fallback` takes one more step down that frees memory, in the order above; the memory guard calls it in the middle
+of a round.
 
 ``layout(resident, trainable)`` decides which experts stay: the method's own ranking, least important first to go. Every
 layer keeps at least one expert, and it trains.
 
-Fallback 6 freezes trainable experts: they stay in the forward pass, their gradients and moments go. It is used where
-training an expert costs more than keeping it, as in full training. With adapters it frees next to nothing, and fallback
-7 removes experts with their adapters instead. Fallback 6 stops at a quarter of the resident experts, and fallback 7
-keeps that share. Otherwise a device could keep every expert, train one per layer, and contribute almost nothing.
+"Fewer trainable" freezes trainable experts: they stay in the forward pass, their gradients and moments go. In the
+middle of a round it is used where training an expert costs more than keeping it, and stops at a quarter of the resident
+experts. With adapters it frees next to nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from edgefed.costs.memory import MemoryEstimate
-from edgefed.costs.step_setup import CHUNK_TOKENS, StepSetup
+from edgefed.costs.price import LossPrice, cheapest_counts, lossy_setups
+from edgefed.costs.step_setup import CHUNK_TOKENS, StepPlan, StepSetup
 from edgefed.errors import BudgetTooSmall
 from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.memory import format_bytes
@@ -48,25 +49,8 @@ LEAST_FREED = 50
 TRAINABLE_SHARE = 4
 """Freezing stops when a quarter of the resident experts is trainable."""
 
-WORTH = 1.05
-"""A saving is used beside fewer experts only if it leaves at least 5 % more of them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StepPlan:
-    """How a device does a training step, and with how many experts, summed over all layers."""
-
-    setup: StepSetup
-    resident: int
-    trainable: int
-
-    def rank(self) -> tuple[int | bool, ...]:
-        """Sort key within one run: a plan that needs more memory ranks higher."""
-        setup = self.setup
-        return (
-            self.resident, self.trainable, setup.sequence_length, setup.expert_storage is None,
-            setup.optimizer == "adamw", not setup.checkpointing, not setup.chunked_loss, not setup.offload,
-        )  # fmt: skip
+WORTH = 1.01
+"""A saving is used only if without it the expected loss is more than 1 % higher."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +80,18 @@ class FallbackSearch:
         estimate: ``estimate(setup, resident, trainable)`` is the peak of a step; experts per layer. For a sliced plan
             a fourth argument has the mean share of their neurons that the resident experts of each layer have.
         layout: ``layout(resident, trainable)`` is the expert plan for these totals.
+        price: Expected loss of a plan.
         num_layers: MoE layers.
         run_sequence_length: Tokens of a block, as the run asks for.
-        problems: Savings that do not work here, {"chunked_loss" | "checkpointing" | "adamw_8bit" | "nf4_experts":
-            reason}.
+        problems: Savings that do not work here, {"chunked_loss" | "checkpointing" | "adamw_8bit" | "nf4_experts" |
+            "int8_experts": reason}. What prevents NF4 prevents INT8, too.
         all_experts: The method needs every expert, so fallbacks 6 and 7 do not exist.
         may_offload: Experts may be moved to host memory or disk.
     """
 
     estimate: Callable[..., MemoryEstimate]
     layout: Callable[[int, int], ExpertPlan]
+    price: LossPrice
     num_layers: int
     run_sequence_length: int
     problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -124,6 +110,14 @@ class FallbackSearch:
         """The peak of a training step under ``step_plan``, in bytes."""
         return self.memory(step_plan).total_bytes
 
+    def cost(self, step_plan: StepPlan) -> float:
+        """The expected loss of ``step_plan``, in nats above a full plan."""
+        return self.price(step_plan.setup, self.layout(step_plan.resident, step_plan.trainable))
+
+    def standing(self, step_plan: StepPlan) -> tuple[float, ...]:
+        """Sort key: a plan of less expected loss stands higher, then one with fewer savings."""
+        return (-round(self.cost(step_plan), 3), *step_plan.rank())
+
     @property
     def shortest_sequence(self) -> int:
         """Fewest tokens of a block that fallback 5 may use."""
@@ -139,24 +133,19 @@ def fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[St
     Raises:
         BudgetTooSmall: Nothing fits; the message says what the smallest plan would need.
     """
-    found = wanted
     setups = [wanted.setup, *(setup for _, setup, _ in _setup_fallbacks(search, wanted.setup))]
-    for setup in setups:
-        found = dataclasses.replace(wanted, setup=setup)
-        if search.needs_bytes(found) <= usable_bytes:
-            break
-    else:
-        least = found if search.all_experts else StepPlan(found.setup, search.num_layers, search.num_layers)
-        if search.needs_bytes(least) > usable_bytes:
-            raise _nothing_fits(search, least, usable_bytes)
-        options = [_most_experts(search, dataclasses.replace(wanted, setup=setup), usable_bytes) for setup in setups]
-        fitting = [option for option in options if option]
-        most = max(option.resident + option.trainable for option in fitting)
-        found = next(option for option in fitting if WORTH * (option.resident + option.trainable) >= most)
+    kept = (wanted.setup.expert_storage, wanted.setup.sequence_length)
+    exact = [setup for setup in setups if (setup.expert_storage, setup.sequence_length) == kept]
+    options = [dataclasses.replace(wanted, setup=setup) for setup in exact]
+    fitting = (option for option in options if search.needs_bytes(option) <= usable_bytes)
+    found = next(fitting, None) or _cheapest(search, wanted, exact, usable_bytes)
+    if found is None:
+        least = wanted if search.all_experts else StepPlan(wanted.setup, search.num_layers, search.num_layers)
+        raise _nothing_fits(search, dataclasses.replace(least, setup=setups[-1]), usable_bytes)
     for field in reversed(_FIELD_OF.values()):  # the most costly first
         for setup in setups:  # from no saving to all
             undone = dataclasses.replace(found, setup=_with_field_of(found.setup, setup, field))
-            if search.needs_bytes(undone) <= search.needs_bytes(found):
+            if search.needs_bytes(undone) <= search.needs_bytes(found) and search.cost(undone) <= search.cost(found):
                 found = undone
                 break
     return found, _path(search, wanted, found)
@@ -206,24 +195,40 @@ def _together(search: FallbackSearch, step_plan: StepPlan, goal: int) -> Fallbac
     return Fallback(path[-1].name, found, saved, sentence, all(fallback.keeps_plan for fallback in path))
 
 
-def describe(step_plan: StepPlan, total: int) -> str:
-    """One line for the owner: ``12 of 64 experts resident, 8 trainable; chunked loss, checkpointing``."""
-    setup = step_plan.setup
-    savings = [
-        word
-        for on, word in (
-            (setup.chunked_loss, "chunked loss"),
-            (setup.checkpointing, "checkpointing"),
-            (setup.optimizer != "adamw", "8-bit optimizer"),
-            (setup.expert_storage is not None, f"experts in {(setup.expert_storage or '').upper()}"),
-            (setup.offload, "experts offloaded"),
+# --- the choice by expected loss --------------------------------------------------------------------------------------
+
+
+def _cheapest(search: FallbackSearch, wanted: StepPlan, exact: list[StepSetup], usable_bytes: int) -> StepPlan | None:
+    """The plan of least expected loss that fits; None if none does. ``exact``: the setups that change no loss."""
+    most = (wanted.resident, wanted.trainable)
+
+    def cheapest(setup: StepSetup, limit: float) -> tuple[float, StepPlan] | None:
+        def price(resident: int, trainable: int) -> float:
+            return search.cost(StepPlan(setup, resident, trainable))
+
+        def fits(resident: int, trainable: int) -> bool:
+            return search.needs_bytes(StepPlan(setup, resident, trainable)) <= usable_bytes
+
+        if search.all_experts:
+            return (price(*most), StepPlan(setup, *most)) if fits(*most) else None
+        found = cheapest_counts(fits, price, search.num_layers, *most, limit)
+        return found and (found[0], StepPlan(setup, *found[1:]))
+
+    best: tuple[float, StepPlan] | None = None
+    for setup in lossy_setups(exact[-1], search.shortest_sequence, search.problems):
+        found = cheapest(setup, best[0] if best else math.inf)
+        if found and (best is None or found[0] < best[0]):
+            best = found
+    if best is None:
+        return None
+    price, plan = best
+    for setup in exact[:-1]:  # without a saving that is worth nothing here
+        setup = dataclasses.replace(
+            setup, expert_storage=plan.setup.expert_storage, sequence_length=plan.setup.sequence_length
         )
-        if on
-    ]
-    trainable = "" if step_plan.trainable == step_plan.resident else f", {step_plan.trainable} trainable"
-    return f"{step_plan.resident} of {total} experts resident{trainable}" + (
-        f"; {', '.join(savings)}" if savings else ""
-    )
+        if found := cheapest(setup, WORTH * price):
+            return found[1]
+    return plan
 
 
 # --- fallbacks 1 to 5: how a step is done -----------------------------------------------------------------------------
@@ -256,12 +261,12 @@ def _setup_fallbacks(search: FallbackSearch, setup: StepSetup) -> Iterator[tuple
     if setup.optimizer == "adamw" and "adamw_8bit" not in search.problems:
         setup = dataclasses.replace(setup, optimizer="adamw_8bit")
         yield "8-bit optimizer", setup, "8-bit optimizer"
-    if setup.expert_storage is None and "nf4_experts" not in search.problems:
-        setup = dataclasses.replace(setup, expert_storage="nf4")
-        yield _PACKING, setup, "frozen experts in NF4"
     if search.may_offload and not setup.offload:
         setup = dataclasses.replace(setup, offload=True)
         yield _OFFLOADING, setup, "experts offloaded, loaded when a token needs them"
+    if setup.expert_storage is None and "nf4_experts" not in search.problems:
+        setup = dataclasses.replace(setup, expert_storage="nf4")
+        yield _PACKING, setup, "frozen experts in NF4"
     while setup.sequence_length // 2 >= search.shortest_sequence:
         length = setup.sequence_length
         setup = dataclasses.replace(setup, sequence_length=length // 2)
@@ -282,6 +287,9 @@ def _path(search: FallbackSearch, wanted: StepPlan, found: StepPlan) -> list[Fal
     for name, setup, sentence in _setup_fallbacks(search, wanted.setup):
         field = _FIELD_OF[name]
         value, reached = getattr(setup, field), getattr(found.setup, field)
+        if name == _PACKING and reached not in (None, value):
+            setup, value = dataclasses.replace(setup, expert_storage=reached), reached
+            sentence = f"frozen experts in {str(reached).upper()}"
         if value == reached or (field == "sequence_length" and value > reached):
             other = dataclasses.replace(at, setup=_with_field_of(at.setup, setup, field))
             step(name, other, sentence, name not in _RELOADS_EXPERTS)
@@ -327,22 +335,6 @@ def _range(search: FallbackSearch, step_plan: StepPlan, name: str) -> tuple[int,
         least = min(step_plan.trainable, _fewest_trainable(search, step_plan.resident))
         return least if pays else step_plan.trainable, step_plan.trainable
     return search.num_layers, step_plan.resident
-
-
-def _most_experts(search: FallbackSearch, step_plan: StepPlan, usable_bytes: int) -> StepPlan | None:
-    """``step_plan`` with as many experts as fit, frozen before removed; None if one per layer is too much."""
-    for name in (_FEWER_TRAINABLE, _FEWER_RESIDENT):
-        low, high = _range(search, step_plan, name)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if search.needs_bytes(_with_count(search, step_plan, name, middle)) <= usable_bytes:
-                low = middle
-            else:
-                high = middle - 1
-        step_plan = _with_count(search, step_plan, name, low)
-        if search.needs_bytes(step_plan) <= usable_bytes:
-            return step_plan
-    return None
 
 
 def _fewer(search: FallbackSearch, step_plan: StepPlan, name: str) -> Iterator[StepPlan]:

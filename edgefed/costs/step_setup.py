@@ -124,6 +124,40 @@ _CHOICES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """How a device does a training step, and with how many experts, summed over all layers."""
+
+    setup: StepSetup
+    resident: int
+    trainable: int
+
+    def rank(self) -> tuple[int | bool, ...]:
+        """Sort key within one run: a plan that needs more memory ranks higher."""
+        setup = self.setup
+        return (
+            self.resident, self.trainable, setup.sequence_length, setup.expert_storage is None,
+            setup.optimizer == "adamw", not setup.checkpointing, not setup.chunked_loss, not setup.offload,
+        )  # fmt: skip
+
+
+def describe(step_plan: StepPlan, total: int) -> str:
+    """One line for the owner: ``12 of 64 experts resident, 8 trainable; chunked loss, checkpointing``."""
+    setup = step_plan.setup
+    words = (
+        (setup.chunked_loss, "chunked loss"),
+        (setup.checkpointing, "checkpointing"),
+        (setup.optimizer != "adamw", "8-bit optimizer"),
+        (setup.expert_storage is not None, f"experts in {(setup.expert_storage or '').upper()}"),
+        (setup.offload, "experts offloaded"),
+    )
+    savings = [word for on, word in words if on]
+    trainable = "" if step_plan.trainable == step_plan.resident else f", {step_plan.trainable} trainable"
+    return f"{step_plan.resident} of {total} experts resident{trainable}" + (
+        f"; {', '.join(savings)}" if savings else ""
+    )
+
+
 class Correction(msgspec.Struct, frozen=True):
     """What one measured step says about the formulas of the memory model.
 

@@ -10,16 +10,15 @@ fits into ten per cent less than there is: measured memory fluctuates, and every
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from edgefed.costs.fallbacks import Fallback, FallbackSearch, StepPlan, describe, fit, next_fallback
+from edgefed.costs.fallbacks import Fallback, FallbackSearch, fit, next_fallback
+from edgefed.costs.price import QUANTIZED, LossPrice
 from edgefed.costs.shapes import ModelShape
-from edgefed.costs.step_setup import Correction
+from edgefed.costs.step_setup import Correction, StepPlan, describe
 from edgefed.errors import BudgetTooSmall
 from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.hardware.memory import format_bytes
@@ -136,7 +135,7 @@ class Planner:
         self._costs = costs
         self._merger = merger or ExpertMerger()
         self._saved = SavedPlan()
-        self._fingerprint: list[Any] = []
+        self._fingerprint: list[object] = []
         self._shape: ModelShape | None = None
         self._problems: dict[str, str] | None = None
         self._current: _Current | None = None
@@ -190,11 +189,11 @@ class Planner:
         wanted = self._prepare(request)
         usable_bytes = self._tensor_bytes()
         method, sizes, progress = request.method, request.manifest.experts_per_layer, request.progress
-        most, _ = fit(self._search(request, even_layout(sizes)), wanted, usable_bytes)
+        most, _ = fit(self._search(request, even_layout(sizes), None), wanted, usable_bytes)
         self.train_slots = most.trainable
         profile = self._current_profile(request, usable_bytes, most)
         layout = self._layout(request, profile, request.context())
-        search = self._search(request, layout)
+        search = self._search(request, layout, profile)
         previous = self._previous(wanted)
         step_plan = self._settle(search, previous, wanted, usable_bytes, progress)
         plan = self._saved.plan
@@ -208,12 +207,14 @@ class Planner:
         real = dataclasses.replace(step_plan, resident=plan.num_resident, trainable=plan.num_trainable)
         slices = f"; slices with {plan.neuron_share:.1%} of all neurons" if plan.neurons else ""
         progress.message(f"plan: {describe(real, sum(sizes))}{slices}")
+        if step_plan != wanted:
+            progress.message(f"plan: {search.price.describe(step_plan.setup, plan)}")
         return plan
 
     def estimate(self, request: PlanRequest) -> StepPlan:
         """The step plan before anything is known of the experts. Downloads nothing; raises as `make_plan` does."""
         wanted, layout = self._prepare(request), even_layout(request.manifest.experts_per_layer)
-        return fit(self._search(request, layout), wanted, self._tensor_bytes())[0]
+        return fit(self._search(request, layout, None), wanted, self._tensor_bytes())[0]
 
     def shrink(self, missing_bytes: int = 0) -> tuple[Fallback, ExpertPlan] | None:
         """Take the next fallback (`next_fallback`), whatever the memory model says; None when nothing is left.
@@ -274,20 +275,20 @@ class Planner:
         """Bytes that tensors may take: the model's memory without what a step was measured to take beside them."""
         return self._memory.usable_bytes() - (self._saved.correction.process_bytes if self._saved.correction else 0)
 
-    def _search(self, request: PlanRequest, layout: Layout) -> FallbackSearch:
-        method, shape = request.method, self.shape
-        estimate = functools.partial(self._costs.estimate, shape, offloading=method.requirements.offloading)
+    def _search(self, request: PlanRequest, layout: Layout, profile: ActivationProfile | None) -> FallbackSearch:
+        needs, shape, length = request.method.requirements, self.shape, request.run.training.sequence_length
         correction = self._saved.correction
         return FallbackSearch(
-            estimate=lambda setup, resident, trainable, shares=(): estimate(
-                setup, resident, trainable, correction, slice_shares=shares
+            estimate=lambda setup, resident, trainable, shares=(): self._costs.estimate(
+                shape, setup, resident, trainable, correction, offloading=needs.offloading, slice_shares=shares
             ),
             layout=layout,
+            price=LossPrice.of(profile, shape.experts_per_layer, length, slices=needs.neurons),
             num_layers=len(shape.experts_per_layer),
-            run_sequence_length=request.run.training.sequence_length,
-            problems=(self._problems or {}) | (_OFFLOADING_PROBLEMS if method.requirements.offloading else {}),
-            all_experts=method.requirements.all_experts,
-            may_offload=method.requirements.offloading and self._costs.offloads,
+            run_sequence_length=length,
+            problems=(self._problems or {}) | (_OFFLOADING_PROBLEMS if needs.offloading else {}),
+            all_experts=needs.all_experts,
+            may_offload=needs.offloading and self._costs.offloads,
         )
 
     # --- the profile ------------------------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ class Planner:
         changes = {field: getattr(wanted.setup, field) for saving, field in fields.items() if saving in problems}
         storage = wanted.setup.expert_storage
         may_quantize = storage is None and "nf4_experts" not in problems
-        if previous.setup.expert_storage not in ((None, "nf4") if may_quantize else (storage,)):
+        if previous.setup.expert_storage not in ((None, *QUANTIZED) if may_quantize else (storage,)):
             changes["expert_storage"] = storage
         resident = min(previous.resident, wanted.resident)
         return StepPlan(dataclasses.replace(previous.setup, **changes), resident, min(previous.trainable, resident))
@@ -372,11 +373,11 @@ class Planner:
                 step_plan, _ = fit(search, wanted, int(usable_bytes / GROWTH))
             except BudgetTooSmall:
                 return previous
-            if step_plan.rank() <= previous.rank():
+            if search.standing(step_plan) <= search.standing(previous):
                 return previous
             self._saved.failed_bytes = 0
         total = sum(self.shape.experts_per_layer)
-        change = "less" if step_plan.rank() < previous.rank() else "more"
+        change = "less" if search.standing(step_plan) < search.standing(previous) else "more"
         progress.message(
             f"memory: {format_bytes(max(0, usable_bytes))} for the model now, {change} than before: "
             f"{describe(step_plan, total)} (before: {describe(previous, total)})"

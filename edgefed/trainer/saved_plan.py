@@ -11,8 +11,7 @@ from typing import Any
 
 import msgspec
 
-from edgefed.costs.fallbacks import StepPlan
-from edgefed.costs.step_setup import Correction, StepSetup
+from edgefed.costs.step_setup import Correction, StepPlan, StepSetup
 from edgefed.disk import disk_errors, write_durably
 from edgefed.errors import StateCorrupt
 from edgefed.expert_records import ActivationProfile, ExpertPlan

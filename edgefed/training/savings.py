@@ -35,16 +35,18 @@ _EIGHT_BIT_PROBE = 4096  # elements: bitsandbytes leaves smaller tensors in 32 b
 
 
 def problems(module: nn.Module, device: torch.device | str) -> dict[str, str]:
-    """Savings that do not work here: {"chunked_loss" | "checkpointing" | "adamw_8bit" | "nf4_experts": reason}.
+    """Savings that do not work here, {name: reason}; the names are those of `FallbackSearch.problems`.
 
     The chunked loss is checked by the model's structure only; `chunking_problem` measures it once experts are loaded.
     """
-    place = str(torch.device(device))
+    place, dtype = str(torch.device(device)), getattr(module, "dtype", torch.float32)
+    no_nf4 = packing_problem("nf4", place, dtype) or packing_is_slow(place)
     found = {
         "chunked_loss": structural_problem(cast(PreTrainedModel, module)),
         "checkpointing": checkpointing_problem(module),
         "adamw_8bit": eight_bit_problem(place),
-        "nf4_experts": packing_problem("nf4", place, getattr(module, "dtype", torch.float32)) or packing_is_slow(place),
+        "nf4_experts": no_nf4,
+        "int8_experts": "" if no_nf4 else packing_problem("int8", place, dtype),
     }
     return {name: reason for name, reason in found.items() if reason}
 
