@@ -12,11 +12,14 @@ token on held-out text, at the full sequence length.
     training    gain of some steps with every expert resident, of which a share trains; ``trained``: mean over layers of
                 the share of routed tokens whose expert trains
     sequence    gain of as many steps with shorter sequences
+    check       held-out loss after training of the planner's plan in a given memory, and of ten others that fit
+                (`--only check`); ``expected``: by `edgefed.costs.price`
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +29,19 @@ import numpy as np
 import torch
 from provenance import provenance
 
+from edgefed.costs.fallbacks import FallbackSearch, fit
+from edgefed.costs.memory import training_memory
+from edgefed.costs.price import LossPrice
+from edgefed.costs.step_setup import StepPlan
 from edgefed.embedded import resolve_model
 from edgefed.expert_records import ActivationProfile, ExpertPlan
 from edgefed.methods.baselines import FrequentExperts
-from edgefed.methods.interface import DeviceBudget
+from edgefed.methods.interface import FIRST_ROUND, DeviceBudget
 from edgefed.methods.slices import Slices
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import MemorySource
 from edgefed.protocol.messages import TrainingConfig
+from edgefed.trainer.expert_choice import method_layout
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
 from edgefed.training.loss import evaluate_loss
@@ -138,6 +146,53 @@ def measure(silo: Silo) -> list[dict]:
     return rows
 
 
+MEMORY_SHARES = (0.7, 0.5)
+"""Memory of a check, as a share of what the full plan needs."""
+OTHER_PLANS = tuple((storage, share) for storage in (None, "nf4") for share in (1.0, 0.75, 0.5, 0.35, 0.2))
+"""Storage of frozen experts and share of the experts that are resident; as many train as fit."""
+
+
+def check(silo: Silo) -> list[dict]:
+    """The planner's plan against others, measured."""
+    from edgefed.moe.model_shape import shape_from_config
+
+    shape, total = shape_from_config(silo.model.config, "tiny"), sum(silo.sizes)
+    layout = method_layout(FrequentExperts(), silo.profile, silo.sizes, FIRST_ROUND)
+    search = FallbackSearch(
+        estimate=lambda setup, resident, trainable: training_memory(shape, setup, resident, trainable),
+        layout=layout, price=LossPrice.of(silo.profile, silo.sizes, SEQUENCE_LENGTH), num_layers=len(silo.sizes),
+        run_sequence_length=SEQUENCE_LENGTH, problems={"adamw_8bit": "not installed"},
+    )  # fmt: skip
+    wanted = StepPlan(step_setup(silo.model, silo.training), total, total)
+    rows = []
+
+    def measured(plan: StepPlan, **facts: object) -> None:
+        setup = plan.setup
+        silo.place(layout(plan.resident, plan.trainable), silo.training, setup.expert_storage)
+        experts = layout(plan.resident, plan.trainable)
+        run_steps(silo.model, experts, FrequentExperts(), silo.train, silo.training, compute_share=1.0, seed=0,
+                  setup=setup)  # fmt: skip
+        loss = evaluate_loss(silo.model.module, silo.held_out, BATCH_SIZE)
+        rows.append({
+            "kind": "check", "silo": silo.silo, **facts, "resident": plan.resident, "trainable": plan.trainable,
+            "storage": setup.expert_storage, "length": setup.sequence_length, "expected": search.cost(plan),
+            "loss": loss,
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+
+    for share in MEMORY_SHARES:
+        usable = int(share * search.needs_bytes(wanted))
+        chosen, _ = fit(search, wanted, usable)
+        measured(chosen, memory=share, chosen=True)
+        for storage, resident in OTHER_PLANS:
+            setup = dataclasses.replace(chosen.setup, expert_storage=storage, sequence_length=SEQUENCE_LENGTH)
+            count = max(len(silo.sizes), int(resident * total))
+            plans = (StepPlan(setup, count, trains) for trains in range(count, len(silo.sizes) - 1, -1))
+            if other := next((plan for plan in plans if search.needs_bytes(plan) <= usable), None):
+                measured(other, memory=share, chosen=False)
+    return rows
+
+
 def fitted(rows: Sequence[dict]) -> dict[str, float]:
     """The constants of `edgefed.costs.price`: least squares of the losses, pooled over silos."""
 
@@ -177,11 +232,13 @@ def fitted(rows: Sequence[dict]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--silos", nargs="+", default=list(SILOS))
+    parser.add_argument("--only", choices=("check",))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for silo in args.silos for row in measure(Silo(silo))]
-    print(json.dumps(fitted(rows), indent=1))
+    rows = [row for silo in args.silos for row in (check if args.only else measure)(Silo(silo))]
+    if not args.only:
+        print(json.dumps(fitted(rows), indent=1))
     if args.json:
         args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
 
