@@ -146,7 +146,7 @@ def measure(silo: Silo) -> list[dict]:
     return rows
 
 
-MEMORY_SHARES = (0.7, 0.5)
+MEMORY_SHARES = (0.4,)
 """Memory of a check, as a share of what the full plan needs."""
 OTHER_PLANS = tuple((storage, share) for storage in (None, "nf4") for share in (1.0, 0.75, 0.5, 0.35, 0.2))
 """Storage of frozen experts and share of the experts that are resident; as many train as fit."""
