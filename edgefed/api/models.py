@@ -78,7 +78,7 @@ def plan(
 
     >>> import edgefed
     >>> plan = edgefed.plan("OLMoE-1B-7B", memory="8GiB", batch_size=1)
-    >>> 16 <= plan.num_trainable <= plan.num_resident < 16 * 64
+    >>> 16 <= plan.num_trainable <= plan.num_resident <= 16 * 64
     True
     >>> plan.peak_bytes <= plan.memory_bytes == 8 * 2**30
     True
