@@ -519,8 +519,8 @@ def test_with_nothing_left_it_waits_for_others_and_then_refuses():
 def test_shrinking_has_an_end_whatever_the_ladder_says(monkeypatch):
     monkeypatch.setattr(memory_guard, "MAX_SHRINKS", 3)
     from edgefed.costs.fallbacks import Fallback
-    from edgefed.costs.step_setup import StepPlan
     from edgefed.costs.memory import StepSetup
+    from edgefed.costs.step_setup import StepPlan
 
     fallback = Fallback("chunked loss", StepPlan(StepSetup(1, 32), 4, 4), 1, "again and again", True)
     guard = MemoryGuard(lambda missing: (fallback, None), Heard(), "cpu")
