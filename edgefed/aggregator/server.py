@@ -238,7 +238,7 @@ class AggregatorServer:
                         raise
                     logger.error("%s; trying again in %.0f s", error, FOLD_RETRY_S)
                     await asyncio.sleep(FOLD_RETRY_S)
-                leaving = self._config.exit_when_finished and not endpoints.transfers
+                leaving = self._config.exit_when_finished and not (endpoints.transfers or self._server.should_exit)
                 if leaving and self.active.all_heard(self._config.finish_grace_s):
                     logger.info("every client knows that the run is finished: the server ends")
                     self.stop()

@@ -45,8 +45,8 @@ def export_command(settings: ExportSettings) -> None:
     import msgspec
 
     from edgefed.api.runs import comparisons, export
-    from edgefed.cli.comparison import print_comparisons
     from edgefed.cli.output import TerminalProgress, print_json, print_note, stdout_console
+    from edgefed.cli.tables import print_comparisons
     from edgefed.exporting import read_record
     from edgefed.hardware.memory import format_bytes
 

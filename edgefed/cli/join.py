@@ -55,7 +55,7 @@ def join_command(settings: JoinSettings) -> None:
 
         print_json(msgspec.to_builtins(summary))
     elif summary.comparison is not None:
-        from edgefed.cli.comparison import print_comparisons
+        from edgefed.cli.tables import print_comparisons
 
         print_comparisons(stdout_console(), {settings.name or "this device": summary.comparison}, own=True)
     sentence = str(summary) if summary.run_rounds else "Stopped before this device joined."

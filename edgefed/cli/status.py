@@ -106,7 +106,7 @@ def render_status(status: Status, height: int | None = None, *, devices: bool = 
     from rich.console import Group
     from rich.text import Text
 
-    from edgefed.cli.comparison import comparison_table
+    from edgefed.cli.tables import comparison_table
     from edgefed.methods.registry import is_personal
     from edgefed.protocol.comparison import comparisons_by_name, overall_verdict
 

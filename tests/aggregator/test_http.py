@@ -234,6 +234,7 @@ def test_the_server_ends_when_all_clients_know_that_the_run_has_finished(tmp_pat
     assert expected
     clients[1].request("POST", routes.LEAVE, content=encode_message(Leave(reason="done")))
     assert server.process.wait(10) == 0
+    assert server.log.read_text().count("the server ends") == 1
 
 
 def test_a_long_poll_returns_when_the_round_opens_or_its_time_is_over(tmp_path, start_server):

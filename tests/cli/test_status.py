@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import msgspec
 import pytest
 from rich.console import Console
 from sample_status import DEVICE, client_of, status_of
@@ -70,6 +71,14 @@ def test_ten_clients_fit_a_terminal_of_24_lines(width, compared):
     assert len(text.splitlines()) <= 24, text
     assert all(f"client-{i}" in text for i in range(10)), text
     assert text.count("2.000 -> 1.500") >= 12, text  # each client, and rounds
+
+
+def test_names_of_devices_that_wrap_are_counted():
+    device = msgspec.structs.replace(DEVICE, name="Intel(R) Xeon(R) Processor of this machine")
+    clients = [client_of(f"client-{i}", i, device=device) for i in range(4)]
+    for height in range(14, 40):
+        text = drawn(status_of("hfedmoe", clients, rounds=3), 80, height).rstrip("\n")
+        assert len(text.splitlines()) <= height, text
 
 
 def test_of_a_hundred_clients_those_that_train_are_shown():

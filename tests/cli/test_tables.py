@@ -20,13 +20,12 @@ from edgefed.bench.compare import Comparison as Change
 from edgefed.bench.report import Fit
 from edgefed.bench.statistics import Entry
 from edgefed.cli.bench_tables import Style, changes_table, entries_table, fits_table, print_explain, profiles_table
-from edgefed.cli.comparison import comparison_table
 from edgefed.cli.demo import render_clients, render_results
 from edgefed.cli.partition import counts_table
 from edgefed.cli.profile import busiest_table
 from edgefed.cli.simulate import render_methods
 from edgefed.cli.status import render_status
-from edgefed.cli.tables import Column, FittedTable, cut_middle
+from edgefed.cli.tables import Column, FittedTable, comparison_table, cut_middle
 from edgefed.expert_records import ActivationProfile, LayerProfile
 from edgefed.hardware.profiles import load_profiles
 from edgefed.personal.partition import Partition

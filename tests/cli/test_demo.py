@@ -8,7 +8,7 @@ import time
 
 from rich.console import Console
 
-from edgefed.cli.demo_display import DemoDisplay
+from edgefed.cli.demo import DemoDisplay
 from edgefed.progress import Pulse
 from edgefed.protocol.messages import RoundStatus, RunConfig, Status, TrainingConfig
 
