@@ -56,12 +56,12 @@ class Liar:
 
     def __init__(self, url: str, attack: str, folder: Path):
         self._attack, self._folder = attack, folder
-        self._client = AggregatorClient(url, "f" * 32, "liar " * 8)
+        self._client = AggregatorClient(url, "f" * 32, "liar-" * 8)
         self._before: Model | None = None
         self.refused: list[str] = []
         self._client.register(
             Register(
-                protocol_version=PROTOCOL_VERSION, client_id="f" * 32, client_key="liar " * 8, name="liar",
+                protocol_version=PROTOCOL_VERSION, client_id="f" * 32, client_key="liar-" * 8, name="liar",
                 memory_bytes=2**31, expert_share=1.0, compute_share=1.0, num_examples=10**9, edgefed_version="0",
             )
         )  # fmt: skip
