@@ -369,10 +369,7 @@ def optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence
     implementation makes none. An 8-bit one that rounds weights in 16 bits stochastically has the weight, its gradient
     and noise in 32 bits.
     """
-    if setup.optimizer != "adamw":
-        if setup.width > 2:
-            return 0
-    elif setup.device != "cpu":
+    if setup.device != "cpu" if setup.optimizer == "adamw" else setup.width > 2:
         return 0
     largest = 0
     for layer, count in _with_counts(shape, trainable):
