@@ -154,7 +154,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 
 def comparison(rows: Iterable[Mapping]) -> list[dict]:
-    """One entry per set and method: mean losses and memory, and paired differences to `slices` over the seeds of both.
+    """One entry per set and method: mean losses and memory, and paired differences to `slices` over the seeds of all.
 
     A positive difference means that `slices` has the lower loss.
     """
@@ -163,9 +163,9 @@ def comparison(rows: Iterable[Mapping]) -> list[dict]:
     for name in sorted({row["set"] for row in rows}, key=list(SETS).index):
         by_method = {method: {row["seed"]: row for row in rows if (row["set"], row["method"]) == (name, method)}
                      for method in METHODS}  # fmt: skip
+        seeds = sorted(set.intersection(*(set(mine) for mine in by_method.values() if mine)))
         for method, mine in by_method.items():
-            seeds = sorted(mine.keys() & by_method[OURS].keys())
-            if not seeds:
+            if not mine or not seeds:
                 continue
             entry: dict = {"set": name, "method": method, "seeds": len(seeds)}
             for what in ("global", "device"):
@@ -185,6 +185,8 @@ def table(rows: Iterable[Mapping]) -> str:
 
     def difference(entry: Mapping, what: str) -> str:
         mean, half = entry[f"{what}_difference"]
+        if math.isinf(half):
+            return f"{mean:+.3f} (one seed)" if entry["method"] != OURS else ""
         sign = " (0 inside)" if abs(mean) <= half else ""
         return f"{mean:+.3f} ± {half:.3f}{sign}" if entry["method"] != OURS else ""
 
