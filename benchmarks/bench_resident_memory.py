@@ -57,7 +57,7 @@ def train(arguments: argparse.Namespace) -> None:
         set_up_allocator()
     import msgspec
 
-    from edgefed.hardware.memory import parse_bytes
+    from edgefed.hardware.memory import parse_bytes, reset_peak_rss
     from edgefed.join import DeviceMemory
     from edgefed.moe.units import LORA_SUFFIX
     from edgefed.progress import NullProgress
@@ -66,7 +66,6 @@ def train(arguments: argparse.Namespace) -> None:
     from edgefed.trainer.local_trainer import LocalTrainer
     from edgefed.trainer.planner import DeviceLimits
     from edgefed.trainer.ports import ProcessMemory
-    from edgefed.training.calibration import reset_peak_rss
 
     def say(**facts: object) -> None:
         print(json.dumps({"time": time.monotonic(), **facts}), flush=True)

@@ -37,6 +37,7 @@ from edgefed.progress import ProgressSink
 from edgefed.protocol.limits import check_run
 from edgefed.protocol.messages import Manifest, RunConfig, Status, UnitInfo
 from edgefed.trainer.expert_choice import even_layout
+from edgefed.trainer.kernel_proof import compile_products
 from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.trainer.ports import FormulaCosts, OwnModel, ProcessMemory
 from edgefed.training.data import load_corpus
@@ -186,6 +187,7 @@ def _open(
         corpus.train, host.tokenizer, run.training.sequence_length,
         on_message=lambda note: progress.message(f"{corpus.source} {note}"),
     )  # fmt: skip
+    compile_products(device.torch_device, model, run)
     memory.model_is_empty()
     progress.done()
     request = PlanRequest(run, method, manifest, model, blocks, FrameSource(), cache.ensure, progress)

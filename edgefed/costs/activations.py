@@ -389,7 +389,7 @@ def workspace_bytes(shape: ModelShape, setup: StepSetup) -> int:
     if storage is not None and storage not in DTYPE_BYTES:
         largest = max((i * o for layer in shape.moe_layers for i, o in layer.expert_matrices), default=0)
         unpacking = 0 if setup.kernels == "native" else UNPACKING_BYTES[storage]
-        scratch = largest * (setup.width + unpacking)
+        scratch = rounded_up(largest * (setup.width + unpacking))
     if setup.dense_storage not in (None, *DTYPE_BYTES):
         scratch = max(scratch, 2 * shape.largest_matrix * setup.width)
     return scratch + (CUBLAS_BYTES if setup.device != "cpu" else 0)

@@ -36,6 +36,7 @@ from edgefed.costs.step_setup import (
     ADAPTER_BYTES,
     ALLOWANCE,
     DTYPE_BYTES,
+    MEASURED_BYTES,
     STORAGE_BYTES,
     TRAINABLE_TOKENS,
     Correction,
@@ -111,6 +112,8 @@ def training_memory(
     resident: int | Sequence[int],
     trainable: int | Sequence[int],
     correction: Correction | None = None,
+    *,
+    measured: bool = False,
 ) -> MemoryEstimate:
     """Peak of a training step from the second on (the first has no optimizer state yet).
 
@@ -120,6 +123,7 @@ def training_memory(
         resident: Experts in memory of each MoE layer, or one number for all; more than a layer has means all of it.
         trainable: Those of them that train.
         correction: What a measured step says about the formulas.
+        measured: The step is measured, on a CPU: what was allocated in its backward pass is read before the optimizer.
 
     Raises:
         ConfigError: Negative counts, or more trainable than resident experts.
@@ -134,7 +138,8 @@ def training_memory(
     overhead = workspace_bytes(shape, setup) + (correction.overhead_bytes if correction else 0)
     lasting = gradient_bytes(shape, setup, trainable, lasting=True)
     moments = _moments(shape, setup, found, gradients, lasting)
-    moments["optimizer"] = (sum(lasting), optimizer_temporary(shape, setup, trainable), 0)
+    reading = _measured_bytes(setup, resident, trainable) if measured else 0
+    moments["optimizer"] = (sum(lasting), max(reading, optimizer_temporary(shape, setup, trainable)), 0)
     overhead += rounded_up(ALLOWANCE * (base + overhead + max(map(sum, moments.values()))))
     phases = {phase: base + sum(moment) + overhead for phase, moment in moments.items()}
     peak = moments[max(phases, key=phases.__getitem__)]
@@ -149,6 +154,14 @@ def training_memory(
         "workspace": overhead,
     }
     return MemoryEstimate(parts, phases)
+
+
+def _measured_bytes(setup: StepSetup, resident: Sequence[int], trainable: Sequence[int]) -> int:
+    """Bytes of what is recorded of a measured step on a CPU, when it is read."""
+    if setup.device != "cpu":
+        return 0
+    each, frozen = MEASURED_BYTES["lora" if setup.experts == "lora" else "full"]
+    return sum(trainable) * each + (sum(resident) - sum(trainable)) * frozen
 
 
 def _moments(

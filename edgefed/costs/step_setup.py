@@ -23,8 +23,13 @@ STORAGE_BYTES: Mapping[str, float] = MappingProxyType(
 )
 """Bytes of a stored parameter; quantized formats as in `edgefed.kernels.quantization` and bitsandbytes."""
 SCALE_BYTES, BLOCKSIZE = 4, 64
-UNPACKING_BYTES: Mapping[str, int] = MappingProxyType({"int8": 8, "nf4": 13, "nf4_dq": 13})
-"""Temporary bytes per parameter while the reference decodes it, without the result: 64-bit indices and float32."""
+UNPACKING_BYTES: Mapping[str, float] = MappingProxyType({"int8": 4, "nf4": 6, "nf4_dq": 6 + 4 / 64})
+"""Most temporary bytes per parameter while the reference decodes it, without the result."""
+MEASURED_BYTES: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"full": (160_000, 110_000), "lora": (480_000, 375_000)}
+)
+"""Bytes for each trainable and each frozen expert while a measured step is read: 1.9 KiB for each of up to 81 and 54
+allocations and releases of its backward pass, with adapters 243 and 191 (`edgefed.training.allocation_log`)."""
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 MODES = ("full", "lora", "none")

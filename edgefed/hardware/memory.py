@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
@@ -128,3 +129,23 @@ def process_peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> bool:
+    """Set VmHWM to the present size (proc(5): 5 in clear_refs). False where the kernel does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def status_bytes(field: str) -> int | None:
+    """A size of this process by its name in /proc/self/status, such as VmHWM; None where there is none."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None

@@ -63,17 +63,18 @@ def multiply_rows(
     ``low`` (in, R) and W (R, N) are an adapter. Results of padded rows are dropped.
     """
     rows = out.shape[0]
-    block = BLOCK_ROWS if is_compiled(x.dtype, x.device.type) else max(rows, 1)
+    compiled = is_compiled(x.dtype, x.device.type)
+    block = BLOCK_ROWS if compiled else max(rows, 1)
     for begin in range(0, rows, block):
         end = min(begin + block, rows)
         source = pad_rows(x[begin:end]) if index is None else pad_rows(x, index[begin:end])
         target = out[begin:end]
         if low is not None:
             source = source @ low
-            if source.shape[0] == end - begin:
-                target.addmm_(source, weight, alpha=scale)
-            else:
+            if compiled:  # a product that adds would be compiled beside this one
                 target.add_((source @ weight)[: end - begin], alpha=scale)
+            else:
+                target.addmm_(source, weight, alpha=scale)
         elif source.shape[0] == end - begin:
             torch.mm(source, weight, out=target)
         else:

@@ -36,7 +36,7 @@ from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
 from edgefed.trainer.evaluation import HeldOutLosses, evaluate_streamed
 from edgefed.trainer.finished_steps import FinishedSteps
-from edgefed.trainer.kernel_proof import prove_before_round
+from edgefed.trainer.kernel_proof import compile_products, prove_before_round
 from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk
 from edgefed.trainer.placement import (
     ExpertPlacer,
@@ -255,6 +255,7 @@ class LocalTrainer:
             self._train_blocks = encode_examples(self.corpus.train, tokenizer, length, on_message=report)
             if self.evaluates and self.corpus.held_out:
                 self._held_out_blocks = encode_examples(self.corpus.held_out, tokenizer, length, on_message=report)
+            compile_products(self._device, self.model, run)
             self._memory.model_is_empty()
             progress.done()
         return self._train_blocks

@@ -187,7 +187,8 @@ class FormulaCosts:
     ) -> MemoryEstimate:
         """See `StepCosts`; whether a step offloads is in its ``setup``."""
         shape = shape.sliced(slice_shares) if slice_shares else shape
-        return training_memory(shape, setup, resident, trainable, correction)
+        measured = self.measures_steps and correction is None
+        return training_memory(shape, setup, resident, trainable, correction, measured=measured)
 
     def profile_storage(
         self,

@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from edgefed.costs.activations import activations, workspace_bytes
 from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import TRAINABLE_TOKENS, Correction, StepSetup
+from edgefed.hardware.memory import reset_peak_rss, status_bytes, trim_memory
 from edgefed.moe.accounting import gradients, storage_bytes
 from edgefed.moe.model import MoeModel
 from edgefed.moe.model_shape import decoder_layer_paths
@@ -53,7 +53,7 @@ class StepMeasurement:
         trainable: Those of them that train.
         trainable_share: Share of each MoE layer's (token, expert) pairs that trainable experts computed.
         busier_share: Share that the busier half of its experts computed.
-        process_bytes: What the process grew by beyond the allocator's peak, including the measuring; None if unknown.
+        process_bytes: What the process grew by beyond the allocator's peak, but for reading events; None if unknown.
         process_note: Why it is unknown.
         seconds: Of the step.
     """
@@ -104,30 +104,31 @@ def measure_step(model: MoeModel, optimizer: torch.optim.Optimizer, step: Callab
     state = storage_bytes(_state_tensors(optimizer))
     served_before, trained_before = model.served_tokens(), model.trained_tokens()
     gc.collect()  # older garbage would be freed within the step, and torch would warn of it
-    clears, rss_before = reset_peak_rss(), _status_bytes("VmRSS")
+    clears, rss_before = reset_peak_rss(), status_bytes("VmRSS")
     started = time.perf_counter()
     facts = _Facts()
     anonymous: list[int] = []  # of the process, at each mark: it does not need the pages of mapped files
 
     def mark(name: str) -> None:
         if offloads:
-            anonymous.append(_status_bytes("RssAnon") or 0)
+            anonymous.append(status_bytes("RssAnon") or 0)
         log.mark(name)
 
     with log, _marks(model, optimizer, mark, facts), set_checkpoint_early_stop(False):
         step()
     seconds = time.perf_counter() - started
+    if device.type == "cpu":
+        trim_memory()
     spans = log.spans()
     peak = max(span.peak_bytes for span in spans)
     process, note = None, "the kernel does not let this process reset its peak (/proc/self/clear_refs)"
-    high_water = _status_bytes("VmHWM")
     if device.type != "cpu":
         note = "the step's memory is the GPU's"
     elif offloads and all(anonymous):
         grown = (now - anonymous[0] - span.start_bytes for now, span in zip(anonymous, spans, strict=False))
         process, note = max(0, *grown), ""
-    elif clears and rss_before is not None and high_water is not None:
-        process, note = max(0, high_water - rss_before - peak), ""
+    elif clears and rss_before is not None and log.high_water_bytes is not None:
+        process, note = max(0, log.high_water_bytes - rss_before - peak), ""
     num_layers = len(model.layers)
     served = _tokens(served_before, model.served_tokens(), num_layers)
     trained = _tokens(trained_before, model.trained_tokens(), num_layers)
@@ -347,22 +348,3 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
         if offloaded(parameter):
             continue
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-
-
-def reset_peak_rss() -> bool:
-    """Set VmHWM to the present size (proc(5): 5 in clear_refs). False where the kernel does not allow it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status_bytes(field: str) -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None

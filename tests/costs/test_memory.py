@@ -20,7 +20,7 @@ from edgefed.costs.memory import (
     training_memory,
 )
 from edgefed.costs.shapes import KNOWN_SHAPES, uniform_shape
-from edgefed.costs.step_setup import CORRECTED_MARGIN
+from edgefed.costs.step_setup import CORRECTED_MARGIN, MEASURED_BYTES
 from edgefed.errors import ConfigError
 
 GIB = 2**30
@@ -34,6 +34,16 @@ OLMOE = KNOWN_SHAPES["OLMoE-1B-7B"]
 
 def parts(setup: StepSetup, resident: int, trainable: int, shape=SMALL) -> dict[str, int]:
     return training_memory(shape, setup, resident, trainable).parts
+
+
+def test_a_measured_step_has_room_for_reading_what_was_recorded():
+    setup = StepSetup(1, 8, experts="lora")
+    plain, measured = (training_memory(OLMOE, setup, 8, 4, measured=found) for found in (False, True))
+    each, frozen = MEASURED_BYTES["lora"]
+    grown = measured.phases["optimizer"] - plain.phases["optimizer"]
+    assert grown == pytest.approx(16 * 4 * (each + frozen), rel=0.02)
+    assert {**measured.phases, "optimizer": 0} == pytest.approx({**plain.phases, "optimizer": 0}, rel=1e-3)
+    assert measured.total_bytes >= measured.phases["optimizer"]
 
 
 # --- by hand -----------------------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from edgefed.costs.step_setup import UNPACKING_BYTES
 from edgefed.errors import ConfigError
 from edgefed.kernels.dispatch import why_not_native
 from edgefed.kernels.quantization import DEQUANTIZED_WEIGHTS, NF4_CODE, dequantize_experts, quantize_experts
 from edgefed.native import isa_names, load_native
+from edgefed.training.allocation_log import CpuLog
 
 NATIVE = why_not_native()
 ISAS = isa_names(load_native()) if NATIVE is None else []
@@ -279,3 +281,17 @@ def test_the_reference_dequantizes_large_matrices_in_parts(blocksize, columns):
     with PeakBytes(matrix.packed, matrix.absmax) as mode:
         dequantize_experts(matrix, torch.bfloat16, backend="reference")
     assert mode.peak < 2 * 2 * size + 6.01 * DEQUANTIZED_WEIGHTS, "temporary memory does not grow with the matrix"
+
+
+@pytest.mark.parametrize("shape", [(512, 1024), (512, 1000)])
+@pytest.mark.parametrize("storage", ["nf4", "nf4_dq", "int8"])
+def test_the_reference_decodes_in_the_memory_that_is_planned_for_it(storage, shape):
+    packed = quantize_experts(torch.randn(shape).bfloat16(), storage[:4].rstrip("_"), nested=storage == "nf4_dq")
+    log = CpuLog()
+    with log:
+        log.mark("decode")
+        values = dequantize_experts(packed, backend="reference")
+        log.mark("end")
+    (span,) = log.spans()
+    planned = values.nbytes + UNPACKING_BYTES[storage] * values.numel()
+    assert 0.6 * planned < span.peak_bytes <= 1.01 * planned

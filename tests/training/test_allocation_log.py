@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from edgefed.hardware.memory import process_rss_bytes
+from edgefed.training import allocation_log
 from edgefed.training.allocation_log import CpuLog, Span
 
 MIB = 2**20
 
 
-def test_spans_have_the_bytes_at_their_start_and_the_most_within_them():
+@pytest.mark.parametrize("part_s", [allocation_log.PART_S, 0.0], ids=["at once", "in parts"])
+def test_spans_have_the_bytes_at_their_start_and_the_most_within_them(part_s, monkeypatch):
+    monkeypatch.setattr(allocation_log, "PART_S", part_s)
     log = CpuLog()
     with log:
         log.mark("first")
@@ -33,3 +37,19 @@ def test_recording_many_operations_takes_little_memory():
         log.mark("end")
     assert len(log.spans()) == 1
     assert process_rss_bytes() - before < 4000 * 8 * 1024
+
+
+def test_a_backward_pass_is_one_part(monkeypatch):
+    """A profiler that stopped within it would be restored by autograd's threads."""
+    monkeypatch.setattr(allocation_log, "PART_S", 0.0)
+    log, x = CpuLog(), torch.zeros(MIB, requires_grad=True)
+    with log:
+        log.mark("forward")
+        y = x * 2
+        y.register_hook(lambda gradient: log.mark("backward"))
+        y.sum().backward()
+        log.mark("after")
+        x.grad = None
+        log.mark("end")
+    assert [span.name for span in log.spans()] == ["forward", "backward", "after"]
+    assert [span.start_bytes // MIB for span in log.spans()] == [0, 4, 8]  # y; y and the gradient of x
