@@ -10,6 +10,7 @@ import torch
 from edgefed.costs.shapes import Matrix, ModelShape
 from edgefed.kernels.dispatch import needs_proof
 from edgefed.kernels.masked_experts import LowRankPair, SlotWeights, masked_experts
+from edgefed.kernels.out_of_memory import free_memory
 from edgefed.kernels.proof import TRAINING_LIMIT_S, prove_wanted, standard_cases
 from edgefed.kernels.row_sizes import ROW_SIZES, is_compiled, padded_size
 from edgefed.kernels.verdicts import Case
@@ -17,7 +18,6 @@ from edgefed.moe.model import MoeModel
 from edgefed.moe.model_shape import shape_from_config
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import RunConfig, TrainingConfig
-from edgefed.training.out_of_memory import free_memory
 
 
 def prove_before_round(
