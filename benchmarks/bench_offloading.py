@@ -24,8 +24,9 @@ from bench_memory_model import FAMILIES, HELD_OUT, LORA_RANK, SAVINGS, Plan, bui
 from provenance import provenance
 from transformers.utils import logging as transformers_logging
 
-from edgefed.costs.activations import offloaded_bytes, static_bytes
+from edgefed.costs.activations import static_bytes
 from edgefed.costs.memory import training_memory
+from edgefed.costs.streaming import offloaded_bytes
 from edgefed.disk import filesystem
 from edgefed.expert_records import ExpertPlan
 from edgefed.moe.offloading import OffloadSpace

@@ -23,6 +23,8 @@ CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """What a filesystem answers that cannot sync a folder. EIO, EROFS, EBADF and others remain errors."""
 CANNOT_COPY = {*CANNOT_SYNC, errno.EXDEV, errno.EPERM, errno.ETXTBSY}
 """What a filesystem answers that cannot copy in the kernel; the bytes are then read and written."""
+MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
+"""Types of filesystems whose files are in memory."""
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 

@@ -42,7 +42,8 @@ class JoinConfig:
     """Settings of a client. Sizes are bytes, shares are 0..1.
 
     ``memory_bytes`` None: memory is measured before each round. ``device`` as in `probe_device`; ``expert_storage`` one
-    of `placement.STORAGE_CHOICES`, ``profile_storage`` one of `activation_profile.PROFILE_STORAGES`.
+    of `placement.STORAGE_CHOICES`, ``profile_storage`` one of `activation_profile.PROFILE_STORAGES`, ``stream_experts``
+    one of `stream_choice.STREAM_CHOICES`.
     """
 
     server: str
@@ -60,6 +61,7 @@ class JoinConfig:
     device: str | None = None
     expert_storage: str = "auto"
     profile_storage: str = "auto"
+    stream_experts: str = "auto"
     task: str | None = None
     """"images" or "text": take part with a model of one's own (FedMoE), ``model``; None: train the server's model."""
     model: str | None = None
@@ -71,6 +73,13 @@ class JoinConfig:
     """One of `finish.EVALUATIONS`."""
     compare_alone: bool = False
     """Also train alone at the end, for comparison."""
+
+    @property
+    def limits(self) -> DeviceLimits:
+        """What the owner allows."""
+        return DeviceLimits(
+            self.expert_share, self.compute_share, self.profile_storage, self.expert_storage, self.stream_experts
+        )
 
 
 class DeviceMemory:
@@ -235,7 +244,7 @@ def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progress
     trainer = LocalTrainer(
         config.data,
         config.state,
-        DeviceLimits(config.expert_share, config.compute_share, config.profile_storage, config.expert_storage),
+        config.limits,
         config.name,
         ProcessMemory(memory.measure, memory.torch_device, memory.make_watch()),
         held_out_share=config.held_out_share,

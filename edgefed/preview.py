@@ -25,6 +25,7 @@ from edgefed.bench.statistics import Sampling
 from edgefed.bench.training_step import StepWork, seconds_of_step
 from edgefed.bench.verdict import with_times
 from edgefed.costs.step_setup import StepPlan
+from edgefed.costs.streaming import read_seconds, streamed_bytes
 from edgefed.errors import NetworkError, ProtocolError, first_line
 from edgefed.hardware.memory import GIB, format_bytes, set_up_allocator
 from edgefed.join import DeviceMemory, JoinConfig
@@ -33,12 +34,12 @@ from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_expert_method
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.model import MoeModel
-from edgefed.progress import ProgressSink
+from edgefed.progress import ProgressSink, format_seconds
 from edgefed.protocol.limits import check_run
 from edgefed.protocol.messages import Manifest, RunConfig, Status, UnitInfo
 from edgefed.trainer.expert_choice import even_layout
 from edgefed.trainer.kernel_proof import compile_products
-from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
+from edgefed.trainer.planner import Planner, PlanRequest
 from edgefed.trainer.ports import FormulaCosts, OwnModel, ProcessMemory
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
@@ -71,6 +72,7 @@ class Preview:
         upload_bytes: Size of a round's update.
         upload_bytes_per_s: Measured rate; None if it could not be measured.
         upload_s: Seconds of the upload of a round's update; None without a rate.
+        streamed: Frozen experts do not fit in memory: they are read while a step computes.
     """
 
     model: str
@@ -88,6 +90,7 @@ class Preview:
     upload_bytes: int
     upload_bytes_per_s: float | None
     upload_s: float | None
+    streamed: bool = False
 
     def __str__(self) -> str:
         if self.neuron_share < 1.0:
@@ -96,15 +99,15 @@ class Preview:
             what = f"{_range(self.resident)} of {self.experts_per_layer[0]} experts a layer"
         else:
             what = f"{sum(self.resident)} of {sum(self.experts_per_layer)} experts"
-        storage = STORAGE_WORDS.get(self.storage, self.storage)
+        storage = STORAGE_WORDS.get(self.storage, self.storage) + (", streamed," if self.streamed else "")
         if self.trains == "lora":
             what += f" in {storage} with adapters"
         elif self.trains == "none":
-            what += f" in {storage}, not trained"
+            what += f" in {storage.rstrip(',')}, not trained"
         elif self.trainable == self.resident:
             what += " trained in full"
         else:
-            what += f", {_range(self.trainable)} of them trained in full, the others in {storage}"
+            what += f", {_range(self.trainable)} of them trained in full, the others in {storage.rstrip(',')}"
         return f"{self.model}: {with_times(what, self.training_s, self.upload_s)}"
 
 
@@ -131,10 +134,8 @@ def make_preview(config: JoinConfig, server: AggregatorClient, status: Status, p
         cache = BlobCache(Path(folder, "blobs"), server)
         memory = ProcessMemory(device.measure, device.torch_device)
         model, request, num_examples = _open(config, run, method, manifest, cache, memory, device, progress)
-        limits = DeviceLimits(
-            config.expert_share, config.compute_share, config.profile_storage, config.expert_storage
-        )  # fmt: skip
-        planner = Planner(Path(folder), limits, config.name, memory, FormulaCosts())
+        costs = FormulaCosts(stream_folder=config.state, device=device.torch_device)
+        planner = Planner(Path(folder), config.limits, config.name, memory, costs)
         step = planner.estimate(request)
         usable_bytes = memory.usable_bytes()
         resident, trainable = even_layout(manifest.experts_per_layer)(step.resident, step.trainable).counts()
@@ -142,8 +143,17 @@ def make_preview(config: JoinConfig, server: AggregatorClient, status: Status, p
         if method.requirements.neurons:
             share = step.resident / sum(manifest.experts_per_layer)
             resident = trainable = manifest.experts_per_layer
+        shape, reads_s = planner.shape, 0.0
+        if step.setup.streamed and costs.stream_rates is not None:
+            size_bytes = streamed_bytes(shape, step.setup, resident, trainable)
+            rates = costs.stream_rates(step.setup, size_bytes, usable_bytes)
+            reads_s = read_seconds(shape, step.setup, resident, trainable, rates.stream_bytes_per_s)
+            progress.message(
+                f"streaming: {format_bytes(size_bytes)} of frozen experts, read at "
+                f"{format_bytes(rates.stream_bytes_per_s)}/s: {format_seconds(reads_s)} a step, beside its computation"
+            )
         training_s = _training_seconds(
-            BenchModel(run.model, model.config, planner.shape), run, step, max(resident), max(trainable), share,
+            BenchModel(run.model, model.config, shape), run, step, max(resident), max(trainable), share, reads_s,
             usable_bytes, device.torch_device, progress,
         )  # fmt: skip
     size_bytes = _upload_bytes(manifest.units, step.trainable / sum(manifest.experts_per_layer), method)
@@ -156,6 +166,7 @@ def make_preview(config: JoinConfig, server: AggregatorClient, status: Status, p
         trainable=tuple(trainable),
         neuron_share=share,
         storage=step.setup.expert_storage or step.setup.dtype,
+        streamed=step.setup.streamed,
         trains=run.training.experts,
         sequence_length=step.setup.sequence_length,
         memory_bytes=usable_bytes,
@@ -201,12 +212,16 @@ def _training_seconds(
     resident: int,
     trainable: int,
     neuron_share: float,
+    reads_s: float,
     usable_bytes: int,
     torch_device: str,
     progress: ProgressSink,
 ) -> float | None:
-    """Seconds of a round's local steps, measured with random weights; None, with a message, if that does not work."""
-    setup = step.setup
+    """Seconds of a round's local steps, measured with random weights; None, with a message, if that does not work.
+
+    ``reads_s``: how long a step reads streamed experts. It is measured with the experts of two layers in memory.
+    """
+    setup = dataclasses.replace(step.setup, streamed=False)
     if setup.offload:
         progress.message("the time of a round is not measured: experts are loaded when a token needs them")
         return None
@@ -226,7 +241,7 @@ def _training_seconds(
         return None
     finally:
         progress.done()
-    return seconds * run.training.local_steps
+    return max(seconds, reads_s) * run.training.local_steps
 
 
 def _upload_bytes(units: Sequence[UnitInfo], trained_share: float, method: ExpertMethod) -> int:

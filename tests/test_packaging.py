@@ -204,3 +204,18 @@ def test_a_process_of_a_test_runs_the_package_that_the_tests_import():
     code = "import edgefed; print(edgefed.__file__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert found == edgefed.__file__
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux" or not (ROOT / ".ci" / "wheel").is_file(), reason="needs a Linux checkout")
+def test_the_wheel_installs_and_loads_its_library_without_a_compiler(tmp_path):
+    pytest.importorskip("auditwheel", reason="pip install -e '.[dev]' has it")
+    pytest.importorskip("pip")
+    command = [ROOT / ".ci" / "wheel", "--packages", sys.executable, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "edgefed: csrc/masked_experts.cpp compiled after " in done.stdout, "a minute of silence"
+    assert "manylinux_2_" in done.stdout
+    assert edgefed.__version__ in done.stdout.splitlines()[-2]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"edgefed-{edgefed.__version__}-py3-none-linux_")

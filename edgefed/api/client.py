@@ -110,6 +110,11 @@ class Client:
         Setting("Storage of experts during profiling: 4 or 8 bits, unchanged (full), or unchanged as long as each "
                 "expert needs to be read only once (auto)."),
     ] = "auto"  # fmt: skip
+    stream_experts: Annotated[
+        Literal["auto", "always", "never"],
+        Setting("Stream frozen experts that do not fit from files in the state folder (for a GPU, from host memory), a "
+                "layer at a time. auto: if a step takes at most twice as long."),
+    ] = "auto"  # fmt: skip
     held_out: Annotated[str | float, Setting("Share of the records held out for evaluation, or 0.")] = "10%"
     final_evaluation: Annotated[
         Literal["auto", "always", "never"],
@@ -286,6 +291,7 @@ class Client:
             compute_share=parse_share(self.compute, "compute"),
             expert_storage=self.expert_storage,
             profile_storage=self.profile_storage,
+            stream_experts=self.stream_experts,
             held_out_share=parse_share(self.held_out, "held_out", zero=True),
             fields=self.fields,
             task=self.task,

@@ -28,7 +28,7 @@ import torch
 from edgefed.bench.compute import Stopwatch
 from edgefed.bench.report import MemoryCheck
 from edgefed.bench.statistics import Entry, Sampling, collect
-from edgefed.disk import filesystem
+from edgefed.disk import MEMORY_FILESYSTEMS, filesystem
 from edgefed.hardware.memory import format_bytes
 
 MIB = 2**20
@@ -153,7 +153,7 @@ class DiskTest:
         self.size = min(size_bytes, (free - KEEP_FREE) // BLOCK * BLOCK)
         self.refused = "" if self.size >= 4 * BLOCK else f"{free // MIB} MiB free, {KEEP_FREE // MIB} must stay free"
         kind = filesystem(folder)
-        self._in_memory = kind in ("tmpfs", "ramfs")
+        self._in_memory = kind in MEMORY_FILESYSTEMS
         self._params = {"folder_free_bytes": free, "file_bytes": self.size, "filesystem": kind}
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by __exit__
         self._written = False

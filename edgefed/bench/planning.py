@@ -35,6 +35,8 @@ from edgefed.training.savings import eight_bit_problem
 LORA_RANK = 16
 STORAGES = ("bfloat16", "nf4")
 """Formats of frozen experts in memory: the checkpoint's, and 4 bits."""
+STREAMED = "nf4 streamed"
+"""In 4 bits, not in memory (`edgefed.moe.expert_stream`)."""
 CURVE_POINTS = 60
 
 
@@ -53,7 +55,7 @@ def planned_kernels(device: str, dtype: torch.dtype) -> str:
 
 
 def fits_of(shape: ModelShape, budget: str, usable_bytes: int | None, optimizer: str, device: str) -> Iterable[Fit]:
-    """Yield every mode and storage of one model under one budget; nothing if the budget is unknown."""
+    """Yield every mode and storage of one model under one budget, streamed experts last; nothing if it is unknown."""
     if usable_bytes is None:
         return
     for storage in STORAGES:
@@ -69,6 +71,13 @@ def fits_of(shape: ModelShape, budget: str, usable_bytes: int | None, optimizer:
                 limit=_limit(found, experts, shape),
                 upload_bytes=upload_bytes(shape, mode, trained) if trained else None,
             )  # fmt: skip
+    streamed = dataclasses.replace(fit_setup("lora", "nf4", "adamw", device), streamed=True)
+    found = compute_budget(shape, streamed, usable_bytes)
+    experts = found.trainable_per_layer
+    yield Fit(
+        model=shape.name, budget=budget, mode="lora", storage=STREAMED, experts=experts, of=shape.num_experts,
+        limit=_limit(found, experts, shape), upload_bytes=upload_bytes(shape, "lora", experts) if experts else None,
+    )  # fmt: skip
 
 
 def _limit(found: ComputeBudget, experts: int, shape: ModelShape) -> str:

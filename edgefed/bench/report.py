@@ -152,7 +152,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     """How many experts of each layer fit in one budget, predicted by the memory model.
 
     ``mode``: "profile" (forward pass), "lora" (every resident expert has an adapter), "full" (one expert of each layer
-    is trainable). ``storage``: format of frozen experts in memory. ``experts``: resident experts of the smallest layer.
+    is trainable). ``storage``: format of frozen experts. ``experts``: resident experts of the smallest layer.
     """
 
     model: str

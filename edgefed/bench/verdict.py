@@ -6,7 +6,7 @@ from edgefed.bench.report import Fit, Report
 from edgefed.progress import format_seconds
 from edgefed.protocol.messages import TrainingConfig
 
-STORAGE_WORDS = {"bfloat16": "in bfloat16", "nf4": "in NF4"}
+STORAGE_WORDS = {"bfloat16": "in bfloat16", "nf4": "in NF4", "nf4 streamed": "in NF4, streamed,"}
 
 
 def verdict(report: Report) -> str:
@@ -29,8 +29,9 @@ def verdict(report: Report) -> str:
         of = f"{fit.model}: {fit.experts} of {fit.of}"
         what = f"{of} experts a layer {STORAGE_WORDS[fit.storage]} with adapters" if not number else of
         if number and fit.storage != chosen[0].storage:
-            what += f" {STORAGE_WORDS[fit.storage]}"
-        parts.append(with_times(what, measured.get(fit.model), fit.upload_s))
+            what += f" {STORAGE_WORDS[fit.storage].rstrip(',')}"
+        in_memory = "streamed" not in fit.storage  # the measured speed is not that of streamed experts
+        parts.append(with_times(what, measured.get(fit.model) if in_memory else None, fit.upload_s))
     idle = "" if any(fit.budget == "now" for fit in chosen) else "on an idle machine, "
     return f"{idle}{'; '.join(parts)}"
 
@@ -57,8 +58,9 @@ def _by_model(report: Report) -> list[list[Fit]]:
 
 
 def _best(fits: list[Fit]) -> Fit | None:
-    """The fit to recommend: all experts unquantized if possible, else most experts."""
-    return max(fits, key=lambda fit: (fit.experts, fit.storage == "bfloat16"), default=None)
+    """The fit to recommend: all experts unquantized if possible, else most experts, streamed only if that adds some."""
+    order = {"bfloat16": 1, "nf4": 0}
+    return max(fits, key=lambda fit: (fit.experts, order.get(fit.storage, -1)), default=None)
 
 
 def _measured(report: Report) -> dict[str, float]:

@@ -129,7 +129,7 @@ def corrected(raw: Activations, correction: Correction | None) -> Activations:
     )
 
 
-def _with_counts(shape: ModelShape, trainable: Sequence[int]) -> Iterator[tuple[LayerShape, int]]:
+def with_counts(shape: ModelShape, trainable: Sequence[int]) -> Iterator[tuple[LayerShape, int]]:
     """Yield each decoder layer with its number of trainable experts."""
     counts = iter(trainable)
     for layer in shape.layers:
@@ -138,7 +138,7 @@ def _with_counts(shape: ModelShape, trainable: Sequence[int]) -> Iterator[tuple[
 
 def first_trained(shape: ModelShape, setup: StepSetup, trainable: Sequence[int]) -> int:
     """Index of the first layer with a trainable parameter."""
-    for index, (layer, count) in enumerate(_with_counts(shape, trainable)):
+    for index, (layer, count) in enumerate(with_counts(shape, trainable)):
         expert, rest = trained_tensors(layer, setup)
         if rest or (expert and count):
             return index
@@ -249,6 +249,13 @@ def expert_bytes(layer: LayerShape, setup: StepSetup, storage: str | None = None
     return matrices + sum(layer.expert_biases) * setup.width + adapter
 
 
+def streamed_layer_bytes(layer: LayerShape, setup: StepSetup, resident: int, trainable: int) -> float:
+    """Bytes of one layer that are streamed: frozen experts, and with LoRA also the weights of trainable ones."""
+    frozen = (resident - trainable) * expert_bytes(layer, setup)
+    without_adapter = expert_bytes(layer, dataclasses.replace(setup, experts="none"))
+    return frozen + (trainable * without_adapter if setup.experts == "lora" else 0.0)
+
+
 def _matrix_bytes(size_in: int, size_out: int, storage: str, is_transposed: bool) -> float:
     """Bytes of one matrix of an expert, with scales per row (int8) or per block of 64 (nf4)."""
     size = size_in * size_out
@@ -304,7 +311,7 @@ def gradient_bytes(
 ) -> list[int]:
     """Gradient bytes per decoder layer; ``lasting``: without those of offloaded experts, which are moved at once."""
     sizes = []
-    for layer, count in _with_counts(shape, trainable):
+    for layer, count in with_counts(shape, trainable):
         expert, rest = trained_tensors(layer, setup)
         if lasting and setup.offload:
             count = 0
@@ -319,12 +326,13 @@ def static_bytes(
 
     A merged expert counts as a frozen one; with LoRA it takes slightly less, as it has no adapter. Of offloaded experts
     the largest layer is resident; on a GPU all of them, unless checkpointing frees each layer's after its backward
-    pass.
+    pass. Of streamed experts, one layer is resident on a CPU, and two buffers for a layer on a GPU.
     """
     linear_bytes = STORAGE_BYTES[setup.dense_storage or setup.dtype]
     dense: float = (shape.embedding_parameters + shape.other_parameters) * setup.width + shape.own_dtype_bytes
     states, counts = 0.0, iter(zip(resident, trainable, strict=True))
     weights: list[tuple[float, float]] = []  # bytes of frozen and of trainable experts, by layer
+    streamed = 0.0
     for layer in shape.layers:
         expert, rest = trained_tensors(layer, setup)
         trained_linear = sum(i * o for i, o in layer.attention_matrices) if setup.attention == "full" else 0
@@ -340,42 +348,22 @@ def static_bytes(
             continue
         count_resident, count_trainable = next(counts)
         trained = count_trainable * expert_bytes(layer, setup, setup.dtype if setup.experts == "full" else None)
-        weights.append(((count_resident - count_trainable) * expert_bytes(layer, setup), trained))
+        frozen = (count_resident - count_trainable) * expert_bytes(layer, setup)
+        if setup.streamed:
+            far = streamed_layer_bytes(layer, setup, count_resident, count_trainable)
+            trained, frozen, streamed = trained + frozen - far, 0.0, max(streamed, far)
+        weights.append((frozen, trained))
         if not setup.offload:
             states += count_trainable * sum(_state_bytes(setup, width, [size]) for size, width in expert)
     if setup.offload and (setup.device == "cpu" or setup.checkpointing):
         weights = [max(weights, key=sum)] if weights else []
+    weights.append((streamed * (1 if setup.device == "cpu" else 2), 0.0))
     return {
         "dense": rounded_up(dense),
         "resident experts": rounded_up(sum(frozen for frozen, _ in weights)),
         "trainable experts": rounded_up(sum(trained for _, trained in weights)),
         "optimizer": rounded_up(states),
     }
-
-
-def offloaded_bytes(shape: ModelShape, setup: StepSetup, resident: Sequence[int], trainable: Sequence[int]) -> int:
-    """Bytes of offloaded experts in host memory or files: weights, and gradients and two moments of trainable ones."""
-    total = 0.0
-    for layer, count_resident, count_trainable in zip(shape.moe_layers, resident, trainable, strict=True):
-        expert, _ = trained_tensors(layer, setup)
-        total += count_resident * expert_bytes(layer, setup) + 3 * count_trainable * sum(n * w for n, w in expert)
-    return rounded_up(total)
-
-
-def optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence[int]) -> int:
-    """Temporaries of the optimizer step.
-
-    Torch's AdamW makes two copies of the tensor that it updates and still has one of the previous tensor; the fused
-    implementation makes none. An 8-bit one that rounds weights in 16 bits stochastically has the weight, its gradient
-    and noise in 32 bits.
-    """
-    if setup.device != "cpu" if setup.optimizer == "adamw" else setup.width > 2:
-        return 0
-    largest = 0
-    for layer, count in _with_counts(shape, trainable):
-        expert, rest = trained_tensors(layer, setup)
-        largest = max([largest, *(n * w for n, w in (expert if count else []) + rest)])
-    return (3 if setup.optimizer == "adamw" else 6) * largest
 
 
 def workspace_bytes(shape: ModelShape, setup: StepSetup) -> int:

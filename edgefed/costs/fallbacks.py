@@ -1,9 +1,10 @@
 """Searches for a training step that fits the memory of a device: what is given up, and in which order. Pure functions.
 
-    1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> (3b offloaded experts)
+    1 chunked loss -> 2 checkpointing -> 3 8-bit optimizer -> 3b offloaded or streamed experts
       -> experts in NF4 -> shorter sequences -> fewer trainable experts -> fewer resident experts
 
-Fallback 3b exists only for methods that offload experts (`Requirements.offloading`).
+Fallback 3b: methods that ask for it offload all experts (`Requirements.offloading`). For others the frozen ones are
+streamed, if a step does not become too slow or nothing else fits.
 
 `fit` returns the best step plan that the memory model accepts; it is called before anything is loaded. It takes 1 to 3
 in order, since they change neither loss nor gradients (8-bit moments: barely). If that is not enough, it chooses among
@@ -28,6 +29,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 from edgefed.costs.memory import MemoryEstimate
+from edgefed.costs.plan_messages import nothing_fits
 from edgefed.costs.price import LossPrice, cheapest_counts, lossy_setups
 from edgefed.costs.step_setup import CHUNK_TOKENS, StepPlan, StepSetup
 from edgefed.errors import BudgetTooSmall
@@ -48,6 +50,10 @@ LEAST_FREED = 50
 
 TRAINABLE_SHARE = 4
 """Freezing stops when a quarter of the resident experts is trainable."""
+
+MAX_SLOWDOWN = 2.0
+"""Streaming may at most double the time of a step, as it did for others with a model of 30 billion parameters on a GPU
+of 12 GB; where it takes longer, another saving is chosen."""
 
 WORTH = 1.01
 """A saving is used only if without it the expected loss is more than 1 % higher."""
@@ -87,6 +93,8 @@ class FallbackSearch:
             "int8_experts": reason}. What prevents NF4 prevents INT8, too.
         all_experts: The method needs every expert, so fallbacks 6 and 7 do not exist.
         may_offload: Experts may be moved to host memory or disk.
+        may_stream: Frozen experts may be streamed from there.
+        slowdown: Time of a step with streamed experts, as a multiple of the same step with all of them in memory.
     """
 
     estimate: Callable[..., MemoryEstimate]
@@ -97,6 +105,8 @@ class FallbackSearch:
     problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
     all_experts: bool = False
     may_offload: bool = False
+    may_stream: bool = False
+    slowdown: Callable[[StepPlan], float] = lambda step_plan: 1.0
 
     def memory(self, step_plan: StepPlan) -> MemoryEstimate:
         """The peak of a training step under ``step_plan``, in parts."""
@@ -128,11 +138,26 @@ def fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[St
     """The best step plan that fits into ``usable_bytes``, at most ``wanted``, and the fallbacks that lead to it.
 
     A fallback that has no effect beside later ones is undone: a shorter sequence does not help where the optimizer is
-    the peak.
+    the peak. Experts are streamed if nothing else fits, or if this leaves more experts or longer sequences and a step
+    does not become too slow.
 
     Raises:
         BudgetTooSmall: Nothing fits; the message says what the smallest plan would need.
     """
+    if not search.may_stream or wanted.setup.streamed:
+        return _fit(search, wanted, usable_bytes)
+    try:
+        resident, path = _fit(dataclasses.replace(search, may_stream=False), wanted, usable_bytes)
+    except BudgetTooSmall:
+        return _fit(search, wanted, usable_bytes)
+    streamed, streamed_path = _fit(search, wanted, usable_bytes)
+    if WORTH * search.cost(streamed) < search.cost(resident) and search.slowdown(streamed) <= MAX_SLOWDOWN:
+        return streamed, streamed_path
+    return resident, path
+
+
+def _fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[StepPlan, list[Fallback]]:
+    """`fit`, whatever the time of a step."""
     setups = [wanted.setup, *(setup for _, setup, _ in _setup_fallbacks(search, wanted.setup))]
     kept = (wanted.setup.expert_storage, wanted.setup.sequence_length)
     exact = [setup for setup in setups if (setup.expert_storage, setup.sequence_length) == kept]
@@ -141,7 +166,7 @@ def fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[St
     found = next(fitting, None) or _cheapest(search, wanted, exact, usable_bytes)
     if found is None:
         least = wanted if search.all_experts else StepPlan(wanted.setup, search.num_layers, search.num_layers)
-        raise _nothing_fits(search, dataclasses.replace(least, setup=setups[-1]), usable_bytes)
+        raise nothing_fits(search, dataclasses.replace(least, setup=setups[-1]), usable_bytes)
     for field in reversed(_FIELD_OF.values()):  # the most costly first
         for setup in setups:  # from no saving to all
             undone = dataclasses.replace(found, setup=_with_field_of(found.setup, setup, field))
@@ -163,6 +188,8 @@ def next_fallback(search: FallbackSearch, step_plan: StepPlan, missing_bytes: in
     for name, setup, sentence in _setup_fallbacks(search, step_plan.setup):
         other = dataclasses.replace(step_plan, setup=_with_field_of(step_plan.setup, setup, _FIELD_OF[name]))
         after = search.needs_bytes(other)
+        if name == _STREAMING and search.slowdown(other) > MAX_SLOWDOWN:
+            continue
         if after <= goal:
             return _fallback(name, other, need - after, sentence, keeps_plan=name not in _RELOADS_EXPERTS)
     if missing_bytes > 0:
@@ -233,14 +260,15 @@ def _cheapest(search: FallbackSearch, wanted: StepPlan, exact: list[StepSetup], 
 
 # --- fallbacks 1 to 5: how a step is done -----------------------------------------------------------------------------
 
-_PACKING, _OFFLOADING = "experts in NF4", "offloaded experts"
-_RELOADS_EXPERTS = (_PACKING, _OFFLOADING)
+_PACKING, _OFFLOADING, _STREAMING = "experts in NF4", "offloaded experts", "streamed experts"
+_RELOADS_EXPERTS = (_PACKING, _OFFLOADING, _STREAMING)
 _FIELD_OF = {
     "chunked loss": "chunked_loss",
     "checkpointing": "checkpointing",
     "8-bit optimizer": "optimizer",
     _PACKING: "expert_storage",
     _OFFLOADING: "offload",
+    _STREAMING: "streamed",
     "shorter sequence": "sequence_length",
 }
 """Fallback -> the field of `StepSetup` that it changes."""
@@ -264,6 +292,9 @@ def _setup_fallbacks(search: FallbackSearch, setup: StepSetup) -> Iterator[tuple
     if search.may_offload and not setup.offload:
         setup = dataclasses.replace(setup, offload=True)
         yield _OFFLOADING, setup, "experts offloaded, loaded when a token needs them"
+    if search.may_stream and not setup.streamed:
+        setup = dataclasses.replace(setup, streamed=True)
+        yield _STREAMING, setup, "frozen experts streamed, a layer at a time"
     if setup.expert_storage is None and "nf4_experts" not in search.problems:
         setup = dataclasses.replace(setup, expert_storage="nf4")
         yield _PACKING, setup, "frozen experts in NF4"
@@ -357,20 +388,3 @@ def _expert_sentence(name: str, before: StepPlan, after: StepPlan) -> str:
     if name == _FEWER_TRAINABLE:
         return f"{after.trainable} of {after.resident} resident experts trainable instead of {before.trainable}"
     return f"{after.resident} experts resident instead of {before.resident}, {after.trainable} trainable"
-
-
-def _nothing_fits(search: FallbackSearch, least: StepPlan, usable_bytes: int) -> BudgetTooSmall:
-    memory = search.memory(least)
-    need, setup = memory.total_bytes, least.setup
-    one_each = f"one expert in each of the {search.num_layers} MoE layers"
-    what = f"all {least.resident} experts" if search.all_experts else one_each
-    largest = sorted(memory.parts, key=lambda part: memory.parts[part], reverse=True)[:2]
-    breakdown = ", ".join(f"{format_bytes(memory.parts[part])} {part}" for part in largest)
-    without = "".join(f"; without {name.replace('_', ' ')}: {why}" for name, why in sorted(search.problems.items()))
-    return BudgetTooSmall(
-        f"{what} needs {format_bytes(need)} with every saving ({breakdown}; {setup.batch_size} sequences of "
-        f"{setup.sequence_length} tokens), the device offers the model {format_bytes(max(0, usable_bytes))}{without}",
-        remedy=f"Give the device {format_bytes(need - usable_bytes)} more (`memory`, or close other programs), lower "
-        f"`batch_size` ({setup.batch_size}) or `sequence_length` on the server, or use a smaller model"
-        + (" or a method that needs only some experts (hfedmoe, random)." if search.all_experts else "."),
-    )

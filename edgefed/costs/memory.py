@@ -24,11 +24,12 @@ from edgefed.costs.activations import (
     expert_bytes,
     forward_transient,
     gradient_bytes,
-    optimizer_temporary,
     outside_experts,
     rounded_up,
     score_bytes,
     static_bytes,
+    trained_tensors,
+    with_counts,
     workspace_bytes,
 )
 from edgefed.costs.shapes import ModelShape
@@ -139,7 +140,7 @@ def training_memory(
     lasting = gradient_bytes(shape, setup, trainable, lasting=True)
     moments = _moments(shape, setup, found, gradients, lasting)
     reading = _measured_bytes(setup, resident, trainable) if measured else 0
-    moments["optimizer"] = (sum(lasting), max(reading, optimizer_temporary(shape, setup, trainable)), 0)
+    moments["optimizer"] = (sum(lasting), max(reading, _optimizer_temporary(shape, setup, trainable)), 0)
     overhead += rounded_up(ALLOWANCE * (base + overhead + max(map(sum, moments.values()))))
     phases = {phase: base + sum(moment) + overhead for phase, moment in moments.items()}
     peak = moments[max(phases, key=phases.__getitem__)]
@@ -191,6 +192,22 @@ def _moments(
     }
 
 
+def _optimizer_temporary(shape: ModelShape, setup: StepSetup, trainable: Sequence[int]) -> int:
+    """Temporaries of the optimizer step.
+
+    Torch's AdamW makes two copies of the tensor that it updates and still has one of the previous tensor; the fused
+    implementation makes none. An 8-bit one that rounds weights in 16 bits stochastically has the weight, its gradient
+    and noise in 32 bits.
+    """
+    if setup.device != "cpu" if setup.optimizer == "adamw" else setup.width > 2:
+        return 0
+    largest = 0
+    for layer, count in with_counts(shape, trainable):
+        expert, rest = trained_tensors(layer, setup)
+        largest = max([largest, *(n * w for n, w in (expert if count else []) + rest)])
+    return (3 if setup.optimizer == "adamw" else 6) * largest
+
+
 CHOICE_BYTES = 64
 """For each neuron of a model whose slices are chosen: two sums of energies, scores, their order, masks."""
 
@@ -235,6 +252,7 @@ def profiling_memory(
         experts = static["resident experts"]
     elif residency == "layer":
         experts = max(size * count for size, count in zip(sizes, resident, strict=True))
+        experts *= 1 if setup.device == "cpu" else 2  # the next layer is loaded while one computes
     flowing, pairs = 0.0, iter(resident)
     for layer in shape.layers:
         count = next(pairs) if layer.num_experts else 0

@@ -72,6 +72,7 @@ class StepSetup:
         checkpointing: Activation checkpointing.
         chunked_loss: The loss is computed `CHUNK_TOKENS` tokens at a time.
         offload: Experts are in host memory or files (`edgefed.moe.offloading`).
+        streamed: Frozen experts are in host memory or files (`edgefed.moe.expert_stream`).
         device: "cpu", "cuda", or "unified": a GPU that shares the host's memory, where paging out saves nothing.
         kernels: Of the experts: "reference" has many torch operations per layer, "native" one
             (`edgefed.moe.layer_runtime.training_kernels`).
@@ -93,6 +94,7 @@ class StepSetup:
     checkpointing: bool = False
     chunked_loss: bool = False
     offload: bool = False
+    streamed: bool = False
     device: str = "cpu"
     kernels: str = "reference"
 
@@ -143,6 +145,7 @@ class StepPlan:
         return (
             self.resident, self.trainable, setup.sequence_length, setup.expert_storage is None,
             setup.optimizer == "adamw", not setup.checkpointing, not setup.chunked_loss, not setup.offload,
+            not setup.streamed,
         )  # fmt: skip
 
 
@@ -155,6 +158,7 @@ def describe(step_plan: StepPlan, total: int) -> str:
         (setup.optimizer != "adamw", "8-bit optimizer"),
         (setup.expert_storage is not None, f"experts in {(setup.expert_storage or '').upper()}"),
         (setup.offload, "experts offloaded"),
+        (setup.streamed, "frozen experts streamed"),
     )
     savings = [word for on, word in words if on]
     trainable = "" if step_plan.trainable == step_plan.resident else f", {step_plan.trainable} trainable"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import cast
 
@@ -22,13 +23,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgefed.errors import CheckpointError
-from edgefed.expert_records import ExpertPlan, MergedGroup
+from edgefed.errors import CheckpointError, ConfigError
+from edgefed.expert_records import ExpertPlan
 from edgefed.kernels.masked_experts import LastingSlots, Slots, SlotWeights
 from edgefed.kernels.quantization import QuantizedMatrix
 from edgefed.moe.architecture import ExpertLayer
-from edgefed.moe.expert_reading import read_adapter, read_expert, read_slice, read_with_adapter
-from edgefed.moe.merged_cache import Align, MergedCache, merge_experts
+from edgefed.moe.expert_reading import read_adapter, read_expert, read_slice
+from edgefed.moe.expert_stream import ExpertStream
+from edgefed.moe.merged_cache import Align, MergedCache, merged_tensors
 from edgefed.moe.neurons import sliced_shape, to_table
 from edgefed.moe.offloading import Offloaded, OffloadSpace, mark_offloaded, release
 from edgefed.moe.slots import (
@@ -37,6 +39,7 @@ from edgefed.moe.slots import (
     Perturbation,
     PerturbedSlots,
     RaggedStack,
+    SplitStack,
     empty_stack,
     pack_into,
     typical_weight,
@@ -45,6 +48,7 @@ from edgefed.moe.units import LORA_SUFFIX, ExpertSource, TrainScope, check_tenso
 from edgefed.protocol.messages import NEURON_INDEX
 
 _LORA_PARTS = (".lora_a", ".lora_b")
+_Stack = torch.Tensor | RaggedStack | SplitStack
 
 
 class ExpertBank(nn.Module):
@@ -62,7 +66,8 @@ class ExpertBank(nn.Module):
         storage: format of matrices that are not trainable, one of `edgefed.moe.slots.EXPERT_STORAGES`; None: as read.
         align: neuron alignment of merged experts, see `merge_experts`.
         merged: cache of merged experts of earlier rounds.
-        offload: where unquantized weights are stored instead of ``device``.
+        offload: where weights are stored instead of ``device``: all unquantized ones in an `OffloadSpace`, those that
+            are not trainable in an `ExpertStream`.
 
     Raises:
         CheckpointError: a unit does not fit the layer.
@@ -90,7 +95,7 @@ class ExpertBank(nn.Module):
         storage: str | None = None,
         align: Align | None = None,
         merged: MergedCache | None = None,
-        offload: OffloadSpace | None = None,
+        offload: OffloadSpace | ExpertStream | None = None,
     ):
         super().__init__()
         ordinal = layer.ordinal
@@ -104,7 +109,7 @@ class ExpertBank(nn.Module):
         self.is_complete = bool((slots >= 0).all())
         """Whether no expert of the layer is absent."""
         self.lora_scale = scope.lora_scale if scope.experts == "lora" else None
-        num_full = self.num_trainable if scope.experts == "full" else 0
+        self._num_full = num_full = self.num_trainable if scope.experts == "full" else 0
         self._storage_format = storage
         self._first_packed = len(self.experts) if storage is None else num_full
         self.perturbation: Perturbation | None = None
@@ -114,9 +119,12 @@ class ExpertBank(nn.Module):
         if plan.neurons:
             masks = plan.neurons[ordinal]
             self.neurons = tuple(torch.from_numpy(np.flatnonzero(masks[expert])) for expert in resident)
-        self._storage: dict[str, torch.Tensor | RaggedStack] = {}
+        self._storage: dict[str, _Stack] = {}
         self._packed: dict[str, QuantizedMatrix] = {}
-        self.offload = offload
+        self.stream = offload if isinstance(offload, ExpertStream) else None
+        self.offload = offload if isinstance(offload, OffloadSpace) else None
+        if self.stream is not None and self.neurons:
+            raise ConfigError("slices of experts cannot be streamed")
         self.slot_table: dict[int, SlotWeights] = {}
         """Slots as kernels take them, each built once: collecting the tensors of a layer takes the host longer than a
         GPU computes with them."""
@@ -138,7 +146,7 @@ class ExpertBank(nn.Module):
                 adapter = self._read(slot, source, scope.lora_rank)
                 self._fill(slot, key + LORA_SUFFIX, adapter, slot < self.num_trainable, device)
         for slot, group in enumerate(groups, start=len(resident)):
-            tensors = _merged_tensors(layer, group, source, scope, align, merged)
+            tensors = merged_tensors(layer, group, source, scope, align, merged)
             self._fill(slot, f"{layer.experts_path}.{'+'.join(map(str, group.experts))}", tensors, False, device)
         self.release()
 
@@ -163,7 +171,8 @@ class ExpertBank(nn.Module):
                 if stack not in self._packed:
                     count = 1 if self.neurons else len(self) - self._first_packed
                     shape = (value.shape[0], value.shape[1])
-                    self._set_packed(stack, empty_stack(self._storage_format, count, shape, value.dtype, device))
+                    empty = functools.partial(self._empty_far, device)
+                    self._set_packed(stack, empty_stack(self._storage_format, count, shape, value.dtype, empty))
                 pack_into(self._packed[stack], place, key, name, value)
                 continue
             if name not in self._storage:
@@ -173,18 +182,32 @@ class ExpertBank(nn.Module):
             # .data gives the view its own version counter: an optimizer step on one expert is not a change of others.
             parameter = nn.Parameter(self._storage[name].data[slot], requires_grad=trainable)
             self.register_parameter(self._parameter_name(name, slot), parameter)
-            if self.offload is not None:
+            if self.stream is not None and slot >= self._num_near(is_adapter):
+                mark_offloaded(parameter, Offloaded())
+            elif self.offload is not None:
                 mark_offloaded(parameter, self._offloaded(self.offload, name, slot, parameter, is_adapter))
 
-    def _empty(
-        self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor | RaggedStack:
+    def _empty(self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Stack:
         if self.offload is not None:
             return self.offload.empty((count, *shape), dtype)
+        num_near = min(count, self._num_near(name.endswith(_LORA_PARTS)))
+        if self.stream is not None and count > num_near:
+            near = torch.empty((num_near, *shape), dtype=dtype, device=device)
+            return SplitStack(near, self.stream.empty(self.layer.ordinal, (count - num_near, *shape), dtype))
         if self.neurons:
             shapes = [sliced_shape(self.layer, name, shape, len(neurons)) for neurons in self.neurons[:count]]
             return RaggedStack.empty(shapes, dtype, device)
         return torch.empty((count, *shape), dtype=dtype, device=device)
+
+    def _empty_far(self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return storage for frozen weights."""
+        if self.stream is not None:
+            return self.stream.empty(self.layer.ordinal, shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def _num_near(self, is_adapter: bool) -> int:
+        """Return how many slots have trainable adapters, or other trainable tensors: these are never streamed."""
+        return self.num_trainable if is_adapter else self._num_full
 
     def _offloaded(
         self, space: OffloadSpace, name: str, slot: int, parameter: nn.Parameter, is_adapter: bool
@@ -203,8 +226,10 @@ class ExpertBank(nn.Module):
         return Offloaded(gradient, (first, second), beside)
 
     def release(self) -> None:
-        """Release the memory of offloaded weights until they are needed again."""
-        if self.offload is not None:
+        """Release the memory of offloaded or streamed weights until they are needed again."""
+        if self.stream is not None:
+            self.stream.release()
+        elif self.offload is not None:
             release(storage for storage in self._storage.values() if isinstance(storage, torch.Tensor))
 
     def _place_packed(self, name: str, slot: int) -> tuple[str, int]:
@@ -230,7 +255,7 @@ class ExpertBank(nn.Module):
             self.lasting.layouts.clear()
         if self.offload is None:
             self._storage = {
-                name: storage.apply(fn) if isinstance(storage, RaggedStack) else fn(storage)
+                name: fn(storage) if isinstance(storage, torch.Tensor) else storage.apply(fn)
                 for name, storage in self._storage.items()
             }
         for name, storage in self._storage.items():
@@ -242,7 +267,8 @@ class ExpertBank(nn.Module):
         for name, stack in self._packed.items():
             cast_to = fn(torch.empty(0, dtype=stack.dtype, device=stack.device))
             dtype = cast_to.dtype if cast_to.dtype in PACKABLE else stack.dtype
-            self._set_packed(name, dataclasses.replace(stack.to(cast_to.device), dtype=dtype))
+            moved = stack if self.stream is not None else stack.to(cast_to.device)
+            self._set_packed(name, dataclasses.replace(moved, dtype=dtype))
         packed = {f"{name}_{part}" for name in self._packed for part in ("packed", "absmax")}
         for name, buffer in self._buffers.items():
             if name not in packed and buffer is not None:
@@ -288,7 +314,7 @@ class ExpertBank(nn.Module):
         places = {p.name: self._place_packed(p.name, slot) for p in self.layer.matrices}
         return {name: self._packed[stack][place] for name, (stack, place) in places.items() if stack in self._packed}
 
-    def storages(self) -> Mapping[str, torch.Tensor | RaggedStack]:
+    def storages(self) -> Mapping[str, _Stack]:
         """Return the contiguous storages of slots 0, 1, ... by tensor name, for kernels that take all slots at once."""
         return self._storage
 
@@ -351,19 +377,3 @@ class ExpertBank(nn.Module):
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients:
                 yield self.experts[slot], gradients
-
-
-def _merged_tensors(
-    layer: ExpertLayer,
-    group: MergedGroup,
-    source: ExpertSource,
-    scope: TrainScope,
-    align: Align | None,
-    cache: MergedCache | None,
-) -> Mapping[str, torch.Tensor]:
-    """Return the merged expert of a group, from the cache if possible."""
-
-    def merge() -> dict[str, torch.Tensor]:
-        return merge_experts(lambda expert: read_with_adapter(layer, expert, source, scope), group, align)
-
-    return merge() if cache is None else cache.get(layer, group, scope, merge, aligned=align is not None)

@@ -248,6 +248,9 @@ class LayerRuntime:
             raise RuntimeError(
                 f"{self.layer.experts_path!r} has no resident experts: apply a plan, or stream the experts"
             )
+        stream = None if self.bank is None or self.stream is not None else self.bank.stream
+        if stream is not None:
+            stream.enter(self.layer.ordinal, backward=self._is_recomputation())
         experts, backend, keep = self.layer.experts, "auto", None
         if torch.is_grad_enabled():
             # Whether activations are kept must not depend on token counts: the memory model predicts it.
@@ -271,6 +274,10 @@ class LayerRuntime:
         )
         if self.bank is not None:
             self.bank.release()
+        if stream is not None and output.requires_grad:
+            # Tensor hooks run before the backward pass of what made the tensor.
+            enter = functools.partial(stream.enter, self.layer.ordinal, backward=True)
+            output.register_hook(lambda gradient: enter())  # type: ignore[no-untyped-call]
         return output
 
     def _count_tokens(self, bank: ExpertBank, slot_indices: torch.Tensor, scheduled: frozenset[int] | None) -> None:

@@ -4,7 +4,9 @@
 
     residency    in memory at a time              reads of an expert
     expert       one expert, not quantized        one per batch that needs it
-    layer        all experts of one layer         one per pass; one in all if the batches run in lockstep
+    layer        all experts of one layer (GPU:   one per pass; one in all if the batches run in lockstep
+                 and the next, which loads
+                 while this one computes)
     all          all experts                      one
 
 The experts of a layer can be stored quantized (`edgefed.moe.slots`); each is quantized as soon as it is read.
@@ -17,6 +19,7 @@ whatever the model's code looks like, and a paused pass keeps only its hidden st
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextvars
 import functools
 import threading
@@ -126,8 +129,13 @@ def open_streams(
     device: torch.device,
     residency: str,
     storage: str | None,
+    ahead: bool | None = None,
 ) -> list[Callable[[], Slots]]:
-    """Return one function per layer that gives its experts by slot; slot e is expert e. Raises ConfigError."""
+    """Return one function per layer that gives its experts by slot; slot e is expert e.
+
+    With ``ahead``, a thread loads the next layer while one computes (None: on a GPU), if ``residency`` is "layer". Two
+    layers are in memory then. Raises ConfigError.
+    """
     check_storage(storage)
     if residency not in RESIDENCY:
         raise ConfigError(f"residency of a streamed model must be {', '.join(RESIDENCY)}; found {residency!r}")
@@ -143,12 +151,50 @@ def open_streams(
     plan = ExpertPlan.full([layer.num_experts for layer in layers], Role.FROZEN)
     banks: dict[int, ExpertBank] = {}
 
+    def load(layer: ExpertLayer) -> ExpertBank:
+        return ExpertBank(layer, plan, source, scope, device, storage)
+
+    if residency == "layer" and (device.type != "cpu" if ahead is None else ahead):
+        load = _LoadingAhead(layers, load, device)
+
     def slots_of(layer: ExpertLayer) -> Slots:
         pause()
         if layer.ordinal not in banks:
             if residency == "layer":
                 banks.clear()
-            banks[layer.ordinal] = ExpertBank(layer, plan, source, scope, device, storage)
+            banks[layer.ordinal] = load(layer)
         return banks[layer.ordinal].slots()
 
     return [functools.partial(slots_of, layer) for layer in layers]
+
+
+class _LoadingAhead:
+    """``load``, which also begins to load the layer after the requested one, in a thread and on a stream of its own.
+
+    The stream waits for the kernels launched before, which may use the memory of the layer that was dropped last.
+    """
+
+    def __init__(self, layers: Sequence[ExpertLayer], load: Callable[[ExpertLayer], ExpertBank], device: torch.device):
+        self._layers, self._load, self._device = layers, load, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "edgefed-load")
+        self._next: tuple[int, concurrent.futures.Future[ExpertBank]] | None = None
+
+    def __call__(self, layer: ExpertLayer) -> ExpertBank:
+        expected, self._next = self._next, None
+        future = expected[1] if expected is not None and expected[0] == layer.ordinal else self._begin(layer)
+        bank = future.result()
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        if layer.ordinal + 1 < len(self._layers):
+            self._next = layer.ordinal + 1, self._begin(self._layers[layer.ordinal + 1])
+        return bank
+
+    def _begin(self, layer: ExpertLayer) -> concurrent.futures.Future[ExpertBank]:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return self._executor.submit(self._load_on_stream, layer)
+
+    def _load_on_stream(self, layer: ExpertLayer) -> ExpertBank:
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            return self._load(layer)

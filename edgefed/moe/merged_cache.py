@@ -30,7 +30,8 @@ from edgefed.disk import disk_errors, make_folder
 from edgefed.errors import StorageError
 from edgefed.expert_records import MergedGroup
 from edgefed.moe.architecture import ExpertLayer
-from edgefed.moe.units import LORA_SUFFIX, TrainScope
+from edgefed.moe.expert_reading import read_with_adapter
+from edgefed.moe.units import LORA_SUFFIX, ExpertSource, TrainScope
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -73,6 +74,22 @@ def merge_experts(
                 sums[name].add_(value.detach(), alpha=weight)
         del tensors
     return {name: value.to(dtypes[name]) for name, value in sums.items()}
+
+
+def merged_tensors(
+    layer: ExpertLayer,
+    group: MergedGroup,
+    source: ExpertSource,
+    scope: TrainScope,
+    align: Align | None,
+    cache: MergedCache | None,
+) -> Tensors:
+    """Return the merged expert of a group, from the cache if possible."""
+
+    def merge() -> dict[str, torch.Tensor]:
+        return merge_experts(lambda expert: read_with_adapter(layer, expert, source, scope), group, align)
+
+    return merge() if cache is None else cache.get(layer, group, scope, merge, aligned=align is not None)
 
 
 class MergedCache:

@@ -31,6 +31,7 @@ from edgefed.moe.attention_received import AttentionCapture
 from edgefed.moe.bank import ExpertBank
 from edgefed.moe.checkpoint import Checkpoint
 from edgefed.moe.expert_reading import restore_layer
+from edgefed.moe.expert_stream import ExpertStream
 from edgefed.moe.layer_runtime import (
     IMPLEMENTATION,
     MISSING_MODES,
@@ -64,8 +65,8 @@ class MoeModel:
         self.plan: ExpertPlan | None = None
         self.storage: str | None = None
         """Storage format of the plan's experts that are not trainable; None: the dtype of the model."""
-        self.offloads = False
-        """Whether the experts of the plan are in an `OffloadSpace`."""
+        self.offloads = self.streams = False
+        """Whether the experts of the plan are in an `OffloadSpace`, or those not trainable in an `ExpertStream`."""
         self.device = device
         self._default_implementation = module.config._experts_implementation
         self._fixed = units.find_fixed_tensors(module, layers)
@@ -181,7 +182,7 @@ class MoeModel:
 
     def drop_experts(self) -> None:
         """Remove every resident expert. Memory is freed when the caller's own references are gone."""
-        self.plan, self.storage, self.offloads = None, None, False
+        self.plan, self.storage, self.offloads, self.streams = None, None, False, False
         for runtime in self._runtimes:
             runtime.bank = None
             experts = runtime.layer.experts
@@ -200,7 +201,7 @@ class MoeModel:
         storage: str | None = None,
         align: Align | None = None,
         merged: MergedCache | None = None,
-        offload: OffloadSpace | None = None,
+        offload: OffloadSpace | ExpertStream | None = None,
     ) -> None:
         """Make exactly the planned experts resident, with values from ``source``, and set what is trainable.
 
@@ -223,16 +224,15 @@ class MoeModel:
         self.drop_experts()
         self._install_scope(scope, source)
         try:
+            how = (plan, source, scope, self.device, storage, align, merged, offload)
             for runtime in self._runtimes:
-                runtime.missing = missing
-                runtime.bank = ExpertBank(
-                    runtime.layer, plan, source, scope, self.device, storage, align, merged, offload
-                )
+                runtime.missing, runtime.bank = missing, ExpertBank(runtime.layer, *how)
                 runtime.layer.experts.add_module("edgefed_bank", runtime.bank)
         except Exception:
             self.drop_experts()
             raise
-        self.plan, self.storage, self.offloads = plan, storage, offload is not None
+        self.plan, self.storage = plan, storage
+        self.offloads, self.streams = isinstance(offload, OffloadSpace), isinstance(offload, ExpertStream)
 
     def _install_scope(self, scope: TrainScope, source: ExpertSource) -> None:
         self.scope = scope

@@ -5,6 +5,8 @@
     GPU   host memory, pinned if possible, or files. A slot's weights are copied to the GPU when a kernel needs them,
           gradients are copied back to the host, and the optimizer runs there.
 
+`edgefed.moe.expert_stream` does the same for frozen experts alone, a layer at a time.
+
 Results do not depend on offloading. Files are unlinked as soon as they are open, so nothing remains when the process
 ends for any reason. Where the system does not allow that, the next `OffloadSpace` in the folder removes them.
 """
@@ -33,7 +35,7 @@ from edgefed.errors import first_line
 _log = logging.getLogger(__name__)
 _ATTRIBUTE = "edgefed_offloaded"
 _PREFIX = "experts-"
-_MADV_DONTNEED = 4
+_MADV_WILLNEED, _MADV_DONTNEED = 3, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +58,9 @@ class OffloadSpace:
     """
 
     def __init__(self, device: torch.device, folder: Path | None, copies: bool | None = None):
-        self._device = device
+        self.device = device
+        self.copies = device.type != "cpu" if copies is None else copies
         self._folder = None if folder is None else make_folder(folder)
-        self._copies = device.type != "cpu" if copies is None else copies
         if folder is not None:
             with disk_errors(folder):
                 for leftover in folder.glob(f"{_PREFIX}*"):
@@ -92,14 +94,14 @@ class OffloadSpace:
 
     def near(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return ``tensor`` where kernels can use it. Gradients flow back through the copy."""
-        if not self._copies:
+        if not self.copies:
             return tensor
-        copy = tensor.to(self._device, non_blocking=True, copy=True)
+        copy = tensor.to(self.device, non_blocking=True, copy=True)
         release((tensor,))
         return copy
 
 
-def mark_offloaded(parameter: nn.Parameter, offloaded: Offloaded) -> None:
+def mark_offloaded(parameter: torch.Tensor, offloaded: Offloaded) -> None:
     """Mark ``parameter`` as offloaded. Its gradient moves to the storage in ``offloaded`` as soon as it is computed."""
     setattr(parameter, _ATTRIBUTE, offloaded)
     if parameter.requires_grad and offloaded.gradient is not None:
@@ -117,6 +119,15 @@ def release(tensors: Iterable[torch.Tensor]) -> None:
 
     Other tensors do not change.
     """
+    _advise(tensors, _MADV_DONTNEED)
+
+
+def prefetch(tensors: Iterable[torch.Tensor]) -> None:
+    """Let the system read the files of mapped ``tensors`` into its page cache. Returns when the reads have begun."""
+    _advise(tensors, _MADV_WILLNEED)
+
+
+def _advise(tensors: Iterable[torch.Tensor], advice: int) -> None:
     if sys.platform != "linux":
         return
     for tensor in tensors:
@@ -125,7 +136,7 @@ def release(tensors: Iterable[torch.Tensor]) -> None:
             _libc().madvise(
                 ctypes.c_void_p(start),
                 ctypes.c_size_t(tensor.data_ptr() + tensor.numel() * tensor.element_size() - start),
-                _MADV_DONTNEED,
+                advice,
             )
 
 

@@ -5,11 +5,13 @@
     StreamedSlots    all experts of a layer, each read when it is needed and released afterwards
     PerturbedSlots   other slots with one expert moved in a random direction
 
-`RaggedStack` stores one tensor of slots of different widths. `slot_weights` builds the weights of one slot;
-`empty_stack` and `pack_into` store experts in 4 or 8 bits.
-Perturbed slots estimate gradients by forward passes alone. The moved weights
-are computed when the expert is requested, one expert at a time, and released afterwards, so resident weights never
-change: quantized experts can be moved too, and a failed pass needs no cleanup.
+`RaggedStack` stores one tensor of slots of different widths, `SplitStack` one whose frozen slots are streamed
+(`edgefed.moe.expert_stream`). `slot_weights` builds the weights of one slot; `empty_stack` and `pack_into` store
+experts in 4 or 8 bits.
+
+Perturbed slots estimate gradients by forward passes alone. The moved weights are computed when the expert is requested,
+one expert at a time, and released afterwards, so resident weights never change: quantized experts can be moved too, and
+a failed pass needs no cleanup.
 """
 
 from __future__ import annotations
@@ -95,6 +97,34 @@ class RaggedStack:
         return RaggedStack(fn(self._flat), self._shapes)
 
 
+class SplitStack:
+    """One tensor of every slot, of one shape: those of the first slots in ``near``, the others in ``far``."""
+
+    def __init__(self, near: torch.Tensor, far: torch.Tensor):
+        self._near, self._far = near, far
+        self._parts = [*near.detach().unbind(0), *far.detach().unbind(0)]
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, slot: int) -> torch.Tensor:
+        return self._parts[slot]
+
+    @property
+    def data(self) -> list[torch.Tensor]:
+        """The tensors, each with a version counter of its own, as of ``Tensor.data``."""
+        return [part.data for part in self._parts]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the tensors."""
+        return self._near.dtype
+
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> SplitStack:
+        """Return the stack with ``fn`` applied to ``near``: a move or a cast. ``far`` stays as it is."""
+        return SplitStack(fn(self._near), self._far)
+
+
 class StackSlots:
     """The experts of a transformers module by slot: rows of its own stacks, gradients included.
 
@@ -156,9 +186,13 @@ class BankSlots:
             tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         if bank.offload is not None:
             tensors = {name: bank.offload.near(tensor) for name, tensor in tensors.items()}
+        packed = bank.packed(slot)
+        if bank.stream is not None:
+            tensors = {name: bank.stream.near(tensor) for name, tensor in tensors.items()}
+            packed = {name: bank.stream.near_matrix(matrix) for name, matrix in packed.items()}
         # The weights of a merged expert include the adapters of its members.
         scale = bank.lora_scale if slot < bank.num_resident else None
-        weights = slot_weights(bank.layer, tensors, bank.packed(slot), scale)
+        weights = slot_weights(bank.layer, tensors, packed, scale)
         if is_lasting:
             bank.slot_table[slot] = weights
         return weights
@@ -271,9 +305,13 @@ def check_storage(storage: str | None) -> None:
 
 
 def empty_stack(
-    storage: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    storage: str,
+    count: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
 ) -> QuantizedMatrix:
-    """Return an uninitialized stack of ``count`` matrices of ``shape`` and ``dtype``.
+    """Return an uninitialized stack of ``count`` matrices of ``shape`` and ``dtype``, with tensors from ``empty``.
 
     Raises ConfigError for a dtype that cannot be quantized.
     """
@@ -286,12 +324,11 @@ def empty_stack(
         )
     rows, columns = shape
     if storage == "int8":
-        packed = torch.empty(count, rows, columns, dtype=torch.int8, device=device)
-        absmax = torch.empty(count, rows, device=device)
+        packed, absmax = empty((count, rows, columns), torch.int8), empty((count, rows), torch.float32)
         return QuantizedMatrix("int8", packed, absmax, (count, rows, columns), columns, dtype)
     size = rows * columns
-    packed = torch.empty(count, -(-size // 2), dtype=torch.uint8, device=device)
-    absmax = torch.empty(count, -(-size // BLOCKSIZE), device=device)
+    packed = empty((count, -(-size // 2)), torch.uint8)
+    absmax = empty((count, -(-size // BLOCKSIZE)), torch.float32)
     return QuantizedMatrix("nf4", packed, absmax, (count, rows, columns), BLOCKSIZE, dtype)
 
 

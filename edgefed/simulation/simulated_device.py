@@ -20,6 +20,7 @@ import numpy as np
 from edgefed.costs.memory import MemoryEstimate, training_memory
 from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import Correction, StepSetup
+from edgefed.costs.streaming import StreamRates
 from edgefed.disk import write_durably
 from edgefed.errors import StateCorrupt
 from edgefed.expert_records import ActivationProfile, ExpertPlan
@@ -162,6 +163,7 @@ class SimulatedCosts:
     measures_steps = False
     offloads = False
     """What a device would offload is charged by the cost model; the training that runs here needs no files for it."""
+    stream_rates: Callable[[StepSetup, int, int], StreamRates] | None = None
 
     def __init__(self, charged: CostShape, kind: MemoryKind):
         self._charged, self._kind = charged, kind

@@ -125,7 +125,7 @@ class LocalTrainer:
         self._limits = limits
         self._identity = f"{name}/{self.corpus.sha256}"
         self._memory = memory
-        self._costs: StepCosts = costs or FormulaCosts()
+        self._costs: StepCosts = costs or FormulaCosts(stream_folder=folder, device=device)
         self._models: ModelHost = models or OwnModel(folder / MODEL_FOLDER, device)
         self.planner = Planner(folder, limits, self._identity, memory, self._costs, merger)
         self.plan: ExpertPlan | None = None
@@ -281,8 +281,9 @@ class LocalTrainer:
                     ctx.phase = "planning"
                     prove_before_round(self._device, model, ctx.run, ctx.progress)
                     plan = self.planner.make_plan(self._plan_request(ctx))
-                storage = self.planner.step_plan.setup.expert_storage
-                if not (ctx.own and (plan, storage) == (model.plan, model.storage)):  # own experts are never offloaded
+                setup = self.planner.step_plan.setup
+                wanted, storage = (plan, setup.expert_storage, setup.streamed), setup.expert_storage
+                if not (ctx.own and wanted == (model.plan, model.storage, model.streams)):  # these are never offloaded
                     self._place(ctx, model, plan)
                 self._check_chunked_loss(ctx, model)
                 computed = plan.computed_with(storage is not None)

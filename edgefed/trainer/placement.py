@@ -16,15 +16,16 @@ from pathlib import Path
 import msgspec
 import torch
 
-from edgefed.costs.activations import offloaded_bytes
 from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import StepSetup
-from edgefed.disk import disk_errors, filesystem, make_folder, write_durably
+from edgefed.costs.streaming import offloaded_bytes, streamed_bytes
+from edgefed.disk import MEMORY_FILESYSTEMS, disk_errors, filesystem, make_folder, write_durably
 from edgefed.errors import ConfigError, DiskFull, NotFound, StorageError
 from edgefed.expert_records import ExpertPlan, Role
 from edgefed.hardware.memory import available_memory_bytes, format_bytes
 from edgefed.methods.interface import ExpertMethod
 from edgefed.moe.expert_reading import FrameSource, raw_array
+from edgefed.moe.expert_stream import ExpertStream
 from edgefed.moe.merged_cache import MergedCache
 from edgefed.moe.merging.alignment import neuron_aligner
 from edgefed.moe.model import MoeModel
@@ -45,7 +46,6 @@ COPIES_FILE = "frozen.json"
 _log = logging.getLogger("edgefed.agent")
 HOST_SHARE = 0.5
 """Share of the host's available memory for offloaded experts of a GPU; what needs more is offloaded to files."""
-_MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 STORAGE_CHOICES = ("auto", "full", *EXPERT_STORAGES)
 """Storage of frozen experts that an owner can request. "auto": the planner decides; "full": the model's dtype."""
 
@@ -59,39 +59,48 @@ class ExpertPlacer:
 
     def reserve(
         self, model: MoeModel, plan: ExpertPlan, setup: StepSetup, shape: ModelShape, progress: ProgressSink
-    ) -> OffloadSpace | None:
-        """Reserve room for the experts of ``plan`` if ``setup`` offloads them, else return None.
+    ) -> OffloadSpace | ExpertStream | None:
+        """Reserve room for the experts of ``plan`` if ``setup`` offloads or streams them, else return None.
 
         Call it before the experts are downloaded. Drops the experts of the previous plan, which use the same room.
         Raises DiskFull, StorageError.
         """
-        if not setup.offload:
+        if setup.streamed:
+            size_of, verb, what = streamed_bytes, "streaming", "frozen experts"
+        elif setup.offload:
+            size_of, verb, what = offloaded_bytes, "offloading", "experts"
+        else:
             return None
         model.drop_experts()
         layers = range(plan.num_layers)
         resident = [plan.num_slots(layer) for layer in layers]
         trainable = [len(plan.trainable(layer)) for layer in layers]
-        size, device = offloaded_bytes(shape, setup, resident, trainable), torch.device(model.module.device)
+        size, device = size_of(shape, setup, resident, trainable), torch.device(model.module.device)
         discrete = device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated
         if discrete and size <= HOST_SHARE * available_memory_bytes():
-            progress.message(f"offloading: {format_bytes(size)} of experts to host memory")
-            return OffloadSpace(device, None)
+            progress.message(f"{verb}: {format_bytes(size)} of {what} in host memory")
+            return self._space(device, None, setup)
         folder = make_folder(self._offload_folder)
-        if (kind := filesystem(folder)) in _MEMORY_FILESYSTEMS:
+        if (kind := filesystem(folder)) in MEMORY_FILESYSTEMS:
             raise StorageError(
-                f"cannot offload experts to {folder}: its filesystem is in memory ({kind})",
+                f"cannot store experts in {folder}: its filesystem is in memory ({kind})",
                 remedy="Join with a `state` folder that is on a disk.",
             )
         with disk_errors(folder):
             free = shutil.disk_usage(folder).free
         if size > free:
+            stored = "streamed experts" if setup.streamed else "offloaded experts, their gradients and moments"
             raise DiskFull(
-                f"offloaded experts, their gradients and moments take {format_bytes(size)} in {folder}, "
-                f"{format_bytes(free)} are free",
+                f"{stored} take {format_bytes(size)} in {folder}, {format_bytes(free)} are free",
                 remedy="Free space on that disk, or join with a `state` folder on another one.",
             )
-        progress.message(f"offloading: {format_bytes(size)} of experts to files")
-        return OffloadSpace(device, folder)
+        progress.message(f"{verb}: {format_bytes(size)} of {what} in files")
+        return self._space(device, folder, setup)
+
+    @staticmethod
+    def _space(device: torch.device, folder: Path | None, setup: StepSetup) -> OffloadSpace | ExpertStream:
+        space = OffloadSpace(device, folder)
+        return ExpertStream(space) if setup.streamed else space
 
     def place(
         self,
@@ -101,7 +110,7 @@ class ExpertPlacer:
         run: RunConfig,
         method: ExpertMethod,
         setup: StepSetup,
-        offload: OffloadSpace | None,
+        offload: OffloadSpace | ExpertStream | None,
         hashes: Mapping[str, str] | None,
     ) -> None:
         """Apply ``plan`` with experts from ``source``.

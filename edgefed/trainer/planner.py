@@ -35,6 +35,7 @@ from edgefed.trainer.expert_choice import Layout, even_layout, method_layout
 from edgefed.trainer.placement import required_storage
 from edgefed.trainer.ports import Memory, StepCosts
 from edgefed.trainer.saved_plan import PLAN_FILE, SavedPlan, SavedStepPlan, read_saved_plan
+from edgefed.trainer.stream_choice import OFFLOADING_PROBLEMS, outside_memory
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.savings import problems
 from edgefed.training.steps import step_setup
@@ -42,11 +43,6 @@ from edgefed.training.stopping import Sufficiency
 
 GROWTH = 1.10
 """A step plan grows only into memory divided by this; see the top of this file."""
-
-_OFFLOADING_PROBLEMS = {
-    "adamw_8bit": "moments of offloaded experts stay as they are",
-    "nf4_experts": "a method that offloads experts does not quantize them",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +53,14 @@ class DeviceLimits:
         expert_share: Share of the experts that may be resident.
         compute_share: Share of the resident experts of a layer that train on one batch.
         profile_storage: How an activation profile stores experts (`activation_profile.PROFILE_STORAGES`).
-        expert_storage: How training stores frozen experts (`placement.STORAGE_CHOICES`).
+        expert_storage, stream_experts: How frozen experts are stored (`placement`), if streamed (`stream_choice`).
     """
 
     expert_share: float = 1.0
     compute_share: float = 1.0
     profile_storage: str = "auto"
     expert_storage: str = "auto"
+    stream_experts: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,9 +283,9 @@ class Planner:
             price=LossPrice.of(profile, shape.experts_per_layer, length, slices=needs.neurons),
             num_layers=len(shape.experts_per_layer),
             run_sequence_length=length,
-            problems=(self._problems or {}) | (_OFFLOADING_PROBLEMS if needs.offloading else {}),
+            problems=(self._problems or {}) | (OFFLOADING_PROBLEMS if needs.offloading else {}),
             all_experts=needs.all_experts,
-            may_offload=needs.offloading and self._costs.offloads,
+            **outside_memory(self._limits.stream_experts, needs, self._costs, shape, layout, self._tensor_bytes),
         )
 
     # --- the profile ------------------------------------------------------------------------------------------------
@@ -347,6 +344,7 @@ class Planner:
         may_quantize = storage is None and "nf4_experts" not in problems
         if previous.setup.expert_storage not in ((None, *QUANTIZED) if may_quantize else (storage,)):
             changes["expert_storage"] = storage
+        changes |= {"streamed": False} if self._limits.stream_experts == "never" else {}
         resident = min(previous.resident, wanted.resident)
         return StepPlan(dataclasses.replace(previous.setup, **changes), resident, min(previous.trainable, resident))
 

@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,10 +22,11 @@ import torch
 from edgefed.costs.memory import MemoryEstimate, training_memory
 from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import Correction, StepSetup
-from edgefed.disk import disk_errors, make_folder
+from edgefed.costs.streaming import StreamRates
+from edgefed.disk import MEMORY_FILESYSTEMS, disk_errors, filesystem, make_folder
 from edgefed.errors import ConfigError, MalformedMessage, first_line
 from edgefed.hardware.budget import MemoryBudget
-from edgefed.hardware.memory import process_rss_bytes
+from edgefed.hardware.memory import available_memory_bytes, process_rss_bytes
 from edgefed.hardware.watch import PressureWatch
 from edgefed.methods.interface import ExpertMethod
 from edgefed.moe.expert_reading import FrameSource
@@ -33,6 +36,7 @@ from edgefed.progress import ProgressSink
 from edgefed.protocol.limits import check_model_config, check_tokenizer
 from edgefed.protocol.messages import Manifest, RunConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch
+from edgefed.trainer.stream_rates import measure_stream_rates
 from edgefed.training.tokenizer import load_tokenizer
 
 
@@ -57,6 +61,9 @@ class StepCosts(Protocol):
     """Measure the first training step of a run, to correct the estimates."""
     offloads: bool
     """Experts can really be offloaded here, where the method asks for it."""
+    stream_rates: Callable[[StepSetup, int, int], StreamRates] | None
+    """(setup, bytes of streamed experts, bytes of memory that the model has) -> rates of this device; raises
+    StorageError. None: frozen experts cannot be streamed here (`edgefed.moe.expert_stream`)."""
 
     def estimate(
         self,
@@ -167,12 +174,18 @@ class ProcessMemory:
 
 
 class FormulaCosts:
-    """The formulas of `edgefed.costs`, corrected by a measured step unless ``measures_steps`` is False."""
+    """The formulas of `edgefed.costs`, corrected by a measured step unless ``measures_steps`` is False.
+
+    ``stream_folder`` is where experts for torch's ``device`` would be streamed from; None: nothing is streamed.
+    """
 
     offloads = True
 
-    def __init__(self, *, measures_steps: bool = True):
+    def __init__(self, *, measures_steps: bool = True, stream_folder: Path | None = None, device: str = "cpu"):
         self.measures_steps = measures_steps
+        self.stream_rates: Callable[[StepSetup, int, int], StreamRates] | None = None
+        if stream_folder is not None and _can_stream(stream_folder, device):
+            self.stream_rates = functools.partial(_stream_rates, stream_folder, device)
 
     def estimate(
         self,
@@ -201,6 +214,19 @@ class FormulaCosts:
     ) -> str:
         """The owner's choice."""
         return requested
+
+
+def _can_stream(folder: Path, device: str) -> bool:
+    """On a CPU it takes Linux, which releases mapped pages at once, and a folder that is on a disk."""
+    if torch.device(device).type != "cpu":
+        return True
+    return sys.platform == "linux" and filesystem(folder) not in MEMORY_FILESYSTEMS
+
+
+def _stream_rates(folder: Path, device: str, setup: StepSetup, stream_bytes: int, own_bytes: int) -> StreamRates:
+    """Measured, once; what the system has room for is read from its page cache."""
+    cached = stream_bytes + own_bytes <= available_memory_bytes()
+    return measure_stream_rates(folder, device, setup.dtype, cached=cached)
 
 
 class OwnModel:

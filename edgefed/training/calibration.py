@@ -98,9 +98,9 @@ def measure_step(model: MoeModel, optimizer: torch.optim.Optimizer, step: Callab
     """
     device = next(iter(model.module.parameters())).device
     log: AllocationLog = CudaLog(device) if device.type == "cuda" else CpuLog()
-    offloads = any(offloaded(parameter) for parameter in model.module.parameters())
-    here = [parameter for parameter in model.module.parameters() if not offloaded(parameter)]
-    weights = storage_bytes((*here, *model.module.buffers()))
+    offloads = model.offloads or model.streams
+    tensors = (*model.module.parameters(), *model.module.buffers())
+    weights = storage_bytes(tensor for tensor in tensors if not offloaded(tensor))
     state = storage_bytes(_state_tensors(optimizer))
     served_before, trained_before = model.served_tokens(), model.trained_tokens()
     gc.collect()  # older garbage would be freed within the step, and torch would warn of it

@@ -161,7 +161,11 @@ def test_an_upload_has_the_size_of_the_trained_parameters():
 
 def test_fits_name_their_limit():
     fits = {(f.mode, f.storage): f for f in fits_of(KNOWN_SHAPES["Mixtral-8x7B"], "now", 4 * GIB, "adamw_8bit", "cuda")}
-    assert len(fits) == 6
+    assert len(fits) == 7
+    more = {
+        f.storage: f for f in fits_of(KNOWN_SHAPES["Mixtral-8x7B"], "now", 8 * GIB, "adamw", "cuda") if f.mode == "lora"
+    }
+    assert more["nf4 streamed"].experts > more["nf4"].experts == 0
     assert fits["full", "bfloat16"].experts == 0
     assert "would need" in fits["full", "bfloat16"].limit
     assert fits["full", "bfloat16"].upload_bytes is None

@@ -20,6 +20,7 @@ from edgefed.kernels import cuda_experts, cuda_kernels, dispatch
 from edgefed.kernels.masked_experts import LastingSlots, LowRankPair, SlotWeights, masked_experts
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
 from edgefed.kernels.router_statistics import GATE_KINDS, new_statistics, router_statistics
+from edgefed.moe.model import MoeModel
 
 HIDDEN, WIDTH = 64, 32
 _spec = importlib.util.spec_from_file_location("_toys", Path(__file__).parents[1] / "moe" / "toy_models.py")
@@ -193,6 +194,31 @@ def test_a_transformers_layer_with_its_router(library, family):
         output = model.model.layers[0].mlp(hidden)
     assert (output[0] if isinstance(output, tuple) else output).shape == hidden.shape
     assert "ef_cuda_combine" in library.called
+
+
+@pytest.mark.parametrize("storage", [None, "nf4"])
+def test_a_profile(library, tmp_path, storage):
+    """All layers of a model with its statistics recorded: what is copied is copied when experts are loaded, before."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("olmoe", **_toys.FAMILIES["olmoe"]).save_pretrained(tmp_path)
+    model = MoeModel.skeleton(tmp_path, torch.bfloat16, device="meta")
+    specs = {spec.key: spec for spec in model.unit_infos()}
+
+    class Zeros:
+        def read(self, key):
+            return {tensor.name: torch.zeros(tensor.shape, dtype=torch.bfloat16) for tensor in specs[key].tensors}
+
+    blocks, hidden = [layer.mlp for layer in model.module.base_model.eval().layers], on_meta(2, 10, 32)
+    with model.streaming(Zeros(), residency="all", storage=storage), model.record_statistics():
+        for block in blocks:
+            block(hidden)
+        library.called.clear()
+        with torch.no_grad(), NoCopies():
+            outputs = [block(hidden) for block in blocks]
+    assert all(output.shape == hidden.shape for output in outputs)
+    for kernel in ("ef_cuda_combine", "ef_cuda_router_statistics"):
+        assert library.called.count(kernel) == len(model.layers), kernel
 
 
 def test_the_test_detects_a_wait(library):

@@ -60,11 +60,12 @@ def skip_before_its_time(family: str) -> None:
         pytest.skip(f"{family} uses the experts interface since transformers 5.{needed}")
 
 
-def build(family: str, dtype: torch.dtype = torch.float32):
-    """A random toy model of a family, with biases that matter."""
+def build(family: str, dtype: torch.dtype = torch.float32, **settings):
+    """A random toy model of a family, with biases that matter. ``settings`` replace those of its configuration."""
     skip_before_its_time(family)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **ALL_CONFIGS[family])).to(dtype).eval()
+    config = AutoConfig.for_model(family, **{**ALL_CONFIGS[family], **settings})
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "bias" in name:
@@ -72,8 +73,8 @@ def build(family: str, dtype: torch.dtype = torch.float32):
     return model
 
 
-def save(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Toy:
-    model = build(family, dtype)
+def save(family: str, folder: Path, dtype: torch.dtype = torch.float32, **settings) -> Toy:
+    model = build(family, dtype, **settings)
     model.save_pretrained(folder)
     input_ids = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -122,7 +123,7 @@ def build_model():
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def save_toy():
     return save
 

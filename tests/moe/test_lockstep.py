@@ -7,7 +7,9 @@ import threading
 import pytest
 import torch
 
-from edgefed.moe.lockstep import pause, run_in_lockstep
+from edgefed.errors import CheckpointError
+from edgefed.moe.lockstep import open_streams, pause, run_in_lockstep
+from edgefed.moe.units import TrainScope
 
 CPU = torch.device("cpu")
 
@@ -93,3 +95,45 @@ def test_the_callback_may_stop_the_passes():
 def test_a_pause_alone_does_nothing():
     pause()
     run_in_lockstep([], CPU)
+
+
+# --- the next layer loads while one computes --------------------------------------------------------------------------
+
+
+class Reads:
+    """A source that notes which layers are read, and fails on one of them."""
+
+    def __init__(self, source, broken=-1):
+        self.source, self.broken, self.layers = source, broken, []
+        self.begun = {layer: threading.Event() for layer in range(2)}
+
+    def read(self, key):
+        layer = int(key.split(".")[2])
+        self.layers.append(layer)
+        self.begun[layer].set()
+        if layer == self.broken:
+            raise CheckpointError(f"cannot read {key!r}")
+        return self.source.read(key)
+
+
+def test_the_next_layer_is_loaded_before_it_is_requested(olmoe):
+    model, source = olmoe.device(olmoe.units())
+    reads, scope = Reads(source), TrainScope(experts="none", router="none")
+    first, second = open_streams(model.layers, reads, scope, CPU, "layer", "nf4", ahead=True)
+    first()
+    assert reads.begun[1].wait(30), "nobody has requested the second layer"
+    slots = second()
+    _, expected = open_streams(model.layers, source, scope, CPU, "all", "nf4")
+    assert torch.equal(slots[3].up.packed, expected()[3].up.packed)
+    assert reads.layers == [0] * 8 + [1] * 8, "each expert once, one layer after the other"
+    first()  # the next batch begins again
+    assert reads.layers[16:24] == [0] * 8
+
+
+def test_a_layer_that_cannot_be_loaded_ahead_fails_where_it_is_used(olmoe):
+    model, source = olmoe.device(olmoe.units())
+    scope = TrainScope(experts="none", router="none")
+    first, second = open_streams(model.layers, Reads(source, broken=1), scope, CPU, "layer", None, ahead=True)
+    first()
+    with pytest.raises(CheckpointError, match="cannot read"):
+        second()
