@@ -281,9 +281,8 @@ class LocalTrainer:
                     ctx.phase = "planning"
                     prove_before_round(self._device, model, ctx.run, ctx.progress)
                     plan = self.planner.make_plan(self._plan_request(ctx))
-                setup = self.planner.step_plan.setup
-                wanted, storage = (plan, setup.expert_storage, setup.streamed), setup.expert_storage
-                if not (ctx.own and wanted == (model.plan, model.storage, model.streams)):  # these are never offloaded
+                storage, streamed = (setup := self.planner.step_plan.setup).expert_storage, setup.streamed
+                if not (ctx.own and (plan, storage, streamed) == (model.plan, model.storage, model.streams)):
                     self._place(ctx, model, plan)
                 self._check_chunked_loss(ctx, model)
                 computed = plan.computed_with(storage is not None)
