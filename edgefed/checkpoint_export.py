@@ -6,6 +6,7 @@ checkpoint that the run was made from are copied unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -61,17 +62,31 @@ def export_checkpoint(
 
     """
     target, files_folder = Path(to), Path(files_folder)
+    with new_folder(target, "checkpoint") as folder:
+        state = _ModelState(
+            files_folder, units, scope or TrainScope(experts="none", router="none"), _wanted_dtype(dtype)
+        )
+        _write_weights(state, folder)
+        _copy_files(files_folder, folder)
+        _write_config(files_folder, folder, state)
+        check_checkpoint(folder)
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, what: str) -> Iterator[Path]:
+    """Create ``target`` complete or not at all: yield a folder next to its place, which becomes it at the end.
+
+    Raises ConfigError if the target is in use, and StorageError or DiskFull, which call the folder a ``what``, for
+    errors of the disk in the context.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"cannot export to {str(target)!r}: it exists and is not an empty folder")
-    state = _ModelState(files_folder, units, scope or TrainScope(experts="none", router="none"), _wanted_dtype(dtype))
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        _write_weights(state, temporary)
-        _copy_files(files_folder, temporary)
-        _write_config(files_folder, temporary, state)
-        check_checkpoint(temporary)
+        yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp creates a private folder
         if target.exists():
             target.rmdir()
@@ -80,11 +95,10 @@ def export_checkpoint(
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         kind = DiskFull if full else StorageError
-        raise kind(f"cannot write the checkpoint to {str(target)!r}: {error}") from error
+        raise kind(f"cannot write the {what} to {str(target)!r}: {error}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def check_checkpoint(folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""The model of a run as a checkpoint: from the folder of the run, from its server, or from a device that took part.
+"""The model of a run as a checkpoint or an adapter: from the folder of the run, its server, or a device that took part.
 
-The checkpoint comes with `RECORD_FILE` and a model card, which say where it is from, and with a chat template if the
-model has none.
+An export comes with `RECORD_FILE` and a model card, which say where it is from. A checkpoint also gets a chat template
+if the model has none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -26,6 +26,9 @@ from edgefed.protocol.privacy import PrivacyStatus
 RECORD_FILE, CARD_FILE = "edgefed.json", "README.md"
 """In the folder of an export."""
 CONNECT_LIMIT_S = 20.0
+Format = Literal["hf", "peft"]
+"""A Hugging Face checkpoint with adapters merged, or a PEFT adapter of the base model."""
+FORMATS: tuple[str, ...] = get_args(Format)
 
 
 class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,18 +76,19 @@ def export_model(
     to: Path,
     server_round: int | None = None,
     *,
+    format: Format = "hf",
     global_model: bool = False,
     token: str | None = None,
     progress: ProgressSink | None = None,
 ) -> Path:
-    """Write a model as a Hugging Face checkpoint in ``to``. Returns ``to``.
+    """Write a model in the folder ``to``, and return it. ``format``: a checkpoint or a PEFT adapter; see `Format`.
 
     ``source``: the folder of a run, the address of its server, or the state folder of a device. A device exports what
     it has: its own weights where the method exchanges none, otherwise the global model of its last round; with
     ``global_model``, the newest global model, from its server. ``server_round``: the model at the start of that round.
 
-    Raises StorageError, StateCorrupt, ConfigError (round not stored, target not empty, nothing to export), and, where
-    the server is asked, ServerUnreachable, Unauthorized, NotFound.
+    Raises StorageError, StateCorrupt, ConfigError (round not stored, target not empty, nothing to export, a format that
+    cannot hold what the run trained), and, where the server is asked, ServerUnreachable, Unauthorized, NotFound.
     """
     sink = progress or NullProgress()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -99,7 +103,7 @@ def export_model(
         set_up_allocator()
         sink.phase("export")
         with tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
-            folder = _write(model, Path(scratch), to)
+            folder = _write(model, Path(scratch), to, format)
         sink.done()
         return folder
 
@@ -120,8 +124,9 @@ def is_address(source: str | Path) -> bool:
     return str(source).startswith(("http://", "https://"))
 
 
-def _write(model: _Model, scratch: Path, to: Path) -> Path:
+def _write(model: _Model, scratch: Path, to: Path, format: Format) -> Path:
     # Loads torch: a missing run is reported before that.
+    from edgefed.adapter_export import export_adapter
     from edgefed.checkpoint_export import export_checkpoint
     from edgefed.moe.expert_reading import FileSource
     from edgefed.training.steps import train_scope
@@ -136,7 +141,11 @@ def _write(model: _Model, scratch: Path, to: Path) -> Path:
     write_chat_template(scratch)
     _add_card(scratch / CARD_FILE, model.record)
     (scratch / RECORD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(model.record), indent=2) + b"\n")
-    return export_checkpoint(source, scratch, to, scope=train_scope(model.run.training))
+    scope = train_scope(model.run.training)
+    if format == "peft":
+        base = model.record.model
+        return export_adapter(source, scratch, to, scope=scope, base=base, copied=(CARD_FILE, RECORD_FILE))
+    return export_checkpoint(source, scratch, to, scope=scope)
 
 
 def _add_card(path: Path, record: ExportRecord) -> None:

@@ -27,7 +27,7 @@ FLOORS = (
     ("kernels", "costs", "methods", "agent"),
     ("moe", "aggregator", "doctor"),
     ("training", "checkpoint_export"),
-    ("personal", "trainer", "bench"),
+    ("personal", "trainer", "bench", "adapter_export"),
     ("join", "runs"),
     ("exporting", "preview"),
     ("simulation",),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from edgefed.errors import ConfigError
 
 if TYPE_CHECKING:
+    from edgefed.exporting import Format
     from edgefed.progress import ProgressSink
     from edgefed.protocol.comparison import Comparison
     from edgefed.simulation.config import SimulationConfig
@@ -103,7 +104,7 @@ def export(
     run: str | Path,
     target: str | Path,
     *,
-    format: Literal["hf"] = "hf",
+    format: Format = "hf",
     server_round: int | None = None,
     global_model: bool = False,
     token: str | None = None,
@@ -115,14 +116,17 @@ def export(
 
     ``run``: the folder of a run, the address of its server, or the state folder of a device, which exports what it has:
     its own weights where the method exchanges none, otherwise the global model of its last round. ``global_model``:
-    of a device, the newest global model, from its server. ``format="hf"``: a Hugging Face checkpoint. ``server_round``:
-    the model at the start of this round; None: the newest. ``token``: of the server.
+    of a device, the newest global model, from its server. ``format``: "hf", a Hugging Face checkpoint with adapters
+    merged, or "peft", the adapters alone, which ``peft.PeftModel.from_pretrained`` loads on the base model.
+    ``server_round``: the model at the start of this round; None: the newest. ``token``: of the server.
 
-    Raises ConfigError (unknown format, round not stored, target not empty), StorageError, StateCorrupt, and where the
-    server is asked ServerUnreachable, Unauthorized, NotFound.
+    Raises ConfigError (unknown format, one that cannot hold what the run trained, round not stored, target not empty),
+    StorageError, StateCorrupt, and where the server is asked ServerUnreachable, Unauthorized, NotFound.
     """
-    from edgefed.exporting import export_model
+    from edgefed.exporting import FORMATS, export_model
 
-    if format != "hf":
-        raise ConfigError(f"invalid `format`: {format!r}; expected hf")
-    return export_model(run, Path(target), server_round, global_model=global_model, token=token, progress=progress)
+    if format not in FORMATS:
+        raise ConfigError(f"invalid `format`: {format!r}; expected {' or '.join(FORMATS)}")
+    return export_model(
+        run, Path(target), server_round, format=format, global_model=global_model, token=token, progress=progress
+    )

@@ -38,6 +38,7 @@ EXAMPLES: dict[str, Sequence[tuple[str, str]]] = {
         ("The same from another machine.", "edgefed export http://192.168.1.5:8470 ./model"),
         ("What this device has.", "edgefed export --state ./me ./model"),
         ("The model before round 3.", "edgefed export --state ./run --round 3 ./model"),
+        ("The adapters alone, for PEFT.", "edgefed export --state ./run --to peft ./adapter"),
     ),
     "join": (
         ("Train on a file.", "edgefed join http://192.168.1.5:8470 --data my.jsonl --state ./me"),

@@ -1,4 +1,4 @@
-"""``edgefed export``: the model of a run as a checkpoint that transformers loads."""
+"""``edgefed export``: the model of a run as a checkpoint that transformers loads, or as an adapter for PEFT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ class ExportSettings:
         Path | None,
         Setting("Folder of the run, or state folder of a device.", default="edgefed-run, if no SOURCE is given"),
     ] = None
-    format: Annotated[Literal["hf"], Setting("Hugging Face checkpoint.", flag="to")] = "hf"
+    format: Annotated[
+        Literal["hf", "peft"],
+        Setting("A Hugging Face checkpoint with adapters merged, or a PEFT adapter of the base model.", flag="to"),
+    ] = "hf"
     server_round: Annotated[
         int | None, Setting("The model at the start of this round; default: the newest.", flag="round", minimum=1)
     ] = None
@@ -37,10 +40,10 @@ class ExportSettings:
 
 @command("export", ExportSettings)
 def export_command(settings: ExportSettings) -> None:
-    """Write the model of a run as a checkpoint.
+    """Write the model of a run as a checkpoint or an adapter.
 
     SOURCE is the address of a server (http://host:port), the folder of a run, or the state folder of a device. A device
-    exports what it has. The folder TARGET must not exist or be empty; transformers loads it without edgefed.
+    exports what it has. The folder TARGET must not exist or be empty; transformers or PEFT loads it without edgefed.
     """
     import msgspec
 
@@ -65,7 +68,12 @@ def export_command(settings: ExportSettings) -> None:
         return
     print_comparisons(stdout_console(), found, own="this device" in found)
     print_note(f"{record}")
-    print_note(f"wrote {folder} ({format_bytes(size)}): AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    written = f"wrote {folder} ({format_bytes(size)})"
+    if settings.format == "peft":
+        base = f"AutoModelForCausalLM.from_pretrained({record.model if record else 'BASE'!r})"
+        print_note(f"{written}: PeftModel.from_pretrained({base}, {str(folder)!r})")
+        return
+    print_note(f"{written}: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     print_note(f"talk to it: edgefed chat {folder}")
 
 
