@@ -74,12 +74,7 @@ def export_adapter(
         StorageError, DiskFull: the adapter cannot be written.
 
     """
-    if scope.experts == "full" or not scope.uses_lora:
-        what = "its experts in full" if scope.experts == "full" else "no part by LoRA"
-        raise ConfigError(
-            f"cannot export a PEFT adapter: this run trained {what}",
-            remedy="Export with `format=hf`. A run that was served with `train_experts=lora` has adapters.",
-        )
+    check_scope(scope)
     target, files_folder = Path(to), Path(files_folder)
     with new_folder(target, "adapter") as folder:
         adapter = _Adapter(files_folder, units, scope)
@@ -93,6 +88,16 @@ def export_adapter(
         for name in copied:
             shutil.copyfile(files_folder / name, folder / name)
     return target
+
+
+def check_scope(scope: TrainScope) -> None:
+    """Raise ConfigError if a PEFT adapter cannot hold what a run trains."""
+    if scope.experts == "full" or not scope.uses_lora:
+        what = "its experts in full" if scope.experts == "full" else "no part by LoRA"
+        raise ConfigError(
+            f"cannot export a PEFT adapter: this run trained {what}",
+            remedy="Export with `format=hf`. A run that was served with `train_experts=lora` has adapters.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

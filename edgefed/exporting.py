@@ -95,11 +95,11 @@ def export_model(
         raise ConfigError(f"cannot export to {str(to)!r}: it exists and is not an empty folder")
     with contextlib.ExitStack() as stack:
         if is_address(source):
-            model = stack.enter_context(_server_model(str(source), server_round, token, sink))
+            model = stack.enter_context(_server_model(str(source), server_round, format, token, sink))
         elif (Path(source) / "journal.json").exists():
-            model = stack.enter_context(_device_model(Path(source), server_round, global_model, token, sink))
+            model = stack.enter_context(_device_model(Path(source), server_round, format, global_model, token, sink))
         else:
-            model = stack.enter_context(_run_model(Path(source), server_round))
+            model = stack.enter_context(_run_model(Path(source), server_round, format))
         set_up_allocator()
         sink.phase("export")
         with tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
@@ -190,13 +190,26 @@ def _check_shared(units: Iterable[UnitInfo], what: str, run: RunConfig) -> None:
         )
 
 
+def _needed(manifest: Manifest, run: RunConfig, format: Format) -> Manifest:
+    """Return a manifest without the units that a format leaves out. Raises ConfigError if it cannot hold the run."""
+    if format == "hf":
+        return manifest
+    from edgefed.adapter_export import check_scope
+    from edgefed.training.steps import train_scope
+
+    check_scope(train_scope(run.training))
+    units = tuple(unit for unit in manifest.units if unit.trainable or unit.kind != "expert")
+    return msgspec.structs.replace(manifest, units=units)
+
+
 @contextlib.contextmanager
-def _run_model(folder: Path, server_round: int | None) -> Iterator[_Model]:
+def _run_model(folder: Path, server_round: int | None, format: Format) -> Iterator[_Model]:
     from edgefed.runs import RunReader
 
     with RunReader(folder) as reader:
         manifest = reader.manifest(server_round)
         _check_shared(manifest.units, str(folder), reader.run)
+        manifest = _needed(manifest, reader.run, format)
         unchanged = reader.is_unchanged(manifest.server_round)
         privacy = _privacy_before(reader.history(), manifest.server_round)
         record = _record(reader.run, manifest, "run", unchanged, privacy=privacy)
@@ -204,13 +217,16 @@ def _run_model(folder: Path, server_round: int | None) -> Iterator[_Model]:
 
 
 @contextlib.contextmanager
-def _server_model(url: str, server_round: int | None, token: str | None, sink: ProgressSink) -> Iterator[_Model]:
+def _server_model(
+    url: str, server_round: int | None, format: Format, token: str | None, sink: ProgressSink
+) -> Iterator[_Model]:
     from edgefed.runs import changed_before
 
     with _Download(url, token, sink) as download:
         status = download.client.status()
         manifest = download.client.manifest(server_round or "latest")
         _check_shared(manifest.units, url, status.run)
+        manifest = _needed(manifest, status.run, format)
         unchanged = not changed_before(status.history, manifest.server_round, status.run)
         paths = download.fetch([*manifest.files, *manifest.units], {})
         privacy = _privacy_before(status.history, manifest.server_round)
@@ -219,7 +235,7 @@ def _server_model(url: str, server_round: int | None, token: str | None, sink: P
 
 @contextlib.contextmanager
 def _device_model(
-    state: Path, server_round: int | None, global_model: bool, token: str | None, sink: ProgressSink
+    state: Path, server_round: int | None, format: Format, global_model: bool, token: str | None, sink: ProgressSink
 ) -> Iterator[_Model]:
     from edgefed.agent.agent import BLOBS_FOLDER
     from edgefed.agent.journal import read_journal
@@ -235,19 +251,20 @@ def _device_model(
     if last is None and not server:
         raise ConfigError(f"{state} is of a device that has not taken part in a round yet: it has no model")
     if global_model or server_round is not None or last is None:
-        with _server_model(server, server_round, token, sink) as model:
+        with _server_model(server, server_round, format, token, sink) as model:
             yield model
         return
     own = load_own_files(state)
+    manifest = _needed(last.manifest, last.run, format)
     blobs = {path.name: path for path in (state / BLOBS_FOLDER).iterdir()}
     needed: list[UnitInfo | FileInfo] = [
-        *last.manifest.files,
-        *(unit for unit in last.manifest.units if unit.key not in own),
+        *manifest.files,
+        *(unit for unit in manifest.units if unit.key not in own),
     ]
     missing = {item.sha256 for item in needed} - blobs.keys()
-    record = _record(last.run, last.manifest, "device", last.manifest.server_round == 1 and not own, len(own))
+    record = _record(last.run, manifest, "device", manifest.server_round == 1 and not own, len(own))
     if not missing:
-        yield _Model(record, last.run, last.manifest, blobs, own)
+        yield _Model(record, last.run, manifest, blobs, own)
         return
     sink.message(
         f"{len(missing)} of {len(needed)} parts of the model are not on this device: downloading them from {server}"
@@ -258,10 +275,10 @@ def _device_model(
         except (NetworkError, NotFound) as error:
             error.remedy = (
                 f"This device has {len(needed) - len(missing)} of {len(needed)} parts of the model of round "
-                f"{last.manifest.server_round}. Start its server again, or export the newest model with `global_model`."
+                f"{manifest.server_round}. Start its server again, or export the newest model with `global_model`."
             )
             raise
-        yield _Model(record, last.run, last.manifest, paths, own)
+        yield _Model(record, last.run, manifest, paths, own)
 
 
 class _Download:

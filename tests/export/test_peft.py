@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import msgspec
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import edgefed
 from edgefed.adapter_export import CONFIG_FILE, WEIGHTS_FILE, export_adapter
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.checkpoint_export import export_checkpoint
@@ -17,6 +19,7 @@ from edgefed.cli.main import main
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.moe.units import LORA_SUFFIX, MemorySource, TrainScope
+from edgefed.progress import NullProgress
 from edgefed.protocol.messages import RunConfig, TrainingConfig
 from edgefed.runs import import_model
 
@@ -109,6 +112,37 @@ def make_run(folder, experts):
         run_id="a-run", model="tiny", method="fedavg", method_options={}, rounds=1, seed=0, training=training
     )
     import_model(str(tiny_model_directory()), folder, run, RoundPolicy(rounds=1, min_clients=1))
+
+
+class Downloads(NullProgress):
+    """Sizes of all downloads, in bytes."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def phase(self, name, total=None, unit=""):
+        if name == "download":
+            self.sizes.append(total)
+
+
+@pytest.mark.full
+def test_the_base_experts_are_not_downloaded(tmp_path):
+    server = edgefed.Server(
+        model="tiny", method="fedavg", rounds=1, min_clients=1, port=0, state=tmp_path / "run", train_experts="lora"
+    )
+    urls, ready = [], threading.Event()
+
+    def on_ready(url):
+        urls.append(url)
+        ready.set()
+
+    threading.Thread(target=server.serve, args=(on_ready,), daemon=True).start()
+    assert ready.wait(180)
+    downloads = Downloads()
+    for format in ("hf", "peft"):
+        edgefed.export(urls[0], tmp_path / format, format=format, progress=downloads)
+    whole, adapter = downloads.sizes
+    assert adapter < whole / 2
 
 
 def test_the_command_line(capsys, tmp_path):
