@@ -115,6 +115,11 @@ def load_chat(
             f"no model in {str(source)!r}: it is neither a folder nor the address of a server",
             remedy="Pass a checkpoint folder, the folder of a run, the state folder of a device, or http://host:port.",
         )
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"no model in {str(source)!r}: it is a PEFT adapter without its base model",
+            remedy="Pass a checkpoint: `edgefed export --to hf` writes one, with the adapter merged.",
+        )
     with contextlib.ExitStack() as stack:
         if is_address(source) or not (folder / "config.json").exists():
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgefed-chat-"))

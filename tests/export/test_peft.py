@@ -160,6 +160,8 @@ def test_the_command_line(capsys, tmp_path):
     folder = tmp_path / "lora-adapter"
     assert {path.name for path in folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "README.md", "edgefed.json"}
     assert msgspec.json.decode((folder / "edgefed.json").read_bytes())["model"] == "tiny"
+    with pytest.raises(ConfigError, match="a PEFT adapter without its base model"), edgefed.load_chat(folder):
+        pass
     status, err = export("full")
     assert status != 0
     assert "trained its experts in full" in err
