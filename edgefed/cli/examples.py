@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXAMPLES: dict[str, Sequence[tuple[str, str]]] = {
-    "backup": (("A copy with the date in its name.", "edgefed backup --state ./run ./backups/run-$(date +%F)"),),
+    "backup": (("A copy of a run, also while it is served.", "edgefed backup --state ./run ./backups/monday"),),
     "bench": (
         ("About 30 seconds, for the usual models.", "edgefed bench --quick"),
         ("What fits into 8 GiB of this model?", "edgefed bench --model Qwen3-30B-A3B --memory 8GiB --quick"),

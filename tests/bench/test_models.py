@@ -165,7 +165,7 @@ def test_fits_name_their_limit():
     more = {
         f.storage: f for f in fits_of(KNOWN_SHAPES["Mixtral-8x7B"], "now", 8 * GIB, "adamw", "cuda") if f.mode == "lora"
     }
-    assert more["nf4 streamed"].experts > more["nf4"].experts == 0
+    assert more["nf4 streamed"].experts > more["nf4"].experts
     assert fits["full", "bfloat16"].experts == 0
     assert "would need" in fits["full", "bfloat16"].limit
     assert fits["full", "bfloat16"].upload_bytes is None

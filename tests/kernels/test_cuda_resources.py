@@ -40,8 +40,9 @@ def recorded():
 def check(rows):
     assert not [row for row in rows if row.stack or row.spilled]
     assert not [row for row in rows if row.shared > SHARED_LIMIT]
-    # Two blocks of 256 threads, or four of 128, fit into the registers of a multiprocessor.
-    assert not [row for row in rows if row.registers * 512 > REGISTERS_OF_MULTIPROCESSOR]
+    # Two blocks of 256 threads, or four of 128, fit into the registers of a multiprocessor; on sm_75 three of 128.
+    limit = {arch: REGISTERS_OF_MULTIPROCESSOR // (384 if arch == 75 else 512) for arch in {row.arch for row in rows}}
+    assert not [row for row in rows if row.registers > limit[row.arch]]
 
 
 def test_no_kernel_spills_or_exceeds_the_shared_memory(compiled):
