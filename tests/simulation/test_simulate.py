@@ -100,19 +100,19 @@ def test_the_slowest_device_decides_how_long_a_round_takes(reference):
 
 
 def test_devices_train_what_their_links_can_send_in_the_fleets_pace(reference):
-    """29 experts fit the memory of the 4090, 4 that of the Orin. Up at 100 and 15 Mbit/s, down at 500 (half of the
-    aggregator's link) and 200: 0.348 and 0.287 units of time. The pace is their geometric mean, 0.316, in which 26 and
-    4 experts are fetched and sent.
+    """26 experts fit the memory of the 4090, 4 that of the Orin. Up at 100 and 15 Mbit/s, down at 500 (half of the
+    aggregator's link) and 200: 0.312 and 0.287 units of time. The pace is their geometric mean, 0.299, in which 24 and
+    4 experts are fetched and sent. The Orin trains fewer of its 4 where holding others unmerged lowers the loss more.
     """
     first, second = reference[0].run("flux").rounds
     assert [sum(first.clients[name].trainable) for name in ("fast", "slow")] == [1, 1], "no rate is known yet"
-    assert sum(second.clients["fast"].trainable) == 26
-    assert 1 < sum(second.clients["slow"].trainable) <= 4
+    assert sum(second.clients["fast"].trainable) == 24
+    assert 1 <= sum(second.clients["slow"].trainable) <= 4
     store = Store(reference[1] / "flux" / "run", read_only=True)
     surveys = {client.name: client.survey for client in store.clients()}
     store.close()
     told = {n: (said.upload_bytes_per_s, said.download_bytes_per_s, said.train_slots) for n, said in surveys.items()}
-    assert told == {"client-0000": (100e6 / 8, 500e6 / 8, 29), "client-0001": (15e6 / 8, 200e6 / 8, 4)}
+    assert told == {"client-0000": (100e6 / 8, 500e6 / 8, 26), "client-0001": (15e6 / 8, 200e6 / 8, 4)}
 
 
 def test_a_profile_of_the_next_round_hides_in_the_wait(reference):
