@@ -27,11 +27,24 @@ constexpr int64_t kMostBlocksY = 65535;  // limit of gridDim.y and gridDim.z
 constexpr int64_t kMostBlocksX = 2147483647;
 
 // --- work lists ---------------------------------------------------------------------------------------------------
-// work: three rows of num_slots + 1 begins each: positions, tiles of EF_CUDA_FEW_ROWS, tiles of EF_CUDA_TILE_ROWS.
+// work: kWorkRows rows of num_slots + 1 begins each: positions, then row tiles by size.
+
+constexpr int kWorkRows = 5;
+
+EF_BOTH int rows_of_work(int row) {
+  return row == 0   ? 1
+         : row == 1 ? EF_CUDA_FEW_ROWS
+         : row == 2 ? EF_CUDA_SMALL_TILE_ROWS
+         : row == 3 ? EF_CUDA_MIDDLE_TILE_ROWS
+                    : EF_CUDA_TILE_ROWS;
+}
 
 EF_BOTH const int32_t* positions_of(const int32_t* work) { return work; }
-EF_BOTH const int32_t* few_row_tiles_of(const int32_t* work, int64_t num_slots) { return work + (num_slots + 1); }
-EF_BOTH const int32_t* tiles_of(const int32_t* work, int64_t num_slots) { return work + 2 * (num_slots + 1); }
+EF_BOTH const int32_t* tiles_of(const int32_t* work, int64_t num_slots, int rows) {
+  int row = 1;
+  while (row + 1 < kWorkRows && rows_of_work(row) != rows) ++row;
+  return work + row * (num_slots + 1);
+}
 
 EF_BOTH int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

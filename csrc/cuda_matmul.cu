@@ -166,6 +166,13 @@ bool known_format(int32_t format, int32_t blocksize, int32_t dtype) {
   return format == EF_INT8 || format == EF_F32 || format == dtype;
 }
 
+// Rows of a tile of tensor cores. Few rows of a slot leave most of a large tile empty; a small one decodes the weights
+// more often. Gradients of x, of training with its many rows, have the largest only.
+int64_t tile_rows(int64_t pairs, int64_t num_slots, bool transposed) {
+  if (transposed || pairs > 48 * num_slots) return EF_CUDA_TILE_ROWS;
+  return pairs > 16 * num_slots ? EF_CUDA_MIDDLE_TILE_ROWS : EF_CUDA_SMALL_TILE_ROWS;
+}
+
 int32_t capability_of(int32_t device, int32_t* capability) {
   int major = 0, minor = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -271,9 +278,11 @@ int32_t ef_cuda_grouped_matmul(const EfCudaMatrix* matrices, int64_t num_slots, 
       int32_t chosen = kernel;
       if (chosen == EF_CUDA_ROWS && !fits[EF_CUDA_ROWS]) chosen = EF_CUDA_TILES;
       if (chosen == EF_CUDA_TILES && !fits[EF_CUDA_TILES]) chosen = EF_CUDA_PLAIN;
-      const int64_t rows = chosen == EF_CUDA_ROWS ? EF_CUDA_FEW_ROWS : EF_CUDA_TILE_ROWS;
+      const int64_t rows = chosen == EF_CUDA_ROWS    ? EF_CUDA_FEW_ROWS
+                           : chosen == EF_CUDA_TILES ? tile_rows(pairs, num_slots, transposed != 0)
+                                                     : EF_CUDA_TILE_ROWS;
       const Product product = {positions_of(work),
-                               chosen == EF_CUDA_ROWS ? few_row_tiles_of(work, num_slots) : tiles_of(work, num_slots),
+                               tiles_of(work, num_slots, static_cast<int>(rows)),
                                x, x_rows, y, n, k, accumulate,
                                low_rank != nullptr ? *low_rank : EfCudaLowRank{}};
       const int64_t row_tiles = most_tiles(pairs, count, rows);
@@ -281,7 +290,8 @@ int32_t ef_cuda_grouped_matmul(const EfCudaMatrix* matrices, int64_t num_slots, 
       switch (chosen) {
         case EF_CUDA_ROWS: result = launch_rows(table, product, format, dtype, row_tiles, stream); break;
         case EF_CUDA_TILES:
-          result = launch_tiles(table, product, format, dtype, transposed != 0, row_tiles, stream);
+          result = launch_tiles(table, product, format, dtype, transposed != 0, static_cast<int32_t>(rows), row_tiles,
+                                stream);
           break;
         default: result = launch_plain(table, product, format, dtype, transposed != 0, row_tiles, stream);
       }

@@ -46,7 +46,7 @@ EF_BOTH RowTile find_tile(const int32_t* positions, const int32_t* tiles, int fi
 int32_t launch_rows(const SlotTable& table, const Product& product, int32_t format, int32_t dtype, int64_t row_tiles,
                     void* stream);
 int32_t launch_tiles(const SlotTable& table, const Product& product, int32_t format, int32_t dtype, bool transposed,
-                     int64_t row_tiles, void* stream);
+                     int32_t rows, int64_t row_tiles, void* stream);
 int32_t launch_plain(const SlotTable& table, const Product& product, int32_t format, int32_t dtype, bool transposed,
                      int64_t row_tiles, void* stream);
 

@@ -1,5 +1,5 @@
-// Products of many rows on tensor cores (half precision from sm_75, bfloat16 from sm_80): tiles of 64 x 64, weights
-// decoded into shared memory on the way, sums in float32. The same loop makes forward products (W as stored), gradients
+// Products of many rows on tensor cores (half precision from sm_75, bfloat16 from sm_80): tiles of 16, 32 or 64 rows and
+// 64 columns, weights decoded into shared memory on the way, sums in float32. The same loop makes forward products (W as stored), gradients
 // of x (W transposed) and of W (both operands transposed); only how a tile lies in shared memory differs.
 #include <mma.h>
 
@@ -10,12 +10,25 @@ namespace {
 
 namespace wmma = nvcuda::wmma;
 
-constexpr int kTile = EF_CUDA_TILE_ROWS;  // rows and columns of a block's result
-constexpr int kDepth = 32;                // of one step along the sum
-constexpr int kThreads = 128;             // four warps, each with 32 x 32 of the result
+constexpr int kTile = EF_CUDA_TILE_ROWS;  // columns of a block's result, and rows of the largest
+constexpr int kThreads = 128;             // four warps
 constexpr int kFragment = 16;
+constexpr int kPatchStride = kFragment + 4;
 constexpr int kPad = 8;  // values behind each row in shared memory, against bank conflicts; keeps 16-byte alignment
-constexpr int kEights = kTile * kDepth / 8 / kThreads;  // groups of eight values that a thread moves in one step
+constexpr int kBand = 8;  // row tiles whose blocks run one after the other for all columns: their x stays in L2
+
+// A block's result of kRows x kTile values: which part each warp has, and the step along the sum. Few rows have little to
+// multiply between two barriers, so their steps are longer.
+template <int kRows>
+struct Shape {
+  static constexpr int kDepth = kRows == kTile ? 32 : 64;
+  static constexpr int kWarpColumns = kRows == 16 ? 4 : 2;
+  static constexpr int kWarpRows = kThreads / kWarp / kWarpColumns;
+  static constexpr int kDown = kRows / kWarpRows / kFragment;         // fragments of a warp
+  static constexpr int kAcross = kTile / kWarpColumns / kFragment;
+  static EF_DEVICE int row() { return static_cast<int>(threadIdx.x) / kWarp / kWarpColumns * kDown * kFragment; }
+  static EF_DEVICE int column() { return static_cast<int>(threadIdx.x) / kWarp % kWarpColumns * kAcross * kFragment; }
+};
 
 template <typename T>
 struct TensorCores {
@@ -132,14 +145,16 @@ EF_DEVICE auto source_of(const EfCudaMatrix& matrix, int64_t lines, int64_t widt
 
 // --- the loop -----------------------------------------------------------------------------------------------------
 
-// An operand in shared memory. Its lines are those of the source: kAcross, a line is a row of the result (64 lines of 32
-// along the sum); otherwise a line is a step of the sum (32 lines of 64).
-template <typename T, bool kAcross>
+// An operand in shared memory: kSpan rows or columns of the result. Its lines are those of the source: kAcross, a line is
+// a row of the result (kSpan lines of kDepth along the sum); otherwise a line is a step of the sum (kDepth lines of kSpan).
+template <typename T, bool kAcross, int kSpan, int kDepth>
 struct Operand {
-  static constexpr int kLines = kAcross ? kTile : kDepth;
-  static constexpr int kWidth = kAcross ? kDepth : kTile;
+  static constexpr int kLines = kAcross ? kSpan : kDepth;
+  static constexpr int kWidth = kAcross ? kDepth : kSpan;
   static constexpr int kStride = kWidth + kPad;
   static constexpr int kValues = kLines * kStride;
+  static constexpr int kEights = kSpan * kDepth / 8 / kThreads;  // groups of eight values that a thread moves in a step
+  static_assert(kEights * 8 * kThreads == kSpan * kDepth, "every thread moves as much");
 
   // Where eight number i of this thread lies.
   static EF_DEVICE int line(int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) / (kWidth / 8); }
@@ -164,22 +179,34 @@ struct Operand {
 
 using Sums = wmma::fragment<wmma::accumulator, kFragment, kFragment, kFragment, float>;
 
-// sums += tile of A B^T: rows a_first .. + 64 of A, columns b_first .. + 64, over `depth`.
-template <typename T, bool kAcrossA, bool kAcrossB, typename SourceA, typename SourceB>
+template <typename T, bool kAcrossA, bool kAcrossB, int kRows>
+struct Shared {
+  using A = Operand<T, kAcrossA, kRows, Shape<kRows>::kDepth>;
+  using B = Operand<T, kAcrossB, kTile, Shape<kRows>::kDepth>;
+  alignas(32) T a[A::kValues];
+  alignas(32) T b[B::kValues];
+  alignas(32) float patches[kThreads / kWarp * kFragment * kPatchStride];
+  float table[16];
+};
+
+// sums += tile of A B^T: rows a_first .. + kRows of A, columns b_first .. + 64, over `depth`.
+template <typename T, bool kAcrossA, bool kAcrossB, int kRows, typename SourceA, typename SourceB>
 EF_DEVICE void multiply(const SourceA& a, int64_t a_first, const SourceB& b, int64_t b_first, int64_t depth,
-                        const float* table, T* shared_a, T* shared_b, Sums (&sums)[2][2]) {
-  using A = Operand<T, kAcrossA>;
-  using B = Operand<T, kAcrossB>;
+                        Shared<T, kAcrossA, kAcrossB, kRows>& shared,
+                        Sums (&sums)[Shape<kRows>::kDown][Shape<kRows>::kAcross]) {
+  using Part = Shape<kRows>;
+  using A = typename Shared<T, kAcrossA, kAcrossB, kRows>::A;
+  using B = typename Shared<T, kAcrossA, kAcrossB, kRows>::B;
+  constexpr int kDepth = Part::kDepth;
   using LayoutA = std::conditional_t<kAcrossA, wmma::row_major, wmma::col_major>;
   using LayoutB = std::conditional_t<kAcrossB, wmma::col_major, wmma::row_major>;
-  const int warp = threadIdx.x / kWarp, warp_row = warp / 2 * 32, warp_column = warp % 2 * 32;
-  typename SourceA::Raw raw_a[kEights];
-  typename SourceB::Raw raw_b[kEights];
+  typename SourceA::Raw raw_a[A::kEights];
+  typename SourceB::Raw raw_b[B::kEights];
   A::load(a, a_first, 0, raw_a);
   B::load(b, b_first, 0, raw_b);
   for (int64_t along = 0; along < depth; along += kDepth) {
-    A::store(a, raw_a, table, shared_a);
-    B::store(b, raw_b, table, shared_b);
+    A::store(a, raw_a, shared.table, shared.a);
+    B::store(b, raw_b, shared.table, shared.b);
     __syncthreads();
     if (along + kDepth < depth) {  // on the way while the tensor cores work
       A::load(a, a_first, along + kDepth, raw_a);
@@ -187,66 +214,64 @@ EF_DEVICE void multiply(const SourceA& a, int64_t a_first, const SourceB& b, int
     }
 #pragma unroll
     for (int step = 0; step < kDepth; step += kFragment) {
-      wmma::fragment<wmma::matrix_a, kFragment, kFragment, kFragment, T, LayoutA> left[2];
-      wmma::fragment<wmma::matrix_b, kFragment, kFragment, kFragment, T, LayoutB> right[2];
+      wmma::fragment<wmma::matrix_a, kFragment, kFragment, kFragment, T, LayoutA> left[Part::kDown];
+      wmma::fragment<wmma::matrix_b, kFragment, kFragment, kFragment, T, LayoutB> right[Part::kAcross];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        wmma::load_matrix_sync(left[i], A::fragment(shared_a, warp_row + kFragment * i, step), A::kStride);
-        wmma::load_matrix_sync(right[i], B::fragment(shared_b, warp_column + kFragment * i, step), B::kStride);
-      }
+      for (int i = 0; i < Part::kDown; ++i)
+        wmma::load_matrix_sync(left[i], A::fragment(shared.a, Part::row() + kFragment * i, step), A::kStride);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < Part::kAcross; ++j)
+        wmma::load_matrix_sync(right[j], B::fragment(shared.b, Part::column() + kFragment * j, step), B::kStride);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) wmma::mma_sync(sums[i][j], left[i], right[j], sums[i][j]);
+      for (int i = 0; i < Part::kDown; ++i)
+#pragma unroll
+        for (int j = 0; j < Part::kAcross; ++j) wmma::mma_sync(sums[i][j], left[i], right[j], sums[i][j]);
     }
     __syncthreads();
   }
 }
 
 // Hands each thread eight neighbouring sums at a time: write(row, column, values) within the tile of the block.
-constexpr int kPatchStride = kFragment + 4;
-template <typename Write>
-EF_DEVICE void write_sums(const Sums (&sums)[2][2], float* patches, Write write) {
+template <int kRows, typename Write>
+EF_DEVICE void write_sums(const Sums (&sums)[Shape<kRows>::kDown][Shape<kRows>::kAcross], float* patches, Write write) {
+  using Part = Shape<kRows>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float* patch = patches + warp * kFragment * kPatchStride;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < Part::kDown; ++i)
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < Part::kAcross; ++j) {
       wmma::store_matrix_sync(patch, sums[i][j], kPatchStride, wmma::mem_row_major);
       __syncwarp();
       const int row = lane / 2, column = lane % 2 * 8;
       float values[8];
       load_eight(patch + row * kPatchStride + column, values);
-      write(warp / 2 * 32 + kFragment * i + row, warp % 2 * 32 + kFragment * j + column, values);
+      write(Part::row() + kFragment * i + row, Part::column() + kFragment * j + column, values);
       __syncwarp();
     }
 }
 
-template <typename T, bool kAcrossA, bool kAcrossB>
-struct Shared {
-  alignas(32) T a[Operand<T, kAcrossA>::kValues];
-  alignas(32) T b[Operand<T, kAcrossB>::kValues];
-  alignas(32) float patches[kThreads / kWarp * kFragment * kPatchStride];
-  float table[16];
-};
-
-EF_DEVICE void clear(Sums (&sums)[2][2]) {
+template <int kDown, int kAcross>
+EF_DEVICE void clear(Sums (&sums)[kDown][kAcross]) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < kDown; ++i)
 #pragma unroll
-    for (int j = 0; j < 2; ++j) wmma::fill_fragment(sums[i][j], 0.0f);
+    for (int j = 0; j < kAcross; ++j) wmma::fill_fragment(sums[i][j], 0.0f);
 }
 
 // --- kernels ------------------------------------------------------------------------------------------------------
 
-template <int kFormat, typename T, bool kTransposed>
+// Blocks take the columns of kBand row tiles one after the other.
+template <int kFormat, typename T, bool kTransposed, int kRows>
 __global__ void __launch_bounds__(kThreads)
     tiles_kernel(const __grid_constant__ SlotTable slots, const __grid_constant__ Product product) {
   if constexpr (TensorCores<T>::exist) {
-    __shared__ Shared<T, true, !kTransposed> shared;
-    const RowTile tile =
-        find_tile(product.positions, product.tiles, slots.first, slots.last, blockIdx.x, EF_CUDA_TILE_ROWS);
+    __shared__ Shared<T, true, !kTransposed, kRows> shared;
+    const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+    const int64_t band = block / (kBand * gridDim.y), within = block % (kBand * gridDim.y);
+    const int64_t left = gridDim.x - band * kBand, height = left < kBand ? left : kBand;
+    const RowTile tile = find_tile(product.positions, product.tiles, slots.first, slots.last,
+                                   static_cast<int32_t>(band * kBand + within % height), kRows);
     if (tile.slot < 0) return;
     const EfCudaMatrix& matrix = slots.matrices[tile.slot - slots.first];
     if (matrix.format != kFormat || matrix.data == nullptr) return;
@@ -254,14 +279,14 @@ __global__ void __launch_bounds__(kThreads)
       fill_nf4_table(shared.table, threadIdx.x);
       __syncthreads();
     }
-    const int64_t n = product.n, k = product.k, first = static_cast<int64_t>(blockIdx.y) * kTile;
+    const int64_t n = product.n, k = product.k, first = within / height * kTile;
     // The rows of the tile are the lines [0, count) of x, through x_rows or moved to the tile's begin.
     const T* x = static_cast<const T*>(product.x) + (product.x_rows != nullptr ? 0 : tile.begin * k);
     const DenseSource<T> rows = {x, product.x_rows != nullptr ? product.x_rows + tile.begin : nullptr, k, tile.count};
     const auto weights = source_of<kFormat, T>(matrix, kTransposed ? k : n, kTransposed ? n : k);
-    Sums sums[2][2];
+    Sums sums[Shape<kRows>::kDown][Shape<kRows>::kAcross];
     clear(sums);
-    multiply<T, true, !kTransposed>(rows, 0, weights, first, k, shared.table, shared.a, shared.b, sums);
+    multiply(rows, 0, weights, first, k, shared, sums);
     if (product.low_rank.low != nullptr && matrix.factor != nullptr) {
       const EfCudaLowRank& term = product.low_rank;
       const T* low = static_cast<const T*>(term.low) + tile.begin * term.rank;
@@ -269,15 +294,15 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t lines = kTransposed ? term.rank : n, width = kTransposed ? n : term.rank;
       if (term.dtype == EF_F32) {
         const FloatSource<T> factor = {static_cast<const float*>(matrix.factor), width, lines};
-        multiply<T, true, !kTransposed>(low_rows, 0, factor, first, term.rank, shared.table, shared.a, shared.b, sums);
+        multiply(low_rows, 0, factor, first, term.rank, shared, sums);
       } else {
         const DenseSource<T> factor = {static_cast<const T*>(matrix.factor), nullptr, width, lines};
-        multiply<T, true, !kTransposed>(low_rows, 0, factor, first, term.rank, shared.table, shared.a, shared.b, sums);
+        multiply(low_rows, 0, factor, first, term.rank, shared, sums);
       }
     }
     T* y = static_cast<T*>(product.y);
     const T* bias = static_cast<const T*>(matrix.bias);
-    write_sums(sums, shared.patches, [&](int row, int column, float* values) {
+    write_sums<kRows>(sums, shared.patches, [&](int row, int column, float* values) {
       if (row >= tile.count || first + column >= n) return;
       T* target = y + (tile.begin + row) * n + first + column;
       float other[8];
@@ -300,7 +325,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     tiles_outer_kernel(const __grid_constant__ OuterTable slots, const __grid_constant__ Outer outer) {
   if constexpr (TensorCores<T>::exist) {
-    __shared__ Shared<T, false, false> shared;
+    __shared__ Shared<T, false, false, kTile> shared;
     const int slot = slots.first + static_cast<int>(blockIdx.z);
     void* output = slots.outputs[blockIdx.z];
     if (output == nullptr) return;
@@ -310,11 +335,11 @@ __global__ void __launch_bounds__(kThreads)
     const DenseSource<T> a = {static_cast<const T*>(outer.a) + begin * outer.m, nullptr, outer.m, count};
     const T* b_values = static_cast<const T*>(outer.b) + (outer.b_rows != nullptr ? 0 : begin * outer.n);
     const DenseSource<T> b = {b_values, outer.b_rows != nullptr ? outer.b_rows + begin : nullptr, outer.n, count};
-    Sums sums[2][2];
+    Sums sums[Shape<kTile>::kDown][Shape<kTile>::kAcross];
     clear(sums);
-    multiply<T, false, false>(a, first_row, b, first_column, count, shared.table, shared.a, shared.b, sums);
+    multiply(a, first_row, b, first_column, count, shared, sums);
     const float alpha = slots.alphas[blockIdx.z];
-    write_sums(sums, shared.patches, [&](int row, int column, float* values) {
+    write_sums<kTile>(sums, shared.patches, [&](int row, int column, float* values) {
       if (first_row + row >= outer.m || first_column + column >= outer.n) return;
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i] *= alpha;
@@ -328,29 +353,37 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <int kFormat, typename T, bool kTransposed>
+template <int kFormat, typename T, bool kTransposed, int kRows>
 int32_t launch(const SlotTable& table, const Product& product, int64_t row_tiles, void* stream) {
   const dim3 grid(static_cast<unsigned>(row_tiles), static_cast<unsigned>(ceil_div(product.n, kTile)));
-  const auto kernel = tiles_kernel<kFormat, T, kTransposed>;
+  const auto kernel = tiles_kernel<kFormat, T, kTransposed, kRows>;
   EF_LAUNCH(kernel, grid, kThreads, stream, table, product);
   return launched();
 }
 
 template <int kFormat, typename T>
-int32_t launch_either(const SlotTable& table, const Product& product, bool transposed, int64_t row_tiles,
+int32_t launch_either(const SlotTable& table, const Product& product, bool transposed, int32_t rows, int64_t row_tiles,
                       void* stream) {
-  return transposed ? launch<kFormat, T, true>(table, product, row_tiles, stream)
-                    : launch<kFormat, T, false>(table, product, row_tiles, stream);
+  if (transposed)
+    return rows == kTile ? launch<kFormat, T, true, kTile>(table, product, row_tiles, stream) : EF_UNSUPPORTED;
+  switch (rows) {
+    case EF_CUDA_SMALL_TILE_ROWS:
+      return launch<kFormat, T, false, EF_CUDA_SMALL_TILE_ROWS>(table, product, row_tiles, stream);
+    case EF_CUDA_MIDDLE_TILE_ROWS:
+      return launch<kFormat, T, false, EF_CUDA_MIDDLE_TILE_ROWS>(table, product, row_tiles, stream);
+    case kTile: return launch<kFormat, T, false, kTile>(table, product, row_tiles, stream);
+    default: return EF_UNSUPPORTED;
+  }
 }
 
 template <typename T>
 int32_t launch_format(const SlotTable& table, const Product& product, int32_t format, bool transposed,
-                      int64_t row_tiles, void* stream) {
+                      int32_t rows, int64_t row_tiles, void* stream) {
   switch (format) {
-    case EF_NF4: return launch_either<EF_NF4, T>(table, product, transposed, row_tiles, stream);
-    case EF_INT8: return launch_either<EF_INT8, T>(table, product, transposed, row_tiles, stream);
-    case EF_F32: return launch_either<EF_F32, T>(table, product, transposed, row_tiles, stream);
-    default: return launch_either<DtypeOf<T>::value, T>(table, product, transposed, row_tiles, stream);
+    case EF_NF4: return launch_either<EF_NF4, T>(table, product, transposed, rows, row_tiles, stream);
+    case EF_INT8: return launch_either<EF_INT8, T>(table, product, transposed, rows, row_tiles, stream);
+    case EF_F32: return launch_either<EF_F32, T>(table, product, transposed, rows, row_tiles, stream);
+    default: return launch_either<DtypeOf<T>::value, T>(table, product, transposed, rows, row_tiles, stream);
   }
 }
 
@@ -365,10 +398,10 @@ int32_t launch_outer(const OuterTable& table, const Outer& outer, void* stream) 
 }  // namespace
 
 int32_t launch_tiles(const SlotTable& table, const Product& product, int32_t format, int32_t dtype, bool transposed,
-                     int64_t row_tiles, void* stream) {
+                     int32_t rows, int64_t row_tiles, void* stream) {
   switch (dtype) {
-    case EF_F16: return launch_format<__half>(table, product, format, transposed, row_tiles, stream);
-    case EF_BF16: return launch_format<__nv_bfloat16>(table, product, format, transposed, row_tiles, stream);
+    case EF_F16: return launch_format<__half>(table, product, format, transposed, rows, row_tiles, stream);
+    case EF_BF16: return launch_format<__nv_bfloat16>(table, product, format, transposed, rows, row_tiles, stream);
     default: return EF_UNSUPPORTED;
   }
 }

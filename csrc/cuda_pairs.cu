@@ -51,8 +51,9 @@ __device__ void make_begins(const Sort& sort) {
   }
   __syncthreads();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (warp < 3) {
-    const int rows = warp == 0 ? 1 : warp == 1 ? EF_CUDA_FEW_ROWS : EF_CUDA_TILE_ROWS;
+  static_assert(kWorkRows <= kChunk / kWarp, "a warp for each row");
+  if (warp < kWorkRows) {
+    const int rows = rows_of_work(warp);
     int32_t* begins = sort.work + warp * (num_slots + 1);
     int32_t before = 0;  // sum of all slots of earlier turns
     for (int64_t first = 0; first < num_slots; first += kWarp) {
@@ -258,7 +259,7 @@ int32_t ef_cuda_device_ready(int32_t device) {
 
 const char* ef_cuda_error_text(int32_t code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-int64_t ef_cuda_work_size(int64_t num_slots) { return 3 * (num_slots + 1); }
+int64_t ef_cuda_work_size(int64_t num_slots) { return kWorkRows * (num_slots + 1); }
 
 int64_t ef_cuda_sort_scratch(int64_t pairs, int64_t num_slots) { return (ceil_div(pairs, kChunk) + 1) * num_slots; }
 

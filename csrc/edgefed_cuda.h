@@ -33,7 +33,7 @@ struct EfCudaLowRank {
 // The kernel of a product, the most specialized one first.
 enum EfCudaKernel {
   EF_CUDA_ROWS = 0,   // few rows for each expert: dot products with weights decoded on the fly
-  EF_CUDA_TILES = 1,  // tensor cores, tiles of 64 x 64
+  EF_CUDA_TILES = 1,  // tensor cores, tiles of 16, 32 or 64 rows and 64 columns
   EF_CUDA_PLAIN = 2,  // any shape, format and device
 };
 
@@ -44,8 +44,11 @@ enum EfCudaGate {
   EF_CUDA_SIGMOID = 2,  // divided by its sum over the experts
 };
 
-// Row tiles that the sorted pairs of a slot are cut into: those of EF_CUDA_ROWS, those of the other two.
+// Row tiles that the sorted pairs of a slot are cut into: of EF_CUDA_ROWS; of EF_CUDA_TILES, by the mean rows of a slot;
+// the largest also of EF_CUDA_PLAIN.
 #define EF_CUDA_FEW_ROWS 4
+#define EF_CUDA_SMALL_TILE_ROWS 16
+#define EF_CUDA_MIDDLE_TILE_ROWS 32
 #define EF_CUDA_TILE_ROWS 64
 
 #ifdef __cplusplus
@@ -66,7 +69,7 @@ EF_API int64_t ef_cuda_sort_scratch(int64_t pairs, int64_t num_slots);
 // Stable sort of the pairs by slot; pairs with slot < 0 are dropped. slots (pairs) int64, pair p belongs to token
 // p / top_k. order (pairs): the pair at each sorted position; tokens (pairs): its token; both undefined beyond the
 // pairs that are not dropped. place (pairs): the sorted position of a pair, -1 if dropped. work: per slot the begin of
-// its positions, and of its row tiles of both sizes. A slot >= num_slots aborts the device, as torch's index assertions do.
+// its positions, and of its row tiles of each size. A slot >= num_slots aborts the device, as torch's index assertions do.
 EF_API int32_t ef_cuda_sort_pairs(const int64_t* slots, int64_t pairs, int64_t num_slots, int32_t top_k, int32_t* order,
                                   int32_t* tokens, int32_t* place, int32_t* work, int32_t* scratch, int32_t device,
                                   void* stream);

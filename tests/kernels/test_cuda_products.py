@@ -65,8 +65,8 @@ def test_sort_is_stable_and_its_tiles_cover_each_slot(rig, tokens, top_k, num_sl
     assert pairs.tokens[:count].tolist() == (order // top_k).tolist()
     assert pairs.place.reshape(-1).tolist() == place.tolist()
     counts = torch.bincount(flat[valid], minlength=num_slots)
-    work = pairs.work.reshape(3, num_slots + 1).cpu()
-    for begins, rows in zip(work, (1, 4, 64), strict=True):
+    work = pairs.work.reshape(5, num_slots + 1).cpu()
+    for begins, rows in zip(work, (1, 4, 16, 32, 64), strict=True):
         tiles = -(-counts // rows)
         assert begins[0] == 0
         assert begins[1:].tolist() == tiles.cumsum(0).tolist()
