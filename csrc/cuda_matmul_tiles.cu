@@ -1,14 +1,12 @@
-// Products of many rows on tensor cores (half precision from sm_75, bfloat16 from sm_80): tiles of 16, 32 or 64 rows and
-// 64 columns, weights decoded into shared memory on the way, sums in float32. The same loop makes forward products (W as stored), gradients
-// of x (W transposed) and of W (both operands transposed); only how a tile lies in shared memory differs.
-#include <mma.h>
-
+// Products of many rows on tensor cores (half precision from sm_75, bfloat16 from sm_80): tiles of 16, 32 or 64 rows
+// and 64 columns, weights decoded into shared memory on the way, sums in float32. The same loop makes forward products
+// (W as stored), gradients of x (W transposed) and of W (both operands transposed); only the layout in shared memory
+// differs. There are two buffers, so that one is written while slower warps still multiply from the other.
 #include "cuda_matmul.cuh"
+#include "cuda_tensor_cores.cuh"
 
 namespace edgefed {
 namespace {
-
-namespace wmma = nvcuda::wmma;
 
 constexpr int kTile = EF_CUDA_TILE_ROWS;  // columns of a block's result, and rows of the largest
 constexpr int kThreads = 128;             // four warps
@@ -17,8 +15,8 @@ constexpr int kPatchStride = kFragment + 4;
 constexpr int kPad = 8;  // values behind each row in shared memory, against bank conflicts; keeps 16-byte alignment
 constexpr int kBand = 8;  // row tiles whose blocks run one after the other for all columns: their x stays in L2
 
-// A block's result of kRows x kTile values: which part each warp has, and the step along the sum. Few rows have little to
-// multiply between two barriers, so their steps are longer.
+// A block's result of kRows x kTile values: which part each warp has, and the step along the sum. Few rows have little
+// to multiply between two barriers, so their steps are longer.
 template <int kRows>
 struct Shape {
   static constexpr int kDepth = kRows == kTile ? 32 : 64;
@@ -145,8 +143,8 @@ EF_DEVICE auto source_of(const EfCudaMatrix& matrix, int64_t lines, int64_t widt
 
 // --- the loop -----------------------------------------------------------------------------------------------------
 
-// An operand in shared memory: kSpan rows or columns of the result. Its lines are those of the source: kAcross, a line is
-// a row of the result (kSpan lines of kDepth along the sum); otherwise a line is a step of the sum (kDepth lines of kSpan).
+// An operand in shared memory: kSpan rows or columns of the result. Its lines are those of the source: kAcross, a line
+// is a row of the result (kSpan lines of kDepth along the sum); otherwise a step of the sum (kDepth lines of kSpan).
 template <typename T, bool kAcross, int kSpan, int kDepth>
 struct Operand {
   static constexpr int kLines = kAcross ? kSpan : kDepth;
@@ -171,22 +169,37 @@ struct Operand {
 #pragma unroll
     for (int i = 0; i < kEights; ++i) source.store(raw[i], table, shared + line(i) * kStride + at(i));
   }
-  // The 16 x 16 values at (across, along) of the tile.
-  static EF_DEVICE const T* fragment(const T* shared, int across, int along) {
-    return kAcross ? shared + across * kStride + along : shared + along * kStride + across;
+  // The 16 x 16 values at (across, along) as registers of multiply_add. Their four 8 x 8 parts come in the order of the
+  // left operand: down first, then along; or of two right operands, of columns 0..7 and 8..15: along first.
+  template <bool kLeft>
+  static EF_DEVICE void fragment(const T* shared, int across, int along, uint32_t (&out)[4]) {
+    const int part = static_cast<int>(threadIdx.x) % kWarp / 8, line = threadIdx.x % 8;
+    const int down = 8 * (kLeft ? part % 2 : part / 2), forward = 8 * (kLeft ? part / 2 : part % 2);
+    if constexpr (kAcross) {
+      load_matrices<false>(shared + (across + down + line) * kStride + along + forward, out);
+    } else {
+      load_matrices<true>(shared + (along + forward + line) * kStride + across + down, out);
+    }
   }
 };
 
-using Sums = wmma::fragment<wmma::accumulator, kFragment, kFragment, kFragment, float>;
+// 16 x 16 sums of a warp, as two results of multiply_add side by side.
+struct Sums {
+  float half[2][4];
+};
 
 template <typename T, bool kAcrossA, bool kAcrossB, int kRows>
 struct Shared {
   using A = Operand<T, kAcrossA, kRows, Shape<kRows>::kDepth>;
   using B = Operand<T, kAcrossB, kTile, Shape<kRows>::kDepth>;
-  alignas(32) T a[A::kValues];
-  alignas(32) T b[B::kValues];
-  alignas(32) float patches[kThreads / kWarp * kFragment * kPatchStride];
+  static constexpr int kPatches = kThreads / kWarp * kFragment * kPatchStride;  // float, in the place of the operands
+  static_assert(kPatches * sizeof(float) <= (A::kValues + B::kValues) * 2 * sizeof(T), "patches fit");
+  alignas(32) T values[2 * (A::kValues + B::kValues)];
   float table[16];
+
+  EF_DEVICE T* a(int buffer) { return values + buffer * (A::kValues + B::kValues); }
+  EF_DEVICE T* b(int buffer) { return a(buffer) + A::kValues; }
+  EF_DEVICE float* patches() { return reinterpret_cast<float*>(values); }
 };
 
 // sums += tile of A B^T: rows a_first .. + kRows of A, columns b_first .. + 64, over `depth`.
@@ -198,15 +211,15 @@ EF_DEVICE void multiply(const SourceA& a, int64_t a_first, const SourceB& b, int
   using A = typename Shared<T, kAcrossA, kAcrossB, kRows>::A;
   using B = typename Shared<T, kAcrossA, kAcrossB, kRows>::B;
   constexpr int kDepth = Part::kDepth;
-  using LayoutA = std::conditional_t<kAcrossA, wmma::row_major, wmma::col_major>;
-  using LayoutB = std::conditional_t<kAcrossB, wmma::col_major, wmma::row_major>;
   typename SourceA::Raw raw_a[A::kEights];
   typename SourceB::Raw raw_b[B::kEights];
   A::load(a, a_first, 0, raw_a);
   B::load(b, b_first, 0, raw_b);
-  for (int64_t along = 0; along < depth; along += kDepth) {
-    A::store(a, raw_a, shared.table, shared.a);
-    B::store(b, raw_b, shared.table, shared.b);
+  __syncthreads();  // the buffers are free, the table is filled
+  int buffer = 0;
+  for (int64_t along = 0; along < depth; along += kDepth, buffer ^= 1) {
+    A::store(a, raw_a, shared.table, shared.a(buffer));
+    B::store(b, raw_b, shared.table, shared.b(buffer));
     __syncthreads();
     if (along + kDepth < depth) {  // on the way while the tensor cores work
       A::load(a, a_first, along + kDepth, raw_a);
@@ -214,20 +227,23 @@ EF_DEVICE void multiply(const SourceA& a, int64_t a_first, const SourceB& b, int
     }
 #pragma unroll
     for (int step = 0; step < kDepth; step += kFragment) {
-      wmma::fragment<wmma::matrix_a, kFragment, kFragment, kFragment, T, LayoutA> left[Part::kDown];
-      wmma::fragment<wmma::matrix_b, kFragment, kFragment, kFragment, T, LayoutB> right[Part::kAcross];
+      uint32_t left[Part::kDown][4], right[Part::kAcross][4];
 #pragma unroll
       for (int i = 0; i < Part::kDown; ++i)
-        wmma::load_matrix_sync(left[i], A::fragment(shared.a, Part::row() + kFragment * i, step), A::kStride);
+        A::template fragment<true>(shared.a(buffer), Part::row() + kFragment * i, step, left[i]);
 #pragma unroll
       for (int j = 0; j < Part::kAcross; ++j)
-        wmma::load_matrix_sync(right[j], B::fragment(shared.b, Part::column() + kFragment * j, step), B::kStride);
+        B::template fragment<false>(shared.b(buffer), Part::column() + kFragment * j, step, right[j]);
 #pragma unroll
       for (int i = 0; i < Part::kDown; ++i)
 #pragma unroll
-        for (int j = 0; j < Part::kAcross; ++j) wmma::mma_sync(sums[i][j], left[i], right[j], sums[i][j]);
+        for (int j = 0; j < Part::kAcross; ++j)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t own[2] = {right[j][2 * half], right[j][2 * half + 1]};
+            multiply_add<T>(sums[i][j].half[half], left[i], own);
+          }
     }
-    __syncthreads();
   }
 }
 
@@ -237,11 +253,16 @@ EF_DEVICE void write_sums(const Sums (&sums)[Shape<kRows>::kDown][Shape<kRows>::
   using Part = Shape<kRows>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float* patch = patches + warp * kFragment * kPatchStride;
+  __syncthreads();  // the patches take the place of the operands
 #pragma unroll
   for (int i = 0; i < Part::kDown; ++i)
 #pragma unroll
     for (int j = 0; j < Part::kAcross; ++j) {
-      wmma::store_matrix_sync(patch, sums[i][j], kPatchStride, wmma::mem_row_major);
+#pragma unroll
+      for (int at = 0; at < 8; ++at) {
+        const int below = at % 4 / 2 * 8, column = at / 4 * 8 + lane % 4 * 2 + at % 2;
+        patch[(lane / 4 + below) * kPatchStride + column] = sums[i][j].half[at / 4][at % 4];
+      }
       __syncwarp();
       const int row = lane / 2, column = lane % 2 * 8;
       float values[8];
@@ -251,19 +272,11 @@ EF_DEVICE void write_sums(const Sums (&sums)[Shape<kRows>::kDown][Shape<kRows>::
     }
 }
 
-template <int kDown, int kAcross>
-EF_DEVICE void clear(Sums (&sums)[kDown][kAcross]) {
-#pragma unroll
-  for (int i = 0; i < kDown; ++i)
-#pragma unroll
-    for (int j = 0; j < kAcross; ++j) wmma::fill_fragment(sums[i][j], 0.0f);
-}
-
 // --- kernels ------------------------------------------------------------------------------------------------------
 
 // Blocks take the columns of kBand row tiles one after the other.
 template <int kFormat, typename T, bool kTransposed, int kRows>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     tiles_kernel(const __grid_constant__ SlotTable slots, const __grid_constant__ Product product) {
   if constexpr (TensorCores<T>::exist) {
     __shared__ Shared<T, true, !kTransposed, kRows> shared;
@@ -275,17 +288,13 @@ __global__ void __launch_bounds__(kThreads)
     if (tile.slot < 0) return;
     const EfCudaMatrix& matrix = slots.matrices[tile.slot - slots.first];
     if (matrix.format != kFormat || matrix.data == nullptr) return;
-    if (kFormat == EF_NF4) {
-      fill_nf4_table(shared.table, threadIdx.x);
-      __syncthreads();
-    }
+    if (kFormat == EF_NF4) fill_nf4_table(shared.table, threadIdx.x);
     const int64_t n = product.n, k = product.k, first = within / height * kTile;
     // The rows of the tile are the lines [0, count) of x, through x_rows or moved to the tile's begin.
     const T* x = static_cast<const T*>(product.x) + (product.x_rows != nullptr ? 0 : tile.begin * k);
     const DenseSource<T> rows = {x, product.x_rows != nullptr ? product.x_rows + tile.begin : nullptr, k, tile.count};
     const auto weights = source_of<kFormat, T>(matrix, kTransposed ? k : n, kTransposed ? n : k);
-    Sums sums[Shape<kRows>::kDown][Shape<kRows>::kAcross];
-    clear(sums);
+    Sums sums[Shape<kRows>::kDown][Shape<kRows>::kAcross] = {};
     multiply(rows, 0, weights, first, k, shared, sums);
     if (product.low_rank.low != nullptr && matrix.factor != nullptr) {
       const EfCudaLowRank& term = product.low_rank;
@@ -302,7 +311,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     T* y = static_cast<T*>(product.y);
     const T* bias = static_cast<const T*>(matrix.bias);
-    write_sums<kRows>(sums, shared.patches, [&](int row, int column, float* values) {
+    write_sums<kRows>(sums, shared.patches(), [&](int row, int column, float* values) {
       if (row >= tile.count || first + column >= n) return;
       T* target = y + (tile.begin + row) * n + first + column;
       float other[8];
@@ -335,11 +344,10 @@ __global__ void __launch_bounds__(kThreads)
     const DenseSource<T> a = {static_cast<const T*>(outer.a) + begin * outer.m, nullptr, outer.m, count};
     const T* b_values = static_cast<const T*>(outer.b) + (outer.b_rows != nullptr ? 0 : begin * outer.n);
     const DenseSource<T> b = {b_values, outer.b_rows != nullptr ? outer.b_rows + begin : nullptr, outer.n, count};
-    Sums sums[Shape<kTile>::kDown][Shape<kTile>::kAcross];
-    clear(sums);
+    Sums sums[Shape<kTile>::kDown][Shape<kTile>::kAcross] = {};
     multiply(a, first_row, b, first_column, count, shared, sums);
     const float alpha = slots.alphas[blockIdx.z];
-    write_sums<kTile>(sums, shared.patches, [&](int row, int column, float* values) {
+    write_sums<kTile>(sums, shared.patches(), [&](int row, int column, float* values) {
       if (first_row + row >= outer.m || first_column + column >= outer.n) return;
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i] *= alpha;

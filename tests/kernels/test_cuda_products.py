@@ -230,6 +230,13 @@ def test_the_grid_covers_the_largest_number_of_tiles(rig, kernel, rows):
         assert_close(y[rows * slot : rows * (slot + 1)], chosen @ matrices[slot].T, torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("num_slots", [20, 8, 4])  # 8, 20 and 40 rows a slot: tiles of 16, 32 and 64 rows
+def test_tiles_of_every_size_in_more_than_one_band(rig, num_slots, dtype):
+    """One slot has 80 rows more; three columns of tiles, and for the small ones more row tiles than a band has."""
+    check_product(rig, TILES, "nf4", dtype, False, tokens=80, top_k=2, num_slots=num_slots, n=136, k=192)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_more_slots_than_fit_in_one_launch(rig, kernel):
     check_product(rig, KERNELS[kernel], "int8", torch.bfloat16, False, tokens=60, num_slots=130, n=16, k=16)
