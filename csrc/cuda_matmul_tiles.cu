@@ -10,6 +10,11 @@ namespace {
 
 constexpr int kTile = EF_CUDA_TILE_ROWS;  // columns of a block's result, and rows of the largest
 constexpr int kThreads = 128;             // four warps
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kBlocks = 3;  // of a multiprocessor at once: with four, a transposed kernel spills on sm_75
+#else
+constexpr int kBlocks = 4;
+#endif
 constexpr int kFragment = 16;
 constexpr int kPatchStride = kFragment + 4;
 constexpr int kPad = 8;  // values behind each row in shared memory, against bank conflicts; keeps 16-byte alignment
@@ -276,7 +281,7 @@ EF_DEVICE void write_sums(const Sums (&sums)[Shape<kRows>::kDown][Shape<kRows>::
 
 // Blocks take the columns of kBand row tiles one after the other.
 template <int kFormat, typename T, bool kTransposed, int kRows>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     tiles_kernel(const __grid_constant__ SlotTable slots, const __grid_constant__ Product product) {
   if constexpr (TensorCores<T>::exist) {
     __shared__ Shared<T, true, !kTransposed, kRows> shared;

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Unsupported", "masked_experts", "why_not"]
 
 TILES_FROM = 5
-"""Rows per slot from which tiles are faster than rows: a tile of 64 rows takes the same time for 1 as for 64. Computed
-from the instructions of both for an RTX 3060 (at 4 rows per slot 41 % and 31 % of the limit), not measured."""
+"""Rows per slot from which tiles are faster than rows, which read the weights again for every four. Computed from the
+instructions of both (benchmarks/report_cuda_limits.py) for NF4 on an RTX 3060: at 4 rows per slot 90 % and 66 % of the
+limit, at 8 rows 51 % and 66 %; not measured."""
 
 
 def why_not(hidden_states: torch.Tensor, expert_weights: torch.Tensor, slots: object) -> str | None:
