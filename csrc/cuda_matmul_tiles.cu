@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kTile = EF_CUDA_TILE_ROWS;  // columns of a block's result, and rows of the largest
 constexpr int kThreads = 128;             // four warps
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kBlocks = 3;  // of a multiprocessor at once: with four, a transposed kernel spills on sm_75
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
+constexpr int kBlocks = 3;  // of a multiprocessor at once: with four, kernels spill on sm_75 and sm_120
 #else
 constexpr int kBlocks = 4;
 #endif
