@@ -18,6 +18,8 @@ from edgefed.hardware.memory import reset_peak_rss, status_bytes, trim_memory
 _PREFIX = "edgefed:"
 PART_S = 0.25
 """Events of at least so many seconds are read at a time: reading takes 0.07 s."""
+OPTIMIZER_MARK = "optimizer"
+"""The mark within ``Optimizer.step``."""
 _CPU = torch._C._autograd.DeviceType.CPU
 
 
@@ -58,7 +60,9 @@ class CpuLog:
 
     The profiler records marks and memory, but no operations: these took 25 KiB each when they were read, more than a
     gigabyte for a step with adapters on 600 experts. Memory events take 1.8 KiB each when they are read, so they
-    are read in parts: at a mark outside the backward pass, whose thread state the profiler belongs to.
+    are read in parts: at a mark outside the backward pass, whose thread state the profiler belongs to, and outside
+    ``Optimizer.step``, which torch records as a range. When a range ends after its profiler, torch writes the time into
+    freed memory, which may be a weight by then.
     """
 
     before_bytes = 0
@@ -95,7 +99,8 @@ class CpuLog:
 
     def mark(self, name: str) -> None:
         """Begin a span."""
-        if time.monotonic() - self._started > PART_S and torch._C._current_graph_task_id() == -1:
+        is_outside = name != OPTIMIZER_MARK and torch._C._current_graph_task_id() == -1
+        if is_outside and time.monotonic() - self._started > PART_S:
             self.__exit__(None, None, None)
             trim_memory()
             reset_peak_rss()

@@ -30,7 +30,7 @@ from edgefed.moe.accounting import gradients, storage_bytes
 from edgefed.moe.model import MoeModel
 from edgefed.moe.model_shape import decoder_layer_paths
 from edgefed.moe.offloading import offloaded
-from edgefed.training.allocation_log import AllocationLog, CpuLog, CudaLog, Span
+from edgefed.training.allocation_log import OPTIMIZER_MARK, AllocationLog, CpuLog, CudaLog, Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _marks(
     handles.append(decoder.register_forward_hook(decoder_done))
 
     def optimizer_starts(*args: object) -> None:
-        mark("optimizer")
+        mark(OPTIMIZER_MARK)
         facts.gradient_bytes = _gradient_bytes(model)
 
     handles.append(optimizer.register_step_pre_hook(optimizer_starts))

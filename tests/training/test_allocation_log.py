@@ -53,3 +53,20 @@ def test_a_backward_pass_is_one_part(monkeypatch):
         log.mark("end")
     assert [span.name for span in log.spans()] == ["forward", "backward", "after"]
     assert [span.start_bytes // MIB for span in log.spans()] == [0, 4, 8]  # y; y and the gradient of x
+
+
+def test_an_optimizer_step_is_within_one_part(monkeypatch):
+    """torch records it as a range, which must end before its profiler: else it writes the time into freed memory."""
+    monkeypatch.setattr(allocation_log, "PART_S", 0.0)
+    log, x, cuts = CpuLog(), torch.zeros(4, requires_grad=True), []
+    optimizer = torch.optim.SGD([x])
+    optimizer.register_step_pre_hook(lambda *_: log.mark(allocation_log.OPTIMIZER_MARK))
+    x.grad = torch.ones(4)
+    with log:
+        log.mark("forward")
+        monkeypatch.setattr(CpuLog, "__exit__", lambda *_: cuts.append(1))
+        optimizer.step()
+        assert not cuts
+        monkeypatch.undo()
+        log.mark("end")
+    assert [span.name for span in log.spans()] == ["forward", "optimizer"]
