@@ -152,7 +152,7 @@ def _add_card(path: Path, record: ExportRecord) -> None:
     """Add how the model was made to its model card, or make one."""
     text = path.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if path.exists() else ""
     if record.privacy is None:
-        privacy = "No noise was added: there is no guarantee of differential privacy."
+        privacy = "No noise was added, so differential privacy is not guaranteed."
     else:
         privacy = (
             f"Client-level differential privacy of the weights: {record.privacy} (noise multiplier "

@@ -132,7 +132,7 @@ def chosen_settings(rows: Iterable[Mapping]) -> dict[str, tuple[float, int]]:
     tried = [{(r["learning_rate"], r["local_steps"]) for r in tuned if r["method"] == name} for name in METHODS]
     shared = set.intersection(*tried)
     if not shared:
-        raise SystemExit("there is no setting yet that every method has tried: run `tune`")
+        raise SystemExit("no setting has been tried with every method yet: run `tune`")
     found: dict[str, tuple[float, tuple[float, int]]] = {}
     for row in tuned:
         settings = (row["learning_rate"], row["local_steps"])

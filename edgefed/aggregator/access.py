@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgefed.aggregator.store import check_run, sqlite_errors
+from edgefed.aggregator.store import check_run, sqlite_errors, transaction
 from edgefed.aggregator.validate import digest
 from edgefed.disk import disk_errors, write_durably
 from edgefed.errors import ConfigError, StaleRequest, Unauthorized
@@ -121,14 +121,8 @@ class Access:
     def _transaction(self, *, reload: bool = True) -> Iterator[sqlite3.Connection]:
         """A transaction, on disk when it ends; with ``reload``, what it wrote is then in memory."""
         with self._lock, sqlite_errors(self._path):
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
+            with transaction(self._connection):
                 yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
             if reload:
                 self._load()
 

@@ -28,7 +28,7 @@ from edgefed.protocol.messages import (
 )
 
 BYTES, NOTHING = "bytes", "nothing"
-"""Contents that are no message: raw bytes, and an empty object."""
+"""Bodies without a message type: raw bytes, and an empty object."""
 NUMBER = {"type": "integer", "minimum": 0, "maximum": 10**9 - 1}
 PATH_PARAMETERS: dict[str, dict[str, Any]] = {
     "client_id": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},

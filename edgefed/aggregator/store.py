@@ -127,6 +127,19 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         raise StateCorrupt(f"invalid or damaged database {path}: {error}") from error
 
 
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Run the block as one transaction, on disk when it ends; an error undoes it."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
 class Store:
     """The open state of a run. `close` releases it, and so does the end of the process."""
 
@@ -200,14 +213,8 @@ class Store:
         with self._lock, sqlite_errors(self._path):
             if self._connection is None:
                 raise StorageError(f"{self._path} is closed")
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
+            with transaction(self._connection):
                 yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
 
     # --- the global model ---------------------------------------------------------------------------------------
 

@@ -315,7 +315,7 @@ class DemoDisplay:
     def _reach(self, share: float) -> None:
         """Note that this share of the method is done, and estimate when all is done.
 
-        A later estimate replaces an earlier one only if it is much later: what is left counts down.
+        The time left counts down: a new estimate replaces the old one only if it is much later.
         """
         self._share = share
         done = (max(0, self._methods - 1) + share) / self._num_methods

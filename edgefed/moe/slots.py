@@ -61,48 +61,10 @@ def slot_weights(
     )
 
 
-class RaggedStack:
-    """One tensor of every slot, of different shapes: views of one contiguous storage."""
+class _Stack:
+    """One tensor of every slot."""
 
-    def __init__(self, flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]):
-        self._flat, self._shapes = flat, tuple(shapes)
-        sizes = [math.prod(shape) for shape in self._shapes]
-        parts = torch.split(flat.detach(), sizes)
-        self._parts: list[torch.Tensor] = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-
-    @classmethod
-    def empty(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> RaggedStack:
-        """Return an uninitialized stack."""
-        size = sum(math.prod(shape) for shape in shapes)
-        return cls(torch.empty(size, dtype=dtype, device=device), shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __getitem__(self, slot: int) -> torch.Tensor:
-        return self._parts[slot]
-
-    @property
-    def data(self) -> list[torch.Tensor]:
-        """The tensors, each with a version counter of its own, as of ``Tensor.data``."""
-        return [part.data for part in self._parts]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the tensors."""
-        return self._flat.dtype
-
-    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> RaggedStack:
-        """Return the stack with ``fn`` applied to its storage: a move or a cast."""
-        return RaggedStack(fn(self._flat), self._shapes)
-
-
-class SplitStack:
-    """One tensor of every slot, of one shape: those of the first slots in ``near``, the others in ``far``."""
-
-    def __init__(self, near: torch.Tensor, far: torch.Tensor):
-        self._near, self._far = near, far
-        self._parts = [*near.detach().unbind(0), *far.detach().unbind(0)]
+    _parts: list[torch.Tensor]
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -114,6 +76,39 @@ class SplitStack:
     def data(self) -> list[torch.Tensor]:
         """The tensors, each with a version counter of its own, as of ``Tensor.data``."""
         return [part.data for part in self._parts]
+
+
+class RaggedStack(_Stack):
+    """One tensor of every slot, of different shapes: views of one contiguous storage."""
+
+    def __init__(self, flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]):
+        self._flat, self._shapes = flat, tuple(shapes)
+        sizes = [math.prod(shape) for shape in self._shapes]
+        parts = torch.split(flat.detach(), sizes)
+        self._parts = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    @classmethod
+    def empty(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> RaggedStack:
+        """Return an uninitialized stack."""
+        size = sum(math.prod(shape) for shape in shapes)
+        return cls(torch.empty(size, dtype=dtype, device=device), shapes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the tensors."""
+        return self._flat.dtype
+
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> RaggedStack:
+        """Return the stack with ``fn`` applied to its storage: a move or a cast."""
+        return RaggedStack(fn(self._flat), self._shapes)
+
+
+class SplitStack(_Stack):
+    """One tensor of every slot, of one shape: those of the first slots in ``near``, the others in ``far``."""
+
+    def __init__(self, near: torch.Tensor, far: torch.Tensor):
+        self._near, self._far = near, far
+        self._parts = [*near.detach().unbind(0), *far.detach().unbind(0)]
 
     @property
     def dtype(self) -> torch.dtype:

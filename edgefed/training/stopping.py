@@ -14,7 +14,7 @@ standard deviation between parts.
 
 A part consists of blocks, or of groups of them where the statistics of each block would be too large: energies of
 neurons. A plan of slices agrees with another as far as its neurons add as much to the outputs of the layers
-(`slice_agreement`): which of two neurons of the same energy it has is no matter, and most are near the boundary.
+(`slice_agreement`): neurons of the same energy are interchangeable, and most are near the boundary.
 
 The agreement is estimated somewhat too high where many experts are close to the boundary: the gaps between them that
 the n blocks show are larger than the real ones. Nothing is assumed of the method: its choice is a function from a
