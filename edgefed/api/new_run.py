@@ -1,11 +1,12 @@
-"""Parts of the creation of a run: its privacy settings, and what is said while a model is imported."""
+"""The run of a `Server`: a new one is made from its settings, one that continues is compared with them."""
 
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgefed.errors import ConfigError
 
@@ -13,9 +14,179 @@ if TYPE_CHECKING:
     from edgefed.aggregator.rounds import RoundPolicy
     from edgefed.api.server import Server
     from edgefed.methods.interface import Method
+    from edgefed.protocol.messages import RunConfig, TrainingConfig
     from edgefed.protocol.privacy import PrivacyConfig
 
+Option = float | int | str | bool
+
+DEFAULT_METHOD = "hfedmoe"
+DEFAULT_EXTRACTOR = "cnn5"
 DEFAULT_DELTA = 1e-5
+TRAINING = (
+    "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "local_steps", "batch_size",
+    "sequence_length", "learning_rate", "weight_decay", "balancing", "missing", "profile_tokens",
+    "profile_agreement", "evaluation_tokens", "evaluation_share",
+)  # fmt: skip
+"""Settings of the training of a language model."""
+
+
+def _method(server: Server) -> tuple[str, dict[str, Option]]:
+    """(name, options) of the method; one of the user's own is registered."""
+    from edgefed.methods import custom
+
+    options = dict(server.options or {})
+    if server.method is None:
+        return DEFAULT_METHOD, options
+    if isinstance(server.method, str):
+        name = custom.load_method(server.method) if custom.is_location(server.method) else server.method
+        return name, options
+    if options:
+        raise ConfigError("`options` are part of a method object", remedy="Set them where the object is made.")
+    return custom.name_and_options(server.method)
+
+
+def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
+    """Import the model into a new run in the state folder. Raises ConfigError, ModelError, StorageError."""
+    from edgefed.embedded import TINY, resolve_model
+    from edgefed.hub import check_source
+    from edgefed.methods.registry import check_training, make_method
+    from edgefed.progress import Pulse
+    from edgefed.protocol.messages import RunConfig
+    from edgefed.runs import import_in_subprocess
+
+    model, tokenizer = str(server.model or TINY), ""
+    name, options = _method(server)
+    method = make_method(name, options)
+    if method.personal:
+        model, tokenizer = _extractor(server, name)
+        source = model
+    else:
+        for setting in ("extractor", "tokenizer"):
+            if (value := getattr(server, setting)) is not None:
+                raise ConfigError(
+                    f"`{setting}={value}` has no effect with `method={name}`",
+                    remedy=f"Remove `{setting}`: it is for fedmoe only.",
+                )
+        source = resolve_model(server.model or TINY)
+    training = _training(server)
+    check_training(method, training.experts)
+    if {training.experts, training.router, training.attention} == {"none"}:
+        raise ConfigError("nothing would be trained: experts, router and attention are all none")
+    run = RunConfig(
+        run_id=secrets.token_hex(8),
+        model=model,
+        method=name,
+        method_options=options,
+        rounds=5 if server.rounds is None else server.rounds,
+        seed=server.seed or 0,
+        training=training,
+        tokenizer=tokenizer,
+        privacy=privacy_of(server),
+    )
+    policy = _policy(server, run.rounds)
+    if run.privacy is not None:
+        policy = check_private(server, run.privacy, method, policy)
+    if note := "" if method.personal else check_source(source):
+        report(note)
+    report(f"importing {run.model} into {server.state}")
+    neurons = not method.personal and method.requirements.neurons
+    with Pulse(import_watch(server.state, run.model, source, report)):
+        import_in_subprocess(source, server.state, run, policy, personal=method.personal, neurons=neurons)
+    return run
+
+
+def _training(server: Server) -> TrainingConfig:
+    from edgefed.protocol.messages import TrainingConfig
+
+    given = {name: getattr(server, name) for name in TRAINING if getattr(server, name) is not None}
+    return TrainingConfig(**{name.removeprefix("train_"): value for name, value in given.items()})
+
+
+def _policy(server: Server, rounds: int) -> RoundPolicy:
+    from edgefed.aggregator.rounds import RoundPolicy
+
+    defaults: dict[str, Any] = {
+        "min_clients": 2, "client_timeout_s": 60.0, "deadline_s": 3600.0, "clip": 2.0, "rollback": 1.5,
+    }  # fmt: skip
+    policy = RoundPolicy(rounds=rounds, **{**defaults, **policy_settings(server)})
+    policy.check()
+    return policy
+
+
+def policy_settings(server: Server) -> dict[str, Any]:
+    """The settings of rounds that were given; they also apply to a run that continues."""
+    from edgefed.aggregator.rounds import RoundPolicy
+
+    settings = {"deadline_s": server.deadline, "client_timeout_s": server.client_timeout}
+    names = {field.name for field in dataclasses.fields(RoundPolicy)} - {"rounds", *settings}
+    settings |= {name: getattr(server, name) for name in names}
+    switched_off = ("deadline_s", "clip", "rollback")
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {name: None if name in switched_off and value == 0 else value for name, value in given.items()}
+
+
+def _extractor(server: Server, method: str) -> tuple[str, str]:
+    """(extractor, its tokenizer or "") of a run whose clients have models of their own.
+
+    Raises ConfigError for settings that have no effect there.
+    """
+    from edgefed.embedded import TINY
+    from edgefed.methods.fedmoe import TEXT, extractor_task
+    from edgefed.methods.registry import method_options
+
+    name = server.extractor or DEFAULT_EXTRACTOR
+    reads_text = extractor_task(name) == TEXT
+    if server.tokenizer and not reads_text:
+        raise ConfigError(
+            f"`tokenizer={server.tokenizer}` has no effect with {name}, which takes images",
+            remedy="Remove it, or set `extractor=text-small`.",
+        )
+    for setting in ("model", *TRAINING):
+        if getattr(server, setting) is None or (setting == "sequence_length" and reads_text):
+            continue
+        raise ConfigError(
+            f"`{setting}` has no effect with {method}: its clients train models of their own",
+            remedy=f"Set options of the method instead: {', '.join(method_options(method))}.",
+        )
+    return name, (server.tokenizer or TINY) if reads_text else ""
+
+
+def continued_run(server: Server) -> RunConfig:
+    """The run in the state folder. Raises ConfigError for a setting that contradicts it."""
+    from edgefed.methods.options import option_values
+    from edgefed.methods.registry import make_method
+    from edgefed.runs import RunReader
+
+    with RunReader(server.state) as reader:
+        run = reader.run
+    method, options = _method(server) if server.method is not None else (None, dict(server.options or {}))
+    wanted: dict[str, object] = {"model": server.model and str(server.model), "extractor": server.extractor}
+    wanted |= {"method": method, "tokenizer": server.tokenizer, "rounds": server.rounds, "seed": server.seed}
+    wanted |= {name: getattr(server, name) for name in TRAINING}
+    for name, value in wanted.items():
+        attribute = "model" if name == "extractor" else name.removeprefix("train_")
+        found = getattr(run if hasattr(run, attribute) else run.training, attribute)
+        if value is not None and value != found:
+            raise _contradiction(server, f"`{name}={value}`", found)
+    if asked := other_privacy(server, run.privacy):
+        raise _contradiction(server, asked, run.privacy or "no noise")
+    if options:
+        found, wanted_method = (
+            option_values(make_method(run.method, {**run.method_options, **more})) for more in ({}, options)
+        )
+        if differing := [name for name in options if wanted_method[name] != found[name]]:
+            asked, has = (
+                ", ".join(f"{name}={values[name]}" for name in differing) for values in (wanted_method, found)
+            )
+            raise _contradiction(server, f"`options` {asked}", has)
+    return run
+
+
+def _contradiction(server: Server, asked: str, found: object) -> ConfigError:
+    return ConfigError(
+        f"{asked} was asked for, but the run in {server.state} has {found}",
+        remedy="Remove the setting to continue that run, or start a new one with another `state`.",
+    )
 
 
 def privacy_of(server: Server) -> PrivacyConfig | None:

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from edgefed.api.new_run import DEFAULT_EXTRACTOR, DEFAULT_METHOD, Option, continued_run, create_run, policy_settings
 from edgefed.config import Setting, check_settings
-from edgefed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgefed.aggregator.rounds import RoundPolicy
     from edgefed.methods.interface import Method
     from edgefed.protocol.messages import RunConfig
 else:
     Method = object
 
 TrainMode = Literal["full", "lora", "none"]
-Option = float | int | str | bool
-
-DEFAULT_METHOD = "hfedmoe"
-DEFAULT_EXTRACTOR = "cnn5"
-TRAINING = (
-    "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "local_steps", "batch_size",
-    "sequence_length", "learning_rate", "weight_decay", "balancing", "missing", "profile_tokens",
-    "profile_agreement", "evaluation_tokens", "evaluation_share",
-)  # fmt: skip
-"""Settings of the training of a language model."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -217,10 +205,10 @@ class Server:
         check_token(self.host, self.token, invite_only=self.invite_only)
         bind(self.host, self.port).close()  # a port in use is reported before the import, which takes long
         if has_run(self.state):
-            self.run_config = self._existing_run()
+            self.run_config = continued_run(self)
             report(f"continuing the run in {self.state}")
         else:
-            self.run_config = self._create_run(report)
+            self.run_config = create_run(self, report)
         config = ServerConfig(
             state_folder=self.state,
             host=self.host,
@@ -233,7 +221,7 @@ class Server:
             ready_file=self.ready_file,
             exit_when_finished=self.exit_when_finished,
             keep_rounds=self.keep_rounds,
-            policy_changes=self._policy_settings(),
+            policy_changes=policy_settings(self),
         )
         self._running = AggregatorServer(config, on_ready=on_ready or (lambda url: None))
         self._running.run()
@@ -244,155 +232,3 @@ class Server:
         """End a running `serve`; callable from any thread. The run continues when it is served again."""
         if self._running is not None:
             self._running.stop()
-
-    def _method(self) -> tuple[str, dict[str, Option]]:
-        """(name, options) of the method; one of the user's own is registered."""
-        from edgefed.methods import custom
-
-        options = dict(self.options or {})
-        if self.method is None:
-            return DEFAULT_METHOD, options
-        if isinstance(self.method, str):
-            name = custom.load_method(self.method) if custom.is_location(self.method) else self.method
-            return name, options
-        if options:
-            raise ConfigError("`options` are part of a method object", remedy="Set them where the object is made.")
-        return custom.name_and_options(self.method)
-
-    def _create_run(self, report: Callable[[str], None]) -> RunConfig:
-        from edgefed.api.new_run import check_private, import_watch, privacy_of
-        from edgefed.embedded import TINY, resolve_model
-        from edgefed.hub import check_source
-        from edgefed.methods.registry import check_training, make_method
-        from edgefed.progress import Pulse
-        from edgefed.protocol.messages import RunConfig
-        from edgefed.runs import import_in_subprocess
-
-        model, tokenizer = str(self.model or TINY), ""
-        name, options = self._method()
-        method = make_method(name, options)
-        if method.personal:
-            model, tokenizer = self._extractor(name)
-            source = model
-        else:
-            for setting in ("extractor", "tokenizer"):
-                if (value := getattr(self, setting)) is not None:
-                    raise ConfigError(
-                        f"`{setting}={value}` has no effect with `method={name}`",
-                        remedy=f"Remove `{setting}`: it is for fedmoe only.",
-                    )
-            source = resolve_model(self.model or TINY)
-        training = self._training()
-        check_training(method, training.experts)
-        if {training.experts, training.router, training.attention} == {"none"}:
-            raise ConfigError("nothing would be trained: experts, router and attention are all none")
-        run = RunConfig(
-            run_id=secrets.token_hex(8),
-            model=model,
-            method=name,
-            method_options=options,
-            rounds=5 if self.rounds is None else self.rounds,
-            seed=self.seed or 0,
-            training=training,
-            tokenizer=tokenizer,
-            privacy=privacy_of(self),
-        )
-        policy = self._policy(run.rounds)
-        if run.privacy is not None:
-            policy = check_private(self, run.privacy, method, policy)
-        if note := "" if method.personal else check_source(source):
-            report(note)
-        report(f"importing {run.model} into {self.state}")
-        neurons = not method.personal and method.requirements.neurons
-        with Pulse(import_watch(self.state, run.model, source, report)):
-            import_in_subprocess(source, self.state, run, policy, personal=method.personal, neurons=neurons)
-        return run
-
-    def _training(self) -> Any:
-        from edgefed.protocol.messages import TrainingConfig
-
-        given = {name: getattr(self, name) for name in TRAINING if getattr(self, name) is not None}
-        return TrainingConfig(**{name.removeprefix("train_"): value for name, value in given.items()})
-
-    def _policy(self, rounds: int) -> RoundPolicy:
-        from edgefed.aggregator.rounds import RoundPolicy
-
-        defaults: dict[str, Any] = {
-            "min_clients": 2, "client_timeout_s": 60.0, "deadline_s": 3600.0, "clip": 2.0, "rollback": 1.5,
-        }  # fmt: skip
-        policy = RoundPolicy(rounds=rounds, **{**defaults, **self._policy_settings()})
-        policy.check()
-        return policy
-
-    def _policy_settings(self) -> dict[str, Any]:
-        """The settings of rounds that were given; they also apply to a run that continues."""
-        from edgefed.aggregator.rounds import RoundPolicy
-
-        settings = {"deadline_s": self.deadline, "client_timeout_s": self.client_timeout}
-        names = {field.name for field in dataclasses.fields(RoundPolicy)} - {"rounds", *settings}
-        settings |= {name: getattr(self, name) for name in names}
-        switched_off = ("deadline_s", "clip", "rollback")
-        given = {name: value for name, value in settings.items() if value is not None}
-        return {name: None if name in switched_off and value == 0 else value for name, value in given.items()}
-
-    def _extractor(self, method: str) -> tuple[str, str]:
-        """(extractor, its tokenizer or "") of a run whose clients have models of their own.
-
-        Raises ConfigError for settings that have no effect there.
-        """
-        from edgefed.embedded import TINY
-        from edgefed.methods.fedmoe import TEXT, extractor_task
-        from edgefed.methods.registry import method_options
-
-        name = self.extractor or DEFAULT_EXTRACTOR
-        reads_text = extractor_task(name) == TEXT
-        if self.tokenizer and not reads_text:
-            raise ConfigError(
-                f"`tokenizer={self.tokenizer}` has no effect with {name}, which takes images",
-                remedy="Remove it, or set `extractor=text-small`.",
-            )
-        for setting in ("model", *TRAINING):
-            if getattr(self, setting) is None or (setting == "sequence_length" and reads_text):
-                continue
-            raise ConfigError(
-                f"`{setting}` has no effect with {method}: its clients train models of their own",
-                remedy=f"Set options of the method instead: {', '.join(method_options(method))}.",
-            )
-        return name, (self.tokenizer or TINY) if reads_text else ""
-
-    def _existing_run(self) -> RunConfig:
-        """The run in the state folder. Raises ConfigError for a setting that contradicts it."""
-        from edgefed.api.new_run import other_privacy
-        from edgefed.methods.options import option_values
-        from edgefed.methods.registry import make_method
-        from edgefed.runs import RunReader
-
-        with RunReader(self.state) as reader:
-            run = reader.run
-        method, options = self._method() if self.method is not None else (None, dict(self.options or {}))
-        wanted: dict[str, object] = {"model": self.model and str(self.model), "extractor": self.extractor}
-        wanted |= {"method": method, "tokenizer": self.tokenizer, "rounds": self.rounds, "seed": self.seed}
-        wanted |= {name: getattr(self, name) for name in TRAINING}
-        for name, value in wanted.items():
-            attribute = "model" if name == "extractor" else name.removeprefix("train_")
-            found = getattr(run if hasattr(run, attribute) else run.training, attribute)
-            if value is not None and value != found:
-                raise self._contradiction(f"`{name}={value}`", found)
-        if asked := other_privacy(self, run.privacy):
-            raise self._contradiction(asked, run.privacy or "no noise")
-        if options:
-            found, wanted_method = (
-                option_values(make_method(run.method, {**run.method_options, **more})) for more in ({}, options)
-            )
-            if differing := [name for name in options if wanted_method[name] != found[name]]:
-                asked, has = (
-                    ", ".join(f"{name}={values[name]}" for name in differing) for values in (wanted_method, found)
-                )
-                raise self._contradiction(f"`options` {asked}", has)
-        return run
-
-    def _contradiction(self, asked: str, found: object) -> ConfigError:
-        return ConfigError(
-            f"{asked} was asked for, but the run in {self.state} has {found}",
-            remedy="Remove the setting to continue that run, or start a new one with another `state`.",
-        )
