@@ -10,11 +10,17 @@ import hashlib
 import io
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from edgefed.errors import DiskFull, StorageError
+import filelock
+
+from edgefed.errors import DiskFull, StateLocked, StorageError
+
+if sys.platform != "win32":
+    import fcntl
 
 READ_BYTES = 1024 * 1024
 """Size of one read in a loop over a file."""
@@ -84,6 +90,43 @@ def make_folder(folder: Path) -> Path:
     with disk_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+class FolderLock:
+    """A folder that only this process uses, until `release` or the end of the process.
+
+    Locks the file ``name`` in the folder and, except on Windows, the folder itself: somebody may delete the file, which
+    Windows forbids while it is locked. Raises StateLocked, StorageError.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self._file = filelock.FileLock(str(folder / name), blocking=False, thread_local=False)
+        self._handle: int | None = None
+        with disk_errors(folder / name):
+            try:
+                self._file.acquire()
+                self._lock_folder(folder)
+            except (filelock.Timeout, BlockingIOError) as error:  # OSErrors, so they must be caught inside
+                self.release()
+                raise StateLocked(f"another edgefed process uses the state folder {folder}") from error
+
+    def _lock_folder(self, folder: Path) -> None:
+        if sys.platform == "win32":
+            return
+        self._handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # NFS, for one, locks files only
+            logger.info("%s is locked by its file %s only: %s", folder, self._file.lock_file, error.strerror)
+
+    def release(self) -> None:
+        """Let others use the folder. Releasing it twice changes nothing."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+        self._file.release()
 
 
 def check_folder(folder: Path, setting: str = "state") -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgefed import disk
-from edgefed.errors import DiskFull, StorageError
+from edgefed.errors import DiskFull, StateLocked, StorageError
 
 
 @pytest.mark.parametrize("number", sorted(disk.FULL))
@@ -31,6 +31,26 @@ def test_other_errors_name_the_action_and_the_file(tmp_path):
         raise OSError("broken")
     with pytest.raises(ZeroDivisionError), disk.disk_errors("divide"):
         _ = 1 / 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be locked there")
+def test_a_folder_that_cannot_be_locked_is_locked_by_its_file(tmp_path, monkeypatch, caplog):
+    def flock(handle, operation):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")  # NFS
+        real(handle, operation)
+
+    import fcntl
+
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with caplog.at_level("INFO"):
+        lock = disk.FolderLock(tmp_path, "lock")
+    assert f"{tmp_path} is locked by its file" in caplog.text
+    with pytest.raises(StateLocked):
+        disk.FolderLock(tmp_path, "lock")
+    lock.release()
+    disk.FolderLock(tmp_path, "lock").release()
 
 
 def test_a_durable_write_is_atomic(tmp_path, monkeypatch):

@@ -18,11 +18,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import msgspec
 
-from edgefed.disk import disk_errors, make_folder, make_private, settle_file, write_durably
-from edgefed.errors import EdgefedError, MalformedMessage, StateCorrupt, StateLocked
+from edgefed.disk import FolderLock, disk_errors, make_folder, make_private, settle_file, write_durably
+from edgefed.errors import EdgefedError, MalformedMessage, StateCorrupt
 from edgefed.protocol.messages import UpdateMeta, decode_message, encode_message
 from edgefed.protocol.signing import new_key
 
@@ -75,12 +74,7 @@ class Journal:
         self.folder = make_private(Path(folder))
         self.updates = make_folder(self.folder / UPDATES_FOLDER)
         self._path = self.folder / JOURNAL_FILE
-        self._lock = filelock.FileLock(str(self.folder / LOCK_FILE), blocking=False, thread_local=False)
-        with disk_errors(self.folder / LOCK_FILE):
-            try:
-                self._lock.acquire()
-            except filelock.Timeout as error:  # an OSError, so it must be caught inside
-                raise StateLocked(f"another edgefed process uses the state folder {self.folder}") from error
+        self._lock = FolderLock(self.folder, LOCK_FILE)
         try:
             self.record = self._load()
             self._drop_strays()

@@ -17,8 +17,8 @@ import numpy as np
 
 from edgefed.aggregator.blobs import BlobBatch, BlobStore
 from edgefed.aggregator.rounds import RoundPolicy
-from edgefed.aggregator.store import DATABASE_NAME, has_run, lock_folder, write_database
-from edgefed.disk import disk_errors, make_private, read_ranges, sync_folder
+from edgefed.aggregator.store import DATABASE_NAME, LOCK_NAME, has_run, write_database
+from edgefed.disk import FolderLock, disk_errors, make_private, read_ranges, sync_folder
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.protocol.frames import (
     FLOAT_DTYPES,
@@ -45,7 +45,7 @@ class RunWriter:
     def __init__(self, folder: Path):
         self._folder = folder
         make_private(folder)
-        self._lock = lock_folder(folder)
+        self._lock = FolderLock(folder, LOCK_NAME)
         self._units: dict[str, UnitInfo] = {}
         self._files: dict[str, FileInfo] = {}
         if has_run(folder):

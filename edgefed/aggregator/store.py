@@ -21,13 +21,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import filelock
 import msgspec
 
 from edgefed.aggregator.coverage import no_coverage
 from edgefed.aggregator.records import ClientRecord, RoundRecord, UpdateRecord
 from edgefed.aggregator.rounds import Phase, RoundPolicy
-from edgefed.errors import DiskFull, StateCorrupt, StateLocked, StorageError
+from edgefed.disk import FolderLock
+from edgefed.errors import DiskFull, StateCorrupt, StorageError
 from edgefed.protocol.coverage import ExpertCoverage
 from edgefed.protocol.messages import (
     FileInfo,
@@ -72,18 +72,6 @@ def check_run(folder: Path) -> None:
             f"no run in state folder {folder}",
             remedy="Create a run with `edgefed serve`, or set `state` to the folder of a run.",
         )
-
-
-def lock_folder(folder: Path) -> filelock.BaseFileLock:
-    """Lock the folder for this process, until it ends or releases the lock. Raises StateLocked."""
-    lock = filelock.FileLock(str(folder / LOCK_NAME), thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise StateLocked(f"state folder {folder} is in use by another process") from error
-    except OSError as error:
-        raise StorageError(f"cannot lock state folder {folder}: {error}") from error
-    return lock
 
 
 def write_database(
@@ -151,7 +139,7 @@ class Store:
         self.folder = folder
         self._path = folder / DATABASE_NAME
         check_run(folder)
-        self._folder_lock = None if read_only else lock_folder(folder)
+        self._folder_lock = None if read_only else FolderLock(folder, LOCK_NAME)
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         try:

@@ -178,5 +178,9 @@ def test_a_locked_folder_refuses_a_second_agent(tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
         assert other.returncode != 0
         assert "StateLocked" in other.stderr
+        if os.name != "nt":
+            (tmp_path / journal_module.LOCK_FILE).unlink()  # by somebody who takes it for a leftover
+            with pytest.raises(StateLocked):
+                Journal(tmp_path)
     with Journal(tmp_path):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 import sqlite3
 
@@ -17,7 +18,7 @@ from edgefed.aggregator import blobs as blobs_module
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.creation import RunWriter
 from edgefed.aggregator.rounds import Phase, RoundPolicy
-from edgefed.aggregator.store import Store, has_run
+from edgefed.aggregator.store import LOCK_NAME, Store, has_run
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StateCorrupt, StateLocked, StorageError
 
 POLICY = RoundPolicy(rounds=2)
@@ -127,6 +128,10 @@ def test_a_run_folder_has_one_writer(state):
         Store(state)
     with pytest.raises(StateLocked):
         RunWriter(state)
+    if os.name != "nt":
+        (state / LOCK_NAME).unlink()  # by somebody who takes it for a leftover
+        with pytest.raises(StateLocked):
+            Store(state)
     store.close()
     Store(state).close()
 
