@@ -24,8 +24,8 @@ DEFAULT_EXTRACTOR = "cnn5"
 DEFAULT_DELTA = 1e-5
 TRAINING = (
     "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "local_steps", "batch_size",
-    "sequence_length", "learning_rate", "weight_decay", "balancing", "missing", "profile_tokens",
-    "profile_agreement", "evaluation_tokens", "evaluation_share",
+    "sequence_length", "learning_rate", "schedule", "warmup_rounds", "max_grad_norm", "weight_decay", "balancing",
+    "missing", "profile_tokens", "profile_agreement", "evaluation_tokens", "evaluation_share",
 )  # fmt: skip
 """Settings of the training of a language model."""
 
@@ -51,6 +51,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
     from edgefed.hub import check_source
     from edgefed.methods.registry import check_training, make_method
     from edgefed.progress import Pulse
+    from edgefed.protocol.limits import schedule_problems
     from edgefed.protocol.messages import RunConfig
     from edgefed.runs import import_in_subprocess
 
@@ -70,6 +71,9 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
         source = resolve_model(server.model or TINY)
     training = _training(server)
     check_training(method, training.experts)
+    rounds = 5 if server.rounds is None else server.rounds
+    if problems := schedule_problems(training, rounds):
+        raise ConfigError("; ".join(problems))
     if {training.experts, training.router, training.attention} == {"none"}:
         raise ConfigError("nothing would be trained: experts, router and attention are all none")
     run = RunConfig(
@@ -77,7 +81,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
         model=model,
         method=name,
         method_options=options,
-        rounds=5 if server.rounds is None else server.rounds,
+        rounds=rounds,
         seed=server.seed or 0,
         training=training,
         tokenizer=tokenizer,

@@ -141,6 +141,19 @@ class Server:
     batch_size: Annotated[int | None, Setting("Sequences in a batch.", default="8", minimum=1)] = None
     sequence_length: Annotated[int | None, Setting("Tokens in a sequence.", default="128", minimum=2)] = None
     learning_rate: Annotated[float | None, Setting("Learning rate of clients.", default="0.0005", above=0)] = None
+    schedule: Annotated[
+        Literal["constant", "cosine", "linear"] | None,
+        Setting("How the learning rate changes over the run: not, or down to 0 by a cosine or a line.",
+                default="constant"),
+    ] = None  # fmt: skip
+    warmup_rounds: Annotated[
+        int | None, Setting("Rounds over which the learning rate first rises from 0.", default="0", minimum=0)
+    ] = None
+    max_grad_norm: Annotated[
+        float | None,
+        Setting("Longest gradient of a step, as the L2 norm over all that is trained; 0: no limit.", default="1",
+                minimum=0),
+    ] = None  # fmt: skip
     weight_decay: Annotated[float | None, Setting("Weight decay of clients.", default="0", minimum=0)] = None
     balancing: Annotated[
         float | None,

@@ -78,6 +78,11 @@ class TrainingConfig(Message, frozen=True):
     learning_rate: float = 5e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    """Longest gradient of a step, as the L2 norm over all that is trained; 0: any length."""
+    schedule: str = "constant"
+    """How the learning rate changes over the run: "constant", "cosine" or "linear", the two latter down to 0."""
+    warmup_rounds: int = 0
+    """Rounds over which the learning rate first rises from 0 to its value."""
     experts: str = "full"
     router: str = "full"
     attention: str = "none"

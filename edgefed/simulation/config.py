@@ -21,6 +21,7 @@ from edgefed.errors import ConfigError, DataError
 from edgefed.hardware.profile_files import DeviceProfile
 from edgefed.methods.custom import is_location, load_method
 from edgefed.methods.registry import make_method
+from edgefed.protocol.limits import schedule_problems
 from edgefed.protocol.messages import TrainingConfig
 
 
@@ -186,6 +187,7 @@ class SimulationConfig:
         if self.split is not None and self.split.alpha is not None and not 0 < self.split.alpha < 1e6:
             problems.append(f"alpha is {self.split.alpha}, expected a number above 0")
         problems += _training_problems(self.training)
+        problems += [text.replace("_", "-").replace("`", "") for text in schedule_problems(self.training, self.rounds)]
         if problems:
             raise ConfigError("; ".join(problems))
 

@@ -374,8 +374,7 @@ class LocalTrainer:
     ) -> StepsOutcome:
         """The steps of the round, those that are ``finished`` included; fewer if the plan has to shrink."""
         ctx.phase = "training"
-        training, progress = ctx.run.training, ctx.progress
-        setup = self.planner.step_plan.setup
+        training, progress, setup = ctx.run.training, ctx.progress, self.planner.step_plan.setup
         assert self._train_blocks is not None, "the data has been encoded"
 
         def measure(optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> None:
@@ -391,6 +390,7 @@ class LocalTrainer:
                 on_step=lambda loss: progress.advance(1), reconsider=guard.reconsider,
                 norms=GradientNorms(model) if ctx.method.assigning else None,
                 first_step=finished.outcome.steps if finished else 0, measure=measure if measures else None,
+                server_round=ctx.assignment.server_round, rounds=ctx.run.rounds,
             )  # fmt: skip
         progress.done()
         return finished.before(outcome, plan) if finished else outcome

@@ -1,4 +1,6 @@
-"""Gradient clipping and AdamW beyond torch's: for offloaded experts, and for weights in 16 bits.
+"""Learning-rate schedules, and gradient clipping and AdamW beyond torch's: for offloaded experts and for 16 bits.
+
+**Schedules** run over the whole run and not over one round, since a round is a few steps only (`learning_rate_at`).
 
 **Offloaded experts**: one tensor after the other, each released behind it. Both compute what torch computes; only the
 order in which memory is touched differs.
@@ -21,6 +23,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from edgefed.moe.offloading import offloaded, release
+from edgefed.protocol.messages import TrainingConfig
 
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 """Bits of a float32 mantissa that a dtype does not have."""
@@ -48,9 +51,31 @@ def needs_stochastic_rounding(parameter: torch.Tensor, learning_rate: float) -> 
     return learning_rate < _LEAST_UPDATE_ULPS * typical * torch.finfo(torch.bfloat16).eps
 
 
+def learning_rate_at(training: TrainingConfig, rounds: int, server_round: int, step_share: float) -> float:
+    """The learning rate of a step of a run of ``rounds`` rounds; ``training.learning_rate`` is its largest value.
+
+    With t = server_round - 1 + step_share the rounds that are over, W the rounds of warm-up and R all rounds:
+
+        rate(t) / rate = t / W                                   t < W
+                       = 1, (1 + cos(pi x)) / 2, or 1 - x        t >= W,  x = (t - W) / (R - W)
+
+    for the schedules "constant", "cosine" (Loshchilov and Hutter, arXiv 1608.03983, without restarts) and "linear".
+    ``step_share``, 0..1, is the middle of the step as a share of the device's steps in this round. So the schedule is
+    the same for devices that take different numbers of steps, and the rate is never 0.
+    """
+    time, warmup = server_round - 1 + step_share, training.warmup_rounds
+    if time < warmup:
+        return training.learning_rate * time / warmup
+    done = min(1.0, (time - warmup) / (rounds - warmup))
+    factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[training.schedule]
+    return training.learning_rate * factor
+
+
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> None:
-    """`torch.nn.utils.clip_grad_norm_`, without all offloaded gradients in memory at once."""
+    """`torch.nn.utils.clip_grad_norm_`, without all offloaded gradients in memory at once; ``max_norm`` 0: no limit."""
+    if not max_norm:
+        return
     if not is_offloaded(parameters):
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         return

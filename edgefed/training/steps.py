@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import torch
@@ -26,7 +26,7 @@ from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.loss import batch_loss, configured_balancing
-from edgefed.training.optimizers import clip_gradients
+from edgefed.training.optimizers import clip_gradients, learning_rate_at
 from edgefed.training.savings import checkpointing, make_optimizer
 from edgefed.training.utility import GradientNorms
 
@@ -151,12 +151,15 @@ def run_steps(
     reconsider: Callable[[], StepSetup | Literal["stop"] | None] = lambda: None,
     first_step: int = 0,
     measure: Callable[[torch.optim.Optimizer, Callable[[], None]], None] | None = None,
+    server_round: int = 1,
+    rounds: int = 1,
 ) -> StepsOutcome:
     """Train ``training.local_steps`` steps on ``blocks``, in a shuffled order that depends on ``seed`` alone.
 
-    The optimizer is AdamW with a constant learning rate; it starts fresh, as in FedAvg. With ``compute_share`` < 1 the
-    method's schedule decides per batch and layer which trainable experts get gradients. The optimizer skips an expert
-    without a gradient, so neither momentum nor weight decay moves it. Gradients are clipped to ``max_grad_norm``.
+    The optimizer is AdamW; it starts fresh, as in FedAvg. Its learning rate is that of round ``server_round`` of
+    ``rounds`` (`edgefed.training.optimizers.learning_rate_at`). With ``compute_share`` < 1 the method's schedule
+    decides per batch and layer which trainable experts get gradients. The optimizer skips an expert without a gradient,
+    so neither momentum nor weight decay moves it. Gradients are clipped to ``max_grad_norm``.
 
     ``setup`` says how a step saves memory (None: it does not); its sequence length cuts the blocks. ``on_step`` is
     called with the loss of each step, ``norms`` counts the gradients. ``reconsider`` is called between steps, when
@@ -169,7 +172,9 @@ def run_steps(
         TrainingDiverged: the loss is not finite. Also what ``on_step`` and ``reconsider`` raise.
 
     """
-    steps = _LocalSteps(model, blocks, training, setup or step_setup(model, training), seed + first_step, norms)
+    shares = [(step + 0.5) / training.local_steps for step in range(first_step, training.local_steps)]
+    rates = [learning_rate_at(training, rounds, server_round, share) for share in shares]
+    steps = _LocalSteps(model, blocks, training, setup or step_setup(model, training), seed + first_step, norms, rates)
     started = time.perf_counter()
     model.module.train()
     trained_before = Counter(model.trained_tokens())
@@ -221,6 +226,7 @@ class _LocalSteps:
         setup: StepSetup,
         seed: int,
         norms: GradientNorms | None,
+        rates: Sequence[float],
     ):
         self._on_gradients = norms.add if norms else lambda: None
         self.losses: list[float] = []
@@ -228,6 +234,7 @@ class _LocalSteps:
         self.num_tokens = 0
         self.peak_expert_bytes = 0
         self._model, self._blocks, self._training, self._setup, self._seed = model, blocks, training, setup, seed
+        self._rates = rates
         self._parameters = list(model.trainable_parameters())
         asked = training.balancing
         self._balancing = configured_balancing(model.module) if asked is None else asked
@@ -236,6 +243,8 @@ class _LocalSteps:
 
     def take(self) -> None:
         """Take one step. Raises TrainingDiverged."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rates[len(self.losses)]
         input_ids, labels = next(self._batches)
         loss, changed = take_step(
             self._model,
@@ -271,7 +280,7 @@ class _LocalSteps:
         return make_optimizer(
             self._parameters,
             self._setup.optimizer,
-            learning_rate=training.learning_rate,
+            learning_rate=min(self._rates),  # the smallest one decides how weights are rounded
             weight_decay=training.weight_decay,
             seed=self._seed,
         )

@@ -52,6 +52,7 @@ def test_a_run_id_stays_in_its_folder(run_id):
     [
         {"local_steps": 10**15}, {"local_steps": -5}, {"batch_size": 0}, {"batch_size": 10**9}, {"learning_rate": -1.0},
         {"learning_rate": float("nan")}, {"sequence_length": 10**9}, {"lora_rank": 10**9}, {"profile_tokens": -1},
+        {"max_grad_norm": -1.0}, {"schedule": "up"}, {"warmup_rounds": -1}, {"warmup_rounds": 3},
         {"local_steps": 100_000, "batch_size": 1000, "sequence_length": 1000},
     ],
     ids=str,

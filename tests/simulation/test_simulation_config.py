@@ -78,6 +78,8 @@ def test_every_fault_of_a_file_is_told_at_once(tmp_path):
         ("count = 2", "count = 3", "no data for device 4"),
         ("experts = 0.5", "experts = 1.5", "fleet.experts is 1.5"),
         ("local-steps = 4", "local-steps = 0", "local-steps is 0"),
+        ("local-steps = 4", "warmup-rounds = 3", "warmup-rounds is 3, expected fewer than the 3 rounds"),
+        ("local-steps = 4", 'schedule = "up"', "schedule is 'up'"),
         ("local-steps = 4", 'experts = "some"', "experts is 'some'"),
         ('label = "redrawn"', 'label = "../up"', "../up"),
         ('label = "redrawn"', 'label = "hfedmoe"', "duplicate names of methods: hfedmoe"),

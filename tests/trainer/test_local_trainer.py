@@ -36,6 +36,20 @@ def test_expert_memory_is_weights_gradients_and_both_moments(bench, data, tmp_pa
     assert 16 * size < peak <= 16 * size * 4 * 1.001  # beside the tensors only step counters of a few bytes
 
 
+def test_the_learning_rate_follows_the_schedule_of_the_run(bench, data, tmp_path):
+    """AdamW moves a weight by about the learning rate, here in the last of ten rounds of a linear decay."""
+    moved = {}
+    for schedule in ("constant", "linear"):
+        table = bench("fedavg", rounds=10, schedule=schedule, learning_rate=1e-3, local_steps=1)
+        table.round(trainer_of(data, tmp_path), tmp_path / "update", server_round=10)
+        unit = next(unit for unit in table.reader.manifest().units if unit.kind == "router")
+        places = [(table.paths[unit.sha256], unit.tensors[0].name)]
+        places += [(tmp_path / "update", frames.update_name(unit.key, places[0][1]))]
+        before, after = (frames.map_tensor(path, frames.read_header(path)[name]) for path, name in places)
+        moved[schedule] = np.abs(after - before).max()
+    assert moved["linear"] == pytest.approx(0.05 * moved["constant"], rel=0.05)
+
+
 def test_absent_experts_are_not_fetched_after_the_profile(bench, data, tmp_path):
     table = bench("hfedmoe", {"exploration": 0.0})
     trainer = trainer_of(data, tmp_path, share=0.25)

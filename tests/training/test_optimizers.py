@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 
 from edgefed.moe.units import TrainScope
+from edgefed.protocol.messages import TrainingConfig
 from edgefed.training import savings
 from edgefed.training.loss import batch_loss
-from edgefed.training.optimizers import AdamW, needs_stochastic_rounding
+from edgefed.training.optimizers import AdamW, clip_gradients, learning_rate_at, needs_stochastic_rounding
 from edgefed.training.savings import make_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -144,3 +146,28 @@ def test_training_in_float16_follows_float32(tmp_path, mode, learning_rate):
             losses[dtype].append(loss.item())
         assert all(torch.isfinite(parameter).all() for parameter in parameters)
     assert losses[torch.float16] == pytest.approx(losses[torch.float32], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1]),
+        ("constant", 2, [0.25, 0.75, 1, 1]),
+        ("linear", 0, [0.875, 0.625, 0.375, 0.125]),
+        ("linear", 2, [0.25, 0.75, 0.75, 0.25]),
+        ("cosine", 0, [(1 + math.cos(math.pi * x / 8)) / 2 for x in (1, 3, 5, 7)]),
+    ],
+)
+def test_a_schedule_runs_over_the_whole_run(schedule, warmup, expected):
+    training = TrainingConfig(learning_rate=2.0, schedule=schedule, warmup_rounds=warmup)
+    rates = [learning_rate_at(training, 4, server_round, 0.5) for server_round in (1, 2, 3, 4)]
+    assert rates == pytest.approx([2.0 * factor for factor in expected])
+    assert learning_rate_at(training, 4, 4, 0.999) > 0
+
+
+@pytest.mark.parametrize(("max_norm", "expected"), [(0.0, 5.0), (1.0, 1.0), (10.0, 5.0)])
+def test_gradients_are_clipped_unless_the_limit_is_0(max_norm, expected):
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    clip_gradients([weight], max_norm)
+    assert float(weight.grad.norm()) == pytest.approx(expected)
