@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -128,8 +128,7 @@ class ExpertBank(nn.Module):
         self.slot_table: dict[int, SlotWeights] = {}
         """Slots as kernels take them, each built once: collecting the tensors of a layer takes the host longer than a
         GPU computes with them."""
-        self.lasting: LastingSlots | None = None if offload is not None else LastingSlots(BankSlots(self, None))
-        """The slots with what kernels derive from them; None if weights are offloaded."""
+        self._layouts: dict[str, Any] = {}
         self._training_space: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = {}
         members = np.array([expert for group in groups for expert in group.experts], dtype=np.int64)
         for name, value in (
@@ -251,8 +250,7 @@ class ExpertBank(nn.Module):
         A cast does not change packed weights, only the dtype that they are dequantized to.
         """
         self.slot_table.clear()
-        if self.lasting is not None:
-            self.lasting.layouts.clear()
+        self._layouts.clear()
         if self.offload is None:
             self._storage = {
                 name: fn(storage) if isinstance(storage, torch.Tensor) else storage.apply(fn)
@@ -351,6 +349,16 @@ class ExpertBank(nn.Module):
             copy_into(key, name, target, tensors[name])
         for name, stack in stacks.items():
             pack_into(stack, slot - self._first_packed, key, name, tensors[name])
+
+    @property
+    def lasting(self) -> LastingSlots | None:
+        """The slots with what kernels derive from them; None if weights are offloaded or streamed.
+
+        They refer to the bank, so the bank does not keep them: in a reference cycle it would outlive its plan until the
+        garbage collector runs, and its memory with it.
+        """
+        lasts = self.offload is None and self.stream is None
+        return LastingSlots(BankSlots(self, None), self._layouts) if lasts else None
 
     def slots(self, scheduled: Collection[int] | None = None) -> Slots:
         """Return the experts for `masked_experts`. With ``scheduled``, trainable experts of other ids are detached."""

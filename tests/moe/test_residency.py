@@ -188,6 +188,23 @@ def test_a_new_plan_drops_the_previous_experts(olmoe):
         logits_of(model, olmoe)
 
 
+@pytest.mark.parametrize("experts", ["full", "lora"])
+@pytest.mark.parametrize("storage", [None, "nf4"])
+def test_a_plan_is_freed_at_once_and_not_by_the_garbage_collector(olmoe, experts, storage):
+    scope = TrainScope(experts=experts, lora_rank=4)
+    model, source = olmoe.device(olmoe.units(scope))
+    model.apply_plan(some_experts(model), source, scope, storage=storage)
+    banks = [weakref.ref(layer.experts.edgefed_bank) for layer in model.layers]
+    gc.collect()
+    gc.disable()
+    try:
+        model.module(olmoe.input_ids).logits.sum().backward()
+        model.apply_plan(some_experts(model), source, scope, storage=storage)
+        assert [bank() for bank in banks] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_a_full_model_that_gets_a_plan_frees_its_stacks(olmoe):
     model = olmoe.full()
     stack = weakref.ref(model.layers[0].experts.gate_up_proj)
