@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from edgefed.disk import sync_folder
-from edgefed.errors import CheckpointError, ConfigError, DiskFull, StorageError
+from edgefed.errors import CheckpointError, ConfigError, DiskFull, EdgefedError, StorageError
 from edgefed.moe import adapters
 from edgefed.moe.architecture import ExpertLayer, discover_layers
 from edgefed.moe.expert_reading import read_expert, read_with_adapter
@@ -77,8 +77,9 @@ def export_checkpoint(
 def new_folder(target: Path, what: str) -> Iterator[Path]:
     """Create ``target`` complete or not at all: yield a folder next to its place, which becomes it at the end.
 
-    Raises ConfigError if the target is in use, and StorageError or DiskFull, which call the folder a ``what``, for
-    errors of the disk in the context.
+    That folder may be the target of another context. Errors name ``target`` in either case. Raises ConfigError if the
+    target is in use, and StorageError or DiskFull, which call the folder a ``what``, for errors of the disk in the
+    context.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"cannot export to {str(target)!r}: it exists and is not an empty folder")
@@ -92,6 +93,9 @@ def new_folder(target: Path, what: str) -> Iterator[Path]:
             target.rmdir()
         os.replace(temporary, target)
         sync_folder(target.parent)
+    except EdgefedError as error:
+        error.args = (str(error).replace(str(temporary), str(target)),)
+        raise
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         kind = DiskFull if full else StorageError

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import msgspec
 
@@ -22,6 +22,9 @@ from edgefed.hardware.memory import set_up_allocator
 from edgefed.progress import NullProgress, ProgressSink, counted
 from edgefed.protocol.messages import FileInfo, Manifest, RoundStatus, RunConfig, UnitInfo
 from edgefed.protocol.privacy import PrivacyStatus
+
+if TYPE_CHECKING:
+    from edgefed.runs import BlobCheck
 
 RECORD_FILE, CARD_FILE = "edgefed.json", "README.md"
 """In the folder of an export."""
@@ -69,6 +72,8 @@ class _Model(msgspec.Struct, frozen=True):
     manifest: Manifest
     paths: Mapping[str, Path]
     own: Mapping[str, Path] = {}
+    check: BlobCheck | None = None
+    """Checks the files while they are read; None: they were checked when they arrived."""
 
 
 def export_model(
@@ -103,9 +108,9 @@ def export_model(
         set_up_allocator()
         sink.phase("export")
         with tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
-            folder = _write(model, Path(scratch), to, format)
+            _write(model, Path(scratch), to, format)
         sink.done()
-        return folder
+        return to
 
 
 def read_record(folder: Path) -> ExportRecord | None:
@@ -124,17 +129,27 @@ def is_address(source: str | Path) -> bool:
     return str(source).startswith(("http://", "https://"))
 
 
-def _write(model: _Model, scratch: Path, to: Path, format: Format) -> Path:
+def _write(model: _Model, scratch: Path, to: Path, format: Format) -> None:
     # Loads torch: a missing run is reported before that.
+    from edgefed.checkpoint_export import new_folder
+
+    # Formats write a folder of their own, which appears when the check of what they read has ended as well.
+    with new_folder(to, "model") as folder, model.check or contextlib.nullcontext():
+        _write_format(model, scratch, folder, format)
+
+
+def _write_format(model: _Model, scratch: Path, to: Path, format: Format) -> None:
     from edgefed.adapter_export import export_adapter
     from edgefed.checkpoint_export import export_checkpoint
     from edgefed.moe.expert_reading import FileSource
     from edgefed.training.steps import train_scope
     from edgefed.training.tokenizer import write_chat_template
 
+    start = model.check.start if model.check else lambda sha256: None
     for file in model.manifest.files:
+        start(file.sha256)
         shutil.copyfile(model.paths[file.sha256], scratch / file.name)
-    source = FileSource(model.manifest.units, model.paths)
+    source = FileSource(model.manifest.units, model.paths, start)
     units = {unit.key: unit for unit in model.manifest.units}
     for key, path in model.own.items():
         source.add([units[key]], {units[key].sha256: path})
@@ -144,8 +159,9 @@ def _write(model: _Model, scratch: Path, to: Path, format: Format) -> Path:
     scope = train_scope(model.run.training)
     if format == "peft":
         base = model.record.model
-        return export_adapter(source, scratch, to, scope=scope, base=base, copied=(CARD_FILE, RECORD_FILE))
-    return export_checkpoint(source, scratch, to, scope=scope)
+        export_adapter(source, scratch, to, scope=scope, base=base, copied=(CARD_FILE, RECORD_FILE))
+    else:
+        export_checkpoint(source, scratch, to, scope=scope)
 
 
 def _add_card(path: Path, record: ExportRecord) -> None:
@@ -213,7 +229,8 @@ def _run_model(folder: Path, server_round: int | None, format: Format) -> Iterat
         unchanged = reader.is_unchanged(manifest.server_round)
         privacy = _privacy_before(reader.history(), manifest.server_round)
         record = _record(reader.run, manifest, "run", unchanged, privacy=privacy)
-        yield _Model(record, reader.run, manifest, reader.paths(manifest))
+        check = reader.check(manifest)
+        yield _Model(record, reader.run, manifest, check.paths, check=check)
 
 
 @contextlib.contextmanager

@@ -141,6 +141,54 @@ def import_model(source: str, folder: Path, run: RunConfig, policy: RoundPolicy,
         create_run(folder, run, policy, units(), sorted(files, key=lambda path: path.name))
 
 
+class BlobCheck:
+    """Compares the blobs of a manifest with their hashes in background threads. A context.
+
+    `start` a blob before it is read: the disk is then read once for both. Leaving the context checks the rest. It
+    raises StateCorrupt, which names what is missing or damaged, also in place of an error that this explains.
+    """
+
+    def __init__(self, manifest: Manifest, blobs: BlobStore):
+        items = {unit.sha256: (unit.key, unit.size_bytes) for unit in manifest.units}
+        items |= {file.sha256: (file.name, file.size_bytes) for file in manifest.files}
+        self.paths = {sha256: blobs.path(sha256) for sha256 in items}
+        """{sha256: file} of all blobs."""
+        self._items, self._round = items, manifest.server_round
+        self._pool = concurrent.futures.ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="check")
+        self._problems: dict[str, concurrent.futures.Future[str]] = {}
+
+    def start(self, sha256: str) -> None:
+        """Check a blob in the background, once; other names are ignored."""
+        if sha256 in self._items and sha256 not in self._problems:
+            size_bytes = self._items[sha256][1]
+            self._problems[sha256] = self._pool.submit(blob_problem, self.paths[sha256], sha256, size_bytes)
+
+    def __enter__(self) -> BlobCheck:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            failed = kind is not None
+            if failed and not (issubclass(kind or object, Exception) and self._found()):
+                return
+            for sha256 in self._items:
+                self.start(sha256)
+            bad = self._found()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+        if bad:
+            raise StateCorrupt(
+                f"{len(bad)} of {len(self._items)} parts of round {self._round} are damaged on the disk: {bad[0]}",
+                remedy="Serve the run: a client that has joined it sends a copy of what it still has. Or restore the "
+                "state folder from a copy.",
+            )
+
+    def _found(self) -> list[str]:
+        """What is wrong with the blobs that were started, in the order of the manifest."""
+        done = ((self._items[sha][0], self._problems[sha].result()) for sha in self._items if sha in self._problems)
+        return [f"{name!r} {problem}" for name, problem in done if problem]
+
+
 class RunReader:
     """Reads the models of a run folder, also while a server uses it. A context."""
 
@@ -193,19 +241,12 @@ class RunReader:
 
         Raises StateCorrupt, which names what is missing or damaged.
         """
-        items = {unit.sha256: (unit.key, unit.size_bytes) for unit in manifest.units}
-        items |= {file.sha256: (file.name, file.size_bytes) for file in manifest.files}
-        paths = {sha256: self._blobs.path(sha256) for sha256 in items}
-        with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
-            problems = pool.map(lambda item: blob_problem(paths[item[0]], item[0], item[1][1]), items.items())
-            bad = [f"{items[sha][0]!r} {problem}" for sha, problem in zip(items, problems, strict=True) if problem]
-        if bad:
-            raise StateCorrupt(
-                f"{len(bad)} of {len(items)} parts of round {manifest.server_round} are damaged on the disk: {bad[0]}",
-                remedy="Serve the run: a client that has joined it sends a copy of what it still has. Or restore the "
-                "state folder from a copy.",
-            )
-        return paths
+        with self.check(manifest) as check:
+            return check.paths
+
+    def check(self, manifest: Manifest) -> BlobCheck:
+        """Return a check of the blobs of a manifest, which runs while they are read."""
+        return BlobCheck(manifest, self._blobs)
 
     def unpack(self, manifest: Manifest, folder: Path) -> FrameSource:
         """Copy the files of a manifest (config, tokenizer) into ``folder`` and return a source of its units."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,24 @@ class FrameSource:
 
 
 class FileSource(FrameSource):
-    """A `FrameSource` whose tensors stay in their files until an operation needs their values."""
+    """A `FrameSource` whose tensors stay in their files until an operation needs their values.
 
-    def __init__(self, units: Iterable[UnitInfo | UnitSlice] = (), paths: Mapping[str, Path] | None = None):
+    ``on_read`` is called with the name of a file before it is read.
+    """
+
+    def __init__(
+        self,
+        units: Iterable[UnitInfo | UnitSlice] = (),
+        paths: Mapping[str, Path] | None = None,
+        on_read: Callable[[str], None] = lambda name: None,
+    ):
         super().__init__(units, paths)
-        self._space = FileSpace()
+        self._space, self._on_read = FileSpace(), on_read
 
     def read(self, unit_key: str) -> dict[str, torch.Tensor]:
         """Return the tensors of a unit. Raises CheckpointError if it is missing or unreadable."""
         path = self.path(unit_key)
+        self._on_read(path.name)
         try:
             entries = read_header(path)
         except (OSError, InvalidUpdate) as error:

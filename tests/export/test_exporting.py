@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import threading
 
 import msgspec
@@ -17,7 +19,7 @@ from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.cli.main import main
 from edgefed.embedded import tiny_model_directory
-from edgefed.errors import ConfigError, ServerUnreachable
+from edgefed.errors import ConfigError, ServerUnreachable, StateCorrupt, StorageError
 from edgefed.exporting import ExportRecord, export_model, read_record
 from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
@@ -55,6 +57,35 @@ def test_a_run_that_exchanged_nothing_says_that_the_model_is_unchanged(exported)
     original = load_file(tiny_model_directory() / "model.safetensors")
     written = load_file(exported / "model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in original.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        ("expert", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")),  # a value: only the hash shows it
+        ("router", lambda path: path.write_bytes(b"?" + path.read_bytes()[1:])),  # unreadable
+        ("config.json", lambda path: path.write_bytes(b"{")),
+        ("expert", lambda path: path.unlink()),
+    ],
+)
+def test_an_export_names_what_the_disk_has_damaged_and_leaves_nothing(kind, damage, exported, tmp_path):
+    shutil.copytree(exported.parent / "run", tmp_path / "run")
+    with RunReader(tmp_path / "run") as reader:
+        manifest = reader.manifest()
+    parts = [(unit.kind, unit.key, unit.sha256) for unit in manifest.units]
+    parts += [(file.name, file.name, file.sha256) for file in manifest.files]
+    _, name, sha256 = next(part for part in reversed(parts) if part[0] == kind)
+    damage(BlobStore(tmp_path / "run").path(sha256))
+    with pytest.raises(StateCorrupt, match=rf"1 of {len(parts)} parts of round 1 are damaged.*'{re.escape(name)}'"):
+        export_model(tmp_path / "run", tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_export_that_cannot_be_written_names_its_target(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgefed.checkpoint_export.check_checkpoint", lambda folder: (folder / "?" / "?").touch())
+    with pytest.raises(StorageError, match=f"cannot write the checkpoint to '{re.escape(str(tmp_path))}/model'"):
+        export_model(exported.parent / "run", tmp_path / "model")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
