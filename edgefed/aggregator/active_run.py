@@ -30,6 +30,7 @@ from edgefed.aggregator.records import ClientRecord, UpdateRecord
 from edgefed.aggregator.repair import Repairs
 from edgefed.aggregator.robust import find_rule
 from edgefed.aggregator.rounds import Phase, RoundPolicy
+from edgefed.aggregator.server_optimizer import Stepping
 from edgefed.aggregator.staleness import buffer_of
 from edgefed.aggregator.status import Presence, build_status, describe_round, downloads_since, log_action, round_status
 from edgefed.aggregator.store import Store
@@ -305,13 +306,16 @@ class ActiveRun:
         updates = [as_registered(update, self.clients[update.client_id].num_examples) for update in buffer_of(pending)]
         banned = {u.client_id: "its client is banned" for u in updates if self.access.is_banned(u.client_id)}
         earlier = {client.client_id: client.held_out for client in self.clients.values()}
-        result = undo_round(updates, earlier, self.policy.rollback, manifest, self.store.manifest) or aggregate_round(
+        moments, optimizer = self.store.moments, self.config.server_optimizer
+        undone = undo_round(updates, earlier, self.policy.rollback, manifest, self.store.manifest, moments)
+        result = undone or aggregate_round(
             Aggregation(
                 *(self._method, self.policy, self._blobs, self.backend, self._fold_threads, self._closing.is_set),
                 repairs=self.repairs,
                 privacy=self.config.privacy,
                 server_round=server_round,
                 model=self.store.manifest,
+                stepping=None if optimizer is None else Stepping(optimizer, moments(server_round)),
             ),
             *(manifest.units, [update for update in updates if update.client_id not in banned], self.uploads.updates),
         )

@@ -24,6 +24,7 @@ from edgefed.aggregator.records import UpdateRecord
 from edgefed.aggregator.repair import Repairs
 from edgefed.aggregator.robust import MIN_CLIENTS, absurd_moves, clip_factors, find_rule, measure_moves
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.aggregator.server_optimizer import Stepping, undone_moments
 from edgefed.aggregator.staleness import BaseLost, Rebasing, rebase_update
 from edgefed.aggregator.update_files import UpdateDamaged
 from edgefed.aggregator.validate import update_units
@@ -80,6 +81,8 @@ class Aggregation:
     """The round; an update of an earlier one is late."""
     model: Callable[[int], Manifest | None] = lambda server_round: None
     """The model at the start of an earlier round, from which a late update was trained."""
+    stepping: Stepping | None = None
+    """The server optimizer with its moments; None: the next model is the aggregate itself."""
 
 
 def aggregate_round(
@@ -149,6 +152,7 @@ def _aggregate(
             changed = fold_round(
                 *(units, plan, files, how.blobs, how.backend),
                 robustness=robustness,
+                stepping=how.stepping,
                 threads=how.threads,
                 cancelled=how.cancelled,
             )
@@ -167,12 +171,13 @@ def undo_round(
     ratio: float | None,
     now: Manifest,
     model: Callable[[int], Manifest | None],
+    moments: Callable[[int], Mapping[str, UnitInfo]] = lambda server_round: {},
 ) -> Aggregated | None:
     """Undo the last aggregation if it made the held-out loss of most clients ``ratio`` times larger; None if not.
 
     ``earlier``: what clients reported of an earlier model, {client_id: (round, loss)}; only the round before counts.
     ``now``: the model that they evaluated. ``model``: that of an earlier round, which is restored; None if it is not
-    stored. ``ratio`` None: never undo.
+    stored. ``moments``: those of the server optimizer at the start of a round. ``ratio`` None: never undo.
     """
     if ratio is None:
         return None
@@ -194,7 +199,8 @@ def undo_round(
     reason = f"the model that it trained was undone: the held-out loss jumped on {sum(jumps)} of {len(jumps)} clients"
     logger.error("round %d: the aggregation of round %d is undone: %s", now.server_round, before.server_round, reason)
     return Aggregated(
-        [unit for unit in before.units if unit.sha256 != current[unit.key]],
+        [unit for unit in before.units if unit.sha256 != current[unit.key]]
+        + undone_moments(moments(before.server_round), moments(now.server_round)),
         {update.client_id: reason for update in updates},
         before.server_round,
     )

@@ -227,10 +227,10 @@ class Catalog:
 
     def load_references(self) -> None:
         """Read the blobs of all stored manifests from the store."""
-        self._referenced = self._store.referenced()
+        self._referenced = self._store.referenced(moments=False)
 
     def check_files(self) -> dict[str, int]:
-        """{sha256: size} of the blobs that are missing or have another size; deletes blobs that no manifest names.
+        """{sha256: size} of the blobs that are missing or have another size; deletes blobs that nothing names.
 
         Raises StateCorrupt if none is there.
         """
@@ -241,7 +241,7 @@ class Catalog:
                 bad[sha256] = size_bytes
         if len(bad) == len(self._referenced):
             raise StateCorrupt(f"the {len(bad)} blobs of the run are missing in {self._blobs.root}")
-        self._blobs.delete_unreferenced(self._referenced)
+        self._blobs.delete_unreferenced(self._store.referenced())
         return bad
 
     def name_of(self, sha256: str) -> str:

@@ -14,6 +14,7 @@ method's weights are given as `methods.interface.UnitMerge`.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import threading
@@ -24,6 +25,7 @@ import msgspec
 import numpy as np
 
 from edgefed.aggregator.blobs import BlobStore
+from edgefed.aggregator.server_optimizer import Stepping, UnitMoments
 from edgefed.aggregator.slices import row_runs, row_weights
 from edgefed.aggregator.update_files import BlockFiles, UpdateDamaged, UpdateIndex
 from edgefed.kernels.fold import FoldBackend
@@ -82,10 +84,13 @@ def fold_round(
     backend: FoldBackend,
     *,
     robustness: Robustness | None = None,
+    stepping: Stepping | None = None,
     threads: int | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[UnitInfo]:
     """Write the units of the next global model that differ from the current one. Returns them, in manifest order.
+
+    With ``stepping``, a server optimizer makes its step from the aggregate, and the units of its new moments follow.
 
     Their blobs are durable when this returns. ``updates`` maps clients to validated update files; ``threads`` None
     means one per processor, at most four. Raises ValueError if the updates or units do not cover the plan,
@@ -98,12 +103,16 @@ def fold_round(
     planned = [unit for unit in units if unit.key in plan]
     scratches = threading.local()
 
-    def fold_one(unit: UnitInfo) -> UnitInfo:
+    def fold_one(unit: UnitInfo) -> tuple[list[UnitInfo], list[UnitInfo]]:
         if not hasattr(scratches, "own"):
             scratches.own = _Scratch(backend, cancelled, robustness or Robustness())
-        chunks = _unit_chunks(unit, plan[unit.key], index, blobs.path(unit.sha256), scratches.own)
-        sha256, size_bytes = batch.put(chunks)
-        return unit if sha256 == unit.sha256 else msgspec.structs.replace(unit, sha256=sha256, size_bytes=size_bytes)
+        with UnitMoments(stepping, unit, blobs) if stepping else contextlib.nullcontext() as moments:
+            scratches.own.moments = moments
+            chunks = _unit_chunks(unit, plan[unit.key], index, blobs.path(unit.sha256), scratches.own)
+            sha256, size_bytes = batch.put(chunks)
+            more = moments.store(batch) if moments else None
+        new = [] if sha256 == unit.sha256 else [msgspec.structs.replace(unit, sha256=sha256, size_bytes=size_bytes)]
+        return new, [more] if more else []
 
     pool = concurrent.futures.ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="fold")
     with blobs.batch() as batch:
@@ -111,7 +120,7 @@ def fold_round(
             folded = list(pool.map(fold_one, planned))
         finally:  # after an error no further unit starts; the batch is discarded once no thread uses it
             pool.shutdown(wait=True, cancel_futures=True)
-    return [new for new, old in zip(folded, planned, strict=True) if new is not old]
+    return [unit for each in zip(*folded, strict=True) for units in each for unit in units]
 
 
 def default_threads() -> int:
@@ -127,6 +136,8 @@ class _Scratch:
         self.cancelled = cancelled
         self.robustness = robustness
         self.noise = None if robustness.make_noise is None else robustness.make_noise()
+        self.moments: UnitMoments | None = None
+        """Of the unit that is being folded, where a server optimizer makes the step."""
         self.sums = np.empty(BLOCK_ELEMENTS, dtype=np.float64)
         self.raw = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
         self.old = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
@@ -203,7 +214,7 @@ def _tensor_chunks(
     count = old.size_bytes // dtype.itemsize
     row_elements = count // info.shape[0] if keep_rows is not None else count
     needs_old = (keep_rows is not None and bool(keep_rows.any())) or any(source.factor < 1 for source in sources)
-    needs_old = needs_old or not sources
+    needs_old = needs_old or not sources or scratch.moments is not None
     combines = rule.combine is not None and len(sources) >= rule.min_clients
     step = max(1024, BLOCK_ELEMENTS // len(sources)) if combines else BLOCK_ELEMENTS
     with BlockFiles() as files:
@@ -235,6 +246,9 @@ def _tensor_chunks(
             if matrix is not None:
                 for part, row in rows:
                     sums[part] = _combined(matrix[:, part], [source.share_of(row) for source in sources], rule)
+            if scratch.moments is not None and before is not None:
+                kept = None if keep_rows is None else keep_rows[np.arange(begin, begin + length) // row_elements]
+                scratch.moments.step(info, begin, _wide(before, info.dtype, scratch.backend), sums, kept)
             scratch.backend.narrow_block(sums, info.dtype, out)
             if keep_rows is not None and before is not None:
                 for part, row in rows:
@@ -266,7 +280,7 @@ def _table_chunks(
             sums, out = scratch.sums[:length], scratch.out[: length * dtype.itemsize].view(dtype)
             sums[:] = -0.0
             before = None
-            if clipped or keep_rows[begin:end].any():
+            if clipped or scratch.moments is not None or keep_rows[begin:end].any():
                 start = old.start + begin * columns * dtype.itemsize
                 before = files.read(old_path, start, scratch.old, length, dtype)
             for source in sources:
@@ -286,6 +300,10 @@ def _table_chunks(
                         if before is not None:
                             old_rows = before[(rows[at] - begin) * columns : (rows[stop - 1] + 1 - begin) * columns]
                         _add(part, block, old_rows, source, share, info.dtype, scratch.backend)
+            if scratch.moments is not None and before is not None:
+                kept = np.repeat(keep_rows[begin:end], columns)
+                old_values = _wide(before, info.dtype, scratch.backend)
+                scratch.moments.step(info, begin * columns, old_values, sums, kept)
             scratch.backend.narrow_block(sums, info.dtype, out)
             if before is not None:
                 mask = keep_rows[begin:end]
@@ -308,6 +326,13 @@ def _add(
     if source.factor < 1:
         assert before is not None, "the current values were read for clipped sources"
         backend.fold_block(sums, before, dtype, share * (1 - source.factor))
+
+
+def _wide(raw: np.ndarray, dtype: str, backend: FoldBackend) -> np.ndarray:
+    """Stored values as float64, (n,)."""
+    values = np.zeros(len(raw))
+    backend.fold_block(values, raw, dtype, 1.0)
+    return values
 
 
 def _combined(values: np.ndarray, shares: Sequence[float], rule: Robustness) -> np.ndarray:

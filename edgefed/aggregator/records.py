@@ -8,6 +8,9 @@ from edgefed.aggregator.rounds import Phase
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import DeviceInfo, ExpertSurvey, UpdateMeta
 
+MOMENTS = "moments:"
+"""Begin of the key of a unit that holds moments of the server optimizer. Manifests have none of them."""
+
 
 @dataclasses.dataclass
 class ClientRecord:

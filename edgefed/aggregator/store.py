@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from edgefed.aggregator.coverage import no_coverage
-from edgefed.aggregator.records import ClientRecord, RoundRecord, UpdateRecord
+from edgefed.aggregator.records import MOMENTS, ClientRecord, RoundRecord, UpdateRecord
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.disk import FolderLock
 from edgefed.errors import DiskFull, StateCorrupt, StorageError
@@ -211,16 +211,24 @@ class Store:
         with self._lock:
             if not self.oldest_round() <= server_round <= self.current_round().server_round:
                 return None
-            rows = self._query(
-                "SELECT info FROM units AS u WHERE server_round = (SELECT MAX(server_round) FROM units "
-                "WHERE key = u.key AND server_round <= ?) ORDER BY position",
-                server_round,
-            )
-        units = tuple(_decode(row[0], UnitInfo) for row in rows)
+            units = tuple(unit for unit in self._units(server_round) if not unit.key.startswith(MOMENTS))
         return Manifest(
             run_id=self.run.run_id, server_round=server_round, experts_per_layer=self.experts_per_layer, units=units,
             files=self.files,
         )  # fmt: skip
+
+    def moments(self, server_round: int) -> dict[str, UnitInfo]:
+        """The moments of the server optimizer at the start of a round, by their key; no damage is looked for."""
+        units = self._units(server_round)
+        return {unit.key: unit for unit in units if unit.key.startswith(MOMENTS) and unit.sha256}
+
+    def _units(self, server_round: int) -> list[UnitInfo]:
+        rows = self._query(
+            "SELECT info FROM units AS u WHERE server_round = (SELECT MAX(server_round) FROM units "
+            "WHERE key = u.key AND server_round <= ?) ORDER BY position",
+            server_round,
+        )
+        return [_decode(row[0], UnitInfo) for row in rows]
 
     def last_changed(self) -> dict[str, int]:
         """Unit key -> the round that its current value comes from; 1 for units as imported."""
@@ -231,9 +239,10 @@ class Store:
         rows = self._query("SELECT value FROM run WHERE name = 'oldest_round'")
         return int(rows[0][0]) if rows else 1
 
-    def referenced(self) -> dict[str, int]:
-        """SHA-256 -> size of every blob of a stored manifest."""
-        found = dict(self._query("SELECT sha256, size_bytes FROM units"))
+    def referenced(self, *, moments: bool = True) -> dict[str, int]:
+        """SHA-256 -> size of every blob of a stored manifest, and of the moments of the server optimizer."""
+        unless = "" if moments else f" AND key NOT GLOB '{MOMENTS}*'"
+        found = dict(self._query(f"SELECT sha256, size_bytes FROM units WHERE sha256 != ''{unless}"))
         found.update({file.sha256: file.size_bytes for file in self.files})
         return found
 
@@ -243,7 +252,7 @@ class Store:
         if keep_rounds <= 0 or oldest <= self.oldest_round():
             return []
         with self._transaction() as connection:
-            before = {row[0] for row in connection.execute("SELECT sha256 FROM units")}
+            before = {row[0] for row in connection.execute("SELECT sha256 FROM units WHERE sha256 != ''")}
             connection.execute(
                 "DELETE FROM units WHERE server_round < (SELECT MAX(server_round) FROM units AS newer "
                 "WHERE newer.key = units.key AND newer.server_round <= ?)",
@@ -350,7 +359,8 @@ class Store:
         """
         following = status.server_round + 1
         with self._transaction() as connection:
-            rows = _unit_rows(changed, following, [self._positions[unit.key] for unit in changed])
+            positions = [self._positions.setdefault(unit.key, len(self._positions)) for unit in changed]
+            rows = _unit_rows(changed, following, positions)
             connection.executemany("INSERT INTO units VALUES (?, ?, ?, ?, ?, ?)", rows)
             connection.execute(
                 "UPDATE rounds SET phase = 'done', status = ? WHERE server_round = ?",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgefed.methods.interface import Method
     from edgefed.protocol.messages import RunConfig, TrainingConfig
     from edgefed.protocol.privacy import PrivacyConfig
+    from edgefed.protocol.server_optimizer import ServerOptimizer
 
 Option = float | int | str | bool
 
@@ -28,6 +29,8 @@ TRAINING = (
     "missing", "profile_tokens", "profile_agreement", "evaluation_tokens", "evaluation_share",
 )  # fmt: skip
 """Settings of the training of a language model."""
+OPTIMIZER_SETTINGS = ("learning_rate", "momentum", "beta2", "epsilon")
+"""Settings of a server optimizer, without their prefix ``server_``."""
 
 
 def _method(server: Server) -> tuple[str, dict[str, Option]]:
@@ -86,6 +89,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
         training=training,
         tokenizer=tokenizer,
         privacy=privacy_of(server),
+        server_optimizer=_server_optimizer(server),
     )
     policy = _policy(server, run.rounds)
     if run.privacy is not None:
@@ -172,6 +176,8 @@ def continued_run(server: Server) -> RunConfig:
         found = getattr(run if hasattr(run, attribute) else run.training, attribute)
         if value is not None and value != found:
             raise _contradiction(server, f"`{name}={value}`", found)
+    if asked := _other_optimizer(server, run.server_optimizer):
+        raise _contradiction(server, asked, run.server_optimizer or "no server optimizer")
     if asked := other_privacy(server, run.privacy):
         raise _contradiction(server, asked, run.privacy or "no noise")
     if options:
@@ -191,6 +197,38 @@ def _contradiction(server: Server, asked: str, found: object) -> ConfigError:
         f"{asked} was asked for, but the run in {server.state} has {found}",
         remedy="Remove the setting to continue that run, or start a new one with another `state`.",
     )
+
+
+def _server_optimizer(server: Server) -> ServerOptimizer | None:
+    """The server optimizer of a new run; None without one. Raises ConfigError for invalid settings."""
+    from edgefed.protocol.server_optimizer import ServerOptimizer
+
+    values = {name: getattr(server, f"server_{name}") for name in OPTIMIZER_SETTINGS}
+    given = {name: value for name, value in values.items() if value is not None}
+    if server.server_optimizer in (None, "none"):
+        for name in given:
+            raise ConfigError(
+                f"`server_{name}` has no effect without `server_optimizer`",
+                remedy="Set `server_optimizer`, or remove it.",
+            )
+        return None
+    optimizer = ServerOptimizer(kind=server.server_optimizer, **given)
+    if problems := optimizer.problems():
+        raise ConfigError("; ".join(problems))
+    return optimizer
+
+
+def _other_optimizer(server: Server, found: ServerOptimizer | None) -> str:
+    """The first setting that differs from the server optimizer of a run that continues; "" if none does."""
+    kind = "none" if found is None else found.kind
+    if server.server_optimizer not in (None, kind):
+        return f"`server_optimizer={server.server_optimizer}`"
+    for name in OPTIMIZER_SETTINGS:
+        wanted = getattr(server, f"server_{name}")
+        has = None if found is None else found.rate if name == "learning_rate" else getattr(found, name)
+        if wanted not in (None, has):
+            return f"`server_{name}={wanted}`"
+    return ""
 
 
 def privacy_of(server: Server) -> PrivacyConfig | None:

@@ -88,6 +88,24 @@ class Server:
         Setting("How updates are combined; the two others ignore the weights of clients, and need three of them.",
                 default="mean"),
     ] = None  # fmt: skip
+    server_optimizer: Annotated[
+        Literal["none", "momentum", "adam"] | None,
+        Setting("What makes the next model from the aggregated change of a round: the change itself, Nesterov's "
+                "momentum (DiLoCo) or FedAdam.", default="none"),
+    ] = None  # fmt: skip
+    server_learning_rate: Annotated[
+        float | None, Setting("With `server_optimizer`: its rate.", default="0.7 of momentum, 0.01 of adam", above=0)
+    ] = None
+    server_momentum: Annotated[
+        float | None, Setting("With `server_optimizer`: decay of its first moment.", default="0.9", minimum=0)
+    ] = None
+    server_beta2: Annotated[
+        float | None, Setting("With `server_optimizer=adam`: decay of its second moment.", default="0.99", minimum=0)
+    ] = None
+    server_epsilon: Annotated[
+        float | None,
+        Setting("With `server_optimizer=adam`: added to the root of its second moment.", default="0.001", above=0),
+    ] = None
     rollback: Annotated[
         float | None,
         Setting("Undo a round that multiplies the held-out loss of most clients by this; 0: never.", default="1.5",

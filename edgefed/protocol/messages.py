@@ -13,6 +13,7 @@ import msgspec
 from edgefed.errors import EdgefedError, MalformedMessage, ProtocolError, all_errors
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.privacy import PrivacyConfig, PrivacyStatus
+from edgefed.protocol.server_optimizer import ServerOptimizer
 
 UNIT_KINDS = ("dense", "router", "expert")
 NEURON_TABLE, NEURON_INDEX = "neurons", "neurons.index"
@@ -115,6 +116,8 @@ class RunConfig(Message, frozen=True):
     tokenizer: str = ""
     """Source of the tokenizer of a shared text extractor; its files are in the manifest."""
     privacy: PrivacyConfig | None = None
+    server_optimizer: ServerOptimizer | None = None
+    """What makes the next model from the aggregate of a round; None: that is the next model."""
 
 
 class DeviceInfo(Message, frozen=True):

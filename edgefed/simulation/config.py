@@ -23,6 +23,7 @@ from edgefed.methods.custom import is_location, load_method
 from edgefed.methods.registry import make_method
 from edgefed.protocol.limits import schedule_problems
 from edgefed.protocol.messages import TrainingConfig
+from edgefed.protocol.server_optimizer import ServerOptimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,7 @@ class SimulationConfig:
         rounds: Rounds of each method.
         seed: Of every random draw.
         training: Settings of local training.
+        server_optimizer: What makes the next model from the aggregate of a round. None: that is the next model.
         split: One data file for all devices. None: each device has its own.
         held_out_share: Share of each device's data for evaluation.
         evaluation_tokens: Held-out tokens per client for the evaluation of the global model after each round.
@@ -150,6 +152,7 @@ class SimulationConfig:
     rounds: int = 5
     seed: int = 0
     training: TrainingConfig = TrainingConfig()
+    server_optimizer: ServerOptimizer | None = None
     split: SplitData | None = None
     held_out_share: float = 0.1
     evaluation_tokens: int = 4096
@@ -188,6 +191,8 @@ class SimulationConfig:
             problems.append(f"alpha is {self.split.alpha}, expected a number above 0")
         problems += _training_problems(self.training)
         problems += [text.replace("_", "-").replace("`", "") for text in schedule_problems(self.training, self.rounds)]
+        if self.server_optimizer is not None:
+            problems += [text.replace("`", "") for text in self.server_optimizer.problems()]
         if problems:
             raise ConfigError("; ".join(problems))
 

@@ -32,6 +32,7 @@ from edgefed.errors import ConfigError
 from edgefed.hardware.memory import parse_bytes
 from edgefed.hardware.profiles import effective, find_profile
 from edgefed.protocol.messages import TrainingConfig
+from edgefed.protocol.server_optimizer import ServerOptimizer
 from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig, SplitData
 
 if sys.version_info >= (3, 11):
@@ -141,9 +142,12 @@ def load_simulation(path: Path) -> SimulationConfig:
 
 def _config(path: Path, tables: dict[str, Any], errors: list[str]) -> SimulationConfig | None:
     """The configuration; None where it cannot be made. Appends to ``errors``."""
-    parts = {name: tables.pop(name, None) for name in ("methods", "training", "data", "fleet")}
+    parts = {name: tables.pop(name, None) for name in ("methods", "training", "data", "fleet", "server-optimizer")}
     settings = _read(_Settings, tables, "", errors)
     training = _read(TrainingConfig, parts["training"] or {}, "training.", errors)
+    optimizer = None
+    if parts["server-optimizer"] is not None:
+        optimizer = _read(ServerOptimizer, parts["server-optimizer"], "server-optimizer.", errors)
     data = _read(_Data, parts["data"] or {}, "data.", errors)
     methods = list(_methods(parts["methods"], errors))
     entries = [_read(_Fleet, entry, "fleet.", errors) for entry in _entries("fleet", parts["fleet"], errors)]
@@ -160,7 +164,7 @@ def _config(path: Path, tables: dict[str, Any], errors: list[str]) -> Simulation
     try:
         return SimulationConfig(
             fleet=tuple(fleet), methods=tuple(methods), split=split,
-            training=training,
+            training=training, server_optimizer=optimizer,
             **{name: value for name, value in msgspec.structs.asdict(settings).items() if value is not msgspec.UNSET},
         )  # fmt: skip
     except ConfigError as error:

@@ -95,6 +95,7 @@ class SimulatedRun:
         self._run = RunConfig(
             run_id=f"simulated-{config.seed}", model=config.model, method=choice.method,
             method_options=dict(choice.options), rounds=config.rounds, seed=config.seed, training=training,
+            server_optimizer=config.server_optimizer,
         )  # fmt: skip
         self._clients = [
             self._client(dataclasses.replace(device, data=data[device.name]), index, folder)

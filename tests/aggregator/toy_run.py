@@ -26,6 +26,7 @@ from edgefed.protocol.messages import (
     UpdateMeta,
     decode_message,
 )
+from edgefed.protocol.server_optimizer import ServerOptimizer
 
 LAYERS, EXPERTS, HIDDEN = 2, 3, 8
 KEY = "k" * 32
@@ -110,23 +111,24 @@ def new_units(rng: np.random.Generator, *, hidden: int = HIDDEN, experts: int = 
     return units
 
 
-def run_config(rounds: int = 2, **options: object) -> RunConfig:
+def run_config(rounds: int = 2, server_optimizer: ServerOptimizer | None = None, **options: object) -> RunConfig:
     return RunConfig(
         run_id="run-1", model="toy", method="mean", method_options=options, rounds=rounds, seed=3,
-        training=TrainingConfig(),
+        training=TrainingConfig(), server_optimizer=server_optimizer,
     )  # fmt: skip
 
 
 def make_run(
-    folder: Path, *, options: dict | None = None, hidden: int = HIDDEN, experts: int = EXPERTS, **policy: object
-) -> Path:
+    folder: Path, *, options: dict | None = None, hidden: int = HIDDEN, experts: int = EXPERTS,
+    server_optimizer: ServerOptimizer | None = None, **policy: object,
+) -> Path:  # fmt: skip
     """Create a run for two clients and two rounds, unless ``policy`` says otherwise."""
     rules = RoundPolicy(**{"rounds": 2, "min_clients": 2, **policy})
     folder.parent.mkdir(exist_ok=True)
     config = folder.parent / "config.json"
     config.write_text('{"model_type": "toy"}')
     units = new_units(np.random.default_rng(0), hidden=hidden, experts=experts)
-    create_run(folder, run_config(rules.rounds, **(options or {})), rules, units, [config])
+    create_run(folder, run_config(rules.rounds, server_optimizer, **(options or {})), rules, units, [config])
     return folder
 
 

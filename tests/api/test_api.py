@@ -91,6 +91,10 @@ def test_a_server_refuses_what_has_no_effect_or_contradicts(tmp_path):
         serve(method="nowhere.py:Method")
     with pytest.raises(ConfigError, match="`warmup_rounds` is 5, expected fewer than the 5 rounds of the run"):
         serve(warmup_rounds=5)
+    with pytest.raises(ConfigError, match="`server_momentum` has no effect without `server_optimizer`"):
+        serve(server_momentum=0.5)
+    with pytest.raises(ConfigError, match="`server_beta2` has no effect with `server_optimizer=momentum`"):
+        serve(server_optimizer="momentum", server_beta2=0.5)
     with pytest.raises(ConfigError, match="`schedule` has no effect with fedmoe"):
         serve(method="fedmoe", schedule="cosine")
     with pytest.raises(ConfigError, match="`rounds`: 0"):

@@ -79,6 +79,8 @@ def test_every_fault_of_a_file_is_told_at_once(tmp_path):
         ("experts = 0.5", "experts = 1.5", "fleet.experts is 1.5"),
         ("local-steps = 4", "local-steps = 0", "local-steps is 0"),
         ("local-steps = 4", "warmup-rounds = 3", "warmup-rounds is 3, expected fewer than the 3 rounds"),
+        ("[data]", '[server-optimizer]\nkind = "sgd"\n[data]', "server_optimizer is 'sgd'"),
+        ("[data]", '[server-optimizer]\nkind = "adam"\nspeed = 1\n[data]', "unknown key server-optimizer.speed"),
         ("local-steps = 4", 'schedule = "up"', "schedule is 'up'"),
         ("local-steps = 4", 'experts = "some"', "experts is 'some'"),
         ('label = "redrawn"', 'label = "../up"', "../up"),
