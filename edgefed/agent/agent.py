@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import ssl
 import threading
 import time
@@ -25,13 +24,13 @@ from typing import Literal, TypeVar
 from edgefed import __version__
 from edgefed.agent.backoff import Retry, never_reached
 from edgefed.agent.cache import BlobCache, Item
+from edgefed.agent.compression import UpdateCompressor
 from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
 from edgefed.agent.finish import COMPARISON_PATIENCE_S, compare_at_end
 from edgefed.agent.heartbeat import Copies, HeartbeatThread
 from edgefed.agent.journal import Journal
 from edgefed.agent.summary import RunSummary
 from edgefed.agent.transport import AggregatorClient
-from edgefed.disk import hash_file
 from edgefed.errors import ChecksumMismatch, EdgefedError, NotFound, RoundClosed, ServerUnreachable, UnknownClient
 from edgefed.progress import (
     NullProgress,
@@ -51,9 +50,8 @@ from edgefed.protocol.messages import (
     Heartbeat,
     Register,
     RunConfig,
-    UpdateMeta,
 )
-from edgefed.protocol.trainer import TrainedUpdate, Trainer
+from edgefed.protocol.trainer import Trainer
 
 logger = logging.getLogger("edgefed.agent")
 
@@ -127,6 +125,7 @@ class Agent:
         self.progress = WatchedProgress(progress or NullProgress(), self._stop, clock)
         self._retry = retry or Retry(self._stop, clock=clock)
         self._delivery = Delivery(client, journal, self._retry, self.progress, self._call)
+        self._compressor = UpdateCompressor(journal, cache.path, self.progress.message)
         self._run: RunConfig | None = None
         self._joined = journal.knows(client.base_url)
         self._num_examples = trainer.num_examples
@@ -135,7 +134,6 @@ class Agent:
         self._server_round = journal.record.server_round
         self._forgotten = self._rounds = self._run_rounds = 0
         self._metrics: Mapping[str, float] = {}
-        self._left_out: set[str] = set()
         self._wait_reason = ""
         self._asked = False
         self._comparison: Comparison | None = None
@@ -299,7 +297,7 @@ class Agent:
         self._server_round = assignment.server_round
         self._lines.begin(assignment.server_round)
         self._delivery.open_account()
-        attempt = self.journal.begin_training(assignment.server_round)
+        self.journal.begin_training(assignment.server_round)
         path = self.journal.update_path()
         try:
             manifest = self._call(lambda: self.client.manifest(assignment.server_round))
@@ -313,7 +311,10 @@ class Agent:
         self.progress.done()
         if trained.num_examples > self._num_examples:  # known only now: examples are made from records of the data
             self._register(trained.num_examples)
-        meta = self._describe(trained, assignment.server_round, attempt, path)
+        more = self._compressor.compress(
+            self._run.compression, manifest, trained, path, self.client.rates.up_bytes_per_s
+        )
+        meta = self._delivery.describe(trained, more, path)
         self.journal.finish_training(
             path, meta, bytes_down=self._delivery.bytes_down, seconds=self.progress.take_seconds()
         )
@@ -335,6 +336,7 @@ class Agent:
 
     def _fetch(self, items: Iterable[Item], give_up_after_s: float | None = None) -> Mapping[str, Path]:
         items = tuple(items)
+        self._compressor.note_slices(items)
 
         def ensure() -> dict[str, Path]:
             missing_bytes = self._cache.bytes_to_download(items)
@@ -346,21 +348,6 @@ class Agent:
         if self.progress.snapshot()[0] == "download":
             self.progress.done()
         return blobs
-
-    def _describe(self, trained: TrainedUpdate, server_round: int, attempt: int, path: Path) -> UpdateMeta:
-        metrics = {**trained.metrics, **self.client.rates.metrics()}
-        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        if left_out := metrics.keys() - finite.keys() - self._left_out:
-            self._left_out |= left_out
-            logger.warning(
-                "round %d: metrics that are not finite are not sent: %s", server_round, ", ".join(sorted(left_out))
-            )
-        sha256, size_bytes = hash_file(path)
-        return UpdateMeta(
-            client_id=self.journal.record.client_id, server_round=server_round, attempt=attempt, sha256=sha256,
-            size_bytes=size_bytes, num_examples=trained.num_examples, num_tokens=trained.num_tokens,
-            experts=trained.experts, metrics=finite, survey=trained.survey,
-        )  # fmt: skip
 
 
 @contextlib.contextmanager

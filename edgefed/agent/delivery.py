@@ -6,7 +6,10 @@ No other module deletes a trained update.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -31,6 +34,9 @@ from edgefed.errors import (
 )
 from edgefed.progress import WatchedProgress
 from edgefed.protocol.messages import UpdateMeta
+from edgefed.protocol.trainer import TrainedUpdate
+
+logger = logging.getLogger("edgefed.agent")
 
 MAX_REFUSALS = 3
 """Updates refused in a row before the agent ends with the server's error."""
@@ -75,6 +81,7 @@ class Delivery:
         self._resumed = False
         self._start = (0, 0)
         self._acknowledged = 0
+        self._left_out: set[str] = set()
 
     def open_account(self) -> None:
         """Start counting the bytes and seconds of a round."""
@@ -86,6 +93,24 @@ class Delivery:
     def bytes_down(self) -> int:
         """Bytes downloaded in this round."""
         return self._client.bytes_down - self._start[0]
+
+    def describe(self, trained: TrainedUpdate, more: Mapping[str, float], path: Path) -> UpdateMeta:
+        """The metadata of the update of the round at ``path``, with ``more`` metrics and the rates of transfers."""
+        record = self._journal.record
+        metrics = {**trained.metrics, **more, **self._client.rates.metrics()}
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        if left_out := metrics.keys() - finite.keys() - self._left_out:
+            self._left_out |= left_out
+            logger.warning(
+                "round %d: metrics that are not finite are not sent: %s",
+                *(record.server_round, ", ".join(sorted(left_out))),
+            )
+        sha256, size_bytes = hash_file(path)
+        return UpdateMeta(
+            client_id=record.client_id, server_round=record.server_round, attempt=record.attempt, sha256=sha256,
+            size_bytes=size_bytes, num_examples=trained.num_examples, num_tokens=trained.num_tokens,
+            experts=trained.experts, metrics=finite, survey=trained.survey,
+        )  # fmt: skip
 
     def resume(self) -> Delivered:
         """Deliver the update of an earlier process or connection. Drop it if its file is damaged or missing."""

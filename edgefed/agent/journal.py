@@ -30,7 +30,7 @@ logger = logging.getLogger("edgefed.agent")
 FORMAT_VERSION = 1
 JOURNAL_FILE = "journal.json"
 LOCK_FILE = "agent.lock"
-UPDATES_FOLDER = "updates"
+UPDATES_FOLDER, RESIDUALS_FOLDER = "updates", "residuals"
 Phase = Literal["idle", "training", "trained", "uploading"]
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
 _DEVICE_KEY = re.compile(r"[0-9a-f]{64}")
@@ -42,7 +42,9 @@ class JournalRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     ``server_round`` and ``attempt`` belong to the last work that was begun. They stay after it has ended, so that a
     later attempt gets a new number. ``update`` and ``update_file`` are set while an update waits for its
-    acknowledgement. ``round_bytes_down`` and ``round_seconds`` keep the cost of that round for the ledger.
+    acknowledgement. ``residuals``: file of what acknowledged updates have left out (`edgefed.agent.compression`), and
+    ``new_residuals`` with the pending one. ``round_bytes_down`` and ``round_seconds`` keep the cost of that round for
+    the ledger.
     """
 
     format_version: int
@@ -56,6 +58,8 @@ class JournalRecord(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase = "idle"
     update_file: str = ""
     update: UpdateMeta | None = None
+    residuals: str = ""
+    new_residuals: str = ""
     round_bytes_down: int = 0
     round_seconds: dict[str, float] = {}
     rounds_acknowledged: int = 0
@@ -73,6 +77,7 @@ class Journal:
     def __init__(self, folder: Path | str) -> None:
         self.folder = make_private(Path(folder))
         self.updates = make_folder(self.folder / UPDATES_FOLDER)
+        self._residuals = make_folder(self.folder / RESIDUALS_FOLDER)
         self._path = self.folder / JOURNAL_FILE
         self._lock = FolderLock(self.folder, LOCK_FILE)
         try:
@@ -119,7 +124,7 @@ class Journal:
 
     def renew_identity(self) -> None:
         """Draw a new identity. The server and work of the old one are dropped."""
-        self._forget(**_new_identity(), server="", run_id="", server_round=0, attempt=0)
+        self._forget(**_new_identity(), server="", run_id="", server_round=0, attempt=0, residuals="")
 
     def bind(self, server: str, run_id: str) -> None:
         """Record the run that the device takes part in. Drops work for another server or run; keeps the identity."""
@@ -131,7 +136,7 @@ class Journal:
                 "dropping the %s update of round %d: it belongs to run %s at %s, this is run %s at %s",
                 record.phase, record.server_round, record.run_id, record.server, run_id, server,
             )  # fmt: skip
-        self._forget(server=server, run_id=run_id, server_round=0, attempt=0)
+        self._forget(server=server, run_id=run_id, server_round=0, attempt=0, residuals="")
 
     def begin_training(self, server_round: int) -> int:
         """Record that work on a round begins. Returns its attempt number: 1, or the next one of this round."""
@@ -143,12 +148,27 @@ class Journal:
         """File that the trainer writes the update of the current round to."""
         return self.updates / f"round-{self.record.server_round}-attempt-{self.record.attempt}.safetensors"
 
+    @property
+    def residuals_path(self) -> Path | None:
+        """File of the residuals that acknowledged updates have left; None if there are none."""
+        path = self._residuals / (self.record.residuals or "none")
+        return path if path.exists() else None
+
+    def new_residuals_path(self) -> Path:
+        """File for the residuals that the update of the current round leaves."""
+        name = self.update_path().name
+        return self._residuals / (name if name != self.record.residuals else f"again-{name}")
+
     def finish_training(self, path: Path, meta: UpdateMeta, *, bytes_down: int, seconds: dict[str, float]) -> None:
         """Record the finished update at ``path``, durably: from now on no crash loses it."""
         settle_file(path)
+        new_residuals = self.new_residuals_path()
+        if new_residuals.exists():
+            settle_file(new_residuals)
         self._change(
-            phase="trained", update_file=path.name, update=meta, round_bytes_down=bytes_down, round_seconds=seconds
-        )
+            phase="trained", update_file=path.name, update=meta, round_bytes_down=bytes_down, round_seconds=seconds,
+            new_residuals=new_residuals.name if new_residuals.exists() else "",
+        )  # fmt: skip
 
     def begin_upload(self) -> None:
         """Record that the upload begins."""
@@ -167,16 +187,17 @@ class Journal:
         self._forget()
 
     def acknowledge(self, *, bytes_down: int, bytes_up: int) -> None:
-        """Delete the acknowledged update and add the round's bytes to the totals."""
+        """Delete the acknowledged update, keep its residuals, and add the round's bytes to the totals."""
         record = self.record
         self._forget(
+            residuals=record.new_residuals or record.residuals,
             rounds_acknowledged=record.rounds_acknowledged + 1,
             bytes_down=record.bytes_down + bytes_down,
             bytes_up=record.bytes_up + bytes_up,
         )
 
     def _forget(self, **changes: Any) -> None:
-        cleared: dict[str, Any] = {"phase": "idle", "update_file": "", "update": None}
+        cleared: dict[str, Any] = {"phase": "idle", "update_file": "", "update": None, "new_residuals": ""}
         cleared |= {"round_bytes_down": 0, "round_seconds": {}}
         # The journal first: an update without an entry is only a stray file, an entry without its update is a loss.
         self._change(**(cleared | changes))
@@ -188,10 +209,15 @@ class Journal:
         self.record = record
 
     def _drop_strays(self) -> None:
-        with disk_errors(self.updates):
-            for file in list(self.updates.iterdir()):
-                if file.name != self.record.update_file:
-                    file.unlink()
+        record = self.record
+        for folder, names in (
+            (self.updates, [record.update_file]),
+            (self._residuals, [record.residuals, record.new_residuals]),
+        ):
+            with disk_errors(folder):
+                for file in list(folder.iterdir()):
+                    if file.name not in names:
+                        file.unlink()
 
     def _load(self) -> JournalRecord:
         with disk_errors(self._path):
@@ -217,6 +243,9 @@ class Journal:
             raise self._corrupt(f"phase {record.phase} with {'an' if record.update else 'no'} update")
         if record.update is not None and not _FILE_NAME.fullmatch(record.update_file):
             raise self._corrupt(f"invalid file name in update_file: {record.update_file!r}")
+        for name in filter(None, (record.residuals, record.new_residuals)):
+            if not _FILE_NAME.fullmatch(name):
+                raise self._corrupt(f"invalid file name of residuals: {name!r}")
         return record
 
     def _corrupt(self, found: str) -> StateCorrupt:

@@ -10,7 +10,7 @@ import numpy as np
 from edgefed.aggregator.records import UpdateRecord
 from edgefed.aggregator.slices import read_rows
 from edgefed.protocol.coverage import ClientExperts, ExpertCoverage
-from edgefed.protocol.frames import read_header, update_name
+from edgefed.protocol.frames import read_header, split_update_name, update_name
 from edgefed.protocol.messages import NEURON_INDEX, Manifest, UnitInfo
 from edgefed.protocol.slices import neuron_table
 
@@ -77,7 +77,7 @@ def _num_neurons(unit: UnitInfo) -> int:
 
 def _trained_rows(path: Path, experts: Sequence[UnitInfo]) -> list[tuple[UnitInfo, np.ndarray | slice]]:
     """The expert units in an update file, each with the rows of its neurons."""
-    header = read_header(path)
+    header = {update_name(*split_update_name(name)[:2]): entry for name, entry in read_header(path).items()}
     found: list[tuple[UnitInfo, np.ndarray | slice]] = []
     for unit in experts:
         index = header.get(update_name(unit.key, NEURON_INDEX)) if neuron_table(unit) is not None else None

@@ -2,6 +2,8 @@
 
     next = sum_c w_c x_c / sum_c w_c          per tensor, or per leading row where w_c is an array (E,)
 
+Where a client sent a change d encoded, x_c = g + d with the current value g; d is decoded block by block.
+
 The table of an expert's neurons is averaged row by row over the clients that sent the row, and a row that nobody sent
 keeps its value (`edgefed.aggregator.slices`).
 
@@ -16,10 +18,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,7 +31,7 @@ import numpy as np
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.server_optimizer import Stepping, UnitMoments
 from edgefed.aggregator.slices import row_runs, row_weights
-from edgefed.aggregator.update_files import BlockFiles, UpdateDamaged, UpdateIndex
+from edgefed.aggregator.update_files import BlockFiles, ChangeBuffers, TensorPlace, UpdateDamaged, UpdateIndex
 from edgefed.kernels.fold import FoldBackend
 from edgefed.methods.interface import UnitMerge
 from edgefed.protocol.frames import FLOAT_DTYPES, TensorEntry, encode_header, read_header, storage_dtype
@@ -58,18 +62,29 @@ class Robustness:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Position of one client's tensor, and the client's share: a float, or (E,) for rows.
+    """Place of one client's tensor of ``count`` values, and the client's share: a float, or (E,) for rows.
 
     ``rows``: of a slice, the ascending rows of the global table that the client's tensor has.
     ``factor``: see `Robustness`.
     """
 
     client_id: str
-    path: Path
-    start: int
+    place: TensorPlace
+    count: int
     share: float | np.ndarray
     rows: np.ndarray | None = None
     factor: float = 1.0
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether the current values are part of its own."""
+        return self.factor < 1 or self.place.codec is not None
+
+    def read(self, files: BlockFiles, begin: int, length: int, dtype: np.dtype[Any], scratch: _Scratch) -> np.ndarray:
+        """Values ``begin`` to ``begin + length``: raw, or of an encoded tensor the change in float32."""
+        if self.place.codec is not None:
+            return files.read_change(self.place, self.count, begin, length, scratch.change)
+        return files.read(self.place.path, self.place.start + begin * dtype.itemsize, scratch.raw, length, dtype)
 
     def share_of(self, row: int) -> float:
         """The share in one row."""
@@ -142,6 +157,7 @@ class _Scratch:
         self.raw = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
         self.old = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
         self.out = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
+        self.change = ChangeBuffers(BLOCK_ELEMENTS)
 
 
 def _unit_chunks(
@@ -163,7 +179,7 @@ def _unit_chunks(
         shares, keep_rows = _shares(given, info)
         sources = [
             _Source(
-                *(client_id, *index.locate(client_id, unit.key, info.name), share, own),
+                *(client_id, index.locate(client_id, unit.key, info.name), _sent(info, own), share, own),
                 factor=scratch.robustness.factors.get((client_id, unit.key), 1.0),
             )
             for (client_id, _), share, own in zip(weights, shares, rows, strict=True)
@@ -175,6 +191,11 @@ def _unit_chunks(
             yield from _tensor_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
         else:
             yield from _copy_chunks(old_path, old[info.name], scratch)
+
+
+def _sent(info: TensorInfo, rows: np.ndarray | None) -> int:
+    """Values of a client's tensor: all of ``info``, or the ``rows`` of a table."""
+    return math.prod(info.shape if rows is None else (len(rows), *info.shape[1:]))
 
 
 def _shares(
@@ -213,7 +234,7 @@ def _tensor_chunks(
     dtype, rule = storage_dtype(info.dtype), scratch.robustness
     count = old.size_bytes // dtype.itemsize
     row_elements = count // info.shape[0] if keep_rows is not None else count
-    needs_old = (keep_rows is not None and bool(keep_rows.any())) or any(source.factor < 1 for source in sources)
+    needs_old = (keep_rows is not None and bool(keep_rows.any())) or any(source.needs_old for source in sources)
     needs_old = needs_old or not sources or scratch.moments is not None
     combines = rule.combine is not None and len(sources) >= rule.min_clients
     step = max(1024, BLOCK_ELEMENTS // len(sources)) if combines else BLOCK_ELEMENTS
@@ -230,7 +251,7 @@ def _tensor_chunks(
             rows = list(_rows(begin, length, row_elements))
             matrix = np.empty((len(sources), length)) if combines else None
             for at, source in enumerate(sources):
-                raw = files.read(source.path, source.start + begin * dtype.itemsize, scratch.raw, length, dtype)
+                raw = source.read(files, begin, length, dtype, scratch)
                 if matrix is not None:
                     matrix[at] = -0.0
                     _add(matrix[at], raw, before, source, 1.0, info.dtype, scratch.backend)
@@ -270,7 +291,7 @@ def _table_chunks(
     num_rows, columns = info.shape
     if not 0 < columns <= BLOCK_ELEMENTS:
         raise ValueError(f"a neuron has {columns} numbers: expected 1..{BLOCK_ELEMENTS}")
-    step, clipped = BLOCK_ELEMENTS // columns, any(source.factor < 1 for source in sources)
+    step, needs_old = BLOCK_ELEMENTS // columns, any(source.needs_old for source in sources)
     with BlockFiles() as files:
         for begin in range(0, num_rows, step):
             if scratch.cancelled():
@@ -280,7 +301,7 @@ def _table_chunks(
             sums, out = scratch.sums[:length], scratch.out[: length * dtype.itemsize].view(dtype)
             sums[:] = -0.0
             before = None
-            if clipped or scratch.moments is not None or keep_rows[begin:end].any():
+            if needs_old or scratch.moments is not None or keep_rows[begin:end].any():
                 start = old.start + begin * columns * dtype.itemsize
                 before = files.read(old_path, start, scratch.old, length, dtype)
             for source in sources:
@@ -289,8 +310,7 @@ def _table_chunks(
                 first, last = np.searchsorted(source.rows, (begin, end)).tolist()
                 if first == last:
                     continue
-                start = source.start + first * columns * dtype.itemsize
-                raw = files.read(source.path, start, scratch.raw, (last - first) * columns, dtype)
+                raw = source.read(files, first * columns, (last - first) * columns, dtype, scratch)
                 rows = source.rows[first:last]
                 for at, stop in row_runs(rows, source.share):
                     part = sums[(rows[at] - begin) * columns : (rows[stop - 1] + 1 - begin) * columns]
@@ -320,12 +340,16 @@ def _add(
     dtype: str,
     backend: FoldBackend,
 ) -> None:
-    """``sums += share (g + f (x - g))``. Raises UpdateDamaged for a value that is not finite."""
-    if backend.fold_block(sums, raw, dtype, share * source.factor) >= 0:
-        raise UpdateDamaged(source.client_id, source.path)
-    if source.factor < 1:
-        assert before is not None, "the current values were read for clipped sources"
-        backend.fold_block(sums, before, dtype, share * (1 - source.factor))
+    """``sums += share (g + f (x - g))``; ``raw`` is x, or x - g if the source is encoded.
+
+    Raises UpdateDamaged for a value that is not finite.
+    """
+    encoded = source.place.codec is not None
+    if backend.fold_block(sums, raw, "F32" if encoded else dtype, share * source.factor) >= 0:
+        raise UpdateDamaged(source.client_id, source.place.path)
+    if source.needs_old:
+        assert before is not None, "the current values were read"
+        backend.fold_block(sums, before, dtype, share if encoded else share * (1 - source.factor))
 
 
 def _wide(raw: np.ndarray, dtype: str, backend: FoldBackend) -> np.ndarray:

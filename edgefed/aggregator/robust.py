@@ -29,7 +29,7 @@ import numpy as np
 
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.fold import BLOCK_ELEMENTS
-from edgefed.aggregator.update_files import BlockFiles, UpdateDamaged, UpdateIndex
+from edgefed.aggregator.update_files import BlockFiles, ChangeBuffers, TensorPlace, UpdateDamaged, UpdateIndex
 from edgefed.errors import ConfigError
 from edgefed.kernels.fold import FoldBackend
 from edgefed.protocol.frames import FLOAT_DTYPES, read_header, storage_dtype
@@ -117,16 +117,17 @@ def measure_moves(
         if clients and not cancelled():
             if not hasattr(own, "buffers"):
                 own.buffers = [np.empty(BLOCK_ELEMENTS) for _ in range(2)] + [np.empty(8 * BLOCK_ELEMENTS, np.uint8)]
+                own.change = ChangeBuffers(BLOCK_ELEMENTS)
             path = blobs.path(unit.sha256)
             old = read_header(path)
             for info in unit.tensors:
                 if info.dtype not in FLOAT_DTYPES:
                     continue
                 count += math.prod(info.shape)
-                starts = {c: index.locate(c, unit.key, info.name) for c in clients}
+                places = {c: index.locate(c, unit.key, info.name) for c in clients}
                 rows = {c: index.rows(c, unit.key, info.shape[0]) for c in clients if info.name == NEURON_TABLE}
                 place = (path, old[info.name].start)
-                size += _add_squares(info, place, starts, rows, squares, own.buffers, backend)
+                size += _add_squares(info, place, places, rows, squares, own.buffers, own.change, backend)
         scale = math.sqrt(max(count, 1))
         return {(c, unit.key): math.sqrt(square) / scale for c, square in squares.items()}, math.sqrt(size) / scale
 
@@ -140,10 +141,11 @@ def measure_moves(
 def _add_squares(
     info: TensorInfo,
     old: tuple[Path, int],
-    starts: Mapping[str, tuple[Path, int]],
+    places: Mapping[str, TensorPlace],
     rows: Mapping[str, np.ndarray],
     squares: dict[str, float],
     buffers: list[np.ndarray],
+    change: ChangeBuffers,
     backend: FoldBackend,
 ) -> float:
     """Add the squared distance of each client's tensor to ``squares``. Returns the sum of squares of the old one.
@@ -161,7 +163,7 @@ def _add_squares(
             raw = files.read(old[0], old[1] + begin * dtype.itemsize, buffers[2], length, dtype)
             backend.fold_block(minus, raw, info.dtype, -1.0)
             size += float(minus @ minus)
-            for client_id, (path, start) in starts.items():
+            for client_id, place in places.items():
                 delta, at = buffers[1][:length], begin
                 if rows:
                     own = rows[client_id]
@@ -169,13 +171,20 @@ def _add_squares(
                     delta, at = buffers[1][: (last - first) * columns], first * columns
                     if first == last:
                         continue
-                    places = own[first:last] - begin // columns
-                    np.copyto(delta.reshape(-1, columns), minus.reshape(-1, columns)[places])
+                if place.codec is not None:
+                    count = total if not rows else len(rows[client_id]) * columns
+                    delta[:] = files.read_change(place, count, at, len(delta), change)
+                    squares[client_id] += float(delta @ delta)
+                    continue
+                if rows:
+                    np.copyto(
+                        delta.reshape(-1, columns), minus.reshape(-1, columns)[own[first:last] - begin // columns]
+                    )
                 else:
                     np.copyto(delta, minus)
-                raw = files.read(path, start + at * dtype.itemsize, buffers[2], len(delta), dtype)
+                raw = files.read(place.path, place.start + at * dtype.itemsize, buffers[2], len(delta), dtype)
                 if backend.fold_block(delta, raw, info.dtype, 1.0) >= 0:
-                    raise UpdateDamaged(client_id, path)
+                    raise UpdateDamaged(client_id, place.path)
                 squares[client_id] += float(delta @ delta)
     return size
 

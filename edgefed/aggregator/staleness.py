@@ -8,15 +8,15 @@ and x' then goes through the round as any update does. With a quorum of K update
 et al., arXiv 2106.06639, algorithm 1), and s is its staleness scaling (section 5). Ours: the weights of the run's
 method in place of the plain mean of the buffer, and a client counts once in a buffer.
 
-x' is written as a file of its own, in the unit's storage type. Files are rebased independently, so what is aggregated
-does not depend on the order of arrival within a buffer.
+Of an encoded change d = x - g_b, x' = g + s(tau) d. x' is written as a file of its own, in the unit's storage type.
+Files are rebased independently, so what is aggregated does not depend on the order of arrival within a buffer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +26,16 @@ from edgefed.aggregator.fold import BLOCK_ELEMENTS
 from edgefed.aggregator.records import UpdateRecord
 from edgefed.aggregator.repair import blob_problem
 from edgefed.aggregator.slices import read_rows
-from edgefed.aggregator.update_files import BlockFiles
+from edgefed.aggregator.update_files import BlockFiles, ChangeBuffers, TensorPlace
 from edgefed.disk import disk_errors
+from edgefed.kernels.compression import CODECS
 from edgefed.kernels.fold import FoldBackend
 from edgefed.protocol.frames import (
     FLOAT_DTYPES,
-    NAME_SEPARATOR,
     TensorEntry,
     encode_header,
     read_header,
+    split_update_name,
     storage_dtype,
     update_name,
 )
@@ -91,29 +92,52 @@ def rebase_update(path: Path, target: Path, how: Rebasing, blobs: BlobStore, bac
         return places[unit.sha256]
 
     with disk_errors(f"write {target}"), target.open("wb") as file, BlockFiles() as files:
-        file.write(encode_header([entry.info for entry in header.values()]))
+        sent = {name: _values_info(name, entry, header, now) for name, entry in header.items()}
+        file.write(encode_header(list(sent.values())))
+        changes = ChangeBuffers(BLOCK_ELEMENTS)
         buffers = [np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8) for _ in range(2)]
         for name, entry in header.items():
-            key, _, tensor = name.partition(NAME_SEPARATOR)
-            models = [] if key in how.left_out else [place(now[key]), place(before[key])]
-            if tensor == NEURON_INDEX or entry.info.dtype not in FLOAT_DTYPES:
+            key, tensor, codec = split_update_name(name)
+            info, encoded = sent[name], TensorPlace(path, entry.start, CODECS.get(codec))
+            models = [] if key in how.left_out else [place(now[key]), *([] if codec else [place(before[key])])]
+            if tensor == NEURON_INDEX or info.dtype not in FLOAT_DTYPES:
                 models = []
             rows = None
             if tensor == NEURON_TABLE and neuron_table(now[key]) is not None:
                 index = header[update_name(key, NEURON_INDEX)]
                 rows = read_rows(path, index.start, index.info.shape[0])
-            dtype, weight = storage_dtype(entry.info.dtype), staleness_weight(how.staleness)
-            for at, model_at, length in _spans(entry.info, rows):
-                out = files.read(path, entry.start + at * dtype.itemsize, buffers[0], length, dtype)
-                if models:
-                    sums = np.zeros(length)
-                    backend.fold_block(sums, out, entry.info.dtype, weight)
-                    for (blob, tensors), share in zip(models, (1.0, -weight), strict=True):
-                        start = tensors[tensor].start + model_at * dtype.itemsize
-                        raw = files.read(blob, start, buffers[1], length, dtype)
-                        backend.fold_block(sums, raw, entry.info.dtype, share)
-                    backend.narrow_block(sums, entry.info.dtype, out)
+            dtype, weight = storage_dtype(info.dtype), staleness_weight(how.staleness)
+            for at, model_at, length in _spans(info, rows):
+                sums = np.zeros(length)
+                if codec:
+                    out = buffers[0][: length * dtype.itemsize].view(dtype)
+                    values = files.read_change(encoded, math.prod(info.shape), at, length, changes)
+                    backend.fold_block(sums, values, "F32", weight)
+                else:
+                    out = files.read(path, entry.start + at * dtype.itemsize, buffers[0], length, dtype)
+                    if models:
+                        backend.fold_block(sums, out, info.dtype, weight)
+                for (blob, tensors), share in zip(models, (1.0, -weight), strict=False):
+                    start = tensors[tensor].start + model_at * dtype.itemsize
+                    raw = files.read(blob, start, buffers[1], length, dtype)
+                    backend.fold_block(sums, raw, info.dtype, share)
+                if models or codec:
+                    backend.narrow_block(sums, info.dtype, out)
                 file.write(out.data)
+
+
+def _values_info(
+    name: str, entry: TensorEntry, header: Mapping[str, TensorEntry], units: Mapping[str, UnitInfo]
+) -> TensorInfo:
+    """A tensor of an update as its values are, also if it is encoded."""
+    key, tensor, codec = split_update_name(name)
+    if not codec:
+        return entry.info
+    info = next(info for info in units[key].tensors if info.name == tensor)
+    shape = info.shape
+    if tensor == NEURON_TABLE and neuron_table(units[key]) is not None:
+        shape = (*header[update_name(key, NEURON_INDEX)].info.shape, *info.shape[1:])
+    return TensorInfo(name=update_name(key, tensor), dtype=info.dtype, shape=shape)
 
 
 def _spans(info: TensorInfo, rows: np.ndarray | None) -> Iterator[tuple[int, int, int]]:

@@ -1,7 +1,12 @@
-"""The files of updates: where each tensor is, and reading blocks of many files with few of them open."""
+"""The files of updates: where each tensor is, and reading blocks of many files with few of them open.
+
+A tensor has its values raw, or the change against the current unit encoded (`edgefed.kernels.compression`). Encoded
+blocks are decoded as they are read.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 from collections.abc import Mapping, Sequence
@@ -12,7 +17,8 @@ import numpy as np
 from edgefed.aggregator.slices import read_rows, upload_tensors
 from edgefed.aggregator.validate import read_exactly
 from edgefed.disk import disk_errors
-from edgefed.protocol.frames import read_header, update_name
+from edgefed.kernels.compression import CODECS, LARGEST_BLOCK, Codec, decode
+from edgefed.protocol.frames import read_header, split_update_name, update_name
 from edgefed.protocol.messages import NEURON_INDEX, UnitInfo
 from edgefed.protocol.slices import are_rows, neuron_table
 
@@ -29,8 +35,20 @@ class UpdateDamaged(Exception):
         self.client_id = client_id
 
 
+@dataclasses.dataclass(frozen=True)
+class TensorPlace:
+    """Position of a client's tensor. ``codec``: how its change is encoded; None: its values are raw."""
+
+    path: Path
+    start: int
+    codec: Codec | None = None
+
+
+_ALL_CODECS = (None, *CODECS.values())
+
+
 class UpdateIndex:
-    """Position of each tensor in each update file, in 8 bytes per tensor and client; headers take many more."""
+    """Position of each tensor in each update file, in 9 bytes per tensor and client; headers take many more."""
 
     def __init__(self, units: Sequence[UnitInfo], updates: Mapping[str, Path]):
         """Read the header of each file in ``updates`` {client_id: path}."""
@@ -38,36 +56,41 @@ class UpdateIndex:
         self._order = {name: at for at, name in enumerate(names)}
         self._paths = dict(updates)
         self._starts = {}
+        self._codecs: dict[str, np.ndarray] = {}
         self._widths: dict[str, np.ndarray] = {}
         sliced = any(neuron_table(unit) for unit in units)
         for client_id, path in updates.items():
             starts = np.full(len(names), _ABSENT, dtype=np.int64)
+            codecs = np.zeros(len(names), dtype=np.int8)
             widths = np.zeros(len(names) if sliced else 0, dtype=np.int32)
             for name, entry in read_header(path).items():
-                starts[self._order[name]] = entry.start
+                key, tensor, codec = split_update_name(name)
+                at = self._order[update_name(key, tensor)]
+                starts[at], codecs[at] = entry.start, _ALL_CODECS.index(CODECS.get(codec))
                 if sliced and entry.info.shape:
-                    widths[self._order[name]] = entry.info.shape[0]
-            self._starts[client_id], self._widths[client_id] = starts, widths
+                    widths[at] = entry.info.shape[0]
+            self._starts[client_id], self._codecs[client_id], self._widths[client_id] = starts, codecs, widths
 
     def has(self, client_id: str, unit: UnitInfo) -> bool:
         """Whether a client uploaded a unit."""
         return bool(self._starts[client_id][self._order[update_name(unit.key, unit.tensors[0].name)]] != _ABSENT)
 
-    def locate(self, client_id: str, unit_key: str, name: str) -> tuple[Path, int]:
-        """File and first byte of a tensor. Raises ValueError if the client did not upload it: the plan is wrong."""
+    def locate(self, client_id: str, unit_key: str, name: str) -> TensorPlace:
+        """Where a tensor is. Raises ValueError if the client did not upload it: the plan is wrong."""
         at = self._order.get(update_name(unit_key, name))
         start = int(self._starts[client_id][at]) if at is not None and client_id in self._starts else _ABSENT
         if start == _ABSENT:
             raise ValueError(f"the merge plan needs {unit_key!r} of client {client_id!r}, which did not upload it")
-        return self._paths[client_id], start
+        assert at is not None, "it has a start"
+        return TensorPlace(self._paths[client_id], start, _ALL_CODECS[self._codecs[client_id][at]])
 
     def rows(self, client_id: str, unit_key: str, num_rows: int) -> np.ndarray:
         """Rows of a table of ``num_rows`` neurons that a client uploaded, (W,). Raises ValueError, UpdateDamaged."""
-        path, start = self.locate(client_id, unit_key, NEURON_INDEX)
+        place = self.locate(client_id, unit_key, NEURON_INDEX)
         width = int(self._widths[client_id][self._order[update_name(unit_key, NEURON_INDEX)]])
-        rows = read_rows(path, start, width)
+        rows = read_rows(place.path, place.start, width)
         if len(rows) != width or not are_rows(rows, num_rows):
-            raise UpdateDamaged(client_id, path)
+            raise UpdateDamaged(client_id, place.path)
         return rows
 
 
@@ -96,3 +119,28 @@ class BlockFiles:
             file.seek(start)
             read_exactly(file, raw)
         return raw.view(dtype)
+
+    def read_change(
+        self, place: TensorPlace, count: int, begin: int, length: int, buffers: ChangeBuffers
+    ) -> np.ndarray:
+        """Decode ``length`` values from ``begin`` on of an encoded tensor of ``count`` values, float32.
+
+        The result is valid until the next call with these ``buffers``.
+        """
+        codec = place.codec
+        assert codec is not None, "the tensor is encoded"
+        first = begin // codec.block * codec.block
+        decoded = min(-(-(begin + length) // codec.block) * codec.block, count) - first
+        start = place.start + first // codec.block * codec.block_bytes(codec.block)
+        raw = self.read(place.path, start, buffers.raw, codec.size_bytes(decoded), np.dtype(np.uint8))
+        values = buffers.values[:decoded]
+        decode(codec, raw, values)
+        return values[begin - first : begin - first + length]
+
+
+class ChangeBuffers:
+    """Buffers for `BlockFiles.read_change` of up to ``most`` values, of one thread."""
+
+    def __init__(self, most: int) -> None:
+        self.values = np.empty(most + 2 * LARGEST_BLOCK, dtype=np.float32)
+        self.raw = np.empty(max(codec.size_bytes(len(self.values)) for codec in CODECS.values()), dtype=np.uint8)

@@ -1,7 +1,9 @@
 """Checks of everything that a client sends: ids, registrations, updates. After them the server trusts its input.
 
 An update is a frame with tensors named ``<unit key>|<tensor name>``, in whole units, with the manifest's dtypes and
-shapes and finite values, and an `UpdateMeta` whose numbers are in range. Of a neuron table it may have some rows
+shapes and finite values, and an `UpdateMeta` whose numbers are in range. A tensor ``<unit key>|<tensor name>|<codec>``
+is an encoded change, of as many bytes as the manifest's shape needs, with scales and indices in range. Of a neuron
+table it may have some rows
 (`edgefed.aggregator.slices`). The file is not loaded but scanned through one small buffer.
 """
 
@@ -23,14 +25,18 @@ from edgefed import __version__
 from edgefed.aggregator.slices import check_slice, upload_tensors
 from edgefed.disk import disk_errors
 from edgefed.errors import InvalidUpdate, MalformedMessage, VersionMismatch
+from edgefed.kernels.compression import CODECS, Codec, problem_of
 from edgefed.kernels.fold import FoldBackend
 from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.frames import (
+    ENCODED_DTYPE,
+    FLOAT_DTYPES,
     MAX_HEADER_BYTES,
     NAME_SEPARATOR,
     TensorEntry,
     encode_header,
     read_header,
+    split_update_name,
     storage_dtype,
     update_name,
 )
@@ -257,7 +263,7 @@ def validate_update(
     for unit in units:
         if unit.key in uploaded and unit.kind == "expert" and (unit.layer, unit.expert) not in reported:
             raise InvalidUpdate(f"{unit.key!r} was uploaded without a report for that expert")
-    _check_finite(path, entries, backend)
+    _check_finite(path, entries, {unit.key: unit for unit in units}, backend)
     return uploaded
 
 
@@ -269,7 +275,7 @@ def update_units(path: Path) -> frozenset[str]:
 def _check_tensors(path: Path, entries: Mapping[str, TensorEntry], units: Mapping[str, UnitInfo]) -> frozenset[str]:
     found: dict[str, dict[str, TensorEntry]] = {}
     for full_name, entry in entries.items():
-        key, _, name = full_name.partition(NAME_SEPARATOR)
+        key, name, codec = split_update_name(full_name)
         unit = units.get(key)
         if unit is None:
             raise InvalidUpdate(f"tensor {full_name[:200]!r} belongs to no part of the model")
@@ -278,6 +284,12 @@ def _check_tensors(path: Path, entries: Mapping[str, TensorEntry], units: Mappin
         expected = next((info for info in upload_tensors(unit) if info.name == name), None)
         if expected is None:
             raise InvalidUpdate(f"{key!r} has no tensor {name[:200]!r}")
+        if name in found.get(key, ()):
+            raise InvalidUpdate(f"tensor {full_name!r} is there twice")
+        if codec:
+            _check_encoded(full_name, codec, entry, expected, unit, entries)
+            found.setdefault(key, {})[name] = entry
+            continue
         if entry.info.dtype != expected.dtype:
             raise InvalidUpdate(f"tensor {full_name!r} is {entry.info.dtype}, the manifest says {expected.dtype}")
         in_slice = name in (NEURON_TABLE, NEURON_INDEX) and neuron_table(unit) is not None
@@ -295,7 +307,35 @@ def _check_tensors(path: Path, entries: Mapping[str, TensorEntry], units: Mappin
     return frozenset(found)
 
 
-def _check_finite(path: Path, entries: Mapping[str, TensorEntry], backend: FoldBackend) -> None:
+def _check_encoded(
+    name: str, codec: str, entry: TensorEntry, expected: TensorInfo, unit: UnitInfo, entries: Mapping[str, TensorEntry]
+) -> None:
+    """Check codec and length of an encoded tensor, before a byte of it is read."""
+    if codec not in CODECS:
+        raise InvalidUpdate(f"tensor {name[:200]!r}: unknown codec {codec[:40]!r}, expected one of {', '.join(CODECS)}")
+    if expected.dtype not in FLOAT_DTYPES:
+        raise InvalidUpdate(f"tensor {name!r} is encoded, but {expected.dtype} is not a float type")
+    size = CODECS[codec].size_bytes(_num_sent(unit, expected, entries))
+    if entry.info.dtype != ENCODED_DTYPE or entry.info.shape != (size,):
+        raise InvalidUpdate(
+            f"tensor {name!r} is {entry.info.dtype} of shape {list(entry.info.shape)}, expected {ENCODED_DTYPE} of "
+            f"[{size}]"
+        )
+
+
+def _num_sent(unit: UnitInfo, expected: TensorInfo, entries: Mapping[str, TensorEntry]) -> int:
+    """Values of a tensor in an update: of a neuron table, those of the rows that its index names."""
+    shape = expected.shape
+    if expected.name == NEURON_TABLE and neuron_table(unit) is not None:
+        index = entries.get(update_name(unit.key, NEURON_INDEX))
+        width = index.info.shape[0] if index is not None and len(index.info.shape) == 1 else 0
+        shape = (min(width, shape[0]), *shape[1:])
+    return math.prod(shape)
+
+
+def _check_finite(
+    path: Path, entries: Mapping[str, TensorEntry], units: Mapping[str, UnitInfo], backend: FoldBackend
+) -> None:
     buffer = np.empty(SCAN_BLOCK_BYTES, dtype=np.uint8)
     with disk_errors(f"read {path}"), path.open("rb", buffering=0) as file:
         for name, entry in entries.items():
@@ -303,6 +343,11 @@ def _check_finite(path: Path, entries: Mapping[str, TensorEntry], backend: FoldB
                 continue  # no other trainable tensor is of integers
             dtype, done = storage_dtype(entry.info.dtype), 0
             file.seek(entry.start)
+            key, tensor, codec = split_update_name(name)
+            if codec:
+                count = _num_sent(units[key], next(t for t in units[key].tensors if t.name == tensor), entries)
+                _check_blocks(file, name, CODECS[codec], count, buffer)
+                continue
             while done < entry.size_bytes:
                 block = buffer[: min(SCAN_BLOCK_BYTES, entry.size_bytes - done)]
                 read_exactly(file, block)
@@ -310,6 +355,18 @@ def _check_finite(path: Path, entries: Mapping[str, TensorEntry], backend: FoldB
                 if bad >= 0:
                     raise InvalidUpdate(f"tensor {name!r}: element {done // dtype.itemsize + bad} is not finite")
                 done += block.nbytes
+
+
+def _check_blocks(file: io.FileIO, name: str, codec: Codec, count: int, buffer: np.ndarray) -> None:
+    """Check scales and indices of an encoded tensor of ``count`` values, from the position of ``file`` on."""
+    step = SCAN_BLOCK_BYTES // codec.block_bytes(codec.block) * codec.block
+    step = min(step, SCAN_BLOCK_BYTES // 4 // codec.block * codec.block)
+    for begin in range(0, count, step):
+        length = min(step, count - begin)
+        raw = buffer[: codec.size_bytes(length)]
+        read_exactly(file, raw)
+        if problem := problem_of(codec, raw, length):
+            raise InvalidUpdate(f"tensor {name!r}, values from {begin} on: {problem}")
 
 
 def read_exactly(file: io.FileIO, buffer: np.ndarray) -> None:

@@ -90,6 +90,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
         tokenizer=tokenizer,
         privacy=privacy_of(server),
         server_optimizer=_server_optimizer(server),
+        compression=_compression(server),
     )
     policy = _policy(server, run.rounds)
     if run.privacy is not None:
@@ -170,6 +171,7 @@ def continued_run(server: Server) -> RunConfig:
     method, options = _method(server) if server.method is not None else (None, dict(server.options or {}))
     wanted: dict[str, object] = {"model": server.model and str(server.model), "extractor": server.extractor}
     wanted |= {"method": method, "tokenizer": server.tokenizer, "rounds": server.rounds, "seed": server.seed}
+    wanted |= {"compression": server.compression and _compression(server)}
     wanted |= {name: getattr(server, name) for name in TRAINING}
     for name, value in wanted.items():
         attribute = "model" if name == "extractor" else name.removeprefix("train_")
@@ -178,6 +180,7 @@ def continued_run(server: Server) -> RunConfig:
             raise _contradiction(server, f"`{name}={value}`", found)
     if asked := _other_optimizer(server, run.server_optimizer):
         raise _contradiction(server, asked, run.server_optimizer or "no server optimizer")
+    check_codec(server, run.compression)
     if asked := other_privacy(server, run.privacy):
         raise _contradiction(server, asked, run.privacy or "no noise")
     if options:
@@ -281,8 +284,35 @@ def check_not_robust(server: Server) -> None:
                 f"`{name}` cannot be combined with `dp_noise`: it depends on the data of other clients",
                 remedy="Remove it; `dp_clip` limits what a client can change.",
             )
-    if server.robust not in (None, "mean"):
+    if _is_robust(server):
         raise ConfigError(f"`robust={server.robust}` cannot be combined with `dp_noise`", remedy="Remove it.")
+
+
+def _compression(server: Server) -> str:
+    """`RunConfig.compression`. Raises ConfigError as `check_codec`.
+
+    "auto" leaves the codec to the clients, unless a robust rule needs dense changes: then it is int8.
+    """
+    requested = server.compression or "auto"
+    if requested == "auto" and _is_robust(server):
+        return "int8"
+    check_codec(server, requested)
+    return requested
+
+
+def _is_robust(server: Server) -> bool:
+    """Whether a rule replaces the weighted mean."""
+    return server.robust not in (None, "mean")
+
+
+def check_codec(server: Server, compression: str) -> None:
+    """Raise ConfigError for a robust rule over sparse changes: the median of numbers that are mostly 0 is 0."""
+    if _is_robust(server) and compression in ("topk3", "topk", "auto"):
+        raise ConfigError(
+            f"`robust={server.robust}` cannot be combined with `compression={compression}`: most changes that clients "
+            "send would be 0, and so would their median",
+            remedy="Set `compression=int4`, or `robust=mean`.",
+        )
 
 
 def import_watch(folder: Path, model: str, source: str, report: Callable[[str], None]) -> Callable[[float], None]:

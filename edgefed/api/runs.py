@@ -54,6 +54,7 @@ def simulate(
     methods: Sequence[str] = (),
     rounds: int | None = None,
     seed: int | None = None,
+    compression: str | None = None,
     on_event: Callable[[SimulationEvent], None] | None = None,
 ) -> SimulationResult:
     """Simulate a fleet: devices train one after another on this machine, in the virtual time of their profiles.
@@ -61,14 +62,14 @@ def simulate(
     >>> result = edgefed.simulate("fleet.toml", out="results", on_event=print)            # doctest: +SKIP
     >>> result.run("hfedmoe").rounds[-1].loss                                             # doctest: +SKIP
 
-    ``config`` is a TOML file or an object. ``methods`` selects some of its methods by their labels; ``rounds`` and
-    ``seed`` replace its values. A simulation that was interrupted continues with the same ``out``.
+    ``config`` is a TOML file or an object. ``methods`` selects some of its methods by their labels; ``rounds``,
+    ``seed`` and ``compression`` replace its values. A simulation that was interrupted continues with the same ``out``.
 
     Raises ConfigError, UnknownMethod, UnknownProfile, DataError, ModelError, StorageError.
     """
     from edgefed.simulation.simulate import simulate as run_simulation
 
-    settings = simulation_settings(config, methods=methods, rounds=rounds, seed=seed)
+    settings = simulation_settings(config, methods=methods, rounds=rounds, seed=seed, compression=compression)
     return run_simulation(settings, Path(out), on_event or (lambda event: None))
 
 
@@ -78,6 +79,7 @@ def simulation_settings(
     methods: Sequence[str] = (),
     rounds: int | None = None,
     seed: int | None = None,
+    compression: str | None = None,
 ) -> SimulationConfig:
     """What `simulate` runs for these arguments. Raises ConfigError, UnknownMethod, UnknownProfile."""
     settings: SimulationConfig
@@ -97,6 +99,7 @@ def simulation_settings(
         settings,
         rounds=settings.rounds if rounds is None else rounds,
         seed=settings.seed if seed is None else seed,
+        compression=settings.compression if compression is None else compression,
     )
 
 

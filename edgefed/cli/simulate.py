@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from edgefed.cli.options import command
 from edgefed.config import Setting
@@ -28,6 +28,10 @@ class SimulateSettings:
     method: Annotated[tuple[str, ...], Setting("Run only this method of the file, by its label; repeatable.")] = ()
     rounds: Annotated[int | None, Setting("Number of rounds, instead of the file's.", minimum=1)] = None
     seed: Annotated[int | None, Setting("Seed, instead of the file's.", minimum=0)] = None
+    compression: Annotated[
+        Literal["none", "int8", "int4", "int2", "topk3", "topk", "auto"] | None,
+        Setting("How updates are sent, instead of the file's."),
+    ] = None
     no_pictures: Annotated[bool, Setting("Write no PNG files.")] = False
     json: Annotated[bool, Setting("Print the results as JSON.")] = False
 
@@ -42,7 +46,10 @@ def simulate_command(settings: SimulateSettings) -> None:
     from edgefed.api.runs import simulate, simulation_settings
     from edgefed.cli.output import print_json, stdout_console
 
-    config = simulation_settings(settings.config, methods=settings.method, rounds=settings.rounds, seed=settings.seed)
+    config = simulation_settings(
+        settings.config, methods=settings.method, rounds=settings.rounds, seed=settings.seed,
+        compression=settings.compression,
+    )  # fmt: skip
     from edgefed.simulation.simulate import RESULT_FILE
 
     logging.getLogger("edgefed.aggregator").setLevel(logging.WARNING)  # it logs every update of every client

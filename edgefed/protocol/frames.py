@@ -35,9 +35,25 @@ NAME_SEPARATOR = "|"
 """Between unit key and tensor name in an update, so neither may contain it."""
 
 
-def update_name(unit_key: str, tensor_name: str) -> str:
-    """Name of a unit's tensor in an update, whose frame has the tensors of many units."""
-    return f"{unit_key}{NAME_SEPARATOR}{tensor_name}"
+COMPRESSIONS = ("none", "int8", "int4", "int2", "topk3", "topk", "auto")
+"""How updates are sent: whole, as changes by a codec of `edgefed.kernels.compression`, or as the uplink allows."""
+ENCODED_DTYPE = "U8"
+"""Dtype of an encoded tensor in an update, whose shape is its number of bytes (`edgefed.kernels.compression`)."""
+
+
+def update_name(unit_key: str, tensor_name: str, codec: str = "") -> str:
+    """Name of a unit's tensor in an update, whose frame has the tensors of many units.
+
+    With a ``codec``, the tensor is the change against the unit that the round began with, encoded.
+    """
+    return NAME_SEPARATOR.join((unit_key, tensor_name, codec) if codec else (unit_key, tensor_name))
+
+
+def split_update_name(name: str) -> tuple[str, str, str]:
+    """Inverse of `update_name`: (unit key, tensor name, codec or "")."""
+    key, _, rest = name.partition(NAME_SEPARATOR)
+    tensor, _, codec = rest.partition(NAME_SEPARATOR)
+    return key, tensor, codec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from edgefed.errors import MalformedMessage
+from edgefed.protocol.frames import COMPRESSIONS
 from edgefed.protocol.messages import UNIT_KINDS, Manifest, RunConfig, TrainingConfig
 
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -75,6 +76,8 @@ def check_run(run: RunConfig) -> None:
         value = getattr(run.training, name)
         if not least <= value <= most:
             raise MalformedMessage(f"training: {name} is {value}, expected {least:g}..{most:g}")
+    if run.compression not in COMPRESSIONS:
+        raise MalformedMessage(f"unknown compression {run.compression[:40]!r}: expected {', '.join(COMPRESSIONS)}")
     training = run.training
     tokens = training.local_steps * training.batch_size * training.sequence_length
     if tokens > MAX_ROUND_TOKENS:

@@ -118,6 +118,8 @@ class RunConfig(Message, frozen=True):
     privacy: PrivacyConfig | None = None
     server_optimizer: ServerOptimizer | None = None
     """What makes the next model from the aggregate of a round; None: that is the next model."""
+    compression: str = "none"
+    """How updates are sent, one of `frames.COMPRESSIONS`."""
 
 
 class DeviceInfo(Message, frozen=True):

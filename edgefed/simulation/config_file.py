@@ -119,6 +119,7 @@ class _Settings(_Table):
     target_loss: float | msgspec.UnsetType = msgspec.UNSET
     server_mbit: float | msgspec.UnsetType = msgspec.UNSET
     gpu_optimizer: str | msgspec.UnsetType = msgspec.UNSET
+    compression: str | msgspec.UnsetType = msgspec.UNSET
     threads: int | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -19,14 +19,17 @@ from typing import Any
 
 import msgspec
 
+from edgefed.agent.compression import choose_codec, compress_update, resident_keys
 from edgefed.costs.shapes import ModelShape
+from edgefed.costs.step_setup import DTYPE_BYTES, StepSetup
 from edgefed.disk import write_durably
 from edgefed.errors import BudgetTooSmall, StateCorrupt, TrainingDiverged
 from edgefed.expert_records import ExpertPlan
 from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_expert_method
+from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol import frames
-from edgefed.protocol.messages import ExpertSurvey, RunConfig, UnitInfo
+from edgefed.protocol.messages import ExpertSurvey, Manifest, RunConfig, UnitInfo
 from edgefed.protocol.trainer import TrainedUpdate
 from edgefed.simulation.config import MethodChoice, SimulatedDevice, SimulationConfig
 from edgefed.simulation.device_rates import Calibration, CostShape, byte_kind, device_rates
@@ -96,6 +99,7 @@ class SimulatedRun:
             run_id=f"simulated-{config.seed}", model=config.model, method=choice.method,
             method_options=dict(choice.options), rounds=config.rounds, seed=config.seed, training=training,
             server_optimizer=config.server_optimizer,
+            compression=config.compression,
         )  # fmt: skip
         self._clients = [
             self._client(dataclasses.replace(device, data=data[device.name]), index, folder)
@@ -212,14 +216,16 @@ class SimulatedRun:
             resident = {unit.sha256 for unit in manifest.units} | {file.sha256 for file in manifest.files}
         fetch, progress = CountingFetch(aggregator.blob, resident), CountingProgress()
         update = trainer.train_round(self._run, manifest, assignment, fetch, progress, client.update_path)
+        plan, step_plan, memory_bytes = trainer.plan, trainer.planner.step_plan, trainer.planner.needs_bytes
+        assert plan is not None, "the round has made a plan"
+        units = {unit.key: unit for unit in manifest.units}
+        metrics = {**update.metrics, **self._compress(client, manifest, update, aggregator.blob, step_plan.setup)}
         meta = describe_update(
             client.client_id, server_round, client.update_path, num_examples=update.num_examples,
             num_tokens=update.num_tokens, experts=update.experts,
-            metrics={name: value for name, value in update.metrics.items() if math.isfinite(value)},
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             survey=self._with_rates(client, update.survey),
         )  # fmt: skip
-        plan, step_plan, memory_bytes = trainer.plan, trainer.planner.step_plan, trainer.planner.needs_bytes
-        assert plan is not None, "the round has made a plan"
         down = fetch.take()
         # On the clock this comes after the upload. Doing it before gives the same, and a kill loses nothing.
         fetch.resident &= update.keep
@@ -243,7 +249,7 @@ class SimulatedRun:
             compares="compare experts" in counts,
             offloads=self._method.requirements.offloading,
             down=down,
-            up=_uploaded(client.update_path, {unit.key: unit for unit in manifest.units}),
+            up=_uploaded(client.update_path, units, DTYPE_BYTES[self._charged.dtype or step_plan.setup.dtype]),
             waiting_down=fetch.take(),
         )
         merged = tuple(len(plan.groups(layer)) for layer in range(plan.num_layers))
@@ -255,6 +261,37 @@ class SimulatedRun:
         )  # fmt: skip
         client.finish(done, fetch.resident)
         return done
+
+    def _compress(
+        self,
+        client: SimulatedClient,
+        manifest: Manifest,
+        update: TrainedUpdate,
+        blob: Callable[[str], Path],
+        setup: StepSetup,
+    ) -> dict[str, float]:
+        """Compress the update of a client as its agent would. Its residuals are in its state folder."""
+        ratios = self._charged.byte_ratios(manifest.units, self._charged_setup(setup))
+        units = {unit.key: unit for unit in manifest.units}
+        sizes = _uploaded(client.update_path, units, 1)
+        whole_bytes = sum(size * ratios.get(kind, 1.0) for kind, size in sizes.items())
+        rate = transfer_bytes_per_s(
+            client.device.link.up_mbit, self._config.server_mbit * 1e6 / 8, len(self._config.fleet)
+        )
+        codec = choose_codec(self._run.compression, round(whole_bytes), rate)
+        if codec is None:
+            return {}
+        old, new = client.state / "residuals", client.state / "residuals.new"
+        result = compress_update(
+            *(client.update_path, units, lambda unit: blob(unit.sha256), codec),
+            *(old if old.exists() else None, new, resident_keys(manifest, update)),
+        )
+        new.replace(old)
+        return result.metrics()
+
+    def _charged_setup(self, setup: StepSetup) -> StepSetup:
+        """``setup`` with the dtype that bytes are charged in."""
+        return dataclasses.replace(setup, dtype=self._charged.dtype or setup.dtype)
 
     def _expert_counts(self, plan: ExpertPlan, update: TrainedUpdate) -> dict[str, Any]:
         """The fields of `RoundWork` that count experts per layer."""
@@ -292,9 +329,7 @@ class SimulatedRun:
         some = next(iter(done.values())).work.setup
         costs = CostModel(
             charged=self._charged,
-            ratios=self._charged.byte_ratios(
-                manifest.units, dataclasses.replace(some, dtype=self._charged.dtype or some.dtype)
-            ),
+            ratios=self._charged.byte_ratios(manifest.units, self._charged_setup(some)),
             server_bytes_per_s=self._config.server_mbit * 1e6 / 8,
             num_clients=len(done),
             calibration=self._calibration,
@@ -336,12 +371,20 @@ class SimulatedRun:
         return losses, accuracy, metrics
 
 
-def _uploaded(path: Path, units: Mapping[str, UnitInfo]) -> dict[str, int]:
-    """Bytes of an update by kind of unit."""
+def _uploaded(path: Path, units: Mapping[str, UnitInfo], width: int) -> dict[str, int]:
+    """Bytes of an update by kind of unit.
+
+    Encoded tensors have as many bits a value whatever the dtype of the weights: they are counted as if the model had
+    ``width`` bytes a value, as the cost shape has.
+    """
     sizes: dict[str, int] = {}
     for name, entry in frames.read_header(path).items():
-        kind = byte_kind(units[name.rpartition(frames.NAME_SEPARATOR)[0]])
-        sizes[kind] = sizes.get(kind, 0) + entry.size_bytes
+        key, tensor, codec = frames.split_update_name(name)
+        kind, scale = byte_kind(units[key]), 1.0
+        if codec and not kind.endswith(LORA_SUFFIX):  # adapters have float32 in both
+            own = next(frames.ITEM_BYTES[info.dtype] for info in units[key].tensors if info.name == tensor)
+            scale = own / width
+        sizes[kind] = sizes.get(kind, 0) + round(entry.size_bytes * scale)
     return sizes
 
 

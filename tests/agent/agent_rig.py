@@ -85,10 +85,11 @@ def start(agent: Agent) -> tuple[threading.Thread, list]:
 class Device:
     """One run of toy_device.py; always ends with the test."""
 
-    def __init__(self, url: str, state: Path, step_s: float = 0.0) -> None:
+    def __init__(self, url: str, state: Path, step_s: float = 0.0, death: str = "") -> None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("toy_device.py")), url, str(state), str(step_s)],
+            [sys.executable, str(Path(__file__).with_name("toy_device.py")), url, str(state), str(step_s)]
+            + [death] * bool(death),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

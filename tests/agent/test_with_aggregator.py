@@ -25,10 +25,12 @@ from edgefed.protocol.messages import RunConfig, Status, TrainingConfig, UnitInf
 EXPERTS, SHAPE = 3, (100, 60)
 
 
-def import_run(folder: Path, *, rounds: int, clients: int, shape: tuple[int, int] = SHAPE) -> None:
+def import_run(
+    folder: Path, *, rounds: int, clients: int, shape: tuple[int, int] = SHAPE, compression: str = "none"
+) -> None:
     run = RunConfig(
         run_id="real", model="toy", method="fedavg", method_options={}, rounds=rounds, seed=1,
-        training=TrainingConfig(local_steps=2),
+        training=TrainingConfig(local_steps=2), compression=compression,
     )  # fmt: skip
 
     def unit(key: str, expert: int, value: float) -> tuple[UnitInfo, RawTensors]:

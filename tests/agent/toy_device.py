@@ -1,11 +1,13 @@
-"""A device process with a trainer that needs no model: ``python toy_device.py URL STATE [STEP_SECONDS]``.
+"""A device process with a trainer that needs no model: ``python toy_device.py URL STATE [STEP_SECONDS] [DEATH]``.
 
-It sets every trainable tensor to `toy_value`, prints each event as a line, and stops on signals
-as the command line does.
+It sets every trainable tensor to `toy_value`, prints each event as a line, and stops on signals as the command line
+does. DEATH kills the process with SIGKILL before or after a change of its journal: ``before:acknowledge``.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 import sys
 import threading
@@ -16,6 +18,7 @@ import numpy as np
 
 from edgefed.agent.agent import AgentSettings, open_agent
 from edgefed.agent.backoff import BackoffSchedule, Retry
+from edgefed.agent.journal import Journal
 from edgefed.progress import ProgressSink, stop_signals
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Assignment, ExpertReport, Manifest, RunConfig
@@ -93,8 +96,23 @@ class LineProgress:
         print("done", flush=True)
 
 
+def die_at(death: str) -> None:
+    when, _, name = death.partition(":")
+    method = getattr(Journal, name)
+
+    @functools.wraps(method)
+    def deadly(*args, **options):
+        if when == "after":
+            method(*args, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(Journal, name, deadly)
+
+
 def main() -> None:
     url, state, step_s = sys.argv[1], sys.argv[2], float((sys.argv[3:] or ["0"])[0])
+    for death in sys.argv[4:]:
+        die_at(death)
     stop = threading.Event()
     for number in stop_signals():
         signal.signal(number, lambda *_: stop.set())

@@ -1,0 +1,225 @@
+"""Compressed updates of a device: nothing is lost or counted twice, whenever it is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from agent_rig import Device, Memo, device, ledger
+from test_with_aggregator import EXPERTS, SHAPE, import_run, serving
+from toy_device import ToyTrainer, toy_value
+
+from edgefed.agent.compression import choose_codec, compress_update
+from edgefed.agent.journal import Journal
+from edgefed.agent.transport import AggregatorClient
+from edgefed.errors import TrainingDiverged
+from edgefed.kernels.compression import CODECS, decode
+from edgefed.protocol import frames
+from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, TensorInfo, UnitInfo
+
+ROUNDS = 3
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    return {name: np.array(frames.map_tensor(path, entry)) for name, entry in frames.read_header(path).items()}
+
+
+def outcome(server, folder: Path, state: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Experts of the latest global model, and the residuals of a device."""
+    experts = {}
+    with AggregatorClient(server.url) as client:
+        for unit in (unit for unit in client.manifest("latest").units if unit.trainable):
+            client.download(unit.sha256, unit.size_bytes, folder / "unit")
+            experts[unit.key] = arrays(folder / "unit")["down_proj"].tobytes()
+    (path,) = (state / "residuals").iterdir()
+    return experts, {name: values.tobytes() for name, values in arrays(path).items()}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_killed_device_loses_no_residual_and_counts_none_twice(tmp_path):
+    ends = []
+    for name in ("whole", "killed"):
+        import_run(tmp_path / name, rounds=ROUNDS, clients=1, compression="topk")
+        with serving(tmp_path / name) as server:
+            state = tmp_path / f"{name}-device"
+            if name == "killed":
+                for death in ("before:finish_training", "after:finish_training", "before:acknowledge"):
+                    with Device(server.url, state, death=death) as toy:
+                        assert toy.finish()[0] == -signal.SIGKILL
+                with Device(server.url, state) as toy:
+                    code, out, err = toy.finish()
+                assert code == 0, err
+            else:
+                with device(server.url, state, ToyTrainer(), memo=(memo := Memo())) as agent:
+                    assert agent.run().rounds == ROUNDS
+                assert [text for text in memo.messages if "sent as topk" in text] == [
+                    "updates are sent as topk: 661 B instead of 70.6 KiB"
+                ]
+            ends.append(outcome(server, tmp_path, state))
+    assert ends[0] == ends[1]
+    experts, residuals = ends[0]
+    for key, values in experts.items():
+        found = np.frombuffer(values, np.float32) + np.frombuffer(residuals[f"{key}|down_proj"], np.float32)
+        assert found.size == 6000
+        assert (found >= toy_value(0.0, ROUNDS)).all(), "g + r is what was trained last, and what earlier rounds left"
+    entries = ledger(tmp_path / "whole-device")
+    assert [entry["metrics"]["compression_ratio"] > 50 for entry in entries] == [True] * ROUNDS
+    assert all(entry["bytes_up"] < EXPERTS * 4 * SHAPE[0] * SHAPE[1] / 10 for entry in entries)
+    assert all(entry["metrics"]["residual_norm"] > 0 for entry in entries)
+
+
+def test_exact_bytes_without_compression_and_a_dropped_round_keeps_the_residuals(tmp_path):
+    with Journal(tmp_path) as journal:
+        journal.bind("http://a", "run")
+        for server_round, ends in ((1, "acknowledge"), (2, "drop")):
+            journal.begin_training(server_round)
+            journal.update_path().write_bytes(b"update")
+            journal.new_residuals_path().write_bytes(b"r%d" % server_round)
+            meta = update_meta(journal)
+            journal.finish_training(journal.update_path(), meta, bytes_down=0, seconds={})
+            if ends == "acknowledge":
+                journal.acknowledge(bytes_down=0, bytes_up=0)
+            else:
+                journal.drop_pending()
+        assert journal.residuals_path.read_bytes() == b"r1"
+        assert len(list((tmp_path / "residuals").iterdir())) == 1
+        journal.begin_training(1)  # a server that was restored from a backup
+        assert journal.new_residuals_path() != journal.residuals_path
+        journal.bind("http://b", "run")
+        assert journal.residuals_path is None
+        assert not list((tmp_path / "residuals").iterdir())
+
+
+def update_meta(journal: Journal):
+    from test_journal import write_update
+
+    return write_update(journal)
+
+
+# --- the arithmetic -----------------------------------------------------------------------------------------------
+
+
+def info(name: str, *shape: int, dtype: str = "F32") -> TensorInfo:
+    return TensorInfo(name=name, dtype=dtype, shape=shape)
+
+
+class Bench:
+    """Rounds of one device on made-up units."""
+
+    def __init__(self, folder: Path, units: dict[str, tuple[TensorInfo, ...]]):
+        self.folder, self.residuals = folder, None
+        self.units = {
+            key: UnitInfo(key=key, kind="expert", layer=0, expert=at, trainable=True, tensors=infos)
+            for at, (key, infos) in enumerate(units.items())
+        }
+        self.rounds = 0
+
+    def round(self, codec: str, bases: dict, trained: dict, resident=()) -> dict[str, np.ndarray]:
+        """{update name: what was sent}, decoded. ``bases`` {key: {tensor: values}}, ``trained`` {update name: ...}."""
+        self.rounds += 1
+        for key, tensors in bases.items():
+            frames.write_frame(self.folder / key, {name: raw(values) for name, values in tensors.items()})
+        path, new = self.folder / "update", self.folder / f"residuals-{self.rounds}"
+        frames.write_frame(path, {name: raw(values) for name, values in trained.items()})
+        found = lambda unit: self.folder / unit.key if unit.key in bases else None  # noqa: E731
+        self.result = compress_update(path, self.units, found, CODECS[codec], self.residuals, new, resident)
+        self.residuals, sent = new, {}
+        for name, values in arrays(path).items():
+            key, tensor, used = frames.split_update_name(name)
+            whole = trained[f"{key}|{tensor}"]
+            sent[f"{key}|{tensor}"] = values
+            if used:
+                sent[f"{key}|{tensor}"] = np.empty(whole.size, np.float32)
+                decode(CODECS[used], values, sent[f"{key}|{tensor}"])
+        return sent
+
+
+def raw(values: np.ndarray) -> tuple[str, np.ndarray]:
+    return {"f": "F32", "i": "I32", "u": "BF16"}[values.dtype.kind], values
+
+
+@pytest.mark.parametrize("codec", ["int8", "topk"])
+def test_what_was_left_out_is_sent_later(tmp_path, codec):
+    bench = Bench(tmp_path, {"e": (info("w", 80, 70),)})
+    rng, model, total, sent = np.random.default_rng(0), np.zeros((80, 70), np.float32), 0.0, 0.0
+    for _ in range(6):
+        change = rng.standard_normal((80, 70)).astype(np.float32)
+        (update,) = bench.round(codec, {"e": {"w": model}}, {"e|w": model + change}).values()
+        total, sent = total + change.astype(np.float64), sent + update.reshape(80, 70)
+        model = model + update.reshape(80, 70)
+        left = arrays(bench.residuals)["e|w"]
+        np.testing.assert_allclose(sent + left, total, atol=1e-5)
+        np.testing.assert_allclose(bench.result.residual_norm, np.linalg.norm(left), rtol=1e-5)
+
+
+def test_bfloat16_weights_keep_what_is_smaller_than_their_last_bit(tmp_path):
+    bench = Bench(tmp_path, {"e": (info("w", 600, dtype="BF16"),)})
+    base = frames.narrow(np.full(600, 1.0, np.float32), "BF16")
+    new = frames.narrow(np.full(600, 1.0078125, np.float32), "BF16")
+    (sent,) = bench.round("int4", {"e": {"w": base}}, {"e|w": new}).values()
+    np.testing.assert_allclose(sent, 0.0078125, rtol=1e-6)
+    assert frames.read_header(bench.residuals)["e|w"].info.dtype == "BF16"
+
+
+def test_residuals_of_experts_that_left_the_device_are_dropped(tmp_path):
+    units = {key: (info("w", 64, 64), info("small", 1)) for key in "abc"}
+    bench = Bench(tmp_path, units)
+    rng = np.random.default_rng(1)
+
+    def tensors(keys):
+        return {key: {"w": rng.standard_normal((64, 64)).astype("f4"), "small": np.ones(1, "f4")} for key in keys}
+
+    def flat(of):
+        return {f"{key}|{name}": values for key, own in of.items() for name, values in own.items()}
+
+    bench.round("topk3", tensors("abc"), flat(tensors("abc")))
+    first = arrays(bench.residuals)
+    assert set(first) == {"a|w", "b|w", "c|w"}, "what gains nothing is sent as it is, and leaves nothing"
+    sent = bench.round("topk3", tensors("a"), flat(tensors("a")), resident={"a", "b"})
+    assert sent["a|small"].dtype == np.float32
+    second = arrays(bench.residuals)
+    assert set(second) == {"a|w", "b|w"}
+    np.testing.assert_array_equal(second["b|w"], first["b|w"])
+    unknown = flat(tensors("a"))
+    np.testing.assert_array_equal(bench.round("topk3", {}, unknown)["a|w"], unknown["a|w"])  # no base: sent whole
+
+
+def test_rows_of_a_slice_have_residuals_of_their_own(tmp_path):
+    bench = Bench(tmp_path, {"e": (info(NEURON_TABLE, 40, 32),)})
+    table, name, index = np.zeros((40, 32), "f4"), f"e|{NEURON_TABLE}", f"e|{NEURON_INDEX}"
+    for own in ([0, 5, 9, 30], [5, 8, 30, 31]):
+        rows = np.array(own, dtype=np.int32)
+        trained = {name: np.full((4, 32), 1.0, "f4") * np.arange(1, 33, dtype="f4"), index: rows}
+        before = {} if bench.residuals is None else arrays(bench.residuals)
+        base = {"e": {NEURON_TABLE: table}} if own[0] else {"e": {NEURON_TABLE: table[rows], NEURON_INDEX: rows}}
+        sent = bench.round("topk", base, trained)[name].reshape(4, 32)
+        left = arrays(bench.residuals)
+        np.testing.assert_array_equal(left[index], rows)
+        total = trained[name].copy()
+        if before:  # rows 5 and 30 are in both
+            total[0] += before[name][1]
+            total[2] += before[name][3]
+        np.testing.assert_allclose(sent + left[name], total, rtol=1e-6)
+        assert np.count_nonzero(sent) == 2
+
+
+def test_a_change_that_is_not_finite_is_named(tmp_path):
+    bench = Bench(tmp_path, {"e": (info("w", 600),)})
+    with pytest.raises(TrainingDiverged, match=r"e\|w changed too much to be sent"):
+        bench.round("int8", {"e": {"w": np.zeros(600, "f4")}}, {"e|w": np.full(600, 3e30, "f4")})
+
+
+def test_auto_takes_the_most_bits_that_the_uplink_allows():
+    size, found = 400_000_000, []
+    for mbit in (1000, 100, 40, 20, 8, 2, 0.1):
+        codec = choose_codec("auto", size, mbit * 1e6 / 8)
+        found.append(codec and codec.name)
+    assert found == [None, "int8", "int8", "int4", "int2", "topk3", "topk"]
+    assert choose_codec("auto", size, None).name == "int4", "a home uplink, until it is measured"
+    assert choose_codec("auto", 1_000_000, None) is None
+    assert choose_codec("none", size, 1.0) is None
+    assert choose_codec("int2", 1, 1e12) is CODECS["int2"]
