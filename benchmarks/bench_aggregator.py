@@ -1,56 +1,43 @@
 """The aggregator under load: peak memory, transfer and folding speed with few and with many clients.
 
     python benchmarks/bench_aggregator.py --json benchmarks/results/aggregator.json
+    python benchmarks/bench_aggregator.py --tls 3 --json benchmarks/results/aggregator_tls.json
 
 A synthetic float32 model (8 layers x 32 experts, about 200 MB) is served by a real server process; K clients, threads
 of another process, register, download all of it, upload a share of the experts and commit, over loopback HTTP. Then
 the round is folded. Memory is the server's VmHWM. Beside each row: what memory copy, SHA-256 and the disk gave in the
-same run, so that a row from a busy machine can be told from a slow server.
+same run, so that a row from a busy machine can be told from a slow server. ``--tls`` compares rounds of 4 clients and
+all experts over plain HTTP and over TLS, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import http.client
-import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
+from aggregator_crowd import SHAPE, crowd
 from provenance import provenance
 
 from edgefed.aggregator.creation import create_run
 from edgefed.aggregator.rounds import RoundPolicy
-from edgefed.protocol import PROTOCOL_VERSION, routes
-from edgefed.protocol.frames import encode_header
-from edgefed.protocol.messages import (
-    ExpertReport,
-    Manifest,
-    Register,
-    RunConfig,
-    TensorInfo,
-    TrainingConfig,
-    UnitInfo,
-    UpdateMeta,
-    decode_message,
-    encode_message,
-)
+from edgefed.aggregator.tls import make_certificate
+from edgefed.protocol.messages import RunConfig, TrainingConfig, UnitInfo
 
 LAYERS, EXPERTS = 8, 32
-SHAPE = (128, 512)  # one tensor is 256 KiB, an expert three of them
-KEY = "benchmark client key "
 CASES = ((4, 0.25), (32, 0.25), (4, 1.0))
 """(clients, share of the experts that each uploads)."""
 RSS_TARGET_BYTES = 150_000_000 + 4 * SHAPE[0] * SHAPE[1]
@@ -61,15 +48,19 @@ import logging, sys
 from pathlib import Path
 from edgefed.aggregator.server import ServerConfig, run_server
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-run_server(ServerConfig(Path(sys.argv[1]), port=0, ready_file=Path(sys.argv[2]), fold_backend=sys.argv[3]))
+certificate, key = [Path(word) for word in sys.argv[4:]] or (None, None)
+run_server(ServerConfig(
+    Path(sys.argv[1]), port=0, ready_file=Path(sys.argv[2]), fold_backend=sys.argv[3],
+    certificate=certificate, certificate_key=key,
+))
 """
 
 
 # --- the server side --------------------------------------------------------------------------------------------
 
 
-def make_run(folder: Path, clients: int) -> None:
-    """The synthetic model as a run for exactly this many clients."""
+def make_run(folder: Path, clients: int, **policy: object) -> None:
+    """The synthetic model as a run that begins with this many clients."""
     rng = np.random.default_rng(0)
 
     def tensor() -> tuple[str, np.ndarray]:
@@ -87,31 +78,45 @@ def make_run(folder: Path, clients: int) -> None:
         run_id="bench", model="synthetic", method="random", method_options={}, rounds=1, seed=0,
         training=TrainingConfig(),
     )  # fmt: skip
-    create_run(folder, run, RoundPolicy(rounds=1, min_clients=clients, client_timeout_s=600.0), units)
+    create_run(folder, run, RoundPolicy(rounds=1, min_clients=clients, client_timeout_s=600.0, **policy), units)
 
 
-def measure(clients: int, share: float, backend: str) -> dict:
+def start_server(folder: Path, backend: str, tls: bool) -> tuple[subprocess.Popen[bytes], str, Path | None]:
+    """Serve ``folder``/state. Returns the process, its address, and its certificate if it has one."""
+    ready, secrets = folder / "ready.json", [folder / "certificate.pem", folder / "key.pem"] if tls else []
+    for path, content in zip(secrets, make_certificate("127.0.0.1"), strict=False):
+        path.write_bytes(content)
+    command = [sys.executable, "-c", SERVER, str(folder / "state"), str(ready), backend, *map(str, secrets)]
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, stderr=log)
+    try:
+        wait_for(ready.exists, 60.0, "server")
+    except TimeoutError:
+        server.kill()
+        raise
+    return server, json.loads(ready.read_text())["url"], secrets[0] if tls else None
+
+
+def measure(clients: int, share: float, backend: str, tls: bool = False) -> dict:
     """One round; returns one row."""
     folder = Path(tempfile.mkdtemp(prefix="edgefed-bench-"))
-    log_path, ready = folder / "server.log", folder / "ready.json"
     try:
         make_run(folder / "state", clients)
-        with log_path.open("wb") as log:
-            command = [sys.executable, "-c", SERVER, str(folder / "state"), str(ready), backend]
-            server = subprocess.Popen(command, stderr=log)
+        server, url, certificate = start_server(folder, backend, tls)
         try:
-            wait_for(ready.exists, 30.0, "server")
             idle = peak_memory(server.pid)
-            url = json.loads(ready.read_text())["url"]
-            crowd = [sys.executable, __file__, "--crowd", url, "--clients", str(clients), "--share", str(share)]
-            phases = json.loads(subprocess.run(crowd, stdout=subprocess.PIPE, check=True, timeout=600).stdout)
+            words = ["--crowd", url, "--clients", str(clients), "--share", str(share)]
+            words += ["--certificate", str(certificate)] if certificate else []
+            done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, check=True, timeout=600)
+            phases = json.loads(done.stdout)
             peak, cpu = peak_memory(server.pid), psutil.Process(server.pid).cpu_times()
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(30)
-        folded = re.search(r"aggregated in ([\d.]+) s", log_path.read_text())
+        log = (folder / "server.log").read_text()
+        folded = re.search(r"aggregated in ([\d.]+) s", log)
         if folded is None:
-            raise RuntimeError(f"the server did not fold: {log_path.read_text()[-2000:]}")
+            raise RuntimeError(f"the server did not fold: {log[-2000:]}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     fold_s = max(float(folded[1]), 0.01)  # the log has tenths
@@ -119,6 +124,7 @@ def measure(clients: int, share: float, backend: str) -> dict:
         "clients": clients,
         "share": share,
         "fold_backend": backend,
+        "tls": tls,
         "server_peak_rss_mb": round(peak / 1e6, 1),
         "server_idle_rss_mb": round(idle / 1e6, 1),
         "rss_target_met": peak < RSS_TARGET_BYTES,
@@ -127,6 +133,28 @@ def measure(clients: int, share: float, backend: str) -> dict:
         "fold_s": fold_s,
         "fold_read_gb_per_s": round(phases["uploaded_mb"] / 1e3 / fold_s, 2),
     }
+
+
+TLS_FIGURES = ("download_mb_per_s", "upload_and_commit_mb_per_s", "round_s", "server_cpu_s", "server_peak_rss_mb")
+
+
+def compare_tls(pairs: int, backend: str) -> dict:
+    """Rounds of 4 x 200 MB over plain HTTP and over TLS, in turns. Returns the rows and the medians of both."""
+    rows = []
+    for number in range(2 * pairs):
+        row = measure(4, 1.0, backend, tls=number % 2 == 1)
+        row["round_s"] = round(sum(row["seconds"].values()), 2)
+        rows.append({**row, "load_average_1min": round(os.getloadavg()[0], 2)})
+        print(json.dumps({name: rows[-1][name] for name in ("tls", *TLS_FIGURES, "load_average_1min")}), flush=True)
+    medians = {
+        kind: {name: statistics.median(row[name] for row in rows if row["tls"] == tls) for name in TLS_FIGURES}
+        for kind, tls in (("plain", False), ("tls", True))
+    }
+    cost = {
+        name: round(1 - medians["tls"][name] / medians["plain"][name], 3)
+        for name in ("download_mb_per_s", "upload_and_commit_mb_per_s")
+    }
+    return {"medians": medians, "share_of_throughput_that_tls_costs": cost, "rows": rows}
 
 
 def peak_memory(pid: int) -> int:
@@ -171,129 +199,6 @@ def floors() -> dict:
     }
 
 
-# --- the clients, a process of their own ------------------------------------------------------------------------
-
-
-class Member:
-    """One client of the crowd: one keep-alive connection, raw so that it costs the shared processors little."""
-
-    def __init__(self, url: str, number: int):
-        self.client_id = f"client-{number:03d}"
-        host, port = url.removeprefix("http://").split(":")
-        self._http = http.client.HTTPConnection(host, int(port), timeout=300, blocksize=routes.CHUNK_BYTES)
-        self._block = np.random.default_rng(number).standard_normal(SHAPE, dtype=np.float32).tobytes()
-
-    def call(self, verb: str, template: str, body: object = None, query: str = "", **values: object) -> bytes:
-        path = routes.path_for(template, client_id=self.client_id, **values)
-        headers = {routes.CLIENT_KEY_HEADER: KEY + self.client_id}
-        if isinstance(body, tuple):  # (chunks, length)
-            body, length = body
-            headers["content-length"] = str(length)
-        self._http.request(verb, path + query, body=body, headers=headers)
-        response = self._http.getresponse()
-        content = response.read()
-        if response.status != 200:
-            raise RuntimeError(f"{verb} {path}: {response.status} {content[:300]!r}")
-        return content
-
-    def register(self) -> None:
-        message = Register(
-            protocol_version=PROTOCOL_VERSION, client_id=self.client_id, client_key=KEY + self.client_id, name="bench",
-            memory_bytes=0, expert_share=1.0, compute_share=1.0, num_examples=10, edgefed_version="bench",
-        )  # fmt: skip
-        self.call("POST", routes.REGISTER, encode_message(message))
-
-    def download(self, units: tuple[UnitInfo, ...]) -> int:
-        buffer, total = bytearray(routes.CHUNK_BYTES), 0
-        for unit in units:
-            path = routes.path_for(routes.BLOB, sha256=unit.sha256)
-            self._http.request("GET", path, headers={routes.CLIENT_KEY_HEADER: KEY + self.client_id})
-            response = self._http.getresponse()
-            while count := response.readinto(buffer):
-                total += count
-        return total
-
-    def prepare(self, units: list[UnitInfo]) -> None:
-        """The update and its hash, before any clock runs."""
-        infos = [
-            TensorInfo(name=f"{unit.key}|{info.name}", dtype="F32", shape=info.shape)
-            for unit in units
-            for info in unit.tensors
-        ]
-        self._head, self._blocks = encode_header(infos), len(infos)
-        digest = hashlib.sha256()
-        for chunk in self.chunks():
-            digest.update(chunk)
-        reports = tuple(
-            ExpertReport(layer=unit.layer, expert=unit.expert, usage=0.5, importance=1.0, steps=4, tokens=100)
-            for unit in units
-        )
-        self.meta = UpdateMeta(
-            client_id=self.client_id, server_round=1, attempt=1, sha256=digest.hexdigest(),
-            size_bytes=len(self._head) + self._blocks * len(self._block), num_examples=10, num_tokens=1000,
-            experts=reports, metrics={"loss": 1.0},
-        )  # fmt: skip
-
-    def chunks(self) -> Iterator[bytes]:
-        return itertools.chain([self._head], itertools.repeat(self._block, self._blocks))
-
-    def upload(self) -> None:
-        place = {"server_round": 1, "attempt": 1}
-        self.call("PUT", routes.UPLOAD, (self.chunks(), self.meta.size_bytes), "?offset=0", **place)
-
-    def commit(self) -> None:
-        self.call("POST", routes.COMMIT, encode_message(self.meta), server_round=1, attempt=1)
-
-
-def crowd(url: str, clients: int, share: float) -> dict:
-    """Play all clients, phase by phase, all at once within a phase. Returns seconds and rates."""
-    members = [Member(url, number) for number in range(clients)]
-    seconds: dict[str, float] = {}
-
-    def phase(name: str, work: Callable[[Member], object]) -> None:
-        errors: list[BaseException] = []
-
-        def guarded(member: Member) -> None:
-            try:
-                work(member)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=guarded, args=(member,)) for member in members]
-        started = time.monotonic()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        seconds[name] = time.monotonic() - started
-
-    phase("register", Member.register)
-    manifest = decode_message(members[0].call("GET", routes.MANIFEST, server_round=1), Manifest)
-    for number, member in enumerate(members):  # windows that overlap, so that experts have several holders
-        count = round(share * len(manifest.units))
-        first = number * len(manifest.units) // clients
-        member.prepare([manifest.units[(first + at) % len(manifest.units)] for at in range(count)])
-    model_bytes = sum(unit.size_bytes for unit in manifest.units)
-    phase("download", lambda member: member.download(manifest.units))
-    phase("upload", Member.upload)
-    phase("commit", Member.commit)
-    started = time.monotonic()
-    wait_for(lambda: b'"server_round":2' in members[0].call("GET", routes.MANIFEST, server_round="latest"), 300, "fold")
-    seconds["next_model"] = time.monotonic() - started
-    uploaded = sum(member.meta.size_bytes for member in members)
-    return {
-        "model_mb": round(model_bytes / 1e6, 1),
-        "downloaded_mb": round(clients * model_bytes / 1e6, 1),
-        "uploaded_mb": round(uploaded / 1e6, 1),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "download_mb_per_s": round(clients * model_bytes / 1e6 / seconds["download"]),
-        "upload_mb_per_s": round(uploaded / 1e6 / seconds["upload"]),
-        "upload_and_commit_mb_per_s": round(uploaded / 1e6 / (seconds["upload"] + seconds["commit"])),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -302,10 +207,18 @@ def main() -> None:
     )
     parser.add_argument("--clients", type=int, help="one case only: this many clients")
     parser.add_argument("--share", type=float, default=0.25, help="share of the experts that each uploads")
+    parser.add_argument("--tls", type=int, metavar="PAIRS", help="compare TLS with plain HTTP, in so many pairs")
     parser.add_argument("--crowd", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--certificate", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.crowd:
-        print(json.dumps(crowd(args.crowd, args.clients, args.share)))
+        print(json.dumps(crowd(args.crowd, args.clients, args.share, args.certificate)))
+        return
+    if args.tls:
+        found = compare_tls(args.tls, args.fold)
+        print(json.dumps({name: found[name] for name in ("medians", "share_of_throughput_that_tls_costs")}, indent=1))
+        if args.json:
+            args.json.write_text(json.dumps({"provenance": provenance(), **found}, indent=1) + "\n")
         return
     rows = []
     for clients, share in CASES if args.clients is None else [(args.clients, args.share)]:

@@ -63,7 +63,9 @@ from edgefed.protocol.messages import (
 from edgefed.protocol.slices import SliceFile
 
 POLL_S = 1.0
-"""A long poll checks this often whether its client is still connected; the client counts as live meanwhile."""
+"""A long poll checks this often whether its client is still connected."""
+ASK_S = 5.0
+"""A long poll asks the service again at least this often, which marks its client as live. News ring the bell."""
 MAX_OFFSET = 10**15
 MAX_INSTANCE_CHARACTERS = 64
 IO_THREADS = 8
@@ -196,17 +198,17 @@ class Endpoints:
     async def assignment(self, request: Request) -> Response:
         """GET ASSIGNMENT: a long poll."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + wait_seconds(request)
+        until, every = loop.time() + wait_seconds(request), min(ASK_S, self.service.heartbeat_s)
         while True:
-            ring = self._bell.listen()
+            ring, asked = self._bell.listen(), loop.time()
             answer = await self.run_for(request, self.service.assignment)
-            remaining = until - loop.time()
-            if not isinstance(answer, Wait) or remaining <= 0 or self.service.closing:
+            if not isinstance(answer, Wait) or loop.time() >= until or self.service.closing:
                 return reply(answer)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(ring.wait(), min(remaining, POLL_S))
-            if await request.is_disconnected():
-                raise ClientDisconnect
+            while not ring.is_set() and (left := min(until, asked + every) - loop.time()) > 0:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(ring.wait(), min(POLL_S, left))
+                if await request.is_disconnected():
+                    raise ClientDisconnect
 
     # --- downloads ----------------------------------------------------------------------------------------------
 

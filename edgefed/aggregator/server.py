@@ -253,10 +253,12 @@ class AggregatorServer:
     async def _fold(self, endpoints: Endpoints) -> None:
         """Fold, and tick meanwhile: clients that fall silent must be noticed."""
         folding = asyncio.ensure_future(endpoints.run(self.active.fold_pending, commit=True))
-        while not folding.done():
-            await asyncio.wait([folding], timeout=TICK_S)
-            await endpoints.run(self.active.tick)
-        await folding
+        try:
+            while not folding.done():
+                await asyncio.wait([folding], timeout=TICK_S)
+                await endpoints.run(self.active.tick)
+        finally:
+            await folding  # also when the server stops, which ends it
 
 
 def _in_own_words(record: logging.LogRecord) -> bool:

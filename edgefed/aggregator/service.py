@@ -86,6 +86,7 @@ class Service:
         self._ids_by_key = {client.key_sha256: client.client_id for client in run.clients.values()}
         self._ids_by_folded = {client_id.casefold(): client_id for client_id in run.clients}
         self._commit_locks: dict[str, threading.Lock] = {}
+        self.heartbeat_s = min(MAX_HEARTBEAT_S, run.policy.client_timeout_s / HEARTBEATS_PER_TIMEOUT)
 
     # --- clients ------------------------------------------------------------------------------------------------
 
@@ -130,8 +131,7 @@ class Service:
             presence.instance, presence.refused = message.instance, False
             self._ids_by_key[key_sha256] = self._ids_by_folded[folded] = client.client_id
             run.apply(rounds.ClientJoined(run.clock(), client.client_id))
-        heartbeat_s = min(MAX_HEARTBEAT_S, run.policy.client_timeout_s / HEARTBEATS_PER_TIMEOUT)
-        return Registered(run=run.config, heartbeat_s=heartbeat_s)
+        return Registered(run=run.config, heartbeat_s=self.heartbeat_s)
 
     def check_instance(self, client_id: str, key: str, instance: str) -> None:
         """Raise IdentityInUse if another process has registered as this client since ``instance`` did.

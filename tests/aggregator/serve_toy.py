@@ -1,7 +1,7 @@
 """A real aggregator process over a toy run: ``serve_toy.py '{"state_folder": ..., "die": "after:Store.record_fold"}'``.
 
 ``die`` kills the process with SIGKILL before or after a call of one function (the first, or ``...:N``, the N-th), so a
-crash can be put between any two steps without a hook in the product.
+crash can be put between any two steps without a hook in the product. ``stop:...`` sends SIGTERM before the call.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import toy_run
@@ -39,6 +40,10 @@ def die_at(place: str) -> None:
     @functools.wraps(function)
     def deadly(*args, **options):
         if next(calls) < fatal:
+            return function(*args, **options)
+        if when == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.0)  # the server shuts down meanwhile
             return function(*args, **options)
         if when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
