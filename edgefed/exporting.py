@@ -7,6 +7,7 @@ if the model has none.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import tempfile
 import threading
@@ -74,6 +75,8 @@ class _Model(msgspec.Struct, frozen=True):
     own: Mapping[str, Path] = {}
     check: BlobCheck | None = None
     """Checks the files while they are read; None: they were checked when they arrived."""
+    private: Path | None = None
+    """State folder of the device whose private adapters are exported with the model."""
 
 
 def export_model(
@@ -89,8 +92,9 @@ def export_model(
     """Write a model in the folder ``to``, and return it. ``format``: a checkpoint or a PEFT adapter; see `Format`.
 
     ``source``: the folder of a run, the address of its server, or the state folder of a device. A device exports what
-    it has: its own weights where the method exchanges none, otherwise the global model of its last round; with
-    ``global_model``, the newest global model, from its server. ``server_round``: the model at the start of that round.
+    it has: its own weights where the method exchanges none, otherwise the global model of its last round, with the
+    device's private part if it has one; with ``global_model``, the newest global model, from its server.
+    ``server_round``: the model at the start of that round.
 
     Raises StorageError, StateCorrupt, ConfigError (round not stored, target not empty, nothing to export, a format that
     cannot hold what the run trained), and, where the server is asked, ServerUnreachable, Unauthorized, NotFound.
@@ -142,6 +146,8 @@ def _write_format(model: _Model, scratch: Path, to: Path, format: Format) -> Non
     from edgefed.adapter_export import export_adapter
     from edgefed.checkpoint_export import export_checkpoint
     from edgefed.moe.expert_reading import FileSource
+    from edgefed.moe.units import ExpertSource
+    from edgefed.trainer.private_part import PrivateSource, load_private
     from edgefed.training.steps import train_scope
     from edgefed.training.tokenizer import write_chat_template
 
@@ -149,14 +155,17 @@ def _write_format(model: _Model, scratch: Path, to: Path, format: Format) -> Non
     for file in model.manifest.files:
         start(file.sha256)
         shutil.copyfile(model.paths[file.sha256], scratch / file.name)
-    source = FileSource(model.manifest.units, model.paths, start)
+    files = FileSource(model.manifest.units, model.paths, start)
+    source: ExpertSource = files
     units = {unit.key: unit for unit in model.manifest.units}
     for key, path in model.own.items():
-        source.add([units[key]], {units[key].sha256: path})
+        files.add([units[key]], {units[key].sha256: path})
     write_chat_template(scratch)
     _add_card(scratch / CARD_FILE, model.record)
     (scratch / RECORD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(model.record), indent=2) + b"\n")
     scope = train_scope(model.run.training)
+    if model.private and (adapters := load_private(model.private, model.run.run_id)):
+        source, scope = PrivateSource(source, adapters), dataclasses.replace(scope, attention="lora")
     if format == "peft":
         base = model.record.model
         export_adapter(source, scratch, to, scope=scope, base=base, copied=(CARD_FILE, RECORD_FILE))
@@ -257,6 +266,7 @@ def _device_model(
     from edgefed.agent.agent import BLOBS_FOLDER
     from edgefed.agent.journal import read_journal
     from edgefed.trainer.last_round import load_last_round, load_own_files
+    from edgefed.trainer.private_part import load_private
 
     server = read_journal(state).server
     if (state / "personal").is_dir():
@@ -279,9 +289,11 @@ def _device_model(
         *(unit for unit in manifest.units if unit.key not in own),
     ]
     missing = {item.sha256 for item in needed} - blobs.keys()
-    record = _record(last.run, manifest, "device", manifest.server_round == 1 and not own, len(own))
+    private = len(load_private(state, last.run.run_id))
+    unchanged = manifest.server_round == 1 and not own and not private
+    record = _record(last.run, manifest, "device", unchanged, len(own) + private)
     if not missing:
-        yield _Model(record, last.run, manifest, blobs, own)
+        yield _Model(record, last.run, manifest, blobs, own, private=state if private else None)
         return
     sink.message(
         f"{len(missing)} of {len(needed)} parts of the model are not on this device: downloading them from {server}"
@@ -295,7 +307,7 @@ def _device_model(
                 f"{manifest.server_round}. Start its server again, or export the newest model with `global_model`."
             )
             raise
-        yield _Model(record, last.run, manifest, paths, own)
+        yield _Model(record, last.run, manifest, paths, own, private=state if private else None)
 
 
 class _Download:

@@ -62,6 +62,8 @@ class JoinConfig:
     expert_storage: str = "auto"
     profile_storage: str = "auto"
     stream_experts: str = "auto"
+    private: str = "none"
+    """"adapter": train an adapter that never leaves this device (`edgefed.trainer.private_part`)."""
     task: str | None = None
     """"images" or "text": take part with a model of one's own (FedMoE), ``model``; None: train the server's model."""
     model: str | None = None
@@ -78,8 +80,9 @@ class JoinConfig:
     def limits(self) -> DeviceLimits:
         """What the owner allows."""
         return DeviceLimits(
-            self.expert_share, self.compute_share, self.profile_storage, self.expert_storage, self.stream_experts
-        )
+            self.expert_share, self.compute_share, self.profile_storage, self.expert_storage, self.stream_experts,
+            self.private,
+        )  # fmt: skip
 
 
 class DeviceMemory:

@@ -132,7 +132,13 @@ def describe_round(status: RoundStatus, rounds: int, fold_s: float) -> str:
 
 def describe_comparison(comparison: Comparison) -> str:
     """The line of the server's log about what a client compared; losses in nats per token."""
-    names = {"before": "before", "global_model": "global model", "device": "this device", "alone": "alone"}
+    names = {
+        "before": "before",
+        "global_model": "global model",
+        "own": "own",
+        "device": "this device",
+        "alone": "alone",
+    }
     losses = [f"{text} {loss:.2f}" for name, text in names.items() if (loss := getattr(comparison, name)) is not None]
     found = f"on its held-out text {', '.join(losses)} nats per token" if losses else "nothing to compare"
     if shares := [f"{names[name]} {100 * share:.1f} %" for name, share in comparison.accuracies.items()]:

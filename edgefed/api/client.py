@@ -115,6 +115,11 @@ class Client:
         Setting("Stream frozen experts that do not fit from files in the state folder (for a GPU, from host memory), a "
                 "layer at a time. auto: if a step takes at most twice as long."),
     ] = "auto"  # fmt: skip
+    private: Annotated[
+        Literal["none", "adapter"],
+        Setting("Also train a private part: an adapter of the attention that never leaves this device. Exports of its "
+                "`state` include it."),
+    ] = "none"  # fmt: skip
     held_out: Annotated[str | float, Setting("Share of the records held out for evaluation, or 0.")] = "10%"
     final_evaluation: Annotated[
         Literal["auto", "always", "never"],
@@ -153,6 +158,11 @@ class Client:
             )
         if self.compare_alone and self.final_evaluation == "never":
             raise ConfigError("`compare_alone` needs `final_evaluation`", remedy="Set `final_evaluation=auto`.")
+        if self.private != "none" and self.task:
+            raise ConfigError(
+                f"`private` has no effect with `task={self.task}`: the whole model is private",
+                remedy="Remove one of them.",
+            )
         if self.resize and self.task != "images":
             raise ConfigError("`resize` needs `task=images`", remedy="Set `task=images`, or remove `resize`.")
         if self.fields and self.task in ("images", "text"):
@@ -292,6 +302,7 @@ class Client:
             expert_storage=self.expert_storage,
             profile_storage=self.profile_storage,
             stream_experts=self.stream_experts,
+            private=self.private,
             held_out_share=parse_share(self.held_out, "held_out", zero=True),
             fields=self.fields,
             task=self.task,

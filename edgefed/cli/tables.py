@@ -155,7 +155,7 @@ def cut_middle(name: str, width: int) -> str:
 # The table of what devices compared at the end of a run.
 
 MODELS = {
-    "before": "before", "global_model": "global model", "device": "this device", "alone": "alone",
+    "before": "before", "global_model": "global model", "own": "own", "device": "this device", "alone": "alone",
 }  # fmt: skip
 """Fields of a `Comparison` and the titles of their columns."""
 
@@ -168,7 +168,9 @@ def comparison_table(comparisons: Mapping[str, Comparison]) -> FittedTable:
     everyone = comparisons.values()
     own = any(each.accuracies for each in everyone)
     absent = {field for field in MODELS if all(getattr(each, field) is None for each in everyone)}
-    shown = {field: title for field, title in MODELS.items() if field not in absent or not (own or field == "alone")}
+    shown = {
+        field: title for field, title in MODELS.items() if field not in absent or not (own or field in ("own", "alone"))
+    }
     table = FittedTable(
         Column("client", name=True), *(Column(title) for title in shown.values()),
         Column("examples" if own else "tokens", drop=1),

@@ -2,7 +2,8 @@
 
     before         the global model before the device's first round
     global model   the global model after the last round
-    this device    the experts that the device holds, after its last local steps
+    own            the global model after the last round with the device's private part, if it has one
+    this device    the experts that the device holds, after its last local steps, with its private part
     alone          as many local steps of this device without the federation
 
 Losses are mean cross-entropies per predicted token, in nats, all on the same tokens, which never leave the device.
@@ -41,6 +42,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int = 0
     before: float | None = None
     global_model: float | None = None
+    own: float | None = None
     device: float | None = None
     alone: float | None = None
     skipped: str = ""
@@ -49,7 +51,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 def is_sound(comparison: Comparison) -> bool:
     """Whether a comparison from the network has possible values."""
-    losses = (comparison.before, comparison.global_model, comparison.device, comparison.alone)
+    losses = (comparison.before, comparison.global_model, comparison.own, comparison.device, comparison.alone)
     return (
         all(loss is None or (math.isfinite(loss) and 0 <= loss < 1e6) for loss in losses)
         and 0 <= comparison.num_tokens <= 10**12
@@ -99,7 +101,11 @@ def verdict(comparison: Comparison) -> str:
         return f"This device's mixture answers {100 * share:.1f} % of its held-out examples correctly{brought}."
     ours = [
         (loss, name)
-        for loss, name in ((comparison.global_model, "the global model"), (comparison.device, "this device's model"))
+        for loss, name in (
+            (comparison.global_model, "the global model"),
+            (comparison.own, "the global model with its private part"),
+            (comparison.device, "this device's model"),
+        )
         if loss is not None
     ]
     parts = []
@@ -123,17 +129,19 @@ def overall_verdict(comparisons: Iterable[Comparison]) -> str:
     if own := [each.accuracies for each in comparisons if "device" in each.accuracies]:
         return _overall_accuracy(own)
     known = [each for each in comparisons if each.global_model is not None]
-    parts = []
-    for field, name in REFERENCES:
-        pairs = [(each.global_model, getattr(each, field)) for each in known]
-        if not pairs or any(other is None for _, other in pairs):
-            continue
-        found, others = (math.fsum(losses) / len(pairs) for losses in zip(*pairs, strict=True))
-        better = sum(loss < other for loss, other in pairs)
-        parts.append(f"{_difference(found, others)} {name} (better for {better} of {len(pairs)})")
-    if not parts:
-        return ""
-    return f"On the clients' own texts the global model is on average {' and '.join(parts)}."
+    sentences = []
+    for ours, model in (("global_model", "the global model"), ("own", "the global model with their private parts")):
+        parts = []
+        for field, name in REFERENCES:
+            pairs = [(getattr(each, ours), getattr(each, field)) for each in known]
+            if not pairs or any(None in pair for pair in pairs):
+                continue
+            found, others = (math.fsum(losses) / len(pairs) for losses in zip(*pairs, strict=True))
+            better = sum(loss < other for loss, other in pairs)
+            parts.append(f"{_difference(found, others)} {name} (better for {better} of {len(pairs)})")
+        if parts:
+            sentences.append(f"{model} is on average {' and '.join(parts)}")
+    return f"On the clients' own texts {'; '.join(sentences)}." if sentences else ""
 
 
 def _overall_accuracy(known: Sequence[Mapping[str, float]]) -> str:

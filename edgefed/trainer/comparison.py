@@ -2,7 +2,8 @@
 
     first round     the global model before training, every expert, while the device waits for the others
     every round     the resident experts after the local steps (the trainer's own metric)
-    end of the run  the final global model, every expert; and, if asked for, the device trained alone
+    end of the run  the final global model, every expert, also with the device's private part; and, if asked for, the
+                    device trained alone
 
 The whole model is streamed through the device's memory, all experts, a layer or one expert at a time, as for an
 activation profile. Training alone takes as many rounds as the device took part in, from the model of its first round;
@@ -145,6 +146,10 @@ class ComparingTrainer:
         if not skipped:
             loss, tokens = self._evaluate(run, manifest, fetch, progress, "the final model")
             found = msgspec.structs.replace(found, global_model=loss, num_tokens=tokens)
+            if self.trainer.has_private_part:
+                name = "the final model with the private part"
+                own, _ = self._evaluate(run, manifest, fetch, progress, name, private=True)
+                found = msgspec.structs.replace(found, own=own)
             save_last_round(self._path.parent, run, manifest)
         if record.first is not None:
             found = msgspec.structs.replace(found, alone=self._train_alone(record, run, record.first, fetch, progress))
@@ -171,11 +176,11 @@ class ComparingTrainer:
         self._save(record)
 
     def _evaluate(
-        self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink, name: str
+        self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink, name: str, private: bool = False
     ) -> tuple[float | None, int]:
         """(loss of the whole model of ``manifest``, tokens); (None, 0) where memory does not suffice."""
         try:
-            loss, tokens = self.trainer.evaluate_whole(run, manifest, fetch, progress)
+            loss, tokens = self.trainer.evaluate_whole(run, manifest, fetch, progress, private=private)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -37,7 +37,7 @@ from edgefed.trainer import reports
 from edgefed.trainer.evaluation import HeldOutLosses, evaluate_streamed
 from edgefed.trainer.finished_steps import FinishedSteps
 from edgefed.trainer.kernel_proof import compile_products, prove_before_round
-from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk
+from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk, check_chunked_loss
 from edgefed.trainer.placement import (
     ExpertPlacer,
     StaleExperts,
@@ -49,10 +49,10 @@ from edgefed.trainer.placement import (
 )
 from edgefed.trainer.planner import DeviceLimits, Planner, PlanRequest
 from edgefed.trainer.ports import FormulaCosts, Memory, ModelHost, OwnModel, StepCosts
+from edgefed.trainer.private_part import PrivatePart
 from edgefed.training.calibration import can_measure, correction_from, measure_step
 from edgefed.training.data import AUTOMATIC, Corpus, RecordFields, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
-from edgefed.training.loss import chunking_problem
 from edgefed.training.steps import StepsOutcome, run_steps
 from edgefed.training.utility import GradientNorms, ProbeOutcome
 
@@ -136,6 +136,8 @@ class LocalTrainer:
         self._train_blocks: TokenBlocks | None = None
         self._held_out_blocks: TokenBlocks | None = None
         self._losses = HeldOutLosses()
+        self._private = PrivatePart(folder, limits.private)
+        self.has_private_part = self._private.exists
         self._last: _RoundContext | None = None
         self._chunking_checked = False
 
@@ -168,6 +170,7 @@ class LocalTrainer:
         newest = units = {unit.key: unit for unit in manifest.units}
         model = self._models.open(run, method, manifest, fetch, progress)
         blocks = self._encode(run, progress)
+        self._private.open(model, run, method, manifest.server_round)
         copies = StaleExperts(self._folder, run.run_id) if method.refresh_rounds > 1 else None
         if copies:
             units = copies.view(newest, manifest.server_round, method.refresh_rounds, fetch)
@@ -189,6 +192,7 @@ class LocalTrainer:
             survey = reports.expert_survey(plan, self.planner.profile, self.planner.train_slots, outcome, probed)
         reports.write_update(model if method.exchanges else None, newest, update_path)
         keep_model(model, method, run, manifest, self._folder)
+        self._private.save(run.run_id, manifest.server_round)
         if copies:
             copies.keep(ctx.units, newest, manifest.server_round)
         self._models.close(method, newest)
@@ -214,14 +218,15 @@ class LocalTrainer:
         self.planner.profile_ahead(self._plan_request(ctx))
 
     def evaluate_whole(
-        self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink
+        self, run: RunConfig, manifest: Manifest, fetch: Fetch, progress: ProgressSink, *, private: bool = False
     ) -> tuple[float, int]:
         """(held-out loss of the whole global model in nats per token, number of tokens); (NaN, 0) without such text.
 
-        Every expert is streamed through the device's memory; the resident ones are dropped. Raises what `train_round`
-        raises, and out-of-memory errors.
+        With ``private``, of the global model with this device's private part. Every expert is streamed through the
+        device's memory; the resident ones are dropped. Raises what `train_round` raises, and out-of-memory errors.
         """
-        model = self._models.open(run, make_expert_method(run.method, run.method_options), manifest, fetch, progress)
+        method = make_expert_method(run.method, run.method_options)
+        model = self._models.open(run, method, manifest, fetch, progress)
         self._encode(run, progress)
         if self._held_out_blocks is None:
             return math.nan, 0
@@ -230,7 +235,10 @@ class LocalTrainer:
         source.add(manifest.units, fetch(manifest.units))
         usable_bytes = self._memory.usable_bytes()
         chunked = self._chunking_checked and self.planner.step_plan.setup.chunked_loss
-        return evaluate_streamed(model, run, self._held_out_blocks, source, usable_bytes, progress, chunked=chunked)
+        if private:
+            self._private.open(model, run, method, manifest.server_round)
+        with self._private.active(model) if private else contextlib.nullcontext():
+            return evaluate_streamed(model, run, self._held_out_blocks, source, usable_bytes, progress, chunked=chunked)
 
     def sibling(self, folder: Path) -> LocalTrainer:
         """A trainer with the same data, model and memory, but with a plan and a state of its own in ``folder``.
@@ -238,7 +246,7 @@ class LocalTrainer:
         Only one of the two has experts in the model at a time.
         """
         other = copy.copy(self)
-        other._folder, other._placer = folder, ExpertPlacer(folder)
+        other._folder, other._placer, other._private = folder, ExpertPlacer(folder), PrivatePart(folder)
         other.planner = Planner(folder, self._limits, self._identity, self._memory, self._costs)
         other.plan = other._last = None
         self.model.drop_experts()
@@ -284,7 +292,9 @@ class LocalTrainer:
                 storage, streamed = (setup := self.planner.step_plan.setup).expert_storage, setup.streamed
                 if not (ctx.own and (plan, storage, streamed) == (model.plan, model.storage, model.streams)):
                     self._place(ctx, model, plan)
-                self._check_chunked_loss(ctx, model)
+                if setup.chunked_loss and not self._chunking_checked:
+                    ctx.phase, self._chunking_checked = "comparing the chunked loss with the model's own", True
+                    check_chunked_loss(model, self._train_blocks, self.planner.exclude, ctx.progress)
                 computed = plan.computed_with(storage is not None)
                 if computed not in before:
                     before[computed] = self._held_out_loss(ctx, plan, self._losses.before)
@@ -295,6 +305,7 @@ class LocalTrainer:
                     return plan, outcome, before[computed], self._held_out_loss(ctx, plan, self._losses.after)
                 # Slices of other neurons cannot go on from these.
                 finished = None if plan.neurons else FinishedSteps.save(model, ctx.units, outcome, self._folder)
+                self._private.mark(finished is not None)
                 plan = guard.plan
             except PlanShrunk:
                 plan = guard.plan
@@ -346,19 +357,6 @@ class LocalTrainer:
         self._placer.place(model, plan, source, ctx.run, ctx.method, setup, offload, hashes)
         load_own_units(model, source, ctx.units, ctx.own)
 
-    def _check_chunked_loss(self, ctx: _RoundContext, model: MoeModel) -> None:
-        """Compare the chunked loss with the model's own before its first use; raise PlanShrunk if they differ."""
-        if self._chunking_checked or not self.planner.step_plan.setup.chunked_loss:
-            return
-        ctx.phase = "comparing the chunked loss with the model's own"
-        assert self._train_blocks is not None, "the data has been encoded"
-        problem = chunking_problem(model.module, self._train_blocks.input_ids, self._train_blocks.labels)
-        self._chunking_checked = True
-        if problem:
-            ctx.progress.message(f"memory: the loss of this model cannot be computed in chunks: {problem}")
-            self.planner.exclude("chunked_loss", problem)
-            raise PlanShrunk
-
     def _held_out_loss(self, ctx: _RoundContext, plan: ExpertPlan, evaluate: Callable[..., float]) -> float:
         """Loss of the resident experts on the held-out text; NaN without any."""
         if self._held_out_blocks is None or not self.evaluates:
@@ -366,8 +364,9 @@ class LocalTrainer:
         ctx.phase = "evaluating"
         own, setup, blocks = not ctx.method.exchanges, self.planner.step_plan.setup, self._held_out_blocks
         units = () if own else ctx.units.values()
-        weights = reports.weights_in_use(ctx.run.run_id, plan, setup.expert_storage, units)
-        return evaluate(weights, own, self.model, ctx.run.training, blocks, setup.chunked_loss, ctx.progress)
+        weights = reports.weights_in_use(ctx.run.run_id, plan, setup.expert_storage, units), self._private.version
+        with self._private.active(self.model):
+            return evaluate(weights, own, self.model, ctx.run.training, blocks, setup.chunked_loss, ctx.progress)
 
     def _train(
         self, ctx: _RoundContext, model: MoeModel, plan: ExpertPlan, guard: MemoryGuard, finished: FinishedSteps | None
@@ -383,7 +382,7 @@ class LocalTrainer:
 
         measures = self._costs.measures_steps and self.planner.correction is None and can_measure(setup)
         progress.phase("train", training.local_steps, "step")
-        with self._memory.watch or contextlib.nullcontext():
+        with self._memory.watch or contextlib.nullcontext(), self._private.active(model):
             outcome = run_steps(
                 model, plan, ctx.method, self._train_blocks, training,
                 compute_share=self._limits.compute_share, seed=self._seed(ctx), setup=setup,
@@ -391,6 +390,7 @@ class LocalTrainer:
                 norms=GradientNorms(model) if ctx.method.assigning else None,
                 first_step=finished.outcome.steps if finished else 0, measure=measure if measures else None,
                 server_round=ctx.assignment.server_round, rounds=ctx.run.rounds,
+                private_step=self._private.restart(training),
             )  # fmt: skip
         progress.done()
         return finished.before(outcome, plan) if finished else outcome

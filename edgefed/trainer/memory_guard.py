@@ -21,7 +21,10 @@ from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.memory import format_bytes, process_rss_bytes
 from edgefed.hardware.watch import Pressure, PressureWatch
 from edgefed.kernels.out_of_memory import free_memory
+from edgefed.moe.model import MoeModel
 from edgefed.progress import ProgressSink
+from edgefed.training.encoding import TokenBlocks
+from edgefed.training.loss import chunking_problem
 from edgefed.training.steps import STOP
 
 MAX_SHRINKS = 40
@@ -39,6 +42,20 @@ CALM_STEPS = 5
 
 class PlanShrunk(Exception):
     """The round needs a smaller plan: its local steps start again. Never leaves the trainer."""
+
+
+def check_chunked_loss(
+    model: MoeModel, blocks: TokenBlocks | None, exclude: Callable[[str, str], None], progress: ProgressSink
+) -> None:
+    """Compare the chunked loss with the model's own; if they differ, ``exclude`` it and raise PlanShrunk.
+
+    ``exclude(saving, reason)`` takes it out of later plans.
+    """
+    assert blocks is not None, "the data has been encoded"
+    if problem := chunking_problem(model.module, blocks.input_ids, blocks.labels):
+        progress.message(f"memory: the loss of this model cannot be computed in chunks: {problem}")
+        exclude("chunked_loss", problem)
+        raise PlanShrunk
 
 
 class MemoryGuard:

@@ -54,6 +54,7 @@ class DeviceLimits:
         compute_share: Share of the resident experts of a layer that train on one batch.
         profile_storage: How an activation profile stores experts (`activation_profile.PROFILE_STORAGES`).
         expert_storage, stream_experts: How frozen experts are stored (`placement`), if streamed (`stream_choice`).
+        private: "adapter": this device also trains an adapter that it never sends (`private_part`); or "none".
     """
 
     expert_share: float = 1.0
@@ -61,6 +62,7 @@ class DeviceLimits:
     profile_storage: str = "auto"
     expert_storage: str = "auto"
     stream_experts: str = "auto"
+    private: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +258,7 @@ class Planner:
             self._saved, self._current = read_saved_plan(self._path, fingerprint), None
             self._fingerprint = fingerprint
         storage = required_storage(self._limits.expert_storage, method, run.training, model)
-        setup = step_setup(model, run.training, expert_storage=storage)
+        setup = step_setup(model, run.training, expert_storage=storage, private=self._limits.private)
         if self._saved.correction and self._saved.correction.kernels != setup.kernels:
             self._saved.correction = None  # it is of other kernels; the next step is measured
         self._shape = self._shape or shape_from_config(model.config, run.model)

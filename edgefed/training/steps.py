@@ -77,10 +77,11 @@ def train_scope(training: TrainingConfig) -> TrainScope:
     )
 
 
-def step_setup(model: MoeModel, training: TrainingConfig, **savings: Any) -> StepSetup:
+def step_setup(model: MoeModel, training: TrainingConfig, private: str = "none", **savings: Any) -> StepSetup:
     """Return how a step of a run is taken on the model's device, and with which kernels.
 
-    ``savings`` are other fields of `StepSetup`. float64, which the memory formulas do not cover, counts as float32.
+    With ``private="adapter"`` attention trains by LoRA on this device. ``savings`` are other fields of `StepSetup`.
+    float64, which the memory formulas do not cover, counts as float32.
     """
     device = model.device.type
     return StepSetup(
@@ -89,7 +90,7 @@ def step_setup(model: MoeModel, training: TrainingConfig, **savings: Any) -> Ste
         dtype=_DTYPES.get(model.dtype, "float32"),
         experts=training.experts,
         router=training.router,
-        attention=training.attention,
+        attention="lora" if private == "adapter" else training.attention,
         lora_rank=training.lora_rank,
         **{"device": "cuda" if device == "cuda" else "cpu", "kernels": model.training_kernels(), **savings},
     )
@@ -153,6 +154,7 @@ def run_steps(
     measure: Callable[[torch.optim.Optimizer, Callable[[], None]], None] | None = None,
     server_round: int = 1,
     rounds: int = 1,
+    private_step: Callable[[float], None] = lambda rate: None,
 ) -> StepsOutcome:
     """Train ``training.local_steps`` steps on ``blocks``, in a shuffled order that depends on ``seed`` alone.
 
@@ -166,7 +168,7 @@ def run_steps(
     there are no gradients. It may return another setup for the steps that follow: another optimizer starts with fresh
     moments, another length cuts the blocks anew; with `STOP` the outcome has fewer steps. ``first_step`` steps of the
     round are done already. ``measure(optimizer, step)`` is called for the first step and must
-    call ``step()`` once.
+    call ``step()`` once. ``private_step`` is called in each step with the learning rate, when there are gradients.
 
     Raises:
         TrainingDiverged: the loss is not finite. Also what ``on_step`` and ``reconsider`` raise.
@@ -174,7 +176,9 @@ def run_steps(
     """
     shares = [(step + 0.5) / training.local_steps for step in range(first_step, training.local_steps)]
     rates = [learning_rate_at(training, rounds, server_round, share) for share in shares]
-    steps = _LocalSteps(model, blocks, training, setup or step_setup(model, training), seed + first_step, norms, rates)
+    steps = _LocalSteps(
+        model, blocks, training, setup or step_setup(model, training), seed + first_step, norms, rates, private_step
+    )
     started = time.perf_counter()
     model.module.train()
     trained_before = Counter(model.trained_tokens())
@@ -227,8 +231,9 @@ class _LocalSteps:
         seed: int,
         norms: GradientNorms | None,
         rates: Sequence[float],
+        private_step: Callable[[float], None],
     ):
-        self._on_gradients = norms.add if norms else lambda: None
+        self._norms, self._private_step = norms, private_step
         self.losses: list[float] = []
         self.expert_steps: Counter[tuple[int, int]] = Counter()
         self.num_tokens = 0
@@ -260,6 +265,11 @@ class _LocalSteps:
         self.losses.append(loss)
         self.expert_steps.update(changed)
         self.num_tokens += input_ids.numel()
+
+    def _on_gradients(self) -> None:
+        if self._norms:
+            self._norms.add()
+        self._private_step(self._rates[len(self.losses)])
 
     def count_memory(self) -> None:
         """Count the experts' memory after a step, with gradients and optimizer state: its peak. Drops the gradients."""
