@@ -21,7 +21,7 @@ from typing import Any
 
 from edgefed.aggregator import rounds
 from edgefed.aggregator.access import Access
-from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregation, aggregate_round, as_registered, undo_round
+from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregation, as_registered
 from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore, Catalog
 from edgefed.aggregator.coverage import cover_round
@@ -30,9 +30,9 @@ from edgefed.aggregator.records import ClientRecord, UpdateRecord
 from edgefed.aggregator.repair import Repairs
 from edgefed.aggregator.robust import find_rule
 from edgefed.aggregator.rounds import Phase, RoundPolicy
-from edgefed.aggregator.server_optimizer import Stepping
 from edgefed.aggregator.staleness import buffer_of
 from edgefed.aggregator.status import Presence, build_status, describe_round, downloads_since, log_action, round_status
+from edgefed.aggregator.stopping import best_round, close_round, loss_metrics, restored_metric
 from edgefed.aggregator.store import Store
 from edgefed.aggregator.uploads import UploadFolder
 from edgefed.aggregator.validate import ClaimLimits, check_client_id, digest
@@ -279,7 +279,7 @@ class ActiveRun:
             except StorageError as error:
                 logger.error("the phase of round %d is not stored yet: %s", self.state.server_round, error)
         for action in actions:
-            log_action(action, self.config.rounds)
+            log_action(action)
             if isinstance(action, rounds.Fold):
                 closed = RoundClosed(f"round {action.server_round} is closed")
                 late = self.policy.max_staleness if action.server_round < self.policy.rounds else 0
@@ -306,19 +306,17 @@ class ActiveRun:
         updates = [as_registered(update, self.clients[update.client_id].num_examples) for update in buffer_of(pending)]
         banned = {u.client_id: "its client is banned" for u in updates if self.access.is_banned(u.client_id)}
         earlier = {client.client_id: client.held_out for client in self.clients.values()}
-        moments, optimizer = self.store.moments, self.config.server_optimizer
-        undone = undo_round(updates, earlier, self.policy.rollback, manifest, self.store.manifest, moments)
-        result = undone or aggregate_round(
-            Aggregation(
-                *(self._method, self.policy, self._blobs, self.backend, self._fold_threads, self._closing.is_set),
-                repairs=self.repairs,
-                privacy=self.config.privacy,
-                server_round=server_round,
-                model=self.store.manifest,
-                stepping=None if optimizer is None else Stepping(optimizer, moments(server_round)),
-            ),
-            *(manifest.units, [update for update in updates if update.client_id not in banned], self.uploads.updates),
+        metrics = loss_metrics(history := self.store.history(), updates, server_round)
+        how = Aggregation(
+            *(self._method, self.policy, self._blobs, self.backend, self._fold_threads, self._closing.is_set),
+            repairs=self.repairs,
+            privacy=self.config.privacy,
+            server_round=server_round,
+            model=self.store.manifest,
+            optimizer=self.config.server_optimizer,
+            moments=self.store.moments,
         )
+        result = close_round(how, manifest, updates, banned.keys(), self.uploads.updates, earlier, metrics)
         result.set_aside.update(banned)
         changed, used = result.changed, [update for update in updates if update.client_id not in result.set_aside]
         coverage = cover_round(*(self.store.coverage(), manifest, used, self.uploads.updates, self.clients))
@@ -333,12 +331,13 @@ class ActiveRun:
                 SetAside(client_id=client_id, name=self.clients[client_id].name, reason=reason)
                 for client_id, reason in sorted(result.set_aside.items())
             ]
-            downloaded_bytes = downloads_since(self.store.history(), self.clients.values())
+            ends = result.restored is not None
             status = round_status(
-                self.store.current_round(), used, changed, set_aside, result.undone, downloaded_bytes=downloaded_bytes,
-                damaged=result.damaged, privacy=self._spent(),
+                self.store.current_round(), used, changed, set_aside, result.undone,
+                downloaded_bytes=downloads_since(history, self.clients.values()), damaged=result.damaged,
+                privacy=self._spent(), more_metrics=metrics | restored_metric(result),
             )  # fmt: skip
-            next_phase = Phase.FINISHED if server_round >= self.policy.rounds else Phase.WAITING
+            next_phase = Phase.FINISHED if ends or server_round >= self.policy.rounds else Phase.WAITING
             self.store.record_fold(status, changed, next_phase, self.clients.values(), coverage, updates)
             self.catalog.load(server_round + 1)
             for each in set_aside:
@@ -347,7 +346,7 @@ class ActiveRun:
                     *(server_round, each.name, each.client_id[:8], each.reason),
                 )
             logger.info("%s", describe_round(status, self.policy.rounds, time.monotonic() - started))
-            self.apply(rounds.Folded(self.clock(), server_round))
+            self.apply(rounds.Folded(self.clock(), server_round, last=ends))
         self._tidy(updates)
 
     def _spent(self) -> PrivacyStatus | None:
@@ -361,7 +360,8 @@ class ActiveRun:
             self.uploads.delete_updates(folded)
             with self.lock:
                 keep = self._keep_rounds and max(self._keep_rounds, self.policy.max_staleness + 1)
-                orphans = self.store.prune(keep)
+                best = best_round(self.store.history()) if self.policy.stop_after else None
+                orphans = self.store.prune(keep, best)
                 self.catalog.load_references()
             self._blobs.delete(orphans)
             self.repairs.forget(orphans)

@@ -34,6 +34,7 @@ from edgefed.kernels.fold import FoldBackend
 from edgefed.methods.interface import Contribution, Method, UnitMerge
 from edgefed.protocol.messages import Manifest, UnitInfo
 from edgefed.protocol.privacy import PrivacyConfig
+from edgefed.protocol.server_optimizer import ServerOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +52,16 @@ MIN_FOR_UNDO = 2
 class Aggregated:
     """``changed``: units of the next global model that differ. ``set_aside``: {client_id: why its update is not in}.
 
-    ``undone``: the earlier round whose aggregation this one undoes, or None. ``damaged``: keys of units that stay as
-    they are because their blob is damaged and no client has sent a copy.
+    ``undone``: the earlier round whose aggregation this one undoes, or None. ``restored``: the earlier round whose
+    model the run ends with, or None. ``damaged``: keys of units that stay as they are because their blob is damaged and
+    no client has sent a copy.
     """
 
     changed: list[UnitInfo]
     set_aside: dict[str, str]
     undone: int | None = None
     damaged: tuple[str, ...] = ()
+    restored: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +84,10 @@ class Aggregation:
     """The round; an update of an earlier one is late."""
     model: Callable[[int], Manifest | None] = lambda server_round: None
     """The model at the start of an earlier round, from which a late update was trained."""
-    stepping: Stepping | None = None
-    """The server optimizer with its moments; None: the next model is the aggregate itself."""
+    optimizer: ServerOptimizer | None = None
+    """Makes the next model from the aggregate; None: that is the next model."""
+    moments: Callable[[int], Mapping[str, UnitInfo]] = lambda server_round: {}
+    """Moments of the optimizer at the start of a round, by their key."""
 
 
 def aggregate_round(
@@ -152,7 +157,7 @@ def _aggregate(
             changed = fold_round(
                 *(units, plan, files, how.blobs, how.backend),
                 robustness=robustness,
-                stepping=how.stepping,
+                stepping=None if how.optimizer is None else Stepping(how.optimizer, how.moments(how.server_round)),
                 threads=how.threads,
                 cancelled=how.cancelled,
             )

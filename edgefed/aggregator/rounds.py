@@ -50,7 +50,8 @@ class RoundPolicy:
     a client's change, in multiples of the round's median; None: none. ``robust``: one of `robust.RULES`. ``rollback``:
     a round is undone if the held-out loss of most clients grows to this multiple; None: never. ``max_clients``: clients
     that are registered at most. ``max_staleness``: rounds by which an update may be late and still count, with less
-    weight (`edgefed.aggregator.staleness`); 0: late updates are dropped.
+    weight (`edgefed.aggregator.staleness`); 0: late updates are dropped. ``stop_after``: rounds without a better
+    held-out loss that end the run (`edgefed.aggregator.stopping`); None: none do.
     """
 
     rounds: int
@@ -65,6 +66,7 @@ class RoundPolicy:
     rollback: float | None = None
     max_clients: int = 4096
     max_staleness: int = 0
+    stop_after: int | None = None
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""
@@ -78,6 +80,7 @@ class RoundPolicy:
                 ("max_examples", self.max_examples, 1),
                 ("max_clients", self.max_clients, 1),
                 ("max_staleness", self.max_staleness, 0),
+                ("stop_after", self.stop_after, 1),
             )
             if value is not None and value < least
         ]
@@ -140,9 +143,10 @@ class UpdateAccepted(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Folded(Event):
-    """The round was aggregated; the next global model exists."""
+    """The round was aggregated; the next global model exists. ``last``: it ends the run early."""
 
     server_round: int
+    last: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +260,7 @@ def step(state: RoundState, event: Event) -> tuple[RoundState, tuple[Action, ...
     elif isinstance(event, UpdateAccepted):
         state = _accepted(state, event.client_id, event.late)
     elif isinstance(event, Folded):
-        state = _folded(state, event.server_round, actions)
+        state = _folded(state, event, actions)
     state = _settle(state, now, actions)
     return state, tuple(actions)
 
@@ -315,10 +319,11 @@ def _accepted(state: RoundState, client_id: str, late: bool) -> RoundState:
     return dataclasses.replace(state, accepted=accepted, late=found_late)
 
 
-def _folded(state: RoundState, server_round: int, actions: list[Action]) -> RoundState:
+def _folded(state: RoundState, event: Folded, actions: list[Action]) -> RoundState:
+    server_round = event.server_round
     if state.phase is not Phase.AGGREGATING or server_round != state.server_round:
         raise ValueError(f"round {server_round} was folded, but round {state.server_round} is {state.phase.value}")
-    phase = Phase.FINISHED if server_round >= state.policy.rounds else Phase.WAITING
+    phase = Phase.FINISHED if event.last or server_round >= state.policy.rounds else Phase.WAITING
     if phase is Phase.FINISHED:
         actions.append(Finish(server_round + 1))
     return dataclasses.replace(

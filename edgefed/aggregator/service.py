@@ -22,6 +22,7 @@ from edgefed.aggregator.metrics import metrics_text
 from edgefed.aggregator.records import ClientRecord, UpdateRecord
 from edgefed.aggregator.rounds import Phase
 from edgefed.aggregator.status import Presence, client_label, describe_comparison, wait_reason
+from edgefed.aggregator.stopping import finish_reason
 from edgefed.aggregator.uploads import PartWriter, UploadName
 from edgefed.aggregator.validate import (
     MAX_TEXT_CHARACTERS,
@@ -203,7 +204,7 @@ class Service:
             state, now = run.state, run.clock()
             if state.phase is Phase.FINISHED:
                 run.presence.setdefault(client_id, Presence()).heard_finished = True
-                return Finished(server_round=state.server_round, reason="Run finished")
+                return Finished(server_round=state.server_round, reason=finish_reason(state))
             if not client.joined:
                 raise UnknownClient(f"client {client_id!r} has left; it must register again")
             if state.is_trainer(client_id):

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from edgefed.aggregator.records import ClientRecord, RoundRecord, UpdateRecord
 from edgefed.aggregator.rounds import Abandon, Action, ExtendDeadline, Fold, OpenRound, Phase, RoundState
@@ -74,6 +75,7 @@ def round_status(
     downloaded_bytes: int = 0,
     damaged: tuple[str, ...] = (),
     privacy: PrivacyStatus | None = None,
+    more_metrics: Mapping[str, float] = MappingProxyType({}),
 ) -> RoundStatus:
     """The record of a round that was just folded, from the ``updates`` that counted."""
     return RoundStatus(
@@ -83,7 +85,7 @@ def round_status(
         seconds=max(0.0, time.time() - current.opened_at) if current.opened_at is not None else 0.0,
         uploaded_bytes=sum(update.size_bytes for update in updates),
         experts_changed=len({(unit.layer, unit.expert) for unit in changed if unit.kind == "expert"}),
-        metrics=average_metrics(updates) | _lateness(current.server_round, updates),
+        metrics=average_metrics(updates) | _lateness(current.server_round, updates) | dict(more_metrics),
         set_aside=tuple(set_aside),
         undone=undone,
         downloaded_bytes=downloaded_bytes,
@@ -105,8 +107,8 @@ def downloads_since(history: Sequence[RoundStatus], clients: Iterable[ClientReco
     return max(0, sum(client.downloaded_bytes for client in clients) - sum(done.downloaded_bytes for done in history))
 
 
-def log_action(action: Action, num_rounds: int) -> None:
-    """Log what the state machine decided. ``num_rounds``: rounds of the run."""
+def log_action(action: Action) -> None:
+    """Log what the state machine decided."""
     if isinstance(action, OpenRound):
         logger.info("round %d: %s to train", action.server_round, counted(len(action.clients), "client"))
     elif isinstance(action, Fold):
@@ -118,7 +120,7 @@ def log_action(action: Action, num_rounds: int) -> None:
             "round %d: all participants have left or fallen silent; waiting for clients", action.server_round
         )
     else:
-        logger.info("run finished after %s", counted(num_rounds, "round"))
+        logger.info("run finished after %s", counted(action.server_round - 1, "round"))
 
 
 def describe_round(status: RoundStatus, rounds: int, fold_s: float) -> str:

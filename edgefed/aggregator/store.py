@@ -29,14 +29,7 @@ from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.disk import FolderLock
 from edgefed.errors import DiskFull, StateCorrupt, StorageError
 from edgefed.protocol.coverage import ExpertCoverage
-from edgefed.protocol.messages import (
-    FileInfo,
-    Manifest,
-    RoundStatus,
-    RunConfig,
-    UnitInfo,
-    UpdateMeta,
-)
+from edgefed.protocol.messages import FileInfo, Manifest, RoundStatus, RunConfig, UnitInfo, UpdateMeta
 
 DATABASE_NAME = "edgefed.db"
 LOCK_NAME = "lock"
@@ -209,7 +202,8 @@ class Store:
     def manifest(self, server_round: int) -> Manifest | None:
         """The model at the start of a round; None if that round is not stored or not reached."""
         with self._lock:
-            if not self.oldest_round() <= server_round <= self.current_round().server_round:
+            stored = range(self.oldest_round(), self.current_round().server_round + 1)
+            if server_round not in stored and server_round != self._number("kept_round", -1):
                 return None
             units = tuple(unit for unit in self._units(server_round) if not unit.key.startswith(MOMENTS))
         return Manifest(
@@ -236,8 +230,11 @@ class Store:
 
     def oldest_round(self) -> int:
         """The oldest round with a stored manifest."""
-        rows = self._query("SELECT value FROM run WHERE name = 'oldest_round'")
-        return int(rows[0][0]) if rows else 1
+        return self._number("oldest_round", 1)
+
+    def _number(self, name: str, default: int) -> int:
+        rows = self._query("SELECT value FROM run WHERE name = ?", name)
+        return int(rows[0][0]) if rows else default
 
     def referenced(self, *, moments: bool = True) -> dict[str, int]:
         """SHA-256 -> size of every blob of a stored manifest, and of the moments of the server optimizer."""
@@ -246,8 +243,8 @@ class Store:
         found.update({file.sha256: file.size_bytes for file in self.files})
         return found
 
-    def prune(self, keep_rounds: int) -> list[str]:
-        """Delete all but the newest ``keep_rounds`` manifests (0: none). Returns the blobs without a manifest."""
+    def prune(self, keep_rounds: int, best: int | None = None) -> list[str]:
+        """Delete all but the newest ``keep_rounds`` manifests (0: none) and the ``best``. Returns blobs left over."""
         oldest = self.current_round().server_round - keep_rounds + 1
         if keep_rounds <= 0 or oldest <= self.oldest_round():
             return []
@@ -255,10 +252,12 @@ class Store:
             before = {row[0] for row in connection.execute("SELECT sha256 FROM units WHERE sha256 != ''")}
             connection.execute(
                 "DELETE FROM units WHERE server_round < (SELECT MAX(server_round) FROM units AS newer "
-                "WHERE newer.key = units.key AND newer.server_round <= ?)",
-                (oldest,),
+                "WHERE newer.key = units.key AND newer.server_round <= ?) AND server_round != COALESCE((SELECT "
+                "MAX(server_round) FROM units AS best WHERE best.key = units.key AND best.server_round <= ?), 0)",
+                (oldest, best or 0),
             )
-            connection.execute("INSERT OR REPLACE INTO run VALUES ('oldest_round', ?)", (str(oldest),))
+            facts = [("kept_round", str(best or -1)), ("oldest_round", str(oldest))]
+            connection.executemany("INSERT OR REPLACE INTO run VALUES (?, ?)", facts)
         return sorted(before - self.referenced().keys())
 
     def save_policy(self, policy: RoundPolicy) -> None:

@@ -129,7 +129,7 @@ def policy_settings(server: Server) -> dict[str, Any]:
     settings = {"deadline_s": server.deadline, "client_timeout_s": server.client_timeout}
     names = {field.name for field in dataclasses.fields(RoundPolicy)} - {"rounds", *settings}
     settings |= {name: getattr(server, name) for name in names}
-    switched_off = ("deadline_s", "clip", "rollback")
+    switched_off = ("deadline_s", "clip", "rollback", "stop_after")
     given = {name: value for name, value in settings.items() if value is not None}
     return {name: None if name in switched_off and value == 0 else value for name, value in given.items()}
 
@@ -278,7 +278,7 @@ def other_privacy(server: Server, found: PrivacyConfig | None) -> str:
 
 def check_not_robust(server: Server) -> None:
     """Raise ConfigError for a defence that lets one client's data decide how much another counts."""
-    for name in ("clip", "rollback", "max_examples"):
+    for name in ("clip", "rollback", "max_examples", "stop_after"):
         if getattr(server, name):
             raise ConfigError(
                 f"`{name}` cannot be combined with `dp_noise`: it depends on the data of other clients",

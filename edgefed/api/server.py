@@ -88,6 +88,11 @@ class Server:
         Setting("How updates are combined; the two others ignore the weights of clients, and need three of them.",
                 default="mean"),
     ] = None  # fmt: skip
+    stop_after: Annotated[
+        int | None,
+        Setting("End the run after so many rounds without a better held-out loss, with the best model; 0: never.",
+                default="0", minimum=0),
+    ] = None  # fmt: skip
     server_optimizer: Annotated[
         Literal["none", "momentum", "adam"] | None,
         Setting("What makes the next model from the aggregated change of a round: the change itself, Nesterov's "

@@ -228,6 +228,9 @@ def _incidents(history: Iterable[RoundStatus]) -> list[Text]:
     for done in history:
         if done.undone is not None:
             lines.append(Text(f"round {done.server_round}: the held-out loss jumped, round {done.undone} was undone"))
+        if (best := done.metrics.get("restored_round")) is not None:
+            text = f"the held-out loss no longer improved, the run ended with the model of round {best:.0f}"
+            lines.append(Text(f"round {done.server_round}: {text}"))
         if done.damaged:
             names = ", ".join(done.damaged[:3]) + (" and more" if len(done.damaged) > 3 else "")
             lines.append(Text(f"round {done.server_round}: damaged on the server's disk and left as it was: {names}"))

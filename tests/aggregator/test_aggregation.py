@@ -10,6 +10,7 @@ from toy_run import Toy, make_run, make_update, trained, weighted_mean
 from edgefed.aggregator.robust import RULES, coordinate_median, trimmed_mean
 from edgefed.errors import ConfigError, InvalidUpdate
 from edgefed.protocol.frames import storage_dtype
+from edgefed.protocol.server_optimizer import ServerOptimizer
 
 
 def close_round(toy: Toy, **examples: int) -> None:
@@ -243,4 +244,51 @@ def test_a_round_whose_loss_jumps_on_most_clients_is_undone(tmp_path):
     assert (last.undone, last.updates, len(last.set_aside)) == (2, 0, 3)
     assert play(2.0, 2.0, 2.0) != restored
     assert toy.run.status().history[-1].undone is None
+    toy.close()
+
+
+def play_losses(toy, *losses):
+    """A round per loss that three clients report of its model. Returns the blobs of each round's model."""
+    models = []
+    for loss in losses:
+        toy.join("a", "b", "c")
+        models.append(toy.blobs())
+        for seed, name in enumerate("abc"):
+            reported = {"held_out_loss_before": 1e9 if name == "c" else loss + 0.01 * seed}  # c lies
+            toy.send(make_update(toy.manifest(), name, moved(toy, seed, 0.01), metrics=reported))
+        toy.run.fold_pending()
+    return models
+
+
+@pytest.mark.parametrize("server_optimizer", [None, ServerOptimizer(kind="momentum", learning_rate=0.1)])
+def test_a_run_ends_with_its_best_model_once_the_loss_no_longer_falls(tmp_path, server_optimizer):
+    policy = {"rounds": 9, "min_clients": 3, "rollback": None, "clip": None, "stop_after": 3}
+    toy = Toy(make_run(tmp_path / "state", server_optimizer=server_optimizer, **policy))
+    models = play_losses(toy, 3.0, 2.0, 2.5)
+    toy = toy.reopen()  # the losses are known to the next process, too
+    models += play_losses(toy, 2.2, 2.4)
+    assert toy.run.status().state == "finished"
+    assert "no longer improves" in toy.assignment("a").reason
+    assert toy.blobs() == models[1]
+    assert toy.blobs("2") == models[1], "the best model stays stored, though only two others do"
+    history = toy.run.status().history
+    assert [done.metrics["best_round"] for done in history] == [1, 2, 2, 2, 2]
+    assert history[-1].metrics["restored_round"] == 2
+    assert [done.updates for done in history] == [3] * 5
+    toy = toy.reopen()
+    assert toy.run.status().state == "finished"
+    toy.close()
+
+
+def test_a_run_goes_on_while_the_loss_falls_or_is_not_measured(tmp_path, caplog):
+    toy = Toy(make_run(tmp_path / "state", rounds=4, min_clients=3, rollback=None, clip=None, stop_after=1))
+    play_losses(toy, 3.0, 2.9, 2.8)
+    toy.join("a", "b", "c")
+    for seed, name in enumerate("abc"):
+        toy.send(make_update(toy.manifest(), name, moved(toy, seed, 0.01)))
+    newest = toy.blobs()
+    toy.run.fold_pending()
+    assert "no client has evaluated the model" in caplog.text
+    assert toy.run.status().state == "finished"
+    assert toy.blobs() != newest, "the last round was aggregated"
     toy.close()
