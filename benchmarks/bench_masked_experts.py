@@ -4,6 +4,8 @@
     python benchmarks/bench_masked_experts.py --device cuda --json benchmarks/results/masked_experts_gpu.json
     python benchmarks/bench_masked_experts.py --rehearse           small GPU cases on the CPU, to check that they run
     python benchmarks/bench_masked_experts.py --case nf4-1          one case, short
+    python benchmarks/bench_masked_experts.py --clock processor --threads 1     beside other programs
+    EDGEFED_ISA=avx512_bf16 python benchmarks/bench_masked_experts.py           without AMX
     python benchmarks/bench_masked_experts.py --crossover           from which size tiles are faster than rows
 
 Every case times edgefed and its peers in turn and keeps the shortest. Its limit is
@@ -16,9 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cpu_limits
 import gpu_experts
 import torch
 from cpu_limits import interleaved, limits
@@ -31,6 +35,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from edgefed.kernels import native_products
 from edgefed.kernels.masked_experts import SlotWeights, masked_experts
 from edgefed.kernels.quantization import quantize_experts
+from edgefed.native import ISA_CODES, isa_code, load_native
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 2048, 1024, 64, 8
 WEIGHTS = 3 * HIDDEN * WIDTH
@@ -239,6 +244,10 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--crossover", action="store_true")
+    parser.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall",
+        help="processor: processor time, for a machine that does other work too; with --threads 1",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rehearse", action="store_true", help="the cases of a GPU with small shapes on the CPU")
     options = parser.parse_args()
@@ -248,9 +257,14 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return
+    if options.clock == "processor":
+        cpu_limits.clock = time.process_time
     machine = limits()
     print(machine, flush=True)
-    result = {"provenance": provenance(), "threads": options.threads, "limits": machine, "cases": {}}
+    library = load_native()
+    isa = next(name for name, code in ISA_CODES.items() if code == isa_code(library))
+    run_facts = {"threads": options.threads, "clock": options.clock, "instruction_set": isa}
+    result = {"provenance": provenance(), **run_facts, "limits": machine, "cases": {}}
     if options.crossover:
         result["crossover_ms"] = crossover(options.repetitions)
     else:

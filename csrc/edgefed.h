@@ -25,6 +25,7 @@ enum EfIsa {
   EF_ISA_AVX2 = 1,         // AVX2, FMA, F16C
   EF_ISA_AVX512 = 2,       // AVX-512 F, BW, DQ, VL
   EF_ISA_AVX512_BF16 = 3,  // and BF16, VNNI
+  EF_ISA_AMX = 4,          // and AMX with BF16
   EF_ISA_NEON = 10,
 };
 
@@ -143,8 +144,9 @@ EF_API int64_t ef_router_statistics(double* statistics, const void* router, int3
 
 // --- limits -----------------------------------------------------------------------------------------------------
 
-// Runs the multiply-adds of a dtype (EF_F32, EF_BF16, EF_INT8) on registers. Returns the number of operations (two for
-// each multiply-add), or EF_UNSUPPORTED if this processor lacks them.
+// Runs the multiply-adds of EF_F32, EF_BF16, EF_INT8 (AVX-512) or EF_BF16_AMX on registers. Returns the number of
+// operations (two for each multiply-add), or EF_UNSUPPORTED if this processor lacks them.
+enum { EF_BF16_AMX = 32 };
 EF_API int64_t ef_arithmetic_steps(int32_t dtype, int64_t steps, int32_t threads);
 
 #ifdef __cplusplus

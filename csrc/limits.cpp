@@ -1,5 +1,5 @@
 // Peak arithmetic of this processor, for benchmarks: a share of a limit says more than a time.
-#include "number_formats.h"
+#include "masked_experts.h"
 #include "parallel.h"
 
 #if EF_X86
@@ -62,14 +62,17 @@ using namespace edgefed;
 extern "C" int64_t ef_arithmetic_steps(int32_t dtype, int64_t steps, int32_t threads) {
 #if EF_X86
   float (*run)(int64_t) = nullptr;
-  if (dtype == EF_BF16 && ef_has_isa(EF_ISA_AVX512_BF16)) run = bf16_steps;
-  if (dtype == EF_INT8 && ef_has_isa(EF_ISA_AVX512_BF16)) run = int8_steps;
+  int64_t per_step = kSums * 16 * 2;  // multiply-adds of float32, each two operations
   if (dtype == EF_F32 && ef_has_isa(EF_ISA_AVX512)) run = float_steps;
+  if (dtype == EF_BF16 && ef_has_isa(EF_ISA_AVX512_BF16)) run = bf16_steps, per_step *= 2;
+  if (dtype == EF_INT8 && ef_has_isa(EF_ISA_AVX512_BF16)) run = int8_steps, per_step *= 4;
+#if EF_AMX
+  if (dtype == EF_BF16_AMX && ef_has_isa(EF_ISA_AMX)) run = amx_steps, per_step = kAmxOperations;
+#endif
   if (run == nullptr) return EF_UNSUPPORTED;
   volatile float sink = 0;
   parallel(threads, threads, [&](int64_t) { sink = run(steps); });
-  const int64_t per_step = kSums * 16 * 2;
-  return threads * steps * per_step * (dtype == EF_BF16 ? 2 : dtype == EF_INT8 ? 4 : 1);
+  return threads * steps * per_step;
 #else
   (void)dtype, (void)steps, (void)threads;
   return EF_UNSUPPORTED;

@@ -11,7 +11,8 @@ const RowsKernel* rows_kernel(int32_t isa, int32_t format, int32_t dtype, bool i
   const bool quantized = format == EF_NF4 || format == EF_INT8;
   if (int8) {
 #if EF_X86
-    if (isa == EF_ISA_AVX512_BF16 && format == EF_INT8 && dtype != EF_F16) return &kRowsVnni;
+    if ((isa == EF_ISA_AVX512_BF16 || isa == EF_ISA_AMX) && format == EF_INT8 && dtype != EF_F16)
+      return &kRowsVnni;
 #endif
     return nullptr;
   }
@@ -19,6 +20,7 @@ const RowsKernel* rows_kernel(int32_t isa, int32_t format, int32_t dtype, bool i
     case EF_ISA_SCALAR: return quantized ? &kRowsScalar : nullptr;
 #if EF_X86
     case EF_ISA_AVX2: return quantized ? &kRowsAvx2 : nullptr;
+    case EF_ISA_AMX:
     case EF_ISA_AVX512_BF16:
       if (dtype == EF_BF16 && (quantized || format == EF_BF16)) return &kRowsBf16;
       [[fallthrough]];
@@ -128,7 +130,7 @@ int32_t ef_can_matmul(int32_t format, int32_t blocksize, int32_t dtype, int64_t 
   if (int8 && (format != EF_INT8 || transposed)) return 0;
   if (kernel == EF_ROWS || kernel == EF_ROWS_INT8)
     return !transposed && rows_kernel(isa, format, dtype, int8) != nullptr;
-  return isa == EF_ISA_AVX512_BF16 && dtype == EF_BF16 &&
+  return (isa == EF_ISA_AVX512_BF16 || isa == EF_ISA_AMX) && dtype == EF_BF16 &&
          (format == EF_NF4 || format == EF_INT8 || format == EF_BF16);
 }
 
@@ -150,7 +152,7 @@ int64_t ef_grouped_matmul(const EfGroup* groups, int64_t num_groups, const void*
     return rows_matmul(groups, num_groups, x, x_rows, y, dtype, n, k, int8, isa, threads);
 #if EF_X86
   return tiles_matmul(groups, num_groups, static_cast<const uint16_t*>(x), x_rows, static_cast<uint16_t*>(y), n, k,
-                      transposed != 0, int8, threads);
+                      transposed != 0, int8, isa == EF_ISA_AMX && !int8, threads);
 #else
   return EF_UNSUPPORTED;
 #endif
@@ -159,8 +161,9 @@ int64_t ef_grouped_matmul(const EfGroup* groups, int64_t num_groups, const void*
 int64_t ef_outer_bf16(const uint16_t* a, const uint16_t* b, const int64_t* b_rows, uint16_t* out, int64_t rows,
                       int64_t m, int64_t n, int32_t isa, int32_t threads) {
 #if EF_X86
-  if (choose_isa(isa) == EF_ISA_AVX512_BF16 && rows > 0 && n % kBlock == 0) {
-    return tiles_outer(a, b, b_rows, out, rows, m, n, threads);
+  isa = choose_isa(isa);
+  if ((isa == EF_ISA_AVX512_BF16 || isa == EF_ISA_AMX) && rows > 0 && n % kBlock == 0) {
+    return tiles_outer(a, b, b_rows, out, rows, m, n, isa == EF_ISA_AMX, threads);
   }
 #else
   (void)a, (void)b, (void)b_rows, (void)out, (void)rows, (void)m, (void)n, (void)isa, (void)threads;

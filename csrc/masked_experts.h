@@ -5,6 +5,15 @@
 
 namespace edgefed {
 
+// Whether this processor and this system have AMX with BF16.
+bool has_amx();
+
+#if EF_AMX
+// Products of tiles in registers, kAmxOperations in each step; see limits.cpp.
+float amx_steps(int64_t steps);
+constexpr int64_t kAmxOperations = 4 * 16 * 16 * 32 * 2;
+#endif
+
 constexpr float kPer127 = 7.874015718698502e-3f;
 constexpr int64_t kBlock = 64;  // weights decoded at once; all sizes of a kernel are multiples of it
 
@@ -31,9 +40,9 @@ extern const RowsKernel kRowsAvx2, kRowsAvx512, kRowsBf16, kRowsVnni;
 
 // bfloat16 panels in registers; see masked_experts_tiles.cpp.
 int64_t tiles_matmul(const EfGroup* groups, int64_t num_groups, const uint16_t* x, const int64_t* x_rows, uint16_t* y,
-                     int64_t n, int64_t k, bool transposed, bool int8, int32_t threads);
+                     int64_t n, int64_t k, bool transposed, bool int8, bool amx, int32_t threads);
 int64_t tiles_outer(const uint16_t* a, const uint16_t* b, const int64_t* b_rows, uint16_t* out, int64_t rows, int64_t m,
-                    int64_t n, int32_t threads);
+                    int64_t n, bool amx, int32_t threads);
 #elif EF_NEON
 extern const RowsKernel kRowsNeon;
 #endif

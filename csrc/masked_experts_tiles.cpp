@@ -4,90 +4,16 @@
 // Products are bfloat16 (or 8-bit) with float32 (int32) sums. A decoded weight is the same bfloat16 value that
 // dequantizing gives. Every output is one sum over k in ascending order of the panel, so results do not depend on the
 // number of threads.
-#include "masked_experts.h"
+#include "masked_experts_panels.h"
 #include "parallel.h"
 
 #include <algorithm>
 
 #if EF_X86
-#include <immintrin.h>
-
 namespace edgefed {
 namespace {
 
-#define EF_BRAIN EF_TARGET_AVX512_BF16
-#define EF_BRAIN_INLINE EF_TARGET_AVX512_BF16 EF_INLINE
-
-constexpr int64_t kPanel = 64;          // outputs of a panel: four registers
 constexpr int64_t kTileRows = 6;        // rows of x in a register tile
-constexpr int64_t kChunkRows = 256;     // rows of x that a panel is multiplied with
-constexpr int64_t kPanelBytes = 1 << 17;  // the second-level cache, 1 MB, holds x, a panel and what the next is made of
-enum ScratchUse { kScratchX = 1, kScratchPanel = 2, kScratchSums = 3, kScratchScales = 4 };
-
-EF_BRAIN_INLINE __m512i load(const void* at) { return _mm512_loadu_si512(at); }
-EF_BRAIN_INLINE void store(void* at, __m512i value) { _mm512_storeu_si512(at, value); }
-
-struct Pair {
-  __m512i first, second;  // 32 bfloat16 each
-};
-
-// 64 weights as bfloat16. NF4: the even ones, then the odd ones; otherwise in order.
-EF_BRAIN_INLINE Pair decode_nf4(const uint8_t* packed, float absmax) {
-  const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(kNf4), _mm512_set1_ps(absmax));
-  const __m512i table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));
-  const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-  // vpermw reads five bits of an index; the table is there twice, so the fifth does not matter.
-  return {_mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table), _mm512_permutexvar_epi16(pairs, table)};
-}
-
-EF_BRAIN_INLINE __m512 widen_int8(const int8_t* values, __m512 absmax) {
-  const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-  return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(wide), absmax), _mm512_set1_ps(kPer127));
-}
-
-EF_BRAIN_INLINE Pair decode_int8(const int8_t* values, float absmax) {
-  const __m512 scale = _mm512_set1_ps(absmax);
-  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(widen_int8(values + 16, scale), widen_int8(values, scale))),
-          reinterpret_cast<__m512i>(
-              _mm512_cvtne2ps_pbh(widen_int8(values + 48, scale), widen_int8(values + 32, scale)))};
-}
-
-// Weights (row, column .. column + 64) of the expert; the matrix has `columns` columns.
-template <int32_t format>
-EF_BRAIN_INLINE Pair decode(const EfGroup& group, int64_t columns, int64_t row, int64_t column) {
-  const int64_t at = row * columns + column;
-  if constexpr (format == EF_NF4)
-    return decode_nf4(static_cast<const uint8_t*>(group.data) + (at >> 1), group.scale[block_of(group, at)]);
-  if constexpr (format == EF_INT8) return decode_int8(static_cast<const int8_t*>(group.data) + at, group.scale[row]);
-  const uint16_t* values = static_cast<const uint16_t*>(group.data) + at;
-  return {load(values), load(values + 32)};
-}
-
-// 16 x 16 words of 32 bits.
-EF_BRAIN_INLINE void transpose16(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-}
-
 // --- panels -----------------------------------------------------------------------------------------------------
 // A panel holds, for each step (two k of bfloat16, four of int8), 64 words of 32 bits: one for each output.
 
@@ -113,31 +39,6 @@ EF_BRAIN void pack_rows(const EfGroup& group, int64_t columns, int64_t output, i
       transpose16(second);
       for (int i = 0; i < 16; ++i) store(out + (16 + i) * kPanel, second[i]);
     }
-  }
-}
-
-EF_BRAIN_INLINE void interleave_rows(__m512i upper, __m512i lower, uint32_t* out) {
-  const __m512i low = _mm512_unpacklo_epi16(upper, lower), high = _mm512_unpackhi_epi16(upper, lower);
-  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-  const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  store(out, _mm512_permutex2var_epi64(low, first, high));
-  store(out + 16, _mm512_permutex2var_epi64(low, second, high));
-}
-
-// Outputs are columns of W: output .. output + 64, reduction over the rows begin .. end (an even number of them).
-// NF4 outputs lie even before odd in the panel.
-template <int32_t format>
-EF_BRAIN void pack_columns(const EfGroup& group, int64_t columns, int64_t output, int64_t begin, int64_t end,
-                          uint32_t* panel) {
-  constexpr int64_t kBits = format == EF_NF4 ? 4 : format == EF_INT8 ? 8 : 16;
-  for (int64_t row = begin; row < end; row += 2, panel += kPanel) {
-    for (int64_t ahead = 16; ahead < 18; ++ahead)
-      _mm_prefetch(static_cast<const char*>(group.data) + (((row + ahead) * columns + output) * kBits >> 3),
-                   _MM_HINT_T0);
-    const Pair upper = decode<format>(group, columns, row, output);
-    const Pair lower = decode<format>(group, columns, row + 1, output);
-    interleave_rows(upper.first, lower.first, panel);
-    interleave_rows(upper.second, lower.second, panel + 32);
   }
 }
 
@@ -167,9 +68,6 @@ EF_BRAIN void pack_rows_int8(const EfGroup& group, int64_t columns, int64_t outp
 
 // --- x ----------------------------------------------------------------------------------------------------------
 // Rows are cut into blocks of at most 6; a block holds, step by step, one word of 32 bits of each of its rows.
-
-// Rows in block `index` of `blocks` over `rows` rows: as equal as can be.
-EF_INLINE int64_t block_begin(int64_t rows, int64_t blocks, int64_t index) { return rows * index / blocks; }
 
 EF_BRAIN void pack_x(const uint16_t* const* rows, int64_t count, int64_t k, bool evens_first, uint32_t* out) {
   alignas(64) uint16_t order[64];
@@ -301,23 +199,6 @@ EF_INLINE void run_tile(int64_t rows, const uint32_t* x, const uint32_t* panel, 
   }
 }
 
-// Past the caches, for results that are not read again soon: a line that is written as a whole need not be read first.
-EF_BRAIN_INLINE void store_past(void* at, __m512i value) { _mm512_stream_si512(static_cast<__m512i*>(at), value); }
-
-// 64 sums to bfloat16. `evens_first`: outputs lie even before odd.
-EF_BRAIN_INLINE void finish_row(const __m512 (&s)[4], bool evens_first, uint16_t* y) {
-  if (evens_first) {
-    for (int half = 0; half < 2; ++half) {
-      const __m512i even = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(s[half])));
-      const __m512i odd = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(s[2 + half])));
-      store(y + 32 * half, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-    }
-  } else {
-    store(y, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(s[1], s[0])));
-    store(y + 32, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(s[3], s[2])));
-  }
-}
-
 EF_BRAIN void finish_brain(const uint32_t* sums, int64_t rows, bool evens_first, uint16_t* y, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
     const __m512 s[4] = {_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums + 32),
@@ -328,15 +209,11 @@ EF_BRAIN void finish_brain(const uint32_t* sums, int64_t rows, bool evens_first,
 
 EF_BRAIN void finish_past(const uint32_t* sums, int64_t rows, uint16_t* y, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r, sums += kPanel) {
-    for (int half = 0; half < 2; ++half) {
-      const float* s = reinterpret_cast<const float*>(sums) + 32 * half;
-      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(s + 16), _mm512_loadu_ps(s));
-      store_past(y + r * stride + 32 * half, reinterpret_cast<__m512i>(both));
-    }
+    const __m512 s[4] = {_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums + 32),
+                         _mm512_loadu_ps(sums + 48)};
+    finish_row_past(s, y + r * stride);
   }
 }
-
-inline void finish_stores() { _mm_sfence(); }
 
 EF_BRAIN void finish_int8(const uint32_t* sums, int64_t rows, const float* x_scales, const float* absmax,
                          const int32_t* weight_sums, uint16_t* y, int64_t stride) {
@@ -353,22 +230,13 @@ EF_BRAIN void finish_int8(const uint32_t* sums, int64_t rows, const float* x_sca
 
 // --- the product ------------------------------------------------------------------------------------------------
 
-struct Problem {
-  const EfGroup* groups;
-  const uint16_t* x;
-  const int64_t* x_rows;
-  uint16_t* y;
-  int64_t n, k;
-  bool transposed, int8;
-};
-
 void pack(const Problem& problem, const EfGroup& group, int64_t output, int64_t begin, int64_t end, uint32_t* panel,
           int32_t* weight_sums) {
   if (problem.int8) return pack_rows_int8(group, problem.k, output, begin, end, panel, weight_sums);
   if (problem.transposed) {
-    if (group.format == EF_NF4) return pack_columns<EF_NF4>(group, problem.n, output, begin, end, panel);
-    if (group.format == EF_INT8) return pack_columns<EF_INT8>(group, problem.n, output, begin, end, panel);
-    return pack_columns<EF_BF16>(group, problem.n, output, begin, end, panel);
+    if (group.format == EF_NF4) return pack_columns<EF_NF4>(group, problem.n, output, 1, begin, end, panel, 0);
+    if (group.format == EF_INT8) return pack_columns<EF_INT8>(group, problem.n, output, 1, begin, end, panel, 0);
+    return pack_columns<EF_BF16>(group, problem.n, output, 1, begin, end, panel, 0);
   }
   if (group.format == EF_NF4) return pack_rows<EF_NF4>(group, problem.k, output, begin, end, panel);
   if (group.format == EF_INT8) return pack_rows<EF_INT8>(group, problem.k, output, begin, end, panel);
@@ -441,14 +309,10 @@ int64_t multiply(const Problem& problem, const EfGroup& group, int64_t row, int6
   return EF_OK;
 }
 
-struct Piece {
-  int64_t group, row, rows, first, last;
-};
-
 }  // namespace
 
 int64_t tiles_matmul(const EfGroup* groups, int64_t num_groups, const uint16_t* x, const int64_t* x_rows, uint16_t* y,
-                     int64_t n, int64_t k, bool transposed, bool int8, int32_t threads) {
+                     int64_t n, int64_t k, bool transposed, bool int8, bool amx, int32_t threads) {
   const Problem problem{groups, x, x_rows, y, n, k, transposed, int8};
   const int64_t panels = n / kPanel;
   // Enough pieces that no thread waits long for the last one; each decodes its panels once for all its rows.
@@ -470,6 +334,14 @@ int64_t tiles_matmul(const EfGroup* groups, int64_t num_groups, const uint16_t* 
   }
   parallel(count, threads, [&](int64_t task) {
     const Piece& piece = pieces[task];
+#if EF_AMX
+    if (amx) {
+      errors[task] = amx_piece(problem, piece);
+      return;
+    }
+#else
+    (void)amx;
+#endif
     errors[task] = multiply(problem, groups[piece.group], piece.row, piece.rows, piece.first, piece.last);
   });
   for (int64_t task = 0; task < count; ++task)
@@ -494,26 +366,15 @@ void pack_a(const uint16_t* a, int64_t stride, int64_t column, int64_t count, in
     }
 }
 
-EF_BRAIN void pack_b(const uint16_t* b, const int64_t* rows, int64_t stride, int64_t column, int64_t begin, int64_t end,
-                    uint32_t* panel) {
-  for (int64_t p = begin; p < end; p += 2, panel += kPanel) {
-    const uint16_t* upper = b + (rows ? rows[p] : p) * stride + column;
-    const __m512i zero = _mm512_setzero_si512();
-    __m512i low0 = zero, low1 = zero;
-    if (p + 1 < end) {
-      const uint16_t* lower = b + (rows ? rows[p + 1] : p + 1) * stride + column;
-      low0 = load(lower);
-      low1 = load(lower + 32);
-    }
-    interleave_rows(load(upper), low0, panel);
-    interleave_rows(load(upper + 32), low1, panel + 32);
-  }
-}
-
 }  // namespace
 
 int64_t tiles_outer(const uint16_t* a, const uint16_t* b, const int64_t* b_rows, uint16_t* out, int64_t rows, int64_t m,
-                    int64_t n, int32_t threads) {
+                    int64_t n, bool amx, int32_t threads) {
+#if EF_AMX
+  if (amx && m % kOuterStep == 0) return amx_outer({a, b, b_rows, out, rows, m, n}, threads);
+#else
+  (void)amx;
+#endif
   constexpr int64_t kPart = kPanelBytes / 4 / kPanel * 2;  // rows of a and b in one panel
   const int64_t pieces = (m + kOuterRows - 1) / kOuterRows, steps = (std::min(rows, kPart) + 1) / 2;
   auto* errors = static_cast<int64_t*>(scratch(0, static_cast<size_t>(pieces + 1) * sizeof(int64_t)));
@@ -553,7 +414,7 @@ int64_t tiles_outer(const uint16_t* a, const uint16_t* b, const int64_t* b_rows,
         }
       }
     }
-    finish_stores();
+    _mm_sfence();
   });
   for (int64_t piece = 0; piece < pieces; ++piece)
     if (errors[piece] != EF_OK) return errors[piece];

@@ -18,6 +18,14 @@
 #else
 #define EF_X86 0
 #endif
+// AMX: compilers that know it; elsewhere than on Linux nobody asks the system for it.
+#if EF_X86 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define EF_AMX 1
+#define EF_AMX_TARGET \
+  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")))
+#else
+#define EF_AMX 0
+#endif
 #if defined(__aarch64__) && defined(__GNUC__)
 #define EF_NEON 1
 #else

@@ -1,6 +1,6 @@
 // NF4 and INT8, to and from. The specification is edgefed/kernels/quantization.py: the same bits, whichever instruction
 // set runs. Compiled without contraction into fused multiply-adds.
-#include "number_formats.h"
+#include "masked_experts.h"
 #include "parallel.h"
 
 #include <algorithm>
@@ -318,7 +318,8 @@ const Functions<T>* functions_of(int32_t requested) {
 #if EF_X86
     case EF_ISA_AVX2: return &Avx2<T>::all;
     case EF_ISA_AVX512:
-    case EF_ISA_AVX512_BF16: return &Avx512<T>::all;
+    case EF_ISA_AVX512_BF16:
+    case EF_ISA_AMX: return &Avx512<T>::all;
 #elif EF_NEON
     case EF_ISA_NEON: return &Neon<T>::all;
 #endif
@@ -420,7 +421,9 @@ int32_t ef_has_isa(int32_t isa) {
     case EF_ISA_AVX2: return avx2;
     case EF_ISA_AVX512: return avx512;
     case EF_ISA_AVX512_BF16:
-      return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    case EF_ISA_AMX:
+      if (!avx512 || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bf16")) return 0;
+      return isa == EF_ISA_AVX512_BF16 || has_amx();
     default: break;
   }
 #elif EF_NEON
@@ -430,7 +433,7 @@ int32_t ef_has_isa(int32_t isa) {
 }
 
 int32_t ef_best_isa(void) {
-  for (const int32_t isa : {EF_ISA_NEON, EF_ISA_AVX512_BF16, EF_ISA_AVX512, EF_ISA_AVX2})
+  for (const int32_t isa : {EF_ISA_NEON, EF_ISA_AMX, EF_ISA_AVX512_BF16, EF_ISA_AVX512, EF_ISA_AVX2})
     if (ef_has_isa(isa)) return isa;
   return EF_ISA_SCALAR;
 }

@@ -319,7 +319,8 @@ AddTokens<T> instance_of(int32_t requested) {
 #if EF_X86
     case EF_ISA_AVX2: return add_avx2<T>;
     case EF_ISA_AVX512:
-    case EF_ISA_AVX512_BF16: return wide::add_tokens<T>;
+    case EF_ISA_AVX512_BF16:
+    case EF_ISA_AMX: return wide::add_tokens<T>;
 #endif
     default: return nullptr;
   }

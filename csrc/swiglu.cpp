@@ -86,7 +86,8 @@ const Functions<T>* functions_of(int32_t requested) {
 #if EF_X86
     case EF_ISA_AVX2: return &Avx2<T>::all;
     case EF_ISA_AVX512:
-    case EF_ISA_AVX512_BF16: return &Avx512<T>::all;
+    case EF_ISA_AVX512_BF16:
+    case EF_ISA_AMX: return &Avx512<T>::all;
 #endif
     default: return nullptr;
   }

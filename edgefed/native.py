@@ -17,7 +17,7 @@ from edgefed.errors import ConfigError
 
 ABI_VERSION = 2
 _SUFFIXES = (".so", ".dylib", ".dll")
-ISA_CODES = {"scalar": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "neon": 10}
+ISA_CODES = {"scalar": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx": 4, "neon": 10}
 """enum EfIsa: instruction sets that have kernels; the environment variable EDGEFED_ISA forces one."""
 DTYPE_CODES = {"float64": 0, "float32": 1, "float16": 2, "bfloat16": 3, "nf4": 16, "int8": 17}
 """enum EfDtype and enum EfFormat."""

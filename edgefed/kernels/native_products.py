@@ -1,8 +1,8 @@
 """The native library's products of experts, called with tensors. Only this module turns tensors into pointers.
 
 rows    dot products that decode the weights on the fly: few rows of x, limited by the weights' bytes
-tiles   panels of decoded bfloat16 weights and register tiles: many rows, limited by arithmetic (AVX-512 BF16)
-torch   the matrix dequantized into a buffer, and torch's product: everything else, and many rows where torch has AMX
+tiles   decoded bfloat16 weights and register tiles: many rows, limited by arithmetic (AVX-512 BF16, AMX)
+torch   the matrix dequantized into a buffer, and torch's product: everything else
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ takes as long as 16 (nf4) to 30 (int8) rows; for dense bfloat16 both are equal f
 """
 ROWS_LIMIT_INT8_EXACT, ROWS_LIMIT_INT8 = 4, 12
 """With x in 8 bits: up to 4 rows the weights' bytes are the limit, so rounding x gains nothing."""
-AMX_ROWS = {DTYPE_CODES["nf4"]: 28, DTYPE_CODES["int8"]: 16, DTYPE_CODES["bfloat16"]: 8}
-AMX_ROWS_OUTER = 24
-"""Rows of x from which torch's bfloat16 product is faster on a processor with AMX, whose matrix units it uses: CPU time
-of 2048 x 2048 matrices on a Xeon (fourth generation). 128 rows: dense 1.9 ms instead of 13.4, NF4 4.0 instead of 13.2.
+ROWS_LIMIT_AMX = {DTYPE_CODES["nf4"]: 2, DTYPE_CODES["int8"]: 3, DTYPE_CODES["bfloat16"]: 1}
+"""The same with AMX, where decoding a matrix takes as long as 2 to 3 rows, and 16 rows as long as one.
+
+Processor time of 2048 x 2048 matrices on a Xeon (fourth generation), 64 rows of NF4: 0.8 ms, AVX-512 7.1, torch 4.2.
 """
 ROWS_LIMIT_WITHOUT_TILES = 32
 """Higher, because without ``tiles`` the alternative writes out the whole matrix."""
@@ -63,13 +63,6 @@ def _can(code: int, blocksize: int, dtype: int, n: int, k: int, transposed: bool
     return bool(load_native().ef_can_matmul(code, blocksize, dtype, n, k, transposed, kernel, isa))
 
 
-@functools.lru_cache(maxsize=1)
-def torch_has_amx() -> bool:
-    """Whether torch multiplies bfloat16 with AMX on this processor."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return bool(supported()) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-
-
 def choose_kernel(matrix: Matrix, rows: int, dtype: torch.dtype, transposed: bool, int8: bool, isa: int) -> int:
     """Choose the kernel for ``rows`` rows of x of ``dtype`` times this matrix (transposed: x W, else x W^T)."""
     rows = min(rows, ROWS_LIMIT_WITHOUT_TILES + 1)  # more rows change nothing
@@ -84,19 +77,13 @@ def _choose_kernel(
     columns, outputs = shape if transposed else shape[::-1]
     facts = (code, blocksize, dtype_code(dtype), outputs, columns, transposed)
     tiles = _can(*facts, TILES, isa)
-    if int8 and rows > ROWS_LIMIT_INT8_EXACT:
+    amx = isa == ISA_CODES["amx"]
+    if int8 and rows > ROWS_LIMIT_INT8_EXACT and not amx:  # with AMX, rounding x saves nothing
         if rows <= ROWS_LIMIT_INT8 and _can(*facts, ROWS_INT8, isa):
             return ROWS_INT8
         if _can(*facts, TILES_INT8, isa):
             return TILES_INT8
-    if (
-        dtype == torch.bfloat16
-        and isa == ISA_CODES["avx512_bf16"]
-        and rows >= AMX_ROWS.get(code, 1 << 30)
-        and torch_has_amx()
-    ):
-        return TORCH
-    limit = ROWS_LIMIT.get(code, 0) if tiles else ROWS_LIMIT_WITHOUT_TILES
+    limit = (ROWS_LIMIT_AMX if amx else ROWS_LIMIT).get(code, 0) if tiles else ROWS_LIMIT_WITHOUT_TILES
     if rows <= limit and _can(*facts, ROWS, isa):
         return ROWS
     return TILES if tiles else TORCH
@@ -219,8 +206,8 @@ def outer(a: torch.Tensor, b: torch.Tensor, b_rows: torch.Tensor | None) -> torc
     """Compute sum_p a[p] b[p]^T, (M, N), of a (P, M) and b (P, N) or b[b_rows]."""
     library = load_native()
     isa = isa_code(library)
-    by_torch = a.shape[0] >= AMX_ROWS_OUTER and torch_has_amx()
-    if a.dtype == torch.bfloat16 and isa == ISA_CODES["avx512_bf16"] and b.shape[1] % 64 == 0 and not by_torch:
+    has_kernel = isa in (ISA_CODES["avx512_bf16"], ISA_CODES["amx"])
+    if a.dtype == torch.bfloat16 and has_kernel and b.shape[1] % 64 == 0:
         out = torch.empty(a.shape[1], b.shape[1], dtype=a.dtype)
         a, b = a.contiguous(), b.contiguous()
         error = library.ef_outer_bf16(

@@ -90,7 +90,7 @@ int main() {
   for (float& value : x) value = random_value();
   for (float& value : router) value = 50 * random_value();
   for (int64_t i = 0; i < kCount; ++i) brain[i] = to_brain(weights[i]);
-  for (const int isa : {EF_ISA_AVX2, EF_ISA_AVX512, EF_ISA_AVX512_BF16, EF_ISA_NEON}) {
+  for (const int isa : {EF_ISA_AVX2, EF_ISA_AVX512, EF_ISA_AVX512_BF16, EF_ISA_AMX, EF_ISA_NEON}) {
     if (!ef_has_isa(isa)) continue;
     for (const int32_t dtype : {EF_F32, EF_BF16}) {
       const void* source = dtype == EF_F32 ? static_cast<const void*>(weights.data()) : brain.data();

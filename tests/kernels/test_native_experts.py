@@ -190,7 +190,7 @@ def test_every_kernel_multiplies_with_the_stored_matrix(kernel, isa, kind, dtype
     """More than one panel, more rows than a chunk, a k longer than a panel; gathered rows; both directions."""
     monkeypatch.setenv("EDGEFED_ISA", isa)
     number, ran = getattr(native_products, kernel), 0
-    for rows, columns, counts in ((192, 2112, [1, 7, 3]), (64, 64, [300, 2, 17]), (128, 1024, [1, 6, 3])):
+    for rows, columns, counts in ((192, 2112, [1, 7, 3]), (64, 64, [300, 2, 17]), (1088, 128, [1, 6, 33])):
         dense = torch.randn(len(counts), rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
         stored = [dense[i] if kind == "dense" else quantize_experts(dense[i], kind) for i in range(len(counts))]
         for transposed in (False, True):
@@ -221,17 +221,29 @@ def test_every_kernel_multiplies_with_the_stored_matrix(kernel, isa, kind, dtype
                 exact.append(source @ weight if transposed else source @ weight.T)
             limit = 0.015 if kernel.endswith("INT8") else 1e-6 if dtype == torch.float32 else 4e-3
             assert relative_error(found, torch.cat(exact)) < limit
-    if isa == "avx512_bf16" and dtype == torch.bfloat16 and (kind == "int8" or not kernel.endswith("INT8")):
+    if isa in ("avx512_bf16", "amx") and dtype == torch.bfloat16 and (kind == "int8" or not kernel.endswith("INT8")):
         assert ran, "this processor has all kernels for bfloat16"
     if ran == 0:
         pytest.skip("no such kernel")
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_gradient_of_a_weight_is_the_sum_over_its_rows(isa, monkeypatch):
+    """Odd numbers of rows, more than one part of them, and sizes that are no whole number of tiles."""
+    monkeypatch.setenv("EDGEFED_ISA", isa)
+    generator = torch.Generator().manual_seed(3)
+    for rows, m, n in ((1, 64, 64), (33, 96, 128), (513, 32, 64), (1101, 40, 64)):
+        a, b = torch.randn(rows, m, generator=generator), torch.randn(40, n, generator=generator)
+        a, b, b_rows = a.bfloat16(), b.bfloat16(), torch.randint(0, 40, (rows,), generator=generator)
+        found = native_products.outer(a, b, b_rows)
+        assert relative_error(found, a.float().T @ b[b_rows].float()) < 4e-3, (rows, m, n)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 40])
 def test_rounding_x_to_eight_bits_costs_one_percent_and_never_happens_in_training(num_tokens, monkeypatch):
-    monkeypatch.delenv("EDGEFED_ISA", raising=False)
     if "avx512_bf16" not in ISAS:
         pytest.skip("needs VNNI")
+    monkeypatch.setenv("EDGEFED_ISA", "avx512_bf16")  # with AMX, x is never rounded
     slots = make_slots(["int8"] * 2, torch.bfloat16)
     hidden, indices, weights = make_inputs(num_tokens, 2, 2, torch.bfloat16)
 
