@@ -11,17 +11,19 @@ is not in the loss.
 
 from __future__ import annotations
 
+import json
 import os.path
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from edgefed.errors import DataError
 from edgefed.training.instruction_template import instruction_template
-from edgefed.training.records import Example
+from edgefed.training.records import Example, Segment, tool_calls
 
 _MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TESTS_FOR_NONE = re.compile(r"\bcontent['\"]?\]?\s+is\s+(not\s+)?none\b")
 _PLACEHOLDER = re.compile("\U0010fffd([0-9]+)\U0010fffc")  # private use: no template and no tokenizer knows them
 _MAX_REASON_CHARS = 160
 _MAX_MARK_CHARS = 64
@@ -80,9 +82,18 @@ class ChatTemplate:
             ConversationRefused: the template refuses it or fails, or no assistant turn can be located.
 
         """
-        messages = [segment.message() for segment in example.segments]
         trainable = [index for index, segment in enumerate(example.segments) if segment.in_loss]
         tools = example.tools
+        refusal: ConversationRefused | None = None
+        for messages in self._forms(example.segments):
+            try:
+                return self._lay_out(messages, trainable, tools)
+            except ConversationRefused as error:
+                refusal = refusal or error
+        assert refusal is not None, "there is one form at least"
+        raise refusal
+
+    def _lay_out(self, messages: Sequence[Message], trainable: Sequence[int], tools: Any) -> Layout:
         if _MARKS_GENERATION.search(self._source(tools)):
             text, spans = self._render(messages, tools, mask=True)
             if spans:
@@ -140,6 +151,21 @@ class ChatTemplate:
                 remedy="Name one of them `default` in the model's tokenizer files.",
             ) from error
 
+    def _forms(self, segments: Sequence[Segment]) -> Iterator[list[Message]]:
+        """Yield the messages as templates take them, which differ where there are tool calls.
+
+        A turn without text has no content, where the template tests for that, or an empty one. The arguments of calls
+        are objects, or JSON text.
+        """
+        messages: list[Message] = [segment.message() for segment in segments]
+        if any("tool_calls" in message for message in messages):
+            if _TESTS_FOR_NONE.search(self._source(None)):
+                without = [{**m, "content": m["content"] or None} if "tool_calls" in m else m for m in messages]
+                yield from (without, [_with_written_arguments(message) for message in without])
+            yield from (messages, [_with_written_arguments(message) for message in messages])
+        else:
+            yield messages
+
     def _render(
         self, messages: Sequence[Message], tools: Any, *, ask: bool = False, mask: bool = False
     ) -> tuple[str, Spans]:
@@ -194,7 +220,15 @@ class _Turns:
                 span = self._compare_prefixes(index)
                 if span:
                     found[index] = span
-        return sorted(found.values())
+        return sorted(span for index, span in found.items() if self._is_written(index, *span))
+
+    def _is_written(self, index: int, start: int, end: int) -> bool:
+        """Whether a turn without text has its tool calls. Some templates leave them out: the turn is empty then."""
+        calls = self._messages[index].get("tool_calls")
+        if self._messages[index].get("content") or not isinstance(calls, list):
+            return True
+        functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+        return any(str(function.get("name")) in self._text[start:end] for function in functions)
 
     def _has_borders(self, index: int) -> bool:
         """Whether placeholders stand in for the content of a message and of the one before."""
@@ -317,6 +351,17 @@ def _with_placeholder(index: int, message: Message) -> Message:
     if not message.get("content") or message.get("tool_calls"):
         return message
     return {**message, "content": f"\U0010fffd{index}\U0010fffc"}
+
+
+def _with_written_arguments(message: Message) -> Message:
+    """Return the message with the arguments of its tool calls as JSON text, which DeepSeek's templates expect."""
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": tool_calls(message["tool_calls"], _as_json)}
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _common(prefix: str, text: str, position: int) -> int:

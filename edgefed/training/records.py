@@ -23,7 +23,7 @@ tokenizer's chat template. Other fields are ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +59,7 @@ class Segment:
 
     def message(self) -> dict[str, Any]:
         """Return the chat message, as chat templates take it."""
-        content = {"content": self.text} if self.text or "tool_calls" not in self.fields else {}
-        return {"role": self.role, **content, **self.fields}
+        return {"role": self.role, "content": self.text, **self.fields}
 
 
 @dataclass(frozen=True)
@@ -239,6 +238,8 @@ def _chat_segments(messages: Any) -> tuple[Segment, ...]:
         if not isinstance(role, str) or role not in ROLES:
             raise BadRecord(f"message {number} has the role {role!r:.40}; known are {', '.join(ROLES)}")
         fields = {name: message[name] for name in MESSAGE_FIELDS if message.get(name)}
+        if "tool_calls" in fields:
+            fields["tool_calls"] = tool_calls(fields["tool_calls"], _parsed)
         _check_characters(json.dumps(fields, ensure_ascii=False), f"message {number}: a field")
         is_answer = role == "assistant"
         content = _content(message, f"message {number}: ", may_be_empty=not is_answer, optional="tool_calls" in fields)
@@ -246,6 +247,28 @@ def _chat_segments(messages: Any) -> tuple[Segment, ...]:
     if not any(segment.in_loss for segment in segments):
         raise BadRecord("no assistant message to train on")
     return tuple(segments)
+
+
+def tool_calls(calls: Any, change: Callable[[Any], Any]) -> Any:
+    """Return tool calls with the ``arguments`` of each changed; what has another form than OpenAI's stays as it is."""
+    if not isinstance(calls, list):
+        return calls
+    found = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and "arguments" in function:
+            call = {**call, "function": {**function, "arguments": change(function["arguments"])}}
+        found.append(call)
+    return found
+
+
+def _parsed(arguments: Any) -> Any:
+    """Return the object that OpenAI's files write as JSON in a string: chat templates expect the object."""
+    try:
+        value = json.loads(arguments) if isinstance(arguments, str) else None
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
 
 
 def _content(message: dict[str, Any], where: str, *, may_be_empty: bool, optional: bool) -> str:

@@ -15,6 +15,7 @@ from edgefed.errors import DataError
 from edgefed.training.chat_template import ChatTemplate
 from edgefed.training.data import Example, Segment, load_examples
 from edgefed.training.encoding import encode_examples
+from edgefed.training.records import parse_record
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_tokenizers import ByteTokenizer, bracketed, byte_level, learned  # noqa: E402
@@ -273,6 +274,46 @@ def test_tool_calls_and_reasoning_fields_are_in_the_loss(tmp_path, content):
         "chat field tool_call_id, given 1 times, is not used: the chat template does not write it",
         "chat field tools, given 1 times, is not used: the chat template does not write it",
     ]
+
+
+# How templates of models write calls: Qwen's and GLM's take the arguments as an object, DeepSeek-R1's as text and only
+# where there is no content; LFM2's and Granite's leave calls out; Qwen2.5's splits the content.
+OBJECTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if 'x' in m.content %}{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}"
+    "{% for key, value in c.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m['content'] is none %}"
+    "{% for c in m.tool_calls %}<call>{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        (OBJECTS, "⟦<call>add a=1<|im_end|>\n⟧"),
+        (OBJECTS + "{{ '' if messages[0].content is none }}", "⟦<call>add a=1<|im_end|>\n⟧"),
+        (TEXTS, '⟦<call>add {"a": 1}<|im_end|>\n⟧'),
+        (CHATML, "<|im_end|>\n"),
+    ],
+)
+def test_calls_without_text(template, answer, arguments):
+    record = agent_record(None)
+    record["messages"][1]["tool_calls"] = [{"type": "function", "function": {"name": "add", "arguments": arguments}}]
+    found = in_loss(template, CHATML_MARKS, parse_record(record))
+    assert found == f"{turn('add')}{HEAD}{answer}{turn('2', 'tool')}{HEAD}⟦two<|im_end|>\n⟧"
+
+
+def test_arguments_that_are_not_an_object_stay_as_they_are():
+    for arguments in ("not json", "[1]", None):
+        call = {"function": {"name": "add", "arguments": arguments}}
+        record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]}
+        assert parse_record(record).segments[1].fields["tool_calls"] == [call]
 
 
 def test_fields_without_a_template_are_reported(tmp_path):
