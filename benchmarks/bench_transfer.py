@@ -34,7 +34,7 @@ TARGET = 2.0
 START = {
     "import": "import edgefed.moe.checkpoint",
     "download": "import edgefed.agent.cache, edgefed.agent.transport",
-    "export": "import edgefed.checkpoint_export, edgefed.exporting",
+    "export": "import edgefed.formats.checkpoint, edgefed.exporting",
 }
 DOWNLOAD = """
 import sys

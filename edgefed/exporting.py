@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 RECORD_FILE, CARD_FILE = "edgefed.json", "README.md"
 """In the folder of an export."""
 CONNECT_LIMIT_S = 20.0
-Format = Literal["hf", "peft"]
-"""A Hugging Face checkpoint with adapters merged, or a PEFT adapter of the base model."""
+Format = Literal["hf", "peft", "gguf"]
+"""A Hugging Face checkpoint, a PEFT adapter of the base model, or a file for llama.cpp."""
 FORMATS: tuple[str, ...] = get_args(Format)
+Dtype = Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0"]
+"""Data type of the weights; "auto": the model's own. The last ones are of GGUF."""
+DTYPES: tuple[str, ...] = get_args(Dtype)
 
 
 class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,11 +88,12 @@ def export_model(
     server_round: int | None = None,
     *,
     format: Format = "hf",
+    dtype: Dtype = "auto",
     global_model: bool = False,
     token: str | None = None,
     progress: ProgressSink | None = None,
 ) -> Path:
-    """Write a model in the folder ``to``, and return it. ``format``: a checkpoint or a PEFT adapter; see `Format`.
+    """Write a model in the folder ``to``, and return it. ``format``: see `Format`. ``dtype``: of the weights.
 
     ``source``: the folder of a run, the address of its server, or the state folder of a device. A device exports what
     it has: its own weights where the method exchanges none, otherwise the global model of its last round, with the
@@ -100,6 +104,7 @@ def export_model(
     cannot hold what the run trained), and, where the server is asked, ServerUnreachable, Unauthorized, NotFound.
     """
     sink = progress or NullProgress()
+    _check_dtype(format, dtype)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"cannot export to {str(to)!r}: it exists and is not an empty folder")
     with contextlib.ExitStack() as stack:
@@ -112,7 +117,7 @@ def export_model(
         set_up_allocator()
         sink.phase("export")
         with tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
-            _write(model, Path(scratch), to, format)
+            _write(model, Path(scratch), to, format, dtype, sink)
         sink.done()
         return to
 
@@ -133,18 +138,30 @@ def is_address(source: str | Path) -> bool:
     return str(source).startswith(("http://", "https://"))
 
 
-def _write(model: _Model, scratch: Path, to: Path, format: Format) -> None:
+def _check_dtype(format: Format, dtype: Dtype) -> None:
+    """Raise ConfigError if a format has no such data type, or needs a package that is not installed."""
+    if format == "gguf":
+        from edgefed.formats.gguf import load_gguf
+
+        load_gguf()
+    elif format == "peft" and dtype != "auto":
+        raise ConfigError("`dtype` has no effect with format=peft: adapters are float32", remedy="Leave it out.")
+    elif dtype.startswith("q"):
+        raise ConfigError(f"a checkpoint has no data type {dtype}", remedy="Export with `format=gguf`.")
+
+
+def _write(model: _Model, scratch: Path, to: Path, format: Format, dtype: Dtype, sink: ProgressSink) -> None:
     # Loads torch: a missing run is reported before that.
-    from edgefed.checkpoint_export import new_folder
+    from edgefed.formats.weights import new_folder
 
     # Formats write a folder of their own, which appears when the check of what they read has ended as well.
     with new_folder(to, "model") as folder, model.check or contextlib.nullcontext():
-        _write_format(model, scratch, folder, format)
+        _write_format(model, scratch, folder, format, dtype, sink)
 
 
-def _write_format(model: _Model, scratch: Path, to: Path, format: Format) -> None:
-    from edgefed.adapter_export import export_adapter
-    from edgefed.checkpoint_export import export_checkpoint
+def _write_format(model: _Model, scratch: Path, to: Path, format: Format, dtype: Dtype, sink: ProgressSink) -> None:
+    from edgefed.formats.adapter import export_adapter
+    from edgefed.formats.checkpoint import export_checkpoint
     from edgefed.moe.expert_reading import FileSource
     from edgefed.moe.units import ExpertSource
     from edgefed.trainer.private_part import PrivateSource, load_private
@@ -164,180 +181,4 @@ def _write_format(model: _Model, scratch: Path, to: Path, format: Format) -> Non
     _add_card(scratch / CARD_FILE, model.record)
     (scratch / RECORD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(model.record), indent=2) + b"\n")
     scope = train_scope(model.run.training)
-    if model.private and (adapters := load_private(model.private, model.run.run_id)):
-        source, scope = PrivateSource(source, adapters), dataclasses.replace(scope, attention="lora")
-    if format == "peft":
-        base = model.record.model
-        export_adapter(source, scratch, to, scope=scope, base=base, copied=(CARD_FILE, RECORD_FILE))
-    else:
-        export_checkpoint(source, scratch, to, scope=scope)
-
-
-def _add_card(path: Path, record: ExportRecord) -> None:
-    """Add how the model was made to its model card, or make one."""
-    text = path.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if path.exists() else ""
-    if record.privacy is None:
-        privacy = "No noise was added, so differential privacy is not guaranteed."
-    else:
-        privacy = (
-            f"Client-level differential privacy of the weights: {record.privacy} (noise multiplier "
-            f"{record.privacy.noise:g}, clip {record.privacy.clip:g}). Numbers that clients reported are not covered."
-        )
-    text += (
-        f"# Federated fine-tuning\n\nThis is {record}. Trained with edgefed {record.edgefed_version} on data that "
-        f"stayed on its devices.\n\n{privacy}\n"
-    )
-    path.write_text(text, encoding="utf-8")
-
-
-def _privacy_before(history: Iterable[RoundStatus], server_round: int) -> PrivacyStatus | None:
-    """What had been spent when a round began."""
-    return next((done.privacy for done in reversed(tuple(history)) if done.server_round < server_round), None)
-
-
-def _record(
-    run: RunConfig, manifest: Manifest, source: Literal["run", "server", "device"], unchanged: bool, own_units: int = 0,
-    privacy: PrivacyStatus | None = None,
-) -> ExportRecord:  # fmt: skip
-    return ExportRecord(
-        model=run.model, method=run.method, run_id=run.run_id, rounds=run.rounds, server_round=manifest.server_round,
-        source=source, own_units=own_units, unchanged=unchanged, privacy=privacy,
-    )  # fmt: skip
-
-
-def _check_shared(units: Iterable[UnitInfo], what: str, run: RunConfig) -> None:
-    from edgefed.personal.extractors import EXTRACTOR_UNIT
-
-    if any(unit.key == EXTRACTOR_UNIT for unit in units):
-        raise ConfigError(
-            f"{what} is a run of {run.method}: clients have models of their own, the server has none",
-            remedy="Use a client's model with `edgefed predict --state STATE`, or edgefed.load_mixture(STATE).",
-        )
-
-
-def _needed(manifest: Manifest, run: RunConfig, format: Format) -> Manifest:
-    """Return a manifest without the units that a format leaves out. Raises ConfigError if it cannot hold the run."""
-    if format == "hf":
-        return manifest
-    from edgefed.adapter_export import check_scope
-    from edgefed.training.steps import train_scope
-
-    check_scope(train_scope(run.training))
-    units = tuple(unit for unit in manifest.units if unit.trainable or unit.kind != "expert")
-    return msgspec.structs.replace(manifest, units=units)
-
-
-@contextlib.contextmanager
-def _run_model(folder: Path, server_round: int | None, format: Format) -> Iterator[_Model]:
-    from edgefed.runs import RunReader
-
-    with RunReader(folder) as reader:
-        manifest = reader.manifest(server_round)
-        _check_shared(manifest.units, str(folder), reader.run)
-        manifest = _needed(manifest, reader.run, format)
-        unchanged = reader.is_unchanged(manifest.server_round)
-        privacy = _privacy_before(reader.history(), manifest.server_round)
-        record = _record(reader.run, manifest, "run", unchanged, privacy=privacy)
-        check = reader.check(manifest)
-        yield _Model(record, reader.run, manifest, check.paths, check=check)
-
-
-@contextlib.contextmanager
-def _server_model(
-    url: str, server_round: int | None, format: Format, token: str | None, sink: ProgressSink
-) -> Iterator[_Model]:
-    from edgefed.runs import changed_before
-
-    with _Download(url, token, sink) as download:
-        status = download.client.status()
-        manifest = download.client.manifest(server_round or "latest")
-        _check_shared(manifest.units, url, status.run)
-        manifest = _needed(manifest, status.run, format)
-        unchanged = not changed_before(status.history, manifest.server_round, status.run)
-        paths = download.fetch([*manifest.files, *manifest.units], {})
-        privacy = _privacy_before(status.history, manifest.server_round)
-        yield _Model(_record(status.run, manifest, "server", unchanged, privacy=privacy), status.run, manifest, paths)
-
-
-@contextlib.contextmanager
-def _device_model(
-    state: Path, server_round: int | None, format: Format, global_model: bool, token: str | None, sink: ProgressSink
-) -> Iterator[_Model]:
-    from edgefed.agent.agent import BLOBS_FOLDER
-    from edgefed.agent.journal import read_journal
-    from edgefed.trainer.last_round import load_last_round, load_own_files
-    from edgefed.trainer.private_part import load_private
-
-    server = read_journal(state).server
-    if (state / "personal").is_dir():
-        raise ConfigError(
-            f"{state} is of a device with a model of its own, which is not a checkpoint of transformers",
-            remedy="Use it with `edgefed predict --state STATE`, or edgefed.load_mixture(STATE).",
-        )
-    last = load_last_round(state)
-    if last is None and not server:
-        raise ConfigError(f"{state} is of a device that has not taken part in a round yet: it has no model")
-    if global_model or server_round is not None or last is None:
-        with _server_model(server, server_round, format, token, sink) as model:
-            yield model
-        return
-    own = load_own_files(state)
-    manifest = _needed(last.manifest, last.run, format)
-    blobs = {path.name: path for path in (state / BLOBS_FOLDER).iterdir()}
-    needed: list[UnitInfo | FileInfo] = [
-        *manifest.files,
-        *(unit for unit in manifest.units if unit.key not in own),
-    ]
-    missing = {item.sha256 for item in needed} - blobs.keys()
-    private = len(load_private(state, last.run.run_id))
-    unchanged = manifest.server_round == 1 and not own and not private
-    record = _record(last.run, manifest, "device", unchanged, len(own) + private)
-    if not missing:
-        yield _Model(record, last.run, manifest, blobs, own, private=state if private else None)
-        return
-    sink.message(
-        f"{len(missing)} of {len(needed)} parts of the model are not on this device: downloading them from {server}"
-    )
-    with _Download(server, token, sink) as download:
-        try:
-            paths = download.fetch(needed, blobs)
-        except (NetworkError, NotFound) as error:
-            error.remedy = (
-                f"This device has {len(needed) - len(missing)} of {len(needed)} parts of the model of round "
-                f"{manifest.server_round}. Start its server again, or export the newest model with `global_model`."
-            )
-            raise
-        yield _Model(record, last.run, manifest, paths, own, private=state if private else None)
-
-
-class _Download:
-    """Downloads blobs from a server to a temporary folder, which is deleted at the end."""
-
-    def __init__(self, url: str, token: str | None, sink: ProgressSink) -> None:
-        from edgefed.agent.addresses import check_base_url
-        from edgefed.agent.transport import AggregatorClient
-
-        check_base_url(url)
-        self._sink = sink
-        self.client = AggregatorClient(url, token=token)
-        self._folder = tempfile.TemporaryDirectory(prefix="edgefed-download-")
-
-    def __enter__(self) -> _Download:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.client.close()
-        self._folder.cleanup()
-
-    def fetch(self, items: Iterable[UnitInfo | FileInfo], present: Mapping[str, Path]) -> dict[str, Path]:
-        """{sha256: file} of all items; those in ``present`` are not downloaded. A lost connection is tried again."""
-        from edgefed.agent.backoff import Retry
-        from edgefed.agent.cache import BlobCache
-
-        absent = [item for item in items if item.sha256 not in present]
-        cache = BlobCache(Path(self._folder.name), self.client)
-        self._sink.phase("download", cache.bytes_to_download(absent), "B")
-        retry = Retry(threading.Event())
-        found = retry.run(lambda: cache.ensure(absent, self._sink.advance), give_up_after_s=CONNECT_LIMIT_S)
-        self._sink.done()
-        return {**present, **found}
+    base, copied = model.record.model, (CARD_FILE, RECORD_FILE)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from edgefed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgefed.exporting import Format
+    from edgefed.exporting import Dtype, Format
     from edgefed.progress import ProgressSink
     from edgefed.protocol.comparison import Comparison
     from edgefed.simulation.config import SimulationConfig
@@ -108,6 +108,7 @@ def export(
     target: str | Path,
     *,
     format: Format = "hf",
+    dtype: Dtype = "auto",
     server_round: int | None = None,
     global_model: bool = False,
     token: str | None = None,
@@ -120,16 +121,20 @@ def export(
     ``run``: the folder of a run, the address of its server, or the state folder of a device, which exports what it has:
     its own weights where the method exchanges none, otherwise the global model of its last round. ``global_model``:
     of a device, the newest global model, from its server. ``format``: "hf", a Hugging Face checkpoint with adapters
-    merged, or "peft", the adapters alone, which ``peft.PeftModel.from_pretrained`` loads on the base model.
+    merged; "peft", the adapters alone, which ``peft.PeftModel.from_pretrained`` loads on the base model; "gguf", the
+    merged model for llama.cpp. ``dtype``: of the weights: "auto" (the model's own), "float32", "float16" or "bfloat16",
+    and with "gguf" also "q8_0" and "q4_0".
     ``server_round``: the model at the start of this round; None: the newest. ``token``: of the server.
 
     Raises ConfigError (unknown format, one that cannot hold what the run trained, round not stored, target not empty),
     StorageError, StateCorrupt, and where the server is asked ServerUnreachable, Unauthorized, NotFound.
     """
-    from edgefed.exporting import FORMATS, export_model
+    from edgefed.exporting import DTYPES, FORMATS, export_model
 
-    if format not in FORMATS:
-        raise ConfigError(f"invalid `format`: {format!r}; expected {' or '.join(FORMATS)}")
+    for setting, value, known in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ConfigError(f"invalid `{setting}`: {value!r}; expected one of {', '.join(known)}")
     return export_model(
-        run, Path(target), server_round, format=format, global_model=global_model, token=token, progress=progress
-    )
+        run, Path(target), server_round, format=format, dtype=dtype, global_model=global_model, token=token,
+        progress=progress,
+    )  # fmt: skip

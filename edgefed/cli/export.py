@@ -1,4 +1,4 @@
-"""``edgefed export``: the model of a run as a checkpoint that transformers loads, or as an adapter for PEFT."""
+"""``edgefed export``: the model of a run in a format that other tools load."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ class ExportSettings:
         Setting("Folder of the run, or state folder of a device.", default="edgefed-run, if no SOURCE is given"),
     ] = None
     format: Annotated[
-        Literal["hf", "peft"],
-        Setting("A Hugging Face checkpoint with adapters merged, or a PEFT adapter of the base model.", flag="to"),
-    ] = "hf"
+        Literal["hf", "peft", "gguf"],
+        Setting("A Hugging Face checkpoint, a PEFT adapter of the base model, or GGUF for llama.cpp.", flag="to"),
+    ] = "hf"  # fmt: skip
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0"],
+        Setting("Data type of the weights; the last two are of GGUF.", default="the model's own"),
+    ] = "auto"
     server_round: Annotated[
         int | None, Setting("The model at the start of this round; default: the newest.", flag="round", minimum=1)
     ] = None
@@ -40,10 +44,11 @@ class ExportSettings:
 
 @command("export", ExportSettings)
 def export_command(settings: ExportSettings) -> None:
-    """Write the model of a run as a checkpoint or an adapter.
+    """Write the model of a run in a format that other tools load.
 
     SOURCE is the address of a server (http://host:port), the folder of a run, or the state folder of a device. A device
-    exports what it has. The folder TARGET must not exist or be empty; transformers or PEFT loads it without edgefed.
+    exports what it has. The folder TARGET must not exist or be empty; transformers, PEFT or llama.cpp loads it without
+    edgefed.
     """
     import msgspec
 
@@ -55,7 +60,7 @@ def export_command(settings: ExportSettings) -> None:
 
     source, target = _source_and_target(settings)
     folder = export(
-        source, target, format=settings.format, server_round=settings.server_round,
+        source, target, format=settings.format, dtype=settings.dtype, server_round=settings.server_round,
         global_model=settings.global_model, token=settings.token, progress=TerminalProgress(),
     )  # fmt: skip
     size, record = sum(path.stat().st_size for path in folder.iterdir()), read_record(folder)
@@ -72,6 +77,9 @@ def export_command(settings: ExportSettings) -> None:
     if settings.format == "peft":
         base = f"AutoModelForCausalLM.from_pretrained({record.model if record else 'BASE'!r})"
         print_note(f"{written}: PeftModel.from_pretrained({base}, {str(folder)!r})")
+        return
+    if settings.format == "gguf":
+        print_note(f"{written}: llama-cli -m {folder / 'model.gguf'}")
         return
     print_note(f"{written}: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     print_note(f"talk to it: edgefed chat {folder}")

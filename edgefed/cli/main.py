@@ -27,7 +27,7 @@ VERBS = {
     "clients": "List, remove or ban the clients of a run.",
     "demo": "Run a whole federation on this machine.",
     "doctor": "Check this device and name what to fix.",
-    "export": "Write the model of a run as a checkpoint or an adapter.",
+    "export": "Write the model of a run in a format that other tools load.",
     "invite": "Make a join link for a device.",
     "join": "Take part in a run with this device's data.",
     "partition": "Split a labelled data set among clients.",

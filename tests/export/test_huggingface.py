@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from edgefed.checkpoint_export import check_checkpoint, export_checkpoint
 from edgefed.errors import CheckpointError, ConfigError, DiskFull, StorageError
+from edgefed.formats.checkpoint import check_checkpoint, export_checkpoint
 from edgefed.moe import weight_files
 from edgefed.moe.expert_reading import FileSource, raw_tensor
 from edgefed.moe.model import MoeModel

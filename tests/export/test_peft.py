@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import edgefed
-from edgefed.adapter_export import CONFIG_FILE, WEIGHTS_FILE, export_adapter
 from edgefed.aggregator.rounds import RoundPolicy
-from edgefed.checkpoint_export import export_checkpoint
 from edgefed.cli.main import main
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import CheckpointError, ConfigError
+from edgefed.formats.adapter import CONFIG_FILE, WEIGHTS_FILE, export_adapter
+from edgefed.formats.checkpoint import export_checkpoint
 from edgefed.moe.units import LORA_SUFFIX, MemorySource, TrainScope
 from edgefed.progress import NullProgress
 from edgefed.protocol.messages import RunConfig, TrainingConfig

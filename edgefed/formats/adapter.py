@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edgefed.checkpoint_export import new_folder
 from edgefed.errors import ConfigError
+from edgefed.formats.weights import new_folder
 from edgefed.moe.architecture import ExpertLayer, discover_layers
 from edgefed.moe.expert_reading import read_adapter
 from edgefed.moe.loading import build_skeleton, load_config
