@@ -181,7 +181,9 @@ def test_llama_cpp_computes_the_logits_of(family, settings, save_toy, tmp_path):
 @pytest.mark.full
 def test_llama_cpp_rounds_the_range_of_yarn(save_toy, tmp_path):
     """GPT-OSS does not (``truncate`` is False): llama.cpp has no key for it."""
-    toy = make(save_toy, "gpt_oss", tmp_path / "toy", rope_parameters={**YARN, "factor": 32.0, "truncate": False})
+    rope = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    rope |= {"original_max_position_embeddings": 4096, "truncate": False}
+    toy = make(save_toy, "gpt_oss", tmp_path / "toy", rope_parameters=rope)
     check_logits(toy, export_gguf(MemorySource(toy.units()), toy.folder, tmp_path / "out"), 2e-3)
 
 
