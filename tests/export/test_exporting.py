@@ -82,7 +82,7 @@ def test_an_export_names_what_the_disk_has_damaged_and_leaves_nothing(kind, dama
 
 
 def test_an_export_that_cannot_be_written_names_its_target(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr("edgefed.checkpoint_export.check_checkpoint", lambda folder: (folder / "?" / "?").touch())
+    monkeypatch.setattr("edgefed.formats.checkpoint.check_checkpoint", lambda folder: (folder / "?" / "?").touch())
     with pytest.raises(StorageError, match=f"cannot write the checkpoint to '{re.escape(str(tmp_path))}/model'"):
         export_model(exported.parent / "run", tmp_path / "model")
     assert not any(tmp_path.iterdir())
