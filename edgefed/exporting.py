@@ -181,4 +181,185 @@ def _write_format(model: _Model, scratch: Path, to: Path, format: Format, dtype:
     _add_card(scratch / CARD_FILE, model.record)
     (scratch / RECORD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(model.record), indent=2) + b"\n")
     scope = train_scope(model.run.training)
+    if model.private and (adapters := load_private(model.private, model.run.run_id)):
+        source, scope = PrivateSource(source, adapters), dataclasses.replace(scope, attention="lora")
     base, copied = model.record.model, (CARD_FILE, RECORD_FILE)
+    if format == "peft":
+        export_adapter(source, scratch, to, scope=scope, base=base, copied=copied)
+    elif format == "gguf":
+        from edgefed.formats.gguf import export_gguf
+
+        name = base.rstrip("/").rpartition("/")[2]
+        export_gguf(source, scratch, to, dtype=dtype, scope=scope, name=name, copied=copied, report=sink.message)
+    else:
+        export_checkpoint(source, scratch, to, dtype=dtype, scope=scope)
+
+
+def _add_card(path: Path, record: ExportRecord) -> None:
+    """Add how the model was made to its model card, or make one."""
+    text = path.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if path.exists() else ""
+    if record.privacy is None:
+        privacy = "No noise was added, so differential privacy is not guaranteed."
+    else:
+        privacy = (
+            f"Client-level differential privacy of the weights: {record.privacy} (noise multiplier "
+            f"{record.privacy.noise:g}, clip {record.privacy.clip:g}). Numbers that clients reported are not covered."
+        )
+    text += (
+        f"# Federated fine-tuning\n\nThis is {record}. Trained with edgefed {record.edgefed_version} on data that "
+        f"stayed on its devices.\n\n{privacy}\n"
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _privacy_before(history: Iterable[RoundStatus], server_round: int) -> PrivacyStatus | None:
+    """What had been spent when a round began."""
+    return next((done.privacy for done in reversed(tuple(history)) if done.server_round < server_round), None)
+
+
+def _record(
+    run: RunConfig, manifest: Manifest, source: Literal["run", "server", "device"], unchanged: bool, own_units: int = 0,
+    privacy: PrivacyStatus | None = None,
+) -> ExportRecord:  # fmt: skip
+    return ExportRecord(
+        model=run.model, method=run.method, run_id=run.run_id, rounds=run.rounds, server_round=manifest.server_round,
+        source=source, own_units=own_units, unchanged=unchanged, privacy=privacy,
+    )  # fmt: skip
+
+
+def _check_shared(units: Iterable[UnitInfo], what: str, run: RunConfig) -> None:
+    from edgefed.personal.extractors import EXTRACTOR_UNIT
+
+    if any(unit.key == EXTRACTOR_UNIT for unit in units):
+        raise ConfigError(
+            f"{what} is a run of {run.method}: clients have models of their own, the server has none",
+            remedy="Use a client's model with `edgefed predict --state STATE`, or edgefed.load_mixture(STATE).",
+        )
+
+
+def _needed(manifest: Manifest, run: RunConfig, format: Format) -> Manifest:
+    """Return a manifest without the units that a format leaves out. Raises ConfigError if it cannot hold the run."""
+    if format != "peft":
+        return manifest
+    from edgefed.formats.adapter import check_scope
+    from edgefed.training.steps import train_scope
+
+    check_scope(train_scope(run.training))
+    units = tuple(unit for unit in manifest.units if unit.trainable or unit.kind != "expert")
+    return msgspec.structs.replace(manifest, units=units)
+
+
+@contextlib.contextmanager
+def _run_model(folder: Path, server_round: int | None, format: Format) -> Iterator[_Model]:
+    from edgefed.runs import RunReader
+
+    with RunReader(folder) as reader:
+        manifest = reader.manifest(server_round)
+        _check_shared(manifest.units, str(folder), reader.run)
+        manifest = _needed(manifest, reader.run, format)
+        unchanged = reader.is_unchanged(manifest.server_round)
+        privacy = _privacy_before(reader.history(), manifest.server_round)
+        record = _record(reader.run, manifest, "run", unchanged, privacy=privacy)
+        check = reader.check(manifest)
+        yield _Model(record, reader.run, manifest, check.paths, check=check)
+
+
+@contextlib.contextmanager
+def _server_model(
+    url: str, server_round: int | None, format: Format, token: str | None, sink: ProgressSink
+) -> Iterator[_Model]:
+    from edgefed.runs import changed_before
+
+    with _Download(url, token, sink) as download:
+        status = download.client.status()
+        manifest = download.client.manifest(server_round or "latest")
+        _check_shared(manifest.units, url, status.run)
+        manifest = _needed(manifest, status.run, format)
+        unchanged = not changed_before(status.history, manifest.server_round, status.run)
+        paths = download.fetch([*manifest.files, *manifest.units], {})
+        privacy = _privacy_before(status.history, manifest.server_round)
+        yield _Model(_record(status.run, manifest, "server", unchanged, privacy=privacy), status.run, manifest, paths)
+
+
+@contextlib.contextmanager
+def _device_model(
+    state: Path, server_round: int | None, format: Format, global_model: bool, token: str | None, sink: ProgressSink
+) -> Iterator[_Model]:
+    from edgefed.agent.agent import BLOBS_FOLDER
+    from edgefed.agent.journal import read_journal
+    from edgefed.trainer.last_round import load_last_round, load_own_files
+    from edgefed.trainer.private_part import load_private
+
+    server = read_journal(state).server
+    if (state / "personal").is_dir():
+        raise ConfigError(
+            f"{state} is of a device with a model of its own, which is not a checkpoint of transformers",
+            remedy="Use it with `edgefed predict --state STATE`, or edgefed.load_mixture(STATE).",
+        )
+    last = load_last_round(state)
+    if last is None and not server:
+        raise ConfigError(f"{state} is of a device that has not taken part in a round yet: it has no model")
+    if global_model or server_round is not None or last is None:
+        with _server_model(server, server_round, format, token, sink) as model:
+            yield model
+        return
+    own = load_own_files(state)
+    manifest = _needed(last.manifest, last.run, format)
+    blobs = {path.name: path for path in (state / BLOBS_FOLDER).iterdir()}
+    needed: list[UnitInfo | FileInfo] = [
+        *manifest.files,
+        *(unit for unit in manifest.units if unit.key not in own),
+    ]
+    missing = {item.sha256 for item in needed} - blobs.keys()
+    private = len(load_private(state, last.run.run_id))
+    unchanged = manifest.server_round == 1 and not own and not private
+    record = _record(last.run, manifest, "device", unchanged, len(own) + private)
+    if not missing:
+        yield _Model(record, last.run, manifest, blobs, own, private=state if private else None)
+        return
+    sink.message(
+        f"{len(missing)} of {len(needed)} parts of the model are not on this device: downloading them from {server}"
+    )
+    with _Download(server, token, sink) as download:
+        try:
+            paths = download.fetch(needed, blobs)
+        except (NetworkError, NotFound) as error:
+            error.remedy = (
+                f"This device has {len(needed) - len(missing)} of {len(needed)} parts of the model of round "
+                f"{manifest.server_round}. Start its server again, or export the newest model with `global_model`."
+            )
+            raise
+        yield _Model(record, last.run, manifest, paths, own, private=state if private else None)
+
+
+class _Download:
+    """Downloads blobs from a server to a temporary folder, which is deleted at the end."""
+
+    def __init__(self, url: str, token: str | None, sink: ProgressSink) -> None:
+        from edgefed.agent.addresses import check_base_url
+        from edgefed.agent.transport import AggregatorClient
+
+        check_base_url(url)
+        self._sink = sink
+        self.client = AggregatorClient(url, token=token)
+        self._folder = tempfile.TemporaryDirectory(prefix="edgefed-download-")
+
+    def __enter__(self) -> _Download:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self._folder.cleanup()
+
+    def fetch(self, items: Iterable[UnitInfo | FileInfo], present: Mapping[str, Path]) -> dict[str, Path]:
+        """{sha256: file} of all items; those in ``present`` are not downloaded. A lost connection is tried again."""
+        from edgefed.agent.backoff import Retry
+        from edgefed.agent.cache import BlobCache
+
+        absent = [item for item in items if item.sha256 not in present]
+        cache = BlobCache(Path(self._folder.name), self.client)
+        self._sink.phase("download", cache.bytes_to_download(absent), "B")
+        retry = Retry(threading.Event())
+        found = retry.run(lambda: cache.ensure(absent, self._sink.advance), give_up_after_s=CONNECT_LIMIT_S)
+        self._sink.done()
+        return {**present, **found}
