@@ -57,6 +57,9 @@ MARKERS: dict[Role, dict[str, Any]] = {
     Role.MERGED: {"marker": "x", "markersize": 2.5, "alpha": 0.6},
 }
 
+LARGEST_DOT = 22.0
+"""Area in square points of a dot for all neurons of an expert."""
+
 
 def _padded(marks: np.ndarray, width: int) -> np.ndarray:
     return np.pad(marks, (0, width - len(marks)))
@@ -66,7 +69,7 @@ def draw_heat_map(axes: Axes, record: ActivationProfile, title: str, plan: Exper
     """Draw experts as columns, layers as rows, routed share as colour.
 
     What ``plan`` trains has a dot, what it holds unchanged a ring, and what is only there within a merged expert a
-    small cross.
+    small cross. Of a slice, the area of the dot is the share of the expert's neurons.
     """
     rows = heat_map_rows(record)
     image = axes.imshow(rows * 100, cmap="viridis", aspect="auto", vmin=0)
@@ -77,7 +80,11 @@ def draw_heat_map(axes: Axes, record: ActivationProfile, title: str, plan: Exper
         range(len(rows)), labels=[str(row) if len(rows) <= 32 else "" for row in range(len(rows))], fontsize=7
     )
     axes.tick_params(axis="x", labelsize=7)
-    if plan is not None:
+    if plan is not None and plan.neurons:
+        for layer, mask in enumerate(plan.neurons):
+            shares = mask.mean(axis=1)
+            axes.scatter(range(len(shares)), [layer] * len(shares), s=LARGEST_DOT * shares, color="white", linewidths=0)
+    elif plan is not None:
         for role, marker in MARKERS.items():
             layers, experts = np.nonzero([_padded(roles == role, rows.shape[1]) for roles in plan.roles])
             axes.plot(experts, layers, linestyle="none", color="white", **marker)
@@ -185,8 +192,10 @@ def save_federation_picture(
         draw_heat_map(axes, record, f"{client} ({_legend(plan)})\n{coverage_text(record)}", plan)
     if profiles:
         maps_part.supxlabel(
-            "Bright without a dot: many tokens choose this expert, but the method's own ranking puts others first, and "
-            "the device's budget ends before it.",
+            "The area of a dot is the share of the expert's neurons that the device holds and trains."
+            if any(plan and plan.neurons for _, plan in profiles.values())
+            else "Bright without a dot: many tokens choose this expert, but the method's own ranking puts others "
+            "first, and the device's budget ends before it.",
             fontsize=8, x=0.01, ha="left",
         )  # fmt: skip
     save_figure(figure, path)
@@ -218,6 +227,8 @@ def save_partition_picture(path: Path, counts: np.ndarray, classes: Sequence[str
 
 
 def _legend(plan: ExpertPlan | None) -> str:
+    if plan and plan.neurons:
+        return f"dots: {plan.neuron_share:.0%} of the neurons"
     meanings = {Role.TRAINABLE: "dot: trained", Role.FROZEN: "ring: resident", Role.MERGED: "cross: merged"}
     here = [text for role, text in meanings.items() if plan and any((roles == role).any() for roles in plan.roles)]
     return ", ".join(here) or "no resident experts"

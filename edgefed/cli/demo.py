@@ -7,7 +7,8 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgefed.cli.options import command
 from edgefed.config import Setting
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 USUAL_S, USUAL_METHOD_S, USUAL_PERSONAL_S = 90.0, 45.0, 45.0
 """Time of the demo on two idle cores with its usual settings, of each further method, and of that of fedmoe."""
-COMPARED = ("hfedmoe", "flux", "random", "local", "fedavg")
+COMPARED = ("slices", "hfedmoe", "flux", "random", "local", "fedavg")
 
 
 @dataclasses.dataclass
@@ -31,14 +32,17 @@ class DemoSettings:
     """What `edgefed demo` takes."""
 
     out: Annotated[Path, Setting("Folder for everything the demo writes.")] = Path("edgefed-demo")
-    method: Annotated[str, Setting("hfedmoe, flux, fedmoe, or a baseline.")] = "hfedmoe"
+    method: Annotated[str, Setting("slices, hfedmoe, flux, fedmoe, or a baseline.")] = "slices"
     compare: Annotated[bool, Setting("Also run the other methods on the same seed, into table and picture.")] = False
     rounds: Annotated[int | None, Setting("Number of rounds.", default="5; fedmoe: 20", minimum=1)] = None
     clients: Annotated[int | None, Setting("Number of clients.", default="4; fedmoe: 5", minimum=1)] = None
     local_steps: Annotated[int | None, Setting("Optimizer steps of a client in a round.", default="12", minimum=1)] = (
         None
     )
-    learning_rate: Annotated[float | None, Setting("Learning rate of clients.", default="0.0005", above=0)] = None
+    learning_rate: Annotated[float | None, Setting("Learning rate of clients.", default="0.001", above=0)] = None
+    private: Annotated[
+        Literal["none", "adapter"], Setting("Private part of the clients, which never leaves them.")
+    ] = "none"  # fmt: skip
     seed: Annotated[int, Setting("Seed of the run.", minimum=0)] = 0
     json: Annotated[bool, Setting("Print the results as JSON.")] = False
 
@@ -57,7 +61,10 @@ def demo_command(settings: DemoSettings) -> None:
     from edgefed.methods.registry import make_method
 
     out, method = settings.out, settings.method
-    if make_method(method).personal:  # an unknown method is reported before anything starts
+    made = make_method(method)
+    if settings.private != "none" and (made.personal or not made.exchanges):
+        raise ConfigError(f"`private` has no effect with {method}: everything is private", remedy="Remove it.")
+    if made.personal:  # an unknown method is reported before anything starts
         for name in settings.given("local_steps", "learning_rate"):
             raise ConfigError(f"`{name}` has no effect in the demo of {method}", remedy="Remove it.")
         show_personal_demo(settings)
@@ -68,7 +75,7 @@ def demo_command(settings: DemoSettings) -> None:
 
     methods = (method, *(name for name in COMPARED if settings.compare and name != method))
     given = settings.given("rounds", "clients", "local_steps", "learning_rate")
-    config = DemoConfig(out=out, methods=methods, seed=settings.seed, **given)
+    config = DemoConfig(out=out, methods=methods, seed=settings.seed, private=settings.private, **given)
     config.check()
     usual_s = USUAL_S + (len(methods) - 1) * USUAL_METHOD_S
     with DemoDisplay(config.rounds, len(methods), usual_s) as display:
@@ -104,15 +111,20 @@ def render_results(results: Sequence[MethodResult]) -> list[RenderableType]:
 
     first = results[0]
     compared = {client.name: client.comparison for client in first.clients}
+    sliced = any(client.neuron_shares for client in first.clients)
     clients = FittedTable(
-        Column("client", name=True), Column("budget"), Column("resident experts by layer", drop=2), Column("trained"),
+        Column("client", name=True), Column("budget"),
+        Column("% of each layer's neurons" if sliced else "resident experts by layer", drop=2),
+        Column("trained neurons" if sliced else "trained"),
         Column("down", drop=3), Column("up", drop=1), Column("peak expert memory"), Column("peak RSS", drop=4),
         title=f"{first.method}: what it cost each client",
     )  # fmt: skip
     for client in first.clients:
         clients.add_row(
-            client.name, f"{100 * client.expert_share:.0f} %", " ".join(map(str, client.held)),
-            str(sum(client.trained)), format_bytes(client.bytes_down), format_bytes(client.bytes_up),
+            client.name, f"{100 * client.expert_share:.0f} %",
+            " ".join(f"{100 * share:.0f}" for share in client.neuron_shares) or " ".join(map(str, client.held)),
+            f"{100 * fmean(client.neuron_shares):.1f} %" if client.neuron_shares else str(sum(client.trained)),
+            format_bytes(client.bytes_down), format_bytes(client.bytes_up),
             format_bytes(client.peak_expert_bytes), format_bytes(client.peak_rss_bytes),
         )  # fmt: skip
     parts: list[RenderableType] = [

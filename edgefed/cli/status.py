@@ -168,9 +168,11 @@ def _clients(status: Status, personal: bool, lines: int) -> tuple[RenderableType
     from edgefed.cli.tables import Column, FittedTable
     from edgefed.hardware.memory import format_bytes
 
+    sliced = any("neuron_share" in client.metrics for client in status.clients)
+    share = "accuracy" if personal else "neurons" if sliced else "experts"
     table = FittedTable(
         Column("client", name=True), Column("state", left=True), Column("doing", drop=2, left=True),
-        Column("", drop=4, left=True), Column("accuracy" if personal else "experts", drop=0 if personal else 1),
+        Column("", drop=4, left=True), Column(share, drop=0 if personal else 1),
         Column("held-out loss"), Column("rounds", drop=5), Column("down", drop=6), Column("up", drop=6),
         Column("seen", drop=3),
     )  # fmt: skip
@@ -188,7 +190,7 @@ def _clients(status: Status, personal: bool, lines: int) -> tuple[RenderableType
             client.state,
             client.phase if busy else "-",
             _bar(client.fraction) if busy else "",
-            _accuracy(client.metrics) if personal else f"{100 * client.expert_share:.0f} %",
+            _accuracy(client.metrics) if personal else _share(client),
             _loss(client.metrics),
             f"{client.rounds_done} of {max(client.rounds_done, len(status.history))}",
             format_bytes(client.downloaded_bytes),
@@ -266,6 +268,11 @@ def _devices(clients: Iterable[ClientStatus]) -> RenderableType:
 def _bar(fraction: float) -> str:
     full = round(max(0.0, min(1.0, fraction)) * BAR_CELLS)
     return "#" * full + "." * (BAR_CELLS - full)
+
+
+def _share(client: ClientStatus) -> str:
+    """The share of the neurons that a client has, of whole experts the largest that it takes."""
+    return f"{100 * client.metrics.get('neuron_share', client.expert_share):.0f} %"
 
 
 def _accuracy(metrics: Mapping[str, float]) -> str:

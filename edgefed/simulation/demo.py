@@ -47,14 +47,16 @@ class DemoConfig:
     """What to demonstrate. ``methods``: the first is the one shown in detail, the others are compared with it."""
 
     out: Path
-    methods: tuple[str, ...] = ("hfedmoe",)
+    methods: tuple[str, ...] = ("slices",)
     rounds: int = 5
     clients: int = 4
     local_steps: int = 12
     batch_size: int = 8
     sequence_length: int = 128
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     seed: int = 0
+    private: str = "none"
+    """"adapter": the clients of the first method have a private part."""
 
     def check(self) -> None:
         """Raise ConfigError when there are more clients than silos, or fewer than one."""
@@ -82,9 +84,10 @@ class DemoSink(Protocol):
 class ClientResult:
     """One client of one run. Bytes are over all rounds; ``held`` and ``trained`` are experts per MoE layer.
 
+    ``neuron_shares``: share of the neurons of each MoE layer on the device; empty where it holds whole experts.
     ``global_losses``: held-out loss of the full global model before round 1 and after each round. ``device_before``,
     ``device_after``: of the experts that the device holds, before its first and after its last local step. ``alone``:
-    after as many local steps without the federation, NaN if that was not tried.
+    after as many local steps without the federation, ``own``: of the final global model with the device's private part.
     """
 
     name: str
@@ -99,17 +102,17 @@ class ClientResult:
     global_losses: tuple[float, ...]
     device_before: float
     device_after: float
-    alone: float = math.nan
+    alone: float | None = None
+    own: float | None = None
+    neuron_shares: tuple[float, ...] = ()
 
     @property
     def comparison(self) -> Comparison:
         """The same losses as a device reports them."""
-        losses = (self.global_losses[0], self.global_losses[-1], self.device_after, self.alone)
-        before, after, device, alone = (None if math.isnan(loss) else loss for loss in losses)
-        return Comparison(
-            server_round=len(self.global_losses), before=before, global_model=after, device=device, alone=alone,
-            num_tokens=EVALUATION_TOKENS,
-        )  # fmt: skip
+        losses = (self.global_losses[0], self.global_losses[-1], self.device_after)
+        before, after, device = (None if math.isnan(loss) else loss for loss in losses)
+        return Comparison(server_round=len(self.global_losses), before=before, global_model=after, own=self.own,
+                          device=device, alone=self.alone, num_tokens=EVALUATION_TOKENS)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,21 +143,19 @@ def run_demo(config: DemoConfig, sink: DemoSink) -> list[MethodResult]:
     results = []
     for method in config.methods:
         sink.method(method)
+        made = make_expert_method(method)
         # Methods without a notion of a budget are shown as they are meant, with every expert on every device.
-        shares = [
-            1.0 if make_expert_method(method).requirements.all_experts else SHARES[index % len(SHARES)]
-            for index in range(config.clients)
-        ]
+        whole = made.requirements.all_experts
+        shares = [1.0 if whole else SHARES[index % len(SHARES)] for index in range(config.clients)]
         # What the first method brought is told against training alone; the others are compared with it.
-        alone = method == config.methods[0] and make_expert_method(method).exchanges
-        flags = ("--compare-alone",) if alone else ("--final-evaluation", "never")
+        alone = method == config.methods[0] and made.exchanges
+        flags = ("--compare-alone", "--private", config.private) if alone else ("--final-evaluation", "never")
         clients = [LocalClient(silo, f"silo:{silo}", share, flags) for silo, share in zip(silos, shares, strict=True)]
         results.append(_run_method(config, method, clients, sink))
     first = config.out / config.methods[0]
     sink.note("exporting the final model")
     export_model(first / "run", config.out / "model")
-    profiles = {silo: load_plan(first / "clients" / silo) for silo in silos}
-    draw(config, results, profiles)
+    draw(config, results, {silo: load_plan(first / "clients" / silo) for silo in silos})
     return results
 
 
@@ -177,8 +178,7 @@ def _run_method(config: DemoConfig, method: str, clients: Sequence[LocalClient],
     ]  # fmt: skip
     if (experts := make_expert_method(method).requirements.train_experts) is not None:
         flags += ["--train-experts", experts]
-    folder = config.out / method
-    with LocalFederation(folder, flags, clients) as federation:
+    with LocalFederation(config.out / method, flags, clients) as federation:
         status = federation.run(sink.status, timeout_s=TIMEOUT_S)
     sink.note(f"{method}: evaluating {config.rounds + 1} global models, one after another")
     held_out = {client.name: load_corpus(client.data, 0.1, 0).held_out for client in clients}
@@ -197,23 +197,22 @@ def _run_method(config: DemoConfig, method: str, clients: Sequence[LocalClient],
 def _client_result(federation: LocalFederation, client: LocalClient, losses: Sequence[float]) -> ClientResult:
     folder = federation.client_folder(client.name)
     ledger = [entry for entry in read_ledger(folder) if entry["outcome"] == "accepted"]
-    _, plan = load_plan(folder)
     metrics = [entry["metrics"] for entry in ledger]
-    compared = load_comparison(folder)
+    (_, plan), found = load_plan(folder), load_comparison(folder)
     return ClientResult(
         name=client.name,
         silo=client.data,
         expert_share=client.expert_share,
         held=tuple(plan.num_slots(layer) for layer in range(plan.num_layers)),
         trained=tuple(len(plan.trainable(layer)) for layer in range(plan.num_layers)),
-        bytes_down=sum(entry["bytes_down"] for entry in ledger),
-        bytes_up=sum(entry["bytes_up"] for entry in ledger),
-        peak_expert_bytes=int(max(m["peak_expert_bytes"] for m in metrics)),
-        peak_rss_bytes=int(max(m["peak_rss_bytes"] for m in metrics)),
+        **{name: sum(entry[name] for entry in ledger) for name in ("bytes_down", "bytes_up")},
+        **{name: int(max(each[name] for each in metrics)) for name in ("peak_expert_bytes", "peak_rss_bytes")},
         global_losses=tuple(losses),
         device_before=metrics[0].get("held_out_loss_before", math.nan),
         device_after=metrics[-1].get("held_out_loss_after", math.nan),
-        alone=math.nan if compared is None or compared.alone is None else compared.alone,
+        alone=found.alone if found else None,
+        own=found.own if found else None,
+        neuron_shares=tuple(float(mask.mean()) for mask in plan.neurons),
     )
 
 
@@ -238,7 +237,7 @@ def draw(
         {result.method: result.mean_global_losses for result in results},
         {client.name: client.global_losses for client in first.clients},
         shown,
-        alone={client.name: client.alone for client in first.clients if not math.isnan(client.alone)},
+        alone={client.name: client.alone for client in first.clients if client.alone is not None},
     )
 
 

@@ -59,6 +59,7 @@ def round_metrics(
         "peak_expert_bytes": float(outcome.peak_expert_bytes),
         "peak_rss_bytes": float(process_peak_rss_bytes()),
         "train_tokens_per_s": outcome.tokens_per_s,
+        **({"neuron_share": plan.neuron_share} if plan.neurons else {}),
         **more,
     }
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import msgspec
 import pytest
@@ -55,6 +56,20 @@ def test_the_comparison_of_each_client_stands_side_by_side_with_a_verdict():
     assert "mean" in text
     flat = " ".join(text.split())
     assert "on average 0.16 nats better than training alone (better for 1 of 2)" in flat, text
+
+
+def test_slices_are_shown_as_a_share_of_neurons():
+    text = drawn(status_of("slices", [client_of("a", metrics={"neuron_share": 0.07}), client_of("b", metrics={})]))
+    assert " neurons " in text, text
+    assert " 7 % " in text, text
+
+
+def test_the_own_model_stands_beside_the_global_one():
+    found = Comparison(server_round=4, num_tokens=4096, before=5.26, global_model=4.45, own=4.3, device=4.6, alone=4.87)
+    text = drawn(status_of("slices", [client_of("a", comparison=found)], state="finished"), 80)
+    assert re.search(r"4\.450 +4\.300 +4\.600", text), text
+    flat = " ".join(text.split())
+    assert "the global model with their private parts is on average 0.57 nats better than training alone" in flat, text
 
 
 def test_a_budget_that_has_changed_since_is_not_explained():

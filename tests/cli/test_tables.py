@@ -78,9 +78,12 @@ def demo():
         ClientResult(
             name=name, silo=name, expert_share=share, held=(16, 16, 16, 16), trained=(16, 9, 16, 16),
             bytes_down=71 << 20, bytes_up=35 << 20, peak_expert_bytes=40 << 20, peak_rss_bytes=635 << 20,
-            global_losses=(3.9, 3.6, 3.455), device_before=3.95, device_after=3.5, alone=alone,
+            global_losses=(3.9, 3.6, 3.455), device_before=3.95, device_after=3.5, alone=alone, own=alone - 0.1,
+            neuron_shares=shares,
         )
-        for name, share, alone in (("asyncio", 1.0, 3.61), ("multiprocessing", 0.12, 3.9))
+        for name, share, alone, shares in (
+            ("asyncio", 1.0, 3.61, (1.0,) * 4), ("multiprocessing", 0.12, 3.9, (0.13, 0.1, 0.14, 0.11)),
+        )
     )  # fmt: skip
     return render_results([MethodResult(method, 31.0, 90 << 20, clients) for method in ("hfedmoe", "fedmoe_submodel")])
 

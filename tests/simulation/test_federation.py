@@ -164,7 +164,7 @@ def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
     (tmp_path / "edgefed.toml").write_text('[serve]\nquorum = 1\nlearning-rate = 100.0\ntrain-attention = "full"\n')
     demo = processes(
         "-m", "edgefed", "demo", "--out", tmp_path / "demo", "--rounds", 1, "--clients", 2, "--local-steps", 3,
-        log=tmp_path / "demo.log",
+        "--private", "adapter", log=tmp_path / "demo.log",
     )  # fmt: skip
     assert demo.wait(timeout=240) == 0, (tmp_path / "demo.log").read_text()
     log = (tmp_path / "demo.log").read_text()
@@ -175,7 +175,7 @@ def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
     assert "50 %" in log
     found = json.loads((tmp_path / "demo" / "demo.json").read_text())
     clients = found["results"][0]["clients"]
-    assert [sum(client["held"]) for client in clients] == [64, 32]
+    assert [np.mean(client["neuron_shares"]) for client in clients] == [1.0, pytest.approx(0.5, abs=0.01)]
     assert clients[1]["peak_expert_bytes"] == pytest.approx(clients[0]["peak_expert_bytes"] / 2, rel=0.05)
     assert clients[1]["bytes_up"] < 0.6 * clients[0]["bytes_up"]
     assert len(found["results"][0]["mean_global_losses"]) == 2
@@ -183,11 +183,13 @@ def test_the_demo_runs_and_shows_what_it_did(processes, tmp_path, monkeypatch):
         compared = found["comparison"][client["name"]]
         assert [compared["before"], compared["global_model"]] == client["global_losses"]
         assert compared["alone"] == client["alone"] < compared["before"] + 0.5
-        own = json.loads((tmp_path / "demo" / "hfedmoe" / "clients" / client["name"] / "comparison.json").read_text())
+        own = json.loads((tmp_path / "demo" / "slices" / "clients" / client["name"] / "comparison.json").read_text())
         # What the device itself found of the same models on the same text.
         assert own["comparison"]["num_tokens"] == compared["num_tokens"]
         assert own["comparison"]["global_model"] == pytest.approx(compared["global_model"], rel=1e-3)
         assert own["comparison"]["before"] == pytest.approx(compared["before"], rel=1e-3)
+        # The private part is in the device's own model only.
+        assert compared["own"] == client["own"] == own["comparison"]["own"] != compared["global_model"]
     assert "training alone" in found["verdict"]
     assert "training alone" in log
     assert found["sample"].startswith("import asyncio")
