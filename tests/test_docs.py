@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
+import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +60,80 @@ def test_files_that_the_text_names_exist(path):
     names = re.findall(r"`((?:edgefed|benchmarks|experiments|tests|docs|examples)/[\w./-]+\.(?:py|md|json|toml|png))`",
                        path.read_text(encoding="utf-8"))  # fmt: skip
     assert not [name for name in names if not (ROOT / name).exists()]
+
+
+# Figures of the text and the recorded rows that they are of. A comment below a table or paragraph names a result file,
+# and has a line for each figure: how it stands above, "=", and where its value is in the file.
+#
+#     <!-- figures benchmarks/results/slices.json
+#     take 55 = rows {"share": "1/2"} time_ratio %
+#     | `hfedmoe` | 25 % ... 0.307 = mean rows {"method": "hfedmoe"} global_loss_after
+#     -->
+#
+# "..." stands for the middle of a line. The figure is the last number before "=". The place is a path of names and
+# indices; {...} takes the elements of a list with these values. mean, stdev, min, max and sum are of all that it leads
+# to; without one of them it leads to one. %, MiB and GiB at the end divide the value by this unit.
+
+BLOCKS = re.compile(r"<!-- figures (\S+)\n(.*?)-->", re.DOTALL)
+UNITS = {"%": 0.01, "MiB": 2.0**20, "GiB": 2.0**30}
+TOGETHER = {name: getattr(statistics, name) for name in ("mean", "stdev")} | {"min": min, "max": max, "sum": sum}
+WORDS = re.compile(r"\{.*?\}|\S+")
+
+
+def recorded(file, place):
+    """The value at a place in a result file, in its unit."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    found = [[json.loads(line) for line in text.splitlines()]] if file.endswith(".jsonl") else [json.loads(text)]
+    words = WORDS.findall(place)
+    unit = UNITS[words.pop()] if words[-1] in UNITS else 1.0
+    combine = TOGETHER[words.pop(0)] if words[0] in TOGETHER else None
+    for word in words:
+        if word.startswith("{"):
+            wanted = json.loads(word)
+            rows = [row for each in found for row in each]
+            found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+        else:
+            found = [each[int(word) if isinstance(each, list) else word] for each in found]
+    assert found, f"nothing at {place}"
+    assert combine or len(found) == 1, f"{len(found)} values at {place}"
+    return (combine(found) if combine else found[0]) / unit
+
+
+def wrong_figures(text):
+    """What is wrong with the figures of a page, in words."""
+    wrong, start = [], 0
+    for block in BLOCKS.finditer(text):
+        above, start = " ".join(text[start : block.start()].split(" ")), block.end()
+        for line in block[2].strip().splitlines():
+            shown, _, place = line.partition(" = ")
+            parts = [re.escape(part).replace(r"\ ", r"\s+") for part in shown.split(" ... ")]
+            number = re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", shown)[-1].replace(",", "")
+            value = recorded(block[1], place)
+            if not re.search(".*".join(parts) + r"(?![\d.]*\d)", above):
+                wrong.append(f"{shown!r} is not in the text above")
+            elif abs(value - float(number)) > 0.5000001 * 10.0 ** -len(number.partition(".")[2]):
+                wrong.append(f"{shown!r} is {value:.6g} in {block[1]}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", [path for path in TEXTS if BLOCKS.search(path.read_text(encoding="utf-8"))],
+                         ids=lambda path: path.relative_to(ROOT).as_posix())  # fmt: skip
+def test_figures_are_those_of_the_recorded_rows(path):
+    assert not wrong_figures(path.read_text(encoding="utf-8"))
+
+
+def test_a_figure_that_differs_from_its_row_is_found():
+    comment = """<!-- figures benchmarks/results/slices.json
+    | half ... 55 = rows {"share": "1/2"} time_ratio %
+    -->"""
+    assert not wrong_figures(f"| half | 55 % |\n{comment}")
+    assert "is 55.1796 in" in wrong_figures(f"| half | 54 % |\n{comment.replace('55', '54')}")[0]
+    assert "is not in the text" in wrong_figures(f"| half | 54 % |\n{comment}")[0]
+    assert "is not in the text" in wrong_figures(f"| half | 55.3 % |\n{comment}")[0]
+
+
+@pytest.mark.full
+def test_the_table_of_equal_memory_is_that_of_the_recorded_rows(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "experiments"), str(ROOT / "benchmarks")])
+    script = runpy.run_path(str(ROOT / "experiments/equal_memory.py"))
+    assert script["table"](script["read_rows"]()) in (DOCS / "pages/results/text.md").read_text(encoding="utf-8")
