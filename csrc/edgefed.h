@@ -75,6 +75,23 @@ EF_API int64_t ef_fold_block(double* accumulator, const void* raw, int32_t dtype
 // edgefed.protocol.frames.narrow does. Returns 0, or -2 for an unknown dtype.
 EF_API int64_t ef_narrow_block(const double* accumulator, void* out, int32_t dtype, int64_t n);
 
+// --- codecs of changes: edgefed/kernels/compression.py is the specification -------------------------------------
+
+// `top`: values of a whole block that are sent, 0 for all.
+struct EfCodec {
+  int32_t block;  // at most 4096
+  int32_t bits;
+  int32_t top;
+};
+
+// n values to bytes, whose number is codec.size_bytes(n). Returns EF_OK, or a positive number if a value is not finite
+// or larger than a scale may be.
+EF_API int64_t ef_encode_change(const struct EfCodec* codec, const float* values, int64_t n, uint8_t* out);
+// The inverse, of valid bytes. Others give other values; nothing is written beyond `out`.
+EF_API void ef_decode_change(const struct EfCodec* codec, const uint8_t* raw, int64_t n, float* out);
+// EF_OK if the bytes are valid, otherwise 1 + the number of the first block that is not.
+EF_API int64_t ef_check_change(const struct EfCodec* codec, const uint8_t* raw, int64_t n);
+
 // --- quantization: edgefed/kernels/quantization.py is the specification -----------------------------------------
 
 // The best instruction set of this processor, and whether one of EfIsa can run here.

@@ -14,17 +14,26 @@ number of bytes. The idea of sparse 2-bit updates with error feedback is that of
 indices have 12 bits, and its blocks have one scale.
 
 Decoding is the product of a scale and a small integer, or a scale with a sign: exact in float32 up to one rounding, so
-every backend gives the same bits. Needs no torch.
+every backend gives the same bits. The native library (csrc/compression.cpp) is used where it is built; the numpy
+functions are the specification. Needs no torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+
+from edgefed.native import ABI_VERSION, NativeUnavailable, find_native, load_library
+
+logger = logging.getLogger(__name__)
 
 MAX_SCALE = 1e30
 """Largest scale: a decoded value stays finite."""
@@ -101,8 +110,80 @@ def _in_blocks(
         do(values[split:].reshape(1, -1), raw[whole * size :].reshape(1, -1))
 
 
+class _NativeCodec(ctypes.Structure):
+    """struct EfCodec of csrc/edgefed.h."""
+
+    _fields_ = [("block", ctypes.c_int32), ("bits", ctypes.c_int32), ("top", ctypes.c_int32)]
+
+
+_P, _L = ctypes.c_void_p, ctypes.c_int64
+_FUNCTIONS: dict[str, list[Any]] = {
+    "ef_encode_change": [_L, _P, _P, _L, _P],
+    "ef_decode_change": [None, _P, _P, _L, _P],
+    "ef_check_change": [_L, _P, _P, _L],
+}
+
+
+@functools.lru_cache(maxsize=1)
+def native_library() -> ctypes.CDLL | None:
+    """The native library; None, and a line in the log, without it."""
+    try:
+        return load_library(find_native(), "ef_abi_version", ABI_VERSION, _FUNCTIONS)
+    except NativeUnavailable as error:
+        logger.info("changes are encoded with numpy: %s", error)
+        return None
+
+
+@functools.lru_cache(maxsize=16)
+def _native_codec(codec: Codec) -> _NativeCodec:
+    return _NativeCodec(codec.block, codec.bits, codec.top)
+
+
 def encode(codec: Codec, values: np.ndarray) -> np.ndarray:
     """Encode ``values`` (n,) float32 as (codec.size_bytes(n),) uint8. Raises ValueError for values beyond MAX_SCALE."""
+    library = native_library()
+    if library is None:
+        return encode_reference(codec, values)
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    raw = np.empty(codec.size_bytes(len(values)), dtype=np.uint8)
+    codec_ref = ctypes.byref(_native_codec(codec))
+    if library.ef_encode_change(codec_ref, values.ctypes.data, len(values), raw.ctypes.data):
+        raise ValueError(f"the values must be finite and at most {MAX_SCALE:g}")
+    return raw
+
+
+def decode(codec: Codec, raw: np.ndarray, out: np.ndarray) -> None:
+    """Decode ``raw`` uint8 into ``out`` (n,) float32, contiguous. The bytes must be valid (`problem_of`)."""
+    if len(raw) != codec.size_bytes(len(out)) or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise ValueError(f"{len(raw)} bytes are not {len(out)} values of {codec.name}, or these are not float32")
+    library = native_library()
+    if library is None:
+        decode_reference(codec, raw, out)
+        return
+    raw = np.ascontiguousarray(raw)
+    library.ef_decode_change(ctypes.byref(_native_codec(codec)), raw.ctypes.data, len(out), out.ctypes.data)
+
+
+def problem_of(codec: Codec, raw: np.ndarray, count: int) -> str:
+    """What is wrong with ``raw``, the bytes of ``count`` values; "" if nothing is."""
+    if len(raw) != codec.size_bytes(count):
+        return f"it has {len(raw)} bytes, {count} values have {codec.size_bytes(count)}"
+    library, whole = native_library(), np.ascontiguousarray(raw)
+    if library is not None and not library.ef_check_change(
+        ctypes.byref(_native_codec(codec)), whole.ctypes.data, count
+    ):
+        return ""
+    problems: list[str] = []
+    places = np.empty(count, dtype=np.float32)  # only its shape is used
+    _in_blocks(codec, places, raw, lambda part, source: problems.append(_problem(codec, part, source)))
+    return next(filter(None, problems), "")
+
+
+# --- the specification ------------------------------------------------------------------------------------------
+
+
+def encode_reference(codec: Codec, values: np.ndarray) -> np.ndarray:
+    """As `encode`."""
     if not (np.abs(values) <= MAX_SCALE).all():  # NaN fails, too
         raise ValueError(f"the values must be finite and at most {MAX_SCALE:g}")
     raw = np.zeros(codec.size_bytes(len(values)), dtype=np.uint8)
@@ -111,24 +192,10 @@ def encode(codec: Codec, values: np.ndarray) -> np.ndarray:
     return raw
 
 
-def decode(codec: Codec, raw: np.ndarray, out: np.ndarray) -> None:
-    """Decode ``raw`` uint8 into ``out`` (n,) float32. The bytes must be valid (`problem_of`)."""
+def decode_reference(codec: Codec, raw: np.ndarray, out: np.ndarray) -> None:
+    """As `decode`."""
     rows = _decode_indexed if codec.top else _decode_levels if codec.bits == 2 else _decode_uniform
     _in_blocks(codec, out, raw, lambda part, source: rows(codec, part, source))
-
-
-def problem_of(codec: Codec, raw: np.ndarray, count: int) -> str:
-    """What is wrong with ``raw``, the bytes of ``count`` values; "" if nothing is."""
-    if len(raw) != codec.size_bytes(count):
-        return f"it has {len(raw)} bytes, {count} values have {codec.size_bytes(count)}"
-    problems: list[str] = []
-    _in_blocks(
-        codec,
-        np.empty(count, dtype=np.float32),
-        raw,
-        lambda part, source: problems.append(_problem(codec, part, source)),
-    )
-    return next(filter(None, problems), "")
 
 
 def _problem(codec: Codec, out: np.ndarray, raw: np.ndarray) -> str:
