@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from edgefed.agent.agent import AgentSettings, open_agent
@@ -23,8 +24,9 @@ from edgefed.hardware.profiles import match_profile
 from edgefed.hardware.sampling import MemorySensors
 from edgefed.hardware.watch import PressureWatch, WatchLimits
 from edgefed.progress import ProgressSink
-from edgefed.protocol.messages import DeviceInfo
-from edgefed.protocol.trainer import Trainer
+from edgefed.protocol.messages import Assignment, DeviceInfo, Manifest, RunConfig
+from edgefed.protocol.trainer import Fetch, TrainedUpdate, Trainer
+from edgefed.tracking import RoundTrackers, tracked_run
 from edgefed.trainer.comparison import ComparingTrainer
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
@@ -32,6 +34,7 @@ from edgefed.trainer.ports import ProcessMemory
 from edgefed.training.data import problem_notes
 from edgefed.training.records import AUTOMATIC, RecordFields
 
+OnRound = Callable[[RunConfig, int, Mapping[str, float]], None]
 MAX_TEXT_CHARACTERS = 200
 _PROGRAMS = re.compile(r" \([^()]*\)")
 """Names of other programs in a budget's origin; the server does not need them."""
@@ -75,6 +78,10 @@ class JoinConfig:
     """One of `finish.EVALUATIONS`."""
     compare_alone: bool = False
     """Also train alone at the end, for comparison."""
+    track: tuple[str, ...] = ()
+    """Trackers of the metrics of each round, as `tracking.check_trackers` takes them."""
+    on_round: OnRound | None = None
+    """Called with the run, the round and its metrics when it is trained."""
 
     @property
     def limits(self) -> DeviceLimits:
@@ -197,11 +204,11 @@ def _short(text: str) -> str:
     return line[:MAX_TEXT_CHARACTERS]
 
 
-def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event) -> RunSummary:
-    """Take part in the run at ``config.server`` until it is over or ``stop`` is set.
+@contextlib.contextmanager
+def open_trainer(config: JoinConfig, progress: ProgressSink) -> Iterator[tuple[Trainer, DeviceMemory]]:
+    """The trainer of a device, which has read its data, and the memory that it may use.
 
-    The data is read first, so that a bad file is reported before the server hears of this device. Raises what
-    `Agent.run`, the trainers and `DeviceMemory` raise.
+    Raises what the trainers and `DeviceMemory` raise.
     """
     set_up_allocator()
     memory = DeviceMemory(config.device, config.memory_bytes)
@@ -216,9 +223,37 @@ def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event)
         for note in memory.settle().notes:
             if note not in notes:
                 progress.message(note)
-        if config.task is None:
-            share = f"at most {100 * config.expert_share:.0f} % of the experts"
-            progress.message(f"{config.name}: {memory.first.origin}; {share}")
+        with RoundTrackers(config.track, config.name, progress.message) as trackers:
+            yield _ReportingTrainer(trainer, trackers, config.on_round), memory
+
+
+class _ReportingTrainer:
+    """A `Trainer` that reports the metrics of each round that it has trained."""
+
+    def __init__(self, trainer: Trainer, trackers: RoundTrackers, on_round: OnRound | None):
+        self._trainer, self._trackers, self._on_round = trainer, trackers, on_round
+        self.num_examples, self.evaluates_global = trainer.num_examples, trainer.evaluates_global
+        self.compare, self.between_rounds = trainer.compare, trainer.between_rounds
+
+    def train_round(
+        self, run: RunConfig, manifest: Manifest, assignment: Assignment, fetch: Fetch, progress: ProgressSink,
+        update_path: Path,
+    ) -> TrainedUpdate:  # fmt: skip
+        """Train one round, and report its metrics."""
+        trained = self._trainer.train_round(run, manifest, assignment, fetch, progress, update_path)
+        self._trackers.record(tracked_run(run), assignment.server_round, trained.metrics)
+        if self._on_round is not None:
+            self._on_round(run, assignment.server_round, trained.metrics)
+        return trained
+
+
+def run_agent(config: JoinConfig, progress: ProgressSink, stop: threading.Event) -> RunSummary:
+    """Take part in the run at ``config.server`` until it is over or ``stop`` is set.
+
+    The data is read first, so that a bad file is reported before the server hears of this device. Raises what
+    `Agent.run` and `open_trainer` raise.
+    """
+    with open_trainer(config, progress) as (trainer, memory):
         settings = AgentSettings(
             name=config.name,
             memory_bytes=memory.first_bytes,

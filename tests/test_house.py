@@ -24,7 +24,7 @@ FLOORS = (
     ("errors", "expert_records"),
     ("config", "disk", "embedded", "hardware", "hub", "isolation", "native", "plots", "progress"),
     ("protocol",),
-    ("kernels", "costs", "methods"),
+    ("kernels", "costs", "methods", "tracking"),
     ("moe", "agent", "aggregator"),
     ("training", "doctor"),
     ("personal", "trainer", "bench", "formats"),
@@ -32,6 +32,7 @@ FLOORS = (
     ("exporting", "preview"),
     ("simulation",),
     ("api",),
+    ("flower",),
     ("cli",),
     ("__main__",),
 )

@@ -48,7 +48,7 @@ from edgefed.errors import (
 from edgefed.kernels.fold import select_backend
 from edgefed.methods.interface import Method
 from edgefed.progress import counted
-from edgefed.protocol.messages import SetAside, Status
+from edgefed.protocol.messages import RoundStatus, RunConfig, SetAside, Status
 from edgefed.protocol.privacy import PrivacyStatus
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class ActiveRun:
         on_change: Callable[[], None] = lambda: None,
         tick_s: float | None = None,
         policy_changes: Mapping[str, object] = MappingProxyType({}),
+        on_round: Callable[[RunConfig, RoundStatus], None] = lambda run, status: None,
     ):
         """Open the run in ``folder``.
 
@@ -79,11 +80,11 @@ class ActiveRun:
         (0: all of them). ``on_change`` is called, from any thread, whenever a waiting client may get another answer.
         ``tick_s``: how often the caller promises to call `tick`; a much longer gap then means that this process stood
         still, which is not counted as silence of the clients. ``policy_changes``: fields of `RoundPolicy` that replace
-        the run's, from now on. Raises the errors of `Store`, ``make_method`` and `select_backend`; ConfigError for an
-        invalid policy.
+        the run's, from now on. ``on_round`` is called with each round that was aggregated. Raises the errors of
+        `Store`, ``make_method`` and `select_backend`; ConfigError for an invalid policy.
         """
         self._standstill_s = None if tick_s is None else max(STANDSTILL_TICKS * tick_s, 0.0)
-        self._applied_at = clock()
+        self._applied_at, self._on_round = clock(), on_round
         self.clock, self._keep_rounds, self._fold_threads, self._on_change = clock, keep_rounds, fold_threads, on_change
         self.backend = select_backend(fold_backend)
         self.lock = threading.RLock()
@@ -347,6 +348,7 @@ class ActiveRun:
                 )
             logger.info("%s", describe_round(status, self.policy.rounds, time.monotonic() - started))
             self.apply(rounds.Folded(self.clock(), server_round, last=ends))
+        self._on_round(self.config, status)
         self._tidy(updates)
 
     def _spent(self) -> PrivacyStatus | None:

@@ -38,6 +38,7 @@ from edgefed.errors import ConfigError, MissingToken, NetworkError, PortInUse, S
 from edgefed.methods.interface import Method
 from edgefed.methods.registry import make_method
 from edgefed.protocol import routes
+from edgefed.protocol.messages import RoundStatus, RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class ServerConfig:
     keep_rounds: int = 2
     fold_backend: str = "auto"
     policy_changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    on_round: Callable[[RunConfig, RoundStatus], None] = lambda run, status: None
+    """Called with each round that was aggregated."""
     certificate: Path | None = None
     """PEM file with the server's certificate chain, ``certificate_key`` with its key. None: a self-signed one, unless
     only this machine can reach the server, or with ``plain_http``."""
@@ -127,6 +130,7 @@ class AggregatorServer:
                 on_change=self._bell.ring,
                 tick_s=TICK_S,
                 policy_changes=config.policy_changes,
+                on_round=config.on_round,
             )
         except BaseException:
             self._socket.close()

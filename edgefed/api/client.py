@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from edgefed.config import Setting, check_settings, parse_share
 from edgefed.errors import ConfigError, DataError
+from edgefed.tracking import TRACK, check_trackers
 
 if TYPE_CHECKING:
     from edgefed.agent.summary import RunSummary
@@ -143,10 +144,11 @@ class Client:
                 secret=True),
     ] = None  # fmt: skip
     threads: Annotated[int | None, Setting("CPU threads; default: chosen by torch.", minimum=1)] = None
+    track: Annotated[tuple[str, ...], TRACK] = ()
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.state = Path(self.state)
+        self.state, self.track = Path(self.state), check_trackers(self.track)
         parse_share(self.experts, "experts")
         parse_share(self.compute, "compute")
         parse_share(self.held_out, "held_out", zero=True)
@@ -214,10 +216,12 @@ class Client:
         *,
         progress: ProgressSink | None = None,
         stop: threading.Event | None = None,
+        on_round: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> RunSummary:
         """Take part until the run is over or ``stop`` is set, and return what was done.
 
-        ``on_event`` gets phases and messages; ``progress`` is a display that gets them instead. Raises the errors of
+        ``on_event`` gets phases and messages; ``progress`` is a display that gets them instead. ``on_round`` gets
+        the number of each round that was trained, and its metrics; its error ends the run. Raises the errors of
         `edgefed.errors`: ConfigError, DataError, BudgetTooSmall, OutOfMemory, DeviceLost, NetworkError, StorageError.
         """
         from edgefed.agent.addresses import check_base_url, parse_link
@@ -229,9 +233,11 @@ class Client:
         self.check_data()
         sink = progress or _EventSink(on_event)
         self._greet(sink)
-        config = self._load(memory_bytes, sink)
+        config = self.load(memory_bytes, sink)
         from edgefed.join import run_agent
 
+        if on_round is not None:
+            config = dataclasses.replace(config, on_round=lambda run, number, metrics: on_round(number, metrics))
         try:
             return run_agent(config, sink, stop or threading.Event())
         finally:
@@ -260,7 +266,7 @@ class Client:
         with AggregatorClient(self.server, token=self.token, invitation=self.invitation or "") as server:
             status = server.status()
             sink.message(f"connected to {server.base_url}")
-            config = self._load(memory_bytes, sink)
+            config = self.load(memory_bytes, sink)
             from edgefed.preview import make_preview
 
             try:
@@ -268,7 +274,7 @@ class Client:
             finally:
                 sink.done()
 
-    def _load(self, memory_bytes: int | None, sink: ProgressSink) -> JoinConfig:
+    def load(self, memory_bytes: int | None, sink: ProgressSink) -> JoinConfig:
         """Load torch, and return the settings of the device."""
         import platform
 
@@ -310,6 +316,7 @@ class Client:
             resize=self.resize,
             final_evaluation=self.final_evaluation,
             compare_alone=self.compare_alone,
+            track=self.track,
         )
         sink.done()
         return config

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgefed.api.new_run import DEFAULT_EXTRACTOR, DEFAULT_METHOD, Option, continued_run, create_run, policy_settings
 from edgefed.config import Setting, check_settings
+from edgefed.tracking import TRACK, RoundTrackers, check_trackers
 
 if TYPE_CHECKING:
+    from edgefed.aggregator.active_run import ActiveRun
     from edgefed.methods.interface import Method
-    from edgefed.protocol.messages import RunConfig
+    from edgefed.protocol.messages import RoundStatus, RunConfig
 else:
     Method = object
 
@@ -218,10 +220,11 @@ class Server:
         False
     )
     ready_file: Annotated[Path | None, Setting("Write the address to this file once connections are accepted.")] = None
+    track: Annotated[tuple[str, ...], TRACK] = ()
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.state = Path(self.state)
+        self.state, self.track = Path(self.state), check_trackers(self.track)
         self.run_config: RunConfig | None = None
         """The run that is served; None before `serve`."""
         self._running: Any = None
@@ -231,26 +234,24 @@ class Server:
         on_ready: Callable[[str], None] | None = None,
         *,
         on_message: Callable[[str], None] | None = None,
+        on_round: Callable[[RoundStatus], None] | None = None,
     ) -> None:
         """Serve until the run is over (``exit_when_finished``), `stop` is called, or the process is interrupted.
 
-        ``on_ready`` gets the URL once connections are accepted, ``on_message`` lines about what happens before. Raises
-        MissingToken, PortInUse, ConfigError, ModelError, StateLocked, StateCorrupt, StorageError, and KeyboardInterrupt
-        once Ctrl-C has ended the server cleanly.
+        ``on_ready`` gets the URL once connections are accepted, ``on_message`` lines about what happens before, and
+        ``on_round`` each round that was aggregated; its error ends the server. Raises MissingToken, PortInUse,
+        ConfigError, ModelError, StateLocked, StateCorrupt, StorageError, and KeyboardInterrupt once Ctrl-C has ended
+        the server cleanly.
         """
         from edgefed.aggregator.server import AggregatorServer, ServerConfig, bind, check_token
-        from edgefed.aggregator.store import has_run
         from edgefed.disk import check_folder
 
         report = on_message or (lambda text: None)
         check_folder(self.state)
         check_token(self.host, self.token, invite_only=self.invite_only)
         bind(self.host, self.port).close()  # a port in use is reported before the import, which takes long
-        if has_run(self.state):
-            self.run_config = continued_run(self)
-            report(f"continuing the run in {self.state}")
-        else:
-            self.run_config = create_run(self, report)
+        self._prepare(report)
+        trackers = RoundTrackers(self.track, "server", report)
         config = ServerConfig(
             state_folder=self.state,
             host=self.host,
@@ -264,11 +265,44 @@ class Server:
             exit_when_finished=self.exit_when_finished,
             keep_rounds=self.keep_rounds,
             policy_changes=policy_settings(self),
+            on_round=trackers.listener(on_round),
         )
-        self._running = AggregatorServer(config, on_ready=on_ready or (lambda url: None))
-        self._running.run()
+        with trackers:
+            self._running = AggregatorServer(config, on_ready=on_ready or (lambda url: None))
+            self._running.run()
         if self._running.interrupted:
             raise KeyboardInterrupt
+
+    def open_run(
+        self,
+        on_message: Callable[[str], None] | None = None,
+        *,
+        on_round: Callable[[RunConfig, RoundStatus], None] = lambda run, status: None,
+        tick_s: float | None = None,
+    ) -> ActiveRun:
+        """Open the run without serving it over HTTP, for a caller that brings the clients' requests by other means.
+
+        ``tick_s``: how often the caller promises to call `ActiveRun.tick`. Raises as `serve` does; close the result.
+        """
+        from edgefed.aggregator.active_run import ActiveRun
+        from edgefed.disk import check_folder
+        from edgefed.methods.registry import make_method
+
+        check_folder(self.state)
+        self._prepare(on_message or (lambda text: None))
+        return ActiveRun(
+            self.state, make_method, keep_rounds=self.keep_rounds, tick_s=tick_s, policy_changes=policy_settings(self),
+            on_round=on_round,
+        )  # fmt: skip
+
+    def _prepare(self, report: Callable[[str], None]) -> None:
+        from edgefed.aggregator.store import has_run
+
+        if has_run(self.state):
+            self.run_config = continued_run(self)
+            report(f"continuing the run in {self.state}")
+        else:
+            self.run_config = create_run(self, report)
 
     def stop(self) -> None:
         """End a running `serve`; callable from any thread. The run continues when it is served again."""

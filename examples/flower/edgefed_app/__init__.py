@@ -1,0 +1,1 @@
+"""edgefed on Flower."""
