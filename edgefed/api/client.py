@@ -69,6 +69,7 @@ class Client:
         str | None, Setting("Field of a record with the response.", default="response, output, answer, ...")
     ] = None
     text_field: Annotated[str | None, Setting("Field of a record with plain text to continue.", default="text")] = None
+    deduplicate: Annotated[bool, Setting("Use each record of the data once.")] = False
     task: Annotated[
         Literal["images", "text", "next-token"] | None,
         Setting("In a run of fedmoe: train a model of your own, on labelled images or texts, or to continue text."),
@@ -178,7 +179,7 @@ class Client:
         """Names of the fields of the data's records."""
         from edgefed.training.records import RecordFields
 
-        return RecordFields(self.prompt_field, self.response_field, self.text_field)
+        return RecordFields(self.prompt_field, self.response_field, self.text_field, self.deduplicate)
 
     def check_data(self) -> None:
         """Raise DataError if the data is not found, has another format, or its first records cannot be used.

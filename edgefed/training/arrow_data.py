@@ -1,4 +1,4 @@
-"""Rows of Parquet files (package `pyarrow`) and of data sets of Hugging Face (package `datasets`), in batches.
+"""Rows of Parquet and Arrow files (package `pyarrow`) and of Hugging Face data sets (package `datasets`), in batches.
 
 Both packages are optional: ``pip install 'edgefed[data]'``. A data set of the hub is downloaded to the cache of
 `datasets` and read from there, memory-mapped.
@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from edgefed.errors import DataError, first_line
@@ -25,25 +26,51 @@ _BATCH_ROWS = 256
 _CHUNK_BYTES = 1 << 20
 
 
-def parquet_rows(path: pathlib.Path, digest: Any, fields: RecordFields) -> Records:
-    """Yield the rows of a Parquet file; ``digest`` sees its bytes. Raises DataError."""
+def column_rows(path: pathlib.Path, digest: Any, fields: RecordFields) -> Records:
+    """Yield the rows of a Parquet or Arrow file; ``digest`` sees its bytes. Raises DataError."""
     convert = how_to_convert(path)
-    parquet = _package("pyarrow.parquet", f"reading {path}", convert)
+    arrow = _package("pyarrow", f"reading {path}", convert)
+    name = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
     try:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
-        with parquet.ParquetFile(path) as file:
-            wanted = fields.columns(file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Place(number, "row"), row
-    except (OSError, _package("pyarrow", f"reading {path}", convert).ArrowException) as error:
+        number = 0
+        for batch in (_parquet_batches if name == "Parquet" else _arrow_batches)(path, fields):
+            for row in batch.to_pylist():
+                number += 1
+                yield Place(number, "row"), row
+    except (OSError, arrow.ArrowException) as error:
         raise DataError(
-            f"{path} is not a readable Parquet file: {first_line(error)}", remedy="Write the file again."
+            f"{path} is not a readable {name} file: {first_line(error)}", remedy="Write the file again."
         ) from error
+
+
+def _parquet_batches(path: pathlib.Path, fields: RecordFields) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=fields.columns(file.schema_arrow.names))
+
+
+def _arrow_batches(path: pathlib.Path, fields: RecordFields) -> Iterator[Any]:
+    """Batches of an Arrow file (``ipc.new_file``) or stream (``ipc.new_stream``, as `datasets` writes), mapped."""
+    import pyarrow
+    from pyarrow import ipc
+
+    with pyarrow.memory_map(str(path)) as mapped:
+        try:
+            reader = ipc.open_file(mapped)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            mapped.seek(0)
+            reader = ipc.open_stream(mapped)
+            batches = iter(reader)
+        columns = fields.columns(reader.schema.names)
+        for batch in batches:
+            wanted = batch.select(columns)
+            for start in range(0, wanted.num_rows, _BATCH_ROWS):
+                yield wanted.slice(start, _BATCH_ROWS)
 
 
 def saved_rows(folder: pathlib.Path, digest: Any, fields: RecordFields) -> Records:

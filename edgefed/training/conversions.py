@@ -29,12 +29,6 @@ _PYTHON = {
 }
 _ARRAY_OF = "import json; [print(json.dumps(r)) for r in json.load(open({source!r}))[{key!r}]]"
 _OBJECT = "import json; print(json.dumps(json.load(open({source!r}))))"
-_SHARE_GPT = (
-    "import json; R = {{'human': 'user', 'gpt': 'assistant', 'system': 'system'}}; "
-    "[print(json.dumps({{'messages': [{{'role': R.get(m['from'], m['from']), 'content': m['value']}} "
-    "for m in json.loads(l)['conversations']]}})) for l in open({source!r})]"
-)
-
 _PROMPT_NAMES = (*PROMPTS, "title", "source")
 _RESPONSE_NAMES = (*RESPONSES, "completion", "summary")
 _TEXT_NAMES = ("content", "body", "article", "document", "sentence", "passage")
@@ -83,9 +77,6 @@ def keyed_array(path: pathlib.Path) -> str:
 
 def how_to_name_fields(source: str, found: Collection[str]) -> str:
     """The remedy for records without a known form: settings that name the fields, or a command that converts."""
-    if "conversations" in found:
-        converted = str(pathlib.Path(source).with_suffix(".messages.jsonl"))
-        return f"Convert it: {python_command(_SHARE_GPT.format(source=source))} > {shlex.quote(converted)}"
     names = {name.lower(): name for name in found}
     prompt = next((names[name] for name in _PROMPT_NAMES if name in names), None)
     response = next((names[name] for name in _RESPONSE_NAMES if name in names), None)

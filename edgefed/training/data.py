@@ -121,6 +121,10 @@ class Corpus:
     source: str
     forms: Mapping[tuple[str, ...], int] = field(default_factory=dict)
     """How many records were read from which fields; none for plain text and for a silo."""
+    repeated: int = 0
+    """Records that are equal to an earlier one."""
+    deduplicated: bool = False
+    """Whether these are left out."""
 
     def notes(self) -> list[str]:
         """Lines for the user: which fields were read, and which records cannot be used."""
@@ -128,7 +132,11 @@ class Corpus:
         read = [f"{counted(count, 'record')} with {', '.join(fields)}" for fields, count in counts[:MAX_FORMS_SHOWN]]
         more = sum(count for _, count in counts[MAX_FORMS_SHOWN:])
         read += [f"{more:,} with others"] if more else []
-        return ([f"{self.source}: {'; '.join(read)}"] if read else []) + problem_notes(self.source, self.problems)
+        notes = [f"{self.source}: {'; '.join(read)}"] if read else []
+        if self.repeated:
+            what = ", left out" if self.deduplicated else "; `deduplicate` leaves them out"
+            notes.append(f"{self.source}: repeated records: {self.repeated:,}{what}")
+        return notes + problem_notes(self.source, self.problems)
 
 
 def load_examples(source: str, fields: RecordFields = AUTOMATIC) -> LoadedData:
@@ -191,24 +199,39 @@ def load_corpus(source: str, held_out_share: float, seed: int, fields: RecordFie
     for example in _iter_examples(source, fields, digest, problems):
         keys += _example_key(example, seed)
         forms.update([example.read] if example.read else [])
+    first = _first_of_equal(bytes(keys))
     held_out = _choose_held_out(bytes(keys), held_out_share)
+    used = first if fields.deduplicate else np.ones_like(first)
     sha256 = digest.hexdigest()
-    train, kept = (Examples(source, fields, chosen, sha256) for chosen in (~held_out, held_out))
-    return Corpus(train, kept, problems, sha256, source, forms)
+    train, kept = (Examples(source, fields, chosen & used, sha256) for chosen in (~held_out, held_out))
+    return Corpus(train, kept, problems, sha256, source, forms, int((~first).sum()), fields.deduplicate)
+
+
+def _by_content(keys: bytes) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Indices of records by key, equal ones in their own order, and where each key starts; `_KEY_BYTES` bytes a key."""
+    words = np.frombuffer(keys, ">u8").reshape(-1, _KEY_BYTES // 8)
+    order = np.lexsort(words.T[::-1])
+    return order, np.flatnonzero(np.r_[True, (words[order][1:] != words[order][:-1]).any(axis=1)][: len(words)])
+
+
+def _first_of_equal(keys: bytes) -> BoolArray:
+    """(N,) whether no earlier record has the same key."""
+    order, starts = _by_content(keys)
+    first = np.zeros(len(order), dtype=bool)
+    first[order[starts]] = True
+    return first
 
 
 def _choose_held_out(keys: bytes, share: float) -> BoolArray:
     """(N,) whether each record is held out, given the `_KEY_BYTES` bytes of each."""
     if not 0 <= share < 1:
         raise DataError(f"the held-out share must be at least 0 and less than 1, not {share}")
-    words = np.frombuffer(keys, ">u8").reshape(-1, _KEY_BYTES // 8)
-    held_out = np.zeros(len(words), dtype=bool)
-    order = np.lexsort(words.T[::-1])  # records by key; equal ones in their own order
-    starts = np.flatnonzero(np.r_[True, (words[order][1:] != words[order][:-1]).any(axis=1)][: len(words)])
+    order, starts = _by_content(keys)
+    held_out = np.zeros(len(order), dtype=bool)
     if share == 0 or len(starts) < 2:
         return held_out
     groups = np.split(order, starts[1:])
-    goal = max(1, round(share * len(words)))
+    goal = max(1, round(share * len(order)))
     count = 0
     for group in groups[:-1]:
         if count + len(group) <= goal:

@@ -26,8 +26,9 @@ TEXT_SUFFIXES = (".txt", ".md")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 TABLE_SUFFIXES = (".csv", ".tsv")
 PLAIN_SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json", *TABLE_SUFFIXES)
-SUFFIXES = (*PLAIN_SUFFIXES, ".parquet")
-"""Suffixes of files that can be read. All but Parquet may be followed by .gz."""
+COLUMN_SUFFIXES = (".parquet", ".arrow")
+SUFFIXES = (*PLAIN_SUFFIXES, *COLUMN_SUFFIXES)
+"""Suffixes of files that can be read. All but `COLUMN_SUFFIXES` may be followed by .gz."""
 
 SEPARATORS = {".tsv": "\t"}
 _CHUNK_BYTES = 1 << 16
@@ -114,7 +115,7 @@ def suffix_of(path: pathlib.Path) -> str | None:
     """The one of `SUFFIXES` that the file has, in lower case, without .gz; None for another."""
     name = path.name.lower()
     found = next((suffix for suffix in PLAIN_SUFFIXES if name.endswith((suffix, f"{suffix}.gz"))), None)
-    return ".parquet" if name.endswith(".parquet") else found
+    return found or next((suffix for suffix in COLUMN_SUFFIXES if name.endswith(suffix)), None)
 
 
 def is_saved_dataset(folder: pathlib.Path) -> bool:
@@ -143,10 +144,10 @@ def _read_folder(folder: pathlib.Path, digest: Any, fields: RecordFields) -> Rec
 
 def _read_file(path: pathlib.Path, digest: Any, fields: RecordFields) -> Records:
     suffix = suffix_of(path)
-    if suffix == ".parquet":
-        from edgefed.training.arrow_data import parquet_rows
+    if suffix in COLUMN_SUFFIXES:
+        from edgefed.training.arrow_data import column_rows
 
-        return parquet_rows(path, digest, fields)
+        return column_rows(path, digest, fields)
     if suffix in TEXT_SUFFIXES:
         passages = cut_passages(read_lines(path, digest))
         return ((Place(number, "passage"), passage) for number, passage in enumerate(passages, start=1))

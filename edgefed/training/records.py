@@ -4,6 +4,8 @@ Record forms, tried in this order:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
         the assistant's turns are in the loss
+    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}], optional "system": "..."}
+        the same, as ShareGPT writes it
     {"prompt": "...", "completion": "..."}
         the completion is in the loss
     {"instruction": "...", "response": "...", optional "context" (or "input"): "..."}
@@ -28,6 +30,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+
+SHARE_GPT_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "observation": "tool",
+}  # fmt: skip
+"""Speakers of ShareGPT's conversations that are called otherwise in `ROLES`."""
 
 MESSAGE_FIELDS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "name")
 """Fields of a message beside role and content that a chat template may write."""
@@ -88,7 +96,8 @@ class BadRecord(Exception):
 PROMPTS = ("instruction", "prompt", "question", "query", "problem", "user", "input", "inputs")
 RESPONSES = ("response", "output", "solution", "answer", "assistant", "reply", "target", "targets", "outputs")
 """Names of an instruction and of its response as data sets have them; the first of each that a record has is read."""
-FORM_FIELDS = {"messages", "tools", "prompt", "completion", "context", "text", *PROMPTS, *RESPONSES}
+CHATS = ("messages", "conversations")
+FORM_FIELDS = {*CHATS, "system", "tools", "prompt", "completion", "context", "text", *PROMPTS, *RESPONSES}
 """Every field that a form reads, in lower case."""
 
 
@@ -100,12 +109,14 @@ class RecordFields:
         prompt: the instruction.
         response: what is to be learned.
         text: plain text, all of it to be learned; excludes the other two.
+        deduplicate: use each record once; equal ones are those with the same segments and tools.
 
     """
 
     prompt: str | None = None
     response: str | None = None
     text: str | None = None
+    deduplicate: bool = False
 
     def __bool__(self) -> bool:
         return any((self.prompt, self.response, self.text))
@@ -113,7 +124,7 @@ class RecordFields:
     def columns(self, names: Sequence[str]) -> list[str]:
         """The columns to read of a table with the columns ``names``: those in use, or all if no form is complete."""
         given = {name for name in (self.prompt, self.response, self.text) if name}
-        answers = {self.response or self.text, "messages", "completion", "text", *RESPONSES}
+        answers = {self.response or self.text, *CHATS, "completion", "text", *RESPONSES}
         complete = any(name in answers or name.lower() in answers for name in names)
         return [name for name in names if name in given or name.lower() in FORM_FIELDS or not complete]
 
@@ -138,6 +149,11 @@ def parse_record(record: Mapping[str, Any], fields: RecordFields = AUTOMATIC, pl
         return _instruction(record, asked or "instruction", answered or "response", place)
     if "messages" in record:
         return Example(_chat_segments(record["messages"]), place, _tools(record.get("tools")), ("messages",))
+    if isinstance(record.get("conversations"), list):
+        turns = [_from_share_gpt(turn) for turn in record["conversations"]]
+        if (system := text_field(record, "system", optional=True)).strip():
+            turns.insert(0, {"role": "system", "content": system})
+        return Example(_chat_segments(turns), place, _tools(record.get("tools") or None), ("conversations",))
     has_both = asked is not None and answered is not None
     if {"prompt", "completion"} <= record.keys() or (not has_both and {"prompt", "completion"} & record.keys()):
         pieces = Segment(text_field(record, "prompt"), False), Segment(text_field(record, "completion"), True)
@@ -269,6 +285,15 @@ def _parsed(arguments: Any) -> Any:
     except ValueError:
         return arguments
     return value if isinstance(value, dict) else arguments
+
+
+def _from_share_gpt(turn: Any) -> Any:
+    """A turn with ``from`` and ``value`` as a message; anything else unchanged."""
+    if not isinstance(turn, dict) or "from" not in turn or "role" in turn:
+        return turn
+    speaker = turn["from"]
+    role = SHARE_GPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {**turn, "role": role, "content": turn.get("value")}
 
 
 def _content(message: dict[str, Any], where: str, *, may_be_empty: bool, optional: bool) -> str:

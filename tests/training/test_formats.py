@@ -209,7 +209,7 @@ def test_fields_of_common_names_are_read_without_settings(tmp_path, record, segm
     examples = list(corpus.train)
     assert [tuple(segment.text for segment in example.segments) for example in examples] == [segments] * 2
     assert examples[0].segments[-1].in_loss
-    assert corpus.notes() == [f"{path}: 2 records with {read}"]
+    assert corpus.notes()[0] == f"{path}: 2 records with {read}"
     if not isinstance(record.get("messages"), list):
         assert RecordFields().columns(["id", *record]) == [name for name in record if name.lower() in FORM_FIELDS]
 
@@ -253,12 +253,6 @@ def test_unknown_fields_are_answered_with_the_settings_that_read_them(tmp_path, 
     [
         ("keyed.json", json.dumps({"version": 1, "data": ROWS}, indent=1), "keyed.jsonl", 30),
         ("one.json", json.dumps(ROWS[0], indent=1), "one.jsonl", 1),
-        (
-            "chat.jsonl",
-            json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
-            "chat.messages.jsonl",
-            1,
-        ),
         ("it's text.log", "words\n", "it's text.txt", 1),
     ],
 )
@@ -278,7 +272,6 @@ def test_the_command_in_a_refusal_converts(tmp_path, name, content, converted, c
         ("a.pdf", "pdftotext a.pdf a.txt"),
         ("a.docx", "pandoc -t plain -o a.txt a.docx"),
         ("a.zip", "unzip a.zip -d a"),
-        ("a.arrow", "Dataset.from_file"),
         ("a.npz", "task=images"),
     ],
 )
@@ -376,3 +369,59 @@ def test_a_check_reads_no_further_than_the_first_usable_record(tmp_path):
 def test_data_is_read_without_torch():
     code = "import sys, edgefed.training.data as d; d.check_data('silo:http'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- ShareGPT, Arrow files, repeated records
+
+
+def test_share_gpt_is_a_conversation(tmp_path):
+    turns = [("human", "Hi"), ("gpt", "Hello"), ("observation", "42"), ("assistant", "It is 42")]
+    conversation = [{"from": speaker, "value": text} for speaker, text in turns]
+    records = [
+        {"id": "x", "system": "Be brief.", "conversations": conversation},
+        {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "system": ""},
+        {"conversations": [{"from": "narrator", "value": "a"}]},
+        {"conversations": [{"from": "gpt", "value": None}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    loaded = load_examples(str(tmp_path / "a.jsonl"))
+    assert [(s.role, s.text, s.in_loss) for s in loaded.examples[0].segments] == [
+        ("system", "Be brief.", False),
+        ("user", "Hi", False),
+        ("assistant", "Hello", True),
+        ("tool", "42", False),
+        ("assistant", "It is 42", True),
+    ]
+    assert [s.role for s in loaded.examples[1].segments] == ["user", "assistant"]
+    assert [str(problem) for problem in loaded.problems] == [
+        "line 3: message 1 has the role 'narrator'; known are system, developer, user, assistant, tool",
+        "line 4: message 1: content must be a string, found null",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_arrow_files(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"prompt": [f"q{n}" for n in range(600)], "response": ["a"] * 600, "unused": [0] * 600})
+    make = pyarrow.ipc.new_file if kind == "file" else pyarrow.ipc.new_stream
+    with make(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    loaded = load_examples(str(tmp_path / "a.arrow"))
+    assert [example.segments[0].text for example in loaded.examples] == [f"q{n}" for n in range(600)]
+    assert loaded.examples[-1].place == "row 600"
+    assert loaded.examples[0].read == ("prompt", "response")
+    (tmp_path / "a.arrow").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="is not a readable Arrow file"):
+        check_data(str(tmp_path / "a.arrow"))
+
+
+def test_repeated_records_are_counted_and_left_out_on_request(tmp_path):
+    texts = ["a", "b", "a", "c", "a", "d", "e", "f", "g", "h"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    kept, once = (load_corpus(str(path), 0.2, 0, RecordFields(deduplicate=choice)) for choice in (False, True))
+    assert (kept.repeated, once.repeated) == (2, 2)
+    assert len(kept.train) + len(kept.held_out) == 10
+    assert sorted(e.segments[0].text for side in (once.train, once.held_out) for e in side) == sorted(set(texts))
+    assert kept.notes()[1].endswith("repeated records: 2; `deduplicate` leaves them out")
+    assert once.notes()[1].endswith("repeated records: 2, left out")
