@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 RECORD_FILE, CARD_FILE = "edgefed.json", "README.md"
 """In the folder of an export."""
 CONNECT_LIMIT_S = 20.0
-Format = Literal["hf", "peft", "gguf"]
-"""A Hugging Face checkpoint, a PEFT adapter of the base model, or a file for llama.cpp."""
+Format = Literal["hf", "peft", "gguf", "onnx"]
+"""A Hugging Face checkpoint, a PEFT adapter of the base model, or a file for llama.cpp or onnxruntime."""
 FORMATS: tuple[str, ...] = get_args(Format)
-Dtype = Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0"]
-"""Data type of the weights; "auto": the model's own. The last ones are of GGUF."""
+Dtype = Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0", "int8"]
+"""Data type of the weights; "auto": the model's own. "q8_0" and "q4_0" are of GGUF, "int8" of ONNX."""
 DTYPES: tuple[str, ...] = get_args(Dtype)
 
 
@@ -138,16 +138,25 @@ def is_address(source: str | Path) -> bool:
     return str(source).startswith(("http://", "https://"))
 
 
+_FLOATS = ("auto", "float32", "float16", "bfloat16")
+_DTYPES_OF: dict[str, tuple[str, ...]] = {
+    "hf": _FLOATS, "peft": ("auto",), "gguf": (*_FLOATS, "q8_0", "q4_0"), "onnx": ("auto", "float32", "int8"),
+}  # fmt: skip
+
+
 def _check_dtype(format: Format, dtype: Dtype) -> None:
     """Raise ConfigError if a format has no such data type, or needs a package that is not installed."""
+    if dtype not in _DTYPES_OF[format]:
+        known = ", ".join(_DTYPES_OF[format])
+        raise ConfigError(f"`dtype` of format={format} must be one of {known}; found {dtype!r}")
     if format == "gguf":
         from edgefed.formats.gguf import load_gguf
 
         load_gguf()
-    elif format == "peft" and dtype != "auto":
-        raise ConfigError("`dtype` has no effect with format=peft: adapters are float32", remedy="Leave it out.")
-    elif dtype.startswith("q"):
-        raise ConfigError(f"a checkpoint has no data type {dtype}", remedy="Export with `format=gguf`.")
+    elif format == "onnx":
+        from edgefed.formats.onnx import check_packages
+
+        check_packages()
 
 
 def _write(model: _Model, scratch: Path, to: Path, format: Format, dtype: Dtype, sink: ProgressSink) -> None:
@@ -191,6 +200,10 @@ def _write_format(model: _Model, scratch: Path, to: Path, format: Format, dtype:
 
         name = base.rstrip("/").rpartition("/")[2]
         export_gguf(source, scratch, to, dtype=dtype, scope=scope, name=name, copied=copied, report=sink.message)
+    elif format == "onnx":
+        from edgefed.formats.onnx import export_onnx
+
+        export_onnx(source, scratch, to, dtype=dtype, scope=scope)
     else:
         export_checkpoint(source, scratch, to, dtype=dtype, scope=scope)
 

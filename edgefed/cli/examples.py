@@ -40,6 +40,7 @@ EXAMPLES: dict[str, Sequence[tuple[str, str]]] = {
         ("The model before round 3.", "edgefed export --state ./run --round 3 ./model"),
         ("The adapters alone, for PEFT.", "edgefed export --state ./run --to peft ./adapter"),
         ("For llama.cpp, in 8 bits.", "edgefed export --state ./run --to gguf --dtype q8_0 ./model"),
+        ("For onnxruntime.", "edgefed export --state ./run --to onnx ./model"),
     ),
     "join": (
         ("Train on a file.", "edgefed join http://192.168.1.5:8470 --data my.jsonl --state ./me"),

@@ -25,12 +25,12 @@ class ExportSettings:
         Setting("Folder of the run, or state folder of a device.", default="edgefed-run, if no SOURCE is given"),
     ] = None
     format: Annotated[
-        Literal["hf", "peft", "gguf"],
-        Setting("A Hugging Face checkpoint, a PEFT adapter of the base model, or GGUF for llama.cpp.", flag="to"),
+        Literal["hf", "peft", "gguf", "onnx"],
+        Setting("A Hugging Face checkpoint, a PEFT adapter of the base model, GGUF for llama.cpp, or ONNX.", flag="to"),
     ] = "hf"  # fmt: skip
     dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0"],
-        Setting("Data type of the weights; the last two are of GGUF.", default="the model's own"),
+        Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0", "int8"],
+        Setting("Data type of the weights; q8_0 and q4_0 are of GGUF, int8 is of ONNX.", default="the model's own"),
     ] = "auto"
     server_round: Annotated[
         int | None, Setting("The model at the start of this round; default: the newest.", flag="round", minimum=1)
@@ -47,8 +47,7 @@ def export_command(settings: ExportSettings) -> None:
     """Write the model of a run in a format that other tools load.
 
     SOURCE is the address of a server (http://host:port), the folder of a run, or the state folder of a device. A device
-    exports what it has. The folder TARGET must not exist or be empty; transformers, PEFT or llama.cpp loads it without
-    edgefed.
+    exports what it has. The folder TARGET must not exist or be empty; other tools load it without edgefed.
     """
     import msgspec
 
@@ -80,6 +79,9 @@ def export_command(settings: ExportSettings) -> None:
         return
     if settings.format == "gguf":
         print_note(f"{written}: llama-cli -m {folder / 'model.gguf'}")
+        return
+    if settings.format == "onnx":
+        print_note(f"{written}: onnxruntime.InferenceSession({str(folder / 'model.onnx')!r})")
         return
     print_note(f"{written}: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     print_note(f"talk to it: edgefed chat {folder}")

@@ -243,8 +243,8 @@ def test_the_command_line(wide, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {MODEL_FILE, "README.md", "edgefed.json"}
     assert key(gguf.GGUFReader(tmp_path / "out" / MODEL_FILE), "general.name") == "Toy"
     for more, text in (
-        (["--to", "hf", "--dtype", "q8_0"], "no data type q8_0"),
-        (["--to", "peft", "--dtype", "float16"], "has no effect"),
+        (["--to", "hf", "--dtype", "q8_0"], "must be one of auto, float32"),
+        (["--to", "peft", "--dtype", "float16"], "must be one of auto; found"),
     ):
         with pytest.raises(SystemExit) as end:
             main([*words[:2], str(tmp_path / "none"), *more])
