@@ -11,7 +11,7 @@ is not in the loss.
 
 from __future__ import annotations
 
-import json
+import functools
 import os.path
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from edgefed.errors import DataError
 from edgefed.training.instruction_template import instruction_template
-from edgefed.training.records import Example, Segment, tool_calls
+from edgefed.training.records import Example, Segment, written_arguments
 
 _MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TESTS_FOR_NONE = re.compile(r"\bcontent['\"]?\]?\s+is\s+(not\s+)?none\b")
@@ -99,10 +99,12 @@ class ChatTemplate:
             if spans:
                 return Layout(text, self._with_end_marks(text, spans, messages), special_tokens=False)
         text, _ = self._render(messages, tools)
-        turns = _Turns(self, messages, tools, text).locate(trainable)
-        if not turns:
+        turns = _Turns(self, messages, tools, text)
+        found = turns.locate(trainable)
+        if not found:
             raise ConversationRefused("no assistant turn can be located in the text that the chat template writes")
-        return Layout(text, _merged(turns), special_tokens=False, skipped_turns=len(trainable) - len(turns))
+        skipped = len(trainable) - len(found)
+        return Layout(text[: turns.text_end], _merged(found), special_tokens=False, skipped_turns=skipped)
 
     def writes(self, field: str) -> bool:
         """Whether the template uses ``field`` of a message or, for ``"tools"``, of the record."""
@@ -140,6 +142,10 @@ class ChatTemplate:
                 return match.start()
         return position
 
+    def marks(self, text: str) -> list[int]:
+        """Return where the special tokens and tags of ``text`` begin."""
+        return [match.start() for match in self._mark.finditer(text)]
+
     def _source(self, tools: Any) -> str:
         if self._default:
             return self._default
@@ -161,8 +167,8 @@ class ChatTemplate:
         if any("tool_calls" in message for message in messages):
             if _TESTS_FOR_NONE.search(self._source(None)):
                 without = [{**m, "content": m["content"] or None} if "tool_calls" in m else m for m in messages]
-                yield from (without, [_with_written_arguments(message) for message in without])
-            yield from (messages, [_with_written_arguments(message) for message in messages])
+                yield from (without, [written_arguments(message) for message in without])
+            yield from (messages, [written_arguments(message) for message in messages])
         else:
             yield messages
 
@@ -257,7 +263,7 @@ class _Turns:
                     break
             closes = is_last and index == len(self._messages) - 1
             if index in trainable and self._has_borders(index) and (not rewritten or self._rewritten(index, closes)):
-                mark = len(self._text) - end if closes else self._template.end_mark(following, self._tail())
+                mark = self.text_end - end if closes else self._template.end_mark(following, self._last_tail[0])
                 start = position + self._template.before_mark(header, min(common, prompt))
                 if start < end + mark:
                     found[index] = start, end + mark
@@ -294,17 +300,39 @@ class _Turns:
         prompt = self._prompts[role]
         return len(header) if prompt is None else _common(prompt, header, 0)
 
-    def _tail(self) -> str | None:
-        """Return what follows the content of the first assistant turn with text when nothing else does."""
-        if not hasattr(self, "_known_tail"):
-            first = next(
-                i
-                for i, message in enumerate(self._messages)
-                if message["role"] == "assistant" and self._marked[i] is not message
-            )
-            rendered = self._template.render(self._marked[: first + 1], self._tools)
-            self._known_tail = None if rendered is None else _PLACEHOLDER.split(rendered)[-1]
-        return self._known_tail
+    @functools.cached_property
+    def _last_tail(self) -> tuple[str | None, str]:
+        """What follows the content of the first assistant turn with text when nothing else does, in two parts.
+
+        The second part is a generation prompt that the template was not asked for, as Command R's, and mostly "".
+        Such a template writes the same whether it is asked or not, and begins an answer behind a question. What a
+        further question leaves of the first part is the end mark, without a token that every turn begins with.
+        """
+        answers = (i for i, message in enumerate(self._messages) if message["role"] == "assistant")
+        first = next((i for i in answers if self._marked[i] is not self._messages[i]), 0)
+        before, turn = self._marked[:first], self._marked[first : first + 1]
+        closed = self._template.render([*before, *turn], self._tools)
+        if closed is None:
+            return None, ""
+        tail = _PLACEHOLDER.split(closed)[-1]
+        plain, asked = (self._template.render(before, self._tools, ask=ask) for ask in (False, True))
+        if plain is None or plain != asked or before[-1]["role"] != "user":
+            return tail, ""
+        again = _PLACEHOLDER.split(self._template.render([*before, *turn, before[-1]], self._tools) or "")
+        place = again.index(str(first)) if str(first) in again[1::2] else 0
+        header, following = (again[place - 1], again[place + 1]) if place else ("", "")
+        question_end = _PLACEHOLDER.split(plain)[-1]
+        if header.startswith(question_end) and header != question_end:
+            return tail, ""
+        end = self._template.before_mark(tail, _common(tail, following, 0))
+        *others, last = [0, *self._template.marks(tail[:end])]
+        end = last if len(others) > 1 and end < len(tail) else end
+        return tail[:end], tail[end:]
+
+    @functools.cached_property
+    def text_end(self) -> int:
+        """End of the text without a generation prompt that was not asked for."""
+        return len(self._text.removesuffix(self._last_tail[1]))
 
     def _without_empty_frame(self, turn: str, start: int) -> int | None:
         """End of a turn in the text that is ``turn`` without the empty think block that a last turn gets."""
@@ -324,6 +352,7 @@ class _Turns:
         after = self._template.render(self._messages[: index + 1], self._tools)
         if before is None or asked is None or after is None:
             return None
+        before, after = (text.removesuffix(self._last_tail[1]) for text in (before, after))
         start = self._template.before_mark(self._text, _common(asked, self._text, 0))
         end = self._template.before_mark(self._text, _common(after, self._text, 0))
         if end < len(after):
@@ -335,7 +364,7 @@ class _Turns:
             else:  # the end mark differs once others follow
                 end += self._template.end_mark(self._text[end:], after[end:])
         if index == len(self._messages) - 1:
-            end = len(self._text)
+            end = self.text_end
         border = self._template.before_mark(asked, _common(before, asked, 0))
         return (start, end) if border <= start < end else None
 
@@ -351,17 +380,6 @@ def _with_placeholder(index: int, message: Message) -> Message:
     if not message.get("content") or message.get("tool_calls"):
         return message
     return {**message, "content": f"\U0010fffd{index}\U0010fffc"}
-
-
-def _with_written_arguments(message: Message) -> Message:
-    """Return the message with the arguments of its tool calls as JSON text, which DeepSeek's templates expect."""
-    if "tool_calls" not in message:
-        return message
-    return {**message, "tool_calls": tool_calls(message["tool_calls"], _as_json)}
-
-
-def _as_json(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _common(prefix: str, text: str, position: int) -> int:

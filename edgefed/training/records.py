@@ -255,7 +255,7 @@ def _chat_segments(messages: Any) -> tuple[Segment, ...]:
             raise BadRecord(f"message {number} has the role {role!r:.40}; known are {', '.join(ROLES)}")
         fields = {name: message[name] for name in MESSAGE_FIELDS if message.get(name)}
         if "tool_calls" in fields:
-            fields["tool_calls"] = tool_calls(fields["tool_calls"], _parsed)
+            fields["tool_calls"] = _with_arguments(fields["tool_calls"], _parsed)
         _check_characters(json.dumps(fields, ensure_ascii=False), f"message {number}: a field")
         is_answer = role == "assistant"
         content = _content(message, f"message {number}: ", may_be_empty=not is_answer, optional="tool_calls" in fields)
@@ -265,7 +265,18 @@ def _chat_segments(messages: Any) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def tool_calls(calls: Any, change: Callable[[Any], Any]) -> Any:
+def written_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message with the arguments of its tool calls as JSON text, which DeepSeek's chat templates expect."""
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": _with_arguments(message["tool_calls"], _as_json)}
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _with_arguments(calls: Any, change: Callable[[Any], Any]) -> Any:
     """Return tool calls with the ``arguments`` of each changed; what has another form than OpenAI's stays as it is."""
     if not isinstance(calls, list):
         return calls

@@ -118,6 +118,12 @@ PHI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+# Writes a generation prompt behind every conversation, asked or not, and begins it otherwise than an answer, as
+# Command R7B's.
+ALWAYS_ASKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n<think>"
+)
 PHI_MARKS = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 
 
@@ -189,6 +195,7 @@ def turn(text, role="user"):
             "<|start|>assistant⟦<|channel|>final<|message|>same<|end|>⟧<|start|>user<|message|>why<|end|>"
             "<|start|>assistant⟦<|channel|>final<|message|>so<|return|>⟧",
         ),
+        (ALWAYS_ASKS, CHATML_MARKS, {}, f"{turn('same')}{HEAD}⟦same<|im_end|>\n⟧{turn('why')}{HEAD}⟦so<|im_end|>\n⟧"),
         (MARKED, CHATML_MARKS, {}, f"{turn('same')}{HEAD}⟦same<|im_end|>⟧\n{turn('why')}{HEAD}⟦so<|im_end|>⟧\n"),
         (
             MARKED_WITHOUT_END, CHATML_MARKS, {},
@@ -200,7 +207,7 @@ def turn(text, role="user"):
         ),
     ],
     ids=["chatml", "opens-think", "qwen3", "qwen3-thinking", "nemotron", "deepseek-v3", "deepseek-r1", "deepseek-v3.1",
-         "llama3", "mistral", "gpt-oss", "generation", "generation-without-end", "phi"],
+         "llama3", "mistral", "gpt-oss", "always-asks", "generation", "generation-without-end", "phi"],
 )  # fmt: skip
 def test_answers_and_their_end_marks_are_in_the_loss(template, marks, settings, expected):
     assert in_loss(template, marks, TWO, **settings) == expected
