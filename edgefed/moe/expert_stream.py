@@ -34,6 +34,7 @@ class ExpertStream:
         self._places: dict[int, tuple[int, int]] = {}
         """Layer and number of a tensor, by the address of its storage."""
         self._used: set[int] = set()
+        """Layers that may have mapped pages."""
         self._buffers = _Buffers(space.device) if space.copies else None
 
     def empty(self, layer: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -73,16 +74,20 @@ class ExpertStream:
             self._buffers.load(layer, self._layers.get(layer, ()))
             self._buffers.load(after, self._layers.get(after, ()), ahead=True)
             return
-        self.release(keep=layer)
-        self._used.add(layer)
+        self._used.discard(layer)
+        self.release()
+        self._used = {layer} & self._layers.keys()
         if after in self._layers:
             threading.Thread(target=prefetch, args=(self._layers[after],), name="edgefed-prefetch", daemon=True).start()
 
-    def release(self, keep: int = -1) -> None:
-        """Release the mapped pages of every layer but ``keep``."""
-        for layer in self._used - {keep}:
+    def release(self) -> None:
+        """Release the mapped pages of every layer.
+
+        They are released again when the next layer is entered: behind a layer that checkpointing has computed again,
+        its backward pass still reads them.
+        """
+        for layer in self._used:
             release(self._layers[layer])
-        self._used &= {keep}
 
 
 class _Buffers:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from edgefed.costs.memory import StepSetup
 from edgefed.errors import ConfigError
@@ -22,7 +23,7 @@ from edgefed.moe.expert_stream import ExpertStream
 from edgefed.moe.model import MoeModel
 from edgefed.moe.offloading import OffloadSpace
 from edgefed.moe.units import MemorySource, TrainScope
-from edgefed.training.savings import make_optimizer
+from edgefed.training.savings import checkpointing, make_optimizer
 from edgefed.training.steps import take_step
 
 CPU = torch.device("cpu")
@@ -133,7 +134,9 @@ def test_memory_is_that_of_what_trains(deep, tmp_path, mode):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_only_the_layer_that_computes_is_mapped(deep, tmp_path):
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize(("checkpointed", "early_stop"), [(False, True), (True, True), (True, False)])
+def test_only_the_layer_that_computes_is_mapped(deep, tmp_path, checkpointed, early_stop, mode):
     def mapped():
         """Layers with pages in memory."""
         files, number = set(), ""
@@ -144,17 +147,31 @@ def test_only_the_layer_that_computes_is_mapped(deep, tmp_path):
                 files.add(number)
         return len(files)
 
-    model, _ = trained(deep, TrainScope(experts="lora"), stream_in(tmp_path, copies=False), "nf4", steps=1)
+    scope, stream = TrainScope(experts=mode), stream_in(tmp_path, copies=False)
+    model, _ = trained(deep, scope, stream, "nf4", steps=1)
     per_layer = mapped()  # of the first layer, which the backward pass used last
     assert 0 < per_layer < 12
     seen = []
     for layer in model.layers:
         layer.experts.register_forward_hook(lambda *_: seen.append(mapped()))
-    output = model.module(deep.input_ids, labels=deep.input_ids)
-    for layer in model.layers:
-        layer.router.register_full_backward_hook(lambda *_: seen.append(mapped()))
-    output.loss.backward()
-    assert max(seen) <= per_layer
+    with checkpointing(model.module, checkpointed), set_checkpoint_early_stop(early_stop):  # a measured step does not
+        loss = model.module(deep.input_ids, labels=deep.input_ids).loss
+        for layer in model.layers:
+            layer.router.register_full_backward_hook(lambda *_: seen.append(mapped()))
+        loss.backward()
+    assert max(seen) <= per_layer, seen
+
+
+def test_a_layer_without_frozen_experts_among_streamed_ones(deep, tmp_path):
+    scope = TrainScope()
+    model, source = deep.device(deep.units(scope))
+    frozen = [[]] + FROZEN[1:]
+    model.apply_plan(
+        ExpertPlan.of(model.experts_per_layer, TRAINABLE, frozen), source, scope, offload=stream_in(tmp_path, False)
+    )
+    loss = model.module(deep.input_ids, labels=deep.input_ids).loss
+    loss.backward()
+    assert loss.isfinite()
 
 
 def test_slices_are_not_streamed(deep, tmp_path):
