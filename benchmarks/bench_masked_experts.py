@@ -121,7 +121,8 @@ def forward_case(layer: Layer, form: str, num_tokens: int, peers: tuple[str, ...
         times = interleaved(runs, reps * (8 if num_tokens == 1 else 1))
     distinct = max(len(set(indices.flatten().tolist())) for _, indices, _ in batches)
     operations = 2 * num_tokens * TOP_K * WEIGHTS
-    peak = "int8" if form == "int8" else "bfloat16"
+    rates = {dtype: machine[f"{dtype}_gop_per_s"] or 0 for dtype in ("int8", "bfloat16")}
+    peak = "int8" if form == "int8" and rates["int8"] > rates["bfloat16"] else "bfloat16"
     return {"distinct_experts": distinct, **row(times, distinct * WEIGHTS * BYTES[form], operations, peak, machine)}
 
 
