@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from edgefed.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ TRAINING = (
     "missing", "profile_tokens", "profile_agreement", "evaluation_tokens", "evaluation_share",
 )  # fmt: skip
 """Settings of the training of a language model."""
+SMALL_MODEL_BYTES = 256 * 1024**2
+"""Largest checkpoint whose experts train in full by default. Full training keeps a gradient and two moments of each
+trained weight, and sends the weight in every round."""
 OPTIMIZER_SETTINGS = ("learning_rate", "momentum", "beta2", "epsilon")
 """Settings of a server optimizer, without their prefix ``server_``."""
 
@@ -73,6 +78,11 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
                 )
         source = resolve_model(server.model or TINY)
     training = _training(server)
+    if server.train_experts is None and not method.personal:
+        experts, why = default_experts(source, method)
+        training = msgspec.structs.replace(training, experts=experts)
+        if why:
+            report(f"experts train by LoRA: {why}" if experts == "lora" else f"experts train in full: {why}")
     check_training(method, training.experts)
     rounds = 5 if server.rounds is None else server.rounds
     if problems := schedule_problems(training, rounds):
@@ -109,6 +119,24 @@ def _training(server: Server) -> TrainingConfig:
 
     given = {name: getattr(server, name) for name in TRAINING if getattr(server, name) is not None}
     return TrainingConfig(**{name.removeprefix("train_"): value for name, value in given.items()})
+
+
+def default_experts(source: str, method: Method) -> tuple[str, str]:
+    """(how experts train by default, the reason or ""): as the method needs, in full in a small model, else by LoRA.
+
+    ``source`` is a checkpoint folder; a model of the hub counts as large.
+    """
+    from edgefed.hardware.memory import format_bytes
+
+    required = None if method.personal else method.requirements.train_experts
+    if required is not None:
+        return required, f"the method {method.name} needs it"
+    if not Path(source).is_dir():
+        return "lora", "the default for a model of the hub"
+    size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+    if size <= SMALL_MODEL_BYTES:
+        return "full", ""
+    return "lora", f"the checkpoint has {format_bytes(size)}"
 
 
 def _policy(server: Server, rounds: int) -> RoundPolicy:

@@ -161,7 +161,9 @@ class Server:
     certificate_key: Annotated[Path | None, Setting("PEM file with the key of `certificate`.")] = None
     plain_http: Annotated[bool, Setting("Serve other machines without TLS.")] = False
     invite_only: Annotated[bool, Setting("Admit new clients by invitation only (`edgefed invite`).")] = False
-    train_experts: Annotated[TrainMode | None, Setting("How experts are trained.", default="full")] = None
+    train_experts: Annotated[
+        TrainMode | None, Setting("How experts are trained.", default="full up to 256 MiB, else lora")
+    ] = None
     train_router: Annotated[TrainMode | None, Setting("How routers are trained.", default="full")] = None
     train_attention: Annotated[TrainMode | None, Setting("How attention weights are trained.", default="none")] = None
     lora_rank: Annotated[int | None, Setting("Rank of LoRA adapters.", default="8", minimum=1)] = None

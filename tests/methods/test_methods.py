@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from msgspec import Meta
 
+from edgefed.api.new_run import SMALL_MODEL_BYTES, default_experts
+from edgefed.embedded import tiny_model_directory
 from edgefed.errors import BudgetTooSmall, ConfigError, UnknownMethod
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile, MergedGroup, Role
 from edgefed.methods.averaging import MeanOfHolders, plan_trainable, select_by_score
@@ -118,6 +120,19 @@ def test_a_method_that_needs_a_mode_of_training_refuses_others():
     with pytest.raises(ConfigError, match="fmq trains experts as 'lora'; asked for 'full'") as caught:
         check_training(make_method("fmq"), "full")
     assert caught.value.remedy == "Set `train_experts=lora`."
+
+
+def test_experts_train_by_adapters_unless_the_model_is_small(tmp_path):
+    method = make_method("slices")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(SMALL_MODEL_BYTES)
+    assert default_experts(str(tmp_path), method) == ("full", "")
+    with (tmp_path / "more.safetensors").open("wb") as file:
+        file.truncate(1 << 30)
+    assert default_experts(str(tmp_path), method) == ("lora", "the checkpoint has 1.2 GiB")
+    assert default_experts("allenai/OLMoE-1B-7B-0924", method)[0] == "lora"
+    assert default_experts(str(tiny_model_directory()), method)[0] == "full"
+    assert default_experts(str(tiny_model_directory()), make_method("fmq"))[0] == "lora"
 
 
 def test_random_plans_depend_on_the_generator_only():
