@@ -446,9 +446,9 @@ def test_time_and_memory_are_linear_in_the_conversation(template):
 def test_a_conversation_of_2000_messages_takes_seconds():
     tokenizer = byte_level(CHATML_MARKS, CHATML)
     example = chat(*(f"message {number} about the light in the garden and the path" for number in range(2000)))
-    started = time.perf_counter()
+    started = time.process_time()
     blocks = encode_examples([example], tokenizer, 128)
-    assert time.perf_counter() - started < 20  # 213 s when every prefix was tokenized
+    assert time.process_time() - started < 20  # 213 s when every prefix was tokenized
     assert (blocks.labels != -100).sum() > 0.3 * blocks.num_tokens
 
 
