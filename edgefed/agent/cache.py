@@ -20,6 +20,7 @@ from typing import BinaryIO, Protocol, TypeAlias
 
 from edgefed.disk import READ_BYTES, disk_errors, make_folder, sync_file
 from edgefed.errors import DiskFull, MalformedMessage
+from edgefed.protocol.changes import apply_blob_change
 from edgefed.protocol.messages import FileInfo, UnitInfo
 from edgefed.protocol.slices import SliceFile, UnitSlice
 
@@ -37,8 +38,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class BlobSource(Protocol):
     """What the cache needs of a transport."""
 
-    def download(self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None) -> None:
-        """Store the blob at ``path``, verified; continue from ``path``.part."""
+    def download(
+        self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None, base: Path | None = None
+    ) -> None:
+        """Store the blob at ``path``, verified; continue from ``path``.part. ``base``: an earlier version of it."""
         ...
 
     def download_slice(self, item: UnitSlice, path: Path, on_bytes: OnBytes | None = None) -> None:
@@ -53,6 +56,8 @@ class BlobCache:
         self.folder = make_folder(folder)
         self._source = source
         self._parallel = parallel
+        self._versions: dict[str, str] = {}
+        """The newest version that this process has of each unit, {key: sha256}; it may be pruned meanwhile."""
 
     def path(self, sha256: str) -> Path:
         """File of a blob, whether or not it is there."""
@@ -96,7 +101,10 @@ class BlobCache:
         missing = self.missing(items)
         self._check_room(missing)
         slices = {item.sha256: item for item in items if isinstance(item, UnitSlice)}
-        self._download_all(missing, slices, on_bytes)
+        units = [item for item in items if isinstance(item, UnitInfo)]
+        bases = {unit.sha256: self.path(self._versions[unit.key]) for unit in units if unit.key in self._versions}
+        self._download_all(missing, slices, bases, on_bytes)
+        self._versions |= {unit.key: unit.sha256 for unit in units}
         return {item.sha256: self.path(item.sha256) for item in items}
 
     def prune(self, keep: Iterable[str]) -> int:
@@ -137,7 +145,11 @@ class BlobCache:
             raise DiskFull(f"the parts of the model to download need {need} bytes in {self.folder}, {free} are free")
 
     def _download_all(
-        self, missing: Mapping[str, int], slices: Mapping[str, UnitSlice], on_bytes: OnBytes | None
+        self,
+        missing: Mapping[str, int],
+        slices: Mapping[str, UnitSlice],
+        bases: Mapping[str, Path],
+        on_bytes: OnBytes | None,
     ) -> None:
         """Uses daemon threads and a queue: the threads of an executor would delay the exit after Ctrl-C."""
         todo: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
@@ -155,7 +167,9 @@ class BlobCache:
                     if sha256 in slices:
                         self._source.download_slice(slices[sha256], self.path(sha256), on_bytes)
                     else:
-                        self._source.download(sha256, size, self.path(sha256), on_bytes)
+                        base = bases.get(sha256)
+                        base = base if base is not None and base.exists() else None
+                        self._source.download(sha256, size, self.path(sha256), on_bytes, base)
                 except BaseException as error:  # raised again in the caller's thread
                     errors.append(error)
 
@@ -228,6 +242,17 @@ class PartFile:
         self._digest.update(chunk)
         self.offset += len(chunk)
         return True
+
+    def append_change(self, base: Path, chunks: Iterable[bytes]) -> None:
+        """Write what the change in ``chunks`` makes of the blob at ``base``, instead of a download of it all."""
+        change = bytearray()
+        for chunk in chunks:
+            change += chunk
+            if len(change) > self.size_bytes:  # the server promises less than half
+                self._overflowed = True
+                return
+        with disk_errors(f"read {base}"):
+            self.append(apply_blob_change(base, bytes(change)))
 
     def truncate(self) -> None:
         """Start again from the first byte."""

@@ -290,3 +290,10 @@ def connection_error(error: httpx.HTTPError, server: str) -> EdgefedError:
             return untrusted
         cause = cause.__cause__ or cause.__context__
     return ServerUnreachable(f"no answer from {server}: {str(error) or type(error).__name__}")
+
+
+def range_start(response: httpx.Response) -> int | None:
+    """First byte of a ``Content-Range: bytes 5-9/10`` header; None if it is missing or invalid."""
+    unit, _, span = response.headers.get("content-range", "").partition(" ")
+    start = span.partition("-")[0]
+    return int(start) if unit == "bytes" and start.isascii() and start.isdigit() else None

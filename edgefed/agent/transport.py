@@ -8,7 +8,6 @@ read, next byte written), never to the whole request: a slow line that still mov
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import ssl
 from collections.abc import Iterator, Mapping
@@ -18,11 +17,12 @@ from typing import cast
 import httpx
 
 from edgefed.agent.cache import OnBytes, PartFile, check_sha256
-from edgefed.agent.channel import Channel
-from edgefed.agent.network import Throughput, TransferRates, decode_marks
+from edgefed.agent.channel import Channel, range_start
+from edgefed.agent.network import Throughput, Transfer, TransferRates, decode_marks
 from edgefed.disk import disk_errors
 from edgefed.errors import ChecksumMismatch, NotFound, OffsetMismatch, ProtocolError
 from edgefed.protocol import probe, routes
+from edgefed.protocol.changes import CHANGE_TYPE
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.limits import check_manifest, check_run
 from edgefed.protocol.messages import (
@@ -287,17 +287,22 @@ class AggregatorClient:
             with self._channel.exchange("PUT", target, content=chunks, headers=headers):
                 self._channel.count(up=size_bytes)
 
-    def download(self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None) -> None:
+    def download(
+        self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None, base: Path | None = None
+    ) -> None:
         """Store one blob at ``path``, durably and verified; continue from ``path``.part.
 
-        After a wrong hash the download starts again, once. Raises ChecksumMismatch, DiskFull, NotFound.
+        ``base``: an earlier version, named by its hash; the server then may send what differs. After a wrong hash the
+        download starts again, once. Raises ChecksumMismatch, DiskFull, NotFound.
         """
         check_sha256(sha256, size_bytes)
         part = PartFile(path, size_bytes)
         for again in (False, True):
             with part.opened():
                 if part.offset < size_bytes:
-                    self._get_rest(sha256, part, on_bytes, {"check": "1"} if again else {})
+                    own = None if again or part.offset else base
+                    params = {"check": "1"} if again else {"base": own.name} if own else {}
+                    self._get_rest(sha256, part, on_bytes, params, own)
             if part.sha256() == sha256:
                 part.publish()
                 return
@@ -328,7 +333,9 @@ class AggregatorClient:
             remedy="The blob may be damaged on the server's disk; see the server's log.",
         )
 
-    def _get_rest(self, sha256: str, part: PartFile, on_bytes: OnBytes | None, params: Mapping[str, str]) -> str:
+    def _get_rest(
+        self, sha256: str, part: PartFile, on_bytes: OnBytes | None, params: Mapping[str, str], base: Path | None = None
+    ) -> str:
         """Append what is missing of a blob, or of the ``rows`` in ``params``; returns the ETag of the answer."""
         headers = {"range": f"bytes={part.offset}-"} if part.offset else {}
         path_on_server = routes.path_for(routes.BLOB, sha256=sha256)
@@ -340,19 +347,27 @@ class AggregatorClient:
             if response.status_code == 416:  # the server's blob is shorter than the partial download
                 part.truncate()
                 return tag
-            if response.status_code != 206 or _range_start(response) != part.offset:
+            if response.status_code != 206 or range_start(response) != part.offset:
                 part.truncate()
-                if response.status_code == 206 and _range_start(response) != 0:
+                if response.status_code == 206 and range_start(response) != 0:
                     raise self._channel.foreign(response, b"")
+            if base is not None and response.headers.get("content-type") == CHANGE_TYPE:
+                part.append_change(base, self._counted(response, pace))
+                return tag
             # Not iter_raw(CHUNK_BYTES): it would hold back an incomplete chunk, and lose it when the connection is cut.
-            for chunk in response.iter_raw():
-                self._channel.count(down=len(chunk))
-                pace.moved(len(chunk))
+            for chunk in self._counted(response, pace):
                 if not part.append(chunk):
                     return tag  # longer than the manifest says: the hash check fails, and the disk does not fill
                 if on_bytes:
                     on_bytes(len(chunk))
             return tag
+
+    def _counted(self, response: httpx.Response, pace: Transfer) -> Iterator[bytes]:
+        """The chunks of a body, counted as downloaded."""
+        for chunk in response.iter_raw():
+            self._channel.count(down=len(chunk))
+            pace.moved(len(chunk))
+            yield chunk
 
     # --- probes ---------------------------------------------------------------------------------------------------
 
@@ -362,18 +377,9 @@ class AggregatorClient:
         Up to `probe.MAX_PROBE_BYTES`; fewer arrive on a slow line. Raises NotFound if the server has no such route, and
         NetworkError with ``received_status`` 429 if it has measured enough for now.
         """
-        block = os.urandom(min(size_bytes, probe.PROBE_BLOCK_BYTES))
-
-        def chunks() -> Iterator[bytes]:
-            left = size_bytes
-            while left:
-                chunk = block[:left]
-                yield chunk
-                left -= len(chunk)
-                self._channel.count(up=len(chunk))
-
+        blocks = probe.random_blocks(size_bytes, lambda count: self._channel.count(up=count))
         headers = {"content-length": str(size_bytes), "content-type": "application/octet-stream"}
-        with self._channel.exchange("POST", routes.PROBE, content=chunks(), headers=headers) as response:
+        with self._channel.exchange("POST", routes.PROBE, content=blocks, headers=headers) as response:
             return decode_marks(self._channel.decode(response, dict[str, object]), size_bytes)
 
     def probe_down(self, size_bytes: int) -> tuple[probe.Mark, ...]:
@@ -391,10 +397,3 @@ class AggregatorClient:
 
     def _own(self, template: str, server_round: int = 0, attempt: int = 0) -> str:
         return routes.path_for(template, client_id=self.client_id, server_round=server_round, attempt=attempt)
-
-
-def _range_start(response: httpx.Response) -> int | None:
-    """First byte of a ``Content-Range: bytes 5-9/10`` header; None if it is missing or invalid."""
-    unit, _, span = response.headers.get("content-range", "").partition(" ")
-    start = span.partition("-")[0]
-    return int(start) if unit == "bytes" and start.isascii() and start.isdigit() else None

@@ -41,12 +41,14 @@ from edgefed.aggregator.wire import (
     parse_range,
     read_body,
     reply,
+    slice_facts,
     until_disconnect,
     upload_numbers,
     wait_seconds,
 )
 from edgefed.errors import NotFound, ProtocolError, ServerUnreachable
 from edgefed.protocol import PROTOCOL_VERSION, routes
+from edgefed.protocol.changes import CHANGE_TYPE, change_between
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
     Heartbeat,
@@ -218,7 +220,7 @@ class Endpoints:
         return Response(encoded, media_type="application/json")
 
     async def blob(self, request: Request) -> Response:
-        """GET BLOB, whole or from an offset; with ``rows``, a slice of it."""
+        """GET BLOB, whole or from an offset; with ``rows``, a slice of it; with ``base``, a change if that is less."""
         sha256 = request.path_params["sha256"]
         path, size_bytes = self.service.blob(sha256)
         rows, tag, again = request.query_params.get("rows"), sha256, "check" in request.query_params
@@ -226,8 +228,13 @@ class Endpoints:
             await self.run(self.service.check_blob, sha256, again=again, commit=True)
         self.service.repairs.check_wanted(sha256)
         if rows is not None:
-            size_bytes, tag = await self.run(_slice_facts, path, rows)
-        headers = {"accept-ranges": "bytes", "etag": f'"{tag}"'}
+            size_bytes, tag = await self.run(slice_facts, path, rows)
+        headers, key = {"accept-ranges": "bytes", "etag": f'"{tag}"'}, request.headers.get(routes.CLIENT_KEY_HEADER, "")
+        if base := request.query_params.get("base"):
+            change = await self.run(change_between, self.service.blob, base, path)
+            if change is not None:
+                await self.run(self.service.note_download, key, len(change))
+                return Response(change, headers=headers, media_type=CHANGE_TYPE)
         span = parse_range(request.headers.get("range"), size_bytes)
         if span is None:
             headers["content-range"] = f"bytes */{size_bytes}"
@@ -240,7 +247,7 @@ class Endpoints:
             file = await self.run(_open_at, path, begin, rows)
         except FileNotFoundError as error:  # its manifest was pruned at this moment
             raise NotFound(f"no stored manifest contains blob {sha256}") from error
-        return FileStream(self, file, begin, end, headers, request.headers.get(routes.CLIENT_KEY_HEADER, ""))
+        return FileStream(self, file, begin, end, headers, key)
 
     async def restore(self, request: Request) -> Response:
         """PUT BLOB: a client's copy of a blob that the server has lost."""
@@ -346,15 +353,6 @@ def _open_at(path: Path, begin: int, rows: str | None) -> io.FileIO | SliceFile:
     file = io.FileIO(path) if rows is None else SliceFile(path, rows)
     file.seek(begin)
     return file
-
-
-def _slice_facts(path: Path, rows: str) -> tuple[int, str]:
-    """Size and hash of a slice of a blob. Raises NotFound if the blob was pruned at this moment, MalformedMessage."""
-    try:
-        with SliceFile(path, rows) as file:
-            return file.size_bytes, file.sha256()
-    except FileNotFoundError as error:
-        raise NotFound(f"no stored manifest contains blob {path.name}") from error
 
 
 def _read_cached(file: io.FileIO | SliceFile, at: int, length: int) -> bytes:

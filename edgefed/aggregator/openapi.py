@@ -67,8 +67,9 @@ OPERATIONS = (
     ),
     Operation("GET", routes.MANIFEST, "The global model at the start of a round.", None, Manifest),
     Operation(
-        "GET", routes.BLOB, "The bytes of a unit or file, from an offset (Range), or some rows of it.", None, BYTES,
-        {"rows": {"type": "string"}, "check": {"const": "1"}}, statuses=(206,),
+        "GET", routes.BLOB, "The bytes of a unit or file, from an offset (Range), or some rows of it; with `base`, "
+        "the change against another blob if that is less than half.", None, BYTES,
+        {"rows": {"type": "string"}, "base": {"type": "string"}, "check": {"const": "1"}}, statuses=(206,),
     ),
     Operation("PUT", routes.BLOB, "Send a copy of a blob that `HeartbeatReply` asks for.", BYTES),
     Operation("GET", routes.UPLOAD, "How much of an upload has arrived.", None, UploadState),

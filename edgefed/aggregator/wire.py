@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -18,6 +19,7 @@ from edgefed.aggregator.validate import parse_number
 from edgefed.errors import EdgefedError, MalformedMessage, NotFound, ServerUnreachable, StorageError
 from edgefed.protocol import routes
 from edgefed.protocol.messages import encode_error, encode_message
+from edgefed.protocol.slices import SliceFile
 
 logger = logging.getLogger(__name__)
 
@@ -189,3 +191,12 @@ async def until_disconnect(receive: Receive) -> None:
     """Wait until the client hangs up. ``send`` does not report that."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def slice_facts(path: Path, rows: str) -> tuple[int, str]:
+    """Size and hash of a slice of a blob. Raises NotFound if the blob was pruned at this moment, MalformedMessage."""
+    try:
+        with SliceFile(path, rows) as file:
+            return file.size_bytes, file.sha256()
+    except FileNotFoundError as error:
+        raise NotFound(f"no stored manifest contains blob {path.name}") from error

@@ -5,8 +5,9 @@ Only the receiver's clock is used, because a sender does not know when its bytes
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 MAX_PROBE_BYTES = 8 * 1024 * 1024
 """Largest body of one request, in either direction."""
@@ -18,6 +19,15 @@ MAX_MARKS = 64
 
 Mark = tuple[float, int]
 """(seconds since the first bytes, bytes so far)."""
+
+
+def random_blocks(size_bytes: int, sent: Callable[[int], None]) -> Iterator[bytes]:
+    """``size_bytes`` random bytes in blocks, all the same; ``sent`` gets the size of each when it is taken."""
+    block = os.urandom(min(size_bytes, PROBE_BLOCK_BYTES))
+    for begin in range(0, size_bytes, PROBE_BLOCK_BYTES):
+        chunk = block[: size_bytes - begin]
+        yield chunk
+        sent(len(chunk))
 
 
 class MarkRecorder:

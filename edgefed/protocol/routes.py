@@ -8,7 +8,8 @@ Paths are templates in Starlette's syntax; `path_for` fills them for a client.
     POST {COMPARISON}    Comparison               -> {}                     once, after Finished
     GET  {ASSIGNMENT}                             -> AssignmentReply        ?wait_s=20 long poll
     GET  {MANIFEST}                               -> Manifest               server_round, or "latest"
-    GET  {BLOB}          Range: bytes=N-          -> the bytes of one unit or file; ?rows= a slice (`protocol.slices`)
+    GET  {BLOB}          Range: bytes=N-          -> the bytes of one unit or file; ?rows= a slice (`protocol.slices`),
+                                                                       ?base= a change (`protocol.changes`)
                                                      ?check=1: the server compares its hash first
     PUT  {BLOB}          raw bytes                -> {}                     only what HeartbeatReply asks for
     GET  {UPLOAD}                                 -> UploadState

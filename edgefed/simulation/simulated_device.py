@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -32,6 +33,7 @@ from edgefed.moe.merging.plan import ExpertMerger, MergingOptions
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import ExpertSource
 from edgefed.progress import NullProgress, ProgressSink
+from edgefed.protocol.changes import encode_blob_change
 from edgefed.protocol.messages import FileInfo, Manifest, RunConfig, UnitInfo
 from edgefed.protocol.slices import UnitSlice
 from edgefed.protocol.trainer import Fetch
@@ -284,11 +286,17 @@ class CountingProgress(NullProgress):
 class CountingFetch:
     """A `Fetch` from the aggregator's own blobs that copies nothing and counts what a device would have downloaded.
 
-    ``resident``: hashes of what is on the device.
+    ``resident``: hashes of what is on the device. ``versions``: hashes of units of the round before, by key; of a unit
+    whose version is on the device, the change counts if it is sent (`protocol.changes`).
     """
 
-    def __init__(self, blob: Callable[[str], Path], resident: Iterable[str] = ()):
-        self._blob, self.resident = blob, set(resident)
+    def __init__(
+        self,
+        blob: Callable[[str], Path],
+        resident: Iterable[str] = (),
+        versions: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self._blob, self.resident, self._versions = blob, set(resident), versions
         self._down: dict[str, int] = {}
 
     def __call__(self, items: Iterable[UnitInfo | FileInfo | UnitSlice]) -> dict[str, Path]:
@@ -301,8 +309,15 @@ class CountingFetch:
             self.resident.add(item.sha256)
             if is_new:
                 kind = byte_kind(unit) if isinstance(unit, UnitInfo) else FILE
-                self._down[kind] = self._down.get(kind, 0) + item.size_bytes
+                self._down[kind] = self._down.get(kind, 0) + self._downloaded_bytes(item)
         return paths
+
+    def _downloaded_bytes(self, item: UnitInfo | FileInfo | UnitSlice) -> int:
+        base = self._versions.get(item.key) if isinstance(item, UnitInfo) else None
+        if base is None or base not in self.resident:
+            return item.size_bytes
+        change = encode_blob_change(self._blob(base), self._blob(item.sha256))
+        return item.size_bytes if change is None else len(change)
 
     def take(self) -> dict[str, int]:
         """Bytes by kind since the last call."""

@@ -214,7 +214,9 @@ class SimulatedRun:
         resident = client.resident_blobs()
         if server_round == 1 and self._config.preinstalled:
             resident = {unit.sha256 for unit in manifest.units} | {file.sha256 for file in manifest.files}
-        fetch, progress = CountingFetch(aggregator.blob, resident), CountingProgress()
+        before = aggregator.manifest(server_round - 1).units if server_round > 1 and self._compresses else ()
+        versions = {unit.key: unit.sha256 for unit in before}
+        fetch, progress = CountingFetch(aggregator.blob, resident, versions), CountingProgress()
         update = trainer.train_round(self._run, manifest, assignment, fetch, progress, client.update_path)
         plan, step_plan, memory_bytes = trainer.plan, trainer.planner.step_plan, trainer.planner.needs_bytes
         assert plan is not None, "the round has made a plan"
@@ -288,6 +290,10 @@ class SimulatedRun:
         )
         new.replace(old)
         return result.metrics()
+
+    @property
+    def _compresses(self) -> bool:
+        return self._config.compression != "none"
 
     def _charged_setup(self, setup: StepSetup) -> StepSetup:
         """``setup`` with the dtype that bytes are charged in."""

@@ -24,7 +24,7 @@ class CountingSource:
         self.error: Exception | None = None
         self.gate = threading.Barrier(1)
 
-    def download(self, sha256: str, size_bytes: int, path: Path, on_bytes=None) -> None:
+    def download(self, sha256: str, size_bytes: int, path: Path, on_bytes=None, base=None) -> None:
         self.asked.append(sha256)
         self.gate.wait(10)
         if self.error:

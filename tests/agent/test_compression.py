@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from toy_device import ToyTrainer, toy_value
 from edgefed.agent.compression import choose_codec, compress_update
 from edgefed.agent.journal import Journal
 from edgefed.agent.transport import AggregatorClient
-from edgefed.errors import TrainingDiverged
+from edgefed.errors import MalformedMessage, TrainingDiverged
 from edgefed.kernels.compression import CODECS, decode
 from edgefed.protocol import frames
+from edgefed.protocol.changes import apply_blob_change, encode_blob_change
 from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, TensorInfo, UnitInfo
 
 ROUNDS = 3
@@ -223,3 +225,46 @@ def test_auto_takes_the_most_bits_that_the_uplink_allows():
     assert choose_codec("auto", 1_000_000, None) is None
     assert choose_codec("none", size, 1.0) is None
     assert choose_codec("int2", 1, 1e12) is CODECS["int2"]
+
+
+# --- what changed of a blob, on the way down ----------------------------------------------------------------------
+
+
+def test_only_what_changed_is_downloaded(tmp_path):
+    import_run(tmp_path / "server", rounds=2, clients=1, shape=(400, 300), compression="topk")
+    trainer = ToyTrainer()
+    trainer.keeps = True
+    with serving(tmp_path / "server") as server, device(server.url, tmp_path / "a", trainer) as agent:
+        assert agent.run().rounds == 2
+        units = agent.client.manifest("latest").units
+        whole = sum(unit.size_bytes for unit in units)
+        first, second = (entry["bytes_down"] for entry in ledger(tmp_path / "a"))
+        assert whole < first < whole + 10_000
+        assert second < whole / 5, "the experts of round 1 are there, and 1.6 % of their values have changed"
+
+
+def test_a_change_of_a_blob_is_exact_and_bad_ones_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(30_001).astype(np.float32)
+    base, blob = tmp_path / "base", tmp_path / "blob"
+    base.write_bytes(values.tobytes())
+    for share, sparse in ((0.0, True), (0.02, True), (0.6, False)):
+        changed = values + (rng.random(len(values)) < share).astype(np.float32)
+        blob.write_bytes(changed.tobytes())
+        change = encode_blob_change(base, blob)
+        assert (change is not None) == sparse
+        if change is not None:
+            assert apply_blob_change(base, change) == changed.tobytes()
+            assert len(change) < (0.005 + 2 * share) * values.nbytes + 100
+    change = bytearray(encode_blob_change(base, base))
+    bomb = zlib.compress(bytes(10_000_000))
+    for bad, words in (
+        (len(bomb).to_bytes(4, "little") + bomb, "has not the 7501 bytes"),
+        (change[:4] + b"zz" + change[6:], "cannot be read"),
+        (bytes(change) + b"xx", "2 bytes of values, its bitmap names 0"),
+        (b"", "has not the"),
+    ):
+        with pytest.raises(MalformedMessage, match=words):
+            apply_blob_change(base, bytes(bad))
+    blob.write_bytes(b"x" * 10)
+    assert encode_blob_change(base, blob) is None

@@ -36,6 +36,8 @@ class ToyTrainer:
     def __init__(self, bias: float = 0.0, step_s: float = 0.0) -> None:
         self.num_examples, self.evaluates_global = 7, True
         self.bias = bias
+        self.keeps = False
+        """Whether experts stay in the cache after a round."""
         self.step_s = step_s
         self.rounds: list[int] = []
 
@@ -76,7 +78,7 @@ class ToyTrainer:
             metrics={"loss": 1.0 / assignment.server_round, "broken": float("nan")},
             num_examples=self.num_examples,
             num_tokens=120,
-            keep=frozenset(unit.sha256 for unit in manifest.units if not unit.trainable),
+            keep=frozenset(unit.sha256 for unit in manifest.units if self.keeps or not unit.trainable),
         )
 
 
