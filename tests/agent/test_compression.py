@@ -40,7 +40,7 @@ def outcome(server, folder: Path, state: Path) -> tuple[dict[str, bytes], dict[s
     return experts, {name: values.tobytes() for name, values in arrays(path).items()}
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(150)
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_a_killed_device_loses_no_residual_and_counts_none_twice(tmp_path):
     ends = []
@@ -51,9 +51,9 @@ def test_a_killed_device_loses_no_residual_and_counts_none_twice(tmp_path):
             if name == "killed":
                 for death in ("before:finish_training", "after:finish_training", "before:acknowledge"):
                     with Device(server.url, state, death=death) as toy:
-                        assert toy.finish()[0] == -signal.SIGKILL
+                        assert toy.finish(60)[0] == -signal.SIGKILL
                 with Device(server.url, state) as toy:
-                    code, out, err = toy.finish()
+                    code, out, err = toy.finish(60)
                 assert code == 0, err
             else:
                 with device(server.url, state, ToyTrainer(), memo=(memo := Memo())) as agent:
