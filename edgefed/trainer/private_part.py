@@ -4,8 +4,8 @@
 
 The adapters are trained in the steps of the round, beside what the run shares, and stay from round to round, while the
 shared part is averaged. They are not units of the model, so no upload can contain them: an update has what
-`MoeModel.trained_units` returns. Rank and alpha are the run's. B has a larger learning rate than A, as in LoRA+
-(arXiv 2402.12354). FedPer (1912.00818) and FLEx (2506.00965) keep layers and experts private in the same way.
+`MoeModel.trained_units` returns. Rank, alpha and learning rate are the run's. FedPer (arXiv 1912.00818) and FLEx
+(2506.00965) keep layers and experts private in the same way.
 
     STATE/private/ROUND.safetensors     the adapters after the round, by names as in an upload of adapters; only the
                                         newest two rounds of a run
@@ -33,8 +33,6 @@ from edgefed.training.optimizers import clip_gradients
 
 PRIVATE_FOLDER = "private"
 """In the device's state folder."""
-B_RATIO = 16.0
-"""Learning rate of B relative to A's, which is the run's; the ratio of LoRA+."""
 KEPT_ROUNDS = 2
 """The last round may be repeated after a crash: it then begins with the adapters of the one before."""
 
@@ -88,13 +86,13 @@ class PrivatePart:
         with torch.no_grad():
             for name, value in self._start.items():
                 self._parameters[name].copy_(value)
-        a, b = ([value for name, value in self._parameters.items() if name.endswith(end)] for end in ("_a", "_b"))
-        optimizer = torch.optim.AdamW([{"params": a}, {"params": b}], weight_decay=0)
+        parameters = list(self._parameters.values())
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0)
 
         def step(rate: float) -> None:
-            clip_gradients([*a, *b], training.max_grad_norm)
-            for group, ratio in zip(optimizer.param_groups, (1.0, B_RATIO), strict=True):
-                group["lr"] = ratio * rate
+            clip_gradients(parameters, training.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
