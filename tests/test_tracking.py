@@ -10,6 +10,7 @@ import pytest
 
 from edgefed import tracking
 from edgefed.errors import ConfigError
+from edgefed.simulation.processes import LocalClient, LocalFederation
 from edgefed.tracking import RoundTrackers, check_trackers
 
 RUN = {"run_id": "run-1", "model": "tiny", "method": "hfedmoe", "rounds": 2, "seed": 0}
@@ -90,6 +91,20 @@ def test_tensorboard_reads_the_events(tmp_path, patient):
     folder = str(tmp_path / "run-1-laptop")
     read = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
     assert read.stdout.strip() == "[(1, 3.0), (2, 2.5)]"
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_a_server_and_a_client_record_each_round(tmp_path):
+    flags = ["--rounds", "2", "--min-clients", "1", "--local-steps", "2", "--profile-tokens", "256"]
+    client = LocalClient("laptop", "silo:email", flags=("--track", f"json:{tmp_path / 'client.jsonl'}"))
+    serve = [*flags, "--track", f"json:{tmp_path / 'server.jsonl'}"]
+    with LocalFederation(tmp_path / "run", serve, [client]) as federation:
+        federation.run(lambda status: None, timeout_s=800)
+    for name, metric in (("server", "uploaded_bytes"), ("client", "train_loss")):
+        lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [line["server_round"] for line in lines] == [1, 2]
+        assert all(line["metrics"][metric] > 0 for line in lines)
 
 
 @pytest.fixture

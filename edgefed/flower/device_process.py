@@ -116,6 +116,8 @@ class DeviceProcess:
             process.stdin.write(self._settings.encode())
             process.stdin.close()
             said = process.stdout.readline()  # "ready", or the error that ended it; "" if it was killed
+        if said != b"ready\n":
+            process.wait()
         if said.startswith(b"{"):
             error = decode_message(said, ErrorReply)
             raise all_errors().get(error.code, ProcessFailed)(error.message, remedy=error.remedy)
