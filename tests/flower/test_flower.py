@@ -133,14 +133,14 @@ def test_the_process_of_a_device_starts_again_after_a_kill(tmp_path):
             tmp_path / "email", {**settings, "server": "", "data": str(tmp_path / "absent.jsonl")}
         ).introduce()
     device = DeviceProcess(tmp_path / "email", {**settings, "server": ""})
-    first = device.introduce()
+    first = device.introduce().num_examples
     own = [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
     (process,) = [each for each in own if "edgefed.flower.device_process" in " ".join(each.cmdline())]
-    assert device.introduce() == first
+    assert device.introduce().num_examples == first
     assert process.is_running(), "the process stays"
     process.kill()
     process.wait()
-    assert device.introduce() == first
+    assert device.introduce().num_examples == first
     device.end()
     assert not (tmp_path / "email" / ADDRESS_FILE).exists()
 
