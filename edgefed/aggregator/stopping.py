@@ -100,12 +100,10 @@ def stop_round(
     """
     if patience is None:
         return None
-    if MEDIAN_LOSS not in metrics:
-        logger.warning(
-            "round %d: no client has evaluated the model; `stop_after` needs held-out data", now.server_round
-        )
+    if BEST_ROUND not in metrics:
+        logger.warning("round %d: no client has evaluated a model yet; `stop_after` needs that", now.server_round)
     best = int(metrics.get(BEST_ROUND, now.server_round))
-    if now.server_round - best < patience:
+    if MEDIAN_LOSS not in metrics or now.server_round - best < patience:
         return None
     if (before := model(best)) is None:
         logger.error(

@@ -95,6 +95,8 @@ def test_a_server_refuses_what_has_no_effect_or_contradicts(tmp_path):
         serve(server_momentum=0.5)
     with pytest.raises(ConfigError, match="`server_beta2` has no effect with `server_optimizer=momentum`"):
         serve(server_optimizer="momentum", server_beta2=0.5)
+    with pytest.raises(ConfigError, match="`stop_after` cannot be combined with `dp_noise`"):
+        serve(stop_after=3, dp_noise=1.0, dp_clip=1.0)
     with pytest.raises(ConfigError, match="`schedule` has no effect with fedmoe"):
         serve(method="fedmoe", schedule="cosine")
     with pytest.raises(ConfigError, match="`rounds`: 0"):
