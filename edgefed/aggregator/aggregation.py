@@ -226,9 +226,9 @@ def resist(
 
     ``left_out``: keys of units that are not looked at.
     """
-    rule = find_rule(how.policy.robust)
+    rule, products = find_rule(how.policy.robust), how.policy.adapter_average == "product"
     if how.policy.clip is None:
-        return Robustness({}, rule.combine, rule.min_clients), {}
+        return Robustness({}, rule.combine, rule.min_clients, products=products), {}
     moves = measure_moves(
         units, files, how.blobs, how.backend, threads=how.threads or default_threads(), cancelled=how.cancelled,
         left_out=left_out,
@@ -240,7 +240,7 @@ def resist(
             "client %s: %d parts changed more than %g times the median and are shortened, the farthest to %.3g",
             *(client_id[:8], len(of_client), how.policy.clip, min(of_client)),
         )
-    return Robustness(factors, rule.combine, rule.min_clients), absurd_moves(moves)
+    return Robustness(factors, rule.combine, rule.min_clients, products=products), absurd_moves(moves)
 
 
 def privately(

@@ -28,9 +28,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from edgefed.aggregator.adapter_products import average_products, factor_pairs
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.server_optimizer import Stepping, UnitMoments
-from edgefed.aggregator.slices import row_runs, row_weights
+from edgefed.aggregator.slices import row_parts, row_runs, row_weights, sent_values, shares_of
 from edgefed.aggregator.update_files import BlockFiles, ChangeBuffers, TensorPlace, UpdateDamaged, UpdateIndex
 from edgefed.kernels.fold import FoldBackend
 from edgefed.methods.interface import UnitMerge
@@ -52,12 +53,14 @@ class Robustness:
     ``factors`` {(client_id, unit key): f}: x is taken as g + f (x - g), where g is the current value. ``combine``:
     (n, m) -> (m,), taken in place of the weighted mean where n >= ``min_clients``. ``make_noise`` makes what draws
     noise for one thread, n -> (n,); every element of a planned unit gets some, also where no client has sent it.
+    ``products``: adapters are averaged as products (`edgefed.aggregator.adapter_products`).
     """
 
     factors: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     combine: Callable[[np.ndarray], np.ndarray] | None = None
     min_clients: int = 1
     make_noise: Callable[[], Callable[[int], np.ndarray]] | None = None
+    products: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,60 +170,83 @@ def _unit_chunks(
     weights = sorted(merge.weights, key=lambda pair: pair[0])
     old = read_header(old_path)
     yield encode_header(unit.tensors)
+    found = {info.name: _sources(unit, info, weights, index, scratch) for info in unit.tensors}
+    means = _product_means(unit, found, old_path, old, scratch) if scratch.robustness.products else {}
     for info in unit.tensors:
-        if info.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"tensor {info.name!r} of {unit.key!r} is {info.dtype}: only floats are averaged")
-        rows: list[np.ndarray | None] = [None] * len(weights)
-        given = [weight for _, weight in weights]
-        if info.name == NEURON_TABLE:
-            found = [index.rows(client_id, unit.key, info.shape[0]) for client_id, _ in weights]
-            given = [row_weights(float(weight), own, info.shape[0]) for weight, own in zip(given, found, strict=True)]
-            rows = [*found]
-        shares, keep_rows = _shares(given, info)
-        sources = [
-            _Source(
-                *(client_id, index.locate(client_id, unit.key, info.name), _sent(info, own), share, own),
-                factor=scratch.robustness.factors.get((client_id, unit.key), 1.0),
-            )
-            for (client_id, _), share, own in zip(weights, shares, rows, strict=True)
-            if np.any(share)
-        ]
+        sources, keep_rows = found[info.name]
         if sources and keep_rows is not None and info.name == NEURON_TABLE:
             yield from _table_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
+        elif (mean := means.get(info.name)) is not None:
+            yield from _tensor_chunks(info, sources, None, old_path, old[info.name], scratch, mean)
         elif sources or scratch.noise is not None:
             yield from _tensor_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
         else:
             yield from _copy_chunks(old_path, old[info.name], scratch)
 
 
-def _sent(info: TensorInfo, rows: np.ndarray | None) -> int:
-    """Values of a client's tensor: all of ``info``, or the ``rows`` of a table."""
-    return math.prod(info.shape if rows is None else (len(rows), *info.shape[1:]))
+def _sources(
+    unit: UnitInfo, info: TensorInfo, weights: Sequence[tuple[str, float | np.ndarray]], index: UpdateIndex,
+    scratch: _Scratch,
+) -> tuple[list[_Source], np.ndarray | None]:  # fmt: skip
+    """The clients' parts in a tensor, in the order of ``weights``, and the rows that keep their value (`shares_of`)."""
+    if info.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"tensor {info.name!r} of {unit.key!r} is {info.dtype}: only floats are averaged")
+    rows: list[np.ndarray | None] = [None] * len(weights)
+    given = [weight for _, weight in weights]
+    if info.name == NEURON_TABLE:
+        found = [index.rows(client_id, unit.key, info.shape[0]) for client_id, _ in weights]
+        given = [row_weights(float(weight), own, info.shape[0]) for weight, own in zip(given, found, strict=True)]
+        rows = [*found]
+    shares, keep_rows = shares_of(given, info)
+    sources = [
+        _Source(
+            *(client_id, index.locate(client_id, unit.key, info.name), sent_values(info, own), share, own),
+            factor=scratch.robustness.factors.get((client_id, unit.key), 1.0),
+        )
+        for (client_id, _), share, own in zip(weights, shares, rows, strict=True)
+        if np.any(share)
+    ]
+    return sources, keep_rows
 
 
-def _shares(
-    weights: Sequence[float | np.ndarray], info: TensorInfo
-) -> tuple[list[float | np.ndarray], np.ndarray | None]:
-    """Weights divided by their sum, per tensor or per row; and the rows that keep their old value, (E,) bool.
+def _product_means(
+    unit: UnitInfo, found: Mapping[str, tuple[list[_Source], np.ndarray | None]], old_path: Path,
+    old: Mapping[str, TensorEntry], scratch: _Scratch,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The factors of adapters whose product is the mean of the clients' products, (n,) by the tensor's name."""
+    infos = {info.name: info for info in unit.tensors}
+    means: dict[str, np.ndarray] = {}
+    for name_b, name_a in factor_pairs(unit.tensors):
+        sources, keep = found[name_b]
+        if len(sources) + (keep is not None and bool(keep.any())) < 2:
+            continue  # one contributor's factors are those of the mean
 
-    A tensor without a row per expert takes the mean of a client's row weights. Raises ValueError for a weight that is
-    negative or not finite.
-    """
-    arrays = [np.asarray(weight, dtype=np.float64) for weight in weights]
-    for array in arrays:
-        if array.ndim > 1 or not np.isfinite(array).all() or (array < 0).any():
-            raise ValueError(
-                f"a weight for tensor {info.name!r} is {array}: expected finite numbers from 0, scalar or (E,)"
-            )
-    rows = {array.shape for array in arrays if array.ndim}
-    if len(rows) > 1 or (rows and any(array.ndim == 0 for array in arrays)):
-        raise ValueError(f"the weights for tensor {info.name!r} are of different kinds: {[a.shape for a in arrays]}")
-    if not rows or not info.shape or (info.shape[0],) not in rows:
-        means = [float(array.mean()) for array in arrays]
-        total = float(sum(means))
-        return [mean / total if total > 0 else 0.0 for mean in means], None
-    total = np.sum(arrays, axis=0)
-    return [np.divide(array, total, out=np.zeros_like(array), where=total > 0) for array in arrays], total == 0
+        def factor(name: str, source: _Source | None) -> np.ndarray:
+            return _whole(infos[name], source, old_path, old[name], scratch)
+
+        parts: list[tuple[float | np.ndarray, _Source | None, _Source | None]] = [
+            (s.share, s, s_a) for s, s_a in zip(sources, found[name_a][0], strict=True)
+        ]
+        parts += [(keep.astype(np.float64), None, None)] if keep is not None and keep.any() else []
+        if mean := average_products((share, factor(name_b, s), factor(name_a, s_a)) for share, s, s_a in parts):
+            means |= {name: each.reshape(-1) for name, each in zip((name_b, name_a), mean, strict=True)}
+    return means
+
+
+def _whole(info: TensorInfo, source: _Source | None, old_path: Path, old: TensorEntry, scratch: _Scratch) -> np.ndarray:
+    """A client's whole tensor, or the current one, float64."""
+    dtype, count = storage_dtype(info.dtype), math.prod(info.shape)
+    values = np.full(count, -0.0)
+    with BlockFiles() as files:
+        for begin in range(0, count, BLOCK_ELEMENTS):
+            part = values[begin : begin + BLOCK_ELEMENTS]
+            before = files.read(old_path, old.start + begin * dtype.itemsize, scratch.old, len(part), dtype)
+            if source is None:
+                scratch.backend.fold_block(part, before, info.dtype, 1.0)
+            else:
+                raw = source.read(files, begin, len(part), dtype, scratch)
+                _add(part, raw, before, source, 1.0, info.dtype, scratch.backend)
+    return values.reshape(info.shape)
 
 
 def _tensor_chunks(
@@ -230,7 +256,9 @@ def _tensor_chunks(
     old_path: Path,
     old: TensorEntry,
     scratch: _Scratch,
+    mean: np.ndarray | None = None,
 ) -> Iterator[memoryview]:
+    """``mean`` (n,): the aggregate, where it is known already."""
     dtype, rule = storage_dtype(info.dtype), scratch.robustness
     count = old.size_bytes // dtype.itemsize
     row_elements = count // info.shape[0] if keep_rows is not None else count
@@ -248,9 +276,11 @@ def _tensor_chunks(
             before = None
             if needs_old:
                 before = files.read(old_path, old.start + begin * dtype.itemsize, scratch.old, length, dtype)
-            rows = list(_rows(begin, length, row_elements))
+            rows = list(row_parts(begin, length, row_elements))
             matrix = np.empty((len(sources), length)) if combines else None
-            for at, source in enumerate(sources):
+            if mean is not None:
+                sums[:] = mean[begin : begin + length]
+            for at, source in enumerate(sources if mean is None else ()):
                 raw = source.read(files, begin, length, dtype, scratch)
                 if matrix is not None:
                     matrix[at] = -0.0
@@ -269,7 +299,7 @@ def _tensor_chunks(
                     sums[part] = _combined(matrix[:, part], [source.share_of(row) for source in sources], rule)
             if scratch.moments is not None and before is not None:
                 kept = None if keep_rows is None else keep_rows[np.arange(begin, begin + length) // row_elements]
-                scratch.moments.step(info, begin, _wide(before, info.dtype, scratch.backend), sums, kept)
+                scratch.moments.step(info, begin, before, sums, kept, scratch.backend)
             scratch.backend.narrow_block(sums, info.dtype, out)
             if keep_rows is not None and before is not None:
                 for part, row in rows:
@@ -322,8 +352,7 @@ def _table_chunks(
                         _add(part, block, old_rows, source, share, info.dtype, scratch.backend)
             if scratch.moments is not None and before is not None:
                 kept = np.repeat(keep_rows[begin:end], columns)
-                old_values = _wide(before, info.dtype, scratch.backend)
-                scratch.moments.step(info, begin * columns, old_values, sums, kept)
+                scratch.moments.step(info, begin * columns, before, sums, kept, scratch.backend)
             scratch.backend.narrow_block(sums, info.dtype, out)
             if before is not None:
                 mask = keep_rows[begin:end]
@@ -352,13 +381,6 @@ def _add(
         backend.fold_block(sums, before, dtype, share if encoded else share * (1 - source.factor))
 
 
-def _wide(raw: np.ndarray, dtype: str, backend: FoldBackend) -> np.ndarray:
-    """Stored values as float64, (n,)."""
-    values = np.zeros(len(raw))
-    backend.fold_block(values, raw, dtype, 1.0)
-    return values
-
-
 def _combined(values: np.ndarray, shares: Sequence[float], rule: Robustness) -> np.ndarray:
     """The robust mean of the clients with a share, or their weighted mean if they are too few; ``values`` (n, m)."""
     present = [at for at, share in enumerate(shares) if share]
@@ -366,16 +388,6 @@ def _combined(values: np.ndarray, shares: Sequence[float], rule: Robustness) -> 
         return rule.combine(values[present])
     mean: np.ndarray = np.asarray(shares)[present] @ values[present]
     return mean
-
-
-def _rows(begin: int, length: int, row_elements: int) -> Iterator[tuple[slice, int]]:
-    """The rows in elements [begin, begin + length) as (slice of the block, row)."""
-    at = begin
-    while at < begin + length:
-        row = at // row_elements
-        end = min((row + 1) * row_elements, begin + length)
-        yield slice(at - begin, end - begin), row
-        at = end
 
 
 def _copy_chunks(path: Path, entry: TensorEntry, scratch: _Scratch) -> Iterator[memoryview]:

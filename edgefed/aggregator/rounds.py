@@ -51,7 +51,8 @@ class RoundPolicy:
     a round is undone if the held-out loss of most clients grows to this multiple; None: never. ``max_clients``: clients
     that are registered at most. ``max_staleness``: rounds by which an update may be late and still count, with less
     weight (`edgefed.aggregator.staleness`); 0: late updates are dropped. ``stop_after``: rounds without a better
-    held-out loss that end the run (`edgefed.aggregator.stopping`); None: none do.
+    held-out loss that end the run (`edgefed.aggregator.stopping`); None: none do. ``adapter_average``: what is averaged
+    of LoRA adapters, "product" (`edgefed.aggregator.adapter_products`) or "factors".
     """
 
     rounds: int
@@ -67,6 +68,7 @@ class RoundPolicy:
     max_clients: int = 4096
     max_staleness: int = 0
     stop_after: int | None = None
+    adapter_average: str = "factors"
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""
@@ -93,6 +95,10 @@ class RoundPolicy:
             wrong.append(f"client_timeout_s is {self.client_timeout_s}, expected a positive number")
         if self.quorum and self.clients_per_round and self.quorum > self.clients_per_round:
             wrong.append(f"quorum {self.quorum} is more than the {self.clients_per_round} clients of a round")
+        if self.adapter_average not in ("product", "factors"):
+            wrong.append(f"adapter_average is {self.adapter_average!r}, expected product or factors")
+        elif self.adapter_average == "product" and self.robust != "mean":
+            wrong.append(f"adapter_average is product, which robust={self.robust} cannot combine; expected factors")
         if wrong:
             raise ConfigError("; ".join(wrong))
 

@@ -36,6 +36,7 @@ from edgefed.aggregator.blobs import BlobBatch, BlobStore
 from edgefed.aggregator.records import MOMENTS
 from edgefed.aggregator.repair import blob_problem
 from edgefed.disk import READ_BYTES, disk_errors
+from edgefed.kernels.fold import FoldBackend
 from edgefed.protocol.frames import FLOAT_DTYPES, encode_header, read_header
 from edgefed.protocol.messages import TensorInfo, UnitInfo
 from edgefed.protocol.server_optimizer import ServerOptimizer
@@ -109,11 +110,16 @@ class UnitMoments:
         self._file.close()
         self._path.unlink(missing_ok=True)
 
-    def step(self, info: TensorInfo, begin: int, before: np.ndarray, sums: np.ndarray, kept: np.ndarray | None) -> None:
+    def step(
+        self, info: TensorInfo, begin: int, raw: np.ndarray, sums: np.ndarray, kept: np.ndarray | None,
+        backend: FoldBackend,
+    ) -> None:  # fmt: skip
         """Turn the aggregate ``sums``, elements from ``begin`` of a tensor, (n,) float64, into the next values.
 
-        ``before``: the current ones, (n,) float64. ``kept`` (n,) bool: elements that stay as they are.
+        ``raw``: the current ones as stored, (n,). ``kept`` (n,) bool: elements that stay as they are.
         """
+        before = np.zeros(len(sums))
+        backend.fold_block(before, raw, info.dtype, 1.0)
         how, self._stepped = self._optimizer, True
         delta = sums - before
         first = self._read(info.name, begin, len(sums))

@@ -1,12 +1,14 @@
-"""Slices of experts in updates: which rows of a neuron table a client sent (`edgefed.protocol.slices`)."""
+"""Rows in updates: those of a neuron table that a client sent (`edgefed.protocol.slices`), and weights by row."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from edgefed.aggregator.adapter_products import LORA_A
 from edgefed.disk import disk_errors
 from edgefed.errors import InvalidUpdate
 from edgefed.protocol.frames import ENCODED_DTYPE, TensorEntry, storage_dtype
@@ -65,3 +67,44 @@ def row_runs(rows: Sequence[int] | np.ndarray, shares: np.ndarray) -> Iterator[t
     breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(own) != 0)) + 1
     bounds = [0, *breaks.tolist(), len(rows)]
     yield from zip(bounds, bounds[1:], strict=False)
+
+
+def shares_of(
+    weights: Sequence[float | np.ndarray], info: TensorInfo
+) -> tuple[list[float | np.ndarray], np.ndarray | None]:
+    """Weights divided by their sum, per tensor or per row; and the rows that keep their old value, (E,) bool.
+
+    A tensor without a row per expert takes the mean of a client's row weights; so does the first factor of an adapter,
+    whose rows are its rank. Raises ValueError for a weight that is
+    negative or not finite.
+    """
+    arrays = [np.asarray(weight, dtype=np.float64) for weight in weights]
+    for array in arrays:
+        if array.ndim > 1 or not np.isfinite(array).all() or (array < 0).any():
+            raise ValueError(
+                f"a weight for tensor {info.name!r} is {array}: expected finite numbers from 0, scalar or (E,)"
+            )
+    rows = {array.shape for array in arrays if array.ndim}
+    if len(rows) > 1 or (rows and any(array.ndim == 0 for array in arrays)):
+        raise ValueError(f"the weights for tensor {info.name!r} are of different kinds: {[a.shape for a in arrays]}")
+    if not rows or not info.shape or (info.shape[0],) not in rows or info.name.endswith(LORA_A):
+        means = [float(array.mean()) for array in arrays]
+        total = float(sum(means))
+        return [mean / total if total > 0 else 0.0 for mean in means], None
+    total = np.sum(arrays, axis=0)
+    return [np.divide(array, total, out=np.zeros_like(array), where=total > 0) for array in arrays], total == 0
+
+
+def row_parts(begin: int, length: int, row_elements: int) -> Iterator[tuple[slice, int]]:
+    """The rows in elements [begin, begin + length) as (slice of the block, row)."""
+    at = begin
+    while at < begin + length:
+        row = at // row_elements
+        end = min((row + 1) * row_elements, begin + length)
+        yield slice(at - begin, end - begin), row
+        at = end
+
+
+def sent_values(info: TensorInfo, rows: np.ndarray | None) -> int:
+    """Values of a client's tensor: all of ``info``, or the ``rows`` of a table."""
+    return math.prod(info.shape if rows is None else (len(rows), *info.shape[1:]))

@@ -290,7 +290,7 @@ def check_private(server: Server, privacy: PrivacyConfig, method: Method, policy
     if method.personal or method.requirements.neurons:
         raise ConfigError(f"`dp_noise` has no effect with `method={method.name}`", remedy="Choose another method.")
     check_not_robust(server)
-    return dataclasses.replace(policy, clip=None, rollback=None, robust="mean")
+    return dataclasses.replace(policy, clip=None, rollback=None, robust="mean", adapter_average="factors")
 
 
 def other_privacy(server: Server, found: PrivacyConfig | None) -> str:
@@ -305,7 +305,12 @@ def other_privacy(server: Server, found: PrivacyConfig | None) -> str:
 
 
 def check_not_robust(server: Server) -> None:
-    """Raise ConfigError for a defence that lets one client's data decide how much another counts."""
+    """Raise ConfigError for a defence that lets one client's data decide how much another counts, and for products."""
+    if server.adapter_average == "product":
+        raise ConfigError(
+            "`adapter_average=product` cannot be combined with `dp_noise`: the noise is on the factors",
+            remedy="Remove it.",
+        )
     for name in ("clip", "rollback", "max_examples", "stop_after"):
         if getattr(server, name):
             raise ConfigError(

@@ -113,6 +113,11 @@ class Server:
         float | None,
         Setting("With `server_optimizer=adam`: added to the root of its second moment.", default="0.001", above=0),
     ] = None
+    adapter_average: Annotated[
+        Literal["product", "factors"] | None,
+        Setting("What is averaged of LoRA adapters: what they add to the weights, or their two factors.",
+                default="factors"),
+    ] = None  # fmt: skip
     rollback: Annotated[
         float | None,
         Setting("Undo a round that multiplies the held-out loss of most clients by this; 0: never.", default="1.5",

@@ -135,6 +135,7 @@ class SimulationConfig:
         seed: Of every random draw.
         training: Settings of local training.
         server_optimizer: What makes the next model from the aggregate of a round. None: that is the next model.
+        adapter_average: What is averaged of LoRA adapters, "product" or "factors".
         split: One data file for all devices. None: each device has its own.
         held_out_share: Share of each device's data for evaluation.
         evaluation_tokens: Held-out tokens per client for the evaluation of the global model after each round.
@@ -155,6 +156,7 @@ class SimulationConfig:
     seed: int = 0
     training: TrainingConfig = TrainingConfig()
     server_optimizer: ServerOptimizer | None = None
+    adapter_average: str = "factors"
     split: SplitData | None = None
     held_out_share: float = 0.1
     evaluation_tokens: int = 4096
@@ -196,6 +198,8 @@ class SimulationConfig:
             problems.append(f"alpha is {self.split.alpha}, expected a number above 0")
         problems += _training_problems(self.training)
         problems += [text.replace("_", "-").replace("`", "") for text in schedule_problems(self.training, self.rounds)]
+        if self.adapter_average not in ("product", "factors"):
+            problems.append(f"adapter-average is {self.adapter_average!r}, expected product or factors")
         if self.server_optimizer is not None:
             problems += [text.replace("`", "") for text in self.server_optimizer.problems()]
         if problems:

@@ -128,13 +128,13 @@ class InProcessAggregator(DirectAggregator):
     """One simulated run and its clients, on a clock that stands still.
 
     ``folder`` is made into a run of ``model`` if it holds none; a run that is there goes on where it stopped. Raises
-    StateCorrupt when it is another run than ``run``. ``clients`` are their ids.
+    StateCorrupt when it is another run than ``run``. ``clients`` are their ids; ``more`` are fields of `RoundPolicy`.
     """
 
-    def __init__(self, folder: Path, model: str, run: RunConfig, clients: Sequence[str]):
+    def __init__(self, folder: Path, model: str, run: RunConfig, clients: Sequence[str], **more: Any):
         # With min_clients 1 a client that leaves holds nobody up; with clients_per_round those who register after the
         # first one still take part in the first round.
-        policy = RoundPolicy(rounds=run.rounds, min_clients=1, clients_per_round=len(clients))
+        policy = RoundPolicy(rounds=run.rounds, min_clients=1, clients_per_round=len(clients), **more)
         if not has_run(folder):
             neurons = make_expert_method(run.method, run.method_options).requirements.neurons
             import_in_subprocess(model, folder, run, policy, neurons=neurons)

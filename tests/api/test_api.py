@@ -97,6 +97,10 @@ def test_a_server_refuses_what_has_no_effect_or_contradicts(tmp_path):
         serve(server_optimizer="momentum", server_beta2=0.5)
     with pytest.raises(ConfigError, match="`stop_after` cannot be combined with `dp_noise`"):
         serve(stop_after=3, dp_noise=1.0, dp_clip=1.0)
+    with pytest.raises(ConfigError, match="`adapter_average=product` cannot be combined with `dp_noise`"):
+        serve(adapter_average="product", dp_noise=1.0, dp_clip=1.0)
+    with pytest.raises(ConfigError, match="adapter_average is product, which robust=median cannot combine"):
+        serve(adapter_average="product", robust="median", train_experts="lora")
     with pytest.raises(ConfigError, match="`schedule` has no effect with fedmoe"):
         serve(method="fedmoe", schedule="cosine")
     with pytest.raises(ConfigError, match="`rounds`: 0"):

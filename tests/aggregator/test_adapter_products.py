@@ -1,0 +1,148 @@
+"""Adapters averaged as products: against a dense singular value decomposition, alone and in a fold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from toy_run import frame_of, new_unit, unit_values
+
+from edgefed.aggregator import fold
+from edgefed.aggregator.adapter_products import average_products
+from edgefed.aggregator.blobs import BlobStore
+from edgefed.aggregator.creation import RunWriter
+from edgefed.aggregator.fold import Robustness
+from edgefed.kernels.fold import NUMPY
+from edgefed.methods.interface import UnitMerge
+
+RANK, OUT, IN = 4, 24, 16
+
+
+def adapters(count, seed=0, *, out=OUT, size_in=IN, shared=0):
+    """Pairs (B, A) of ``count`` clients; the products have ``shared`` directions in common, or none."""
+    rng = np.random.default_rng(seed)
+    rows = rng.uniform(-1, 1, (RANK, size_in))
+    pairs = []
+    for _ in range(count):
+        lora_a = rng.uniform(-1, 1, (RANK, size_in))
+        if shared:
+            lora_a = rng.standard_normal((RANK, shared)) @ rows[:shared]
+        pairs.append((rng.standard_normal((out, RANK)), lora_a))
+    return pairs
+
+
+def best(dense, rank=RANK):
+    left, values, right = np.linalg.svd(dense, full_matrices=False)
+    return (left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+def error(found, expected):
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+@pytest.mark.parametrize("shape", [(OUT, IN), (3, IN), (OUT, RANK)])
+def test_the_product_is_the_best_of_its_rank(count, shape):
+    out, size_in = shape
+    weights = np.random.default_rng(count).dirichlet(np.ones(count))
+    pairs = adapters(count, out=out, size_in=size_in)
+    lora_b, lora_a = average_products((w, b, a) for w, (b, a) in zip(weights, pairs, strict=True))
+    dense = sum(w * b @ a for w, (b, a) in zip(weights, pairs, strict=True))
+    assert lora_b.shape == (out, RANK)
+    assert lora_a.shape == (RANK, size_in)
+    assert error(lora_b @ lora_a, best(dense)) < 1e-10
+
+
+def test_a_rank_that_suffices_makes_the_mean_exact_and_factors_do_not():
+    pairs = adapters(6, shared=3)
+    dense = sum(b @ a for b, a in pairs) / 6
+    lora_b, lora_a = average_products((1 / 6, b, a) for b, a in pairs)
+    assert error(lora_b @ lora_a, dense) < 1e-10
+    assert error(sum(b for b, _ in pairs) @ sum(a for _, a in pairs) / 36, dense) > 0.1
+
+
+def test_one_contributor_keeps_its_factors_and_an_untrained_adapter_can_learn():
+    ((lora_b, lora_a),) = adapters(1)
+    found_b, found_a = average_products([(1.0, lora_b, lora_a)])
+    np.testing.assert_allclose(found_b, lora_b, atol=1e-10)
+    np.testing.assert_allclose(found_a, lora_a, atol=1e-10)
+    zero_b, some_a = average_products([(0.5, np.zeros_like(lora_b), a) for _, a in adapters(2)])
+    assert not zero_b.any()
+    assert np.linalg.norm(some_a, axis=1).min() > 0.01, "no row of A is 0"
+
+
+def test_weights_by_row_and_inputs_below_the_rank():
+    pairs = adapters(2, shared=3)
+    rows = np.random.default_rng(1).uniform(0, 1, OUT)
+    lora_b, lora_a = average_products([(rows, *pairs[0]), (1 - rows, *pairs[1])])
+    dense = rows[:, None] * (pairs[0][0] @ pairs[0][1]) + (1 - rows)[:, None] * (pairs[1][0] @ pairs[1][1])
+    assert error(lora_b @ lora_a, dense) < 1e-10
+    assert average_products([(1.0, np.ones((OUT, RANK)), np.ones((RANK, RANK - 1)))]) is None
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with the adapter of an expert and that of a router of six experts: (units, blobs, fold of updates)."""
+    start = {kind: adapters(1, 9, out=out)[0] for kind, out in (("expert", OUT), ("router", 6))}
+    with RunWriter(tmp_path / "state") as writer:
+        units = [
+            writer.add_unit(*new_unit(f"{kind}:lora", kind, 0, 0 if kind == "expert" else -1, True, {
+                "w.lora_a": ("F32", pair[1].astype(np.float32)), "w.lora_b": ("F32", pair[0].astype(np.float32)),
+            }))
+            for kind, pair in start.items()
+        ]  # fmt: skip
+    blobs = BlobStore(tmp_path / "state")
+
+    def fold_of(pairs, plan, **limits):
+        files = {}
+        for client, tensors in pairs.items():
+            files[client] = tmp_path / client
+            files[client].write_bytes(frame_of({
+                f"{kind}:lora|w.lora_{part}": ("F32", values.astype(np.float32))
+                for kind, pair in tensors.items() for part, values in zip("ba", pair, strict=True)
+            }))  # fmt: skip
+        changed = fold.fold_round(units, plan, files, blobs, NUMPY, robustness=Robustness(products=True, **limits))
+        return {unit.key: unit_values(blobs.path(unit.sha256)) for unit in changed}
+
+    return start, fold_of
+
+
+def product(values):
+    return values["w.lora_b"].astype(np.float64) @ values["w.lora_a"].astype(np.float64)
+
+
+def test_a_fold_averages_products_per_expert_and_per_row(run, monkeypatch):
+    start, fold_of = run
+    common = adapters(3, 1, shared=2)
+    pairs = {c: {"expert": pair, "router": (pair[0][:6], pair[1])} for c, pair in zip("abc", common, strict=True)}
+    rows = {"a": np.array([1.0, 0, 0, 2, 0, 0]), "b": np.array([1.0, 0, 3, 0, 0, 0]), "c": np.zeros(6)}
+    plan = {
+        "expert:lora": UnitMerge((("c", 1.0), ("a", 2.0), ("b", 0.0))),
+        "router:lora": UnitMerge(tuple(rows.items())),
+    }
+    found = fold_of(pairs, plan)
+    dense = {c: pair[0] @ pair[1] for c, pair in zip("abc", common, strict=True)}
+    assert error(product(found["expert:lora"]), (2 * dense["a"] + dense["c"]) / 3) < 1e-5
+    old = start["router"][0] @ start["router"][1]
+    expected = np.stack([
+        (dense["a"][0] + dense["b"][0]) / 2, old[1], dense["b"][2], dense["a"][3], old[4], old[5],
+    ])  # fmt: skip
+    assert error(product(found["router:lora"]), best(expected)) < 1e-5
+    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 7)
+    again = fold_of(dict(reversed(pairs.items())), plan)
+    for key, values in found.items():
+        for name, array in values.items():
+            np.testing.assert_array_equal(again[key][name], array)
+
+
+def test_one_client_is_copied_bit_by_bit_and_a_shortened_one_is_shortened(run):
+    start, fold_of = run
+    (first, second) = adapters(2, 3)
+    own = {"a": {"expert": first}}
+    found = fold_of(own, {"expert:lora": UnitMerge((("a", 3.0),))})["expert:lora"]
+    np.testing.assert_array_equal(found["w.lora_a"], first[1].astype(np.float32))
+    both = {"a": {"expert": first}, "b": {"expert": second}}
+    plan = {"expert:lora": UnitMerge((("a", 1.0), ("b", 1.0)))}
+    found = fold_of(both, plan, factors={("b", "expert:lora"): 0.25})["expert:lora"]
+    shortened = [old + 0.25 * (new - old) for old, new in zip(start["expert"], second, strict=True)]
+    dense = (first[0] @ first[1] + shortened[0] @ shortened[1]) / 2
+    assert error(product(found), best(dense)) < 1e-5
