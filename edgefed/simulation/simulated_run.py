@@ -127,12 +127,9 @@ class SimulatedRun:
         rounds: list[RoundResult] = []
         stopped = ""
         with InProcessAggregator(
-            self._folder / "run",
-            self._model_source,
-            self._run,
-            [client.client_id for client in self._clients],
+            self._folder / "run", self._model_source, self._run, [client.client_id for client in self._clients],
             adapter_average=self._config.adapter_average,
-        ) as aggregator:
+        ) as aggregator:  # fmt: skip
             first = self._first(aggregator)
             for server_round in range(1, self._config.rounds + 1):
                 try:
