@@ -274,6 +274,10 @@ class LayerRuntime:
         )
         if self.bank is not None:
             self.bank.release()
+            if self.bank.offload is not None and hidden_states.requires_grad:
+                # The gradient of the input is complete when the backward pass has read the weights.
+                release = self.bank.release
+                hidden_states.register_hook(lambda gradient: release())  # type: ignore[no-untyped-call]
         if stream is not None and output.requires_grad:
             # Tensor hooks run before the backward pass of what made the tensor.
             enter = functools.partial(stream.enter, self.layer.ordinal, backward=True)

@@ -133,33 +133,45 @@ def test_memory_is_that_of_what_trains(deep, tmp_path, mode):
     assert not list(tmp_path.iterdir()), "the files have no name, though they are in use"
 
 
+def mapped_in(folder):
+    """Number of files in a folder that have pages in this process's memory."""
+    files, number = set(), ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line[0].isupper():
+            number = line.split()[4] if f"{folder}/" in line else ""
+        elif number and line.startswith("Rss:") and int(line.split()[1]):
+            files.add(number)
+    return len(files)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize(("checkpointed", "early_stop"), [(False, True), (True, True), (True, False)])
 def test_only_the_layer_that_computes_is_mapped(deep, tmp_path, checkpointed, early_stop, mode):
-    def mapped():
-        """Layers with pages in memory."""
-        files, number = set(), ""
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            if not line[0].isupper():
-                number = line.split()[4] if f"{tmp_path}/" in line else ""
-            elif number and line.startswith("Rss:") and int(line.split()[1]):
-                files.add(number)
-        return len(files)
-
     scope, stream = TrainScope(experts=mode), stream_in(tmp_path, copies=False)
     model, _ = trained(deep, scope, stream, "nf4", steps=1)
-    per_layer = mapped()  # of the first layer, which the backward pass used last
+    per_layer = mapped_in(tmp_path)  # of the first layer, which the backward pass used last
     assert 0 < per_layer < 12
     seen = []
     for layer in model.layers:
-        layer.experts.register_forward_hook(lambda *_: seen.append(mapped()))
+        layer.experts.register_forward_hook(lambda *_: seen.append(mapped_in(tmp_path)))
     with checkpointing(model.module, checkpointed), set_checkpoint_early_stop(early_stop):  # a measured step does not
         loss = model.module(deep.input_ids, labels=deep.input_ids).loss
         for layer in model.layers:
-            layer.router.register_full_backward_hook(lambda *_: seen.append(mapped()))
+            layer.router.register_full_backward_hook(lambda *_: seen.append(mapped_in(tmp_path)))
         loss.backward()
     assert max(seen) <= per_layer, seen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_backward_pass_releases_what_it_reads_of_offloaded_experts(deep, tmp_path, checkpointed):
+    scope, space = TrainScope(experts="full"), OffloadSpace(CPU, tmp_path, copies=False)
+    model, _ = trained(deep, scope, space, steps=1)
+    with checkpointing(model.module, checkpointed):
+        model.module(deep.input_ids, labels=deep.input_ids).loss.backward()
+    weights = len({value.untyped_storage().data_ptr() for value in model.bank(0).parameters()})
+    assert mapped_in(tmp_path) <= weights, "of the first layer, whose input has no gradient, at most"
 
 
 def test_a_layer_without_frozen_experts_among_streamed_ones(deep, tmp_path):
