@@ -152,7 +152,7 @@ class Gradients:
         call = self._call
         run, kernel = call.kernels.grouped_matmul, call.kernel
         ones = [1.0] * len(side.projections)
-        dense = [p.data if p.scale < 0 else -1 for p in side.projections]
+        dense = [p.matrix.data if p.matrix.scale < 0 else -1 for p in side.projections]
         if call.structure.is_transposed and self.wants(dense):  # W is (in, out)
             rows = x if x_rows is None else x[x_rows.clamp(0, x.shape[0] - 1).long()]
             self.collect(dense, ones, pairs, rows, dy, None)
@@ -198,7 +198,7 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor, dict[int, torch.Tensor]]:
     """Compute the gradients of x (T, H), weights (T, K) float32 and tensors by index. dy, x: the layer's dtype."""
     kernels, gradients = call.kernels, Gradients(call, layout, wanted)
-    trains_down = bool(wanted) and gradients.wants([index for p in layout.down.projections for index in p.own()])
+    trains_down = bool(wanted) and gradients.wants([index for p in layout.down.projections for index in p.trainable()])
     up, low = project(call, layout.up, pairs, x, pairs.tokens, call.structure.up_width)
     d_act, _ = back_project(call, layout.down, pairs, dy, pairs.tokens, call.structure.width)  # D
     if call.is_swiglu:
@@ -297,7 +297,7 @@ class _MaskedExperts(torch.autograd.Function):
             begins = begins.tolist()
             for slot, sides in enumerate(zip(call.structure.ups, call.structure.downs, strict=True)):
                 if begins[slot] == begins[slot + 1]:
-                    for index in (index for p in sides for index in p.own()):
+                    for index in (index for p in sides for index in p.trainable()):
                         gradients.pop(index, None)
         return (
             None,

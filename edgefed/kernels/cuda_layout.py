@@ -15,30 +15,14 @@ import torch
 
 from edgefed.kernels.cuda_kernels import Matrices, Operand, matrix_table
 from edgefed.kernels.dispatch import Unsupported
+from edgefed.kernels.native_call import Projection, Tensors
 from edgefed.kernels.quantization import QuantizedMatrix
-from edgefed.native import DTYPE_CODES, dtype_code
+from edgefed.native import dtype_code
 
 if TYPE_CHECKING:
-    from edgefed.kernels.masked_experts import LastingSlots, LowRankPair, Slots
+    from edgefed.kernels.masked_experts import LastingSlots, Slots
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """One of a slot's two matrices, with bias and adapter, as indices of the layer's tensors; -1 for none."""
-
-    data: int
-    scale: int
-    code: int
-    blocksize: int
-    bias: int
-    lora: tuple[int, int, float] | None
-    rank: int
-
-    def own(self) -> tuple[int, ...]:
-        """Indices of the tensors that can be trainable."""
-        return (self.data, self.bias, *(self.lora[:2] if self.lora else ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,54 +44,33 @@ class Structure:
             index: slot
             for side in (self.ups, self.downs)
             for slot, p in enumerate(side)
-            for index in p.own()
+            for index in p.trainable()
             if index >= 0
         }
-
-
-class _Tensors:
-    """Collects the tensors of a layer and the dtypes of its slots."""
-
-    def __init__(self) -> None:
-        self.all: list[torch.Tensor] = []
-        self.dtypes: set[torch.dtype] = set()
-        self.has_nested = False
-
-    def add(self, tensor: torch.Tensor | None) -> int:
-        if tensor is None:
-            return -1
-        self.all.append(tensor)
-        return len(self.all) - 1
-
-    def projection(
-        self, weight: torch.Tensor | QuantizedMatrix, bias: torch.Tensor | None, lora: LowRankPair | None
-    ) -> Projection:
-        self.dtypes.add(weight.dtype)
-        if isinstance(weight, QuantizedMatrix):
-            self.has_nested |= weight.nested is not None
-            data, scale = self.add(weight.packed), self.add(weight.scales())
-            code, blocksize = DTYPE_CODES[weight.format], weight.blocksize
-        else:
-            data, scale, code, blocksize = self.add(weight), -1, -1, 0
-        adapter = None if lora is None else (self.add(lora.lora_a), self.add(lora.lora_b), lora.scale)
-        rank = 0 if lora is None else lora.lora_a.shape[0]
-        return Projection(data, scale, code, blocksize, self.add(bias), adapter, rank)
 
 
 def collect(slots: Slots, is_transposed: bool) -> tuple[Structure, list[torch.Tensor]]:
     """Read every slot. Raises Unsupported if slots differ in dtype or shape, or have one without a kernel."""
     experts = [slots[slot] for slot in range(len(slots))]
-    tensors = _Tensors()
+    tensors = Tensors()
     ups = tuple(tensors.projection(e.up, e.up_bias, e.up_lora) for e in experts)
     downs = tuple(tensors.projection(e.down, e.down_bias, e.down_lora) for e in experts)
+    dtypes = {p.matrix.dtype for p in (*ups, *downs)}
     shapes = {(tuple(e.up.shape), tuple(e.down.shape)) for e in experts}
-    if len(tensors.dtypes) > 1 or len(shapes) > 1:
-        raise Unsupported(f"slots differ in dtype or shape: {sorted(map(str, tensors.dtypes))}, {sorted(shapes)}")
-    (dtype,), ((up, down),) = tensors.dtypes, shapes
+    if len(dtypes) > 1 or len(shapes) > 1:
+        raise Unsupported(f"slots differ in dtype or shape: {sorted(map(str, dtypes))}, {sorted(shapes)}")
+    (dtype,), ((up, down),) = dtypes, shapes
     if dtype not in DTYPES:
         raise Unsupported(f"no kernel for weights of {dtype}")
     side = 1 if is_transposed else 0
-    return Structure(ups, downs, dtype, up[side], down[1 - side], is_transposed, tensors.has_nested), tensors.all
+    stored = [weight for e in experts for weight in (e.up, e.down) if isinstance(weight, QuantizedMatrix)]
+    has_nested = any(weight.nested is not None for weight in stored)
+    return Structure(ups, downs, dtype, up[side], down[1 - side], is_transposed, has_nested), tensors.all
+
+
+def _rank(projection: Projection, tensors: Sequence[torch.Tensor]) -> int:
+    """Return the rank of the projection's adapter, 0 for none."""
+    return 0 if projection.lora is None else tensors[projection.lora[0]].shape[0]
 
 
 class Factors:
@@ -117,7 +80,7 @@ class Factors:
     """
 
     def __init__(self, rank: int, side: Sequence[Projection], tensors: list[torch.Tensor], is_transposed: bool):
-        own = [p.lora if p.lora is not None and p.rank == rank else None for p in side]
+        own = [p.lora if _rank(p, tensors) == rank else None for p in side]
         self.rank = rank
         self.lora_a = [-1 if lora is None else lora[0] for lora in own]
         self.lora_b = [-1 if lora is None else lora[1] for lora in own]
@@ -163,16 +126,14 @@ class Side:
     are those of further ranks, and ``factors`` are all.
     """
 
-    def __init__(
-        self, projections: Sequence[Projection], tensors: list[torch.Tensor], dtype: torch.dtype, is_transposed: bool
-    ):
+    def __init__(self, projections: Sequence[Projection], tensors: list[torch.Tensor], is_transposed: bool):
         self.projections = projections
         self.biases = [p.bias for p in projections]
-        ranks = sorted({p.rank for p in projections if p.lora is not None}, reverse=True)
+        ranks = sorted({_rank(p, tensors) for p in projections if p.lora is not None}, reverse=True)
         self.factors = [Factors(rank, projections, tensors, is_transposed) for rank in ranks]
         self.fused = next((each for each in self.factors if each.fused), None)
         self.others = [each for each in self.factors if each is not self.fused]
-        self._tensors, self._code = tensors, dtype_code(dtype)
+        self._tensors = tensors
 
     @functools.cached_property
     def forward(self) -> Matrices:
@@ -189,8 +150,8 @@ class Side:
         none = [-1] * len(self.projections)
         return matrix_table([
             Operand(
-                self._tensors[p.data], self._code if p.code < 0 else p.code, tensors[p.scale], p.blocksize,
-                tensors[bias], factor=tensors[factor],
+                self._tensors[p.matrix.data], p.matrix.code, tensors[p.matrix.scale], p.matrix.blocksize, tensors[bias],
+                factor=tensors[factor],
             )
             for p, bias, factor in zip(self.projections, biases or none, factors or none, strict=True)
         ])  # fmt: skip
@@ -206,7 +167,8 @@ class Layout:
     def __init__(self, structure: Structure, tensors: Sequence[torch.Tensor]):
         self.structure = structure
         sides = (structure.ups, structure.downs)
-        packed = {index for side in sides for p in side if p.scale >= 0 for index in (p.data, p.scale)}
+        matrices = [p.matrix for side in sides for p in side]
+        packed = {index for m in matrices if m.scale >= 0 for index in (m.data, m.scale)}
         adapters = {index for side in sides for p in side if p.lora for index in p.lora[:2]}
         self.tensors = [
             (
@@ -219,8 +181,8 @@ class Layout:
         self.given = [tensor.dtype for tensor in tensors]
         self._shapes = [tensor.shape for tensor in tensors]
         self.is_copied = any(own is not given for own, given in zip(self.tensors, tensors, strict=True))
-        self.up = Side(structure.ups, self.tensors, structure.dtype, structure.is_transposed)
-        self.down = Side(structure.downs, self.tensors, structure.dtype, structure.is_transposed)
+        self.up = Side(structure.ups, self.tensors, structure.is_transposed)
+        self.down = Side(structure.downs, self.tensors, structure.is_transposed)
         self.trainable = tuple(index for index, tensor in enumerate(tensors) if tensor.requires_grad)
         self._slot_of = structure.slot_of()
 

@@ -1,4 +1,4 @@
-"""The parts of a call of `edgefed.kernels.native_experts`: experts, projections, and their tensors by index."""
+"""The parts of a call of the native and CUDA experts: experts, projections, and their tensors by index."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ class Projection(NamedTuple):
     matrix: Matrix
     bias: int
     lora: tuple[int, int, float] | None
+
+    def trainable(self) -> tuple[int, ...]:
+        """Return the indices of the tensors that can be trainable, -1 for those that are missing."""
+        return (self.matrix.data, self.bias, *(self.lora[:2] if self.lora else ()))
 
 
 class Expert(NamedTuple):

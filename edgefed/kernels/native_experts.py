@@ -231,8 +231,7 @@ def backward(
             own = rows[begin:end]
             if needs_weights and down.bias >= 0:
                 d_factors[expert.begin : expert.end] += g[own].float() @ tensors[down.bias].float()
-            own_tensors = [down.matrix.data, down.bias, *(down.lora[:2] if down.lora else ())]
-            if any(gradients.wants(index) for index in own_tensors):
+            if any(gradients.wants(index) for index in down.trainable()):
                 weighted = g[own] * factor[begin:end].unsqueeze(1).to(dtype)
                 gradients.projection(down, weighted, act[begin:end], None, call.is_transposed)
                 del weighted
