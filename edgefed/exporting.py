@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shutil
 import tempfile
 import threading
@@ -76,6 +77,8 @@ class _Model(msgspec.Struct, frozen=True):
     manifest: Manifest
     paths: Mapping[str, Path]
     own: Mapping[str, Path] = {}
+    history: tuple[RoundStatus, ...] = ()
+    """The rounds that made it; a device does not know them."""
     check: BlobCheck | None = None
     """Checks the files while they are read; None: they were checked when they arrived."""
     private: Path | None = None
@@ -187,7 +190,7 @@ def _write_format(model: _Model, scratch: Path, to: Path, format: Format, dtype:
     for key, path in model.own.items():
         files.add([units[key]], {units[key].sha256: path})
     write_chat_template(scratch)
-    _add_card(scratch / CARD_FILE, model.record)
+    _write_card(scratch / CARD_FILE, model)
     (scratch / RECORD_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(model.record), indent=2) + b"\n")
     scope = train_scope(model.run.training)
     if model.private and (adapters := load_private(model.private, model.run.run_id)):
@@ -208,35 +211,28 @@ def _write_format(model: _Model, scratch: Path, to: Path, format: Format, dtype:
         export_checkpoint(source, scratch, to, dtype=dtype, scope=scope)
 
 
-def _add_card(path: Path, record: ExportRecord) -> None:
-    """Add how the model was made to its model card, or make one."""
-    text = path.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if path.exists() else ""
-    if record.privacy is None:
-        privacy = "No noise was added, so differential privacy is not guaranteed."
-    else:
-        privacy = (
-            f"Client-level differential privacy of the weights: {record.privacy} (noise multiplier "
-            f"{record.privacy.noise:g}, clip {record.privacy.clip:g}). Numbers that clients reported are not covered."
-        )
-    text += (
-        f"# Federated fine-tuning\n\nThis is {record}. Trained with edgefed {record.edgefed_version} on data that "
-        f"stayed on its devices.\n\n{privacy}\n"
-    )
-    path.write_text(text, encoding="utf-8")
+def _write_card(path: Path, model: _Model) -> None:
+    from edgefed.formats.card import model_card
+
+    base_card = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    record = model.record
+    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", record.model) is not None and not Path(record.model).exists()
+    path.write_text(model_card(base_card, record, model.history, hub_name), encoding="utf-8")
 
 
-def _privacy_before(history: Iterable[RoundStatus], server_round: int) -> PrivacyStatus | None:
-    """What had been spent when a round began."""
-    return next((done.privacy for done in reversed(tuple(history)) if done.server_round < server_round), None)
+def _before(history: Iterable[RoundStatus], server_round: int) -> tuple[RoundStatus, ...]:
+    """Return the rounds that made the model at the start of a round."""
+    return tuple(done for done in history if done.server_round < server_round)
 
 
 def _record(
     run: RunConfig, manifest: Manifest, source: Literal["run", "server", "device"], unchanged: bool, own_units: int = 0,
-    privacy: PrivacyStatus | None = None,
+    history: tuple[RoundStatus, ...] = (),
 ) -> ExportRecord:  # fmt: skip
     return ExportRecord(
         model=run.model, method=run.method, run_id=run.run_id, rounds=run.rounds, server_round=manifest.server_round,
-        source=source, own_units=own_units, unchanged=unchanged, privacy=privacy,
+        source=source, own_units=own_units, unchanged=unchanged,
+        privacy=history[-1].privacy if history else None,
     )  # fmt: skip
 
 
@@ -271,10 +267,10 @@ def _run_model(folder: Path, server_round: int | None, format: Format) -> Iterat
         _check_shared(manifest.units, str(folder), reader.run)
         manifest = _needed(manifest, reader.run, format)
         unchanged = reader.is_unchanged(manifest.server_round)
-        privacy = _privacy_before(reader.history(), manifest.server_round)
-        record = _record(reader.run, manifest, "run", unchanged, privacy=privacy)
+        history = _before(reader.history(), manifest.server_round)
+        record = _record(reader.run, manifest, "run", unchanged, history=history)
         check = reader.check(manifest)
-        yield _Model(record, reader.run, manifest, check.paths, check=check)
+        yield _Model(record, reader.run, manifest, check.paths, history=history, check=check)
 
 
 @contextlib.contextmanager
@@ -290,8 +286,9 @@ def _server_model(
         manifest = _needed(manifest, status.run, format)
         unchanged = not changed_before(status.history, manifest.server_round, status.run)
         paths = download.fetch([*manifest.files, *manifest.units], {})
-        privacy = _privacy_before(status.history, manifest.server_round)
-        yield _Model(_record(status.run, manifest, "server", unchanged, privacy=privacy), status.run, manifest, paths)
+        history = _before(status.history, manifest.server_round)
+        record = _record(status.run, manifest, "server", unchanged, history=history)
+        yield _Model(record, status.run, manifest, paths, history=history)
 
 
 @contextlib.contextmanager

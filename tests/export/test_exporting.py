@@ -21,8 +21,9 @@ from edgefed.cli.main import main
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError, ServerUnreachable, StateCorrupt, StorageError
 from edgefed.exporting import ExportRecord, export_model, read_record
+from edgefed.formats.card import model_card
 from edgefed.progress import NullProgress
-from edgefed.protocol.messages import Assignment, RunConfig, TrainingConfig
+from edgefed.protocol.messages import Assignment, RoundStatus, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
@@ -99,6 +100,37 @@ def test_an_export_that_cannot_be_written_names_its_target(exported, tmp_path, m
 def test_the_record_names_the_round(changes, sentence):
     record = ExportRecord(model="tiny", method="flux", run_id="r", rounds=4, server_round=3, source="run")
     assert str(msgspec.structs.replace(record, **changes)) == sentence
+
+
+BASE_CARD = "---\nlicense: apache-2.0\nbase_model: other/base\n---\n\n# OLMoE\n\nText.\n"
+
+
+def test_the_card_states_the_facts_of_the_run():
+    record = ExportRecord(model="allenai/OLMoE", method="flux", run_id="r", rounds=4, server_round=3, source="run")
+    done = [
+        RoundStatus(
+            server_round=number, participants=number + 1, updates=2, seconds=1.0, uploaded_bytes=1, experts_changed=1,
+            metrics={"train_loss": 4.0 / number},
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    card = model_card(BASE_CARD, record, done, hub_name=True)
+    metadata, text = card.removeprefix("---\n").split("\n---\n")
+    expected = ["license: apache-2.0", "base_model: allenai/OLMoE", "tags:", "- federated-learning"]
+    assert metadata.splitlines() == expected
+    for fact in (
+        "# OLMoE\n\nText.", "| Licence of the base model | apache-2.0 |", "| Method | flux |", "| Rounds | 2 of 4 |",
+        "| Clients in a round | 2 to 3 |", "| Updates that counted | 4 |",
+        "| Training loss | 4 in round 1, 2 in round 2 |", "| Privacy | No noise was added",
+    ):  # fmt: skip
+        assert fact in text
+    plain = model_card("", record, [], hub_name=False)
+    assert "| Licence of the base model | not stated in its card |" in plain
+    assert "base_model:" not in plain
+
+
+def test_the_card_is_part_of_an_export(exported):
+    assert "| Base model | tiny |" in (exported / "README.md").read_text()
 
 
 def test_files_have_the_same_modes(tmp_path):
