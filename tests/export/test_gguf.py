@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.cli.main import main
@@ -192,6 +196,35 @@ def test_llama_cpp_rounds_the_range_of_yarn(save_toy, tmp_path):
 def test_llama_cpp_computes_near_logits_of_quantized_files(wide, tmp_path, dtype, tolerance):
     out = export_gguf(MemorySource(wide.units()), wide.folder, tmp_path / "out", dtype=dtype)
     check_logits(wide, out, tolerance)
+
+
+def save_sentencepiece(folder):
+    """A tokenizer as transformers makes it of SentencePiece: BPE with a byte fallback."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)])
+    tokenizer.train_from_iterator(Path(__file__).read_text(encoding="utf-8").split(), trainer)
+    described = json.loads(tokenizer.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_llama_cpp_gives_the_tokens_of_transformers(kind, wide, tmp_path):
+    if kind == "sentencepiece":
+        save_sentencepiece(wide.folder)
+    server = server_of(export_gguf(MemorySource(wide.units()), wide.folder, tmp_path / "out") / MODEL_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(wide.folder)
+    for text in ("Hello world, it's 2026!", "def area(x):\n    return x * 31415\n\n", "  naïve café — 你好 🦙  ", "a"):
+        request = {"content": text, "add_special": True, "parse_special": True}
+        found = httpx.post(f"{server.listening_address}/tokenize", json=request).json()["tokens"]
+        assert found == tokenizer(text)["input_ids"]
 
 
 @pytest.mark.parametrize(
