@@ -5,7 +5,8 @@
 Three real agents train the tiny model on different text. The liar, a fourth client, sends in each round: weights times
 10^6 (scale); the largest float (huge); noise of standard deviation 1 (noise); small noise as if of 10^9 examples of the
 highest importance (examples); three times the last round's change, backwards (reverse). The loss is what the three
-measure of the final model on their held-out text; the reference is the same run with the three alone.
+measure of the final model on their held-out text; the reference is the same run with the three alone. Each run adds a
+row to the file, and the command may be interrupted and repeated; rows of another commit are measured again.
 """
 
 from __future__ import annotations
@@ -163,20 +164,28 @@ def main() -> None:
         run_id="liar", model="tiny", method="fedavg", method_options={}, rounds=options.rounds + 1, seed=7,
         training=TRAINING,
     )  # fmt: skip
+    origin = provenance()
     rows: list[dict[str, object]] = []
+    if options.json and options.json.exists():
+        stored = json.loads(options.json.read_text())
+        rows = [
+            row for row in stored["runs"] if (stored["commit"], row["rounds"]) == (origin["commit"], options.rounds)
+        ]
     with tempfile.TemporaryDirectory(prefix="edgefed-liar-") as name:
         template = Path(name) / "state"
         policy = RoundPolicy(rounds=run.rounds, min_clients=3, clip=2.0, rollback=1.5, client_timeout_s=600.0)
         import_in_subprocess(resolve_model("tiny"), template, run, policy)
         for robust in options.robust:
             for attack in (None, *options.attacks):
+                if any((row["attack"], row["robust"]) == (attack, robust) for row in rows):
+                    continue
                 row = federate(template, options.rounds, attack, robust)
                 reference = next(r["final_loss"] for r in rows + [row] if r["attack"] is None and r["robust"] == robust)
                 row["against_the_three_alone"] = row["final_loss"] / reference - 1
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 if options.json:
-                    options.json.write_text(json.dumps({**provenance(), "runs": rows}, indent=1) + "\n")
+                    options.json.write_text(json.dumps({**origin, "runs": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
