@@ -139,7 +139,8 @@ class Federation:
         """Agents that have not finished. Notes what ended with an error."""
         for number, process in self.agents.items():
             if process.poll() not in (None, 0, -signal.SIGKILL):
-                self.ended_by_themselves.append(f"agent {number}: exit {process.returncode}")
+                said = (self.folder / "agents.log").read_text(errors="replace").strip().splitlines()[-1:]
+                self.ended_by_themselves.append(f"agent {number}: exit {process.returncode}: {' '.join(said)[:300]}")
                 self.start_agent(number)
         if self.server.poll() is not None:
             self.ended_by_themselves.append(f"server: exit {self.server.returncode}")
