@@ -110,7 +110,9 @@ def store_update(content: Any, path: Path) -> str:
 class NoSource:
     """Blobs come with Flower's messages only."""
 
-    def download(self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None) -> None:
+    def download(
+        self, sha256: str, size_bytes: int, path: Path, on_bytes: OnBytes | None = None, base: Path | None = None
+    ) -> None:
         """Refuse."""
         raise NotFound(f"blob {sha256[:12]} is not on this device")
 
