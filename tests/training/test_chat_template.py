@@ -463,7 +463,7 @@ def test_renderings_do_not_grow_with_the_number_of_turns(monkeypatch):
         rendered.clear()
         template.lay_out(chat(*(f"text {number}" for number in range(turns))))
         counts.append(len(rendered))
-    assert counts[0] == counts[1] <= 4
+    assert counts[0] == counts[1] <= 5
 
 
 def test_packaged_tokenizer_with_and_without_a_template():

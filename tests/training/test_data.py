@@ -80,7 +80,7 @@ def test_chat_records_keep_all_fields_for_the_template(tmp_path):
     assert example.tools == record["tools"]
     assert [segment.message() for segment in example.segments] == [
         {"role": "user", "content": "Say hi", "name": "Ann"},
-        {"role": "assistant", "tool_calls": [call]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "hi", "tool_call_id": "1"},
         {"role": "assistant", "content": "hi", "reasoning_content": "easy"},
     ]
