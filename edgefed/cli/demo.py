@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgefed.protocol.messages import Status
     from edgefed.simulation.demo import MethodResult, PersonalClientResult
 
-USUAL_S, USUAL_METHOD_S, USUAL_PERSONAL_S = 90.0, 45.0, 45.0
+USUAL_S, USUAL_METHOD_S, USUAL_PERSONAL_S = 110.0, 55.0, 45.0
 """Time of the demo on two idle cores with its usual settings, of each further method, and of that of fedmoe."""
 COMPARED = ("slices", "hfedmoe", "flux", "random", "local", "fedavg")
 
@@ -34,7 +34,7 @@ class DemoSettings:
     out: Annotated[Path, Setting("Folder for everything the demo writes.")] = Path("edgefed-demo")
     method: Annotated[str, Setting("slices, hfedmoe, flux, fedmoe, or a baseline.")] = "slices"
     compare: Annotated[bool, Setting("Also run the other methods on the same seed, into table and picture.")] = False
-    rounds: Annotated[int | None, Setting("Number of rounds.", default="5; fedmoe: 20", minimum=1)] = None
+    rounds: Annotated[int | None, Setting("Number of rounds.", default="4; fedmoe: 20", minimum=1)] = None
     clients: Annotated[int | None, Setting("Number of clients.", default="4; fedmoe: 5", minimum=1)] = None
     local_steps: Annotated[int | None, Setting("Optimizer steps of a client in a round.", default="12", minimum=1)] = (
         None

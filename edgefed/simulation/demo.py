@@ -48,7 +48,7 @@ class DemoConfig:
 
     out: Path
     methods: tuple[str, ...] = ("slices",)
-    rounds: int = 5
+    rounds: int = 4
     clients: int = 4
     local_steps: int = 12
     batch_size: int = 8

@@ -103,7 +103,8 @@ class LocalFederation:
                     status = server.status()
                     on_status(status)
                 time.sleep(poll_s)
-        for child in reversed(self._children):  # the server goes last, once every agent has heard the end
+        self._children[0].process.terminate()  # every agent has ended; the server would still wait for a download
+        for child in self._children:
             try:
                 child.process.wait(timeout=END_TIMEOUT_S)
             except subprocess.TimeoutExpired as error:

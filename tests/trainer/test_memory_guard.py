@@ -643,7 +643,7 @@ def test_a_loss_that_cannot_be_chunked_is_planned_without(rig, monkeypatch):
         training_memory(planner.shape, each, *counts, correction).total_bytes
         for each in (setup, dataclasses.replace(setup, chunked_loss=True))
     )
-    monkeypatch.setattr(trainer_module, "chunking_problem", lambda *args: "it has terms beside it")
+    monkeypatch.setattr("edgefed.trainer.memory_guard.chunking_problem", lambda *args: "it has terms beside it")
     memory = FixedMemory((plain + chunked) // 2)
     trainer = table.trainer(memory, name="probe", folder="other", costs=Corrected(correction))  # the same draws
     update = table.round(trainer)
