@@ -31,6 +31,7 @@ from edgefed.formats.checkpoint import export_checkpoint
 from edgefed.formats.weights import new_folder
 from edgefed.kernels.quantization import quantize_experts
 from edgefed.moe.architecture import ExpertLayer, discover_layers, expert_activation
+from edgefed.moe.loading import without_progress_bars
 from edgefed.moe.units import ExpertSource, TrainScope
 from edgefed.moe.weight_files import WEIGHT_SUFFIXES
 
@@ -76,7 +77,10 @@ def export_onnx(
     with new_folder(Path(to), "model") as folder:
         with tempfile.TemporaryDirectory(prefix="edgefed-onnx-") as scratch:
             checkpoint = export_checkpoint(units, files_folder, Path(scratch) / "model", "float32", scope)
-            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False, dtype=torch.float32)
+            with without_progress_bars():
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    checkpoint, trust_remote_code=False, dtype=torch.float32
+                )
         model.eval()
         for layer in discover_layers(model):
             _prepare(layer, int8=dtype == "int8")
