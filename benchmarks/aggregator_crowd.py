@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import http.client
 import itertools
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,22 +130,9 @@ def crowd(url: str, clients: int, share: float, certificate: Path | None = None)
     seconds: dict[str, float] = {}
 
     def phase(name: str, work: Callable[[Member], object]) -> None:
-        errors: list[BaseException] = []
-
-        def guarded(member: Member) -> None:
-            try:
-                work(member)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=guarded, args=(member,)) for member in members]
         started = time.monotonic()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
+        with concurrent.futures.ThreadPoolExecutor(len(members)) as pool:
+            list(pool.map(work, members))
         seconds[name] = time.monotonic() - started
 
     phase("register", Member.register)

@@ -1,18 +1,13 @@
 // Codecs of changes. The specification is edgefed/kernels/compression.py: decoding gives the same bits as its numpy
 // reference, and so does encoding, except that scales of sums may differ in the last bit.
-#include "edgefed.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-namespace {
+#include "edgefed.h"
+#include "number_formats.h"
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define EF_WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EF_WIDEST
-#endif
+namespace {
 
 constexpr int64_t kLargestBlock = 4096;
 constexpr float kMaxScale = 1e30f, kSmallest = 1e-30f;

@@ -1,19 +1,14 @@
 // Weighted sums of raw tensor blocks, for the aggregator. The specification is edgefed/kernels/fold.py: each function
 // here gives the same bits as its numpy reference there, which is why nothing may be contracted into a fused
 // multiply-add (setup.py compiles with -ffp-contract=off).
-#include "edgefed.h"
-
 #include <cstring>
+
+#include "edgefed.h"
+#include "number_formats.h"
 
 namespace {
 
-// Vector width is chosen when the library is loaded, if the tool chain supports it. Wider vectors change no bit:
-// every element is computed independently.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define EF_WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EF_WIDEST
-#endif
+// Wider vectors (EF_WIDEST) change no bit: every element is computed independently.
 
 constexpr int64_t kUnknownDtype = -2;
 constexpr uint64_t kExponent64 = 0x7FF0000000000000ull;

@@ -124,25 +124,42 @@ EF_BRAIN void pack_pairs(const uint16_t* const* rows, int64_t count, int64_t k, 
   }
 }
 
+// Sums of two tiles at `upper`, and with four tiles two at `lower`, to and from the tile registers 0 to 3. Inlined, since
+// a call keeps no tile register.
+template <int tiles>
+EF_AMX_TARGET EF_INLINE void load_sums(const float* upper, const float* lower, bool begins) {
+  if (begins) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    return;
+  }
+  _tile_loadd(0, upper, 64);
+  _tile_loadd(1, upper + kTileSums, 64);
+  if constexpr (tiles == 4) {
+    _tile_loadd(2, lower, 64);
+    _tile_loadd(3, lower + kTileSums, 64);
+  }
+}
+
+template <int tiles>
+EF_AMX_TARGET EF_INLINE void store_sums(float* upper, float* lower) {
+  _tile_stored(0, upper, 64);
+  _tile_stored(1, upper + kTileSums, 64);
+  if constexpr (tiles == 4) {
+    _tile_stored(2, lower, 64);
+    _tile_stored(3, lower + kTileSums, 64);
+  }
+}
+
 // sums (x tiles, 2, 16, 16) = (begins ? 0 : sums) + weights x, for one or two tiles of rows of x. Rows of `ahead` are
 // requested from memory on the way.
 template <int x_tiles>
 EF_AMX_TARGET void multiply_outputs(const char* weights, int64_t stride, const char* x, int64_t x_stride, int64_t steps,
                                     bool begins, float* sums, const char* ahead) {
   order_memory();
-  if (begins) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + kTileSums, 64);
-    if constexpr (x_tiles == 2) {
-      _tile_loadd(2, sums + 2 * kTileSums, 64);
-      _tile_loadd(3, sums + 3 * kTileSums, 64);
-    }
-  }
+  load_sums<2 * x_tiles>(sums, sums + 2 * kTileSums, begins);
   for (int64_t step = 0; step < steps; ++step, weights += 64, x += kTileBytes) {
     if (ahead != nullptr)
       for (int64_t row = 0; row < kOutputs; ++row) _mm_prefetch(ahead + row * stride + 64 * step, _MM_HINT_T1);
@@ -157,12 +174,7 @@ EF_AMX_TARGET void multiply_outputs(const char* weights, int64_t stride, const c
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + kTileSums, 64);
-  if constexpr (x_tiles == 2) {
-    _tile_stored(2, sums + 2 * kTileSums, 64);
-    _tile_stored(3, sums + 3 * kTileSums, 64);
-  }
+  store_sums<2 * x_tiles>(sums, sums + 2 * kTileSums);
   order_memory();
 }
 
@@ -190,17 +202,7 @@ EF_AMX_TARGET void multiply_half(const char* x, int64_t stride, const char* pane
                                  float* sums) {
   order_memory();
   float* lower = sums + 4 * kTileSums;
-  if (begins) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + kTileSums, 64);
-    _tile_loadd(2, lower, 64);
-    _tile_loadd(3, lower + kTileSums, 64);
-  }
+  load_sums<4>(sums, lower, begins);
   for (int64_t step = 0; step < steps; ++step, x += 64, panel += 16 * 4 * kPanel) {
     _tile_loadd(4, x, stride);
     _tile_loadd(5, x + kTile * stride, stride);
@@ -211,10 +213,7 @@ EF_AMX_TARGET void multiply_half(const char* x, int64_t stride, const char* pane
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + kTileSums, 64);
-  _tile_stored(2, lower, 64);
-  _tile_stored(3, lower + kTileSums, 64);
+  store_sums<4>(sums, lower);
   order_memory();
 }
 
@@ -222,17 +221,7 @@ EF_AMX_TARGET void multiply_half(const char* x, int64_t stride, const char* pane
 EF_AMX_TARGET void multiply_panel(const char* x, int64_t stride, const char* panel, int64_t steps, bool begins,
                                   float* sums) {
   order_memory();
-  if (begins) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + kTileSums, 64);
-    _tile_loadd(2, sums + 2 * kTileSums, 64);
-    _tile_loadd(3, sums + 3 * kTileSums, 64);
-  }
+  load_sums<4>(sums, sums + 2 * kTileSums, begins);
   for (int64_t step = 0; step < steps; ++step, x += 64, panel += 16 * 4 * kPanel) {
     _tile_loadd(4, x, stride);
     _tile_loadd(5, panel, 4 * kPanel);
@@ -244,10 +233,7 @@ EF_AMX_TARGET void multiply_panel(const char* x, int64_t stride, const char* pan
     _tile_loadd(5, panel + 192, 4 * kPanel);
     _tile_dpbf16ps(3, 4, 5);
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + kTileSums, 64);
-  _tile_stored(2, sums + 2 * kTileSums, 64);
-  _tile_stored(3, sums + 3 * kTileSums, 64);
+  store_sums<4>(sums, sums + 2 * kTileSums);
   order_memory();
 }
 

@@ -9,6 +9,13 @@
 // A function body that is compiled for every instruction set that it is inlined into.
 #define EF_INLINE inline __attribute__((always_inline))
 
+// A function whose vector width is chosen when the library is loaded, if the tool chain supports it.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define EF_WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EF_WIDEST
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define EF_X86 1
 #define EF_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))

@@ -58,9 +58,10 @@ FindBase = Callable[[UnitInfo], Path | None]
 
 @dataclasses.dataclass(frozen=True)
 class Compressed:
-    """An update after compression. Norms are L2, over all encoded tensors: of what was to be sent, and of what is left.
+    """An update after compression.
 
-    ``codec`` is "none" if nothing was encoded.
+    Both norms are L2, over all encoded tensors: ``change_norm`` of the change with its residual, ``residual_norm`` of
+    what encoding left out. ``codec`` is "none" if nothing was encoded.
     """
 
     codec: str
@@ -249,7 +250,7 @@ def _encode_tensor(tensor: _Tensor, codec: Codec, raw: np.ndarray, target: Binar
 
 
 def resident_keys(manifest: Manifest, trained: TrainedUpdate) -> set[str]:
-    """Keys of the units that are on the device: experts that it reports, and all that are no experts."""
+    """Keys of the units on the device: the experts that it reports, and every unit that is not an expert."""
     experts = {(report.layer, report.expert) for report in trained.experts}
     return {unit.key for unit in manifest.units if unit.kind != "expert" or (unit.layer, unit.expert) in experts}
 

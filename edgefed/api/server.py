@@ -142,7 +142,7 @@ class Server:
     compression: Annotated[
         Literal["none", "int8", "int4", "int2", "topk3", "topk", "auto"] | None,
         Setting("How updates are sent: whole, as changes of 8, 4 or 2 bits, as the largest 3 or 1.6 percent of the "
-                "changes, or as each client's uplink asks. What is left out goes with a later update.",
+                "changes, or as each client's uplink allows. What is left out is added to a later update.",
                 default="auto"),
     ] = None  # fmt: skip
     max_clients: Annotated[

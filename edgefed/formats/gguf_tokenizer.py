@@ -42,7 +42,7 @@ _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 def write_tokenizer(writer: Any, folder: Path, *, rows: int) -> None:
-    """Add the tokenizer of a checkpoint to a ``gguf.GGUFWriter``; without one, say that there is no vocabulary.
+    """Add the tokenizer of a checkpoint to a ``gguf.GGUFWriter``; without one, write that there is no vocabulary.
 
     ``rows``: rows of the embedding; ids without a token get a placeholder. Raises ConfigError if llama.cpp has no such
     tokenizer.

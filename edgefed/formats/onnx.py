@@ -55,7 +55,7 @@ def export_onnx(
     """Write a model, adapters merged, as ``model.onnx`` with its weights beside it in ``to``, and return ``to``.
 
     Inputs are ``input_ids`` and ``attention_mask`` (B, L) int64, of any B and L; the output is ``logits`` (B, L, V)
-    float32. There is no cache of keys and values. The whole model is in memory in float32, up to three times.
+    float32. The model has no KV cache. The export holds up to three copies of the model in memory in float32.
 
     Args:
         units: reads every unit of the model, and its adapters if ``scope`` trains by LoRA.

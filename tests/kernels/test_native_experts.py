@@ -229,7 +229,7 @@ def test_every_kernel_multiplies_with_the_stored_matrix(kernel, isa, kind, dtype
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_gradient_of_a_weight_is_the_sum_over_its_rows(isa, monkeypatch):
-    """Odd numbers of rows, more than one part of them, and sizes that are no whole number of tiles."""
+    """Odd row counts, row counts above one part, and sizes that are not multiples of a tile."""
     monkeypatch.setenv("EDGEFED_ISA", isa)
     generator = torch.Generator().manual_seed(3)
     for rows, m, n in ((1, 64, 64), (33, 96, 128), (513, 32, 64), (1101, 40, 64)):

@@ -284,7 +284,7 @@ def test_tool_calls_and_reasoning_fields_are_in_the_loss(tmp_path, content):
 
 
 # How templates of models write calls: Qwen's and GLM's take the arguments as an object, DeepSeek-R1's as text and only
-# where there is no content; LFM2's and Granite's leave calls out; Qwen2.5's splits the content.
+# where there is no content; LFM2's and Granite's omit tool calls; Qwen2.5's splits the content.
 OBJECTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if 'x' in m.content %}{% endif %}{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}"
