@@ -127,7 +127,7 @@ def test_a_method_of_ones_own_in_a_federation(tmp_path):
     assert ready.wait(180)
     events = []
     client = edgefed.Client(
-        urls[0], data="silo:http", memory="2GiB", experts=0.5, state=tmp_path / "me", threads=1, method=LOCATION
+        urls[0], data="silo:http", memory="4GiB", experts=0.5, state=tmp_path / "me", threads=1, method=LOCATION
     )
     summary = client.run(on_event=events.append)
     serving.join(60)

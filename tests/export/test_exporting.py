@@ -185,7 +185,7 @@ def test_a_model_is_taken_home_from_a_server_and_then_from_a_device_without_it(t
     fresh = read_record(edgefed.export(urls[0], tmp_path / "fresh"))
     assert (fresh.source, fresh.server_round, fresh.unchanged) == ("server", 1, True)
     state = tmp_path / "me"
-    edgefed.Client(urls[0], data="silo:http", memory="2GiB", state=state, threads=1).run()
+    edgefed.Client(urls[0], data="silo:http", memory="4GiB", state=state, threads=1).run()
     serving.join(60)
     assert not serving.is_alive()
 

@@ -91,7 +91,7 @@ def test_a_device_asks_for_what_it_lacks_and_repeats_its_update(tmp_path):
     state = tmp_path / "device"
     lines, rounds = tmp_path / "rounds.jsonl", []
     client = edgefed.Client(
-        "", str(tmp_path / "text.txt"), memory="1GiB", state=state, name="laptop", threads=1, track=[f"json:{lines}"]
+        "", str(tmp_path / "text.txt"), memory="4GiB", state=state, name="laptop", threads=1, track=[f"json:{lines}"]
     )
     run = server_of(tmp_path, rounds=1, min_clients=1).open_run(on_round=lambda run, status: rounds.append(status))
     with (
@@ -106,7 +106,7 @@ def test_a_device_asks_for_what_it_lacks_and_repeats_its_update(tmp_path):
         while (reply := worker.work(task)).status == "needs":
             asked.append(reply.missing)
             bring(aggregator, state, reply.missing)
-        assert reply.status == "trained"
+        assert reply.status == "trained", reply.error
         assert asked, "a new device has nothing"
         assert len({sha256 for missing in asked for sha256 in missing}) == sum(map(len, asked)), "asks once for each"
         again = worker.work(msgspec.structs.replace(task, attempt=2))
