@@ -6,7 +6,8 @@
 Three clients train all experts and routers in full by FedAvg from the packaged model. Codecs have the same clients,
 batches and steps; a seed changes who has which records, their order, and which are held out. Every finished run is one
 line of results/compression.jsonl with commit and versions; runs that are there are not repeated. Losses are in nats per
-token of the global model on held-out records, means over the clients. Bytes are those of the files that are sent.
+token of the global model on held-out records, means over the clients. Bytes are those of the files that are sent; those
+down are of all rounds but the first, in which every device downloads the whole model.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def play(codec: str, name: str, seed: int, data: Path, work: Path) -> dict:
         "codec": codec, "set": name, "seed": seed,
         "losses": [found.first.loss, *(each.loss for each in found.rounds)],
         "bytes_up": sum(client.bytes_up for each in found.rounds for client in each.clients.values()),
+        "bytes_down": [sum(client.bytes_down for client in each.clients.values()) for each in found.rounds],
         "virtual_seconds": found.rounds[-1].ends,
         "cpu_seconds": round(time.process_time() - started, 1),
         "provenance": provenance(),
@@ -70,8 +72,8 @@ def table(rows: Iterable[Mapping]) -> str:
     """Bytes and losses of each codec beside those of whole updates, as Markdown."""
     rows = list(rows)
     lines = [
-        "| set, seeds | updates | bytes up | fewer | loss | above whole updates | in percent |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| set, seeds | updates | bytes up | fewer | bytes down | fewer | loss | above whole updates | in percent |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in sorted({row["set"] for row in rows}):
         found = {(row["codec"], row["seed"]): row for row in rows if row["set"] == name}
@@ -87,10 +89,19 @@ def table(rows: Iterable[Mapping]) -> str:
             ratio = statistics.mean(whole["bytes_up"] / mine["bytes_up"] for mine, whole in pairs)
             above = "" if codec == "none" else f"{mean:+.4f} ± {half:.4f}" if len(seeds) > 1 else f"{mean:+.4f}"
             lines.append(
-                f"| {name}, {len(seeds)} | `{codec}` | {sent / 1e6:.1f} MB | {ratio:.1f}x | {loss:.4f} | {above} | "
-                f"{percent:+.2f} |"
+                f"| {name}, {len(seeds)} | `{codec}` | {sent / 1e6:.1f} MB | {ratio:.1f}x | {_down(pairs)} | "
+                f"{loss:.4f} | {above} | {percent:+.2f} |"
             )
     return "\n".join(lines)
+
+
+def _down(pairs: list[tuple[Mapping, Mapping]]) -> str:
+    """The cells of what is downloaded from the second round on: before that, devices have no version of the model."""
+    pairs = [pair for pair in pairs if all("bytes_down" in row for row in pair)]
+    if not pairs:
+        return " | "
+    mine, whole = (statistics.mean(sum(pair[which]["bytes_down"][1:]) for pair in pairs) for which in (0, 1))
+    return f"{mine / 1e6:.1f} MB | {whole / mine:.1f}x"
 
 
 def main() -> None:

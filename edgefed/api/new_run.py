@@ -340,7 +340,7 @@ def _is_robust(server: Server) -> bool:
 
 def check_codec(server: Server, compression: str) -> None:
     """Raise ConfigError for a robust rule over sparse changes: the median of numbers that are mostly 0 is 0."""
-    if _is_robust(server) and compression in ("topk3", "topk", "auto"):
+    if _is_robust(server) and (compression == "auto" or compression.startswith("topk")):
         raise ConfigError(
             f"`robust={server.robust}` cannot be combined with `compression={compression}`: most changes that clients "
             "send would be 0, and so would their median",

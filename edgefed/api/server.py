@@ -140,9 +140,9 @@ class Server:
         float | None, Setting("With `dp_noise`: delta at which epsilon is reported.", default="1e-05", above=0)
     ] = None
     compression: Annotated[
-        Literal["none", "int8", "int4", "int2", "topk3", "topk", "auto"] | None,
-        Setting("How updates are sent: whole, as changes of 8, 4 or 2 bits, as the largest 3 or 1.6 percent of the "
-                "changes, or as each client's uplink allows. What is left out is added to a later update.",
+        Literal["none", "int8", "int4", "int2", "topk12", "topk6", "topk3", "topk", "auto"] | None,
+        Setting("How updates are sent: whole, as changes of 8, 4 or 2 bits, as the largest 12, 6, 3 or "
+                "1.6 percent of the changes, or as each client's uplink allows. What is left out is added to a later update.",
                 default="auto"),
     ] = None  # fmt: skip
     max_clients: Annotated[

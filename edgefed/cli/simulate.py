@@ -29,7 +29,7 @@ class SimulateSettings:
     rounds: Annotated[int | None, Setting("Number of rounds, instead of the file's.", minimum=1)] = None
     seed: Annotated[int | None, Setting("Seed, instead of the file's.", minimum=0)] = None
     compression: Annotated[
-        Literal["none", "int8", "int4", "int2", "topk3", "topk", "auto"] | None,
+        Literal["none", "int8", "int4", "int2", "topk12", "topk6", "topk3", "topk", "auto"] | None,
         Setting("How updates are sent, instead of the file's."),
     ] = None
     no_pictures: Annotated[bool, Setting("Write no PNG files.")] = False

@@ -5,11 +5,11 @@ last block may be shorter. An encoded block begins with its scales, so any block
 
     int8, int4   B = 256      s | codes          v ~ s q,  s = max |v| / L,  q = round(v / s),  L = 127 or 7
     int2         B = 1024     low, high | codes  v ~ +-low or +-high: a sign bit and a magnitude bit
-    topk3, topk  B = 4096     low, high | codes | indices   as int2, of the 128 or 64 largest |v| alone; the rest is 0
+    topk12, ...  B = 4096     low, high | codes | indices   as int2, of the k largest |v| alone; the rest is 0
 
 Scales are little-endian float32 from 0 to `MAX_SCALE`. Codes are packed from the lowest bit on. The k indices of a
 block of m values are sorted and written by Elias and Fano: with l = floor(log2(m / k)), the l low bits of each, then a
-bitmap in which bit i + (index_i >> l) is set for the i-th. That takes 7 to 8 bits an index, and always the same
+bitmap in which bit i + (index_i >> l) is set for the i-th. That takes 5 to 8 bits an index, and always the same
 number of bytes. The idea of sparse 2-bit updates with error feedback is that of SparseLoCo (arXiv 2508.15706); its
 indices have 12 bits, and its blocks have one scale.
 
@@ -89,6 +89,8 @@ CODECS: Mapping[str, Codec] = MappingProxyType(
             Codec("int8", 256, 8),
             Codec("int4", 256, 4),
             Codec("int2", 1024, 2),
+            Codec("topk12", 4096, 2, top=512),
+            Codec("topk6", 4096, 2, top=240),
             Codec("topk3", 4096, 2, top=128),
             Codec("topk", 4096, 2, top=64),
         )

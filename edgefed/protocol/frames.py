@@ -35,7 +35,7 @@ NAME_SEPARATOR = "|"
 """Between unit key and tensor name in an update, so neither may contain it."""
 
 
-COMPRESSIONS = ("none", "int8", "int4", "int2", "topk3", "topk", "auto")
+COMPRESSIONS = ("none", "int8", "int4", "int2", "topk12", "topk6", "topk3", "topk", "auto")
 """How updates are sent: whole, as changes by a codec of `edgefed.kernels.compression`, or as the uplink allows."""
 ENCODED_DTYPE = "U8"
 """Dtype of an encoded tensor in an update, whose shape is its number of bytes (`edgefed.kernels.compression`)."""

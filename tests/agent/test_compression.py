@@ -217,10 +217,10 @@ def test_a_change_that_is_not_finite_is_named(tmp_path):
 
 def test_auto_takes_the_most_bits_that_the_uplink_allows():
     size, found = 400_000_000, []
-    for mbit in (1000, 100, 40, 20, 8, 2, 0.1):
+    for mbit in (1000, 100, 40, 20, 8, 3, 1.8, 1, 0.1):
         codec = choose_codec("auto", size, mbit * 1e6 / 8)
         found.append(codec and codec.name)
-    assert found == [None, "int8", "int8", "int4", "int2", "topk3", "topk"]
+    assert found == [None, "int8", "int8", "int4", "int2", "topk12", "topk6", "topk3", "topk"]
     assert choose_codec("auto", size, None).name == "int4", "a home uplink, until it is measured"
     assert choose_codec("auto", 1_000_000, None) is None
     assert choose_codec("none", size, 1.0) is None
