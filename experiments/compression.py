@@ -13,23 +13,20 @@ down are of all rounds but the first, in which every device downloads the whole 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
-import json
-import shutil
 import statistics
-import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
-from equal_memory import interval, read_rows
-from recording import provenance
+from recording import add_arguments, interval, play, read_rows, record
 from text_sets import SETS, write_clients
 
 from edgefed.hardware.profiles import effective, find_profile
 from edgefed.protocol.frames import COMPRESSIONS
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
-from edgefed.simulation.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results" / "compression.jsonl"
 CLIENTS, RECORDS = 3, 300
@@ -39,10 +36,18 @@ EVALUATION_TOKENS = 1024
 CODECS = tuple(name for name in COMPRESSIONS if name != "auto")
 
 
-def play(codec: str, name: str, seed: int, data: Path, work: Path) -> dict:
-    """Simulate one run; returns its row."""
-    work.mkdir(parents=True, exist_ok=True)
-    files = list(write_clients(name, data, work / "data", seed, most=RECORDS).items())[:CLIENTS]
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One codec on one set with one seed."""
+
+    codec: str
+    set: str
+    seed: int
+
+
+def measure(run: Run, work: Path, data: Path) -> dict:
+    """Simulate one run; returns its losses, bytes and virtual time."""
+    files = list(write_clients(run.set, data, work / "data", run.seed, most=RECORDS).items())[:CLIENTS]
     device = effective(find_profile("rtx-4090"), {}, None)  # any with room for the whole model
     fleet = tuple(SimulatedDevice(client, device, LINKS["cable"], str(file)) for client, file in files)
     training = TrainingConfig(
@@ -50,22 +55,16 @@ def play(codec: str, name: str, seed: int, data: Path, work: Path) -> dict:
         evaluation_tokens=EVALUATION_TOKENS,
     )  # fmt: skip
     config = SimulationConfig(
-        fleet=fleet, methods=(MethodChoice("fedavg"),), rounds=ROUNDS, seed=seed, training=training,
-        held_out_share=0.2, evaluation_tokens=EVALUATION_TOKENS, compression=codec,
+        fleet=fleet, methods=(MethodChoice("fedavg"),), rounds=ROUNDS, seed=run.seed, training=training,
+        held_out_share=0.2, evaluation_tokens=EVALUATION_TOKENS, compression=run.codec,
     )  # fmt: skip
-    started = time.process_time()
-    found = simulate(config, work / "simulation").runs[0]
-    if found.refused or found.stopped:
-        raise SystemExit(f"{codec}, {name}, {seed}: {found.refused or found.stopped}")
+    found = play(config, work / "simulation")
     return {
-        "codec": codec, "set": name, "seed": seed,
         "losses": [found.first.loss, *(each.loss for each in found.rounds)],
         "bytes_up": sum(client.bytes_up for each in found.rounds for client in each.clients.values()),
         "bytes_down": [sum(client.bytes_down for client in each.clients.values()) for each in found.rounds],
         "virtual_seconds": found.rounds[-1].ends,
-        "cpu_seconds": round(time.process_time() - started, 1),
-        "provenance": provenance(),
-    }  # fmt: skip
+    }
 
 
 def table(rows: Iterable[Mapping]) -> str:
@@ -107,27 +106,19 @@ def _down(pairs: list[tuple[Mapping, Mapping]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("run", "table"))
-    parser.add_argument("--data", type=Path, help="folder with the public sets, see README.md here")
-    parser.add_argument("--work", type=Path, help="folder for the state of the run in progress")
+    add_arguments(parser, RESULTS)
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=["dolly"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))
-    parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.action == "table":
         print(table(read_rows(arguments.json)))
         return
     if not arguments.data or not arguments.work:
         parser.error("--data and --work are needed")
-    done = {(row["codec"], row["set"], row["seed"]) for row in read_rows(arguments.json)}
-    for seed, name, codec in itertools.product(arguments.seeds, arguments.sets, arguments.codecs):
-        if (codec, name, seed) in done:
-            continue
-        row = play(codec, name, seed, arguments.data, arguments.work / "run")
-        with arguments.json.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        shutil.rmtree(arguments.work / "run")
-        print(f"{name}, seed {seed}, {codec}: {row['losses'][-1]:.4f}, {row['bytes_up'] / 1e6:.1f} MB", flush=True)
+    order = itertools.product(arguments.seeds, arguments.sets, arguments.codecs)
+    plans = [Run(codec, name, seed) for seed, name, codec in order]
+    record(plans, partial(measure, data=arguments.data), arguments.json, arguments.work)
 
 
 if __name__ == "__main__":

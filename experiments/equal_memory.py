@@ -19,21 +19,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import math
-import shutil
 import statistics
-import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
-from recording import provenance
+from recording import add_arguments, interval, play, read_rows, record
 from text_sets import SETS, write_clients
 
 from edgefed.hardware.profiles import effective, find_profile
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
-from edgefed.simulation.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results" / "equal_memory.jsonl"
 OURS = "slices"
@@ -71,9 +68,8 @@ class Run:
     local_steps: int
 
 
-def play(run: Run, data: Path, work: Path) -> dict:
-    """Simulate one run; returns its row."""
-    work.mkdir(parents=True, exist_ok=True)
+def measure(run: Run, work: Path, data: Path) -> dict:
+    """Simulate one run; returns its losses, memory and bytes."""
     files = write_clients(run.set, data, work / "data", run.seed, most=RECORDS)
     device, link = effective(find_profile(PROFILE), {}, None), LINKS["fibre"]
     fleet = tuple(
@@ -90,13 +86,9 @@ def play(run: Run, data: Path, work: Path) -> dict:
         seed=run.seed, training=training, held_out_share=0.2, evaluation_tokens=EVALUATION_TOKENS,
         evaluate_devices=True,
     )  # fmt: skip
-    started, wall = time.process_time(), time.monotonic()
-    found = simulate(config, work / "simulation").runs[0]
-    if found.refused or found.stopped:
-        raise SystemExit(f"{run}: {found.refused or found.stopped}")
+    found = play(config, work / "simulation")
     clients = [[each.clients[member.name] for each in found.rounds] for member in fleet]
     return {
-        **dataclasses.asdict(run),
         "global": found.rounds[-1].loss,
         "global_before": found.first.loss,
         "device": statistics.mean(rounds[-1].device_losses[1] for rounds in clients),
@@ -107,20 +99,7 @@ def play(run: Run, data: Path, work: Path) -> dict:
         "expert_bytes_by_client": [max(each.expert_bytes for each in rounds) for rounds in clients],
         "bytes_up": sum(each.bytes_up for rounds in clients for each in rounds),
         "bytes_down": sum(each.bytes_down for rounds in clients for each in rounds),
-        "cpu_seconds": round(time.process_time() - started, 1),
-        "wall_seconds": round(time.monotonic() - wall, 1),
-        "provenance": provenance(),
     }
-
-
-def read_rows(path: Path = RESULTS) -> list[dict]:
-    """The recorded rows."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def run_of(row: Mapping) -> Run:
-    """What a row is of."""
-    return Run(**{field.name: row[field.name] for field in dataclasses.fields(Run)})
 
 
 def chosen_settings(rows: Iterable[Mapping]) -> dict[str, tuple[float, int]]:
@@ -140,17 +119,6 @@ def chosen_settings(rows: Iterable[Mapping]) -> dict[str, tuple[float, int]]:
             score = ((row["global"] + row["device"]) / 2, settings)
             found[row["method"]] = min(score, found.get(row["method"], (math.inf, (0.0, 0))))
     return {method: settings for method, (_, settings) in found.items()}
-
-
-def interval(differences: list[float]) -> tuple[float, float]:
-    """(mean, half of its 95 % confidence interval by Student's t); infinite for fewer than two differences."""
-    from scipy.stats import t
-
-    count = len(differences)
-    if count < 2:
-        return differences[0], math.inf
-    spread = statistics.stdev(differences) / math.sqrt(count)
-    return statistics.mean(differences), float(t.ppf(0.975, count - 1)) * spread
 
 
 def comparison(rows: Iterable[Mapping]) -> list[dict]:
@@ -206,14 +174,12 @@ def table(rows: Iterable[Mapping]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("tune", "compare", "table"))
-    parser.add_argument("--data", type=Path, help="folder with the public sets, see README.md here")
-    parser.add_argument("--work", type=Path, help="folder for the state of the run in progress")
+    add_arguments(parser, RESULTS)
     parser.add_argument("--sets", nargs="+", choices=[name for name in SETS if name != TUNING_SET], default=["dolly"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="grid of `tune`")
     parser.add_argument("--local-steps", type=int, nargs="+", default=LOCAL_STEPS, help="grid of `tune`")
-    parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.action == "table":
         print(table(read_rows(arguments.json)))
@@ -227,15 +193,7 @@ def main() -> None:
         settings = chosen_settings(read_rows(arguments.json))
         order = itertools.product(arguments.seeds, arguments.sets, arguments.methods)
         plans = [Run(method, name, seed, *settings[method]) for seed, name, method in order]
-    done = {run_of(row) for row in read_rows(arguments.json)}
-    for plan in plans:
-        if plan in done:
-            continue
-        row = play(plan, arguments.data, arguments.work / "run")
-        with arguments.json.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        shutil.rmtree(arguments.work / "run")
-        print(f"{plan}: global {row['global']:.4f}, device {row['device']:.4f}, {row['cpu_seconds']} s", flush=True)
+    record(plans, partial(measure, data=arguments.data), arguments.json, arguments.work)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from edgefed.protocol.messages import (
     UpdateMeta,
     decode_message,
 )
-from edgefed.runs import import_in_subprocess
+from edgefed.runs import import_model
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -137,7 +137,7 @@ class InProcessAggregator(DirectAggregator):
         policy = RoundPolicy(rounds=run.rounds, min_clients=1, clients_per_round=len(clients), **more)
         if not has_run(folder):
             neurons = make_expert_method(run.method, run.method_options).requirements.neurons
-            import_in_subprocess(model, folder, run, policy, neurons=neurons)
+            import_model(model, folder, run, policy, neurons=neurons)
         # Devices keep no files here: what one of them still has of an earlier round is read from the aggregator's.
         refresh = make_expert_method(run.method, run.method_options).refresh_rounds
         super().__init__(ActiveRun(folder, make_method, keep_rounds=1 + refresh, clock=lambda: 0.0))
