@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from edgefed.cli.tables import FittedTable
     from edgefed.protocol.messages import Status
-    from edgefed.simulation.demo import MethodResult, PersonalClientResult
+    from edgefed.simulation.demo import MethodResult
+    from edgefed.simulation.personal_demo import PersonalClientResult
 
 USUAL_S, USUAL_METHOD_S, USUAL_PERSONAL_S = 110.0, 55.0, 45.0
 """Time of the demo on two idle cores with its usual settings, of each further method, and of that of fedmoe."""
@@ -71,7 +72,6 @@ def demo_command(settings: DemoSettings) -> None:
         return
     started = time.monotonic()
     from edgefed.simulation.demo import RESULT_FILE, DemoConfig, as_dict, run_demo
-    from edgefed.simulation.evaluation import generate_sample
 
     methods = (method, *(name for name in COMPARED if settings.compare and name != method))
     given = settings.given("rounds", "clients", "local_steps", "learning_rate")
@@ -80,6 +80,8 @@ def demo_command(settings: DemoSettings) -> None:
     usual_s = USUAL_S + (len(methods) - 1) * USUAL_METHOD_S
     with DemoDisplay(config.rounds, len(methods), usual_s) as display:
         results = run_demo(config, display)
+    from edgefed.simulation.evaluation import generate_sample
+
     sample = generate_sample(out / "model")
     data = as_dict(config, results, sample)
     (out / RESULT_FILE).write_text(json.dumps(data, indent=2) + "\n")
@@ -158,11 +160,10 @@ def render_results(results: Sequence[MethodResult]) -> list[RenderableType]:
 def show_personal_demo(settings: DemoSettings) -> None:
     """Run the demo of FedMoE and print its results."""
     from edgefed.cli.output import print_json, stdout_console
-    from edgefed.simulation.demo import (
+    from edgefed.simulation.demo import PICTURE_FILE, RESULT_FILE
+    from edgefed.simulation.personal_demo import (
         COMPARED,
         GATES_FILE,
-        PICTURE_FILE,
-        RESULT_FILE,
         PersonalDemoConfig,
         as_personal_dict,
         run_personal_demo,
@@ -218,7 +219,7 @@ def render_clients(results: Sequence[PersonalClientResult]) -> FittedTable:
 
 # What the demo shows while it runs: tables on a terminal, lines elsewhere, and how long it will still take.
 
-START_SHARE, ROUNDS_SHARE, COMPARE_SHARE = 0.15, 0.45, 0.2
+START_SHARE, ROUNDS_SHARE, COMPARE_SHARE = 0.15, 0.45, 0.3
 """Shares of a method's time: its processes start, its rounds, and, of the first method, the clients compare. Estimates;
 the rest goes into the evaluation of the global models."""
 LEAST_SHARE = 0.05

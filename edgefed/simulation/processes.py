@@ -64,6 +64,10 @@ class LocalFederation:
         """The server's state."""
         return self.folder / "run"
 
+    @property
+    def _ready_file(self) -> Path:
+        return self.folder / "address"
+
     def client_folder(self, name: str) -> Path:
         """An agent's state."""
         return self.folder / "clients" / name
@@ -89,7 +93,8 @@ class LocalFederation:
         ``on_status`` is called at every poll. Raises ProcessFailed when a process ends badly or time runs out.
         """
         deadline = time.monotonic() + timeout_s
-        url = self._start_server()
+        self.start()
+        url = self._server_url()
         for client in self.clients:
             self._start_agent(client, url)
         status = None
@@ -115,21 +120,25 @@ class LocalFederation:
     def _agents_run(self) -> bool:
         return any(child.process.poll() is None for child in self._children[1:])
 
-    def _start_server(self) -> str:
-        ready = self.folder / "address"
-        ready.unlink(missing_ok=True)
+    def start(self) -> None:
+        """Start the server and return at once, for a caller with something to do meanwhile; `run` starts the rest."""
+        if self._children:
+            return
+        self._ready_file.unlink(missing_ok=True)
         flags = [
-            "--state", str(self.run_folder), "--port", "0", "--ready-file", str(ready), "--exit-when-finished",
-            "--min-clients", str(len(self.clients)), *self._serve_flags,
+            "--state", str(self.run_folder), "--port", "0", "--ready-file", str(self._ready_file),
+            "--exit-when-finished", "--min-clients", str(len(self.clients)), *self._serve_flags,
         ]  # fmt: skip
         self._start("server", ["serve", *flags])
+
+    def _server_url(self) -> str:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not ready.exists():
+        while not self._ready_file.exists():
             self._check_children()
             if time.monotonic() > deadline:
                 raise ProcessFailed(f"the server in {self.folder} was not ready within {START_TIMEOUT_S:.0f} s")
             time.sleep(0.05)
-        return str(json.loads(ready.read_text())["url"])
+        return str(json.loads(self._ready_file.read_text())["url"])
 
     def _start_agent(self, client: LocalClient, url: str) -> None:
         arguments = [

@@ -58,7 +58,7 @@ def test_the_demo_says_what_goes_on_and_how_long_is_left(capsys):
     assert re.fullmatch(r"hfedmoe: round 1/2: train 3\.00, 4 of 4 clients, 5\.0 s \(about 50 s left\)", lines[2])
     assert re.fullmatch(r"hfedmoe: round 2/2: .* \(about 26 s left\)", lines[3])
     assert lines[4].startswith("comparing: ")
-    assert lines[6] == "evaluated 1 of 3 global models (about 7.5 s left)"
+    assert lines[6] == "evaluated 1 of 3 global models (about 3.5 s left)"
     assert lines[7] == "evaluated 3 of 3 global models"
     assert lines[8] == "exporting the final model"
 

@@ -31,7 +31,8 @@ from edgefed.hardware.profiles import load_profiles
 from edgefed.personal.partition import Partition
 from edgefed.plots import coverage_text, experts_covering
 from edgefed.protocol.comparison import Comparison
-from edgefed.simulation.demo import ClientResult, MethodResult, PersonalClientResult
+from edgefed.simulation.demo import ClientResult, MethodResult
+from edgefed.simulation.personal_demo import PersonalClientResult
 from edgefed.simulation.result import ClientRound, MethodRun, RoundResult, SimulationResult
 
 WIDTHS = (60, 80, 100, 140)
