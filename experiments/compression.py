@@ -38,7 +38,7 @@ CODECS = tuple(name for name in COMPRESSIONS if name != "auto")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One codec on one set with one seed."""
+    """One codec on one set with one seed. ``codec``: that of updates, or with that of downloads, as "topk6,topk3"."""
 
     codec: str
     set: str
@@ -56,7 +56,8 @@ def measure(run: Run, work: Path, data: Path) -> dict:
     )  # fmt: skip
     config = SimulationConfig(
         fleet=fleet, methods=(MethodChoice("fedavg"),), rounds=ROUNDS, seed=run.seed, training=training,
-        held_out_share=0.2, evaluation_tokens=EVALUATION_TOKENS, compression=run.codec,
+        held_out_share=0.2, evaluation_tokens=EVALUATION_TOKENS,
+        compression=run.codec.partition(",")[0], download_compression=run.codec.partition(",")[2] or "none",
     )  # fmt: skip
     found = play(config, work / "simulation")
     return {
@@ -76,7 +77,7 @@ def table(rows: Iterable[Mapping]) -> str:
     ]
     for name in sorted({row["set"] for row in rows}):
         found = {(row["codec"], row["seed"]): row for row in rows if row["set"] == name}
-        for codec in CODECS:
+        for codec in sorted({codec for codec, _ in found}, key=lambda codec: CODECS.index(codec.partition(",")[0])):
             seeds = sorted(seed for own, seed in found if own == codec and ("none", seed) in found)
             if not seeds:
                 continue
@@ -109,7 +110,7 @@ def main() -> None:
     add_arguments(parser, RESULTS)
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=["dolly"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))
+    parser.add_argument("--codecs", nargs="+", default=list(CODECS), help="of updates, or UP,DOWN")
     arguments = parser.parse_args()
     if arguments.action == "table":
         print(table(read_rows(arguments.json)))

@@ -53,8 +53,8 @@ class Aggregated:
     """``changed``: units of the next global model that differ. ``set_aside``: {client_id: why its update is not in}.
 
     ``undone``: the earlier round whose aggregation this one undoes, or None. ``restored``: the earlier round whose
-    model the run ends with, or None. ``damaged``: keys of units that stay as they are because their blob is damaged and
-    no client has sent a copy.
+    model the run ends with, or None. ``metrics``: of the model's step. ``damaged``: keys of units that stay as they are
+    because their blob is damaged and no client has sent a copy.
     """
 
     changed: list[UnitInfo]
@@ -62,6 +62,7 @@ class Aggregated:
     undone: int | None = None
     damaged: tuple[str, ...] = ()
     restored: int | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +155,17 @@ def _aggregate(
                 contributions = weighed(counted, paths, how.policy.max_examples)
                 planned = how.method.plan_merge(contributions, units)
                 plan = {key: merge for key, merge in planned.items() if key not in damaged}
+            stepping = Stepping(
+                *(how.optimizer, how.moments(how.server_round)), how.policy.step_share(how.server_round)
+            )  # fmt: skip
             changed = fold_round(
                 *(units, plan, files, how.blobs, how.backend),
                 robustness=robustness,
-                stepping=None if how.optimizer is None else Stepping(how.optimizer, how.moments(how.server_round)),
+                stepping=stepping if stepping.needed else None,
                 threads=how.threads,
                 cancelled=how.cancelled,
             )
-            return Aggregated(changed, set_aside, damaged=damaged)
+            return Aggregated(changed, set_aside, damaged=damaged, metrics=stepping.metrics())
         except (FoldCancelled, StorageError):
             raise
         except UpdateDamaged as error:

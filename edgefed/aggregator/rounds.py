@@ -30,6 +30,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from edgefed.errors import ConfigError
+from edgefed.protocol.frames import DOWNLOAD_SHARES
 
 
 class Phase(str, enum.Enum):
@@ -52,7 +53,8 @@ class RoundPolicy:
     that are registered at most. ``max_staleness``: rounds by which an update may be late and still count, with less
     weight (`edgefed.aggregator.staleness`); 0: late updates are dropped. ``stop_after``: rounds without a better
     held-out loss that end the run (`edgefed.aggregator.stopping`); None: none do. ``adapter_average``: what is averaged
-    of LoRA adapters, "product" (`edgefed.aggregator.adapter_products`) or "factors".
+    of LoRA adapters, "product" (`edgefed.aggregator.adapter_products`) or "factors". ``download_compression``: how far
+    the model moves in a round, one of `protocol.frames.DOWNLOAD_SHARES`.
     """
 
     rounds: int
@@ -69,6 +71,11 @@ class RoundPolicy:
     max_staleness: int = 0
     stop_after: int | None = None
     adapter_average: str = "factors"
+    download_compression: str = "none"
+
+    def step_share(self, server_round: int) -> float:
+        """Share of a tensor's values that a round moves (`edgefed.aggregator.server_optimizer`); 1 in the last one."""
+        return DOWNLOAD_SHARES[self.download_compression] if server_round < self.rounds else 1.0
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""
@@ -99,6 +106,9 @@ class RoundPolicy:
             wrong.append(f"adapter_average is {self.adapter_average!r}, expected product or factors")
         elif self.adapter_average == "product" and self.robust != "mean":
             wrong.append(f"adapter_average is product, which robust={self.robust} cannot combine; expected factors")
+        if self.download_compression not in DOWNLOAD_SHARES:
+            known = ", ".join(DOWNLOAD_SHARES)
+            wrong.append(f"download_compression is {self.download_compression!r}, expected one of {known}")
         if wrong:
             raise ConfigError("; ".join(wrong))
 

@@ -1,4 +1,4 @@
-"""Optimizers at the server: the aggregated change of a round is a direction, from which a step is made.
+"""Steps of the server: the aggregated change of a round is a direction, and few values may move at a time.
 
 With g the current value, x the aggregate of the round (weighted or robust mean, noise included) and Delta = x - g:
 
@@ -10,22 +10,30 @@ With g the current value, x the aggregate of the round (weighted or robust mean,
 DiLoCo: Douillard et al., arXiv 2311.08105, algorithm 1, with the optimizer of its section 3. FedAdam: Reddi et al.,
 arXiv 2003.00295, algorithm 2, without bias correction as there, and s begins at tau^2.
 
+With `Stepping.share` below 1, only the share of a tensor's values with the longest steps moves, in each block of the
+fold, so that devices download little (`protocol.changes`). With u the step as above and r the residual:
+
+    v = u + r        g' = g + v where |v| is among the largest, g elsewhere        r' = v - (g' - g)
+
+So what is left out moves in a later round, and so does what rounding to the storage type takes away: error feedback, as
+on the devices (`agent.compression`). With a share of 1 all residuals are used up; the last round has one.
+
 What no client has trained in a round (a unit, a router row, a neuron) does not move, and its moments stay as they are:
 a change that nobody measured is unknown, and not 0. That is ours; experts need it, since a round trains some of them.
 
-Moments are float32 and steps are float64. The moments of a unit are a blob of their own (`moments_unit`), stored in the
-same transaction as the round. So they survive a restart, and a round that is undone takes its moments along. Blocks are
-read and written where the fold has its own, so memory does not grow. The step depends on the aggregate alone, which
-does not depend on the order of arrival.
+Moments are float32 and steps are float64; residuals are as precise as the weights. Those of a unit are a blob of their
+own (`moments_unit`), stored in the same transaction as the round. So they survive a restart, and a round that is undone
+takes them along. Blocks are read and written where the fold has its own, so memory does not grow. The step depends on
+the aggregate alone, which does not depend on the order of arrival.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,25 +45,36 @@ from edgefed.aggregator.records import MOMENTS
 from edgefed.aggregator.repair import blob_problem
 from edgefed.disk import READ_BYTES, disk_errors
 from edgefed.kernels.fold import FoldBackend
-from edgefed.protocol.frames import FLOAT_DTYPES, encode_header, read_header
+from edgefed.protocol.frames import (
+    FLOAT_DTYPES,
+    TensorEntry,
+    array_bytes,
+    encode_header,
+    narrow,
+    read_header,
+    storage_dtype,
+    widen,
+)
 from edgefed.protocol.messages import TensorInfo, UnitInfo
 from edgefed.protocol.server_optimizer import ServerOptimizer
 
 logger = logging.getLogger(__name__)
 
-SQUARE = ".square"
-"""End of the name of a second moment, after the name of the tensor."""
+SQUARE, RESIDUAL = ".square", ".residual"
+"""Ends of the names of a second moment and of a residual, after the name of the tensor."""
 _LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38, "F64": 1.7976931348623157e308}
 _FILL_ELEMENTS = 64 * 1024
+LEAST_SPARSE = 4096
+"""Smaller tensors move as a whole: they are few bytes."""
 
 
-def moments_unit(unit: UnitInfo, optimizer: ServerOptimizer) -> UnitInfo:
-    """The unit of the moments of ``unit``, not stored yet: a float32 tensor or two for each of its tensors."""
-    ends = ("",) if optimizer.kind == "momentum" else ("", SQUARE)
+def moments_unit(unit: UnitInfo, optimizer: ServerOptimizer | None, share: float = 1.0) -> UnitInfo:
+    """The unit of the moments and residuals of ``unit``, not stored yet: up to three tensors for each of its own."""
+    ends = () if optimizer is None else ("",) if optimizer.kind == "momentum" else ("", SQUARE)
     tensors = tuple(
-        TensorInfo(name=f"{info.name}{end}", dtype="F32", shape=info.shape)
+        TensorInfo(name=f"{info.name}{end}", dtype=_dtype(info.dtype) if end == RESIDUAL else "F32", shape=info.shape)
         for info in unit.tensors
-        for end in ends
+        for end in (*ends, *((RESIDUAL,) if share < 1 and math.prod(info.shape) >= LEAST_SPARSE else ()))
         if info.dtype in FLOAT_DTYPES
     )
     return UnitInfo(key=f"{MOMENTS}{unit.key}", kind="moments", trainable=False, tensors=tensors)
@@ -68,46 +87,80 @@ def undone_moments(before: Mapping[str, UnitInfo], now: Mapping[str, UnitInfo]) 
     return [wanted[key] for key in now if wanted[key].sha256 != now[key].sha256]
 
 
+def _dtype(dtype: str) -> str:
+    """The dtype of residuals of values of ``dtype``."""
+    return "F32" if dtype in ("F32", "F64") else "BF16"
+
+
 @dataclasses.dataclass(frozen=True)
 class Stepping:
-    """What steps of a round are made with; ``moments`` are the current ones, {key of the moments: unit}."""
+    """What steps of a round are made with; ``moments`` are the current ones, {key of the moments: unit}.
 
-    optimizer: ServerOptimizer
+    ``optimizer`` None: the step is the aggregated change. ``share``: how many of a tensor's values move in the round.
+    ``squares``: what steps have left, {unit key: squared L2 norms of v and r'}; only with a share below 1.
+    """
+
+    optimizer: ServerOptimizer | None
     moments: Mapping[str, UnitInfo]
+    share: float = 1.0
+    squares: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def needed(self) -> bool:
+        """Whether steps differ from the aggregated changes."""
+        return self.optimizer is not None or self.share < 1 or bool(self.moments)
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of a round: norms of the model's step with residuals, and of the residuals that it leaves."""
+        if not self.squares:
+            return {}
+        step, residual = np.sqrt(sum(self.squares[key] for key in sorted(self.squares))).tolist()
+        return {"model_step_norm": step, "model_residual_norm": residual}
 
 
 class UnitMoments:
-    """The moments of one unit while it is folded, in a temporary file. A context; not thread-safe."""
+    """The moments and residuals of one unit while it is folded, in a temporary file. A context; not thread-safe."""
 
     def __init__(self, how: Stepping, unit: UnitInfo, blobs: BlobStore):
         """Raises DiskFull, StorageError."""
-        self._optimizer, self._unit = how.optimizer, moments_unit(unit, how.optimizer)
-        self._stepped = False
+        self._how, self._of, self._unit = how, unit.key, moments_unit(unit, how.optimizer, how.share)
+        self._squares, self._stepped = np.zeros(2), False
+        old = _usable(how.moments.get(self._unit.key), blobs)
+        self._files = contextlib.ExitStack()
         with disk_errors("write moments"):
             self._path, file = blobs.open_temporary()
             file.close()
-            self._fill(_usable(how.moments.get(self._unit.key), self._unit.tensors, blobs))
-            self._file: BinaryIO = self._path.open("r+b", buffering=0)
-        self._entries = read_header(self._path)
+            before = {} if old is None else read_header(old)
+            source = None if old is None else self._files.enter_context(old.open("rb", buffering=0))
+            self._fill(source, before)
+            target = self._files.enter_context(self._path.open("r+b", buffering=0))
+        self._places: dict[str, tuple[BinaryIO, TensorEntry]] = {}
+        if source is not None:  # residuals that are used up are only read
+            self._places |= {name: (source, entry) for name, entry in before.items() if name.endswith(RESIDUAL)}
+        self._places |= {name: (target, entry) for name, entry in read_header(self._path).items()}
+        self._had = old is not None
 
-    def _fill(self, old: Path | None) -> None:
-        if old is not None:
-            shutil.copyfile(old, self._path)
-            return
+    def _fill(self, source: BinaryIO | None, before: Mapping[str, TensorEntry]) -> None:
+        """Write what was there ``before``, in the file ``source``, and first values of everything else."""
         with self._path.open("wb") as file:
             file.write(encode_header(self._unit.tensors))
             for info in self._unit.tensors:
-                first = self._optimizer.epsilon**2 if info.name.endswith(SQUARE) else 0.0
-                left = math.prod(info.shape)
+                entry, left = before.get(info.name), math.prod(info.shape)
+                known = source is not None and entry is not None and entry.info == info
+                if known and source is not None and entry is not None:
+                    source.seek(entry.start)
+                first = self._how.optimizer.epsilon**2 if self._how.optimizer and info.name.endswith(SQUARE) else 0.0
                 while left > 0:
-                    file.write(np.full(min(left, _FILL_ELEMENTS), first, dtype=np.float32).data)
-                    left -= _FILL_ELEMENTS
+                    count = min(left, _FILL_ELEMENTS)
+                    values = array_bytes(narrow(np.full(count, first, dtype=np.float32), info.dtype))
+                    file.write(source.read(len(values)) if known and source is not None else values)
+                    left -= count
 
     def __enter__(self) -> UnitMoments:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._files.close()
         self._path.unlink(missing_ok=True)
 
     def step(
@@ -120,47 +173,86 @@ class UnitMoments:
         """
         before = np.zeros(len(sums))
         backend.fold_block(before, raw, info.dtype, 1.0)
-        how, self._stepped = self._optimizer, True
-        delta = sums - before
-        first = self._read(info.name, begin, len(sums))
+        self._stepped = True
+        step = sums - before
+        if self._how.optimizer is not None:
+            step = self._optimized(self._how.optimizer, info.name, begin, step, kept)
+        residual = info.name + RESIDUAL
+        if residual in self._places:
+            step += self._read(residual, begin, len(sums))
+        free = np.ones(len(sums), dtype=bool) if kept is None else ~kept
+        sparse = self._how.share < 1 and math.prod(info.shape) >= LEAST_SPARSE
+        moving = _longest(step, free, self._how.share) if sparse else free
+        most = _LARGEST[info.dtype]
+        np.clip(before + step, -most, most, out=sums, where=free)
+        sums[free & ~moving] = before[free & ~moving]
+        if sparse:
+            out, after = np.empty_like(raw), np.zeros(len(sums))
+            backend.narrow_block(sums, info.dtype, out)
+            backend.fold_block(after, out, info.dtype, 1.0)
+            left = before + step - after
+            self._write(residual, begin, left, kept)
+            self._squares += (float(step[free] @ step[free]), float(left[free] @ left[free]))
+
+    def _optimized(
+        self, how: ServerOptimizer, name: str, begin: int, delta: np.ndarray, kept: np.ndarray | None
+    ) -> np.ndarray:
+        """The optimizer's step from the aggregated change ``delta`` (n,)."""
+        first = self._read(name, begin, len(delta))
         if how.kind == "momentum":
             first = how.momentum * first + delta
-            move = how.rate * (delta + how.momentum * first)
+            move: np.ndarray = how.rate * (delta + how.momentum * first)
         else:
-            square = self._read(info.name + SQUARE, begin, len(sums))
+            square = self._read(name + SQUARE, begin, len(delta))
             first = how.momentum * first + (1 - how.momentum) * delta
             square = how.beta2 * square + (1 - how.beta2) * delta**2
             move = how.rate * first / (np.sqrt(square) + how.epsilon)
-            self._write(info.name + SQUARE, begin, square, kept)
-        self._write(info.name, begin, first, kept)
-        most = _LARGEST[info.dtype]
-        np.clip(before + move, -most, most, out=sums, where=True if kept is None else ~kept)
+            self._write(name + SQUARE, begin, square, kept)
+        self._write(name, begin, first, kept)
+        return move
 
     def store(self, batch: BlobBatch) -> UnitInfo | None:
-        """The unit of the new moments, in ``batch``; None if no step was made."""
+        """The unit of the new moments, in ``batch``; without a hash if none are left; None if no step was made."""
         if not self._stepped:
             return None
-        self._file.seek(0)
-        sha256, size_bytes = batch.put(iter(lambda: self._file.read(READ_BYTES), b""))
+        if self._how.share < 1:
+            self._how.squares[self._of] = self._squares
+        if not self._unit.tensors:
+            return self._unit if self._had else None
+        with self._path.open("rb") as file:
+            sha256, size_bytes = batch.put(iter(lambda: file.read(READ_BYTES), b""))
         return msgspec.structs.replace(self._unit, sha256=sha256, size_bytes=size_bytes)
 
     def _read(self, name: str, begin: int, count: int) -> np.ndarray:
+        file, entry = self._places[name]
+        dtype = storage_dtype(entry.info.dtype)
         with disk_errors("read moments"):
-            self._file.seek(self._entries[name].start + 4 * begin)
-            return np.frombuffer(self._file.read(4 * count), dtype=np.float32).astype(np.float64)
+            file.seek(entry.start + dtype.itemsize * begin)
+            raw = np.frombuffer(file.read(dtype.itemsize * count), dtype=dtype)
+        return widen(raw, entry.info.dtype).astype(np.float64)
 
     def _write(self, name: str, begin: int, values: np.ndarray, kept: np.ndarray | None) -> None:
         if kept is not None:
             values = np.where(kept, self._read(name, begin, len(values)), values)
-        most = _LARGEST["F32"]
+        file, entry = self._places[name]
+        raw = narrow(np.clip(values, -_LARGEST["BF16"], _LARGEST["BF16"]).astype(np.float32), entry.info.dtype)
         with disk_errors("write moments"):
-            self._file.seek(self._entries[name].start + 4 * begin)
-            self._file.write(np.clip(values, -most, most).astype(np.float32).data)
+            file.seek(entry.start + raw.itemsize * begin)
+            file.write(array_bytes(raw))
 
 
-def _usable(unit: UnitInfo | None, tensors: Sequence[TensorInfo], blobs: BlobStore) -> Path | None:
+def _longest(step: np.ndarray, free: np.ndarray, share: float) -> np.ndarray:
+    """Where the longest ``share`` of a ``step`` is, (n,) bool, of what is ``free``; of equally long ones the first."""
+    lengths, count = np.where(free, np.abs(step), 0.0), math.ceil(share * len(step))
+    least = np.partition(lengths, len(step) - count)[len(step) - count]
+    longest: np.ndarray = lengths > least
+    longest[np.flatnonzero(lengths == least)[: count - np.count_nonzero(longest)]] = least > 0
+    return longest
+
+
+def _usable(unit: UnitInfo | None, blobs: BlobStore) -> Path | None:
     """The file of stored moments; None if there are none, or if the disk has damaged them, which is logged."""
-    if unit is None or unit.tensors != tuple(tensors):
+    if unit is None:
         return None
     path = blobs.path(unit.sha256)
     if problem := blob_problem(path, unit.sha256, unit.size_bytes):

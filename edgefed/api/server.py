@@ -142,8 +142,15 @@ class Server:
     compression: Annotated[
         Literal["none", "int8", "int4", "int2", "topk12", "topk6", "topk3", "topk", "auto"] | None,
         Setting("How updates are sent: whole, as changes of 8, 4 or 2 bits, as the largest 12, 6, 3 or "
-                "1.6 percent of the changes, or as each client's uplink allows. What is left out is added to a later update.",
+                "1.6 percent of the changes, or as each client's uplink allows. What is left out is added to a later "
+                "update.",
                 default="auto"),
+    ] = None  # fmt: skip
+    download_compression: Annotated[
+        Literal["none", "topk12", "topk6", "topk3", "topk"] | None,
+        Setting("How far the model moves in a round: whole, or in the largest 12, 6, 3 or 1.6 percent of its changes. "
+                "What is left out is added in a later round, and in the last one. Devices that have the model of the "
+                "round before download only what changed.", default="none"),
     ] = None  # fmt: skip
     max_clients: Annotated[
         int | None, Setting("Clients that may be registered at once.", default="4096", minimum=1)

@@ -21,7 +21,7 @@ from edgefed.errors import ConfigError, DataError
 from edgefed.hardware.profile_files import DeviceProfile
 from edgefed.methods.custom import is_location, load_method
 from edgefed.methods.registry import make_method
-from edgefed.protocol.frames import COMPRESSIONS
+from edgefed.protocol.frames import COMPRESSIONS, DOWNLOAD_SHARES
 from edgefed.protocol.limits import schedule_problems
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.protocol.server_optimizer import ServerOptimizer
@@ -145,6 +145,7 @@ class SimulationConfig:
         server_mbit: Mbit/s of the aggregator's link, which all devices share.
         gpu_optimizer: Optimizer whose costs GPUs are charged with, "adamw" or "adamw_8bit".
         compression: How updates are sent, one of `protocol.frames.COMPRESSIONS`.
+        download_compression: How far the model moves in a round, one of `protocol.frames.DOWNLOAD_SHARES`.
         threads: Threads of torch; the last bit of results can depend on their number.
     """
 
@@ -166,6 +167,7 @@ class SimulationConfig:
     server_mbit: float = 1000.0
     gpu_optimizer: str = "adamw_8bit"
     compression: str = "none"
+    download_compression: str = "none"
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -194,6 +196,9 @@ class SimulationConfig:
             problems.append(f"gpu-optimizer is {self.gpu_optimizer!r}, expected adamw or adamw_8bit")
         if self.compression not in COMPRESSIONS:
             problems.append(f"compression is {self.compression!r}, expected one of {', '.join(COMPRESSIONS)}")
+        if self.download_compression not in DOWNLOAD_SHARES:
+            known = ", ".join(DOWNLOAD_SHARES)
+            problems.append(f"download-compression is {self.download_compression!r}, expected one of {known}")
         if self.split is not None and self.split.alpha is not None and not 0 < self.split.alpha < 1e6:
             problems.append(f"alpha is {self.split.alpha}, expected a number above 0")
         problems += _training_problems(self.training)

@@ -120,6 +120,7 @@ class _Settings(_Table):
     server_mbit: float | msgspec.UnsetType = msgspec.UNSET
     gpu_optimizer: str | msgspec.UnsetType = msgspec.UNSET
     compression: str | msgspec.UnsetType = msgspec.UNSET
+    download_compression: str | msgspec.UnsetType = msgspec.UNSET
     threads: int | msgspec.UnsetType = msgspec.UNSET
     adapter_average: str | msgspec.UnsetType = msgspec.UNSET
 

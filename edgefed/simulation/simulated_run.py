@@ -128,7 +128,7 @@ class SimulatedRun:
         stopped = ""
         with InProcessAggregator(
             self._folder / "run", self._model_source, self._run, [client.client_id for client in self._clients],
-            adapter_average=self._config.adapter_average,
+            adapter_average=self._config.adapter_average, download_compression=self._config.download_compression,
         ) as aggregator:  # fmt: skip
             first = self._first(aggregator)
             for server_round in range(1, self._config.rounds + 1):
@@ -294,7 +294,7 @@ class SimulatedRun:
 
     @property
     def _compresses(self) -> bool:
-        return self._config.compression != "none"
+        return (self._config.compression, self._config.download_compression) != ("none", "none")
 
     def _charged_setup(self, setup: StepSetup) -> StepSetup:
         """``setup`` with the dtype that bytes are charged in."""

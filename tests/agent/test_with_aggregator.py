@@ -26,7 +26,7 @@ EXPERTS, SHAPE = 3, (100, 60)
 
 
 def import_run(
-    folder: Path, *, rounds: int, clients: int, shape: tuple[int, int] = SHAPE, compression: str = "none"
+    folder: Path, *, rounds: int, clients: int, shape: tuple[int, int] = SHAPE, compression: str = "none", **policy: str
 ) -> None:
     run = RunConfig(
         run_id="real", model="toy", method="fedavg", method_options={}, rounds=rounds, seed=1,
@@ -42,7 +42,7 @@ def import_run(
     units = [unit("embed", -1, -1.0), *(unit(f"experts.{expert}", expert, expert) for expert in range(EXPERTS))]
     config = folder.parent / "config.json"
     config.write_text("{}")
-    create_run(folder, run, RoundPolicy(rounds=rounds, min_clients=clients), units, [config])
+    create_run(folder, run, RoundPolicy(rounds=rounds, min_clients=clients, **policy), units, [config])
 
 
 @contextlib.contextmanager

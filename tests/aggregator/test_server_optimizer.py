@@ -9,6 +9,7 @@ from toy_run import Toy, make_run
 
 from edgefed.aggregator import fold
 from edgefed.errors import NotFound
+from edgefed.protocol.frames import DOWNLOAD_SHARES, widen
 from edgefed.protocol.messages import UnitInfo
 from edgefed.protocol.server_optimizer import ServerOptimizer
 
@@ -140,6 +141,50 @@ def test_damaged_moments_begin_anew_and_no_client_sees_any(tmp_path, caplog):
     toy.run.fold_pending()
     logged = [record.getMessage() for record in caplog.records if "begins anew" in record.getMessage()]
     assert sorted(line.split("'")[1] for line in logged) == ["layer0.router", "layer1.router"]
+    toy.close()
+
+
+@pytest.mark.parametrize("optimizer", [None, MOMENTUM], ids=["mean", "momentum"])
+def test_few_values_move_and_nothing_is_lost(tmp_path, optimizer):
+    """g' + r' = (the step of all values) + r in every round; the last round uses up what was left."""
+    share, rules = DOWNLOAD_SHARES["topk"], {"hidden": 5000, "experts": 1, "download_compression": "topk"}
+    toy = Toy(make_run(tmp_path / "state", rounds=3, server_optimizer=optimizer, clip=None, **rules))
+    toy.join("a", "b")
+    residuals, momentum = {}, {}
+    for number in range(1, 4):
+        before, manifest = wide(toy.values()), toy.manifest()
+        for at, client in enumerate("ba" if number == 2 else "ab"):
+            toy.send(toy.update(client, 10 * number + at))
+        toy.run.fold_pending()
+        after, moments = wide(toy.values()), toy.run.store.moments(number + 1)
+        units = [unit for unit in manifest.units if unit.trainable]
+        sent = [toy_run.trained(units, 10 * number + at) for at in range(2)]
+        kept = {}
+        for unit in moments.values():
+            values = toy_run.unit_values(toy.folder / "blobs" / unit.sha256[:2] / unit.sha256)
+            kept |= {f"{unit.key.removeprefix('moments:')}|{name}": array for name, array in values.items()}
+        for name in sent[0]:
+            step = sum(tensors[name][1].astype(np.float64) for tensors in sent) / 2 - before[name]
+            if optimizer is not None:
+                momentum[name] = optimizer.momentum * momentum.get(name, 0.0) + step
+                step = optimizer.rate * (step + optimizer.momentum * momentum[name])
+            wanted = before[name] + step + residuals.get(name, 0.0)
+            sparse = step.size >= 4096 and number < 3
+            assert (f"{name}.residual" in kept) == sparse
+            residuals[name] = 0.0
+            if sparse:
+                left = kept[f"{name}.residual"]
+                residuals[name] = widen(left, "BF16" if left.dtype == np.uint16 else "F32").astype(np.float64)
+                moved = after[name] != before[name]
+                assert np.count_nonzero(moved) <= np.ceil(share * step.size)
+                far = np.abs(wanted - before[name])
+                assert far[moved].min() >= 0.99 * far[~moved].max()
+            tolerance = 1e-2 if name.startswith("norm") else 1e-5  # F16, and its residual BF16
+            np.testing.assert_allclose(after[name] + residuals[name], wanted, rtol=tolerance, atol=tolerance)
+        status = toy.run.status().history[-1].metrics
+        assert (status.get("model_residual_norm", 0) > 0) == (number < 3)
+        toy = toy.reopen()
+    assert bool(moments) == (optimizer is not None), "no residual is left"
     toy.close()
 
 
