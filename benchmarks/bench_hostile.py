@@ -176,7 +176,7 @@ def request_episode(seed: int, count: int) -> dict[str, object]:
         return {
             "seed": seed, "requests": statuses.total(), "statuses": dict(sorted(statuses.items())), "alive": alive,
             "server_errors": sum(n for status, n in statuses.items() if status.startswith("5")),
-            "hangs": statuses["hang"], "unchanged": before == after, "tracebacks": federation.tracebacks(),
+            "hangs": statuses["hang"], "unchanged": before == after, **federation.tracebacks(),
         }  # fmt: skip
 
 

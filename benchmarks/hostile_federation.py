@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -22,6 +23,7 @@ from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.protocol.frames import map_tensor, read_header, update_name, write_frame
 from edgefed.protocol.messages import ExpertReport, RunConfig, TrainingConfig, UnitInfo
 
+LONGEST_TEXT = 6000
 CLIENTS, ROUNDS, LAYERS, EXPERTS, HIDDEN = 3, 10, 2, 4, 64
 
 
@@ -111,7 +113,7 @@ class Federation:
         environment = {**os.environ, **({"EDGEFED_TOKEN": self._token} if self._token else {})}
         with self.log.open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while not ready.exists():
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"the server does not start: {self.log.read_text(errors='replace')[-1000:]}")
@@ -164,8 +166,14 @@ class Federation:
                 process.kill()
                 process.wait()
 
-    def tracebacks(self) -> int:
-        return sum(path.read_text(errors="replace").count("Traceback") for path in self.folder.glob("*.log"))
+    def tracebacks(self) -> dict[str, object]:
+        """The number of tracebacks in all logs, and the texts of different ones."""
+        found = [
+            text[:LONGEST_TEXT]
+            for path in sorted(self.folder.glob("*.log"))
+            for text in re.findall(r"^Traceback .*?^\S.*?$", path.read_text(errors="replace"), re.DOTALL | re.MULTILINE)
+        ]
+        return {"tracebacks": len(found), **({"traceback_texts": sorted(set(found))[:5]} if found else {})}
 
 
 def check(federation: Federation, calm: dict[str, str]) -> dict[str, object]:
@@ -179,7 +187,7 @@ def check(federation: Federation, calm: dict[str, str]) -> dict[str, object]:
         "twice": sum(1 for n in found.values() if n > 1) + sum(1 for n in stored.values() if n > CLIENTS),
         "updates": len(rows),
         "equal": model == calm,
-        "tracebacks": federation.tracebacks(),
+        **federation.tracebacks(),
         "ended": federation.ended_by_themselves,
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import enum
 import functools
 import io
 import os
@@ -18,7 +19,7 @@ from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,6 +29,7 @@ from edgefed.aggregator.gate import Gate, credentials_of
 from edgefed.aggregator.metrics import MEDIA_TYPE
 from edgefed.aggregator.openapi import openapi_document
 from edgefed.aggregator.page import page_handlers
+from edgefed.aggregator.polls import Bell, LongPolls
 from edgefed.aggregator.probing import ProbeLimiter, answer_probe_down, answer_probe_up
 from edgefed.aggregator.service import Service
 from edgefed.aggregator.validate import parse_number
@@ -51,6 +53,7 @@ from edgefed.protocol import PROTOCOL_VERSION, routes
 from edgefed.protocol.changes import CHANGE_TYPE, change_between
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
+    AssignmentReply,
     Heartbeat,
     HeartbeatReply,
     Leave,
@@ -58,60 +61,41 @@ from edgefed.protocol.messages import (
     UpdateAccepted,
     UpdateMeta,
     UploadState,
-    Wait,
     decode_message,
     encode_error,
 )
 from edgefed.protocol.slices import SliceFile
 
-POLL_S = 1.0
-"""A long poll checks this often whether its client is still connected."""
-ASK_S = 5.0
-"""A long poll asks the service again at least this often, which marks its client as live. News ring the bell."""
 MAX_OFFSET = 10**15
 MAX_INSTANCE_CHARACTERS = 64
-IO_THREADS = 8
 SMALL_MESSAGE_BYTES = 64 * 1024
 """Largest message other than the end of an upload."""
-COMMIT_THREADS = 2
-"""Hashing and checking is limited by memory and disk; more threads would slow each of them down."""
-
 T = TypeVar("T")
 
 
-class Bell:
-    """Wakes all long polls. `ring` may be called from any thread once the loop is known."""
+class Work(enum.Enum):
+    """Kinds of blocking work, each with its threads."""
 
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
+    SMALL = "small"
+    TRANSFER = "transfer"
+    """Reads and writes of many bytes, which small requests must not queue behind."""
+    COMMIT = "commit"
+    """Hashing and checking, limited by memory and disk: more threads would slow each of them down."""
 
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Set the event loop of the long polls."""
-        self._loop = loop
 
-    def ring(self) -> None:
-        """Wake all long polls, from any thread."""
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        event, self._event = self._event, asyncio.Event()
-        event.set()
-
-    def listen(self) -> asyncio.Event:
-        """The event of the next ring. Listen first, then check, then wait: so no ring is missed."""
-        return self._event
+NUM_THREADS = {Work.SMALL: 8, Work.TRANSFER: 8, Work.COMMIT: 2}
 
 
 class Endpoints:
     """The handlers of all routes over one service."""
 
     def __init__(self, service: Service, bell: Bell):
-        self.service, self._bell = service, bell
-        self._io = concurrent.futures.ThreadPoolExecutor(IO_THREADS, thread_name_prefix="io")
-        self._commits = concurrent.futures.ThreadPoolExecutor(COMMIT_THREADS, thread_name_prefix="commit")
+        self.service = service
+        self._threads = {
+            work: concurrent.futures.ThreadPoolExecutor(number, thread_name_prefix=work.value)
+            for work, number in NUM_THREADS.items()
+        }
+        self.polls = LongPolls(bell, self.run, lambda: service.closing)
         self.probes = ProbeLimiter()
         self.transfers = 0
         """Streams in progress, without probes: the server does not wait for those."""
@@ -143,20 +127,27 @@ class Endpoints:
 
     def close(self) -> None:
         """Wait for the threads to end."""
-        self._io.shutdown(wait=True, cancel_futures=True)
-        self._commits.shutdown(wait=True, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=True, cancel_futures=True)
 
-    async def run(self, function: Callable[..., T], *args: object, commit: bool = False, **options: object) -> T:
+    async def run(self, function: Callable[..., T], *args: object, work: Work = Work.SMALL, **options: object) -> T:
         """Run a blocking function in a thread."""
-        pool = self._commits if commit else self._io
-        return await asyncio.get_running_loop().run_in_executor(pool, functools.partial(function, *args, **options))
+        call = functools.partial(function, *args, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._threads[work], call)
 
     async def run_for(
-        self, request: Request, function: Callable[..., T], *args: object, upload: bool = False, commit: bool = False
+        self, request: Request, function: Callable[..., T], *args: object, upload: bool = False, work: Work = Work.SMALL
     ) -> T:
-        """Run ``function(client_id, key, *args)`` in a thread; with ``upload``, round and attempt come before ``args``.
+        """Run `call_for` in a thread."""
+        return await self.run(self.call_for(request, function, *args, upload=upload), work=work)
 
-        Raises IdentityInUse if the request comes from a process that another one has replaced.
+    def call_for(
+        self, request: Request, function: Callable[..., T], *args: object, upload: bool = False
+    ) -> Callable[[], T]:
+        """``function(client_id, key, *args)`` for the sender of a request, who is checked first.
+
+        With ``upload``, round and attempt come before ``args``. Raises IdentityInUse if the request comes from a
+        process that another one has replaced.
         """
         client_id, key = identity(request)
         numbers = upload_numbers(request) if upload else ()
@@ -168,7 +159,7 @@ class Endpoints:
             mark_known(request.scope)
             return function(client_id, key, *numbers, *args)
 
-        return await self.run(call, commit=commit)
+        return call
 
     # --- clients ------------------------------------------------------------------------------------------------
 
@@ -199,18 +190,8 @@ class Endpoints:
 
     async def assignment(self, request: Request) -> Response:
         """GET ASSIGNMENT: a long poll."""
-        loop = asyncio.get_running_loop()
-        until, every = loop.time() + wait_seconds(request), min(ASK_S, self.service.heartbeat_s)
-        while True:
-            ring, asked = self._bell.listen(), loop.time()
-            answer = await self.run_for(request, self.service.assignment)
-            if not isinstance(answer, Wait) or loop.time() >= until or self.service.closing:
-                return reply(answer)
-            while not ring.is_set() and (left := min(until, asked + every) - loop.time()) > 0:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ring.wait(), min(POLL_S, left))
-                if await request.is_disconnected():
-                    raise ClientDisconnect
+        ask: Callable[[], AssignmentReply] = self.call_for(request, self.service.assignment)
+        return reply(await self.polls.answer(ask, wait_seconds(request), request.receive))
 
     # --- downloads ----------------------------------------------------------------------------------------------
 
@@ -225,13 +206,13 @@ class Endpoints:
         path, size_bytes = self.service.blob(sha256)
         rows, tag, again = request.query_params.get("rows"), sha256, "check" in request.query_params
         if again or rows is not None:
-            await self.run(self.service.check_blob, sha256, again=again, commit=True)
+            await self.run(self.service.check_blob, sha256, again=again, work=Work.COMMIT)
         self.service.repairs.check_wanted(sha256)
         if rows is not None:
-            size_bytes, tag = await self.run(slice_facts, path, rows)
+            size_bytes, tag = await self.run(slice_facts, path, rows, work=Work.TRANSFER)
         headers, key = {"accept-ranges": "bytes", "etag": f'"{tag}"'}, request.headers.get(routes.CLIENT_KEY_HEADER, "")
         if base := request.query_params.get("base"):
-            change = await self.run(change_between, self.service.blob, base, path)
+            change = await self.run(change_between, self.service.blob, base, path, work=Work.TRANSFER)
             if change is not None:
                 await self.run(self.service.note_download, key, len(change))
                 return Response(change, headers=headers, media_type=CHANGE_TYPE)
@@ -270,7 +251,7 @@ class Endpoints:
         self.transfers += 1
         try:
             async for chunk in batches(request.stream()):
-                await self.run(writer.write, chunk)
+                await self.run(writer.write, chunk, work=Work.TRANSFER)
         except ProtocolError as error:
             refused = error
             raise
@@ -288,7 +269,7 @@ class Endpoints:
         def finish(client_id: str, key: str, server_round: int, attempt: int) -> UpdateAccepted:
             return self.service.commit(client_id, key, server_round, attempt, decode_message(body, UpdateMeta))
 
-        return reply(await self.run_for(request, finish, upload=True, commit=True))
+        return reply(await self.run_for(request, finish, upload=True, work=Work.COMMIT))
 
     # --- the server itself --------------------------------------------------------------------------------------
 
@@ -336,7 +317,7 @@ class FileStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while at < self._end and not hung_up.done():
                 length = min(routes.CHUNK_BYTES, self._end - at)
-                chunk = _read_cached(self._file, at, length) or await run(self._file.read, length)
+                chunk = _read_cached(self._file, at, length) or await run(self._file.read, length, work=Work.TRANSFER)
                 if not chunk:
                     raise OSError(f"{self._file.name} ends at byte {at}, expected {self._end}")
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import gc
 import ipaddress
 import json
 import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,11 +27,12 @@ import uvicorn
 
 from edgefed.aggregator.access import owner_token
 from edgefed.aggregator.active_run import ActiveRun
-from edgefed.aggregator.app import Bell, Endpoints, build_app
+from edgefed.aggregator.app import Endpoints, Work, build_app
 from edgefed.aggregator.connections import ConnectionGuard, ConnectionLimits, connection_limits, guarded_protocol
 from edgefed.aggregator.fold import FoldCancelled
 from edgefed.aggregator.gate import LogLimiter, check_strength
 from edgefed.aggregator.members import follow_access
+from edgefed.aggregator.polls import ASK_S, Bell
 from edgefed.aggregator.service import Service
 from edgefed.aggregator.tls import ServerTls, own_certificate, self_signed_certificate
 from edgefed.disk import disk_errors
@@ -49,6 +51,8 @@ SHUTDOWN_S = 1
 KEEP_ALIVE_S = 75
 """An idle connection stays open for longer than a client waits between two requests."""
 BACKLOG = 512
+COLLECTION_THRESHOLDS = (10_000, 20, 100)
+"""Of `gc.set_threshold`. Python's own are (700, 10, 10)."""
 LIMITED_LOGGERS = (
     "edgefed.aggregator.connections", "edgefed.aggregator.gate", "edgefed.aggregator.service",
     "edgefed.aggregator.wire", "uvicorn.error", "asyncio",
@@ -179,7 +183,8 @@ class AggregatorServer:
             each.addFilter(limiter)
         logging.getLogger("uvicorn.error").addFilter(_in_own_words)
         try:
-            self._server.run(sockets=[self._socket])
+            with rare_collections():
+                self._server.run(sockets=[self._socket])
         finally:
             self.active.close()
             self._socket.close()
@@ -213,7 +218,9 @@ class AggregatorServer:
     @contextlib.asynccontextmanager
     async def _around(self, endpoints: Endpoints) -> AsyncIterator[None]:
         """Tick while the application runs."""
-        tasks = [asyncio.create_task(work) for work in (self._tick_forever(endpoints), self._guard.sweep_forever())]
+        watch = endpoints.polls.watch_forever(min(ASK_S, endpoints.service.heartbeat_s))
+        works = (self._tick_forever(endpoints), self._guard.sweep_forever(), watch)
+        tasks = [asyncio.create_task(work) for work in works]
         try:
             yield
         finally:
@@ -256,13 +263,30 @@ class AggregatorServer:
 
     async def _fold(self, endpoints: Endpoints) -> None:
         """Fold, and tick meanwhile: clients that fall silent must be noticed."""
-        folding = asyncio.ensure_future(endpoints.run(self.active.fold_pending, commit=True))
+        folding = asyncio.ensure_future(endpoints.run(self.active.fold_pending, work=Work.COMMIT))
         try:
             while not folding.done():
                 await asyncio.wait([folding], timeout=TICK_S)
                 await endpoints.run(self.active.tick)
         finally:
             await folding  # also when the server stops, which ends it
+
+
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Let Python look for reference cycles less often, and not among the objects that exist already.
+
+    A look at all objects of a server with a thousand connections stops it for more than 0.1 s.
+    """
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECTION_THRESHOLDS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def _in_own_words(record: logging.LogRecord) -> bool:

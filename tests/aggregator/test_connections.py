@@ -15,16 +15,13 @@ import h11
 import pytest
 import toy_run
 from server_process import Client
-from starlette.requests import Request
 from toy_run import make_run
 
-from edgefed.aggregator import app
 from edgefed.aggregator.connections import ConnectionLimits, EndQuietly, connection_limits
 from edgefed.aggregator.gate import FREE_GUESSES, GuessBrake, LogLimiter, address_of, check_strength
 from edgefed.aggregator.server import AggregatorServer, ServerConfig
 from edgefed.errors import ConfigError, MalformedMessage, UnknownClient
 from edgefed.protocol import routes
-from edgefed.protocol.messages import Wait
 
 TOKEN = "correct-horse-battery"
 LIMITS = ConnectionLimits(at_once=40, strangers=8, head_s=1.0, body_pause_s=1.0, read_pause_s=1.0)
@@ -194,32 +191,3 @@ def test_a_request_that_cannot_be_answered_ends_with_its_connection():
     connection = types.SimpleNamespace(transport=types.SimpleNamespace(abort=lambda: aborted.append(1)))
     asyncio.run(EndQuietly(raising, lambda: None)({"type": "http", "state": {"connection": connection}}, None, None))
     assert aborted == [1]
-
-
-# --- clients that wait ------------------------------------------------------------------------------------------
-
-
-def test_a_waiting_client_costs_little(monkeypatch):
-    class Waiting:
-        heartbeat_s, closing, asked = 0.2, False, 0
-
-        def check_instance(self, *_: object) -> None: ...
-
-        def check_signed(self, *_: object) -> None: ...
-
-        def assignment(self, client_id: str, key: str) -> Wait:
-            self.asked += 1
-            return Wait(retry_after_s=1.0, reason="nothing to do")
-
-    async def nothing_more() -> None:
-        await asyncio.sleep(60)
-
-    monkeypatch.setattr(app, "POLL_S", 0.02)
-    service = Waiting()
-    scope = {
-        "type": "http", "method": "GET", "path": "/", "query_string": b"wait_s=0.5", "headers": [],
-        "path_params": {"client_id": "a"},
-    }  # fmt: skip
-    answer = asyncio.run(app.Endpoints(service, app.Bell()).assignment(Request(scope, nothing_more)))
-    assert b"nothing to do" in answer.body
-    assert service.asked <= 4, "at 0, 0.2, 0.4 and 0.5 s, not at each look for its connection"
