@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -37,6 +37,8 @@ FORMATS: tuple[str, ...] = get_args(Format)
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0", "int8"]
 """Data type of the weights; "auto": the model's own. "q8_0" and "q4_0" are of GGUF, "int8" of ONNX."""
 DTYPES: tuple[str, ...] = get_args(Dtype)
+Wanted = int | Literal["best"] | None
+"""The model at the start of a round, that with the smallest held-out loss, or the newest."""
 
 
 class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +90,7 @@ class _Model(msgspec.Struct, frozen=True):
 def export_model(
     source: str | Path,
     to: Path,
-    server_round: int | None = None,
+    server_round: int | Literal["best"] | None = None,
     *,
     format: Format = "hf",
     dtype: Dtype = "auto",
@@ -101,7 +103,7 @@ def export_model(
     ``source``: the folder of a run, the address of its server, or the state folder of a device. A device exports what
     it has: its own weights where the method exchanges none, otherwise the global model of its last round, with the
     device's private part if it has one; with ``global_model``, the newest global model, from its server.
-    ``server_round``: the model at the start of that round.
+    ``server_round``: the model at the start of that round; "best": the one that clients evaluated best.
 
     Raises StorageError, StateCorrupt, ConfigError (round not stored, target not empty, nothing to export, a format that
     cannot hold what the run trained), and, where the server is asked, ServerUnreachable, Unauthorized, NotFound.
@@ -116,7 +118,7 @@ def export_model(
         elif (Path(source) / "journal.json").exists():
             model = stack.enter_context(_device_model(Path(source), server_round, format, global_model, token, sink))
         else:
-            model = stack.enter_context(_run_model(Path(source), server_round, format))
+            model = stack.enter_context(_run_model(Path(source), server_round, format, sink))
         set_up_allocator()
         sink.phase("export")
         with tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
@@ -236,6 +238,17 @@ def _record(
     )  # fmt: skip
 
 
+def _round_number(wanted: Wanted, history: Sequence[RoundStatus], run: RunConfig, sink: ProgressSink) -> int | None:
+    """The number of the ``wanted`` round; None: the newest. Raises ConfigError if no model was evaluated."""
+    if wanted != "best":
+        return wanted
+    from edgefed.aggregator.stopping import describe_best
+
+    best, note = describe_best(history, private=run.privacy is not None)
+    sink.message(note)
+    return best
+
+
 def _check_shared(units: Iterable[UnitInfo], what: str, run: RunConfig) -> None:
     from edgefed.personal.extractors import EXTRACTOR_UNIT
 
@@ -259,11 +272,11 @@ def _needed(manifest: Manifest, run: RunConfig, format: Format) -> Manifest:
 
 
 @contextlib.contextmanager
-def _run_model(folder: Path, server_round: int | None, format: Format) -> Iterator[_Model]:
+def _run_model(folder: Path, server_round: Wanted, format: Format, sink: ProgressSink) -> Iterator[_Model]:
     from edgefed.runs import RunReader
 
     with RunReader(folder) as reader:
-        manifest = reader.manifest(server_round)
+        manifest = reader.manifest(_round_number(server_round, reader.history(), reader.run, sink))
         _check_shared(manifest.units, str(folder), reader.run)
         manifest = _needed(manifest, reader.run, format)
         unchanged = reader.is_unchanged(manifest.server_round)
@@ -275,13 +288,14 @@ def _run_model(folder: Path, server_round: int | None, format: Format) -> Iterat
 
 @contextlib.contextmanager
 def _server_model(
-    url: str, server_round: int | None, format: Format, token: str | None, sink: ProgressSink
+    url: str, server_round: Wanted, format: Format, token: str | None, sink: ProgressSink
 ) -> Iterator[_Model]:
     from edgefed.runs import changed_before
 
     with _Download(url, token, sink) as download:
         status = download.client.status()
-        manifest = download.client.manifest(server_round or "latest")
+        wanted = _round_number(server_round, status.history, status.run, sink)
+        manifest = download.client.manifest(wanted or "latest")
         _check_shared(manifest.units, url, status.run)
         manifest = _needed(manifest, status.run, format)
         unchanged = not changed_before(status.history, manifest.server_round, status.run)
@@ -293,7 +307,7 @@ def _server_model(
 
 @contextlib.contextmanager
 def _device_model(
-    state: Path, server_round: int | None, format: Format, global_model: bool, token: str | None, sink: ProgressSink
+    state: Path, server_round: Wanted, format: Format, global_model: bool, token: str | None, sink: ProgressSink
 ) -> Iterator[_Model]:
     from edgefed.agent.agent import BLOBS_FOLDER
     from edgefed.agent.journal import read_journal

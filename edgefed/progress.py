@@ -26,6 +26,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def round_range(first: int, last: int) -> str:
+    """``round 3 was``, ``rounds 3 to 5 were``."""
+    return f"round {first} was" if first >= last else f"rounds {first} to {last} were"
+
+
 class StopRequested(Exception):
     """The agent was asked to stop. Not an error: the journal stays resumable."""
 

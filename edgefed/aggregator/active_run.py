@@ -317,7 +317,10 @@ class ActiveRun:
             optimizer=self.config.server_optimizer,
             moments=self.store.moments,
         )
-        result = close_round(how, manifest, updates, banned.keys(), self.uploads.updates, earlier, metrics)
+        result = close_round(
+            *(how, manifest, updates, banned.keys(), self.uploads.updates, earlier, metrics),
+            self.config.training.evaluated_before(server_round),
+        )
         result.set_aside.update(banned)
         changed, used = result.changed, [update for update in updates if update.client_id not in result.set_aside]
         coverage = cover_round(*(self.store.coverage(), manifest, used, self.uploads.updates, self.clients))
@@ -326,7 +329,7 @@ class ActiveRun:
                 assert update.meta is not None, "only updates with metadata count"
                 survey, client = update.meta.survey, self.clients[update.client_id]
                 loss = update.meta.metrics.get(HELD_OUT_LOSS)
-                client.held_out = None if loss is None else (update.server_round, loss)
+                client.held_out = client.held_out if loss is None else (update.server_round, loss)
                 client.survey = client.survey if survey is None else combined_survey(client.survey, survey)
             set_aside = [
                 SetAside(client_id=client_id, name=self.clients[client_id].name, reason=reason)
@@ -361,9 +364,9 @@ class ActiveRun:
         try:
             self.uploads.delete_updates(folded)
             with self.lock:
-                keep = self._keep_rounds and max(self._keep_rounds, self.policy.max_staleness + 1)
-                best = best_round(self.store.history()) if self.policy.stop_after else None
-                orphans = self.store.prune(keep, best)
+                to_undo = self.config.training.evaluate_every + 1 if self.policy.rollback else 0
+                keep = self._keep_rounds and max(self._keep_rounds, self.policy.max_staleness + 1, to_undo)
+                orphans = self.store.prune(keep, best_round(self.store.history()))
                 self.catalog.load_references()
             self._blobs.delete(orphans)
             self.repairs.forget(orphans)

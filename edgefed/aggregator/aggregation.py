@@ -32,6 +32,7 @@ from edgefed.disk import hash_file
 from edgefed.errors import StorageError, first_line
 from edgefed.kernels.fold import FoldBackend
 from edgefed.methods.interface import Contribution, Method, UnitMerge
+from edgefed.progress import round_range
 from edgefed.protocol.messages import Manifest, UnitInfo
 from edgefed.protocol.privacy import PrivacyConfig
 from edgefed.protocol.server_optimizer import ServerOptimizer
@@ -181,32 +182,38 @@ def undo_round(
     now: Manifest,
     model: Callable[[int], Manifest | None],
     moments: Callable[[int], Mapping[str, UnitInfo]] = lambda server_round: {},
+    evaluated_before: int | None = None,
 ) -> Aggregated | None:
-    """Undo the last aggregation if it made the held-out loss of most clients ``ratio`` times larger; None if not.
+    """Undo what was aggregated since ``evaluated_before``, the last round in which clients evaluated the model.
 
-    ``earlier``: what clients reported of an earlier model, {client_id: (round, loss)}; only the round before counts.
-    ``now``: the model that they evaluated. ``model``: that of an earlier round, which is restored; None if it is not
-    stored. ``moments``: those of the server optimizer at the start of a round. ``ratio`` None: never undo.
+    That is done if the held-out loss of most clients has grown to ``ratio`` times what it was then; otherwise the
+    result is None.
+
+    ``earlier``: what clients reported of an earlier model, {client_id: (round, loss)}; only that round counts, which is
+    by default the one before. ``now``: the model that they evaluated. ``model``: that of an earlier round, which is
+    restored; None if it is not stored. ``moments``: those of the server optimizer at the start of a round. ``ratio``
+    None: never undo.
     """
+    last = now.server_round - 1 if evaluated_before is None else evaluated_before
     if ratio is None:
         return None
     jumps = []
     for update in (update for update in updates if update.server_round == now.server_round):
         loss = None if update.meta is None else update.meta.metrics.get(HELD_OUT_LOSS)
         known = earlier.get(update.client_id)
-        if loss is not None and known is not None and known[0] == now.server_round - 1:
+        if loss is not None and known is not None and known[0] == last:
             jumps.append(loss > ratio * known[1])
     if len(jumps) < MIN_FOR_UNDO or 2 * sum(jumps) <= len(jumps):
         return None
-    if (before := model(now.server_round - 1)) is None:
+    if (before := model(last)) is None:
         logger.error(
-            "round %d: the held-out loss jumped on %d of %d clients, and the model before is not stored; keep 2 rounds",
-            *(now.server_round, sum(jumps), len(jumps)),
+            "round %d: the held-out loss jumped on %d of %d clients, and the model of round %d is not stored",
+            *(now.server_round, sum(jumps), len(jumps), last),
         )
         return None
     current = {unit.key: unit.sha256 for unit in now.units}
     reason = f"the model that it trained was undone: the held-out loss jumped on {sum(jumps)} of {len(jumps)} clients"
-    logger.error("round %d: the aggregation of round %d is undone: %s", now.server_round, before.server_round, reason)
+    logger.error("round %d: %s undone: %s", now.server_round, round_range(last, now.server_round - 1), reason)
     return Aggregated(
         [unit for unit in before.units if unit.sha256 != current[unit.key]]
         + undone_moments(moments(before.server_round), moments(now.server_round)),

@@ -5,7 +5,8 @@ in that round, each on its own held-out data. The median, since a client may rep
 smallest L so far, round r ends the run if r - b >= K. Its updates train a model that is not the best, so nothing is
 aggregated: the final model is that of round b.
 
-The numbers are metrics of each round's status, so a restart knows them. The model of round b stays stored.
+The numbers are metrics of each round's status, so a restart knows them. The model of round b stays stored, and can be
+exported.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregated, Aggregatio
 from edgefed.aggregator.records import UpdateRecord
 from edgefed.aggregator.rounds import RoundState
 from edgefed.aggregator.server_optimizer import undone_moments
+from edgefed.errors import ConfigError
+from edgefed.progress import counted
 from edgefed.protocol.messages import Manifest, RoundStatus, UnitInfo
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,24 @@ def best_round(history: Sequence[RoundStatus]) -> int | None:
     return None if found is None else int(found)
 
 
+def describe_best(history: Sequence[RoundStatus], *, private: bool) -> tuple[int, str]:
+    """(best round, a sentence that says why it is the best). ``private``: the run has differential privacy.
+
+    Raises ConfigError if there is none, or if it cannot be told without what the noise protects.
+    """
+    best, remedy = best_round(history), "Choose a round by its number, or the newest."
+    if private:
+        raise ConfigError(
+            "the best round of a run with `dp_noise` cannot be chosen: the held-out losses of clients have no noise",
+            remedy=remedy,
+        )
+    if best is None:
+        raise ConfigError("no round is the best: no client has evaluated a model of this run", remedy=remedy)
+    losses = {done.server_round: done.metrics[MEDIAN_LOSS] for done in history if MEDIAN_LOSS in done.metrics}
+    of = f"round {best}: held-out loss {losses[best]:.4f}, the smallest of {counted(len(losses), 'evaluated model')}"
+    return best, of + ("; the newest model is later, and not evaluated" if best == max(losses) else "")
+
+
 def restored_metric(result: Aggregated) -> dict[str, float]:
     """`RESTORED_ROUND` of a round that ended the run early; nothing of another one."""
     return {} if result.restored is None else {RESTORED_ROUND: float(result.restored)}
@@ -74,13 +95,15 @@ def close_round(
     folder: Path,
     earlier: Mapping[str, tuple[int, float] | None],
     metrics: Mapping[str, float],
+    evaluated_before: int | None = None,
 ) -> Aggregated:
-    """Undo the round before, end the run, or aggregate the updates of clients that are not ``banned``.
+    """Undo the rounds since the last evaluation, end the run, or aggregate updates of clients that are not ``banned``.
 
-    ``earlier`` as in `undo_round`, ``metrics`` as in `stop_round`, ``folder`` and errors as in `aggregate_round`.
+    ``earlier`` and ``evaluated_before`` as in `undo_round`, ``metrics`` as in `stop_round`, ``folder`` and errors as in
+    `aggregate_round`.
     """
     return (
-        undo_round(updates, earlier, how.policy.rollback, manifest, how.model, how.moments)
+        undo_round(updates, earlier, how.policy.rollback, manifest, how.model, how.moments, evaluated_before)
         or stop_round(how.policy.stop_after, metrics, manifest, how.model, how.moments)
         or aggregate_round(how, manifest.units, [u for u in updates if u.client_id not in banned], folder)
     )

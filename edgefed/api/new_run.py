@@ -26,9 +26,10 @@ DEFAULT_METHOD = "hfedmoe"
 DEFAULT_EXTRACTOR = "cnn5"
 DEFAULT_DELTA = 1e-5
 TRAINING = (
-    "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "local_steps", "batch_size",
-    "sequence_length", "learning_rate", "schedule", "warmup_rounds", "max_grad_norm", "weight_decay", "balancing",
-    "missing", "profile_tokens", "profile_agreement", "evaluation_tokens", "evaluation_share",
+    "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "local_steps", "round_seconds",
+    "batch_size", "sequence_length", "learning_rate", "schedule", "warmup_rounds", "max_grad_norm", "weight_decay",
+    "balancing", "missing", "profile_tokens", "profile_agreement", "evaluation_tokens", "evaluation_share",
+    "evaluate_every",
 )  # fmt: skip
 """Settings of the training of a language model."""
 SMALL_MODEL_BYTES = 256 * 1024**2
@@ -59,7 +60,6 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
     from edgefed.hub import check_source
     from edgefed.methods.registry import check_training, make_method
     from edgefed.progress import Pulse
-    from edgefed.protocol.limits import schedule_problems
     from edgefed.protocol.messages import RunConfig
     from edgefed.runs import import_in_subprocess
 
@@ -85,7 +85,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
             report(f"experts train by LoRA: {why}" if experts == "lora" else f"experts train in full: {why}")
     check_training(method, training.experts)
     rounds = 5 if server.rounds is None else server.rounds
-    if problems := schedule_problems(training, rounds):
+    if problems := training.problems(rounds):
         raise ConfigError("; ".join(problems))
     if {training.experts, training.router, training.attention} == {"none"}:
         raise ConfigError("nothing would be trained: experts, router and attention are all none")

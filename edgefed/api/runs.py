@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from edgefed.errors import ConfigError
 
@@ -109,7 +109,7 @@ def export(
     *,
     format: Format = "hf",
     dtype: Dtype = "auto",
-    server_round: int | None = None,
+    server_round: int | Literal["best"] | None = None,
     global_model: bool = False,
     token: str | None = None,
     progress: ProgressSink | None = None,
@@ -124,9 +124,11 @@ def export(
     merged; "peft", the adapters alone, which ``peft.PeftModel.from_pretrained`` loads on the base model; "gguf" and
     "onnx", the merged model for llama.cpp and for onnxruntime. ``dtype``: of the weights: "auto" (the model's own),
     "float32", "float16" or "bfloat16"; with "gguf" also "q8_0" and "q4_0"; with "onnx" "float32" or "int8".
-    ``server_round``: the model at the start of this round; None: the newest. ``token``: of the server.
+    ``server_round``: the model at the start of this round; None: the newest; "best": of the models that clients have
+    evaluated, the one with the smallest held-out loss, the median over clients. ``token``: of the server.
 
-    Raises ConfigError (unknown format, one that cannot hold what the run trained, round not stored, target not empty),
+    Raises ConfigError (unknown format, one that cannot hold what the run trained, round not stored, target not empty,
+    no model was evaluated),
     StorageError, StateCorrupt, and where the server is asked ServerUnreachable, Unauthorized, NotFound.
     """
     from edgefed.exporting import DTYPES, FORMATS, export_model

@@ -183,6 +183,11 @@ class Server:
     local_steps: Annotated[int | None, Setting("Optimizer steps of a client in a round.", default="20", minimum=1)] = (
         None
     )
+    round_seconds: Annotated[
+        float | None,
+        Setting("Time for the steps of a round on a device: one that does not manage `local_steps` of them in it takes "
+                "fewer, at least one; 0: no limit.", default="0", minimum=0),
+    ] = None  # fmt: skip
     batch_size: Annotated[int | None, Setting("Sequences in a batch.", default="8", minimum=1)] = None
     sequence_length: Annotated[int | None, Setting("Tokens in a sequence.", default="128", minimum=2)] = None
     learning_rate: Annotated[float | None, Setting("Learning rate of clients.", default="0.0005", above=0)] = None
@@ -227,6 +232,11 @@ class Server:
         float | None,
         Setting("Most tokens of an evaluation as a share of those that a client trains on in a round, but at least a "
                 "batch; 1 sets no limit.", default="0.05", above=0, maximum=1),
+    ] = None  # fmt: skip
+    evaluate_every: Annotated[
+        int | None,
+        Setting("Clients evaluate in every so many rounds, from the first on, and in the last one.", default="1",
+                minimum=1),
     ] = None  # fmt: skip
     seed: Annotated[int | None, Setting("Seed of the run.", default="0", minimum=0)] = None
     keep_rounds: Annotated[int, Setting("Rounds whose global model stays on disk; 0 keeps all.", minimum=0)] = 2

@@ -33,8 +33,10 @@ class ExportSettings:
         Setting("Data type of the weights; q8_0 and q4_0 are of GGUF, int8 is of ONNX.", default="the model's own"),
     ] = "auto"
     server_round: Annotated[
-        int | None, Setting("The model at the start of this round; default: the newest.", flag="round", minimum=1)
-    ] = None
+        str | None,
+        Setting("The model at the start of this round; `best`: the one with the smallest held-out loss.",
+                default="the newest", flag="round", metavar="NUMBER|best"),
+    ] = None  # fmt: skip
     global_model: Annotated[bool, Setting("Of a device: the newest global model, from its server.", flag="global")] = (
         False
     )
@@ -59,7 +61,7 @@ def export_command(settings: ExportSettings) -> None:
 
     source, target = _source_and_target(settings)
     folder = export(
-        source, target, format=settings.format, dtype=settings.dtype, server_round=settings.server_round,
+        source, target, format=settings.format, dtype=settings.dtype, server_round=_round_number(settings.server_round),
         global_model=settings.global_model, token=settings.token, progress=TerminalProgress(),
     )  # fmt: skip
     size, record = sum(path.stat().st_size for path in folder.iterdir()), read_record(folder)
@@ -85,6 +87,16 @@ def export_command(settings: ExportSettings) -> None:
         return
     print_note(f"{written}: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
     print_note(f"talk to it: edgefed chat {folder}")
+
+
+def _round_number(text: str | None) -> int | Literal["best"] | None:
+    if text is None:
+        return None
+    if text == "best":
+        return "best"
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise ConfigError(f"invalid `round`: {text!r}; expected the number of a round, from 1, or best")
+    return int(text)
 
 
 def _source_and_target(settings: ExportSettings) -> tuple[str, str]:

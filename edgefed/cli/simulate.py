@@ -104,9 +104,11 @@ class SimulationDisplay:
         if event.message:
             self._console.print(f"{where}: {event.message}", markup=False)
         elif event.ended is not None:
+            evaluated = event.ended.loss == event.ended.loss  # NaN is no number
+            loss = f"held-out loss {event.ended.loss:.4f}" if evaluated else "not evaluated"
             self._console.print(
-                f"{where}: held-out loss {event.ended.loss:.4f}, {format_seconds(event.ended.ends)} on the virtual "
-                f"clock, slowest: {event.ended.slowest}", markup=False,
+                f"{where}: {loss}, {format_seconds(event.ended.ends)} on the virtual clock, slowest: "
+                f"{event.ended.slowest}", markup=False,
             )  # fmt: skip
         elif self._status:
             self._status.update(f"{where}: {event.client} trains, {event.clients_done} of {event.clients} done")
@@ -139,7 +141,8 @@ def render_methods(result: SimulationResult) -> FittedTable:
         largest = sorted(parts, key=parts.__getitem__, reverse=True)[:2]
         total = sum(parts.values()) or 1.0
         row = [
-            run.label, str(len(run.rounds)), f"{run.first.loss:.4f} -> {last.loss:.4f}", f"{100 * last.accuracy:.1f} %",
+            run.label, str(len(run.rounds)), f"{run.first.loss:.4f} -> {run.curve[-1][1]:.4f}",
+            f"{100 * last.accuracy:.1f} %",
             format_seconds(last.ends),
         ]  # fmt: skip
         if target is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from edgefed.cli.options import command
 from edgefed.cli.phrasing import to_flags
 from edgefed.config import Setting
-from edgefed.progress import counted, format_seconds
+from edgefed.progress import counted, format_seconds, round_range
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -229,7 +229,8 @@ def _incidents(history: Iterable[RoundStatus]) -> list[Text]:
     lines = []
     for done in history:
         if done.undone is not None:
-            lines.append(Text(f"round {done.server_round}: the held-out loss jumped, round {done.undone} was undone"))
+            undone = round_range(done.undone, done.server_round - 1)
+            lines.append(Text(f"round {done.server_round}: the held-out loss jumped, {undone} undone"))
         if (best := done.metrics.get("restored_round")) is not None:
             text = f"the held-out loss no longer improved, the run ended with the model of round {best:.0f}"
             lines.append(Text(f"round {done.server_round}: {text}"))

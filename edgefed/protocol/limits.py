@@ -15,7 +15,7 @@ import msgspec
 
 from edgefed.errors import MalformedMessage
 from edgefed.protocol.frames import COMPRESSIONS
-from edgefed.protocol.messages import UNIT_KINDS, Manifest, RunConfig, TrainingConfig
+from edgefed.protocol.messages import UNIT_KINDS, Manifest, RunConfig
 
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
@@ -26,10 +26,9 @@ MAX_UNIT_BYTES = 2**42
 TRAINING_RANGES: dict[str, tuple[float, float]] = {
     "local_steps": (1, 100_000), "batch_size": (1, 65_536), "sequence_length": (2, 2**20), "learning_rate": (0, 1e3),
     "weight_decay": (0, 1e3), "max_grad_norm": (0, 1e6), "lora_rank": (1, 65_536), "lora_alpha": (0, 1e6),
-    "profile_tokens": (0, 10**9), "evaluation_tokens": (0, 10**9),
+    "profile_tokens": (0, 10**9), "evaluation_tokens": (0, 10**9), "round_seconds": (0, 1e9),
+    "evaluate_every": (1, 10**6),
 }  # fmt: skip
-SCHEDULES = ("constant", "cosine", "linear")
-"""How a learning rate may change over a run."""
 MAX_ROUND_TOKENS = 10**10
 """Of one device in one round."""
 MAX_SIZE, MAX_POSITIONS = 2**20, 2**27
@@ -82,22 +81,8 @@ def check_run(run: RunConfig) -> None:
     tokens = training.local_steps * training.batch_size * training.sequence_length
     if tokens > MAX_ROUND_TOKENS:
         raise MalformedMessage(f"training: a round has {tokens:.3g} tokens, expected at most {MAX_ROUND_TOKENS:g}")
-    if problems := schedule_problems(training, run.rounds):
+    if problems := training.problems(run.rounds):
         raise MalformedMessage(f"training: {printable('; '.join(problems))}")
-
-
-def schedule_problems(training: TrainingConfig, rounds: int) -> list[str]:
-    """What is wrong with the learning-rate schedule of a run of ``rounds`` rounds and with its clipping."""
-    problems = []
-    if training.schedule not in SCHEDULES:
-        problems.append(f"`schedule` is {training.schedule!r}, expected one of {', '.join(SCHEDULES)}")
-    if not 0 <= training.warmup_rounds < rounds:
-        problems.append(
-            f"`warmup_rounds` is {training.warmup_rounds}, expected fewer than the {rounds} rounds of the run, from 0"
-        )
-    if not 0 <= training.max_grad_norm < math.inf:
-        problems.append(f"`max_grad_norm` is {training.max_grad_norm}, expected a number from 0")
-    return problems
 
 
 def check_manifest(manifest: Manifest) -> None:

@@ -14,6 +14,7 @@ from edgefed.errors import EdgefedError, MalformedMessage, ProtocolError, all_er
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.privacy import PrivacyConfig, PrivacyStatus
 from edgefed.protocol.server_optimizer import ServerOptimizer
+from edgefed.protocol.training import TrainingConfig as TrainingConfig
 
 UNIT_KINDS = ("dense", "router", "expert")
 NEURON_TABLE, NEURON_INDEX = "neurons", "neurons.index"
@@ -68,39 +69,6 @@ class Manifest(Message, frozen=True):
     experts_per_layer: tuple[int, ...]
     units: tuple[UnitInfo, ...]
     files: tuple[FileInfo, ...]
-
-
-class TrainingConfig(Message, frozen=True):
-    """Local training of one round. ``experts``, ``router`` and ``attention``: "full", "lora" or "none"."""
-
-    local_steps: int = 20
-    batch_size: int = 8
-    sequence_length: int = 128
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    """Longest gradient of a step, as the L2 norm over all that is trained; 0: any length."""
-    schedule: str = "constant"
-    """How the learning rate changes over the run: "constant", "cosine" or "linear", the two latter down to 0."""
-    warmup_rounds: int = 0
-    """Rounds over which the learning rate first rises from 0 to its value."""
-    experts: str = "full"
-    router: str = "full"
-    attention: str = "none"
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    balancing: float | None = None
-    """Coefficient of the load-balancing loss of resident experts; None: what the model's configuration asks for."""
-    missing: str = "renormalize"
-    """Tokens routed to an absent expert: "renormalize" takes the next best resident one, "skip" takes none."""
-    profile_tokens: int = 16384
-    """Maximum number of tokens of the training text in a profile; 0 means all."""
-    profile_agreement: float = 0.95
-    """A profile ends when the plan made from it agrees so far with that of all tokens; 1: it takes all tokens."""
-    evaluation_tokens: int = 4096
-    """Maximum number of tokens of the held-out text in an evaluation, before and after training; 0 means all."""
-    evaluation_share: float = 0.05
-    """Maximum tokens of an evaluation, as a share of those a round trains on, at least one batch; 1: no limit."""
 
 
 class RunConfig(Message, frozen=True):
@@ -337,8 +305,8 @@ class SetAside(Message, frozen=True):
 class RoundStatus(Message, frozen=True):
     """One finished round in `edgefed status`. ``updates`` counted; ``set_aside`` were accepted, but did not.
 
-    ``undone``: the earlier round that this one undid, because the held-out loss had jumped, or None. ``damaged``: keys
-    of units that stayed as they were, because the server's disk had damaged them.
+    ``undone``: the first of the rounds that this one undid, because the held-out loss had jumped, or None. ``damaged``:
+    keys of units that stayed as they were, because the server's disk had damaged them.
     """
 
     server_round: int

@@ -22,7 +22,6 @@ from edgefed.hardware.profile_files import DeviceProfile
 from edgefed.methods.custom import is_location, load_method
 from edgefed.methods.registry import make_method
 from edgefed.protocol.frames import COMPRESSIONS, DOWNLOAD_SHARES
-from edgefed.protocol.limits import schedule_problems
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.protocol.server_optimizer import ServerOptimizer
 
@@ -136,6 +135,8 @@ class SimulationConfig:
         training: Settings of local training.
         server_optimizer: What makes the next model from the aggregate of a round. None: that is the next model.
         adapter_average: What is averaged of LoRA adapters, "product" or "factors".
+        stop_after: Rounds without a better held-out loss that end a run with its best model; then devices measure it.
+            None: none do.
         split: One data file for all devices. None: each device has its own.
         held_out_share: Share of each device's data for evaluation.
         evaluation_tokens: Held-out tokens per client for the evaluation of the global model after each round.
@@ -158,6 +159,7 @@ class SimulationConfig:
     training: TrainingConfig = TrainingConfig()
     server_optimizer: ServerOptimizer | None = None
     adapter_average: str = "factors"
+    stop_after: int | None = None
     split: SplitData | None = None
     held_out_share: float = 0.1
     evaluation_tokens: int = 4096
@@ -188,6 +190,8 @@ class SimulationConfig:
             for name, low in least
             if getattr(self, name) < low
         ]
+        if self.stop_after is not None and self.stop_after < 1:
+            problems.append(f"stop-after is {self.stop_after}, expected at least 1")
         if not 0 < self.held_out_share < 1:
             problems.append(f"held-out is {self.held_out_share}, expected a share between 0 and 1")
         if not 0 < self.server_mbit < 1e7:
@@ -202,7 +206,7 @@ class SimulationConfig:
         if self.split is not None and self.split.alpha is not None and not 0 < self.split.alpha < 1e6:
             problems.append(f"alpha is {self.split.alpha}, expected a number above 0")
         problems += _training_problems(self.training)
-        problems += [text.replace("_", "-").replace("`", "") for text in schedule_problems(self.training, self.rounds)]
+        problems += [text.replace("_", "-").replace("`", "") for text in self.training.problems(self.rounds)]
         if self.adapter_average not in ("product", "factors"):
             problems.append(f"adapter-average is {self.adapter_average!r}, expected product or factors")
         if self.server_optimizer is not None:

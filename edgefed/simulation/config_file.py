@@ -123,6 +123,7 @@ class _Settings(_Table):
     download_compression: str | msgspec.UnsetType = msgspec.UNSET
     threads: int | msgspec.UnsetType = msgspec.UNSET
     adapter_average: str | msgspec.UnsetType = msgspec.UNSET
+    stop_after: int | msgspec.UnsetType = msgspec.UNSET
 
 
 def load_simulation(path: Path) -> SimulationConfig:

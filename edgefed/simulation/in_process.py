@@ -14,6 +14,7 @@ from edgefed import __version__
 from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.rounds import Phase, RoundPolicy
 from edgefed.aggregator.service import Service
+from edgefed.aggregator.stopping import RESTORED_ROUND
 from edgefed.aggregator.store import has_run
 from edgefed.aggregator.validate import MAX_EXAMPLES
 from edgefed.disk import hash_file
@@ -59,6 +60,14 @@ class DirectAggregator:
     def finished(self) -> bool:
         """The run is over."""
         return self.active.state.phase is Phase.FINISHED
+
+    @property
+    def why_stopped(self) -> str:
+        """Why the run has fewer rounds than it was to have; "" if it has not."""
+        restored = self.active.store.history()[-1].metrics.get(RESTORED_ROUND) if self.finished else None
+        if restored is None:
+            return ""
+        return f"the held-out loss no longer improves: the final model is that of the start of round {restored:.0f}"
 
     def manifest(self, server_round: int) -> Manifest:
         """The global model at the start of a round."""

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import msgspec
+
+from edgefed.disk import write_durably
+from edgefed.errors import StateCorrupt
+from edgefed.simulation.virtual_clock import ClientTimes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +50,8 @@ class RoundResult:
         ends: Virtual seconds since the run began.
         aggregation: Seconds of the aggregator.
         slowest: The client that the round waited for.
-        loss: Held-out loss of the new global model, mean over clients.
-        accuracy: Its accuracy on held-out tokens.
+        loss: Held-out loss of the new global model, mean over clients; NaN if it was not evaluated.
+        accuracy: Its accuracy on held-out tokens, likewise.
         losses: Held-out loss by client.
         metrics: Results of the caller's own score.
         clients: What each client did.
@@ -83,8 +92,8 @@ class MethodRun:
 
     @property
     def curve(self) -> list[tuple[float, float]]:
-        """(virtual seconds, held-out loss), the start included."""
-        return [(each.ends, each.loss) for each in (self.first, *self.rounds)]
+        """(virtual seconds, held-out loss) of the evaluated models, the start included."""
+        return [(each.ends, each.loss) for each in (self.first, *self.rounds) if not math.isnan(each.loss)]
 
     def seconds_to(self, target: float, metric: str = "loss", *, higher: bool | None = None) -> float | None:
         """Virtual seconds until the end of the first round whose metric has reached ``target``; None: never.
@@ -118,8 +127,45 @@ class SimulationResult:
         return next(run for run in self.runs if run.label == label)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, with the seconds to the target."""
-        data = dataclasses.asdict(self)
+        """For JSON, with the seconds to the target. What was not measured is null."""
+        data: dict[str, Any] = _without_nan(dataclasses.asdict(self))
         if self.target_loss is not None:
             data["seconds_to_target"] = {run.label: run.seconds_to(self.target_loss) for run in self.runs}
         return data
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+class SavedRound(msgspec.Struct):
+    """rounds/N.json."""
+
+    result: RoundResult
+    times: dict[str, ClientTimes]
+    refused: dict[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> SavedRound:
+        """Raises StateCorrupt."""
+        try:
+            # The json module reads NaN, msgspec's own decoder does not.
+            return msgspec.convert(json.loads(path.read_bytes()), cls)
+        except ValueError as error:
+            raise StateCorrupt(
+                f"{path} is not a file that edgefed wrote: {error}", remedy="Delete the `out` folder and start again."
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Raises StorageError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, json.dumps(msgspec.to_builtins(self)).encode())
+
+
+def mean_loss(losses: Mapping[str, float]) -> float:
+    """Mean of the clients' losses; NaN without any."""
+    return sum(losses.values()) / len(losses) if losses else math.nan

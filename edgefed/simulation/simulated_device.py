@@ -160,15 +160,23 @@ def _read_own(path: Path) -> _OwnUnits:
 
 
 class SimulatedCosts:
-    """A `StepCosts`: steps cost what they would with the cost shape on a device of ``kind``."""
+    """A `StepCosts`: steps cost what they would with the cost shape on a device of ``kind``.
+
+    ``step_seconds``: (setup, plan) -> seconds of a step there.
+    """
 
     measures_steps = False
     offloads = False
     """What a device would offload is charged by the cost model; the training that runs here needs no files for it."""
     stream_rates: Callable[[StepSetup, int, int], StreamRates] | None = None
 
-    def __init__(self, charged: CostShape, kind: MemoryKind):
-        self._charged, self._kind = charged, kind
+    def __init__(
+        self,
+        charged: CostShape,
+        kind: MemoryKind,
+        step_seconds: Callable[[StepSetup, ExpertPlan], float] = lambda setup, plan: 0.0,
+    ):
+        self._charged, self._kind, self._step_seconds = charged, kind, step_seconds
         self._estimates: dict[
             tuple[StepSetup, tuple[int, ...], tuple[int, ...], tuple[float, ...]], MemoryEstimate
         ] = {}
@@ -196,6 +204,10 @@ class SimulatedCosts:
             charged_setup = charged.setup(setup, self._kind)
             self._estimates[asked] = training_memory(charged.shape, charged_setup, resident, trainable)
         return self._estimates[asked]
+
+    def step_seconds(self, setup: StepSetup, plan: ExpertPlan) -> float:
+        """Seconds on the virtual clock."""
+        return self._step_seconds(setup, plan)
 
     def profile_storage(
         self,

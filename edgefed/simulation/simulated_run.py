@@ -11,7 +11,7 @@ round began. So a simulation that was killed at any point continues, and gives t
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -22,7 +22,6 @@ import msgspec
 from edgefed.agent.compression import choose_codec, compress_update, resident_keys
 from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import DTYPE_BYTES, StepSetup
-from edgefed.disk import write_durably
 from edgefed.errors import BudgetTooSmall, StateCorrupt, TrainingDiverged
 from edgefed.expert_records import ExpertPlan
 from edgefed.methods.interface import ExpertMethod
@@ -35,7 +34,7 @@ from edgefed.simulation.config import MethodChoice, SimulatedDevice, SimulationC
 from edgefed.simulation.device_rates import Calibration, CostShape, byte_kind, device_rates
 from edgefed.simulation.evaluation import GlobalEvaluator
 from edgefed.simulation.in_process import InProcessAggregator, describe_update
-from edgefed.simulation.result import ClientRound, MethodRun, RoundResult
+from edgefed.simulation.result import ClientRound, MethodRun, RoundResult, SavedRound, mean_loss
 from edgefed.simulation.simulated_client import SimulatedClient, TrainedRound
 from edgefed.simulation.simulated_device import CountingFetch, CountingProgress, SharedModel, SimulatedCosts
 from edgefed.simulation.virtual_clock import (
@@ -53,30 +52,6 @@ FOLD_BYTES_PER_S = 1.39e9
 
 Score = Callable[[Any, Any, Mapping[str, Collection[Example]]], Mapping[str, float]]
 """(transformers model, tokenizer, {client: held-out examples}) -> metrics of the global model."""
-
-
-class _SavedRound(msgspec.Struct):
-    """rounds/N.json."""
-
-    result: RoundResult
-    times: dict[str, ClientTimes]
-    refused: dict[str, str]
-
-    @classmethod
-    def read(cls, path: Path) -> _SavedRound:
-        """Raises StateCorrupt."""
-        try:
-            # The json module reads NaN, msgspec's own decoder does not.
-            return msgspec.convert(json.loads(path.read_bytes()), cls)
-        except ValueError as error:
-            raise StateCorrupt(
-                f"{path} is not a file that edgefed wrote: {error}", remedy="Delete the `out` folder and start again."
-            ) from error
-
-    def write(self, path: Path) -> None:
-        """Raises StorageError."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, json.dumps(msgspec.to_builtins(self)).encode())
 
 
 class SimulatedRun:
@@ -114,8 +89,9 @@ class SimulatedRun:
         client_id = f"client-{index:04d}"  # the aggregator takes clients in the order of their ids
         return SimulatedClient(
             device, client_id, folder / "clients" / client_id, self._budgets[device.name],
-            SimulatedCosts(self._charged, device.profile.kind), self._shared, self._config.held_out_share,
-            self._config.evaluate_devices,
+            SimulatedCosts(self._charged, device.profile.kind, functools.partial(self._step_seconds, device)),
+            self._shared, self._config.held_out_share,
+            self._config.evaluate_devices or self._config.stop_after is not None,
         )  # fmt: skip
 
     def play(self) -> MethodRun:
@@ -129,9 +105,13 @@ class SimulatedRun:
         with InProcessAggregator(
             self._folder / "run", self._model_source, self._run, [client.client_id for client in self._clients],
             adapter_average=self._config.adapter_average, download_compression=self._config.download_compression,
+            stop_after=self._config.stop_after,
         ) as aggregator:  # fmt: skip
             first = self._first(aggregator)
             for server_round in range(1, self._config.rounds + 1):
+                if aggregator.finished and server_round >= aggregator.server_round:
+                    stopped = aggregator.why_stopped
+                    break
                 try:
                     result = self._round(aggregator, server_round, refused)
                 except TrainingDiverged as error:
@@ -151,17 +131,17 @@ class SimulatedRun:
         """The result of the model before the first round."""
         path = self._folder / "rounds" / "0.json"
         if path.exists():
-            return _SavedRound.read(path).result
+            return SavedRound.read(path).result
         losses, accuracy, metrics = self._evaluate(aggregator, 1)
-        result = RoundResult(0, 0.0, 0.0, "", _mean(losses), accuracy, losses, metrics, {})
-        _SavedRound(result, {}, {}).write(path)
+        result = RoundResult(0, 0.0, 0.0, "", mean_loss(losses), accuracy, losses, metrics, {})
+        SavedRound(result, {}, {}).write(path)
         return result
 
     def _round(self, aggregator: InProcessAggregator, server_round: int, refused: dict[str, str]) -> RoundResult | None:
         """One round; None if nobody can take part. Adds to ``refused`` who left in it."""
         path = self._folder / "rounds" / f"{server_round}.json"
         if path.exists():
-            saved = _SavedRound.read(path)
+            saved = SavedRound.read(path)
             self._clock.round(saved.times, saved.result.aggregation)
             refused.update(saved.refused)
             return saved.result
@@ -180,9 +160,10 @@ class SimulatedRun:
             client.device.name: self._client_round(found, span, client.device.name) for client, found in done.items()
         }
         result = RoundResult(
-            server_round, span.ends, span.aggregation, span.slowest, _mean(losses), accuracy, losses, metrics, clients
-        )
-        _SavedRound(result, times, refused).write(path)
+            server_round=server_round, ends=span.ends, aggregation=span.aggregation, slowest=span.slowest,
+            loss=mean_loss(losses), accuracy=accuracy, losses=losses, metrics=metrics, clients=clients,
+        )  # fmt: skip
+        SavedRound(result, times, refused).write(path)
         return result
 
     def _train_all(self, aggregator: InProcessAggregator, server_round: int) -> None:
@@ -239,9 +220,10 @@ class SimulatedRun:
         profiled = progress.stages.get("profile") or waiting.stages.get("profile") or ()
         storage, reads = client.costs.profile_reads(profiled)
         work = RoundWork(
-            **self._expert_counts(plan, update),
+            **expert_counts(plan),
+            trainable_pairs=self._trainable_pairs(plan, update),
             setup=step_plan.setup,
-            steps=self._run.training.local_steps,
+            steps=int(update.metrics["train_steps"]),
             tokens=update.num_tokens,
             profile_tokens=counts.get("profile", 0),
             profile_storage=storage,
@@ -300,23 +282,24 @@ class SimulatedRun:
         """``setup`` with the dtype that bytes are charged in."""
         return dataclasses.replace(setup, dtype=self._charged.dtype or setup.dtype)
 
-    def _expert_counts(self, plan: ExpertPlan, update: TrainedUpdate) -> dict[str, Any]:
-        """The fields of `RoundWork` that count experts per layer."""
-        layers = range(plan.num_layers)
-        resident = tuple(plan.num_slots(layer) for layer in layers)
+    def _trainable_pairs(self, plan: ExpertPlan, update: TrainedUpdate) -> tuple[float, ...]:
+        """`RoundWork.trainable_pairs` of a trained round."""
         routed = [0] * plan.num_layers
         for report in update.experts:
             if report.expert in plan.trainable(report.layer):
                 routed[report.layer] += report.tokens
-        pairs = [max(1, update.num_tokens * min(k, count)) for k, count in zip(self._top_k, resident, strict=True)]
-        return {
-            "resident": resident,
-            "slice_shares": plan.slice_shares() if plan.neurons else (),
-            "trainable": tuple(len(plan.trainable(layer)) for layer in layers),
-            "trainable_pairs": tuple(min(1.0, count / most) for count, most in zip(routed, pairs, strict=True)),
-            "groups": tuple(len(plan.groups(layer)) for layer in layers),
-            "members": tuple(sum(len(group.experts) for group in plan.groups(layer)) for layer in layers),
-        }
+        slots = [plan.num_slots(layer) for layer in range(plan.num_layers)]
+        pairs = [max(1, update.num_tokens * min(k, count)) for k, count in zip(self._top_k, slots, strict=True)]
+        return tuple(min(1.0, count / most) for count, most in zip(routed, pairs, strict=True))
+
+    def _step_seconds(self, device: SimulatedDevice, setup: StepSetup, plan: ExpertPlan) -> float:
+        """Seconds of a step of ``device`` at most: all routed tokens reach experts that train."""
+        costs = CostModel(self._charged, {}, 1.0, 1, self._calibration)
+        offloads, pairs = self._method.requirements.offloading, (1.0,) * plan.num_layers
+        work = RoundWork(
+            **expert_counts(plan), trainable_pairs=pairs, setup=setup, steps=1, tokens=0, offloads=offloads
+        )
+        return sum(costs.step_times(work, device_rates(device), self._budgets[device.name]))
 
     def _with_rates(self, client: SimulatedClient, survey: ExpertSurvey | None) -> ExpertSurvey | None:
         """``survey`` with what a device would have measured of its transfers."""
@@ -366,6 +349,9 @@ class SimulatedRun:
     def _evaluate(
         self, aggregator: InProcessAggregator, server_round: int
     ) -> tuple[dict[str, float], float, dict[str, float]]:
+        """({client: loss}, accuracy, metrics) of the model at the start of a round; nothing if it is not evaluated."""
+        if not (aggregator.finished or self._run.training.evaluates(server_round, self._config.rounds + 1)):
+            return {}, math.nan, {}
         self._evaluator.place(aggregator.manifest(server_round), aggregator.blob)
         try:
             losses, accuracy = self._evaluator.losses()
@@ -376,6 +362,18 @@ class SimulatedRun:
         finally:
             self._evaluator.release()
         return losses, accuracy, metrics
+
+
+def expert_counts(plan: ExpertPlan) -> dict[str, Any]:
+    """The fields of `RoundWork` that count experts per layer."""
+    layers = range(plan.num_layers)
+    return {
+        "resident": tuple(plan.num_slots(layer) for layer in layers),
+        "slice_shares": plan.slice_shares() if plan.neurons else (),
+        "trainable": tuple(len(plan.trainable(layer)) for layer in layers),
+        "groups": tuple(len(plan.groups(layer)) for layer in layers),
+        "members": tuple(sum(len(group.experts) for group in plan.groups(layer)) for layer in layers),
+    }
 
 
 def _uploaded(path: Path, units: Mapping[str, UnitInfo], width: int) -> dict[str, int]:
@@ -393,7 +391,3 @@ def _uploaded(path: Path, units: Mapping[str, UnitInfo], width: int) -> dict[str
             scale = own / width
         sizes[kind] = sizes.get(kind, 0) + round(entry.size_bytes * scale)
     return sizes
-
-
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values) if values else math.nan

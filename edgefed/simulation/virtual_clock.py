@@ -129,17 +129,15 @@ class CostModel:
         """``usable_bytes``: the device's budget, which decides what of an offloaded model stays."""
         setup = self.charged.setup(work.setup, rates.kind)
         resident, trainable = self.charged.counts(work.resident), self.charged.counts(work.trainable)
-        pairs = self.charged.shares(work.trainable_pairs)
         sliced = dataclasses.replace(self, charged=self.charged.sliced(work.slice_shares))
         shape = sliced.charged.shape
         parts = dict.fromkeys(PARTS, 0.0)
         parts["download"] = self._transfer(work.down, rates.link.down_mbit, rates)
         parts["upload"] = self._transfer(work.up, rates.link.up_mbit, rates)
-        step = training_step(shape, setup, resident, trainable, pairs)
-        parts["train"] = work.steps * self._seconds(step, rates, setup.width)
-        if work.offloads:
-            parts["offload"] = work.steps * self._offload(setup, resident, trainable, rates, usable_bytes)
-        else:
+        parts["train"], parts["offload"] = (
+            work.steps * seconds for seconds in self.step_times(work, rates, usable_bytes)
+        )
+        if not work.offloads:
             parts["load"] = sliced._load(setup, resident, trainable, rates)
             parts["train"] += sliced._quantize(setup, resident, trainable, rates)
         parts["merge"] = self._merge(work, setup, rates)
@@ -154,6 +152,15 @@ class CostModel:
         if work.waiting_down:
             waiting += self._transfer(work.waiting_down, rates.link.down_mbit, rates)
         return ClientTimes(parts, waiting)
+
+    def step_times(self, work: RoundWork, rates: DeviceRates, usable_bytes: int) -> tuple[float, float]:
+        """Seconds of one step of ``work``: of its computation, and of what is offloaded meanwhile."""
+        setup = self.charged.setup(work.setup, rates.kind)
+        resident, trainable = self.charged.counts(work.resident), self.charged.counts(work.trainable)
+        shape, pairs = self.charged.sliced(work.slice_shares).shape, self.charged.shares(work.trainable_pairs)
+        step = training_step(shape, setup, resident, trainable, pairs)
+        offload = self._offload(setup, resident, trainable, rates, usable_bytes) if work.offloads else 0.0
+        return self._seconds(step, rates, setup.width), offload
 
     def aggregation_seconds(self, uploaded: Mapping[str, int], fold_bytes_per_s: float) -> float:
         """Seconds that the aggregator takes for a round in which so many bytes, by kind, were uploaded."""

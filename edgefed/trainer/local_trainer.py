@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import msgspec
@@ -25,15 +25,15 @@ from edgefed.errors import ConfigError, first_line
 from edgefed.expert_records import ExpertPlan
 from edgefed.kernels.failures import record_backward_failure
 from edgefed.kernels.out_of_memory import device_lost, free_memory, is_device_lost, is_out_of_memory
-from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import make_expert_method, make_method
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.merging.plan import ExpertMerger
 from edgefed.moe.model import MoeModel
 from edgefed.progress import ProgressSink
-from edgefed.protocol.messages import Assignment, Manifest, RunConfig, UnitInfo
+from edgefed.protocol.messages import Assignment, Manifest, RunConfig
 from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
+from edgefed.trainer.device_round import DeviceRound
 from edgefed.trainer.evaluation import HeldOutLosses, evaluate_streamed
 from edgefed.trainer.finished_steps import FinishedSteps
 from edgefed.trainer.kernel_proof import compile_products, prove_before_round
@@ -53,32 +53,11 @@ from edgefed.trainer.private_part import PrivatePart
 from edgefed.training.calibration import can_measure, correction_from, measure_step
 from edgefed.training.data import AUTOMATIC, Corpus, RecordFields, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
-from edgefed.training.steps import StepsOutcome, run_steps
+from edgefed.training.steps import StepClock, StepsOutcome, run_steps
 from edgefed.training.utility import GradientNorms, ProbeOutcome
 
 MODEL_FOLDER = "model"
 """Files of the model (config.json, tokenizer.json, ...), in the device's state folder."""
-
-
-@dataclasses.dataclass
-class _RoundContext:
-    """State of one round.
-
-    ``newest`` are the units of its manifest; ``units`` the versions that this device uses, some of which may be older.
-    ``own`` are files of units whose weights of this device count instead of the global ones. ``phase`` names the part
-    of the round for messages.
-    """
-
-    run: RunConfig
-    method: ExpertMethod
-    manifest: Manifest
-    assignment: Assignment
-    fetch: Fetch
-    progress: ProgressSink
-    newest: Mapping[str, UnitInfo]
-    units: Mapping[str, UnitInfo]
-    own: Mapping[str, Path]
-    phase: str = "planning"
 
 
 class LocalTrainer:
@@ -138,7 +117,7 @@ class LocalTrainer:
         self._losses = HeldOutLosses()
         self._private = PrivatePart(folder, limits.private)
         self.has_private_part = self._private.exists
-        self._last: _RoundContext | None = None
+        self._last: DeviceRound | None = None
         self._chunking_checked = False
 
     @property
@@ -175,7 +154,7 @@ class LocalTrainer:
         if copies:
             units = copies.view(newest, manifest.server_round, method.refresh_rounds, fetch)
         own = {} if model.plan is None or method.exchanges else save_own_units(model, units, self._folder)
-        ctx = _RoundContext(run, method, manifest, assignment, fetch, progress, newest, units, own)
+        ctx = DeviceRound(run, method, manifest, assignment, fetch, progress, newest, units, own)
         guard = MemoryGuard(self.planner.shrink, progress, self._device, self._memory.watch)
         try:
             plan, outcome, before, after = self._train_within_memory(ctx, model, guard)
@@ -271,7 +250,7 @@ class LocalTrainer:
     # --- a round --------------------------------------------------------------------------------------------------
 
     def _train_within_memory(
-        self, ctx: _RoundContext, model: MoeModel, guard: MemoryGuard
+        self, ctx: DeviceRound, model: MoeModel, guard: MemoryGuard
     ) -> tuple[ExpertPlan, StepsOutcome, float, float]:
         """(plan, outcome, held-out loss before, after) of the first plan that runs to its end.
 
@@ -301,7 +280,7 @@ class LocalTrainer:
                 if finished:
                     finished.restore(model, ctx.units, plan)
                 outcome = self._train(ctx, model, plan, guard, finished)
-                if outcome.steps == ctx.run.training.local_steps:
+                if not outcome.interrupted:
                     return plan, outcome, before[computed], self._held_out_loss(ctx, plan, self._losses.after)
                 # Slices of other neurons cannot go on from these.
                 finished = None if plan.neurons else FinishedSteps.save(model, ctx.units, outcome, self._folder)
@@ -328,7 +307,7 @@ class LocalTrainer:
                 guard.ran_out(ctx.phase, reason)
                 plan = guard.plan or plan
 
-    def _plan_request(self, ctx: _RoundContext) -> PlanRequest:
+    def _plan_request(self, ctx: DeviceRound) -> PlanRequest:
         source = FrameSource() if ctx.own else self._models.load_shared(ctx.units.values(), ctx.fetch)
         assert self._train_blocks is not None, "the data has been encoded"
         return PlanRequest(
@@ -343,7 +322,7 @@ class LocalTrainer:
             assignment=ctx.assignment.experts,
         )
 
-    def _place(self, ctx: _RoundContext, model: MoeModel, plan: ExpertPlan) -> None:
+    def _place(self, ctx: DeviceRound, model: MoeModel, plan: ExpertPlan) -> None:
         """Put the planned experts on the device, and all weights at the values that the round begins with."""
         ctx.phase = "loading the planned experts"
         setup = self.planner.step_plan.setup
@@ -357,9 +336,9 @@ class LocalTrainer:
         self._placer.place(model, plan, source, ctx.run, ctx.method, setup, offload, hashes)
         load_own_units(model, source, ctx.units, ctx.own)
 
-    def _held_out_loss(self, ctx: _RoundContext, plan: ExpertPlan, evaluate: Callable[..., float]) -> float:
-        """Loss of the resident experts on the held-out text; NaN without any."""
-        if self._held_out_blocks is None or not self.evaluates:
+    def _held_out_loss(self, ctx: DeviceRound, plan: ExpertPlan, evaluate: Callable[..., float]) -> float:
+        """Loss of the resident experts on the held-out text; NaN without any, and in a round without evaluation."""
+        if self._held_out_blocks is None or not (self.evaluates and ctx.evaluates):
             return math.nan
         ctx.phase = "evaluating"
         own, setup, blocks = not ctx.method.exchanges, self.planner.step_plan.setup, self._held_out_blocks
@@ -369,11 +348,13 @@ class LocalTrainer:
             return evaluate(weights, own, self.model, ctx.run.training, blocks, setup.chunked_loss, ctx.progress)
 
     def _train(
-        self, ctx: _RoundContext, model: MoeModel, plan: ExpertPlan, guard: MemoryGuard, finished: FinishedSteps | None
+        self, ctx: DeviceRound, model: MoeModel, plan: ExpertPlan, guard: MemoryGuard, finished: FinishedSteps | None
     ) -> StepsOutcome:
         """The steps of the round, those that are ``finished`` included; fewer if the plan has to shrink."""
         ctx.phase = "training"
         training, progress, setup = ctx.run.training, ctx.progress, self.planner.step_plan.setup
+        if training.round_seconds and ctx.clock is None:
+            ctx.clock = StepClock(training.round_seconds, self._costs.step_seconds(setup, plan))
         assert self._train_blocks is not None, "the data has been encoded"
 
         def measure(optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> None:
@@ -390,11 +371,11 @@ class LocalTrainer:
                 norms=GradientNorms(model) if ctx.method.assigning else None,
                 first_step=finished.outcome.steps if finished else 0, measure=measure if measures else None,
                 server_round=ctx.assignment.server_round, rounds=ctx.run.rounds,
-                private_step=self._private.restart(training),
+                private_step=self._private.restart(training), clock=ctx.clock,
             )  # fmt: skip
         progress.done()
         return finished.before(outcome, plan) if finished else outcome
 
-    def _seed(self, ctx: _RoundContext) -> int:
+    def _seed(self, ctx: DeviceRound) -> int:
         """A seed that only this device has, in this round of this run."""
         return zlib.crc32(f"{ctx.assignment.seed}/{ctx.assignment.server_round}/{self._identity}".encode())

@@ -25,6 +25,7 @@ from edgefed.costs.step_setup import Correction, StepSetup
 from edgefed.costs.streaming import StreamRates
 from edgefed.disk import MEMORY_FILESYSTEMS, disk_errors, filesystem, make_folder
 from edgefed.errors import ConfigError, MalformedMessage, first_line
+from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.memory import available_memory_bytes, process_rss_bytes
 from edgefed.hardware.watch import PressureWatch
@@ -81,6 +82,9 @@ class StepCosts(Protocol):
         ``correction`` is from a measured step of this run; ``offloading``: the method offloads what does not fit.
         ``slice_shares``: of their neurons that the resident experts of each layer have; () for whole experts.
         """
+
+    def step_seconds(self, setup: StepSetup, plan: ExpertPlan) -> float | None:
+        """Seconds of a training step under ``plan`` where they are computed; None: they are measured."""
 
     def profile_storage(
         self,
@@ -202,6 +206,10 @@ class FormulaCosts:
         shape = shape.sliced(slice_shares) if slice_shares else shape
         measured = self.measures_steps and correction is None
         return training_memory(shape, setup, resident, trainable, correction, measured=measured)
+
+    def step_seconds(self, setup: StepSetup, plan: ExpertPlan) -> float | None:
+        """Steps are measured."""
+        return None
 
     def profile_storage(
         self,

@@ -50,6 +50,7 @@ def round_metrics(
     """The numbers of the ledger; ``before`` and ``after`` are held-out losses. What is not finite is left out."""
     metrics = {
         "train_loss": outcome.loss,
+        "train_steps": float(outcome.steps),
         "held_out_loss_before": before,
         "held_out_loss_after": after,
         "experts_resident": float(plan.num_resident),

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal
 
 import torch
@@ -36,6 +36,39 @@ STARVED_LOAD = 0.1
 """An expert with less than this share of an even load counts as starved."""
 
 
+class StepClock:
+    """Ends the steps of a round in time: another one begins only if a step of the mean length fits into ``limit_s``.
+
+    ``limit_s``: seconds for all steps of a device in a round, also for those that are lost and repeated; 0: no limit.
+    ``step_s``: seconds of a step where they are computed; None: as measured. A round has at least one step.
+    """
+
+    def __init__(self, limit_s: float, step_s: float | None = None):
+        self._limit_s, self._step_s = limit_s, step_s
+        self._spent_s, self._steps = 0.0, 0
+
+    def count(self, measured_s: float) -> None:
+        """A step was made in ``measured_s`` seconds."""
+        self._spent_s += measured_s if self._step_s is None else self._step_s
+        self._steps += 1
+
+    @property
+    def has_time(self) -> bool:
+        """Whether another step fits."""
+        return not self._limit_s or not self._steps or self._spent_s + self._mean_s <= self._limit_s
+
+    @property
+    def share(self) -> float:
+        """The middle of the next step as a share of the time, 0..1; 0 without a limit."""
+        return min(1.0, (self._spent_s + self._mean_s / 2) / self._limit_s) if self._limit_s else 0.0
+
+    @property
+    def _mean_s(self) -> float:
+        if self._step_s is not None:
+            return self._step_s
+        return self._spent_s / self._steps if self._steps else 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class StepsOutcome:
     """The result of a round of local steps.
@@ -51,6 +84,7 @@ class StepsOutcome:
         expert_gradients: mean squared gradient norm by (layer, expert), if it was asked for.
         expert_tokens: tokens that an expert was trained on, by (layer, expert); a token counts in each of its experts.
         starved_experts: resident experts that got less than a tenth of an even load, of the layer's routed tokens.
+        interrupted: the remaining steps need another plan.
 
     """
 
@@ -64,6 +98,7 @@ class StepsOutcome:
     expert_gradients: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
     expert_tokens: Mapping[tuple[int, int], int] = dataclasses.field(default_factory=dict)
     starved_experts: int = 0
+    interrupted: bool = False
 
 
 def train_scope(training: TrainingConfig) -> TrainScope:
@@ -155,8 +190,11 @@ def run_steps(
     server_round: int = 1,
     rounds: int = 1,
     private_step: Callable[[float], None] = lambda rate: None,
+    clock: StepClock | None = None,
 ) -> StepsOutcome:
     """Train ``training.local_steps`` steps on ``blocks``, in a shuffled order that depends on ``seed`` alone.
+
+    ``clock`` ends them earlier; None: that of ``training.round_seconds``.
 
     The optimizer is AdamW; it starts fresh, as in FedAvg. Its learning rate is that of round ``server_round`` of
     ``rounds`` (`edgefed.training.optimizers.learning_rate_at`). With ``compute_share`` < 1 the method's schedule
@@ -174,11 +212,17 @@ def run_steps(
         TrainingDiverged: the loss is not finite. Also what ``on_step`` and ``reconsider`` raise.
 
     """
+    clock = clock or StepClock(training.round_seconds)
+
+    def rate_at(share: float) -> float:
+        return learning_rate_at(training, rounds, server_round, share)
+
     shares = [(step + 0.5) / training.local_steps for step in range(first_step, training.local_steps)]
-    rates = [learning_rate_at(training, rounds, server_round, share) for share in shares]
     steps = _LocalSteps(
-        model, blocks, training, setup or step_setup(model, training), seed + first_step, norms, rates, private_step
+        *(model, blocks, training, setup or step_setup(model, training), seed + first_step, norms),
+        *(min(map(rate_at, shares)), private_step),
     )
+    interrupted = False
     started = time.perf_counter()
     model.module.train()
     trained_before = Counter(model.trained_tokens())
@@ -186,6 +230,7 @@ def run_steps(
     try:
         with model.record_statistics() as statistics:
             for step in range(first_step, training.local_steps):
+                steps.rate, step_started = rate_at(max(shares[step - first_step], clock.share)), time.perf_counter()
                 try:
                     if measure is not None and step == first_step:
                         measure(steps.optimizer, steps.take)
@@ -195,8 +240,12 @@ def run_steps(
                     raise TrainingDiverged(f"{error} at step {step + 1}") from None
                 steps.count_memory()
                 on_step(steps.losses[-1])
-                other = reconsider() if step + 1 < training.local_steps else None
+                clock.count(time.perf_counter() - step_started)
+                if step + 1 == training.local_steps or not clock.has_time:
+                    break
+                other = reconsider()
                 if other == STOP:
+                    interrupted = True
                     break
                 if other is not None:
                     steps.adopt(other)
@@ -216,6 +265,7 @@ def run_steps(
         expert_gradients=norms.mean_squares() if norms else {},
         expert_tokens=Counter(model.trained_tokens()) - trained_before,
         starved_experts=_starved_experts(record, plan),
+        interrupted=interrupted,
     )
 
 
@@ -230,7 +280,7 @@ class _LocalSteps:
         setup: StepSetup,
         seed: int,
         norms: GradientNorms | None,
-        rates: Sequence[float],
+        smallest_rate: float,
         private_step: Callable[[float], None],
     ):
         self._norms, self._private_step = norms, private_step
@@ -239,7 +289,7 @@ class _LocalSteps:
         self.num_tokens = 0
         self.peak_expert_bytes = 0
         self._model, self._blocks, self._training, self._setup, self._seed = model, blocks, training, setup, seed
-        self._rates = rates
+        self.rate, self._smallest_rate = smallest_rate, smallest_rate
         self._parameters = list(model.trainable_parameters())
         asked = training.balancing
         self._balancing = configured_balancing(model.module) if asked is None else asked
@@ -249,7 +299,7 @@ class _LocalSteps:
     def take(self) -> None:
         """Take one step. Raises TrainingDiverged."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rates[len(self.losses)]
+            group["lr"] = self.rate
         input_ids, labels = next(self._batches)
         loss, changed = take_step(
             self._model,
@@ -269,7 +319,7 @@ class _LocalSteps:
     def _on_gradients(self) -> None:
         if self._norms:
             self._norms.add()
-        self._private_step(self._rates[len(self.losses)])
+        self._private_step(self.rate)
 
     def count_memory(self) -> None:
         """Count the experts' memory after a step, with gradients and optimizer state: its peak. Drops the gradients."""
@@ -290,7 +340,7 @@ class _LocalSteps:
         return make_optimizer(
             self._parameters,
             self._setup.optimizer,
-            learning_rate=min(self._rates),  # the smallest one decides how weights are rounded
+            learning_rate=self._smallest_rate,  # it decides how weights are rounded
             weight_decay=training.weight_decay,
             seed=self._seed,
         )

@@ -8,8 +8,10 @@ import toy_run
 from toy_run import Toy, make_run, make_update, trained, weighted_mean
 
 from edgefed.aggregator.robust import RULES, coordinate_median, trimmed_mean
+from edgefed.aggregator.stopping import describe_best
 from edgefed.errors import ConfigError, InvalidUpdate
 from edgefed.protocol.frames import storage_dtype
+from edgefed.protocol.messages import TrainingConfig
 from edgefed.protocol.server_optimizer import ServerOptimizer
 
 
@@ -277,6 +279,37 @@ def test_a_run_ends_with_its_best_model_once_the_loss_no_longer_falls(tmp_path, 
     assert [done.updates for done in history] == [3] * 5
     toy = toy.reopen()
     assert toy.run.status().state == "finished"
+    toy.close()
+
+
+def test_rounds_since_the_last_evaluation_are_undone_together(tmp_path):
+    training = TrainingConfig(evaluate_every=3)
+    toy = Toy(make_run(tmp_path / "state", rounds=7, min_clients=3, rollback=1.5, clip=None, training=training))
+    models = []
+    for loss in (2.0, None, None, 9.0):
+        toy.join("a", "b", "c")
+        models.append(toy.blobs())
+        for seed, name in enumerate("abc"):
+            metrics = {} if loss is None else {"held_out_loss_before": loss}
+            toy.send(make_update(toy.manifest(), name, moved(toy, seed, 0.01), metrics=metrics))
+        toy.run.fold_pending()
+    assert toy.blobs() == models[0], "four models were kept, though only two are by default"
+    assert toy.run.status().history[-1].undone == 1
+    toy.close()
+
+
+def test_the_best_model_is_kept_and_can_be_chosen(tmp_path):
+    toy = Toy(make_run(tmp_path / "state", rounds=9, min_clients=3, rollback=None, clip=None))
+    with pytest.raises(ConfigError, match="no client has evaluated a model of this run"):
+        describe_best(toy.run.status().history, private=False)
+    models = play_losses(toy, 3.0, 2.0, 2.5, 2.4, 2.6)
+    history = toy.run.status().history
+    best, sentence = describe_best(history, private=False)
+    assert (best, sentence) == (2, "round 2: held-out loss 2.0100, the smallest of 5 evaluated models")
+    assert toy.blobs(str(best)) == models[1]
+    assert "the newest model is later" in describe_best(history[:2], private=False)[1]
+    with pytest.raises(ConfigError, match="`dp_noise` cannot be chosen"):
+        describe_best(history, private=True)
     toy.close()
 
 

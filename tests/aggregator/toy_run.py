@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from edgefed.aggregator.active_run import ActiveRun
@@ -120,7 +121,7 @@ def run_config(rounds: int = 2, server_optimizer: ServerOptimizer | None = None,
 
 def make_run(
     folder: Path, *, options: dict | None = None, hidden: int = HIDDEN, experts: int = EXPERTS,
-    server_optimizer: ServerOptimizer | None = None, **policy: object,
+    server_optimizer: ServerOptimizer | None = None, training: TrainingConfig | None = None, **policy: object,
 ) -> Path:  # fmt: skip
     """Create a run for two clients and two rounds, unless ``policy`` says otherwise."""
     rules = RoundPolicy(**{"rounds": 2, "min_clients": 2, **policy})
@@ -128,7 +129,9 @@ def make_run(
     config = folder.parent / "config.json"
     config.write_text('{"model_type": "toy"}')
     units = new_units(np.random.default_rng(0), hidden=hidden, experts=experts)
-    create_run(folder, run_config(rules.rounds, server_optimizer, **(options or {})), rules, units, [config])
+    run = run_config(rules.rounds, server_optimizer, **(options or {}))
+    run = msgspec.structs.replace(run, training=training or run.training)
+    create_run(folder, run, rules, units, [config])
     return folder
 
 

@@ -10,12 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from PIL import Image
 
+import edgefed
 from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError
+from edgefed.exporting import read_record
 from edgefed.hardware.profiles import find_profile
+from edgefed.progress import NullProgress
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
 from edgefed.simulation.pictures import save_pictures
@@ -288,3 +292,40 @@ def test_slices_run_on_devices_that_evaluate_what_they_hold(texts, tmp_path):
 def test_devices_do_not_evaluate_unless_asked(reference):
     for each in reference[0].run("flux").rounds:
         assert all(client.device_losses is None and client.expert_bytes > 0 for client in each.clients.values())
+
+
+def test_a_device_trains_as_many_steps_as_the_time_of_a_round_allows(texts, tmp_path):
+    def train_seconds(name, **training):
+        settings = msgspec.structs.replace(TRAINING, **training)
+        found = simulate(config(texts, "random", rounds=1, training=settings), tmp_path / name)
+        return {device: client.seconds["train"] for device, client in found.runs[0].rounds[0].clients.items()}
+
+    unlimited = train_seconds("unlimited")
+    limit = 0.75 * unlimited["slow"]
+    limited = train_seconds("limited", round_seconds=limit)
+    assert limited["fast"] == unlimited["fast"]
+    assert 0 < limited["slow"] < limit
+
+
+def test_a_simulated_run_ends_early_with_its_best_model(texts, tmp_path):
+    training = msgspec.structs.replace(TRAINING, learning_rate=0.3)
+    settings = config(texts, "random", rounds=5, training=training, stop_after=1)
+    run = simulate(settings, tmp_path / "out").runs[0]
+    assert [each.server_round for each in run.rounds] == [1, 2]
+    assert run.rounds[0].loss > run.first.loss == run.rounds[1].loss
+    assert "the final model is that of the start of round 1" in run.stopped
+    assert simulate(settings, tmp_path / "out").runs[0] == run
+    messages = []
+    sink = type("Sink", (NullProgress,), {"message": lambda self, text: messages.append(text)})()
+    edgefed.export(tmp_path / "out" / "random" / "run", tmp_path / "model", server_round="best", progress=sink)
+    assert "the smallest of 2 evaluated models" in messages[0]
+    assert read_record(tmp_path / "model").server_round == 1
+
+
+def test_models_are_evaluated_as_often_as_the_run_says(texts, tmp_path):
+    training = msgspec.structs.replace(TRAINING, evaluate_every=2)
+    result = simulate(config(texts, "random", rounds=3, training=training), tmp_path / "out")
+    run = result.runs[0]
+    assert [math.isnan(each.loss) for each in run.rounds] == [True, False, False]
+    assert len(run.curve) == 3
+    assert [each["loss"] is None for each in result.to_dict()["runs"][0]["rounds"]] == [True, False, False]

@@ -18,7 +18,7 @@ from edgefed.trainer import reports
 from edgefed.trainer.evaluation import held_out_sample
 from edgefed.trainer.local_trainer import LocalTrainer
 from edgefed.trainer.planner import DeviceLimits
-from edgefed.trainer.ports import ProcessMemory
+from edgefed.trainer.ports import FormulaCosts, ProcessMemory
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.steps import StepsOutcome
 
@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
 class Device:
     """A trainer with a run of its own, whose global model never changes."""
 
-    def __init__(self, folder, state, method, training=TRAINING):
+    def __init__(self, folder, state, method, training=TRAINING, **ports):
         self.run = RunConfig(
             run_id="run", model="tiny", method=method, method_options={}, rounds=9, seed=3, training=training
         )
@@ -92,7 +92,9 @@ class Device:
         with RunReader(folder / method) as reader:
             self._manifest = reader.manifest()
         memory, limits = ProcessMemory(4 << 30), DeviceLimits(expert_share=0.5)
-        self.trainer = LocalTrainer(str(folder / "notes.jsonl"), state, limits, "me", memory, held_out_share=0.5)
+        self.trainer = LocalTrainer(
+            str(folder / "notes.jsonl"), state, limits, "me", memory, held_out_share=0.5, **ports
+        )
 
     def train(self, server_round):
         """(metrics, evaluations, messages) of a round."""
@@ -140,6 +142,22 @@ def test_other_experts_are_evaluated(folder, tmp_path):
     assert len(evaluations) == len(again) == 2
     assert messages == []
     assert second["held_out_loss_before"] != first["held_out_loss_before"]
+
+
+class ThreeSeconds(FormulaCosts):
+    def step_seconds(self, setup, plan):
+        return 3.0
+
+
+def test_evaluations_and_steps_follow_the_settings_of_the_run(folder, tmp_path):
+    training = msgspec.structs.replace(TRAINING, evaluate_every=2, round_seconds=7.0, local_steps=4)
+    device = Device(folder, tmp_path, "random", training, costs=ThreeSeconds(measures_steps=False))
+    losses = ("held_out_loss_before", "held_out_loss_after")
+    for server_round, evaluated in ((1, True), (2, False), (9, True)):
+        metrics, evaluations, _ = device.train(server_round)
+        assert [name in metrics for name in losses] == [evaluated] * 2
+        assert bool(evaluations) is evaluated
+        assert metrics["train_steps"] == 2
 
 
 def test_many_experts_without_load_are_reported():

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training import savings
+from edgefed.training.encoding import TokenBlocks
 from edgefed.training.loss import batch_loss
 from edgefed.training.optimizers import AdamW, clip_gradients, learning_rate_at, needs_stochastic_rounding
 from edgefed.training.savings import make_optimizer
+from edgefed.training.steps import StepClock, run_steps
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_training  # noqa: E402
@@ -171,3 +174,36 @@ def test_gradients_are_clipped_unless_the_limit_is_0(max_norm, expected):
     weight.grad = torch.tensor([3.0, 4.0])
     clip_gradients([weight], max_norm)
     assert float(weight.grad.norm()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("limit_s", "step_s", "steps"), [(10.0, 3.0, 3), (1.0, 3.0, 1), (9.0, 3.0, 3), (0.0, 3.0, 5)])
+def test_a_round_has_the_steps_that_its_time_allows(tmp_path, limit_s, step_s, steps):
+    model = toy_training.make_device("olmoe", tmp_path, TrainScope(), range(8))
+    training = TrainingConfig(local_steps=5, batch_size=2, sequence_length=20, schedule="linear", round_seconds=limit_s)
+    rates = []
+    outcome = run_steps(
+        model, model.plan, HFedMoE(), TokenBlocks(*toy_training.batch(rows=8)), training, compute_share=1.0, seed=1,
+        private_step=rates.append, clock=StepClock(limit_s, step_s),
+    )  # fmt: skip
+    assert (outcome.steps, outcome.num_tokens, outcome.interrupted) == (steps, steps * 2 * 20, False)
+    used = [(step + 0.5) / 5 for step in range(steps)]
+    if limit_s:
+        used = [max(share, min(1.0, (step + 0.5) * step_s / limit_s)) for step, share in enumerate(used)]
+    assert rates == pytest.approx([training.learning_rate * (1 - share) for share in used])
+
+
+def test_measured_steps_decide_whether_another_one_fits():
+    clock = StepClock(10.0)
+    for seconds, fits, share in ((6.0, False, 0.9), (1.0, False, 0.875), (0.2, True, 0.84)):
+        clock.count(seconds)
+        assert clock.has_time is fits
+        assert clock.share == pytest.approx(share)
+
+
+def test_rounds_with_evaluation():
+    training = TrainingConfig(evaluate_every=3)
+    assert [number for number in range(1, 10) if training.evaluates(number, 9)] == [1, 4, 7, 9]
+    assert [training.evaluated_before(number) for number in (4, 7, 9)] == [1, 4, 7]
+    assert all(TrainingConfig().evaluates(number, 9) for number in range(1, 10))
+    for name, value in (("evaluate_every", 0), ("evaluate_every", 10), ("round_seconds", -1.0)):
+        assert f"`{name}` is {value}" in TrainingConfig(**{name: value}).problems(9)[0]

@@ -160,7 +160,7 @@ function renderRounds(history, personal) {
   charts.forEach((chart, at) => chart.show(specs[at], rounds));
   const incidents = history.flatMap((done) => [
     ...(done.metrics.restored_round === undefined ? [] : [`Round ${done.server_round}: the held-out loss no longer improved, the run ended with the model of round ${done.metrics.restored_round}.`]),
-    ...(done.undone === null ? [] : [`Round ${done.server_round}: the held-out loss jumped, round ${done.undone} was undone.`]),
+    ...(done.undone === null ? [] : [`Round ${done.server_round}: the held-out loss jumped, ${done.undone < done.server_round - 1 ? `rounds ${done.undone} to ${done.server_round - 1} were` : `round ${done.undone} was`} undone.`]),
     ...(done.damaged?.length ? [`Round ${done.server_round}: ${count(done.damaged.length, "part")} of the model stayed as before, because the disk of the server had damaged ${done.damaged.length === 1 ? "it" : "them"}.`] : []),
     ...done.set_aside.map(({ name, reason }) => `Round ${done.server_round}: the update of ${name} was set aside: ${reason}`),
   ]);
