@@ -310,12 +310,14 @@ def culprits(
 def weighed(updates: Sequence[UpdateRecord], paths: Mapping[str, Path], max_examples: int | None) -> list[Contribution]:
     """The updates as the method sees them, with the examples of each cut to what one client may count.
 
-    That is ``max_examples``, or `EXAMPLES_RATIO` times the median of the round, if it has enough updates for one.
+    That is ``max_examples``; or else, where a median says something, `EXAMPLES_RATIO` times the median of the round and
+    not more than the client with the next most: examples that only one client claims give it no more weight.
     """
     metas = [(update.client_id, update.meta) for update in updates if update.meta is not None]
     limit = max_examples
     if limit is None and len(metas) >= MIN_CLIENTS:
-        limit = int(EXAMPLES_RATIO * statistics.median_low(meta.num_examples for _, meta in metas))
+        claims = sorted(meta.num_examples for _, meta in metas)
+        limit = min(int(EXAMPLES_RATIO * statistics.median_low(claims)), claims[-2])
     found = []
     for client_id, meta in metas:
         examples = meta.num_examples if limit is None else min(meta.num_examples, limit)

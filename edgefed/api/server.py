@@ -125,7 +125,11 @@ class Server:
     ] = None  # fmt: skip
     max_examples: Annotated[
         int | None,
-        Setting("Most examples that a client counts with; default: 10 times the median of the round.", minimum=1),
+        Setting(
+            "Most examples that a client counts with; default: as many as the next largest client, and 10 times the "
+            "median of the round.",
+            minimum=1,
+        ),
     ] = None
     dp_noise: Annotated[
         float | None,

@@ -58,10 +58,13 @@ def test_more_tokens_than_a_round_of_training_are_refused(toy):
         toy.send(toy.update("a", 1, num_tokens=20 * 8 * 128 + 1))
 
 
-def test_one_client_counts_at_most_a_multiple_of_the_median(tmp_path):
-    toy = Toy(make_run(tmp_path / "state", min_clients=3))
-    close_round(toy, a=10, b=10, c=1000)
-    assert_model(toy, means(toy, [10, 10, 100]))
+@pytest.mark.parametrize(
+    ("claims", "counted"), [([10, 12, 1000], [10, 12, 12]), ([10, 10, 10**6, 10**9], [10, 10, 100, 100])]
+)
+def test_one_client_counts_at_most_as_the_next_and_a_multiple_of_the_median(tmp_path, claims, counted):
+    toy = Toy(make_run(tmp_path / "state", min_clients=len(claims)))
+    close_round(toy, **dict(zip("abcd", claims, strict=False)))
+    assert_model(toy, means(toy, counted))
     toy.close()
 
 
