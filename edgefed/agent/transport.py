@@ -173,10 +173,15 @@ class AggregatorClient:
         """Status of the run."""
         return self._channel.ask("GET", routes.STATUS, Status)
 
-    def upload_state(self, server_round: int, attempt: int) -> UploadState:
-        """How much of an update the server has. The offset of an unknown upload is 0."""
+    def upload_state(self, server_round: int, attempt: int, size_bytes: int | None = None) -> UploadState:
+        """How much of an update the server has. The offset of an unknown upload is 0.
+
+        Raises the server's error, such as DiskFull, if it would refuse the rest of ``size_bytes``.
+        """
+        target = self._own(routes.UPLOAD, server_round, attempt)
+        params = {} if size_bytes is None else {"size": size_bytes}
         try:
-            return self._channel.ask("GET", self._own(routes.UPLOAD, server_round, attempt), UploadState)
+            return self._channel.ask("GET", target, UploadState, params=params)
         except NotFound:
             # Nothing has arrived, or the round is unknown; the following PUT shows which.
             return UploadState(offset=0, status="partial")
@@ -206,7 +211,7 @@ class AggregatorClient:
         """
         with disk_errors(path):
             size = path.stat().st_size
-        state, stalls = self.upload_state(server_round, attempt), 0
+        state, stalls = self.upload_state(server_round, attempt, size), 0
         if on_offset:
             on_offset(state.offset)
         if on_bytes and state.offset:

@@ -238,8 +238,10 @@ class Endpoints:
     # --- uploads ------------------------------------------------------------------------------------------------
 
     async def upload_state(self, request: Request) -> Response:
-        """GET UPLOAD."""
-        return reply(await self.run_for(request, self.service.upload_state, upload=True))
+        """GET UPLOAD; with ``size``, whether the rest would be accepted."""
+        size = request.query_params.get("size")
+        size_bytes = None if size is None else parse_number(size, "size", MAX_OFFSET)
+        return reply(await self.run_for(request, self.service.upload_state, size_bytes, upload=True))
 
     async def upload(self, request: Request) -> Response:
         """PUT UPLOAD: append to an upload."""

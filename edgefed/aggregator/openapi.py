@@ -72,7 +72,10 @@ OPERATIONS = (
         {"rows": {"type": "string"}, "base": {"type": "string"}, "check": {"const": "1"}}, statuses=(206,),
     ),
     Operation("PUT", routes.BLOB, "Send a copy of a blob that `HeartbeatReply` asks for.", BYTES),
-    Operation("GET", routes.UPLOAD, "How much of an upload has arrived.", None, UploadState),
+    Operation(
+        "GET", routes.UPLOAD, "How much of an upload has arrived; with `size`, an error if the rest is refused.", None,
+        UploadState, {"size": OFFSET},
+    ),
     Operation("PUT", routes.UPLOAD, "Append bytes to an upload.", BYTES, UploadState, {"offset": OFFSET}, ("offset",)),
     Operation("POST", routes.COMMIT, "Complete an upload.", UpdateMeta, UpdateAccepted),
     Operation("GET", routes.STATUS, "The state of the run, its clients and its rounds.", None, Status),

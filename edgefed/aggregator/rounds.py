@@ -50,10 +50,11 @@ class RoundPolicy:
     that a client counts with; None: as `aggregation.weighed` limits it. ``clip``: limit of a client's change, in
     multiples of the round's median; None: none. ``robust``: one of `robust.RULES`. ``rollback``: a round is undone if
     the held-out loss of most clients grows to this multiple; None: never. ``max_clients``: clients that are registered
-    at most. ``max_staleness``: rounds by which an update may be late and still count, with less weight (`edgefed.aggregator.staleness`); 0: late updates are dropped. ``stop_after``: rounds without a better
-    held-out loss that end the run (`edgefed.aggregator.stopping`); None: none do. ``adapter_average``: what is averaged
-    of LoRA adapters, "product" (`edgefed.aggregator.adapter_products`) or "factors". ``download_compression``: how far
-    the model moves in a round, one of `protocol.frames.DOWNLOAD_SHARES`.
+    at most. ``max_staleness``: rounds by which an update may be late and still count, with less weight
+    (`edgefed.aggregator.staleness`); 0: late updates are dropped. ``stop_after``: rounds without a better held-out loss
+    that end the run (`edgefed.aggregator.stopping`); None: none do. ``adapter_average``: what is averaged of LoRA
+    adapters, "product" (`edgefed.aggregator.adapter_products`) or "factors". ``download_compression``: how far the
+    model moves in a round, one of `protocol.frames.DOWNLOAD_SHARES`.
     """
 
     rounds: int

@@ -273,17 +273,23 @@ class Service:
 
     # --- uploads ------------------------------------------------------------------------------------------------
 
-    def upload_state(self, client_id: str, key: str, server_round: int, attempt: int) -> UploadState:
-        """How much of an upload has arrived. Raises RoundClosed or UpdateConflict if it can no longer count."""
-        run = self._run
+    def upload_state(
+        self, client_id: str, key: str, server_round: int, attempt: int, size: int | None = None
+    ) -> UploadState:
+        """How much of an upload has arrived. Raises RoundClosed or UpdateConflict if it can no longer count.
+
+        ``size``: bytes of the whole upload. Raises UpdateTooLarge, DiskFull if the rest of them would be refused.
+        """
+        run, name = self._run, UploadName(client_id, server_round, attempt)
         with run.seen(client_id, key):
             update = run.store.find_update(server_round, client_id)
             if update is not None and update.attempt == attempt:
                 return UploadState(offset=update.size_bytes, status="accepted")
             run.check_open(client_id, server_round, update)
-            return UploadState(
-                offset=run.uploads.offset(UploadName(client_id, server_round, attempt)), status="partial"
-            )
+        offset = run.uploads.offset(name)
+        if size is not None and size > offset:
+            self._check_room(name, offset, size - offset)
+        return UploadState(offset=offset, status="partial")
 
     def open_upload(
         self, client_id: str, key: str, server_round: int, attempt: int, offset: int, length: int | None
@@ -298,7 +304,11 @@ class Service:
             if update is not None and update.attempt == attempt:
                 raise OffsetMismatch("this upload is complete and was accepted", offset=update.size_bytes)
             run.check_open(client_id, server_round, update)
-            limit_bytes = run.catalog.limit_bytes
+        return name, run.uploads.open(name, offset, self._check_room(name, offset, length))
+
+    def _check_room(self, name: UploadName, offset: int, length: int | None) -> int:
+        """Raise UpdateTooLarge, DiskFull unless ``length`` more bytes (None: unknown) fit. Returns the most of all."""
+        run, limit_bytes = self._run, self._run.catalog.limit_bytes
         if offset + (length or 0) > limit_bytes:
             error = UpdateTooLarge(
                 f"the upload would have {offset + (length or 0)} bytes, all trainable tensors have {limit_bytes}"
@@ -306,7 +316,7 @@ class Service:
             run.uploads.discard(name, error)
             raise error
         run.uploads.make_room(limit_bytes - offset if length is None else length, run.absent_clients)
-        return name, run.uploads.open(name, offset, limit_bytes)
+        return limit_bytes
 
     def close_upload(self, name: UploadName, writer: PartWriter, *, refused: ProtocolError | None = None) -> int:
         """End a connection; return the bytes that have arrived. An upload that is too large is deleted."""

@@ -12,7 +12,7 @@ Paths are templates in Starlette's syntax; `path_for` fills them for a client.
                                                                        ?base= a change (`protocol.changes`)
                                                      ?check=1: the server compares its hash first
     PUT  {BLOB}          raw bytes                -> {}                     only what HeartbeatReply asks for
-    GET  {UPLOAD}                                 -> UploadState
+    GET  {UPLOAD}        ?size=N                  -> UploadState; an error if N bytes would be refused
     PUT  {UPLOAD}        ?offset=N, raw bytes     -> UploadState
     POST {COMMIT}        UpdateMeta               -> UpdateAccepted
     GET  {STATUS}                                 -> Status

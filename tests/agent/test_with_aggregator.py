@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +163,26 @@ def test_a_killed_device_resumes_its_upload(tmp_path, wait_until):
         assert len(status.clients) == 1
         assert json.loads((tmp_path / "a" / "journal.json").read_text())["rounds_acknowledged"] == 1
         assert expert_values(server, tmp_path) == [toy_value(0.0, 1)] * EXPERTS
+
+
+@pytest.mark.timeout(60)
+def test_a_device_sends_no_update_to_a_server_whose_disk_is_full(tmp_path, monkeypatch):
+    shape, real, asked = (1000, 100), shutil.disk_usage, []
+
+    def usage(path):
+        if "uploads" not in str(path):
+            return real(path)
+        asked.append(path)
+        return SimpleNamespace(free=0 if len(asked) <= 4 else 10**12)
+
+    import_run(tmp_path / "server", rounds=1, clients=1, shape=shape)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with serving(tmp_path / "server") as server, device(server.url, tmp_path / "a", ToyTrainer(1.0)) as agent:
+        agent.run()
+        assert [entry.updates for entry in status_of(server).history] == [1]
+    (line,) = ledger(tmp_path / "a")
+    assert len(asked) >= 5
+    assert line["bytes_up"] < EXPERTS * 4 * shape[0] * shape[1] + 4096, "once, when the disk had room again"
 
 
 @pytest.mark.timeout(60)

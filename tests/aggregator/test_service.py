@@ -765,6 +765,9 @@ def test_unfinished_uploads_of_absent_clients_make_room_on_a_short_disk(tmp_path
     free["bytes"] = uploads_module.DISK_RESERVE_BYTES + len(update.frame) - 1
     with pytest.raises(DiskFull, match="does not fit"):
         toy.put("a", update.frame)
+    with pytest.raises(DiskFull, match="does not fit"):
+        toy.service.upload_state("a", KEY + "a", 1, 1, len(update.frame))
+    assert toy.service.upload_state("a", KEY + "a", 1, 1, len(update.frame) - 1).offset == 0
     assert list((toy.folder / "uploads").iterdir()), "b is here"
     toy.now += 61
     toy.run.tick()
