@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from edgefed.errors import BudgetTooSmall
 from edgefed.expert_records import ExpertPlan, LayerProfile
 from edgefed.methods.interface import Array, Contribution, ExpertMethod, UnitMerge
-from edgefed.protocol.messages import UnitInfo
+from edgefed.protocol.messages import ExpertReport, UnitInfo
 
 
 def in_client_order(contributions: Sequence[Contribution]) -> list[Contribution]:
@@ -27,6 +28,23 @@ def merge_by_examples(contributions: Sequence[Contribution], units: Sequence[Uni
         weights = tuple((c.client_id, float(c.num_examples)) for c in ordered if unit.key in c.units)
         if weights:
             merges[unit.key] = UnitMerge(weights)
+    return merges
+
+
+def merge_by_tokens(
+    contributions: Sequence[Contribution], units: Sequence[UnitInfo], counts: Callable[[ExpertReport, int], bool]
+) -> dict[str, UnitMerge]:
+    """The weights of experts whose report ``counts`` (`ExpertMethod.counts`): the tokens that trained them."""
+    sizes = Counter(unit.layer for unit in units if unit.kind == "expert" and ":" not in unit.key)
+    merges = {}
+    for unit in (unit for unit in units if unit.kind == "expert"):
+        weights = []
+        for c in in_client_order(contributions):
+            report = c.experts.get((unit.layer, unit.expert))
+            if unit.key in c.units and report is not None and counts(report, sizes[unit.layer]):
+                weights.append((c.client_id, float(report.tokens)))
+        if weights:
+            merges[unit.key] = UnitMerge(tuple(weights))
     return merges
 
 

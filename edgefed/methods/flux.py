@@ -44,7 +44,7 @@ from msgspec import Meta
 
 from edgefed.errors import ConfigError
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
-from edgefed.methods.averaging import busiest, check_budget, in_client_order, merge_by_examples, select_by_score
+from edgefed.methods.averaging import busiest, check_budget, merge_by_examples, merge_by_tokens, select_by_score
 from edgefed.methods.flux_pace import own_count, paced_limits
 from edgefed.methods.interface import (
     FIRST_ROUND,
@@ -62,7 +62,7 @@ from edgefed.methods.interface import (
     UnitMerge,
 )
 from edgefed.methods.options import check_options
-from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, UnitInfo
+from edgefed.protocol.messages import ExpertAssignment, ExpertReport, ExpertSurvey, UnitInfo
 
 Scores: TypeAlias = Sequence[Array]
 Pairs: TypeAlias = list[tuple[int, int]]
@@ -187,20 +187,14 @@ class Flux(ExpertMethod):
 
     # --- server half ----------------------------------------------------------------------------------------------
 
+    def counts(self, report: ExpertReport, num_experts: int) -> bool:
+        """Tokens have trained it: they are its weight."""
+        return report.steps > 0 and report.tokens > 0
+
     def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
         """Average experts by the tokens that trained them, everything else by examples."""
         merges = merge_by_examples(contributions, [unit for unit in units if unit.kind != "expert"])
-        for unit in units:
-            if unit.kind != "expert":
-                continue
-            weights = []
-            for contribution in in_client_order(contributions):
-                report = contribution.experts.get((unit.layer, unit.expert))
-                if unit.key in contribution.units and report is not None and report.steps > 0 and report.tokens > 0:
-                    weights.append((contribution.client_id, float(report.tokens)))
-            if weights:
-                merges[unit.key] = UnitMerge(tuple(weights))
-        return merges
+        return merges | merge_by_tokens(contributions, units, self.counts)
 
     def assign_experts(
         self, surveys: Mapping[str, ExpertSurvey], coverage: Coverage, server_round: int, seed: int

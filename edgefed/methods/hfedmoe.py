@@ -164,15 +164,17 @@ class HFedMoE(ExpertMethod):
 
     # --- server half ----------------------------------------------------------------------------------------------
 
+    def counts(self, report: ExpertReport, num_experts: int) -> bool:
+        """(17) u_c(e) >= tau, and it was trained."""
+        return report.usage >= self.tau / num_experts and report.steps > 0
+
     def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
         """(17) for experts, (19)-(21) for routers, examples for everything else."""
         ordered = in_client_order(contributions)
         experts_per_layer = Counter(unit.layer for unit in units if unit.kind == "expert" and ":" not in unit.key)
         used = {
             c.client_id: {
-                key: report
-                for key, report in c.experts.items()
-                if report.usage >= self.tau / experts_per_layer[report.layer] and report.steps > 0
+                key: report for key, report in c.experts.items() if self.counts(report, experts_per_layer[report.layer])
             }
             for c in ordered
         }

@@ -240,6 +240,13 @@ class ExpertMethod(Protocol):
         """Importance s_c(e) of each expert of a layer, (E,), which the client reports with its update."""
         ...
 
+    def counts(self, report: ExpertReport, num_experts: int) -> bool:
+        """Whether `plan_merge` can give a weight to an expert with this report; if not, a device does not send it.
+
+        ``num_experts``: of its layer.
+        """
+        return True
+
     def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
         """Choose the weights of each unit. A unit that is missing in the result keeps its old value.
 

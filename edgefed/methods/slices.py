@@ -32,7 +32,7 @@ import numpy as np
 from msgspec import Meta
 
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile, Role
-from edgefed.methods.averaging import MeanOfHolders, check_budget, in_client_order, merge_by_examples
+from edgefed.methods.averaging import MeanOfHolders, check_budget, merge_by_examples, merge_by_tokens
 from edgefed.methods.interface import (
     FIRST_ROUND,
     Array,
@@ -44,7 +44,7 @@ from edgefed.methods.interface import (
     UnitMerge,
 )
 from edgefed.methods.options import check_options
-from edgefed.protocol.messages import UnitInfo
+from edgefed.protocol.messages import ExpertReport, UnitInfo
 
 POWERS = {"sqrt": 0.5, "energy": 1.0}
 FEWEST_BLOCKS = 12
@@ -114,24 +114,16 @@ class Slices(MeanOfHolders):
 
     # --- server half ----------------------------------------------------------------------------------------------
 
+    def counts(self, report: ExpertReport, num_experts: int) -> bool:
+        """With weights by tokens: some have trained it."""
+        return self.weights == "examples" or (report.steps > 0 and report.tokens > 0)
+
     def plan_merge(self, contributions: Sequence[Contribution], units: Sequence[UnitInfo]) -> dict[str, UnitMerge]:
         """Experts by the tokens that trained them on each client, everything else by examples."""
-        merges = merge_by_examples(contributions, units)
         if self.weights == "examples":
-            return merges
-        for unit in units:
-            if unit.kind != "expert" or unit.key not in merges:
-                continue
-            weights = []
-            for c in in_client_order(contributions):
-                report = c.experts.get((unit.layer, unit.expert))
-                if unit.key in c.units and report is not None and report.steps and report.tokens:
-                    weights.append((c.client_id, float(report.tokens)))
-            if weights:
-                merges[unit.key] = UnitMerge(tuple(weights))
-            else:
-                del merges[unit.key]
-        return merges
+            return merge_by_examples(contributions, units)
+        merges = merge_by_examples(contributions, [unit for unit in units if unit.kind != "expert"])
+        return merges | merge_by_tokens(contributions, units, self.counts)
 
 
 def block_size(block: int, num_neurons: int) -> int:

@@ -169,7 +169,7 @@ class LocalTrainer:
                 model, plan, blocks, method.assigning, self.planner.step_plan.setup, self._seed(ctx), progress
             )
             survey = reports.expert_survey(plan, self.planner.profile, self.planner.train_slots, outcome, probed)
-        reports.write_update(model if method.exchanges else None, newest, update_path)
+        experts, unsent = reports.write_update(model, run, method, plan, outcome, newest, update_path, progress)
         keep_model(model, method, run, manifest, self._folder)
         self._private.save(run.run_id, manifest.server_round)
         if copies:
@@ -177,10 +177,10 @@ class LocalTrainer:
         self._models.close(method, newest)
         self._last = ctx
         more = {"probe_forwards": float(probed.forwards)} if method.assigning and method.assigning.directions else {}
-        more |= reports.profile_metrics(self.planner.sufficiency)
+        more |= unsent | reports.profile_metrics(self.planner.sufficiency)
         self.planner.sufficiency = None  # reported
         return TrainedUpdate(
-            experts=reports.expert_reports(method, plan, outcome),
+            experts=experts,
             metrics=reports.round_metrics(plan, outcome, before, after, guard.num_shrinks, **more),
             num_examples=len(blocks),
             num_tokens=outcome.num_tokens,

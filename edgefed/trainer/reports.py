@@ -13,14 +13,14 @@ from edgefed.costs.step_setup import StepSetup
 from edgefed.disk import disk_errors
 from edgefed.errors import TrainingDiverged
 from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
-from edgefed.hardware.memory import process_peak_rss_bytes
+from edgefed.hardware.memory import format_bytes, process_peak_rss_bytes
 from edgefed.kernels.out_of_memory import with_smaller_batches
 from edgefed.methods.interface import Assigning, ExpertMethod
 from edgefed.moe.expert_reading import raw_array
 from edgefed.moe.model import MoeModel
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
-from edgefed.protocol.messages import NEURON_INDEX, ExpertReport, ExpertSurvey, FileInfo, UnitInfo
+from edgefed.protocol.messages import NEURON_INDEX, ExpertReport, ExpertSurvey, FileInfo, RunConfig, UnitInfo
 from edgefed.protocol.slices import UnitSlice, neuron_table, slice_unit
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.steps import StepsOutcome
@@ -28,13 +28,31 @@ from edgefed.training.stopping import Sufficiency
 from edgefed.training.utility import ProbeOutcome, probe_gradient_norms, utilities
 
 
-def write_update(model: MoeModel | None, units: Mapping[str, UnitInfo], path: Path) -> None:
-    """Write what was trained as one frame; an empty frame without a model. Raises TrainingDiverged, StorageError."""
+def write_update(
+    model: MoeModel, run: RunConfig, method: ExpertMethod, plan: ExpertPlan, outcome: StepsOutcome,
+    units: Mapping[str, UnitInfo], path: Path, progress: ProgressSink,
+) -> tuple[tuple[ExpertReport, ...], dict[str, float]]:  # fmt: skip
+    """Write what was trained as one frame, nothing if the method exchanges nothing, without experts that cannot count.
+
+    Returns the reports of all experts, and metrics of those that are not sent. With differential privacy every expert
+    counts. Raises TrainingDiverged, StorageError.
+    """
+    reports = expert_reports(method, plan, outcome)
+    useless = {
+        (report.layer, report.expert)
+        for report in reports
+        if run.privacy is None and not method.counts(report, plan.experts_per_layer[report.layer])
+    }
     tensors: dict[str, tuple[str, np.ndarray]] = {}
-    for spec, values in model.trained_units() if model else ():
-        dtypes = {info.name: info.dtype for info in units[spec.key].tensors}
+    unsent: list[int] = []
+    for spec, values in model.trained_units() if method.exchanges else ():
+        unit = units[spec.key]
+        dtypes = {info.name: info.dtype for info in unit.tensors}
         if NEURON_INDEX in values:
             dtypes[NEURON_INDEX] = "I32"
+        if (unit.layer, unit.expert) in useless:
+            unsent.append(sum(values[name].numel() * frames.ITEM_BYTES[dtype] for name, dtype in dtypes.items()))
+            continue
         for name, dtype in dtypes.items():
             value = values[name].detach()
             if not torch.isfinite(value).all():
@@ -42,6 +60,13 @@ def write_update(model: MoeModel | None, units: Mapping[str, UnitInfo], path: Pa
             tensors[frames.update_name(spec.key, name)] = (dtype, raw_array(value))
     with disk_errors(path):
         frames.write_frame(path, tensors)
+    if not unsent:
+        return reports, {}
+    progress.message(
+        f"update: {len(unsent)} of {plan.num_trainable} trained experts ({format_bytes(sum(unsent))}) are not sent: "
+        f"the data uses them too little to count in {method.name}"
+    )
+    return reports, {"experts_not_sent": float(len(unsent)), "bytes_not_sent": float(sum(unsent))}
 
 
 def round_metrics(

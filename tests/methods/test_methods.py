@@ -103,6 +103,16 @@ def test_merges_only_name_what_was_uploaded_and_ignore_arrival_order(name):
     assert set(merges) == (set() if name == "local" else {"0.1", "1.5", "r0", "r1", "d"})
 
 
+@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if not kind.personal])
+def test_an_expert_gets_no_weight_exactly_where_its_report_does_not_count(name):
+    method, rng = make_expert_method(name), np.random.default_rng(0)
+    for _ in range(40):
+        usage, (steps, tokens) = float(rng.choice([0.0, 0.05, 0.1, 0.13, 0.5])), rng.integers(2, size=2).tolist()
+        report = ExpertReport(layer=0, expert=1, usage=usage, importance=0.5, steps=steps, tokens=tokens)
+        sent = [Contribution("a", 3, {(0, 1): report}, frozenset({"0.1", "r0"}))]
+        assert ("0.1" in method.plan_merge(sent, units())) == (name != "local" and method.counts(report, 4))
+
+
 def test_fedavg_weights_by_examples():
     merges = make_method("fedavg").plan_merge([contribution("b", 3, ["d"]), contribution("a", 1, ["d"])], units())
     assert merges["d"].weights == (("a", 1.0), ("b", 3.0))

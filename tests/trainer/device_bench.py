@@ -31,6 +31,7 @@ class Bench:
 
     reader: RunReader
     fetched: list
+    progress: NullProgress = dataclasses.field(default_factory=NullProgress)
 
     @functools.cached_property
     def paths(self):
@@ -47,7 +48,7 @@ class Bench:
     def round(self, trainer, path, server_round=1, experts=None):
         manifest = msgspec.structs.replace(self.reader.manifest(), server_round=server_round)
         assignment = Assignment(server_round=server_round, deadline_s=None, seed=7, experts=experts)
-        update = trainer.train_round(self.reader.run, manifest, assignment, self.fetch, NullProgress(), path)
+        update = trainer.train_round(self.reader.run, manifest, assignment, self.fetch, self.progress, path)
         return manifest, update
 
 

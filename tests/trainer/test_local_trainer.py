@@ -8,6 +8,7 @@ import pytest
 from device_bench import STEPS, trainer_of
 
 from edgefed.errors import BudgetTooSmall, MalformedMessage, TrainingDiverged
+from edgefed.hardware.memory import format_bytes
 from edgefed.protocol import frames
 
 
@@ -62,6 +63,36 @@ def test_absent_experts_are_not_fetched_after_the_profile(bench, data, tmp_path)
     assert len(held) == 16
     kept = {unit.key for unit in manifest.units if unit.kind == "expert" and unit.sha256 in update.keep}
     assert kept == held
+
+
+def test_experts_below_the_threshold_are_not_sent(bench, data, tmp_path):
+    """HFedMoE (17): the update has the bytes of the experts that count, and no others."""
+    sizes, said = {}, []
+    for name, tau in (("all", 0.0), ("some", 1.0)):
+        table = bench("hfedmoe", {"exploration": 0.0, "tau": tau})
+        table.progress.message = said.append
+        manifest, update = table.round(trainer_of(data, tmp_path, name=name, share=0.5), tmp_path / "update")
+        sizes[name] = (tmp_path / "update").stat().st_size
+        counted = {
+            unit.key: sum(map(frames.tensor_size_bytes, unit.tensors))
+            for unit in manifest.units
+            for report in update.experts
+            if (unit.layer, unit.expert) == (report.layer, report.expert)
+            and report.steps
+            and report.usage >= tau / manifest.experts_per_layer[unit.layer]
+        }
+        experts = {unit.key for unit in manifest.units if unit.kind == "expert"}
+        assert names_in(tmp_path / "update") & experts == set(counted)
+    unsent = update.metrics["experts_not_sent"]
+    assert 0 < unsent == 32 - len(counted)
+    assert len(update.experts) == 32, "they are reported"
+    size = next(iter(counted.values()))
+    assert update.metrics["bytes_not_sent"] == unsent * size
+    assert unsent * size <= sizes["all"] - sizes["some"] < unsent * (size + 1000)
+    assert [line for line in said if "not sent" in line] == [
+        f"update: {unsent:.0f} of 32 trained experts ({format_bytes(int(unsent * size))}) are not sent: the data uses "
+        "them too little to count in hfedmoe"
+    ]
 
 
 def test_a_restarted_device_does_not_profile_again(bench, data, tmp_path):
