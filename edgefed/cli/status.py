@@ -92,9 +92,8 @@ def _watch(fetch: Callable[[], Status], console: Console, interval: float, as_js
 def one_line(status: Status) -> str:
     """The run in one line, for a log."""
     phases = ", ".join(f"{client.name} {client.phase} {100 * client.fraction:.0f}%" for client in status.clients)
-    return (
-        f"round {status.server_round}/{status.run.rounds} {status.state}: {status.updates_received} updates; {phases}"
-    )
+    updates = counted(status.updates_received, "update")
+    return f"round {status.server_round}/{status.run.rounds} {status.state}: {updates}; {phases}"
 
 
 def render_status(status: Status, height: int | None = None, *, devices: bool = True) -> RenderableType:
@@ -154,7 +153,7 @@ def _header(status: Status) -> RenderableType:
     header = Text()
     header.append(f"{status.run.method} on {status.run.model}", style="bold")
     header.append(
-        f"   round {shown_round} of {status.run.rounds}, {status.state}   {status.updates_received} updates"
+        f"   round {shown_round} of {status.run.rounds}, {status.state}   {counted(status.updates_received, 'update')}"
         f"   {', '.join([here, *gone])} (at least {status.min_clients})"
         f"   server peak {format_bytes(status.memory_peak_bytes)}"
     )

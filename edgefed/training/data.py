@@ -310,4 +310,6 @@ def problem_notes(source: str, problems: Sequence[LineProblem | str]) -> list[st
 def nothing_usable(source: str, problems: Sequence[LineProblem], remedy: str | None = None) -> DataError:
     """Return the error of a file without a usable line; it names the first three."""
     shown = "; ".join(str(problem) for problem in problems[:3])
-    return DataError(f"{source} has no usable record in {len(problems)} {problems[0].unit}s: {shown}", remedy=remedy)
+    return DataError(
+        f"{source} has no usable record in {counted(len(problems), problems[0].unit)}: {shown}", remedy=remedy
+    )

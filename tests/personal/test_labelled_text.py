@@ -113,7 +113,7 @@ def test_bad_lines_are_reported_by_number_and_the_others_are_used(tmp_path):
         ("d.csv.gz", b"text,label\n", "cannot read"),
         ("d.jsonl", b'{"text": "secret words"}\n' * 3, "no usable record in 3 lines: line 1: label is missing"),
         ("d.jsonl", b'{"text": "secret words", "label": -4}\n', "label -4 is out of range"),
-        ("d.jsonl", b"[1]\n" * 5000, "no usable record in 1000 lines"),
+        ("d.jsonl", b"[1]\n" * 5000, "no usable record in 1,000 lines"),
         ("d.txt", b"secret words", "unsupported suffix"),
     ],
 )

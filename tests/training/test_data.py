@@ -206,7 +206,7 @@ def test_no_usable_line_is_an_error_that_names_lines(tmp_path):
 
 def test_wrong_format_is_given_up_early(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", *["{"] * 5000)
-    with pytest.raises(DataError, match="no usable record in 1000 lines"):
+    with pytest.raises(DataError, match="no usable record in 1,000 lines"):
         load_examples(path)
 
 
