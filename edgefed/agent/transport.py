@@ -56,9 +56,8 @@ class AggregatorClient:
 
     ``client_id`` and ``client_key`` may be empty for requests that need no client, such as the status. ``device_key``:
     private key that signs the requests, "" for none (`protocol.signing`); ``invitation``: ``ID.SECRET``, where the
-    address has none; it goes before the token. ``verify`` is an
-    SSL context, or True for the usual authorities. ``bytes_up`` and ``bytes_down`` count the bodies of messages and
-    files.
+    address has none; it goes before the token. ``verify`` is an SSL context, or True for the usual authorities.
+    ``bytes_up`` and ``bytes_down`` count the bodies of messages and files.
 
     Every method raises ServerUnreachable if no answer arrives, the server's own error if it refuses, and ProtocolError
     if something else than an edgefed server answers.
@@ -174,12 +173,8 @@ class AggregatorClient:
         return self._channel.ask("GET", routes.STATUS, Status)
 
     def upload_state(self, server_round: int, attempt: int, size_bytes: int | None = None) -> UploadState:
-        """How much of an update the server has. The offset of an unknown upload is 0.
-
-        Raises the server's error, such as DiskFull, if it would refuse the rest of ``size_bytes``.
-        """
-        target = self._own(routes.UPLOAD, server_round, attempt)
-        params = {} if size_bytes is None else {"size": size_bytes}
+        """How much of an update the server has, 0 of an unknown one. Raises its error if it refuses ``size_bytes``."""
+        target, params = self._own(routes.UPLOAD, server_round, attempt), {"size": size_bytes} if size_bytes else {}
         try:
             return self._channel.ask("GET", target, UploadState, params=params)
         except NotFound:

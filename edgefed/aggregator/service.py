@@ -288,7 +288,7 @@ class Service:
             run.check_open(client_id, server_round, update)
         offset = run.uploads.offset(name)
         if size is not None and size > offset:
-            self._check_room(name, offset, size - offset)
+            run.uploads.check_room(name, offset, size - offset, run.catalog.limit_bytes, run.absent_clients)
         return UploadState(offset=offset, status="partial")
 
     def open_upload(
@@ -304,19 +304,9 @@ class Service:
             if update is not None and update.attempt == attempt:
                 raise OffsetMismatch("this upload is complete and was accepted", offset=update.size_bytes)
             run.check_open(client_id, server_round, update)
-        return name, run.uploads.open(name, offset, self._check_room(name, offset, length))
-
-    def _check_room(self, name: UploadName, offset: int, length: int | None) -> int:
-        """Raise UpdateTooLarge, DiskFull unless ``length`` more bytes (None: unknown) fit. Returns the most of all."""
-        run, limit_bytes = self._run, self._run.catalog.limit_bytes
-        if offset + (length or 0) > limit_bytes:
-            error = UpdateTooLarge(
-                f"the upload would have {offset + (length or 0)} bytes, all trainable tensors have {limit_bytes}"
-            )
-            run.uploads.discard(name, error)
-            raise error
-        run.uploads.make_room(limit_bytes - offset if length is None else length, run.absent_clients)
-        return limit_bytes
+            limit_bytes = run.catalog.limit_bytes
+        run.uploads.check_room(name, offset, length, limit_bytes, run.absent_clients)
+        return name, run.uploads.open(name, offset, limit_bytes)
 
     def close_upload(self, name: UploadName, writer: PartWriter, *, refused: ProtocolError | None = None) -> int:
         """End a connection; return the bytes that have arrived. An upload that is too large is deleted."""

@@ -130,8 +130,19 @@ class UploadFolder:
             self._stop(name, reason)
             self._delete_parts(lambda other: other == name)
 
-    def make_room(self, needed_bytes: int, absent: Callable[[], Collection[str]]) -> None:
-        """Delete the parts of ``absent`` clients if the disk is short. Raises DiskFull if that is not enough."""
+    def check_room(
+        self, name: UploadName, offset: int, length: int | None, limit_bytes: int, absent: Callable[[], Collection[str]]
+    ) -> None:
+        """Check that ``length`` more bytes (None: unknown) fit into an upload of at most ``limit_bytes``, and the disk.
+
+        If the disk is short, the parts of ``absent`` clients are deleted. Raises UpdateTooLarge and deletes the part;
+        DiskFull.
+        """
+        if (whole := offset + (length or 0)) > limit_bytes:
+            error = UpdateTooLarge(f"the upload would have {whole} bytes, all trainable tensors have {limit_bytes}")
+            self.discard(name, error)
+            raise error
+        needed_bytes = limit_bytes - offset if length is None else length
         for last_try in (False, True):
             free_bytes = shutil.disk_usage(self.parts).free
             if free_bytes >= needed_bytes + DISK_RESERVE_BYTES:
