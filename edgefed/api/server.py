@@ -242,6 +242,10 @@ class Server:
         Setting("Clients evaluate in every so many rounds, from the first on, and in the last one.", default="1",
                 minimum=1),
     ] = None  # fmt: skip
+    keep_optimizer: Annotated[
+        bool | None,
+        Setting("Devices keep the moments of their optimizer on disk from round to round, instead of beginning anew."),
+    ] = None
     seed: Annotated[int | None, Setting("Seed of the run.", default="0", minimum=0)] = None
     keep_rounds: Annotated[int, Setting("Rounds whose global model stays on disk; 0 keeps all.", minimum=0)] = 2
     exit_when_finished: Annotated[bool, Setting("Exit after the last round instead of serving the final model.")] = (

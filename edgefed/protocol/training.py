@@ -43,6 +43,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Maximum number of tokens of the held-out text in an evaluation, before and after training; 0 means all."""
     evaluation_share: float = 0.05
     """Maximum tokens of an evaluation, as a share of those a round trains on, at least one batch; 1: no limit."""
+    keep_optimizer: bool = False
+    """Devices keep the moments of their optimizer from round to round; otherwise each round begins with fresh ones."""
     evaluate_every: int = 1
     """Clients evaluate in rounds 1, 1 + k, 1 + 2k, ... and in the last one."""
 

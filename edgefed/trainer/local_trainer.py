@@ -38,6 +38,7 @@ from edgefed.trainer.evaluation import HeldOutLosses, evaluate_streamed
 from edgefed.trainer.finished_steps import FinishedSteps
 from edgefed.trainer.kernel_proof import compile_products, prove_before_round
 from edgefed.trainer.memory_guard import MemoryGuard, PlanShrunk, check_chunked_loss
+from edgefed.trainer.optimizer_state import OptimizerState
 from edgefed.trainer.placement import (
     ExpertPlacer,
     StaleExperts,
@@ -361,6 +362,10 @@ class LocalTrainer:
             measurement = measure_step(model, optimizer, step)
             self.planner.correct(correction_from(measurement, self.planner.shape_of(plan), setup))
 
+        kept = None
+        if training.keep_optimizer:
+            round_ = ctx.assignment.server_round
+            kept = OptimizerState(self._folder, ctx.run.run_id, round_, model, progress.message)
         measures = self._costs.measures_steps and self.planner.correction is None and can_measure(setup)
         progress.phase("train", training.local_steps, "step")
         with self._memory.watch or contextlib.nullcontext(), self._private.active(model):
@@ -371,7 +376,7 @@ class LocalTrainer:
                 norms=GradientNorms(model) if ctx.method.assigning else None,
                 first_step=finished.outcome.steps if finished else 0, measure=measure if measures else None,
                 server_round=ctx.assignment.server_round, rounds=ctx.run.rounds,
-                private_step=self._private.restart(training), clock=ctx.clock,
+                private_step=self._private.restart(training), clock=ctx.clock, moments=kept,
             )  # fmt: skip
         progress.done()
         return finished.before(outcome, plan) if finished else outcome

@@ -15,8 +15,8 @@ the moment. Unlike float32 master weights this takes no memory but one tensor's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, overload
 
 import torch
 from torch import nn
@@ -174,7 +174,7 @@ class AdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter] or self._begin(parameter, group["lr"])
+                state = self.state[parameter] or self.begin(parameter, group["lr"])
                 if parameter in self._rounded:
                     self._step_in_float32(parameter, state, group)
                 else:
@@ -186,7 +186,12 @@ class AdamW(torch.optim.AdamW):
                 release((parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
         return loss
 
-    def _begin(self, parameter: nn.Parameter, learning_rate: float) -> dict[str, Any]:
+    def is_rounded(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter that has moments is rounded stochastically."""
+        return parameter in self._rounded
+
+    def begin(self, parameter: nn.Parameter, learning_rate: float) -> dict[str, Any]:
+        """Give a parameter moments of 0, and return its state."""
         place = offloaded(parameter)
         if place is None or place.moments is None:
             first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
@@ -214,3 +219,61 @@ class AdamW(torch.optim.AdamW):
         weight.addcdiv_(first, (root / scale).add_(group["eps"]), value=-group["lr"] / (1 - beta1**steps))
         for target, values in ((state["exp_avg"], first), (state["exp_avg_sq"], root), (parameter, weight)):
             self._rounding.copy(values, target)
+
+
+class KeptMoments(Protocol):
+    """Moments of the optimizer that stay from round to round."""
+
+    def load(self, optimizer: torch.optim.Optimizer) -> int:
+        """Give a new optimizer the moments with which the round begins; returns how many parameters have some."""
+
+    def save(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the moments after the round."""
+
+
+_ROOT = "exp_avg_root"
+"""Name of a kept root of the second moment."""
+
+
+def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """The moments of a parameter in AdamW, to be kept: ``exp_avg``, ``exp_avg_sq`` or its root, and ``step``.
+
+    Empty for a parameter that has none yet, and for optimizers with 8-bit moments.
+    """
+    state = optimizer.state.get(parameter)
+    if not state or "exp_avg" not in state:
+        return {}
+    second = _ROOT if isinstance(optimizer, AdamW) and optimizer.is_rounded(parameter) else "exp_avg_sq"
+    return {"exp_avg": state["exp_avg"], second: state["exp_avg_sq"], "step": state["step"]}
+
+
+def resume_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kept: Mapping[str, torch.Tensor]) -> bool:
+    """Give a parameter without moments those that `moments_of` returned; False, and nothing done, if they do not fit.
+
+    They do not fit another shape or dtype, another way of rounding, and optimizers with 8-bit moments.
+    """
+    second = kept.get("exp_avg_sq", kept.get(_ROOT))
+    if second is None or not kept.keys() >= {"exp_avg", "step"} or not isinstance(optimizer, torch.optim.AdamW):
+        return False
+    if any(value.shape != parameter.shape or value.dtype != parameter.dtype for value in (kept["exp_avg"], second)):
+        return False
+    rate = optimizer.param_groups[0]["lr"]
+    rounded = isinstance(optimizer, AdamW) and needs_stochastic_rounding(parameter, rate)
+    if rounded != (_ROOT in kept):
+        return False
+    if isinstance(optimizer, AdamW):
+        state = optimizer.begin(parameter, rate)
+    else:
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device if _is_fused(optimizer) else "cpu")
+        state = {"step": step, "exp_avg": torch.empty_like(parameter), "exp_avg_sq": torch.empty_like(parameter)}
+        optimizer.state[parameter] = state
+    with torch.no_grad():
+        state["step"].copy_(kept["step"])
+        state["exp_avg"].copy_(kept["exp_avg"])
+        state["exp_avg_sq"].copy_(second)
+    release((state["exp_avg"], state["exp_avg_sq"]))
+    return True
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.param_groups[0].get("fused"))

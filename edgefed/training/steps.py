@@ -26,7 +26,7 @@ from edgefed.moe.units import TrainScope
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.loss import batch_loss, configured_balancing
-from edgefed.training.optimizers import clip_gradients, learning_rate_at
+from edgefed.training.optimizers import KeptMoments, clip_gradients, learning_rate_at
 from edgefed.training.savings import checkpointing, make_optimizer
 from edgefed.training.utility import GradientNorms
 
@@ -191,12 +191,14 @@ def run_steps(
     rounds: int = 1,
     private_step: Callable[[float], None] = lambda rate: None,
     clock: StepClock | None = None,
+    moments: KeptMoments | None = None,
 ) -> StepsOutcome:
     """Train ``training.local_steps`` steps on ``blocks``, in a shuffled order that depends on ``seed`` alone.
 
     ``clock`` ends them earlier; None: that of ``training.round_seconds``.
 
-    The optimizer is AdamW; it starts fresh, as in FedAvg. Its learning rate is that of round ``server_round`` of
+    The optimizer is AdamW; it starts fresh, as in FedAvg, or with the ``moments`` of the last round, which get those of
+    this one. Its learning rate is that of round ``server_round`` of
     ``rounds`` (`edgefed.training.optimizers.learning_rate_at`). With ``compute_share`` < 1 the method's schedule
     decides per batch and layer which trainable experts get gradients. The optimizer skips an expert without a gradient,
     so neither momentum nor weight decay moves it. Gradients are clipped to ``max_grad_norm``.
@@ -220,7 +222,7 @@ def run_steps(
     shares = [(step + 0.5) / training.local_steps for step in range(first_step, training.local_steps)]
     steps = _LocalSteps(
         *(model, blocks, training, setup or step_setup(model, training), seed + first_step, norms),
-        *(min(map(rate_at, shares)), private_step),
+        *(min(map(rate_at, shares)), private_step, moments),
     )
     interrupted = False
     started = time.perf_counter()
@@ -250,6 +252,8 @@ def run_steps(
                 if other is not None:
                     steps.adopt(other)
             record = statistics.take()
+        if moments is not None and not interrupted:
+            moments.save(steps.optimizer)
     finally:
         model.set_schedule(None)
         model.module.train(False)
@@ -282,7 +286,9 @@ class _LocalSteps:
         norms: GradientNorms | None,
         smallest_rate: float,
         private_step: Callable[[float], None],
+        moments: KeptMoments | None,
     ):
+        self._moments = moments
         self._norms, self._private_step = norms, private_step
         self.losses: list[float] = []
         self.expert_steps: Counter[tuple[int, int]] = Counter()
@@ -337,13 +343,16 @@ class _LocalSteps:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         training = self._training
-        return make_optimizer(
+        optimizer = make_optimizer(
             self._parameters,
             self._setup.optimizer,
             learning_rate=self._smallest_rate,  # it decides how weights are rounded
             weight_decay=training.weight_decay,
             seed=self._seed,
         )
+        if self._moments is not None:
+            self._moments.load(optimizer)
+        return optimizer
 
     def _shuffled(self, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return _endless_batches(self._blocks.shortened(self._setup.sequence_length), self._setup.batch_size, seed)

@@ -10,6 +10,7 @@ from device_bench import STEPS, trainer_of
 from edgefed.errors import BudgetTooSmall, MalformedMessage, TrainingDiverged
 from edgefed.hardware.memory import format_bytes
 from edgefed.protocol import frames
+from edgefed.trainer.optimizer_state import trainable_names
 
 
 def names_in(path):
@@ -216,3 +217,28 @@ def test_a_loss_that_explodes_is_told_by_name(bench, data, tmp_path):
 def test_training_lowers_the_loss_on_the_device(bench, data, tmp_path):
     _, update = bench("hfedmoe", local_steps=12).round(trainer_of(data, tmp_path, share=0.5), tmp_path / "update")
     assert update.metrics["held_out_loss_after"] < update.metrics["held_out_loss_before"] - 0.2
+
+
+def test_moments_stay_on_the_device_from_round_to_round(bench, data, tmp_path):
+    updates = {}
+    for keep in (False, True):
+        rounds = bench(method="random", options={"redraw": True}, rounds=3, keep_optimizer=keep)
+        trainer = trainer_of(data, tmp_path, share=0.1, folder=f"keep-{keep}")
+        for attempt, server_round in enumerate((1, 2, 2) if keep else (1, 2)):
+            rounds.round(trainer, tmp_path / "update", server_round)
+            updates[keep, attempt] = (tmp_path / "update").read_bytes()
+    assert updates[True, 0] == updates[False, 0]
+    assert updates[True, 1] != updates[False, 1]
+    assert updates[True, 2] == updates[True, 1], "a round that is repeated begins with the same moments"
+    assert not (tmp_path / "keep-False" / "optimizer").exists()
+    files = {path.name: path for path in (tmp_path / "keep-True" / "optimizer").iterdir()}
+    assert sorted(files) == ["run.1.safetensors", "run.2.safetensors"]
+    names = names_in(files["run.2.safetensors"])
+    trainable = set(trainable_names(trainer.model))
+    assert names <= trainable, "what the plan has dropped has no moments"
+    assert not names_in(files["run.1.safetensors"]) <= trainable
+    damaged = files["run.2.safetensors"]
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    rounds.round(trainer, tmp_path / "update", 3)
+    assert not files["run.1.safetensors"].exists()
+    assert (tmp_path / "keep-True" / "optimizer" / "run.3.safetensors").exists()

@@ -17,7 +17,14 @@ from edgefed.protocol.messages import TrainingConfig
 from edgefed.training import savings
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.loss import batch_loss
-from edgefed.training.optimizers import AdamW, clip_gradients, learning_rate_at, needs_stochastic_rounding
+from edgefed.training.optimizers import (
+    AdamW,
+    clip_gradients,
+    learning_rate_at,
+    moments_of,
+    needs_stochastic_rounding,
+    resume_moments,
+)
 from edgefed.training.savings import make_optimizer
 from edgefed.training.steps import StepClock, run_steps
 
@@ -198,6 +205,37 @@ def test_measured_steps_decide_whether_another_one_fits():
         clock.count(seconds)
         assert clock.has_time is fits
         assert clock.share == pytest.approx(share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_moments_go_on_as_if_nothing_had_happened(dtype):
+    def steps(weight, optimizer, first, last):
+        for step in range(first, last):
+            weight.grad = torch.randn(16, generator=torch.Generator().manual_seed(step)).to(dtype)
+            optimizer.step()
+
+    def make(weight):
+        return make_optimizer(
+            [weight], "adamw", learning_rate=1e-2 if dtype == torch.float32 else 1e-5, weight_decay=0.1
+        )
+
+    whole, parts = (nn.Parameter(torch.ones(16, dtype=dtype)) for _ in range(2))
+    optimizer = make(whole)
+    steps(whole, optimizer, 0, 6)
+    before, after = make(parts), make(parts)
+    steps(parts, before, 0, 3)
+    kept = {name: value.clone() for name, value in moments_of(before, parts).items()}
+    assert resume_moments(after, parts, kept)
+    steps(parts, after, 3, 6)
+    assert float(after.state[parts]["step"]) == 6
+    if dtype == torch.float32:
+        assert torch.equal(whole, parts)
+        assert all(torch.equal(optimizer.state[whole][name], after.state[parts][name]) for name in ("exp_avg", "step"))
+    else:  # rounded at random
+        assert set(kept) == {"exp_avg", "exp_avg_root", "step"}
+    other = nn.Parameter(torch.ones(4, 4, dtype=dtype))
+    assert not resume_moments(make(other), other, kept)
+    assert moments_of(make(other), other) == {}
 
 
 def test_rounds_with_evaluation():
