@@ -5,7 +5,8 @@
 
 A run of a few hundred kilobytes is served by `edgefed serve` for three real agents (`hostile_federation`). Kills:
 server and agents get SIGKILL at random moments, or up to 60 ms after an event in the server's log; the final model
-must be bit by bit that of the undisturbed run. Full disks: the same, with the state on a tmpfs (needs root) that is
+must be bit by bit that of the undisturbed run; with ``--compression`` also no residual of a device or of the server
+may be lost or counted twice. Full disks: the same, with the state on a tmpfs (needs root) that is
 filled and freed. Requests: `hostile_requests`, beside an honest client whose half-finished upload must stay as it is.
 Each episode adds to the counts in the file, so the command may be interrupted and repeated until the counts are
 reached.
@@ -42,9 +43,9 @@ DISK_MB = 24
 # --- the campaigns -----------------------------------------------------------------------------------------------
 
 
-def calm_model() -> dict[str, str]:
+def calm_model(codecs: tuple[str, str]) -> dict[str, str]:
     with tempfile.TemporaryDirectory(prefix="edgefed-hostile-") as name:
-        make_run(Path(name) / "state")
+        make_run(Path(name) / "state", codecs=codecs)
         federation = Federation(Path(name), Path(name) / "state")
         try:
             federation.wait()
@@ -53,10 +54,10 @@ def calm_model() -> dict[str, str]:
         return model_of(Path(name) / "state")[0]
 
 
-def kill_episode(seed: int, calm: dict[str, str]) -> dict[str, object]:
+def kill_episode(seed: int, calm: dict[str, str], codecs: tuple[str, str]) -> dict[str, object]:
     pick, kills = random.Random(seed), collections.Counter[str]()
     with tempfile.TemporaryDirectory(prefix="edgefed-hostile-") as name:
-        make_run(Path(name) / "state")
+        make_run(Path(name) / "state", codecs=codecs)
         federation = Federation(Path(name), Path(name) / "state")
         try:
             until = time.monotonic() + 900
@@ -92,10 +93,10 @@ def small_disk() -> Iterator[Path]:
             subprocess.run(["umount", "-l", name], check=True)
 
 
-def disk_episode(seed: int, calm: dict[str, str]) -> dict[str, object]:
+def disk_episode(seed: int, calm: dict[str, str], codecs: tuple[str, str]) -> dict[str, object]:
     pick, full = random.Random(seed), 0
     with tempfile.TemporaryDirectory(prefix="edgefed-hostile-") as name, small_disk() as disk:
-        make_run(disk / "state")
+        make_run(disk / "state", codecs=codecs)
         federation = Federation(Path(name), disk / "state")
         try:
             until = time.monotonic() + 900
@@ -204,6 +205,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--full-disks", type=int, default=0)
     parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--compression", default="none", help="of updates; a codec, not auto")
+    parser.add_argument("--download-compression", default="none", help="of the model's steps")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--agent", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -214,10 +217,11 @@ def main() -> None:
     if options.json and options.json.exists():
         rows = json.loads(options.json.read_text())["episodes"]
     wanted = {"kills": options.kills, "full_disks": options.full_disks, "requests": options.requests}
-    calm = calm_model() if options.kills or options.full_disks else {}
+    codecs = (options.compression, options.download_compression)
+    calm = calm_model(codecs) if options.kills or options.full_disks else {}
     episodes = {
-        "kills": lambda seed: kill_episode(seed, calm),
-        "full_disks": lambda seed: disk_episode(seed, calm),
+        "kills": lambda seed: kill_episode(seed, calm, codecs),
+        "full_disks": lambda seed: disk_episode(seed, calm, codecs),
         "requests": lambda seed: request_episode(seed, min(REQUESTS_AT_ONCE, options.requests)),
     }
     while missing := [name for name, count in wanted.items() if totals(rows)[name] < count]:
@@ -227,7 +231,8 @@ def main() -> None:
         if options.json:
             temporary = options.json.with_suffix(".tmp")
             temporary.write_text(
-                json.dumps({**provenance(), "totals": totals(rows), "episodes": rows}, indent=1) + "\n"
+                json.dumps({**provenance(), "codecs": codecs, "totals": totals(rows), "episodes": rows}, indent=1)
+                + "\n"
             )
             shutil.move(temporary, options.json)
     print(json.dumps(totals(rows), indent=1))

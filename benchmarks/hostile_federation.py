@@ -27,8 +27,10 @@ LONGEST_TEXT = 6000
 CLIENTS, ROUNDS, LAYERS, EXPERTS, HIDDEN = 3, 10, 2, 4, 64
 
 
-def make_run(folder: Path, clients: int = CLIENTS, rounds: int = ROUNDS) -> None:
-    """A run of fedavg over a model of random numbers."""
+def make_run(
+    folder: Path, clients: int = CLIENTS, rounds: int = ROUNDS, codecs: tuple[str, str] = ("none", "none")
+) -> None:
+    """A run of fedavg over a model of random numbers. ``codecs``: of updates, and of the model's steps."""
     rng, units = np.random.default_rng(0), []
     for layer in range(LAYERS):
         for expert in range(EXPERTS):
@@ -39,9 +41,10 @@ def make_run(folder: Path, clients: int = CLIENTS, rounds: int = ROUNDS) -> None
             units.append((unit, {name: ("F32", rng.standard_normal(shape, np.float32)) for name in ("up", "down")}))
     run = RunConfig(
         run_id="hostile", model="random", method="fedavg", method_options={}, rounds=rounds, seed=1,
-        training=TrainingConfig(),
+        training=TrainingConfig(), compression=codecs[0],
     )  # fmt: skip
-    create_run(folder, run, RoundPolicy(rounds=rounds, min_clients=clients, client_timeout_s=900.0), units)
+    policy = RoundPolicy(rounds, min_clients=clients, client_timeout_s=900.0, download_compression=codecs[1])
+    create_run(folder, run, policy, units)
 
 
 # --- the device: a real agent with a quick trainer ---------------------------------------------------------------
@@ -186,6 +189,7 @@ def check(federation: Federation, calm: dict[str, str]) -> dict[str, object]:
         "lost": lost,
         "twice": sum(1 for n in found.values() if n > 1) + sum(1 for n in stored.values() if n > CLIENTS),
         "updates": len(rows),
+        "bytes_up": uploaded_bytes(federation.state),
         "equal": model == calm,
         **federation.tracebacks(),
         "ended": federation.ended_by_themselves,
@@ -200,6 +204,12 @@ def model_of(state: Path) -> tuple[dict[str, str], set[tuple[int, str]]]:
     with contextlib.closing(sqlite3.connect(f"file:{state}/edgefed.db?mode=ro", uri=True)) as database:
         model = dict(database.execute(query).fetchall())
         return model, set(database.execute("SELECT server_round, client_id FROM updates").fetchall())
+
+
+def uploaded_bytes(state: Path) -> int:
+    """Bytes of all accepted updates."""
+    with contextlib.closing(sqlite3.connect(f"file:{state}/edgefed.db?mode=ro", uri=True)) as database:
+        return int(database.execute("SELECT SUM(size_bytes) FROM updates").fetchone()[0])
 
 
 def ledgers(folder: Path) -> collections.Counter[tuple[int, int]]:
