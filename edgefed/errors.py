@@ -21,6 +21,7 @@
     |  `- StateCorrupt        the state folder was changed or damaged
     |- NetworkError           a network operation failed
     |  |- ServerUnreachable   no server answers at this address
+    |  |- ObjectStorageError  the object storage does not answer, or refuses
     |  |- PortInUse           another process listens on this port
     |  `- MissingToken        a server that other machines can reach needs a token
     `- ProtocolError          client and server do not agree
@@ -225,6 +226,16 @@ class ServerUnreachable(NetworkError):
     code, http_status = "server-unreachable", 503
     default_remedy = (
         "Check the address, and that `edgefed serve` runs there. A client that has joined keeps retrying by itself."
+    )
+
+
+class ObjectStorageError(NetworkError):
+    """The object storage that holds blobs and updates does not answer, or refuses."""
+
+    code, http_status = "object-storage", 502
+    default_remedy = (
+        "Check that the bucket exists, and the server's credentials and endpoint. Nothing is lost: clients and server "
+        "try again by themselves."
     )
 
 

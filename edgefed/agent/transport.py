@@ -19,8 +19,10 @@ import httpx
 from edgefed.agent.cache import OnBytes, PartFile, check_sha256
 from edgefed.agent.channel import Channel, range_start
 from edgefed.agent.network import Throughput, Transfer, TransferRates, decode_marks
+from edgefed.agent.object_storage import ObjectStorage
+from edgefed.agent.uploading import Uploader
 from edgefed.disk import disk_errors
-from edgefed.errors import ChecksumMismatch, NotFound, OffsetMismatch, ProtocolError
+from edgefed.errors import ChecksumMismatch, NotFound, ObjectStorageError, ProtocolError
 from edgefed.protocol import probe, routes
 from edgefed.protocol.changes import CHANGE_TYPE
 from edgefed.protocol.comparison import Comparison
@@ -44,11 +46,6 @@ from edgefed.protocol.messages import (
 from edgefed.protocol.slices import UnitSlice
 
 logger = logging.getLogger("edgefed.agent")
-
-MAX_STALLS = 3
-"""Uploads in a row that the server answers without taking a byte, before that is an error."""
-MIN_PIECE_BYTES = 64 * 1024
-"""Smallest request that an upload is split into when a proxy limits the size of a request."""
 
 
 class AggregatorClient:
@@ -84,7 +81,8 @@ class AggregatorClient:
             base_url, client_key, token, instance=self.instance, device_key=device_key, invitation=invitation,
             connect_s=connect_s, read_s=read_s, write_s=write_s, verify=verify,
         )  # fmt: skip
-        self._piece_bytes: int | None = None
+        self._storage = ObjectStorage(self._channel.timeout, secure=self.base_url.startswith("https:"))
+        self._uploader = Uploader(self._channel, self._storage)
 
     @property
     def base_url(self) -> str:
@@ -125,6 +123,7 @@ class AggregatorClient:
     def close(self) -> None:
         """Close all connections. A request that still runs in another thread fails."""
         self._channel.close()
+        self._storage.close()
 
     def health(self) -> dict[str, str | int]:
         """What a server says to anybody: that it is there, and its protocol version."""
@@ -200,82 +199,15 @@ class AggregatorClient:
         """Send the part of ``path`` that the server does not have yet; return when it has everything.
 
         ``on_bytes(n)`` is called for every chunk sent, and first for what the server already had; ``on_offset(offset)``
-        whenever the server says how much it has. Where a proxy refuses a large request (HTTP 413), the upload is split
-        into smaller ones. Raises ChecksumMismatch if the server has more bytes than the file, ProtocolError if it takes
-        none `MAX_STALLS` times.
+        whenever the server says how much it has. Raises ChecksumMismatch if the server has more bytes than the file,
+        ProtocolError if it takes none `uploading.MAX_STALLS` times.
         """
-        with disk_errors(path):
-            size = path.stat().st_size
-        state, stalls = self.upload_state(server_round, attempt, size), 0
-        if on_offset:
-            on_offset(state.offset)
-        if on_bytes and state.offset:
-            on_bytes(state.offset)
-        while state.status != "accepted" and state.offset != size:
-            if state.offset > size:
-                raise ChecksumMismatch(f"the server has {state.offset} bytes of an update of {size}")
-            before = state.offset
-            end = size if self._piece_bytes is None else min(size, before + self._piece_bytes)
-            try:
-                state = self._put(server_round, attempt, path, before, end, on_bytes)
-            except OffsetMismatch:
-                state = self.upload_state(server_round, attempt)
-            except ProtocolError as error:
-                if not self._split_after(error, end - before):
-                    raise
-                state = self.upload_state(server_round, attempt)
-                continue
-            if on_offset:
-                on_offset(state.offset)
-            stalls = 0 if state.offset > before else stalls + 1
-            if stalls >= MAX_STALLS and state.status != "accepted":
-                raise ProtocolError(
-                    f"{self.base_url} answered {stalls} uploads from byte {before} of {size} without taking any"
-                )
+        route = self._own(routes.UPLOAD, server_round, attempt)
 
-    def _split_after(self, error: ProtocolError, sent_bytes: int) -> bool:
-        """Halve the size of requests after a proxy's 413. Returns False for other errors and at `MIN_PIECE_BYTES`."""
-        if not (error.foreign and error.received_status == 413) or sent_bytes <= MIN_PIECE_BYTES:
-            return False
-        self._piece_bytes = max(MIN_PIECE_BYTES, sent_bytes // 2)
-        logger.warning(
-            "a proxy in front of %s refuses a request of %d bytes (HTTP 413, body limit): uploading in pieces of %d",
-            self.base_url, sent_bytes, self._piece_bytes,
-        )  # fmt: skip
-        return True
+        def ask(size: int | None) -> UploadState:
+            return self.upload_state(server_round, attempt, size)
 
-    def _put(
-        self, server_round: int, attempt: int, path: Path, offset: int, end: int, on_bytes: OnBytes | None
-    ) -> UploadState:
-        def chunks() -> Iterator[bytes]:
-            left = end - offset
-            with disk_errors(path):
-                file = open(path, "rb")  # noqa: SIM115  disk_errors must not enclose a yield: it would see socket errors
-            with file:
-                file.seek(offset)
-                pace.start()
-                while left:
-                    with disk_errors(path):
-                        chunk = file.read(min(routes.CHUNK_BYTES, left))
-                    if not chunk:
-                        raise ChecksumMismatch(f"{path} became {left} bytes shorter while it was sent")
-                    yield chunk
-                    left -= len(chunk)
-                    self._channel.count(up=len(chunk))
-                    pace.moved(len(chunk))
-                    if on_bytes:
-                        on_bytes(len(chunk))
-
-        path_on_server = self._own(routes.UPLOAD, server_round, attempt)
-        headers = {"content-length": str(end - offset), "content-type": "application/octet-stream"}
-        with (
-            self._channel.up.transfer(end - offset) as pace,
-            self._channel.exchange(
-                "PUT", path_on_server, params={"offset": offset}, content=chunks(), headers=headers
-            ) as response,
-        ):
-            pace.finish()
-            return self._channel.decode(response, UploadState)
+        self._uploader.send(route, path, ask, on_bytes, on_offset)
 
     def restore(self, sha256: str, path: Path) -> None:
         """Send this device's copy of a blob that the server has lost."""
@@ -302,7 +234,12 @@ class AggregatorClient:
                 if part.offset < size_bytes:
                     own = None if again or part.offset else base
                     params = {"check": "1"} if again else {"base": own.name} if own else {}
-                    self._get_rest(sha256, part, on_bytes, params, own)
+                    try:
+                        self._get_rest(sha256, part, on_bytes, params, own)
+                    except ObjectStorageError:
+                        if again:
+                            raise
+                        continue  # the URL has expired or the blob is gone: the server puts it there again
             if part.sha256() == sha256:
                 part.publish()
                 return
@@ -338,13 +275,20 @@ class AggregatorClient:
     ) -> str:
         """Append what is missing of a blob, or of the ``rows`` in ``params``; returns the ETag of the answer."""
         headers = {"range": f"bytes={part.offset}-"} if part.offset else {}
-        path_on_server = routes.path_for(routes.BLOB, sha256=sha256)
-        with (
-            self._channel.exchange("GET", path_on_server, params=params, headers=headers, passed=(416,)) as response,
-            self._channel.down.transfer(part.size_bytes - part.offset) as pace,
-        ):
+        path, passed = routes.path_for(routes.BLOB, sha256=sha256), (307, 416)
+        with self._channel.exchange("GET", path, params=params, headers=headers, passed=passed) as response:
+            if response.status_code != 307:
+                return self._append(response, part, on_bytes, base)
+            url = response.headers.get("location", "")
+        with self._storage.get(url, headers) as response:
+            return self._append(response, part, on_bytes)
+
+    def _append(
+        self, response: httpx.Response, part: PartFile, on_bytes: OnBytes | None, base: Path | None = None
+    ) -> str:
+        with self._channel.down.transfer(part.size_bytes - part.offset) as pace:
             tag = str(response.headers.get("etag", "")).strip('"')
-            if response.status_code == 416:  # the server's blob is shorter than the partial download
+            if response.status_code == 416:  # the blob there is shorter than the partial download
                 part.truncate()
                 return tag
             if response.status_code != 206 or range_start(response) != part.offset:

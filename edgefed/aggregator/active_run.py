@@ -9,7 +9,6 @@ clients.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hmac
 import logging
 import threading
@@ -24,12 +23,13 @@ from edgefed.aggregator.access import Access
 from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregation, as_registered
 from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore, Catalog
+from edgefed.aggregator.bucket import Bucket
 from edgefed.aggregator.coverage import cover_round
+from edgefed.aggregator.creation import change_policy
 from edgefed.aggregator.privacy import check_privacy, spent
 from edgefed.aggregator.records import ClientRecord, UpdateRecord
 from edgefed.aggregator.repair import Repairs
-from edgefed.aggregator.robust import find_rule
-from edgefed.aggregator.rounds import Phase, RoundPolicy
+from edgefed.aggregator.rounds import Phase
 from edgefed.aggregator.staleness import buffer_of
 from edgefed.aggregator.status import Presence, build_status, describe_round, downloads_since, log_action, round_status
 from edgefed.aggregator.stopping import best_round, close_round, loss_metrics, restored_metric
@@ -39,6 +39,7 @@ from edgefed.aggregator.validate import ClaimLimits, check_client_id, digest
 from edgefed.disk import make_private
 from edgefed.errors import (
     NotFound,
+    ObjectStorageError,
     RoundClosed,
     StorageError,
     Unauthorized,
@@ -48,7 +49,7 @@ from edgefed.errors import (
 from edgefed.kernels.fold import select_backend
 from edgefed.methods.interface import Method
 from edgefed.progress import counted
-from edgefed.protocol.messages import RoundStatus, RunConfig, SetAside, Status
+from edgefed.protocol.messages import UNIT_KINDS, RoundStatus, RunConfig, SetAside, Status
 from edgefed.protocol.privacy import PrivacyStatus
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class ActiveRun:
         tick_s: float | None = None,
         policy_changes: Mapping[str, object] = MappingProxyType({}),
         on_round: Callable[[RunConfig, RoundStatus], None] = lambda run, status: None,
+        bucket: Callable[[str], Bucket] | None = None,
     ):
         """Open the run in ``folder``.
 
@@ -80,8 +82,9 @@ class ActiveRun:
         (0: all of them). ``on_change`` is called, from any thread, whenever a waiting client may get another answer.
         ``tick_s``: how often the caller promises to call `tick`; a much longer gap then means that this process stood
         still, which is not counted as silence of the clients. ``policy_changes``: fields of `RoundPolicy` that replace
-        the run's, from now on. ``on_round`` is called with each round that was aggregated. Raises the errors of
-        `Store`, ``make_method`` and `select_backend`; ConfigError for an invalid policy.
+        the run's, from now on. ``on_round`` is called with each round that was aggregated. ``bucket`` opens the object
+        storage of a run id, which is filled first. Raises the errors of `Store`, ``make_method``, `select_backend` and
+        `Bucket`; ConfigError for an invalid policy.
         """
         self._standstill_s = None if tick_s is None else max(STANDSTILL_TICKS * tick_s, 0.0)
         self._applied_at, self._on_round = clock(), on_round
@@ -94,7 +97,7 @@ class ActiveRun:
         self.store = Store(folder)
         make_private(folder)
         try:
-            self.config, self.policy = self.store.run, self._change_policy(policy_changes)
+            self.config, self.policy = self.store.run, change_policy(self.store, policy_changes)
             self._method = make_method(self.config.method, dict(self.config.method_options))
             self._blobs, self.uploads = BlobStore(folder), UploadFolder(folder)
             self.catalog = Catalog(self.store, self._blobs)
@@ -103,6 +106,7 @@ class ActiveRun:
             self.repairs = Repairs(self._blobs)
             for sha256, size_bytes in self.catalog.check_files().items():
                 self.repairs.mark(self.catalog.name_of(sha256), sha256, size_bytes, "is missing or of another size")
+            self.bucket = bucket(self.config.run_id) if bucket else None
             self.assigner = Assigner(self._method, self.store)
             self.access = Access(folder)
             try:
@@ -113,19 +117,6 @@ class ActiveRun:
         except BaseException:
             self.store.close()
             raise
-
-    def _change_policy(self, changes: Mapping[str, object]) -> RoundPolicy:
-        """The run's policy with ``changes``, which are stored. Raises ConfigError."""
-        before = self.store.policy
-        policy = dataclasses.replace(before, **changes)  # type: ignore[arg-type]  # checked next
-        policy.check()
-        find_rule(policy.robust)
-        if policy != before:
-            self.store.save_policy(policy)
-            for name in changes:
-                if (old := getattr(before, name)) != (new := getattr(policy, name)):
-                    logger.info("policy of the run: %s is now %s, was %s", name, new, old)
-        return policy
 
     def _resume(self) -> None:
         """Continue the newest round with its accepted updates, and tidy up after a crash."""
@@ -157,6 +148,8 @@ class ActiveRun:
             *(current.phase.value, counted(len(updates), "update")),
         )
         self._tidy([])
+        if self.bucket is not None:
+            self.bucket.synchronize(self.catalog.referenced, self._blobs.path)
         self.tick()
 
     def stop_waiting(self) -> None:
@@ -322,6 +315,9 @@ class ActiveRun:
             self.config.training.evaluated_before(server_round),
         )
         result.set_aside.update(banned)
+        if self.bucket is not None:
+            names = [unit.sha256 for unit in result.changed if unit.kind in UNIT_KINDS]
+            self.bucket.publish(names, self._blobs.path, self._closing.is_set)
         changed, used = result.changed, [update for update in updates if update.client_id not in result.set_aside]
         coverage = cover_round(*(self.store.coverage(), manifest, used, self.uploads.updates, self.clients))
         with self.lock:
@@ -368,9 +364,13 @@ class ActiveRun:
                 keep = self._keep_rounds and max(self._keep_rounds, self.policy.max_staleness + 1, to_undo)
                 orphans = self.store.prune(keep, best_round(self.store.history()))
                 self.catalog.load_references()
+                oldest = self.state.server_round - self.policy.max_staleness
             self._blobs.delete(orphans)
             self.repairs.forget(orphans)
-        except StorageError as error:
+            if self.bucket is not None:
+                self.bucket.delete_blobs(orphans)
+                self.bucket.end_rounds(oldest)
+        except (StorageError, ObjectStorageError) as error:
             logger.warning("files of old rounds are not deleted yet: %s", error)
 
     # --- status -------------------------------------------------------------------------------------------------

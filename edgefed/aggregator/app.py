@@ -79,11 +79,13 @@ class Work(enum.Enum):
     SMALL = "small"
     TRANSFER = "transfer"
     """Reads and writes of many bytes, which small requests must not queue behind."""
+    BUCKET = "bucket"
+    """Waiting for object storage, which may be slow."""
     COMMIT = "commit"
     """Hashing and checking, limited by memory and disk: more threads would slow each of them down."""
 
 
-NUM_THREADS = {Work.SMALL: 8, Work.TRANSFER: 8, Work.COMMIT: 2}
+NUM_THREADS = {Work.SMALL: 8, Work.TRANSFER: 8, Work.BUCKET: 8, Work.COMMIT: 2}
 
 
 class Endpoints:
@@ -210,6 +212,11 @@ class Endpoints:
         self.service.repairs.check_wanted(sha256)
         if rows is not None:
             size_bytes, tag = await self.run(slice_facts, path, rows, work=Work.TRANSFER)
+        elif self.service.bucket is not None:
+            span = parse_range(request.headers.get("range"), size_bytes) or (0, 0)
+            key = request.headers.get(routes.CLIENT_KEY_HEADER, "")
+            url = await self.run(self.service.blob_url, sha256, key, span[1] - span[0], anew=again, work=Work.BUCKET)
+            return Response(status_code=307, headers={"location": url, "cache-control": "no-store"})
         headers, key = {"accept-ranges": "bytes", "etag": f'"{tag}"'}, request.headers.get(routes.CLIENT_KEY_HEADER, "")
         if base := request.query_params.get("base"):
             change = await self.run(change_between, self.service.blob, base, path, work=Work.TRANSFER)
@@ -241,7 +248,8 @@ class Endpoints:
         """GET UPLOAD; with ``size``, whether the rest would be accepted."""
         size = request.query_params.get("size")
         size_bytes = None if size is None else parse_number(size, "size", MAX_OFFSET)
-        return reply(await self.run_for(request, self.service.upload_state, size_bytes, upload=True))
+        work = Work.SMALL if self.service.bucket is None else Work.BUCKET
+        return reply(await self.run_for(request, self.service.upload_state, size_bytes, upload=True, work=work))
 
     async def upload(self, request: Request) -> Response:
         """PUT UPLOAD: append to an upload."""

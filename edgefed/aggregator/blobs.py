@@ -229,6 +229,11 @@ class Catalog:
         """Read the blobs of all stored manifests from the store."""
         self._referenced = self._store.referenced(moments=False)
 
+    @property
+    def referenced(self) -> dict[str, int]:
+        """{sha256: size} of the blobs that may be downloaded."""
+        return dict(self._referenced)
+
     def check_files(self) -> dict[str, int]:
         """{sha256: size} of the blobs that are missing or have another size; deletes blobs that nothing names.
 

@@ -6,6 +6,8 @@ database into place, the folder has no run, only blobs that a later import uses 
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,8 +18,9 @@ import msgspec
 import numpy as np
 
 from edgefed.aggregator.blobs import BlobBatch, BlobStore
+from edgefed.aggregator.robust import find_rule
 from edgefed.aggregator.rounds import RoundPolicy
-from edgefed.aggregator.store import DATABASE_NAME, LOCK_NAME, has_run, write_database
+from edgefed.aggregator.store import DATABASE_NAME, LOCK_NAME, Store, has_run, write_database
 from edgefed.disk import FolderLock, disk_errors, make_private, read_ranges, sync_folder
 from edgefed.errors import CheckpointError, ConfigError
 from edgefed.protocol.frames import (
@@ -29,6 +32,8 @@ from edgefed.protocol.frames import (
     storage_dtype,
 )
 from edgefed.protocol.messages import UNIT_KINDS, FileInfo, RunConfig, TensorInfo, UnitInfo
+
+logger = logging.getLogger(__name__)
 
 RawTensors = Mapping[str, tuple[str, np.ndarray | FileArray]]
 """{name: (safetensors dtype, raw array)}; BF16 is uint16."""
@@ -182,3 +187,17 @@ def _experts_per_layer(units: Iterable[UnitInfo]) -> tuple[int, ...]:
         if experts != set(range(len(experts))):
             raise CheckpointError(f"layer {layer} has experts {sorted(experts)[:8]}..., expected 0..{len(experts) - 1}")
     return tuple(len(found[layer]) for layer in range(len(found)))
+
+
+def change_policy(store: Store, changes: Mapping[str, object]) -> RoundPolicy:
+    """The policy of a run with ``changes``, which are stored. Raises ConfigError."""
+    before = store.policy
+    policy = dataclasses.replace(before, **changes)  # type: ignore[arg-type]  # checked next
+    policy.check()
+    find_rule(policy.robust)
+    if policy != before:
+        store.save_policy(policy)
+        for name in changes:
+            if (old := getattr(before, name)) != (new := getattr(policy, name)):
+                logger.info("policy of the run: %s is now %s, was %s", name, new, old)
+    return policy

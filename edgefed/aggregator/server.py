@@ -28,6 +28,7 @@ import uvicorn
 from edgefed.aggregator.access import owner_token
 from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.app import Endpoints, Work, build_app
+from edgefed.aggregator.bucket import URL_S, Bucket
 from edgefed.aggregator.connections import ConnectionGuard, ConnectionLimits, connection_limits, guarded_protocol
 from edgefed.aggregator.fold import FoldCancelled
 from edgefed.aggregator.gate import LogLimiter, check_strength
@@ -55,7 +56,7 @@ COLLECTION_THRESHOLDS = (10_000, 20, 100)
 """Of `gc.set_threshold`. Python's own are (700, 10, 10)."""
 LIMITED_LOGGERS = (
     "edgefed.aggregator.connections", "edgefed.aggregator.gate", "edgefed.aggregator.service",
-    "edgefed.aggregator.wire", "uvicorn.error", "asyncio",
+    "edgefed.aggregator.update_requests", "edgefed.aggregator.wire", "uvicorn.error", "asyncio",
 )  # fmt: skip
 """What strangers and clients can make the server log."""
 
@@ -90,6 +91,9 @@ class ServerConfig:
     plain_http: bool = False
     invite_only: bool = False
     """A new client needs an invitation (`edgefed invite`). The token opens only what can be read; None makes one."""
+    blobs: str | None = None
+    """Object storage that clients download from and upload to, such as s3://bucket/prefix (`aggregator.bucket`)."""
+    blob_url_s: float = URL_S
     limits: ConnectionLimits | None = None
     """None: what the file descriptors of this process allow."""
 
@@ -125,6 +129,10 @@ class AggregatorServer:
         self._guard = ConnectionGuard(config.limits or connection_limits())
         self._tls = make_tls(config)
         self._socket = bind(config.host, config.port)
+
+        def open_bucket(run_id: str) -> Bucket:
+            return Bucket(config.blobs or "", run_id, url_s=config.blob_url_s)
+
         try:
             self.active = ActiveRun(
                 config.state_folder,
@@ -135,6 +143,7 @@ class AggregatorServer:
                 tick_s=TICK_S,
                 policy_changes=config.policy_changes,
                 on_round=config.on_round,
+                bucket=open_bucket if config.blobs else None,
             )
         except BaseException:
             self._socket.close()

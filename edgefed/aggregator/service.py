@@ -9,9 +9,8 @@ from __future__ import annotations
 import hmac
 import logging
 import shutil
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgefed.aggregator import rounds
@@ -19,11 +18,11 @@ from edgefed.aggregator.access import OWNER, Credentials
 from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.members import make_room_for_client
 from edgefed.aggregator.metrics import metrics_text
-from edgefed.aggregator.records import ClientRecord, UpdateRecord
+from edgefed.aggregator.records import ClientRecord
 from edgefed.aggregator.rounds import Phase
 from edgefed.aggregator.status import Presence, client_label, describe_comparison, wait_reason
 from edgefed.aggregator.stopping import finish_reason
-from edgefed.aggregator.uploads import PartWriter, UploadName
+from edgefed.aggregator.update_requests import UpdateRequests
 from edgefed.aggregator.validate import (
     MAX_TEXT_CHARACTERS,
     check_register,
@@ -32,21 +31,12 @@ from edgefed.aggregator.validate import (
     is_size,
     is_text,
     parse_number,
-    validate_update,
 )
-from edgefed.disk import hash_file
 from edgefed.errors import (
-    ChecksumMismatch,
     IdentityInUse,
-    InvalidUpdate,
     MalformedMessage,
-    NotFound,
-    OffsetMismatch,
-    ProtocolError,
-    StorageError,
     Unauthorized,
     UnknownClient,
-    UpdateTooLarge,
 )
 from edgefed.progress import IDLE_PHASE
 from edgefed.protocol import routes
@@ -60,10 +50,6 @@ from edgefed.protocol.messages import (
     Register,
     Registered,
     Status,
-    UnitInfo,
-    UpdateAccepted,
-    UpdateMeta,
-    UploadState,
     Wait,
 )
 
@@ -77,16 +63,16 @@ HEARTBEATS_PER_TIMEOUT = 4
 """A client counts as lost after this many missing heartbeats."""
 
 
-class Service:
-    """The requests of clients to one run."""
+class Service(UpdateRequests):
+    """The requests of clients to one run; those that bring updates are in `update_requests`."""
 
     def __init__(self, run: ActiveRun, *, invite_only: bool = False):
         """``invite_only``: the token does not suffice to join."""
-        self._run, self._invite_only = run, invite_only
-        self.access, self.repairs, self.run_id = run.access, run.repairs, run.config.run_id
+        super().__init__(run)
+        self._invite_only = invite_only
+        self.access, self.repairs, self.run_id, self.bucket = run.access, run.repairs, run.config.run_id, run.bucket
         self._ids_by_key = {client.key_sha256: client.client_id for client in run.clients.values()}
         self._ids_by_folded = {client_id.casefold(): client_id for client_id in run.clients}
-        self._commit_locks: dict[str, threading.Lock] = {}
         self.heartbeat_s = min(MAX_HEARTBEAT_S, run.policy.client_timeout_s / HEARTBEATS_PER_TIMEOUT)
 
     # --- clients ------------------------------------------------------------------------------------------------
@@ -262,6 +248,15 @@ class Service:
         check(self._run.catalog.name_of(sha256), sha256, self._run.catalog.blob(sha256)[1])
         self.repairs.check_wanted(sha256)
 
+    def blob_url(self, sha256: str, key: str, size_bytes: int, *, anew: bool) -> str:
+        """Where object storage has a blob; counts it as downloaded. ``anew``: something was wrong there, upload it."""
+        assert (bucket := self.bucket) is not None, "blobs are elsewhere"
+        if anew:
+            bucket.put_blob(sha256, self.blob(sha256)[0])
+        url = bucket.blob_url(sha256)
+        self.note_download(key, size_bytes)
+        return url
+
     def note_download(self, key: str, size_bytes: int) -> None:
         """Count downloaded bytes for the client with this key, if any: blobs may be fetched without one."""
         run = self._run
@@ -270,131 +265,3 @@ class Service:
             if client_id in run.clients:
                 run.clients[client_id].downloaded_bytes += size_bytes
                 run.apply(rounds.ClientSeen(run.clock(), client_id))
-
-    # --- uploads ------------------------------------------------------------------------------------------------
-
-    def upload_state(
-        self, client_id: str, key: str, server_round: int, attempt: int, size: int | None = None
-    ) -> UploadState:
-        """How much of an upload has arrived. Raises RoundClosed or UpdateConflict if it can no longer count.
-
-        ``size``: bytes of the whole upload. Raises UpdateTooLarge, DiskFull if the rest of them would be refused.
-        """
-        run, name = self._run, UploadName(client_id, server_round, attempt)
-        with run.seen(client_id, key):
-            update = run.store.find_update(server_round, client_id)
-            if update is not None and update.attempt == attempt:
-                return UploadState(offset=update.size_bytes, status="accepted")
-            run.check_open(client_id, server_round, update)
-        offset = run.uploads.offset(name)
-        if size is not None and size > offset:
-            run.uploads.check_room(name, offset, size - offset, run.catalog.limit_bytes, run.absent_clients)
-        return UploadState(offset=offset, status="partial")
-
-    def open_upload(
-        self, client_id: str, key: str, server_round: int, attempt: int, offset: int, length: int | None
-    ) -> tuple[UploadName, PartWriter]:
-        """Continue an upload at ``offset`` with ``length`` bytes (None: unknown). The caller ends it: `close_upload`.
-
-        Raises OffsetMismatch, RoundClosed, UpdateConflict, UpdateTooLarge.
-        """
-        run, name = self._run, UploadName(client_id, server_round, attempt)
-        with run.seen(client_id, key):
-            update = run.store.find_update(server_round, client_id)
-            if update is not None and update.attempt == attempt:
-                raise OffsetMismatch("this upload is complete and was accepted", offset=update.size_bytes)
-            run.check_open(client_id, server_round, update)
-            limit_bytes = run.catalog.limit_bytes
-        run.uploads.check_room(name, offset, length, limit_bytes, run.absent_clients)
-        return name, run.uploads.open(name, offset, limit_bytes)
-
-    def close_upload(self, name: UploadName, writer: PartWriter, *, refused: ProtocolError | None = None) -> int:
-        """End a connection; return the bytes that have arrived. An upload that is too large is deleted."""
-        run = self._run
-        run.uploads.close(name, writer)
-        if isinstance(refused, UpdateTooLarge):
-            run.uploads.discard(name, refused)
-        with run.lock:
-            run.apply(rounds.ClientSeen(run.clock(), name.client_id))
-        return writer.offset
-
-    def commit(self, client_id: str, key: str, server_round: int, attempt: int, meta: UpdateMeta) -> UpdateAccepted:
-        """Verify an upload and add it to the round. When this returns, the update survives any crash.
-
-        A repeated update is acknowledged again, also after its round. Raises UpdateConflict (another one was
-        acknowledged), RoundClosed, OffsetMismatch (bytes are missing), ChecksumMismatch, InvalidUpdate, DiskFull.
-        """
-        if (meta.client_id, meta.server_round, meta.attempt) != (client_id, server_round, attempt):
-            raise MalformedMessage(
-                f"the commit of {client_id[:64]!r}, round {server_round}, attempt {attempt} says that it is of "
-                f"{meta.client_id[:64]!r}, round {meta.server_round}, attempt {meta.attempt}"
-            )
-        run = self._run
-        with run.seen(client_id, key):
-            lock = self._commit_locks.setdefault(client_id, threading.Lock())
-        with lock:
-            with run.lock:
-                update = run.store.find_update(server_round, client_id)
-                if update is not None and update.sha256 == meta.sha256:
-                    return UpdateAccepted(server_round=server_round, repeated=True)
-                run.check_open(client_id, server_round, update)
-                units = run.catalog.manifest.units
-            name = UploadName(client_id, server_round, attempt)
-            try:
-                self._verify(name, run.uploads.seal(name), meta, units)
-                self._accept(name, meta)
-            except (StorageError, NotFound):
-                with run.lock:  # the part may be gone because the round was closed meanwhile; then report that
-                    run.check_open(client_id, server_round)
-                raise
-        return UpdateAccepted(server_round=server_round, repeated=False)
-
-    def _verify(self, name: UploadName, path: Path, meta: UpdateMeta, units: Sequence[UnitInfo]) -> None:
-        run = self._run
-        arrived = run.uploads.offset(name)
-        if arrived < meta.size_bytes:
-            raise OffsetMismatch(f"{arrived} of {meta.size_bytes} bytes have arrived", offset=arrived)
-        try:
-            if arrived > meta.size_bytes:
-                raise ChecksumMismatch(f"{arrived} bytes have arrived, the update has {meta.size_bytes}")
-            found, _ = hash_file(path)
-            if found != meta.sha256:
-                raise ChecksumMismatch(f"what arrived has SHA-256 {found}, the update has {meta.sha256[:64]!r}")
-            validate_update(path, meta, units, run.store.experts_per_layer, run.backend, run.claim_limits)
-        except ProtocolError as refusal:
-            run.uploads.discard(name, refusal)
-            if isinstance(refusal, InvalidUpdate):
-                logger.warning(
-                    "round %d: update of %s refused: %s",
-                    *(name.server_round, client_label(run.clients[name.client_id]), refusal),
-                )
-            raise
-
-    def _accept(self, name: UploadName, meta: UpdateMeta) -> None:
-        """File first, then the record, then the state machine, then the acknowledgement."""
-        run, client_id, server_round = self._run, name.client_id, name.server_round
-        update = UpdateRecord(server_round, client_id, name.attempt, meta.sha256, meta.size_bytes, meta)
-        path = run.uploads.promote(name, update.file_name)
-        with run.lock:
-            try:
-                run.check_open(client_id, server_round)
-            except ProtocolError:
-                path.unlink(missing_ok=True)
-                raise
-            client = run.clients[client_id]
-            before = client.rounds_done, client.uploaded_bytes, client.metrics
-            client.rounds_done += 1
-            client.uploaded_bytes += meta.size_bytes
-            client.metrics = dict(meta.metrics)
-            try:
-                run.store.record_update(update, client)
-            except BaseException:
-                client.rounds_done, client.uploaded_bytes, client.metrics = before
-                run.uploads.demote(name, path)
-                raise
-            presence = run.presence.setdefault(client_id, Presence())
-            presence.phase, presence.fraction = IDLE_PHASE, 0.0  # the next heartbeat may be seconds away
-            size_mib = meta.size_bytes / 2**20
-            logger.info("round %d: update of %s accepted, %.1f MiB", server_round, client_label(client), size_mib)
-            late = server_round < run.state.server_round or run.state.phase is Phase.AGGREGATING
-            run.apply(rounds.UpdateAccepted(run.clock(), client_id, late))

@@ -247,6 +247,11 @@ class Server:
         Setting("Devices keep the moments of their optimizer on disk from round to round, instead of beginning anew."),
     ] = None
     seed: Annotated[int | None, Setting("Seed of the run.", default="0", minimum=0)] = None
+    blobs: Annotated[
+        str | None,
+        Setting("Object storage through which clients get the model and send updates, s3://BUCKET/PREFIX; default: "
+                "this server.", metavar="URL"),
+    ] = None  # fmt: skip
     keep_rounds: Annotated[int, Setting("Rounds whose global model stays on disk; 0 keeps all.", minimum=0)] = 2
     exit_when_finished: Annotated[bool, Setting("Exit after the last round instead of serving the final model.")] = (
         False
@@ -296,6 +301,7 @@ class Server:
             ready_file=self.ready_file,
             exit_when_finished=self.exit_when_finished,
             keep_rounds=self.keep_rounds,
+            blobs=self.blobs,
             policy_changes=policy_settings(self),
             on_round=trackers.listener(on_round),
         )

@@ -131,10 +131,7 @@ class Register(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    """Current activity of an agent. It keeps the client live and is shown by `edgefed status`. ``fraction`` is 0..1.
-
-    ``budget_bytes``: its memory budget as last measured, before the current round; None before the first time.
-    """
+    """Activity of an agent, which keeps it live. ``fraction`` is 0..1, ``budget_bytes`` its memory as last measured."""
 
     phase: str
     fraction: float
@@ -158,12 +155,11 @@ class ExpertReport(Message, frozen=True):
 
 
 class ExpertSurvey(Message, frozen=True):
-    """Report of a client to a method that assigns experts: numbers per layer and expert.
+    """Report of a client to a method that assigns experts: numbers per layer and expert, None where unknown.
 
-    ``utility``: u_c(e) of Flux (arXiv 2508.19078), measured in this round, else None. ``frequency``: share of the
-    client's tokens routed to e. ``tune_slots``: number of experts that can be resident unmerged. ``train_slots``:
-    number of experts that can train within its memory. ``upload_bytes_per_s``, ``download_bytes_per_s``: rates of its
-    transfers. None where unknown.
+    ``utility``: u_c(e) of Flux (arXiv 2508.19078), measured in this round. ``frequency``: share of the client's tokens
+    routed to e. ``tune_slots``: number of experts that can be resident unmerged. ``train_slots``: number of experts
+    that can train within its memory. ``upload_bytes_per_s``, ``download_bytes_per_s``: rates of its transfers.
     """
 
     utility: tuple[tuple[float | None, ...], ...]
@@ -232,8 +228,8 @@ class ExpertAssignment(Message, frozen=True):
 class Assignment(Message, frozen=True, tag="assignment"):
     """Train in this round, from the manifest of this round. ``deadline_s`` counts from now; None means none.
 
-    ``seed`` depends on the run and the round. A device mixes in its name and data, so a repeated run gives the same
-    results. ``experts``: only if the method assigns them, from a client's second round on.
+    ``seed`` depends on run and round; a device mixes in its name and data, so a repeated run gives the same results.
+    ``experts``: only if the method assigns them, from a client's second round on.
     """
 
     server_round: int
@@ -253,10 +249,15 @@ AssignmentReply = Wait | Assignment | Finished
 
 
 class UploadState(Message, frozen=True):
-    """How much of an upload has arrived. ``status``: "partial" or "accepted" (acknowledged and safe on disk)."""
+    """How much of an upload has arrived. ``status``: "partial" or "accepted" (acknowledged and safe on disk).
+
+    ``urls``: where to PUT the next pieces of ``piece_bytes``, from number ``offset // piece_bytes`` on; none: here.
+    """
 
     offset: int
     status: str
+    urls: tuple[str, ...] = ()
+    piece_bytes: int = 0
 
 
 class UpdateAccepted(Message, frozen=True):

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import toy_run
 
-from edgefed.aggregator import aggregation, blobs, server, store, uploads
+from edgefed.aggregator import aggregation, blobs, bucket, server, store, uploads
 
 PLACES = {
     "UploadFolder.promote": (uploads.UploadFolder, "promote"),
     "Store.record_update": (store.Store, "record_update"),
     "fold_round": (aggregation, "fold_round"),
+    "Bucket.collect": (bucket.Bucket, "collect"),
+    "Bucket.publish": (bucket.Bucket, "publish"),
     "BlobBatch.flush": (blobs.BlobBatch, "flush"),
     "Store.record_fold": (store.Store, "record_fold"),
     "Store.prune": (store.Store, "prune"),
@@ -59,6 +61,7 @@ def main() -> None:
     logging.basicConfig(level=logging.DEBUG, format="%(levelname)s %(name)s %(message)s")
     if place := options.pop("die", None):
         die_at(place)
+    bucket.PIECE_BYTES = options.pop("piece_bytes", bucket.PIECE_BYTES)
     for name in ("state_folder", "ready_file"):
         options[name] = Path(options[name])
     server.run_server(server.ServerConfig(port=0, **options), make_method=toy_run.make_method)
