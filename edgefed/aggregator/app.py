@@ -213,9 +213,9 @@ class Endpoints:
         if rows is not None:
             size_bytes, tag = await self.run(slice_facts, path, rows, work=Work.TRANSFER)
         elif self.service.bucket is not None:
-            span = parse_range(request.headers.get("range"), size_bytes) or (0, 0)
+            first, end = parse_range(request.headers.get("range"), size_bytes) or (0, 0)
             key = request.headers.get(routes.CLIENT_KEY_HEADER, "")
-            url = await self.run(self.service.blob_url, sha256, key, span[1] - span[0], anew=again, work=Work.BUCKET)
+            url = await self.run(self.service.blob_url, sha256, key, end - first, anew=again, work=Work.BUCKET)
             return Response(status_code=307, headers={"location": url, "cache-control": "no-store"})
         headers, key = {"accept-ranges": "bytes", "etag": f'"{tag}"'}, request.headers.get(routes.CLIENT_KEY_HEADER, "")
         if base := request.query_params.get("base"):
