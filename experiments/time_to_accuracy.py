@@ -40,6 +40,9 @@ FLEET = (
 """Profile and network of each client, in turn."""
 
 METHODS: Mapping[str, tuple[str, dict, str]] = {
+    "slices": ("slices", {}, "full"),
+    "slices-paced": ("slices", {}, "full"),
+    "fmes-paced": ("fmes", {}, "full"),
     "flux": ("flux", {"probes": 1}, "full"),
     "flux-quick": ("flux", {"probes": 0, "pace_factor": 0.8}, "full"),
     "flux-quicker": ("flux", {"probes": 0, "pace_factor": 0.65, "refresh_rounds": 8}, "full"),
@@ -57,7 +60,10 @@ METHODS: Mapping[str, tuple[str, dict, str]] = {
 }
 """Label: method, its options, how experts are trained."""
 
-MORE_ROUNDS = {"flux-quick": 14 / 8, "flux-quicker": 18 / 8}
+PACE = {"slices-paced": 0.8, "fmes-paced": 0.8}
+"""Pace of the run; 0 without. Flux has it in its options."""
+
+MORE_ROUNDS = {"flux-quick": 14 / 8, "flux-quicker": 18 / 8, **dict.fromkeys(PACE, 14 / 8)}
 """Rounds as a multiple of --rounds: where a round is short, as many fit into less time."""
 
 
@@ -95,6 +101,7 @@ def play(run: Run) -> dict:
         fleet=tuple(fleet), methods=(MethodChoice(run.method, run.options, run.label),), model="tiny",
         cost_shape="OLMoE-1B-7B", rounds=rounds, seed=run.seed, training=training,
         evaluation_tokens=run.settings["evaluation_tokens"], preinstalled=True,
+        pace=PACE.get(run.label, 0.0),
     )  # fmt: skip
     out = Path(run.work) / f"{run.label}-{run.learning_rate:g}-{run.seed}"
     found = simulate(config, out).run(run.label)

@@ -1,8 +1,9 @@
-"""Which experts each client gets, where the method assigns them: decided once per round from the clients' surveys."""
+"""Which experts each client gets, and how many it may train: decided once per round from the clients' surveys."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -12,6 +13,7 @@ from edgefed.aggregator.records import ClientRecord
 from edgefed.aggregator.store import Store
 from edgefed.errors import first_line
 from edgefed.methods.interface import Coverage, Method
+from edgefed.methods.pace import FIRST_SHARE, train_limits
 from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, Manifest
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def expert_coverage(store: Store, manifest: Manifest) -> Coverage:
 
 
 class Assigner:
-    """Assigns experts, where the method does: once per round, for all clients that have sent a survey.
+    """Assigns experts, where the method does, or paces the run: once per round, for all clients that sent a survey.
 
     Surveys enter a `ClientRecord` when a round is folded, so the decision is the same after a restart within a round.
     The owner calls it under its own lock.
@@ -53,24 +55,36 @@ class Assigner:
     def __init__(self, method: Method, store: Store):
         self._method, self._store = method, store
         self._decided: dict[str, ExpertAssignment] = {}
+        self._limits: dict[str, int | None] = {}
         self._decided_for = 0
 
     def assignment(
-        self, client_id: str, clients: Mapping[str, ClientRecord], manifest: Manifest, seed: int
-    ) -> ExpertAssignment | None:
-        """The experts of a client in the round of ``manifest``; None if the method assigns none, or has no survey."""
-        if self._method.personal or self._method.assigning is None:
-            return None
+        self, client_id: str, clients: Mapping[str, ClientRecord], manifest: Manifest
+    ) -> tuple[ExpertAssignment | None, int | None]:
+        """(experts of a client in the round of ``manifest``, maximum number of experts that it trains).
+
+        Without experts the client chooses its own, without a number it trains what its plan has.
+        """
+        pace = self._store.run.pace
+        if self._method.personal or not (self._method.assigning or pace):
+            return None, None
         if self._decided_for != manifest.server_round:
             surveys = {client.client_id: client.survey for client in clients.values() if client.survey is not None}
-            coverage = expert_coverage(self._store, manifest)
             self._decided_for = manifest.server_round
-            try:
-                self._decided = self._method.assign_experts(surveys, coverage, manifest.server_round, seed)
-            except Exception as error:  # what clients report must not stop the server
-                self._decided = {}
-                logger.error(
-                    "round %d: the method fails to assign experts: %s; clients choose their own",
-                    *(manifest.server_round, first_line(error)),
-                )
-        return self._decided.get(client_id)
+            self._limits = train_limits(surveys, pace) if pace else {}
+            self._decided = self._assign(surveys, manifest)
+        first = math.ceil(FIRST_SHARE * sum(manifest.experts_per_layer)) if pace else None
+        return self._decided.get(client_id), self._limits.get(client_id, first)
+
+    def _assign(self, surveys: Mapping[str, ExpertSurvey], manifest: Manifest) -> dict[str, ExpertAssignment]:
+        if self._method.personal or not self._method.assigning:
+            return {}
+        coverage, seed = expert_coverage(self._store, manifest), self._store.run.seed
+        try:
+            return self._method.assign_experts(surveys, coverage, manifest.server_round, seed)
+        except Exception as error:  # what clients report must not stop the server
+            logger.error(
+                "round %d: the method fails to assign experts: %s; clients choose their own",
+                *(manifest.server_round, first_line(error)),
+            )
+            return {}

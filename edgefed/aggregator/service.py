@@ -197,12 +197,11 @@ class Service(UpdateRequests):
                 remaining = None if state.deadline is None else max(0.0, state.deadline - now)
                 # The same for all clients: ids differ from run to run, and each client mixes in its own name.
                 seed = digest_bytes(f"{run.config.seed}/{state.server_round}")[:4]
+                experts, limit = run.assigner.assignment(client_id, run.clients, run.catalog.manifest)
                 return Assignment(
-                    server_round=state.server_round,
-                    deadline_s=remaining,
-                    seed=int.from_bytes(seed, "little"),
-                    experts=run.assigner.assignment(client_id, run.clients, run.catalog.manifest, run.config.seed),
-                )
+                    server_round=state.server_round, deadline_s=remaining, seed=int.from_bytes(seed, "little"),
+                    experts=experts, train_limit=limit,
+                )  # fmt: skip
             left = [other.name for other in run.clients.values() if not other.joined]
             return Wait(retry_after_s=RETRY_AFTER_S, reason=wait_reason(state, client_id, now, left))
 

@@ -58,6 +58,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
     """Import the model into a new run in the state folder. Raises ConfigError, ModelError, StorageError."""
     from edgefed.embedded import TINY, resolve_model
     from edgefed.hub import check_source
+    from edgefed.methods.pace import check_pace
     from edgefed.methods.registry import check_training, make_method
     from edgefed.progress import Pulse
     from edgefed.protocol.messages import RunConfig
@@ -84,6 +85,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
         if why:
             report(f"experts train by LoRA: {why}" if experts == "lora" else f"experts train in full: {why}")
     check_training(method, training.experts)
+    check_pace(method, server.pace or 0.0)
     rounds = 5 if server.rounds is None else server.rounds
     if problems := training.problems(rounds):
         raise ConfigError("; ".join(problems))
@@ -101,6 +103,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
         privacy=privacy_of(server),
         server_optimizer=_server_optimizer(server),
         compression=_compression(server),
+        pace=server.pace or 0.0,
     )
     policy = _policy(server, run.rounds)
     if run.privacy is not None:
@@ -199,6 +202,7 @@ def continued_run(server: Server) -> RunConfig:
     method, options = _method(server) if server.method is not None else (None, dict(server.options or {}))
     wanted: dict[str, object] = {"model": server.model and str(server.model), "extractor": server.extractor}
     wanted |= {"method": method, "tokenizer": server.tokenizer, "rounds": server.rounds, "seed": server.seed}
+    wanted |= {"pace": server.pace}
     wanted |= {"compression": server.compression and _compression(server)}
     wanted |= {name: getattr(server, name) for name in TRAINING}
     for name, value in wanted.items():

@@ -156,6 +156,11 @@ class Server:
                 "What is left out is added in a later round, and in the last one. Devices that have the model of the "
                 "round before download only what changed.", default="none"),
     ] = None  # fmt: skip
+    pace: Annotated[
+        float | None,
+        Setting("Let devices train no more than they can exchange in the fleet's time times this; 0: no limit. Not for "
+                "flux, which has options for it.", default="0", minimum=0, maximum=1000),
+    ] = None  # fmt: skip
     max_clients: Annotated[
         int | None, Setting("Clients that may be registered at once.", default="4096", minimum=1)
     ] = None

@@ -17,7 +17,7 @@ Departs from the paper
       devices that are limited by pace or ``first_share``: these train the most useful experts of the model.
     * The paper's devices compute for most of a round; on home connections they upload. With ``pace="fleet"`` a device
       trains no more experts than it can download and upload in about the time that the others need
-      (`edgefed.methods.flux_pace`). Its other slots hold the experts next in utility, which are explored and not
+      (`edgefed.methods.pace`). Its other slots hold the experts next in utility, which are explored and not
       uploaded. A client whose upload rate is unknown is not limited.
     * (4) does not ensure coverage. With ``coverage="balanced"``, an expert that no client trained for
       ``coverage_rounds`` rounds goes to the client with the largest utility for it, in place of the least useful
@@ -45,7 +45,6 @@ from msgspec import Meta
 from edgefed.errors import ConfigError
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.averaging import busiest, check_budget, merge_by_examples, merge_by_tokens, select_by_score
-from edgefed.methods.flux_pace import own_count, paced_limits
 from edgefed.methods.interface import (
     FIRST_ROUND,
     Array,
@@ -62,6 +61,7 @@ from edgefed.methods.interface import (
     UnitMerge,
 )
 from edgefed.methods.options import check_options
+from edgefed.methods.pace import own_count, paced_limits
 from edgefed.protocol.messages import ExpertAssignment, ExpertReport, ExpertSurvey, UnitInfo
 
 Scores: TypeAlias = Sequence[Array]

@@ -88,6 +88,8 @@ class RunConfig(Message, frozen=True):
     """What makes the next model from the aggregate of a round; None: that is the next model."""
     compression: str = "none"
     """How updates are sent, one of `frames.COMPRESSIONS`."""
+    pace: float = 0.0
+    """Devices train at most what they can exchange in the fleet's time (`methods.pace`) times this; 0: no limit."""
 
 
 class DeviceInfo(Message, frozen=True):
@@ -160,6 +162,7 @@ class ExpertSurvey(Message, frozen=True):
     ``utility``: u_c(e) of Flux (arXiv 2508.19078), measured in this round. ``frequency``: share of the client's tokens
     routed to e. ``tune_slots``: number of experts that can be resident unmerged. ``train_slots``: number of experts
     that can train within its memory. ``upload_bytes_per_s``, ``download_bytes_per_s``: rates of its transfers.
+    In a paced run ``tune_slots`` is the number that it would train, and only the rates are known beside it.
     """
 
     utility: tuple[tuple[float | None, ...], ...]
@@ -173,7 +176,7 @@ class ExpertSurvey(Message, frozen=True):
 class UpdateMeta(Message, frozen=True):
     """Completes an upload, named by ``(client_id, server_round, attempt)``. Sending it again has no further effect.
 
-    ``metrics`` are numbers for the ledger: losses, seconds, bytes. ``survey`` only if the method assigns experts.
+    ``metrics`` are numbers for the ledger: losses, seconds, bytes. ``survey``: see `ExpertSurvey`.
     """
 
     client_id: str
@@ -217,8 +220,7 @@ class Wait(Message, frozen=True, tag="wait"):
 class ExpertAssignment(Message, frozen=True):
     """Experts of a client as (layer, expert), the most useful first.
 
-    It trains those of ``tune``, and keeps those of ``explore`` unchanged to measure their utility again. A client with
-    less memory takes the first ones.
+    It trains ``tune``, and keeps ``explore`` unchanged to measure utilities. With less memory it takes the first ones.
     """
 
     tune: tuple[tuple[int, int], ...]
@@ -229,13 +231,14 @@ class Assignment(Message, frozen=True, tag="assignment"):
     """Train in this round, from the manifest of this round. ``deadline_s`` counts from now; None means none.
 
     ``seed`` depends on run and round; a device mixes in its name and data, so a repeated run gives the same results.
-    ``experts``: only if the method assigns them, from a client's second round on.
+    ``experts``: only if the method assigns them, from a client's second round on. ``train_limit``: most to train.
     """
 
     server_round: int
     deadline_s: float | None
     seed: int
     experts: ExpertAssignment | None = None
+    train_limit: int | None = None
 
 
 class Finished(Message, frozen=True, tag="finished"):
@@ -352,8 +355,7 @@ def decode_message(data: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
-        label = getattr(kind, "__name__", "assignment reply")
-        raise MalformedMessage(f"invalid {label} message: {error}") from error
+        raise MalformedMessage(f"invalid {getattr(kind, '__name__', 'assignment reply')} message: {error}") from error
 
 
 def encode_error(error: EdgefedError) -> bytes:

@@ -20,6 +20,7 @@ from edgefed.disk import disk_errors
 from edgefed.errors import ConfigError, DataError
 from edgefed.hardware.profile_files import DeviceProfile
 from edgefed.methods.custom import is_location, load_method
+from edgefed.methods.pace import check_pace
 from edgefed.methods.registry import make_method
 from edgefed.protocol.frames import COMPRESSIONS, DOWNLOAD_SHARES
 from edgefed.protocol.messages import TrainingConfig
@@ -147,6 +148,7 @@ class SimulationConfig:
         gpu_optimizer: Optimizer whose costs GPUs are charged with, "adamw" or "adamw_8bit".
         compression: How updates are sent, one of `protocol.frames.COMPRESSIONS`.
         download_compression: How far the model moves in a round, one of `protocol.frames.DOWNLOAD_SHARES`.
+        pace: Devices train at most what they can exchange in the fleet's time (`methods.pace`) times this; 0: no limit.
         threads: Threads of torch; the last bit of results can depend on their number.
     """
 
@@ -170,6 +172,7 @@ class SimulationConfig:
     gpu_optimizer: str = "adamw_8bit"
     compression: str = "none"
     download_compression: str = "none"
+    pace: float = 0.0
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -213,6 +216,8 @@ class SimulationConfig:
             problems += [text.replace("`", "") for text in self.server_optimizer.problems()]
         if problems:
             raise ConfigError("; ".join(problems))
+        for choice in self.methods:
+            check_pace(make_method(choice.method, choice.options), self.pace)
 
 
 def _training_problems(training: TrainingConfig) -> list[str]:

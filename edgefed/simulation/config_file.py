@@ -121,6 +121,7 @@ class _Settings(_Table):
     gpu_optimizer: str | msgspec.UnsetType = msgspec.UNSET
     compression: str | msgspec.UnsetType = msgspec.UNSET
     download_compression: str | msgspec.UnsetType = msgspec.UNSET
+    pace: float | msgspec.UnsetType = msgspec.UNSET
     threads: int | msgspec.UnsetType = msgspec.UNSET
     adapter_average: str | msgspec.UnsetType = msgspec.UNSET
     stop_after: int | msgspec.UnsetType = msgspec.UNSET

@@ -19,6 +19,7 @@ from edgefed.aggregator.store import has_run
 from edgefed.aggregator.validate import MAX_EXAMPLES
 from edgefed.disk import hash_file
 from edgefed.errors import StateCorrupt
+from edgefed.methods.pace import refresh_rounds
 from edgefed.methods.registry import make_expert_method, make_method
 from edgefed.protocol import PROTOCOL_VERSION
 from edgefed.protocol.messages import (
@@ -148,7 +149,7 @@ class InProcessAggregator(DirectAggregator):
             neurons = make_expert_method(run.method, run.method_options).requirements.neurons
             import_model(model, folder, run, policy, neurons=neurons)
         # Devices keep no files here: what one of them still has of an earlier round is read from the aggregator's.
-        refresh = make_expert_method(run.method, run.method_options).refresh_rounds
+        refresh = refresh_rounds(make_expert_method(run.method, run.method_options), run.pace)
         super().__init__(ActiveRun(folder, make_method, keep_rounds=1 + refresh, clock=lambda: 0.0))
         try:
             if self.active.config != run:

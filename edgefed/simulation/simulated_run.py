@@ -74,7 +74,7 @@ class SimulatedRun:
             run_id=f"simulated-{config.seed}", model=config.model, method=choice.method,
             method_options=dict(choice.options), rounds=config.rounds, seed=config.seed, training=training,
             server_optimizer=config.server_optimizer,
-            compression=config.compression,
+            compression=config.compression, pace=config.pace,
         )  # fmt: skip
         self._clients = [
             self._client(dataclasses.replace(device, data=data[device.name]), index, folder)

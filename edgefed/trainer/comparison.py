@@ -199,7 +199,7 @@ class ComparingTrainer:
         )
         make_folder(self._alone_folder)
         alone = self.trainer.sibling(self._alone_folder)
-        config = msgspec.structs.replace(run, method="local", method_options={})
+        config = msgspec.structs.replace(run, method="local", method_options={}, pace=0.0)
         loss = None
         try:
             for number in range(1, record.rounds + 1):

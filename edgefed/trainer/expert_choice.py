@@ -87,6 +87,23 @@ def freeze_others(plan: ExpertPlan, trainable: ExpertPlan) -> ExpertPlan:
     return ExpertPlan(tuple(roles), plan.merged, plan.neurons)
 
 
+def paced(plan: ExpertPlan, layout: Layout, limit: int | None) -> ExpertPlan:
+    """``plan`` with at most ``limit`` trainable experts, at least one per layer: those of the layout of that size."""
+    if limit is None or limit >= trainable_worth(plan):
+        return plan
+    limit = max(limit, plan.num_layers)
+    return freeze_others(plan, layout(limit, limit))
+
+
+def trainable_worth(plan: ExpertPlan) -> int:
+    """Trainable experts; those of a sliced plan count by their neurons, rounded, as at least one per layer."""
+    if not plan.neurons:
+        return plan.num_trainable
+    wide = sum(int(mask[row == Role.TRAINABLE].sum()) for row, mask in zip(plan.roles, plan.neurons, strict=True))
+    share = wide / sum(mask.size for mask in plan.neurons)
+    return max(plan.num_layers, round(share * sum(plan.experts_per_layer)))
+
+
 def _widest_slices(plan: ExpertPlan, narrow: ExpertPlan) -> ExpertPlan:
     """``plan`` without the neurons of the experts that are not to train."""
     widths = [mask.sum(axis=1) for mask in plan.neurons]

@@ -25,6 +25,7 @@ from edgefed.errors import ConfigError, first_line
 from edgefed.expert_records import ExpertPlan
 from edgefed.kernels.failures import record_backward_failure
 from edgefed.kernels.out_of_memory import device_lost, free_memory, is_device_lost, is_out_of_memory
+from edgefed.methods.pace import refresh_rounds
 from edgefed.methods.registry import make_expert_method, make_method
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.merging.plan import ExpertMerger
@@ -151,9 +152,10 @@ class LocalTrainer:
         model = self._models.open(run, method, manifest, fetch, progress)
         blocks = self._encode(run, progress)
         self._private.open(model, run, method, manifest.server_round)
-        copies = StaleExperts(self._folder, run.run_id) if method.refresh_rounds > 1 else None
-        if copies:
-            units = copies.view(newest, manifest.server_round, method.refresh_rounds, fetch)
+        refresh, copies = refresh_rounds(method, run.pace), None
+        if refresh > 1:
+            copies, kept = StaleExperts(self._folder, run.run_id), reports.fetch_kept(fetch, method, self.plan)
+            units = copies.view(newest, manifest.server_round, refresh, kept)
         own = {} if model.plan is None or method.exchanges else save_own_units(model, units, self._folder)
         ctx = DeviceRound(run, method, manifest, assignment, fetch, progress, newest, units, own)
         guard = MemoryGuard(self.planner.shrink, progress, self._device, self._memory.watch)
@@ -170,11 +172,13 @@ class LocalTrainer:
                 model, plan, blocks, method.assigning, self.planner.step_plan.setup, self._seed(ctx), progress
             )
             survey = reports.expert_survey(plan, self.planner.profile, self.planner.train_slots, outcome, probed)
+        elif run.pace:
+            survey = reports.pace_survey(plan, self.planner.own_pace)
         experts, unsent = reports.write_update(model, run, method, plan, outcome, newest, update_path, progress)
         keep_model(model, method, run, manifest, self._folder)
         self._private.save(run.run_id, manifest.server_round)
         if copies:
-            copies.keep(ctx.units, newest, manifest.server_round)
+            copies.keep(reports.kept_units(method, plan, ctx.units), newest, manifest.server_round)
         self._models.close(method, newest)
         self._last = ctx
         more = {"probe_forwards": float(probed.forwards)} if method.assigning and method.assigning.directions else {}
@@ -183,11 +187,9 @@ class LocalTrainer:
         return TrainedUpdate(
             experts=experts,
             metrics=reports.round_metrics(plan, outcome, before, after, guard.num_shrinks, **more),
-            num_examples=len(blocks),
-            num_tokens=outcome.num_tokens,
+            num_examples=len(blocks), num_tokens=outcome.num_tokens, survey=survey,
             keep=reports.kept_blobs(method, plan, manifest.files, ctx.units.values()),
-            survey=survey,
-        )
+        )  # fmt: skip
 
     def between_rounds(self, fetch: Fetch, progress: ProgressSink) -> None:
         """Make the profile of the next round from the experts of the last one, if the method asks for it."""
@@ -312,16 +314,11 @@ class LocalTrainer:
         source = FrameSource() if ctx.own else self._models.load_shared(ctx.units.values(), ctx.fetch)
         assert self._train_blocks is not None, "the data has been encoded"
         return PlanRequest(
-            run=ctx.run,
-            method=ctx.method,
+            run=ctx.run, method=ctx.method, model=self.model, blocks=self._train_blocks,
             manifest=msgspec.structs.replace(ctx.manifest, units=tuple(ctx.units.values())),
-            model=self.model,
-            blocks=self._train_blocks,
-            source=source,
-            fetch=ctx.fetch,
-            progress=ctx.progress,
-            assignment=ctx.assignment.experts,
-        )
+            source=source, fetch=ctx.fetch, progress=ctx.progress,
+            assignment=ctx.assignment.experts, train_limit=ctx.assignment.train_limit,
+        )  # fmt: skip
 
     def _place(self, ctx: DeviceRound, model: MoeModel, plan: ExpertPlan) -> None:
         """Put the planned experts on the device, and all weights at the values that the round begins with."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -35,7 +35,6 @@ from edgefed.moe.units import LORA_SUFFIX, ExpertSource
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Manifest, RunConfig, TrainingConfig, UnitInfo
-from edgefed.protocol.trainer import Fetch
 from edgefed.trainer.last_round import OWN_FOLDER, save_last_round, save_own_files
 from edgefed.training.savings import packing_problem
 from edgefed.training.steps import train_scope
@@ -208,7 +207,7 @@ class StaleExperts:
     """Which version of each expert a device has, so that frozen experts are not downloaded whenever they change.
 
     Trainable experts are downloaded anew in every round. Frozen experts, also within merged experts, change in the
-    global model when other clients train them, but only by little: with ``refresh_rounds`` = r of the method, a device
+    global model when other clients train them, but only by little: with r = `methods.pace.refresh_rounds`, a device
     uses the version that it has until that is r rounds old. Each round refreshes another r-th of the experts, so that
     downloads are spread evenly.
 
@@ -227,7 +226,13 @@ class StaleExperts:
         except (ValueError, KeyError, AttributeError) as error:
             _log.warning("cannot read %s, all experts are downloaded again: %s", self._path, error)
 
-    def view(self, units: Mapping[str, UnitInfo], server_round: int, refresh: int, fetch: Fetch) -> dict[str, UnitInfo]:
+    def view(
+        self,
+        units: Mapping[str, UnitInfo],
+        server_round: int,
+        refresh: int,
+        fetch: Callable[[Iterable[UnitInfo]], object],
+    ) -> dict[str, UnitInfo]:
         """Return ``units`` with frozen experts in the versions that this device has, except those due for a refresh.
 
         If one of these versions is neither on the device nor at the aggregator, return ``units`` unchanged.

@@ -31,7 +31,7 @@ from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import ExpertAssignment, Manifest, RunConfig
 from edgefed.protocol.trainer import Fetch
 from edgefed.trainer.activation_profile import make_profile, stage_blocks
-from edgefed.trainer.expert_choice import Layout, even_layout, method_layout
+from edgefed.trainer.expert_choice import Layout, even_layout, method_layout, paced, trainable_worth
 from edgefed.trainer.placement import required_storage
 from edgefed.trainer.ports import Memory, StepCosts
 from edgefed.trainer.saved_plan import PLAN_FILE, SavedPlan, SavedStepPlan, read_saved_plan
@@ -79,6 +79,7 @@ class PlanRequest:
         fetch: Downloads the others.
         progress: Where messages go.
         assignment: Experts that the aggregator assigns to this device, None without an assignment.
+        train_limit: Maximum number of trainable experts in a paced run, None without a limit.
     """
 
     run: RunConfig
@@ -90,6 +91,7 @@ class PlanRequest:
     fetch: Fetch
     progress: ProgressSink
     assignment: ExpertAssignment | None = None
+    train_limit: int | None = None
 
     def add_all_experts(self) -> None:
         """Make every expert of the round readable in ``source``; download the missing ones."""
@@ -110,6 +112,7 @@ class _Current:
     step_plan: StepPlan
     merge: Callable[[ExpertPlan], ExpertPlan]
     usable_bytes: int
+    train_limit: int | None
 
 
 class Planner:
@@ -119,14 +122,9 @@ class Planner:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        limits: DeviceLimits,
-        identity: str,
-        memory: Memory,
-        costs: StepCosts,
+        self, folder: Path, limits: DeviceLimits, identity: str, memory: Memory, costs: StepCosts,
         merger: ExpertMerger | None = None,
-    ):
+    ):  # fmt: skip
         self._path = folder / PLAN_FILE
         self._limits = limits
         self._identity = identity
@@ -138,8 +136,9 @@ class Planner:
         self._shape: ModelShape | None = None
         self._problems: dict[str, str] | None = None
         self._current: _Current | None = None
-        self.train_slots = 0
-        """Largest number of experts that could train in this round if every resident expert were trainable."""
+        self.train_slots = self.own_pace = 0
+        """Largest number of experts that could train in this round if every resident expert were trainable, and number
+        of experts that train without the limit of a paced run."""
         self.sufficiency: Sufficiency | None = None  # how much text the newest profile used, until that is reported
 
     # --- the plan of now --------------------------------------------------------------------------------------------
@@ -198,10 +197,9 @@ class Planner:
         plan = self._saved.plan
         if plan is None or method.plans_every_round or previous != step_plan:
             plan = layout(step_plan.resident, step_plan.trainable)
-        merge = self._merging(request)
-        self._current = _Current(search, step_plan, merge, usable_bytes)  # before merging, which may run out of memory
-        plan = merge(plan)
-        self._save(plan)
+        merge, limit = self._merging(request), request.train_limit
+        self._current = _Current(search, step_plan, merge, usable_bytes, limit)  # merging may run out of memory
+        plan = self._finished(merge(plan))
         # A method may not use every expert that would fit.
         real = dataclasses.replace(step_plan, resident=plan.num_resident, trainable=plan.num_trainable)
         slices = f"; slices with {plan.neuron_share:.1%} of all neurons" if plan.neurons else ""
@@ -227,9 +225,7 @@ class Planner:
         step_plan = fallback.step_plan
         self._current = dataclasses.replace(current, step_plan=step_plan)
         self._saved.failed_bytes = current.usable_bytes
-        plan = current.merge(current.search.layout(step_plan.resident, step_plan.trainable))
-        self._save(plan)
-        return fallback, plan
+        return fallback, self._finished(current.merge(current.search.layout(step_plan.resident, step_plan.trainable)))
 
     def profile_ahead(self, request: PlanRequest) -> None:
         """Make the profile of the round after ``request.manifest``'s now; see `Profiling.when`."""
@@ -395,6 +391,10 @@ class Planner:
             plan, options, self.profile, request.model.layers, request.source, previous, request.progress
         )
 
-    def _save(self, plan: ExpertPlan) -> None:
+    def _finished(self, plan: ExpertPlan) -> ExpertPlan:
+        """Save ``plan``; returns it within the limit of a paced run, which may be another one in the next round."""
+        assert self._current is not None, "there is a plan"
         self._saved.plan, self._saved.step = plan, SavedStepPlan.of(self.step_plan)
         self._saved.write(self._path, self._fingerprint)
+        self.own_pace = trainable_worth(plan)
+        return paced(plan, self._current.search.layout, self._current.train_limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from edgefed.costs.step_setup import StepSetup
 from edgefed.disk import disk_errors
-from edgefed.errors import TrainingDiverged
+from edgefed.errors import NotFound, TrainingDiverged
 from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
 from edgefed.hardware.memory import format_bytes, process_peak_rss_bytes
 from edgefed.kernels.out_of_memory import with_smaller_batches
@@ -22,6 +22,7 @@ from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import NEURON_INDEX, ExpertReport, ExpertSurvey, FileInfo, RunConfig, UnitInfo
 from edgefed.protocol.slices import UnitSlice, neuron_table, slice_unit
+from edgefed.protocol.trainer import Fetch
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.steps import StepsOutcome
 from edgefed.training.stopping import Sufficiency
@@ -190,6 +191,13 @@ def expert_survey(
     )
 
 
+def pace_survey(plan: ExpertPlan, own_pace: int) -> ExpertSurvey:
+    """What a paced run needs: the number of experts that would train without its limit. Rates as in `expert_survey`."""
+    sizes = plan.experts_per_layer
+    utility: tuple[tuple[float | None, ...], ...] = tuple((None,) * size for size in sizes)
+    return ExpertSurvey(utility=utility, frequency=tuple((0.0,) * size for size in sizes), tune_slots=own_pace)
+
+
 def weights_in_use(run_id: str, plan: ExpertPlan, storage: str | None, units: Iterable[UnitInfo]) -> object:
     """A name of the weights with which a device computes: its plan, and the hashes of the ``units`` in it."""
     hashes = tuple(unit.sha256 for unit in units if unit.kind != "expert" or is_resident(unit, plan))
@@ -211,12 +219,35 @@ def resident_parts(units: Iterable[UnitInfo], plan: ExpertPlan) -> list[UnitInfo
     return found
 
 
+def profiles_again(method: ExpertMethod) -> bool:
+    """Whether a device makes more than one activation profile, so that it keeps every expert of the model."""
+    return method.profiling is not None and method.profiling.when != "once"
+
+
+def kept_units(method: ExpertMethod, plan: ExpertPlan, units: Mapping[str, UnitInfo]) -> dict[str, UnitInfo]:
+    """Of the ``units`` that a round used, the experts that the device keeps, or has slices of; by key."""
+    again = profiles_again(method)
+    return {key: unit for key, unit in units.items() if again or is_resident(unit, plan)}
+
+
+def fetch_kept(fetch: Fetch, method: ExpertMethod, plan: ExpertPlan | None) -> Callable[[Iterable[UnitInfo]], object]:
+    """Fetches what is kept of units after a round with ``plan``; raises NotFound where the plan is not known."""
+
+    def fetch_parts(units: Iterable[UnitInfo]) -> object:
+        if profiles_again(method):
+            return fetch(units)
+        if plan is None:
+            raise NotFound("the plan of the last round is not known")
+        return fetch(resident_parts(units, plan))
+
+    return fetch_parts
+
+
 def kept_blobs(
     method: ExpertMethod, plan: ExpertPlan, files: Iterable[FileInfo], units: Iterable[UnitInfo]
 ) -> frozenset[str]:
     """Hashes of what the next round may need: `TrainedUpdate.keep`. ``units`` as the round used them."""
-    profiles = method.profiling is not None and method.profiling.when != "once"
     units = tuple(units)
-    kept = {unit.sha256 for unit in units if profiles or unit.kind != "expert"}
+    kept = {unit.sha256 for unit in units if profiles_again(method) or unit.kind != "expert"}
     kept |= {part.sha256 for part in resident_parts(units, plan)}
     return frozenset(kept | {file.sha256 for file in files})

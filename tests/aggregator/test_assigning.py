@@ -92,6 +92,20 @@ def test_methods_without_assignments_send_none(tmp_path):
     toy.close()
 
 
+def test_a_paced_run_limits_what_clients_train_by_their_rates(tmp_path):
+    """a sends its 6 in 6 s, b in 24 s; the pace is 0.5 x 12 s, in which b sends 1.5 of them."""
+    toy = Toy(make_run(tmp_path / "state", rounds=4, pace=0.5, min_clients=3))
+    toy.join("a", "b", "c")
+    assert toy.assignment("a").train_limit == 1, "2 % of 6, before anything is known"
+    known = {name: survey(None, tune_slots=6, upload_bytes_per_s=rate) for name, rate in (("a", 1e6), ("b", 25e4))}
+    finish_round(toy, {**known, "c": survey(None, tune_slots=6)})
+    assert [toy.assignment(name).train_limit for name in ("a", "b", "c")] == [None, 1, None]
+    assert toy.assignment("a").experts is None
+    again = toy.reopen()
+    assert again.assignment("b").train_limit == 1
+    again.close()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -121,7 +121,8 @@ def run_config(rounds: int = 2, server_optimizer: ServerOptimizer | None = None,
 
 def make_run(
     folder: Path, *, options: dict | None = None, hidden: int = HIDDEN, experts: int = EXPERTS,
-    server_optimizer: ServerOptimizer | None = None, training: TrainingConfig | None = None, **policy: object,
+    server_optimizer: ServerOptimizer | None = None, training: TrainingConfig | None = None,
+    pace: float = 0.0, **policy: object,
 ) -> Path:  # fmt: skip
     """Create a run for two clients and two rounds, unless ``policy`` says otherwise."""
     rules = RoundPolicy(**{"rounds": 2, "min_clients": 2, **policy})
@@ -130,7 +131,7 @@ def make_run(
     config.write_text('{"model_type": "toy"}')
     units = new_units(np.random.default_rng(0), hidden=hidden, experts=experts)
     run = run_config(rules.rounds, server_optimizer, **(options or {}))
-    run = msgspec.structs.replace(run, training=training or run.training)
+    run = msgspec.structs.replace(run, training=training or run.training, pace=pace)
     create_run(folder, run, rules, units, [config])
     return folder
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from edgefed.errors import BudgetTooSmall, ConfigError
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.flux import Flux, complete_utilities
-from edgefed.methods.flux_pace import paced_limits, round_trip_rate
 from edgefed.methods.interface import Contribution, Coverage, DeviceBudget, RoundContext
+from edgefed.methods.pace import paced_limits, round_trip_rate
 from edgefed.protocol.messages import ExpertAssignment, ExpertReport, ExpertSurvey, TensorInfo, UnitInfo
 
 SIZES = (8, 8)

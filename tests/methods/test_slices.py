@@ -13,7 +13,7 @@ from edgefed.methods.interface import Contribution, DeviceBudget
 from edgefed.methods.registry import make_method
 from edgefed.methods.slices import Slices, block_size, choose_neurons
 from edgefed.protocol.messages import ExpertReport, UnitInfo
-from edgefed.trainer.expert_choice import freeze_others
+from edgefed.trainer.expert_choice import even_layout, freeze_others, paced, trainable_worth
 
 RNG = np.random.default_rng(0)
 
@@ -136,3 +136,21 @@ def test_profiles_with_energies_survive_json_and_add_up():
     without = ActivationProfile(tuple(dataclasses.replace(each, neuron_energy=None) for each in profile.layers))
     with pytest.raises(ValueError, match="neuron energies"):
         profile + without
+
+
+def test_a_paced_run_freezes_what_is_beyond_the_limit_and_holds_the_same():
+    profile = profile_of(RNG.gamma(0.3, size=(8, 96)), RNG.gamma(0.3, size=(8, 96)))
+
+    def layout(resident: int, trainable: int) -> ExpertPlan:
+        assert resident == trainable
+        return Slices().plan_experts(profile, (8, 8), DeviceBudget(resident), RNG)
+
+    plan = layout(8, 8)
+    assert trainable_worth(plan) == 8
+    assert paced(plan, layout, None) is plan is paced(plan, layout, 8)
+    limited = paced(plan, layout, 4)
+    assert limited.num_resident == plan.num_resident > limited.num_trainable
+    assert trainable_worth(limited) in (3, 4)
+    assert trainable_worth(paced(plan, layout, 1)) == 2, "at least one expert of each layer trains"
+    whole = ExpertPlan.full((4, 4))
+    assert paced(whole, even_layout((4, 4)), 3).counts() == ((4, 4), (2, 1))

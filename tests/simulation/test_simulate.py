@@ -329,3 +329,28 @@ def test_models_are_evaluated_as_often_as_the_run_says(texts, tmp_path):
     assert [math.isnan(each.loss) for each in run.rounds] == [True, False, False]
     assert len(run.curve) == 3
     assert [each["loss"] is None for each in result.to_dict()["runs"][0]["rounds"]] == [True, False, False]
+
+
+@pytest.mark.parametrize("method", ["fmes", "slices"])
+def test_a_paced_run_trains_what_links_can_send_and_keeps_old_versions_of_the_rest(texts, tmp_path, method):
+    fleet = (device(texts, "fast", "rtx-4090", "lan"), device(texts, "slow", "rtx-4090", "cable", expert_share=0.5))
+    given = config(texts, method, fleet=fleet, rounds=3, pace=0.5, preinstalled=True, cost_shape=None)
+    first, *others = simulate(given, tmp_path / "out").run(method).rounds
+    for each in others:
+        slow, fast = each.clients["slow"], each.clients["fast"]
+        assert sum(fast.trainable) == sum(fast.resident) > 50, "its link is fifty times as fast"
+        assert sum(slow.resident) >= 32, "it holds what its memory allows"
+        assert 4 <= sum(slow.trainable) < sum(slow.resident)
+        assert 0 < slow.bytes_up < 0.5 * fast.bytes_up
+        for name in ("fast", "slow"):
+            assert first.clients[name].bytes_up < 0.2 * fast.bytes_up, "no rate is known yet"
+    changed = fast.bytes_up / 4  # of round 2: more than half of what the slow device holds
+    assert slow.bytes_down < changed, "three quarters of what it does not train may be older"
+
+
+def test_methods_that_pace_themselves_or_send_nothing_refuse_a_pace(texts):
+    for method, reason in (("flux", "it assigns experts itself"), ("local", "it exchanges no experts")):
+        with pytest.raises(ConfigError, match=f"`pace` has no effect with {method}: {reason}"):
+            config(texts, method, pace=0.8)
+    with pytest.raises(ConfigError, match="`pace` is -1, expected 0 to 1000"):
+        config(texts, "fmes", pace=-1.0)

@@ -1,11 +1,53 @@
-"""Flux, ours: how many experts each device trains so that all devices of a fleet finish at about the same time."""
+"""How many experts each device trains so that all devices of a fleet finish at about the same time. Ours.
+
+On home connections a round is transfer, and the slowest uplink decides its length. Flux has this in its options `pace`
+and `pace_factor`; for every other method it is the setting `pace` of the run: the aggregator tells a device how many of
+its experts to train (`Assignment.train_limit`), the others stay frozen, and what a device does not train may be
+`REFRESH_ROUNDS` old.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
+from edgefed.errors import ConfigError
+from edgefed.methods.interface import ExpertMethod, Method
 from edgefed.protocol.messages import ExpertSurvey
+
+FIRST_SHARE = 0.02
+"""Largest share of all experts that a device trains before its upload rate is known, at least one of each layer."""
+REFRESH_ROUNDS = 4
+"""Maximum age in rounds of an expert that a device does not train, in a paced run."""
+
+
+def check_pace(method: Method, pace: float) -> None:
+    """Raise ConfigError if ``pace``, a multiple of the fleet's time or 0, is not for runs of ``method``."""
+    if not 0 <= pace <= 1000:
+        raise ConfigError(f"`pace` is {pace:g}, expected 0 to 1000")
+    if not pace:
+        return
+    if method.personal or not method.exchanges:
+        raise ConfigError(f"`pace` has no effect with {method.name}: it exchanges no experts", remedy="Remove `pace`.")
+    if method.assigning:
+        raise ConfigError(
+            f"`pace` has no effect with {method.name}: it assigns experts itself",
+            remedy="Remove `pace`; flux has the options `pace` and `pace_factor`.",
+        )
+
+
+def refresh_rounds(method: ExpertMethod, pace: float) -> int:
+    """Maximum age in rounds of an expert that a device holds frozen; 1: it is downloaded whenever it changed."""
+    return max(method.refresh_rounds, REFRESH_ROUNDS if pace else 1)
+
+
+def train_limits(surveys: Mapping[str, ExpertSurvey], pace: float) -> dict[str, int | None]:
+    """Maximum number of trainable experts of each client; None: as many as its plan has.
+
+    ``tune_slots`` of a survey is the number of experts that the client trains at its own pace.
+    """
+    found = paced_limits(surveys, dict.fromkeys(surveys, 1.0), pace)
+    return {client: found.get(client) for client in surveys}
 
 
 def own_count(slots: int, layers: int, eps: float) -> int:
