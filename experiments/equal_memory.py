@@ -79,7 +79,7 @@ def measure(run: Run, work: Path, data: Path) -> dict:
     training = TrainingConfig(
         local_steps=run.local_steps, batch_size=BATCH_SIZE, sequence_length=SEQUENCE_LENGTH,
         learning_rate=run.learning_rate, profile_tokens=PROFILE_TOKENS, evaluation_tokens=EVALUATION_TOKENS,
-        evaluation_share=1.0,
+        evaluation_share=1.0, evaluate_every=STEPS // run.local_steps,
     )  # fmt: skip
     config = SimulationConfig(
         fleet=fleet, methods=(MethodChoice(run.method, METHODS[run.method]),), rounds=STEPS // run.local_steps,
