@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import onnxruntime
 import torch
 from provenance import provenance
@@ -38,7 +39,15 @@ def run_of(folder: Path) -> Callable[[torch.Tensor], object]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
-    return lambda ids: session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
+    past = {
+        value.name: numpy.zeros((1, value.shape[1], 0, value.shape[3]), dtype=numpy.float32)
+        for value in session.get_inputs() if value.name.startswith("past")
+    }  # fmt: skip
+
+    def run(ids: torch.Tensor) -> object:
+        return session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy(), **past})
+
+    return run
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -30,15 +29,16 @@ if TYPE_CHECKING:
 
 RECORD_FILE, CARD_FILE = "edgefed.json", "README.md"
 """In the folder of an export."""
-CONNECT_LIMIT_S = 20.0
-Format = Literal["hf", "peft", "gguf", "onnx"]
-"""A Hugging Face checkpoint, a PEFT adapter of the base model, or a file for llama.cpp or onnxruntime."""
+Format = Literal["hf", "peft", "gguf", "onnx", "safetensors-delta"]
+"""A Hugging Face checkpoint, a PEFT adapter of the base model, a file for llama.cpp or onnxruntime, or what changed."""
 FORMATS: tuple[str, ...] = get_args(Format)
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0", "int8"]
 """Data type of the weights; "auto": the model's own. "q8_0" and "q4_0" are of GGUF, "int8" of ONNX."""
 DTYPES: tuple[str, ...] = get_args(Dtype)
 Wanted = int | Literal["best"] | None
 """The model at the start of a round, that with the smallest held-out loss, or the newest."""
+OnnxExperts = Literal["products", "operator"]
+"""Experts of ONNX: a product of matrices each, which is fast on a CPU, or onnxruntime's operator MoE."""
 
 
 class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +71,15 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
         return f"{whose} of {self.model} {when}, method {self.method}{changed}"
 
 
+class _Form(msgspec.Struct, frozen=True):
+    """What to write."""
+
+    format: Format
+    dtype: Dtype
+    onnx_experts: OnnxExperts
+    base: str | None
+
+
 class _Model(msgspec.Struct, frozen=True):
     """A model to export: files of its units by SHA-256, and of the units that replace them by key."""
 
@@ -96,6 +105,8 @@ def export_model(
     dtype: Dtype = "auto",
     global_model: bool = False,
     token: str | None = None,
+    onnx_experts: OnnxExperts = "products",
+    base: str | None = None,
     progress: ProgressSink | None = None,
 ) -> Path:
     """Write a model in the folder ``to``, and return it. ``format``: see `Format`. ``dtype``: of the weights.
@@ -103,7 +114,8 @@ def export_model(
     ``source``: the folder of a run, the address of its server, or the state folder of a device. A device exports what
     it has: its own weights where the method exchanges none, otherwise the global model of its last round, with the
     device's private part if it has one; with ``global_model``, the newest global model, from its server.
-    ``server_round``: the model at the start of that round; "best": the one that clients evaluated best.
+    ``server_round``: the model at the start of that round; "best": the one that clients evaluated best. ``base``: of a
+    delta.
 
     Raises StorageError, StateCorrupt, ConfigError (round not stored, target not empty, nothing to export, a format that
     cannot hold what the run trained), and, where the server is asked, ServerUnreachable, Unauthorized, NotFound.
@@ -122,7 +134,7 @@ def export_model(
         set_up_allocator()
         sink.phase("export")
         with tempfile.TemporaryDirectory(prefix="edgefed-export-") as scratch:
-            _write(model, Path(scratch), to, format, dtype, sink)
+            _write(model, Path(scratch), to, _Form(format, dtype, onnx_experts, base), sink)
         sink.done()
         return to
 
@@ -146,6 +158,7 @@ def is_address(source: str | Path) -> bool:
 _FLOATS = ("auto", "float32", "float16", "bfloat16")
 _DTYPES_OF: dict[str, tuple[str, ...]] = {
     "hf": _FLOATS, "peft": ("auto",), "gguf": (*_FLOATS, "q8_0", "q4_0"), "onnx": ("auto", "float32", "int8"),
+    "safetensors-delta": ("auto",),
 }  # fmt: skip
 
 
@@ -164,16 +177,16 @@ def _check_dtype(format: Format, dtype: Dtype) -> None:
         check_packages()
 
 
-def _write(model: _Model, scratch: Path, to: Path, format: Format, dtype: Dtype, sink: ProgressSink) -> None:
+def _write(model: _Model, scratch: Path, to: Path, form: _Form, sink: ProgressSink) -> None:
     # Loads torch: a missing run is reported before that.
     from edgefed.formats.weights import new_folder
 
     # Formats write a folder of their own, which appears when the check of what they read has ended as well.
     with new_folder(to, "model") as folder, model.check or contextlib.nullcontext():
-        _write_format(model, scratch, folder, format, dtype, sink)
+        _write_format(model, scratch, folder, form, sink)
 
 
-def _write_format(model: _Model, scratch: Path, to: Path, format: Format, dtype: Dtype, sink: ProgressSink) -> None:
+def _write_format(model: _Model, scratch: Path, to: Path, form: _Form, sink: ProgressSink) -> None:
     from edgefed.formats.adapter import export_adapter
     from edgefed.formats.checkpoint import export_checkpoint
     from edgefed.moe.expert_reading import FileSource
@@ -182,6 +195,7 @@ def _write_format(model: _Model, scratch: Path, to: Path, format: Format, dtype:
     from edgefed.training.steps import train_scope
     from edgefed.training.tokenizer import write_chat_template
 
+    format, dtype = form.format, form.dtype
     start = model.check.start if model.check else lambda sha256: None
     for file in model.manifest.files:
         start(file.sha256)
@@ -208,7 +222,11 @@ def _write_format(model: _Model, scratch: Path, to: Path, format: Format, dtype:
     elif format == "onnx":
         from edgefed.formats.onnx import export_onnx
 
-        export_onnx(source, scratch, to, dtype=dtype, scope=scope)
+        export_onnx(source, scratch, to, dtype=dtype, scope=scope, experts=form.onnx_experts)
+    elif format == "safetensors-delta":
+        from edgefed.formats.delta import export_delta
+
+        export_delta(source, scratch, to, base=base, base_folder=form.base, scope=scope)
     else:
         export_checkpoint(source, scratch, to, dtype=dtype, scope=scope)
 
@@ -290,9 +308,10 @@ def _run_model(folder: Path, server_round: Wanted, format: Format, sink: Progres
 def _server_model(
     url: str, server_round: Wanted, format: Format, token: str | None, sink: ProgressSink
 ) -> Iterator[_Model]:
+    from edgefed.agent.cache import TemporaryCache
     from edgefed.runs import changed_before
 
-    with _Download(url, token, sink) as download:
+    with TemporaryCache(url, token, sink) as download:
         status = download.client.status()
         wanted = _round_number(server_round, status.history, status.run, sink)
         manifest = download.client.manifest(wanted or "latest")
@@ -310,6 +329,7 @@ def _device_model(
     state: Path, server_round: Wanted, format: Format, global_model: bool, token: str | None, sink: ProgressSink
 ) -> Iterator[_Model]:
     from edgefed.agent.agent import BLOBS_FOLDER
+    from edgefed.agent.cache import TemporaryCache
     from edgefed.agent.journal import read_journal
     from edgefed.trainer.last_round import load_last_round, load_own_files
     from edgefed.trainer.private_part import load_private
@@ -344,7 +364,7 @@ def _device_model(
     sink.message(
         f"{len(missing)} of {len(needed)} parts of the model are not on this device: downloading them from {server}"
     )
-    with _Download(server, token, sink) as download:
+    with TemporaryCache(server, token, sink) as download:
         try:
             paths = download.fetch(needed, blobs)
         except (NetworkError, NotFound) as error:
@@ -354,36 +374,3 @@ def _device_model(
             )
             raise
         yield _Model(record, last.run, manifest, paths, own, private=state if private else None)
-
-
-class _Download:
-    """Downloads blobs from a server to a temporary folder, which is deleted at the end."""
-
-    def __init__(self, url: str, token: str | None, sink: ProgressSink) -> None:
-        from edgefed.agent.addresses import check_base_url
-        from edgefed.agent.transport import AggregatorClient
-
-        check_base_url(url)
-        self._sink = sink
-        self.client = AggregatorClient(url, token=token)
-        self._folder = tempfile.TemporaryDirectory(prefix="edgefed-download-")
-
-    def __enter__(self) -> _Download:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.client.close()
-        self._folder.cleanup()
-
-    def fetch(self, items: Iterable[UnitInfo | FileInfo], present: Mapping[str, Path]) -> dict[str, Path]:
-        """{sha256: file} of all items; those in ``present`` are not downloaded. A lost connection is tried again."""
-        from edgefed.agent.backoff import Retry
-        from edgefed.agent.cache import BlobCache
-
-        absent = [item for item in items if item.sha256 not in present]
-        cache = BlobCache(Path(self._folder.name), self.client)
-        self._sink.phase("download", cache.bytes_to_download(absent), "B")
-        retry = Retry(threading.Event())
-        found = retry.run(lambda: cache.ensure(absent, self._sink.advance), give_up_after_s=CONNECT_LIMIT_S)
-        self._sink.done()
-        return {**present, **found}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from edgefed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgefed.exporting import Dtype, Format
+    from edgefed.exporting import Dtype, Format, OnnxExperts
     from edgefed.progress import ProgressSink
     from edgefed.protocol.comparison import Comparison
     from edgefed.simulation.config import SimulationConfig
@@ -112,6 +112,8 @@ def export(
     server_round: int | Literal["best"] | None = None,
     global_model: bool = False,
     token: str | None = None,
+    onnx_experts: OnnxExperts = "products",
+    base: str | None = None,
     progress: ProgressSink | None = None,
 ) -> Path:
     """Write the model of a run to the folder ``target``, and return that folder.
@@ -126,17 +128,27 @@ def export(
     "float32", "float16" or "bfloat16"; with "gguf" also "q8_0" and "q4_0"; with "onnx" "float32" or "int8".
     ``server_round``: the model at the start of this round; None: the newest; "best": of the models that clients have
     evaluated, the one with the smallest held-out loss, the median over clients. ``token``: of the server.
+    ``onnx_experts``: "products" of matrices, the fastest on a CPU, or the "operator" MoE of onnxruntime.
+    "safetensors-delta" writes the tensors that differ from the checkpoint that the run began with; ``run`` may be such
+    a folder, which becomes the checkpoint again. ``base``: that checkpoint, if it is not what the run's model names.
 
     Raises ConfigError (unknown format, one that cannot hold what the run trained, round not stored, target not empty,
     no model was evaluated),
     StorageError, StateCorrupt, and where the server is asked ServerUnreachable, Unauthorized, NotFound.
     """
     from edgefed.exporting import DTYPES, FORMATS, export_model
+    from edgefed.formats import DELTA_FILE
 
     for setting, value, known in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise ConfigError(f"invalid `{setting}`: {value!r}; expected one of {', '.join(known)}")
+    if (Path(run) / DELTA_FILE).is_file():
+        from edgefed.formats.delta import apply_delta
+
+        if format != "hf" or dtype != "auto":
+            raise ConfigError(f"{run} is a delta: make a checkpoint of it first, with format=hf and dtype=auto")
+        return apply_delta(Path(run), Path(target), base_folder=base)
     return export_model(
         run, Path(target), server_round, format=format, dtype=dtype, global_model=global_model, token=token,
-        progress=progress,
+        onnx_experts=onnx_experts, base=base, progress=progress,
     )  # fmt: skip

@@ -25,13 +25,22 @@ class ExportSettings:
         Setting("Folder of the run, or state folder of a device.", default="edgefed-run, if no SOURCE is given"),
     ] = None
     format: Annotated[
-        Literal["hf", "peft", "gguf", "onnx"],
-        Setting("A Hugging Face checkpoint, a PEFT adapter of the base model, GGUF for llama.cpp, or ONNX.", flag="to"),
+        Literal["hf", "peft", "gguf", "onnx", "safetensors-delta"],
+        Setting("A Hugging Face checkpoint, a PEFT adapter of the base model, GGUF for llama.cpp, ONNX, or the tensors "
+                "that differ from the base checkpoint.", flag="to"),
     ] = "hf"  # fmt: skip
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0", "int8"],
         Setting("Data type of the weights; q8_0 and q4_0 are of GGUF, int8 is of ONNX.", default="the model's own"),
     ] = "auto"
+    onnx_experts: Annotated[
+        Literal["products", "operator"],
+        Setting("Experts of ONNX: a product of matrices each, which is fast on a CPU, or the operator MoE."),
+    ] = "products"
+    base: Annotated[
+        str | None,
+        Setting("Base checkpoint of a delta, a folder or a name on the hub.", default="the model of the run"),
+    ] = None
     server_round: Annotated[
         str | None,
         Setting("The model at the start of this round; `best`: the one with the smallest held-out loss.",
@@ -49,7 +58,8 @@ def export_command(settings: ExportSettings) -> None:
     """Write the model of a run in a format that other tools load.
 
     SOURCE is the address of a server (http://host:port), the folder of a run, or the state folder of a device. A device
-    exports what it has. The folder TARGET must not exist or be empty; other tools load it without edgefed.
+    exports what it has. The folder of a delta, as SOURCE, becomes the checkpoint again. The folder TARGET must not
+    exist or be empty; other tools load it without edgefed.
     """
     import msgspec
 
@@ -62,7 +72,8 @@ def export_command(settings: ExportSettings) -> None:
     source, target = _source_and_target(settings)
     folder = export(
         source, target, format=settings.format, dtype=settings.dtype, server_round=_round_number(settings.server_round),
-        global_model=settings.global_model, token=settings.token, progress=TerminalProgress(),
+        global_model=settings.global_model, token=settings.token, onnx_experts=settings.onnx_experts,
+        base=settings.base, progress=TerminalProgress(),
     )  # fmt: skip
     size, record = sum(path.stat().st_size for path in folder.iterdir()), read_record(folder)
     found = comparisons(source, token=settings.token)
@@ -81,6 +92,9 @@ def export_command(settings: ExportSettings) -> None:
         return
     if settings.format == "gguf":
         print_note(f"{written}: llama-cli -m {folder / 'model.gguf'}")
+        return
+    if settings.format == "safetensors-delta":
+        print_note(f"{written}: edgefed export {folder} TARGET makes the checkpoint of it")
         return
     if settings.format == "onnx":
         print_note(f"{written}: onnxruntime.InferenceSession({str(folder / 'model.onnx')!r})")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,12 @@ def export_checkpoint(
     target, files_folder = Path(to), Path(files_folder)
     with new_folder(target, "checkpoint") as folder:
         state = MergedModel(files_folder, units, scope, _wanted_dtype(dtype))
-        _write_weights(state, folder)
-        _copy_files(files_folder, folder)
-        _write_config(files_folder, folder, state)
+        layout, tensors = converted_tensors(state)
+        with WeightWriter(folder, layout) as writer:
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+        copy_files(files_folder, folder)
+        write_config(files_folder, folder, state)
         check_checkpoint(folder)
     return target
 
@@ -75,18 +78,29 @@ def check_checkpoint(folder: Path) -> None:
         raise CheckpointError(f"the written checkpoint has {len(found)} of {len(expected)} tensors")
 
 
-def _write_weights(state: MergedModel, folder: Path) -> None:
-    """Convert the parameters to the names and shapes of checkpoints, one group at a time, and write them."""
+def converted_tensors(
+    state: MergedModel, only: Container[str] | None = None
+) -> tuple[dict[str, torch.Tensor], Iterator[tuple[str, torch.Tensor]]]:
+    """Convert the parameters to the names and shapes of checkpoints, one group at a time.
+
+    Returns meta tensors by name, and pairs of name and tensor. ``only``: names of tensors; others are not read.
+    """
     mapping: Any = get_model_conversion_mapping(state.module, add_legacy=False)
     vars(state.module)["_weight_conversions"] = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
     converted = _revert(state, state.empty)
     groups = [[name] for name in state.empty]
     if _shapes(_revert(state, {name: state.empty[name]}) for (name,) in groups) != _shapes([converted]):
         groups = list(_by_decoder_layer(state.empty))  # some parameters of a layer are fused in the checkpoint
-    with WeightWriter(folder, converted) as writer:
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for group in groups:
-            for name, tensor in _revert(state, {name: state.read(name) for name in group}).items():
-                writer.write(name, tensor)
+            empty = _revert(state, {name: state.empty[name] for name in group})
+            if only is None or any(name in only for name in empty):
+                for name, tensor in _revert(state, {name: state.read(name) for name in group}).items():
+                    if only is None or name in only:
+                        yield name, tensor
+
+    return {name: tensor for name, tensor in converted.items() if only is None or name in only}, tensors()
 
 
 def _revert(state: MergedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -115,14 +129,14 @@ def _wanted_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return wanted
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def copy_files(source: Path, target: Path) -> None:
     """Copy all files except weights."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
             shutil.copyfile(file, target / file.name)
 
 
-def _write_config(source: Path, target: Path, state: MergedModel) -> None:
+def write_config(source: Path, target: Path, state: MergedModel) -> None:
     """Change config.json where it does not describe the written weights."""
     settings = read_config_file(source)
     changed = dict(settings)

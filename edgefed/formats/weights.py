@@ -99,6 +99,16 @@ class MergedModel:
         else:
             yield from (self._cast(name, tensor) for tensor in self._experts(name))
 
+    def expert(self, name: str, expert: int) -> torch.Tensor:
+        """Return one expert's row of a stack, with its adapter merged. Raises CheckpointError."""
+        layer, own = self._expert_of[name]
+        return self._cast(name, read_with_adapter(layer, expert, self._units, self._scope, only=own)[own])
+
+    def load_fixed(self) -> None:
+        """Put every tensor that is not of an expert into ``module``, with adapters merged. Raises CheckpointError."""
+        for name, (fixed, own) in self._fixed_of.items():
+            fixed.places[own].replace(self.read(name).detach().to("cpu", copy=True))
+
     def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         is_buffer = name in self._fixed_of and self._place_is_buffer(name)
         return tensor if self.dtype is None or is_buffer or tensor.dtype != self.main_dtype else tensor.to(self.dtype)

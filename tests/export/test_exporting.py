@@ -168,6 +168,11 @@ def test_a_prompt_has_the_tokens_of_training_and_of_transformers(exported):
             chat.answer("a b " * 600)
 
 
+def same_files(folder, other):
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in other.iterdir()}
+
+
 def test_a_model_is_taken_home_from_a_server_and_then_from_a_device_without_it(tmp_path):
     server = edgefed.Server(
         model="tiny", rounds=1, min_clients=1, port=0, state=tmp_path / "run", local_steps=1, batch_size=2,
@@ -194,6 +199,8 @@ def test_a_model_is_taken_home_from_a_server_and_then_from_a_device_without_it(t
     assert "after all 1 round" in str(record)
     newest = read_record(edgefed.export(tmp_path / "run", tmp_path / "newest"))
     assert (newest.source, newest.server_round, newest.unchanged) == ("run", 2, False)
+    delta = edgefed.export(tmp_path / "run", tmp_path / "delta", format="safetensors-delta")
+    same_files(edgefed.export(delta, tmp_path / "again"), tmp_path / "newest")
     largest = max((state / "blobs").iterdir(), key=lambda path: path.stat().st_size)
     largest.unlink()
     with pytest.raises(ServerUnreachable) as caught:

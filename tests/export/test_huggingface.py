@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from edgefed.errors import CheckpointError, ConfigError, DiskFull, StorageError
+from edgefed.errors import CheckpointError, ConfigError, DiskFull, StateCorrupt, StorageError
 from edgefed.formats.checkpoint import check_checkpoint, export_checkpoint
+from edgefed.formats.delta import apply_delta, export_delta
 from edgefed.moe import weight_files
 from edgefed.moe.expert_reading import FileSource, raw_tensor
 from edgefed.moe.model import MoeModel
@@ -198,3 +199,34 @@ def test_others_may_read_the_folder(olmoe, tmp_path):
     plain = tmp_path / "plain"
     plain.mkdir()
     assert stat.S_IMODE(to.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_a_delta_has_what_changed_and_gives_the_checkpoint_again(olmoe, tmp_path):
+    units = olmoe.units()
+    units["model.layers.1.mlp.experts.3"]["down_proj"] += 1
+    units["model.layers.0.mlp.gate"]["weight"][0, 0] += 1
+    expected = export_checkpoint(MemorySource(units), olmoe.folder, tmp_path / "whole")
+    delta = export_delta(MemorySource(units), olmoe.folder, tmp_path / "delta", base=str(olmoe.folder))
+    assert set(load_file(delta / "delta.safetensors")) == {
+        "model.layers.1.mlp.experts.3.down_proj.weight", "model.layers.0.mlp.gate.weight",
+    }  # fmt: skip
+    again = apply_delta(delta, tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert {path.name for path in again.iterdir()} == {path.name for path in expected.iterdir()}
+    with pytest.raises(CheckpointError, match=r"is not the base of .*: 'model.layers.0.mlp.gate.weight'"):
+        apply_delta(delta, tmp_path / "wrong", base_folder=again)
+    weights = delta / "delta.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(StateCorrupt, match="is damaged: its SHA-256 differs"):
+        apply_delta(delta, tmp_path / "wrong")
+    (delta / "delta.json").write_text('{"base": "x", "tensors": [{"name": "a", "dtype": "F32", "shape": [-1]}]}')
+    with pytest.raises(StateCorrupt, match="cannot read .*delta.json"):
+        apply_delta(delta, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_delta_of_an_unchanged_model_has_no_tensors(olmoe, tmp_path):
+    delta = export_delta(MemorySource(olmoe.units()), olmoe.folder, tmp_path / "delta", base=str(olmoe.folder))
+    assert load_file(delta / "delta.safetensors") == {}
+    again = apply_delta(delta, tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (olmoe.folder / "model.safetensors").read_bytes()
