@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import queue
 import re
@@ -25,6 +26,8 @@ from edgefed.progress import ProgressSink
 from edgefed.protocol.changes import apply_blob_change
 from edgefed.protocol.messages import FileInfo, UnitInfo
 from edgefed.protocol.slices import SliceFile, UnitSlice
+
+logger = logging.getLogger("edgefed.agent")
 
 Item: TypeAlias = UnitInfo | FileInfo | UnitSlice
 OnBytes = Callable[[int], None]
@@ -255,7 +258,10 @@ class PartFile:
                 self._overflowed = True
                 return
         with disk_errors(f"read {base}"):
-            self.append(apply_blob_change(base, bytes(change)))
+            try:
+                self.append(apply_blob_change(base, bytes(change)))
+            except MalformedMessage as error:  # of another base: this one is damaged; the hash check fails
+                logger.warning("%s is downloaded whole: %s", self.path.name[:12], error)
 
     def truncate(self) -> None:
         """Start again from the first byte."""

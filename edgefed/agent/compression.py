@@ -15,6 +15,7 @@ A tensor is sent as it is where encoding saves nothing, and where the device no 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -25,7 +26,7 @@ import numpy as np
 
 from edgefed.agent.journal import Journal
 from edgefed.disk import disk_errors, sync_file
-from edgefed.errors import TrainingDiverged
+from edgefed.errors import InvalidUpdate, TrainingDiverged
 from edgefed.hardware.memory import format_bytes
 from edgefed.kernels.compression import CODECS, Codec, decode, encode
 from edgefed.protocol.frames import (
@@ -44,6 +45,8 @@ from edgefed.protocol.frames import (
 from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, Manifest, TensorInfo, UnitInfo
 from edgefed.protocol.slices import UnitSlice, neuron_table
 from edgefed.protocol.trainer import TrainedUpdate
+
+logger = logging.getLogger("edgefed.agent")
 
 AUTO_SECONDS = 30.0
 """``auto`` takes the codec with the most bits whose upload takes no longer."""
@@ -140,21 +143,33 @@ def compress_update(
     residuals: Path | None,
     new_residuals: Path,
     resident: Collection[str],
+    report: Callable[[str], None] = logger.warning,
 ) -> Compressed:
     """Encode the update at ``path``, in place, and write the residuals that it leaves to ``new_residuals``, durably.
 
     ``residuals``: those of the update before. A residual of a unit that is not in this update stays if its key is in
-    ``resident``. Takes the memory of some blocks, or of one neuron table. Raises TrainingDiverged for a change that is
-    not finite, StorageError.
+    ``resident``. A damaged one is dropped; ``report`` is told. Takes the memory of some blocks, or of one neuron table.
+    Raises TrainingDiverged for a change that is not finite, StorageError.
     """
     header = read_header(path)
-    before = {} if residuals is None else read_header(residuals)
+    before: dict[str, TensorEntry] = {}
+    damaged: dict[str, str] = {}
+    try:
+        before = {} if residuals is None else read_header(residuals)
+    except InvalidUpdate as error:
+        damaged["all"] = str(error)
     tensors = [
         _Tensor(name, entry) if codec.size_bytes(math.prod(entry.info.shape)) >= entry.size_bytes
         or entry.info.dtype not in FLOAT_DTYPES
-        else _with_base(name, path, header, units, find_base, codec, (residuals, before))
+        else _with_base(name, path, header, units, find_base, codec, (residuals, before), damaged)
         for name, entry in header.items()
     ]  # fmt: skip
+    if damaged:
+        name, problem = next(iter(damaged.items()))
+        report(
+            f"residuals of {'every tensor' if name == 'all' else f'{len(damaged)} tensors'} in {residuals} are damaged "
+            f"and dropped, what earlier updates have left out is lost: {'' if name == 'all' else f'{name} '}{problem}"
+        )
     encoded_units = {split_update_name(tensor.name)[0] for tensor in tensors if tensor.codec}
     kept = [
         tensor
@@ -198,17 +213,28 @@ def _with_base(
     find_base: FindBase,
     codec: Codec,
     residuals: tuple[Path | None, Mapping[str, TensorEntry]],
+    damaged: dict[str, str],
 ) -> _Tensor:
-    """A tensor of the update at ``path`` with its base and its residual; not encoded if the base is gone."""
+    """A tensor of the update at ``path`` with its base and its residual; not encoded if the base is gone or damaged.
+
+    A residual that cannot be right goes to ``damaged``, {name: problem}.
+    """
     key, tensor, _ = split_update_name(name)
     base_path = find_base(units[key])
     if base_path is None:
         return _Tensor(name, header[name])
-    places, (old_path, old) = read_header(base_path), residuals
-    base = map_tensor(base_path, places[tensor])
-    residual = (
-        None if old_path is None or name not in old else widen(map_tensor(old_path, old[name]), old[name].info.dtype)
-    )
+    try:
+        places = read_header(base_path)
+    except InvalidUpdate:
+        places = {}
+    if tensor not in places:
+        return _Tensor(name, header[name])
+    base, (old_path, old), residual = map_tensor(base_path, places[tensor]), residuals, None
+    if old_path is not None and name in old:
+        if problem := _residual_problem(name, old_path, old, header[name].info):
+            damaged[name] = problem
+        else:
+            residual = widen(map_tensor(old_path, old[name]), old[name].info.dtype)
     if tensor == NEURON_TABLE and neuron_table(units[key]) is not None:
         index = update_name(key, NEURON_INDEX)
         rows = map_tensor(path, header[index])
@@ -224,6 +250,24 @@ def _with_base(
     return _Tensor(
         name, header[name], codec, base.reshape(-1), None if residual is None else residual.reshape(-1)
     )  # fmt: skip
+
+
+def _residual_problem(name: str, path: Path, places: Mapping[str, TensorEntry], info: TensorInfo) -> str:
+    """Why the residual ``name`` cannot be that of a tensor ``info``; "" if it can."""
+    found, expected, dtype = places[name].info, info.shape, _residual_dtype(info.dtype)
+    key, tensor, _ = split_update_name(name)
+    if tensor == NEURON_TABLE:  # it may have other rows
+        index = places.get(update_name(key, NEURON_INDEX))
+        if index is None or index.info.dtype != "I32":
+            return "has no index"
+        expected = (*index.info.shape, *info.shape[1:])
+    if found.shape != expected or found.dtype != dtype:
+        return f"is {found.dtype} of shape {list(found.shape)}, expected {dtype} of {list(expected)}"
+    values = map_tensor(path, places[name]).reshape(-1)
+    for begin in range(0, len(values), CHUNK_VALUES):
+        if not np.isfinite(widen(values[begin : begin + CHUNK_VALUES], found.dtype)).all():
+            return "has values that are not finite"
+    return ""
 
 
 def _encode_tensor(tensor: _Tensor, codec: Codec, raw: np.ndarray, target: BinaryIO, left: BinaryIO) -> np.ndarray:
@@ -286,6 +330,7 @@ class UpdateCompressor:
         result = compress_update(
             *(path, units, self._find_base, codec),
             *(self._journal.residuals_path, self._journal.new_residuals_path(), resident_keys(manifest, trained)),
+            self._report,
         )
         if result.codec not in ("none", self._reported):
             self._reported = result.codec

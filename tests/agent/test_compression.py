@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import zlib
 from pathlib import Path
@@ -16,6 +17,7 @@ from toy_device import ToyTrainer, toy_value
 from edgefed.agent.compression import choose_codec, compress_update
 from edgefed.agent.journal import Journal
 from edgefed.agent.transport import AggregatorClient
+from edgefed.disk import hash_file
 from edgefed.errors import MalformedMessage, TrainingDiverged
 from edgefed.kernels.compression import CODECS, decode
 from edgefed.protocol import frames
@@ -118,7 +120,7 @@ class Bench:
             key: UnitInfo(key=key, kind="expert", layer=0, expert=at, trainable=True, tensors=infos)
             for at, (key, infos) in enumerate(units.items())
         }
-        self.rounds = 0
+        self.rounds, self.said = 0, []
 
     def round(self, codec: str, bases: dict, trained: dict, resident=()) -> dict[str, np.ndarray]:
         """{update name: what was sent}, decoded. ``bases`` {key: {tensor: values}}, ``trained`` {update name: ...}."""
@@ -128,7 +130,8 @@ class Bench:
         path, new = self.folder / "update", self.folder / f"residuals-{self.rounds}"
         frames.write_frame(path, {name: raw(values) for name, values in trained.items()})
         found = lambda unit: self.folder / unit.key if unit.key in bases else None  # noqa: E731
-        self.result = compress_update(path, self.units, found, CODECS[codec], self.residuals, new, resident)
+        self.result = compress_update(path, self.units, found, CODECS[codec], self.residuals, new, resident,
+            self.said.append)  # fmt: skip
         self.residuals, sent = new, {}
         for name, values in arrays(path).items():
             key, tensor, used = frames.split_update_name(name)
@@ -190,6 +193,42 @@ def test_residuals_of_experts_that_left_the_device_are_dropped(tmp_path):
     np.testing.assert_array_equal(bench.round("topk3", {}, unknown)["a|w"], unknown["a|w"])  # no base: sent whole
 
 
+def test_damaged_residuals_are_named_and_dropped_and_the_round_goes_on(tmp_path):
+    rng = np.random.default_rng(2)
+    change = {f"{key}|w": rng.standard_normal((64, 64)).astype("f4") for key in "ab"}
+    zero = {key: {"w": np.zeros((64, 64), "f4")} for key in "ab"}
+
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-7])
+
+    def poison(path):
+        with path.open("r+b") as file:
+            file.seek(frames.read_header(path)["a|w"].start)
+            file.write(np.float32(np.nan).tobytes())
+
+    def reshape(path):
+        values = arrays(path)
+        frames.write_frame(path, {"a|w": raw(values["a|w"].reshape(-1)), "b|w": raw(values["b|w"])})
+
+    for number, (damage, words) in enumerate(
+        (
+            (cut, "every tensor in {} are damaged and dropped, .*: frame describes"),
+            (poison, r"1 tensors in {} are damaged and dropped, .*: a\|w has values that are not finite"),
+            (reshape, r"1 tensors in {} are .*: a\|w is F32 of shape \[4096\], expected F32 of \[64, 64\]"),
+        )
+    ):
+        (folder := tmp_path / str(number)).mkdir()
+        bench = Bench(folder, {key: (info("w", 64, 64),) for key in "ab"})
+        first = bench.round("topk", zero, change)
+        damage(bench.residuals)
+        file = re.escape(str(bench.residuals))
+        second = bench.round("topk", zero, change)
+        (line,) = bench.said
+        assert re.search(words.format(file), line), line
+        np.testing.assert_array_equal(second["a|w"], first["a|w"], "as without a residual")
+        assert (second["b|w"] == first["b|w"]).all() == (damage is cut)
+
+
 def test_rows_of_a_slice_have_residuals_of_their_own(tmp_path):
     bench = Bench(tmp_path, {"e": (info(NEURON_TABLE, 40, 32),)})
     table, name, index = np.zeros((40, 32), "f4"), f"e|{NEURON_TABLE}", f"e|{NEURON_INDEX}"
@@ -243,6 +282,12 @@ def test_only_what_changed_is_downloaded(tmp_path, codecs):
         first, second, _ = (entry["bytes_down"] for entry in ledger(tmp_path / "a"))
         assert whole < first < whole + 10_000
         assert second < whole / 5, "the experts of round 1 are there, and 1.6 % of their values have changed"
+        old, new = (agent.client.manifest(number).units[1] for number in ("3", "4"))
+        for content in (b"damaged", bytes(old.size_bytes)):
+            (tmp_path / old.sha256).write_bytes(content)
+            agent.client.download(new.sha256, new.size_bytes, tmp_path / new.sha256, base=tmp_path / old.sha256)
+            assert hash_file(tmp_path / new.sha256) == (new.sha256, new.size_bytes)
+            (tmp_path / new.sha256).unlink()
 
 
 def test_a_change_of_a_blob_is_exact_and_bad_ones_are_refused(tmp_path):
