@@ -4,11 +4,12 @@ import shutil
 import time
 
 import httpx
+import page_data
 import pytest
 import toy_run
 from server_process import Client
 
-from edgefed.aggregator.page import HEADERS, STATIC
+from edgefed.aggregator.page import HEADERS, MEDIA_TYPES, STATIC
 from edgefed.protocol import routes
 from edgefed.protocol.messages import Heartbeat, encode_message
 
@@ -113,9 +114,52 @@ def browser():
         opened.close()
 
 
+on_screens = pytest.mark.parametrize(("width", "height"), [(1280, 900), (360, 740)], ids=["desktop", "phone"])
+in_themes = pytest.mark.parametrize("theme", ["light", "dark"])
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(("width", "height"), [(1280, 900), (360, 740)], ids=["desktop", "phone"])
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@on_screens
+@in_themes
+def test_a_large_run_fits_and_costs_each_refresh_little(browser, width, height, theme):
+    """The page over answers that a server would give: 200 clients, 50 rounds, 16 layers of 64 experts."""
+    page, asked = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme), []
+
+    def answer(route):
+        path = route.request.url.partition("://page.test/")[2]
+        asked.append(path)
+        if path in ("v1/status", "v1/coverage"):
+            data = page_data.large_run(page_data.ROUNDS + (asked.count("v1/status") > 2))
+            route.fulfill(body=data[path == "v1/coverage"], content_type="application/json")
+        else:
+            file = STATIC / (path or "page.html")
+            route.fulfill(body=file.read_bytes(), content_type=MEDIA_TYPES[file.suffix])
+
+    page.route("**/*", answer)
+    page.goto("http://page.test/")
+    rows, incidents = page.locator("#clients tbody tr"), page.locator("#incidents li")
+    rows.first.wait_for()
+    assert (rows.count(), incidents.count()) == (25, 5)
+    assert incidents.first.inner_text().startswith("Round 49"), "the newest one comes first"
+    assert page.evaluate("document.querySelectorAll('*').length") < 1500
+    page.click("#more-clients")
+    page.click("#more-incidents")
+    assert (rows.count(), incidents.count()) == (200, 49)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no sideways scrolling"
+    page.select_option("#map-client", index=123)
+    page.wait_for_selector("#map-summary:has-text('held 256 experts')")
+    page.wait_for_selector("#facts:has-text('round 51 of 100')")  # after a refresh
+    page.wait_for_selector("#incidents li >> nth=49")
+    assert rows.count() == 200, "a refresh does not close what was opened"
+    assert page.locator("#map-summary").inner_text().startswith("In round 50 it held 256 experts")
+    page.click("#more-clients")
+    assert rows.count() == 25
+    page.close()
+
+
+@pytest.mark.full
+@on_screens
+@in_themes
 def test_the_page_shows_a_run(tmp_path, start_server, browser, width, height, theme):
     state = toy_run.make_run(tmp_path / "state", rounds=3, min_clients=3, experts=9)
     server, clients = federation(start_server, state)

@@ -2,7 +2,7 @@
 
 import { Chart, HeatMap, make } from "./charts.js";
 
-const POLL_MS = 2000, FINISHED_POLL_MS = 10000, MOST_CLIENTS = 200;
+const POLL_MS = 2000, FINISHED_POLL_MS = 10000, FIRST_CLIENTS = 25, FIRST_INCIDENTS = 5;
 const ORDER = ["training", "done", "waiting", "finished", "lost", "left"];
 const STALE_PHASES = ["", "waiting", "train", "upload"];
 const $ = (id) => document.getElementById(id);
@@ -164,7 +164,30 @@ function renderRounds(history, personal) {
     ...(done.damaged?.length ? [`Round ${done.server_round}: ${count(done.damaged.length, "part")} of the model stayed as before, because the disk of the server had damaged ${done.damaged.length === 1 ? "it" : "them"}.`] : []),
     ...done.set_aside.map(({ name, reason }) => `Round ${done.server_round}: the update of ${name} was set aside: ${reason}`),
   ]);
-  $("incidents").replaceChildren(...incidents.slice(-20).map((text) => make("li", {}, text)));
+  const shown = firstOf(incidents.reverse(), "incidents", FIRST_INCIDENTS);
+  $("incidents").replaceChildren(...shown.map((text) => make("li", {}, text)));
+}
+
+// Long lists show their first entries, and all of them once the button below is pressed. What few people look at would
+// otherwise cost every refresh the time to lay it out.
+
+const whole = new Set();
+
+function firstOf(items, list, most) {
+  const button = $(`more-${list}`);
+  button.hidden = items.length <= most;
+  button.textContent = whole.has(list) ? `Show ${most} ${list} only` : `Show all ${items.length} ${list}`;
+  button.setAttribute("aria-expanded", whole.has(list));
+  button.setAttribute("aria-controls", list);
+  return whole.has(list) ? items : items.slice(0, most);
+}
+
+for (const list of ["clients", "incidents"]) {
+  $(`more-${list}`).addEventListener("click", () => {
+    if (!whole.delete(list)) whole.add(list);
+    drawn = "";
+    render();
+  });
 }
 
 function renderClients(clients, personal) {
@@ -176,11 +199,10 @@ function renderClients(clients, personal) {
   $("clients").tHead.replaceChildren(make("tr", {}, ...columns.map((name) => make("th", { scope: "col", ...style(name) }, name))));
   const rank = ({ state }) => (ORDER.includes(state) ? ORDER.indexOf(state) : ORDER.length);
   const shown = [...clients].sort((a, b) => rank(a) - rank(b) || a.name.localeCompare(b.name) || (a.client_id < b.client_id ? -1 : 1));
-  const rows = shown.slice(0, MOST_CLIENTS).map((client) => {
+  const rows = firstOf(shown, "clients", FIRST_CLIENTS).map((client) => {
     const cells = clientCells(client, personal);
     return make("tr", {}, ...columns.map((name, at) => make("td", { "data-label": name, ...style(name) }, ...cells[at])));
   });
-  if (shown.length > rows.length) rows.push(make("tr", {}, make("td", { colspan: columns.length }, `${shown.length - rows.length} more`)));
   $("clients").tBodies[0].replaceChildren(...rows);
 }
 
