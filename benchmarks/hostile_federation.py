@@ -20,6 +20,7 @@ import numpy as np
 
 from edgefed.aggregator.creation import create_run
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.errors import EdgefedError
 from edgefed.protocol.frames import map_tensor, read_header, update_name, write_frame
 from edgefed.protocol.messages import ExpertReport, RunConfig, TrainingConfig, UnitInfo
 
@@ -84,8 +85,11 @@ def run_agent(url: str, state: str, name: str) -> None:
     from edgefed.agent.agent import AgentSettings, open_agent
 
     settings = AgentSettings(name=name, memory_bytes=2**31, poll_s=5.0)
-    with open_agent(url, state, settings, QuickTrainer(name)) as agent:
-        agent.run()
+    try:
+        with open_agent(url, state, settings, QuickTrainer(name)) as agent:
+            agent.run()
+    except EdgefedError as error:
+        sys.exit(f"error: {error}")  # as `edgefed join` ends
 
 
 # --- a federation of processes -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from edgefed import __version__
-from edgefed.agent.backoff import Retry, never_reached
+from edgefed.agent.backoff import Retry, is_answer, never_reached
 from edgefed.agent.cache import BlobCache, Item
 from edgefed.agent.compression import UpdateCompressor
 from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
@@ -240,7 +240,7 @@ class Agent:
         )  # fmt: skip
         limit = None if self._joined else settings.give_up_after_s
         try:
-            registered = self._call(lambda: self.client.register(message), give_up_after_s=limit)
+            registered = self._call(lambda: self.client.register(message), give_up_after_s=limit, until_answered=True)
         except ServerUnreachable as error:
             raise never_reached(error, self.client.base_url, settings.give_up_after_s) from error
         run = registered.run
@@ -269,21 +269,27 @@ class Agent:
         )
         self._copies.offer(self.client.heartbeat(message).wanted)
 
-    def _call(self, request: Callable[[], T], give_up_after_s: float | None = None) -> T:
+    def _call(
+        self, request: Callable[[], T], give_up_after_s: float | None = None, *, until_answered: bool = False
+    ) -> T:
         """Repeat ``request`` until it succeeds. Report the first failure of each kind, and the success after it."""
-        reported = ""
-        how_long = "until it works" if give_up_after_s is None else f"for {give_up_after_s:.0f} s"
+        reported, answered = "", False
 
         def report(error: EdgefedError) -> None:
-            nonlocal reported
+            nonlocal reported, answered
+            answered = answered or (until_answered and is_answer(error))
             if error.code != reported:
-                self.progress.message(f"{error}; retrying {how_long}")
+                limited = give_up_after_s is not None and not answered
+                self.progress.message(
+                    f"{error}; retrying {f'for {give_up_after_s:.0f} s' if limited else 'until it works'}"
+                )
             reported = error.code
 
         result = self._retry.run(
             lambda: run_interruptibly(request, self._stop),
             joined=self._joined,
             give_up_after_s=give_up_after_s,
+            until_answered=until_answered,
             on_wait=report,
         )
         if reported:

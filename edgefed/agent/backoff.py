@@ -60,6 +60,11 @@ def is_transient(error: EdgefedError, *, joined: bool) -> bool:
     return joined and error.foreign
 
 
+def is_answer(error: EdgefedError) -> bool:
+    """Whether an edgefed server has answered, so its address is right whatever it answered."""
+    return error.received_status > 0 and not error.foreign
+
+
 def never_reached(error: ServerUnreachable, url: str, after_s: float | None) -> ServerUnreachable:
     """The error of a device that has never reached its server, for the user: the address may be wrong."""
     return ServerUnreachable(
@@ -103,12 +108,14 @@ class Retry:
         *,
         joined: bool = True,
         give_up_after_s: float | None = None,
+        until_answered: bool = False,
         on_wait: Callable[[EdgefedError], None] | None = None,
     ) -> T:
         """Return ``request()``; repeat it while it fails with a transient error (`is_transient`).
 
         ``on_wait(error)`` is called before each wait. Raises the error if it is not transient, or after
-        ``give_up_after_s`` seconds since the first try; None never gives up.
+        ``give_up_after_s`` seconds since the first try; None never gives up. With ``until_answered`` that limit ends
+        once an edgefed server has answered: then the address is right, and the server's trouble passes.
         """
         started = self._clock()
         self._failures = 0
@@ -118,6 +125,8 @@ class Retry:
             except EdgefedError as error:
                 if not is_transient(error, joined=joined):
                     raise
+                if until_answered and is_answer(error):
+                    give_up_after_s = None
                 left = None if give_up_after_s is None else started + give_up_after_s - self._clock()
                 if left is not None and left <= 0:
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -149,6 +150,32 @@ def test_which_errors_are_transient(error, before, after):
         with pytest.raises(type(error)):
             make_retry(fake).run(failing(1, error), joined=True)
         assert fake.slept == []
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (ServerUnreachable("refused"), True),
+        (received(DiskFull("on the server"), 507), False),
+        (foreign(received(EdgefedError("a proxy's page"), 502)), True),
+    ],
+)
+def test_the_limit_before_joining_ends_with_an_answer_of_an_edgefed_server(error, ends):
+    retry, errors = make_retry(fake := FakeTime()), [error] + 40 * [ServerUnreachable("it restarts")]
+
+    def request():
+        if errors:
+            raise errors.pop(0)
+        return "answer"
+
+    call = functools.partial(retry.run, request, joined=False, give_up_after_s=20.0, until_answered=True)
+    if ends:
+        with pytest.raises(ServerUnreachable):
+            call()
+        assert 20 <= sum(fake.slept) < 60
+    else:
+        assert call() == "answer"
+        assert sum(fake.slept) > 60
 
 
 def test_other_exceptions_propagate():
