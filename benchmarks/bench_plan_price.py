@@ -29,9 +29,10 @@ import numpy as np
 import torch
 from provenance import provenance
 
-from edgefed.costs.fallbacks import FallbackSearch, fit
+from edgefed.costs.fallbacks import fit
 from edgefed.costs.memory import training_memory
 from edgefed.costs.price import LossPrice
+from edgefed.costs.search import FallbackSearch
 from edgefed.costs.step_setup import StepPlan
 from edgefed.embedded import resolve_model
 from edgefed.expert_records import ActivationProfile, ExpertPlan

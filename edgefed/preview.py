@@ -144,7 +144,7 @@ def make_preview(config: JoinConfig, server: AggregatorClient, status: Status, p
             share = step.resident / sum(manifest.experts_per_layer)
             resident = trainable = manifest.experts_per_layer
         shape, reads_s = planner.shape, 0.0
-        if step.setup.streamed and costs.stream_rates is not None:
+        if step.setup.streamed_layers and costs.stream_rates is not None:
             size_bytes = streamed_bytes(shape, step.setup, resident, trainable)
             rates = costs.stream_rates(step.setup, size_bytes, usable_bytes)
             reads_s = read_seconds(shape, step.setup, resident, trainable, rates.stream_bytes_per_s)
@@ -166,7 +166,7 @@ def make_preview(config: JoinConfig, server: AggregatorClient, status: Status, p
         trainable=tuple(trainable),
         neuron_share=share,
         storage=step.setup.expert_storage or step.setup.dtype,
-        streamed=step.setup.streamed,
+        streamed=step.setup.streamed_layers > 0,
         trains=run.training.experts,
         sequence_length=step.setup.sequence_length,
         memory_bytes=usable_bytes,
@@ -221,7 +221,7 @@ def _training_seconds(
 
     ``reads_s``: how long a step reads streamed experts. It is measured with the experts of two layers in memory.
     """
-    setup = dataclasses.replace(step.setup, streamed=False)
+    setup = dataclasses.replace(step.setup, streamed_layers=0)
     if setup.offload:
         progress.message("the time of a round is not measured: experts are loaded when a token needs them")
         return None

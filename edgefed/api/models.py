@@ -89,9 +89,10 @@ def plan(
 
     Raises BudgetTooSmall when not even one expert per layer fits, ConfigError, ModelNotFound, UnsupportedArchitecture.
     """
-    from edgefed.costs.fallbacks import FallbackSearch, fit
+    from edgefed.costs.fallbacks import fit
     from edgefed.costs.memory import training_memory
     from edgefed.costs.price import LossPrice
+    from edgefed.costs.search import FallbackSearch
     from edgefed.costs.step_setup import StepPlan, StepSetup
     from edgefed.hardware.memory import parse_bytes
 

@@ -71,7 +71,8 @@ def fits_of(shape: ModelShape, budget: str, usable_bytes: int | None, optimizer:
                 limit=_limit(found, experts, shape),
                 upload_bytes=upload_bytes(shape, mode, trained) if trained else None,
             )  # fmt: skip
-    streamed = dataclasses.replace(fit_setup("lora", "nf4", "adamw", device), streamed=True)
+    every = len(shape.moe_layers)
+    streamed = dataclasses.replace(fit_setup("lora", "nf4", "adamw", device), streamed_layers=every)
     found = compute_budget(shape, streamed, usable_bytes)
     experts = found.trainable_per_layer
     yield Fit(

@@ -326,11 +326,11 @@ def static_bytes(
 
     A merged expert counts as a frozen one; with LoRA it takes slightly less, as it has no adapter. Of offloaded experts
     the largest layer is resident; on a GPU all of them, unless checkpointing frees each layer's after its backward
-    pass. Of streamed experts, one layer is resident on a CPU, and two buffers for a layer on a GPU.
+    pass. Of streamed experts, one layer is resident on a CPU, and at most two buffers for a layer on a GPU.
     """
     linear_bytes = STORAGE_BYTES[setup.dense_storage or setup.dtype]
     dense: float = (shape.embedding_parameters + shape.other_parameters) * setup.width + shape.own_dtype_bytes
-    states, counts = 0.0, iter(zip(resident, trainable, strict=True))
+    states, counts = 0.0, iter(enumerate(zip(resident, trainable, strict=True)))
     weights: list[tuple[float, float]] = []  # bytes of frozen and of trainable experts, by layer
     streamed = 0.0
     for layer in shape.layers:
@@ -346,10 +346,10 @@ def static_bytes(
             states += _state_bytes(setup, width, [size])
         if not layer.num_experts:
             continue
-        count_resident, count_trainable = next(counts)
+        ordinal, (count_resident, count_trainable) = next(counts)
         trained = count_trainable * expert_bytes(layer, setup, setup.dtype if setup.experts == "full" else None)
         frozen = (count_resident - count_trainable) * expert_bytes(layer, setup)
-        if setup.streamed:
+        if setup.streams(ordinal, len(resident)):
             far = streamed_layer_bytes(layer, setup, count_resident, count_trainable)
             trained, frozen, streamed = trained + frozen - far, 0.0, max(streamed, far)
         weights.append((frozen, trained))
@@ -357,7 +357,7 @@ def static_bytes(
             states += count_trainable * sum(_state_bytes(setup, width, [size]) for size, width in expert)
     if setup.offload and (setup.device == "cpu" or setup.checkpointing):
         weights = [max(weights, key=sum)] if weights else []
-    weights.append((streamed * (1 if setup.device == "cpu" else 2), 0.0))
+    weights.append((streamed * min(setup.streamed_layers, 1 if setup.device == "cpu" else 2), 0.0))
     return {
         "dense": rounded_up(dense),
         "resident experts": rounded_up(sum(frozen for frozen, _ in weights)),

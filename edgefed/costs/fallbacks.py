@@ -4,7 +4,8 @@
       -> experts in NF4 -> shorter sequences -> fewer trainable experts -> fewer resident experts
 
 Fallback 3b: methods that ask for it offload all experts (`Requirements.offloading`). For others the frozen ones are
-streamed, if a step does not become too slow or nothing else fits.
+streamed, if a step does not become too slow or nothing else fits: those of as few layers as the memory needs, since the
+others cost no time.
 
 `fit` returns the best step plan that the memory model accepts; it is called before anything is loaded. It takes 1 to 3
 in order, since they change neither loss nor gradients (8-bit moments: barely). If that is not enough, it chooses among
@@ -24,23 +25,16 @@ experts. With adapters it frees next to nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
-from edgefed.costs.memory import MemoryEstimate
-from edgefed.costs.plan_messages import nothing_fits
-from edgefed.costs.price import LossPrice, cheapest_counts, lossy_setups
+from edgefed.costs.price import cheapest_counts, lossy_setups, possible_storages
+from edgefed.costs.search import FallbackSearch, nothing_fits
 from edgefed.costs.step_setup import CHUNK_TOKENS, StepPlan, StepSetup
 from edgefed.errors import BudgetTooSmall
-from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.memory import format_bytes
-
-SHORTEST_SEQUENCE = 32
-"""Tokens. A shorter block rarely contains a sentence, and its first token gives no loss."""
-
-SEQUENCE_SHARE = 4
-"""Blocks are at least a quarter of the run's sequence length, so that all devices train on similar contexts."""
 
 STEP_SHARE = 4
 """In the middle of a round a fallback removes a quarter of the experts: fourteen such steps from 64 to 4."""
@@ -78,85 +72,66 @@ class Fallback:
     keeps_plan: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class FallbackSearch:
-    """The search for one run, model and device.
-
-    Attributes:
-        estimate: ``estimate(setup, resident, trainable)`` is the peak of a step; experts per layer. For a sliced plan
-            a fourth argument has the mean share of their neurons that the resident experts of each layer have.
-        layout: ``layout(resident, trainable)`` is the expert plan for these totals.
-        price: Expected loss of a plan.
-        num_layers: MoE layers.
-        run_sequence_length: Tokens of a block, as the run asks for.
-        problems: Savings that do not work here, {"chunked_loss" | "checkpointing" | "adamw_8bit" | "nf4_experts" |
-            "int8_experts": reason}. What prevents NF4 prevents INT8, too.
-        all_experts: The method needs every expert, so fallbacks 6 and 7 do not exist.
-        may_offload: Experts may be moved to host memory or disk.
-        may_stream: Frozen experts may be streamed from there.
-        slowdown: Time of a step with streamed experts, as a multiple of the same step with all of them in memory.
-    """
-
-    estimate: Callable[..., MemoryEstimate]
-    layout: Callable[[int, int], ExpertPlan]
-    price: LossPrice
-    num_layers: int
-    run_sequence_length: int
-    problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    all_experts: bool = False
-    may_offload: bool = False
-    may_stream: bool = False
-    slowdown: Callable[[StepPlan], float] = lambda step_plan: 1.0
-
-    def memory(self, step_plan: StepPlan) -> MemoryEstimate:
-        """The peak of a training step under ``step_plan``, in parts."""
-        plan = self.layout(step_plan.resident, step_plan.trainable)
-        resident, trainable = plan.counts()
-        if plan.neurons:
-            return self.estimate(step_plan.setup, resident, trainable, plan.slice_shares())
-        return self.estimate(step_plan.setup, resident, trainable)
-
-    def needs_bytes(self, step_plan: StepPlan) -> int:
-        """The peak of a training step under ``step_plan``, in bytes."""
-        return self.memory(step_plan).total_bytes
-
-    def cost(self, step_plan: StepPlan) -> float:
-        """The expected loss of ``step_plan``, in nats above a full plan."""
-        return self.price(step_plan.setup, self.layout(step_plan.resident, step_plan.trainable))
-
-    def standing(self, step_plan: StepPlan) -> tuple[float, ...]:
-        """Sort key: a plan of less expected loss stands higher, then one with fewer savings."""
-        return (-round(self.cost(step_plan), 3), *step_plan.rank())
-
-    @property
-    def shortest_sequence(self) -> int:
-        """Fewest tokens of a block that fallback 5 may use."""
-        return min(self.run_sequence_length, max(SHORTEST_SEQUENCE, self.run_sequence_length // SEQUENCE_SHARE))
-
-
 def fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[StepPlan, list[Fallback]]:
     """The best step plan that fits into ``usable_bytes``, at most ``wanted``, and the fallbacks that lead to it.
 
     A fallback that has no effect beside later ones is undone: a shorter sequence does not help where the optimizer is
     the peak. Experts are streamed if nothing else fits, or if this leaves more experts or longer sequences and a step
-    does not become too slow.
+    does not become too slow; in INT8 or NF4 if it is too slow otherwise, since fewer bytes are read then. If every way
+    is too slow and nothing else fits, the quickest is taken.
 
     Raises:
         BudgetTooSmall: Nothing fits; the message says what the smallest plan would need.
     """
-    if not search.may_stream or wanted.setup.streamed:
-        return _fit(search, wanted, usable_bytes)
-    try:
-        resident, path = _fit(dataclasses.replace(search, may_stream=False), wanted, usable_bytes)
-    except BudgetTooSmall:
-        return _fit(search, wanted, usable_bytes)
-    streamed, streamed_path = _fit(search, wanted, usable_bytes)
-    if WORTH * search.cost(streamed) < search.cost(resident) and search.slowdown(streamed) <= MAX_SLOWDOWN:
-        return streamed, streamed_path
-    return resident, path
+    if not search.may_stream:
+        found = _fit(search, wanted, usable_bytes)
+    elif wanted.setup.streamed_layers:
+        found = _streamed(search, wanted, usable_bytes)
+    else:
+        try:
+            found = _fit(dataclasses.replace(search, may_stream=False), wanted, usable_bytes)
+        except BudgetTooSmall:
+            found = _streamed(search, wanted, usable_bytes)
+        else:
+            if WORTH * search.cost(wanted) < search.cost(found):
+                streamed = _streamed(search, wanted, usable_bytes)
+                if WORTH * search.cost(streamed) < search.cost(found) and search.slowdown(streamed) <= MAX_SLOWDOWN:
+                    found = streamed
+    return found, _path(search, wanted, found)
 
 
-def _fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[StepPlan, list[Fallback]]:
+def _streamed(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> StepPlan:
+    """The best plan that streams and is not too slow, with any storage of frozen experts; else the quickest.
+
+    Raises BudgetTooSmall.
+    """
+
+    def best(storage: str | None) -> StepPlan:
+        setup = dataclasses.replace(wanted.setup, expert_storage=storage)
+        found = _fit(search, dataclasses.replace(wanted, setup=setup), usable_bytes)
+        return _least_streamed(search, found, usable_bytes, wanted.setup.streamed_layers)
+
+    def order(plan: StepPlan) -> tuple[float, float]:
+        return max(MAX_SLOWDOWN, search.slowdown(plan)), search.cost(plan)
+
+    storage, *others = possible_storages(wanted.setup, search.problems)
+    plans = [best(storage)]  # it may have chosen another storage itself
+    for smaller in others if search.slowdown(plans[0]) > MAX_SLOWDOWN else ():
+        with contextlib.suppress(BudgetTooSmall):
+            plans.append(best(smaller))
+    return min(plans, key=order)
+
+
+def _least_streamed(search: FallbackSearch, step_plan: StepPlan, usable_bytes: int, least: int = 0) -> StepPlan:
+    """``step_plan``, which fits into ``usable_bytes``, with as few streamed layers as fit, at least ``least``."""
+    for count in range(least, step_plan.setup.streamed_layers):
+        fewer = dataclasses.replace(step_plan, setup=dataclasses.replace(step_plan.setup, streamed_layers=count))
+        if search.needs_bytes(fewer) <= usable_bytes:
+            return fewer
+    return step_plan
+
+
+def _fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> StepPlan:
     """`fit`, whatever the time of a step."""
     setups = [wanted.setup, *(setup for _, setup, _ in _setup_fallbacks(search, wanted.setup))]
     kept = (wanted.setup.expert_storage, wanted.setup.sequence_length)
@@ -173,7 +148,7 @@ def _fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[S
             if search.needs_bytes(undone) <= search.needs_bytes(found) and search.cost(undone) <= search.cost(found):
                 found = undone
                 break
-    return found, _path(search, wanted, found)
+    return found
 
 
 def next_fallback(search: FallbackSearch, step_plan: StepPlan, missing_bytes: int = 0) -> Fallback | None:
@@ -188,8 +163,11 @@ def next_fallback(search: FallbackSearch, step_plan: StepPlan, missing_bytes: in
     for name, setup, sentence in _setup_fallbacks(search, step_plan.setup):
         other = dataclasses.replace(step_plan, setup=_with_field_of(step_plan.setup, setup, _FIELD_OF[name]))
         after = search.needs_bytes(other)
-        if name == _STREAMING and search.slowdown(other) > MAX_SLOWDOWN:
-            continue
+        if name == _STREAMING and after <= goal:
+            other = _least_streamed(search, other, goal)
+            after, sentence = search.needs_bytes(other), _streaming_sentence(search, other.setup)
+            if search.slowdown(other) > MAX_SLOWDOWN:
+                continue
         if after <= goal:
             return _fallback(name, other, need - after, sentence, keeps_plan=name not in _RELOADS_EXPERTS)
     if missing_bytes > 0:
@@ -268,7 +246,7 @@ _FIELD_OF = {
     "8-bit optimizer": "optimizer",
     _PACKING: "expert_storage",
     _OFFLOADING: "offload",
-    _STREAMING: "streamed",
+    _STREAMING: "streamed_layers",
     "shorter sequence": "sequence_length",
 }
 """Fallback -> the field of `StepSetup` that it changes."""
@@ -292,9 +270,9 @@ def _setup_fallbacks(search: FallbackSearch, setup: StepSetup) -> Iterator[tuple
     if search.may_offload and not setup.offload:
         setup = dataclasses.replace(setup, offload=True)
         yield _OFFLOADING, setup, "experts offloaded, loaded when a token needs them"
-    if search.may_stream and not setup.streamed:
-        setup = dataclasses.replace(setup, streamed=True)
-        yield _STREAMING, setup, "frozen experts streamed, a layer at a time"
+    if search.may_stream and setup.streamed_layers < search.num_layers:
+        setup = dataclasses.replace(setup, streamed_layers=search.num_layers)
+        yield _STREAMING, setup, _streaming_sentence(search, setup)
     if setup.expert_storage is None and "nf4_experts" not in search.problems:
         setup = dataclasses.replace(setup, expert_storage="nf4")
         yield _PACKING, setup, "frozen experts in NF4"
@@ -321,6 +299,9 @@ def _path(search: FallbackSearch, wanted: StepPlan, found: StepPlan) -> list[Fal
         if name == _PACKING and reached not in (None, value):
             setup, value = dataclasses.replace(setup, expert_storage=reached), reached
             sentence = f"frozen experts in {str(reached).upper()}"
+        if name == _STREAMING and reached > getattr(wanted.setup, field):
+            setup, value = dataclasses.replace(setup, streamed_layers=reached), reached
+            sentence = _streaming_sentence(search, setup)
         if value == reached or (field == "sequence_length" and value > reached):
             other = dataclasses.replace(at, setup=_with_field_of(at.setup, setup, field))
             step(name, other, sentence, name not in _RELOADS_EXPERTS)
@@ -382,6 +363,10 @@ def _fewer(search: FallbackSearch, step_plan: StepPlan, name: str) -> Iterator[S
 def _fallback(name: str, step_plan: StepPlan, saved_bytes: int, sentence: str, *, keeps_plan: bool) -> Fallback:
     saved = f" (saves {format_bytes(saved_bytes)})" if saved_bytes > 0 else ""
     return Fallback(name, step_plan, saved_bytes, sentence + saved, keeps_plan)
+
+
+def _streaming_sentence(search: FallbackSearch, setup: StepSetup) -> str:
+    return f"frozen experts of {setup.streamed_layers} of {search.num_layers} layers streamed, a layer at a time"
 
 
 def _expert_sentence(name: str, before: StepPlan, after: StepPlan) -> str:

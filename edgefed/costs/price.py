@@ -133,15 +133,19 @@ def _shares(values: Array) -> Array:
     return np.asarray(values / total) if total > 0 else np.full(values.shape, 1 / values.size)
 
 
+def possible_storages(setup: StepSetup, problems: Collection[str]) -> list[str | None]:
+    """``setup``'s storage of frozen experts, and those that take less. ``problems``: of `FallbackSearch`."""
+    if setup.expert_storage is not None or "nf4_experts" in problems:
+        return [setup.expert_storage]
+    return [None, "nf4"] if "int8_experts" in problems else [None, "int8", "nf4"]
+
+
 def lossy_setups(setup: StepSetup, shortest: int, problems: Collection[str]) -> Iterator[StepSetup]:
     """Yield ``setup`` with every storage of frozen experts and every length of sequences, the least change first.
 
     ``shortest``: fewest tokens of a sequence. ``problems``: of `FallbackSearch`.
     """
-    storages: list[str | None] = [setup.expert_storage]
-    if setup.expert_storage is None:
-        names = ("int8", "nf4") if "int8_experts" not in problems else ("nf4",)
-        storages += names if "nf4_experts" not in problems else ()
+    storages = possible_storages(setup, problems)
     length = setup.sequence_length
     while length == setup.sequence_length or length >= shortest:
         for storage in storages:

@@ -72,7 +72,7 @@ class StepSetup:
         checkpointing: Activation checkpointing.
         chunked_loss: The loss is computed `CHUNK_TOKENS` tokens at a time.
         offload: Experts are in host memory or files (`edgefed.moe.offloading`).
-        streamed: Frozen experts are in host memory or files (`edgefed.moe.expert_stream`).
+        streamed_layers: MoE layers whose frozen experts are in host memory or files (`edgefed.moe.expert_stream`).
         device: "cpu", "cuda", or "unified": a GPU that shares the host's memory, where paging out saves nothing.
         kernels: Of the experts: "reference" has many torch operations per layer, "native" one
             (`edgefed.moe.layer_runtime.training_kernels`).
@@ -94,7 +94,7 @@ class StepSetup:
     checkpointing: bool = False
     chunked_loss: bool = False
     offload: bool = False
-    streamed: bool = False
+    streamed_layers: int = 0
     device: str = "cpu"
     kernels: str = "reference"
 
@@ -111,6 +111,14 @@ class StepSetup:
     def tokens(self) -> int:
         """Tokens per step."""
         return self.batch_size * self.sequence_length
+
+    def streams(self, layer: int, num_layers: int) -> bool:
+        """Whether the frozen experts of a MoE layer, by ordinal, are streamed: those of layers at even distances.
+
+        While one of them is read, the layers in between compute.
+        """
+        count = min(self.streamed_layers, num_layers)
+        return (layer + 1) * count // num_layers > layer * count // num_layers
 
     @property
     def width(self) -> int:
@@ -145,7 +153,7 @@ class StepPlan:
         return (
             self.resident, self.trainable, setup.sequence_length, setup.expert_storage is None,
             setup.optimizer == "adamw", not setup.checkpointing, not setup.chunked_loss, not setup.offload,
-            not setup.streamed,
+            -setup.streamed_layers,
         )  # fmt: skip
 
 
@@ -158,7 +166,7 @@ def describe(step_plan: StepPlan, total: int) -> str:
         (setup.optimizer != "adamw", "8-bit optimizer"),
         (setup.expert_storage is not None, f"experts in {(setup.expert_storage or '').upper()}"),
         (setup.offload, "experts offloaded"),
-        (setup.streamed, "frozen experts streamed"),
+        (setup.streamed_layers, f"frozen experts of {setup.streamed_layers} layers streamed"),
     )
     savings = [word for on, word in words if on]
     trainable = "" if step_plan.trainable == step_plan.resident else f", {step_plan.trainable} trainable"

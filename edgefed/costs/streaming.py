@@ -3,7 +3,7 @@
     seconds of a step = max(computation, reads) + the first layer's share of the reads
 
 Streamed layers are read while others compute (`edgefed.moe.expert_stream`): once in the forward pass and once more in
-the backward pass, which begins with the layers that the forward pass ended with.
+the backward pass. On a GPU, each pass begins with the two layers that the last one ended with, which are still there.
 """
 
 from __future__ import annotations
@@ -37,15 +37,18 @@ def offloaded_bytes(shape: ModelShape, setup: StepSetup, resident: Sequence[int]
 
 def streamed_bytes(shape: ModelShape, setup: StepSetup, resident: Sequence[int], trainable: Sequence[int]) -> int:
     """Bytes of streamed experts in host memory or files."""
-    counts = zip(shape.moe_layers, resident, trainable, strict=True)
-    return rounded_up(sum(streamed_layer_bytes(layer, setup, r, t) for layer, r, t in counts))
+    counts = enumerate(zip(shape.moe_layers, resident, trainable, strict=True))
+    streamed = (each for ordinal, each in counts if setup.streams(ordinal, len(resident)))
+    return rounded_up(sum(streamed_layer_bytes(layer, setup, r, t) for layer, r, t in streamed))
 
 
 def read_seconds(
     shape: ModelShape, setup: StepSetup, resident: Sequence[int], trainable: Sequence[int], bytes_per_s: float
 ) -> float:
     """Seconds that one step reads streamed experts."""
-    return 2.0 * streamed_bytes(shape, setup, resident, trainable) / bytes_per_s
+    count = max(1, setup.streamed_layers)
+    read = 1.0 if setup.device == "cpu" else max(0, count - 2) / count  # of the layers, in each of two passes
+    return 2.0 * read * streamed_bytes(shape, setup, resident, trainable) / bytes_per_s
 
 
 def slowdown(
@@ -57,4 +60,4 @@ def slowdown(
     operations = (*step.forward, *step.backward, *step.optimizer)
     computed = sum(each.seconds(rates.flops_per_s, rates.memory_bytes_per_s) for each in operations)
     reads = read_seconds(shape, setup, resident, trainable, rates.stream_bytes_per_s)
-    return (max(computed, reads) + reads / (2 * max(1, len(shape.moe_layers)))) / computed
+    return (max(computed, reads) + reads / (2 * max(1, setup.streamed_layers))) / computed

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgefed.errors import CheckpointError, ConfigError
+from edgefed.errors import CheckpointError
 from edgefed.expert_records import ExpertPlan
 from edgefed.kernels.masked_experts import LastingSlots, Slots, SlotWeights
 from edgefed.kernels.quantization import QuantizedMatrix
@@ -67,7 +67,7 @@ class ExpertBank(nn.Module):
         align: neuron alignment of merged experts, see `merge_experts`.
         merged: cache of merged experts of earlier rounds.
         offload: where weights are stored instead of ``device``: all unquantized ones in an `OffloadSpace`, those that
-            are not trainable in an `ExpertStream`.
+            are not trainable in an `ExpertStream`, if it streams this layer.
 
     Raises:
         CheckpointError: a unit does not fit the layer.
@@ -121,10 +121,8 @@ class ExpertBank(nn.Module):
             self.neurons = tuple(torch.from_numpy(np.flatnonzero(masks[expert])) for expert in resident)
         self._storage: dict[str, _Stack] = {}
         self._packed: dict[str, QuantizedMatrix] = {}
-        self.stream = offload if isinstance(offload, ExpertStream) else None
+        self.stream = offload if isinstance(offload, ExpertStream) and offload.streams(ordinal) else None
         self.offload = offload if isinstance(offload, OffloadSpace) else None
-        if self.stream is not None and self.neurons:
-            raise ConfigError("slices of experts cannot be streamed")
         self.slot_table: dict[int, SlotWeights] = {}
         """Slots as kernels take them, each built once: collecting the tensors of a layer takes the host longer than a
         GPU computes with them."""
@@ -189,14 +187,20 @@ class ExpertBank(nn.Module):
     def _empty(self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Stack:
         if self.offload is not None:
             return self.offload.empty((count, *shape), dtype)
-        num_near = min(count, self._num_near(name.endswith(_LORA_PARTS)))
-        if self.stream is not None and count > num_near:
-            near = torch.empty((num_near, *shape), dtype=dtype, device=device)
-            return SplitStack(near, self.stream.empty(self.layer.ordinal, (count - num_near, *shape), dtype))
-        if self.neurons:
-            shapes = [sliced_shape(self.layer, name, shape, len(neurons)) for neurons in self.neurons[:count]]
-            return RaggedStack.empty(shapes, dtype, device)
-        return torch.empty((count, *shape), dtype=dtype, device=device)
+        num_near = count if self.stream is None else min(count, self._num_near(name.endswith(_LORA_PARTS)))
+
+        def stack(first: int, last: int) -> torch.Tensor | RaggedStack:
+            far = first >= num_near
+
+            def empty(sizes: tuple[int, ...]) -> torch.Tensor:
+                return self._empty_far(device, sizes, dtype) if far else torch.empty(sizes, dtype=dtype, device=device)
+
+            if not self.neurons:
+                return empty((last - first, *shape))
+            shapes = [sliced_shape(self.layer, name, shape, len(neurons)) for neurons in self.neurons[first:last]]
+            return RaggedStack.empty(shapes, lambda size: empty((size,)))
+
+        return stack(0, count) if num_near == count else SplitStack(stack(0, num_near), stack(num_near, count))
 
     def _empty_far(self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return storage for frozen weights."""
@@ -352,13 +356,13 @@ class ExpertBank(nn.Module):
 
     @property
     def lasting(self) -> LastingSlots | None:
-        """The slots with what kernels derive from them; None if weights are offloaded or streamed.
+        """The slots with what kernels derive from them; None if weights are offloaded.
 
+        A streamed layer has the same addresses whenever it is loaded.
         They refer to the bank, so the bank does not keep them: in a reference cycle it would outlive its plan until the
         garbage collector runs, and its memory with it.
         """
-        lasts = self.offload is None and self.stream is None
-        return LastingSlots(BankSlots(self, None), self._layouts) if lasts else None
+        return LastingSlots(BankSlots(self, None), self._layouts) if self.offload is None else None
 
     def slots(self, scheduled: Collection[int] | None = None) -> Slots:
         """Return the experts for `masked_experts`. With ``scheduled``, trainable experts of other ids are detached."""

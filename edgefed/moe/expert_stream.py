@@ -3,39 +3,48 @@
     CPU   memory-mapped files, in the format in which experts are stored. A thread asks the system to read the next
           layer's pages (madvise); those of every other layer leave the process.
     GPU   pinned host memory, or files. Two buffers on the GPU take turns: while one layer computes, the next one's
-          weights are copied into the other buffer on a CUDA stream of its own.
+          weights are copied into the other buffer on a CUDA stream of its own. Each pass begins with the two layers
+          that the last one ended with: they are still there.
 
-The forward pass uses the layers in ascending order, the backward pass in descending order. A layer has the same
-addresses whenever it is loaded, so that what autograd saves in the forward pass is valid in the backward pass. Results
-do not depend on streaming.
+Any of a model's layers can be streamed; the others are in memory. The forward pass uses them in ascending order, the
+backward pass in descending order. A layer has the same addresses whenever it is loaded, so that what autograd saves in
+the forward pass is valid in the backward pass. Results do not depend on streaming.
 
-Resident memory: the pages of one layer on a CPU, two buffers on a GPU. Clean pages in the system's page cache are no
-memory of the process: the system drops them when it needs room.
+Resident memory: the pages of one layer on a CPU, two buffers on a GPU, each of the largest layer that uses it. Clean
+pages in the system's page cache are no memory of the process: the system drops them when it needs room.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from edgefed.kernels.quantization import QuantizedMatrix
 from edgefed.moe.offloading import Offloaded, OffloadSpace, mark_offloaded, prefetch, release
 
+ALIGNMENT = 256
+"""Bytes. Kernels read in vectors; CUDA aligns what it allocates to this."""
+
 
 class ExpertStream:
-    """The frozen experts of a model, in ``space``. Layers are MoE layers by ordinal, counted from 0."""
+    """The frozen experts of ``layers``, in ``space``. Layers are MoE layers by ordinal, from 0; None: all of them."""
 
-    def __init__(self, space: OffloadSpace):
+    def __init__(self, space: OffloadSpace, layers: Collection[int] | None = None):
         self._space = space
+        self._streamed = None if layers is None else frozenset(layers)
         self._layers: dict[int, list[torch.Tensor]] = {}
         self._places: dict[int, tuple[int, int]] = {}
         """Layer and number of a tensor, by the address of its storage."""
         self._used: set[int] = set()
         """Layers that may have mapped pages."""
         self._buffers = _Buffers(space.device) if space.copies else None
+
+    def streams(self, layer: int) -> bool:
+        """Whether the frozen experts of ``layer`` are streamed."""
+        return self._streamed is None or layer in self._streamed
 
     def empty(self, layer: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return an uninitialized tensor of a layer, in files or host memory. Raises DiskFull, StorageError."""
@@ -59,8 +68,8 @@ class ExpertStream:
         layer, index = self._places.get(tensor.untyped_storage().data_ptr(), (-1, -1))
         if layer < 0:
             return tensor
-        copy = self._buffers.copy_of(layer, index, self._layers[layer][index])
-        return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        copy = self._buffers.copies(self._layers, layer)[index]
+        return copy.as_strided(tensor.shape, tensor.stride(), copy.storage_offset() + tensor.storage_offset())
 
     def near_matrix(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
         """Return a quantized matrix, as `near` does."""
@@ -68,16 +77,20 @@ class ExpertStream:
         return dataclasses.replace(matrix, packed=self.near(matrix.packed), absmax=absmax)
 
     def enter(self, layer: int, *, backward: bool) -> None:
-        """Load the experts of ``layer``, which kernels use next, and begin to load those of the layer after it."""
-        after = layer - 1 if backward else layer + 1
+        """Load the experts of ``layer``, which kernels use next, and begin to load those of the next streamed layer."""
+        if layer not in self._layers:
+            return
+        order = [*sorted(self._layers, reverse=backward), None]
+        after = order[order.index(layer) + 1]
         if self._buffers is not None:
-            self._buffers.load(layer, self._layers.get(layer, ()))
-            self._buffers.load(after, self._layers.get(after, ()), ahead=True)
+            self._buffers.load(self._layers, layer)
+            if after is not None:
+                self._buffers.load(self._layers, after, ahead=True)
             return
         self._used.discard(layer)
         self.release()
-        self._used = {layer} & self._layers.keys()
-        if after in self._layers:
+        self._used = {layer}
+        if after is not None:
             threading.Thread(target=prefetch, args=(self._layers[after],), name="edgefed-prefetch", daemon=True).start()
 
     def release(self) -> None:
@@ -91,41 +104,60 @@ class ExpertStream:
 
 
 class _Buffers:
-    """Copies of two layers on ``device``: those with an even and those with an odd number share a buffer each."""
+    """Copies of two layers on ``device``. Streamed layers take turns: the first, third, ... share one buffer."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._copies: dict[tuple[int, int, torch.Size, torch.dtype], torch.Tensor] = {}
-        self._layers: dict[int, int] = {}
+        self._copies: dict[int, list[torch.Tensor]] = {}
+        self._loaded: dict[int, int] = {}
+        """Layer in each buffer."""
         self._events: dict[int, torch.cuda.Event] = {}
 
-    def copy_of(self, layer: int, index: int, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the place for the tensor with number ``index`` of a layer; its values depend on what was loaded."""
-        key = layer % 2, index, tensor.shape, tensor.dtype
-        if key not in self._copies:
-            self._copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-        return self._copies[key]
+    def copies(self, layers: _Layers, layer: int) -> list[torch.Tensor]:
+        """Return the places for the tensors of ``layer``; their values depend on what was loaded."""
+        if not self._copies:
+            for first in range(2):
+                self._divide({each: layers[each] for each in sorted(layers)[first::2]})
+        return self._copies[layer]
 
-    def load(self, layer: int, tensors: Sequence[torch.Tensor], *, ahead: bool = False) -> None:
+    def _divide(self, layers: _Layers) -> None:
+        """Divide one buffer among the tensors of each of ``layers``."""
+        sizes = {layer: [_aligned(tensor.nbytes) for tensor in tensors] for layer, tensors in layers.items()}
+        most = max(map(sum, sizes.values()), default=0)
+        buffer = torch.empty(most, dtype=torch.uint8, device=self._device)
+        for layer, tensors in layers.items():
+            parts = torch.split(buffer[: sum(sizes[layer])], sizes[layer])
+            self._copies[layer] = [
+                part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                for part, tensor in zip(parts, tensors, strict=True)
+            ]
+
+    def load(self, layers: _Layers, layer: int, *, ahead: bool = False) -> None:
         """Copy a layer into its buffer if it is not there. Unless ``ahead``, kernels launched from now on wait for it.
 
         The copy waits for the kernels launched so far, which may use the layer that is there now.
         """
-        if not tensors:
-            return
-        buffer = layer % 2
-        if self._layers.get(buffer) != layer:
+        buffer = sorted(layers).index(layer) % 2
+        if self._loaded.get(buffer) != layer:
             # .data has its own version counter: for autograd, what it saved of another layer here does not change.
-            pairs = [(self.copy_of(layer, index, tensor).data, tensor) for index, tensor in enumerate(tensors)]
+            copies = [copy.data for copy in self.copies(layers, layer)]
             if self._stream is not None:
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
-                for copy, tensor in pairs:
+                for copy, tensor in zip(copies, layers[layer], strict=True):
                     copy.copy_(tensor, non_blocking=True)
             if self._stream is not None:
                 self._events[buffer] = self._stream.record_event()
-            release(tensors)
-            self._layers[buffer] = layer
+            release(layers[layer])
+            self._loaded[buffer] = layer
         if not ahead and self._stream is not None:
             torch.cuda.current_stream(self._device).wait_event(self._events[buffer])
+
+
+_Layers = Mapping[int, Sequence[torch.Tensor]]
+
+
+def _aligned(size: int) -> int:
+    """``size`` rounded up to what CUDA aligns allocations to."""
+    return -(-size // ALIGNMENT) * ALIGNMENT

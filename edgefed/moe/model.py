@@ -65,8 +65,8 @@ class MoeModel:
         self.plan: ExpertPlan | None = None
         self.storage: str | None = None
         """Storage format of the plan's experts that are not trainable; None: the dtype of the model."""
-        self.offloads = self.streams = False
-        """Whether the experts of the plan are in an `OffloadSpace`, or those not trainable in an `ExpertStream`."""
+        self.offloads, self.streamed_layers = False, 0
+        """Whether the plan's experts are in an `OffloadSpace`; layers whose frozen ones are in an `ExpertStream`."""
         self.device = device
         self._default_implementation = module.config._experts_implementation
         self._fixed = units.find_fixed_tensors(module, layers)
@@ -182,7 +182,7 @@ class MoeModel:
 
     def drop_experts(self) -> None:
         """Remove every resident expert. Memory is freed when the caller's own references are gone."""
-        self.plan, self.storage, self.offloads, self.streams = None, None, False, False
+        self.plan, self.storage, self.offloads, self.streamed_layers = None, None, False, 0
         for runtime in self._runtimes:
             runtime.bank = None
             experts = runtime.layer.experts
@@ -231,8 +231,8 @@ class MoeModel:
         except Exception:
             self.drop_experts()
             raise
-        self.plan, self.storage = plan, storage
-        self.offloads, self.streams = isinstance(offload, OffloadSpace), isinstance(offload, ExpertStream)
+        self.plan, self.storage, self.offloads = plan, storage, isinstance(offload, OffloadSpace)
+        self.streamed_layers = sum(bank.stream is not None for bank in self._banks())
 
     def _install_scope(self, scope: TrainScope, source: ExpertSource) -> None:
         self.scope = scope

@@ -88,10 +88,9 @@ class RaggedStack(_Stack):
         self._parts = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     @classmethod
-    def empty(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> RaggedStack:
-        """Return an uninitialized stack."""
-        size = sum(math.prod(shape) for shape in shapes)
-        return cls(torch.empty(size, dtype=dtype, device=device), shapes)
+    def empty(cls, shapes: Sequence[tuple[int, ...]], empty: Callable[[int], torch.Tensor]) -> RaggedStack:
+        """Return an uninitialized stack in the storage ``empty(number of elements)``."""
+        return cls(empty(sum(math.prod(shape) for shape in shapes)), shapes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,11 +103,11 @@ class RaggedStack(_Stack):
 
 
 class SplitStack(_Stack):
-    """One tensor of every slot, of one shape: those of the first slots in ``near``, the others in ``far``."""
+    """One tensor of every slot: those of the first slots in ``near``, the others in ``far``."""
 
-    def __init__(self, near: torch.Tensor, far: torch.Tensor):
+    def __init__(self, near: torch.Tensor | RaggedStack, far: torch.Tensor | RaggedStack):
         self._near, self._far = near, far
-        self._parts = [*near.detach().unbind(0), *far.detach().unbind(0)]
+        self._parts = [part for stack in (near, far) for part in stack.data]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,7 +116,8 @@ class SplitStack(_Stack):
 
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> SplitStack:
         """Return the stack with ``fn`` applied to ``near``: a move or a cast. ``far`` stays as it is."""
-        return SplitStack(fn(self._near), self._far)
+        near = self._near
+        return SplitStack(fn(near) if isinstance(near, torch.Tensor) else near.apply(fn), self._far)
 
 
 class StackSlots:

@@ -271,8 +271,8 @@ class LocalTrainer:
                     ctx.phase = "planning"
                     prove_before_round(self._device, model, ctx.run, ctx.progress)
                     plan = self.planner.make_plan(self._plan_request(ctx))
-                storage, streamed = (setup := self.planner.step_plan.setup).expert_storage, setup.streamed
-                if not (ctx.own and (plan, storage, streamed) == (model.plan, model.storage, model.streams)):
+                storage, streamed = (setup := self.planner.step_plan.setup).expert_storage, setup.streamed_layers
+                if not (ctx.own and (plan, storage, streamed) == (model.plan, model.storage, model.streamed_layers)):
                     self._place(ctx, model, plan)
                 if setup.chunked_loss and not self._chunking_checked:
                     ctx.phase, self._chunking_checked = "comparing the chunked loss with the model's own", True

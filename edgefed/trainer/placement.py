@@ -64,7 +64,7 @@ class ExpertPlacer:
         Call it before the experts are downloaded. Drops the experts of the previous plan, which use the same room.
         Raises DiskFull, StorageError.
         """
-        if setup.streamed:
+        if setup.streamed_layers:
             size_of, verb, what = streamed_bytes, "streaming", "frozen experts"
         elif setup.offload:
             size_of, verb, what = offloaded_bytes, "offloading", "experts"
@@ -78,7 +78,7 @@ class ExpertPlacer:
         discrete = device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated
         if discrete and size <= HOST_SHARE * available_memory_bytes():
             progress.message(f"{verb}: {format_bytes(size)} of {what} in host memory")
-            return self._space(device, None, setup)
+            return self._space(device, None, setup, plan.num_layers)
         folder = make_folder(self._offload_folder)
         if (kind := filesystem(folder)) in MEMORY_FILESYSTEMS:
             raise StorageError(
@@ -88,18 +88,22 @@ class ExpertPlacer:
         with disk_errors(folder):
             free = shutil.disk_usage(folder).free
         if size > free:
-            stored = "streamed experts" if setup.streamed else "offloaded experts, their gradients and moments"
+            stored = "streamed experts" if setup.streamed_layers else "offloaded experts, their gradients and moments"
             raise DiskFull(
                 f"{stored} take {format_bytes(size)} in {folder}, {format_bytes(free)} are free",
                 remedy="Free space on that disk, or join with a `state` folder on another one.",
             )
         progress.message(f"{verb}: {format_bytes(size)} of {what} in files")
-        return self._space(device, folder, setup)
+        return self._space(device, folder, setup, plan.num_layers)
 
     @staticmethod
-    def _space(device: torch.device, folder: Path | None, setup: StepSetup) -> OffloadSpace | ExpertStream:
+    def _space(
+        device: torch.device, folder: Path | None, setup: StepSetup, num_layers: int
+    ) -> OffloadSpace | ExpertStream:
         space = OffloadSpace(device, folder)
-        return ExpertStream(space) if setup.streamed else space
+        if not setup.streamed_layers:
+            return space
+        return ExpertStream(space, [layer for layer in range(num_layers) if setup.streams(layer, num_layers)])
 
     def place(
         self,

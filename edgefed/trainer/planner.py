@@ -15,8 +15,9 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from edgefed.costs.fallbacks import Fallback, FallbackSearch, fit, next_fallback
+from edgefed.costs.fallbacks import Fallback, fit, next_fallback
 from edgefed.costs.price import QUANTIZED, LossPrice
+from edgefed.costs.search import FallbackSearch
 from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import Correction, StepPlan, describe
 from edgefed.errors import BudgetTooSmall
@@ -116,10 +117,7 @@ class _Current:
 
 
 class Planner:
-    """Makes and keeps one device's plan.
-
-    ``folder`` is the device's state. ``identity`` names the device and its data; it seeds what is random.
-    """
+    """Makes and keeps one device's plan. ``folder`` is its state; ``identity``, of device and data, seeds draws."""
 
     def __init__(
         self, folder: Path, limits: DeviceLimits, identity: str, memory: Memory, costs: StepCosts,
@@ -342,7 +340,7 @@ class Planner:
         may_quantize = storage is None and "nf4_experts" not in problems
         if previous.setup.expert_storage not in ((None, *QUANTIZED) if may_quantize else (storage,)):
             changes["expert_storage"] = storage
-        changes |= {"streamed": False} if self._limits.stream_experts == "never" else {}
+        changes |= {"streamed_layers": 0} if self._limits.stream_experts == "never" else {}
         resident = min(previous.resident, wanted.resident)
         return StepPlan(dataclasses.replace(previous.setup, **changes), resident, min(previous.trainable, resident))
 

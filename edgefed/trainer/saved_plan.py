@@ -28,7 +28,7 @@ class SavedSetup(msgspec.Struct, frozen=True):
     expert_storage: str | None
     offload: bool
     sequence_length: int
-    streamed: bool = False
+    streamed_layers: int = 0
 
 
 class SavedStepPlan(msgspec.Struct, frozen=True):

@@ -34,8 +34,8 @@ def outside_memory(
 ) -> dict[str, Any]:
     """Return ``may_offload``, ``may_stream`` and ``slowdown`` of a `FallbackSearch`.
 
-    ``requested`` is one of `STREAM_CHOICES`, ``own_bytes`` the model's memory. Methods that offload all experts, and
-    those with slices of experts, do not stream. Raises ConfigError on an unknown choice.
+    ``requested`` is one of `STREAM_CHOICES`, ``own_bytes`` the model's memory. Methods that offload all experts do not
+    stream. Raises ConfigError on an unknown choice.
     """
     if requested not in STREAM_CHOICES:
         raise ConfigError(f"invalid `stream_experts` {requested!r}, expected one of {', '.join(STREAM_CHOICES)}")
@@ -44,12 +44,13 @@ def outside_memory(
     def slower(step_plan: StepPlan) -> float:
         if requested == "always" or rates_of is None:
             return 1.0
-        setup, counts = step_plan.setup, layout(step_plan.resident, step_plan.trainable).counts()
-        rates = rates_of(setup, streamed_bytes(shape, setup, *counts), own_bytes())
-        return slowdown(shape, setup, *counts, rates)
+        setup, plan = step_plan.setup, layout(step_plan.resident, step_plan.trainable)
+        counts, own = plan.counts(), shape.sliced(plan.slice_shares()) if plan.neurons else shape
+        rates = rates_of(setup, streamed_bytes(own, setup, *counts), own_bytes())
+        return slowdown(own, setup, *counts, rates)
 
     return {
         "may_offload": needs.offloading and costs.offloads,
-        "may_stream": requested != "never" and rates_of is not None and not (needs.offloading or needs.neurons),
+        "may_stream": requested != "never" and rates_of is not None and not needs.offloading,
         "slowdown": slower,
     }

@@ -98,7 +98,7 @@ def measure_step(model: MoeModel, optimizer: torch.optim.Optimizer, step: Callab
     """
     device = next(iter(model.module.parameters())).device
     log: AllocationLog = CudaLog(device) if device.type == "cuda" else CpuLog()
-    offloads = model.offloads or model.streams
+    offloads = model.offloads or bool(model.streamed_layers)
     tensors = (*model.module.parameters(), *model.module.buffers())
     weights = storage_bytes(tensor for tensor in tensors if not offloaded(tensor))
     state = storage_bytes(_state_tensors(optimizer))

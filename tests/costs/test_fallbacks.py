@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgefed.costs.fallbacks import SHORTEST_SEQUENCE, FallbackSearch, fit, next_fallback
+from edgefed.costs.fallbacks import fit, next_fallback
 from edgefed.costs.memory import MemoryEstimate, training_memory
 from edgefed.costs.price import LossPrice
+from edgefed.costs.search import SHORTEST_SEQUENCE, FallbackSearch
 from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.costs.step_setup import StepPlan, StepSetup, describe
 from edgefed.errors import BudgetTooSmall

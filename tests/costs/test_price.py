@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from edgefed.costs import price
-from edgefed.costs.fallbacks import FallbackSearch, fit
+from edgefed.costs.fallbacks import fit
 from edgefed.costs.memory import training_memory
 from edgefed.costs.price import LossPrice
+from edgefed.costs.search import FallbackSearch
 from edgefed.costs.shapes import KNOWN_SHAPES
 from edgefed.costs.step_setup import StepPlan, StepSetup
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile

@@ -16,7 +16,6 @@ import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from edgefed.costs.memory import StepSetup
-from edgefed.errors import ConfigError
 from edgefed.expert_records import ExpertPlan, Role
 from edgefed.moe.accounting import expert_memory
 from edgefed.moe.expert_stream import ExpertStream
@@ -41,14 +40,17 @@ def stream_in(folder: Path | None, copies: bool | None, device=CPU) -> ExpertStr
     return ExpertStream(OffloadSpace(device, folder, copies=copies))
 
 
-def trained(toy, scope, offload, storage=None, kernels="reference", checkpointing=False, steps=3, device=CPU):
+def trained(
+    toy, scope, offload, storage=None, kernels="reference", checkpointing=False, steps=3, device=CPU, frozen=FROZEN,
+    plan=None,
+):  # fmt: skip
     """(model, losses): some steps, each with a pass without gradients before it, as of an evaluation."""
     units = toy.units(scope)
     model, source = MoeModel.skeleton(toy.folder, device=device), MemorySource(units)
     for spec in model.unit_infos():
         if spec.kind != "expert":
             model.load_unit(spec.key, units[spec.key])
-    plan = ExpertPlan.of(model.experts_per_layer, TRAINABLE, FROZEN)
+    plan = plan or ExpertPlan.of(model.experts_per_layer, TRAINABLE, frozen)
     model.apply_plan(plan, source, scope, storage=storage, offload=offload)
     parameters = model.trainable_parameters()
     optimizer = make_optimizer(parameters, "adamw", learning_rate=0.05, weight_decay=0.1)
@@ -96,7 +98,7 @@ def test_training_is_bit_for_bit_that_of_resident_experts(deep, tmp_path, monkey
     first, second = values(expected), values(found)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert found.streams
+    assert found.streamed_layers == LAYERS
     assert not found.offloads
 
 
@@ -186,13 +188,55 @@ def test_a_layer_without_frozen_experts_among_streamed_ones(deep, tmp_path):
     assert loss.isfinite()
 
 
-def test_slices_are_not_streamed(deep, tmp_path):
-    scope = TrainScope()
-    model, source = deep.device(deep.units(scope))
-    plan = ExpertPlan.of(model.experts_per_layer, TRAINABLE, FROZEN)
-    masks = tuple(np.repeat((roles != Role.ABSENT)[:, None], 16, axis=1) for roles in plan.roles)
-    with pytest.raises(ConfigError, match="slices of experts cannot be streamed"):
-        model.apply_plan(ExpertPlan(plan.roles, neurons=masks), source, scope, offload=stream_in(tmp_path, False))
+UNEVEN = [[1, 2, 6, 7], [1], [1, 2, 3, 4, 6, 7], [1, 2], [6, 7]]
+
+
+def test_some_layers_stream_through_two_buffers_of_the_largest(deep, tmp_path):
+    """Layers in between are in memory. With different numbers of frozen experts, layers still share the buffers."""
+    scope, layers = TrainScope(), [1, 2, 4]
+    expected, losses = trained(deep, scope, None, "nf4", frozen=UNEVEN, checkpointing=True)
+    stream = ExpertStream(OffloadSpace(CPU, None, copies=True), layers)
+    found, own_losses = trained(deep, scope, stream, "nf4", frozen=UNEVEN, checkpointing=True)
+    assert own_losses == losses
+    first, second = values(expected), values(found)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert found.streamed_layers == 3
+    assert [found.bank(layer).stream is not None for layer in range(LAYERS)] == [False, True, True, False, True]
+
+    def storages(model, layers, near):
+        """Bytes by address of what kernels read of frozen matrices: ``near``, or where they are stored."""
+        found = {}
+        for bank in map(model.bank, layers):
+            for slot in range(bank.num_trainable, len(bank)):
+                weights = bank.slots()[slot]
+                matrices = (weights.up, weights.down) if near else bank.packed(slot).values()
+                for tensor in (tensor for matrix in matrices for tensor in (matrix.packed, matrix.absmax)):
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return found
+
+    buffers = sorted(storages(found, layers, near=True).values())
+    assert len(buffers) == 2, "the second layer has one; the first and the third share the other"
+    one, six, two = (sum(storages(found, [layer], near=False).values()) for layer in layers)
+    assert one < two < six
+    assert buffers == pytest.approx([two, six], rel=0.2), "tensors begin at multiples of 256 bytes"
+
+
+@pytest.mark.parametrize(
+    ("storage", "copies"), [("nf4", False), (None, True), pytest.param("int8", True, marks=pytest.mark.full)]
+)
+def test_slices_are_streamed_as_whole_experts_are(deep, tmp_path, storage, copies):
+    generator = np.random.default_rng(0)
+    masks = [generator.random((8, 16)) < 0.5 for _ in range(LAYERS)]
+    roles = tuple(np.where(mask.any(axis=1), Role.TRAINABLE, Role.ABSENT).astype(np.int8) for mask in masks)
+    plan, scope = ExpertPlan(roles, neurons=tuple(masks)), TrainScope(experts="lora")
+    expected, losses = trained(deep, scope, None, storage, plan=plan)
+    found, own_losses = trained(deep, scope, stream_in(tmp_path, copies), storage, plan=plan)
+    assert own_losses == losses
+    assert losses[-1] < losses[0]
+    first, second = values(expected), values(found)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    trainable = sum(p.nbytes for layer in range(LAYERS) for p in found.bank(layer).parameters() if p.requires_grad)
+    assert expert_memory(found.layers).weight_bytes == trainable < expert_memory(expected.layers).weight_bytes
 
 
 # --- a bank that is larger than the memory that there is --------------------------------------------------------------

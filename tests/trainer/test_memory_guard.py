@@ -459,7 +459,7 @@ def test_pressure_that_lasts_goes_down_to_fewer_experts_and_keeps_the_finished_s
     assert update.metrics["memory_shrinks"] == 5
     step_plan = trainer.planner.step_plan
     assert step_plan.trainable < step_plan.resident == 32
-    assert step_plan.setup.streamed
+    assert step_plan.setup.streamed_layers
     assert table.heard.phases.count("train") == 3  # again once experts are streamed, and once fewer train
     assert watch.started == 3
     assert table.heard.advanced["train"] == 12  # no step was taken twice

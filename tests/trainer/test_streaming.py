@@ -49,7 +49,7 @@ def needs(training, **how):
 def poor(table, data, tmp_path, costs=None, name="poor", **limits):
     """A device whose memory is between what streamed and what resident experts in NF4 need."""
     training = table.reader.run.training
-    streamed = needs(training, expert_storage="nf4", streamed=True)
+    streamed = needs(training, expert_storage="nf4", streamed_layers=4)
     resident = needs(training, expert_storage="nf4")
     assert streamed < 0.9 * resident
     memory = FixedMemory((streamed + resident) // 2)
@@ -64,15 +64,15 @@ def test_a_device_that_streams_sends_what_one_with_enough_memory_sends(bench, da
     device = poor(table, data, tmp_path)
     table.round(device, tmp_path / "update")
     step_plan = device.planner.step_plan
-    assert step_plan.setup.streamed
-    assert device.model.streams
+    assert step_plan.setup.streamed_layers
+    assert device.model.streamed_layers
     assert step_plan.resident == step_plan.trainable == 64
     assert not list((tmp_path / "poor" / placement.OFFLOAD_FOLDER).iterdir()), "no file has a name, though in use"
 
     savings = {name: True for name in ("chunked_loss", "checkpointing") if getattr(step_plan.setup, name)}
     rich = trainer_of(data, tmp_path, name="poor", folder="rich", costs=OnlyWith(**savings))  # the same draws
     table.round(rich, tmp_path / "expected")
-    assert not rich.model.streams
+    assert not rich.model.streamed_layers
     assert (tmp_path / "update").read_bytes() == (tmp_path / "expected").read_bytes()
 
     again = trainer_of(
@@ -80,19 +80,29 @@ def test_a_device_that_streams_sends_what_one_with_enough_memory_sends(bench, da
     )
     table.round(again, tmp_path / "update-2", server_round=2)  # a restart remembers
     assert again.planner.step_plan == step_plan
-    assert again.model.streams
+    assert again.model.streamed_layers
 
 
 def test_a_slow_disk_leaves_fewer_experts_unless_the_owner_wants_them_all(bench, data, tmp_path):
     table = bench("random", local_steps=1, **ADAPTERS)
     slow = poor(table, data, tmp_path, Streaming(SLOW), "slow", expert_storage="nf4")
     table.round(slow, tmp_path / "update")
-    assert not slow.planner.step_plan.setup.streamed
+    assert not slow.planner.step_plan.setup.streamed_layers
     assert slow.planner.step_plan.resident < 64
     always = poor(table, data, tmp_path, Streaming(SLOW), "always", expert_storage="nf4", stream_experts="always")
     table.round(always, tmp_path / "update")
-    assert always.planner.step_plan.setup.streamed
+    assert always.planner.step_plan.setup.streamed_layers
     assert always.planner.step_plan.resident == 64
+
+
+@pytest.mark.full
+def test_a_device_with_slices_streams_them(bench, data, tmp_path):
+    table = bench("slices", local_steps=1, **ADAPTERS)
+    device = poor(table, data, tmp_path, stream_experts="always")
+    table.round(device, tmp_path / "update")
+    step_plan = device.planner.step_plan
+    assert device.model.streamed_layers == step_plan.setup.streamed_layers > 0
+    assert device.model.plan.neurons
 
 
 def test_an_owner_can_forbid_it(bench, data, tmp_path):
