@@ -147,9 +147,9 @@ def compress_update(
 ) -> Compressed:
     """Encode the update at ``path``, in place, and write the residuals that it leaves to ``new_residuals``, durably.
 
-    ``residuals``: those of the update before. A residual of a unit that is not in this update stays if its key is in
-    ``resident``. A damaged one is dropped; ``report`` is told. Takes the memory of some blocks, or of one neuron table.
-    Raises TrainingDiverged for a change that is not finite, StorageError.
+    ``residuals``: those of the update before. A residual of a tensor that is not in this update stays if its unit is
+    in ``resident``. A damaged one is dropped; ``report`` is told. Takes the memory of some blocks, or of one neuron
+    table. Raises TrainingDiverged for a change that is not finite, StorageError.
     """
     header = read_header(path)
     before: dict[str, TensorEntry] = {}
@@ -180,7 +180,7 @@ def compress_update(
     carried = [
         entry
         for name, entry in before.items()
-        if (key := split_update_name(name)[0]) in resident and key not in encoded_units
+        if (key := split_update_name(name)[0]) in resident and (key not in encoded_units or name not in header)
     ]
     whole_bytes, squares = path.stat().st_size, np.zeros(2)
     target_path = path.with_name(f"{path.name}.encoded")

@@ -305,6 +305,7 @@ class ActiveRun:
             *(self._method, self.policy, self._blobs, self.backend, self._fold_threads, self._closing.is_set),
             repairs=self.repairs,
             privacy=self.config.privacy,
+            training=self.config.training,
             server_round=server_round,
             model=self.store.manifest,
             optimizer=self.config.server_optimizer,

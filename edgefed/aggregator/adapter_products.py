@@ -22,9 +22,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from edgefed.protocol.alternation import LORA_A, LORA_B
 from edgefed.protocol.messages import NEURON_TABLE, TensorInfo
 
-LORA_A, LORA_B = ".lora_a", ".lora_b"
 SMALLEST_SCALE = 0.1
 """Smallest scale of a direction of A, as a share of the largest: keeps B within ten times its size."""
 MOST_COLUMNS = 3

@@ -33,7 +33,8 @@ from edgefed.errors import StorageError, first_line
 from edgefed.kernels.fold import FoldBackend
 from edgefed.methods.interface import Contribution, Method, UnitMerge
 from edgefed.progress import round_range
-from edgefed.protocol.messages import Manifest, UnitInfo
+from edgefed.protocol.alternation import sent_units
+from edgefed.protocol.messages import Manifest, TrainingConfig, UnitInfo
 from edgefed.protocol.privacy import PrivacyConfig
 from edgefed.protocol.server_optimizer import ServerOptimizer
 
@@ -86,6 +87,8 @@ class Aggregation:
     """The round; an update of an earlier one is late."""
     model: Callable[[int], Manifest | None] = lambda server_round: None
     """The model at the start of an earlier round, from which a late update was trained."""
+    training: TrainingConfig = TrainingConfig()
+    """What clients train, and so send, in the round."""
     optimizer: ServerOptimizer | None = None
     """Makes the next model from the aggregate; None: that is the next model."""
     moments: Callable[[int], Mapping[str, UnitInfo]] = lambda server_round: {}
@@ -115,7 +118,7 @@ def _aggregate(
     with concurrent.futures.ThreadPoolExecutor(how.threads or default_threads(), thread_name_prefix="hash") as pool:
         problems = pool.map(lambda update: file_problem(update, paths[update.client_id]), updates)
         set_aside |= {u.client_id: reason for u, reason in zip(updates, problems, strict=True) if reason is not None}
-    trained = [unit for unit in units if unit.trainable]
+    trained, sent = [unit for unit in units if unit.trainable], sent_units(units, how.training, how.server_round)
     damaged = (
         ()
         if how.repairs is None
@@ -147,9 +150,9 @@ def _aggregate(
         try:
             contributions: list[Contribution] = []
             if how.privacy is not None:
-                plan, robustness = privately(how, how.privacy, units, files, damaged)
+                plan, robustness = privately(how, how.privacy, sent, files, damaged)
             else:
-                robustness, absurd = resist(how, units, files, damaged)
+                robustness, absurd = resist(how, sent, files, damaged)
                 if absurd:
                     set_aside |= absurd
                     continue
@@ -165,6 +168,7 @@ def _aggregate(
                 stepping=stepping if stepping.needed else None,
                 threads=how.threads,
                 cancelled=how.cancelled,
+                sent=sent,
             )
             return Aggregated(changed, set_aside, damaged=damaged, metrics=stepping.metrics())
         except (FoldCancelled, StorageError):

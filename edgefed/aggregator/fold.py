@@ -105,9 +105,11 @@ def fold_round(
     stepping: Stepping | None = None,
     threads: int | None = None,
     cancelled: Callable[[], bool] = lambda: False,
+    sent: Sequence[UnitInfo] | None = None,
 ) -> list[UnitInfo]:
     """Write the units of the next global model that differ from the current one. Returns them, in manifest order.
 
+    ``sent``: the units with the tensors that clients send, if these are not all; the others stay as they are.
     With ``stepping``, a server optimizer makes its step from the aggregate, and the units of its new moments follow.
 
     Their blobs are durable when this returns. ``updates`` maps clients to validated update files; ``threads`` None
@@ -117,7 +119,7 @@ def fold_round(
     unknown = plan.keys() - {unit.key for unit in units if unit.trainable}
     if unknown:
         raise ValueError(f"the merge plan names parts that are not trainable in this run: {sorted(unknown)[:4]}")
-    index = UpdateIndex(units, updates)
+    index = UpdateIndex(sent or units, updates)
     planned = [unit for unit in units if unit.key in plan]
     scratches = threading.local()
 
@@ -170,15 +172,16 @@ def _unit_chunks(
     weights = sorted(merge.weights, key=lambda pair: pair[0])
     old = read_header(old_path)
     yield encode_header(unit.tensors)
-    found = {info.name: _sources(unit, info, weights, index, scratch) for info in unit.tensors}
+    sent = [info for info in unit.tensors if index.expects(unit.key, info.name)]
+    found = {info.name: _sources(unit, info, weights, index, scratch) for info in sent}
     means = _product_means(unit, found, old_path, old, scratch) if scratch.robustness.products else {}
     for info in unit.tensors:
-        sources, keep_rows = found[info.name]
+        sources, keep_rows = found.get(info.name, ([], None))
         if sources and keep_rows is not None and info.name == NEURON_TABLE:
             yield from _table_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
         elif (mean := means.get(info.name)) is not None:
             yield from _tensor_chunks(info, sources, None, old_path, old[info.name], scratch, mean)
-        elif sources or scratch.noise is not None:
+        elif sources or (scratch.noise is not None and info in sent):
             yield from _tensor_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
         else:
             yield from _copy_chunks(old_path, old[info.name], scratch)

@@ -53,7 +53,8 @@ class RoundPolicy:
     at most. ``max_staleness``: rounds by which an update may be late and still count, with less weight
     (`edgefed.aggregator.staleness`); 0: late updates are dropped. ``stop_after``: rounds without a better held-out loss
     that end the run (`edgefed.aggregator.stopping`); None: none do. ``adapter_average``: what is averaged of LoRA
-    adapters, "product" (`edgefed.aggregator.adapter_products`) or "factors". ``download_compression``: how far the
+    adapters, "product" (`edgefed.aggregator.adapter_products`), "factors", or "alternate": the one
+    that trains (`protocol.alternation`). ``download_compression``: how far the
     model moves in a round, one of `protocol.frames.DOWNLOAD_SHARES`.
     """
 
@@ -102,8 +103,8 @@ class RoundPolicy:
             wrong.append(f"client_timeout_s is {self.client_timeout_s}, expected a positive number")
         if self.quorum and self.clients_per_round and self.quorum > self.clients_per_round:
             wrong.append(f"quorum {self.quorum} is more than the {self.clients_per_round} clients of a round")
-        if self.adapter_average not in ("product", "factors"):
-            wrong.append(f"adapter_average is {self.adapter_average!r}, expected product or factors")
+        if self.adapter_average not in ("product", "factors", "alternate"):
+            wrong.append(f"adapter_average is {self.adapter_average!r}, expected product, factors or alternate")
         elif self.adapter_average == "product" and self.robust != "mean":
             wrong.append(f"adapter_average is product, which robust={self.robust} cannot combine; expected factors")
         if self.download_compression not in DOWNLOAD_SHARES:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgefed.aggregator.adapter_products import LORA_A
 from edgefed.disk import disk_errors
 from edgefed.errors import InvalidUpdate
+from edgefed.protocol.alternation import LORA_A
 from edgefed.protocol.frames import ENCODED_DTYPE, TensorEntry, storage_dtype
 from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, TensorInfo, UnitInfo
 from edgefed.protocol.slices import INDEX_DTYPE, are_rows, neuron_table, slice_tensors

@@ -71,6 +71,10 @@ class UpdateIndex:
                     widths[at] = entry.info.shape[0]
             self._starts[client_id], self._codecs[client_id], self._widths[client_id] = starts, codecs, widths
 
+    def expects(self, unit_key: str, name: str) -> bool:
+        """Whether clients send a tensor in this round."""
+        return update_name(unit_key, name) in self._order
+
     def has(self, client_id: str, unit: UnitInfo) -> bool:
         """Whether a client uploaded a unit."""
         return bool(self._starts[client_id][self._order[update_name(unit.key, unit.tensors[0].name)]] != _ABSENT)

@@ -27,6 +27,7 @@ from edgefed.errors import (
     UpdateTooLarge,
 )
 from edgefed.progress import IDLE_PHASE
+from edgefed.protocol.alternation import sent_units
 from edgefed.protocol.messages import UnitInfo, UpdateAccepted, UpdateMeta, UploadState
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class UpdateRequests:
                 if update is not None and update.sha256 == meta.sha256:
                     return UpdateAccepted(server_round=server_round, repeated=True)
                 run.check_open(client_id, server_round, update)
-                units = run.catalog.manifest.units
+                units = sent_units(run.catalog.manifest.units, run.config.training, server_round)
             name = UploadName(client_id, server_round, attempt)
             try:
                 if run.bucket is not None:

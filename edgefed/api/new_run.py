@@ -59,7 +59,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
     from edgefed.embedded import TINY, resolve_model
     from edgefed.hub import check_source
     from edgefed.methods.pace import check_pace
-    from edgefed.methods.registry import check_training, make_method
+    from edgefed.methods.registry import check_alternation, check_training, make_method
     from edgefed.progress import Pulse
     from edgefed.protocol.messages import RunConfig
     from edgefed.runs import import_in_subprocess
@@ -89,6 +89,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
     rounds = 5 if server.rounds is None else server.rounds
     if problems := training.problems(rounds):
         raise ConfigError("; ".join(problems))
+    check_alternation(method, training, server.max_staleness or 0)
     if {training.experts, training.router, training.attention} == {"none"}:
         raise ConfigError("nothing would be trained: experts, router and attention are all none")
     run = RunConfig(
@@ -121,6 +122,8 @@ def _training(server: Server) -> TrainingConfig:
     from edgefed.protocol.messages import TrainingConfig
 
     given = {name: getattr(server, name) for name in TRAINING if getattr(server, name) is not None}
+    if server.adapter_average == "alternate":
+        given["lora_factors"] = "alternate"
     return TrainingConfig(**{name.removeprefix("train_"): value for name, value in given.items()})
 
 
@@ -194,7 +197,7 @@ def _extractor(server: Server, method: str) -> tuple[str, str]:
 def continued_run(server: Server) -> RunConfig:
     """The run in the state folder. Raises ConfigError for a setting that contradicts it."""
     from edgefed.methods.options import option_values
-    from edgefed.methods.registry import make_method
+    from edgefed.methods.registry import check_alternation, make_method
     from edgefed.runs import RunReader
 
     with RunReader(server.state) as reader:
@@ -213,6 +216,11 @@ def continued_run(server: Server) -> RunConfig:
     if asked := _other_optimizer(server, run.server_optimizer):
         raise _contradiction(server, asked, run.server_optimizer or "no server optimizer")
     check_codec(server, run.compression)
+    alternates = run.training.lora_factors == "alternate"
+    if server.adapter_average is not None and (server.adapter_average == "alternate") != alternates:
+        found = "alternating factors" if alternates else "factors that train together"
+        raise _contradiction(server, f"`adapter_average={server.adapter_average}`", found)
+    check_alternation(make_method(run.method, run.method_options), run.training, server.max_staleness or 0)
     if asked := other_privacy(server, run.privacy):
         raise _contradiction(server, asked, run.privacy or "no noise")
     if options:

@@ -114,9 +114,9 @@ class Server:
         Setting("With `server_optimizer=adam`: added to the root of its second moment.", default="0.001", above=0),
     ] = None
     adapter_average: Annotated[
-        Literal["product", "factors"] | None,
-        Setting("What is averaged of LoRA adapters: what they add to the weights, or their two factors.",
-                default="factors"),
+        Literal["product", "factors", "alternate"] | None,
+        Setting("What is averaged of LoRA adapters: what they add to the weights, their two factors, or one factor, "
+                "which alone trains and is sent, by turns (RoLoRA).", default="factors"),
     ] = None  # fmt: skip
     rollback: Annotated[
         float | None,

@@ -22,6 +22,7 @@ from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import ExpertMethod, Method, PersonalMethod
 from edgefed.methods.options import Value, check_options, options_of, read_options
 from edgefed.methods.slices import Slices
+from edgefed.protocol.training import TrainingConfig
 
 METHODS: dict[str, type[Method]] = {}
 """The classes by method name, in the order in which they were registered."""
@@ -116,6 +117,28 @@ def check_training(method: Method, experts: str) -> None:
         raise ConfigError(
             f"{method.name} trains experts as {required!r}; asked for {experts!r}",
             remedy=f"Set `train_experts={required}`.",
+        )
+
+
+def check_alternation(method: Method, training: TrainingConfig, max_staleness: int = 0) -> None:
+    """Raise ConfigError if factors of adapters are to alternate and cannot: there are none, or a round would mix them.
+
+    ``max_staleness``: rounds by which an update may be late.
+    """
+    if training.lora_factors != "alternate":
+        return
+    if method.personal or "lora" not in (training.experts, training.router, training.attention):
+        raise ConfigError("`adapter_average=alternate` has no effect: nothing trains by LoRA", remedy="Remove it.")
+    if method.requirements.neurons:
+        raise ConfigError(
+            f"`adapter_average=alternate` cannot be combined with {method.name}: a row of a neuron has both factors",
+            remedy="Remove it, or choose another method.",
+        )
+    if max_staleness:
+        raise ConfigError(
+            f"`adapter_average=alternate` cannot be combined with `max_staleness={max_staleness}`: a late update may "
+            "have the other factor",
+            remedy="Set `max_staleness=0`.",
         )
 
 

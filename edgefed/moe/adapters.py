@@ -8,6 +8,7 @@ Adapters of experts are part of the expert bank; see `edgefed.moe.bank`.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import cast
 
@@ -104,3 +105,9 @@ def load_adapter(unit: FixedTensors, tensors: Mapping[str, torch.Tensor]) -> Non
     check_tensors(key, tensors, {name: tuple(target.shape) for name, target in targets.items()})
     for name, target in targets.items():
         copy_into(key, name, target, tensors[name])
+
+
+def adapter_factors(module: nn.Module, ending: str) -> list[nn.Parameter]:
+    """Return the parameters of all adapters whose tensors end in ``ending``, ``.lora_a`` or ``.lora_b``."""
+    factor = re.compile(rf"{ending.removeprefix('.')}(_\d+)?$")  # of an expert, its id follows
+    return [parameter for name, parameter in module.named_parameters() if factor.search(name)]

@@ -31,6 +31,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention: str = "none"
     lora_rank: int = 8
     lora_alpha: float = 16.0
+    lora_factors: str = "both"
+    """Factors of LoRA adapters that a round trains: "both", or "alternate" (`protocol.alternation`)."""
     balancing: float | None = None
     """Coefficient of the load-balancing loss of resident experts; None: what the model's configuration asks for."""
     missing: str = "renormalize"
@@ -68,6 +70,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if not 0 <= self.max_grad_norm < math.inf:
             found.append(f"`max_grad_norm` is {self.max_grad_norm}, expected a number from 0")
+        if self.lora_factors not in ("both", "alternate"):
+            found.append(f"`lora_factors` is {self.lora_factors!r}, expected both or alternate")
         if not 0 <= self.round_seconds < math.inf:
             found.append(f"`round_seconds` is {self.round_seconds}, expected seconds from 0; 0 sets no limit")
         if not self.evaluate_every >= 1:

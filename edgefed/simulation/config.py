@@ -135,7 +135,7 @@ class SimulationConfig:
         seed: Of every random draw.
         training: Settings of local training.
         server_optimizer: What makes the next model from the aggregate of a round. None: that is the next model.
-        adapter_average: What is averaged of LoRA adapters, "product" or "factors".
+        adapter_average: What is averaged of LoRA adapters, "product", "factors" or "alternate".
         stop_after: Rounds without a better held-out loss that end a run with its best model; then devices measure it.
             None: none do.
         split: One data file for all devices. None: each device has its own.
@@ -210,8 +210,8 @@ class SimulationConfig:
             problems.append(f"alpha is {self.split.alpha}, expected a number above 0")
         problems += _training_problems(self.training)
         problems += [text.replace("_", "-").replace("`", "") for text in self.training.problems(self.rounds)]
-        if self.adapter_average not in ("product", "factors"):
-            problems.append(f"adapter-average is {self.adapter_average!r}, expected product or factors")
+        if self.adapter_average not in ("product", "factors", "alternate"):
+            problems.append(f"adapter-average is {self.adapter_average!r}, expected product, factors or alternate")
         if self.server_optimizer is not None:
             problems += [text.replace("`", "") for text in self.server_optimizer.problems()]
         if problems:

@@ -25,7 +25,7 @@ from edgefed.costs.step_setup import DTYPE_BYTES, StepSetup
 from edgefed.errors import BudgetTooSmall, StateCorrupt, TrainingDiverged
 from edgefed.expert_records import ExpertPlan
 from edgefed.methods.interface import ExpertMethod
-from edgefed.methods.registry import make_expert_method
+from edgefed.methods.registry import check_alternation, make_expert_method
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol import frames
 from edgefed.protocol.messages import ExpertSurvey, Manifest, RunConfig, UnitInfo
@@ -70,6 +70,9 @@ class SimulatedRun:
         training = config.training
         if self._method.requirements.train_experts is not None:
             training = msgspec.structs.replace(training, experts=self._method.requirements.train_experts)
+        if config.adapter_average == "alternate":
+            training = msgspec.structs.replace(training, lora_factors="alternate")
+        check_alternation(self._method, training)
         self._run = RunConfig(
             run_id=f"simulated-{config.seed}", model=config.model, method=choice.method,
             method_options=dict(choice.options), rounds=config.rounds, seed=config.seed, training=training,

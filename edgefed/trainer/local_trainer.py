@@ -31,6 +31,7 @@ from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.merging.plan import ExpertMerger
 from edgefed.moe.model import MoeModel
 from edgefed.progress import ProgressSink
+from edgefed.protocol.alternation import sent_units
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig
 from edgefed.protocol.trainer import Fetch, TrainedUpdate
 from edgefed.trainer import reports
@@ -174,7 +175,8 @@ class LocalTrainer:
             survey = reports.expert_survey(plan, self.planner.profile, self.planner.train_slots, outcome, probed)
         elif run.pace:
             survey = reports.pace_survey(plan, self.planner.own_pace)
-        experts, unsent = reports.write_update(model, run, method, plan, outcome, newest, update_path, progress)
+        sent = {unit.key: unit for unit in sent_units(manifest.units, run.training, manifest.server_round)}
+        experts, unsent = reports.write_update(model, run, method, plan, outcome, sent, update_path, progress)
         keep_model(model, method, run, manifest, self._folder)
         self._private.save(run.run_id, manifest.server_round)
         if copies:

@@ -21,8 +21,10 @@ from edgefed.costs.memory import StepSetup
 from edgefed.errors import TrainingDiverged
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.interface import ExpertMethod
+from edgefed.moe.adapters import adapter_factors
 from edgefed.moe.model import MoeModel
 from edgefed.moe.units import TrainScope
+from edgefed.protocol.alternation import resting_factor
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.encoding import TokenBlocks
 from edgefed.training.loss import batch_loss, configured_balancing
@@ -222,7 +224,7 @@ def run_steps(
     shares = [(step + 0.5) / training.local_steps for step in range(first_step, training.local_steps)]
     steps = _LocalSteps(
         *(model, blocks, training, setup or step_setup(model, training), seed + first_step, norms),
-        *(min(map(rate_at, shares)), private_step, moments),
+        *(min(map(rate_at, shares)), private_step, moments, resting_factor(training, server_round)),
     )
     interrupted = False
     started = time.perf_counter()
@@ -287,8 +289,9 @@ class _LocalSteps:
         smallest_rate: float,
         private_step: Callable[[float], None],
         moments: KeptMoments | None,
+        resting: str | None,
     ):
-        self._moments = moments
+        self._moments, self._resting = moments, [] if resting is None else adapter_factors(model.module, resting)
         self._norms, self._private_step = norms, private_step
         self.losses: list[float] = []
         self.expert_steps: Counter[tuple[int, int]] = Counter()
@@ -323,6 +326,8 @@ class _LocalSteps:
         self.num_tokens += input_ids.numel()
 
     def _on_gradients(self) -> None:
+        for parameter in self._resting:
+            parameter.grad = None
         if self._norms:
             self._norms.add()
         self._private_step(self.rate)

@@ -229,6 +229,18 @@ def test_damaged_residuals_are_named_and_dropped_and_the_round_goes_on(tmp_path)
         assert (second["b|w"] == first["b|w"]).all() == (damage is cut)
 
 
+def test_a_factor_that_rests_keeps_its_residual(tmp_path):
+    bench = Bench(tmp_path, {"e": (info("w.lora_a", 64, 64), info("w.lora_b", 64, 64))})
+    rng, base, changes = np.random.default_rng(1), np.zeros((64, 64), "f4"), []
+    for name in ("w.lora_b", "w.lora_a"):
+        changes.append(rng.standard_normal((64, 64)).astype("f4"))
+        bench.round("topk3", {"e": {"w.lora_a": base, "w.lora_b": base}}, {f"e|{name}": changes[-1]}, resident={"e"})
+    left = arrays(bench.residuals)
+    assert set(left) == {"e|w.lora_a", "e|w.lora_b"}
+    bench.round("topk3", {"e": {"w.lora_a": base, "w.lora_b": base}}, {"e|w.lora_b": base}, resident={"e"})
+    assert 0 < np.linalg.norm(arrays(bench.residuals)["e|w.lora_b"]) < np.linalg.norm(left["e|w.lora_b"])
+
+
 def test_rows_of_a_slice_have_residuals_of_their_own(tmp_path):
     bench = Bench(tmp_path, {"e": (info(NEURON_TABLE, 40, 32),)})
     table, name, index = np.zeros((40, 32), "f4"), f"e|{NEURON_TABLE}", f"e|{NEURON_INDEX}"

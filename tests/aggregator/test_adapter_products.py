@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
-from toy_run import frame_of, new_unit, unit_values
+from toy_run import Toy, frame_of, make_update, new_unit, run_config, unit_values
 
 from edgefed.aggregator import fold
 from edgefed.aggregator.adapter_products import average_products
 from edgefed.aggregator.blobs import BlobStore
-from edgefed.aggregator.creation import RunWriter
+from edgefed.aggregator.creation import RunWriter, create_run
 from edgefed.aggregator.fold import Robustness
+from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.errors import InvalidUpdate
+from edgefed.kernels.compression import CODECS, encode
 from edgefed.kernels.fold import NUMPY
 from edgefed.methods.interface import UnitMerge
+from edgefed.protocol.frames import ENCODED_DTYPE
+from edgefed.protocol.messages import TrainingConfig
 
 RANK, OUT, IN = 4, 24, 16
 
@@ -146,3 +152,52 @@ def test_one_client_is_copied_bit_by_bit_and_a_shortened_one_is_shortened(run):
     shortened = [old + 0.25 * (new - old) for old, new in zip(start["expert"], second, strict=True)]
     dense = (first[0] @ first[1] + shortened[0] @ shortened[1]) / 2
     assert error(product(found), best(dense)) < 1e-5
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_factors_alternate_and_each_round_is_exact(tmp_path, compressed):
+    lora_b, lora_a = (part.astype(np.float32) for part in adapters(1, 9)[0])
+    unit = new_unit("e:lora", "expert", 0, 0, True, {"w.lora_a": ("F32", lora_a), "w.lora_b": ("F32", lora_b)})
+    training = TrainingConfig(lora_factors="alternate", experts="lora")
+    run = msgspec.structs.replace(run_config(rounds=4), training=training)
+    (config := tmp_path / "config.json").write_text("{}")
+    policy = RoundPolicy(rounds=4, adapter_average="alternate", clip=1e6)
+    create_run(tmp_path / "state", run, policy, [unit], [config])
+    toy = Toy(tmp_path / "state")
+    for server_round in (1, 2, 3):
+        toy.join("a", "b")
+        old, name = toy.values(), "e:lora|w.lora_b" if server_round % 2 else "e:lora|w.lora_a"
+        other = next(each for each in old if each != name)
+        new = {c: old[name] + np.float32(seed) * np.ones_like(old[name]) for seed, c in enumerate("ab", start=1)}
+        for tensors, says in (
+            ({name: new["a"], other: old[other]}, "has no tensor"),
+            ({other: old[other]}, "has no tensor"),
+        ):
+            with pytest.raises(InvalidUpdate, match=says):
+                send(toy, "a", tensors, attempt=9)
+        for weight, client in enumerate("ab", start=1):
+            send(toy, client, {name: new[client]}, num_examples=weight, base=old if compressed else None)
+        toy.run.fold_pending()
+        found = toy.values()
+        np.testing.assert_array_equal(found[other], old[other])
+        np.testing.assert_allclose(found[name], (new["a"] + 2 * new["b"]) / 3, rtol=1e-5)
+        pairs = [{**old, name: new[client]} for client in "ab"]
+        exact = sum(w * product_of(pair) for w, pair in zip((1, 2), pairs, strict=True)) / 3
+        assert error(product_of(found), exact) < 1e-5
+    toy.close()
+
+
+def product_of(values):
+    return values["e:lora|w.lora_b"].astype(np.float64) @ values["e:lora|w.lora_a"].astype(np.float64)
+
+
+def send(toy, client, tensors, base=None, **changes):
+    """Send factors as they are, or as encoded changes of ``base``."""
+    frame = {name: ("F32", values) for name, values in tensors.items()}
+    if base is not None:
+        codec = CODECS["int8"]
+        frame = {
+            f"{name}|int8": (ENCODED_DTYPE, encode(codec, (values - base[name]).reshape(-1)))
+            for name, values in tensors.items()
+        }
+    toy.send(make_update(toy.manifest(), client, frame, **changes))

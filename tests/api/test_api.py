@@ -101,6 +101,15 @@ def test_a_server_refuses_what_has_no_effect_or_contradicts(tmp_path):
         serve(adapter_average="product", dp_noise=1.0, dp_clip=1.0)
     with pytest.raises(ConfigError, match="adapter_average is product, which robust=median cannot combine"):
         serve(adapter_average="product", robust="median", train_experts="lora")
+    for settings, says in (
+        ({"train_experts": "full"}, "has no effect: nothing trains by LoRA"),
+        ({"train_experts": "lora", "max_staleness": 2}, "cannot be combined with `max_staleness=2`"),
+        ({"train_experts": "lora", "method": "slices"}, "cannot be combined with slices"),
+    ):
+        with pytest.raises(ConfigError, match=f"`adapter_average=alternate` {says}"):
+            serve(adapter_average="alternate", **settings)
+    with pytest.raises(ConfigError, match="`evaluate_every` is 9, expected at most the 5 rounds"):
+        serve(evaluate_every=9)
     with pytest.raises(ConfigError, match="`schedule` has no effect with fedmoe"):
         serve(method="fedmoe", schedule="cosine")
     with pytest.raises(ConfigError, match="`rounds`: 0"):

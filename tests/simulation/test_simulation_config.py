@@ -81,7 +81,11 @@ def test_every_fault_of_a_file_is_told_at_once(tmp_path):
         ("local-steps = 4", "warmup-rounds = 3", "warmup-rounds is 3, expected fewer than the 3 rounds"),
         ("[data]", '[server-optimizer]\nkind = "sgd"\n[data]', "server_optimizer is 'sgd'"),
         ("[data]", '[server-optimizer]\nkind = "adam"\nspeed = 1\n[data]', "unknown key server-optimizer.speed"),
-        ("rounds = 3", 'rounds = 3\nadapter-average = "b"', "adapter-average is 'b', expected product or factors"),
+        (
+            "rounds = 3",
+            'rounds = 3\nadapter-average = "b"',
+            "adapter-average is 'b', expected product, factors",
+        ),
         ("local-steps = 4", 'schedule = "up"', "schedule is 'up'"),
         ("local-steps = 4", 'experts = "some"', "experts is 'some'"),
         ('label = "redrawn"', 'label = "../up"', "../up"),

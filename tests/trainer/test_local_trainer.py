@@ -219,6 +219,34 @@ def test_training_lowers_the_loss_on_the_device(bench, data, tmp_path):
     assert update.metrics["held_out_loss_after"] < update.metrics["held_out_loss_before"] - 0.2
 
 
+def test_factors_of_adapters_train_and_are_sent_by_turns(bench, data, tmp_path):
+    lora = {"experts": "lora", "router": "lora", "attention": "lora", "lora_rank": 4}
+    both = bench("random", **lora)
+    both.round(trainer_of(data, tmp_path, share=0.25), tmp_path / "both")
+    rounds = bench("random", rounds=2, lora_factors="alternate", **lora)
+    trainer = trainer_of(data, tmp_path, share=0.25, folder="alternate")
+    sizes = []
+    for server_round, trained, rests in ((1, "lora_b", "lora_a"), (2, "lora_a", "lora_b")):
+        manifest, _ = rounds.round(trainer, path := tmp_path / trained, server_round)
+        header = frames.read_header(path)
+        assert {name.rpartition(".")[2] for name in header} == {trained}
+        assert {name.partition("|")[0] for name in header} == names_of_units(tmp_path / "both")
+        sizes.append(sum(entry.size_bytes for entry in header.values()))
+        start = {unit.key: unit for unit in manifest.units}
+        for unit, tensors in trainer.model.trained_units():
+            begin = rounds.paths[start[unit.key].sha256]
+            for name, value in tensors.items():
+                before = frames.map_tensor(begin, frames.read_header(begin)[name])
+                if name.endswith(rests):
+                    np.testing.assert_array_equal(value.numpy(), before)
+    whole = sum(entry.size_bytes for entry in frames.read_header(tmp_path / "both").values())
+    assert sum(sizes) == whole
+
+
+def names_of_units(path):
+    return {name.partition("|")[0] for name in frames.read_header(path)}
+
+
 def test_moments_stay_on_the_device_from_round_to_round(bench, data, tmp_path):
     updates = {}
     for keep in (False, True):
