@@ -335,7 +335,7 @@ class ActiveRun:
             ends = result.restored is not None
             status = round_status(
                 self.store.current_round(), used, changed, set_aside, result.undone,
-                downloaded_bytes=downloads_since(history, self.clients.values()), damaged=result.damaged,
+                downloads=downloads_since(history, self.clients.values()), damaged=result.damaged,
                 privacy=self._spent(), more_metrics={**metrics, **restored_metric(result), **result.metrics},
             )  # fmt: skip
             next_phase = Phase.FINISHED if ends or server_round >= self.policy.rounds else Phase.WAITING

@@ -26,7 +26,7 @@ from edgefed.aggregator.robust import MIN_CLIENTS, absurd_moves, clip_factors, f
 from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.server_optimizer import Stepping, undone_moments
 from edgefed.aggregator.staleness import BaseLost, Rebasing, rebase_update
-from edgefed.aggregator.update_files import UpdateDamaged
+from edgefed.aggregator.update_files import UpdateDamaged, sent_bytes
 from edgefed.aggregator.validate import update_units
 from edgefed.disk import hash_file
 from edgefed.errors import StorageError, first_line
@@ -162,6 +162,7 @@ def _aggregate(
             stepping = Stepping(
                 *(how.optimizer, how.moments(how.server_round)), how.policy.step_share(how.server_round)
             )  # fmt: skip
+            sent = sent_bytes(units, [folder / update.file_name for update in counted])
             changed = fold_round(
                 *(units, plan, files, how.blobs, how.backend),
                 robustness=robustness,
@@ -170,7 +171,7 @@ def _aggregate(
                 cancelled=how.cancelled,
                 sent=sent,
             )
-            return Aggregated(changed, set_aside, damaged=damaged, metrics=stepping.metrics())
+            return Aggregated(changed, set_aside, damaged=damaged, metrics=stepping.metrics() | sent)
         except (FoldCancelled, StorageError):
             raise
         except UpdateDamaged as error:

@@ -221,7 +221,7 @@ class Endpoints:
         if base := request.query_params.get("base"):
             change = await self.run(change_between, self.service.blob, base, path, work=Work.TRANSFER)
             if change is not None:
-                await self.run(self.service.note_download, key, len(change))
+                await self.run(self.service.note_download, key, len(change), size_bytes)
                 return Response(change, headers=headers, media_type=CHANGE_TYPE)
         span = parse_range(request.headers.get("range"), size_bytes)
         if span is None:

@@ -18,6 +18,7 @@ class ClientRecord:
 
     ``lost``: it fell silent. ``last_seen_at``: when it was last heard of, as of its leaving, its falling silent or the
     stop of the server; seconds since the epoch. ``survey``: its reports about experts up to the last folded round.
+    ``changed_bytes``: those among ``downloaded_bytes`` that were changes of blobs, which saved it ``saved_bytes``.
     ``held_out``: (round, held-out loss of that round's global model), as it last reported.
     """
 
@@ -32,6 +33,8 @@ class ClientRecord:
     rounds_done: int = 0
     uploaded_bytes: int = 0
     downloaded_bytes: int = 0
+    changed_bytes: int = 0
+    saved_bytes: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     device: DeviceInfo | None = None
     survey: ExpertSurvey | None = None

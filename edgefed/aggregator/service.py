@@ -256,11 +256,18 @@ class Service(UpdateRequests):
         self.note_download(key, size_bytes)
         return url
 
-    def note_download(self, key: str, size_bytes: int) -> None:
-        """Count downloaded bytes for the client with this key, if any: blobs may be fetched without one."""
+    def note_download(self, key: str, size_bytes: int, whole_bytes: int = 0) -> None:
+        """Count downloaded bytes for the client with this key, if any: blobs may be fetched without one.
+
+        ``whole_bytes``: of the blob, where a change of it was sent.
+        """
         run = self._run
         with run.lock:
             client_id = self._ids_by_key.get(digest(key))
             if client_id in run.clients:
-                run.clients[client_id].downloaded_bytes += size_bytes
+                client = run.clients[client_id]
+                client.downloaded_bytes += size_bytes
+                if whole_bytes:
+                    client.changed_bytes += size_bytes
+                    client.saved_bytes += whole_bytes - size_bytes
                 run.apply(rounds.ClientSeen(run.clock(), client_id))

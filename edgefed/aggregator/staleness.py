@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from edgefed.aggregator.fold import BLOCK_ELEMENTS
 from edgefed.aggregator.records import UpdateRecord
 from edgefed.aggregator.repair import blob_problem
 from edgefed.aggregator.slices import read_rows
-from edgefed.aggregator.update_files import BlockFiles, ChangeBuffers, TensorPlace
+from edgefed.aggregator.update_files import BlockFiles, ChangeBuffers, TensorPlace, values_info
 from edgefed.disk import disk_errors
 from edgefed.kernels.compression import CODECS
 from edgefed.kernels.fold import FoldBackend
@@ -92,7 +92,7 @@ def rebase_update(path: Path, target: Path, how: Rebasing, blobs: BlobStore, bac
         return places[unit.sha256]
 
     with disk_errors(f"write {target}"), target.open("wb") as file, BlockFiles() as files:
-        sent = {name: _values_info(name, entry, header, now) for name, entry in header.items()}
+        sent = {name: values_info(name, entry, header, now) for name, entry in header.items()}
         file.write(encode_header(list(sent.values())))
         changes = ChangeBuffers(BLOCK_ELEMENTS)
         buffers = [np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8) for _ in range(2)]
@@ -124,20 +124,6 @@ def rebase_update(path: Path, target: Path, how: Rebasing, blobs: BlobStore, bac
                 if models or codec:
                     backend.narrow_block(sums, info.dtype, out)
                 file.write(out.data)
-
-
-def _values_info(
-    name: str, entry: TensorEntry, header: Mapping[str, TensorEntry], units: Mapping[str, UnitInfo]
-) -> TensorInfo:
-    """A tensor of an update as its values are, also if it is encoded."""
-    key, tensor, codec = split_update_name(name)
-    if not codec:
-        return entry.info
-    info = next(info for info in units[key].tensors if info.name == tensor)
-    shape = info.shape
-    if tensor == NEURON_TABLE and neuron_table(units[key]) is not None:
-        shape = (*header[update_name(key, NEURON_INDEX)].info.shape, *info.shape[1:])
-    return TensorInfo(name=update_name(key, tensor), dtype=info.dtype, shape=shape)
 
 
 def _spans(info: TensorInfo, rows: np.ndarray | None) -> Iterator[tuple[int, int, int]]:

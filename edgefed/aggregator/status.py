@@ -72,7 +72,7 @@ def round_status(
     changed: Sequence[UnitInfo],
     set_aside: Sequence[SetAside] = (),
     undone: int | None = None,
-    downloaded_bytes: int = 0,
+    downloads: tuple[int, Mapping[str, float]] = (0, MappingProxyType({})),
     damaged: tuple[str, ...] = (),
     privacy: PrivacyStatus | None = None,
     more_metrics: Mapping[str, float] = MappingProxyType({}),
@@ -85,10 +85,13 @@ def round_status(
         seconds=max(0.0, time.time() - current.opened_at) if current.opened_at is not None else 0.0,
         uploaded_bytes=sum(update.size_bytes for update in updates),
         experts_changed=len({(unit.layer, unit.expert) for unit in changed if unit.kind == "expert"}),
-        metrics=average_metrics(updates) | _lateness(current.server_round, updates) | dict(more_metrics),
+        metrics=average_metrics(updates)
+        | _lateness(current.server_round, updates)
+        | dict(downloads[1])
+        | dict(more_metrics),
         set_aside=tuple(set_aside),
         undone=undone,
-        downloaded_bytes=downloaded_bytes,
+        downloaded_bytes=downloads[0],
         damaged=damaged,
         privacy=privacy,
     )
@@ -102,9 +105,18 @@ def _lateness(server_round: int, updates: Sequence[UpdateRecord]) -> dict[str, f
     )
 
 
-def downloads_since(history: Sequence[RoundStatus], clients: Iterable[ClientRecord]) -> int:
-    """Bytes that clients have downloaded since the last round of ``history`` was folded."""
-    return max(0, sum(client.downloaded_bytes for client in clients) - sum(done.downloaded_bytes for done in history))
+def downloads_since(history: Sequence[RoundStatus], clients: Iterable[ClientRecord]) -> tuple[int, dict[str, float]]:
+    """Bytes that clients have downloaded since the last round of ``history`` was folded.
+
+    And metrics, where some of them were changes of blobs: the bytes of these, and what they saved.
+    """
+    clients = tuple(clients)
+    found = {
+        name: sum(getattr(client, field) for client in clients) - sum(done.metrics.get(name, 0.0) for done in history)
+        for name, field in (("bytes_down_changes", "changed_bytes"), ("bytes_down_saved", "saved_bytes"))
+    }
+    total = sum(client.downloaded_bytes for client in clients) - sum(done.downloaded_bytes for done in history)
+    return max(0, total), {name: size for name, size in found.items() if size > 0}
 
 
 def log_action(action: Action) -> None:

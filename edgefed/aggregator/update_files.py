@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from edgefed.aggregator.slices import read_rows, upload_tensors
 from edgefed.aggregator.validate import read_exactly
 from edgefed.disk import disk_errors
 from edgefed.kernels.compression import CODECS, LARGEST_BLOCK, Codec, decode
-from edgefed.protocol.frames import read_header, split_update_name, update_name
-from edgefed.protocol.messages import NEURON_INDEX, UnitInfo
+from edgefed.protocol.frames import TensorEntry, read_header, split_update_name, tensor_size_bytes, update_name
+from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, TensorInfo, UnitInfo
 from edgefed.protocol.slices import are_rows, neuron_table
 
 MAX_OPEN_FILES = 64
@@ -96,6 +97,43 @@ class UpdateIndex:
         if len(rows) != width or not are_rows(rows, num_rows):
             raise UpdateDamaged(client_id, place.path)
         return rows
+
+
+def values_info(
+    name: str, entry: TensorEntry, header: Mapping[str, TensorEntry], units: Mapping[str, UnitInfo]
+) -> TensorInfo:
+    """A tensor of an update as its values are, also if it is encoded."""
+    key, tensor, codec = split_update_name(name)
+    if not codec:
+        return entry.info
+    info = next(info for info in units[key].tensors if info.name == tensor)
+    shape = info.shape
+    if tensor == NEURON_TABLE and neuron_table(units[key]) is not None:
+        shape = (*header[update_name(key, NEURON_INDEX)].info.shape, *info.shape[1:])
+    return TensorInfo(name=update_name(key, tensor), dtype=info.dtype, shape=shape)
+
+
+KINDS = {"expert": "experts", "router": "routers", "dense": "dense"}
+
+
+def sent_bytes(units: Sequence[UnitInfo], paths: Iterable[Path]) -> dict[str, float]:
+    """Metrics of a round: bytes of the updates by what they are of, and those of encoded changes among them.
+
+    ``upload_ratio``: bytes of the same tensors whole, for each byte sent; only if some are encoded.
+    """
+    by_key, sums, saved = {unit.key: unit for unit in units}, Counter[str](), 0
+    for path in paths:
+        header = read_header(path)
+        for name, entry in header.items():
+            key, _, codec = split_update_name(name)
+            kind = "adapters" if ":" in key else KINDS[by_key[key].kind]
+            sums[f"bytes_up_{kind}"] += entry.size_bytes
+            if codec:
+                sums["bytes_up_changes"] += entry.size_bytes
+                saved += tensor_size_bytes(values_info(name, entry, header, by_key)) - entry.size_bytes
+    total = sum(sums[f"bytes_up_{kind}"] for kind in ("adapters", *KINDS.values()))
+    ratio = {"upload_ratio": (total + saved) / total} if sums["bytes_up_changes"] else {}
+    return {name: float(size) for name, size in sums.items() if size} | ratio
 
 
 class BlockFiles:

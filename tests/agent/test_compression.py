@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from agent_rig import Device, Memo, device, ledger
-from test_with_aggregator import EXPERTS, SHAPE, import_run, serving
+from test_with_aggregator import EXPERTS, SHAPE, import_run, serving, status_of
 from toy_device import ToyTrainer, toy_value
 
 from edgefed.agent.compression import choose_codec, compress_update
@@ -294,6 +294,11 @@ def test_only_what_changed_is_downloaded(tmp_path, codecs):
         first, second, _ = (entry["bytes_down"] for entry in ledger(tmp_path / "a"))
         assert whole < first < whole + 10_000
         assert second < whole / 5, "the experts of round 1 are there, and 1.6 % of their values have changed"
+        seen = [done.metrics for done in status_of(server).history]
+        assert "bytes_down_changes" not in seen[0]
+        changes = seen[1]["bytes_down_changes"]
+        assert changes < second < changes + 10_000, "the rest are messages"
+        assert changes + seen[1]["bytes_down_saved"] == sum(unit.size_bytes for unit in units if unit.trainable)
         old, new = (agent.client.manifest(number).units[1] for number in ("3", "4"))
         for content in (b"damaged", bytes(old.size_bytes)):
             (tmp_path / old.sha256).write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -49,7 +50,25 @@ def play(folder, codec: str, *, plain: bool = False, order="abc", **policy) -> t
         both = changes(manifest, values, ord(client), codec, SIZES[client])
         toy.send(make_update(manifest, client, both[plain], num_examples=ord(client) - 90))
     toy.run.fold_pending()
-    assert not toy.service.status().history[0].set_aside
+    status = toy.service.status().history[0]
+    assert not status.set_aside
+    sent = {name.removeprefix("bytes_up_"): size for name, size in status.metrics.items() if name.startswith("bytes")}
+    sizes = {unit.key: sum(math.prod(info.shape) for info in unit.tensors) for unit in manifest.units if unit.trainable}
+    if plain:
+        assert "upload_ratio" not in status.metrics
+        assert sent == {"experts": 3 * 4 * 4 * 5000 * 2, "routers": 3 * 4 * 2 * 2 * 2500, "dense": 3 * 2 * 2500}
+    else:
+        encoded = {
+            kind: 3 * sum(CODECS[codec].size_bytes(math.prod(info.shape)) for unit in units for info in unit.tensors)
+            for kind, units in (
+                ("experts", [unit for unit in manifest.units if unit.kind == "expert"]),
+                ("routers", [unit for unit in manifest.units if unit.kind == "router"]),
+                ("dense", [unit for unit in manifest.units if unit.trainable and unit.kind == "dense"]),
+            )
+        }
+        assert sent == {**encoded, "changes": sum(encoded.values())}
+        whole = 3 * (4 * sum(sizes.values()) - 2 * sizes["norm"])  # F16
+        assert status.metrics["upload_ratio"] == pytest.approx(whole / sum(encoded.values()))
     result = toy.values()
     toy.close()
     return result

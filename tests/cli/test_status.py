@@ -8,7 +8,7 @@ import re
 import msgspec
 import pytest
 from rich.console import Console
-from sample_status import DEVICE, client_of, status_of
+from sample_status import DEVICE, METRICS, client_of, status_of
 
 from edgefed.cli.status import render_status
 from edgefed.protocol.comparison import Comparison
@@ -29,6 +29,22 @@ def test_accuracy_stands_where_clients_have_no_experts(method, there, absent):
     text = drawn(status_of(method, [client_of("kitchen")]))
     assert all(each in text for each in ("kitchen", "round 2 of 3", "2.000 -> 1.500", "######......", *there)), text
     assert not any(each in text for each in absent), text
+
+
+def test_a_line_tells_the_bytes_of_compressed_rounds_by_kind():
+    status = status_of("hfedmoe", [client_of("kitchen")])
+    assert "round 1: up" not in drawn(status)
+    metrics = {
+        **METRICS, "bytes_up_experts": 2 << 20, "bytes_up_routers": 1 << 10, "bytes_up_changes": 2 << 20,
+        "upload_ratio": 107.8, "bytes_down_changes": 3 << 20, "bytes_down_saved": 61 << 20, "residual_norm": 1.5,
+        "change_norm": 2.0, "model_residual_norm": 1.0, "model_step_norm": 4.0,
+    }  # fmt: skip
+    done = msgspec.structs.replace(status.history[0], metrics=metrics, downloaded_bytes=4 << 20)
+    text = " ".join(drawn(msgspec.structs.replace(status, history=(done,)), width=400).split())
+    assert (
+        "round 1: up experts 2.0 MiB, routers 1.0 KiB (1/108 of whole ones); down whole 1.0 MiB, changes 3.0 MiB in "
+        "place of 64.0 MiB; left for later (L2 norm) 75 % of the updates, 25 % of the step"
+    ) in text
 
 
 def test_a_finished_client_is_not_said_to_train():

@@ -152,6 +152,17 @@ function renderRounds(history, personal) {
     { title: "Received from clients", bars: true, format: bytes, series: [{ values: history.map((done) => done.uploaded_bytes) }] },
     { title: "Sent to clients", bars: true, format: bytes, series: [{ values: history.map((done) => done.downloaded_bytes ?? 0) }] },
   ];
+  const known = (name) => history.some(({ metrics }) => metrics[name] !== undefined);
+  const share = (part, whole) => history.map(({ metrics }) => (metrics[whole] ? (metrics[part] ?? 0) / metrics[whole] : null));
+  if (known("upload_ratio")) {
+    specs.push({ title: "Whole updates, in bytes for each byte received", format: (value) => `${value.toFixed(1)}×`, series: [{ values: metric("upload_ratio") }] });
+  }
+  if (known("residual_norm") || known("model_residual_norm")) {
+    specs.push({ title: "Left for later rounds (share of the L2 norm)", format: percent, series: [
+      { name: "updates", values: share("residual_norm", "change_norm") },
+      { name: "model", values: share("model_residual_norm", "model_step_norm") },
+    ] });
+  }
   while (charts.length < specs.length) {
     charts.push(new Chart((at) => charts.forEach((chart) => chart.hover(at))));
     $("charts").append(charts.at(-1).element);
