@@ -162,7 +162,7 @@ def _aggregate(
             stepping = Stepping(
                 *(how.optimizer, how.moments(how.server_round)), how.policy.step_share(how.server_round)
             )  # fmt: skip
-            sent = sent_bytes(units, [folder / update.file_name for update in counted])
+            traffic = sent_bytes(units, [folder / update.file_name for update in counted])
             changed = fold_round(
                 *(units, plan, files, how.blobs, how.backend),
                 robustness=robustness,
@@ -171,7 +171,7 @@ def _aggregate(
                 cancelled=how.cancelled,
                 sent=sent,
             )
-            return Aggregated(changed, set_aside, damaged=damaged, metrics=stepping.metrics() | sent)
+            return Aggregated(changed, set_aside, damaged=damaged, metrics=stepping.metrics() | traffic)
         except (FoldCancelled, StorageError):
             raise
         except UpdateDamaged as error:
