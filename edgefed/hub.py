@@ -1,22 +1,25 @@
 """Whether a model can be found, checked before torch is loaded: a folder, a copy in the hub's cache, or the hub itself.
 
 huggingface_hub tries an unreachable hub six times for each file, which takes minutes. One connection with a time limit
-decides here; without the hub, a model that was downloaded before is used from its cache.
+decides here; without the hub, a model that was downloaded before is used from its cache. `push_folder` uploads an
+export.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from edgefed.errors import ModelNotFound
+from edgefed.errors import ConfigError, EdgefedError, ModelNotFound, NetworkError, Unauthorized, first_line
 
 CONNECT_S = 3.0
 """Time limit of the connection to the hub, with the look-up of its name."""
@@ -44,8 +47,8 @@ def check_source(source: str) -> str:
         raise ModelNotFound(f"the checkpoint folder {source!r} does not exist")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise ModelNotFound(f"{source!r} is neither a local folder nor a hub id, OWNER/NAME")
-    asked_offline = os.environ.get(OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
-    reason = f"{OFFLINE} is set" if asked_offline else unreachable(endpoint())
+    forbidden = asked_offline()
+    reason = f"{OFFLINE} is set" if forbidden else unreachable(endpoint())
     if not reason:
         return ""
     if not is_cached(source):
@@ -54,7 +57,67 @@ def check_source(source: str) -> str:
             remedy=HUB_REMEDY,
         )
     go_offline()
-    return "" if asked_offline else f"the hub cannot be used ({reason}): taking the copy of {source} in the cache"
+    return "" if forbidden else f"the hub cannot be used ({reason}): taking the copy of {source} in the cache"
+
+
+def check_push(repository: str) -> None:
+    """Raise an error if a folder cannot be uploaded to a repository of the hub; asks the hub who the user is.
+
+    Raises ConfigError (name, no token), NetworkError (no connection), Unauthorized (token refused).
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ConfigError(f"a repository of the hub is OWNER/NAME; found {repository!r}")
+    reason = f"{OFFLINE} is set" if asked_offline() else unreachable(endpoint())
+    if reason:
+        raise NetworkError(f"cannot push to {repository!r}: {reason}", remedy="Export without `push_to_hub`.")
+    if not get_token():
+        raise ConfigError(
+            f"cannot push to {repository!r}: there is no token of the hub",
+            remedy="Run `hf auth login`, or set HF_TOKEN to a token that may write.",
+        )
+    with _hub_errors(repository):
+        HfApi(endpoint=endpoint()).whoami()
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """Upload a folder and return the address of the commit. A repository that does not exist is created, private.
+
+    Raises NetworkError or Unauthorized; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi(endpoint=endpoint())
+    with _hub_errors(repository, f"; {str(folder)!r} is complete"):
+        hub.create_repo(repository, private=True, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Upload a model trained with edgefed"
+        )
+    return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _hub_errors(repository: str, state: str = "") -> Iterator[None]:
+    """Raise an EdgefedError for what the hub's library raises."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        refused = error.response is not None and error.response.status_code in (401, 403)
+        kind: type[EdgefedError] = Unauthorized if refused else NetworkError
+        remedy = "Use a token that may write to this repository (`hf auth login`)." if refused else None
+        raise kind(f"the hub refuses the push to {repository!r}: {first_line(error)}{state}", remedy=remedy) from error
+    except (OSError, httpx.HTTPError, ValueError, RuntimeError) as error:  # RuntimeError: a file, for any reason
+        reason = first_line(error) + (f" {first_line(error.__cause__)}" if error.__cause__ else "")
+        raise NetworkError(f"cannot push to {repository!r}: {reason}{state}") from error
+
+
+def asked_offline() -> bool:
+    """Whether the user forbids connections to the hub."""
+    return os.environ.get(OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def go_offline() -> None:

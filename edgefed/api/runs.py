@@ -114,6 +114,7 @@ def export(
     token: str | None = None,
     onnx_experts: OnnxExperts = "products",
     base: str | None = None,
+    push_to_hub: str | None = None,
     progress: ProgressSink | None = None,
 ) -> Path:
     """Write the model of a run to the folder ``target``, and return that folder.
@@ -131,6 +132,8 @@ def export(
     ``onnx_experts``: "products" of matrices, the fastest on a CPU, or the "operator" MoE of onnxruntime.
     "safetensors-delta" writes the tensors that differ from the checkpoint that the run began with; ``run`` may be such
     a folder, which becomes the checkpoint again. ``base``: that checkpoint, if it is not what the run's model names.
+    ``push_to_hub``: also upload the folder to this repository of the Hugging Face hub, OWNER/NAME, which is created,
+    private, if it does not exist.
 
     Raises ConfigError (unknown format, one that cannot hold what the run trained, round not stored, target not empty,
     no model was evaluated),
@@ -142,13 +145,23 @@ def export(
     for setting, value, known in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise ConfigError(f"invalid `{setting}`: {value!r}; expected one of {', '.join(known)}")
+    if push_to_hub is not None:
+        from edgefed.hub import check_push
+
+        check_push(push_to_hub)
     if (Path(run) / DELTA_FILE).is_file():
         from edgefed.formats.delta import apply_delta
 
         if format != "hf" or dtype != "auto":
             raise ConfigError(f"{run} is a delta: make a checkpoint of it first, with format=hf and dtype=auto")
-        return apply_delta(Path(run), Path(target), base_folder=base)
-    return export_model(
-        run, Path(target), server_round, format=format, dtype=dtype, global_model=global_model, token=token,
-        onnx_experts=onnx_experts, base=base, progress=progress,
-    )  # fmt: skip
+        folder = apply_delta(Path(run), Path(target), base_folder=base)
+    else:
+        folder = export_model(
+            run, Path(target), server_round, format=format, dtype=dtype, global_model=global_model, token=token,
+            onnx_experts=onnx_experts, base=base, progress=progress,
+        )  # fmt: skip
+    if push_to_hub is not None:
+        from edgefed.hub import push_folder
+
+        push_folder(folder, push_to_hub)
+    return folder

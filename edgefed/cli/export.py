@@ -41,6 +41,9 @@ class ExportSettings:
         str | None,
         Setting("Base checkpoint of a delta, a folder or a name on the hub.", default="the model of the run"),
     ] = None
+    push_to_hub: Annotated[
+        str | None, Setting("Also upload the folder to this repository of the Hugging Face hub.", metavar="OWNER/NAME")
+    ] = None
     server_round: Annotated[
         str | None,
         Setting("The model at the start of this round; `best`: the one with the smallest held-out loss.",
@@ -73,7 +76,7 @@ def export_command(settings: ExportSettings) -> None:
     folder = export(
         source, target, format=settings.format, dtype=settings.dtype, server_round=_round_number(settings.server_round),
         global_model=settings.global_model, token=settings.token, onnx_experts=settings.onnx_experts,
-        base=settings.base, progress=TerminalProgress(),
+        base=settings.base, push_to_hub=settings.push_to_hub, progress=TerminalProgress(),
     )  # fmt: skip
     size, record = sum(path.stat().st_size for path in folder.iterdir()), read_record(folder)
     found = comparisons(source, token=settings.token)
@@ -86,6 +89,8 @@ def export_command(settings: ExportSettings) -> None:
     print_comparisons(stdout_console(), found, own="this device" in found)
     print_note(f"{record}")
     written = f"wrote {folder} ({format_bytes(size)})"
+    if settings.push_to_hub:
+        print_note(f"pushed to {settings.push_to_hub}")
     if settings.format == "peft":
         base = f"AutoModelForCausalLM.from_pretrained({record.model if record else 'BASE'!r})"
         print_note(f"{written}: PeftModel.from_pretrained({base}, {str(folder)!r})")

@@ -262,6 +262,7 @@ def test_the_command_line(capsys, monkeypatch, exported, tmp_path):
         (("export", "a", "b", "c"), "found 3 arguments"),
         (("export", "a", "--state", "b", "c"), "two sources are given: a and"),
         (("export", "nothing", "x"), "no run in"),
+        (("export", exported.parent / "run", "x", "--push-to-hub", "model"), "is OWNER/NAME; found 'model'"),
         (("chat", "nothing"), "no model in 'nothing'"),
         (("chat", "model", "--raw", "--system", "x"), "--system has no effect with --raw"),
     ):
