@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 RECORD_FILE, CARD_FILE = "edgefed.json", "README.md"
 """In the folder of an export."""
-Format = Literal["hf", "peft", "gguf", "onnx", "safetensors-delta"]
-"""A Hugging Face checkpoint, a PEFT adapter of the base model, a file for llama.cpp or onnxruntime, or what changed."""
+Format = Literal["hf", "peft", "gguf", "gguf-adapter", "onnx", "safetensors-delta"]
+"""A Hugging Face checkpoint, a PEFT adapter, a model or an adapter for llama.cpp, ONNX, or what changed."""
 FORMATS: tuple[str, ...] = get_args(Format)
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0", "int8"]
 """Data type of the weights; "auto": the model's own. "q8_0" and "q4_0" are of GGUF, "int8" of ONNX."""
@@ -158,7 +158,7 @@ def is_address(source: str | Path) -> bool:
 _FLOATS = ("auto", "float32", "float16", "bfloat16")
 _DTYPES_OF: dict[str, tuple[str, ...]] = {
     "hf": _FLOATS, "peft": ("auto",), "gguf": (*_FLOATS, "q8_0", "q4_0"), "onnx": ("auto", "float32", "int8"),
-    "safetensors-delta": ("auto",),
+    "gguf-adapter": ("auto",), "safetensors-delta": ("auto",),
 }  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def _check_dtype(format: Format, dtype: Dtype) -> None:
     if dtype not in _DTYPES_OF[format]:
         known = ", ".join(_DTYPES_OF[format])
         raise ConfigError(f"`dtype` of format={format} must be one of {known}; found {dtype!r}")
-    if format == "gguf":
+    if format.startswith("gguf"):
         from edgefed.formats.gguf import load_gguf
 
         load_gguf()
@@ -219,6 +219,11 @@ def _write_format(model: _Model, scratch: Path, to: Path, form: _Form, sink: Pro
 
         name = base.rstrip("/").rpartition("/")[2]
         export_gguf(source, scratch, to, dtype=dtype, scope=scope, name=name, copied=copied, report=sink.message)
+    elif format == "gguf-adapter":
+        from edgefed.formats.gguf_adapter import export_gguf_adapter
+
+        name = base.rstrip("/").rpartition("/")[2]
+        export_gguf_adapter(source, scratch, to, scope=scope, name=name, copied=copied)
     elif format == "onnx":
         from edgefed.formats.onnx import export_onnx
 
@@ -279,12 +284,13 @@ def _check_shared(units: Iterable[UnitInfo], what: str, run: RunConfig) -> None:
 
 def _needed(manifest: Manifest, run: RunConfig, format: Format) -> Manifest:
     """Return a manifest without the units that a format leaves out. Raises ConfigError if it cannot hold the run."""
-    if format != "peft":
+    if format not in ("peft", "gguf-adapter"):
         return manifest
     from edgefed.formats.adapter import check_scope
+    from edgefed.formats.gguf_adapter import check_adapter_scope
     from edgefed.training.steps import train_scope
 
-    check_scope(train_scope(run.training))
+    (check_scope if format == "peft" else check_adapter_scope)(train_scope(run.training))
     units = tuple(unit for unit in manifest.units if unit.trainable or unit.kind != "expert")
     return msgspec.structs.replace(manifest, units=units)
 

@@ -124,8 +124,8 @@ def export(
     ``run``: the folder of a run, the address of its server, or the state folder of a device, which exports what it has:
     its own weights where the method exchanges none, otherwise the global model of its last round. ``global_model``:
     of a device, the newest global model, from its server. ``format``: "hf", a Hugging Face checkpoint with adapters
-    merged; "peft", the adapters alone, which ``peft.PeftModel.from_pretrained`` loads on the base model; "gguf" and
-    "onnx", the merged model for llama.cpp and for onnxruntime. ``dtype``: of the weights: "auto" (the model's own),
+    merged; "peft", the adapters alone, which ``peft.PeftModel.from_pretrained`` loads on the base model; "gguf-adapter",
+    the adapters for llama.cpp; "gguf" and "onnx", the merged model for llama.cpp and for onnxruntime. ``dtype``: of the weights: "auto" (the model's own),
     "float32", "float16" or "bfloat16"; with "gguf" also "q8_0" and "q4_0"; with "onnx" "float32" or "int8".
     ``server_round``: the model at the start of this round; None: the newest; "best": of the models that clients have
     evaluated, the one with the smallest held-out loss, the median over clients. ``token``: of the server.

@@ -25,9 +25,9 @@ class ExportSettings:
         Setting("Folder of the run, or state folder of a device.", default="edgefed-run, if no SOURCE is given"),
     ] = None
     format: Annotated[
-        Literal["hf", "peft", "gguf", "onnx", "safetensors-delta"],
-        Setting("A Hugging Face checkpoint, a PEFT adapter of the base model, GGUF for llama.cpp, ONNX, or the tensors "
-                "that differ from the base checkpoint.", flag="to"),
+        Literal["hf", "peft", "gguf", "gguf-adapter", "onnx", "safetensors-delta"],
+        Setting("A Hugging Face checkpoint, a PEFT adapter of the base model, GGUF for llama.cpp (the model or a LoRA "
+                "adapter), ONNX, or the tensors that differ from the base checkpoint.", flag="to"),
     ] = "hf"  # fmt: skip
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q4_0", "int8"],
@@ -97,6 +97,9 @@ def export_command(settings: ExportSettings) -> None:
         return
     if settings.format == "gguf":
         print_note(f"{written}: llama-cli -m {folder / 'model.gguf'}")
+        return
+    if settings.format == "gguf-adapter":
+        print_note(f"{written}: llama-cli -m BASE.gguf --lora {folder / 'adapter.gguf'}")
         return
     if settings.format == "safetensors-delta":
         print_note(f"{written}: edgefed export {folder} TARGET makes the checkpoint of it")

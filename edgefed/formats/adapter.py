@@ -90,12 +90,12 @@ def export_adapter(
     return target
 
 
-def check_scope(scope: TrainScope) -> None:
-    """Raise ConfigError if a PEFT adapter cannot hold what a run trains."""
+def check_scope(scope: TrainScope, what: str = "a PEFT adapter") -> None:
+    """Raise ConfigError if ``what`` cannot hold what a run trains."""
     if scope.experts == "full" or not scope.uses_lora:
-        what = "its experts in full" if scope.experts == "full" else "no part by LoRA"
+        trained = "its experts in full" if scope.experts == "full" else "no part by LoRA"
         raise ConfigError(
-            f"cannot export a PEFT adapter: this run trained {what}",
+            f"cannot export {what}: this run trained {trained}",
             remedy="Export with `format=hf`. A run that was served with `train_experts=lora` has adapters.",
         )
 

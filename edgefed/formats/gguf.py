@@ -86,7 +86,7 @@ def export_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         write_parameters(writer, config, architecture, gguf)
         write_tokenizer(writer, files_folder, rows=config.vocab_size)
-        _write(writer, folder / MODEL_FILE, tensors, kind, gguf, report)
+        write_tensors(writer, folder / MODEL_FILE, tensors, kind, gguf, report)
         for file in copied:
             shutil.copyfile(files_folder / file, folder / file)
     return target
@@ -103,7 +103,7 @@ def load_gguf() -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class GgufTensor:
     """A tensor of the file: its name, shape, and values in parts along the first dimension."""
 
     name: str
@@ -111,7 +111,7 @@ class _Tensor:
     parts: Callable[[], Iterator[torch.Tensor]]
 
 
-def _tensors(model: MergedModel, architecture: Architecture) -> Iterator[_Tensor]:
+def _tensors(model: MergedModel, architecture: Architecture) -> Iterator[GgufTensor]:
     """All tensors of the file, in the order in which they are written."""
     gguf = load_gguf()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name], model.module.config.num_hidden_layers)
@@ -140,15 +140,15 @@ def _tensors(model: MergedModel, architecture: Architecture) -> Iterator[_Tensor
                 for part, own in enumerate(("gate_proj", "up_proj")):
                     half = (shape[0], shape[1] // 2, *shape[2:])
                     read = _halves(model, full, part, flip, architecture.interleaved)
-                    yield _Tensor(find(path.replace("gate_up_proj", own)), half, read)
+                    yield GgufTensor(find(path.replace("gate_up_proj", own)), half, read)
             else:
-                yield _Tensor(find(path), shape, _stack(model, full, flip))
+                yield GgufTensor(find(path), shape, _stack(model, full, flip))
         elif full.endswith("kv_b_proj.weight"):
             yield from _latent(model, full, find)
         else:
-            yield _Tensor(find(path), shape, _whole(model, full, architecture))
+            yield GgufTensor(find(path), shape, _whole(model, full, architecture))
             if full == "model.embed_tokens.weight" and tied:
-                yield _Tensor("output.weight", shape, _whole(model, full, architecture))
+                yield GgufTensor("output.weight", shape, _whole(model, full, architecture))
 
 
 def _halves(
@@ -181,7 +181,7 @@ def _whole(model: MergedModel, full: str, architecture: Architecture) -> Callabl
     return read
 
 
-def _latent(model: MergedModel, full: str, find: Callable[[str], str]) -> Iterator[_Tensor]:
+def _latent(model: MergedModel, full: str, find: Callable[[str], str]) -> Iterator[GgufTensor]:
     """The key and value halves of the projection of latent attention, the key transposed: (heads, latent, D)."""
     config: Any = model.module.config
     heads, key, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
@@ -190,10 +190,10 @@ def _latent(model: MergedModel, full: str, find: Callable[[str], str]) -> Iterat
     def split(part: int) -> torch.Tensor:
         return model.read(full).reshape(heads, key + value, latent)[:, slice(key) if part == 0 else slice(key, None)]
 
-    yield _Tensor(
+    yield GgufTensor(
         find(full.replace("kv_b_proj", "k_b_proj")), (heads, latent, key), lambda: iter([split(0).transpose(1, 2)])
     )
-    yield _Tensor(find(full.replace("kv_b_proj", "v_b_proj")), (heads, value, latent), lambda: iter([split(1)]))
+    yield GgufTensor(find(full.replace("kv_b_proj", "v_b_proj")), (heads, value, latent), lambda: iter([split(1)]))
 
 
 def _kind(dtype: str, main: torch.dtype) -> str:
@@ -204,7 +204,7 @@ def _kind(dtype: str, main: torch.dtype) -> str:
     return TYPES[dtype]
 
 
-def _stored(tensor: _Tensor, kind: str) -> str:
+def _stored(tensor: GgufTensor, kind: str) -> str:
     """The type in which a tensor is stored."""
     if len(tensor.shape) == 1 or "_norm." in tensor.name or "ffn_gate_inp" in tensor.name or ".bias" in tensor.name:
         return "F32"
@@ -213,9 +213,10 @@ def _stored(tensor: _Tensor, kind: str) -> str:
     return "F16" if kind.startswith("Q") and tensor.shape[-1] % _BLOCK else kind
 
 
-def _write(
-    writer: Any, path: Path, tensors: list[_Tensor], kind: str, gguf: Any, report: Callable[[str], None]
+def write_tensors(
+    writer: Any, path: Path, tensors: list[GgufTensor], kind: str, gguf: Any, report: Callable[[str], None]
 ) -> None:
+    """Write a file whose metadata ``writer`` has. ``kind``: GGML's name of a data type; see `export_gguf`."""
     types = {tensor.name: gguf.GGMLQuantizationType[_stored(tensor, kind)] for tensor in tensors}
     odd = [tensor for tensor in tensors if kind.startswith("Q") and types[tensor.name].name == "F16"]
     if odd:

@@ -18,6 +18,7 @@ from edgefed.cli.main import main
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError
 from edgefed.formats.gguf import MODEL_FILE, export_gguf
+from edgefed.formats.gguf_adapter import ADAPTER_FILE, export_gguf_adapter
 from edgefed.moe.units import MemorySource, TrainScope
 from edgefed.protocol.messages import RunConfig, TrainingConfig
 from edgefed.runs import import_model
@@ -123,7 +124,7 @@ def test_rows_that_are_not_whole_blocks_are_float16_and_said(save_toy, tmp_path)
     ]
 
 
-def server_of(path):
+def server_of(path, adapter=None):
     """llama.cpp itself."""
     llama = pytest.importorskip("xllamacpp")
     params = llama.CommonParams()
@@ -135,6 +136,10 @@ def server_of(path):
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.verbosity = 0
+    if adapter is not None:
+        lora = llama.CommonAdapterLoraInfo()
+        lora.path, lora.scale = str(adapter), 1.0
+        params.lora_adapters = [lora]
     return llama.Server(params)
 
 
@@ -295,3 +300,54 @@ def test_adapters_are_merged(wide, tmp_path):
     adapter = units["model.layers.0.mlp.experts.3:lora"]
     update = scope.lora_scale * adapter["down_proj.lora_b"] @ adapter["down_proj.lora_a"]
     torch.testing.assert_close(values(tensor)[3], units["model.layers.0.mlp.experts.3"]["down_proj"] + update)
+
+
+def check_adapter(toy, tmp_path, scope):
+    """llama.cpp computes the same with the base and an adapter as with the merged model."""
+    units = toy.units(scope)
+    generator = torch.Generator().manual_seed(1)
+    for unit, tensors in units.items():
+        if unit.endswith(":lora"):
+            for tensor in tensors.values():
+                tensor.normal_(0, 0.3, generator=generator)
+    source = MemorySource(units)
+    base = export_gguf(source, toy.folder, tmp_path / "base") / MODEL_FILE
+    merged = export_gguf(source, toy.folder, tmp_path / "merged", scope=scope) / MODEL_FILE
+    adapter = export_gguf_adapter(source, toy.folder, tmp_path / "adapter", scope=scope) / ADAPTER_FILE
+    ids = toy.input_ids[0].tolist()
+    without, expected, found = (
+        log_probabilities(server_of(*files), ids) for files in ((base,), (merged,), (base, adapter))
+    )
+    assert (expected - without).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+EVERYTHING = TrainScope(experts="lora", router="lora", attention="lora", lora_rank=4, lora_alpha=6.0)
+
+
+def test_llama_cpp_adds_an_adapter_to_the_base(wide, tmp_path):
+    check_adapter(wide, tmp_path, EVERYTHING)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"])
+def test_llama_cpp_adds_an_adapter_to(family, save_toy, tmp_path):
+    scope = EVERYTHING
+    if family.startswith("deepseek"):
+        scope = TrainScope(experts="lora", router="lora", lora_rank=4)
+    check_adapter(make(save_toy, family, tmp_path / "toy"), tmp_path, scope)
+
+
+@pytest.mark.parametrize(
+    ("family", "scope", "reason"),
+    [
+        ("olmoe", {"experts": "full", "router": "none"}, "this run trained its experts in full"),
+        ("olmoe", {"experts": "lora", "router": "full"}, "this run trained its router in full"),
+        ("deepseek_v3", {"experts": "lora", "router": "none", "attention": "lora"}, "does not adapt '.*kv_b_proj"),
+    ],
+)
+def test_what_a_gguf_adapter_cannot_hold_is_refused(family, scope, reason, toys, tmp_path):
+    toy, scope = toys(family), TrainScope(**scope)
+    with pytest.raises(ConfigError, match=reason):
+        export_gguf_adapter(MemorySource(toy.units(scope)), toy.folder, tmp_path / "out", scope=scope)
+    assert not (tmp_path / "out").exists()
