@@ -1,0 +1,148 @@
+"""How LoRA adapters are averaged, and what a server optimizer adds: held-out loss and bytes, paired by seed.
+
+    python experiments/adapters.py run --data DIR --work DIR
+    python experiments/adapters.py table
+
+Three clients train adapters of all experts by FedAvg from the packaged model. Ways have the same clients, batches and
+steps; a seed changes who has which records, their order, and which are held out. Each way has the learning rates, of
+the clients and of the server's optimizer, that gave it the smallest loss on the seeds in `TUNING`, which the table does
+not count. Every finished run is one line of results/adapters.jsonl with commit and versions; runs that are there are
+not repeated. Losses are in nats per token of the global model on held-out records, means over the clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from recording import add_arguments, interval, play, read_rows, record
+from text_sets import write_clients
+
+from edgefed.hardware.profiles import effective, find_profile
+from edgefed.protocol.messages import TrainingConfig
+from edgefed.protocol.server_optimizer import ServerOptimizer
+from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
+
+RESULTS = Path(__file__).parent / "results" / "adapters.jsonl"
+CLIENTS, RECORDS = 3, 150
+ROUNDS, LOCAL_STEPS, RANK = 8, 4, 4
+EVALUATION_TOKENS = 1024
+TUNING = (100,)
+CLIENT_RATES = (3e-3, 1e-2, 3e-2)
+SERVER_RATES: Mapping[str, tuple[float, ...]] = {"none": (1.0,), "momentum": (0.3, 0.7), "adam": (0.001, 0.003)}
+WAYS = (
+    ("factors", "none"), ("product", "none"), ("alternate", "none"), ("factors", "momentum"), ("factors", "adam"),
+)  # fmt: skip
+"""(what is averaged, server optimizer); the first one is compared with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One way with its rates and a seed. ``server_rate`` counts with an optimizer only."""
+
+    average: str
+    optimizer: str
+    client_rate: float
+    server_rate: float
+    seed: int
+
+
+def measure(run: Run, work: Path, data: Path) -> dict:
+    """Simulate one run; returns its losses and bytes."""
+    files = list(write_clients("dolly", data, work / "data", run.seed, most=RECORDS).items())[:CLIENTS]
+    device = effective(find_profile("rtx-4090"), {}, None)  # any with room for the whole model
+    fleet = tuple(SimulatedDevice(client, device, LINKS["cable"], str(file)) for client, file in files)
+    training = TrainingConfig(
+        local_steps=LOCAL_STEPS, batch_size=4, learning_rate=run.client_rate, profile_tokens=1024, experts="lora",
+        router="none", lora_rank=RANK, lora_alpha=2.0 * RANK, evaluation_tokens=EVALUATION_TOKENS,
+        evaluate_every=ROUNDS // 2,
+    )  # fmt: skip
+    optimizer = None
+    if run.optimizer != "none":
+        optimizer = ServerOptimizer(kind=run.optimizer, learning_rate=run.server_rate)
+    config = SimulationConfig(
+        fleet=fleet, methods=(MethodChoice("fedavg"),), rounds=ROUNDS, seed=run.seed, training=training,
+        held_out_share=0.2, evaluation_tokens=EVALUATION_TOKENS, adapter_average=run.average,
+        server_optimizer=optimizer,
+    )  # fmt: skip
+    found = play(config, work / "simulation")
+    return {
+        "losses": [loss for _, loss in found.curve],
+        "bytes_up": sum(client.bytes_up for each in found.rounds for client in each.clients.values()),
+        "loss": found.rounds[-1].loss,
+    }
+
+
+def plans(rows: list[dict], seeds: Iterable[int]) -> Iterator[Run]:
+    """The runs for tuning, then those of ``seeds`` at the rates that were best in ``rows``, which grows meanwhile."""
+    for average, optimizer in WAYS:
+        for client in CLIENT_RATES if optimizer == "none" else (best(rows, "factors", "none")[0],):
+            for server in SERVER_RATES[optimizer]:
+                yield from (Run(average, optimizer, client, server, seed) for seed in TUNING)
+    for seed in seeds:
+        for way in WAYS:
+            yield Run(*way, *best(rows, *way), seed)
+
+
+def best(rows: Iterable[Mapping], average: str, optimizer: str) -> tuple[float, float]:
+    """(client rate, server rate) with the smallest mean loss on the seeds for tuning."""
+    losses: dict[tuple[float, float], list[float]] = {}
+    for row in rows:
+        if (row["average"], row["optimizer"]) == (average, optimizer) and row["seed"] in TUNING:
+            losses.setdefault((row["client_rate"], row["server_rate"]), []).append(row["loss"])
+    return min(losses, key=lambda rates: statistics.mean(losses[rates]))
+
+
+def table(rows: list[dict]) -> str:
+    """Bytes and losses of each way beside those of averaged factors without an optimizer, as Markdown."""
+    lines = [
+        "| average | server optimizer | rates | seeds | bytes up | loss | above the first row |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for way in WAYS:
+        client, server = best(rows, *way)
+        pairs = [(row, whole) for row in _of(rows, way) for whole in _of(rows, WAYS[0]) if row["seed"] == whole["seed"]]
+        if not pairs:
+            continue
+        mean, half = interval([mine["loss"] - whole["loss"] for mine, whole in pairs])
+        rates = f"{client:g}" + (f", {server:g}" if way[1] != "none" else "")
+        above = "" if way == WAYS[0] else f"{mean:+.4f} ± {half:.4f}"
+        sent = statistics.mean(mine["bytes_up"] for mine, _ in pairs)
+        loss = statistics.mean(mine["loss"] for mine, _ in pairs)
+        lines.append(
+            f"| `{way[0]}` | `{way[1]}` | {rates} | {len(pairs)} | {sent / 1e6:.2f} MB | {loss:.4f} | {above} |"
+        )
+    return "\n".join(lines)
+
+
+def _of(rows: Iterable[Mapping], way: tuple[str, str]) -> list[Mapping]:
+    """The rows of a way at its best rates, without those for tuning."""
+    rows = list(rows)
+    wanted = (*way, *best(rows, *way))
+    keys = ("average", "optimizer", "client_rate", "server_rate")
+    return [row for row in rows if tuple(row[key] for key in keys) == wanted and row["seed"] not in TUNING]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "table"))
+    add_arguments(parser, RESULTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    arguments = parser.parse_args()
+    rows = read_rows(arguments.json)
+    if arguments.action == "table":
+        print(table(rows))
+        return
+    if not arguments.data or not arguments.work:
+        parser.error("--data and --work are needed")
+    for plan in plans(rows, arguments.seeds):
+        record([plan], partial(measure, data=arguments.data), arguments.json, arguments.work)
+        rows[:] = read_rows(arguments.json)
+
+
+if __name__ == "__main__":
+    main()
