@@ -206,6 +206,7 @@ def experts(
     *,
     lora: int | None = None,
     lora_alpha: float | None = None,
+    lora_scaling: Literal["standard", "rank_stabilized"] = "standard",
     router: Literal["full", "none"] = "none",
     missing: Literal["renormalize", "skip"] = "renormalize",
     seed: int = 0,
@@ -226,7 +227,8 @@ def experts(
     >>> model.save_pretrained("trained")                                                  # doctest: +SKIP
 
     Tokens routed to an absent expert go to the next best resident one, or nowhere with ``missing="skip"``. ``lora``:
-    rank of adapters on the trainable experts; None: they train in full. On exit the model is complete again, with what
+    rank of adapters on the trainable experts; None: they train in full. ``lora_scaling``: their factor, alpha / rank or
+    alpha / sqrt(rank). On exit the model is complete again, with what
     was trained; adapters are merged into the weights. Absent experts stay in memory until then.
 
     Raises ConfigError when the plan is for another model, UnsupportedArchitecture.
@@ -239,7 +241,7 @@ def experts(
     rank = lora or 8
     scope = TrainScope(
         experts="lora" if lora else "full", router=router, attention="none", lora_rank=rank,
-        **({"lora_alpha": lora_alpha} if lora_alpha is not None else {}),
+        lora_alpha=TrainScope.lora_alpha if lora_alpha is None else lora_alpha, lora_scaling=lora_scaling,
     )  # fmt: skip
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     units = {spec.key: dict(tensors) for spec, tensors in moe.iter_units(scope, seed=seed)}

@@ -26,10 +26,10 @@ DEFAULT_METHOD = "hfedmoe"
 DEFAULT_EXTRACTOR = "cnn5"
 DEFAULT_DELTA = 1e-5
 TRAINING = (
-    "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "local_steps", "round_seconds",
-    "batch_size", "sequence_length", "learning_rate", "schedule", "warmup_rounds", "max_grad_norm", "weight_decay",
-    "balancing", "missing", "profile_tokens", "profile_agreement", "evaluation_tokens", "evaluation_share",
-    "evaluate_every", "keep_optimizer",
+    "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "lora_scaling", "local_steps",
+    "round_seconds", "batch_size", "sequence_length", "learning_rate", "schedule", "warmup_rounds", "max_grad_norm",
+    "weight_decay", "balancing", "missing", "profile_tokens", "profile_agreement", "evaluation_tokens",
+    "evaluation_share", "evaluate_every", "keep_optimizer",
 )  # fmt: skip
 """Settings of the training of a language model."""
 SMALL_MODEL_BYTES = 256 * 1024**2

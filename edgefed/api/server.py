@@ -189,6 +189,11 @@ class Server:
     train_attention: Annotated[TrainMode | None, Setting("How attention weights are trained.", default="none")] = None
     lora_rank: Annotated[int | None, Setting("Rank of LoRA adapters.", default="8", minimum=1)] = None
     lora_alpha: Annotated[float | None, Setting("Alpha of LoRA adapters.", default="16", above=0)] = None
+    lora_scaling: Annotated[
+        Literal["standard", "rank_stabilized"] | None,
+        Setting("Factor of a LoRA adapter: alpha / rank, or alpha / sqrt(rank), which suits large ranks.",
+                default="standard"),
+    ] = None  # fmt: skip
     local_steps: Annotated[int | None, Setting("Optimizer steps of a client in a round.", default="20", minimum=1)] = (
         None
     )

@@ -144,6 +144,7 @@ class _Adapter:
             "inference_mode": True,
             "r": self._scope.lora_rank,
             "lora_alpha": self._scope.lora_alpha,
+            "use_rslora": self._scope.lora_scaling == "rank_stabilized",
             "lora_dropout": 0.0,
             "bias": "none",
             "target_modules": sorted(self._modules),

@@ -11,8 +11,10 @@ A parameter that several modules share (tied embeddings) is one unit, named afte
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Protocol, cast
 
 import msgspec
@@ -35,6 +37,10 @@ _DTYPE_NAMES = {
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 TRAINING_MODES = ("full", "lora", "none")
+LORA_SCALINGS: Mapping[str, Callable[[int], float]] = MappingProxyType(
+    {"standard": float, "rank_stabilized": math.sqrt}
+)
+"""What alpha is divided by, of the rank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +48,8 @@ class TrainScope:
     """What a run trains: each part in full, by LoRA adapters, or not at all. Raises ConfigError for an invalid value.
 
     ``attention`` covers the two-dimensional weights of every module whose attribute name or class name contains "attn"
-    or "attention". A LoRA update adds ``lora_alpha / lora_rank * B A`` to a weight (out, in).
+    or "attention". A LoRA update adds ``lora_scale * B A`` to a weight (out, in). ``lora_scaling``: "standard",
+    alpha / R, or "rank_stabilized", alpha / sqrt(R) (Kalajdzievski, arXiv 2312.03732).
     """
 
     experts: str = "full"
@@ -50,12 +57,16 @@ class TrainScope:
     attention: str = "none"
     lora_rank: int = 8
     lora_alpha: float = 16.0
+    lora_scaling: str = "standard"
 
     def __post_init__(self) -> None:
         for part in ("experts", "router", "attention"):
             mode = getattr(self, part)
             if mode not in TRAINING_MODES:
                 raise ConfigError(f"training mode of {part} must be one of {', '.join(TRAINING_MODES)}; found {mode!r}")
+        if self.lora_scaling not in LORA_SCALINGS:
+            known = " or ".join(LORA_SCALINGS)
+            raise ConfigError(f"`lora_scaling` must be {known}; found {self.lora_scaling!r}")
         if self.lora_rank < 1 or self.lora_alpha <= 0:
             raise ConfigError(
                 f"LoRA needs a rank of at least 1 and an alpha above 0; found rank {self.lora_rank} and "
@@ -65,7 +76,7 @@ class TrainScope:
     @property
     def lora_scale(self) -> float:
         """Factor of B A in a LoRA update."""
-        return self.lora_alpha / self.lora_rank
+        return self.lora_alpha / LORA_SCALINGS[self.lora_scaling](self.lora_rank)
 
     @property
     def uses_lora(self) -> bool:

@@ -31,6 +31,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention: str = "none"
     lora_rank: int = 8
     lora_alpha: float = 16.0
+    lora_scaling: str = "standard"
+    """Factor of an adapter: "standard", alpha / rank, or "rank_stabilized", alpha / sqrt(rank)."""
     lora_factors: str = "both"
     """Factors of LoRA adapters that a round trains: "both", or "alternate" (`protocol.alternation`)."""
     balancing: float | None = None
@@ -70,6 +72,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if not 0 <= self.max_grad_norm < math.inf:
             found.append(f"`max_grad_norm` is {self.max_grad_norm}, expected a number from 0")
+        if self.lora_scaling not in ("standard", "rank_stabilized"):
+            found.append(f"`lora_scaling` is {self.lora_scaling!r}, expected standard or rank_stabilized")
         if self.lora_factors not in ("both", "alternate"):
             found.append(f"`lora_factors` is {self.lora_factors!r}, expected both or alternate")
         if not 0 <= self.round_seconds < math.inf:

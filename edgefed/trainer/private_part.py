@@ -1,10 +1,10 @@
 """The private part of a device: LoRA adapters of its attention weights, which it trains and never sends.
 
-    y = W x + (alpha / rank) B A x      for every linear layer of the attention; A (R, in), B (out, R), float32
+    y = W x + scale B A x      for every linear layer of the attention; A (R, in), B (out, R), float32
 
 The adapters are trained in the steps of the round, beside what the run shares, and stay from round to round, while the
 shared part is averaged. They are not units of the model, so no upload can contain them: an update has what
-`MoeModel.trained_units` returns. Rank, alpha and learning rate are the run's. FedPer (arXiv 1912.00818) and FLEx
+`MoeModel.trained_units` returns. Rank, scale and learning rate are the run's. FedPer (arXiv 1912.00818) and FLEx
 (2506.00965) keep layers and experts private in the same way.
 
     STATE/private/ROUND.safetensors     the adapters after the round, by names as in an upload of adapters; only the
@@ -30,6 +30,7 @@ from edgefed.moe.model import MoeModel
 from edgefed.moe.units import LORA_SUFFIX, VALUE, ExpertSource, TrainScope
 from edgefed.protocol.messages import RunConfig, TrainingConfig
 from edgefed.training.optimizers import clip_gradients
+from edgefed.training.steps import train_scope
 
 PRIVATE_FOLDER = "private"
 """In the device's state folder."""
@@ -71,7 +72,7 @@ class PrivatePart:
                     if saved and (full not in saved or saved[full].shape != value.shape):
                         raise StateCorrupt(f"{self._folder} does not fit the model: {full}")
                     self._parameters[full] = nn.Parameter(saved.get(full, value).to(model.device))
-        self.version, self._scale = version, run.training.lora_alpha / rank
+        self.version, self._scale = version, train_scope(run.training).lora_scale
         self.mark()
 
     def mark(self, changed: bool = True) -> None:

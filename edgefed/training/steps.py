@@ -111,6 +111,7 @@ def train_scope(training: TrainingConfig) -> TrainScope:
         attention=training.attention,
         lora_rank=training.lora_rank,
         lora_alpha=training.lora_alpha,
+        lora_scaling=training.lora_scaling,
     )
 
 

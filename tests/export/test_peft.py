@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 
@@ -70,8 +71,11 @@ def test_same_logits_as_the_merged_checkpoint(toy, tmp_path, scope):
     check_logits(toy, tmp_path, scope)
 
 
-def test_same_logits_of_olmoe(olmoe, tmp_path):
-    check_logits(olmoe, tmp_path, ALL)
+@pytest.mark.parametrize("scaling", ["standard", "rank_stabilized"])
+def test_same_logits_of_olmoe(olmoe, tmp_path, scaling):
+    scope = dataclasses.replace(ALL, lora_scaling=scaling)
+    assert scope.lora_scale == pytest.approx(16.0 / (2 if scaling == "standard" else 2**0.5))
+    check_logits(olmoe, tmp_path, scope)
 
 
 def test_the_columns_of_stacked_experts(olmoe, tmp_path):
@@ -89,6 +93,7 @@ def test_the_columns_of_stacked_experts(olmoe, tmp_path):
     assert f"base_model.model.{key}.lora_A.weight" in tensors
     config = json.loads((adapter / CONFIG_FILE).read_text())
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("a/base", 2, 16.0)
+    assert config["use_rslora"] is False
     assert config["target_parameters"] == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
     assert config["target_modules"] == [f"self_attn.{name}_proj" for name in "koqv"]
 
