@@ -104,6 +104,12 @@ def raw_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return values.view(torch.uint8).numpy() if values.dtype == torch.bool else values.numpy()
 
 
+def trained_dtypes(unit: UnitInfo, values: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Names and dtypes of the tensors in a file of a trained ``unit``; a slice also has the numbers of its neurons."""
+    index = {NEURON_INDEX: "I32"} if NEURON_INDEX in values else {}
+    return {info.name: info.dtype for info in unit.tensors} | index
+
+
 def check_expert(layer: ExpertLayer, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise CheckpointError unless these are the tensors of one expert of ``layer``."""
     check_tensors(key, tensors, {parameter.name: parameter.shape for parameter in layer.parameters})

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 
@@ -73,6 +74,7 @@ class SimulatedDevice:
         host_memory_bytes: Memory of the machine around a discrete GPU.
         disk_read_mb_s: Disk reads in MB/s. None: from the profile, or usual for its disk.
         disk_write_mb_s: Disk writes, likewise.
+        private: "adapter": the device has a private part (`edgefed.trainer.private_part`); or "none".
     """
 
     name: str
@@ -85,6 +87,7 @@ class SimulatedDevice:
     host_memory_bytes: int = 32 << 30
     disk_read_mb_s: float | None = None
     disk_write_mb_s: float | None = None
+    private: Literal["none", "adapter"] = "none"
 
 
 @dataclasses.dataclass(frozen=True)

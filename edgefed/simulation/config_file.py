@@ -83,6 +83,7 @@ class _Fleet(_Table):
     compute: Share = 1.0
     disk_read: Positive | None = None
     disk_write: Positive | None = None
+    private: Literal["none", "adapter"] = "none"
     data: list[Source] = []
 
     def device(self, name: str, data: str) -> SimulatedDevice:
@@ -102,6 +103,7 @@ class _Fleet(_Table):
             host_memory_bytes=parse_bytes(self.host_memory),
             disk_read_mb_s=self.disk_read,
             disk_write_mb_s=self.disk_write,
+            private=self.private,
         )
 
 

@@ -24,7 +24,7 @@ from edgefed.errors import ConfigError, DiskFull, NotFound, StorageError
 from edgefed.expert_records import ExpertPlan, Role
 from edgefed.hardware.memory import available_memory_bytes, format_bytes
 from edgefed.methods.interface import ExpertMethod
-from edgefed.moe.expert_reading import FrameSource, raw_array
+from edgefed.moe.expert_reading import FrameSource, raw_array, trained_dtypes
 from edgefed.moe.expert_stream import ExpertStream
 from edgefed.moe.merged_cache import MergedCache
 from edgefed.moe.merging.alignment import neuron_aligner
@@ -140,9 +140,9 @@ def save_own_units(model: MoeModel, units: Mapping[str, UnitInfo], folder: Path)
         folder.mkdir(parents=True, exist_ok=True)
         for number, (spec, values) in enumerate(model.trained_units()):
             paths[spec.key] = folder / f"{number}.safetensors"
-            infos = units[spec.key].tensors
+            dtypes = trained_dtypes(units[spec.key], values)
             frames.write_frame(
-                paths[spec.key], {info.name: (info.dtype, raw_array(values[info.name])) for info in infos}
+                paths[spec.key], {name: (dtype, raw_array(values[name])) for name, dtype in dtypes.items()}
             )
     save_own_files(state, paths)
     return paths

@@ -16,11 +16,11 @@ from edgefed.expert_records import ActivationProfile, ExpertPlan, Role
 from edgefed.hardware.memory import format_bytes, process_peak_rss_bytes
 from edgefed.kernels.out_of_memory import with_smaller_batches
 from edgefed.methods.interface import Assigning, ExpertMethod
-from edgefed.moe.expert_reading import raw_array
+from edgefed.moe.expert_reading import raw_array, trained_dtypes
 from edgefed.moe.model import MoeModel
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
-from edgefed.protocol.messages import NEURON_INDEX, ExpertReport, ExpertSurvey, FileInfo, RunConfig, UnitInfo
+from edgefed.protocol.messages import ExpertReport, ExpertSurvey, FileInfo, RunConfig, UnitInfo
 from edgefed.protocol.slices import UnitSlice, neuron_table, slice_unit
 from edgefed.protocol.trainer import Fetch
 from edgefed.training.encoding import TokenBlocks
@@ -48,9 +48,7 @@ def write_update(
     unsent: list[int] = []
     for spec, values in model.trained_units() if method.exchanges else ():
         unit = units[spec.key]
-        dtypes = {info.name: info.dtype for info in unit.tensors}
-        if NEURON_INDEX in values:
-            dtypes[NEURON_INDEX] = "I32"
+        dtypes = trained_dtypes(unit, values)
         if (unit.layer, unit.expert) in useless:
             unsent.append(sum(values[name].numel() * frames.ITEM_BYTES[dtype] for name, dtype in dtypes.items()))
             continue

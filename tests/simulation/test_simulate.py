@@ -19,6 +19,8 @@ from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError
 from edgefed.exporting import read_record
 from edgefed.hardware.profiles import find_profile
+from edgefed.methods.registry import register
+from edgefed.methods.slices import Slices
 from edgefed.progress import NullProgress
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
@@ -354,3 +356,32 @@ def test_methods_that_pace_themselves_or_send_nothing_refuse_a_pace(texts):
             config(texts, method, pace=0.8)
     with pytest.raises(ConfigError, match="`pace` is -1, expected 0 to 1000"):
         config(texts, "fmes", pace=-1.0)
+
+
+def test_slices_that_are_never_sent_are_found_again_in_the_next_round(texts, tmp_path):
+    """Each round reads them from the files of the one before: which neurons they are belongs to them."""
+
+    @register
+    @dataclasses.dataclass(frozen=True)
+    class SlicesAlone(Slices):
+        name = "slices_alone"
+        exchanges = False
+
+    fleet = (device(texts, "slow", "rtx-4090", expert_share=0.25),)
+    given = config(texts, "slices_alone", fleet=fleet, cost_shape=None, rounds=3, evaluate_devices=True)
+    losses = [each.clients["slow"].device_losses for each in simulate(given, tmp_path / "out").runs[0].rounds]
+    assert losses[0][1] == pytest.approx(losses[1][0]) != losses[0][0]
+    assert losses[1][1] == pytest.approx(losses[2][0])
+    assert losses[2][1] < losses[0][1]
+
+
+def test_a_private_part_of_a_simulated_device_helps_it_alone(texts, tmp_path):
+    training = msgspec.structs.replace(TRAINING, experts="none", router="full", learning_rate=0.01)
+    losses = {}
+    for private in ("none", "adapter"):
+        fleet = (device(texts, "slow", "rtx-4090", private=private),)
+        given = config(texts, "fedavg", fleet=fleet, cost_shape=None, training=training, evaluate_devices=True)
+        run = simulate(given, tmp_path / private).runs[0]
+        losses[private] = run.rounds[-1].clients["slow"].device_losses[1], run.rounds[-1].loss
+    assert losses["adapter"][0] < losses["none"][0], "what the device runs"
+    assert losses["adapter"][0] < losses["adapter"][1], "the global model does not have it"
