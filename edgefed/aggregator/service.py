@@ -202,7 +202,7 @@ class Service(UpdateRequests):
                     server_round=state.server_round, deadline_s=remaining, seed=int.from_bytes(seed, "little"),
                     experts=experts, train_limit=limit,
                 )  # fmt: skip
-            left = [other.name for other in run.clients.values() if not other.joined]
+            left = (other.name for other in run.clients.values() if not other.joined)
             return Wait(retry_after_s=RETRY_AFTER_S, reason=wait_reason(state, client_id, now, left))
 
     def status(self) -> Status:

@@ -238,10 +238,11 @@ def _client_state(client: ClientRecord, state: RoundState, now: float) -> str:
     return "training" if state.is_trainer(client.client_id) else "waiting"
 
 
-def wait_reason(state: RoundState, client_id: str, now: float, left: Sequence[str]) -> str:
-    """Why a client waits. ``left``: names of the clients that have left the run."""
+def wait_reason(state: RoundState, client_id: str, now: float, gone: Iterable[str]) -> str:
+    """Why a client waits. ``gone``: names of the clients that have left the run; only read where they matter."""
     if state.phase is Phase.WAITING:
-        live, needed = len(state.live(now)), counted(state.policy.min_clients, "client")
+        left, needed = list(gone), counted(state.policy.min_clients, "client")
+        live = sum(state.is_live(other, now) for other in state.last_seen)
         names = ", ".join(left[:SHOWN_NAMES]) + (f" and {len(left) - SHOWN_NAMES} more" * (len(left) > SHOWN_NAMES))
         return f"round {state.server_round} waits: {live} of {needed} needed{f'; {names} left' if left else ''}"
     if state.phase is Phase.AGGREGATING:
