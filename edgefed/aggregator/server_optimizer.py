@@ -16,7 +16,8 @@ fold, so that devices download little (`protocol.changes`). With u the step as a
     v = u + r        g' = g + v where |v| is among the largest, g elsewhere        r' = v - (g' - g)
 
 So what is left out moves in a later round, and so does what rounding to the storage type takes away: error feedback, as
-on the devices (`agent.compression`). With a share of 1 all residuals are used up; the last round has one.
+on the devices (`agent.compression`). With a share of 1, as in the last round, v = u and residuals are dropped. They are
+not used up at once: clients train from g and so move again what r has, and the sum of many rounds goes too far.
 
 What no client has trained in a round (a unit, a router row, a neuron) does not move, and its moments stay as they are:
 a change that nobody measured is unknown, and not 0. That is ours; experts need it, since a round trains some of them.
@@ -134,10 +135,7 @@ class UnitMoments:
             source = None if old is None else self._files.enter_context(old.open("rb", buffering=0))
             self._fill(source, before)
             target = self._files.enter_context(self._path.open("r+b", buffering=0))
-        self._places: dict[str, tuple[BinaryIO, TensorEntry]] = {}
-        if source is not None:  # residuals that are used up are only read
-            self._places |= {name: (source, entry) for name, entry in before.items() if name.endswith(RESIDUAL)}
-        self._places |= {name: (target, entry) for name, entry in read_header(self._path).items()}
+        self._places = {name: (target, entry) for name, entry in read_header(self._path).items()}
         self._had = old is not None
 
     def _fill(self, source: BinaryIO | None, before: Mapping[str, TensorEntry]) -> None:
@@ -178,10 +176,10 @@ class UnitMoments:
         if self._how.optimizer is not None:
             step = self._optimized(self._how.optimizer, info.name, begin, step, kept)
         residual = info.name + RESIDUAL
-        if residual in self._places:
+        sparse = residual in self._places
+        if sparse:
             step += self._read(residual, begin, len(sums))
         free = np.ones(len(sums), dtype=bool) if kept is None else ~kept
-        sparse = self._how.share < 1 and math.prod(info.shape) >= LEAST_SPARSE
         moving = _longest(step, free, self._how.share) if sparse else free
         most = _LARGEST[info.dtype]
         np.clip(before + step, -most, most, out=sums, where=free)

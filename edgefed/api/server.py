@@ -153,7 +153,7 @@ class Server:
     download_compression: Annotated[
         Literal["none", "topk12", "topk6", "topk3", "topk"] | None,
         Setting("How far the model moves in a round: whole, or in the largest 12, 6, 3 or 1.6 percent of its changes. "
-                "What is left out is added in a later round, and in the last one. Devices that have the model of the "
+                "What is left out is added in a later round. Devices that have the model of the "
                 "round before download only what changed.", default="none"),
     ] = None  # fmt: skip
     pace: Annotated[
