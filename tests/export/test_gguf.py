@@ -283,6 +283,7 @@ def test_the_command_line(wide, tmp_path, capsys):
     for more, text in (
         (["--to", "hf", "--dtype", "q8_0"], "must be one of auto, float32"),
         (["--to", "peft", "--dtype", "float16"], "must be one of auto; found"),
+        (["--to", "gguf-adapter"], "this run trained its router in full"),
     ):
         with pytest.raises(SystemExit) as end:
             main([*words[:2], str(tmp_path / "none"), *more])
