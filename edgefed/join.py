@@ -33,6 +33,7 @@ from edgefed.trainer.planner import DeviceLimits
 from edgefed.trainer.ports import ProcessMemory
 from edgefed.training.data import problem_notes
 from edgefed.training.records import AUTOMATIC, RecordFields
+from edgefed.training.user_functions import NONE, UserFunctions
 
 OnRound = Callable[[RunConfig, int, Mapping[str, float]], None]
 MAX_TEXT_CHARACTERS = 200
@@ -82,6 +83,8 @@ class JoinConfig:
     """Trackers of the metrics of each round, as `tracking.check_trackers` takes them."""
     on_round: OnRound | None = None
     """Called with the run, the round and its metrics when it is trained."""
+    functions: UserFunctions = NONE
+    """Loss, callback and evaluation of the user."""
 
     @property
     def limits(self) -> DeviceLimits:
@@ -288,6 +291,7 @@ def _expert_trainer(config: JoinConfig, memory: DeviceMemory, progress: Progress
         held_out_share=config.held_out_share,
         device=memory.torch_device,
         fields=config.fields,
+        functions=config.functions,
     )
     for note in trainer.corpus.notes():
         progress.message(note)

@@ -53,6 +53,7 @@ def test_every_page_is_in_the_navigation():
 def test_the_tutorial_shows_the_example_as_it_is():
     tutorial = (DOCS / "pages/tutorials/your-own-method.md").read_text()
     assert (ROOT / "examples/own_method.py").read_text() in tutorial
+    assert (ROOT / "examples/own_loss.py").read_text() in (DOCS / "pages/guides/training.md").read_text()
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -29,6 +29,7 @@ import random
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+from edgefed.aggregator.last_seen import LastSeen
 from edgefed.errors import ConfigError
 from edgefed.protocol.frames import DOWNLOAD_SHARES
 
@@ -269,11 +270,9 @@ def step(state: RoundState, event: Event) -> tuple[RoundState, tuple[Action, ...
     if isinstance(event, ClientJoined):
         state = _joined(state, event.client_id, now, actions)
     elif isinstance(event, ClientSeen) and event.client_id in state.last_seen:
-        state = dataclasses.replace(state, last_seen={**state.last_seen, event.client_id: now})
+        state = dataclasses.replace(state, last_seen=LastSeen.of(state.last_seen).seen(event.client_id, now))
     elif isinstance(event, ClientLeft):
-        state = dataclasses.replace(
-            state, last_seen={c: at for c, at in state.last_seen.items() if c != event.client_id}
-        )
+        state = dataclasses.replace(state, last_seen=LastSeen.of(state.last_seen).without(event.client_id))
     elif isinstance(event, UpdateAccepted):
         state = _accepted(state, event.client_id, event.late)
     elif isinstance(event, Folded):
@@ -318,7 +317,7 @@ def after_standstill(state: RoundState, seconds: float) -> RoundState:
 
 
 def _joined(state: RoundState, client_id: str, now: float, actions: list[Action]) -> RoundState:
-    state = dataclasses.replace(state, last_seen={**state.last_seen, client_id: now})
+    state = dataclasses.replace(state, last_seen=LastSeen.of(state.last_seen).seen(client_id, now))
     if state.phase is Phase.TRAINING and client_id not in state.participants:
         there = sum(1 for c in state.participants if c in state.accepted or state.is_live(c, now))
         if there < (state.policy.clients_per_round or state.policy.min_clients):

@@ -19,7 +19,7 @@ from edgefed.aggregator.active_run import ActiveRun
 from edgefed.aggregator.members import make_room_for_client
 from edgefed.aggregator.metrics import metrics_text
 from edgefed.aggregator.records import ClientRecord
-from edgefed.aggregator.rounds import Phase
+from edgefed.aggregator.rounds import Phase, RoundState
 from edgefed.aggregator.status import Presence, client_label, describe_comparison, wait_reason
 from edgefed.aggregator.stopping import finish_reason
 from edgefed.aggregator.update_requests import UpdateRequests
@@ -70,6 +70,7 @@ class Service(UpdateRequests):
         """``invite_only``: the token does not suffice to join."""
         super().__init__(run)
         self._invite_only = invite_only
+        self._waits: tuple[tuple[int, int, int], str] = (0, 0, 0), ""
         self.access, self.repairs, self.run_id, self.bucket = run.access, run.repairs, run.config.run_id, run.bucket
         self._ids_by_key = {client.key_sha256: client.client_id for client in run.clients.values()}
         self._ids_by_folded = {client_id.casefold(): client_id for client_id in run.clients}
@@ -202,8 +203,17 @@ class Service(UpdateRequests):
                     server_round=state.server_round, deadline_s=remaining, seed=int.from_bytes(seed, "little"),
                     experts=experts, train_limit=limit,
                 )  # fmt: skip
-            left = (other.name for other in run.clients.values() if not other.joined)
-            return Wait(retry_after_s=RETRY_AFTER_S, reason=wait_reason(state, client_id, now, left))
+            return Wait(retry_after_s=RETRY_AFTER_S, reason=self._wait_reason(state, client_id, now))
+
+    def _wait_reason(self, state: RoundState, client_id: str, now: float) -> str:
+        """`wait_reason`; what takes a look at all clients is said for a second, or until one comes or goes."""
+        if state.phase is not Phase.WAITING:
+            return wait_reason(state, client_id, now, [])
+        moment = state.server_round, len(state.last_seen), int(now)
+        if self._waits[0] != moment:
+            left = [other.name for other in self._run.clients.values() if not other.joined]
+            self._waits = moment, wait_reason(state, client_id, now, left)
+        return self._waits[1]
 
     def status(self) -> Status:
         """The status of the run."""

@@ -13,6 +13,9 @@ from edgefed.errors import ConfigError, DataError
 from edgefed.tracking import TRACK, check_trackers
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
     from edgefed.agent.summary import RunSummary
     from edgefed.join import JoinConfig
     from edgefed.preview import Preview
@@ -218,16 +221,32 @@ class Client:
         progress: ProgressSink | None = None,
         stop: threading.Event | None = None,
         on_round: Callable[[int, Mapping[str, float]], None] | None = None,
+        on_step: Callable[[int, int, float], None] | None = None,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        evaluate: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
     ) -> RunSummary:
         """Take part until the run is over or ``stop`` is set, and return what was done.
 
         ``on_event`` gets phases and messages; ``progress`` is a display that gets them instead. ``on_round`` gets
         the number of each round that was trained, and its metrics; its error ends the run. Raises the errors of
         `edgefed.errors`: ConfigError, DataError, BudgetTooSmall, OutOfMemory, DeviceLost, NetworkError, StorageError.
+
+        Three functions take part in the training of the server's model, on this device alone. ``loss(logits, labels)``
+        replaces cross-entropy: logits (B, S, V) of the model, labels (B, S), of which label i + 1 belongs to logits i
+        and -100 does not count; returns a scalar tensor. ``on_step(server_round, step, loss)`` is called after each
+        step. ``evaluate(model)`` returns numbers by name, which join the metrics of the round: the model is a
+        `transformers.PreTrainedModel` with this device's resident experts, after the steps of a round. An error of
+        ``loss`` or ``on_step`` ends the run as a ConfigError that names the function; the round is trained again when
+        the client runs again. One of ``evaluate`` is reported, and training goes on.
         """
         from edgefed.agent.addresses import check_base_url, parse_link
         from edgefed.disk import check_folder
 
+        if self.task is not None and (loss or on_step or evaluate):
+            raise ConfigError(
+                f"`loss`, `on_step` and `evaluate` have no effect with `task={self.task}`",
+                remedy="Put the loss into your own model, or remove them.",
+            )
         check_base_url(parse_link(self.server).address)
         check_folder(self.state)
         memory_bytes = self.memory_bytes
@@ -239,6 +258,10 @@ class Client:
 
         if on_round is not None:
             config = dataclasses.replace(config, on_round=lambda run, number, metrics: on_round(number, metrics))
+        if loss or on_step or evaluate:
+            from edgefed.training.user_functions import UserFunctions
+
+            config = dataclasses.replace(config, functions=UserFunctions(loss, on_step, evaluate))
         try:
             return run_agent(config, sink, stop or threading.Event())
         finally:

@@ -40,7 +40,8 @@ from edgefed.methods.fedmoe import IMAGES
 from edgefed.personal.networks import CNNS, IMAGE_SHAPE, PersonalModel, make_cnn
 from edgefed.personal.samples import Inputs
 from edgefed.personal.splitting import CONTRACT, Features, describe_inputs, run, split_model
-from edgefed.personal.user_code import build_model, error_text, is_code
+from edgefed.personal.user_code import build_model, is_code
+from edgefed.training.user_errors import error_text
 
 TRIED_EXAMPLES = 4
 """A model is tried on a batch of this size and on one smaller by one, since the last batch of an epoch is smaller."""

@@ -12,26 +12,14 @@ import inspect
 import os
 import re
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
-import torch
 from torch import nn
 
 from edgefed.errors import ModelError, ModelNotFound
+from edgefed.training.user_errors import error_text
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-_LIBRARIES = tuple(
-    str(Path(folder).resolve()) + os.sep
-    for folder in (
-        *(str(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
-        str(Path(torch.__file__).parent),
-        str(Path(__file__).parents[1]),
-    )
-)
-"""Folders of code that is not the user's."""
 
 
 def is_code(spec: str) -> bool:
@@ -78,16 +66,6 @@ def user_code_errors(what: str, remedy: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # the code may have changed the path
             sys.path.remove(here)
-
-
-def error_text(error: BaseException) -> str:
-    """Type, first line of the message, and the innermost place in the user's code."""
-    text = str(error).strip().splitlines()
-    summary = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
-    return f"{summary} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else summary
 
 
 def _import_function(spec: str) -> Callable[..., object]:
@@ -150,10 +128,6 @@ def _accepted(spec: str, function: Callable[..., object], values: Mapping[str, o
             remedy="Give these parameters default values, or use a function without them.",
         )
     return {name: value for name, value in values.items() if name in names}
-
-
-def _is_users(filename: str) -> bool:
-    return not filename.startswith("<") and not str(Path(filename).resolve()).startswith(_LIBRARIES)
 
 
 def _kind(value: object) -> str:

@@ -10,7 +10,7 @@ from edgefed.methods.interface import ExpertMethod
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import Assignment, Manifest, RunConfig, UnitInfo
 from edgefed.protocol.trainer import Fetch
-from edgefed.training.steps import StepClock
+from edgefed.training.step_clock import StepClock
 
 
 @dataclasses.dataclass

@@ -56,7 +56,9 @@ from edgefed.trainer.private_part import PrivatePart
 from edgefed.training.calibration import can_measure, correction_from, measure_step
 from edgefed.training.data import AUTOMATIC, Corpus, RecordFields, load_corpus
 from edgefed.training.encoding import TokenBlocks, encode_examples
-from edgefed.training.steps import StepClock, StepsOutcome, run_steps
+from edgefed.training.step_clock import StepClock
+from edgefed.training.steps import StepsOutcome, run_steps
+from edgefed.training.user_functions import NONE, UserFunctions
 from edgefed.training.utility import GradientNorms, ProbeOutcome
 
 MODEL_FOLDER = "model"
@@ -80,6 +82,7 @@ class LocalTrainer:
         merger: Merges experts, for methods that do.
         evaluates: Measure the held-out loss before and after training.
         fields: Names of the fields of the data's records.
+        functions: Functions of the user.
 
     Raises DataError if the data cannot be used. It is read at once.
     """
@@ -100,6 +103,7 @@ class LocalTrainer:
         merger: ExpertMerger | None = None,
         evaluates: bool = True,
         fields: RecordFields = AUTOMATIC,
+        functions: UserFunctions = NONE,
     ):
         self.corpus: Corpus = load_corpus(data, held_out_share, corpus_seed, fields)
         self.num_examples = len(self.corpus.train)
@@ -113,7 +117,7 @@ class LocalTrainer:
         self.plan: ExpertPlan | None = None
         """The plan of the last round."""
         self._placer = ExpertPlacer(folder)
-        self._device = device
+        self._device, self._functions = device, functions
         self.evaluates = evaluates
         self._train_blocks: TokenBlocks | None = None
         self._held_out_blocks: TokenBlocks | None = None
@@ -181,15 +185,18 @@ class LocalTrainer:
         self._private.save(run.run_id, manifest.server_round)
         if copies:
             copies.keep(reports.kept_units(method, plan, ctx.units), newest, manifest.server_round)
-        self._models.close(method, newest)
-        self._last = ctx
         more = {"probe_forwards": float(probed.forwards)} if method.assigning and method.assigning.directions else {}
         more |= unsent | reports.profile_metrics(self.planner.sufficiency)
         self.planner.sufficiency = None  # reported
+        metrics = reports.round_metrics(plan, outcome, before, after, guard.num_shrinks, **more)
+        if ctx.evaluates:
+            with self._private.active(model):
+                metrics |= self._functions.metrics_of(model.module, metrics, progress.message)
+        self._models.close(method, newest)
+        self._last = ctx
         return TrainedUpdate(
             experts=experts,
-            metrics=reports.round_metrics(plan, outcome, before, after, guard.num_shrinks, **more),
-            num_examples=len(blocks), num_tokens=outcome.num_tokens, survey=survey,
+            metrics=metrics, num_examples=len(blocks), num_tokens=outcome.num_tokens, survey=survey,
             keep=reports.kept_blobs(method, plan, manifest.files, ctx.units.values()),
         )  # fmt: skip
 
@@ -276,9 +283,10 @@ class LocalTrainer:
                 storage, streamed = (setup := self.planner.step_plan.setup).expert_storage, setup.streamed_layers
                 if not (ctx.own and (plan, storage, streamed) == (model.plan, model.storage, model.streamed_layers)):
                     self._place(ctx, model, plan)
+                own_loss = self._functions.loss is not None
                 if setup.chunked_loss and not self._chunking_checked:
                     ctx.phase, self._chunking_checked = "comparing the chunked loss with the model's own", True
-                    check_chunked_loss(model, self._train_blocks, self.planner.exclude, ctx.progress)
+                    check_chunked_loss(model, self._train_blocks, self.planner.exclude, ctx.progress, own_loss=own_loss)
                 computed = plan.computed_with(storage is not None)
                 if computed not in before:
                     before[computed] = self._held_out_loss(ctx, plan, self._losses.before)
@@ -376,6 +384,7 @@ class LocalTrainer:
                 first_step=finished.outcome.steps if finished else 0, measure=measure if measures else None,
                 server_round=ctx.assignment.server_round, rounds=ctx.run.rounds,
                 private_step=self._private.restart(training), clock=ctx.clock, moments=kept,
+                functions=self._functions,
             )  # fmt: skip
         progress.done()
         return finished.before(outcome, plan) if finished else outcome

@@ -42,7 +42,7 @@ def batch_loss(
     input_ids, labels = input_ids.to(module.device), labels.to(module.device)
     if chunked:
         return chunked_loss(module, input_ids, labels)
-    with _without_router_loss(module):
+    with without_router_loss(module):
         return cast(torch.Tensor, module(input_ids=input_ids, labels=labels, use_cache=False).loss)
 
 
@@ -129,14 +129,14 @@ def _decoder_returning(module: PreTrainedModel, output: Any) -> Iterator[None]:
 
     decoder.forward = forward  # hides the class's own
     try:
-        with _without_router_loss(module):  # the shell has no router logits to take it on
+        with without_router_loss(module):  # the shell has no router logits to take it on
             yield
     finally:
         del decoder.forward
 
 
 @contextlib.contextmanager
-def _without_router_loss(module: PreTrainedModel) -> Iterator[None]:
+def without_router_loss(module: PreTrainedModel) -> Iterator[None]:
     """Within it the model adds no balancing loss of its routers, whatever its configuration asks for."""
     config = module.config.get_text_config()
     asked = getattr(config, "output_router_logits", False)

@@ -30,45 +30,14 @@ from edgefed.training.encoding import TokenBlocks
 from edgefed.training.loss import batch_loss, configured_balancing
 from edgefed.training.optimizers import KeptMoments, clip_gradients, learning_rate_at
 from edgefed.training.savings import checkpointing, make_optimizer
+from edgefed.training.step_clock import StepClock
+from edgefed.training.user_functions import NONE, UserFunctions
 from edgefed.training.utility import GradientNorms
 
 STOP: Final = "stop"
 """Answer of ``reconsider``: the remaining steps need another plan."""
 STARVED_LOAD = 0.1
 """An expert with less than this share of an even load counts as starved."""
-
-
-class StepClock:
-    """Ends the steps of a round in time: another one begins only if a step of the mean length fits into ``limit_s``.
-
-    ``limit_s``: seconds for all steps of a device in a round, also for those that are lost and repeated; 0: no limit.
-    ``step_s``: seconds of a step where they are computed; None: as measured. A round has at least one step.
-    """
-
-    def __init__(self, limit_s: float, step_s: float | None = None):
-        self._limit_s, self._step_s = limit_s, step_s
-        self._spent_s, self._steps = 0.0, 0
-
-    def count(self, measured_s: float) -> None:
-        """A step was made in ``measured_s`` seconds."""
-        self._spent_s += measured_s if self._step_s is None else self._step_s
-        self._steps += 1
-
-    @property
-    def has_time(self) -> bool:
-        """Whether another step fits."""
-        return not self._limit_s or not self._steps or self._spent_s + self._mean_s <= self._limit_s
-
-    @property
-    def share(self) -> float:
-        """The middle of the next step as a share of the time, 0..1; 0 without a limit."""
-        return min(1.0, (self._spent_s + self._mean_s / 2) / self._limit_s) if self._limit_s else 0.0
-
-    @property
-    def _mean_s(self) -> float:
-        if self._step_s is not None:
-            return self._step_s
-        return self._spent_s / self._steps if self._steps else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +117,7 @@ def take_step(
     max_grad_norm: float,
     balancing: float = 0.0,
     on_gradients: Callable[[], None] = lambda: None,
+    functions: UserFunctions = NONE,
 ) -> tuple[float, list[tuple[int, int]]]:
     """Take one training step; returns (cross-entropy, experts that it changed). Gradients are left in place.
 
@@ -160,7 +130,10 @@ def take_step(
     """
     collected = model.balancing() if balancing else contextlib.nullcontext()
     with checkpointing(model.module, setup.checkpointing), collected as terms:
-        loss = batch_loss(model.module, input_ids, labels, chunked=setup.chunked_loss)
+        if functions.loss is not None:
+            loss = functions.batch_loss(model.module, input_ids, labels)
+        else:
+            loss = batch_loss(model.module, input_ids, labels, chunked=setup.chunked_loss)
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingDiverged(f"the training loss is {value}")
@@ -195,16 +168,15 @@ def run_steps(
     private_step: Callable[[float], None] = lambda rate: None,
     clock: StepClock | None = None,
     moments: KeptMoments | None = None,
+    functions: UserFunctions = NONE,
 ) -> StepsOutcome:
     """Train ``training.local_steps`` steps on ``blocks``, in a shuffled order that depends on ``seed`` alone.
 
-    ``clock`` ends them earlier; None: that of ``training.round_seconds``.
-
+    ``clock`` ends them earlier; None: that of ``training.round_seconds``. ``functions`` are the user's.
     The optimizer is AdamW; it starts fresh, as in FedAvg, or with the ``moments`` of the last round, which get those of
-    this one. Its learning rate is that of round ``server_round`` of
-    ``rounds`` (`edgefed.training.optimizers.learning_rate_at`). With ``compute_share`` < 1 the method's schedule
-    decides per batch and layer which trainable experts get gradients. The optimizer skips an expert without a gradient,
-    so neither momentum nor weight decay moves it. Gradients are clipped to ``max_grad_norm``.
+    this one. Its learning rate is that of round ``server_round`` of ``rounds`` (`optimizers.learning_rate_at`). With
+    ``compute_share`` < 1 the method's schedule decides per batch and layer which trainable experts get gradients. The
+    optimizer skips an expert without a gradient, so neither momentum nor weight decay moves it.
 
     ``setup`` says how a step saves memory (None: it does not); its sequence length cuts the blocks. ``on_step`` is
     called with the loss of each step, ``norms`` counts the gradients. ``reconsider`` is called between steps, when
@@ -225,7 +197,7 @@ def run_steps(
     shares = [(step + 0.5) / training.local_steps for step in range(first_step, training.local_steps)]
     steps = _LocalSteps(
         *(model, blocks, training, setup or step_setup(model, training), seed + first_step, norms),
-        *(min(map(rate_at, shares)), private_step, moments, resting_factor(training, server_round)),
+        *(min(map(rate_at, shares)), private_step, moments, resting_factor(training, server_round), functions),
     )
     interrupted = False
     started = time.perf_counter()
@@ -245,6 +217,7 @@ def run_steps(
                     raise TrainingDiverged(f"{error} at step {step + 1}") from None
                 steps.count_memory()
                 on_step(steps.losses[-1])
+                functions.stepped(server_round, step + 1, steps.losses[-1])
                 clock.count(time.perf_counter() - step_started)
                 if step + 1 == training.local_steps or not clock.has_time:
                     break
@@ -291,8 +264,10 @@ class _LocalSteps:
         private_step: Callable[[float], None],
         moments: KeptMoments | None,
         resting: str | None,
+        functions: UserFunctions,
     ):
-        self._moments, self._resting = moments, [] if resting is None else adapter_factors(model.module, resting)
+        self._functions, self._moments = functions, moments
+        self._resting = [] if resting is None else adapter_factors(model.module, resting)
         self._norms, self._private_step = norms, private_step
         self.losses: list[float] = []
         self.expert_steps: Counter[tuple[int, int]] = Counter()
@@ -321,6 +296,7 @@ class _LocalSteps:
             max_grad_norm=self._training.max_grad_norm,
             balancing=self._balancing,
             on_gradients=self._on_gradients,
+            functions=self._functions,
         )
         self.losses.append(loss)
         self.expert_steps.update(changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import runpy
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from edgefed.methods.flux import Flux
 from edgefed.methods.registry import make_method
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_method.py"
+OWN_LOSS = EXAMPLE.with_name("own_loss.py")
 LOCATION = f"{EXAMPLE}:DecidedExperts"
 
 
@@ -116,7 +118,11 @@ def test_a_server_refuses_what_has_no_effect_or_contradicts(tmp_path):
         edgefed.Server(rounds=0)
 
 
-def test_a_method_of_ones_own_in_a_federation(tmp_path):
+def broken_loss(logits, labels):
+    raise RuntimeError("no loss here")
+
+
+def test_a_method_and_a_loss_of_ones_own_in_a_federation(tmp_path):
     """Server and client in one process: the example's class is imported by both, and its plan is what is trained."""
     state = tmp_path / "run"
     server = edgefed.Server(
@@ -134,14 +140,23 @@ def test_a_method_of_ones_own_in_a_federation(tmp_path):
     serving = threading.Thread(target=server.serve, args=(on_ready,), daemon=True)
     serving.start()
     assert ready.wait(180)
-    events = []
+    events, steps, metrics = [], [], {}
     client = edgefed.Client(
         urls[0], data="silo:http", memory="4GiB", experts=0.5, state=tmp_path / "me", threads=1, method=LOCATION
     )
-    summary = client.run(on_event=events.append)
+    with pytest.raises(ConfigError, match=r"`loss` broken_loss failed: RuntimeError: no loss here \(.*test_api"):
+        client.run(loss=broken_loss)
+    own = runpy.run_path(str(OWN_LOSS))
+    summary = client.run(
+        on_event=events.append, loss=own["smoothed"], evaluate=own["certainty"], on_round=metrics.__setitem__,
+        on_step=lambda *step: steps.append(step),
+    )  # fmt: skip
     serving.join(60)
     assert not serving.is_alive()
     assert summary.rounds == 2
+    assert [step[:2] for step in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert steps[0][2] > 3.3, "a smoothed loss is larger than that of the pretrained model"
+    assert [0 < metrics[number]["certainty"] < 1 for number in (1, 2)] == [True, True]
     assert {"train", "upload"} <= {event.text for event in events if event.kind == "phase"}
     assert any("plan: 32 of 64 experts" in str(event) for event in events)
     assert make_method("decided", {"floor": 0.01}).floor == 0.01

@@ -26,7 +26,8 @@ from edgefed.training.optimizers import (
     resume_moments,
 )
 from edgefed.training.savings import make_optimizer
-from edgefed.training.steps import StepClock, run_steps
+from edgefed.training.step_clock import StepClock
+from edgefed.training.steps import run_steps
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_training  # noqa: E402
