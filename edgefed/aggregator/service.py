@@ -70,7 +70,7 @@ class Service(UpdateRequests):
         """``invite_only``: the token does not suffice to join."""
         super().__init__(run)
         self._invite_only = invite_only
-        self._waits: tuple[tuple[int, int, int], str] = (0, 0, 0), ""
+        self._waits: tuple[tuple[int, int, int, int], str] = (0, 0, 0, 0), ""
         self.access, self.repairs, self.run_id, self.bucket = run.access, run.repairs, run.config.run_id, run.bucket
         self._ids_by_key = {client.key_sha256: client.client_id for client in run.clients.values()}
         self._ids_by_folded = {client_id.casefold(): client_id for client_id in run.clients}
@@ -209,7 +209,7 @@ class Service(UpdateRequests):
         """`wait_reason`; what takes a look at all clients is said for a second, or until one comes or goes."""
         if state.phase is not Phase.WAITING:
             return wait_reason(state, client_id, now, [])
-        moment = state.server_round, len(state.last_seen), int(now)
+        moment = state.server_round, len(self._run.clients), len(state.last_seen), int(now)
         if self._waits[0] != moment:
             left = [other.name for other in self._run.clients.values() if not other.joined]
             self._waits = moment, wait_reason(state, client_id, now, left)
