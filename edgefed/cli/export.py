@@ -117,7 +117,7 @@ def _round_number(text: str | None) -> int | Literal["best"] | None:
     if text == "best":
         return "best"
     if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise ConfigError(f"invalid `round`: {text!r}; expected the number of a round, from 1, or best")
+        raise ConfigError(f"invalid `server_round`: {text!r}; expected the number of a round, from 1, or best")
     return int(text)
 
 
