@@ -124,9 +124,10 @@ def export(
     ``run``: the folder of a run, the address of its server, or the state folder of a device, which exports what it has:
     its own weights where the method exchanges none, otherwise the global model of its last round. ``global_model``:
     of a device, the newest global model, from its server. ``format``: "hf", a Hugging Face checkpoint with adapters
-    merged; "peft", the adapters alone, which ``peft.PeftModel.from_pretrained`` loads on the base model; "gguf-adapter",
-    the adapters for llama.cpp; "gguf" and "onnx", the merged model for llama.cpp and for onnxruntime. ``dtype``: of the weights: "auto" (the model's own),
-    "float32", "float16" or "bfloat16"; with "gguf" also "q8_0" and "q4_0"; with "onnx" "float32" or "int8".
+    merged; "peft", the adapters alone, which ``peft.PeftModel.from_pretrained`` loads on the base model;
+    "gguf-adapter", the adapters for llama.cpp; "gguf" and "onnx", the merged model for llama.cpp and for onnxruntime.
+    ``dtype``: of the weights: "auto" (the model's own), "float32", "float16" or "bfloat16"; with "gguf" also "q8_0" and
+    "q4_0"; with "onnx" "float32" or "int8".
     ``server_round``: the model at the start of this round; None: the newest; "best": of the models that clients have
     evaluated, the one with the smallest held-out loss, the median over clients. ``token``: of the server.
     ``onnx_experts``: "products" of matrices, the fastest on a CPU, or the "operator" MoE of onnxruntime.
@@ -136,8 +137,7 @@ def export(
     private, if it does not exist.
 
     Raises ConfigError (unknown format, one that cannot hold what the run trained, round not stored, target not empty,
-    no model was evaluated),
-    StorageError, StateCorrupt, and where the server is asked ServerUnreachable, Unauthorized, NotFound.
+    no model was evaluated), StorageError, StateCorrupt, and where the server is asked ServerUnreachable, Unauthorized, NotFound.
     """
     from edgefed.exporting import DTYPES, FORMATS, export_model
     from edgefed.formats import DELTA_FILE
