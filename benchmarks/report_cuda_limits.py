@@ -40,9 +40,9 @@ BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "bfloat16": 2.0}
 FORMAT = {"nf4": 16, "bfloat16": 3}
 TILE_ROWS, ROWS = (16, 32, 64), (1, 2, 4)
 TILES_FROM = 5
-_LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)([^;]*);")
-_WAVEFRONTS = {"LDSM": 4, "LDS": 1, "STS": 4, "LDG": 4}
-"""Cycles of a multiprocessor's memory pipe for a warp's instruction, at the width that these kernels use."""
+_LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+ )?([A-Z0-9_.]+)([^;]*);")
+_PIPED = ("LDS", "STS", "LDG", "LDGSTS", "LD")
+"""Instructions of a multiprocessor's memory pipe besides LDSM: a cycle for each 128 bytes that a warp moves."""
 
 
 def loops_of(object_file: Path) -> dict[str, list[list[str]]]:
@@ -53,7 +53,10 @@ def loops_of(object_file: Path) -> dict[str, list[list[str]]]:
     text = subprocess.run([tool, "-sass", str(object_file)], capture_output=True, text=True, check=True).stdout
     found = {}
     for part in text.split("Function : ")[1:]:
-        code = [(int(at, 16), name, rest) for at, name, rest in _LINE.findall(part)]
+        code = [
+            (int(at, 16), "NOP" if condition == "@!PT " else name, rest)
+            for at, condition, name, rest in _LINE.findall(part)
+        ]
         loops = []
         for at, name, rest in code:
             target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
@@ -80,7 +83,13 @@ def count(loop: list[str], *names: str) -> int:
 
 def memory_cycles(loop: list[str]) -> int:
     """Cycles of the memory pipe for a warp in each quarter of a multiprocessor."""
-    return 4 * sum(cycles * count(loop, kind) for kind, cycles in _WAVEFRONTS.items())
+    cycles = 0
+    for name, *suffixes in (instruction.split(".") for instruction in loop):
+        if name == "LDSM":
+            cycles += 4
+        elif name in _PIPED:  # 4 bytes a lane unless the name says 8 or 16
+            cycles += 4 if "128" in suffixes else 2 if "64" in suffixes else 1
+    return 4 * cycles
 
 
 def tile_cycles(loops: dict, storage: str, rows: int, operations: int) -> tuple[float, int]:

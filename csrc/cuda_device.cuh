@@ -137,6 +137,17 @@ EF_DEVICE void unpack_two<__nv_bfloat16>(uint32_t pair, float* out) {
   out[1] = __uint_as_float(pair & 0xFFFF0000u);
 }
 
+// Loads from memory of the device that no kernel writes meanwhile. Said outright: of a pointer that was computed with,
+// the compiler does not always know that it is not one into shared memory.
+template <typename T>
+EF_DEVICE T load_global(const T* from) {
+#ifdef __CUDA_ARCH__
+  return __ldg(from);
+#else
+  return *from;
+#endif
+}
+
 // Eight neighbouring values, 16-byte aligned.
 template <typename T>
 EF_DEVICE void load_eight(const T* from, float* out) {

@@ -1,7 +1,8 @@
 // Products of many rows on tensor cores (half precision from sm_75, bfloat16 from sm_80): tiles of 16, 32 or 64 rows
 // and 64 columns, weights decoded into shared memory on the way, sums in float32. The same loop makes forward products
 // (W as stored), gradients of x (W transposed) and of W (both operands transposed); only the layout in shared memory
-// differs. There are two buffers, so that one is written while slower warps still multiply from the other.
+// differs. There are two buffers: while one is multiplied, 16-bit values are copied into the other past the registers
+// (cp.async, from sm_80), and what must be decoded is loaded.
 #include "cuda_matmul.cuh"
 #include "cuda_tensor_cores.cuh"
 
@@ -43,39 +44,58 @@ struct TensorCores {
 };
 
 // --- sources: eight neighbouring values of a matrix, zero beyond its edges ----------------------------------------
-// `line` runs over stored rows, `at` (a multiple of 8) along them.
+// `line` finds a stored row; `at` (a multiple of 8) is along it. kDirect: the values are stored as they are multiplied.
 
 template <typename T>
 struct DenseSource {
+  static constexpr bool kDirect = true;
   struct Raw {
     uint4 bits;
+  };
+  struct Line {
+    const T* from;
+    int32_t width;  // 0 beyond the edge
   };
   const T* values;
   const int32_t* rows;  // which stored row a line is, or NULL
   int64_t width;
   int64_t lines;
 
-  EF_DEVICE Raw load(int64_t line, int64_t at) const {
-    if (line >= lines || at >= width) return {make_uint4(0, 0, 0, 0)};
+  EF_DEVICE Line line(int64_t line) const {
+    if (line >= lines) return {values, 0};
     const int64_t row = rows != nullptr ? rows[line] : line;
-    return {*reinterpret_cast<const uint4*>(values + row * width + at)};
+    return {values + row * width, static_cast<int32_t>(width)};
   }
+  EF_DEVICE Raw load(const Line& line, int32_t at) const {
+    if (at >= line.width) return {make_uint4(0, 0, 0, 0)};
+    return {load_global(reinterpret_cast<const uint4*>(line.from + at))};
+  }
+  EF_DEVICE void begin(const Line& line, int32_t at, T* to) const { begin_copy(to, line.from + at, at < line.width); }
   EF_DEVICE void store(const Raw& raw, const float*, T* to) const { *reinterpret_cast<uint4*>(to) = raw.bits; }
 };
 
 template <typename T>
 struct FloatSource {  // float32 values of a product in T
+  static constexpr bool kDirect = false;
   struct Raw {
     float4 low, high;
+  };
+  struct Line {
+    const float* from;
+    int32_t width;
   };
   const float* values;
   int64_t width;
   int64_t lines;
 
-  EF_DEVICE Raw load(int64_t line, int64_t at) const {
-    if (line >= lines || at >= width) return {make_float4(0.0f, 0.0f, 0.0f, 0.0f), make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
-    const float4* from = reinterpret_cast<const float4*>(values + line * width + at);
-    return {from[0], from[1]};
+  EF_DEVICE Line line(int64_t line) const {
+    if (line >= lines) return {values, 0};
+    return {values + line * width, static_cast<int32_t>(width)};
+  }
+  EF_DEVICE Raw load(const Line& line, int32_t at) const {
+    if (at >= line.width) return {make_float4(0.0f, 0.0f, 0.0f, 0.0f), make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+    const float4* from = reinterpret_cast<const float4*>(line.from + at);
+    return {load_global(from), load_global(from + 1)};
   }
   EF_DEVICE void store(const Raw& raw, const float*, T* to) const {
     const float all[8] = {raw.low.x, raw.low.y, raw.low.z, raw.low.w, raw.high.x, raw.high.y, raw.high.z, raw.high.w};
@@ -85,9 +105,16 @@ struct FloatSource {  // float32 values of a product in T
 
 template <typename T>
 struct Nf4Source {
+  static constexpr bool kDirect = false;
   struct Raw {
     uint32_t codes;
     float scale;
+  };
+  struct Line {
+    const uint8_t* packed;
+    const float* scales;  // from that of the line's first value
+    int32_t before;       // values of its block before that one
+    int32_t width;
   };
   const uint8_t* packed;
   const float* scales;
@@ -95,10 +122,16 @@ struct Nf4Source {
   int64_t lines;
   int32_t block_shift;
 
-  EF_DEVICE Raw load(int64_t line, int64_t at) const {
-    if (line >= lines || at >= width) return {0, 0.0f};
-    const int64_t first = line * width + at;
-    return {*reinterpret_cast<const uint32_t*>(packed + first / 2), scales[first >> block_shift]};
+  EF_DEVICE Line line(int64_t line) const {
+    if (line >= lines) return {packed, scales, 0, 0};
+    const int64_t first = line * width, block = first >> block_shift;
+    return {packed + first / 2, scales + block, static_cast<int32_t>(first - (block << block_shift)),
+            static_cast<int32_t>(width)};
+  }
+  EF_DEVICE Raw load(const Line& line, int32_t at) const {
+    if (at >= line.width) return {0, 0.0f};
+    return {load_global(reinterpret_cast<const uint32_t*>(line.packed + (static_cast<uint32_t>(at) >> 1))),
+            load_global(line.scales + (static_cast<uint32_t>(line.before + at) >> block_shift))};
   }
   EF_DEVICE void store(const Raw& raw, const float* table, T* to) const {
     float values[8];
@@ -111,18 +144,28 @@ struct Nf4Source {
 
 template <typename T>
 struct Int8Source {
+  static constexpr bool kDirect = false;
   struct Raw {
     uint2 codes;
     float scale;
+  };
+  struct Line {
+    const int8_t* packed;
+    float scale;
+    int32_t width;
   };
   const int8_t* packed;
   const float* scales;
   int64_t width;
   int64_t lines;
 
-  EF_DEVICE Raw load(int64_t line, int64_t at) const {
-    if (line >= lines || at >= width) return {make_uint2(0, 0), 0.0f};
-    return {*reinterpret_cast<const uint2*>(packed + line * width + at), scales[line]};
+  EF_DEVICE Line line(int64_t line) const {
+    if (line >= lines) return {packed, 0.0f, 0};
+    return {packed + line * width, scales[line], static_cast<int32_t>(width)};
+  }
+  EF_DEVICE Raw load(const Line& line, int32_t at) const {
+    if (at >= line.width) return {make_uint2(0, 0), 0.0f};
+    return {load_global(reinterpret_cast<const uint2*>(line.packed + at)), line.scale};
   }
   EF_DEVICE void store(const Raw& raw, const float*, T* to) const {
     float values[8];
@@ -163,11 +206,25 @@ struct Operand {
   static EF_DEVICE int line(int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) / (kWidth / 8); }
   static EF_DEVICE int at(int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) % (kWidth / 8) * 8; }
 
+  // The lines of this thread's eights: the same in every step if a line is a row of the result.
   template <typename Source>
-  static EF_DEVICE void load(const Source& source, int64_t across, int64_t along, typename Source::Raw* raw) {
+  static EF_DEVICE void find(const Source& source, int64_t across, int32_t along, typename Source::Line* lines) {
 #pragma unroll
-    for (int i = 0; i < kEights; ++i)
-      raw[i] = kAcross ? source.load(across + line(i), along + at(i)) : source.load(along + line(i), across + at(i));
+    for (int i = 0; i < kEights; ++i) lines[i] = source.line((kAcross ? across : along) + line(i));
+  }
+  // Begins to bring the values of a step: into `shared`, or into registers if they must be decoded.
+  template <bool kAsync, typename Source>
+  static EF_DEVICE void begin(const Source& source, const typename Source::Line* lines, int64_t across, int32_t along,
+                              typename Source::Raw* raw, T* shared) {
+#pragma unroll
+    for (int i = 0; i < kEights; ++i) {
+      const int32_t from = (kAcross ? along : static_cast<int32_t>(across)) + at(i);
+      if constexpr (kAsync) {
+        source.begin(lines[i], from, shared + line(i) * kStride + at(i));
+      } else {
+        raw[i] = source.load(lines[i], from);
+      }
+    }
   }
   template <typename Source>
   static EF_DEVICE void store(const Source& source, const typename Source::Raw* raw, const float* table, T* shared) {
@@ -209,27 +266,33 @@ struct Shared {
 
 // sums += tile of A B^T: rows a_first .. + kRows of A, columns b_first .. + 64, over `depth`.
 template <typename T, bool kAcrossA, bool kAcrossB, int kRows, typename SourceA, typename SourceB>
-EF_DEVICE void multiply(const SourceA& a, int64_t a_first, const SourceB& b, int64_t b_first, int64_t depth,
+EF_DEVICE void multiply(const SourceA& a, int64_t a_first, const SourceB& b, int64_t b_first, int32_t depth,
                         Shared<T, kAcrossA, kAcrossB, kRows>& shared,
                         Sums (&sums)[Shape<kRows>::kDown][Shape<kRows>::kAcross]) {
   using Part = Shape<kRows>;
   using A = typename Shared<T, kAcrossA, kAcrossB, kRows>::A;
   using B = typename Shared<T, kAcrossA, kAcrossB, kRows>::B;
   constexpr int kDepth = Part::kDepth;
+  constexpr bool kAsyncA = SourceA::kDirect && kCopiesAsync, kAsyncB = SourceB::kDirect && kCopiesAsync;
+  typename SourceA::Line lines_a[A::kEights];
+  typename SourceB::Line lines_b[B::kEights];
   typename SourceA::Raw raw_a[A::kEights];
   typename SourceB::Raw raw_b[B::kEights];
-  A::load(a, a_first, 0, raw_a);
-  B::load(b, b_first, 0, raw_b);
+  const auto begin = [&](int32_t along, int buffer) {
+    if (!kAcrossA || along == 0) A::find(a, a_first, along, lines_a);
+    if (!kAcrossB || along == 0) B::find(b, b_first, along, lines_b);
+    A::template begin<kAsyncA>(a, lines_a, a_first, along, raw_a, shared.a(buffer));
+    B::template begin<kAsyncB>(b, lines_b, b_first, along, raw_b, shared.b(buffer));
+  };
   __syncthreads();  // the buffers are free, the table is filled
+  begin(0, 0);
   int buffer = 0;
-  for (int64_t along = 0; along < depth; along += kDepth, buffer ^= 1) {
-    A::store(a, raw_a, shared.table, shared.a(buffer));
-    B::store(b, raw_b, shared.table, shared.b(buffer));
-    __syncthreads();
-    if (along + kDepth < depth) {  // on the way while the tensor cores work
-      A::load(a, a_first, along + kDepth, raw_a);
-      B::load(b, b_first, along + kDepth, raw_b);
-    }
+  for (int32_t along = 0; along < depth; along += kDepth, buffer ^= 1) {
+    if constexpr (!kAsyncA) A::store(a, raw_a, shared.table, shared.a(buffer));
+    if constexpr (!kAsyncB) B::store(b, raw_b, shared.table, shared.b(buffer));
+    if constexpr (kAsyncA || kAsyncB) wait_for_copies();
+    __syncthreads();  // the step is there, and every warp is done with the other buffer
+    if (along + kDepth < depth) begin(along + kDepth, buffer ^ 1);  // on the way while the tensor cores work
 #pragma unroll
     for (int step = 0; step < kDepth; step += kFragment) {
       uint32_t left[Part::kDown][4], right[Part::kAcross][4];
@@ -300,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const DenseSource<T> rows = {x, product.x_rows != nullptr ? product.x_rows + tile.begin : nullptr, k, tile.count};
     const auto weights = source_of<kFormat, T>(matrix, kTransposed ? k : n, kTransposed ? n : k);
     Sums sums[Shape<kRows>::kDown][Shape<kRows>::kAcross] = {};
-    multiply(rows, 0, weights, first, k, shared, sums);
+    multiply(rows, 0, weights, first, static_cast<int32_t>(k), shared, sums);
     if (product.low_rank.low != nullptr && matrix.factor != nullptr) {
       const EfCudaLowRank& term = product.low_rank;
       const T* low = static_cast<const T*>(term.low) + tile.begin * term.rank;
@@ -308,10 +371,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int64_t lines = kTransposed ? term.rank : n, width = kTransposed ? n : term.rank;
       if (term.dtype == EF_F32) {
         const FloatSource<T> factor = {static_cast<const float*>(matrix.factor), width, lines};
-        multiply(low_rows, 0, factor, first, term.rank, shared, sums);
+        multiply(low_rows, 0, factor, first, static_cast<int32_t>(term.rank), shared, sums);
       } else {
         const DenseSource<T> factor = {static_cast<const T*>(matrix.factor), nullptr, width, lines};
-        multiply(low_rows, 0, factor, first, term.rank, shared, sums);
+        multiply(low_rows, 0, factor, first, static_cast<int32_t>(term.rank), shared, sums);
       }
     }
     T* y = static_cast<T*>(product.y);

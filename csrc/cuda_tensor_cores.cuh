@@ -1,5 +1,5 @@
-// Two instructions of a warp: ldmatrix, and mma.sync of 16 x 8 x 16 (on sm_75 two of 16 x 8 x 8). Their layouts of
-// registers are documented ("Warp-level matrix instructions" of the PTX manual), so results leave without a detour.
+// Copies into shared memory without registers (cp.async, from sm_80), and two instructions of a warp: ldmatrix, and
+// mma.sync of 16 x 8 x 16 (on sm_75 two of 16 x 8 x 8). Their layouts of registers are documented ("Warp-level matrix instructions" of the PTX manual), so results leave without a detour.
 #pragma once
 
 #include "cuda_device.cuh"
@@ -9,6 +9,31 @@
 #endif
 
 namespace edgefed {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kCopiesAsync = false;
+#else
+constexpr bool kCopiesAsync = true;
+#endif
+
+// Begins to copy 16 bytes into shared memory, zeros unless `is_there`; both ends are aligned. They are there for this
+// thread after wait_for_copies, for others after the barrier behind it.
+EF_DEVICE void begin_copy(void* to, const void* from, bool is_there) {
+#ifdef EF_CUDA_EMULATED
+  emulator::begin_copy(to, from, is_there);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(is_there ? 16 : 0)
+               : "memory");
+#endif
+}
+EF_DEVICE void wait_for_copies() {
+#ifdef EF_CUDA_EMULATED
+  emulator::wait_for_copies();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
 
 // Loads four 8 x 8 matrices of 16-bit values from shared memory: lane 8 i + r has the address of row r of matrix i,
 // 16-byte aligned. Of each matrix a lane gets two neighbours of row lane / 4; kTransposed: of column lane / 4.

@@ -1,4 +1,4 @@
-// ldmatrix and mma.sync for the emulator, with the layouts of registers that the PTX manual gives ("Warp-level matrix
+// cp.async, ldmatrix and mma.sync for the emulator, with the layouts of registers that the PTX manual gives ("Warp-level matrix
 // instructions"): a lane holds what it would hold on a GPU.
 #pragma once
 
@@ -7,6 +7,29 @@
 #include <cuda_runtime.h>
 
 namespace emulator {
+
+// Copies that a thread has begun and not waited for: until then, what is there is what was there.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+inline std::vector<Copy> copies[1024];
+
+inline void begin_copy(void* to, const void* from, bool is_there) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || (is_there && reinterpret_cast<uintptr_t>(from) % 16)) {
+    std::fprintf(stderr, "cuda emulator: both ends of cp.async must be 16-byte aligned\n");
+    std::abort();
+  }
+  copies[machine.current].push_back({to, from, is_there ? 16 : 0});
+}
+inline void wait_for_copies() {
+  for (const Copy& copy : copies[machine.current]) {
+    std::memset(copy.to, 0, 16);
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  copies[machine.current].clear();
+}
 
 inline uint16_t half_word(const void* at) {
   uint16_t value;
