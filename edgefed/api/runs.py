@@ -137,7 +137,8 @@ def export(
     private, if it does not exist.
 
     Raises ConfigError (unknown format, one that cannot hold what the run trained, round not stored, target not empty,
-    no model was evaluated), StorageError, StateCorrupt, and where the server is asked ServerUnreachable, Unauthorized, NotFound.
+    no model was evaluated), StorageError, StateCorrupt, and where the server is asked ServerUnreachable, Unauthorized,
+    NotFound.
     """
     from edgefed.exporting import DTYPES, FORMATS, export_model
     from edgefed.formats import DELTA_FILE
