@@ -49,8 +49,8 @@ RECORDS = 400
 """Most records of a client, held-out ones included."""
 STEPS = 40
 """Local steps of a client in the whole run."""
-RATES = (1e-3, 3e-3)
-LOCAL_STEPS = (10, 20)
+RATES = (1e-3, 3e-3, 1e-2)
+LOCAL_STEPS = (5, 10, 20, 40)
 BATCH_SIZE, SEQUENCE_LENGTH = 4, 128
 PROFILE_TOKENS, EVALUATION_TOKENS = 1024, 2048
 PROFILE = "rtx-4090"
@@ -124,9 +124,15 @@ def chosen_settings(rows: Iterable[Mapping]) -> dict[str, tuple[float, int]]:
 def comparison(rows: Iterable[Mapping]) -> list[dict]:
     """One entry per set and method: mean losses and memory, and paired differences to `slices` over the seeds of all.
 
-    A positive difference means that `slices` has the lower loss.
+    Only rows with the settings that are chosen count. A positive difference means that `slices` has the lower loss.
     """
-    rows = [row for row in rows if row["set"] != TUNING_SET]
+    rows = list(rows)
+    chosen = chosen_settings(rows)
+    rows = [
+        row
+        for row in rows
+        if row["set"] != TUNING_SET and (row["learning_rate"], row["local_steps"]) == chosen[row["method"]]
+    ]
     entries = []
     for name in sorted({row["set"] for row in rows}, key=list(SETS).index):
         by_method = {method: {row["seed"]: row for row in rows if (row["set"], row["method"]) == (name, method)}

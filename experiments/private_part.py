@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -128,7 +129,7 @@ def table(rows: Iterable[Mapping]) -> str:
     variants = [name for name in VARIANTS if any(own == name for own, _ in found)]
     seeds = sorted(set.intersection(*({seed for own, seed in found if own == name} for name in variants)))
     lines = [
-        f"| {len(seeds)} seeds | {' | '.join(f'{share:.0%}' for share in SHARES)} | mean | above alone |",
+        f"| losses, {len(seeds)} seed{'s' * (len(seeds) > 1)} | {' | '.join(f'{share:.0%}' for share in SHARES)} | mean | above alone |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     base = [found["alone", seed]["device_by_client"] for seed in seeds]
@@ -142,7 +143,8 @@ def table(rows: Iterable[Mapping]) -> str:
             columns = [statistics.mean(values) for values in zip(*losses, strict=True)]
             means = [statistics.mean(values) for values in losses]
             mean, half = interval([own - statistics.mean(alone) for own, alone in zip(means, base, strict=True)])
-            above = "" if name == "alone" else f"{mean:+.3f} ± {half:.3f}"
+            half_text = f" ± {half:.3f}" if math.isfinite(half) else ""
+            above = "" if name == "alone" else f"{mean:+.3f}{half_text}"
             numbers = " | ".join(f"{value:.3f}" for value in (*columns, statistics.mean(means)))
             lines.append(f"| {name}, {label} | {numbers} | {above} |")
     return "\n".join(lines)
