@@ -155,7 +155,7 @@ function renderRounds(history, personal) {
   const known = (name) => history.some(({ metrics }) => metrics[name] !== undefined);
   const share = (part, whole) => history.map(({ metrics }) => (metrics[whole] ? (metrics[part] ?? 0) / metrics[whole] : null));
   if (known("upload_ratio")) {
-    specs.push({ title: "Whole updates, in bytes for each byte received", format: (value) => `${value.toFixed(1)}×`, series: [{ values: metric("upload_ratio") }] });
+    specs.push({ title: "Bytes of whole updates per byte received", format: (value) => `${value.toFixed(1)}×`, series: [{ values: metric("upload_ratio") }] });
   }
   if (known("residual_norm") || known("model_residual_norm")) {
     specs.push({ title: "Left for later rounds (share of the L2 norm)", format: percent, series: [
