@@ -25,6 +25,7 @@ from recording import add_arguments, interval, play, read_rows, record
 from edgefed.hardware.profiles import effective, find_profile
 from edgefed.methods.registry import register
 from edgefed.methods.slices import Slices
+from edgefed.progress import counted
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
 from edgefed.simulation.demo import CLIENT_SILOS, SHARES
@@ -128,8 +129,9 @@ def table(rows: Iterable[Mapping]) -> str:
     found = {(row["variant"], row["seed"]): row for row in rows}
     variants = [name for name in VARIANTS if any(own == name for own, _ in found)]
     seeds = sorted(set.intersection(*({seed for own, seed in found if own == name} for name in variants)))
+    shares = " | ".join(f"{share:.0%}" for share in SHARES)
     lines = [
-        f"| losses, {len(seeds)} seed{'s' * (len(seeds) > 1)} | {' | '.join(f'{share:.0%}' for share in SHARES)} | mean | above alone |",
+        f"| losses, {counted(len(seeds), 'seed')} | {shares} | mean | above alone |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     base = [found["alone", seed]["device_by_client"] for seed in seeds]
