@@ -56,6 +56,8 @@ def simulate(
     seed: int | None = None,
     compression: str | None = None,
     on_event: Callable[[SimulationEvent], None] | None = None,
+    engine: Literal["built-in", "ray"] = "built-in",
+    workers: int | None = None,
 ) -> SimulationResult:
     """Simulate a fleet: devices train one after another on this machine, in the virtual time of their profiles.
 
@@ -64,13 +66,15 @@ def simulate(
 
     ``config`` is a TOML file or an object. ``methods`` selects some of its methods by their labels; ``rounds``,
     ``seed`` and ``compression`` replace its values. A simulation that was interrupted continues with the same ``out``.
+    With ``engine="ray"`` the devices of a round train side by side in ``workers`` processes of Ray, or as many as it
+    has room for; the result is the same.
 
     Raises ConfigError, UnknownMethod, UnknownProfile, DataError, ModelError, StorageError.
     """
     from edgefed.simulation.simulate import simulate as run_simulation
 
     settings = simulation_settings(config, methods=methods, rounds=rounds, seed=seed, compression=compression)
-    return run_simulation(settings, Path(out), on_event or (lambda event: None))
+    return run_simulation(settings, Path(out), on_event or (lambda event: None), engine=engine, workers=workers)
 
 
 def simulation_settings(

@@ -32,6 +32,14 @@ class SimulateSettings:
         Literal["none", "int8", "int4", "int2", "topk12", "topk6", "topk3", "topk", "auto"] | None,
         Setting("How updates are sent, instead of the file's."),
     ] = None
+    engine: Annotated[
+        Literal["built-in", "ray"],
+        Setting("Train the devices of a round one after another, or side by side in processes of Ray; the results are "
+                "the same."),
+    ] = "built-in"  # fmt: skip
+    workers: Annotated[
+        int | None, Setting("With `engine=ray`: processes.", default="as many as there is room for", minimum=1)
+    ] = None
     no_pictures: Annotated[bool, Setting("Write no PNG files.")] = False
     json: Annotated[bool, Setting("Print the results as JSON.")] = False
 
@@ -55,7 +63,7 @@ def simulate_command(settings: SimulateSettings) -> None:
     logging.getLogger("edgefed.aggregator").setLevel(logging.WARNING)  # it logs every update of every client
 
     with SimulationDisplay(config.rounds) as display:
-        result = simulate(config, settings.out, on_event=display)
+        result = simulate(config, settings.out, on_event=display, engine=settings.engine, workers=settings.workers)
     paths = []
     if not settings.no_pictures:
         from edgefed.simulation.pictures import save_pictures

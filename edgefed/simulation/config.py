@@ -97,9 +97,12 @@ class MethodChoice:
     method: str
     options: Mapping[str, float | int | str | bool] = dataclasses.field(default_factory=dict)
     label: str = ""
+    location: str = dataclasses.field(default="", init=False)
+    """Where a class of the user's own is, file.py:Class or module:Class."""
 
     def __post_init__(self) -> None:
         if is_location(self.method):
+            object.__setattr__(self, "location", self.method)
             object.__setattr__(self, "method", load_method(self.method))
         if make_method(self.method, self.options).personal:  # raises ConfigError for an unknown method
             raise ConfigError(

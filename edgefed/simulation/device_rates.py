@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from edgefed.costs.shapes import LayerShape, ModelShape
 from edgefed.costs.step_setup import ADAPTER_BYTES, StepSetup
@@ -22,6 +23,7 @@ from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.profile_files import DeviceProfile
 from edgefed.hardware.profiles import facts_of
 from edgefed.moe.units import LORA_SUFFIX
+from edgefed.protocol import frames
 from edgefed.protocol.messages import UnitInfo
 from edgefed.simulation.config import Link, SimulatedDevice
 
@@ -143,6 +145,23 @@ FILE = "file"
 def byte_kind(unit: UnitInfo) -> str:
     """``expert``, ``router`` or ``dense``, with ``:lora`` behind it for an adapter."""
     return unit.kind + (LORA_SUFFIX if unit.key.endswith(LORA_SUFFIX) else "")
+
+
+def uploaded_bytes(path: Path, units: Mapping[str, UnitInfo], width: int) -> dict[str, int]:
+    """Bytes of an update by kind of unit.
+
+    Encoded tensors have as many bits a value whatever the dtype of the weights: they are counted as if the model had
+    ``width`` bytes a value, as the cost shape has.
+    """
+    sizes: dict[str, int] = {}
+    for name, entry in frames.read_header(path).items():
+        key, tensor, codec = frames.split_update_name(name)
+        kind, scale = byte_kind(units[key]), 1.0
+        if codec and not kind.endswith(LORA_SUFFIX):  # adapters have float32 in both
+            own = next(frames.ITEM_BYTES[info.dtype] for info in units[key].tensors if info.name == tensor)
+            scale = own / width
+        sizes[kind] = sizes.get(kind, 0) + round(entry.size_bytes * scale)
+    return sizes
 
 
 @dataclasses.dataclass(frozen=True)

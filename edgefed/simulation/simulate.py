@@ -6,6 +6,7 @@ result.run("hfedmoe").seconds_to(2.5)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,6 +21,7 @@ from edgefed.hardware.memory import set_up_allocator
 from edgefed.moe.model_shape import shape_from_config
 from edgefed.simulation.config import SimulationConfig, split_records
 from edgefed.simulation.device_rates import Calibration, CostShape, device_rates, memory_budget
+from edgefed.simulation.ray_engine import RayEngine
 from edgefed.simulation.result import RoundResult, SimulationResult
 from edgefed.simulation.simulated_device import SharedModel
 from edgefed.simulation.simulated_run import Score, SimulatedRun
@@ -53,6 +55,8 @@ def simulate(
     *,
     score: Score | None = None,
     calibration: Calibration | None = None,
+    engine: str = "built-in",
+    workers: int | None = None,
 ) -> SimulationResult:
     """Run every method of ``config`` and write ``out/simulation.json``.
 
@@ -65,6 +69,8 @@ def simulate(
         on_event: Called with each event.
         score: Further metrics of the global model after each round; see `simulated_run.Score`.
         calibration: Share of the roofline that work achieves.
+        engine: "built-in" trains one client after another, "ray" side by side; with the same result.
+        workers: With "ray": processes; None: as many as there is room for.
 
     Raises:
         ConfigError: ``out`` holds something else.
@@ -94,13 +100,14 @@ def simulate(
         data = {device.name: device.data for device in config.fleet}
     shared = SharedModel(out / "model")
     runs = []
-    for choice in config.methods:
-        shared.forget()
-        run = SimulatedRun(
-            config, choice, out / choice.label, source, shape, charged, budgets, data, shared,
-            lambda **event: on_event(SimulationEvent(**event)), score, calibration,
-        )  # fmt: skip
-        runs.append(run.play())
+    with RayEngine(out, config.threads, workers) if engine == "ray" else contextlib.nullcontext() as processes:
+        for choice in config.methods:
+            shared.forget()
+            run = SimulatedRun(
+                config, choice, out / choice.label, source, shape, charged, budgets, data, shared,
+                lambda **event: on_event(SimulationEvent(**event)), score, calibration, processes,
+            )  # fmt: skip
+            runs.append(run.play())
     result = SimulationResult(
         model=config.model,
         cost_shape=config.cost_shape,

@@ -18,22 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from edgefed.agent.compression import choose_codec, compress_update, resident_keys
 from edgefed.costs.shapes import ModelShape
 from edgefed.costs.step_setup import DTYPE_BYTES, StepSetup
-from edgefed.errors import BudgetTooSmall, StateCorrupt, TrainingDiverged
+from edgefed.errors import BudgetTooSmall, EdgefedError, StateCorrupt, TrainingDiverged
 from edgefed.expert_records import ExpertPlan
+from edgefed.hardware.memory import set_up_allocator
+from edgefed.methods.custom import load_method
 from edgefed.methods.interface import ExpertMethod
 from edgefed.methods.registry import check_alternation, make_expert_method
-from edgefed.moe.units import LORA_SUFFIX
-from edgefed.protocol import frames
-from edgefed.protocol.messages import ExpertSurvey, Manifest, RunConfig, UnitInfo
+from edgefed.protocol.messages import ExpertSurvey, Manifest, RunConfig
 from edgefed.protocol.trainer import TrainedUpdate
 from edgefed.simulation.config import MethodChoice, SimulatedDevice, SimulationConfig
-from edgefed.simulation.device_rates import Calibration, CostShape, byte_kind, device_rates
+from edgefed.simulation.device_rates import Calibration, CostShape, device_rates, uploaded_bytes
 from edgefed.simulation.evaluation import GlobalEvaluator
 from edgefed.simulation.in_process import InProcessAggregator, describe_update
+from edgefed.simulation.ray_engine import RayEngine, RoundView
 from edgefed.simulation.result import ClientRound, MethodRun, RoundResult, SavedRound, mean_loss
 from edgefed.simulation.simulated_client import SimulatedClient, TrainedRound
 from edgefed.simulation.simulated_device import CountingFetch, CountingProgress, SharedModel, SimulatedCosts
@@ -43,6 +45,8 @@ from edgefed.simulation.virtual_clock import (
     RoundSpan,
     RoundWork,
     VirtualClock,
+    expert_counts,
+    trainable_pairs,
     transfer_bytes_per_s,
 )
 from edgefed.training.data import Example
@@ -60,8 +64,13 @@ class SimulatedRun:
     def __init__(
         self, config: SimulationConfig, choice: MethodChoice, folder: Path, model: str, shape: ModelShape,
         charged: CostShape, budgets: Mapping[str, int], data: Mapping[str, str], shared: SharedModel,
-        on_event: Callable[..., None], score: Score | None, calibration: Calibration,
+        on_event: Callable[..., None], score: Score | None, calibration: Calibration, engine: RayEngine | None = None,
     ):  # fmt: skip
+        self.recipe = functools.partial(
+            rebuilt, config, choice, folder.resolve(), model, shape, charged, budgets, data, calibration
+        )
+        """Makes the same run in another process: folder of its model's files -> run."""
+        self._engine, self._data = engine, data
         self._config, self._choice, self._folder, self._model_source = config, choice, folder, model
         self._charged, self._budgets, self._shared, self._score = charged, budgets, shared, score
         self._calibration, self._event = calibration, on_event
@@ -79,29 +88,33 @@ class SimulatedRun:
             server_optimizer=config.server_optimizer,
             compression=config.compression, pace=config.pace,
         )  # fmt: skip
-        self._clients = [
-            self._client(dataclasses.replace(device, data=data[device.name]), index, folder)
-            for index, device in enumerate(config.fleet)
-        ]
         self._clock = VirtualClock()
-        held_out = {client.device.name: client.trainer.corpus.held_out for client in self._clients}
-        self._held_out = held_out
-        self._evaluator = GlobalEvaluator(shared, held_out, training, config.evaluation_tokens)
+        self._made: dict[int, SimulatedClient] = {}
 
-    def _client(self, device: SimulatedDevice, index: int, folder: Path) -> SimulatedClient:
+    def _client(self, index: int) -> SimulatedClient:
+        """The client of the device with this place in the fleet; reads its data the first time."""
+        if index in self._made:
+            return self._made[index]
+        device = self._config.fleet[index]
+        device = dataclasses.replace(device, data=self._data[device.name])
         client_id = f"client-{index:04d}"  # the aggregator takes clients in the order of their ids
-        return SimulatedClient(
-            device, client_id, folder / "clients" / client_id, self._budgets[device.name],
+        self._made[index] = SimulatedClient(
+            device, client_id, self._folder / "clients" / client_id, self._budgets[device.name],
             SimulatedCosts(self._charged, device.profile.kind, functools.partial(self._step_seconds, device)),
             self._shared, self._config.held_out_share,
             self._config.evaluate_devices or self._config.stop_after is not None,
         )  # fmt: skip
+        return self._made[index]
 
     def play(self) -> MethodRun:
         """Play all rounds; those that an earlier process played are read from its files.
 
         Raises what trainers and aggregator raise, except BudgetTooSmall and TrainingDiverged, which the result reports.
         """
+        self._clients = [self._client(index) for index in range(len(self._config.fleet))]
+        self._held_out = {client.device.name: client.trainer.corpus.held_out for client in self._clients}
+        evaluated = self._run.training, self._config.evaluation_tokens
+        self._evaluator = GlobalEvaluator(self._shared, self._held_out, *evaluated)
         refused: dict[str, str] = {}
         rounds: list[RoundResult] = []
         stopped = ""
@@ -169,7 +182,21 @@ class SimulatedRun:
         SavedRound(result, times, refused).write(path)
         return result
 
+    def _train_side_by_side(self, aggregator: InProcessAggregator, server_round: int) -> dict[int, EdgefedError]:
+        """Train the clients of the round with the engine; returns errors by client. Nothing without an engine."""
+        if self._engine is None:
+            return {}
+        left = [
+            number
+            for number, client in enumerate(self._clients)
+            if aggregator.joined(client.client_id) and client.trained(server_round) is None
+        ]
+        names = [self._clients[number].client_id for number in left]
+        view = RoundView.of(aggregator, server_round, names, self._folder / "run")
+        return self._engine.train(self, view, left, server_round)
+
     def _train_all(self, aggregator: InProcessAggregator, server_round: int) -> None:
+        failed = self._train_side_by_side(aggregator, server_round)
         for number, client in enumerate(self._clients):
             if not aggregator.joined(client.client_id):
                 continue
@@ -179,7 +206,9 @@ class SimulatedRun:
             )  # fmt: skip
             done = client.trained(server_round)
             try:
-                done = done or self._train(aggregator, client, server_round)
+                if number in failed:
+                    raise failed[number]
+                done = done or self.train(aggregator, number, server_round)
             except BudgetTooSmall as error:
                 client.refuse(str(error))
                 aggregator.leave(client.client_id, "its budget is too small")
@@ -190,7 +219,9 @@ class SimulatedRun:
                 aggregator.deliver(done.meta, client.update_path)
             client.update_path.unlink(missing_ok=True)
 
-    def _train(self, aggregator: InProcessAggregator, client: SimulatedClient, server_round: int) -> TrainedRound:
+    def train(self, aggregator: InProcessAggregator | RoundView, index: int, server_round: int) -> TrainedRound:
+        """Let the client with this place in the fleet train a round."""
+        client = self._client(index)
         client.begin(server_round)
         trainer, manifest = client.trainer, aggregator.manifest(server_round)
         assignment = aggregator.assignment(client.client_id)
@@ -224,7 +255,7 @@ class SimulatedRun:
         storage, reads = client.costs.profile_reads(profiled)
         work = RoundWork(
             **expert_counts(plan),
-            trainable_pairs=self._trainable_pairs(plan, update),
+            trainable_pairs=trainable_pairs(plan, update, self._top_k),
             setup=step_plan.setup,
             steps=int(update.metrics["train_steps"]),
             tokens=update.num_tokens,
@@ -237,7 +268,7 @@ class SimulatedRun:
             compares="compare experts" in counts,
             offloads=self._method.requirements.offloading,
             down=down,
-            up=_uploaded(client.update_path, units, DTYPE_BYTES[self._charged.dtype or step_plan.setup.dtype]),
+            up=uploaded_bytes(client.update_path, units, DTYPE_BYTES[self._charged.dtype or step_plan.setup.dtype]),
             waiting_down=fetch.take(),
         )
         merged = tuple(len(plan.groups(layer)) for layer in range(plan.num_layers))
@@ -251,17 +282,13 @@ class SimulatedRun:
         return done
 
     def _compress(
-        self,
-        client: SimulatedClient,
-        manifest: Manifest,
-        update: TrainedUpdate,
-        blob: Callable[[str], Path],
+        self, client: SimulatedClient, manifest: Manifest, update: TrainedUpdate, blob: Callable[[str], Path],
         setup: StepSetup,
-    ) -> dict[str, float]:
+    ) -> dict[str, float]:  # fmt: skip
         """Compress the update of a client as its agent would. Its residuals are in its state folder."""
         ratios = self._charged.byte_ratios(manifest.units, self._charged_setup(setup))
         units = {unit.key: unit for unit in manifest.units}
-        sizes = _uploaded(client.update_path, units, 1)
+        sizes = uploaded_bytes(client.update_path, units, 1)
         whole_bytes = sum(size * ratios.get(kind, 1.0) for kind, size in sizes.items())
         rate = transfer_bytes_per_s(
             client.device.link.up_mbit, self._config.server_mbit * 1e6 / 8, len(self._config.fleet)
@@ -285,23 +312,12 @@ class SimulatedRun:
         """``setup`` with the dtype that bytes are charged in."""
         return dataclasses.replace(setup, dtype=self._charged.dtype or setup.dtype)
 
-    def _trainable_pairs(self, plan: ExpertPlan, update: TrainedUpdate) -> tuple[float, ...]:
-        """`RoundWork.trainable_pairs` of a trained round."""
-        routed = [0] * plan.num_layers
-        for report in update.experts:
-            if report.expert in plan.trainable(report.layer):
-                routed[report.layer] += report.tokens
-        slots = [plan.num_slots(layer) for layer in range(plan.num_layers)]
-        pairs = [max(1, update.num_tokens * min(k, count)) for k, count in zip(self._top_k, slots, strict=True)]
-        return tuple(min(1.0, count / most) for count, most in zip(routed, pairs, strict=True))
-
     def _step_seconds(self, device: SimulatedDevice, setup: StepSetup, plan: ExpertPlan) -> float:
         """Seconds of a step of ``device`` at most: all routed tokens reach experts that train."""
         costs = CostModel(self._charged, {}, 1.0, 1, self._calibration)
         offloads, pairs = self._method.requirements.offloading, (1.0,) * plan.num_layers
-        work = RoundWork(
-            **expert_counts(plan), trainable_pairs=pairs, setup=setup, steps=1, tokens=0, offloads=offloads
-        )
+        counts = expert_counts(plan)
+        work = RoundWork(**counts, trainable_pairs=pairs, setup=setup, steps=1, tokens=0, offloads=offloads)
         return sum(costs.step_times(work, device_rates(device), self._budgets[device.name]))
 
     def _with_rates(self, client: SimulatedClient, survey: ExpertSurvey | None) -> ExpertSurvey | None:
@@ -367,30 +383,16 @@ class SimulatedRun:
         return losses, accuracy, metrics
 
 
-def expert_counts(plan: ExpertPlan) -> dict[str, Any]:
-    """The fields of `RoundWork` that count experts per layer."""
-    layers = range(plan.num_layers)
-    return {
-        "resident": tuple(plan.num_slots(layer) for layer in layers),
-        "slice_shares": plan.slice_shares() if plan.neurons else (),
-        "trainable": tuple(len(plan.trainable(layer)) for layer in layers),
-        "groups": tuple(len(plan.groups(layer)) for layer in layers),
-        "members": tuple(sum(len(group.experts) for group in plan.groups(layer)) for layer in layers),
-    }
-
-
-def _uploaded(path: Path, units: Mapping[str, UnitInfo], width: int) -> dict[str, int]:
-    """Bytes of an update by kind of unit.
-
-    Encoded tensors have as many bits a value whatever the dtype of the weights: they are counted as if the model had
-    ``width`` bytes a value, as the cost shape has.
-    """
-    sizes: dict[str, int] = {}
-    for name, entry in frames.read_header(path).items():
-        key, tensor, codec = frames.split_update_name(name)
-        kind, scale = byte_kind(units[key]), 1.0
-        if codec and not kind.endswith(LORA_SUFFIX):  # adapters have float32 in both
-            own = next(frames.ITEM_BYTES[info.dtype] for info in units[key].tensors if info.name == tensor)
-            scale = own / width
-        sizes[kind] = sizes.get(kind, 0) + round(entry.size_bytes * scale)
-    return sizes
+def rebuilt(
+    config: SimulationConfig, choice: MethodChoice, folder: Path, model: str, shape: ModelShape, charged: CostShape,
+    budgets: Mapping[str, int], data: Mapping[str, str], calibration: Calibration, own: Path,
+) -> SimulatedRun:  # fmt: skip
+    """The run in another process, which keeps the files of its model in the folder ``own``."""
+    set_up_allocator()
+    torch.set_num_threads(config.threads)
+    if choice.location:
+        load_method(choice.location)
+    return SimulatedRun(
+        config, choice, folder, model, shape, charged, budgets, data, SharedModel(own), lambda **event: None, None,
+        calibration,
+    )  # fmt: skip

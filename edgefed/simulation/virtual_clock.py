@@ -21,12 +21,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from edgefed.costs.memory import training_memory
 from edgefed.costs.roofline import Op, Pass, distinct_experts, forward_pass, stored_bytes, training_step
 from edgefed.costs.step_setup import DTYPE_BYTES, StepSetup
+from edgefed.expert_records import ExpertPlan
+from edgefed.protocol.trainer import TrainedUpdate
 from edgefed.simulation.device_rates import Calibration, CostShape, DeviceRates
 
 
@@ -337,3 +340,26 @@ class VirtualClock:
             self._left[name] = each.in_wait - hidden
         begins, self.now = self.now, self.now + length
         return RoundSpan(begins, self.now, aggregation, slowest, clients)
+
+
+def expert_counts(plan: ExpertPlan) -> dict[str, Any]:
+    """The fields of `RoundWork` that count experts per layer."""
+    layers = range(plan.num_layers)
+    return {
+        "resident": tuple(plan.num_slots(layer) for layer in layers),
+        "slice_shares": plan.slice_shares() if plan.neurons else (),
+        "trainable": tuple(len(plan.trainable(layer)) for layer in layers),
+        "groups": tuple(len(plan.groups(layer)) for layer in layers),
+        "members": tuple(sum(len(group.experts) for group in plan.groups(layer)) for layer in layers),
+    }
+
+
+def trainable_pairs(plan: ExpertPlan, update: TrainedUpdate, top_k: Sequence[int]) -> tuple[float, ...]:
+    """`RoundWork.trainable_pairs` of a trained round; ``top_k``: experts of a token, by layer."""
+    routed = [0] * plan.num_layers
+    for report in update.experts:
+        if report.expert in plan.trainable(report.layer):
+            routed[report.layer] += report.tokens
+    slots = [plan.num_slots(layer) for layer in range(plan.num_layers)]
+    pairs = [max(1, update.num_tokens * min(k, count)) for k, count in zip(top_k, slots, strict=True)]
+    return tuple(min(1.0, count / most) for count, most in zip(routed, pairs, strict=True))

@@ -385,3 +385,22 @@ def test_a_private_part_of_a_simulated_device_helps_it_alone(texts, tmp_path):
         losses[private] = run.rounds[-1].clients["slow"].device_losses[1], run.rounds[-1].loss
     assert losses["adapter"][0] < losses["none"][0], "what the device runs"
     assert losses["adapter"][0] < losses["adapter"][1], "the global model does not have it"
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_ray_gives_the_same_result_bit_by_bit(texts, tmp_path):
+    pytest.importorskip("ray", reason="needs ray: pip install 'edgefed[ray]'")
+    poor = device(texts, "slow", "jetson-orin-nano-8gb", "cable")
+    fleet = (device(texts, "fast", "rtx-4090"), poor, dataclasses.replace(poor, name="third"))
+    settings = config(texts, "flux", "hfedmoe", fleet=fleet)
+    alone = simulate(settings, tmp_path / "alone")
+    beside = simulate(settings, tmp_path / "beside", engine="ray", workers=2)
+    assert beside.to_dict() == alone.to_dict()
+    for label in ("flux", "hfedmoe"):
+        blobs = [
+            sorted(path.name for path in (tmp_path / out / label / "run/blobs").glob("[0-9a-f][0-9a-f]/*"))
+            for out in ("alone", "beside")
+        ]
+        assert blobs[0] == blobs[1]
+        assert len(blobs[0]) > 60
