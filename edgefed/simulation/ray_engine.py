@@ -71,6 +71,7 @@ class RayEngine:
 
     def __enter__(self) -> RayEngine:
         address = os.environ.get("RAY_ADDRESS")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # processes see the devices that this one sees
         alone: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": os.cpu_count()}
         try:
             self._ray.init(address=address, log_to_driver=False, logging_level="warning", **alone)
