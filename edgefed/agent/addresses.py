@@ -145,6 +145,16 @@ def is_loopback(host: str) -> bool:
     return name == "localhost" or name.endswith(".localhost")
 
 
+def is_public(host: str) -> bool:
+    """Whether a host has only addresses of the public internet; also False if its name cannot be resolved here."""
+    try:
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return False
+    addresses = [ipaddress.ip_address(text) for text in found]
+    return all((getattr(address, "ipv4_mapped", None) or address).is_global for address in addresses)
+
+
 def _parse_proxy(value: str, variable: str) -> Proxy:
     remedy = f"Correct or unset {variable}, or add the server to NO_PROXY."
     try:

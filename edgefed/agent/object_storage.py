@@ -1,12 +1,14 @@
 """GET and PUT at the signed URLs of an object storage that a server names.
 
 No header of edgefed goes there: a URL is all that is needed, and says nothing of the device. The storage is not
-trusted: whatever it sends is compared with the hash that the server announced.
+trusted: whatever it sends is compared with the hash that the server announced. Neither is the server: one on the public
+internet cannot send a device to an address of the device's own network.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import ssl
@@ -15,9 +17,11 @@ from collections.abc import Iterator
 
 import httpx
 
-from edgefed.agent.addresses import find_proxy, trusted_certificates
+from edgefed.agent.addresses import find_proxy, is_public, trusted_certificates
 from edgefed.errors import ObjectStorageError, ProtocolError, ServerUnreachable
 from edgefed.protocol.limits import printable
+
+logger = logging.getLogger("edgefed.agent")
 
 _REASON = re.compile(rb"<(?:Code|Message)>([^<]{1,200})<")
 EXCERPT_BYTES = 4096
@@ -26,11 +30,11 @@ EXCERPT_BYTES = 4096
 class ObjectStorage:
     """Connections to the object storage of one server. Thread-safe.
 
-    ``secure``: only https URLs are used, because the server is reached by https too.
+    ``server_url``: address of the server. If it is https, only https URLs are used.
     """
 
-    def __init__(self, timeout: httpx.Timeout, *, secure: bool) -> None:
-        self._timeout, self._secure = timeout, secure
+    def __init__(self, timeout: httpx.Timeout, server_url: str) -> None:
+        self._timeout, self._server = timeout, httpx.URL(server_url)
         self._lock = threading.Lock()
         self._clients: dict[str, httpx.Client] = {}
 
@@ -72,8 +76,9 @@ class ObjectStorage:
             parsed = httpx.URL(url)
         except (httpx.InvalidURL, TypeError):
             parsed = httpx.URL("")
-        if parsed.scheme not in (("https",) if self._secure else ("http", "https")) or not parsed.host:
-            expected = "https" if self._secure else "http or https"
+        secure = self._server.scheme == "https"
+        if parsed.scheme not in (("https",) if secure else ("http", "https")) or not parsed.host:
+            expected = "https" if secure else "http or https"
             raise ProtocolError(f"the server names an invalid URL of object storage, expected {expected}")
         origin = f"{parsed.scheme}://{parsed.netloc.decode('ascii', 'replace').rpartition('@')[2]}"
         with self._lock:
@@ -83,6 +88,13 @@ class ObjectStorage:
                 if parsed.scheme == "https":
                     verify = trusted_certificates(os.environ)
                 proxy = find_proxy(origin, os.environ)
+                if proxy is None and is_public(self._server.host) and not is_public(parsed.host):
+                    raise ProtocolError(
+                        f"the server at {self._server.host} is on the internet, but its object storage at "
+                        f"{printable(parsed.host)} is not",
+                        remedy="If both are yours, give `join` an address of the server in your own network.",
+                    )
+                logger.info("the model and updates move through the object storage at %s", printable(parsed.host))
                 client = self._clients[origin] = httpx.Client(
                     timeout=self._timeout, verify=verify, follow_redirects=False, trust_env=False,
                     proxy=proxy.url if proxy else None,

@@ -81,7 +81,7 @@ class AggregatorClient:
             base_url, client_key, token, instance=self.instance, device_key=device_key, invitation=invitation,
             connect_s=connect_s, read_s=read_s, write_s=write_s, verify=verify,
         )  # fmt: skip
-        self._storage = ObjectStorage(self._channel.timeout, secure=self.base_url.startswith("https:"))
+        self._storage = ObjectStorage(self._channel.timeout, self.base_url)
         self._uploader = Uploader(self._channel, self._storage)
 
     @property

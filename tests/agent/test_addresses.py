@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 
 from edgefed.agent import addresses
 from edgefed.agent.addresses import check_base_url, find_proxy, trusted_certificates
+from edgefed.agent.object_storage import ObjectStorage
 from edgefed.agent.transport import AggregatorClient
-from edgefed.errors import ConfigError, ServerUnreachable
+from edgefed.errors import ConfigError, ProtocolError, ServerUnreachable
 
 SERVER = "http://box.example.org:8470"
 PROXY = "http://proxy.lan:3128"
@@ -141,3 +143,25 @@ def test_a_file_without_certificates_is_named(tmp_path):
     (tmp_path / "ca.pem").write_text("nothing")
     with pytest.raises(ConfigError, match="SSL_CERT_FILE: no certificates in"):
         trusted_certificates({"SSL_CERT_FILE": str(tmp_path / "ca.pem")})
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "10.0.0.1", "192.168.1.1", "169.254.169.254", "[::1]", "[fd00::1]", "[::ffff:10.0.0.1]"]
+)
+def test_a_server_on_the_internet_cannot_send_a_device_to_its_own_network(host):
+    storage = ObjectStorage(httpx.Timeout(1.0), "http://8.8.8.8:8470")
+    with pytest.raises(ProtocolError, match="is on the internet, but its object storage at"):
+        storage.put(f"http://{host}/bucket/object", iter([b"x"]), 1)
+
+
+@pytest.mark.parametrize(
+    ("server", "url"),
+    [
+        ("https://10.0.0.1", "http://10.0.0.2/object"),
+        ("http://10.0.0.1", "ftp://10.0.0.2/object"),
+        ("http://10.0.0.1", "x"),
+    ],
+)
+def test_an_invalid_url_of_object_storage_is_refused(server, url):
+    with pytest.raises(ProtocolError, match="invalid URL of object storage, expected http"):
+        ObjectStorage(httpx.Timeout(1.0), server).put(url, iter([]), 0)
