@@ -27,7 +27,7 @@ from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.server_optimizer import Stepping, undone_moments
 from edgefed.aggregator.staleness import BaseLost, Rebasing, rebase_update
 from edgefed.aggregator.update_files import UpdateDamaged, sent_bytes
-from edgefed.aggregator.validate import update_units
+from edgefed.aggregator.validate import MAX_EXAMPLES, update_units
 from edgefed.disk import hash_file
 from edgefed.errors import StorageError, first_line
 from edgefed.kernels.fold import FoldBackend
@@ -319,15 +319,17 @@ def weighed(updates: Sequence[UpdateRecord], paths: Mapping[str, Path], max_exam
     not more than the client with the next most: examples that only one client claims give it no more weight.
     """
     metas = [(update.client_id, update.meta) for update in updates if update.meta is not None]
-    limit = max_examples
-    if limit is None and len(metas) >= MIN_CLIENTS:
+    limit = usual = MAX_EXAMPLES if max_examples is None else max_examples
+    if max_examples is None and len(metas) >= MIN_CLIENTS:
         claims = sorted(meta.num_examples for _, meta in metas)
-        limit = min(int(EXAMPLES_RATIO * statistics.median_low(claims)), claims[-2])
+        usual = int(EXAMPLES_RATIO * statistics.median_low(claims))
+        limit = min(usual, claims[-2])
     found = []
     for client_id, meta in metas:
-        examples = meta.num_examples if limit is None else min(meta.num_examples, limit)
+        examples = min(meta.num_examples, limit)
         if examples < meta.num_examples:
-            logger.warning("client %s says %d examples; they count as %d", client_id[:8], meta.num_examples, examples)
+            level = logging.WARNING if meta.num_examples > usual else logging.INFO
+            logger.log(level, "client %s has %d examples; they count as %d", client_id[:8], meta.num_examples, examples)
         reports = {(report.layer, report.expert): report for report in meta.experts}
         found.append(Contribution(client_id, examples, reports, update_units(paths[client_id])))
     return found

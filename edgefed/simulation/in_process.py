@@ -144,7 +144,10 @@ class InProcessAggregator(DirectAggregator):
     def __init__(self, folder: Path, model: str, run: RunConfig, clients: Sequence[str], **more: Any):
         # With min_clients 1 a client that leaves holds nobody up; with clients_per_round those who register after the
         # first one still take part in the first round.
-        policy = RoundPolicy(rounds=run.rounds, min_clients=1, clients_per_round=len(clients), **more)
+        # Simulated devices do not lie about their examples, which count in full as in the papers.
+        policy = RoundPolicy(
+            rounds=run.rounds, min_clients=1, clients_per_round=len(clients), max_examples=MAX_EXAMPLES, **more
+        )
         if not has_run(folder):
             neurons = make_expert_method(run.method, run.method_options).requirements.neurons
             import_model(model, folder, run, policy, neurons=neurons)
