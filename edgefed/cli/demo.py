@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgefed.simulation.demo import MethodResult
     from edgefed.simulation.personal_demo import PersonalClientResult
 
-USUAL_S, USUAL_METHOD_S, USUAL_PERSONAL_S = 110.0, 55.0, 45.0
+USUAL_S, USUAL_METHOD_S, USUAL_PERSONAL_S = 85.0, 45.0, 45.0
 """Time of the demo on two idle cores with its usual settings, of each further method, and of that of fedmoe."""
 COMPARED = ("slices", "hfedmoe", "flux", "random", "local", "fedavg")
 
@@ -219,7 +219,7 @@ def render_clients(results: Sequence[PersonalClientResult]) -> FittedTable:
 
 # What the demo shows while it runs: tables on a terminal, lines elsewhere, and how long it will still take.
 
-START_SHARE, ROUNDS_SHARE, COMPARE_SHARE = 0.15, 0.45, 0.3
+START_SHARE, ROUNDS_SHARE, COMPARE_SHARE = 0.24, 0.35, 0.29
 """Shares of a method's time: its processes start, its rounds, and, of the first method, the clients compare. Estimates;
 the rest goes into the evaluation of the global models."""
 LEAST_SHARE = 0.05

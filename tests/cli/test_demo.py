@@ -55,10 +55,10 @@ def test_the_demo_says_what_goes_on_and_how_long_is_left(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "with its usual settings, this takes about 90 s on two idle cores"
     assert lines[1] == "hfedmoe: starting the aggregator and the agents"
-    assert re.fullmatch(r"hfedmoe: round 1/2: train 3\.00, 4 of 4 clients, 5\.0 s \(about 50 s left\)", lines[2])
-    assert re.fullmatch(r"hfedmoe: round 2/2: .* \(about 26 s left\)", lines[3])
+    assert re.fullmatch(r"hfedmoe: round 1/2: train 3\.00, 4 of 4 clients, 5\.0 s \(about 42 s left\)", lines[2])
+    assert re.fullmatch(r"hfedmoe: round 2/2: .* \(about 27 s left\)", lines[3])
     assert lines[4].startswith("comparing: ")
-    assert lines[6] == "evaluated 1 of 3 global models (about 3.5 s left)"
+    assert lines[6] == "evaluated 1 of 3 global models (about 4.3 s left)"
     assert lines[7] == "evaluated 3 of 3 global models"
     assert lines[8] == "exporting the final model"
 

@@ -173,6 +173,7 @@ def same_files(folder, other):
     assert files == {path.name: path.read_bytes() for path in other.iterdir()}
 
 
+@pytest.mark.full
 def test_a_model_is_taken_home_from_a_server_and_then_from_a_device_without_it(tmp_path):
     server = edgefed.Server(
         model="tiny", rounds=1, min_clients=1, port=0, state=tmp_path / "run", local_steps=1, batch_size=2,

@@ -45,6 +45,7 @@ def check(rows):
     assert not [row for row in rows if row.registers * threads.get(row.arch, 512) > REGISTERS_OF_MULTIPROCESSOR]
 
 
+@pytest.mark.full
 def test_no_kernel_spills_or_exceeds_the_shared_memory(compiled):
     _, archs, rows = compiled
     check(rows)

@@ -38,7 +38,7 @@ def native(tmp_path_factory) -> fold.FoldBackend:
     subprocess.run([compiler, *flags, *strict, "-c", str(CSRC / "fold.cpp"), "-o", str(own)], check=True)
     others = [str(path) for path in sorted(CSRC.glob("*.cpp")) if path.name != "fold.cpp"]  # of no matter here
     link = ["-shared", *(["-pthread", "-ldl"] if sys.platform == "linux" else [])]
-    subprocess.run([compiler, *flags, "-O1", *others, str(own), *link, "-o", str(target)], check=True)
+    subprocess.run([compiler, *flags, "-O0", *others, str(own), *link, "-o", str(target)], check=True)
     return fold.native_backend(target)
 
 

@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.skipif(why_not_native() is not None, reason=f"a rehearsal runs the native kernels: {why_not_native()}")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("script", "cases"),
     [

@@ -26,6 +26,7 @@ def build(compiler: list[str], target: Path, *more: str) -> None:
     subprocess.run([*compiler, *objects, *more, "-o", str(target)], check=True)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="written for Linux compilers")
 def test_every_instruction_set_of_this_processor(tmp_path):
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")

@@ -115,6 +115,7 @@ def test_native_kernels_are_proved_as_well():
     assert found[1].state == "wrong"
 
 
+@pytest.mark.full
 def test_proofs_end_in_time_and_leave_no_verdict_of_what_was_cut_short():
     only("hanging")
     said = []

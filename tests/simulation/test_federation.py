@@ -23,6 +23,7 @@ TOY_DEVICE = Path(__file__).parents[1] / "agent" / "toy_device.py"
 TOY_EXAMPLES = 7
 
 
+@pytest.mark.full
 def test_one_agent_killed_and_one_upload_repeated_give_the_closed_form(serve, processes, wait_for, tmp_path):
     """Three clients: one process delivers, one process dies while it trains, one delivers the same update twice.
 
@@ -102,7 +103,7 @@ def test_one_agent_killed_and_one_upload_repeated_give_the_closed_form(serve, pr
         assert all(final[unit.key].sha256 == unit.sha256 for unit in untouched)
 
 
-@pytest.mark.parametrize("scope", ["full", "lora"])
+@pytest.mark.parametrize("scope", ["full", pytest.param("lora", marks=pytest.mark.full)])
 def test_a_device_trains_and_its_text_never_crosses_the_wire(serve, processes, wait_for, tmp_path, scope):
     """The real agent, the real server, and between them somebody who listens; then the export of what came out."""
     secrets = [f"Zebrafinch{i} told the quartz lantern {i * 7919} secrets" for i in range(60)]

@@ -181,7 +181,9 @@ class MostUsed(FedAvg):
         return plan_trainable(experts_per_layer, select_by_score(scores, used, budget.resident_experts))
 
 
-@pytest.mark.parametrize("method", ["hfedmoe", "flux", "most_used"])
+@pytest.mark.parametrize(
+    "method", ["hfedmoe", *(pytest.param(each, marks=pytest.mark.full) for each in ("flux", "most_used"))]
+)
 def test_a_profile_ends_when_the_choice_of_any_method_is_stable(run_folder, tmp_path, method, monkeypatch):
     def method_named(name, options):
         return MostUsed() if name == "most_used" else make_method(name, options)

@@ -236,7 +236,8 @@ def test_fewer_experts_after_out_of_memory_are_what_is_reported_and_sent(rig, mo
     update = table.round(trainer)
     step_plan = trainer.planner.step_plan
     assert step_plan.trainable < step_plan.resident == 32
-    assert len(table.sent_experts()) == step_plan.trainable < trained_in_full
+    useless = update.metrics.get("experts_not_sent", 0)
+    assert len(table.sent_experts()) == step_plan.trainable - useless < trained_in_full
     assert len(update.experts) == step_plan.resident == len(full.experts)
     stepped = {(report.layer, report.expert) for report in update.experts if report.steps}
     assert len(stepped) <= step_plan.trainable

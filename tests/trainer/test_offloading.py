@@ -275,7 +275,7 @@ def in_use(process: subprocess.Popen) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("way", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.full)])
 def test_whatever_ends_a_round_nothing_stays_on_the_disk(tmp_path, way):
     device = start(tmp_path, "fmd", usable_mib=180, pause_s=30.0)
     try:

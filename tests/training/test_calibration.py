@@ -113,7 +113,7 @@ class Bench:
 @pytest.mark.parametrize(
     ("family", "dtype", "mode", "kernels"),
     [
-        ("mixtral", "float32", "full", "auto"),
+        pytest.param("mixtral", "float32", "full", "auto", marks=pytest.mark.full),
         ("deepseek_v3", "bfloat16", "full", "auto"),
         ("gpt_oss", "float32", "lora", "auto"),
         ("mixtral", "float32", "full", "reference"),
