@@ -213,11 +213,13 @@ def _open_store(url: str) -> tuple[Any, Any]:
     except ImportError as error:
         raise ConfigError("object storage needs obstore", remedy="pip install 'edgefed[s3]'") from error
     plain = any(os.environ.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
-    times = {"timeout": f"{CALL_S}s", "connect_timeout": f"{CONNECT_S}s", "allow_http": plain}
-    retry: Any = {"max_retries": 2, "retry_timeout": datetime.timedelta(seconds=2 * CONNECT_S)}
+    options: dict[str, Any] = {
+        "client_options": {"timeout": f"{CALL_S}s", "connect_timeout": f"{CONNECT_S}s", "allow_http": plain},
+        "retry_config": {"max_retries": 2, "retry_timeout": datetime.timedelta(seconds=2 * CONNECT_S)},
+    }
     remedy = "Give `blobs` as s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX."
     try:
-        store: Any = from_url(url, client_options=times, retry_config=retry)  # type: ignore[call-overload]
+        store: Any = from_url(url, **options)
     except (obstore.exceptions.BaseError, ValueError, OSError) as error:
         reason = str(error).split("\n", 1)[0]
         raise ConfigError(f"invalid object storage {url!r}: {reason}", remedy=remedy) from error
