@@ -20,7 +20,7 @@ from typing import Any
 
 from edgefed.aggregator import rounds
 from edgefed.aggregator.access import Access
-from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregation, as_registered
+from edgefed.aggregator.aggregation import HELD_OUT_LOSS, Aggregation, within_claims
 from edgefed.aggregator.assigning import Assigner, combined_survey
 from edgefed.aggregator.blobs import BlobStore, Catalog
 from edgefed.aggregator.bucket import Bucket
@@ -297,7 +297,10 @@ class ActiveRun:
         started = time.monotonic()
         manifest, server_round = self.catalog.manifest, self.state.server_round
         pending = [update for update in self.store.pending_updates() if update.client_id in self.state.accepted]
-        updates = [as_registered(update, self.clients[update.client_id].num_examples) for update in buffer_of(pending)]
+        updates = [
+            within_claims(update, self.clients[update.client_id].num_examples, self.config.training, self.config.rounds)
+            for update in buffer_of(pending)
+        ]
         banned = {u.client_id: "its client is banned" for u in updates if self.access.is_banned(u.client_id)}
         earlier = {client.client_id: client.held_out for client in self.clients.values()}
         metrics = loss_metrics(history := self.store.history(), updates, server_round)
@@ -311,14 +314,11 @@ class ActiveRun:
             optimizer=self.config.server_optimizer,
             moments=self.store.moments,
         )
-        result = close_round(
-            *(how, manifest, updates, banned.keys(), self.uploads.updates, earlier, metrics),
-            self.config.training.evaluated_before(server_round),
-        )
+        result = close_round(how, manifest, updates, banned.keys(), self.uploads.updates, earlier, metrics)
         result.set_aside.update(banned)
         if self.bucket is not None:
             names = [unit.sha256 for unit in result.changed if unit.kind in UNIT_KINDS]
-            self.bucket.publish(names, self._blobs.path, self._closing.is_set)
+            self.bucket.publish(names, self._blobs.path, self._closing)
         changed, used = result.changed, [update for update in updates if update.client_id not in result.set_aside]
         coverage = cover_round(*(self.store.coverage(), manifest, used, self.uploads.updates, self.clients))
         with self.lock:

@@ -186,20 +186,18 @@ def undo_round(
     ratio: float | None,
     now: Manifest,
     model: Callable[[int], Manifest | None],
-    moments: Callable[[int], Mapping[str, UnitInfo]] = lambda server_round: {},
-    evaluated_before: int | None = None,
+    moments: Callable[[int], Mapping[str, UnitInfo]],
+    last: int,
 ) -> Aggregated | None:
-    """Undo what was aggregated since ``evaluated_before``, the last round in which clients evaluated the model.
+    """Undo what was aggregated since round ``last``, the last one in which clients evaluated the model.
 
     That is done if the held-out loss of most clients has grown to ``ratio`` times what it was then; otherwise the
     result is None.
 
-    ``earlier``: what clients reported of an earlier model, {client_id: (round, loss)}; only that round counts, which is
-    by default the one before. ``now``: the model that they evaluated. ``model``: that of an earlier round, which is
-    restored; None if it is not stored. ``moments``: those of the server optimizer at the start of a round. ``ratio``
-    None: never undo.
+    ``earlier``: what clients reported of an earlier model, {client_id: (round, loss)}; only that of ``last`` counts.
+    ``now``: the model that they evaluated. ``model``: that of an earlier round, which is restored; None if it is not
+    stored. ``moments``: those of the server optimizer at the start of a round. ``ratio`` None: never undo.
     """
-    last = now.server_round - 1 if evaluated_before is None else evaluated_before
     if ratio is None:
         return None
     jumps = []
@@ -217,22 +215,29 @@ def undo_round(
         )
         return None
     current = {unit.key: unit.sha256 for unit in now.units}
-    reason = f"the model that it trained was undone: the held-out loss jumped on {sum(jumps)} of {len(jumps)} clients"
-    logger.error("round %d: %s undone: %s", now.server_round, round_range(last, now.server_round - 1), reason)
+    why = f"the held-out loss jumped on {sum(jumps)} of {len(jumps)} clients"
+    logger.error("round %d: %s undone: %s", now.server_round, round_range(last, now.server_round - 1), why)
     return Aggregated(
         [unit for unit in before.units if unit.sha256 != current[unit.key]]
         + undone_moments(moments(before.server_round), moments(now.server_round)),
-        {update.client_id: reason for update in updates},
+        {update.client_id: f"the model that it trained was undone: {why}" for update in updates},
         before.server_round,
     )
 
 
-def as_registered(update: UpdateRecord, num_examples: int) -> UpdateRecord:
-    """An update with at most as many examples as its client has registered."""
-    most = max(1, num_examples)
-    if update.meta is None or update.meta.num_examples <= most:
+def within_claims(update: UpdateRecord, num_examples: int, training: TrainingConfig, rounds: int) -> UpdateRecord:
+    """An update with at most the examples that its client registered, and a held-out loss only if its round evaluates.
+
+    Otherwise the few clients that report a loss between two evaluations would decide what becomes of the run.
+    """
+    meta = update.meta
+    if meta is None:
         return update
-    return dataclasses.replace(update, meta=msgspec.structs.replace(update.meta, num_examples=most))
+    metrics = meta.metrics
+    if not training.evaluates(update.server_round, rounds):
+        metrics = {name: value for name, value in metrics.items() if name != HELD_OUT_LOSS}
+    examples = min(meta.num_examples, max(1, num_examples))
+    return dataclasses.replace(update, meta=msgspec.structs.replace(meta, num_examples=examples, metrics=metrics))
 
 
 def resist(
@@ -315,8 +320,8 @@ def culprits(
 def weighed(updates: Sequence[UpdateRecord], paths: Mapping[str, Path], max_examples: int | None) -> list[Contribution]:
     """The updates as the method sees them, with the examples of each cut to what one client may count.
 
-    That is ``max_examples``; or else, where a median says something, `EXAMPLES_RATIO` times the median of the round and
-    not more than the client with the next most: examples that only one client claims give it no more weight.
+    That is ``max_examples``; or, if the round has at least `MIN_CLIENTS` updates, `EXAMPLES_RATIO` times their median
+    and at most the second-largest claim, so that no client gains weight by claiming more than all others.
     """
     metas = [(update.client_id, update.meta) for update in updates if update.meta is not None]
     limit = usual = MAX_EXAMPLES if max_examples is None else max_examples

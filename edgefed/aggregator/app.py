@@ -279,7 +279,8 @@ class Endpoints:
         def finish(client_id: str, key: str, server_round: int, attempt: int) -> UpdateAccepted:
             return self.service.commit(client_id, key, server_round, attempt, decode_message(body, UpdateMeta))
 
-        return reply(await self.run_for(request, finish, upload=True, work=Work.COMMIT))
+        work = Work.COMMIT if self.service.bucket is None else Work.BUCKET  # which it copies the update from
+        return reply(await self.run_for(request, finish, upload=True, work=work))
 
     # --- the server itself --------------------------------------------------------------------------------------
 

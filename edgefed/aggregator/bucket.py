@@ -1,7 +1,7 @@
 """Object storage between the server and the devices: they read blobs from it and write updates to it by signed URLs.
 
     {prefix}/{run_id}/blobs/{sha256}                            a blob; its content never changes, so caches may keep it
-    {prefix}/{run_id}/updates/{client}-{round}-{attempt}/00000  a piece of an update: `PIECE_BYTES`, the last one fewer
+    {prefix}/{run_id}/updates/{client}-{round}-{attempt}/00000  a piece of an update: `PIECE_BYTES`, the last one less
 
 The state folder stays complete: every blob is in it, and an update is copied into it, hashed and checked before it is
 acknowledged. So the bucket may be lost at any time: it is filled again, and devices send again what was in it.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edgefed.aggregator.uploads import UploadFolder, UploadName
-from edgefed.errors import ChecksumMismatch, ConfigError, ObjectStorageError, OffsetMismatch
+from edgefed.errors import ChecksumMismatch, ConfigError, ObjectStorageError, OffsetMismatch, first_line
 from edgefed.protocol.messages import UploadState
 
 logger = logging.getLogger(__name__)
@@ -59,30 +59,21 @@ class Bucket:
 
     # --- blobs --------------------------------------------------------------------------------------------------------
 
-    def synchronize(self, blobs: Mapping[str, int], path_of: Callable[[str], Path]) -> int:
-        """Upload those of ``blobs`` {sha256: size} that are missing or of another size, and delete others.
-
-        Returns how many were uploaded.
-        """
+    def synchronize(self, blobs: Mapping[str, int], path_of: Callable[[str], Path]) -> None:
+        """Upload those of ``blobs`` {sha256: size} that are missing or of another size, and delete others."""
         found = self._list("blobs/")
         self.delete_blobs(name for name in found if name not in blobs)
-        missing = [sha256 for sha256, size_bytes in blobs.items() if found.get(sha256) != size_bytes]
-        missing = [sha256 for sha256 in missing if path_of(sha256).is_file()]  # not what waits for a copy (`Repairs`)
-        self._put_all(missing, path_of)
-        return len(missing)
+        self._put_all([sha256 for sha256, size_bytes in blobs.items() if found.get(sha256) != size_bytes], path_of)
 
-    def publish(self, names: Collection[str], path_of: Callable[[str], Path], cancelled: Callable[[], bool]) -> bool:
-        """Upload blobs, and try again while the bucket does not answer. Returns False if ``cancelled`` first."""
-        while not cancelled():
+    def publish(self, names: Collection[str], path_of: Callable[[str], Path], cancelled: threading.Event) -> None:
+        """Upload blobs, and try again while the bucket does not answer, until ``cancelled``."""
+        while not cancelled.is_set():
             try:
                 self._put_all(names, path_of)
-                return True
+                return
             except ObjectStorageError as error:
                 logger.error("%s; the round continues once it answers, trying again in %.0f s", error, RETRY_S)
-            until = time.monotonic() + RETRY_S
-            while time.monotonic() < until and not cancelled():
-                time.sleep(0.1)
-        return False
+            cancelled.wait(RETRY_S)
 
     def put_blob(self, sha256: str, path: Path) -> None:
         """Upload one blob, also if it is there."""
@@ -134,17 +125,17 @@ class Bucket:
             raise ChecksumMismatch(f"{sum(sizes)} bytes have arrived, the update has {size_bytes}")
         writer = uploads.open(name, offset, size_bytes)
         try:
-            for number in range(offset // PIECE_BYTES, len(sizes)):
-                skip = max(0, offset - number * PIECE_BYTES)
-                for chunk in self._read(_piece(name, number), skip, sizes[number]):
-                    writer.write(chunk)
+            for number, size in enumerate(sizes):
+                if (begin := max(0, offset - number * PIECE_BYTES)) < size:
+                    writer.write(self._read(_piece(name, number), begin, size))
         finally:
             uploads.close(name, writer)
 
     def delete_update(self, name: UploadName) -> None:
-        """Delete the pieces of an update, as well as it goes: the end of the round deletes what is left."""
+        """Delete what has arrived of an update. Best effort: the end of the round deletes what is left."""
+        folder = f"updates/{name.stem}/"
         with contextlib.suppress(ObjectStorageError):
-            self._delete([_piece(name, number) for number in range(len(self._pieces(name)))])
+            self._delete([folder + piece for piece in self._list(folder)])
 
     def end_rounds(self, oldest: int) -> None:
         """Delete the updates of rounds before ``oldest``."""
@@ -153,7 +144,7 @@ class Bucket:
 
     def _pieces(self, name: UploadName) -> list[int]:
         """Sizes of an update's pieces from the first one on, up to the first that is missing or not full."""
-        found = self._list(f"updates/{_folder(name)}/")
+        found = self._list(f"updates/{name.stem}/")
         sizes: list[int] = []
         while (size := found.get(f"{len(sizes):05d}")) is not None and size <= PIECE_BYTES:
             sizes.append(size)
@@ -164,6 +155,7 @@ class Bucket:
     # --- the store ----------------------------------------------------------------------------------------------------
 
     def _put_all(self, names: Collection[str], path_of: Callable[[str], Path]) -> None:
+        names = [sha256 for sha256 in names if path_of(sha256).is_file()]  # not what waits for a copy (`Repairs`)
         with concurrent.futures.ThreadPoolExecutor(PUBLISH_THREADS, thread_name_prefix="publish") as pool:
             try:
                 list(pool.map(lambda sha256: self.put_blob(sha256, path_of(sha256)), names))
@@ -178,12 +170,9 @@ class Bucket:
             batches = list(self._obstore.list(self._store, prefix=prefix.rstrip("/")))
         return {each["path"].removeprefix(prefix): each["size"] for batch in batches for each in batch}
 
-    def _read(self, path: str, start: int, end: int) -> Iterator[bytes]:
-        if start >= end:
-            return
+    def _read(self, path: str, start: int, end: int) -> bytes:
         with self._errors():
-            found = self._obstore.get_range(self._store, self._root + path, start=start, end=end)
-        yield bytes(found)
+            return bytes(self._obstore.get_range(self._store, self._root + path, start=start, end=end))
 
     def _delete(self, paths: list[str]) -> None:
         if paths:
@@ -221,22 +210,17 @@ def _open_store(url: str) -> tuple[Any, Any]:
     try:
         store: Any = from_url(url, **options)
     except (obstore.exceptions.BaseError, ValueError, OSError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ConfigError(f"invalid object storage {url!r}: {reason}", remedy=remedy) from error
+        raise ConfigError(f"invalid object storage {url!r}: {first_line(error)}", remedy=remedy) from error
     if not isinstance(store, (S3Store, GCSStore, AzureStore)):
         raise ConfigError(f"object storage {url!r} makes no signed URLs", remedy=remedy)
     return obstore, store
 
 
-def _folder(name: UploadName) -> str:
-    return f"{name.client_id}-{name.server_round}-{name.attempt}"
-
-
 def _piece(name: UploadName, number: int) -> str:
-    return f"updates/{_folder(name)}/{number:05d}"
+    return f"updates/{name.stem}/{number:05d}"
 
 
 def _round_of(path: str) -> int:
-    """The round of ``client-round-attempt/piece``; 0, which is over, for any other name."""
-    parts = path.split("/", 1)[0].rsplit("-", 2)
-    return int(parts[1]) if len(parts) == 3 and parts[1].isascii() and parts[1].isdigit() else 0
+    """The round of a piece; 0, which is over, of any other object."""
+    name = UploadName.parse(path.split("/", 1)[0])
+    return 0 if name is None else name.server_round

@@ -177,7 +177,7 @@ class GuardedProtocol(H11Protocol):
 def guarded_protocol(guard: ConnectionGuard, tls: ssl.SSLContext | None) -> type[GuardedProtocol]:
     """The protocol class for uvicorn, bound to ``guard`` and ``tls``."""
     if tls is not None:
-        # asyncio has no option for it. The attribute is the same from Python 3.10 on; elsewhere this changes nothing.
+        # asyncio has no option for it. Python 3.11 and later read this attribute, 3.10 does not.
         sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES  # type: ignore[attr-defined]
     return type("BoundProtocol", (GuardedProtocol,), {"guard": guard, "tls": tls})
 

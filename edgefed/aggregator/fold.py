@@ -172,8 +172,11 @@ def _unit_chunks(
     weights = sorted(merge.weights, key=lambda pair: pair[0])
     old = read_header(old_path)
     yield encode_header(unit.tensors)
-    sent = [info for info in unit.tensors if index.expects(unit.key, info.name)]
-    found = {info.name: _sources(unit, info, weights, index, scratch) for info in sent}
+    found = {
+        info.name: _sources(unit, info, weights, index, scratch)
+        for info in unit.tensors
+        if index.expects(unit.key, info.name)
+    }
     means = _product_means(unit, found, old_path, old, scratch) if scratch.robustness.products else {}
     for info in unit.tensors:
         sources, keep_rows = found.get(info.name, ([], None))
@@ -181,7 +184,7 @@ def _unit_chunks(
             yield from _table_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
         elif (mean := means.get(info.name)) is not None:
             yield from _tensor_chunks(info, sources, None, old_path, old[info.name], scratch, mean)
-        elif sources or (scratch.noise is not None and info in sent):
+        elif sources or (scratch.noise is not None and info.name in found):
             yield from _tensor_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
         else:
             yield from _copy_chunks(old_path, old[info.name], scratch)

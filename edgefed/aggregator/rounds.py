@@ -54,9 +54,8 @@ class RoundPolicy:
     at most. ``max_staleness``: rounds by which an update may be late and still count, with less weight
     (`edgefed.aggregator.staleness`); 0: late updates are dropped. ``stop_after``: rounds without a better held-out loss
     that end the run (`edgefed.aggregator.stopping`); None: none do. ``adapter_average``: what is averaged of LoRA
-    adapters, "product" (`edgefed.aggregator.adapter_products`), "factors", or "alternate": the one
-    that trains (`protocol.alternation`). ``download_compression``: how far the
-    model moves in a round, one of `protocol.frames.DOWNLOAD_SHARES`.
+    adapters, "product" (`edgefed.aggregator.adapter_products`), "factors", or "alternate": the one that trains
+    (`protocol.alternation`). ``download_compression``: one of `protocol.frames.DOWNLOAD_SHARES`.
     """
 
     rounds: int

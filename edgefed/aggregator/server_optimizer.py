@@ -16,8 +16,8 @@ fold, so that devices download little (`protocol.changes`). With u the step as a
     v = u + r        g' = g + v where |v| is among the largest, g elsewhere        r' = v - (g' - g)
 
 So what is left out moves in a later round, and so does what rounding to the storage type takes away: error feedback, as
-on the devices (`agent.compression`). With a share of 1, as in the last round, v = u and residuals are dropped. They are
-not used up at once: clients train from g and so move again what r has, and the sum of many rounds goes too far.
+on the devices (`agent.compression`). With a share of 1, as in the last round, v = u and residuals are dropped: clients
+have trained from g and repeated part of what r holds, so adding all of it would overshoot.
 
 What no client has trained in a round (a unit, a router row, a neuron) does not move, and its moments stay as they are:
 a change that nobody measured is unknown, and not 0. That is ours; experts need it, since a round trains some of them.
@@ -30,13 +30,11 @@ the aggregate alone, which does not depend on the order of arrival.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -44,16 +42,16 @@ import numpy as np
 from edgefed.aggregator.blobs import BlobBatch, BlobStore
 from edgefed.aggregator.records import MOMENTS
 from edgefed.aggregator.repair import blob_problem
-from edgefed.disk import READ_BYTES, disk_errors
+from edgefed.disk import READ_BYTES, FileRange, copy_range, disk_errors, write_all
 from edgefed.kernels.fold import FoldBackend
 from edgefed.protocol.frames import (
     FLOAT_DTYPES,
-    TensorEntry,
     array_bytes,
     encode_header,
     narrow,
     read_header,
     storage_dtype,
+    tensor_size_bytes,
     widen,
 )
 from edgefed.protocol.messages import TensorInfo, UnitInfo
@@ -127,38 +125,37 @@ class UnitMoments:
         self._how, self._of, self._unit = how, unit.key, moments_unit(unit, how.optimizer, how.share)
         self._squares, self._stepped = np.zeros(2), False
         old = _usable(how.moments.get(self._unit.key), blobs)
-        self._files = contextlib.ExitStack()
         with disk_errors("write moments"):
             self._path, file = blobs.open_temporary()
             file.close()
-            before = {} if old is None else read_header(old)
-            source = None if old is None else self._files.enter_context(old.open("rb", buffering=0))
-            self._fill(source, before)
-            target = self._files.enter_context(self._path.open("r+b", buffering=0))
-        self._places = {name: (target, entry) for name, entry in read_header(self._path).items()}
+            self._fill(old)
+            self._file = self._path.open("r+b", buffering=0)
+        self._entries = read_header(self._path)
         self._had = old is not None
 
-    def _fill(self, source: BinaryIO | None, before: Mapping[str, TensorEntry]) -> None:
-        """Write what was there ``before``, in the file ``source``, and first values of everything else."""
-        with self._path.open("wb") as file:
-            file.write(encode_header(self._unit.tensors))
+    def _fill(self, old: Path | None) -> None:
+        """Write what the blob ``old`` has, and first values of everything else."""
+        before = {} if old is None else read_header(old)
+        with self._path.open("wb", buffering=0) as file:
+            write_all(file, encode_header(self._unit.tensors))
             for info in self._unit.tensors:
-                entry, left = before.get(info.name), math.prod(info.shape)
-                known = source is not None and entry is not None and entry.info == info
-                if known and source is not None and entry is not None:
-                    source.seek(entry.start)
+                entry = before.get(info.name)
+                if old is not None and entry is not None and entry.info == info:
+                    copy_range(FileRange(old, entry.start, entry.size_bytes), file)
+                    continue
                 first = self._how.optimizer.epsilon**2 if self._how.optimizer and info.name.endswith(SQUARE) else 0.0
-                while left > 0:
-                    count = min(left, _FILL_ELEMENTS)
-                    values = array_bytes(narrow(np.full(count, first, dtype=np.float32), info.dtype))
-                    file.write(source.read(len(values)) if known and source is not None else values)
-                    left -= count
+                values = array_bytes(narrow(np.full(_FILL_ELEMENTS, first, np.float32), info.dtype))
+                left = tensor_size_bytes(info)
+                while left:
+                    part = values[:left]
+                    write_all(file, part)
+                    left -= len(part)
 
     def __enter__(self) -> UnitMoments:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        self._file.close()
         self._path.unlink(missing_ok=True)
 
     def step(
@@ -176,7 +173,7 @@ class UnitMoments:
         if self._how.optimizer is not None:
             step = self._optimized(self._how.optimizer, info.name, begin, step, kept)
         residual = info.name + RESIDUAL
-        sparse = residual in self._places
+        sparse = residual in self._entries
         if sparse:
             step += self._read(residual, begin, len(sums))
         free = np.ones(len(sums), dtype=bool) if kept is None else ~kept
@@ -222,21 +219,21 @@ class UnitMoments:
         return msgspec.structs.replace(self._unit, sha256=sha256, size_bytes=size_bytes)
 
     def _read(self, name: str, begin: int, count: int) -> np.ndarray:
-        file, entry = self._places[name]
+        entry = self._entries[name]
         dtype = storage_dtype(entry.info.dtype)
         with disk_errors("read moments"):
-            file.seek(entry.start + dtype.itemsize * begin)
-            raw = np.frombuffer(file.read(dtype.itemsize * count), dtype=dtype)
+            self._file.seek(entry.start + dtype.itemsize * begin)
+            raw = np.frombuffer(self._file.read(dtype.itemsize * count), dtype=dtype)
         return widen(raw, entry.info.dtype).astype(np.float64)
 
     def _write(self, name: str, begin: int, values: np.ndarray, kept: np.ndarray | None) -> None:
         if kept is not None:
             values = np.where(kept, self._read(name, begin, len(values)), values)
-        file, entry = self._places[name]
+        entry = self._entries[name]
         raw = narrow(np.clip(values, -_LARGEST["BF16"], _LARGEST["BF16"]).astype(np.float32), entry.info.dtype)
         with disk_errors("write moments"):
-            file.seek(entry.start + raw.itemsize * begin)
-            file.write(array_bytes(raw))
+            self._file.seek(entry.start + raw.itemsize * begin)
+            write_all(self._file, array_bytes(raw))
 
 
 def _longest(step: np.ndarray, free: np.ndarray, share: float) -> np.ndarray:

@@ -206,7 +206,7 @@ class Service(UpdateRequests):
             return Wait(retry_after_s=RETRY_AFTER_S, reason=self._wait_reason(state, client_id, now))
 
     def _wait_reason(self, state: RoundState, client_id: str, now: float) -> str:
-        """`wait_reason`; what takes a look at all clients is said for a second, or until one comes or goes."""
+        """`wait_reason`. A text that needs all clients is kept for a second, or until one of them comes or goes."""
         if state.phase is not Phase.WAITING:
             return wait_reason(state, client_id, now, [])
         moment = state.server_round, len(self._run.clients), len(state.last_seen), int(now)
@@ -258,8 +258,9 @@ class Service(UpdateRequests):
         self.repairs.check_wanted(sha256)
 
     def blob_url(self, sha256: str, key: str, size_bytes: int, *, anew: bool) -> str:
-        """Where object storage has a blob; counts it as downloaded. ``anew``: something was wrong there, upload it."""
-        assert (bucket := self.bucket) is not None, "blobs are elsewhere"
+        """A signed URL of a blob, which counts as downloaded. ``anew``: a client found it damaged there; upload it."""
+        bucket = self.bucket
+        assert bucket is not None, "the run has no object storage"
         if anew:
             bucket.put_blob(sha256, self.blob(sha256)[0])
         url = bucket.blob_url(sha256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,11 @@ from edgefed.protocol.privacy import PrivacyStatus
 
 logger = logging.getLogger(__name__)
 
+SERVER_METRICS = re.compile(
+    r"bytes_(up|down)_\w+|upload_ratio|model_(step|residual)_norm|late_updates|staleness|best_round|restored_round|"
+    r"held_out_loss_median"
+)
+"""Metrics of a round that the server measures. What clients send by these names does not count."""
 SHOWN_NAMES = 3
 """Clients that have left and are named to one that waits."""
 
@@ -161,10 +167,10 @@ def describe_comparison(comparison: Comparison) -> str:
 
 
 def average_metrics(updates: Sequence[UpdateRecord]) -> dict[str, float]:
-    """Mean of each metric over the clients that sent it, weighted by ``num_examples``."""
+    """Mean of each metric over the clients that sent it, weighted by ``num_examples``, without `SERVER_METRICS`."""
     metas = [update.meta for update in updates if update.meta is not None]
     averages = {}
-    for name in sorted({name for meta in metas for name in meta.metrics}):
+    for name in sorted({name for meta in metas for name in meta.metrics if not SERVER_METRICS.fullmatch(name)}):
         pairs = [(meta.num_examples, meta.metrics[name]) for meta in metas if name in meta.metrics]
         total = sum(weight for weight, _ in pairs)
         # Divide the weights first, so that finite metrics cannot overflow.

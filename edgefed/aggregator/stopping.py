@@ -95,15 +95,14 @@ def close_round(
     folder: Path,
     earlier: Mapping[str, tuple[int, float] | None],
     metrics: Mapping[str, float],
-    evaluated_before: int | None = None,
 ) -> Aggregated:
     """Undo the rounds since the last evaluation, end the run, or aggregate updates of clients that are not ``banned``.
 
-    ``earlier`` and ``evaluated_before`` as in `undo_round`, ``metrics`` as in `stop_round`, ``folder`` and errors as in
-    `aggregate_round`.
+    ``earlier`` as in `undo_round`, ``metrics`` as in `stop_round`, ``folder`` and errors as in `aggregate_round`.
     """
+    last = how.training.evaluated_before(manifest.server_round)
     return (
-        undo_round(updates, earlier, how.policy.rollback, manifest, how.model, how.moments, evaluated_before)
+        undo_round(updates, earlier, how.policy.rollback, manifest, how.model, how.moments, last)
         or stop_round(how.policy.stop_after, metrics, manifest, how.model, how.moments)
         or aggregate_round(how, manifest.units, [u for u in updates if u.client_id not in banned], folder)
     )

@@ -117,21 +117,21 @@ KINDS = {"expert": "experts", "router": "routers", "dense": "dense"}
 
 
 def sent_bytes(units: Sequence[UnitInfo], paths: Iterable[Path]) -> dict[str, float]:
-    """Metrics of a round: bytes of the updates by what they are of, and those of encoded changes among them.
+    """Metrics of a round: bytes received per kind of unit, and how many of them are encoded changes.
 
-    ``upload_ratio``: bytes of the same tensors whole, for each byte sent; only if some are encoded.
+    ``upload_ratio``: uncompressed bytes per byte received; only if some are encoded.
     """
-    by_key, sums, saved = {unit.key: unit for unit in units}, Counter[str](), 0
+    by_key, sums, total, saved = {unit.key: unit for unit in units}, Counter[str](), 0, 0
     for path in paths:
         header = read_header(path)
         for name, entry in header.items():
             key, _, codec = split_update_name(name)
-            kind = "adapters" if ":" in key else KINDS[by_key[key].kind]
+            kind = "adapters" if key.endswith(":lora") else KINDS[by_key[key].kind]
             sums[f"bytes_up_{kind}"] += entry.size_bytes
+            total += entry.size_bytes
             if codec:
                 sums["bytes_up_changes"] += entry.size_bytes
                 saved += tensor_size_bytes(values_info(name, entry, header, by_key)) - entry.size_bytes
-    total = sum(sums[f"bytes_up_{kind}"] for kind in ("adapters", *KINDS.values()))
     ratio = {"upload_ratio": (total + saved) / total} if sums["bytes_up_changes"] else {}
     return {name: float(size) for name, size in sums.items() if size} | ratio
 

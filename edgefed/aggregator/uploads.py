@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 DISK_RESERVE_BYTES = 8 * 1024 * 1024
 """Free space that uploads leave, for the database and the log."""
-_PART_NAME = re.compile(r"(?P<client_id>[A-Za-z0-9_-]{1,64})-(?P<server_round>\d{1,9})-(?P<attempt>\d{1,9})\.part")
+_STEM = re.compile(r"(?P<client_id>[A-Za-z0-9_-]{1,64})-(?P<server_round>[0-9]{1,9})-(?P<attempt>[0-9]{1,9})")
+_PART_SUFFIX = ".part"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +36,21 @@ class UploadName:
     server_round: int
     attempt: int
 
+    @classmethod
+    def parse(cls, stem: str) -> UploadName | None:
+        """The upload with this `stem`; None for any other text."""
+        found = _STEM.fullmatch(stem)
+        return found and cls(found["client_id"], int(found["server_round"]), int(found["attempt"]))
+
+    @property
+    def stem(self) -> str:
+        """CLIENT-ROUND-ATTEMPT."""
+        return f"{self.client_id}-{self.server_round}-{self.attempt}"
+
     @property
     def part_name(self) -> str:
         """File name of the part."""
-        return f"{self.client_id}-{self.server_round}-{self.attempt}.part"
+        return self.stem + _PART_SUFFIX
 
 
 class PartWriter:
@@ -213,8 +225,7 @@ class UploadFolder:
     def _delete_parts(self, wanted: Callable[[UploadName], bool]) -> int:
         deleted_bytes = 0
         for path in self.parts.iterdir():
-            found = _PART_NAME.fullmatch(path.name)
-            name = UploadName(found["client_id"], int(found["server_round"]), int(found["attempt"])) if found else None
+            name = UploadName.parse(path.stem) if path.suffix == _PART_SUFFIX else None
             if path.is_file() and (name is None or wanted(name)):
                 deleted_bytes += path.stat().st_size
                 path.unlink(missing_ok=True)

@@ -231,7 +231,8 @@ class Assignment(Message, frozen=True, tag="assignment"):
     """Train in this round, from the manifest of this round. ``deadline_s`` counts from now; None means none.
 
     ``seed`` depends on run and round; a device mixes in its name and data, so a repeated run gives the same results.
-    ``experts``: only if the method assigns them, from a client's second round on. ``train_limit``: most to train.
+    ``experts``: only if the method assigns them, from a client's second round on. ``train_limit``: maximum number of
+    experts to train; None: no limit.
     """
 
     server_round: int

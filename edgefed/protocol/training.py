@@ -62,7 +62,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
         return before - (before - 1) % self.evaluate_every
 
     def problems(self, rounds: int) -> list[str]:
-        """What is wrong with the schedules of a run of ``rounds`` rounds and with its clipping; empty if nothing is."""
+        """Invalid settings for a run of ``rounds`` rounds, one sentence each; empty if all are valid."""
         found = []
         if self.schedule not in SCHEDULES:
             found.append(f"`schedule` is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")

@@ -68,6 +68,28 @@ def test_one_client_counts_at_most_as_the_next_and_a_multiple_of_the_median(tmp_
     toy.close()
 
 
+def test_losses_between_evaluations_and_metrics_of_the_server_are_not_taken_from_clients(tmp_path):
+    """The two of five clients that report a loss in round 2, where nobody evaluates, would otherwise undo round 1."""
+    training = TrainingConfig(evaluate_every=3)
+    toy = Toy(make_run(tmp_path / "state", rounds=7, min_clients=5, rollback=1.5, stop_after=1, training=training))
+    claims = {"restored_round": 1.0, "bytes_down_changes": 1e9}
+    for server_round, losses in (
+        (1, dict.fromkeys("abcde", 2.0)), (2, {"a": 9.0, "b": 9.0}), (3, {"a": -5.0})
+    ):  # fmt: skip
+        toy.join(*"abcde")
+        for seed, name in enumerate("abcde", 10 * server_round):
+            metrics = claims | ({"held_out_loss_before": losses[name]} if name in losses else {})
+            units = [unit for unit in toy.manifest().units if unit.trainable]
+            toy.send(make_update(toy.manifest(), name, trained(units, seed), metrics=metrics))
+        toy.run.fold_pending()
+    status = toy.run.status()
+    assert [each.undone for each in status.history] == [None] * 3
+    assert [each.metrics.get("held_out_loss_median") for each in status.history] == [2.0, None, None]
+    assert status.state == "training"
+    assert not claims.keys() & {name for each in status.history for name in each.metrics}
+    toy.close()
+
+
 def test_the_policy_can_limit_the_examples_of_a_client(tmp_path):
     toy = Toy(make_run(tmp_path / "state", max_examples=20))
     close_round(toy, a=10, b=1000)

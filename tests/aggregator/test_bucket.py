@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,6 +235,14 @@ def test_what_is_wrong_with_an_update_is_found_before_it_is_acknowledged(tmp_pat
         assert toy.commit(update.meta).repeated is False
     finally:
         toy.close()
+
+
+def test_a_blob_that_the_state_folder_has_lost_holds_no_round_up(tmp_path, s3):
+    bucket = Bucket(BLOBS, "run")
+    (tmp_path / "here").write_bytes(b"x")
+    bucket.publish(["lost", "here"], lambda name: tmp_path / name, threading.Event())
+    assert httpx.get(bucket.blob_url("here")).content == b"x"
+    assert httpx.get(bucket.blob_url("lost")).status_code == 404
 
 
 @pytest.mark.parametrize(
