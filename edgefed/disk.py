@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -256,6 +257,17 @@ def filesystem(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
         if (place == mounted or mounted in place.parents) and len(mounted.parts) >= best:
             best, kind = len(mounted.parts), fields[2]
     return kind
+
+
+def without_nan(data: object) -> object:
+    """``data`` for a JSON document, which has neither NaN nor infinity: they become None."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {str(key): without_nan(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [without_nan(value) for value in data]
+    return data
 
 
 def folder_bytes(folder: Path) -> int:

@@ -314,7 +314,7 @@ def _run_model(folder: Path, server_round: Wanted, format: Format, sink: Progres
 def _server_model(
     url: str, server_round: Wanted, format: Format, token: str | None, sink: ProgressSink
 ) -> Iterator[_Model]:
-    from edgefed.agent.cache import TemporaryCache
+    from edgefed.agent.temporary_cache import TemporaryCache
     from edgefed.runs import changed_before
 
     with TemporaryCache(url, token, sink) as download:
@@ -335,7 +335,6 @@ def _device_model(
     state: Path, server_round: Wanted, format: Format, global_model: bool, token: str | None, sink: ProgressSink
 ) -> Iterator[_Model]:
     from edgefed.agent.agent import BLOBS_FOLDER
-    from edgefed.agent.cache import TemporaryCache
     from edgefed.agent.journal import read_journal
     from edgefed.trainer.last_round import load_last_round, load_own_files
     from edgefed.trainer.private_part import load_private
@@ -370,6 +369,8 @@ def _device_model(
     sink.message(
         f"{len(missing)} of {len(needed)} parts of the model are not on this device: downloading them from {server}"
     )
+    from edgefed.agent.temporary_cache import TemporaryCache
+
     with TemporaryCache(server, token, sink) as download:
         try:
             paths = download.fetch(needed, blobs)

@@ -25,6 +25,7 @@ from recording import add_arguments, interval, play, read_rows, record
 from edgefed.hardware.profiles import effective, find_profile
 from edgefed.methods.registry import register
 from edgefed.methods.slices import Slices
+from edgefed.moe.adapters import low_rank_product
 from edgefed.progress import counted
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
@@ -33,6 +34,7 @@ from edgefed.trainer.private_part import load_private
 from edgefed.training.encoding import encode_examples
 from edgefed.training.loss import evaluate_loss
 from edgefed.training.profiling import spread_blocks
+from edgefed.training.steps import train_scope
 
 RESULTS = Path(__file__).parent / "results" / "private_part.jsonl"
 ROUNDS, LOCAL_STEPS, BATCH_SIZE, SEQUENCE_LENGTH = 4, 12, 4, 128
@@ -84,8 +86,7 @@ def measure(run: Run, work: Path) -> dict:
             adapters = load_private(states[silo], f"simulated-{run.seed}")
             if adapters:
                 blocks = spread_blocks(encode_examples(examples, tokenizer, SEQUENCE_LENGTH), EVALUATION_TOKENS)
-                scale = training.lora_alpha / training.lora_rank
-                with added(module, adapters, scale):
+                with added(module, adapters, train_scope(training).lora_scale):
                     found[silo] = evaluate_loss(module, blocks, BATCH_SIZE)
         return found
 
@@ -110,7 +111,8 @@ class added:
             (first,), (second,) = (
                 [value for name, value in tensors.items() if name.endswith(end)] for end in ("lora_a", "lora_b")
             )
-            self._changes.append((module.get_parameter(key.removesuffix(":lora")), scale * (second @ first)))
+            change = low_rank_product(first, second, scale)
+            self._changes.append((module.get_parameter(key.removesuffix(":lora")), change))
         self._saved = [parameter.detach().clone() for parameter, _ in self._changes]
 
     @torch.no_grad()

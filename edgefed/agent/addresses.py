@@ -21,7 +21,7 @@ from pathlib import Path
 
 import httpx
 
-from edgefed.errors import ConfigError
+from edgefed.errors import ConfigError, ServerUnreachable
 from edgefed.protocol import routes
 
 MAX_LABEL_CHARACTERS = 63
@@ -146,11 +146,11 @@ def is_loopback(host: str) -> bool:
 
 
 def is_public(host: str) -> bool:
-    """Whether a host has only addresses of the public internet; also False if its name cannot be resolved here."""
+    """Whether a host has only addresses of the public internet. Raises ServerUnreachable if it has none."""
     try:
         found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError):
-        return False
+    except (OSError, UnicodeError) as error:
+        raise ServerUnreachable(f"the name {host} cannot be resolved: {error}") from error
     addresses = [ipaddress.ip_address(text) for text in found]
     return all((getattr(address, "ipv4_mapped", None) or address).is_global for address in addresses)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from edgefed import __version__
-from edgefed.agent.backoff import Retry, is_answer, never_reached
+from edgefed.agent.backoff import Retry, never_reached
 from edgefed.agent.cache import BlobCache, Item
 from edgefed.agent.compression import UpdateCompressor
 from edgefed.agent.delivery import MAX_REFUSALS, Delivered, Delivery
@@ -273,16 +273,13 @@ class Agent:
         self, request: Callable[[], T], give_up_after_s: float | None = None, *, until_answered: bool = False
     ) -> T:
         """Repeat ``request`` until it succeeds. Report the first failure of each kind, and the success after it."""
-        reported, answered = "", False
+        reported = ""
 
-        def report(error: EdgefedError) -> None:
-            nonlocal reported, answered
-            answered = answered or (until_answered and is_answer(error))
+        def report(error: EdgefedError, left_s: float | None) -> None:
+            nonlocal reported
             if error.code != reported:
-                limited = give_up_after_s is not None and not answered
-                self.progress.message(
-                    f"{error}; retrying {f'for {give_up_after_s:.0f} s' if limited else 'until it works'}"
-                )
+                how_long = "until it works" if left_s is None else f"for {give_up_after_s:.0f} s"
+                self.progress.message(f"{error}; retrying {how_long}")
             reported = error.code
 
         result = self._retry.run(

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from edgefed.agent.channel import BUSY_STATUSES
-from edgefed.errors import EdgefedError, ServerUnreachable
+from edgefed.errors import EdgefedError, ObjectStorageError, ServerUnreachable
 from edgefed.progress import pause
 
 logger = logging.getLogger("edgefed.agent")
@@ -50,12 +50,14 @@ class BackoffSchedule:
 def is_transient(error: EdgefedError, *, joined: bool) -> bool:
     """Whether the same request may succeed later.
 
-    True for ServerUnreachable, which includes timeouts and cut connections, and for errors that arrived with a 5xx
-    status, such as the server's full disk. An answer that no edgefed server gives (``error.foreign``: a web page, an
-    untrusted certificate) means a wrong address before the device has joined. Afterwards it is a proxy or a login page,
-    which goes away.
+    True for ServerUnreachable, which includes timeouts and cut connections, for errors of object storage, and for
+    errors that arrived with a 5xx status, such as the server's full disk. An answer that no edgefed server gives
+    (``error.foreign``: a web page, an untrusted certificate) means a wrong address before the device has joined.
+    Afterwards it is a proxy or a login page, which goes away.
     """
-    if isinstance(error, ServerUnreachable) or error.received_status >= 500 or error.received_status in BUSY_STATUSES:
+    if isinstance(error, (ServerUnreachable, ObjectStorageError)):
+        return True
+    if error.received_status >= 500 or error.received_status in BUSY_STATUSES:
         return True
     return joined and error.foreign
 
@@ -109,13 +111,14 @@ class Retry:
         joined: bool = True,
         give_up_after_s: float | None = None,
         until_answered: bool = False,
-        on_wait: Callable[[EdgefedError], None] | None = None,
+        on_wait: Callable[[EdgefedError, float | None], None] | None = None,
     ) -> T:
         """Return ``request()``; repeat it while it fails with a transient error (`is_transient`).
 
-        ``on_wait(error)`` is called before each wait. Raises the error if it is not transient, or after
-        ``give_up_after_s`` seconds since the first try; None never gives up. With ``until_answered`` that limit ends
-        once an edgefed server has answered: then the address is right, and the server's trouble passes.
+        ``on_wait(error, left_s)`` is called before each wait; ``left_s`` is None without a limit. Raises the error if
+        it is not transient, or after ``give_up_after_s`` seconds since the first try; None never gives up. With
+        ``until_answered`` that limit ends once an edgefed server has answered: then the address is right, and the
+        server's trouble passes.
         """
         started = self._clock()
         self._failures = 0
@@ -132,6 +135,6 @@ class Retry:
                     raise
                 logger.debug("%s; trying again", error)
                 if on_wait:
-                    on_wait(error)
+                    on_wait(error, left)
             self._failures += 1
             self.wait(self._failures, left)

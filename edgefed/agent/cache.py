@@ -14,7 +14,6 @@ import os
 import queue
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import BinaryIO, Protocol, TypeAlias
 
 from edgefed.disk import READ_BYTES, disk_errors, make_folder, sync_file
 from edgefed.errors import DiskFull, MalformedMessage
-from edgefed.progress import ProgressSink
 from edgefed.protocol.changes import apply_blob_change
 from edgefed.protocol.messages import FileInfo, UnitInfo
 from edgefed.protocol.slices import SliceFile, UnitSlice
@@ -37,7 +35,6 @@ PART_SUFFIX = ".part"
 PARALLEL_DOWNLOADS = 4
 """On loopback, 2 shared cores: 400 blobs of 100 kB take 1.5-2.0 s with one thread, 0.7-1.3 s with 4, no less with 8;
 blobs of 64 MB gain nothing. Over a network each small blob costs a round trip, so overlapping pays more."""
-_CONNECT_LIMIT_S = 20.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -260,7 +257,7 @@ class PartFile:
         with disk_errors(f"read {base}"):
             try:
                 self.append(apply_blob_change(base, bytes(change)))
-            except MalformedMessage as error:  # of another base: this one is damaged; the hash check fails
+            except MalformedMessage as error:  # the base is damaged: the hash will not match
                 logger.warning("%s is downloaded whole: %s", self.path.name[:12], error)
 
     def truncate(self) -> None:
@@ -292,35 +289,3 @@ def _size_of(path: Path) -> int | None:
             return path.stat().st_size
         except FileNotFoundError:
             return None
-
-
-class TemporaryCache:
-    """A `BlobCache` of a server's blobs in a temporary folder, which is deleted at the end."""
-
-    def __init__(self, url: str, token: str | None, sink: ProgressSink) -> None:
-        from edgefed.agent.addresses import check_base_url
-        from edgefed.agent.transport import AggregatorClient
-
-        check_base_url(url)
-        self._sink = sink
-        self.client = AggregatorClient(url, token=token)
-        self._folder = tempfile.TemporaryDirectory(prefix="edgefed-download-")
-
-    def __enter__(self) -> TemporaryCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.client.close()
-        self._folder.cleanup()
-
-    def fetch(self, items: Iterable[UnitInfo | FileInfo], present: Mapping[str, Path]) -> dict[str, Path]:
-        """{sha256: file} of all items; those in ``present`` are not downloaded. A lost connection is tried again."""
-        from edgefed.agent.backoff import Retry
-
-        absent = [item for item in items if item.sha256 not in present]
-        cache = BlobCache(Path(self._folder.name), self.client)
-        self._sink.phase("download", cache.bytes_to_download(absent), "B")
-        retry = Retry(threading.Event())
-        found = retry.run(lambda: cache.ensure(absent, self._sink.advance), give_up_after_s=_CONNECT_LIMIT_S)
-        self._sink.done()
-        return {**present, **found}

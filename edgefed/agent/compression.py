@@ -154,10 +154,17 @@ def compress_update(
     header = read_header(path)
     before: dict[str, TensorEntry] = {}
     damaged: dict[str, str] = {}
+
+    def drop(what: str, problem: str) -> None:
+        report(
+            f"residuals of {what} in {residuals} are damaged and dropped, what earlier updates have left out is lost: "
+            f"{problem}"
+        )
+
     try:
         before = {} if residuals is None else read_header(residuals)
     except InvalidUpdate as error:
-        damaged["all"] = str(error)
+        drop("every tensor", str(error))
     tensors = [
         _Tensor(name, entry) if codec.size_bytes(math.prod(entry.info.shape)) >= entry.size_bytes
         or entry.info.dtype not in FLOAT_DTYPES
@@ -165,11 +172,7 @@ def compress_update(
         for name, entry in header.items()
     ]  # fmt: skip
     if damaged:
-        name, problem = next(iter(damaged.items()))
-        report(
-            f"residuals of {'every tensor' if name == 'all' else f'{len(damaged)} tensors'} in {residuals} are damaged "
-            f"and dropped, what earlier updates have left out is lost: {'' if name == 'all' else f'{name} '}{problem}"
-        )
+        drop(f"{len(damaged)} tensors", " ".join(next(iter(damaged.items()))))
     encoded_units = {split_update_name(tensor.name)[0] for tensor in tensors if tensor.codec}
     kept = [
         tensor

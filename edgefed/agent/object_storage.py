@@ -1,8 +1,8 @@
 """GET and PUT at the signed URLs of an object storage that a server names.
 
 No header of edgefed goes there: a URL is all that is needed, and says nothing of the device. The storage is not
-trusted: whatever it sends is compared with the hash that the server announced. Neither is the server: one on the public
-internet cannot send a device to an address of the device's own network.
+trusted: whatever it sends is compared with the hash that the server announced. The server is not trusted either: if it
+is on the public internet, object storage at a private address is refused.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ def _refusal(response: httpx.Response, host: str) -> ObjectStorageError:
         if len(body) >= EXCERPT_BYTES:
             break
     reason = ", ".join(printable(found.decode("utf-8", "replace")) for found in _REASON.findall(body[:EXCERPT_BYTES]))
-    error = ObjectStorageError(
+    return ObjectStorageError(
         f"the object storage at {host} answers HTTP {response.status_code}{f': {reason}' if reason else ''}",
         remedy="This device tries again by itself with a new URL. If it goes on, see the server's log.",
     )
-    error.received_status = 502
-    return error

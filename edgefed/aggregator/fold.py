@@ -172,11 +172,8 @@ def _unit_chunks(
     weights = sorted(merge.weights, key=lambda pair: pair[0])
     old = read_header(old_path)
     yield encode_header(unit.tensors)
-    found = {
-        info.name: _sources(unit, info, weights, index, scratch)
-        for info in unit.tensors
-        if index.expects(unit.key, info.name)
-    }
+    sent = [info for info in unit.tensors if index.expects(unit.key, info.name)]
+    found = {info.name: _sources(unit, info, weights, index, scratch) for info in sent}
     means = _product_means(unit, found, old_path, old, scratch) if scratch.robustness.products else {}
     for info in unit.tensors:
         sources, keep_rows = found.get(info.name, ([], None))

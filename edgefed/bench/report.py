@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import subprocess
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 
 from edgefed import __version__
 from edgefed.bench.statistics import FAILED, INTERRUPTED, MEASURED, SKIPPED, Entry
+from edgefed.disk import without_nan
 from edgefed.errors import ConfigError
 from edgefed.hardware.budget import MemoryBudget
 from edgefed.hardware.facts import DeviceFacts, MemoryKind, Reading, Reason
@@ -220,17 +220,7 @@ def to_json(report: Report) -> str:
     """Return the report as an indented JSON document. NaN and infinity become null."""
     terms = tuple(msgspec.structs.replace(term, who="") for term in report.memory.terms)
     shared = msgspec.structs.replace(report, memory=msgspec.structs.replace(report.memory, terms=terms))
-    return json.dumps(_finite(msgspec.to_builtins(shared)), indent=2) + "\n"
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return data
+    return json.dumps(without_nan(msgspec.to_builtins(shared)), indent=2) + "\n"
 
 
 def parse_report(text: str | bytes, name: str) -> Report:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from edgefed.cli.phrasing import to_flags
+from edgefed.disk import without_nan
 from edgefed.errors import EdgefedError
 from edgefed.hardware.memory import format_bytes
 from edgefed.progress import Pulse, remaining
@@ -67,17 +68,7 @@ def stamp() -> str:
 
 def print_json(data: object) -> None:
     """One JSON document on stdout; floats that JSON cannot write (NaN) become null."""
-    print(json.dumps(_without_nan(data), indent=2))
-
-
-def _without_nan(data: object) -> object:
-    if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(data, dict):
-        return {str(key): _without_nan(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_without_nan(value) for value in data]
-    return data
+    print(json.dumps(without_nan(data), indent=2))
 
 
 def print_error(error: EdgefedError, *, as_json: bool) -> None:

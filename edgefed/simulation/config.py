@@ -142,8 +142,8 @@ class SimulationConfig:
         training: Settings of local training.
         server_optimizer: What makes the next model from the aggregate of a round. None: that is the next model.
         adapter_average: What is averaged of LoRA adapters, "product", "factors" or "alternate".
-        stop_after: Rounds without a better held-out loss that end a run with its best model; then devices measure it.
-            None: none do.
+        stop_after: A run ends with its best model after this many rounds without a better held-out loss, which devices
+            then measure. None: it plays all rounds.
         split: One data file for all devices. None: each device has its own.
         held_out_share: Share of each device's data for evaluation.
         evaluation_tokens: Held-out tokens per client for the evaluation of the global model after each round.

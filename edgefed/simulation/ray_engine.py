@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.errors import ConfigError, EdgefedError, ProcessFailed, all_errors, first_line
+from edgefed.progress import counted
 from edgefed.protocol.messages import Assignment, Manifest
 
 if TYPE_CHECKING:
@@ -95,19 +96,29 @@ class RayEngine:
         def train(process: Any, index: int) -> Any:
             return process.train.remote(shared, index, server_round)
 
-        outcomes = ActorPool(pool).map_unordered(train, clients)
+        try:
+            outcomes = list(ActorPool(pool).map_unordered(train, clients))
+        except self._ray.exceptions.RayError as error:
+            raise ProcessFailed(f"a process of ray failed: {first_line(error)[:300]}") from error
         return {index: all_errors()[code](text, remedy=remedy) for index, code, text, remedy in outcomes if code}
 
     def _processes(self, run: SimulatedRun, most: int) -> list[Any]:
-        """The processes, with the models of this run."""
+        """The processes, with the models of this run; no more than ``most`` clients need. Raises ConfigError."""
+        cpus = int(self._ray.cluster_resources().get("CPU", 1))
+        room, wanted = cpus // self._threads, self._workers or 1
+        if room < wanted:  # Ray would wait for ever
+            raise ConfigError(
+                f"{counted(wanted, 'worker')} of {counted(self._threads, 'thread')} need "
+                f"{counted(wanted * self._threads, 'CPU')}, Ray has {cpus}",
+                remedy="Lower `workers`, or `threads` of the simulation.",
+            )
         if self._made_for is not run:
             for process in self._pool:
                 self._ray.kill(process)
-            room = int(self._ray.cluster_resources().get("CPU", 1)) // self._threads
-            count = max(1, min(most, self._workers or room))
-            kind = self._ray.remote(num_cpus=self._threads)(_Process)
-            self._pool = [kind.remote(run.recipe, self._folder / "workers" / str(n)) for n in range(count)]
-            self._made_for = run
+            self._pool, self._made_for = [], run
+        kind = self._ray.remote(num_cpus=self._threads)(_Process)
+        for number in range(len(self._pool), min(most, self._workers or room)):
+            self._pool.append(kind.remote(run.recipe, self._folder / "workers" / str(number)))
         return self._pool
 
 

@@ -7,11 +7,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
-from edgefed.disk import write_durably
+from edgefed.disk import without_nan, write_durably
 from edgefed.errors import StateCorrupt
 from edgefed.simulation.virtual_clock import ClientTimes
 
@@ -128,18 +128,10 @@ class SimulationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with the seconds to the target. What was not measured is null."""
-        data: dict[str, Any] = _without_nan(dataclasses.asdict(self))
+        data = cast(dict[str, Any], without_nan(dataclasses.asdict(self)))
         if self.target_loss is not None:
             data["seconds_to_target"] = {run.label: run.seconds_to(self.target_loss) for run in self.runs}
         return data
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class SavedRound(msgspec.Struct):

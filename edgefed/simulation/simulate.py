@@ -32,6 +32,9 @@ FORMAT = 3
 """Of the files in the output folder."""
 
 
+ENGINES = ("built-in", "ray")
+
+
 @dataclasses.dataclass(frozen=True)
 class SimulationEvent:
     """Progress of a simulation.
@@ -73,13 +76,17 @@ def simulate(
         workers: With "ray": processes; None: as many as there is room for.
 
     Raises:
-        ConfigError: ``out`` holds something else.
+        ConfigError: ``out`` holds something else; an unknown engine, or more workers than Ray has CPUs for.
         DataError, ModelError, StorageError: Data, model or disk cannot be used.
     """
     import torch
 
     from edgefed.moe.loading import load_config
 
+    if engine not in ENGINES:
+        raise ConfigError(f"`engine` is {engine!r}, expected one of {', '.join(ENGINES)}")
+    if workers is not None and engine != "ray":
+        raise ConfigError(f"`workers` has no effect with `engine={engine}`", remedy="Remove it, or set `engine=ray`.")
     set_up_allocator()
     torch.set_num_threads(config.threads)
     _claim(out, config)

@@ -7,6 +7,7 @@ import pytest
 
 from edgefed.agent import addresses
 from edgefed.agent.addresses import check_base_url, find_proxy, trusted_certificates
+from edgefed.agent.backoff import is_transient
 from edgefed.agent.object_storage import ObjectStorage
 from edgefed.agent.transport import AggregatorClient
 from edgefed.errors import ConfigError, ProtocolError, ServerUnreachable
@@ -152,6 +153,13 @@ def test_a_server_on_the_internet_cannot_send_a_device_to_its_own_network(host):
     storage = ObjectStorage(httpx.Timeout(1.0), "http://8.8.8.8:8470")
     with pytest.raises(ProtocolError, match="is on the internet, but its object storage at"):
         storage.put(f"http://{host}/bucket/object", iter([b"x"]), 1)
+
+
+def test_a_name_that_cannot_be_resolved_for_a_moment_is_tried_again():
+    storage = ObjectStorage(httpx.Timeout(1.0), "http://8.8.8.8:8470")
+    with pytest.raises(ServerUnreachable, match=r"the name bucket\.invalid cannot be resolved") as caught:
+        storage.put("http://bucket.invalid/object", iter([]), 0)
+    assert is_transient(caught.value, joined=True)
 
 
 @pytest.mark.parametrize(

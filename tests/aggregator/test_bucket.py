@@ -15,10 +15,11 @@ import pytest
 from s3_server import S3Server, find_python
 from toy_run import KEY, Toy, make_run, make_update, register_message, trained, unit_values, weighted_mean
 
+from edgefed.agent.backoff import is_transient
 from edgefed.agent.transport import AggregatorClient
 from edgefed.aggregator.bucket import Bucket
 from edgefed.aggregator.uploads import UploadName
-from edgefed.errors import ConfigError, EdgefedError, ObjectStorageError, ServerUnreachable
+from edgefed.errors import ConfigError, EdgefedError, ObjectStorageError
 
 pytestmark = [
     pytest.mark.full,
@@ -61,8 +62,7 @@ def patiently(request, timeout_s: float = 20.0):
         try:
             return request()
         except EdgefedError as error:
-            transient = isinstance(error, ServerUnreachable) or error.received_status >= 500
-            if not transient or time.monotonic() > until:
+            if not is_transient(error, joined=True) or time.monotonic() > until:
                 raise
             time.sleep(0.1)
 

@@ -387,6 +387,26 @@ def test_a_private_part_of_a_simulated_device_helps_it_alone(texts, tmp_path):
     assert losses["adapter"][0] < losses["adapter"][1], "the global model does not have it"
 
 
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"engine": "Ray"}, "`engine` is 'Ray', expected one of built-in, ray"),
+        ({"workers": 2}, "`workers` has no effect"),
+    ],
+)
+def test_an_engine_that_is_unknown_or_has_no_workers_is_refused(texts, tmp_path, given, error):
+    with pytest.raises(ConfigError, match=error):
+        simulate(config(texts, "fmes"), tmp_path / "out", **given)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_more_workers_than_ray_has_processors_are_refused(texts, tmp_path):
+    pytest.importorskip("ray", reason="needs ray: pip install 'edgefed[ray]'")
+    with pytest.raises(ConfigError, match=r"999 workers of \d+ threads? need \d+ CPUs, Ray has \d+"):
+        simulate(config(texts, "fmes"), tmp_path / "out", engine="ray", workers=999)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_ray_gives_the_same_result_bit_by_bit(texts, tmp_path):
