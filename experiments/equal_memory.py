@@ -2,12 +2,15 @@
 
     python experiments/equal_memory.py tune --data DIR --work DIR
     python experiments/equal_memory.py compare --data DIR --work DIR --sets dolly agnews --seeds 0 1 2 3 4
+    python experiments/equal_memory.py compare --data DIR --work DIR --tuned-steps
+    python experiments/equal_memory.py compare --data DIR --work DIR --methods hfedmoe-beta-0 hfedmoe-tau-0
     python experiments/equal_memory.py table
 
 Three clients hold 50, 25 and 12 % of the experts' bytes. Every method has the same clients, batches, number
-of local steps and budgets; a seed changes who has which records, their order, and which are held out. Learning rate and
-local steps per round are chosen for every method from the same grid, on a set that no table has (`tune`, one seed); the
-number of steps is the same in the whole grid.
+of local steps and budgets; a seed changes who has which records, their order, and which are held out. The learning rate
+is chosen for every method from the same grid, on a set that no table has (`tune`, one seed), with 10 local steps per
+round; with `--tuned-steps` the local steps per round are chosen too. The number of steps is the same in the whole grid.
+A variant of a method has the settings of that method.
 
 Every finished run is one line of results/equal_memory.jsonl with commit and versions; runs that are there are not
 repeated. Losses are in nats per token on held-out records: `global` of the full model, `device` of what a device holds
@@ -21,10 +24,11 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from recording import add_arguments, interval, play, read_rows, record
 from text_sets import SETS, write_clients
 
@@ -43,6 +47,15 @@ METHODS: Mapping[str, dict] = {
     "random": {},
 }
 """Method and options. Flux without a limit by the network, and with the largest share of trained experts."""
+VARIANTS: Mapping[str, tuple[str, dict]] = {
+    "hfedmoe-beta-0": ("hfedmoe", {"beta": 0.0}),
+    "hfedmoe-tau-0": ("hfedmoe", {"tau": 0.0}),
+    "hfedmoe-exploration-0": ("hfedmoe", {"exploration": 0.0}),
+    "slices-exploration-0.1": (OURS, {"exploration": 0.1}),
+    "slices-exploration-0.3": (OURS, {"exploration": 0.3}),
+    "slices-energy": (OURS, {"allocation": "energy"}),
+}
+"""Label: method and options. What each part of a method is worth."""
 TUNING_SET, TUNING_SEED = "tasks", 100
 SHARES = (0.5, 0.25, 0.12)
 RECORDS = 400
@@ -51,8 +64,13 @@ STEPS = 40
 """Local steps of a client in the whole run."""
 RATES = (1e-3, 3e-3, 1e-2)
 LOCAL_STEPS = (5, 10, 20, 40)
+DEFAULT_STEPS = 10
+"""Local steps per round of the comparison in which only the learning rate is chosen."""
 BATCH_SIZE, SEQUENCE_LENGTH = 4, 128
-PROFILE_TOKENS, EVALUATION_TOKENS = 1024, 2048
+PROFILE_TOKENS = 1024
+EVALUATION_TOKENS = {"agnews": 16384}
+"""Most held-out tokens of a client, prompts included; 2,048 of the others. All of AG News, where 2,048 tokens have 17
+answers of one word."""
 PROFILE = "rtx-4090"
 """Any device with room for the whole model: memory is limited by the share."""
 
@@ -70,6 +88,8 @@ class Run:
 
 def measure(run: Run, work: Path, data: Path) -> dict:
     """Simulate one run; returns its losses, memory and bytes."""
+    method, options = VARIANTS.get(run.method) or (run.method, METHODS[run.method])
+    tokens = EVALUATION_TOKENS.get(run.set, 2048)
     files = write_clients(run.set, data, work / "data", run.seed, most=RECORDS)
     device, link = effective(find_profile(PROFILE), {}, None), LINKS["fibre"]
     fleet = tuple(
@@ -78,13 +98,12 @@ def measure(run: Run, work: Path, data: Path) -> dict:
     )
     training = TrainingConfig(
         local_steps=run.local_steps, batch_size=BATCH_SIZE, sequence_length=SEQUENCE_LENGTH,
-        learning_rate=run.learning_rate, profile_tokens=PROFILE_TOKENS, evaluation_tokens=EVALUATION_TOKENS,
+        learning_rate=run.learning_rate, profile_tokens=PROFILE_TOKENS, evaluation_tokens=tokens,
         evaluation_share=1.0, evaluate_every=STEPS // run.local_steps,
     )  # fmt: skip
     config = SimulationConfig(
-        fleet=fleet, methods=(MethodChoice(run.method, METHODS[run.method]),), rounds=STEPS // run.local_steps,
-        seed=run.seed, training=training, held_out_share=0.2, evaluation_tokens=EVALUATION_TOKENS,
-        evaluate_devices=True,
+        fleet=fleet, methods=(MethodChoice(method, options, run.method),), rounds=STEPS // run.local_steps,
+        seed=run.seed, training=training, held_out_share=0.2, evaluation_tokens=tokens, evaluate_devices=True,
     )  # fmt: skip
     found = play(config, work / "simulation")
     clients = [[each.clients[member.name] for each in found.rounds] for member in fleet]
@@ -102,79 +121,103 @@ def measure(run: Run, work: Path, data: Path) -> dict:
     }
 
 
-def chosen_settings(rows: Iterable[Mapping]) -> dict[str, tuple[float, int]]:
+def chosen_settings(rows: Iterable[Mapping], steps: Collection[int] = LOCAL_STEPS) -> dict[str, tuple[float, int]]:
     """{method: (learning rate, local steps)} with the least mean of global and device loss on the tuning set.
 
-    Only settings that every method has tried count.
+    Only settings with one of these ``steps`` that every method has tried count. Variants have those of their method.
     """
-    tuned = [row for row in rows if row["set"] == TUNING_SET]
-    tried = [{(r["learning_rate"], r["local_steps"]) for r in tuned if r["method"] == name} for name in METHODS]
+    tuned = [row for row in rows if row["set"] == TUNING_SET and row["local_steps"] in steps]
+    tried = [{_settings(row) for row in tuned if row["method"] == name} for name in METHODS]
     shared = set.intersection(*tried)
     if not shared:
         raise SystemExit("no setting has been tried with every method yet: run `tune`")
     found: dict[str, tuple[float, tuple[float, int]]] = {}
     for row in tuned:
-        settings = (row["learning_rate"], row["local_steps"])
-        if settings in shared:
-            score = ((row["global"] + row["device"]) / 2, settings)
+        if _settings(row) in shared:
+            score = ((row["global"] + row["device"]) / 2, _settings(row))
             found[row["method"]] = min(score, found.get(row["method"], (math.inf, (0.0, 0))))
-    return {method: settings for method, (_, settings) in found.items()}
+    chosen = {method: settings for method, (_, settings) in found.items()}
+    return chosen | {label: chosen[method] for label, (method, _) in VARIANTS.items()}
 
 
-def comparison(rows: Iterable[Mapping]) -> list[dict]:
-    """One entry per set and method: mean losses and memory, and paired differences to `slices` over the seeds of all.
+def _settings(row: Mapping) -> tuple[float, int]:
+    return row["learning_rate"], row["local_steps"]
 
-    Only rows with the settings that are chosen count. A positive difference means that `slices` has the lower loss.
+
+def comparison(
+    rows: Iterable[Mapping], methods: Sequence[str] = tuple(METHODS), steps: Collection[int] = (DEFAULT_STEPS,)
+) -> list[dict]:
+    """One entry per set and method: mean losses and memory, and paired differences to the first over the seeds of all.
+
+    Only rows with the settings that are chosen among ``steps`` count. A positive difference means that the first of
+    ``methods`` has the lower loss.
     """
     rows = list(rows)
-    chosen = chosen_settings(rows)
-    rows = [
-        row
-        for row in rows
-        if row["set"] != TUNING_SET and (row["learning_rate"], row["local_steps"]) == chosen[row["method"]]
-    ]
+    chosen = chosen_settings(rows, steps)
+    rows = [row for row in rows if row["set"] != TUNING_SET and _settings(row) == chosen[row["method"]]]
     entries = []
     for name in sorted({row["set"] for row in rows}, key=list(SETS).index):
         by_method = {method: {row["seed"]: row for row in rows if (row["set"], row["method"]) == (name, method)}
-                     for method in METHODS}  # fmt: skip
-        seeds = sorted(set.intersection(*(set(mine) for mine in by_method.values() if mine)))
+                     for method in methods}  # fmt: skip
+        if not all(by_method.values()):
+            continue
+        seeds = sorted(set.intersection(*(set(mine) for mine in by_method.values())))
         for method, mine in by_method.items():
-            if not mine or not seeds:
-                continue
-            entry: dict = {"set": name, "method": method, "seeds": len(seeds)}
+            entry: dict = {"set": name, "method": method, "seeds": len(seeds), "settings": chosen[method]}
             for what in ("global", "device"):
                 entry[what] = statistics.mean(mine[seed][what] for seed in seeds)
                 entry[f"{what}_difference"] = interval(
-                    [mine[seed][what] - by_method[OURS][seed][what] for seed in seeds]
+                    [mine[seed][what] - by_method[methods[0]][seed][what] for seed in seeds]
                 )
-            entry["expert_bytes"] = statistics.mean(
-                statistics.mean(mine[seed]["expert_bytes_by_client"]) for seed in seeds
-            )
+            for what, key in (("expert_bytes", "expert_bytes_by_client"), ("bytes_down", "bytes_down")):
+                entry[what] = statistics.mean(float(np.mean(mine[seed][key])) for seed in seeds)
             entries.append(entry)
     return entries
 
 
-def table(rows: Iterable[Mapping]) -> str:
-    """`comparison` as Markdown."""
+def table(
+    rows: Iterable[Mapping], methods: Sequence[str] = tuple(METHODS), steps: Collection[int] = (DEFAULT_STEPS,)
+) -> str:
+    """`comparison` as Markdown, with the settings where ``steps`` are several and the download where all are one's."""
+    tuned, parts = len(steps) > 1, any(method in VARIANTS for method in methods)
 
     def difference(entry: Mapping, what: str) -> str:
         mean, half = entry[f"{what}_difference"]
+        if entry["method"] == methods[0]:
+            return ""
         if math.isinf(half):
-            return f"{mean:+.3f} (one seed)" if entry["method"] != OURS else ""
-        sign = " (0 inside)" if abs(mean) <= half else ""
-        return f"{mean:+.3f} ± {half:.3f}{sign}" if entry["method"] != OURS else ""
+            return f"{mean:+.3f} (one seed)"
+        return f"{mean:+.3f} ± {half:.3f}{' (0 inside)' if abs(mean) <= half else ''}"
 
+    above = f"above `{methods[0]}`"
+    last = "rate, local steps" if tuned else "downloads" if parts else "expert memory"
     lines = [
-        "| set, seeds | method | global loss | above `slices` | loss on the devices | above `slices` | expert memory |",
+        f"| set, seeds | method | global loss | {above} | loss on the devices | {above} | {last} |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for entry in comparison(rows):
+    for entry in comparison(rows, methods, steps):
+        memory = entry["bytes_down" if parts else "expert_bytes"] / 2**20
+        rate, local_steps = entry["settings"]
+        ending = f"{rate:g}, {local_steps}" if tuned else f"{memory:.1f} MiB"
         lines.append(
             f"| {entry['set']}, {entry['seeds']} | `{entry['method']}` | {entry['global']:.3f} | "
-            f"{difference(entry, 'global')} | {entry['device']:.3f} | {difference(entry, 'device')} | "
-            f"{entry['expert_bytes'] / 2**20:.1f} MiB |"
+            f"{difference(entry, 'global')} | {entry['device']:.3f} | {difference(entry, 'device')} | {ending} |"
         )
     return "\n".join(lines)
+
+
+def tables(rows: Iterable[Mapping]) -> dict[str, str]:
+    """Each table by what it shows; those without a row are absent."""
+    rows = list(rows)
+    labels = [label for label in VARIANTS if any(row["method"] == label for row in rows)]
+    found = {"methods": table(rows)}
+    if len({row["local_steps"] for row in rows}) > 1:
+        found["methods with tuned local steps"] = table(rows, steps=LOCAL_STEPS)
+    for base, beside in (("hfedmoe", ["fmes"]), (OURS, [])):
+        parts = [label for label in labels if VARIANTS[label][0] == base]
+        if parts:
+            found[f"parts of {base}"] = table(rows, (base, *parts, *beside))
+    return {what: text for what, text in found.items() if text.count("\n") > 1}
 
 
 def main() -> None:
@@ -183,12 +226,13 @@ def main() -> None:
     add_arguments(parser, RESULTS)
     parser.add_argument("--sets", nargs="+", choices=[name for name in SETS if name != TUNING_SET], default=["dolly"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *VARIANTS), default=list(METHODS))
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="grid of `tune`")
     parser.add_argument("--local-steps", type=int, nargs="+", default=LOCAL_STEPS, help="grid of `tune`")
+    parser.add_argument("--tuned-steps", action="store_true", help="compare with the local steps that `tune` chose")
     arguments = parser.parse_args()
     if arguments.action == "table":
-        print(table(read_rows(arguments.json)))
+        print("\n\n".join(f"{what}\n\n{text}" for what, text in tables(read_rows(arguments.json)).items()))
         return
     if not arguments.data or not arguments.work:
         parser.error("--data and --work are needed")
@@ -196,7 +240,8 @@ def main() -> None:
         grid = itertools.product(arguments.local_steps, arguments.rates, arguments.methods)
         plans = [Run(method, TUNING_SET, TUNING_SEED, rate, steps) for steps, rate, method in grid]
     else:
-        settings = chosen_settings(read_rows(arguments.json))
+        steps = LOCAL_STEPS if arguments.tuned_steps else (DEFAULT_STEPS,)
+        settings = chosen_settings(read_rows(arguments.json), steps)
         order = itertools.product(arguments.seeds, arguments.sets, arguments.methods)
         plans = [Run(method, name, seed, *settings[method]) for seed, name, method in order]
     record(plans, partial(measure, data=arguments.data), arguments.json, arguments.work)

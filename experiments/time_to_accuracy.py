@@ -5,7 +5,7 @@
 
 The packaged model of 2.9 M parameters is really trained; time, memory and traffic are those of OLMoE-1B-7B on a fleet
 of Jetson Orin Nano, RTX 3060, RTX 4060 Laptop and RTX 4090 (`edgefed.simulation`). The target is a share of the
-improvement of `fmd` (the whole model, exact) over all its rounds, mean over seeds. All runs have the same steps,
+improvement of `fmd` (the whole model, exact) over all its rounds, with the same seed. All runs have the same steps,
 batches and learning rate, and the same number of rounds unless these are short (MORE_ROUNDS); `fmq` and `flux-lora`
 train adapters, with the best of the learning rates that were tried (--adapter-rates). `DATA` as in
 `federate_text.py`. Finished runs are kept in the work folder (--work) and not repeated.
@@ -17,12 +17,13 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
+import math
 import multiprocessing
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from recording import provenance
+from recording import interval, provenance
 from text_sets import SETS, write_clients
 
 from edgefed.hardware.profiles import effective, find_profile
@@ -43,6 +44,8 @@ METHODS: Mapping[str, tuple[str, dict, str]] = {
     "slices": ("slices", {}, "full"),
     "slices-paced": ("slices", {}, "full"),
     "fmes-paced": ("fmes", {}, "full"),
+    "hfedmoe-paced": ("hfedmoe", {}, "full"),
+    "random-paced": ("random", {}, "full"),
     "flux": ("flux", {"probes": 1}, "full"),
     "flux-quick": ("flux", {"probes": 0, "pace_factor": 0.8}, "full"),
     "flux-quicker": ("flux", {"probes": 0, "pace_factor": 0.65, "refresh_rounds": 8}, "full"),
@@ -60,8 +63,9 @@ METHODS: Mapping[str, tuple[str, dict, str]] = {
 }
 """Label: method, its options, how experts are trained."""
 
-PACE = {"slices-paced": 0.8, "fmes-paced": 0.8}
-"""Pace of the run; 0 without. Flux has it in its options."""
+PACE = dict.fromkeys(("slices-paced", "fmes-paced", "hfedmoe-paced", "random-paced"), 0.8)
+"""Pace of the run; 0 without. Flux has it in its options. `random-paced` is the pace of `flux-quick` without its
+selection, `flux-own-pace` its selection without the pace."""
 
 MORE_ROUNDS = {"flux-quick": 14 / 8, "flux-quicker": 18 / 8, **dict.fromkeys(PACE, 14 / 8)}
 """Rounds as a multiple of --rounds: where a round is short, as many fit into less time."""
@@ -150,14 +154,13 @@ def summarise(runs: list[dict], share: float) -> dict:
         rates = {run["learning_rate"] for run in found}
         best = min(rates, key=lambda rate: np.mean([r["curve"][-1][1] for r in found if r["learning_rate"] == rate]))
         by_label[label] = [run for run in found if run["learning_rate"] == best]
-    whole = by_label["fmd"]
-    first = float(np.mean([run["curve"][0][1] for run in whole]))
-    last = float(np.mean([run["curve"][-1][1] for run in whole]))
-    target = first - share * (first - last)
+    gains = {run["seed"]: (run["curve"][0][1], run["curve"][-1][1]) for run in by_label["fmd"]}
+    targets = {seed: first - share * (first - last) for seed, (first, last) in gains.items()}
     rows = {}
     for label, found in by_label.items():
-        times = [seconds_to(run["curve"], target) for run in found]
-        crossings = [crossing(run["curve"], target) for run in found]
+        found = sorted((run for run in found if run["seed"] in targets), key=lambda run: run["seed"])
+        times = [seconds_to(run["curve"], targets[run["seed"]]) for run in found]
+        crossings = [crossing(run["curve"], targets[run["seed"]]) for run in found]
         rows[label] = {
             "seeds": len(found),
             "learning_rate": found[0]["learning_rate"],
@@ -166,7 +169,8 @@ def summarise(runs: list[dict], share: float) -> dict:
             "final_accuracy": float(np.mean([run["accuracy"][-1] for run in found])),
             "hours": float(np.mean([run["curve"][-1][0] for run in found])) / 3600,
             "seconds_to_target": times,
-            "mean_seconds_to_target": float(np.mean(times)) if all(t is not None for t in times) else None,
+            "seconds_to_crossing": crossings,
+            "mean_seconds_to_target": float(np.mean(times)) if None not in times else None,
             "mean_seconds_to_crossing": float(np.mean(crossings)) if None not in crossings else None,
             "refused_devices": len(found[0]["refused"]),
             "gigabytes_up": found[0]["bytes_up"] / 1e9,
@@ -180,13 +184,39 @@ def summarise(runs: list[dict], share: float) -> dict:
         if ours:
             sooner[ours] = {label: t / times[ours] for label, t in times.items()}
     return {
-        "first_loss": first,
-        "target_loss": target,
+        "first_loss": float(np.mean([first for first, _ in gains.values()])),
+        "target_loss": float(np.mean(list(targets.values()))),
         "target_share_of_fmd_gain": share,
         "methods": rows,
         "quickest_flux_is_sooner_by": sooner,
         "final_loss_against_fmd": {label: row["final_loss"] / rows["fmd"]["final_loss"] for label, row in rows.items()},
     }
+
+
+def table(summary: dict, ours: str) -> str:
+    """Minutes to the target, and how much later than ``ours`` (geometric mean of paired ratios, 95 % interval)."""
+    rows = summary["methods"]
+    lines = [
+        f"| method, seeds | minutes to the target | times `{ours}` | final loss | ends after | uploads |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    base = rows[ours]["seconds_to_crossing"]
+    for label, row in sorted(rows.items(), key=lambda item: item[1]["mean_seconds_to_crossing"] or math.inf):
+        times, later = row["seconds_to_crossing"], ""
+        if None not in times + base and label != ours and len(times) == len(base):
+            mean, half = interval([math.log(own / first) for own, first in zip(times, base, strict=True)])
+            later = f"{math.exp(mean):.2f}"
+            if math.isfinite(half):
+                later += f" ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})"
+        reached = [own for own in times if own is not None]
+        minutes = f"{np.mean(reached) / 60:.1f}" if reached else "not reached"
+        if 0 < len(reached) < len(times):
+            minutes += f" (in {len(reached)} of {len(times)})"
+        lines.append(
+            f"| `{label}`, {row['seeds']} | {minutes} | {later} | {row['final_loss']:.3f} | {row['hours']:.2f} h | "
+            f"{row['gigabytes_up']:.1f} GB |"
+        )
+    return "\n".join(lines)
 
 
 def draw(runs: list[dict], summary: dict, title: str, path: Path) -> None:
@@ -231,8 +261,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--set", choices=tuple(SETS), default="dolly", dest="name")
     parser.add_argument(
-        "--clients", type=int, default=10, help="ten, or a multiple: then the data of each of the ten is dealt out"
-    )
+        "--clients", type=int, default=10,
+        help="up to ten, or a multiple of ten: then the data of each of the ten is dealt out",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=10)
@@ -256,13 +287,14 @@ def main() -> None:
             "rounds", "local_steps", "batch_size", "sequence_length", "profile_tokens", "evaluation_tokens", "network"
         )
     }  # fmt: skip
-    parts, rest = divmod(arguments.clients, 10)
-    if rest or not parts:
-        parser.error(f"--clients {arguments.clients}: a multiple of ten is needed")
+    parts = max(1, arguments.clients // 10)
+    if arguments.clients < 1 or (arguments.clients > 10 and arguments.clients % 10):
+        parser.error(f"--clients {arguments.clients}: 1 to 10, or a multiple of ten, is needed")
     plans = []
     for seed in arguments.seeds:
         folder = arguments.work / f"data-{seed}"
         files = tuple(map(str, write_clients(arguments.name, arguments.data, folder, seed, parts).values()))
+        files = files[: arguments.clients]
         for label in arguments.methods:
             method, options, experts = METHODS[label]
             rates = arguments.adapter_rates if experts == "lora" else [arguments.learning_rate]
@@ -279,6 +311,8 @@ def main() -> None:
     runs.sort(key=lambda run: (run["label"], run["seed"], run["learning_rate"]))
     summary = summarise(runs, arguments.target_share)
     print(json.dumps(summary, indent=1))
+    for ours in [label for label in arguments.methods if label.endswith(("-paced", "-quick"))][:1]:
+        print(table(summary, ours))
     if arguments.json:
         content = {
             "provenance": provenance(), "set": arguments.name, "clients": arguments.clients, "fleet": FLEET,

@@ -13,7 +13,7 @@ Choice: neurons are ranked within their expert by S_j and cut into blocks of B. 
 neurons of S_j^p divided by the sum over the layer; the blocks with the best scores are taken until N. p = 1/2
 (``allocation="sqrt"``) spreads neurons over experts and layers more evenly than p = 1: energies of different layers are
 not comparable, and the errors of dropped neurons add up along the layers. An expert without a block contributes
-nothing; routing does not change.
+nothing; routing does not change. With ``exploration`` a share of the neurons is drawn in every round instead of chosen.
 
 Server: each neuron is averaged over the clients that sent it, weighted by the tokens that trained it there; a neuron
 that nobody trained stays. Routers and dense tensors are averaged by examples.
@@ -64,12 +64,21 @@ class Slices(MeanOfHolders):
     weights: Literal["tokens", "examples"] = "tokens"
     """Average a neuron by the tokens that trained it on each client, or by the client's examples."""
 
+    exploration: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Share of a device's neurons that each round draws anew, in proportion to their scores; it falls linearly to 0 in
+    the last round. Costs the download of the neurons that are drawn; 0 keeps the slices of the first round."""
+
     name = "slices"
     profiling = Profiling(neurons=True)
     requirements = Requirements(neurons=True)
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def plans_every_round(self) -> bool:
+        """True where neurons are drawn."""
+        return self.exploration > 0
 
     # --- client half ----------------------------------------------------------------------------------------------
 
@@ -89,7 +98,14 @@ class Slices(MeanOfHolders):
         share = min(1.0, budget.resident_experts / sum(experts_per_layer))
         narrowest = min(energy.shape[1] for energy in energies)
         scores = [self._scores(energy) for energy in energies]
-        masks = choose_neurons(scores, share, block_size(self.block, narrowest))
+        block, drawn = block_size(self.block, narrowest), self.exploration * (1 - context.progress)
+        if drawn > 0:
+            chosen = choose_neurons(scores, share * (1 - drawn), block)
+            scores = [
+                np.where(mask, np.inf, score / rng.exponential(size=score.shape))  # Gumbel-top-k on log scores
+                for mask, score in zip(chosen, scores, strict=True)
+            ]
+        masks = choose_neurons(scores, share, block)
         roles = tuple(np.where(mask.any(axis=1), Role.TRAINABLE, Role.ABSENT).astype(np.int8) for mask in masks)
         return ExpertPlan(roles, neurons=masks)
 

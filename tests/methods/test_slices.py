@@ -9,7 +9,7 @@ import pytest
 
 from edgefed.errors import BudgetTooSmall, ConfigError
 from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile, Role
-from edgefed.methods.interface import Contribution, DeviceBudget
+from edgefed.methods.interface import Contribution, DeviceBudget, RoundContext
 from edgefed.methods.registry import make_method
 from edgefed.methods.slices import Slices, block_size, choose_neurons
 from edgefed.protocol.messages import ExpertReport, UnitInfo
@@ -53,6 +53,27 @@ def test_more_memory_adds_neurons_and_takes_none_away(allocation):
             assert all((mask >= old).all() for mask, old in zip(plan.neurons, before.neurons, strict=True))
         before = plan
     assert before.num_trainable == 16
+
+
+def test_a_share_of_the_neurons_is_drawn_anew_in_every_round():
+    profile = profile_of(RNG.gamma(0.3, size=(8, 96)), RNG.gamma(0.3, size=(8, 96)))
+    method = Slices(exploration=0.4)
+
+    def plan(seed: int, progress: float, budget: int = 4) -> np.ndarray:
+        context = RoundContext(progress=progress)
+        found = method.plan_experts(profile, (8, 8), DeviceBudget(budget), np.random.default_rng(seed), context)
+        return np.concatenate([mask.ravel() for mask in found.neurons])
+
+    best = np.concatenate([m.ravel() for m in Slices().plan_experts(profile, (8, 8), DeviceBudget(4), RNG).neurons])
+    first, second = plan(1, 0.0), plan(2, 0.0)
+    assert method.plans_every_round
+    assert not Slices().plans_every_round
+    assert first.sum() == second.sum() == best.sum() == 4 * 96
+    assert (first & best).sum() >= 0.6 * best.sum() - 8, "the others are chosen as without a draw"
+    assert (first != second).any()
+    assert (plan(1, 0.0) == first).all()
+    assert (plan(1, 0.0, budget=6) >= first).all(), "more memory takes no neuron away"
+    assert (plan(1, 1.0) == best).all(), "the last round has the best"
 
 
 def test_uniform_gives_every_expert_the_same_width():
