@@ -160,7 +160,7 @@ def _aggregate(
                 planned = how.method.plan_merge(contributions, units)
                 plan = {key: merge for key, merge in planned.items() if key not in damaged}
             stepping = Stepping(
-                *(how.optimizer, how.moments(how.server_round)), how.policy.step_share(how.server_round)
+                *(how.optimizer, how.moments(how.server_round)), how.policy.step_limits(how.server_round)
             )  # fmt: skip
             traffic = sent_bytes(units, [folder / update.file_name for update in counted])
             changed = fold_round(

@@ -268,7 +268,7 @@ def _tensor_chunks(
     needs_old = (keep_rows is not None and bool(keep_rows.any())) or any(source.needs_old for source in sources)
     needs_old = needs_old or not sources or scratch.moments is not None
     combines = rule.combine is not None and len(sources) >= rule.min_clients
-    step = max(1024, BLOCK_ELEMENTS // len(sources)) if combines else BLOCK_ELEMENTS
+    step = max(1, BLOCK_ELEMENTS // len(sources) // 1024) * 1024 if combines else BLOCK_ELEMENTS  # see STEP_BLOCK
     with BlockFiles() as files:
         for begin in range(0, count, step):
             if scratch.cancelled():

@@ -31,7 +31,7 @@ from types import MappingProxyType
 
 from edgefed.aggregator.last_seen import LastSeen
 from edgefed.errors import ConfigError
-from edgefed.protocol.frames import DOWNLOAD_SHARES
+from edgefed.protocol.changes import DOWNLOADS, StepLimits
 
 
 class Phase(str, enum.Enum):
@@ -55,7 +55,7 @@ class RoundPolicy:
     (`edgefed.aggregator.staleness`); 0: late updates are dropped. ``stop_after``: rounds without a better held-out loss
     that end the run (`edgefed.aggregator.stopping`); None: none do. ``adapter_average``: what is averaged of LoRA
     adapters, "product" (`edgefed.aggregator.adapter_products`), "factors", or "alternate": the one that trains
-    (`protocol.alternation`). ``download_compression``: one of `protocol.frames.DOWNLOAD_SHARES`.
+    (`protocol.alternation`). ``download_compression``: one of `protocol.changes.DOWNLOADS`.
     """
 
     rounds: int
@@ -74,9 +74,9 @@ class RoundPolicy:
     adapter_average: str = "factors"
     download_compression: str = "none"
 
-    def step_share(self, server_round: int) -> float:
-        """Share of a tensor's values that a round moves (`edgefed.aggregator.server_optimizer`); 1 in the last one."""
-        return DOWNLOAD_SHARES[self.download_compression] if server_round < self.rounds else 1.0
+    def step_limits(self, server_round: int) -> StepLimits:
+        """What of its step the model makes in a round; all of it in the last one."""
+        return DOWNLOADS[self.download_compression if server_round < self.rounds else "none"]
 
     def check(self) -> None:
         """Raise ConfigError for invalid values."""
@@ -107,8 +107,8 @@ class RoundPolicy:
             wrong.append(f"adapter_average is {self.adapter_average!r}, expected product, factors or alternate")
         elif self.adapter_average == "product" and self.robust != "mean":
             wrong.append(f"adapter_average is product, which robust={self.robust} cannot combine; expected factors")
-        if self.download_compression not in DOWNLOAD_SHARES:
-            known = ", ".join(DOWNLOAD_SHARES)
+        if self.download_compression not in DOWNLOADS:
+            known = ", ".join(DOWNLOADS)
             wrong.append(f"download_compression is {self.download_compression!r}, expected one of {known}")
         if wrong:
             raise ConfigError("; ".join(wrong))

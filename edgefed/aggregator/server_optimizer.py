@@ -10,13 +10,14 @@ With g the current value, x the aggregate of the round (weighted or robust mean,
 DiLoCo: Douillard et al., arXiv 2311.08105, algorithm 1, with the optimizer of its section 3. FedAdam: Reddi et al.,
 arXiv 2003.00295, algorithm 2, without bias correction as there, and s begins at tau^2.
 
-With `Stepping.share` below 1, only the share of a tensor's values with the longest steps moves, in each block of the
-fold, so that devices download little (`protocol.changes`). With u the step as above and r the residual:
+With `Stepping.limits`, the model makes a part of the step, so that devices download little (`protocol.changes`): the
+longest steps alone, a share of those of each block of the fold, or each value in whole steps of its block, up to
+`levels`. With u the step as above, C that part and r the residual:
 
-    v = u + r        g' = g + v where |v| is among the largest, g elsewhere        r' = v - (g' - g)
+    v = u + r        g' = g + C(v)        r' = v - (g' - g)
 
 So what is left out moves in a later round, and so does what rounding to the storage type takes away: error feedback, as
-on the devices (`agent.compression`). With a share of 1, as in the last round, v = u and residuals are dropped: clients
+on the devices (`agent.compression`). Without limits, as in the last round, v = u and residuals are dropped: clients
 have trained from g and repeated part of what r holds, so adding all of it would overshoot.
 
 What no client has trained in a round (a unit, a router row, a neuron) does not move, and its moments stay as they are:
@@ -44,6 +45,7 @@ from edgefed.aggregator.records import MOMENTS
 from edgefed.aggregator.repair import blob_problem
 from edgefed.disk import READ_BYTES, FileRange, copy_range, disk_errors, write_all
 from edgefed.kernels.fold import FoldBackend
+from edgefed.protocol.changes import StepLimits, to_steps
 from edgefed.protocol.frames import (
     FLOAT_DTYPES,
     array_bytes,
@@ -67,13 +69,13 @@ LEAST_SPARSE = 4096
 """Smaller tensors move as a whole: they are few bytes."""
 
 
-def moments_unit(unit: UnitInfo, optimizer: ServerOptimizer | None, share: float = 1.0) -> UnitInfo:
+def moments_unit(unit: UnitInfo, optimizer: ServerOptimizer | None, limits: StepLimits) -> UnitInfo:
     """The unit of the moments and residuals of ``unit``, not stored yet: up to three tensors for each of its own."""
     ends = () if optimizer is None else ("",) if optimizer.kind == "momentum" else ("", SQUARE)
     tensors = tuple(
         TensorInfo(name=f"{info.name}{end}", dtype=_dtype(info.dtype) if end == RESIDUAL else "F32", shape=info.shape)
         for info in unit.tensors
-        for end in (*ends, *((RESIDUAL,) if share < 1 and math.prod(info.shape) >= LEAST_SPARSE else ()))
+        for end in (*ends, *(() if limits.whole or math.prod(info.shape) < LEAST_SPARSE else (RESIDUAL,)))
         if info.dtype in FLOAT_DTYPES
     )
     return UnitInfo(key=f"{MOMENTS}{unit.key}", kind="moments", trainable=False, tensors=tensors)
@@ -95,19 +97,19 @@ def _dtype(dtype: str) -> str:
 class Stepping:
     """What steps of a round are made with; ``moments`` are the current ones, {key of the moments: unit}.
 
-    ``optimizer`` None: the step is the aggregated change. ``share``: how many of a tensor's values move in the round.
-    ``squares``: what steps have left, {unit key: squared L2 norms of v and r'}; only with a share below 1.
+    ``optimizer`` None: the step is the aggregated change. ``limits``: what of it the model makes in the round.
+    ``squares``: what steps have left, {unit key: squared L2 norms of v and r'}; only with limits.
     """
 
     optimizer: ServerOptimizer | None
     moments: Mapping[str, UnitInfo]
-    share: float = 1.0
+    limits: StepLimits = StepLimits()
     squares: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def needed(self) -> bool:
         """Whether steps differ from the aggregated changes."""
-        return self.optimizer is not None or self.share < 1 or bool(self.moments)
+        return self.optimizer is not None or not self.limits.whole or bool(self.moments)
 
     def metrics(self) -> dict[str, float]:
         """Metrics of a round: norms of the model's step with residuals, and of the residuals that it leaves."""
@@ -122,7 +124,7 @@ class UnitMoments:
 
     def __init__(self, how: Stepping, unit: UnitInfo, blobs: BlobStore):
         """Raises DiskFull, StorageError."""
-        self._how, self._of, self._unit = how, unit.key, moments_unit(unit, how.optimizer, how.share)
+        self._how, self._of, self._unit = how, unit.key, moments_unit(unit, how.optimizer, how.limits)
         self._squares, self._stepped = np.zeros(2), False
         old = _usable(how.moments.get(self._unit.key), blobs)
         with disk_errors("write moments"):
@@ -173,15 +175,14 @@ class UnitMoments:
         if self._how.optimizer is not None:
             step = self._optimized(self._how.optimizer, info.name, begin, step, kept)
         residual = info.name + RESIDUAL
-        sparse = residual in self._entries
-        if sparse:
+        limited = residual in self._entries
+        if limited:
             step += self._read(residual, begin, len(sums))
         free = np.ones(len(sums), dtype=bool) if kept is None else ~kept
-        moving = _longest(step, free, self._how.share) if sparse else free
+        part = _part(np.where(free, step, 0.0), self._how.limits) if limited else step
         most = _LARGEST[info.dtype]
-        np.clip(before + step, -most, most, out=sums, where=free)
-        sums[free & ~moving] = before[free & ~moving]
-        if sparse:
+        np.clip(before + part, -most, most, out=sums, where=free)
+        if limited:
             out, after = np.empty_like(raw), np.zeros(len(sums))
             backend.narrow_block(sums, info.dtype, out)
             backend.fold_block(after, out, info.dtype, 1.0)
@@ -210,7 +211,7 @@ class UnitMoments:
         """The unit of the new moments, in ``batch``; without a hash if none are left; None if no step was made."""
         if not self._stepped:
             return None
-        if self._how.share < 1:
+        if not self._how.limits.whole:
             self._how.squares[self._of] = self._squares
         if not self._unit.tensors:
             return self._unit if self._had else None
@@ -236,13 +237,15 @@ class UnitMoments:
             write_all(self._file, array_bytes(raw))
 
 
-def _longest(step: np.ndarray, free: np.ndarray, share: float) -> np.ndarray:
-    """Where the longest ``share`` of a ``step`` is, (n,) bool, of what is ``free``; of equally long ones the first."""
-    lengths, count = np.where(free, np.abs(step), 0.0), math.ceil(share * len(step))
+def _part(step: np.ndarray, limits: StepLimits) -> np.ndarray:
+    """What of a ``step`` (n,) the model makes: whole steps, or the longest ones; of equally long ones the first."""
+    if limits.levels:
+        return to_steps(step, limits.levels)
+    lengths, count = np.abs(step), math.ceil(limits.share * len(step))
     least = np.partition(lengths, len(step) - count)[len(step) - count]
     longest: np.ndarray = lengths > least
     longest[np.flatnonzero(lengths == least)[: count - np.count_nonzero(longest)]] = least > 0
-    return longest
+    return np.where(longest, step, -0.0)  # x + 0.0 is not x where x is -0.0
 
 
 def _usable(unit: UnitInfo | None, blobs: BlobStore) -> Path | None:

@@ -151,10 +151,10 @@ class Server:
                 default="auto"),
     ] = None  # fmt: skip
     download_compression: Annotated[
-        Literal["none", "topk12", "topk6", "topk3", "topk"] | None,
-        Setting("How far the model moves in a round: whole, or in the largest 12, 6, 3 or 1.6 percent of its changes. "
-                "What is left out is added in a later round. Devices that have the model of the "
-                "round before download only what changed.", default="none"),
+        Literal["none", "int8", "int4", "int3", "topk12", "topk6", "topk3", "topk"] | None,
+        Setting("How the model moves in a round: whole, in steps of 8 to 3 bits, or in the largest 12, 6, 3 or 1.6 "
+                "percent of its changes. What is left out is added in a later round. Devices that have an earlier "
+                "model download only what changed.", default="none"),
     ] = None  # fmt: skip
     pace: Annotated[
         float | None,

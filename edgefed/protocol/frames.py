@@ -37,8 +37,6 @@ NAME_SEPARATOR = "|"
 
 COMPRESSIONS = ("none", "int8", "int4", "int2", "topk12", "topk6", "topk3", "topk", "auto")
 """How updates are sent: whole, as changes by a codec of `edgefed.kernels.compression`, or as the uplink allows."""
-DOWNLOAD_SHARES = {"none": 1.0, "topk12": 1 / 8, "topk6": 1 / 16, "topk3": 1 / 32, "topk": 1 / 64}
-"""Settings of ``download_compression``, and the share of a tensor's values that a round changes with each."""
 ENCODED_DTYPE = "U8"
 """Dtype of an encoded tensor in an update, whose shape is its number of bytes (`edgefed.kernels.compression`)."""
 

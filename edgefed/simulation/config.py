@@ -23,7 +23,8 @@ from edgefed.hardware.profile_files import DeviceProfile
 from edgefed.methods.custom import is_location, load_method
 from edgefed.methods.pace import check_pace
 from edgefed.methods.registry import make_method
-from edgefed.protocol.frames import COMPRESSIONS, DOWNLOAD_SHARES
+from edgefed.protocol.changes import DOWNLOADS
+from edgefed.protocol.frames import COMPRESSIONS
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.protocol.server_optimizer import ServerOptimizer
 
@@ -153,7 +154,7 @@ class SimulationConfig:
         server_mbit: Mbit/s of the aggregator's link, which all devices share.
         gpu_optimizer: Optimizer whose costs GPUs are charged with, "adamw" or "adamw_8bit".
         compression: How updates are sent, one of `protocol.frames.COMPRESSIONS`.
-        download_compression: How far the model moves in a round, one of `protocol.frames.DOWNLOAD_SHARES`.
+        download_compression: How far the model moves in a round, one of `protocol.changes.DOWNLOADS`.
         pace: Devices train at most what they can exchange in the fleet's time (`methods.pace`) times this; 0: no limit.
         threads: Threads of torch; the last bit of results can depend on their number.
     """
@@ -209,8 +210,8 @@ class SimulationConfig:
             problems.append(f"gpu-optimizer is {self.gpu_optimizer!r}, expected adamw or adamw_8bit")
         if self.compression not in COMPRESSIONS:
             problems.append(f"compression is {self.compression!r}, expected one of {', '.join(COMPRESSIONS)}")
-        if self.download_compression not in DOWNLOAD_SHARES:
-            known = ", ".join(DOWNLOAD_SHARES)
+        if self.download_compression not in DOWNLOADS:
+            known = ", ".join(DOWNLOADS)
             problems.append(f"download-compression is {self.download_compression!r}, expected one of {known}")
         if self.split is not None and self.split.alpha is not None and not 0 < self.split.alpha < 1e6:
             problems.append(f"alpha is {self.split.alpha}, expected a number above 0")
