@@ -39,6 +39,7 @@ Wanted = int | Literal["best"] | None
 """The model at the start of a round, that with the smallest held-out loss, or the newest."""
 OnnxExperts = Literal["products", "operator"]
 """Experts of ONNX: a product of matrices each, which is fast on a CPU, or onnxruntime's operator MoE."""
+ONNX_EXPERTS: tuple[str, ...] = get_args(OnnxExperts)
 
 
 class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +100,7 @@ class _Model(msgspec.Struct, frozen=True):
 def export_model(
     source: str | Path,
     to: Path,
-    server_round: int | Literal["best"] | None = None,
+    server_round: Wanted = None,
     *,
     format: Format = "hf",
     dtype: Dtype = "auto",
@@ -212,17 +213,16 @@ def _write_format(model: _Model, scratch: Path, to: Path, form: _Form, sink: Pro
     if model.private and (adapters := load_private(model.private, model.run.run_id)):
         source, scope = PrivateSource(source, adapters), dataclasses.replace(scope, attention="lora")
     base, copied = model.record.model, (CARD_FILE, RECORD_FILE)
+    name = base.rstrip("/").rpartition("/")[2]
     if format == "peft":
         export_adapter(source, scratch, to, scope=scope, base=base, copied=copied)
     elif format == "gguf":
         from edgefed.formats.gguf import export_gguf
 
-        name = base.rstrip("/").rpartition("/")[2]
         export_gguf(source, scratch, to, dtype=dtype, scope=scope, name=name, copied=copied, report=sink.message)
     elif format == "gguf-adapter":
         from edgefed.formats.gguf_adapter import export_gguf_adapter
 
-        name = base.rstrip("/").rpartition("/")[2]
         export_gguf_adapter(source, scratch, to, scope=scope, name=name, copied=copied)
     elif format == "onnx":
         from edgefed.formats.onnx import export_onnx

@@ -144,10 +144,11 @@ def make_preview(config: JoinConfig, server: AggregatorClient, status: Status, p
             share = step.resident / sum(manifest.experts_per_layer)
             resident = trainable = manifest.experts_per_layer
         shape, reads_s = planner.shape, 0.0
+        sliced = shape.sliced([share] * len(shape.moe_layers))
         if step.setup.streamed_layers and costs.stream_rates is not None:
-            size_bytes = streamed_bytes(shape, step.setup, resident, trainable)
+            size_bytes = streamed_bytes(sliced, step.setup, resident, trainable)
             rates = costs.stream_rates(step.setup, size_bytes, usable_bytes)
-            reads_s = read_seconds(shape, step.setup, resident, trainable, rates.stream_bytes_per_s)
+            reads_s = read_seconds(sliced, step.setup, resident, trainable, rates.stream_bytes_per_s)
             progress.message(
                 f"streaming: {format_bytes(size_bytes)} of frozen experts, read at "
                 f"{format_bytes(rates.stream_bytes_per_s)}/s: {format_seconds(reads_s)} a step, beside its computation"

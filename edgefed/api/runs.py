@@ -144,21 +144,29 @@ def export(
     no model was evaluated), StorageError, StateCorrupt, and where the server is asked ServerUnreachable, Unauthorized,
     NotFound.
     """
-    from edgefed.exporting import DTYPES, FORMATS, export_model
+    from edgefed.exporting import DTYPES, FORMATS, ONNX_EXPERTS, export_model
     from edgefed.formats import DELTA_FILE
 
-    for setting, value, known in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
+    settings = (("format", format, FORMATS), ("dtype", dtype, DTYPES), ("onnx_experts", onnx_experts, ONNX_EXPERTS))
+    for setting, value, known in settings:
         if value not in known:
             raise ConfigError(f"invalid `{setting}`: {value!r}; expected one of {', '.join(known)}")
+    is_delta = (Path(run) / DELTA_FILE).is_file()
+    if onnx_experts != "products" and format != "onnx":
+        raise ConfigError(f"`onnx_experts` is of format=onnx; found format={format}")
+    if base is not None and not is_delta and format != "safetensors-delta":
+        raise ConfigError(f"`base` is of format=safetensors-delta, and of the folder of a delta; found format={format}")
     if push_to_hub is not None:
         from edgefed.hub import check_push
 
         check_push(push_to_hub)
-    if (Path(run) / DELTA_FILE).is_file():
+    if is_delta:
         from edgefed.formats.delta import apply_delta
 
         if format != "hf" or dtype != "auto":
             raise ConfigError(f"{run} is a delta: make a checkpoint of it first, with format=hf and dtype=auto")
+        if server_round is not None or global_model:
+            raise ConfigError(f"{run} is a delta of one model: `server_round` and `global_model` have no meaning")
         folder = apply_delta(Path(run), Path(target), base_folder=base)
     else:
         folder = export_model(

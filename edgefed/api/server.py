@@ -126,8 +126,8 @@ class Server:
     max_examples: Annotated[
         int | None,
         Setting(
-            "Most examples that a client counts with; default: as many as the next largest client, and 10 times the "
-            "median of the round.",
+            "Largest number of examples by which a client is weighted. Default: that of the client with the next most "
+            "examples, and at most 10 times the median of the round.",
             minimum=1,
         ),
     ] = None
@@ -158,8 +158,9 @@ class Server:
     ] = None  # fmt: skip
     pace: Annotated[
         float | None,
-        Setting("Let devices train no more than they can exchange in the fleet's time times this; 0: no limit. Not for "
-                "flux, which has options for it.", default="0", minimum=0, maximum=1000),
+        Setting("Limits the experts that a device trains to those that it can exchange in this multiple of the fleet's "
+                "usual time; 0: no limit. Not for flux, which has method options for it.",
+                default="0", minimum=0, maximum=1000),
     ] = None  # fmt: skip
     max_clients: Annotated[
         int | None, Setting("Clients that may be registered at once.", default="4096", minimum=1)

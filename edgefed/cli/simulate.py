@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -112,8 +113,7 @@ class SimulationDisplay:
         if event.message:
             self._console.print(f"{where}: {event.message}", markup=False)
         elif event.ended is not None:
-            evaluated = event.ended.loss == event.ended.loss  # NaN is no number
-            loss = f"held-out loss {event.ended.loss:.4f}" if evaluated else "not evaluated"
+            loss = "not evaluated" if math.isnan(event.ended.loss) else f"held-out loss {event.ended.loss:.4f}"
             self._console.print(
                 f"{where}: {loss}, {format_seconds(event.ended.ends)} on the virtual clock, slowest: "
                 f"{event.ended.slowest}", markup=False,

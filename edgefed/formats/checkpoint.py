@@ -94,8 +94,9 @@ def converted_tensors(
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for group in groups:
-            empty = _revert(state, {name: state.empty[name] for name in group})
-            if only is None or any(name in only for name in empty):
+            if only is None or any(
+                name in only for name in _revert(state, {name: state.empty[name] for name in group})
+            ):
                 for name, tensor in _revert(state, {name: state.read(name) for name in group}).items():
                     if only is None or name in only:
                         yield name, tensor

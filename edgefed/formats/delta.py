@@ -7,9 +7,10 @@ same bytes as an exported checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -23,6 +24,7 @@ from edgefed.errors import CheckpointError, ConfigError, StateCorrupt, first_lin
 from edgefed.formats import DELTA_FILE
 from edgefed.formats.checkpoint import check_checkpoint, converted_tensors, copy_files, write_config
 from edgefed.formats.weights import MergedModel, new_folder
+from edgefed.hub import check_source
 from edgefed.moe.expert_reading import raw_array
 from edgefed.moe.file_tensors import value_of
 from edgefed.moe.loading import find_folder, read_config_file
@@ -105,7 +107,7 @@ def apply_delta(delta: str | Path, to: str | Path, *, base_folder: str | Path | 
     ``base_folder``: the base checkpoint; None: the folder or name that the manifest has. Every tensor is checked.
 
     Raises:
-        ConfigError: the target is in use.
+        ConfigError: the target is in use, or the base is quantized.
         ModelNotFound: the base is neither a folder nor available from the hub.
         CheckpointError: the base is another one.
         StateCorrupt: the delta is damaged.
@@ -117,20 +119,18 @@ def apply_delta(delta: str | Path, to: str | Path, *, base_folder: str | Path | 
     with new_folder(Path(to), "checkpoint") as folder:
         base = base_folder or manifest.base
         before = _base_files(base)
-        known = set(before.names)
         layout = {entry.name: _empty(entry) for entry in manifest.tensors}
-        with WeightWriter(folder, layout) as writer:
+        with WeightWriter(folder, layout) as writer, _opened(delta / WEIGHTS_FILE) as changed:
             for entry in manifest.tensors:
-                if entry.base and (entry.name not in known or _sha256(before.read(entry.name)) != entry.base):
+                old = before.locate(entry.name) if entry.base and entry.name in before.names else None
+                if entry.base and (old is None or _sha256(old) != entry.base):
                     raise CheckpointError(
                         f"{str(base)!r} is not the base of {str(delta)!r}: {entry.name!r} differs",
                         remedy="Name the checkpoint that the run began with, in its original version, by `base`.",
                     )
-                keeps = entry.base is not None and entry.result is None
-                writer.write(entry.name, before.read(entry.name) if keeps else _changed(entry, delta))
-        for file in sorted(delta.iterdir()):
-            if file.is_file() and file.name not in (DELTA_FILE, WEIGHTS_FILE):
-                shutil.copyfile(file, folder / file.name)
+                writer.write(entry.name, _changed(entry, changed) if old is None or entry.result else old)
+        copy_files(delta, folder)
+        (folder / DELTA_FILE).unlink()
         check_checkpoint(folder)
     return Path(to)
 
@@ -145,11 +145,13 @@ def read_manifest(delta: Path) -> DeltaManifest:
 
 
 def _base_files(base: str | Path) -> WeightFiles:
-    folder = find_folder(resolve_model(str(base)))
+    source = resolve_model(str(base))
+    check_source(source)
+    folder = find_folder(source)
     if "quantization_config" in read_config_file(folder):
         raise ConfigError(
             f"cannot compare with {str(base)!r}: its weights are quantized, those of the run are not",
-            remedy="Export with `format=hf`.",
+            remedy="Name the checkpoint that is not quantized by `base`, or export with `format=hf`.",
         )
     return WeightFiles(folder)
 
@@ -158,18 +160,31 @@ def _empty(entry: DeltaTensor) -> torch.Tensor:
     return torch.empty(entry.shape, dtype=named_dtype(entry.dtype), device="meta")
 
 
-def _changed(entry: DeltaTensor, delta: Path) -> torch.Tensor:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A function that reads a tensor of a file of safetensors. Raises StateCorrupt, the function too."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise StateCorrupt(f"cannot read {str(path)!r}: {first_line(error)}", remedy=_REMEDY) from error
+
+        def read(name: str) -> torch.Tensor:
+            try:
+                tensor: torch.Tensor = file.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                problem = f"cannot read {name!r} from {str(path)!r}: {first_line(error)}"
+                raise StateCorrupt(problem, remedy=_REMEDY) from error
+            return tensor
+
+        yield read
+
+
+def _changed(entry: DeltaTensor, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """Read a tensor of the delta and check it. Raises StateCorrupt."""
-    path = delta / WEIGHTS_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(entry.name)
-    except (OSError, SafetensorError) as error:
-        raise StateCorrupt(
-            f"cannot read {entry.name!r} from {str(path)!r}: {first_line(error)}", remedy=_REMEDY
-        ) from error
+    tensor = read(entry.name)
     if _sha256(tensor) != entry.result:
-        raise StateCorrupt(f"{entry.name!r} in {str(path)!r} is damaged: its SHA-256 differs", remedy=_REMEDY)
+        raise StateCorrupt(f"{entry.name!r} of the delta is damaged: its SHA-256 differs", remedy=_REMEDY)
     return tensor
 
 
@@ -179,7 +194,7 @@ def _compared(name: str, tensor: torch.Tensor, before: WeightFiles) -> DeltaTens
     entry = DeltaTensor(name, cast(Any, dtype_name(tensor.dtype)), tuple(tensor.shape), result=result)
     if name not in before.names:
         return entry
-    old = before.read(name)
+    old = before.locate(name)
     digest = _sha256(old)
     same = digest == result and old.dtype == tensor.dtype and old.shape == tensor.shape
     return msgspec.structs.replace(entry, base=digest, result=None if same else result)

@@ -174,11 +174,14 @@ def _whole(model: MergedModel, full: str, architecture: Architecture) -> Callabl
         tensor = model.read(full)
         if full.endswith("shared_expert_gate.weight"):
             tensor = tensor.flatten()
-        if heads:  # (heads, 2, D / 2) -> (heads, D / 2, 2)
-            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-        yield tensor
+        yield rotated_rows(tensor, heads)
 
     return read
+
+
+def rotated_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return the rows in llama.cpp's order, (heads, 2, D / 2) -> (heads, D / 2, 2); as they are if ``heads`` is 0."""
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape) if heads else tensor
 
 
 def _latent(model: MergedModel, full: str, find: Callable[[str], str]) -> Iterator[GgufTensor]:

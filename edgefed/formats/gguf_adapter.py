@@ -15,7 +15,7 @@ import torch
 
 from edgefed.errors import ConfigError
 from edgefed.formats.adapter import check_scope
-from edgefed.formats.gguf import GgufTensor, load_gguf, write_tensors
+from edgefed.formats.gguf import GgufTensor, load_gguf, rotated_rows, write_tensors
 from edgefed.formats.gguf_metadata import Architecture, check_model
 from edgefed.formats.weights import new_folder
 from edgefed.moe.architecture import ExpertLayer, discover_layers
@@ -84,7 +84,8 @@ def export_gguf_adapter(
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_name(name or files_folder.name)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scope.lora_alpha)
+        # llama.cpp divides by the rank, whatever the scaling of the run.
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scope.lora_scale * scope.lora_rank)
         write_tensors(writer, folder / ADAPTER_FILE, tensors, "F32", gguf, lambda text: None)
         for file in copied:
             shutil.copyfile(files_folder / file, folder / file)
@@ -108,10 +109,7 @@ def _matrix(
         yield value_of(units.read(key + LORA_SUFFIX)[f"{own}.lora_a"])
 
     def lora_b() -> Iterator[torch.Tensor]:
-        found = value_of(units.read(key + LORA_SUFFIX)[f"{own}.lora_b"])
-        if heads:  # (heads, 2, D / 2) -> (heads, D / 2, 2)
-            found = found.reshape(heads, 2, -1, rank).transpose(1, 2).reshape(found.shape)
-        yield found
+        yield rotated_rows(value_of(units.read(key + LORA_SUFFIX)[f"{own}.lora_b"]), heads)
 
     yield GgufTensor(f"{name}.lora_a", (rank, sizes[0]), lora_a)
     yield GgufTensor(f"{name}.lora_b", (sizes[1], rank), lora_b)

@@ -1,4 +1,4 @@
-"""Write a model as ONNX for onnxruntime, with a KV cache; `edgefed.formats.onnx_experts` has what becomes of experts.
+"""Write a model as ONNX for onnxruntime, with a KV cache; see `edgefed.formats.onnx_experts` for the experts.
 
 Weights other than those of experts are float32.
 """
@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import io
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +20,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from edgefed.errors import ConfigError
+from edgefed.formats.checkpoint import copy_files
 from edgefed.formats.onnx_experts import FORMS, fill_in, prepare
 from edgefed.formats.weights import MergedModel, new_folder
 from edgefed.moe.units import ExpertSource, TrainScope
-from edgefed.moe.weight_files import WEIGHT_SUFFIXES
 
 MODEL_FILE = "model.onnx"
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
@@ -82,9 +81,7 @@ def export_onnx(
         program = _trace(model)
         fill_in(program.model, state, int8=dtype == "int8")
         program.save(str(folder / MODEL_FILE), external_data=True)
-        for file in sorted(Path(files_folder).iterdir()):
-            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-                shutil.copyfile(file, folder / file.name)
+        copy_files(Path(files_folder), folder)
     return Path(to)
 
 

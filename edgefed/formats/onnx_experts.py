@@ -78,8 +78,7 @@ def _products(
     counts = (experts.unsqueeze(1) == torch.arange(layer.num_experts)).sum(0)  # (E,)
     rows = hidden_states[order // top_k]  # (P, H)
     for name in (layer.up_name, "down_proj"):
-        width = next(layer.input_output_sizes(p)[1] for p in layer.matrices if p.name == name)
-        rows = _placeholder("Products", layer, [rows, counts], width, matrix=name)
+        rows = _placeholder("Products", layer, [rows, counts], layer.matrix_sizes(name)[1], matrix=name)
         if layer.has_bias:
             rows = rows + getattr(self, f"{name}_bias")[experts]
         if name == layer.up_name:
@@ -175,7 +174,7 @@ class _Weights:
 
     def size(self, matrix: str) -> tuple[int, int]:
         """(in, out)."""
-        return next(self.layer.input_output_sizes(p) for p in self.layer.matrices if p.name == matrix)
+        return self.layer.matrix_sizes(matrix)
 
     def add(self, name: str, read: Callable[[], torch.Tensor], shape: Sequence[int], dtype: str = "FLOAT") -> Any:
         """Return a new initializer, whose values ``read`` returns."""

@@ -32,7 +32,7 @@ def check_pace(method: Method, pace: float) -> None:
     if method.assigning:
         raise ConfigError(
             f"`pace` has no effect with {method.name}: it assigns experts itself",
-            remedy="Remove `pace`; flux has the options `pace` and `pace_factor`.",
+            remedy="Remove it; flux has method options for its pace, `pace` and `pace_factor`.",
         )
 
 

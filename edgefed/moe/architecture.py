@@ -99,7 +99,7 @@ class ExpertLayer:
     @property
     def num_neurons(self) -> int:
         """I, the neurons of an expert: its intermediate size."""
-        return next(self.input_output_sizes(p)[0] for p in self.parameters if p.name == "down_proj")
+        return self.matrix_sizes("down_proj")[0]
 
     @functools.cached_property
     def is_interleaved(self) -> bool:
@@ -128,6 +128,10 @@ class ExpertLayer:
         """Return (in, out) of a matrix, independent of its storage order."""
         first, second = parameter.shape
         return (first, second) if self.is_transposed else (second, first)
+
+    def matrix_sizes(self, name: str) -> tuple[int, int]:
+        """Return (in, out) of the matrix ``name``, independent of its storage order."""
+        return next(self.input_output_sizes(parameter) for parameter in self.matrices if parameter.name == name)
 
 
 def discover_layers(model: nn.Module) -> tuple[ExpertLayer, ...]:

@@ -105,7 +105,7 @@ def from_table(layer: ExpertLayer, key: str, tensors: Tensors, *, adapter: bool)
     found, begin = dict(tensors), 0
     table = found.pop(NEURON_TABLE)
     names = adapter_names(layer) if adapter else expert_names(layer)
-    hidden = next(layer.input_output_sizes(p)[1] for p in layer.parameters if p.name == "down_proj")
+    hidden = layer.matrix_sizes("down_proj")[1]
     rank = next((tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_a")), 0)
     for name in names:
         parts = _neuron_parts(layer, name)

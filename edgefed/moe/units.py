@@ -40,7 +40,7 @@ TRAINING_MODES = ("full", "lora", "none")
 LORA_SCALINGS: Mapping[str, Callable[[int], float]] = MappingProxyType(
     {"standard": float, "rank_stabilized": math.sqrt}
 )
-"""What alpha is divided by, of the rank."""
+"""By name, the function of the rank R that divides alpha."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,7 +89,7 @@ class RunConfig(Message, frozen=True):
     compression: str = "none"
     """How updates are sent, one of `frames.COMPRESSIONS`."""
     pace: float = 0.0
-    """Devices train at most what they can exchange in the fleet's time (`methods.pace`) times this; 0: no limit."""
+    """A device trains what it can exchange in this multiple of the fleet's time (`methods.pace`); 0: no limit."""
 
 
 class DeviceInfo(Message, frozen=True):

@@ -105,8 +105,8 @@ class ComparingTrainer:
             record.first = manifest
         started = time.monotonic()
         update = self.trainer.train_round(run, manifest, assignment, fetch, progress, update_path)
-        after = update.metrics.get("held_out_loss_after")
-        record.comparison = msgspec.structs.replace(record.comparison, device=after)
+        if (after := update.metrics.get("held_out_loss_after")) is not None:
+            record.comparison = msgspec.structs.replace(record.comparison, device=after)
         record.rounds += 1
         record.train_s += time.monotonic() - started
         self._save(record)
@@ -199,7 +199,8 @@ class ComparingTrainer:
         )
         make_folder(self._alone_folder)
         alone = self.trainer.sibling(self._alone_folder)
-        config = msgspec.structs.replace(run, method="local", method_options={}, pace=0.0)
+        training = msgspec.structs.replace(run.training, evaluate_every=1)  # `first` may be of a round that is not
+        config = msgspec.structs.replace(run, method="local", method_options={}, pace=0.0, training=training)
         loss = None
         try:
             for number in range(1, record.rounds + 1):

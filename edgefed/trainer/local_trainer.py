@@ -113,11 +113,11 @@ class LocalTrainer:
         self._memory = memory
         self._costs: StepCosts = costs or FormulaCosts(stream_folder=folder, device=device)
         self._models: ModelHost = models or OwnModel(folder / MODEL_FOLDER, device)
-        self.planner = Planner(folder, limits, self._identity, memory, self._costs, merger)
+        self._device, self._functions = device, functions
+        self.planner = self._make_planner(folder, merger)
         self.plan: ExpertPlan | None = None
         """The plan of the last round."""
         self._placer = ExpertPlacer(folder)
-        self._device, self._functions = device, functions
         self.evaluates = evaluates
         self._train_blocks: TokenBlocks | None = None
         self._held_out_blocks: TokenBlocks | None = None
@@ -232,16 +232,21 @@ class LocalTrainer:
             return evaluate_streamed(model, run, self._held_out_blocks, source, usable_bytes, progress, chunked=chunked)
 
     def sibling(self, folder: Path) -> LocalTrainer:
-        """A trainer with the same data, model and memory, but with a plan and a state of its own in ``folder``.
+        """A trainer with the same data, model, loss and memory, but with a plan and a state of its own in ``folder``.
 
         Only one of the two has experts in the model at a time.
         """
         other = copy.copy(self)
         other._folder, other._placer, other._private = folder, ExpertPlacer(folder), PrivatePart(folder)
-        other.planner = Planner(folder, self._limits, self._identity, self._memory, self._costs)
+        other.planner = other._make_planner(folder)
+        other._functions = dataclasses.replace(self._functions, on_step=None, evaluate=None)
         other.plan = other._last = None
         self.model.drop_experts()
         return other
+
+    def _make_planner(self, folder: Path, merger: ExpertMerger | None = None) -> Planner:
+        excluded = {} if self._functions.loss is None else {"chunked_loss": "the loss is a function of yours"}
+        return Planner(folder, self._limits, self._identity, self._memory, self._costs, merger, excluded)
 
     def _encode(self, run: RunConfig, progress: ProgressSink) -> TokenBlocks:
         """The training blocks; encodes the data in the first round."""
@@ -283,10 +288,9 @@ class LocalTrainer:
                 storage, streamed = (setup := self.planner.step_plan.setup).expert_storage, setup.streamed_layers
                 if not (ctx.own and (plan, storage, streamed) == (model.plan, model.storage, model.streamed_layers)):
                     self._place(ctx, model, plan)
-                own_loss = self._functions.loss is not None
                 if setup.chunked_loss and not self._chunking_checked:
                     ctx.phase, self._chunking_checked = "comparing the chunked loss with the model's own", True
-                    check_chunked_loss(model, self._train_blocks, self.planner.exclude, ctx.progress, own_loss=own_loss)
+                    check_chunked_loss(model, self._train_blocks, self.planner.exclude, ctx.progress)
                 computed = plan.computed_with(storage is not None)
                 if computed not in before:
                     before[computed] = self._held_out_loss(ctx, plan, self._losses.before)
@@ -334,7 +338,7 @@ class LocalTrainer:
         """Put the planned experts on the device, and all weights at the values that the round begins with."""
         ctx.phase = "loading the planned experts"
         setup = self.planner.step_plan.setup
-        offload = self._placer.reserve(model, plan, setup, self.planner.shape, ctx.progress)
+        offload = self._placer.reserve(model, plan, setup, self.planner.shape_of(plan), ctx.progress)
         ctx.units = with_newest_trainable(ctx.units, ctx.newest, plan)
         source = self._models.load_shared(ctx.units.values(), ctx.fetch)
         resident = reports.resident_parts(ctx.units.values(), plan)

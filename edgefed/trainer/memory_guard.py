@@ -45,16 +45,14 @@ class PlanShrunk(Exception):
 
 
 def check_chunked_loss(
-    model: MoeModel, blocks: TokenBlocks | None, exclude: Callable[[str, str], None], progress: ProgressSink,
-    *, own_loss: bool,
-) -> None:  # fmt: skip
+    model: MoeModel, blocks: TokenBlocks | None, exclude: Callable[[str, str], None], progress: ProgressSink
+) -> None:
     """Compare the chunked loss with the model's own; if they differ, ``exclude`` it and raise PlanShrunk.
 
-    ``exclude(saving, reason)`` takes it out of later plans. ``own_loss``: a function of the user computes the loss.
+    ``exclude(saving, reason)`` takes it out of later plans.
     """
     assert blocks is not None, "the data has been encoded"
-    problem = "it is a function of yours" if own_loss else ""
-    if problem := problem or chunking_problem(model.module, blocks.input_ids, blocks.labels):
+    if problem := chunking_problem(model.module, blocks.input_ids, blocks.labels):
         progress.message(f"memory: the loss of this model cannot be computed in chunks: {problem}")
         exclude("chunked_loss", problem)
         raise PlanShrunk

@@ -61,8 +61,8 @@ class ExpertPlacer:
     ) -> OffloadSpace | ExpertStream | None:
         """Reserve room for the experts of ``plan`` if ``setup`` offloads or streams them, else return None.
 
-        Call it before the experts are downloaded. Drops the experts of the previous plan, which use the same room.
-        Raises DiskFull, StorageError.
+        ``shape``: with the plan's slices. Call it before the experts are downloaded. Drops the experts of the previous
+        plan, which use the same room. Raises DiskFull, StorageError.
         """
         if setup.streamed_layers:
             size_of, verb, what = streamed_bytes, "streaming", "frozen experts"
@@ -71,10 +71,7 @@ class ExpertPlacer:
         else:
             return None
         model.drop_experts()
-        layers = range(plan.num_layers)
-        resident = [plan.num_slots(layer) for layer in layers]
-        trainable = [len(plan.trainable(layer)) for layer in layers]
-        size, device = size_of(shape, setup, resident, trainable), torch.device(model.module.device)
+        size, device = size_of(shape, setup, *plan.counts()), torch.device(model.module.device)
         discrete = device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated
         if discrete and size <= HOST_SHARE * available_memory_bytes():
             progress.message(f"{verb}: {format_bytes(size)} of {what} in host memory")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgefed.costs.fallbacks import Fallback, fit, next_fallback
@@ -117,11 +117,11 @@ class _Current:
 
 
 class Planner:
-    """Makes and keeps one device's plan. ``folder`` is its state; ``identity``, of device and data, seeds draws."""
+    """Makes and keeps a device's plan. ``folder``: its state; ``identity`` seeds draws; ``excluded``: see `exclude`."""
 
     def __init__(
         self, folder: Path, limits: DeviceLimits, identity: str, memory: Memory, costs: StepCosts,
-        merger: ExpertMerger | None = None,
+        merger: ExpertMerger | None = None, excluded: Mapping[str, str] | None = None,
     ):  # fmt: skip
         self._path = folder / PLAN_FILE
         self._limits = limits
@@ -132,6 +132,7 @@ class Planner:
         self._saved = SavedPlan()
         self._fingerprint: list[object] = []
         self._shape: ModelShape | None = None
+        self._excluded = dict(excluded or {})
         self._problems: dict[str, str] | None = None
         self._current: _Current | None = None
         self.train_slots = self.own_pace = 0
@@ -257,7 +258,7 @@ class Planner:
             self._saved.correction = None  # it is of other kernels; the next step is measured
         self._shape = self._shape or shape_from_config(model.config, run.model)
         if self._problems is None:
-            self._problems = problems(model.module, model.device)
+            self._problems = problems(model.module, model.device) | self._excluded
             if self._limits.expert_storage == "full":
                 self._problems["nf4_experts"] = "this device has `expert_storage=full`"
         # The small term keeps 0.29 of 100 experts at 29; a layer without any expert would pass no gradient.

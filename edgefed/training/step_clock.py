@@ -26,8 +26,9 @@ class StepClock:
 
     @property
     def share(self) -> float:
-        """The middle of the next step as a share of the time, 0..1; 0 without a limit."""
-        return min(1.0, (self._spent_s + self._mean_s / 2) / self._limit_s) if self._limit_s else 0.0
+        """The middle of the next step as a share of the time, which is longer if the step does not fit; 0 without."""
+        ends_s = self._spent_s + self._mean_s
+        return (ends_s - self._mean_s / 2) / max(self._limit_s, ends_s) if self._limit_s else 0.0
 
     @property
     def _mean_s(self) -> float:

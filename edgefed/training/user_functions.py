@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from edgefed.errors import ConfigError, EdgefedError, first_line
+from edgefed.kernels.out_of_memory import is_out_of_memory
 from edgefed.training.loss import without_router_loss
 from edgefed.training.user_errors import error_text
 
@@ -71,7 +72,9 @@ class UserFunctions:
         try:
             with user_errors("evaluate", self.evaluate), torch.no_grad():
                 found = {str(name): float(value) for name, value in self.evaluate(module).items()}
-        except (ConfigError, torch.OutOfMemoryError, MemoryError) as error:
+        except Exception as error:
+            if not isinstance(error, ConfigError) and not is_out_of_memory(error):
+                raise
             report(f"{first_line(error)}; this round has none of its numbers")
             return {}
         finally:
@@ -94,9 +97,9 @@ def user_errors(setting: str, function: object) -> Iterator[None]:
     """Turn what a function of the user raises into a ConfigError that names it, except for lack of memory."""
     try:
         yield
-    except (EdgefedError, torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, EdgefedError) or is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"`{setting}` {name_of(function)} failed: {error_text(error)}",
             remedy="Fix the function and join again; finished rounds are kept.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -326,8 +327,9 @@ def check_adapter(toy, tmp_path, scope):
 EVERYTHING = TrainScope(experts="lora", router="lora", attention="lora", lora_rank=4, lora_alpha=6.0)
 
 
-def test_llama_cpp_adds_an_adapter_to_the_base(wide, tmp_path):
-    check_adapter(wide, tmp_path, EVERYTHING)
+@pytest.mark.parametrize("scaling", ["standard", "rank_stabilized"])
+def test_llama_cpp_adds_an_adapter_to_the_base(wide, tmp_path, scaling):
+    check_adapter(wide, tmp_path, dataclasses.replace(EVERYTHING, lora_scaling=scaling))
 
 
 @pytest.mark.full

@@ -10,6 +10,7 @@ from edgefed.trainer.comparison import ComparingTrainer
 from edgefed.training.encoding import encode_examples
 from edgefed.training.loss import evaluate_loss
 from edgefed.training.profiling import spread_blocks
+from edgefed.training.user_functions import NONE, UserFunctions
 
 
 class Messages(NullProgress):
@@ -20,8 +21,8 @@ class Messages(NullProgress):
         self.messages.append(text)
 
 
-def comparing(data, tmp_path, memory=None, **options):
-    trainer = trainer_of(data, tmp_path, share=0.25, **({"memory": memory} if memory else {}))
+def comparing(data, tmp_path, functions=NONE, **options):
+    trainer = trainer_of(data, tmp_path, share=0.25, functions=functions)
     return ComparingTrainer(trainer, tmp_path / "a", **options)
 
 
@@ -64,6 +65,35 @@ def test_a_run_of_one_device_equals_training_alone(bench, data, tmp_path):
     assert found.alone < update.metrics["held_out_loss_before"]
     assert found.alone == pytest.approx(found.device, rel=0.1)
     assert any(f"1 round of {STEPS} steps" in text for text in progress.messages)
+
+
+def test_training_alone_is_evaluated_whenever_the_run_is_and_without_the_users_callbacks(bench, data, tmp_path):
+    called = []
+    functions = UserFunctions(
+        on_step=lambda *step: called.append(step[:2]), evaluate=lambda module: called.append("evaluate") or {}
+    )
+    table = bench("hfedmoe", {"exploration": 0.0}, rounds=3, evaluate_every=2)
+    device = comparing(data, tmp_path, functions, compare_alone=True)
+    for server_round in (2, 3):  # the first one that it takes part in is not evaluated
+        manifest, update = table.round(device, tmp_path / "update", server_round)
+    found = device.compare(table.reader.run, manifest, table.fetch, NullProgress())
+    assert found.device == update.metrics["held_out_loss_after"]
+    assert found.alone < found.device  # nothing was aggregated: the round began anew, training alone went on
+    steps = [(server_round, step) for server_round in (2, 3) for step in range(1, STEPS + 1)]
+    assert [call for call in called if call != "evaluate"] == steps
+    assert called.count("evaluate") <= 2
+
+
+def test_a_round_without_evaluation_keeps_the_loss_of_the_last_one_with(bench, data, tmp_path):
+    table = bench("hfedmoe", rounds=4, evaluate_every=2)
+    device = comparing(data, tmp_path)
+    losses = [
+        table.round(device, tmp_path / "update", server_round)[1].metrics.get("held_out_loss_after")
+        for server_round in (1, 2)
+    ]
+    found = device.compare(table.reader.run, table.reader.manifest(), table.fetch, NullProgress(), "ended early")
+    assert losses[1] is None
+    assert found.device == losses[0]
 
 
 def test_the_comparison_survives_a_restart_and_is_made_once(bench, data, tmp_path):

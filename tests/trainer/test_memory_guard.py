@@ -44,6 +44,7 @@ from edgefed.trainer.saved_plan import PLAN_FILE
 from edgefed.training import steps as steps_module
 from edgefed.training.savings import make_optimizer
 from edgefed.training.steps import train_scope
+from edgefed.training.user_functions import UserFunctions
 
 TEGRA = (
     'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/opt/torch/c10/cuda/CUDACachingAllocator.cpp":1131, please report '
@@ -658,6 +659,16 @@ def test_a_loss_that_cannot_be_chunked_is_planned_without(rig, monkeypatch):
     assert setup.checkpointing
     assert len(update.experts) == 32
     assert update.metrics["memory_shrinks"] == 0
+
+
+def test_a_loss_of_the_user_is_never_planned_in_chunks(rig):
+    table = rig()
+    functions = UserFunctions(loss=lambda logits, labels: logits.square().mean())
+    trainer = table.trainer(costs=OnlyWith(checkpointing=True), functions=functions)
+    table.round(trainer)
+    setup = trainer.planner.step_plan.setup
+    assert setup.checkpointing
+    assert not setup.chunked_loss
 
 
 # --- real limits of the operating system ------------------------------------------------------------------------------

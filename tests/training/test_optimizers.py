@@ -196,13 +196,15 @@ def test_a_round_has_the_steps_that_its_time_allows(tmp_path, limit_s, step_s, s
     assert (outcome.steps, outcome.num_tokens, outcome.interrupted) == (steps, steps * 2 * 20, False)
     used = [(step + 0.5) / 5 for step in range(steps)]
     if limit_s:
-        used = [max(share, min(1.0, (step + 0.5) * step_s / limit_s)) for step, share in enumerate(used)]
+        ends = [max(limit_s, (step + 1) * step_s) for step in range(steps)]
+        used = [max(share, (step + 0.5) * step_s / ends[step]) for step, share in enumerate(used)]
+        assert rates[-1] > 0
     assert rates == pytest.approx([training.learning_rate * (1 - share) for share in used])
 
 
 def test_measured_steps_decide_whether_another_one_fits():
     clock = StepClock(10.0)
-    for seconds, fits, share in ((6.0, False, 0.9), (1.0, False, 0.875), (0.2, True, 0.84)):
+    for seconds, fits, share in ((6.0, False, 0.75), (1.0, False, 8.75 / 10.5), (0.2, True, 0.84)):
         clock.count(seconds)
         assert clock.has_time is fits
         assert clock.share == pytest.approx(share)
