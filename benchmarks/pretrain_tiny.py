@@ -19,6 +19,7 @@ import pathlib
 import platform
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -70,8 +71,8 @@ class Recipe:
     validation_share: float = 0.04
 
 
-def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of 2,048 tokens; `<|endoftext|>` (id 0) is its bos, eos and pad token."""
+def train_tokenizer(documents: Iterable[Document], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer with `vocabulary` tokens; `<|endoftext|>` (id 0) is its bos, eos and pad."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -79,7 +80,7 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte has a token: no text is unknown
         show_progress=False,
@@ -134,14 +135,11 @@ def tiny_config() -> OlmoeConfig:
 
 def token_stream(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Return the token ids (N,) int64 of all documents, each followed by the end-of-text token."""
-    ids: list[int] = []
-    for document in documents:
-        ids += tokenizer(document.text, verbose=False)["input_ids"]
-        ids.append(tokenizer.eos_token_id)
-    return torch.tensor(ids, dtype=torch.int64)
+    end = [tokenizer.eos_token_id]
+    return torch.cat([torch.tensor(tokenizer(each.text, verbose=False)["input_ids"] + end) for each in documents])
 
 
-def split_validation(documents: tuple[Document, ...], share: float) -> tuple[list[Document], list[Document]]:
+def split_validation(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
     """Return (train, validation): the files that come first in hash order are validation, about `share` of the text."""
     ordered = sorted(documents, key=document_order)
     goal, held, count = share * sum(len(document.text) for document in documents), 0, 0
