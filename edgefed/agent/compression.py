@@ -6,8 +6,9 @@ With g the global unit that a round began with, x what was trained and r the res
 
 r' is written beside the update and becomes r when the server has acknowledged the update: one write of the journal
 does both, so a killed device loses no residual and counts none twice. The residual of an expert that is not on the
-device any more is dropped. Error feedback is that of Seide et al. (Interspeech 2014) and Karimireddy et al.
-(arXiv 1901.09847).
+device any more is dropped, and so is one whose bytes the disk has changed: each has a checksum.
+
+Error feedback is that of Seide et al. (Interspeech 2014) and Karimireddy et al. (arXiv 1901.09847).
 
 A tensor is sent as it is where encoding saves nothing, and where the device no longer has g.
 """
@@ -18,7 +19,8 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,6 +56,9 @@ USUAL_UPLINK_BYTES_PER_S = 15e6 / 8
 """Rate of an uplink that has not been measured: 15 Mbit/s, as cable has at home."""
 CHUNK_VALUES = 1 << 20
 """Values that are encoded at a time; a multiple of every block."""
+
+CHECKSUMS = "checksums"
+"""Last tensor of a file of residuals, (n,) int64: CRC-32 of name, dtype, shape and bytes of each of the others."""
 
 FindBase = Callable[[UnitInfo], Path | None]
 """The file of the unit that a round began with, or of the slice of it that the device has; None if it is gone."""
@@ -162,7 +167,7 @@ def compress_update(
         )
 
     try:
-        before = {} if residuals is None else read_header(residuals)
+        before = {} if residuals is None else _undamaged(residuals, damaged)
     except InvalidUpdate as error:
         drop("every tensor", str(error))
     tensors = [
@@ -189,19 +194,20 @@ def compress_update(
     target_path = path.with_name(f"{path.name}.encoded")
     with disk_errors(path), target_path.open("wb") as target, new_residuals.open("wb") as left:
         target.write(encode_header([tensor.sent for tensor in tensors]))
-        left.write(encode_header([*(tensor.left for tensor in kept), *(entry.info for entry in carried)]))
+        checked = _CheckedFile(left, [*(tensor.left for tensor in kept), *(entry.info for entry in carried)])
         for tensor in tensors:
             raw = map_tensor(path, tensor.entry).reshape(-1)
             if tensor.codec is not None:
-                squares += _encode_tensor(tensor, tensor.codec, raw, target, left)
+                squares += _encode_tensor(tensor, tensor.codec, raw, target, checked)
                 continue
-            for file in (target, left) if tensor in kept else (target,):
-                file.write(array_bytes(raw))
+            target.write(array_bytes(raw))
+            if tensor in kept:
+                checked.write(tensor.name, array_bytes(raw))
         for entry in carried:
             assert residuals is not None, "what is carried comes from it"
-            left.write(array_bytes(map_tensor(residuals, entry)))
+            checked.write(entry.info.name, array_bytes(map_tensor(residuals, entry)))
+        checked.finish()
         sync_file(target)
-        sync_file(left)
     with disk_errors(path):
         os.replace(target_path, path)
     change, residual = np.sqrt(squares).tolist()
@@ -234,7 +240,7 @@ def _with_base(
         return _Tensor(name, header[name])
     base, (old_path, old), residual = map_tensor(base_path, places[tensor]), residuals, None
     if old_path is not None and name in old:
-        if problem := _residual_problem(name, old_path, old, header[name].info):
+        if problem := _residual_problem(name, old, header[name].info):
             damaged[name] = problem
         else:
             residual = widen(map_tensor(old_path, old[name]), old[name].info.dtype)
@@ -255,7 +261,7 @@ def _with_base(
     )  # fmt: skip
 
 
-def _residual_problem(name: str, path: Path, places: Mapping[str, TensorEntry], info: TensorInfo) -> str:
+def _residual_problem(name: str, places: Mapping[str, TensorEntry], info: TensorInfo) -> str:
     """Why the residual ``name`` cannot be that of a tensor ``info``; "" if it can."""
     found, expected, dtype = places[name].info, info.shape, _residual_dtype(info.dtype)
     key, tensor, _ = split_update_name(name)
@@ -266,14 +272,47 @@ def _residual_problem(name: str, path: Path, places: Mapping[str, TensorEntry], 
         expected = (*index.info.shape, *info.shape[1:])
     if found.shape != expected or found.dtype != dtype:
         return f"is {found.dtype} of shape {list(found.shape)}, expected {dtype} of {list(expected)}"
-    values = map_tensor(path, places[name]).reshape(-1)
-    for begin in range(0, len(values), CHUNK_VALUES):
-        if not np.isfinite(widen(values[begin : begin + CHUNK_VALUES], found.dtype)).all():
-            return "has values that are not finite"
     return ""
 
 
-def _encode_tensor(tensor: _Tensor, codec: Codec, raw: np.ndarray, target: BinaryIO, left: BinaryIO) -> np.ndarray:
+def _first_sum(info: TensorInfo) -> int:
+    return zlib.crc32(f"{info.name} {info.dtype} {list(info.shape)}".encode())
+
+
+class _CheckedFile:
+    """A file of residuals: a frame of ``tensors``, which are written one after the other, and their checksums."""
+
+    def __init__(self, file: BinaryIO, tensors: Sequence[TensorInfo]):
+        self._file, self._sums = file, {info.name: _first_sum(info) for info in tensors}
+        file.write(encode_header([*tensors, TensorInfo(name=CHECKSUMS, dtype="I64", shape=(len(tensors),))]))
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Append bytes of a tensor."""
+        self._file.write(data)
+        self._sums[name] = zlib.crc32(data, self._sums[name])
+
+    def finish(self) -> None:
+        """Append the checksums; the file is durable then."""
+        self._file.write(array_bytes(np.array([*self._sums.values()], dtype="<i8")))
+        sync_file(self._file)
+
+
+def _undamaged(path: Path, damaged: dict[str, str]) -> dict[str, TensorEntry]:
+    """The tensors of a file of residuals. One without its checksum goes to ``damaged``, {name: problem}.
+
+    Raises InvalidUpdate for a file that is no frame, or has no checksums.
+    """
+    found = read_header(path)
+    sums = found.pop(CHECKSUMS, None)
+    if sums is None or (sums.info.dtype, sums.info.shape) != ("I64", (len(found),)):
+        raise InvalidUpdate("the file has no checksums")
+    for (name, entry), expected in zip(found.items(), map_tensor(path, sums).tolist(), strict=True):
+        if zlib.crc32(array_bytes(map_tensor(path, entry)), _first_sum(entry.info)) != expected:
+            damaged[name] = "does not have its checksum"
+    return {name: entry for name, entry in found.items() if name not in damaged}
+
+
+def _encode_tensor(tensor: _Tensor, codec: Codec, raw: np.ndarray, target: BinaryIO, left: _CheckedFile) -> np.ndarray:
     """Write the encoded change and the new residual. Returns the squared norms of both, (2,)."""
     dtype, squares = tensor.entry.info.dtype, np.zeros(2)
     assert tensor.base is not None, "what is encoded has a base"
@@ -292,7 +331,7 @@ def _encode_tensor(tensor: _Tensor, codec: Codec, raw: np.ndarray, target: Binar
         decode(codec, encoded, decoded)
         change -= decoded
         squares[1] += float(change @ change)
-        left.write(array_bytes(narrow(change, tensor.left.dtype)))
+        left.write(tensor.name, array_bytes(narrow(change, tensor.left.dtype)))
     return squares
 
 

@@ -143,6 +143,10 @@ class Bench:
                 decode(CODECS[used], values, sent[f"{key}|{tensor}"])
         return sent
 
+    def left(self) -> dict[str, np.ndarray]:
+        """The residuals."""
+        return {name: values for name, values in arrays(self.residuals).items() if name != "checksums"}
+
 
 def raw(values: np.ndarray) -> tuple[str, np.ndarray]:
     return {"f": "F32", "i": "I32", "u": "BF16"}[values.dtype.kind], values
@@ -157,7 +161,7 @@ def test_what_was_left_out_is_sent_later(tmp_path, codec):
         (update,) = bench.round(codec, {"e": {"w": model}}, {"e|w": model + change}).values()
         total, sent = total + change.astype(np.float64), sent + update.reshape(80, 70)
         model = model + update.reshape(80, 70)
-        left = arrays(bench.residuals)["e|w"]
+        left = bench.left()["e|w"]
         np.testing.assert_allclose(sent + left, total, atol=1e-5)
         np.testing.assert_allclose(bench.result.residual_norm, np.linalg.norm(left), rtol=1e-5)
 
@@ -183,11 +187,11 @@ def test_residuals_of_experts_that_left_the_device_are_dropped(tmp_path):
         return {f"{key}|{name}": values for key, own in of.items() for name, values in own.items()}
 
     bench.round("topk3", tensors("abc"), flat(tensors("abc")))
-    first = arrays(bench.residuals)
+    first = bench.left()
     assert set(first) == {"a|w", "b|w", "c|w"}, "what gains nothing is sent as it is, and leaves nothing"
     sent = bench.round("topk3", tensors("a"), flat(tensors("a")), resident={"a", "b"})
     assert sent["a|small"].dtype == np.float32
-    second = arrays(bench.residuals)
+    second = bench.left()
     assert set(second) == {"a|w", "b|w"}
     np.testing.assert_array_equal(second["b|w"], first["b|w"])
     unknown = flat(tensors("a"))
@@ -202,19 +206,31 @@ def test_damaged_residuals_are_named_and_dropped_and_the_round_goes_on(tmp_path)
     def cut(path):
         path.write_bytes(path.read_bytes()[:-7])
 
-    def poison(path):
-        with path.open("r+b") as file:
-            file.seek(frames.read_header(path)["a|w"].start)
-            file.write(np.float32(np.nan).tobytes())
+    def flip(path, name="a|w"):
+        content = bytearray(path.read_bytes())
+        content[frames.read_header(path)[name].start + 100] ^= 1
+        path.write_bytes(content)
+
+    def rename(path):
+        path.write_bytes(path.read_bytes().replace(b'"a|w"', b'"c|w"', 1))
+
+    def uncheck(path):
+        frames.write_frame(path, {name: raw(values) for name, values in arrays(path).items() if name != "checksums"})
 
     def reshape(path):
-        values = arrays(path)
-        frames.write_frame(path, {"a|w": raw(values["a|w"].reshape(-1)), "b|w": raw(values["b|w"])})
+        content = path.read_bytes().replace(b"[64,64]", b"[4096] ", 1)
+        head = f"a|w F32 {[4096]}".encode()
+        begin = frames.read_header(path)["a|w"].start
+        sums = np.frombuffer(content[-16:], "<i8").copy()
+        sums[0] = zlib.crc32(content[begin : begin + 4 * 4096], zlib.crc32(head))
+        path.write_bytes(content[:-16] + sums.tobytes())
 
     for number, (damage, words) in enumerate(
         (
             (cut, "every tensor in {} are damaged and dropped, .*: frame describes"),
-            (poison, r"1 tensors in {} are damaged and dropped, .*: a\|w has values that are not finite"),
+            (flip, r"1 tensors in {} are damaged and dropped, .*: a\|w does not have its checksum"),
+            (rename, r"1 tensors in {} are damaged and dropped, .*: c\|w does not have its checksum"),
+            (uncheck, "every tensor in {} are damaged and dropped, .*: the file has no checksums"),
             (reshape, r"1 tensors in {} are .*: a\|w is F32 of shape \[4096\], expected F32 of \[64, 64\]"),
         )
     ):
@@ -227,7 +243,7 @@ def test_damaged_residuals_are_named_and_dropped_and_the_round_goes_on(tmp_path)
         (line,) = bench.said
         assert re.search(words.format(file), line), line
         np.testing.assert_array_equal(second["a|w"], first["a|w"], "as without a residual")
-        assert (second["b|w"] == first["b|w"]).all() == (damage is cut)
+        assert (second["b|w"] == first["b|w"]).all() == (damage in (cut, uncheck))
 
 
 def test_a_factor_that_rests_keeps_its_residual(tmp_path):
@@ -236,10 +252,10 @@ def test_a_factor_that_rests_keeps_its_residual(tmp_path):
     for name in ("w.lora_b", "w.lora_a"):
         changes.append(rng.standard_normal((64, 64)).astype("f4"))
         bench.round("topk3", {"e": {"w.lora_a": base, "w.lora_b": base}}, {f"e|{name}": changes[-1]}, resident={"e"})
-    left = arrays(bench.residuals)
+    left = bench.left()
     assert set(left) == {"e|w.lora_a", "e|w.lora_b"}
     bench.round("topk3", {"e": {"w.lora_a": base, "w.lora_b": base}}, {"e|w.lora_b": base}, resident={"e"})
-    assert 0 < np.linalg.norm(arrays(bench.residuals)["e|w.lora_b"]) < np.linalg.norm(left["e|w.lora_b"])
+    assert 0 < np.linalg.norm(bench.left()["e|w.lora_b"]) < np.linalg.norm(left["e|w.lora_b"])
 
 
 def test_rows_of_a_slice_have_residuals_of_their_own(tmp_path):
@@ -248,10 +264,10 @@ def test_rows_of_a_slice_have_residuals_of_their_own(tmp_path):
     for own in ([0, 5, 9, 30], [5, 8, 30, 31]):
         rows = np.array(own, dtype=np.int32)
         trained = {name: np.full((4, 32), 1.0, "f4") * np.arange(1, 33, dtype="f4"), index: rows}
-        before = {} if bench.residuals is None else arrays(bench.residuals)
+        before = {} if bench.residuals is None else bench.left()
         base = {"e": {NEURON_TABLE: table}} if own[0] else {"e": {NEURON_TABLE: table[rows], NEURON_INDEX: rows}}
         sent = bench.round("topk", base, trained)[name].reshape(4, 32)
-        left = arrays(bench.residuals)
+        left = bench.left()
         np.testing.assert_array_equal(left[index], rows)
         total = trained[name].copy()
         if before:  # rows 5 and 30 are in both
