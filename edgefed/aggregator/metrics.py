@@ -19,6 +19,9 @@ RUN_STATES = ("waiting", "training", "aggregating", "finished")
 CLIENT_STATES = ("waiting", "training", "done", "finished", "lost", "left")
 LOSSES = {"train_loss": "train", "held_out_loss_before": "held_out_before", "held_out_loss_after": "held_out_after"}
 """Metrics of a round that are exported as a loss, and their label."""
+KINDS = ("experts", "routers", "dense", "adapters")
+LEFT = {"updates": ("residual_norm", "change_norm"), "step": ("model_residual_norm", "model_step_norm")}
+"""What compression leaves for later, of the updates and of the model's step: the metrics of the part and the whole."""
 
 Samples = Iterable[tuple[Mapping[str, str], float]]
 
@@ -59,6 +62,36 @@ def _metrics(
     yield "edgefed_received_bytes_total", "counter", "Bytes of the updates that counted.", [({}, received)]
     sent = sum(done.downloaded_bytes for done in history)
     yield "edgefed_sent_bytes_total", "counter", "Bytes that clients downloaded in finished rounds.", [({}, sent)]
+
+    def total(name: str) -> float:
+        return sum(done.metrics.get(name, 0.0) for done in history)
+
+    yield (
+        *(
+            "edgefed_received_kind_bytes_total",
+            "counter",
+            "Bytes of tensors in the updates that counted, by their kind.",
+        ),
+        [({"kind": kind}, total(f"bytes_up_{kind}")) for kind in KINDS],
+    )
+    yield (
+        *("edgefed_changes_bytes_total", "counter", "Bytes that came or went as changes, encoded."),
+        [({"direction": way}, total(f"bytes_{way}_changes")) for way in ("up", "down")],
+    )
+    yield (
+        "edgefed_sent_saved_bytes_total",
+        "counter",
+        "Bytes that changes have saved.",
+        [({}, total("bytes_down_saved"))],
+    )
+    if last and (ratio := last.metrics.get("upload_ratio")):
+        text = "Uncompressed bytes per byte received, in the last finished round."
+        yield "edgefed_upload_ratio", "gauge", text, [({}, ratio)]
+    if last:
+        norms = {of: [last.metrics.get(name, 0.0) for name in names] for of, names in LEFT.items()}
+        text = "Share of the L2 norm that the last finished round left for later."
+        shares = [({"of": of}, part / whole) for of, (part, whole) in norms.items() if whole]
+        yield "edgefed_residual_share", "gauge", text, shares
     yield (
         "edgefed_round_seconds_total",
         "counter",

@@ -247,22 +247,21 @@ def _traffic(done: RoundStatus) -> list[Text]:
     """A line of the bytes of a round by kind, if changes were sent in either direction."""
     from rich.text import Text
 
+    from edgefed.aggregator.metrics import KINDS, LEFT
     from edgefed.hardware.memory import format_bytes
 
     found = done.metrics
     if not {"bytes_up_changes", "bytes_down_changes"} & found.keys():
         return []
-    kinds = ("experts", "routers", "dense", "adapters")
-    up = [f"{kind} {format_bytes(int(found[name]))}" for kind in kinds if (name := f"bytes_up_{kind}") in found]
+    up = [f"{kind} {format_bytes(int(found[name]))}" for kind in KINDS if (name := f"bytes_up_{kind}") in found]
     if ratio := found.get("upload_ratio"):
         up[-1] += f" (1/{ratio:.0f} of whole ones)"
     changes, saved = (int(found.get(f"bytes_down_{name}", 0)) for name in ("changes", "saved"))
     down = [f"whole {format_bytes(done.downloaded_bytes - changes)}"]
     down += [f"changes {format_bytes(changes)} in place of {format_bytes(changes + saved)}"] if changes else []
-    norms = {"the updates": ("residual_norm", "change_norm"), "the step": ("model_residual_norm", "model_step_norm")}
     left = [
-        f"{100 * found[part] / found[whole]:.0f} % of {what}"
-        for what, (part, whole) in norms.items()
+        f"{100 * found[part] / found[whole]:.0f} % of the {what}"
+        for what, (part, whole) in LEFT.items()
         if found.get(whole) and part in found
     ]
     text = f"round {done.server_round}: up {', '.join(up)}; down {', '.join(down)}"

@@ -59,6 +59,26 @@ def test_prometheus_reads_the_metrics(toy):
     assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
 
 
+def test_what_compression_saves_and_leaves_is_in_the_metrics(toy):
+    one_round(toy)
+    status = toy.service.status()
+    found = {
+        "bytes_up_changes": 5.0, "bytes_down_changes": 7.0, "bytes_down_saved": 90.0, "upload_ratio": 36.5,
+        "residual_norm": 3.0, "change_norm": 4.0, "model_residual_norm": 1.0, "model_step_norm": 10.0,
+    }  # fmt: skip
+    done = msgspec.structs.replace(status.history[0], metrics=status.history[0].metrics | found)
+    text = metrics_text(msgspec.structs.replace(status, history=(done, done)), toy.service.coverage(), {}, 5)
+    experts = 2 * int(done.metrics["bytes_up_experts"])
+    assert experts > 0
+    for line in (
+        f'edgefed_received_kind_bytes_total{{kind="experts"}} {experts}',
+        'edgefed_changes_bytes_total{direction="up"} 10', 'edgefed_changes_bytes_total{direction="down"} 14',
+        "edgefed_sent_saved_bytes_total 180", "edgefed_upload_ratio 36.5",
+        'edgefed_residual_share{of="updates"} 0.75', 'edgefed_residual_share{of="step"} 0.1',
+    ):  # fmt: skip
+        assert f"\n{line}\n" in text, line
+
+
 def test_the_document_has_every_route_of_the_server(toy):
     served = {
         (verb, route.path)
