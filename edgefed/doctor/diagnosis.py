@@ -30,6 +30,7 @@ KERNEL_LIMIT_S = 120.0
 """For one kernel, compiling it included."""
 SENSOR_LIMIT_S = 30.0
 KERNELS = "edgefed.doctor.kernel_runs"
+SHORT_ROWS = "NF4 of short rows"
 QUERIES = "edgefed.doctor.queries"
 QUICK = "no kernel was run and nothing was written to the disk (`quick`): the arithmetic was not checked"
 NO_SERVER = "the connection to a server was not tested (set `server`); a client needs no open port"
@@ -259,29 +260,27 @@ def _kernels(worker: Worker, facts: DeviceFacts, on_check: OnCheck) -> list[Find
 
 
 def bitsandbytes_findings(worker: Worker, facts: DeviceFacts, device: str, on_check: OnCheck) -> list[Finding]:
-    """Whether bitsandbytes quantizes to NF4 correctly on the device."""
-    on_check("bitsandbytes")
-    whole = worker.call(f"{KERNELS}:nf4", KERNEL_LIMIT_S, device=device, columns=64)
-    if not whole.ok:
-        l4t = (facts.tegra.l4t.value or "") if facts.tegra is not None else ""
-        fix, command = "Install another version, or leave it out.", "pip install --force-reinstall bitsandbytes"
-        if l4t.startswith("36."):
-            fix, command = "Build it on this Jetson; the wheel is for another CUDA.", jetson.BITSANDBYTES_BUILD
-        return [
-            Finding(
-                Group.TORCH, "bitsandbytes", State.WARNING, f"on {device}: {_words(whole)}",
-                "NF4 weights and 8-bit optimizers of bitsandbytes cannot be used; everything else can.", fix, command,
-            )
-        ]  # fmt: skip
-    findings = [Finding(Group.TORCH, "bitsandbytes", State.OK, f"on {device}: {whole.value}")]
-    part = worker.call(f"{KERNELS}:nf4", KERNEL_LIMIT_S, device=device, columns=16)
-    if not part.ok:
-        findings.append(
-            Finding(
-                Group.TORCH, "NF4 of short rows", State.NOTE, f"on {device}: {_words(part)}",
-                "Matrices whose row length is not a multiple of 64 cannot be stored in its NF4.",
-            )
-        )  # fmt: skip
+    """Which kernels of bitsandbytes are right on the device: each is run."""
+    l4t = (facts.tegra.l4t.value or "") if facts.tegra is not None else ""
+    fix, command = "Install another version, or leave it out.", "pip install --force-reinstall bitsandbytes"
+    if l4t.startswith("36."):
+        fix, command = "Build it on this Jetson; the wheel is for another CUDA.", jetson.BITSANDBYTES_BUILD
+    findings = []
+    for name, target, options, why in (
+        ("bitsandbytes 4-bit", "nf4", {"columns": 64}, "Its models in NF4 cannot run; edgefed reads and trains them."),
+        (SHORT_ROWS, "nf4", {"columns": 16}, "Matrices with rows that are no multiple of 64 cannot be in its NF4."),
+        ("bitsandbytes 8-bit", "int8_product", {}, "Its models in 8 bits cannot run; edgefed reads and trains them."),
+        ("bitsandbytes AdamW", "eight_bit_step", {}, "A plan keeps the state of AdamW in full, which takes memory."),
+    ):
+        on_check(name)
+        outcome = worker.call(f"{KERNELS}:{target}", KERNEL_LIMIT_S, device=device, **options)
+        found = f"on {device}: {outcome.value if outcome.ok else _words(outcome)}"
+        if outcome.ok and name != SHORT_ROWS:
+            findings.append(Finding(Group.TORCH, name, State.OK, found))
+        elif not outcome.ok and name != SHORT_ROWS:
+            findings.append(Finding(Group.TORCH, name, State.WARNING, found, why, fix, command))
+        elif not outcome.ok and findings[0].state is State.OK:
+            findings.append(Finding(Group.TORCH, name, State.NOTE, found, why))
     return findings
 
 

@@ -113,6 +113,43 @@ def nf4(device: str, columns: int) -> str:
     return compare(back, weight, (NF4_LARGEST_STEP / 2 * 1.01) * absmax, f"16x{columns} to NF4 and back")
 
 
+def int8_product(device: str) -> str:
+    """bitsandbytes: the product of LLM.int8 (arXiv 2208.07339) of (24, 128) and (64, 128), against its own integers.
+
+    The codes must be the nearest multiples of each row's maximum / 127, the product of integers exact, and the result
+    that of the codes, which is rounded to float16.
+    """
+    import bitsandbytes.functional as quantizer
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    matrices = [torch.randn(rows, 128, generator=generator).half() for rows in (24, 64)]
+    codes, scales = [], []
+    for matrix in matrices:
+        quantized, absmax, _ = quantizer.int8_vectorwise_quant(matrix.to(device))
+        step = matrix.float().abs().amax(dim=1, keepdim=True) / 127
+        compare(quantized.cpu() * step, matrix.float(), 0.51 * step.expand(-1, 128), "the 8-bit codes")
+        codes.append(quantized)
+        scales.append(absmax)
+    found = quantizer.int8_mm_dequant(quantizer.int8_linear_matmul(*codes), *scales).cpu().double()
+    a, b = (
+        code.cpu().double() * scale.cpu().double()[:, None] / 127 for code, scale in zip(codes, scales, strict=True)
+    )
+    exact = a @ b.T
+    return compare(found, exact, 2e-3 * exact.abs() + 1e-3, "24x128x64 in int8")
+
+
+def eight_bit_step(device: str) -> str:
+    """bitsandbytes: a step of the 8-bit AdamW, and on a GPU of the paged one (`edgefed.training.savings`)."""
+    from edgefed.training.savings import eight_bit_problem
+
+    names = ["AdamW8bit", "PagedAdamW8bit"] if device.startswith("cuda") else ["AdamW8bit"]
+    for name in names:
+        if problem := eight_bit_problem(device, name):
+            raise WrongResult(problem)
+    return f"a step of {' and of '.join(names)}"
+
+
 def triton_kernel(device: str) -> str:
     """Compile and run a Triton kernel on the device, or in Triton's interpreter when TRITON_INTERPRET is set."""
     import torch

@@ -85,9 +85,9 @@ class Checkpoint:
         self._in_files = in_files
         self.config: PretrainedConfig = load_config(source)
         self.changes: dict[str, Any] = {}
-        self._quantizer = take_quantizer(self.config)
-        if self._quantizer is not None:
+        if getattr(self.config, "quantization_config", None) is not None:
             self.changes["quantization_config"] = None
+        self._quantizer = take_quantizer(self.config)
         discover_layers(build_skeleton(self.config, dtype))
         self.folder = find_folder(source)
         self._files = WeightFiles(self.folder)

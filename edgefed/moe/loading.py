@@ -99,15 +99,20 @@ def _download_filter(name: str) -> list[str]:
 def take_quantizer(config: PretrainedConfig) -> Any:
     """Remove the quantization from a configuration and return transformers' quantizer, set to dequantize; or None.
 
-    Raises CheckpointError for a quantization that cannot be undone while loading.
+    None, too, for weights of bitsandbytes: `edgefed.moe.weight_files` dequantizes them, without the package. Raises
+    CheckpointError for a quantization that cannot be undone while loading.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    values: dict[str, Any] = settings if isinstance(settings, dict) else vars(settings)
+    method = values.get("quant_method")
     method = getattr(method, "value", method)
+    if method == "bitsandbytes" or (not method and (values.get("load_in_4bit") or values.get("load_in_8bit"))):
+        del config.quantization_config
+        return None
     try:
         quantizer: Any = AutoHfQuantizer.from_config(settings, pre_quantized=True)
         quantizer.quantization_config.dequantize = True

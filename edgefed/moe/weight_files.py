@@ -1,6 +1,7 @@
 """The weight files of a checkpoint folder, read and written one tensor at a time.
 
-`WeightFiles` reads safetensors files, or PyTorch files if there are no safetensors files. `WeightWriter` writes
+`WeightFiles` reads safetensors files, or PyTorch files if there are no safetensors files; a weight that bitsandbytes
+quantized is read as if it were not (`edgefed.moe.bitsandbytes_weights`). `WeightWriter` writes
 safetensors files (https://huggingface.co/docs/safetensors) whose layout is known beforehand.
 """
 
@@ -19,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from edgefed.disk import copy_range, sync_file, write_all
 from edgefed.errors import CheckpointError, first_line
+from edgefed.moe.bitsandbytes_weights import find_quantized
 from edgefed.moe.expert_reading import raw_array
-from edgefed.moe.file_tensors import FileSpace, FileTensor
+from edgefed.moe.file_tensors import FileSpace, FileTensor, value_of
 from edgefed.moe.units import dtype_name
 
 # (single file, index of several files), in the order in which transformers looks for them.
@@ -53,16 +55,19 @@ class WeightFiles:
                 self._add_safetensors(path)
             else:
                 self._add_pytorch(path)
+        self._quantized, parts = find_quantized(self._shapes, self._read_bytes)
+        self._names = [name for name in self._file_of if name not in parts]
 
     @property
     def names(self) -> Iterable[str]:
-        """Names of all tensors."""
-        return self._file_of.keys()
+        """Names of all tensors; those that only serve to dequantize another one are left out."""
+        return self._names
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the first floating-point tensor; float32 if there is none."""
-        return next((dtype for dtype, _ in self._shapes.values() if dtype.is_floating_point), torch.float32)
+        """Dtype of the first floating-point tensor that is not quantized; float32 if there is none."""
+        dtypes = (self._shapes[name][0] for name in self._names if name not in self._quantized)
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
     def _add_safetensors(self, path: Path) -> None:
         try:
@@ -89,7 +94,8 @@ class WeightFiles:
 
     def empty(self, name: str) -> torch.Tensor:
         """Return a meta tensor of the dtype and shape of ``name``."""
-        dtype, shape = self._shapes[name]
+        quantized = self._quantized.get(name)
+        dtype, shape = self._shapes[name] if quantized is None else (quantized.dtype, quantized.shape)
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
@@ -97,6 +103,8 @@ class WeightFiles:
 
         A safetensors file is mapped anew for each call, so that its pages do not stay in this process's memory.
         """
+        if name in self._quantized:
+            return self._quantized[name].dequantize(self._read_bytes, row)
         path = self._file_of[name]
         if path in self._loaded:
             tensor = self._loaded[path][name]
@@ -114,9 +122,16 @@ class WeightFiles:
     def locate(self, name: str) -> torch.Tensor:
         """Return a tensor whose values are read when an operation needs them, where its file has that format."""
         dtype, shape = self._shapes[name]
-        if name not in self._starts:
+        if name not in self._starts or name in self._quantized:
             return self.read(name)
         return self._space.tensor(self._file_of[name], self._starts[name], dtype, shape)
+
+    def _read_bytes(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return the bytes from ``start`` to ``stop`` of a tensor, (stop - start,) uint8. Raises CheckpointError."""
+        path = self._file_of[name]
+        if path in self._loaded:
+            return self._loaded[path][name].contiguous().view(-1).view(torch.uint8)[start:stop]
+        return value_of(self._space.tensor(path, self._starts[name] + start, torch.uint8, (stop - start,)))
 
 
 def _tensor_starts(path: Path) -> dict[str, int]:

@@ -113,21 +113,21 @@ def make_optimizer(
         # foreach, torch's choice on CUDA, needs one more copy of all parameters at its peak.
         fused, foreach = (True, None) if device.type == "cuda" else (None, False)
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused, foreach=foreach)
-    if problem := eight_bit_problem(str(device)):
-        raise ConfigError(f"8-bit AdamW cannot be used on {device}: {problem}", remedy="Use the optimizer adamw.")
     if name == "paged_adamw_8bit" and device.type != "cuda":
         raise ConfigError(f"invalid optimizer {name!r} on {device}: it moves its state between a GPU and the host")
+    kind_name = "AdamW8bit" if name == "adamw_8bit" else "PagedAdamW8bit"
+    if problem := eight_bit_problem(str(device), kind_name):
+        raise ConfigError(f"8-bit AdamW cannot be used on {device}: {problem}", remedy="Use the optimizer adamw.")
     import bitsandbytes
 
-    kind = bitsandbytes.optim.AdamW8bit if name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
-    kind = with_stochastic_rounding(kind, seed)
+    kind = with_stochastic_rounding(getattr(bitsandbytes.optim, kind_name), seed)
     optimizer: torch.optim.Optimizer = kind(parameters, lr=learning_rate, weight_decay=weight_decay)
     return optimizer
 
 
 @functools.lru_cache(maxsize=8)
-def eight_bit_problem(device: str) -> str:
-    """Why bitsandbytes' 8-bit AdamW does not work on ``device``; empty if it does. Tests it once per process.
+def eight_bit_problem(device: str, kind: str = "AdamW8bit") -> str:
+    """Why an 8-bit optimizer of bitsandbytes does not work on ``device``; empty if it does. Tests it once per process.
 
     An import proves nothing: on some Jetsons the package imports and fails at its first kernel.
     """
@@ -143,7 +143,7 @@ def eight_bit_problem(device: str) -> str:
         values = torch.full((_EIGHT_BIT_PROBE,), 1.0, device=device)
         weight = nn.Parameter(values.clone())
         weight.grad = values.clone()
-        optimizer = bitsandbytes.optim.AdamW8bit([weight], lr=0.5, weight_decay=0.0)
+        optimizer = getattr(bitsandbytes.optim, kind)([weight], lr=0.5, weight_decay=0.0)
         optimizer.step()
         moved = (1.0 - weight.detach()).cpu()  # the first step of Adam is the learning rate, whatever the gradient
         held = sum(t.numel() * t.element_size() for t in optimizer.state[weight].values() if torch.is_tensor(t))

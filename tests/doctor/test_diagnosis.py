@@ -208,26 +208,26 @@ def test_a_native_library_that_is_wrong_or_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("whole", "part", "states", "l4t"),
+    ("broken", "states", "l4t"),
     [
-        (True, True, [State.OK], None),
-        (True, False, [State.OK, State.NOTE], None),
-        (False, False, [State.WARNING], None),
-        (False, False, [State.WARNING], "36.4.4"),
+        ((), {"4-bit": State.OK, "8-bit": State.OK, "AdamW": State.OK}, None),
+        (("16",), {"4-bit": State.OK, "rows": State.NOTE, "8-bit": State.OK, "AdamW": State.OK}, None),
+        (("eight_bit_step",), {"4-bit": State.OK, "8-bit": State.OK, "AdamW": State.WARNING}, None),
+        (("64", "16", "int8_product"), {"4-bit": State.WARNING, "8-bit": State.WARNING, "AdamW": State.OK}, "36.4.4"),
     ],
 )
-def test_bitsandbytes_by_what_it_computes(device, parts, whole, part, states, l4t):
+def test_each_kernel_of_bitsandbytes_by_what_it_computes(device, parts, broken, states, l4t):
     from edgefed.isolation.worker import Outcome
 
     class Replying:
-        def call(self, target, timeout_s, *, device, columns):
-            good = whole if columns == 64 else part
-            return Outcome("fine") if good else Outcome(failure="RuntimeError: named symbol not found")
+        def call(self, target, timeout_s, *, device, columns=None):
+            failed = str(columns or target.rpartition(":")[2]) in broken
+            return Outcome(failure="RuntimeError: named symbol not found") if failed else Outcome("fine")
 
     facts = device("jetson-orin-nano-8gb", tegra=parts["jetson"](l4t=l4t)) if l4t else device()
     findings = diagnosis.bitsandbytes_findings(Replying(), facts, "cuda:0", lambda name: None)
-    assert [finding.state for finding in findings] == states
-    assert ("COMPUTE_CAPABILITY=87" in findings[-1].command) is bool(l4t)
+    assert {finding.name.split()[-1]: finding.state for finding in findings} == states
+    assert ("COMPUTE_CAPABILITY=87" in findings[0].command) is bool(l4t)
 
 
 def test_a_jetson_by_its_files(quick, jetson_root, monkeypatch):

@@ -13,6 +13,7 @@ from edgefed.doctor import kernel_runs
 from edgefed.doctor.kernel_runs import WrongResult
 from edgefed.kernels import fold, masked_experts
 from edgefed.native import NativeUnavailable
+from edgefed.training.savings import eight_bit_problem
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -123,6 +124,58 @@ def test_nf4_is_judged_by_its_own_rounding(monkeypatch, columns):
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(WrongResult):
         kernel_runs.nf4("cpu", columns)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"), [("", ""), ("codes", "8-bit codes"), ("sums", "24x128x64"), ("step", "a wrong step")]
+)
+def test_8_bit_kernels_are_judged_by_the_mathematics(monkeypatch, broken, message):
+    def int8_vectorwise_quant(matrix):
+        absmax = matrix.float().abs().amax(dim=1)
+        codes = (matrix.float() * (127 / absmax[:, None])).round()
+        return (codes - int(broken == "codes")).to(torch.int8), absmax, None
+
+    def int8_linear_matmul(a, b):
+        return a.int() @ b.int().T + (torch.arange(64) == 9).int() * 2000 * int(broken == "sums")
+
+    def int8_mm_dequant(sums, rows, columns):
+        return (sums * rows[:, None] * columns / 127**2).half()
+
+    class AdamW8bit:
+        def __init__(self, parameters, lr, weight_decay):
+            self.weight, self.lr, self.state = parameters[0], lr, {parameters[0]: {"state1": torch.zeros(4096).char()}}
+
+        def step(self):
+            self.weight.data -= self.lr * int(broken != "step")
+
+    module = types.ModuleType("bitsandbytes.functional")
+    module.int8_vectorwise_quant, module.int8_mm_dequant = int8_vectorwise_quant, int8_mm_dequant
+    module.int8_linear_matmul = int8_linear_matmul
+    package = types.ModuleType("bitsandbytes")
+    package.functional, package.optim = module, types.SimpleNamespace(AdamW8bit=AdamW8bit)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", module)
+    eight_bit_problem.cache_clear()
+    run = kernel_runs.eight_bit_step if broken == "step" else kernel_runs.int8_product
+    try:
+        if broken:
+            with pytest.raises(WrongResult, match=message):
+                run("cpu")
+        else:
+            assert "24x128x64" in run("cpu")
+            assert kernel_runs.eight_bit_step("cpu") == "a step of AdamW8bit"
+    finally:
+        eight_bit_problem.cache_clear()
+
+
+def test_real_bitsandbytes_kernels():
+    pytest.importorskip("bitsandbytes")
+    from edgefed.isolation.worker import Worker
+
+    with Worker() as worker:
+        for target in ("int8_product", "eight_bit_step"):
+            outcome = worker.call(f"edgefed.doctor.kernel_runs:{target}", 120, device="cpu")
+            assert outcome.ok, outcome.failure
 
 
 def test_triton_in_its_interpreter():

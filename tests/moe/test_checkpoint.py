@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from edgefed.errors import CheckpointError
+from edgefed.kernels.quantization import quantize_experts
 from edgefed.moe.checkpoint import Checkpoint
 from edgefed.moe.file_tensors import FileTensor, value_of
 from edgefed.moe.model import MoeModel
@@ -21,8 +23,8 @@ from edgefed.moe.weight_files import WeightFiles
 def copy_of(tmp_path):
     """Copy a toy's folder and change its tensors and settings."""
 
-    def copy(toy, change=lambda tensors: None, **settings):
-        folder = tmp_path / "copy"
+    def copy(toy, change=lambda tensors: None, *, to="copy", **settings):
+        folder = tmp_path / to
         shutil.copytree(toy.folder, folder)
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
@@ -200,6 +202,122 @@ def test_fp8_is_dequantized(save_toy, copy_of, tmp_path):
     name = "model.layers.0.self_attn.o_proj.weight"
     assert torch.equal(checkpoint.tensor(name), expected[name])
     assert checkpoint.unused == []
+
+
+def _packed(weight, *, nested=False, blocksize=64):
+    """The tensors of a 4-bit weight as bitsandbytes saves them, with random codes, and the weight that they mean."""
+    draw = torch.Generator().manual_seed(weight.numel())
+    size, blocks = weight.numel(), -(-weight.numel() // blocksize)
+    codes = torch.randint(0, 16, (size,), generator=draw)
+    table = torch.randn(16, generator=draw)
+    absmax = torch.rand(blocks, generator=draw) + 0.5
+    state = {"quant_type": "nf4", "blocksize": blocksize, "dtype": "float32", "shape": list(weight.shape)}
+    parts = {"": (codes[::2] * 16 + codes[1::2]).to(torch.uint8)[:, None], ".quant_map": table}
+    if nested:
+        code, scales = torch.randn(256, generator=draw), torch.rand(-(-blocks // 4), generator=draw)
+        quantized = torch.randint(0, 256, (blocks,), generator=draw)
+        absmax = code[quantized] * scales[torch.arange(blocks) // 4] + 0.75
+        parts |= {".absmax": quantized.to(torch.uint8), ".nested_absmax": scales, ".nested_quant_map": code}
+        state |= {"nested_blocksize": 4, "nested_dtype": "float32", "nested_offset": 0.75}
+    else:
+        parts[".absmax"] = absmax
+    parts[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return parts, (table[codes] * absmax.repeat_interleave(blocksize)[:size]).reshape(weight.shape)
+
+
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])  # a tensor for each expert, and stacks of experts
+def test_a_base_of_bitsandbytes_is_dequantized(family, toys, copy_of):
+    expected = {}
+
+    def quantize(tensors):
+        names = [name for name in tensors if name.endswith(("proj.weight", "up_proj", "down_proj"))]
+        for kind, name in enumerate(names):
+            if kind % 4 == 3 and tensors[name].ndim == 2:
+                weight = tensors[name]
+                scale = weight.abs().amax(dim=1)
+                tensors[name] = (weight * (127 / scale[:, None])).round().to(torch.int8)
+                tensors[name.removesuffix("weight") + "SCB"] = scale
+                tensors[name + "_format"] = torch.tensor(0, dtype=torch.uint8)
+                expected[name] = tensors[name] * scale[:, None] / 127
+            else:  # a block may be longer than a row of the stack
+                options = {"nested": kind % 2 == 1, "blocksize": 4096 if kind % 4 == 2 else 64}
+                parts, expected[name] = _packed(tensors.pop(name), **options)
+                tensors.update((name + part, tensor) for part, tensor in parts.items())
+
+    folder = copy_of(toys(family), quantize, quantization_config=BNB)
+    checkpoint = Checkpoint(folder, in_files=family == "olmoe")
+    assert checkpoint.unused == []
+    assert "quantization_config" not in checkpoint.settings()
+    for unit, tensors in Checkpoint(copy_of(toys(family), lambda t: t.update(expected), to="plain")).iter_units():
+        found = checkpoint.read(unit.key)
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(value_of(found[name]), tensor, rtol=1e-6, atol=0)
+
+
+def test_a_damaged_base_of_bitsandbytes_is_refused_by_name(olmoe, copy_of):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    state = name + ".quant_state.bitsandbytes__nf4"
+
+    def damage(number, change):
+        def quantize(tensors):
+            tensors.update((name + part, tensor) for part, tensor in _packed(tensors.pop(name))[0].items())
+            change(tensors)
+
+        with pytest.raises(CheckpointError) as caught:
+            Checkpoint(copy_of(olmoe, quantize, to=str(number), quantization_config=BNB))
+        return str(caught.value)
+
+    text = lambda value: torch.tensor(list(value.encode()), dtype=torch.uint8)  # noqa: E731
+    assert "lacks" in damage(0, lambda t: t.pop(name + ".absmax"))
+    assert "must have 64 bytes" in damage(1, lambda t: t.update({name + ".absmax": torch.zeros(3)}))
+    assert "must have 64 bytes" in damage(2, lambda t: t.update({name + ".absmax": torch.zeros(8).double()}))
+    assert "cannot be read" in damage(3, lambda t: t.update({state: text("{")}))
+    huge = '{"blocksize": 64, "dtype": "float32", "shape": [4096, 4096]}'
+    assert "must have 8388608 bytes" in damage(4, lambda t: t.update({state: text(huge)}))
+    zero = '{"blocksize": 0, "dtype": "float32", "shape": [32, 32]}'
+    assert "invalid" in damage(5, lambda t: t.update({state: text(zero)}))
+
+    def for_one_gpu(tensors):
+        scale, layout = name.removesuffix("weight") + "SCB", torch.tensor(2, dtype=torch.uint8)
+        tensors.update({name: torch.zeros(32, 32, dtype=torch.int8), scale: torch.ones(32), name + "_format": layout})
+
+    with pytest.raises(CheckpointError, match="order of one GPU's tensor cores"):
+        Checkpoint(copy_of(olmoe, for_one_gpu, to="gpu", quantization_config=BNB))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
+def test_what_bitsandbytes_dequantizes_bit_for_bit(quant_type, save_toy, copy_of, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        functional = pytest.importorskip("bitsandbytes.functional")
+    expected, packed = {}, {}
+
+    def quantize(tensors):
+        for name in [name for name in tensors if name.endswith("proj.weight")]:
+            weight = tensors.pop(name)
+            if quant_type == "int8":
+                codes, scale, _ = functional.int8_vectorwise_quant(weight.half())
+                tensors |= {name: codes, name.removesuffix("weight") + "SCB": scale}
+                expected[name] = functional.int8_vectorwise_dequant(codes, scale).to(weight.dtype)
+            else:
+                codes, state = functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=True)
+                tensors[name] = packed[name] = codes
+                tensors.update((f"{name}.{part}", tensor) for part, tensor in state.as_dict(packed=True).items())
+                expected[name] = functional.dequantize_4bit(codes, state)
+
+    toy = save_toy("olmoe", tmp_path / "toy", torch.bfloat16, hidden_size=64, intermediate_size=64)
+    quantized = Checkpoint(copy_of(toy, quantize, quantization_config=BNB))
+    plain = Checkpoint(copy_of(toy, lambda tensors: tensors.update(expected), to="plain"))
+    for unit, tensors in plain.iter_units():
+        found = quantized.read(unit.key)
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items()), unit.key
+        if quant_type == "nf4" and unit.kind == "expert":  # stored in NF4 again, the codes are the same
+            codes = packed[f"{unit.key}.down_proj.weight"].view(-1)
+            assert torch.equal(quantize_experts(found["down_proj"], "nf4").packed.view(-1), codes)
 
 
 @pytest.mark.parametrize("method", ["gptq", "new"])

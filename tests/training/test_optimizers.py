@@ -84,7 +84,7 @@ def test_8_bit_state_loses_no_updates_of_16_bit_weights(monkeypatch, dtype, eigh
         optim = pytest.importorskip("bitsandbytes").optim
     else:
         monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=optim))
-        monkeypatch.setattr(savings, "eight_bit_problem", lambda device: "")
+        monkeypatch.setattr(savings, "eight_bit_problem", lambda *_: "")
 
     def make(name):
         return lambda p: make_optimizer(p, name, learning_rate=1e-5, weight_decay=0.0)
