@@ -1,4 +1,4 @@
-"""Everything that a GPU is needed for, in one command: build, doctor, proofs, correctness, speed, a round, large steps.
+"""Everything that a GPU is needed for, in one command: build, proofs, speed, a profile, a round, large steps.
 
     python benchmarks/gpu_session.py --out session                  on a machine with a GPU: about eight minutes
     python benchmarks/gpu_session.py --out session                  again: goes on with what is not done
@@ -33,6 +33,7 @@ STAGES = {
     "correctness": 90,
     "sanitizer": 40,
     "speed": 110,
+    "profile": 40,
     "round": 60,
     "large-step": 60,
     "pretraining": 30,

@@ -183,6 +183,47 @@ def speed(stage: Stage) -> None:
         watch.release()
 
 
+def profile(stage: Stage) -> None:
+    """A profile with NF4 experts, attention and energies of neurons, on each backend: no layer makes the host wait."""
+    import torch
+    from gpu_limits import Stopwatch
+
+    from edgefed.bench.models import build_model, find_model, random_blocks
+    from edgefed.kernels.dispatch import provable_backends
+    from edgefed.kernels.masked_experts import IMPLEMENTATIONS
+    from edgefed.moe.units import TrainScope
+
+    stage.prepare()
+    model = find_model("tiny" if stage.rehearse else "OLMoE-1B-7B")
+    moe, _, source = build_model(model, 4, 1, 1, TrainScope(), torch.device(stage.device))
+    moe.drop_experts()
+    vocabulary, length = moe.config.get_text_config().vocab_size, 24 if stage.rehearse else 2048
+    ids = random_blocks(vocabulary, 1, length).input_ids.to(stage.device)
+    watch = Stopwatch("cpu" if stage.rehearse else "cuda")
+    here = provable_backends("masked_experts", stage.device)
+    for backend in ("reference", *(name for name in ("triton", "cuda") if name in here)):
+        if stage.has(backend):
+            continue
+        os.environ["EDGEFED_KERNELS"] = backend
+        neurons = backend == "reference" or "neuron_energy" in IMPLEMENTATIONS[backend][1]
+        with (
+            moe.streaming(source, residency="all", storage="nf4"),
+            moe.record_statistics(attention=True, neurons=neurons) as recorder,
+        ):
+
+            def run() -> None:
+                moe.module.base_model(input_ids=ids, use_cache=False)
+
+            run()  # loads the experts, compiles
+            waits = watch.host_waits(run)
+            seconds = watch.wall_times({"": run}, 1 if stage.rehearse else 5)[""]
+            recorder.take()
+        stage.row(backend, host_waits=waits, tokens_per_s=round(length / seconds), energies=neurons)
+        if backend != "reference" and waits >= len(moe.layers):
+            raise SystemExit(f"{backend}: the host waited {waits} times in {len(moe.layers)} layers of a profile")
+    os.environ.pop("EDGEFED_KERNELS", None)
+
+
 def a_round(stage: Stage) -> None:
     """A federation of two devices on the GPU: serve, two joins, two rounds, by their commands."""
     folder = stage.out / "round"
@@ -327,7 +368,8 @@ def pretraining(stage: Stage) -> None:
 
 RUN: dict[str, Callable[[Stage], None]] = {
     "machine": machine, "build": build, "doctor": doctor, "proof": proof, "correctness": correctness,
-    "sanitizer": sanitizer, "speed": speed, "round": a_round, "large-step": large_step, "pretraining": pretraining,
+    "sanitizer": sanitizer, "speed": speed, "profile": profile, "round": a_round, "large-step": large_step,
+    "pretraining": pretraining,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kPiece = 256;  // pairs in shared memory at once
 constexpr int64_t kFewestTokens = 16, kMostBlocks = 1024;
-enum Row { kTokens, kGateSum, kGateMax, kGateLogSum, kGateComplementLogSum, kRoutedGateSum, kRows };
+enum Row { kTokens, kGateSum, kGateMax, kGateLogSum, kGateComplementLogSum, kRoutedGateSum, kAttentionSum, kMostRows };
 
 int64_t tokens_of_block(int64_t tokens) {
   const int64_t share = ceil_div(tokens, kMostBlocks);
@@ -42,18 +42,20 @@ EF_DEVICE Scaling scaling_of(const Router* row, int64_t experts, int32_t kind) {
   return {largest, fmaxf(sum, 1.175494351e-38f)};
 }
 
-// partials: (blocks, 6, experts)
+// partials: (blocks, rows, experts), 7 rows with received and 6 without
 template <typename Router, typename Weight>
 __global__ void __launch_bounds__(kThreads)
     partial_statistics_kernel(const Router* router, int32_t kind, const int64_t* indices, const Weight* weights,
-                              int64_t tokens, int64_t experts, int64_t top_k, int64_t share, double* partials) {
+                              const float* received, int64_t tokens, int64_t experts, int64_t top_k, int64_t share,
+                              double* partials) {
   __shared__ int32_t chosen[kPiece];
   __shared__ float weight_of[kPiece];
+  __shared__ float received_of[kPiece];
   __shared__ Scaling scaling[kFewestTokens];
   const int64_t first = blockIdx.x * share, last = first + share < tokens ? first + share : tokens;
   for (int64_t base = 0; base < experts; base += kThreads) {  // all threads take part in every turn
     const int64_t expert = base + threadIdx.x;
-    double sum = 0.0, log_sum = 0.0, complement_sum = 0.0, routed = 0.0;
+    double sum = 0.0, log_sum = 0.0, complement_sum = 0.0, routed = 0.0, attention = 0.0;
     float largest = 0.0f;
     int64_t count = 0;
     for (int64_t begin = first; begin < last; begin += kFewestTokens) {
@@ -85,29 +87,33 @@ __global__ void __launch_bounds__(kThreads)
         if (index < 0 || index >= experts) __trap();
         chosen[i] = static_cast<int32_t>(index);
         weight_of[i] = to_float(weights[begin + i]);
+        received_of[i] = received == nullptr ? 0.0f : received[(begin + i) / top_k];
       }
       __syncthreads();
       for (int i = 0; i < size; ++i) {
         if (chosen[i] != expert) continue;
         ++count;
         routed += weight_of[i];
+        attention += received_of[i];
       }
     }
     if (expert < experts) {
-      double* own = partials + blockIdx.x * kRows * experts + expert;
+      const int64_t rows = received == nullptr ? kAttentionSum : kMostRows;
+      double* own = partials + blockIdx.x * rows * experts + expert;
       own[kTokens * experts] = static_cast<double>(count);
       own[kGateSum * experts] = sum;
       own[kGateMax * experts] = largest;
       own[kGateLogSum * experts] = log_sum;
       own[kGateComplementLogSum * experts] = complement_sum;
       own[kRoutedGateSum * experts] = routed;
+      if (received != nullptr) own[kAttentionSum * experts] = attention;
     }
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
-    add_statistics_kernel(const double* partials, int64_t blocks, int64_t experts, double* statistics) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, size = kRows * experts;
+    add_statistics_kernel(const double* partials, int64_t blocks, int64_t rows, int64_t experts, double* statistics) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, size = rows * experts;
   if (at >= size) return;
   const bool is_max = at / experts == kGateMax;
   double result = is_max ? statistics[at] : 0.0;
@@ -126,12 +132,13 @@ using namespace edgefed;
 extern "C" {
 
 int64_t ef_cuda_statistics_scratch(int64_t tokens, int64_t experts) {
-  return ceil_div(tokens, tokens_of_block(tokens)) * kRows * experts;
+  return ceil_div(tokens, tokens_of_block(tokens)) * kMostRows * experts;
 }
 
 int32_t ef_cuda_router_statistics(double* statistics, const void* router, int32_t router_dtype, int32_t kind,
-                                  const int64_t* indices, const void* weights, int32_t weight_dtype, int64_t tokens,
-                                  int64_t experts, int64_t top_k, double* partials, int32_t device, void* stream) {
+                                  const int64_t* indices, const void* weights, int32_t weight_dtype,
+                                  const float* received, int64_t tokens, int64_t experts, int64_t top_k,
+                                  double* partials, int32_t device, void* stream) {
   if (tokens <= 0 || experts <= 0) return EF_OK;
   if (experts > kMostBlocksX || top_k < 0 || kind < EF_CUDA_PROBABILITY || kind > EF_CUDA_SIGMOID)
     return EF_UNSUPPORTED;
@@ -144,20 +151,21 @@ int32_t ef_cuda_router_statistics(double* statistics, const void* router, int32_
     const auto blocks_x = static_cast<unsigned>(blocks);
     if (weight_dtype == router_dtype) {
       const auto kernel = partial_statistics_kernel<Router, Router>;
-      EF_LAUNCH(kernel, blocks_x, kThreads, stream, rows, kind, indices, static_cast<const Router*>(weights), tokens,
-                experts, top_k, share, partials);
+      EF_LAUNCH(kernel, blocks_x, kThreads, stream, rows, kind, indices, static_cast<const Router*>(weights),
+                received, tokens, experts, top_k, share, partials);
     } else if (weight_dtype == EF_F32) {
       const auto kernel = partial_statistics_kernel<Router, float>;
-      EF_LAUNCH(kernel, blocks_x, kThreads, stream, rows, kind, indices, static_cast<const float*>(weights), tokens,
-                experts, top_k, share, partials);
+      EF_LAUNCH(kernel, blocks_x, kThreads, stream, rows, kind, indices, static_cast<const float*>(weights),
+                received, tokens, experts, top_k, share, partials);
     } else {
       return EF_UNSUPPORTED;
     }
     return launched();
   });
   if (error != EF_OK) return error;
-  EF_LAUNCH(add_statistics_kernel, static_cast<unsigned>(ceil_div(kRows * experts, kThreads)), kThreads, stream,
-            partials, blocks, experts, statistics);
+  const int64_t all_rows = received == nullptr ? kAttentionSum : kMostRows;
+  EF_LAUNCH(add_statistics_kernel, static_cast<unsigned>(ceil_div(all_rows * experts, kThreads)), kThreads, stream,
+            partials, blocks, all_rows, experts, statistics);
   return launched();
 }
 

@@ -8,7 +8,7 @@
 
 #include "edgefed.h"
 
-#define EF_CUDA_ABI_VERSION 2
+#define EF_CUDA_ABI_VERSION 3
 
 // The operand of one slot in a product. data NULL: the slot is skipped, and its rows of y stay unchanged.
 struct EfCudaMatrix {
@@ -130,12 +130,13 @@ EF_API int32_t ef_cuda_swiglu_backward(const void* gate_up, const void* d, const
 // float64 elements of `partials`.
 EF_API int64_t ef_cuda_statistics_scratch(int64_t tokens, int64_t experts);
 // statistics (6, experts) float64 += one batch; router (tokens, experts) gives G by kind, an EfCudaGate; indices
-// (tokens, top_k) int64; weights (tokens, top_k) of the dtype of router or float32. An index outside the experts
-// aborts the device.
+// (tokens, top_k) int64; weights (tokens, top_k) of the dtype of router or float32. With received (tokens), which may be
+// null, statistics have a seventh row: its sum over the tokens of each expert. An index outside the experts aborts the
+// device.
 EF_API int32_t ef_cuda_router_statistics(double* statistics, const void* router, int32_t router_dtype, int32_t kind,
                                          const int64_t* indices, const void* weights, int32_t weight_dtype,
-                                         int64_t tokens, int64_t experts, int64_t top_k, double* partials,
-                                         int32_t device, void* stream);
+                                         const float* received, int64_t tokens, int64_t experts, int64_t top_k,
+                                         double* partials, int32_t device, void* stream);
 
 // --- quantization: edgefed/kernels/quantization.py ----------------------------------------------------------------
 

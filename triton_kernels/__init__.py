@@ -9,6 +9,7 @@ reference under ``edgefed.kernels`` that is its specification.
     gate                the backward pass of SwiGLU, with the gradient of the gate weights
     combine             the sum over the pairs of a token, and its backward pass
     masked_experts      the op: launches the above inside autograd
+    neuron_energy       the energies of neurons, beside the products
     router_statistics   the sums of the activation profile in one pass
     quantize            quantization and dequantization of NF4 and INT8
 

@@ -15,7 +15,7 @@ the backward pass, long after it has arrived. The host waits only there, and onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ from .gate import is_swiglu, swiglu, swiglu_backward
 from .grouped_matmul import rows_per_tile
 from .grouped_outer import column_sums, grouped_outer
 from .layer import Form, layer_of
+from .neuron_energy import EnergySums, add_neuron_energy, energy_sums
 from .projection import Projection, Unsupported, device_table, new_rows
 from .sort_pairs import MAX_SLOTS, SortedPairs, sort_pairs
 from .tensor_types import TYPES
@@ -68,6 +69,7 @@ def masked_experts(
     is_transposed: bool = False,
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
     keep_activations: bool | None = None,
+    neuron_energy: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Compute the weighted sum of each token's resident experts, as `edgefed.kernels.masked_experts` defines it.
 
@@ -75,7 +77,7 @@ def masked_experts(
     another backend. For the same reason a slot index >= S counts as dropped. If ``activation`` is SwiGLU, as
     `gate.is_swiglu` finds by running it, it runs inside the products. ``keep_activations`` saves the up projection
     (T*K, 2I) for the backward pass instead of computing it again; None saves it if it is smaller than the gradients of
-    the trainable dense weights.
+    the trainable dense weights. ``neuron_energy``: accumulators (I,) of the slots, see `neuron_energy.energy_sums`.
 
     Raises ValueError if shapes do not match; Unsupported, a ValueError, for dtypes and layouts without a kernel and for
     more than MAX_SLOTS slots.
@@ -109,15 +111,23 @@ def masked_experts(
         up, down = layer.up.form(scheduled), layer.down.form(scheduled)
         up_tensors = [layer.up.tensors[index] for index in up.indices]
         down_tensors = [layer.down.tensors[index] for index in down.indices]
+        sums: EnergySums | None = None
+        if neuron_energy is not None:
+            width = layer.down.shape[0 if is_transposed else 1]
+            sums = energy_sums(neuron_energy, num_slots, width, hidden_states.device)
         if is_plain_layer and is_swiglu(activation, layer.down.shape[1]):
             if keep_activations is None:
                 trainable = layer.up.num_trainable(up) + layer.down.num_trainable(down)
                 keep_activations = pairs.num_pairs * layer.up.shape[0] < trainable
             saved_slots = slot_indices.contiguous() if keep_activations and torch.is_grad_enabled() else None
             tensors = (*up_tensors, *down_tensors)
-            out = _FusedExperts.apply(tokens, expert_weights, pairs, (up, down), saved_slots, *tensors)
+            out = _FusedExperts.apply(tokens, expert_weights, pairs, (up, down), saved_slots, sums, *tensors)
             return out.to(hidden_states.dtype)
         hidden = activation(_GroupedLinear.apply(tokens, pairs, up, True, *up_tensors)).to(tokens.dtype).contiguous()
+        if sums is not None:
+            projection = down.projection(tuple(down_tensors))
+            with torch.no_grad():
+                add_neuron_energy(sums, hidden.detach(), expert_weights.detach(), pairs, projection, is_split=False)
         rows = _GroupedLinear.apply(hidden, pairs, down, False, *down_tensors)
         if finish is not None:
             rows = finish(rows)
@@ -202,7 +212,7 @@ class _FusedExperts(torch.autograd.Function):
     """tokens (T, H), expert_weights (T, K), then the tensors of the up and of the down projection -> (T, H)."""
 
     @staticmethod
-    def forward(ctx, tokens, expert_weights, pairs, forms, saved_slots, *tensors):
+    def forward(ctx, tokens, expert_weights, pairs, forms, saved_slots, sums, *tensors):
         up, down = _projections(forms, tensors)
         hidden = new_rows(pairs, down.size_in, tokens)
         gate_up = None
@@ -213,12 +223,14 @@ class _FusedExperts(torch.autograd.Function):
             up.forward(tokens, gate_up, pairs, is_tokens=True)
             is_split = tuple(int(part.format == "nf4") for part in down.layouts)
             swiglu(gate_up, hidden, pairs, saved_slots, device_table(is_split, torch.int32, tokens.device))
+        if sums is not None:
+            add_neuron_energy(sums, hidden, expert_weights, pairs, down, is_split=True)
         rows = new_rows(pairs, down.size_out, tokens)
         down.forward(hidden, rows, pairs, is_split=True, row_scale=expert_weights)
         kept = () if forms[0].built else tensors
         ctx.save_for_backward(tokens, expert_weights, gate_up, *pairs.tensors(), *kept)
         ctx.pairs_form, ctx.forms = (pairs.top_k, pairs.rows_per_tile), forms
-        ctx.counts = TokenCounts(pairs) if any(ctx.needs_input_grad[5:]) else None
+        ctx.counts = TokenCounts(pairs) if any(ctx.needs_input_grad[6:]) else None
         return combine(rows, pairs, tokens.dtype)
 
     @staticmethod
@@ -238,7 +250,7 @@ class _FusedExperts(torch.autograd.Function):
         hidden = new_rows(pairs, down.size_in, tokens)  # dL/dh without the gate weight, then the weighted h
         down_grad_lows = down.backward(grad, hidden, pairs, is_tokens=True)
         weight_grad = swiglu_backward(gate_up, hidden, gate_up_grad, pairs, expert_weights)
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[6:]
         rows = new_rows(pairs, up.size_in, tokens)
         up_grad_lows = up.backward(gate_up_grad, rows, pairs)
         token_grad = combine(rows, pairs, tokens.dtype) if ctx.needs_input_grad[0] else None
@@ -259,7 +271,7 @@ class _FusedExperts(torch.autograd.Function):
                 inputs_are_tokens=False, grad_is_tokens=True,
             )  # fmt: skip
             values = up_form.seen_of(up_gradients.values) + down_form.seen_of(down_gradients.values)
-        return token_grad, weight_grad if ctx.needs_input_grad[1] else None, None, None, None, *values
+        return token_grad, weight_grad if ctx.needs_input_grad[1] else None, None, None, None, None, *values
 
 
 def _projections(forms: tuple[Form, Form], tensors: tuple[torch.Tensor, ...]) -> tuple[Projection, Projection]:

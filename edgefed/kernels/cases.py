@@ -38,6 +38,7 @@ def masked_experts_case(
     activation: Callable[[torch.Tensor], torch.Tensor],
     is_transposed: bool,
     finish: object,
+    neuron_energy: object = None,
 ) -> Case | None:
     """Return the case of a call of `masked_experts`; None for streamed experts and for none at all.
 
@@ -53,6 +54,7 @@ def masked_experts_case(
     forms += ["transposed"] if is_transposed else []
     forms += ["bias"] if any(end.up_bias is not None or end.down_bias is not None for end in ends) else []
     forms += ["finish"] if finish is not None else []
+    forms += ["energies"] if neuron_energy is not None else []
     dtype = dtype_name(up.dtype)
     if hidden_states.dtype != up.dtype:
         dtype += f"/{dtype_name(hidden_states.dtype)}"

@@ -276,8 +276,9 @@ class CudaKernels:
         indices: torch.Tensor,
         weights: torch.Tensor,
         kind: int = 0,
+        received: torch.Tensor | None = None,
     ) -> None:
-        """Add one batch to ``statistics`` (6, E), contiguous float64, as `edgefed.kernels.router_statistics`.
+        """Add one batch to ``statistics`` (6 or 7, E), contiguous float64, as `edgefed.kernels.router_statistics`.
 
         The order of additions is fixed. ``kind`` is an index of its GATE_KINDS. An index outside the experts aborts the
         device.
@@ -288,12 +289,13 @@ class CudaKernels:
         if weights.dtype not in (router.dtype, torch.float32):
             weights = weights.float()
         tokens, experts = router.shape
+        received = None if received is None else received.float().contiguous()
         size = self.library.ef_cuda_statistics_scratch(tokens, experts)
         partials = torch.empty(size, dtype=torch.float64, device=router.device)
         self._call(
             "ef_cuda_router_statistics", router, statistics.data_ptr(), router.data_ptr(), dtype_code(router.dtype),
-            kind, indices.data_ptr(), weights.data_ptr(), dtype_code(weights.dtype), tokens, experts,
-            indices.shape[1], partials.data_ptr(),
+            kind, indices.data_ptr(), weights.data_ptr(), dtype_code(weights.dtype),
+            None if received is None else received.data_ptr(), tokens, experts, indices.shape[1], partials.data_ptr(),
         )  # fmt: skip
 
     # --- quantization ---------------------------------------------------------------------------------------------

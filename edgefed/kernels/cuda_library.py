@@ -13,7 +13,7 @@ from typing import Any
 
 from edgefed.native import NativeUnavailable, find_library, load_library
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ROWS, TILES, PLAIN = 0, 1, 2
 """enum EfCudaKernel."""
 
@@ -87,7 +87,7 @@ _FUNCTIONS: dict[str, list[type[Any]]] = {
     "ef_cuda_swiglu": [_I, _P, _P, _L, _P, _I, _L, _L, _I, _P],
     "ef_cuda_swiglu_backward": [_I, _P, _P, _P, _P, _P, _L, _P, _P, _P, _I, _L, _L, _I, _P],
     "ef_cuda_statistics_scratch": [_L, _L, _L],
-    "ef_cuda_router_statistics": [_I, _P, _P, _I, _I, _P, _P, _I, _L, _L, _L, _P, _I, _P],
+    "ef_cuda_router_statistics": [_I, _P, _P, _I, _I, _P, _P, _I, _P, _L, _L, _L, _P, _I, _P],
     "ef_cuda_quantize_nf4": [_I, _P, _I, _L, _L, _P, _P, _P, _I, _P],
     "ef_cuda_quantize_int8": [_I, _P, _I, _L, _L, _P, _P, _P, _I, _P],
     "ef_cuda_dequantize_nf4": [_I, _P, _P, _L, _L, _P, _I, _I, _P],

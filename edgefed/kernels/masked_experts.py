@@ -28,7 +28,7 @@ from edgefed.kernels.row_sizes import row_product
 
 IMPLEMENTATIONS = {
     "native": ("edgefed.kernels.native_experts", ("int8_activations", "keep_activations", "neuron_energy")),
-    "triton": ("edgefed.triton_kernels.masked_experts", ("keep_activations", "finish")),
+    "triton": ("edgefed.triton_kernels.masked_experts", ("keep_activations", "finish", "neuron_energy")),
     "cuda": ("edgefed.kernels.cuda_experts", ()),
 }
 """Module of each backend, with ``why_not``, ``masked_experts`` and ``Unsupported``, and the options it supports."""
@@ -166,7 +166,7 @@ def masked_experts(
             it is smaller than the gradients of the trainable dense weights; never for a frozen layer. The reference
             always saves it.
         neuron_energy: (I,) accumulators, one per slot, to which the energies of this batch are added
-            (`edgefed.kernels.neuron_energy`). Reference and native only.
+            (`edgefed.kernels.neuron_energy`). Reference, native and Triton only.
 
     Returns (T, H) in the dtype of ``hidden_states``; zero for a token without a pair. Sums over k run in at least
     float32. Differentiable in hidden_states, expert_weights and all dense tensors of the slots with tokens; an expert
@@ -190,8 +190,9 @@ def masked_experts(
                 finish=finish, neuron_energy=neuron_energy,
             )  # fmt: skip
         module, supported = IMPLEMENTATIONS[name]
-        if neuron_energy is not None and ("neuron_energy" not in supported or finish is not None):
-            raise Unsupported("it does not record neuron energies")
+        needed = ("neuron_energy",) if finish is None else ("neuron_energy", "finish")
+        if neuron_energy is not None and not all(option in supported for option in needed):
+            raise Unsupported("it does not record neuron energies of such a layer")
         implementation = importlib.import_module(module)
         watch_backward(implementation)
         reason = implementation.why_not(hidden_states, expert_weights, slots)
@@ -203,6 +204,8 @@ def masked_experts(
         )  # fmt: skip
         widths = getattr(slots, "widths", ())
         if name in ONE_WIDTH and len(set(widths)) > 1:
+            if neuron_energy is not None:
+                raise Unsupported("it does not record neuron energies of slices of different widths")
             function = functools.partial(by_width, function, slots, widths)
         try:
             if finish is None or "finish" in supported:
@@ -211,7 +214,9 @@ def masked_experts(
         except implementation.Unsupported as error:
             raise Unsupported(str(error)) from error
 
-    case = functools.partial(masked_experts_case, hidden_states, slot_indices, slots, activation, is_transposed, finish)
+    case = functools.partial(
+        masked_experts_case, hidden_states, slot_indices, slots, activation, is_transposed, finish, neuron_energy
+    )
     device = str(hidden_states.device)
     if backend == "reference":
         want_proof("masked_experts", device, case)

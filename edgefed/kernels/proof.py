@@ -160,8 +160,8 @@ def prove_again(
 def standard_cases(hidden: int = 2048, width: int = 1024, experts: int = 64, dtype: str = "bfloat16") -> Iterator[Case]:
     """Yield what a round of a model asks for, most important first: by default of OLMoE-1B-7B."""
 
-    def layer(storage: str, rows: int, trains: str, rank: int = 0) -> Case:
-        return Case("masked_experts", dtype, storage, hidden, width, rows, rank, trains, "swiglu")
+    def layer(storage: str, rows: int, trains: str, rank: int = 0, form: str = "swiglu") -> Case:
+        return Case("masked_experts", dtype, storage, hidden, width, rows, rank, trains, form)
 
     some, many = ROWS[1:]
     yield layer("dense+nf4", many, "weights")
@@ -171,7 +171,9 @@ def standard_cases(hidden: int = 2048, width: int = 1024, experts: int = 64, dty
     yield layer("dense", many, "nothing")
     yield layer("nf4", ROWS[0], "nothing")
     yield layer("nf4", many, "weights", rank=8)
+    yield layer("nf4", many, "nothing", form="swiglu+energies")
     yield Case("router_statistics", dtype, "softmax", width=experts)
+    yield Case("router_statistics", dtype, "softmax", width=experts, form="attention")
     yield Case("quantize_experts", dtype, "nf4")
 
 

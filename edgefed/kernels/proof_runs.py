@@ -56,7 +56,7 @@ def prove(device: str, case: dict[str, Any], backend: str) -> dict[str, object]:
         if not isinstance(error.__cause__, Unsupported):
             raise
         return {"state": "unsupported", "reason": str(error.__cause__)}
-    problem = _compare(found, exact, tolerance)
+    problem = _compare(found, exact, tolerance, "gradient" if kind.trains != "nothing" else "result")
     if problem:
         return {"state": "wrong", "reason": problem}
     if not all(torch.equal(one, other) for one, other in zip(found, again, strict=True)):
@@ -72,10 +72,13 @@ def prove(device: str, case: dict[str, Any], backend: str) -> dict[str, object]:
     }
 
 
-def _compare(found: list[torch.Tensor], exact: list[torch.Tensor], tolerance: float) -> str:
-    """Return what is wrong with the tensors, "" if nothing is. A NaN is not below any tolerance."""
+def _compare(found: list[torch.Tensor], exact: list[torch.Tensor], tolerance: float, further: str) -> str:
+    """Return what is wrong with the tensors, "" if nothing is. A NaN is not below any tolerance.
+
+    ``further`` names the tensors after the output.
+    """
     for place, (one, other) in enumerate(zip(found, exact, strict=True)):
-        what = "the output" if place == 0 else f"gradient {place}"
+        what = "the output" if place == 0 else f"{further} {place}"
         if one.shape != other.shape:
             return f"{what} has shape {tuple(one.shape)}, expected {tuple(other.shape)}"
         if one.numel():
@@ -148,10 +151,14 @@ def _experts(device: str, case: Case, backend: str) -> tuple[dict[str, Run], lis
             leaves += [tensor for slot in weights for tensor in _leaves(slot) if tensor.requires_grad]
 
         def call() -> list[torch.Tensor]:
+            energies = torch.zeros(SLOTS, case.width, device=where) if "energies" in forms else None
             with torch.set_grad_enabled(trains):
-                out = masked_experts(x, places, factors, weights, backend=name, **options)
+                out = masked_experts(
+                    x, places, factors, weights, backend=name,
+                    neuron_energy=None if energies is None else energies.unbind(0), **options,
+                )  # fmt: skip
             if not trains:
-                return [out]
+                return [out] if energies is None else [out, energies]
             grads = torch.autograd.grad(out, leaves, dy, allow_unused=True)
             return [out.detach(), *(torch.zeros(0) if grad is None else grad for grad in grads)]
 
@@ -300,11 +307,13 @@ def _statistics(device: str, case: Case, backend: str) -> tuple[dict[str, Run], 
     router = gate_of(logits, "softmax").to(logits.dtype) if case.storage == "probability" else logits
     weights, indices = torch.softmax(logits.float(), dim=1).topk(min(8, case.width), dim=1)
     weights = weights.to(logits.dtype)
+    attention = case.form == "attention"
+    received = torch.rand(len(logits), generator=generator).to(device) if attention else None
 
     def run(name: str) -> Run:
         def call() -> list[torch.Tensor]:
-            sums = new_statistics(case.width, device)
-            router_statistics(sums, router, indices, weights, kind=case.storage, backend=name)
+            sums = new_statistics(case.width, device, attention=attention)
+            router_statistics(sums, router, indices, weights, kind=case.storage, received=received, backend=name)
             return list(sums)
 
         return call

@@ -51,7 +51,8 @@ class Case:
     statistics: ``width`` is E); ``rank`` is that of the adapters, 0 without. ``storage`` names the formats of the
     weights, joined by "+". ``trains`` is what gets gradients: "nothing", "tokens" (and gate weights), or "weights".
     ``form`` names the activation ("swiglu" or "other") and what else decides which kernels run: "transposed", "bias",
-    "finish", joined by "+".
+    "finish", "energies" (of neurons, which a profile records), joined by "+". Router statistics have "attention" there
+    if the attention that tokens receive is recorded.
     """
 
     operation: str

@@ -44,7 +44,7 @@ from edgefed.moe.slots import (
     pack_into,
     typical_weight,
 )
-from edgefed.moe.units import LORA_SUFFIX, ExpertSource, TrainScope, check_tensors, copy_into
+from edgefed.moe.units import LORA_SUFFIX, Copy, ExpertSource, TrainScope, check_tensors, copy_into
 from edgefed.protocol.messages import NEURON_INDEX
 
 _LORA_PARTS = (".lora_a", ".lora_b")
@@ -68,6 +68,7 @@ class ExpertBank(nn.Module):
         merged: cache of merged experts of earlier rounds.
         offload: where weights are stored instead of ``device``: all unquantized ones in an `OffloadSpace`, those that
             are not trainable in an `ExpertStream`, if it streams this layer.
+        copy: copies what was read, or packed, to its place.
 
     Raises:
         CheckpointError: a unit does not fit the layer.
@@ -96,6 +97,7 @@ class ExpertBank(nn.Module):
         align: Align | None = None,
         merged: MergedCache | None = None,
         offload: OffloadSpace | ExpertStream | None = None,
+        copy: Copy = torch.Tensor.copy_,
     ):
         super().__init__()
         ordinal = layer.ordinal
@@ -111,6 +113,7 @@ class ExpertBank(nn.Module):
         self.lora_scale = scope.lora_scale if scope.experts == "lora" else None
         self._num_full = num_full = self.num_trainable if scope.experts == "full" else 0
         self._storage_format = storage
+        self._copy = copy
         self._first_packed = len(self.experts) if storage is None else num_full
         self.perturbation: Perturbation | None = None
         """While set, one slot appears moved."""
@@ -170,12 +173,12 @@ class ExpertBank(nn.Module):
                     shape = (value.shape[0], value.shape[1])
                     empty = functools.partial(self._empty_far, device)
                     self._set_packed(stack, empty_stack(self._storage_format, count, shape, value.dtype, empty))
-                pack_into(self._packed[stack], place, key, name, value)
+                pack_into(self._packed[stack], place, key, name, value, self._copy)
                 continue
             if name not in self._storage:
                 count = self.num_resident if is_adapter else self._first_packed if is_matrix else len(self)
                 self._storage[name] = self._empty(name, count, tuple(value.shape), value.dtype, device)
-            copy_into(key, name, self._storage[name][slot], value)
+            copy_into(key, name, self._storage[name][slot], value, self._copy)
             # .data gives the view its own version counter: an optimizer step on one expert is not a change of others.
             parameter = nn.Parameter(self._storage[name].data[slot], requires_grad=trainable)
             self.register_parameter(self._parameter_name(name, slot), parameter)

@@ -155,6 +155,35 @@ class _Buffers:
             torch.cuda.current_stream(self._device).wait_event(self._events[buffer])
 
 
+class StagedCopies:
+    """Copies to ``device`` by way of two pinned buffers that take turns: one is filled while the other is copied.
+
+    The copies are in the order of the current CUDA stream; only the calling thread waits, for a buffer to be free. Each
+    buffer has the size of the largest tensor so far.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._space = OffloadSpace(device, None)
+        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._events: list[torch.cuda.Event | None] = [None, None]
+
+    def __call__(self, target: torch.Tensor, value: torch.Tensor) -> None:
+        """Copy ``value``, on the CPU, into ``target``, on the device."""
+        size = value.numel() * value.element_size()
+        buffer, event = self._buffers.pop(0), self._events.pop(0)
+        if event is not None:
+            event.synchronize()
+        if len(buffer) < size:
+            buffer = self._space.empty((size,), torch.uint8)
+        host = buffer[:size].view(value.dtype).view(value.shape)
+        host.copy_(value)
+        target.copy_(host, non_blocking=True)
+        self._buffers.append(buffer)
+        is_gpu = self._device.type == "cuda"
+        self._events.append(torch.cuda.current_stream(self._device).record_event() if is_gpu else None)
+
+
 _Layers = Mapping[int, Sequence[torch.Tensor]]
 
 

@@ -77,15 +77,13 @@ class StatisticsRecorder:
         self._added[layer] += 1
         for start in range(0, num_tokens, size):
             if self._part_tokens or group == len(parts):
-                parts.append(_Part(new_statistics(num_experts, logits.device)))
+                parts.append(_Part(new_statistics(num_experts, logits.device, attention=received is not None)))
             part, rows = parts[-1 if self._part_tokens else group], slice(start, start + size)
-            router_statistics(part.sums, logits[rows], indices[rows], weights[rows], kind=kind)
+            router_statistics(
+                part.sums, logits[rows], indices[rows], weights[rows], kind=kind,
+                received=None if received is None else received[rows],
+            )  # fmt: skip
             part.num_tokens += len(logits[rows])
-            if received is not None:
-                per_pair = received[rows].to(part.sums.dtype).unsqueeze(1).expand_as(indices[rows])  # (t, K)
-                if part.attention is None:
-                    part.attention = part.sums.new_zeros(num_experts)
-                part.attention.index_add_(0, indices[rows].reshape(-1), per_pair.reshape(-1))
 
     def energies(self, layer: int, device: torch.device) -> torch.Tensor:
         """Return the accumulator (E, I) float32 of the neuron energies of a layer's next batch."""
@@ -126,9 +124,7 @@ class StatisticsRecorder:
         return [ActivationProfile(layers) for layers in zip(*rows, strict=True)]
 
     def _empty(self, layer: ExpertLayer) -> LayerProfile:
-        part = _Part(new_statistics(layer.num_experts))
-        part.attention = None if self.attention is None else part.sums.new_zeros(layer.num_experts)
-        return part.profile()
+        return _Part(new_statistics(layer.num_experts, attention=self.attention is not None)).profile()
 
 
 def _with_energy(profile: LayerProfile, energy: torch.Tensor, dtype: torch.dtype = torch.float64) -> LayerProfile:
@@ -137,17 +133,13 @@ def _with_energy(profile: LayerProfile, energy: torch.Tensor, dtype: torch.dtype
 
 @dataclasses.dataclass
 class _Part:
-    """Sums (6, E) of a layer over ``num_tokens`` tokens; ``attention`` (E,), what the tokens of each expert receive."""
+    """Router statistics of a layer over ``num_tokens`` tokens."""
 
     sums: torch.Tensor
     num_tokens: int = 0
-    attention: torch.Tensor | None = None
 
     def profile(self) -> LayerProfile:
-        profile = to_layer_profile(self.sums, self.num_tokens)
-        if self.attention is None:
-            return profile
-        return dataclasses.replace(profile, attention_sum=self.attention.to(device="cpu", dtype=torch.float64).numpy())
+        return to_layer_profile(self.sums, self.num_tokens)
 
 
 class LayerRuntime:

@@ -6,6 +6,7 @@
     expert       one expert, not quantized        one per batch that needs it
     layer        all experts of one layer (GPU:   one per pass; one in all if the batches run in lockstep
                  and the next, which loads
+                 by way of pinned buffers
                  while this one computes)
     all          all experts                      one
 
@@ -32,10 +33,13 @@ from edgefed.expert_records import ExpertPlan, Role
 from edgefed.kernels.masked_experts import Slots
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.bank import ExpertBank
+from edgefed.moe.expert_stream import StagedCopies
 from edgefed.moe.slots import StreamedSlots, check_storage
 from edgefed.moe.units import ExpertSource, TrainScope
 
 RESIDENCY = ("expert", "layer", "all")
+Load = Callable[..., ExpertBank]
+"""Loads a layer's experts."""
 _current: contextvars.ContextVar[_Turn | None] = contextvars.ContextVar("edgefed_lockstep", default=None)
 
 
@@ -151,11 +155,9 @@ def open_streams(
     plan = ExpertPlan.full([layer.num_experts for layer in layers], Role.FROZEN)
     banks: dict[int, ExpertBank] = {}
 
-    def load(layer: ExpertLayer) -> ExpertBank:
-        return ExpertBank(layer, plan, source, scope, device, storage)
-
+    load: Load = functools.partial(ExpertBank, plan=plan, source=source, scope=scope, device=device, storage=storage)
     if residency == "layer" and (device.type != "cpu" if ahead is None else ahead):
-        load = _LoadingAhead(layers, load, device)
+        load = _LoadingAhead(layers, functools.partial(load, copy=StagedCopies(device)), device)
 
     def slots_of(layer: ExpertLayer) -> Slots:
         pause()
@@ -174,7 +176,7 @@ class _LoadingAhead:
     The stream waits for the kernels launched before, which may use the memory of the layer that was dropped last.
     """
 
-    def __init__(self, layers: Sequence[ExpertLayer], load: Callable[[ExpertLayer], ExpertBank], device: torch.device):
+    def __init__(self, layers: Sequence[ExpertLayer], load: Load, device: torch.device):
         self._layers, self._load, self._device = layers, load, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "edgefed-load")

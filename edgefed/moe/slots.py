@@ -29,7 +29,7 @@ from edgefed.kernels.masked_experts import LastingSlots, LowRankPair, Slots, Slo
 from edgefed.kernels.quantization import QuantizedMatrix, dequantize_experts, quantize_experts
 from edgefed.moe.architecture import ExpertLayer, ExpertsModule
 from edgefed.moe.expert_reading import read_adapter, read_expert
-from edgefed.moe.units import ExpertSource, TrainScope
+from edgefed.moe.units import Copy, ExpertSource, TrainScope
 
 if TYPE_CHECKING:
     from edgefed.moe.bank import ExpertBank
@@ -327,7 +327,9 @@ def empty_stack(
     return QuantizedMatrix("nf4", packed, absmax, (count, rows, columns), BLOCKSIZE, dtype)
 
 
-def pack_into(stack: QuantizedMatrix, place: int, key: str, name: str, value: torch.Tensor) -> None:
+def pack_into(
+    stack: QuantizedMatrix, place: int, key: str, name: str, value: torch.Tensor, copy: Copy = torch.Tensor.copy_
+) -> None:
     """Quantize one matrix into position ``place`` of a stack, on the matrix's device.
 
     Raises CheckpointError if it does not fit the stack or cannot be quantized: because it has a non-finite value, or
@@ -341,6 +343,6 @@ def pack_into(stack: QuantizedMatrix, place: int, key: str, name: str, value: to
         packed = quantize_experts(value, stack.format, blocksize=BLOCKSIZE)
     except ValueError as error:
         raise CheckpointError(f"{name!r} of {key!r} cannot be stored as {stack.format}: {error}") from error
-    stack.packed[place].copy_(packed.packed)
+    copy(stack.packed[place], packed.packed)
     if stack.absmax is not None and packed.absmax is not None:
-        stack.absmax[place].copy_(packed.absmax)
+        copy(stack.absmax[place], packed.absmax)

@@ -334,9 +334,15 @@ def check_tensors(key: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping
             )
 
 
-def copy_into(key: str, name: str, target: torch.Tensor, value: torch.Tensor) -> None:
+Copy = Callable[[torch.Tensor, torch.Tensor], object]
+"""(target, value): copies a value into a tensor, like ``Tensor.copy_``."""
+
+
+def copy_into(
+    key: str, name: str, target: torch.Tensor, value: torch.Tensor, copy: Copy = torch.Tensor.copy_
+) -> None:  # fmt: skip
     """Copy a value in place. Raises CheckpointError if the dtypes differ, because a silent cast would lose bits."""
     if target.dtype != value.dtype:
         raise CheckpointError(f"{name!r} of {key!r} must be {target.dtype}; found {value.dtype}")
     with torch.no_grad():
-        target.copy_(value)
+        copy(target, value)

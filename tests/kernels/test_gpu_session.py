@@ -49,6 +49,10 @@ def test_every_stage_runs_on_the_cpu(tmp_path):
     assert {row["state"] for row in proofs} <= {"proved", "slower"}  # right, and of any speed in an emulator
     speed = named["speed", "olmoe nf4-20"]
     assert {"edgefed-cuda", "edgefed-reference", "grouped_mm"} <= speed["wall_ms"].keys()
+    profiles = {name: row for (stage, name), row in named.items() if stage == "profile"}
+    assert profiles["reference"]["host_waits"] >= 4  # one a layer, so that the count can fail
+    assert profiles["cuda"]["host_waits"] <= 1  # transformers' own, at the start of a pass
+    assert all(row["host_waits"] <= 1 for name, row in profiles.items() if name != "reference")
     assert named["round", "two devices, two rounds"]["status"] == [0, 0]
     again = session(tmp_path, "--rehearse")
     assert again.returncode == 0

@@ -159,6 +159,26 @@ def test_an_expert_masked_by_an_infinite_logit_adds_nothing():
     assert found[:, 3].eq(0).all()
 
 
+def test_attention_is_added_to_the_experts_of_each_token(backend):
+    gate, indices, weights = _batch(90, 8, 2, 0)
+    received = torch.rand(90, generator=torch.Generator().manual_seed(1))
+    found, without = new_statistics(8, attention=True), new_statistics(8)
+    for rows in (slice(0, 90), slice(0, 0), slice(10, 11)):
+        router_statistics(found, gate[rows], indices[rows], weights[rows], received=received[rows])
+        router_statistics(without, gate[rows], indices[rows], weights[rows])
+    expected = torch.zeros(8, dtype=torch.float64)
+    for token in (*range(90), 10):
+        for expert in indices[token].tolist():
+            expected[expert] += float(received[token])
+    record = to_layer_profile(found, 91)
+    np.testing.assert_allclose(record.attention_sum, expected.numpy(), rtol=1e-12)
+    assert torch.equal(found[:6], without)
+    assert to_layer_profile(without, 91).attention_sum is None
+    for sums, each in ((without, received), (found, None), (found, received[1:])):
+        with pytest.raises(ValueError, match=r"must be \("):
+            router_statistics(sums, gate, indices, weights, received=each)
+
+
 def test_an_index_out_of_range_is_an_error_and_adds_nothing(backend):
     gate, indices, weights = _batch(5, 4, 2, 0)
     statistics = new_statistics(4)

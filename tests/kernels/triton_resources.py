@@ -22,6 +22,7 @@ from edgefed.triton_kernels import (
     gate,
     grouped_matmul,
     grouped_outer,
+    neuron_energy,
     quantize,
     router_statistics,
     sort_pairs,
@@ -206,14 +207,22 @@ def other_variants() -> list[Variant]:
         add(
             f"router_statistics softmax E{slots}",
             router_statistics.router_statistics_kernel,
-            {"scores": "*fp32", "indices": "*i64", "weights": "*fp32", "partials": "*fp32", "num_tokens": "i32"},
-            {"E": slots, "EP": slots, "K": 8, "KIND": 1, "BT": max(min(router_statistics.MAX_TILE // slots, 32), 1)},
+            {name: "*fp32" for name in ("scores", "weights", "received", "partials")}
+            | {"indices": "*i64", "num_tokens": "i32"},
+            {
+                "E": slots,
+                "EP": slots,
+                "K": 8,
+                "KIND": 1,
+                "ROWS": 7,
+                "BT": max(min(router_statistics.MAX_TILE // slots, 32), 1),
+            },
         )
     add(
         "add_partials E64",
         router_statistics.add_partials_kernel,
         {"partials": "*fp32", "statistics": "*fp64", "num_programs": "i32"},
-        {"E": 64, "BE": 64},
+        {"E": 64, "ROWS": 7, "BE": 64},
         warps=2,
     )
     names = ("rows", "out", "grad", "rows_grad", "gate_up", "gate_up_grad", "hidden", "hidden_grad")
@@ -224,6 +233,14 @@ def other_variants() -> list[Variant]:
     add("swiglu_backward", gate.swiglu_backward_kernel, rows, {"NUM_SLOTS": 64, "WIDTH": 1024, "BI": 1024})
     add("swiglu", gate.swiglu_kernel, rows, {"NUM_SLOTS": 64, "WIDTH": 1024, "BI": 1024})
     add("column_sums", grouped_outer.column_sums_kernel, rows, {"N": 2048, "BN": 64, "BR": 32})
+    for format, code in grouped_matmul.FORMATS.items():
+        sums = rows | _OFFSETS | {"energy": "*fp32", "energy_offset": "*i64", "absmax": "*fp32", "group": "i32"}
+        sums["weight"] = ("*bf16", "*u8", "*i8")[code]
+        constants = {
+            "I": 1024, "H": 2048, "FORMAT": code, "TRANSPOSED": False, "SPLIT": format == "nf4", "BLOCKSIZE": 64,
+            "COMPUTE": tl.bfloat16, "BI": neuron_energy.NEURONS, "BR": neuron_energy.ROWS, "BH": neuron_energy.DEPTH,
+        }  # fmt: skip
+        add(f"neuron_energy {format}", neuron_energy.neuron_energy_kernel, sums, constants)
     stored = {"values": "*bf16", "absmax": "*fp32", "num_blocks": "i32"}
     blocks = {"BLOCKSIZE": 64, "BLOCKS": quantize.VALUES_PER_PROGRAM // 64}
     add("quantize nf4", quantize.quantize_nf4_kernel, stored | {"packed": "*u8"}, blocks)

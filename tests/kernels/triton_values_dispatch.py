@@ -59,12 +59,12 @@ def test_only_int8_refuses_weights_beyond_float16():
 
 def test_a_partial_block_is_an_error_by_name_and_falls_back_with_auto(caplog):
     weights = torch.randn(2, 7, 9, device=DEVICE)
-    with pytest.raises(ConfigError, match="whole number of blocks of 64"):
+    with pytest.raises(ConfigError, match="does not divide into blocks of 64"):
         quantize_experts(weights, "nf4", backend="triton")
     with caplog.at_level("INFO"):
         matrix = quantize_experts(weights, "nf4")
     assert "not triton: an expert of 63 weights does not divide into blocks" in caplog.text
-    with pytest.raises(ConfigError, match="whole number of blocks of 64"):
+    with pytest.raises(ConfigError, match="does not divide into blocks of 64"):
         dequantize_experts(matrix, backend="triton")
     assert torch.equal(dequantize_experts(matrix), dequantize_experts(matrix, backend="reference"))
 
@@ -111,3 +111,78 @@ def test_a_layer_is_that_of_the_reference(finish):
         results.append([output.detach(), hidden.grad, weights.grad[indices >= 0], dense.up.grad, dense.down.grad])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+ENERGY_LAYERS = {
+    "every format": dict(storages=("dense", "nf4", "int8", "nf4 nested", "dense"), hidden=64, width=64),
+    "half precision": dict(storages=("nf4", "dense", "int8"), hidden=64, width=64, dtype=torch.bfloat16),
+    "transposed": dict(storages=("dense", "nf4", "int8"), hidden=128, width=64, transposed=True, activation=F.relu),
+    "with a norm": dict(storages=("nf4", "dense"), hidden=64, width=64, finish=lambda rows: F.rms_norm(rows, (64,))),
+    "no multiple of a tile": dict(storages=("dense", "int8", "dense"), hidden=40, width=72, tokens=70),
+    "one expert, one token": dict(storages=("nf4",), hidden=64, width=64, tokens=1),
+}
+
+
+def energy_slot(storage, up_rows, width, hidden, dtype, transposed, generator) -> SlotWeights:
+    def matrix(*shape):
+        value = (torch.randn(shape, generator=generator) * shape[1] ** -0.5).to(dtype)
+        value = value.t().contiguous() if transposed else value
+        kind, _, nested = storage.partition(" ")
+        return value.to(DEVICE) if kind == "dense" else quantize_experts(value, kind, nested=bool(nested)).to(DEVICE)
+
+    return SlotWeights(matrix(up_rows, hidden), matrix(hidden, width))
+
+
+@pytest.mark.parametrize("layer", ENERGY_LAYERS)
+def test_neuron_energies_are_those_of_the_reference(layer):
+    form = ENERGY_LAYERS[layer]
+    num_tokens = form.get("tokens", 20)
+    storages, width, hidden = form["storages"], form["width"], form["hidden"]
+    dtype, activation = form.get("dtype", torch.float32), form.get("activation", swiglu)
+    generator = torch.Generator().manual_seed(0)
+    up_rows = 2 * width if activation is swiglu else width
+    transposed = form.get("transposed", False)
+    slots = [energy_slot(storage, up_rows, width, hidden, dtype, transposed, generator) for storage in storages]
+    num_slots = len(slots)
+    indices = torch.randint(-1, max(1, num_slots - 1), (num_tokens, 2), generator=generator).to(DEVICE)
+    indices[0] = 0  # and no token for the last slot of several
+    x = torch.randn(num_tokens, hidden, generator=generator).to(DEVICE, dtype)
+    weights = torch.rand(num_tokens, 2, generator=generator).to(DEVICE)
+    weights[indices < 0] = float("nan")
+    options = dict(activation=activation, is_transposed=transposed, finish=form.get("finish"))
+    energies, expected = (torch.zeros(num_slots, width, device=DEVICE) for _ in range(2))
+
+    def add(to, backend):
+        with torch.no_grad():
+            masked_experts(x, indices, weights, slots, backend=backend, neuron_energy=to.unbind(0), **options)
+
+    add(expected, "reference")
+    add(energies, "triton")
+    once = energies.clone()
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(once, expected, rtol=tolerance, atol=tolerance * float(expected.max()) / 10)
+    assert expected.max() > 0
+    assert num_slots == 1 or once[-1].eq(0).all()
+    add(energies, "triton")
+    assert torch.equal(energies, 2 * once), "energies accumulate, with the same bits from run to run"
+
+
+def test_energies_may_be_anywhere_and_their_shapes_are_checked():
+    generator = torch.Generator().manual_seed(0)
+    slots = [energy_slot("nf4", 128, 64, 64, torch.float32, False, generator) for _ in range(2)]
+    x, weights = torch.randn(5, 64, generator=generator).to(DEVICE), torch.ones(5, 2, device=DEVICE)
+    indices = torch.tensor([[0, 1]] * 5, device=DEVICE)
+
+    def run(energies, backend="triton"):
+        with torch.no_grad():
+            masked_experts(x, indices, weights, slots, activation=swiglu, backend=backend, neuron_energy=energies)
+        return energies
+
+    apart = [torch.zeros(64, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    expected = run([torch.zeros(64, dtype=torch.float64, device=DEVICE) for _ in range(2)], "reference")
+    for one, other in zip(run(apart), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"expected 2 accumulators of shape \(64,\), found 1"):
+        run(apart[:1])
+    with pytest.raises(ConfigError, match="energies must be contiguous, in float32 or float64"):
+        run(list(torch.zeros(64, 2, device=DEVICE).unbind(1)))

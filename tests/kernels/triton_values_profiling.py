@@ -17,8 +17,11 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @pytest.mark.parametrize("kind", GATE_KINDS)
-@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(70, 6, 2), (1, 64, 8), (50, 300, 2)])
-def test_statistics_equal_the_reference(monkeypatch, kind, num_tokens, num_experts, top_k):
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "attention"),
+    [(70, 6, 2, True), (1, 64, 8, False), (50, 300, 2, True), (3, 1, 1, True)],
+)
+def test_statistics_equal_the_reference(monkeypatch, kind, num_tokens, num_experts, top_k, attention):
     monkeypatch.setattr(module, "MAX_PROGRAMS", 3)  # so that a program has more than one tile of tokens
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(num_tokens, num_experts, generator=generator) * 3
@@ -27,10 +30,11 @@ def test_statistics_equal_the_reference(monkeypatch, kind, num_tokens, num_exper
     logits, indices, weights = logits.to(DEVICE), indices.to(DEVICE), weights.to(DEVICE)
     scores = gate_probabilities(logits, "softmax") if kind == "probability" else logits
     gate = gate_probabilities(scores, kind)
-    ours, expected = reference.new_statistics(num_experts, DEVICE), reference.new_statistics(num_experts, DEVICE)
+    ours, expected = (reference.new_statistics(num_experts, DEVICE, attention=attention) for _ in range(2))
+    received = torch.rand(num_tokens, generator=generator).to(DEVICE) if attention else None
     for _ in range(2):  # it accumulates
-        router_statistics(ours, scores, indices, weights, kind)
-        reference.router_statistics(expected, gate, indices, weights)
+        router_statistics(ours, scores, indices, weights, kind, received)
+        reference.router_statistics(expected, gate, indices, weights, received=received)
     assert torch.equal(ours[reference.TOKENS_PER_EXPERT], expected[reference.TOKENS_PER_EXPERT])
     torch.testing.assert_close(ours, expected, rtol=3e-6, atol=1e-7)
 
@@ -91,5 +95,5 @@ def test_every_code_and_every_midpoint_equals_the_reference():
 
 
 def test_a_partial_block_is_refused():
-    with pytest.raises(ValueError, match="whole number of blocks"):
+    with pytest.raises(ValueError, match="do not divide into blocks of 64"):
         quantize.quantize(torch.ones(1, 3, 50, device=DEVICE), "nf4")

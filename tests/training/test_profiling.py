@@ -132,11 +132,11 @@ def test_only_one_layer_is_resident_at_a_time(monkeypatch):
     made, alive = [], []
 
     class Watched(ExpertBank):
-        def __init__(self, *args):
+        def __init__(self, *args, **options):
             gc.collect()
             alive.append(sum(bank() is not None for bank in made))
             made.append(weakref.ref(self))
-            super().__init__(*args)
+            super().__init__(*args, **options)
 
     monkeypatch.setattr(lockstep, "ExpertBank", Watched)
     profile_blocks(model, blocks, MemorySource(units), ProfilePass("layer", "nf4", ROWS, 0))
