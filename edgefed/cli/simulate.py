@@ -14,7 +14,7 @@ from edgefed.progress import format_seconds
 
 if TYPE_CHECKING:
     from edgefed.cli.tables import FittedTable
-    from edgefed.simulation.result import SimulationResult
+    from edgefed.simulation.result import MethodRun, SimulationResult
     from edgefed.simulation.simulate import SimulationEvent
 
 
@@ -158,9 +158,15 @@ def render_methods(result: SimulationResult) -> FittedTable:
             row.append("never" if reached is None else format_seconds(reached))
         row += [
             f"{len(last.clients)} of {len(result.budgets)}",
-            format_bytes(round(sum(c.bytes_down for each in run.rounds for c in each.clients.values()))),
-            format_bytes(round(sum(c.bytes_up for each in run.rounds for c in each.clients.values()))),
+            format_bytes(round(sum(each.bytes_of("down") for each in run.rounds))),
+            format_bytes(round(sum(each.bytes_of("up") for each in run.rounds))) + _compressed(run),
             ", ".join(f"{part} {100 * parts[part] / total:.0f} %" for part in largest),
         ]
         table.add_row(*row)
     return table
+
+
+def _compressed(run: MethodRun) -> str:
+    """How much smaller the updates of a run were than whole ones; "" if they were not."""
+    ratios = [ratio for each in run.rounds if (ratio := each.traffic.get("upload_ratio"))]
+    return f" (1/{len(ratios) / sum(1 / ratio for ratio in ratios):.0f} of whole)" if ratios else ""

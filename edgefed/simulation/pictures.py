@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from edgefed.hardware.memory import GIB
 from edgefed.plots import COLOURS, DPI, legend_beside, new_figure, save_figure, set_loss_limits, tidy_axes
-from edgefed.simulation.result import MethodRun, SimulationResult
+from edgefed.simulation.result import LEDGER, WAYS, MethodRun, SimulationResult
 from edgefed.simulation.virtual_clock import PARTS
 
 if TYPE_CHECKING:
@@ -41,12 +41,13 @@ MOST_BARS = 16
 
 
 def save_pictures(folder: Path, result: SimulationResult) -> list[Path]:
-    """Write ``quality.png``, ``time.png``, ``budget.png`` and, where a method profiles, ``experts.png`` to ``folder``.
+    """Write ``quality.png``, ``time.png``, ``budget.png``, ``traffic.png`` and, if a method profiles, ``experts.png``.
 
     Returns the paths. A method without a finished round has no bars.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [(draw_quality, "quality.png"), (draw_time, "time.png"), (draw_budget, "budget.png")]
+    drawn = [(draw_quality, "quality.png"), (draw_time, "time.png"), (draw_budget, "budget.png"),
+             (draw_traffic, "traffic.png")]  # fmt: skip
     if any(run.usage for run in result.runs):
         drawn.append((draw_experts, "experts.png"))
     paths = []
@@ -154,6 +155,41 @@ def draw_budget(result: SimulationResult) -> Figure:
     return figure
 
 
+def draw_traffic(result: SimulationResult) -> Figure:
+    """Bytes of each round, down and up, and what compression left for later; a line a method."""
+    runs = [run for run in result.runs if run.rounds]
+    compressed = any(each.traffic.keys() & set(LEDGER) for run in runs for each in run.rounds)
+    figure: Figure = new_figure(12 if compressed else 9, 3.6)
+    panels = figure.subplots(1, 3 if compressed else 2, squeeze=False)[0]
+    for index, run in enumerate(runs):
+        rounds, look = (
+            [each.server_round for each in run.rounds],
+            {"color": COLOURS[index % len(COLOURS)], "marker": "o"},
+        )
+        for axes, way in zip(panels, WAYS, strict=False):
+            axes.plot(
+                rounds,
+                np.array([each.bytes_of(way) for each in run.rounds]) / 1e6,
+                label=run.label,
+                markersize=2.5,
+                linewidth=1.5,
+                **look,
+            )
+        for of, line in (("updates", "-"), ("step", ":")) if compressed else ():
+            shares = [100 * each.left(of) for each in run.rounds]
+            if not all(map(math.isnan, shares)):
+                label = f"{run.label}, {of}"
+                panels[-1].plot(rounds, shares, linestyle=line, label=label, markersize=2.5, linewidth=1.5, **look)
+    for axes, text in zip(panels, ("MB down", "MB up", "left for later, % of the L2 norm"), strict=False):
+        axes.set_xlabel("round", fontsize=9)
+        axes.set_ylabel(text, fontsize=9)
+        axes.set_ylim(bottom=0)
+        tidy_axes(axes)
+    legend_beside(panels[-1])
+    figure.suptitle(_title(result, "bytes of a round"), fontsize=10, x=0.01, ha="left")
+    return figure
+
+
 def draw_experts(result: SimulationResult) -> Figure:
     """Share of each device's tokens that each expert gets, of the first method that profiles; a row is a layer."""
     run = next(run for run in result.runs if run.usage)
@@ -231,7 +267,15 @@ def _wrapped(profile: str) -> str:
     return profile if len(words) < 3 else "-".join(words[:half]) + "-\n" + "-".join(words[half:])
 
 
-__all__: Sequence[str] = ("draw_budget", "draw_experts", "draw_quality", "draw_time", "save_pictures", "time_unit")
+__all__: Sequence[str] = (
+    "draw_budget",
+    "draw_experts",
+    "draw_quality",
+    "draw_time",
+    "draw_traffic",
+    "save_pictures",
+    "time_unit",
+)
 
 
 def save_comparison(path: Path, splits: Mapping[str, Mapping[str, Sequence[Outcome]]]) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import msgspec
 
+from edgefed.aggregator.metrics import LEFT
 from edgefed.disk import without_nan, write_durably
 from edgefed.errors import StateCorrupt
-from edgefed.simulation.virtual_clock import ClientTimes
+from edgefed.simulation.virtual_clock import ClientTimes, RoundWork
+
+Way: TypeAlias = Literal["down", "up"]
+WAYS: tuple[Way, ...] = ("down", "up")
+LEDGER = ("upload_ratio", *(name for names in LEFT.values() for name in names))
+"""Metrics of the aggregator about compression: uncompressed bytes per byte received, and L2 norms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,8 @@ class RoundResult:
         losses: Held-out loss by client.
         metrics: Results of the caller's own score.
         clients: What each client did.
+        traffic: ``bytes_up_KIND`` and ``bytes_down_KIND`` of all clients, as charged, and what compression saved and
+            left for later, as `LEDGER` names it.
     """
 
     server_round: int
@@ -66,6 +74,16 @@ class RoundResult:
     losses: Mapping[str, float]
     metrics: Mapping[str, float]
     clients: Mapping[str, ClientRound]
+    traffic: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def bytes_of(self, way: Way) -> float:
+        """Bytes that clients sent or received, as charged."""
+        return sum(client.bytes_up if way == "up" else client.bytes_down for client in self.clients.values())
+
+    def left(self, of: str) -> float:
+        """Share of the L2 norm that was left for later, of the "updates" or of the model's "step"; NaN if unknown."""
+        part, whole = (self.traffic.get(name, 0.0) for name in LEFT[of])
+        return part / whole if whole else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +150,19 @@ class SimulationResult:
         if self.target_loss is not None:
             data["seconds_to_target"] = {run.label: run.seconds_to(self.target_loss) for run in self.runs}
         return data
+
+
+def round_traffic(
+    works: Iterable[RoundWork], charged_bytes: Callable[[Mapping[str, int]], float], metrics: Mapping[str, float]
+) -> dict[str, float]:
+    """`RoundResult.traffic`. ``metrics``: the aggregator's of the round."""
+    sizes: dict[str, float] = {}
+    for work in works:
+        for way, parts in (("down", work.down), ("down", work.waiting_down), ("up", work.up)):
+            for kind, size in parts.items():
+                name = f"bytes_{way}_{kind}"
+                sizes[name] = sizes.get(name, 0.0) + charged_bytes({kind: size})
+    return sizes | {name: metrics[name] for name in LEDGER if name in metrics}
 
 
 class SavedRound(msgspec.Struct):

@@ -36,7 +36,7 @@ from edgefed.simulation.device_rates import Calibration, CostShape, device_rates
 from edgefed.simulation.evaluation import GlobalEvaluator
 from edgefed.simulation.in_process import InProcessAggregator, describe_update
 from edgefed.simulation.ray_engine import RayEngine, RoundView
-from edgefed.simulation.result import ClientRound, MethodRun, RoundResult, SavedRound, mean_loss
+from edgefed.simulation.result import ClientRound, MethodRun, RoundResult, SavedRound, mean_loss, round_traffic
 from edgefed.simulation.simulated_client import SimulatedClient, TrainedRound
 from edgefed.simulation.simulated_device import CountingFetch, CountingProgress, SharedModel, SimulatedCosts
 from edgefed.simulation.virtual_clock import (
@@ -172,12 +172,12 @@ class SimulatedRun:
             return None
         span, times = self._pass_time(aggregator, server_round, done)
         losses, accuracy, metrics = self._evaluate(aggregator, server_round + 1)
-        clients = {
-            client.device.name: self._client_round(found, span, client.device.name) for client, found in done.items()
-        }
+        known = aggregator.active.store.history()[-1].metrics
         result = RoundResult(
             server_round=server_round, ends=span.ends, aggregation=span.aggregation, slowest=span.slowest,
-            loss=mean_loss(losses), accuracy=accuracy, losses=losses, metrics=metrics, clients=clients,
+            loss=mean_loss(losses), accuracy=accuracy, losses=losses, metrics=metrics,
+            clients={it.device.name: self._client_round(found, span, it.device.name) for it, found in done.items()},
+            traffic=round_traffic([found.work for found in done.values()], self._costs.charged_bytes, known),
         )  # fmt: skip
         SavedRound(result, times, refused).write(path)
         return result

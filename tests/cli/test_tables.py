@@ -107,7 +107,7 @@ def simulation():
     def ended(number, loss):
         return RoundResult(
             server_round=number, ends=1140.0 * number, aggregation=1.0, slowest="phone", loss=loss, accuracy=0.31,
-            losses={}, metrics={}, clients={"phone": span} if number else {},
+            losses={}, metrics={}, clients={"phone": span} if number else {}, traffic={"upload_ratio": 36.0},
         )  # fmt: skip
 
     runs = tuple(

@@ -244,11 +244,31 @@ def test_a_folder_of_something_else_is_refused(texts, tmp_path, reference):
 def test_pictures_show_something(reference, tmp_path):
     result = dataclasses.replace(reference[0], target_loss=reference[0].run("flux").rounds[0].loss)
     paths = save_pictures(tmp_path, result)
-    assert [path.name for path in paths] == ["quality.png", "time.png", "budget.png", "experts.png"]
+    assert [path.name for path in paths] == ["quality.png", "time.png", "budget.png", "traffic.png", "experts.png"]
     for path in paths:
         with Image.open(path) as image:
             assert min(image.size) > 200
             assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_the_ledger_of_compression_is_in_rounds_and_pictures(texts, tmp_path):
+    fleet = tuple(device(texts, name, "rtx-4090") for name in ("fast", "slow"))
+    changes = {"compression": "topk3", "download_compression": "int4", "fleet": fleet, "cost_shape": None}
+    result = simulate(config(texts, "fedavg", **changes), tmp_path / "out")
+    first, last = result.run("fedavg").rounds
+    for each in (first, last):
+        assert each.traffic["upload_ratio"] > 60
+        assert 0 < each.left("updates") < 1
+        for way in ("down", "up"):
+            sizes = [size for name, size in each.traffic.items() if name.startswith(f"bytes_{way}_")]
+            assert 0 < sum(sizes) == pytest.approx(each.bytes_of(way))
+    assert 0 < first.left("step") < 0.5
+    assert math.isnan(last.left("step")), "the last step enters whole"
+    assert last.bytes_of("down") < first.bytes_of("down") / 8
+    assert json.loads((tmp_path / "out" / RESULT_FILE).read_text())["runs"][0]["rounds"][0]["traffic"] == first.traffic
+    wide = next(path for path in save_pictures(tmp_path, result) if path.name == "traffic.png")
+    with Image.open(wide) as image:
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
 
 
 def test_the_command_says_what_is_wrong(tmp_path):
