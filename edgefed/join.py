@@ -68,6 +68,8 @@ class JoinConfig:
     stream_experts: str = "auto"
     private: str = "none"
     """"adapter": train an adapter that never leaves this device (`edgefed.trainer.private_part`)."""
+    lora_rank: int | None = None
+    """Rank of the adapters; None: that of the run, or what memory has room for (`edgefed.protocol.ranks`)."""
     task: str | None = None
     """"images" or "text": take part with a model of one's own (FedMoE), ``model``; None: train the server's model."""
     model: str | None = None
@@ -91,7 +93,7 @@ class JoinConfig:
         """What the owner allows."""
         return DeviceLimits(
             self.expert_share, self.compute_share, self.profile_storage, self.expert_storage, self.stream_experts,
-            self.private,
+            self.private, self.lora_rank,
         )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ from edgefed.protocol.frames import (
     widen,
 )
 from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, Manifest, TensorInfo, UnitInfo
+from edgefed.protocol.ranks import is_factor
 from edgefed.protocol.slices import UnitSlice, neuron_table
 from edgefed.protocol.trainer import TrainedUpdate
 
@@ -239,6 +240,8 @@ def _with_base(
     if tensor not in places:
         return _Tensor(name, header[name])
     base, (old_path, old), residual = map_tensor(base_path, places[tensor]), residuals, None
+    if is_factor(tensor):
+        base = base[tuple(map(slice, header[name].info.shape))]  # of a device of a smaller rank, the leading part
     if old_path is not None and name in old:
         if problem := _residual_problem(name, old, header[name].info):
             damaged[name] = problem

@@ -109,7 +109,7 @@ class Delivery:
         return UpdateMeta(
             client_id=record.client_id, server_round=record.server_round, attempt=record.attempt, sha256=sha256,
             size_bytes=size_bytes, num_examples=trained.num_examples, num_tokens=trained.num_tokens,
-            experts=trained.experts, metrics=finite, survey=trained.survey,
+            experts=trained.experts, metrics=finite, survey=trained.survey, lora_rank=trained.lora_rank,
         )  # fmt: skip
 
     def resume(self) -> Delivered:

@@ -13,11 +13,17 @@ conditioned: of a LoRA adapter A is large and B begins at 0, and AdamW's steps h
 equal singular values in both factors would change how fast an adapter learns. Directions without a singular value keep
 a row in A, so that they can learn.
 
+Where clients may have smaller ranks (`edgefed.protocol.ranks`), factors are ordered by singular value: the leading r
+rows of A and columns of B are the best adapter of each rank r from the smallest one on, so that a client takes a slice.
+The rows of A are then orthogonal and have the root mean square length of those of the mean. Within the smallest rank
+they are turned towards that, beyond it only their signs are free.
+
 float64, contributors in the order that is given, so results are the same on every run of one machine.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -40,13 +46,14 @@ def factor_pairs(tensors: Sequence[TensorInfo]) -> list[tuple[str, str]]:
 
 
 def average_products(
-    contributions: Iterable[tuple[float | np.ndarray, np.ndarray, np.ndarray]],
+    contributions: Iterable[tuple[float | np.ndarray, np.ndarray, np.ndarray]], smallest_rank: int = 0
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The factors (out, R) and (R, in), float64, of the best rank-R approximation of the weighted sum of products.
 
     ``contributions``: (weight, B (out, R), A (R, in)), taken one by one; a weight is a number or (out,), and the
-    weights sum to 1. Memory is that of a few whole weights at most. None if the input size is smaller than R, where the
-    rows of A cannot be independent.
+    weights sum to 1. ``smallest_rank``: the leading factors are the best of each rank from this one on; 0: only all R
+    are. Memory is that of a few whole weights at most. None if the input size is smaller than R, where the rows of A
+    cannot be independent.
     """
     lefts: list[np.ndarray] = []
     rights: list[np.ndarray] = []
@@ -68,6 +75,26 @@ def average_products(
     rows = vectors_right[:rank] @ basis_right.T
     columns = np.zeros((len(basis_left), rank))
     columns[:, :found] = basis_left @ (vectors_left[:, :found] * values[:found])
+    if smallest_rank:
+        return _ordered(columns, rows, mean_a, smallest_rank)
     turn, scales, turn_back = np.linalg.svd(mean_a @ rows.T)
     scales = np.maximum(scales, SMALLEST_SCALE * scales[0]) if scales[0] > 0 else np.ones(rank)
     return (columns @ turn_back.T / scales) @ turn.T, (turn * scales) @ (turn_back @ rows)
+
+
+def _ordered(
+    columns: np.ndarray, rows: np.ndarray, mean_a: np.ndarray, smallest_rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of ``columns`` (out, R) times orthonormal ``rows`` (R, in), by descending singular value, in that order.
+
+    The first ``smallest_rank`` rows of A are turned to be nearest to those of ``mean_a`` (R, in), the others flipped.
+    """
+    rank = len(rows)
+    lora_b, lora_a = np.empty_like(columns), np.empty_like(rows)
+    scale = float(np.linalg.norm(mean_a)) / math.sqrt(rank) or 1.0
+    bounds = [0, *range(min(smallest_rank, rank), rank), rank]
+    for part in map(slice, bounds, bounds[1:]):
+        left, _, right = np.linalg.svd(mean_a[part] @ rows[part].T)
+        lora_a[part] = scale * (left @ right) @ rows[part]
+        lora_b[:, part] = columns[:, part] @ (left @ right).T / scale
+    return lora_b, lora_a

@@ -20,6 +20,7 @@ import msgspec
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.fold import FoldCancelled, Robustness, default_threads, fold_round
 from edgefed.aggregator.privacy import GaussianNoise, client_norms, private_plan
+from edgefed.aggregator.ranks import widen_update
 from edgefed.aggregator.records import UpdateRecord
 from edgefed.aggregator.repair import Repairs
 from edgefed.aggregator.robust import MIN_CLIENTS, absurd_moves, clip_factors, find_rule, measure_moves
@@ -129,19 +130,27 @@ def _aggregate(
     )
     if damaged:
         logger.error("the round goes on without %d damaged units: %s", len(damaged), ", ".join(damaged[:4]))
+    current = {unit.sha256 for unit in units}  # checked, but for the damaged ones
     for update in updates:
-        if update.server_round < how.server_round and update.client_id not in set_aside:
-            base = how.model(update.server_round)
-            rebasing = Rebasing(
-                None if base is None else base.units, units, how.server_round - update.server_round, damaged
-            )
-            rebased.mkdir(exist_ok=True)
-            path = rebased / update.file_name
-            try:
-                rebase_update(paths[update.client_id], path, rebasing, how.blobs, how.backend)
+        late, rank = how.server_round - update.server_round, rank_of(update)
+        if update.client_id in set_aside or not (late > 0 or rank):
+            continue
+        model = how.model(update.server_round) if late > 0 else None
+        base = units if late <= 0 else None if model is None else model.units
+        rebased.mkdir(exist_ok=True)
+        try:
+            if rank:
+                path = rebased / f"{update.file_name}.wide"
+                widen_update(paths[update.client_id], path, rank, base, how.blobs, current, damaged)
                 paths[update.client_id] = path
-            except BaseLost as error:
-                set_aside[update.client_id] = str(error)
+            if late > 0:
+                path = rebased / update.file_name
+                rebase_update(
+                    paths[update.client_id], path, Rebasing(base, units, late, damaged), how.blobs, how.backend
+                )
+                paths[update.client_id] = path
+        except BaseLost as error:
+            set_aside[update.client_id] = str(error)
     while True:
         counted = [update for update in updates if update.client_id not in set_aside]
         if not counted:
@@ -162,7 +171,7 @@ def _aggregate(
             stepping = Stepping(
                 *(how.optimizer, how.moments(how.server_round)), how.policy.step_limits(how.server_round)
             )  # fmt: skip
-            traffic = sent_bytes(units, [folder / update.file_name for update in counted])
+            traffic = sent_bytes(units, {folder / update.file_name: rank_of(update) for update in counted})
             changed = fold_round(
                 *(units, plan, files, how.blobs, how.backend),
                 robustness=robustness,
@@ -225,6 +234,11 @@ def undo_round(
     )
 
 
+def rank_of(update: UpdateRecord) -> int:
+    """Rank of the adapters in an update; 0: that of the run."""
+    return 0 if update.meta is None else update.meta.lora_rank
+
+
 def within_claims(update: UpdateRecord, num_examples: int, training: TrainingConfig, rounds: int) -> UpdateRecord:
     """An update with at most the examples that its client registered, and a held-out loss only if its round evaluates.
 
@@ -248,8 +262,9 @@ def resist(
     ``left_out``: keys of units that are not looked at.
     """
     rule, products = find_rule(how.policy.robust), how.policy.adapter_average == "product"
+    averaging = {"products": products, "smallest_rank": how.training.min_lora_rank}
     if how.policy.clip is None:
-        return Robustness({}, rule.combine, rule.min_clients, products=products), {}
+        return Robustness({}, rule.combine, rule.min_clients, **averaging), {}
     moves = measure_moves(
         units, files, how.blobs, how.backend, threads=how.threads or default_threads(), cancelled=how.cancelled,
         left_out=left_out,
@@ -261,7 +276,7 @@ def resist(
             "client %s: %d parts changed more than %g times the median and are shortened, the farthest to %.3g",
             *(client_id[:8], len(of_client), how.policy.clip, min(of_client)),
         )
-    return Robustness(factors, rule.combine, rule.min_clients, products=products), absurd_moves(moves)
+    return Robustness(factors, rule.combine, rule.min_clients, **averaging), absurd_moves(moves)
 
 
 def privately(

@@ -23,6 +23,7 @@ from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.store import DATABASE_NAME, LOCK_NAME, Store, has_run, write_database
 from edgefed.disk import FolderLock, disk_errors, make_private, read_ranges, sync_folder
 from edgefed.errors import CheckpointError, ConfigError
+from edgefed.methods.registry import check_ordered
 from edgefed.protocol.frames import (
     FLOAT_DTYPES,
     NAME_SEPARATOR,
@@ -195,6 +196,8 @@ def change_policy(store: Store, changes: Mapping[str, object]) -> RoundPolicy:
     policy = dataclasses.replace(before, **changes)  # type: ignore[arg-type]  # checked next
     policy.check()
     find_rule(policy.robust)
+    if policy.adapter_average == "product":
+        check_ordered(store.run, policy.max_staleness, policy.download_compression)
     if policy != before:
         store.save_policy(policy)
         for name in changes:

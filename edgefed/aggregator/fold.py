@@ -53,7 +53,8 @@ class Robustness:
     ``factors`` {(client_id, unit key): f}: x is taken as g + f (x - g), where g is the current value. ``combine``:
     (n, m) -> (m,), taken in place of the weighted mean where n >= ``min_clients``. ``make_noise`` makes what draws
     noise for one thread, n -> (n,); every element of a planned unit gets some, also where no client has sent it.
-    ``products``: adapters are averaged as products (`edgefed.aggregator.adapter_products`).
+    ``products``: adapters are averaged as products (`edgefed.aggregator.adapter_products`), ordered for clients of a
+    rank from ``smallest_rank`` on if that is not 0.
     """
 
     factors: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
@@ -61,6 +62,7 @@ class Robustness:
     min_clients: int = 1
     make_noise: Callable[[], Callable[[int], np.ndarray]] | None = None
     products: bool = False
+    smallest_rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,11 +219,11 @@ def _product_means(
     old: Mapping[str, TensorEntry], scratch: _Scratch,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The factors of adapters whose product is the mean of the clients' products, (n,) by the tensor's name."""
-    infos = {info.name: info for info in unit.tensors}
+    infos, smallest = {info.name: info for info in unit.tensors}, scratch.robustness.smallest_rank
     means: dict[str, np.ndarray] = {}
     for name_b, name_a in factor_pairs(unit.tensors):
         sources, keep = found[name_b]
-        if len(sources) + (keep is not None and bool(keep.any())) < 2:
+        if len(sources) + (keep is not None and bool(keep.any())) < (1 if smallest else 2):
             continue  # one contributor's factors are those of the mean
 
         def factor(name: str, source: _Source | None) -> np.ndarray:
@@ -231,7 +233,8 @@ def _product_means(
             (s.share, s, s_a) for s, s_a in zip(sources, found[name_a][0], strict=True)
         ]
         parts += [(keep.astype(np.float64), None, None)] if keep is not None and keep.any() else []
-        if mean := average_products((share, factor(name_b, s), factor(name_a, s_a)) for share, s, s_a in parts):
+        pairs = ((share, factor(name_b, s), factor(name_a, s_a)) for share, s, s_a in parts)
+        if mean := average_products(pairs, smallest):
             means |= {name: each.reshape(-1) for name, each in zip((name_b, name_a), mean, strict=True)}
     return means
 
@@ -312,13 +315,9 @@ def _tensor_chunks(
 
 
 def _table_chunks(
-    info: TensorInfo,
-    sources: Sequence[_Source],
-    keep_rows: np.ndarray,
-    old_path: Path,
-    old: TensorEntry,
+    info: TensorInfo, sources: Sequence[_Source], keep_rows: np.ndarray, old_path: Path, old: TensorEntry,
     scratch: _Scratch,
-) -> Iterator[memoryview]:
+) -> Iterator[memoryview]:  # fmt: skip
     """As `_tensor_chunks`, for a neuron table of which each source has some rows."""
     dtype = storage_dtype(info.dtype)
     num_rows, columns = info.shape

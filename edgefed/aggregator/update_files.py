@@ -10,7 +10,7 @@ import dataclasses
 import io
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from edgefed.disk import disk_errors
 from edgefed.kernels.compression import CODECS, LARGEST_BLOCK, Codec, decode
 from edgefed.protocol.frames import TensorEntry, read_header, split_update_name, tensor_size_bytes, update_name
 from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, TensorInfo, UnitInfo
+from edgefed.protocol.ranks import with_rank
 from edgefed.protocol.slices import are_rows, neuron_table
 
 MAX_OPEN_FILES = 64
@@ -116,14 +117,16 @@ def values_info(
 KINDS = {"expert": "experts", "router": "routers", "dense": "dense"}
 
 
-def sent_bytes(units: Sequence[UnitInfo], paths: Iterable[Path]) -> dict[str, float]:
+def sent_bytes(units: Sequence[UnitInfo], ranks: Mapping[Path, int]) -> dict[str, float]:
     """Metrics of a round: bytes received per kind of unit, and how many of them are encoded changes.
 
-    ``upload_ratio``: uncompressed bytes per byte received; only if some are encoded.
+    ``ranks`` {path of an update: rank of its adapters, 0 for that of ``units``}. ``upload_ratio``: uncompressed bytes
+    per byte received; only if some are encoded.
     """
-    by_key, sums, total, saved = {unit.key: unit for unit in units}, Counter[str](), 0, 0
-    for path in paths:
-        header = read_header(path)
+    of_rank = {rank: {unit.key: unit for unit in with_rank(units, rank)} for rank in set(ranks.values())}
+    sums, total, saved = Counter[str](), 0, 0
+    for path, rank in ranks.items():
+        header, by_key = read_header(path), of_rank[rank]
         for name, entry in header.items():
             key, _, codec = split_update_name(name)
             kind = "adapters" if key.endswith(":lora") else KINDS[by_key[key].kind]

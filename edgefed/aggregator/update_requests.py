@@ -29,6 +29,7 @@ from edgefed.errors import (
 from edgefed.progress import IDLE_PHASE
 from edgefed.protocol.alternation import sent_units
 from edgefed.protocol.messages import UnitInfo, UpdateAccepted, UpdateMeta, UploadState
+from edgefed.protocol.ranks import rank_problem, with_rank
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,9 @@ class UpdateRequests:
             found, _ = hash_file(path)
             if found != meta.sha256:
                 raise ChecksumMismatch(f"what arrived has SHA-256 {found}, the update has {meta.sha256[:64]!r}")
+            if problem := rank_problem(meta.lora_rank, run.config.training):
+                raise InvalidUpdate(f"lora_rank {problem}")
+            units = with_rank(units, meta.lora_rank)
             validate_update(path, meta, units, run.store.experts_per_layer, run.backend, run.claim_limits)
         except ProtocolError as refusal:
             self._discard(name, refusal)

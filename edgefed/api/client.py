@@ -125,6 +125,11 @@ class Client:
         Setting("Also train a private part: an adapter of the attention that never leaves this device. Exports of its "
                 "`state` include it."),
     ] = "none"  # fmt: skip
+    lora_rank: Annotated[
+        int | None,
+        Setting("Rank of the LoRA adapters on this device, in a run that allows smaller ones than its own.",
+                default="the run's, or what memory has room for", minimum=1),
+    ] = None  # fmt: skip
     held_out: Annotated[str | float, Setting("Share of the records held out for evaluation, or 0.")] = "10%"
     final_evaluation: Annotated[
         Literal["auto", "always", "never"],
@@ -169,6 +174,8 @@ class Client:
                 f"`private` has no effect with `task={self.task}`: the whole model is private",
                 remedy="Remove one of them.",
             )
+        if self.lora_rank and self.task:
+            raise ConfigError(f"`lora_rank` has no effect with `task={self.task}`: no adapters", remedy="Remove it.")
         if self.resize and self.task != "images":
             raise ConfigError("`resize` needs `task=images`", remedy="Set `task=images`, or remove `resize`.")
         if self.fields and self.task in ("images", "text"):
@@ -333,6 +340,7 @@ class Client:
             profile_storage=self.profile_storage,
             stream_experts=self.stream_experts,
             private=self.private,
+            lora_rank=self.lora_rank,
             held_out_share=parse_share(self.held_out, "held_out", zero=True),
             fields=self.fields,
             task=self.task,

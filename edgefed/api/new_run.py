@@ -27,8 +27,8 @@ DEFAULT_EXTRACTOR = "cnn5"
 DEFAULT_DELTA = 1e-5
 TRAINING = (
     "train_experts", "train_router", "train_attention", "lora_rank", "lora_alpha", "lora_scaling", "local_steps",
-    "round_seconds", "batch_size", "sequence_length", "learning_rate", "schedule", "warmup_rounds", "max_grad_norm",
-    "weight_decay", "balancing", "missing", "profile_tokens", "profile_agreement", "evaluation_tokens",
+    "min_lora_rank", "round_seconds", "batch_size", "sequence_length", "learning_rate", "schedule", "warmup_rounds",
+    "max_grad_norm", "weight_decay", "balancing", "missing", "profile_tokens", "profile_agreement", "evaluation_tokens",
     "evaluation_share", "evaluate_every", "keep_optimizer",
 )  # fmt: skip
 """Settings of the training of a language model."""
@@ -59,7 +59,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
     from edgefed.embedded import TINY, resolve_model
     from edgefed.hub import check_source
     from edgefed.methods.pace import check_pace
-    from edgefed.methods.registry import check_alternation, check_training, make_method
+    from edgefed.methods.registry import check_alternation, check_ordered, check_ranks, check_training, make_method
     from edgefed.progress import Pulse
     from edgefed.protocol.messages import RunConfig
     from edgefed.runs import import_in_subprocess
@@ -90,6 +90,7 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
     if problems := training.problems(rounds):
         raise ConfigError("; ".join(problems))
     check_alternation(method, training, server.max_staleness or 0)
+    check_ranks(method, training)
     if {training.experts, training.router, training.attention} == {"none"}:
         raise ConfigError("nothing would be trained: experts, router and attention are all none")
     run = RunConfig(
@@ -107,6 +108,8 @@ def create_run(server: Server, report: Callable[[str], None]) -> RunConfig:
         pace=server.pace or 0.0,
     )
     policy = _policy(server, run.rounds)
+    if policy.adapter_average == "product":
+        check_ordered(run, policy.max_staleness, policy.download_compression)
     if run.privacy is not None:
         policy = check_private(server, run.privacy, method, policy)
     if note := "" if method.personal else check_source(source):
@@ -336,11 +339,14 @@ def check_not_robust(server: Server) -> None:
 def _compression(server: Server) -> str:
     """`RunConfig.compression`. Raises ConfigError as `check_codec`.
 
-    "auto" leaves the codec to the clients, unless a robust rule needs dense changes: then it is int8.
+    "auto" leaves the codec to the clients, unless a robust rule needs dense changes: then it is int8. By default it is
+    none where factors of two rounds do not compare (`check_ranks`).
     """
     requested = server.compression or "auto"
     if requested == "auto" and _is_robust(server):
         return "int8"
+    if server.compression is None and server.min_lora_rank and server.adapter_average == "product":
+        return "none"
     check_codec(server, requested)
     return requested
 

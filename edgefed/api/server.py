@@ -189,6 +189,11 @@ class Server:
     train_router: Annotated[TrainMode | None, Setting("How routers are trained.", default="full")] = None
     train_attention: Annotated[TrainMode | None, Setting("How attention weights are trained.", default="none")] = None
     lora_rank: Annotated[int | None, Setting("Rank of LoRA adapters.", default="8", minimum=1)] = None
+    min_lora_rank: Annotated[
+        int | None,
+        Setting("Smallest rank that a device may have, by its `lora_rank` or where memory is short.",
+                default="all have `lora_rank`", minimum=1),
+    ] = None  # fmt: skip
     lora_alpha: Annotated[float | None, Setting("Alpha of LoRA adapters.", default="16", above=0)] = None
     lora_scaling: Annotated[
         Literal["standard", "rank_stabilized"] | None,

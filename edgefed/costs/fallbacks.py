@@ -12,6 +12,9 @@ in order, since they change neither loss nor gradients (8-bit moments: barely). 
 all combinations of the others the one of least expected loss (`edgefed.costs.price`): frozen experts in INT8 or NF4, a
 shorter context, fewer trainable, and fewer resident experts or narrower slices.
 
+Where the run allows smaller ranks of adapters, `fit` does all this for each of them, and takes one only if the plan is
+then expected to lose less; in the middle of a round the rank stays.
+
 `next_fallback` takes one more step down that frees memory, in the order above; the memory guard calls it in the middle
 of a round.
 
@@ -73,6 +76,25 @@ class Fallback:
 
 
 def fit(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[StepPlan, list[Fallback]]:
+    """As `fit_rank`, for the adapters' rank that ``wanted`` has, or a smaller one if that makes a better plan."""
+    best: StepPlan | None = None
+    for rank in (wanted.setup.lora_rank, *search.smaller_ranks):
+        try:
+            own = dataclasses.replace(wanted, setup=dataclasses.replace(wanted.setup, lora_rank=rank))
+            found, _ = fit_rank(search, own, usable_bytes)
+        except BudgetTooSmall:
+            if best is None and rank == min((rank, *search.smaller_ranks)):
+                raise
+            continue
+        if best is None or WORTH * search.cost(found) < search.cost(best):
+            best = found
+        if search.cost(own) >= search.cost(best):  # smaller ranks cost more than all that they could save
+            break
+    assert best is not None, "the smallest rank fits, or raises"
+    return best, _path(search, wanted, best)
+
+
+def fit_rank(search: FallbackSearch, wanted: StepPlan, usable_bytes: int) -> tuple[StepPlan, list[Fallback]]:
     """The best step plan that fits into ``usable_bytes``, at most ``wanted``, and the fallbacks that lead to it.
 
     A fallback that has no effect beside later ones is undone: a shorter sequence does not help where the optimizer is
@@ -186,7 +208,7 @@ def next_fallback(search: FallbackSearch, step_plan: StepPlan, missing_bytes: in
 def _together(search: FallbackSearch, step_plan: StepPlan, goal: int) -> Fallback | None:
     """The fallbacks that bring ``step_plan`` to ``goal`` bytes, or to the smallest plan, as one; None if none helps."""
     try:
-        found, path = fit(search, step_plan, goal)
+        found, path = fit_rank(search, step_plan, goal)
     except BudgetTooSmall:
         setups = [setup for _, setup, _ in _setup_fallbacks(search, step_plan.setup)]
         setup = setups[-1] if setups else step_plan.setup
@@ -293,6 +315,9 @@ def _path(search: FallbackSearch, wanted: StepPlan, found: StepPlan) -> list[Fal
         taken.append(_fallback(name, other, max(0, need - after), sentence, keeps_plan=keeps_plan))
         at, need = other, after
 
+    if found.setup.lora_rank < wanted.setup.lora_rank:
+        other = dataclasses.replace(at, setup=_with_field_of(at.setup, found.setup, "lora_rank"))
+        step("smaller rank", other, search.rank_note(other), False)
     for name, setup, sentence in _setup_fallbacks(search, wanted.setup):
         field = _FIELD_OF[name]
         value, reached = getattr(setup, field), getattr(found.setup, field)

@@ -5,6 +5,7 @@ The price of a plan is in nats per token above a device that holds every expert 
     price = F q^P                        left out: experts, or neurons of experts
           + S f                          quantized: frozen experts in INT8 or NF4
           + G (1 - g^A)                  untrained: what training fewer experts gains less
+          + G k log2(R / r)              rank: adapters of rank r instead of R
           + G h log2(L / l)              context: sequences of l instead of L tokens
 
     q   mean over layers of the share of routed tokens whose expert is not resident; with slices, of the square roots of
@@ -44,6 +45,8 @@ TRAINED_POWER = 0.41
 """A."""
 ADAPTERS = 0.76
 """Share of that gain with adapters of all experts."""
+RANK_HALVING = 0.05
+"""k: share of G that each halving of the rank of adapters costs."""
 HALVING = 0.26
 """h: share of G that each halving of the sequences costs."""
 
@@ -65,12 +68,14 @@ class LossPrice:
         sequence_length: L, tokens of a block as the run asks for.
         neurons: (E, I) per layer, share of the layer's root energy of each neuron; () without a profile that has them.
         slices: The method's plans have slices. Before there is a profile, plans of whole experts stand for them.
+        lora_rank: R, rank of adapters as the run asks for; 0: any rank costs nothing.
     """
 
     mass: tuple[Array, ...]
     sequence_length: int
     neurons: tuple[Array, ...] = ()
     slices: bool = False
+    lora_rank: int = 0
 
     @classmethod
     def of(
@@ -78,19 +83,20 @@ class LossPrice:
         profile: ActivationProfile | None,
         experts_per_layer: Sequence[int],
         sequence_length: int,
-        *,
         slices: bool = False,
+        lora_rank: int = 0,
     ) -> LossPrice:
         """From the profile of a device; without one, every expert is used equally."""
         if profile is None:
-            return cls(tuple(np.full(count, 1 / count) for count in experts_per_layer), sequence_length, slices=slices)
+            even = tuple(np.full(count, 1 / count) for count in experts_per_layer)
+            return cls(even, sequence_length, slices=slices, lora_rank=lora_rank)
         mass = tuple(_shares(layer.tokens_per_expert) for layer in profile.layers)
         energies = [layer.neuron_energy for layer in profile.layers]
         neurons = tuple(_shares(np.sqrt(energy)) for energy in energies if energy is not None)
-        return cls(mass, sequence_length, neurons if len(neurons) == len(mass) else (), slices)
+        return cls(mass, sequence_length, neurons if len(neurons) == len(mass) else (), slices, lora_rank)
 
     def parts(self, setup: StepSetup, plan: ExpertPlan) -> dict[str, float]:
-        """The price in parts: "left out", "quantized", "untrained", "context"; nats per token."""
+        """The price in parts: "left out", "quantized", "untrained", "rank", "context"; nats per token."""
         resident, trainable = self._shares_of(plan)
         factor, power = NEURONS_LEFT_OUT if plan.neurons or self.slices else EXPERTS_LEFT_OUT
         stored = resident if setup.experts == "lora" else resident - trainable
@@ -100,6 +106,7 @@ class LossPrice:
             "left out": factor * max(0.0, 1 - resident) ** power,
             "quantized": QUANTIZED.get(setup.expert_storage or "", 0.0) * max(0.0, stored),
             "untrained": GAIN * (1 - most * trained),
+            "rank": GAIN * RANK_HALVING * math.log2(max(1.0, self.lora_rank / setup.lora_rank)),
             "context": GAIN * HALVING * math.log2(max(1.0, self.sequence_length / setup.sequence_length)),
         }
 

@@ -35,6 +35,7 @@ class FallbackSearch:
         all_experts: The method needs every expert, so fallbacks 6 and 7 do not exist.
         may_offload: Experts may be moved to host memory or disk.
         may_stream: Frozen experts may be streamed from there.
+        smaller_ranks: Ranks below the wanted one that adapters may have, largest first.
         slowdown: Time of a step with streamed experts, as a multiple of the same step with all of them in memory.
     """
 
@@ -47,6 +48,7 @@ class FallbackSearch:
     all_experts: bool = False
     may_offload: bool = False
     may_stream: bool = False
+    smaller_ranks: tuple[int, ...] = ()
     slowdown: Callable[[StepPlan], float] = lambda step_plan: 1.0
 
     def memory(self, step_plan: StepPlan) -> MemoryEstimate:
@@ -68,6 +70,11 @@ class FallbackSearch:
     def standing(self, step_plan: StepPlan) -> tuple[float, ...]:
         """Sort key: a plan of less expected loss stands higher, then one with fewer savings."""
         return (-round(self.cost(step_plan), 3), *step_plan.rank())
+
+    def rank_note(self, step_plan: StepPlan) -> str:
+        """Says that ``step_plan`` has adapters of a smaller rank than the run; "" if it has not."""
+        rank, full = step_plan.setup.lora_rank, self.price.lora_rank
+        return f"adapters of rank {rank} instead of {full}" if rank < full else ""
 
     @property
     def shortest_sequence(self) -> int:

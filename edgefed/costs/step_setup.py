@@ -151,7 +151,7 @@ class StepPlan:
         """Sort key within one run: a plan that needs more memory ranks higher."""
         setup = self.setup
         return (
-            self.resident, self.trainable, setup.sequence_length, setup.expert_storage is None,
+            self.resident, self.trainable, setup.lora_rank, setup.sequence_length, setup.expert_storage is None,
             setup.optimizer == "adamw", not setup.checkpointing, not setup.chunked_loss, not setup.offload,
             -setup.streamed_layers,
         )  # fmt: skip

@@ -120,6 +120,7 @@ class RoundWorker:
                 client_id=task.client_id, server_round=task.assignment.server_round, attempt=task.attempt,
                 sha256=sha256, size_bytes=size_bytes, num_examples=trained.num_examples,
                 num_tokens=trained.num_tokens, experts=trained.experts, survey=trained.survey,
+                lora_rank=trained.lora_rank,
                 metrics={name: float(value) for name, value in trained.metrics.items() if math.isfinite(value)},
             )  # fmt: skip
             self._cache.prune(trained.keep)

@@ -22,6 +22,7 @@ from edgefed.methods.hfedmoe import HFedMoE
 from edgefed.methods.interface import ExpertMethod, Method, PersonalMethod
 from edgefed.methods.options import Value, check_options, options_of, read_options
 from edgefed.methods.slices import Slices
+from edgefed.protocol.messages import RunConfig
 from edgefed.protocol.training import TrainingConfig
 
 METHODS: dict[str, type[Method]] = {}
@@ -140,6 +141,42 @@ def check_alternation(method: Method, training: TrainingConfig, max_staleness: i
             "have the other factor",
             remedy="Set `max_staleness=0`.",
         )
+
+
+def check_ranks(method: Method, training: TrainingConfig) -> None:
+    """Raise ConfigError if devices may have smaller ranks of adapters than the run (`protocol.ranks`), and cannot."""
+    asked = f"`min_lora_rank={training.min_lora_rank}`"
+    if not training.min_lora_rank:
+        return
+    if method.personal or not method.exchanges or "lora" not in (training.experts, training.router, training.attention):
+        raise ConfigError(f"{asked} has no effect: no adapters are exchanged", remedy="Remove it.")
+    if method.requirements.neurons:
+        raise ConfigError(
+            f"{asked} cannot be combined with {method.name}: a row of a neuron has both factors",
+            remedy="Remove it, or choose another method.",
+        )
+
+
+def check_ordered(run: RunConfig, max_staleness: int, download_compression: str) -> None:
+    """Raise ConfigError if something relates factors of two rounds, and products order them anew in each round.
+
+    They do where devices may have smaller ranks than the run.
+    """
+    if not run.training.min_lora_rank:
+        return
+    kept: dict[str, object] = {
+        "compression": run.compression, "download_compression": download_compression,
+        "server_optimizer": run.server_optimizer and run.server_optimizer.kind,
+        "keep_optimizer": run.training.keep_optimizer, "max_staleness": max_staleness,
+    }  # fmt: skip
+    for name, value in kept.items():
+        if value not in (None, 0, "none"):  # False is 0
+            raise ConfigError(
+                f"`min_lora_rank={run.training.min_lora_rank}` with `adapter_average=product` cannot be combined with "
+                f"`{name}={value}`: factors are ordered by singular value in each round, so those of two rounds do not "
+                "compare",
+                remedy=f"Remove `{name}`, or set `adapter_average=factors`.",
+            )
 
 
 for _kind in (

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from edgefed.errors import CheckpointError
 from edgefed.moe.units import ADAPTER_DTYPE, LORA_SUFFIX, FixedTensors, TrainScope, check_tensors, copy_into
+from edgefed.protocol.ranks import is_factor, leading_part
 
 
 class LowRankUpdate(nn.Module):
@@ -97,9 +98,21 @@ def adapter_tensors(unit: FixedTensors) -> dict[str, nn.Parameter]:
     }
 
 
-def load_adapter(unit: FixedTensors, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy values into the installed adapter. Raises CheckpointError if there is none or the tensors do not fit."""
+def leading_adapter(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """Return what a device of ``rank`` has of an adapter: the leading rows of A and columns of B (`protocol.ranks`)."""
+    return {
+        name: tensor[leading_part(name, rank)].contiguous() if is_factor(name) and tensor.dim() == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def load_adapter(unit: FixedTensors, tensors: Mapping[str, torch.Tensor], rank: int | None = None) -> None:
+    """Copy values, the leading ``rank`` or all, into the installed adapter.
+
+    Raises CheckpointError if there is none or the tensors do not fit.
+    """
     key, targets = unit.key + LORA_SUFFIX, adapter_tensors(unit)
+    tensors = tensors if rank is None else leading_adapter(tensors, rank)
     if not targets:
         raise CheckpointError(f"{unit.key!r} has no adapter installed: apply a plan with LoRA first")
     check_tensors(key, tensors, {name: tuple(target.shape) for name, target in targets.items()})

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from edgefed.errors import CheckpointError, InvalidUpdate
-from edgefed.moe.adapters import low_rank_product
+from edgefed.moe.adapters import leading_adapter, low_rank_product
 from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.file_tensors import FileSpace, FileTensor
 from edgefed.moe.neurons import from_table, slice_tensors, sliced_shape
@@ -141,11 +141,13 @@ def read_expert(layer: ExpertLayer, expert: int, source: ExpertSource) -> dict[s
 
 
 def read_adapter(layer: ExpertLayer, expert: int, source: ExpertSource, rank: int) -> dict[str, torch.Tensor]:
-    """Return the checked tensors of one expert's adapter by name. Raises CheckpointError."""
+    """Return the checked leading ``rank`` of one expert's adapter by name. Raises CheckpointError."""
     key = layer.expert_key(expert) + LORA_SUFFIX
     tensors = dict(source.read(key))
     if NEURON_TABLE in tensors:
         tensors = from_table(layer, key, tensors, adapter=True)
+    else:
+        tensors = leading_adapter(tensors, rank)
     check_expert_adapter(layer, key, tensors, rank)
     return tensors
 

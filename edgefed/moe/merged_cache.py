@@ -142,7 +142,7 @@ class MergedCache:
         keys = [layer.expert_key(expert) for expert in group.experts]
         facts: list[Any] = [_VERSION, [self.hashes[key] for key in keys], group.weights, aligned]
         if scope.experts == "lora":
-            facts += [[self.hashes[key + LORA_SUFFIX] for key in keys], scope.lora_scale]
+            facts += [[self.hashes[key + LORA_SUFFIX] for key in keys], scope.lora_scale, scope.lora_rank]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest() + ".safetensors"
 
 

@@ -243,7 +243,7 @@ class MoeModel:
                 place.get().requires_grad_(mode == "full" and place.learnable)
             if mode == "lora" and unit.matrices:
                 adapters.install_adapter(unit, scope, self.device)
-                adapters.load_adapter(unit, source.read(unit.key + LORA_SUFFIX))
+                adapters.load_adapter(unit, source.read(unit.key + LORA_SUFFIX), scope.lora_rank)
 
     @contextlib.contextmanager
     def streaming(

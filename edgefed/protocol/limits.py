@@ -27,7 +27,7 @@ TRAINING_RANGES: dict[str, tuple[float, float]] = {
     "local_steps": (1, 100_000), "batch_size": (1, 65_536), "sequence_length": (2, 2**20), "learning_rate": (0, 1e3),
     "weight_decay": (0, 1e3), "max_grad_norm": (0, 1e6), "lora_rank": (1, 65_536), "lora_alpha": (0, 1e6),
     "profile_tokens": (0, 10**9), "evaluation_tokens": (0, 10**9), "round_seconds": (0, 1e9),
-    "evaluate_every": (1, 10**6),
+    "evaluate_every": (1, 10**6), "min_lora_rank": (0, 65_536),
 }  # fmt: skip
 MAX_ROUND_TOKENS = 10**10
 """Of one device in one round."""

@@ -176,7 +176,8 @@ class ExpertSurvey(Message, frozen=True):
 class UpdateMeta(Message, frozen=True):
     """Completes an upload, named by ``(client_id, server_round, attempt)``. Sending it again has no further effect.
 
-    ``metrics`` are numbers for the ledger: losses, seconds, bytes. ``survey``: see `ExpertSurvey`.
+    ``metrics`` are numbers for the ledger: losses, seconds, bytes. ``survey``: see `ExpertSurvey`. ``lora_rank``: of
+    its adapters (`protocol.ranks`); 0: the rank of the run.
     """
 
     client_id: str
@@ -189,6 +190,7 @@ class UpdateMeta(Message, frozen=True):
     experts: tuple[ExpertReport, ...]
     metrics: dict[str, float]
     survey: ExpertSurvey | None = None
+    lora_rank: int = 0
 
 
 class Leave(Message, frozen=True):

@@ -30,6 +30,8 @@ class TrainedUpdate:
     num_tokens: int
     keep: frozenset[str]
     survey: ExpertSurvey | None = None
+    lora_rank: int = 0
+    """Rank of the adapters on this device; 0: that of the run."""
 
 
 class Trainer(Protocol):

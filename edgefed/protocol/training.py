@@ -30,6 +30,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     router: str = "full"
     attention: str = "none"
     lora_rank: int = 8
+    min_lora_rank: int = 0
+    """Smallest rank that a device may have (`protocol.ranks`); 0: all have ``lora_rank``."""
     lora_alpha: float = 16.0
     lora_scaling: str = "standard"
     """Factor of an adapter: "standard", alpha / rank, or "rank_stabilized", alpha / sqrt(rank)."""
@@ -74,6 +76,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
             found.append(f"`max_grad_norm` is {self.max_grad_norm}, expected a number from 0")
         if self.lora_scaling not in ("standard", "rank_stabilized"):
             found.append(f"`lora_scaling` is {self.lora_scaling!r}, expected standard or rank_stabilized")
+        if not 0 <= self.min_lora_rank <= self.lora_rank:
+            found.append(f"`min_lora_rank` is {self.min_lora_rank}, expected at most `lora_rank`, {self.lora_rank}")
         if self.lora_factors not in ("both", "alternate"):
             found.append(f"`lora_factors` is {self.lora_factors!r}, expected both or alternate")
         if not 0 <= self.round_seconds < math.inf:

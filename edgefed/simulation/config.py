@@ -76,6 +76,7 @@ class SimulatedDevice:
         disk_read_mb_s: Disk reads in MB/s. None: from the profile, or usual for its disk.
         disk_write_mb_s: Disk writes, likewise.
         private: "adapter": the device has a private part (`edgefed.trainer.private_part`); or "none".
+        lora_rank: Rank of its adapters. None: that of the run, or what memory has room for.
     """
 
     name: str
@@ -89,6 +90,7 @@ class SimulatedDevice:
     disk_read_mb_s: float | None = None
     disk_write_mb_s: float | None = None
     private: Literal["none", "adapter"] = "none"
+    lora_rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,6 +84,7 @@ class _Fleet(_Table):
     disk_read: Positive | None = None
     disk_write: Positive | None = None
     private: Literal["none", "adapter"] = "none"
+    lora_rank: Annotated[int, msgspec.Meta(ge=1)] | None = None
     data: list[Source] = []
 
     def device(self, name: str, data: str) -> SimulatedDevice:
@@ -104,6 +105,7 @@ class _Fleet(_Table):
             disk_read_mb_s=self.disk_read,
             disk_write_mb_s=self.disk_write,
             private=self.private,
+            lora_rank=self.lora_rank,
         )
 
 

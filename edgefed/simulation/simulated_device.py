@@ -350,7 +350,7 @@ def simulated_trainer(
     return LocalTrainer(
         device.data,
         folder,
-        DeviceLimits(device.expert_share, device.compute_share, private=device.private),
+        DeviceLimits(device.expert_share, device.compute_share, private=device.private, lora_rank=device.lora_rank),
         device.name,
         FixedMemory(usable_bytes),
         held_out_share=held_out_share,

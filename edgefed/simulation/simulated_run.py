@@ -28,7 +28,7 @@ from edgefed.expert_records import ExpertPlan
 from edgefed.hardware.memory import set_up_allocator
 from edgefed.methods.custom import load_method
 from edgefed.methods.interface import ExpertMethod
-from edgefed.methods.registry import check_alternation, make_expert_method
+from edgefed.methods.registry import check_alternation, check_ordered, check_ranks, make_expert_method
 from edgefed.protocol.messages import ExpertSurvey, Manifest, RunConfig
 from edgefed.protocol.trainer import TrainedUpdate
 from edgefed.simulation.config import MethodChoice, SimulatedDevice, SimulationConfig
@@ -82,12 +82,14 @@ class SimulatedRun:
         if config.adapter_average == "alternate":
             training = msgspec.structs.replace(training, lora_factors="alternate")
         check_alternation(self._method, training)
+        check_ranks(self._method, training)
         self._run = RunConfig(
             run_id=f"simulated-{config.seed}", model=config.model, method=choice.method,
             method_options=dict(choice.options), rounds=config.rounds, seed=config.seed, training=training,
-            server_optimizer=config.server_optimizer,
-            compression=config.compression, pace=config.pace,
+            server_optimizer=config.server_optimizer, compression=config.compression, pace=config.pace,
         )  # fmt: skip
+        if config.adapter_average == "product":
+            check_ordered(self._run, 0, config.download_compression)
         self._clock = VirtualClock()
         self._made: dict[int, SimulatedClient] = {}
 
@@ -240,7 +242,7 @@ class SimulatedRun:
         metrics = {**update.metrics, **self._compress(client, manifest, update, aggregator.blob, step_plan.setup)}
         meta = describe_update(
             client.client_id, server_round, client.update_path, num_examples=update.num_examples,
-            num_tokens=update.num_tokens, experts=update.experts,
+            num_tokens=update.num_tokens, experts=update.experts, lora_rank=update.lora_rank,
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             survey=self._with_rates(client, update.survey),
         )  # fmt: skip

@@ -186,7 +186,10 @@ class LocalTrainer:
         if copies:
             copies.keep(reports.kept_units(method, plan, ctx.units), newest, manifest.server_round)
         more = {"probe_forwards": float(probed.forwards)} if method.assigning and method.assigning.directions else {}
-        more |= unsent | reports.profile_metrics(self.planner.sufficiency)
+        rank = reports.own_rank(run.training, self.planner.step_plan.setup)
+        more |= (
+            unsent | reports.profile_metrics(self.planner.sufficiency) | ({"lora_rank": float(rank)} if rank else {})
+        )
         self.planner.sufficiency = None  # reported
         metrics = reports.round_metrics(plan, outcome, before, after, guard.num_shrinks, **more)
         if ctx.evaluates:
@@ -196,7 +199,7 @@ class LocalTrainer:
         self._last = ctx
         return TrainedUpdate(
             experts=experts,
-            metrics=metrics, num_examples=len(blocks), num_tokens=outcome.num_tokens, survey=survey,
+            metrics=metrics, num_examples=len(blocks), num_tokens=outcome.num_tokens, survey=survey, lora_rank=rank,
             keep=reports.kept_blobs(method, plan, manifest.files, ctx.units.values()),
         )  # fmt: skip
 
@@ -355,7 +358,7 @@ class LocalTrainer:
         ctx.phase = "evaluating"
         own, setup, blocks = not ctx.method.exchanges, self.planner.step_plan.setup, self._held_out_blocks
         units = () if own else ctx.units.values()
-        weights = reports.weights_in_use(ctx.run.run_id, plan, setup.expert_storage, units), self._private.version
+        weights = reports.weights_in_use(ctx.run.run_id, plan, setup, units), self._private.version
         with self._private.active(self.model):
             return evaluate(weights, own, self.model, ctx.run.training, blocks, setup.chunked_loss, ctx.progress)
 

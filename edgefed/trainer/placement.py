@@ -35,6 +35,7 @@ from edgefed.moe.units import LORA_SUFFIX, ExpertSource
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
 from edgefed.protocol.messages import Manifest, RunConfig, TrainingConfig, UnitInfo
+from edgefed.protocol.ranks import rank_problem
 from edgefed.trainer.last_round import OWN_FOLDER, save_last_round, save_own_files
 from edgefed.training.savings import packing_problem
 from edgefed.training.steps import train_scope
@@ -120,7 +121,7 @@ class ExpertPlacer:
         """
         self._merged.hashes = hashes or {}
         model.apply_plan(
-            plan, source, train_scope(run.training),
+            plan, source, train_scope(run.training, setup.lora_rank),
             missing="skip" if plan.neurons else run.training.missing,  # an expert without neurons adds nothing
             storage=setup.expert_storage,
             align=neuron_aligner(model.layers) if method.merging and method.merging.align else None,
@@ -201,6 +202,15 @@ def required_storage(requested: str, method: ExpertMethod, training: TrainingCon
             f"{asked} does not work on this device: {problem}",
             remedy="Join with `expert_storage=full`, or on another device.",
         )
+    return requested
+
+
+def requested_rank(requested: int | None, training: TrainingConfig) -> int:
+    """The rank of a device's adapters if memory has room: as ``requested``, or that of the run. Raises ConfigError."""
+    if requested is None or requested == training.lora_rank:
+        return training.lora_rank
+    if problem := rank_problem(requested, training):
+        raise ConfigError(f"`lora_rank` {problem}", remedy="Join with another `lora_rank`, or without.")
     return requested
 
 

@@ -30,10 +30,11 @@ from edgefed.moe.model import MoeModel
 from edgefed.moe.model_shape import shape_from_config
 from edgefed.progress import ProgressSink
 from edgefed.protocol.messages import ExpertAssignment, Manifest, RunConfig
+from edgefed.protocol.ranks import smaller_ranks
 from edgefed.protocol.trainer import Fetch
 from edgefed.trainer.activation_profile import make_profile, stage_blocks
 from edgefed.trainer.expert_choice import Layout, even_layout, method_layout, paced, trainable_worth
-from edgefed.trainer.placement import required_storage
+from edgefed.trainer.placement import requested_rank, required_storage
 from edgefed.trainer.ports import Memory, StepCosts
 from edgefed.trainer.saved_plan import PLAN_FILE, SavedPlan, SavedStepPlan, read_saved_plan
 from edgefed.trainer.stream_choice import OFFLOADING_PROBLEMS, outside_memory
@@ -55,7 +56,8 @@ class DeviceLimits:
         compute_share: Share of the resident experts of a layer that train on one batch.
         profile_storage: How an activation profile stores experts (`activation_profile.PROFILE_STORAGES`).
         expert_storage, stream_experts: How frozen experts are stored (`placement`), if streamed (`stream_choice`).
-        private: "adapter": this device also trains an adapter that it never sends (`private_part`); or "none".
+        private: "adapter": also train an adapter that is never sent (`private_part`); or "none".
+        lora_rank: Of the adapters (`protocol.ranks`); None: that of the run, or what memory has room for.
     """
 
     expert_share: float = 1.0
@@ -64,6 +66,7 @@ class DeviceLimits:
     expert_storage: str = "auto"
     stream_experts: str = "auto"
     private: str = "none"
+    lora_rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,23 +189,23 @@ class Planner:
         wanted = self._prepare(request)
         usable_bytes = self._tensor_bytes()
         method, sizes, progress = request.method, request.manifest.experts_per_layer, request.progress
-        most, _ = fit(self._search(request, even_layout(sizes), None), wanted, usable_bytes)
+        most = fit(self._search(request, even_layout(sizes), None), wanted, usable_bytes)[0]
         self.train_slots = most.trainable
         profile = self._current_profile(request, usable_bytes, most)
-        layout = self._layout(request, profile, request.context())
-        search = self._search(request, layout, profile)
+        search = self._search(request, self._layout(request, profile, request.context()), profile)
         previous = self._previous(wanted)
         step_plan = self._settle(search, previous, wanted, usable_bytes, progress)
         plan = self._saved.plan
         if plan is None or method.plans_every_round or previous != step_plan:
-            plan = layout(step_plan.resident, step_plan.trainable)
+            plan = search.layout(step_plan.resident, step_plan.trainable)
         merge, limit = self._merging(request), request.train_limit
         self._current = _Current(search, step_plan, merge, usable_bytes, limit)  # merging may run out of memory
         plan = self._finished(merge(plan))
         # A method may not use every expert that would fit.
         real = dataclasses.replace(step_plan, resident=plan.num_resident, trainable=plan.num_trainable)
-        slices = f"; slices with {plan.neuron_share:.1%} of all neurons" if plan.neurons else ""
-        progress.message(f"plan: {describe(real, sum(sizes))}{slices}")
+        slices = f"slices with {plan.neuron_share:.1%} of all neurons" if plan.neurons else ""
+        notes = describe(real, sum(sizes)), slices, search.rank_note(real)
+        progress.message(f"plan: {'; '.join(filter(None, notes))}")
         if step_plan != wanted:
             progress.message(f"plan: {search.price.describe(step_plan.setup, plan)}")
         return plan
@@ -253,7 +256,8 @@ class Planner:
             self._saved, self._current = read_saved_plan(self._path, fingerprint), None
             self._fingerprint = fingerprint
         storage = required_storage(self._limits.expert_storage, method, run.training, model)
-        setup = step_setup(model, run.training, expert_storage=storage, private=self._limits.private)
+        rank = requested_rank(self._limits.lora_rank, run.training)
+        setup = step_setup(model, run.training, expert_storage=storage, private=self._limits.private, lora_rank=rank)
         if self._saved.correction and self._saved.correction.kernels != setup.kernels:
             self._saved.correction = None  # it is of other kernels; the next step is measured
         self._shape = self._shape or shape_from_config(model.config, run.model)
@@ -270,18 +274,19 @@ class Planner:
         return self._memory.usable_bytes() - (self._saved.correction.process_bytes if self._saved.correction else 0)
 
     def _search(self, request: PlanRequest, layout: Layout, profile: ActivationProfile | None) -> FallbackSearch:
-        needs, shape, length = request.method.requirements, self.shape, request.run.training.sequence_length
-        correction = self._saved.correction
+        needs, shape, training = request.method.requirements, self.shape, request.run.training
+        correction, length = self._saved.correction, training.sequence_length
         return FallbackSearch(
             estimate=lambda setup, resident, trainable, shares=(): self._costs.estimate(
                 shape, setup, resident, trainable, correction, offloading=needs.offloading, slice_shares=shares
             ),
             layout=layout,
-            price=LossPrice.of(profile, shape.experts_per_layer, length, slices=needs.neurons),
+            price=LossPrice.of(profile, shape.experts_per_layer, length, needs.neurons, training.lora_rank),
             num_layers=len(shape.experts_per_layer),
             run_sequence_length=length,
             problems=(self._problems or {}) | (OFFLOADING_PROBLEMS if needs.offloading else {}),
             all_experts=needs.all_experts,
+            smaller_ranks=() if self._limits.lora_rank else smaller_ranks(training),
             **outside_memory(self._limits.stream_experts, needs, self._costs, shape, layout, self._tensor_bytes),
         )
 
@@ -342,17 +347,14 @@ class Planner:
         if previous.setup.expert_storage not in ((None, *QUANTIZED) if may_quantize else (storage,)):
             changes["expert_storage"] = storage
         changes |= {"streamed_layers": 0} if self._limits.stream_experts == "never" else {}
+        changes |= {"lora_rank": wanted.setup.lora_rank} if self._limits.lora_rank else {}
         resident = min(previous.resident, wanted.resident)
         return StepPlan(dataclasses.replace(previous.setup, **changes), resident, min(previous.trainable, resident))
 
     def _settle(
-        self,
-        search: FallbackSearch,
-        previous: StepPlan | None,
-        wanted: StepPlan,
-        usable_bytes: int,
+        self, search: FallbackSearch, previous: StepPlan | None, wanted: StepPlan, usable_bytes: int,
         progress: ProgressSink,
-    ) -> StepPlan:
+    ) -> StepPlan:  # fmt: skip
         """The step plan of this round: as before, or less, or more if there is plenty. Raises BudgetTooSmall."""
         if previous is None:
             step_plan, fallbacks = fit(search, wanted, usable_bytes)
@@ -385,7 +387,7 @@ class Planner:
         if not merging:
             return lambda plan: plan
         request.add_all_experts()
-        options = MergingOptions(sizes=merging.sizes, importance=merging.weights)
+        options = MergingOptions(merging.sizes, merging.weights)
         return lambda plan: self._merger.merge(
             plan, options, self.profile, request.model.layers, request.source, previous, request.progress
         )

@@ -20,7 +20,7 @@ from edgefed.moe.expert_reading import raw_array, trained_dtypes
 from edgefed.moe.model import MoeModel
 from edgefed.progress import ProgressSink
 from edgefed.protocol import frames
-from edgefed.protocol.messages import ExpertReport, ExpertSurvey, FileInfo, RunConfig, UnitInfo
+from edgefed.protocol.messages import ExpertReport, ExpertSurvey, FileInfo, RunConfig, TrainingConfig, UnitInfo
 from edgefed.protocol.slices import UnitSlice, neuron_table, slice_unit
 from edgefed.protocol.trainer import Fetch
 from edgefed.training.encoding import TokenBlocks
@@ -102,6 +102,11 @@ def starved_note(plan: ExpertPlan, outcome: StepsOutcome) -> str:
         f"experts: {outcome.starved_experts} of {plan.num_resident} resident experts got less than a tenth of an even "
         "load. If the number grows, the router collapses: lower the run's `learning_rate`, or set its `balancing`."
     )
+
+
+def own_rank(training: TrainingConfig, setup: StepSetup) -> int:
+    """Rank of the adapters on this device; 0 if it is that of the run."""
+    return 0 if setup.lora_rank == training.lora_rank else setup.lora_rank
 
 
 def profile_metrics(sufficiency: Sufficiency | None) -> dict[str, float]:
@@ -196,10 +201,10 @@ def pace_survey(plan: ExpertPlan, own_pace: int) -> ExpertSurvey:
     return ExpertSurvey(utility=utility, frequency=tuple((0.0,) * size for size in sizes), tune_slots=own_pace)
 
 
-def weights_in_use(run_id: str, plan: ExpertPlan, storage: str | None, units: Iterable[UnitInfo]) -> object:
+def weights_in_use(run_id: str, plan: ExpertPlan, setup: StepSetup, units: Iterable[UnitInfo]) -> object:
     """A name of the weights with which a device computes: its plan, and the hashes of the ``units`` in it."""
     hashes = tuple(unit.sha256 for unit in units if unit.kind != "expert" or is_resident(unit, plan))
-    return run_id, plan, storage, hashes
+    return run_id, plan, setup.expert_storage, setup.lora_rank, hashes
 
 
 def is_resident(unit: UnitInfo, plan: ExpertPlan) -> bool:

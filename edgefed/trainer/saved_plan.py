@@ -29,6 +29,7 @@ class SavedSetup(msgspec.Struct, frozen=True):
     offload: bool
     sequence_length: int
     streamed_layers: int = 0
+    lora_rank: int | None = None
 
 
 class SavedStepPlan(msgspec.Struct, frozen=True):
@@ -47,6 +48,7 @@ class SavedStepPlan(msgspec.Struct, frozen=True):
     def step_plan(self, setup: StepSetup) -> StepPlan:
         """The step plan, with what the run determines from ``setup``. Raises ConfigError on an unknown value."""
         own = msgspec.structs.asdict(self.setup)
+        own["lora_rank"] = self.setup.lora_rank or setup.lora_rank  # an earlier version has written none
         return StepPlan(dataclasses.replace(setup, **own), self.resident, self.trainable)
 
 

@@ -23,7 +23,7 @@ from edgefed.expert_records import ActivationProfile, ExpertPlan, LayerProfile
 from edgefed.methods.interface import ExpertMethod
 from edgefed.moe.adapters import adapter_factors
 from edgefed.moe.model import MoeModel
-from edgefed.moe.units import TrainScope
+from edgefed.moe.units import LORA_SCALINGS, TrainScope
 from edgefed.protocol.alternation import resting_factor
 from edgefed.protocol.messages import TrainingConfig
 from edgefed.training.encoding import TokenBlocks
@@ -72,16 +72,20 @@ class StepsOutcome:
     interrupted: bool = False
 
 
-def train_scope(training: TrainingConfig) -> TrainScope:
-    """Return what a run trains, as the model side takes it. Raises ConfigError for an unknown mode."""
-    return TrainScope(
-        experts=training.experts,
-        router=training.router,
-        attention=training.attention,
-        lora_rank=training.lora_rank,
-        lora_alpha=training.lora_alpha,
-        lora_scaling=training.lora_scaling,
-    )
+def train_scope(training: TrainingConfig, rank: int = 0) -> TrainScope:
+    """Return what a run trains, as the model side takes it, with adapters of ``rank``; 0: the rank of the run.
+
+    The factor of adapters is that of the run's rank in any case. Raises ConfigError for an unknown mode.
+    """
+    whole = TrainScope(
+        experts=training.experts, router=training.router, attention=training.attention, lora_rank=training.lora_rank,
+        lora_alpha=training.lora_alpha, lora_scaling=training.lora_scaling,
+    )  # fmt: skip
+    if rank in (0, training.lora_rank):
+        return whole
+    divisor = LORA_SCALINGS[training.lora_scaling]
+    alpha = training.lora_alpha * divisor(rank) / divisor(training.lora_rank)
+    return dataclasses.replace(whole, lora_rank=rank, lora_alpha=alpha)
 
 
 def step_setup(model: MoeModel, training: TrainingConfig, private: str = "none", **savings: Any) -> StepSetup:
@@ -98,8 +102,12 @@ def step_setup(model: MoeModel, training: TrainingConfig, private: str = "none",
         experts=training.experts,
         router=training.router,
         attention="lora" if private == "adapter" else training.attention,
-        lora_rank=training.lora_rank,
-        **{"device": "cuda" if device == "cuda" else "cpu", "kernels": model.training_kernels(), **savings},
+        **{
+            "lora_rank": training.lora_rank,
+            "device": "cuda" if device == "cuda" else "cpu",
+            "kernels": model.training_kernels(),
+            **savings,
+        },
     )
 
 

@@ -12,7 +12,9 @@ from edgefed.aggregator.adapter_products import average_products
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.creation import RunWriter, create_run
 from edgefed.aggregator.fold import Robustness
+from edgefed.aggregator.ranks import widen_update
 from edgefed.aggregator.rounds import RoundPolicy
+from edgefed.aggregator.staleness import BaseLost, staleness_weight
 from edgefed.errors import InvalidUpdate
 from edgefed.kernels.compression import CODECS, encode
 from edgefed.kernels.fold import NUMPY
@@ -189,6 +191,122 @@ def test_factors_alternate_and_each_round_is_exact(tmp_path, compressed):
 
 def product_of(values):
     return values["e:lora|w.lora_b"].astype(np.float64) @ values["e:lora|w.lora_a"].astype(np.float64)
+
+
+def best_of_all(pairs, weights, old, ranks):
+    """The dense mean of what clients make of an adapter: the leading part is theirs, the rest unchanged."""
+    total = 0
+    for (lora_b, lora_a), weight, rank in zip(pairs, weights, ranks, strict=True):
+        total = total + weight * (lora_b @ lora_a + old[0][:, rank:] @ old[1][rank:])
+    return total / sum(weights)
+
+
+@pytest.mark.parametrize("smallest", [1, 2, RANK])
+@pytest.mark.parametrize("count", [1, 4])
+def test_ordered_factors_are_the_best_of_every_rank_as_slices(smallest, count):
+    pairs = adapters(count)
+    found_b, found_a = average_products(((1 / count, b, a) for b, a in pairs), smallest)
+    dense = sum(b @ a for b, a in pairs) / count
+    for rank in range(smallest, RANK + 1):
+        assert error(found_b[:, :rank] @ found_a[:rank], best(dense, rank)) < 1e-10
+    lengths = np.linalg.norm(found_a, axis=1)
+    np.testing.assert_allclose(found_a @ found_a.T, np.diag(lengths**2), atol=1e-9)
+    np.testing.assert_allclose(lengths, np.sqrt(np.mean(sum(a for _, a in pairs) ** 2) * IN) / count)
+    again_b, again_a = average_products([(1.0, found_b, found_a)], smallest)
+    np.testing.assert_allclose(again_a, found_a, atol=1e-9, err_msg="a model that stays keeps its factors")
+    np.testing.assert_allclose(again_b, found_b, atol=1e-9)
+
+
+@pytest.mark.parametrize("average", ["product", "factors", "alternate"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_clients_of_unequal_ranks(tmp_path, average, compressed):
+    lora_b, lora_a = (part.astype(np.float32) for part in adapters(1, 9)[0])
+    unit = new_unit("e:lora", "expert", 0, 0, True, {"w.lora_a": ("F32", lora_a), "w.lora_b": ("F32", lora_b)})
+    factors = "alternate" if average == "alternate" else "both"
+    training = TrainingConfig(lora_factors=factors, experts="lora", lora_rank=RANK, min_lora_rank=2)
+    run = msgspec.structs.replace(run_config(rounds=4), training=training)
+    (config := tmp_path / "config.json").write_text("{}")
+    policy = RoundPolicy(rounds=4, min_clients=3, adapter_average=average, clip=1e6)
+    create_run(tmp_path / "run", run, policy, [unit], [config])
+    names, ranks = ("e:lora|w.lora_b", "e:lora|w.lora_a"), (2, RANK, 3)
+    toys = [Toy(tmp_path / "run")]
+    for server_round in (1, 2):
+        toy = toys[0]
+        toy.join("a", "b", "c")
+        old = [toy.values()[name] for name in names]
+        rng = np.random.default_rng(server_round)
+        pairs = []
+        for client, rank in zip("cba", ranks, strict=True):
+            own = [old[0][:, :rank].copy(), old[1][:rank].copy()]
+            sent = names if average != "alternate" else names[(server_round - 1) % 2 :][:1]
+            base = {name: part.copy() for name, part in zip(names, own, strict=True)} if compressed else None
+            for at, name in enumerate(names):
+                own[at] += rng.standard_normal(own[at].shape).astype(np.float32) * (name in sent)
+            pairs.append([part.astype(np.float64) for part in own])
+            tensors = {name: part for name, part in zip(names, own, strict=True) if name in sent}
+            with pytest.raises(InvalidUpdate, match="shape|incomplete|expected"):
+                send(toy, client, tensors, base, attempt=8, lora_rank=2 if rank == RANK else 0)
+            with pytest.raises(InvalidUpdate, match="lora_rank is 1, the run has adapters of rank 2 to 4"):
+                send(toy, client, tensors, base, attempt=9, lora_rank=1)
+            send(toy, client, tensors, base, lora_rank=rank)
+        toy.run.fold_pending()
+        found = [toy.values()[name].astype(np.float64) for name in names]
+        dense = best_of_all(pairs, (1, 1, 1), [part.astype(np.float64) for part in old], ranks)
+        tolerance = 0.02 if compressed else 1e-5
+        if average == "factors":
+            whole = [[np.hstack([b, old[0][:, len(a) :]]), np.vstack([a, old[1][len(a) :]])] for b, a in pairs]
+            for at in range(2):
+                assert error(found[at], sum(pair[at] for pair in whole) / 3) < tolerance
+            assert error(found[0] @ found[1], dense) > 2 * tolerance, "the mean of factors is another adapter"
+        else:
+            assert error(found[0] @ found[1], best(dense)) < tolerance
+        if average == "product":
+            assert error(found[0][:, :2] @ found[1][:2], best(dense, 2)) < tolerance
+    toys[0].close()
+
+
+def test_a_late_update_of_a_smaller_rank_moves_only_what_it_has(tmp_path):
+    """What it lacks counts as unchanged from the model that it trained, not from the newest one."""
+    start = {name: part.astype(np.float32) for name, part in zip(("w.lora_b", "w.lora_a"), adapters(1)[0], strict=True)}
+    unit = new_unit("e:lora", "expert", 0, 0, True, {name: ("F32", part) for name, part in start.items()})
+    training = TrainingConfig(experts="lora", lora_rank=RANK, min_lora_rank=2)
+    run = msgspec.structs.replace(run_config(rounds=4), training=training)
+    (config := tmp_path / "config.json").write_text("{}")
+    policy = RoundPolicy(rounds=4, min_clients=2, quorum=1, max_staleness=1)
+    create_run(tmp_path / "run", run, policy, [unit], [config])
+    toy, names = Toy(tmp_path / "run"), ("e:lora|w.lora_b", "e:lora|w.lora_a")
+    toy.join("a", "b")
+    old = toy.values()
+    late = make_update(
+        toy.manifest(), "b",
+        {names[0]: ("F32", old[names[0]][:, :2] + 1), names[1]: ("F32", old[names[1]][:2] + 1)}, lora_rank=2,
+    )  # fmt: skip
+    send(toy, "a", {name: old[name] + 10 for name in names})
+    toy.run.fold_pending()
+    toy.send(late)
+    toy.run.fold_pending()
+    found = [toy.values()[name] - old[name] for name in names]
+    part = 10 + staleness_weight(1)
+    np.testing.assert_allclose(found[0], np.hstack([np.full((OUT, 2), part), np.full((OUT, 2), 10)]), rtol=1e-5)
+    np.testing.assert_allclose(found[1], np.vstack([np.full((2, IN), part), np.full((2, IN), 10)]), rtol=1e-5)
+    toy.close()
+
+
+def test_a_lost_or_damaged_model_sets_a_smaller_rank_aside(tmp_path):
+    lora_b, lora_a = (part.astype(np.float32) for part in adapters(1, 9)[0])
+    unit = new_unit("e:lora", "expert", 0, 0, True, {"w.lora_a": ("F32", lora_a), "w.lora_b": ("F32", lora_b)})
+    with RunWriter(tmp_path) as writer:
+        info = writer.add_unit(*unit)
+    update, wide, blobs = tmp_path / "update", tmp_path / "wide", BlobStore(tmp_path)
+    own = {"e:lora|w.lora_a": lora_a[:2] + 1, "e:lora|w.lora_b": lora_b[:, :2] - 1}
+    update.write_bytes(frame_of({name: ("F32", values) for name, values in own.items()}))
+    with pytest.raises(BaseLost, match="not stored any more"):
+        widen_update(update, wide, 2, None, blobs, ())
+    blobs.path(info.sha256).write_bytes(b"damaged")
+    with pytest.raises(BaseLost, match="is damaged"):
+        widen_update(update, wide, 2, [info], blobs, ())
+    widen_update(update, wide, 2, [info], blobs, (), left_out=["e:lora"])
+    assert not unit_values(wide)["e:lora|w.lora_a"][2:].any()
 
 
 def send(toy, client, tensors, base=None, **changes):

@@ -110,6 +110,19 @@ def test_a_server_refuses_what_has_no_effect_or_contradicts(tmp_path):
     ):
         with pytest.raises(ConfigError, match=f"`adapter_average=alternate` {says}"):
             serve(adapter_average="alternate", **settings)
+    for settings, says in (
+        ({"train_experts": "full", "train_router": "full"}, "has no effect: no adapters are exchanged"),
+        ({"train_experts": "lora", "method": "local"}, "has no effect: no adapters are exchanged"),
+        ({"train_experts": "lora", "method": "slices"}, "cannot be combined with slices"),
+        *((lora | {name: value}, f"with `adapter_average=product` cannot be combined with `{name}={value}`")
+          for lora in [{"train_experts": "lora", "adapter_average": "product"}]
+          for name, value in (("compression", "int8"), ("server_optimizer", "adam"), ("keep_optimizer", True),
+                              ("max_staleness", 2), ("download_compression", "topk12"))),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"`min_lora_rank=2` {says}"):
+            serve(min_lora_rank=2, **settings)
+    with pytest.raises(ConfigError, match="`min_lora_rank` is 9, expected at most `lora_rank`, 8"):
+        serve(min_lora_rank=9, train_experts="lora")
     with pytest.raises(ConfigError, match="`evaluate_every` is 9, expected at most the 5 rounds"):
         serve(evaluate_every=9)
     with pytest.raises(ConfigError, match="`schedule` has no effect with fedmoe"):

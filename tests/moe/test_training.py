@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from edgefed.expert_records import ExpertPlan
 from edgefed.moe.accounting import expert_memory
 from edgefed.moe.units import TrainScope
+from edgefed.protocol.messages import TrainingConfig
+from edgefed.training.steps import train_scope
 
 TRAINABLE, FROZEN = [[0, 5, 6], [3, 4]], [[2], [7]]
 
@@ -314,3 +316,25 @@ def test_a_frozen_expert_carries_its_adapter(olmoe):
     loss_of(model, olmoe).backward()
     assert model.experts_with_gradient() == []
     assert key not in {spec.key for spec, _ in model.trained_units()}
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rank_stabilized"])
+def test_the_leading_part_of_an_adapter_adds_the_same_whatever_the_rank(toy, scaling):
+    training = TrainingConfig(experts="lora", router="lora", attention="lora", lora_rank=4, lora_scaling=scaling)
+    units = toy.units(train_scope(training))
+    for key, tensors in units.items():
+        for name in [name for name in tensors if name.endswith(".lora_b")]:
+            tensors[name].normal_(generator=torch.Generator().manual_seed(len(key)))
+            tensors[name][:, 3:] = 0.0
+    losses = {}
+    for rank in (4, 3, 2):
+        model, source = toy.device(units)
+        model.apply_plan(
+            ExpertPlan.of(model.experts_per_layer, TRAINABLE, FROZEN), source, train_scope(training, rank)
+        )  # fmt: skip
+        losses[rank] = loss_of(model, toy)
+        losses[rank].backward()
+        sent = [tensors for _, tensors in model.trained_units()]
+        assert {t.shape[0] for each in sent for name, t in each.items() if name.endswith(".lora_a")} == {rank}
+    torch.testing.assert_close(losses[3], losses[4], rtol=1e-5, atol=0)
+    assert abs(losses[2] - losses[4]) > 1e-3

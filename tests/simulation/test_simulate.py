@@ -407,6 +407,19 @@ def test_a_private_part_of_a_simulated_device_helps_it_alone(texts, tmp_path):
     assert losses["adapter"][0] < losses["adapter"][1], "the global model does not have it"
 
 
+@pytest.mark.parametrize("average", ["product", "factors"])
+def test_devices_of_unequal_ranks_learn_together(texts, tmp_path, average):
+    """The slow device sends half of the bytes of the adapters, and both are in the model."""
+    training = msgspec.structs.replace(
+        TRAINING, experts="lora", router="none", lora_rank=4, min_lora_rank=2, learning_rate=0.01
+    )  # fmt: skip
+    fleet = tuple(device(texts, name, "rtx-4090", lora_rank=rank) for name, rank in (("fast", None), ("slow", 2)))
+    given = config(texts, "fedavg", fleet=fleet, cost_shape=None, training=training, adapter_average=average)
+    first, second = simulate(given, tmp_path / "out").runs[0].rounds
+    assert second.clients["slow"].bytes_up == pytest.approx(second.clients["fast"].bytes_up / 2, rel=0.1)
+    assert second.loss < first.loss
+
+
 @pytest.mark.parametrize(
     ("given", "error"),
     [

@@ -84,10 +84,13 @@ def data(tmp_path):
 
 def trainer_of(
     data, tmp_path, share=1.0, compute=1.0, memory=MEMORY_BYTES, name="a", folder=None, expert_storage="auto",
-    stream_experts="auto", private="none", **ports
+    stream_experts="auto", private="none", lora_rank=None, **ports
 ):  # fmt: skip
     """A device. ``memory``: bytes for its process, or a `Memory`."""
-    limits = DeviceLimits(share, compute, expert_storage=expert_storage, stream_experts=stream_experts, private=private)
+    limits = DeviceLimits(
+        share, compute, expert_storage=expert_storage, stream_experts=stream_experts, private=private,
+        lora_rank=lora_rank,
+    )  # fmt: skip
     memory = ProcessMemory(memory) if isinstance(memory, int) else memory
     return LocalTrainer(data, tmp_path / (folder or name), limits, name, memory, held_out_share=0.2, **ports)
 

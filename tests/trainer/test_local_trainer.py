@@ -5,11 +5,12 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from device_bench import STEPS, trainer_of
+from device_bench import STEPS, OnlyWith, trainer_of
 
-from edgefed.errors import BudgetTooSmall, MalformedMessage, TrainingDiverged
+from edgefed.errors import BudgetTooSmall, ConfigError, MalformedMessage, TrainingDiverged
 from edgefed.hardware.memory import format_bytes
 from edgefed.protocol import frames
+from edgefed.protocol.ranks import with_rank
 from edgefed.trainer.optimizer_state import trainable_names
 
 
@@ -163,6 +164,39 @@ def test_adapters_or_nothing_of_the_experts_are_sent(bench, data, tmp_path, mode
     assert {"router", "dense"} <= {kinds[name] for name in names}
     assert (tmp_path / "update").stat().st_size < 400_000
     assert update.metrics["held_out_loss_after"] != update.metrics["held_out_loss_before"]
+
+
+LORA = dict(experts="lora", router="lora", attention="lora", local_steps=1)
+
+
+@pytest.mark.parametrize("why", ["asked", "memory"])
+def test_a_device_trains_adapters_of_a_smaller_rank(bench, data, tmp_path, why):
+    """As its owner asks, or since its memory does not carry those of the run; the choice is kept."""
+    table = bench(**LORA, lora_rank=8, min_lora_rank=2)
+    table.progress.message = (said := []).append
+    ports = {"lora_rank": 2} if why == "asked" else {"costs": OnlyWith(lora_rank=2)}
+    trainer = trainer_of(data, tmp_path, share=0.25, **ports)
+    for server_round in (1, 2) if why == "memory" else (1,):
+        manifest, update = table.round(trainer, tmp_path / "update", server_round=server_round)
+        assert update.lora_rank == update.metrics["lora_rank"] == 2
+        expected = {unit.key: unit.tensors for unit in with_rank(manifest.units, 2)}
+        for name, entry in frames.read_header(tmp_path / "update").items():
+            key, tensor = name.split("|")
+            assert next(info for info in expected[key] if info.name == tensor).shape == entry.info.shape
+    assert any(line.startswith("plan: ") and "adapters of rank 2 instead of 8" in line for line in said)
+    assert any(line.startswith("memory: adapters of rank 2 instead of 8 (saves") for line in said) == (why == "memory")
+    assert (tmp_path / "a" / "plan.json").read_text().count('"lora_rank":2') == 1
+
+
+def test_a_rank_that_the_run_does_not_allow(bench, data, tmp_path):
+    for table, rank, says in (
+        (bench(**LORA, lora_rank=8, min_lora_rank=4), 2, "is 2, the run has adapters of rank 4 to 8"),
+        (bench(**LORA, lora_rank=8), 4, "is 4, the run has adapters of rank 8"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            table.round(trainer_of(data, tmp_path, lora_rank=rank), tmp_path / "update")
+    _, update = bench(**LORA, lora_rank=8).round(trainer_of(data, tmp_path, lora_rank=8), tmp_path / "update")
+    assert update.lora_rank == 0
 
 
 def test_local_sends_nothing_and_goes_on_from_its_own_weights(bench, data, tmp_path):
