@@ -262,9 +262,11 @@ def resist(
     ``left_out``: keys of units that are not looked at.
     """
     rule, products = find_rule(how.policy.robust), how.policy.adapter_average == "product"
-    averaging = {"products": products, "smallest_rank": how.training.min_lora_rank}
+    found = Robustness(
+        {}, rule.combine, rule.min_clients, products=products, smallest_rank=how.training.min_lora_rank
+    )  # fmt: skip
     if how.policy.clip is None:
-        return Robustness({}, rule.combine, rule.min_clients, **averaging), {}
+        return found, {}
     moves = measure_moves(
         units, files, how.blobs, how.backend, threads=how.threads or default_threads(), cancelled=how.cancelled,
         left_out=left_out,
@@ -276,7 +278,7 @@ def resist(
             "client %s: %d parts changed more than %g times the median and are shortened, the farthest to %.3g",
             *(client_id[:8], len(of_client), how.policy.clip, min(of_client)),
         )
-    return Robustness(factors, rule.combine, rule.min_clients, **averaging), absurd_moves(moves)
+    return dataclasses.replace(found, factors=factors), absurd_moves(moves)
 
 
 def privately(
