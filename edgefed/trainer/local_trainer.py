@@ -187,9 +187,7 @@ class LocalTrainer:
             copies.keep(reports.kept_units(method, plan, ctx.units), newest, manifest.server_round)
         more = {"probe_forwards": float(probed.forwards)} if method.assigning and method.assigning.directions else {}
         rank = reports.own_rank(run.training, self.planner.step_plan.setup)
-        more |= (
-            unsent | reports.profile_metrics(self.planner.sufficiency) | ({"lora_rank": float(rank)} if rank else {})
-        )
+        more |= unsent | reports.profile_metrics(self.planner.sufficiency) | reports.rank_metrics(rank)
         self.planner.sufficiency = None  # reported
         metrics = reports.round_metrics(plan, outcome, before, after, guard.num_shrinks, **more)
         if ctx.evaluates:

@@ -127,8 +127,7 @@ class Planner:
         merger: ExpertMerger | None = None, excluded: Mapping[str, str] | None = None,
     ):  # fmt: skip
         self._path = folder / PLAN_FILE
-        self._limits = limits
-        self._identity = identity
+        self._limits, self._identity = limits, identity
         self._memory = memory
         self._costs = costs
         self._merger = merger or ExpertMerger()

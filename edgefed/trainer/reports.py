@@ -109,6 +109,11 @@ def own_rank(training: TrainingConfig, setup: StepSetup) -> int:
     return 0 if setup.lora_rank == training.lora_rank else setup.lora_rank
 
 
+def rank_metrics(rank: int) -> dict[str, float]:
+    """What the ledger says of a device with adapters of another rank than the run; nothing of others, with rank 0."""
+    return {"lora_rank": float(rank)} if rank else {}
+
+
 def profile_metrics(sufficiency: Sufficiency | None) -> dict[str, float]:
     """What the ledger says of a profile that was made for the round; nothing without one."""
     if sufficiency is None:
