@@ -133,11 +133,65 @@ def test_a_figure_that_differs_from_its_row_is_found():
     assert "is not in the text" in wrong_figures(f"| half | 55.3 % |\n{comment}")[0]
 
 
-@pytest.mark.full
-def test_the_tables_of_equal_memory_are_those_of_the_recorded_rows(monkeypatch):
+@pytest.fixture
+def experiment(monkeypatch):
+    """Runs the definitions of a script of experiments/."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "experiments"), str(ROOT / "benchmarks")])
-    script = runpy.run_path(str(ROOT / "experiments/equal_memory.py"))
+    return lambda name: runpy.run_path(str(ROOT / "experiments" / f"{name}.py"))
+
+
+@pytest.mark.full
+def test_the_tables_of_equal_memory_are_those_of_the_recorded_rows(experiment):
+    script = experiment("equal_memory")
     text = (DOCS / "pages/results/text.md").read_text(encoding="utf-8")
     tables = script["tables"](script["read_rows"](script["RESULTS"]))
     assert tables
     assert not [what for what, table in tables.items() if table not in text]
+
+
+@pytest.mark.full
+def test_methods_are_compared_at_their_own_settings_and_paired_by_seed(experiment):
+    script = experiment("equal_memory")
+
+    def row(method, name, seed, loss, rate=0.003, steps=10):
+        return {
+            "method": method, "set": name, "seed": seed, "learning_rate": rate, "local_steps": steps, "global": loss,
+            "device": loss + 1, "expert_bytes_by_client": [2**20, 2**20], "bytes_down": 2**20,
+        }  # fmt: skip
+
+    tried = [(0.003, 10, 2.0), (0.001, 10, 2.5), (0.003, 20, 1.5)]
+    rows = [row(method, "tasks", 100, loss, rate, steps) for method in script["METHODS"] for rate, steps, loss in tried]
+    rows.append(row("fmes", "tasks", 100, 1.0, rate=0.01))  # no other method has tried this rate
+    rows += [row("fmes", "tasks", 100, 1.9, rate=0.001)]
+    chosen = script["chosen_settings"](rows, (10,))
+    assert chosen["slices"] == chosen["slices-energy"] == (0.003, 10)
+    assert chosen["fmes"] == (0.001, 10)
+    assert script["chosen_settings"](rows)["fmes"] == (0.003, 20)
+    rows += [row("slices", "dolly", seed, 3.0 + seed) for seed in (0, 1, 2)]
+    rows += [row("fmes", "dolly", seed, 3.5 + seed, rate=0.001) for seed in (0, 1)]
+    rows += [row("fmes", "dolly", 2, 0.0)]  # another rate
+    first, second = script["comparison"](rows, ("slices", "fmes"))
+    assert (first["seeds"], first["global"], first["global_difference"]) == (2, 3.5, (0.0, 0.0))
+    assert (second["global"], second["global_difference"]) == (4.0, (0.5, 0.0))
+    assert "| dolly, 2 | `fmes` | 4.000 | +0.500 ± 0.000 | 5.000 | +0.500 ± 0.000 | 1.0 MiB |" in script["table"](
+        rows, ("slices", "fmes")
+    )
+
+
+@pytest.mark.full
+def test_times_to_quality_are_paired_by_seed_and_its_own_target(experiment):
+    script = experiment("time_to_accuracy")
+
+    def run(label, seed, curve):
+        return {
+            "label": label, "seed": seed, "learning_rate": 0.001, "curve": curve, "accuracy": [0.0], "refused": {},
+            "bytes_up": 10**9, "bytes_down": 10**9,
+        }  # fmt: skip
+
+    runs = [run("fmd", 0, [(0, 5.0), (1000, 4.0)]), run("fmd", 1, [(0, 7.0), (1000, 5.0)])]  # targets 4.5 and 6
+    runs += [run("slices-paced", 0, [(0, 5.0), (100, 4.0)]), run("slices-paced", 1, [(0, 7.0), (100, 5.0)])]
+    summary = script["summarise"](runs, 0.5)
+    assert summary["methods"]["slices-paced"]["seconds_to_crossing"] == pytest.approx([50, 50])
+    assert summary["methods"]["fmd"]["seconds_to_crossing"] == pytest.approx([500, 500])
+    table = script["table"](summary, "slices-paced")
+    assert "| `fmd`, 2 | 8.3 | 10.00 (10.00 to 10.00) | 4.500 | 0.28 h | 1.0 GB |" in table
