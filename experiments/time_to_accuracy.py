@@ -145,8 +145,11 @@ def crossing(curve: list, target: float) -> float | None:
     return None
 
 
-def summarise(runs: list[dict], share: float) -> dict:
-    """Per method: final loss, seconds to the target by seed, and how much sooner Flux is there."""
+def summarise(runs: list[dict], share: float, reference: str = "fmd") -> dict:
+    """Per method: final loss, seconds to the target by seed, and how much sooner Flux is there.
+
+    The target is ``share`` of what the run of ``reference`` with the same seed gains.
+    """
     by_label: dict[str, list[dict]] = {}
     for run in runs:
         by_label.setdefault(run["label"], []).append(run)
@@ -154,7 +157,7 @@ def summarise(runs: list[dict], share: float) -> dict:
         rates = {run["learning_rate"] for run in found}
         best = min(rates, key=lambda rate: np.mean([r["curve"][-1][1] for r in found if r["learning_rate"] == rate]))
         by_label[label] = [run for run in found if run["learning_rate"] == best]
-    gains = {run["seed"]: (run["curve"][0][1], run["curve"][-1][1]) for run in by_label["fmd"]}
+    gains = {run["seed"]: (run["curve"][0][1], run["curve"][-1][1]) for run in by_label[reference]}
     targets = {seed: first - share * (first - last) for seed, (first, last) in gains.items()}
     rows = {}
     for label, found in by_label.items():
@@ -186,10 +189,12 @@ def summarise(runs: list[dict], share: float) -> dict:
     return {
         "first_loss": float(np.mean([first for first, _ in gains.values()])),
         "target_loss": float(np.mean(list(targets.values()))),
-        "target_share_of_fmd_gain": share,
+        f"target_share_of_{reference}_gain": share,
         "methods": rows,
         "quickest_flux_is_sooner_by": sooner,
-        "final_loss_against_fmd": {label: row["final_loss"] / rows["fmd"]["final_loss"] for label, row in rows.items()},
+        f"final_loss_against_{reference}": {
+            label: row["final_loss"] / rows[reference]["final_loss"] for label, row in rows.items()
+        },
     }
 
 
@@ -276,11 +281,14 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--adapter-rates", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--target-share", type=float, default=0.7)
+    parser.add_argument("--reference", choices=tuple(METHODS), default="fmd", help="whose gain the target is a share of")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
+    if arguments.reference not in arguments.methods:
+        parser.error(f"--reference {arguments.reference} is not among the methods")
     settings = {
         name: getattr(arguments, name)
         for name in (
@@ -309,7 +317,7 @@ def main() -> None:
             seconds, loss = run["curve"][-1]
             print(f"{run['label']:16} seed {run['seed']}: loss {loss:.3f} after {seconds / 3600:.2f} virtual hours")
     runs.sort(key=lambda run: (run["label"], run["seed"], run["learning_rate"]))
-    summary = summarise(runs, arguments.target_share)
+    summary = summarise(runs, arguments.target_share, arguments.reference)
     print(json.dumps(summary, indent=1))
     for ours in [label for label in arguments.methods if label.endswith(("-paced", "-quick"))][:1]:
         print(table(summary, ours))
