@@ -169,4 +169,4 @@ def render_methods(result: SimulationResult) -> FittedTable:
 def _compressed(run: MethodRun) -> str:
     """How much smaller the updates of a run were than whole ones; "" if they were not."""
     ratios = [ratio for each in run.rounds if (ratio := each.traffic.get("upload_ratio"))]
-    return f" (1/{len(ratios) / sum(1 / ratio for ratio in ratios):.0f} of whole)" if ratios else ""
+    return f", 1/{len(ratios) / sum(1 / ratio for ratio in ratios):.0f}" if ratios else ""

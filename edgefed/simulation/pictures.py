@@ -184,6 +184,7 @@ def draw_traffic(result: SimulationResult) -> Figure:
         axes.set_xlabel("round", fontsize=9)
         axes.set_ylabel(text, fontsize=9)
         axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", integer=True)
         tidy_axes(axes)
     legend_beside(panels[-1])
     figure.suptitle(_title(result, "bytes of a round"), fontsize=10, x=0.01, ha="left")
