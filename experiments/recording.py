@@ -35,8 +35,9 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def run_of(row: Mapping, kind: type[Plan]) -> Plan:
-    """What a row is of."""
-    return kind(**{field.name: row[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    """What a row is of. An older row may lack a field that has a default."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: row[name] for name in names if name in row})
 
 
 def record(plans: Iterable[Plan], run: Callable[[Plan, Path], dict], path: Path, work: Path) -> None:
