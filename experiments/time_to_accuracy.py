@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--adapter-rates", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--target-share", type=float, default=0.7)
-    parser.add_argument("--reference", choices=tuple(METHODS), default="fmd", help="whose gain the target is a share of")
+    parser.add_argument("--reference", choices=tuple(METHODS), default="fmd", help="the target is a share of its gain")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path)
