@@ -30,7 +30,7 @@ import numpy as np
 
 from edgefed.aggregator.adapter_products import average_products, factor_pairs
 from edgefed.aggregator.blobs import BlobStore
-from edgefed.aggregator.server_optimizer import Stepping, UnitMoments
+from edgefed.aggregator.server_optimizer import LARGEST, Stepping, UnitMoments
 from edgefed.aggregator.slices import row_parts, row_runs, row_weights, sent_values, shares_of
 from edgefed.aggregator.update_files import BlockFiles, ChangeBuffers, TensorPlace, UpdateDamaged, UpdateIndex
 from edgefed.kernels.fold import FoldBackend
@@ -166,6 +166,12 @@ class _Scratch:
         self.out = np.empty(BLOCK_ELEMENTS * 8, dtype=np.uint8)
         self.change = ChangeBuffers(BLOCK_ELEMENTS)
 
+    def narrow(self, sums: np.ndarray, dtype: str, out: np.ndarray) -> None:
+        """Round ``sums`` into ``out``. A change of finite float32 values may lead out of float16, and stays finite."""
+        if dtype == "F16":
+            np.clip(sums, -LARGEST[dtype], LARGEST[dtype], out=sums)
+        self.backend.narrow_block(sums, dtype, out)
+
 
 def _unit_chunks(
     unit: UnitInfo, merge: UnitMerge, index: UpdateIndex, old_path: Path, scratch: _Scratch
@@ -256,14 +262,9 @@ def _whole(info: TensorInfo, source: _Source | None, old_path: Path, old: Tensor
 
 
 def _tensor_chunks(
-    info: TensorInfo,
-    sources: Sequence[_Source],
-    keep_rows: np.ndarray | None,
-    old_path: Path,
-    old: TensorEntry,
-    scratch: _Scratch,
-    mean: np.ndarray | None = None,
-) -> Iterator[memoryview]:
+    info: TensorInfo, sources: Sequence[_Source], keep_rows: np.ndarray | None, old_path: Path, old: TensorEntry,
+    scratch: _Scratch, mean: np.ndarray | None = None,
+) -> Iterator[memoryview]:  # fmt: skip
     """``mean`` (n,): the aggregate, where it is known already."""
     dtype, rule = storage_dtype(info.dtype), scratch.robustness
     count = old.size_bytes // dtype.itemsize
@@ -306,7 +307,7 @@ def _tensor_chunks(
             if scratch.moments is not None and before is not None:
                 kept = None if keep_rows is None else keep_rows[np.arange(begin, begin + length) // row_elements]
                 scratch.moments.step(info, begin, before, sums, kept, scratch.backend)
-            scratch.backend.narrow_block(sums, info.dtype, out)
+            scratch.narrow(sums, info.dtype, out)
             if keep_rows is not None and before is not None:
                 for part, row in rows:
                     if keep_rows[row]:
@@ -355,7 +356,7 @@ def _table_chunks(
             if scratch.moments is not None and before is not None:
                 kept = np.repeat(keep_rows[begin:end], columns)
                 scratch.moments.step(info, begin * columns, before, sums, kept, scratch.backend)
-            scratch.backend.narrow_block(sums, info.dtype, out)
+            scratch.narrow(sums, info.dtype, out)
             if before is not None:
                 mask = keep_rows[begin:end]
                 out.reshape(-1, columns)[mask] = before.reshape(-1, columns)[mask]

@@ -63,7 +63,8 @@ logger = logging.getLogger(__name__)
 
 SQUARE, RESIDUAL = ".square", ".residual"
 """Ends of the names of a second moment and of a residual, after the name of the tensor."""
-_LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38, "F64": 1.7976931348623157e308}
+LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38, "F64": 1.7976931348623157e308}
+"""Largest finite value of each dtype."""
 _FILL_ELEMENTS = 64 * 1024
 LEAST_SPARSE = 4096
 """Smaller tensors move as a whole: they are few bytes."""
@@ -180,7 +181,7 @@ class UnitMoments:
             step += self._read(residual, begin, len(sums))
         free = np.ones(len(sums), dtype=bool) if kept is None else ~kept
         part = _part(np.where(free, step, 0.0), self._how.limits) if limited else step
-        most = _LARGEST[info.dtype]
+        most = LARGEST[info.dtype]
         np.clip(before + part, -most, most, out=sums, where=free)
         if limited:
             out, after = np.empty_like(raw), np.zeros(len(sums))
@@ -231,7 +232,7 @@ class UnitMoments:
         if kept is not None:
             values = np.where(kept, self._read(name, begin, len(values)), values)
         entry = self._entries[name]
-        raw = narrow(np.clip(values, -_LARGEST["BF16"], _LARGEST["BF16"]).astype(np.float32), entry.info.dtype)
+        raw = narrow(np.clip(values, -LARGEST["BF16"], LARGEST["BF16"]).astype(np.float32), entry.info.dtype)
         with disk_errors("write moments"):
             self._file.seek(entry.start + raw.itemsize * begin)
             write_all(self._file, array_bytes(raw))

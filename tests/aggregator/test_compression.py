@@ -115,6 +115,20 @@ def test_a_late_change_moves_the_current_model(tmp_path):
     toy.close()
 
 
+@pytest.mark.parametrize("policy", [{}, {"download_compression": "int4"}], ids=["mean", "int4"])
+def test_no_change_makes_a_float16_model_infinite(tmp_path, policy):
+    toy = toy_run.Toy(toy_run.make_run(tmp_path / "state", rounds=2, **policy))
+    toy.join("a", "b")
+    manifest, before = toy.manifest(), toy.values()["norm|weight"]
+    assert before.dtype == np.float16
+    for client in "ab":
+        change = encode(CODECS["int8"], np.full(before.size, 1e30, np.float32))
+        toy.send(make_update(manifest, client, {"norm|weight|int8": ("U8", change)}))
+    toy.run.fold_pending()
+    assert (toy.values()["norm|weight"] == 65504).all()
+    toy.close()
+
+
 @pytest.mark.parametrize("backend", [NUMPY, select_backend()], ids=lambda backend: backend.name)
 def test_the_neurons_of_a_slice_move_where_they_are(tmp_path, backend):
     old = np.random.default_rng(0).standard_normal((50, 30)).astype(np.float32)
