@@ -67,10 +67,10 @@ LOCAL_STEPS = (5, 10, 20, 40)
 DEFAULT_STEPS = 10
 """Local steps per round of the comparison in which only the learning rate is chosen."""
 BATCH_SIZE, SEQUENCE_LENGTH = 4, 128
-PROFILE_TOKENS = 1024
-EVALUATION_TOKENS = {"agnews": 16384}
-"""Most held-out tokens of a client, prompts included; 2,048 of the others. All of AG News, where 2,048 tokens have 17
-answers of one word."""
+PROFILE_TOKENS, EVALUATION_TOKENS = 1024, 2048
+WHOLE = "agnews-all"
+"""AG News judged by all held-out records: 2,048 tokens, prompts included, have 6 to 20 answers of one word a client."""
+ORDER = (*SETS, WHOLE)
 PROFILE = "rtx-4090"
 """Any device with room for the whole model: memory is limited by the share."""
 
@@ -89,8 +89,8 @@ class Run:
 def measure(run: Run, work: Path, data: Path) -> dict:
     """Simulate one run; returns its losses, memory and bytes."""
     method, options = VARIANTS.get(run.method) or (run.method, METHODS[run.method])
-    tokens = EVALUATION_TOKENS.get(run.set, 2048)
-    files = write_clients(run.set, data, work / "data", run.seed, most=RECORDS)
+    name, tokens = ("agnews", 8 * EVALUATION_TOKENS) if run.set == WHOLE else (run.set, EVALUATION_TOKENS)
+    files = write_clients(name, data, work / "data", run.seed, most=RECORDS)
     device, link = effective(find_profile(PROFILE), {}, None), LINKS["fibre"]
     fleet = tuple(
         SimulatedDevice(name, device, link, str(file), expert_share=share)
@@ -156,7 +156,7 @@ def comparison(
     chosen = chosen_settings(rows, steps)
     rows = [row for row in rows if row["set"] != TUNING_SET and _settings(row) == chosen[row["method"]]]
     entries = []
-    for name in sorted({row["set"] for row in rows}, key=list(SETS).index):
+    for name in sorted({row["set"] for row in rows}, key=ORDER.index):
         by_method = {method: {row["seed"]: row for row in rows if (row["set"], row["method"]) == (name, method)}
                      for method in methods}  # fmt: skip
         if not all(by_method.values()):
@@ -210,7 +210,10 @@ def tables(rows: Iterable[Mapping]) -> dict[str, str]:
     """Each table by what it shows; those without a row are absent."""
     rows = list(rows)
     labels = [label for label in VARIANTS if any(row["method"] == label for row in rows)]
-    found = {"methods": table(rows)}
+    judged = [method for method in METHODS if any((row["set"], row["method"]) == (WHOLE, method) for row in rows)]
+    found = {"methods": table([row for row in rows if row["set"] != WHOLE])}
+    if OURS in judged:
+        found[WHOLE] = table([row for row in rows if row["set"] in (TUNING_SET, WHOLE)], judged)
     if len({row["local_steps"] for row in rows}) > 1:
         found["methods with tuned local steps"] = table(rows, steps=LOCAL_STEPS)
     for base, beside in (("hfedmoe", ["fmes"]), (OURS, [])):
@@ -224,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("tune", "compare", "table"))
     add_arguments(parser, RESULTS)
-    parser.add_argument("--sets", nargs="+", choices=[name for name in SETS if name != TUNING_SET], default=["dolly"])
+    parser.add_argument("--sets", nargs="+", choices=[name for name in ORDER if name != TUNING_SET], default=["dolly"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, *VARIANTS), default=list(METHODS))
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="grid of `tune`")
