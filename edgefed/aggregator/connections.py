@@ -64,11 +64,11 @@ class ConnectionGuard:
         """A connection has ended."""
         self.open.pop(connection, None)
 
-    def close(self, connection: GuardedProtocol, reason: str) -> None:
+    def close(self, connection: GuardedProtocol, reason: str, level: int = logging.WARNING) -> None:
         """End a connection at once."""
         self.num_closed += 1
         self.forget(connection)
-        logger.warning("closing a connection: %s", reason)
+        logger.log(level, "closing a connection: %s", reason)
         connection.transport.abort()
 
     async def sweep_forever(self) -> None:
@@ -77,7 +77,8 @@ class ConnectionGuard:
             await asyncio.sleep(SWEEP_S)
             for connection in list(self.open):
                 if (reason := connection.overdue(self.clock())) is not None:
-                    self.close(connection, reason)
+                    # A client that loads its model asks for nothing after its first answer, and connects again.
+                    self.close(connection, reason, logging.DEBUG if connection.idle else logging.WARNING)
 
 
 class GuardedProtocol(H11Protocol):
@@ -86,6 +87,7 @@ class GuardedProtocol(H11Protocol):
     guard: ConnectionGuard
     tls: ssl.SSLContext | None
     known = False
+    _answered = False
     _early = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -141,7 +143,7 @@ class GuardedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """The next request may come."""
-        self.waiting_since, self.head_begun = self.guard.clock(), None
+        self.waiting_since, self.head_begun, self._answered = self.guard.clock(), None, True
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -153,6 +155,11 @@ class GuardedProtocol(H11Protocol):
         """The client has read."""
         self.blocked_since = None
         super().resume_writing()
+
+    @property
+    def idle(self) -> bool:
+        """Whether its client has got all answers, and asks for nothing."""
+        return self._answered and not self._answering and self.head_begun is None and self.blocked_since is None
 
     @property
     def _answering(self) -> bool:

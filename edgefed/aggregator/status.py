@@ -235,9 +235,10 @@ def _client_state(client: ClientRecord, state: RoundState, now: float) -> str:
     """One word: "left", "lost" (silent), "finished", "training", "done" (its update is in) or "waiting"."""
     if not client.joined:
         return "left"
+    finished = state.phase is Phase.FINISHED
     if not state.is_live(client.client_id, now):
-        return "lost"
-    if state.phase is Phase.FINISHED:
+        return "finished" if finished and client.comparison is not None else "lost"  # its last message: it has ended
+    if finished:
         return "finished"
     if client.client_id in state.accepted:
         return "done"

@@ -84,7 +84,7 @@ def _parameter(verb: str, field: SettingField, flags: Mapping[str, str]) -> clic
         [f"--{field.flag}", field.name],
         type=None if field.kind is bool else kind,
         help=text or None,
-        default=None if field.required or field.default in (None, ()) else field.default,
+        **({} if field.required or field.default in (None, ()) else {"default": field.default}),
         show_default=shown is not None and setting.default is None,
         required=field.required,
         envvar=variable_of(verb, field),

@@ -161,7 +161,7 @@ MODELS = {
 
 
 def comparison_table(comparisons: Mapping[str, Comparison]) -> FittedTable:
-    """A row for each client: held-out losses on its own text, side by side; their means below.
+    """A row for each client: held-out losses on its own text, side by side; below, the means of who compared anything.
 
     Where clients have models of their own: accuracies, with the loss behind them.
     """
@@ -182,8 +182,9 @@ def comparison_table(comparisons: Mapping[str, Comparison]) -> FittedTable:
         table.add_row(name, *cells, f"{comparison.num_tokens:,}")
     if len(comparisons) > 1:
         table.add_section()
-        losses = {field: _mean([getattr(each, field) for each in everyone]) for field in shown}
-        shares = {field: _mean([each.accuracies.get(field) for each in everyone]) for field in shown}
+        compared = [each for each in everyone if each.num_tokens]
+        losses = {field: _mean([getattr(each, field) for each in compared]) for field in shown}
+        shares = {field: _mean([each.accuracies.get(field) for each in compared]) for field in shown}
         table.add_row("mean", *(_cell(losses[field], shares[field]) for field in shown), "")
     return table
 
@@ -198,9 +199,9 @@ def print_comparisons(console: Console, comparisons: Mapping[str, Comparison], *
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean; None if one is unknown."""
+    """The mean; None if one is unknown, or there is none."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _cell(loss: float | None, share: float | None) -> str:

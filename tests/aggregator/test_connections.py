@@ -79,6 +79,15 @@ def test_a_request_that_does_not_come_is_not_waited_for(server, first):
         assert closes_within(peer, 5)
 
 
+def test_only_a_connection_without_a_request_is_worth_a_warning(server, caplog):
+    with connect(server, b"GET /v1/health HTTP/1.1\r\nhost: x\r\n\r\n") as peer:  # a client that then loads its model
+        assert closes_within(peer, 5)
+    assert "closing a connection" not in caplog.text
+    with connect(server) as peer:
+        assert closes_within(peer, 5)
+    assert "closing a connection: no complete request" in caplog.text
+
+
 def test_a_body_that_stops_is_not_waited_for(server):
     Client(server.url, "a", token=TOKEN).register()
     head = f"POST /v1/clients HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\ncontent-length: 900\r\n\r\n{{"

@@ -425,6 +425,8 @@ def test_a_finished_run_serves_its_final_model(toy):
     assert toy.service.status().clients[0].phase == "waiting"
     toy.now += 5.0
     assert toy.run.all_heard(5.0)
+    toy.now += 600.0  # its process has ended, as it should
+    assert [client.state for client in toy.run.status().clients] == ["finished", "left"]
     again = toy.reopen()
     assert [client.comparison for client in again.run.status().clients] == [found, None]
     assert isinstance(again.assignment("a"), Finished)

@@ -52,6 +52,13 @@ def test_flags_become_an_instance(bake):
     assert calls[1] == Bake(recipe=Path("bread.txt"))
 
 
+@pytest.mark.parametrize("words", [["join", "http://127.0.0.1:1"], ["profile", "--model", "tiny"]])
+def test_a_required_option_that_is_missing_is_named(words):
+    found = CliRunner().invoke(verb_command(words[0]), words[1:])
+    assert found.exit_code == 2
+    assert "Missing option '--data'" in found.output
+
+
 def test_variables_have_the_names_of_the_flags(bake):
     made, calls = bake
     CliRunner().invoke(made, ["x"], env={"EDGEFED_BAKE_HEAT_CELSIUS": "90", "EDGEFED_BAKE_DRY_RUN": "1"})

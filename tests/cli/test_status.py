@@ -69,7 +69,10 @@ def test_the_comparison_of_each_client_stands_side_by_side_with_a_verdict():
     clients = [client_of(name, number, comparison=each) for number, (name, each) in enumerate(found.items())]
     text = drawn(status_of("hfedmoe", clients, state="finished"), 60)
     assert "5.260         4.450        4.600  4.870" in text, text
-    assert "mean" in text
+    mean = r"mean +5\.400 +4\.580 +4\.700 +4\.740"
+    assert re.search(mean, text), text
+    late = client_of("late", 2, comparison=Comparison(server_round=4))  # joined when the run was over
+    assert re.search(mean, drawn(status_of("hfedmoe", [*clients, late], state="finished"), 60))
     flat = " ".join(text.split())
     assert "on average 0.16 nats better than training alone (better for 1 of 2)" in flat, text
 
