@@ -2,6 +2,7 @@
 
     python experiments/compression.py run --data DIR --work DIR --sets dolly --seeds 0 1 2 3 4
     python experiments/compression.py table
+    python experiments/compression.py times
 
 Three clients train all experts and routers in full by FedAvg from the packaged model. Codecs have the same clients,
 batches and steps; a seed changes who has which records, their order, and which are held out. Every finished run is one
@@ -104,16 +105,51 @@ def _down(pairs: list[tuple[Mapping, Mapping]]) -> str:
     return f"{mine / 1e6:.1f} MB | {whole / mine:.1f}x"
 
 
+def times(rows: Iterable[Mapping]) -> str:
+    """How much sooner each codec has the loss that whole updates have after some rounds, as Markdown.
+
+    Virtual time, the least that the rows prove: the first round is the longest, since devices download the whole model,
+    so whole updates end round r of R not before r/R of their time; the codec's time is that of its whole run.
+    """
+    rows, marks = list(rows), (ROUNDS // 2, 3 * ROUNDS // 4, ROUNDS)
+    lines = [
+        "| set, seeds | updates | virtual time of the run | "
+        + " | ".join(f"loss of round {mark}" for mark in marks)
+        + " |",
+        "| --- | --- | --- |" + " --- |" * len(marks),
+    ]
+    for name in sorted({row["set"] for row in rows}):
+        found = {(row["codec"], row["seed"]): row for row in rows if row["set"] == name}
+        for codec in dict.fromkeys(codec for codec, _ in found if codec != "none"):
+            pairs = [(row, found["none", seed]) for (own, seed), row in found.items() if own == codec]
+            seconds = statistics.mean(mine["virtual_seconds"] for mine, _ in pairs)
+            cells = [_sooner(pairs, mark) for mark in marks]
+            lines.append(f"| {name}, {len(pairs)} | `{codec}` | {seconds:.1f} s | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _sooner(pairs: list[tuple[Mapping, Mapping]], mark: int) -> str:
+    """The least ratio of times over the seeds, to the loss of whole updates after round ``mark``."""
+    ratios = []
+    for mine, whole in pairs:
+        target = whole["losses"][mark]
+        if min(mine["losses"]) > target:
+            return "not reached"
+        first = next(at for at, loss in enumerate(whole["losses"]) if loss <= target)
+        ratios.append(first / ROUNDS * whole["virtual_seconds"] / mine["virtual_seconds"])
+    return f"{min(ratios):.1f}x sooner"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("action", choices=("run", "table", "times"))
     add_arguments(parser, RESULTS)
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=["dolly"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--codecs", nargs="+", default=list(CODECS), help="of updates, or UP,DOWN")
     arguments = parser.parse_args()
-    if arguments.action == "table":
-        print(table(read_rows(arguments.json)))
+    if arguments.action in ("table", "times"):
+        print((table if arguments.action == "table" else times)(read_rows(arguments.json)))
         return
     if not arguments.data or not arguments.work:
         parser.error("--data and --work are needed")
