@@ -12,6 +12,7 @@ token on held-out text, at the full sequence length.
     training    gain of some steps with every expert resident, of which a share trains; ``trained``: mean over layers of
                 the share of routed tokens whose expert trains
     sequence    gain of as many steps with shorter sequences
+    rank        gain of as many steps with adapters of all experts, of the run's rank and smaller ones (`--only rank`)
     check       held-out loss after training of the planner's plan in a given memory, and of ten others that fit
                 (`--only check`); ``expected``: by `edgefed.costs.price`
 """
@@ -31,7 +32,7 @@ from provenance import provenance
 
 from edgefed.costs.fallbacks import fit
 from edgefed.costs.memory import training_memory
-from edgefed.costs.price import LossPrice
+from edgefed.costs.price import GAIN, LossPrice
 from edgefed.costs.search import FallbackSearch
 from edgefed.costs.step_setup import StepPlan
 from edgefed.embedded import resolve_model
@@ -54,6 +55,8 @@ SILOS = ("email", "topics", "http")
 HELD = (0.75, 0.5, 0.25, 0.12)
 TRAINED = (1.0, 0.5, 0.25, 0.125, 0.0625)
 LENGTHS = (64, 32)
+RANKS = (8, 4, 2, 1)
+"""Of adapters; the first is the run's."""
 STEPS, BATCH_SIZE, SEQUENCE_LENGTH, LEARNING_RATE, ADAPTER_RATE = 30, 8, 128, 1e-3, 5e-3
 PROFILE_TOKENS, EVALUATION_TOKENS = 4096, 4096
 
@@ -81,22 +84,24 @@ class Silo:
         self.sizes = self.profile.experts_per_layer
         self.full = self.loss(ExpertPlan.full(self.sizes))
 
-    def place(self, plan: ExpertPlan, training: TrainingConfig, storage: str | None = None) -> None:
+    def place(
+        self, plan: ExpertPlan, training: TrainingConfig, storage: str | None = None, rank: int = 0
+    ) -> None:  # fmt: skip
         """The model with its first weights and this plan."""
         for unit in self.model.unit_infos(train_scope(self.training)):
             if unit.kind != "expert":
                 self.model.load_unit(unit.key, self.units.read(unit.key))
-        self.model.apply_plan(plan, self.units, train_scope(training), storage=storage)
+        self.model.apply_plan(plan, self.units, train_scope(training, rank), storage=storage)
 
     def loss(self, plan: ExpertPlan, storage: str | None = None) -> float:
         """Held-out loss before training."""
         self.place(plan, self.training, storage)
         return evaluate_loss(self.model.module, self.held_out, BATCH_SIZE)
 
-    def gain(self, plan: ExpertPlan, **changes: object) -> float:
-        """How much the loss falls by training; ``changes`` of the training's settings."""
+    def gain(self, plan: ExpertPlan, rank: int = 0, **changes: object) -> float:
+        """How much the loss falls by training; ``changes`` of the training's settings. ``rank``: of `train_scope`."""
         training = msgspec.structs.replace(self.training, **changes)
-        self.place(plan, training)
+        self.place(plan, training, rank=rank)
         setup = step_setup(self.model, training)
         run_steps(self.model, plan, FrequentExperts(), self.train, training, compute_share=1.0, seed=0, setup=setup)
         return self.full - evaluate_loss(self.model.module, self.held_out, BATCH_SIZE)
@@ -145,6 +150,24 @@ def measure(silo: Silo) -> list[dict]:
     for length in LENGTHS:
         add("sequence", length=length, gain=silo.gain(everything, sequence_length=length, batch_size=BATCH_SIZE))
     return rows
+
+
+def measure_ranks(silo: Silo) -> list[dict]:
+    """The rows of smaller ranks of adapters of one silo."""
+    rows = []
+    for rank in RANKS:
+        gain = silo.gain(ExpertPlan.full(silo.sizes), rank, experts="lora", learning_rate=ADAPTER_RATE)
+        rows.append({"kind": "rank", "silo": silo.silo, "rank": rank, "gain": gain})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def rank_halving(rows: Sequence[dict], gain: float) -> float:
+    """The share of ``gain`` that each halving of the rank costs: least squares through the run's rank."""
+    means = {rank: np.mean([row["gain"] for row in rows if row["rank"] == rank]) for rank in RANKS}
+    halvings = np.log2([RANKS[0] / rank for rank in RANKS[1:]])
+    lost = np.array([means[RANKS[0]] - means[rank] for rank in RANKS[1:]]) / gain
+    return float(halvings @ lost / (halvings @ halvings))
 
 
 MEMORY_SHARES = (0.4,)
@@ -233,11 +256,14 @@ def fitted(rows: Sequence[dict]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--silos", nargs="+", default=list(SILOS))
-    parser.add_argument("--only", choices=("check",))
+    parser.add_argument("--only", choices=("check", "rank"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for silo in args.silos for row in (check if args.only else measure)(Silo(silo))]
+    action = {"check": check, "rank": measure_ranks}.get(args.only, measure)
+    rows = [row for silo in args.silos for row in action(Silo(silo))]
+    if args.only == "rank":
+        print(rank_halving(rows, GAIN))
     if not args.only:
         print(json.dumps(fitted(rows), indent=1))
     if args.json:

@@ -48,8 +48,8 @@ TUNED = (
 EQUAL, UNEQUAL, ZEROS = "4", "2 4 8", "2 4 8 zeros"
 WAYS = (
     *((*tuned, EQUAL) for tuned in TUNED),
-    ("product", "none", UNEQUAL), ("product", "none", "2"), ("factors", "none", UNEQUAL), ("product", "none", ZEROS),
-    ("factors", "none", ZEROS),
+    ("product", "none", UNEQUAL), ("product", "none", "2"), ("factors", "none", ZEROS), ("factors", "none", UNEQUAL),
+    ("product", "none", ZEROS),
 )  # fmt: skip
 """(what is averaged, server optimizer, ranks of the clients); the first one is compared with."""
 
@@ -112,8 +112,8 @@ def plans(rows: list[dict], seeds: Iterable[int]) -> Iterator[Run]:
         for client in CLIENT_RATES if optimizer == "none" else (best(rows, "factors", "none")[0],):
             for server in SERVER_RATES[optimizer]:
                 yield from (Run(average, optimizer, client, server, seed) for seed in TUNING)
-    for seed in seeds:
-        for way in WAYS:
+    for way in WAYS:
+        for seed in seeds:
             yield Run(*way[:2], *best(rows, *way[:2]), seed, way[2])
 
 

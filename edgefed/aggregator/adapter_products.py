@@ -31,36 +31,83 @@ import numpy as np
 from edgefed.protocol.alternation import LORA_A, LORA_B
 from edgefed.protocol.messages import NEURON_TABLE, TensorInfo
 
+Columns = tuple[float, np.ndarray, np.ndarray, np.ndarray]
+"""A contribution with a weight of each column."""
 SMALLEST_SCALE = 0.1
 """Smallest scale of a direction of A, as a share of the largest: keeps B within ten times its size."""
 MOST_COLUMNS = 3
 """Columns that are stacked, in multiples of the output size, before they are joined into a basis of that size."""
 
 
-def factor_pairs(tensors: Sequence[TensorInfo]) -> list[tuple[str, str]]:
-    """Names of B (out, R) and A (R, in) of each adapter in a unit; none of slices, which have other neurons each."""
+def adapter_groups(tensors: Sequence[TensorInfo]) -> list[tuple[str, ...]]:
+    """Names of the tensors of each adapter in a unit: B (out, R) and A (R, in); of slices all tensors, the table first.
+
+    The weights by row of a group are those of its first tensor.
+    """
     infos = {info.name: info for info in tensors}
-    stems = [name.removesuffix(LORA_B) for name in infos if name.endswith(LORA_B) and NEURON_TABLE not in infos]
+    if NEURON_TABLE in infos:
+        ends = sorted(name[-len(LORA_A) :] for name in infos if name != NEURON_TABLE)
+        group = sorted(infos, key=lambda name: (name != NEURON_TABLE, name.endswith(LORA_B)))
+        return [tuple(group)] if ends == [LORA_A, LORA_B] else []
+    stems = [name.removesuffix(LORA_B) for name in infos if name.endswith(LORA_B)]
     pairs = [(stem + LORA_B, stem + LORA_A) for stem in stems if stem + LORA_A in infos]
     return [pair for pair in pairs if all(len(infos[name].shape) == 2 for name in pair)]
 
 
+def average_group(
+    contributions: Iterable[tuple[float | np.ndarray, Sequence[np.ndarray]]], smallest_rank: int = 0
+) -> list[np.ndarray] | None:
+    """The means of a group of `adapter_groups`, each of the shape of its tensor; None as in `average_products`.
+
+    ``contributions``: (weight, tensors). Row j of the table of a slice has the rows of B of neuron j of the expert's
+    first matrix, whose A (R, H) follows the table, and then column j of A of its last one, whose B (H, R) comes last.
+    So a weight of neuron j is one of rows of the first product and of a column of the other.
+    """
+    parts = list(contributions)
+    if len(parts[0][1]) == 2:
+        return _as_list(average_products(((weight, pair[0], pair[1]) for weight, pair in parts), smallest_rank))
+    rank, num_rows = len(parts[0][1][1]), len(parts[0][1][0])
+    rows = parts[0][1][0].shape[1] // rank - 1
+    if rows < 1 or parts[0][1][0].shape[1] != (rows + 1) * rank:
+        return None
+
+    def weights(weight: float | np.ndarray, times: int) -> np.ndarray:
+        return np.repeat(np.broadcast_to(weight, (num_rows,)), times)
+
+    first = average_products(
+        (weights(weight, rows), table[:, : rows * rank].reshape(-1, rank), lora_a)
+        for weight, (table, lora_a, _) in parts
+    )  # fmt: skip
+    last = average_products(
+        (1.0, lora_b, table[:, rows * rank :].T, weights(weight, 1)) for weight, (table, _, lora_b) in parts
+    )
+    if first is None or last is None:
+        return None
+    return [np.hstack([first[0].reshape(num_rows, -1), last[1].T]), first[1], last[0]]
+
+
+def _as_list(pair: tuple[np.ndarray, np.ndarray] | None) -> list[np.ndarray] | None:
+    return None if pair is None else list(pair)
+
+
 def average_products(
-    contributions: Iterable[tuple[float | np.ndarray, np.ndarray, np.ndarray]], smallest_rank: int = 0
+    contributions: Iterable[tuple[float | np.ndarray, np.ndarray, np.ndarray] | Columns], smallest_rank: int = 0
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The factors (out, R) and (R, in), float64, of the best rank-R approximation of the weighted sum of products.
 
     ``contributions``: (weight, B (out, R), A (R, in)), taken one by one; a weight is a number or (out,), and the
-    weights sum to 1. ``smallest_rank``: the leading factors are the best of each rank from this one on; 0: only all R
+    weights sum to 1. A fourth value is a weight of columns of the product, (in,), by which those of A are multiplied;
+    these sum to 1. ``smallest_rank``: the leading factors are the best of each rank from this one on; 0: only all R
     are. Memory is that of a few whole weights at most. None if the input size is smaller than R, where the rows of A
     cannot be independent.
     """
     lefts: list[np.ndarray] = []
     rights: list[np.ndarray] = []
     mean_a = np.zeros(())
-    for weight, lora_b, lora_a in contributions:
+    for weight, lora_b, lora_a, *columns_weight in contributions:
         if lora_a.shape[1] < lora_a.shape[0]:
             return None
+        lora_a = lora_a * columns_weight[0] if columns_weight else lora_a
         lefts.append(np.reshape(weight, (-1, 1)) * lora_b)
         rights.append(lora_a)
         mean_a = mean_a + float(np.mean(weight)) * lora_a

@@ -18,7 +18,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,14 +27,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edgefed.aggregator.adapter_products import average_products, factor_pairs
+from edgefed.aggregator.adapter_products import adapter_groups, average_group
 from edgefed.aggregator.blobs import BlobStore
 from edgefed.aggregator.server_optimizer import LARGEST, Stepping, UnitMoments
 from edgefed.aggregator.slices import row_parts, row_runs, row_weights, sent_values, shares_of
 from edgefed.aggregator.update_files import BlockFiles, ChangeBuffers, TensorPlace, UpdateDamaged, UpdateIndex
 from edgefed.kernels.fold import FoldBackend
 from edgefed.methods.interface import UnitMerge
-from edgefed.protocol.frames import FLOAT_DTYPES, TensorEntry, encode_header, read_header, storage_dtype
+from edgefed.protocol.frames import FLOAT_DTYPES, TensorEntry, encode_header, map_tensor, read_header, storage_dtype
 from edgefed.protocol.messages import NEURON_TABLE, TensorInfo, UnitInfo
 
 BLOCK_ELEMENTS = 64 * 1024
@@ -185,10 +184,10 @@ def _unit_chunks(
     means = _product_means(unit, found, old_path, old, scratch) if scratch.robustness.products else {}
     for info in unit.tensors:
         sources, keep_rows = found.get(info.name, ([], None))
-        if sources and keep_rows is not None and info.name == NEURON_TABLE:
-            yield from _table_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
-        elif (mean := means.get(info.name)) is not None:
+        if (mean := means.get(info.name)) is not None:
             yield from _tensor_chunks(info, sources, None, old_path, old[info.name], scratch, mean)
+        elif sources and keep_rows is not None and info.name == NEURON_TABLE:
+            yield from _table_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
         elif sources or (scratch.noise is not None and info.name in found):
             yield from _tensor_chunks(info, sources, keep_rows, old_path, old[info.name], scratch)
         else:
@@ -227,38 +226,42 @@ def _product_means(
     """The factors of adapters whose product is the mean of the clients' products, (n,) by the tensor's name."""
     infos, smallest = {info.name: info for info in unit.tensors}, scratch.robustness.smallest_rank
     means: dict[str, np.ndarray] = {}
-    for name_b, name_a in factor_pairs(unit.tensors):
-        sources, keep = found[name_b]
+    for group in adapter_groups(unit.tensors):
+        sources, keep = found[group[0]]
         if len(sources) + (keep is not None and bool(keep.any())) < (1 if smallest else 2):
             continue  # one contributor's factors are those of the mean
-
-        def factor(name: str, source: _Source | None) -> np.ndarray:
-            return _whole(infos[name], source, old_path, old[name], scratch)
-
-        parts: list[tuple[float | np.ndarray, _Source | None, _Source | None]] = [
-            (s.share, s, s_a) for s, s_a in zip(sources, found[name_a][0], strict=True)
+        parts: list[tuple[float | np.ndarray, Sequence[_Source | None]]] = [
+            (of[0].share, of) for of in zip(*(found[name][0] for name in group), strict=True)
         ]
-        parts += [(keep.astype(np.float64), None, None)] if keep is not None and keep.any() else []
-        pairs = ((share, factor(name_b, s), factor(name_a, s_a)) for share, s, s_a in parts)
-        if mean := average_products(pairs, smallest):
-            means |= {name: each.reshape(-1) for name, each in zip((name_b, name_a), mean, strict=True)}
+        parts += [(keep.astype(np.float64), (None,) * len(group))] if keep is not None and keep.any() else []
+        whole = (
+            (share, [_whole(infos[name], s, old_path, old[name], scratch) for name, s in zip(group, of, strict=True)])
+            for share, of in parts
+        )
+        if mean := average_group(whole, smallest):
+            means |= {name: each.reshape(-1) for name, each in zip(group, mean, strict=True)}
     return means
 
 
 def _whole(info: TensorInfo, source: _Source | None, old_path: Path, old: TensorEntry, scratch: _Scratch) -> np.ndarray:
-    """A client's whole tensor, or the current one, float64."""
-    dtype, count = storage_dtype(info.dtype), math.prod(info.shape)
-    values = np.full(count, -0.0)
+    """A client's whole tensor, or the current one, float64; 0 in the rows of a table that the client lacks."""
+    dtype = storage_dtype(info.dtype)
+    rows, current = None if source is None else source.rows, map_tensor(old_path, old)
+    current = (current if rows is None else current[rows]).reshape(-1)
+    values = np.full(len(current), -0.0)
     with BlockFiles() as files:
-        for begin in range(0, count, BLOCK_ELEMENTS):
-            part = values[begin : begin + BLOCK_ELEMENTS]
-            before = files.read(old_path, old.start + begin * dtype.itemsize, scratch.old, len(part), dtype)
+        for begin in range(0, len(values), BLOCK_ELEMENTS):
+            part, before = (array[begin : begin + BLOCK_ELEMENTS] for array in (values, current))
             if source is None:
                 scratch.backend.fold_block(part, before, info.dtype, 1.0)
             else:
                 raw = source.read(files, begin, len(part), dtype, scratch)
                 _add(part, raw, before, source, 1.0, info.dtype, scratch.backend)
-    return values.reshape(info.shape)
+    if rows is None:
+        return values.reshape(info.shape)
+    whole = np.zeros(info.shape)
+    whole[rows] = values.reshape(len(rows), -1)
+    return whole
 
 
 def _tensor_chunks(
@@ -364,14 +367,9 @@ def _table_chunks(
 
 
 def _add(
-    sums: np.ndarray,
-    raw: np.ndarray,
-    before: np.ndarray | None,
-    source: _Source,
-    share: float,
-    dtype: str,
+    sums: np.ndarray, raw: np.ndarray, before: np.ndarray | None, source: _Source, share: float, dtype: str,
     backend: FoldBackend,
-) -> None:
+) -> None:  # fmt: skip
     """``sums += share (g + f (x - g))``; ``raw`` is x, or x - g if the source is encoded.
 
     Raises UpdateDamaged for a value that is not finite.

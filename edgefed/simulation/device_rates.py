@@ -24,6 +24,7 @@ from edgefed.hardware.profile_files import DeviceProfile
 from edgefed.hardware.profiles import facts_of
 from edgefed.moe.units import LORA_SUFFIX
 from edgefed.protocol import frames
+from edgefed.protocol.alternation import LORA_A
 from edgefed.protocol.messages import UnitInfo
 from edgefed.simulation.config import Link, SimulatedDevice
 
@@ -217,11 +218,15 @@ class CostShape:
         )
 
     def byte_ratios(self, units: Sequence[UnitInfo], setup: StepSetup) -> dict[str, float]:
-        """Bytes of the cost shape per byte of the model, by kind of unit; 1 for files, and where a kind has none."""
+        """Bytes of the cost shape per byte of the model, by kind of unit; 1 for files, and where a kind has none.
+
+        Both have adapters of the run's rank, also for a device of a smaller one.
+        """
         own: dict[str, int] = {}
         for unit in units:
             own[byte_kind(unit)] = own.get(byte_kind(unit), 0) + unit.size_bytes
-        charged = _bytes_by_kind(self.shape, setup)
+        of_run = (info.shape[0] for unit in units for info in unit.tensors if info.name.endswith(LORA_A))
+        charged = _bytes_by_kind(self.shape, dataclasses.replace(setup, lora_rank=next(of_run, setup.lora_rank)))
         ratios = {kind: charged[kind] / size if charged.get(kind) else 1.0 for kind, size in own.items() if size}
         return {FILE: 1.0, **ratios}
 

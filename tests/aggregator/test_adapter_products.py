@@ -17,10 +17,10 @@ from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.aggregator.staleness import BaseLost, staleness_weight
 from edgefed.errors import InvalidUpdate
 from edgefed.kernels.compression import CODECS, encode
-from edgefed.kernels.fold import NUMPY
+from edgefed.kernels.fold import NUMPY, select_backend
 from edgefed.methods.interface import UnitMerge
 from edgefed.protocol.frames import ENCODED_DTYPE
-from edgefed.protocol.messages import TrainingConfig
+from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, TrainingConfig
 
 RANK, OUT, IN = 4, 24, 16
 
@@ -140,6 +140,57 @@ def test_a_fold_averages_products_per_expert_and_per_row(run, monkeypatch):
     for key, values in found.items():
         for name, array in values.items():
             np.testing.assert_array_equal(again[key][name], array)
+
+
+@pytest.mark.parametrize("backend", [NUMPY, select_backend()], ids=["numpy", "default"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_adapters_of_slices_are_averaged_as_products_neuron_by_neuron(tmp_path, compressed, backend):
+    """A neuron has two rows of the first product and a column of the last; it is the mean over those who sent it."""
+    hidden, neurons, rng = 10, 8, np.random.default_rng(5)
+    owned = {"a": np.array([0, 1, 2, 5]), "b": np.array([2, 3, 5]), "c": np.array([5, 6])}
+    weights = {"a": 3.0, "b": 1.0, "c": 2.0}
+    start = tuple(rng.standard_normal(s).astype(np.float32) for s in (
+        (neurons, 3 * RANK), (RANK, hidden), (hidden, RANK),
+    ))  # fmt: skip
+    names = (NEURON_TABLE, "up.lora_a", "down.lora_b")
+    with RunWriter(tmp_path / "state") as writer:
+        unit = writer.add_unit(*new_unit("e:lora", "expert", 0, 0, True, {
+            name: ("F32", part) for name, part in zip(names, start, strict=True)
+        }))  # fmt: skip
+
+    def dense(table, lora_a, lora_b):
+        """(neurons, 2, hidden) of the first product, (hidden, neurons) of the last."""
+        first = table[:, : 2 * RANK].reshape(len(table), 2, RANK) @ lora_a
+        return first.astype(np.float64), (lora_b @ table[:, 2 * RANK :].T).astype(np.float64)
+
+    totals, files = np.zeros(neurons), {}
+    expected = [np.zeros((neurons, 2, hidden)), np.zeros((hidden, neurons))]
+    for client, rows in owned.items():
+        own = [rng.standard_normal(part.shape).astype(np.float32) for part in (start[0][rows], *start[1:])]
+        base = (start[0][rows], *start[1:])
+        frame = {f"e:lora|{name}": ("F32", part) for name, part in zip(names, own, strict=True)}
+        if compressed:
+            codec = CODECS["int8"]
+            changes = [encode(codec, (new - old).reshape(-1)) for new, old in zip(own, base, strict=True)]
+            frame = {f"e:lora|{name}|int8": (ENCODED_DTYPE, part) for name, part in zip(names, changes, strict=True)}
+        frame |= {f"e:lora|{NEURON_INDEX}": ("I32", rows.astype(np.int32))}
+        files[client] = tmp_path / client
+        files[client].write_bytes(frame_of(frame))
+        first, last = dense(*own)
+        expected[0][rows] += weights[client] * first
+        expected[1][:, rows] += weights[client] * last
+        totals[rows] += weights[client]
+    kept = totals == 0
+    old = dense(*start)
+    expected[0] = np.where(kept[:, None, None], old[0], expected[0] / np.maximum(totals, 1)[:, None, None])
+    expected[1] = np.where(kept, old[1], expected[1] / np.maximum(totals, 1))
+    blobs, plan = BlobStore(tmp_path / "state"), {"e:lora": UnitMerge(tuple(weights.items()))}
+    (changed,) = fold.fold_round([unit], plan, files, blobs, backend, robustness=Robustness(products=True))
+    values = unit_values(blobs.path(changed.sha256))
+    found = dense(*(values[name] for name in names))
+    tolerance = 0.05 if compressed else 1e-5
+    assert error(found[0].reshape(-1, hidden), best(expected[0].reshape(-1, hidden))) < tolerance
+    assert error(found[1], best(expected[1])) < tolerance
 
 
 def test_one_client_is_copied_bit_by_bit_and_a_shortened_one_is_shortened(run):

@@ -14,7 +14,7 @@ from edgefed.costs.step_setup import StepSetup
 from edgefed.errors import ConfigError
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.profiles import find_profile
-from edgefed.protocol.messages import UnitInfo
+from edgefed.protocol.messages import TensorInfo, UnitInfo
 from edgefed.simulation.config import LINKS, Link, SimulatedDevice
 from edgefed.simulation.device_rates import Calibration, CostShape, device_rates, memory_budget
 from edgefed.simulation.virtual_clock import CostModel, RoundWork
@@ -86,6 +86,9 @@ def test_byte_ratios_take_the_whole_cost_shape_for_the_whole_model():
     # Experts, dense tensors and routers are all there is.
     assert 400 * ratios["expert"] + 50 * ratios["dense"] + 16 * 2048 * 64 * 2 == OLMOE.num_parameters * 2
     assert ratios["file"] == 1
+    tensors = (TensorInfo(name="w.lora_a", dtype="F32", shape=(8, 2)),)
+    units[-1] = msgspec.structs.replace(units[-1], tensors=tensors)
+    assert CHARGED.byte_ratios(units, dataclasses.replace(setup, lora_rank=2)) == ratios, "of a device of rank 2"
 
 
 def test_experts_are_loaded_from_disk_over_the_host_link():
