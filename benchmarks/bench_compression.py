@@ -5,12 +5,16 @@
 The bytes are changes of float32 weights, 16 MiB: normal numbers whose scale differs from column to column, as between
 neurons. Rates are of these bytes, in MB per second of processor time of one thread, the best of five passes that are
 taken in turns; a line of 1 Gbit/s carries 125 MB/s. zstd needs the package zstandard, and keeps all bits.
+
+The rows "down" are of changes of blobs: weights that moved by the steps of ``--download-compression``, as the server
+finds them in two versions and the device applies them, with numpy. What is lost is what the steps leave for later.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +23,13 @@ import numpy as np
 from provenance import provenance
 
 from edgefed.kernels.compression import CODECS, decode, decode_reference, encode, encode_reference, native_library
+from edgefed.protocol.changes import apply_blob_change, encode_blob_change, to_steps
+from edgefed.protocol.frames import write_frame
 
 ROWS, COLUMNS = 2048, 2048
 PASSES = 5
+DOWNLOADS = {"int8": 127, "int4": 7, "int3": 3}
+"""Levels of the steps (`edgefed.protocol.changes`)."""
 
 
 def changes() -> np.ndarray:
@@ -42,7 +50,8 @@ def best_seconds(works: dict[str, Callable[[], object]]) -> dict[str, float]:
     return found
 
 
-def measure() -> list[dict]:
+def measure(folder: Path) -> list[dict]:
+    """``folder`` takes two versions of a blob for each setting of downloads."""
     values, rows = changes(), []
     size, out, norm = values.nbytes, np.empty_like(values), float(values @ values)
     backends = {"numpy": (encode_reference, decode_reference)}
@@ -58,6 +67,18 @@ def measure() -> list[dict]:
         left = values - out
         row = {"codec": name, "ratio": size / raw.nbytes, "lost": float(left @ left) / norm}
         rows += [{**row, "backend": backend} for backend in backends]
+    weights = np.random.default_rng(1).standard_normal(len(values)).astype(np.float32) * 0.02
+    for name, levels in DOWNLOADS.items():
+        steps = to_steps(values.astype(np.float64), levels)
+        base, blob = folder / f"{name}.base", folder / f"{name}.blob"
+        for path, array in ((base, weights), (blob, (weights + steps).astype(np.float32))):
+            write_frame(path, {"w": ("F32", array)})
+        change = encode_blob_change(base, blob)
+        assert change is not None, "steps are a change of few bits"
+        works[f"{name} down encode"] = lambda base=base, blob=blob: encode_blob_change(base, blob)
+        works[f"{name} down decode"] = lambda base=base, change=change: apply_blob_change(base, change)
+        left = values - steps
+        rows.append({"codec": name, "ratio": size / len(change), "lost": float(left @ left) / norm, "backend": "down"})
     try:
         import zstandard
     except ModuleNotFoundError:
@@ -81,7 +102,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = measure()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(Path(folder))
     for row in rows:
         print(
             f"{row['codec']:8} {row['backend']:10} {row['ratio']:6.1f}x  encode {row['encode_mb_per_s']:8.1f} MB/s  "

@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from edgefed.aggregator.blobs import ChangeCache
 from edgefed.aggregator.connections import EndQuietly, count_connections, mark_known
 from edgefed.aggregator.gate import Gate, credentials_of
 from edgefed.aggregator.metrics import MEDIA_TYPE
@@ -50,7 +51,7 @@ from edgefed.aggregator.wire import (
 )
 from edgefed.errors import NotFound, ProtocolError, ServerUnreachable
 from edgefed.protocol import PROTOCOL_VERSION, routes
-from edgefed.protocol.changes import CHANGE_TYPE, change_between
+from edgefed.protocol.changes import CHANGE_TYPE
 from edgefed.protocol.comparison import Comparison
 from edgefed.protocol.messages import (
     AssignmentReply,
@@ -98,7 +99,7 @@ class Endpoints:
             for work, number in NUM_THREADS.items()
         }
         self.polls = LongPolls(bell, self.run, lambda: service.closing)
-        self.probes = ProbeLimiter()
+        self.probes, self.changes = ProbeLimiter(), ChangeCache(service.blob)
         self.transfers = 0
         """Streams in progress, without probes: the server does not wait for those."""
 
@@ -219,7 +220,7 @@ class Endpoints:
             return Response(status_code=307, headers={"location": url, "cache-control": "no-store"})
         headers, key = {"accept-ranges": "bytes", "etag": f'"{tag}"'}, request.headers.get(routes.CLIENT_KEY_HEADER, "")
         if base := request.query_params.get("base"):
-            change = await self.run(change_between, self.service.blob, base, path, work=Work.TRANSFER)
+            change = await self.run(self.changes.between, base, sha256, work=Work.TRANSFER)
             if change is not None:
                 await self.run(self.service.note_download, key, len(change), size_bytes)
                 return Response(change, headers=headers, media_type=CHANGE_TYPE)

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +22,7 @@ from edgefed.aggregator.store import Store
 from edgefed.aggregator.validate import max_update_bytes
 from edgefed.disk import READ_BYTES, disk_errors, sync_file, sync_folder, write_all
 from edgefed.errors import NotFound, StateCorrupt
+from edgefed.protocol.changes import encode_blob_change
 from edgefed.protocol.messages import Manifest, encode_message
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,42 @@ class BlobBatch:
         for pending in entries:
             pending.file.close()
             pending.path.unlink(missing_ok=True)
+
+
+class ChangeCache:
+    """Changes between blobs, found once for all devices that ask. Thread-safe.
+
+    ``find`` returns path and size of a blob, and raises NotFound. Those used last stay in memory, up to ``limit_bytes``.
+    """
+
+    def __init__(self, find: Callable[[str], tuple[Path, int]], limit_bytes: int = 64 * 1024 * 1024):
+        self._find, self._limit_bytes, self._size_bytes = find, limit_bytes, 0
+        self._found: dict[tuple[str, str], bytes | None] = {}
+        self._lock = threading.Lock()
+
+    def between(self, base: str, sha256: str) -> bytes | None:
+        """What makes a blob of ``base``; None if that saves too little, or if ``base`` is not there any more."""
+        key = base, sha256
+        with self._lock:
+            if key in self._found:
+                self._found[key] = change = self._found.pop(key)  # now the last one used
+                return change
+        try:
+            change = encode_blob_change(self._find(base)[0], self._find(sha256)[0])
+        except (NotFound, FileNotFoundError):
+            return None
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = change
+                self._size_bytes += _cost(change)
+            while self._size_bytes > self._limit_bytes:
+                self._size_bytes -= _cost(self._found.pop(next(iter(self._found))))
+        return change
+
+
+def _cost(change: bytes | None) -> int:
+    """Bytes that a change takes in a cache, with its key."""
+    return 512 + len(change or b"")
 
 
 class Catalog:

@@ -20,13 +20,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
-from edgefed.errors import InvalidUpdate, MalformedMessage, NotFound
+from edgefed.errors import InvalidUpdate, MalformedMessage
 from edgefed.protocol.frames import FLOAT_DTYPES, narrow, read_header, storage_dtype, widen
 
 CHANGE_TYPE = "application/vnd.edgefed.change"
@@ -97,14 +97,6 @@ def encode_blob_change(base: Path, blob: Path) -> bytes | None:
     bitmap = np.packbits(differs, bitorder="little").tobytes()
     change = b"".join((_deflated(steps, zlib.Z_RLE), _deflated(bitmap), np.frombuffer(after, "<u2")[differs].tobytes()))
     return change if 2 * len(change) < size_bytes else None
-
-
-def change_between(find: Callable[[str], tuple[Path, int]], base: str, blob: Path) -> bytes | None:
-    """`encode_blob_change` of the blob named ``base``; None also where ``find`` does not know it, or a file is gone."""
-    try:
-        return encode_blob_change(find(base)[0], blob)
-    except (NotFound, FileNotFoundError):
-        return None
 
 
 def apply_blob_change(base: Path, change: bytes) -> bytes:

@@ -11,14 +11,15 @@ import toy_run
 from toy_run import frame_of, make_update, new_unit
 
 from edgefed.aggregator import fold
-from edgefed.aggregator.blobs import BlobStore
+from edgefed.aggregator.blobs import BlobStore, ChangeCache
 from edgefed.aggregator.creation import RunWriter
 from edgefed.aggregator.validate import validate_update
-from edgefed.errors import InvalidUpdate
+from edgefed.errors import InvalidUpdate, NotFound
 from edgefed.kernels.compression import CODECS, decode, encode
 from edgefed.kernels.fold import NUMPY, select_backend
 from edgefed.methods.interface import UnitMerge
-from edgefed.protocol.frames import narrow, update_name, widen
+from edgefed.protocol.changes import encode_blob_change, to_steps
+from edgefed.protocol.frames import narrow, update_name, widen, write_frame
 from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE, Manifest
 
 HIDDEN = 2500  # a tensor has 10,000 values: more than one block of every codec, and a short last one
@@ -154,6 +155,30 @@ def test_the_neurons_of_a_slice_move_where_they_are(tmp_path, backend):
     (changed,) = fold.fold_round([unit], plan, paths, blobs, backend, threads=1)
     found = toy_run.unit_values(blobs.path(changed.sha256))[NEURON_TABLE]
     np.testing.assert_allclose(found, old + sums / np.maximum(counts, 1), rtol=1e-6, atol=1e-6)
+
+
+def test_a_change_is_found_once_for_all_devices(tmp_path):
+    asked, rng = [], np.random.default_rng(3)
+    values = rng.standard_normal(20_000).astype(np.float32)
+    for number in range(3):
+        write_frame(tmp_path / str(number), {"w": ("F32", values)})
+        values = (values + to_steps(rng.standard_normal(20_000) * 1e-3, 7)).astype(np.float32)
+
+    def find(name: str):
+        asked.append(name)
+        if not (tmp_path / name).exists():
+            raise NotFound(name)
+        return tmp_path / name, 0
+
+    cache = ChangeCache(find, limit_bytes=12_000)
+    first = cache.between("0", "1")
+    assert first == cache.between("0", "1") == encode_blob_change(tmp_path / "0", tmp_path / "1")
+    assert asked == ["0", "1"]
+    assert cache.between("9", "1") is None
+    assert cache.between("1", "2")
+    asked.clear()
+    assert cache.between("0", "1") == first
+    assert asked == ["0", "1"], "there is room for one"
 
 
 def manifest_of(unit) -> Manifest:
