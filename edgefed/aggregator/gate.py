@@ -162,7 +162,7 @@ class Gate:
             invitation = self._access.check_invitation(secret.decode("latin-1"))
         elif not has_token:
             raise Unauthorized(
-                "this device needs a token or an invitation to join",
+                "wrong token" if secret else "this device needs a token or an invitation to join",
                 remedy="Set `token` or EDGEFED_TOKEN, or ask for a join link (`edgefed invite`).",
             )
         return Credentials(has_token, signature.public_key, invitation), signature.digest

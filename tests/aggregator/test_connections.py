@@ -17,11 +17,13 @@ import toy_run
 from server_process import Client
 from toy_run import make_run
 
+from edgefed.agent.transport import AggregatorClient
 from edgefed.aggregator.connections import ConnectionLimits, EndQuietly, connection_limits
 from edgefed.aggregator.gate import FREE_GUESSES, GuessBrake, LogLimiter, address_of, check_strength
 from edgefed.aggregator.server import AggregatorServer, ServerConfig
-from edgefed.errors import ConfigError, MalformedMessage, UnknownClient
+from edgefed.errors import ConfigError, MalformedMessage, Unauthorized, UnknownClient
 from edgefed.protocol import routes
+from edgefed.protocol.signing import new_key
 
 TOKEN = "correct-horse-battery"
 LIMITS = ConnectionLimits(at_once=40, strangers=8, head_s=1.0, body_pause_s=1.0, read_pause_s=1.0)
@@ -136,6 +138,15 @@ def test_guesses_of_the_token_are_slowed_and_right_ones_still_pass(server):
     started = time.monotonic()
     assert Client(server.url, "a", token=TOKEN).status().state == "waiting"
     assert time.monotonic() - started > 0.9
+
+
+@pytest.mark.parametrize(("token", "message"), [("wrong" * 5, "^wrong token"), ("", "needs a token or an invitation")])
+def test_a_wrong_token_is_not_called_a_missing_one(server, token, message):
+    with (
+        AggregatorClient(server.url, "a", toy_run.KEY + "a", device_key=new_key(), token=token) as client,
+        pytest.raises(Unauthorized, match=message),
+    ):
+        client.register(toy_run.register_message("a"))
 
 
 def test_at_most_some_guesses_of_an_address_wait():
