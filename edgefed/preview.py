@@ -37,10 +37,12 @@ from edgefed.moe.model import MoeModel
 from edgefed.progress import ProgressSink, format_seconds
 from edgefed.protocol.limits import check_run
 from edgefed.protocol.messages import Manifest, RunConfig, Status, UnitInfo
+from edgefed.protocol.ranks import with_rank
 from edgefed.trainer.expert_choice import even_layout
 from edgefed.trainer.kernel_proof import compile_products
 from edgefed.trainer.planner import Planner, PlanRequest
 from edgefed.trainer.ports import FormulaCosts, OwnModel, ProcessMemory
+from edgefed.trainer.reports import own_rank
 from edgefed.training.data import load_corpus
 from edgefed.training.encoding import encode_examples
 
@@ -73,6 +75,7 @@ class Preview:
         upload_bytes_per_s: Measured rate; None if it could not be measured.
         upload_s: Seconds of the upload of a round's update; None without a rate.
         streamed: Frozen experts do not fit in memory: they are read while a step computes.
+        lora_rank: Rank of the adapters on this device; 0: that of the run.
     """
 
     model: str
@@ -91,6 +94,7 @@ class Preview:
     upload_bytes_per_s: float | None
     upload_s: float | None
     streamed: bool = False
+    lora_rank: int = 0
 
     def __str__(self) -> str:
         if self.neuron_share < 1.0:
@@ -101,7 +105,7 @@ class Preview:
             what = f"{sum(self.resident)} of {sum(self.experts_per_layer)} experts"
         storage = STORAGE_WORDS.get(self.storage, self.storage) + (", streamed," if self.streamed else "")
         if self.trains == "lora":
-            what += f" in {storage} with adapters"
+            what += f" in {storage} with adapters{f' of rank {self.lora_rank}' if self.lora_rank else ''}"
         elif self.trains == "none":
             what += f" in {storage.rstrip(',')}, not trained"
         elif self.trainable == self.resident:
@@ -157,7 +161,10 @@ def make_preview(config: JoinConfig, server: AggregatorClient, status: Status, p
             BenchModel(run.model, model.config, shape), run, step, max(resident), max(trainable), share, reads_s,
             usable_bytes, device.torch_device, progress,
         )  # fmt: skip
-    size_bytes = _upload_bytes(manifest.units, step.trainable / sum(manifest.experts_per_layer), method)
+    rank = own_rank(run.training, step.setup)
+    size_bytes = _upload_bytes(
+        with_rank(manifest.units, rank), step.trainable / sum(manifest.experts_per_layer), method
+    )
     line = _measure_uplink(server, progress)
     return Preview(
         model=run.model,
@@ -176,6 +183,7 @@ def make_preview(config: JoinConfig, server: AggregatorClient, status: Status, p
         upload_bytes=size_bytes,
         upload_bytes_per_s=line.up_bytes_per_s if line else None,
         upload_s=upload_seconds(size_bytes, line) if line else None,
+        lora_rank=rank,
     )
 
 

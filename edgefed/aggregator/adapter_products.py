@@ -23,6 +23,7 @@ float64, contributors in the order that is given, so results are the same on eve
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -59,16 +60,19 @@ def average_group(
 ) -> list[np.ndarray] | None:
     """The means of a group of `adapter_groups`, each of the shape of its tensor; None as in `average_products`.
 
-    ``contributions``: (weight, tensors). Row j of the table of a slice has the rows of B of neuron j of the expert's
-    first matrix, whose A (R, H) follows the table, and then column j of A of its last one, whose B (H, R) comes last.
-    So a weight of neuron j is one of rows of the first product and of a column of the other.
+    ``contributions``: (weight, tensors), at least one. Those of slices are all in memory at a time. Row j of the table
+    of a slice has the rows of B of neuron j of the expert's first matrix, whose A (R, H) follows the table, and then
+    column j of A of its last one, whose B (H, R) comes last. So a weight of neuron j is one of rows of the first
+    product and of a column of the other.
     """
-    parts = list(contributions)
-    if len(parts[0][1]) == 2:
-        return _as_list(average_products(((weight, pair[0], pair[1]) for weight, pair in parts), smallest_rank))
-    rank, num_rows = len(parts[0][1][1]), len(parts[0][1][0])
-    rows = parts[0][1][0].shape[1] // rank - 1
-    if rows < 1 or parts[0][1][0].shape[1] != (rows + 1) * rank:
+    stream = iter(contributions)
+    first_of_all = next(stream)
+    stream = itertools.chain([first_of_all], stream)
+    if len(first_of_all[1]) == 2:  # taken one by one
+        return _as_list(average_products(((weight, pair[0], pair[1]) for weight, pair in stream), smallest_rank))
+    parts, (num_rows, columns), rank = list(stream), first_of_all[1][0].shape, len(first_of_all[1][1])
+    rows = columns // rank - 1
+    if rows < 1 or columns != (rows + 1) * rank:
         return None
 
     def weights(weight: float | np.ndarray, times: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import msgspec
 
 from edgefed.protocol.alternation import LORA_A, LORA_B
+from edgefed.protocol.frames import tensor_size_bytes
 from edgefed.protocol.messages import TensorInfo, UnitInfo
 from edgefed.protocol.training import TrainingConfig
 
@@ -44,14 +45,13 @@ def with_rank(units: Iterable[UnitInfo], rank: int) -> tuple[UnitInfo, ...]:
     """``units`` as a device of ``rank`` sends them; 0: the rank of the run."""
     if not rank:
         return tuple(units)
-    return tuple(
-        msgspec.structs.replace(
-            unit, tensors=tuple(msgspec.structs.replace(info, shape=leading_shape(info, rank)) for info in unit.tensors)
-        )
-        if unit.trainable
-        else unit
-        for unit in units
-    )
+    return tuple(_with_rank(unit, rank) if unit.trainable else unit for unit in units)
+
+
+def _with_rank(unit: UnitInfo, rank: int) -> UnitInfo:
+    tensors = tuple(msgspec.structs.replace(info, shape=leading_shape(info, rank)) for info in unit.tensors)
+    less = sum(map(tensor_size_bytes, unit.tensors)) - sum(map(tensor_size_bytes, tensors))
+    return msgspec.structs.replace(unit, tensors=tensors, size_bytes=unit.size_bytes - less)
 
 
 def smaller_ranks(training: TrainingConfig) -> tuple[int, ...]:

@@ -138,6 +138,10 @@ MADE = Preview(
             {"neuron_share": 0.37, "training_s": None, "upload_s": None},
             "37% of the neurons of every expert in NF4 with adapters",
         ),
+        (
+            {"lora_rank": 4, "training_s": None, "upload_s": None},
+            "56 to 57 of 64 experts a layer in NF4 with adapters of rank 4",
+        ),
     ],
 )
 def test_one_sentence_for_every_kind_of_plan(changes, sentence):

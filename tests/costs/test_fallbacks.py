@@ -56,6 +56,32 @@ def search(**changes):
 FULL = search().needs_bytes(WANTED)  # 1000 + 64 * 40 + 512 + 512
 
 
+def test_a_smaller_rank_is_taken_where_more_experts_make_up_for_it():
+    """What an adapter takes grows with its rank, here to more than its expert; a rank costs less than experts."""
+
+    def adapters(setup, kept, trainable):
+        parts = simple(setup, kept, trainable).parts | {"adapters": setup.lora_rank * sum(trainable)}
+        return MemoryEstimate(parts, {"step": sum(parts.values())})
+
+    price = LossPrice.of(None, [EXPERTS] * LAYERS, 128, lora_rank=32)
+    wanted = dataclasses.replace(WANTED, setup=dataclasses.replace(WANTED.setup, experts="lora", lora_rank=32))
+    given = search(estimate=adapters, price=price, smaller_ranks=(16, 8))
+    full = given.needs_bytes(wanted)
+    assert fit(given, wanted, full) == (wanted, [])
+    plan, path = fit(given, wanted, full - 1500)
+    assert (plan.setup.lora_rank, plan.resident, plan.trainable) == (16, 64, 64)
+    assert path[0].sentence == "adapters of rank 16 instead of 32 (saves 1.0 KiB)"
+    assert not any(fallback.keeps_plan for fallback in path[:1])
+    alone, _ = fit(dataclasses.replace(given, smaller_ranks=()), wanted, full - 1500)
+    assert alone.setup.lora_rank == 32
+    assert alone.trainable < 64
+    assert given.cost(plan) < given.cost(alone)
+    with pytest.raises(BudgetTooSmall):
+        fit(given, wanted, 1000)
+    fallback = next_fallback(given, wanted, 1500)
+    assert fallback.step_plan.setup.lora_rank == 32, "in the middle of a round the rank stays"
+
+
 def test_what_fits_stays_as_it_is():
     assert FULL == 4584
     assert fit(search(), WANTED, FULL) == (WANTED, [])
