@@ -205,7 +205,7 @@ class BlobBatch:
 class ChangeCache:
     """Changes between blobs, found once for all devices that ask. Thread-safe.
 
-    ``find`` returns path and size of a blob, and raises NotFound. Those used last stay in memory, up to ``limit_bytes``.
+    ``find`` returns path and size of a blob, or raises NotFound. Those used last stay in memory, up to ``limit_bytes``.
     """
 
     def __init__(self, find: Callable[[str], tuple[Path, int]], limit_bytes: int = 64 * 1024 * 1024):
