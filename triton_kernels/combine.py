@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .sort_pairs import SortedPairs
+from .tensor_types import ceil_div, next_power_of_2
 
 
 @triton.jit
@@ -54,8 +55,8 @@ def combine(
     """Compute (T, N) in ``dtype`` from rows (T*K, N) by position, summed in float32; a plain sum without weights."""
     num_tokens, width = pairs.num_pairs // pairs.top_k, rows.shape[1]
     out = torch.empty(num_tokens, width, dtype=dtype, device=rows.device)
-    block = min(triton.next_power_of_2(width), 1024)
-    combine_kernel[(num_tokens, triton.cdiv(width, block))](
+    block = min(next_power_of_2(width), 1024)
+    combine_kernel[(num_tokens, ceil_div(width, block))](
         rows,
         pairs.position,
         rows if expert_weights is None else expert_weights,
@@ -84,7 +85,7 @@ def combine_backward(
         weight_grad,
         pairs.top_k,
         width,
-        min(triton.next_power_of_2(width), 1024),
+        min(next_power_of_2(width), 1024),
         num_warps=4,
     )
     return rows_grad, weight_grad

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .sort_pairs import SortedPairs
+from .tensor_types import next_power_of_2
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def swiglu(
         slot_is_split,
         pairs.num_slots,
         width,
-        min(triton.next_power_of_2(width), 1024),
+        min(next_power_of_2(width), 1024),
         num_warps=4,
     )
 
@@ -112,7 +113,7 @@ def swiglu_backward(
         weight_grad,
         pairs.num_slots,
         width,
-        min(triton.next_power_of_2(width), 1024),
+        min(next_power_of_2(width), 1024),
         num_warps=4,
     )
     return weight_grad

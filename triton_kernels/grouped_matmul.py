@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .nf4 import nf4_value
 from .sort_pairs import SortedPairs
-from .tensor_types import compute_type, device_capability, dot_precision
+from .tensor_types import ceil_div, compute_type, device_capability, dot_precision, next_power_of_2
 
 FORMATS = {"plain": 0, "nf4": 1, "int8": 2}
 
@@ -342,7 +342,7 @@ def grouped_matmul(
         pairs.rows_per_tile, matrices.format, last, gated, n, matrices.dtype.itemsize, device_capability(a.device)
     )
     rank = low_rank.low.shape[1] if low_rank else 0
-    grid = (pairs.max_tiles * triton.cdiv(n, config.columns),)
+    grid = (pairs.max_tiles * ceil_div(n, config.columns),)
     grouped_matmul_kernel[grid](
         a,
         out,
@@ -380,7 +380,7 @@ def grouped_matmul(
         ALIGNED=matrices.weight.aligned,
         COMPUTE=compute_type(matrices.dtype),
         PRECISION=dot_precision(matrices.dtype),
-        RANK_PADDED=max(triton.next_power_of_2(max(rank, 1)), 16),
+        RANK_PADDED=max(next_power_of_2(max(rank, 1)), 16),
         BM=config.rows,
         BN=config.columns,
         BK=config.depth,

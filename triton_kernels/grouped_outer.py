@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .grouped_matmul import TileConfig
 from .sort_pairs import SortedPairs
-from .tensor_types import compute_type, dot_precision
+from .tensor_types import ceil_div, compute_type, dot_precision, next_power_of_2
 
 FEW_ROWS = TileConfig(rows=64, columns=64, depth=32, warps=4, stages=3)
 MANY_ROWS = TileConfig(rows=128, columns=128, depth=32, warps=8, stages=3)
@@ -85,7 +85,7 @@ def outer_config(n1: int, n2: int, rows_per_tile: int, itemsize: int) -> TileCon
     Narrow sides are 16, 32 or 64, on the left or on the right: with the two others, eight forms.
     """
     if min(n1, n2) < MAX_NARROW:
-        narrow = max(16, triton.next_power_of_2(min(n1, n2)))
+        narrow = max(16, next_power_of_2(min(n1, n2)))
         rows, columns = (64, narrow) if n2 <= n1 else (narrow, 64)
         return TileConfig(rows, columns, FEW_ROWS.depth, FEW_ROWS.warps, FEW_ROWS.stages)
     return MANY_ROWS if rows_per_tile == 128 and itemsize == 2 else FEW_ROWS
@@ -109,7 +109,7 @@ def grouped_outer(
     out = torch.empty(slot_ids.shape[0], n1, n2, dtype=dtype, device=left.device)
     wide = torch.promote_types(left.dtype, right.dtype)
     config = outer_config(n1, n2, pairs.rows_per_tile, wide.itemsize)
-    grid = (triton.cdiv(n1, config.rows) * triton.cdiv(n2, config.columns), slot_ids.shape[0])
+    grid = (ceil_div(n1, config.rows) * ceil_div(n2, config.columns), slot_ids.shape[0])
     grouped_outer_kernel[grid](
         left,
         right,
@@ -136,7 +136,7 @@ def column_sums(rows: torch.Tensor, pairs: SortedPairs, slot_ids: torch.Tensor, 
     """Compute the sum of the rows (T*K, N) of each slot of ``slot_ids``: (num_ids, N) in ``dtype``."""
     n = rows.shape[1]
     out = torch.empty(slot_ids.shape[0], n, dtype=dtype, device=rows.device)
-    column_sums_kernel[(triton.cdiv(n, 64), slot_ids.shape[0])](
+    column_sums_kernel[(ceil_div(n, 64), slot_ids.shape[0])](
         rows, out, pairs.offsets, slot_ids, N=n, BN=64, BR=32, num_warps=4
     )
     return out

@@ -20,7 +20,7 @@ from .grouped_matmul import FORMATS
 from .nf4 import nf4_value
 from .projection import Group, Projection, Unsupported, device_table
 from .sort_pairs import SortedPairs
-from .tensor_types import compute_type
+from .tensor_types import ceil_div, compute_type
 
 DTYPES = (torch.float32, torch.float64)
 NEURONS, ROWS, DEPTH = 64, 32, 32
@@ -163,7 +163,7 @@ def _launch(
     group: Group, width: int, *, is_split: bool,
 ) -> None:  # fmt: skip
     matrices = group.matrices
-    neuron_energy_kernel[(triton.cdiv(width, NEURONS), pairs.num_slots)](
+    neuron_energy_kernel[(ceil_div(width, NEURONS), pairs.num_slots)](
         sums.base,
         sums.offsets,
         hidden,

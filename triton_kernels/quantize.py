@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .nf4 import nf4_value
+from .tensor_types import ceil_div, next_power_of_2
 
 VALUES_PER_PROGRAM = 2048
 MAX_COLUMNS = 2048  # of a row at once, int8
@@ -122,7 +123,7 @@ def quantize(weights: torch.Tensor, format: str, blocksize: int = 64) -> tuple[t
                 packed,
                 absmax,
                 columns,
-                min(triton.next_power_of_2(columns), MAX_COLUMNS),
+                min(next_power_of_2(columns), MAX_COLUMNS),
                 num_warps=4,
                 enable_fp_fusion=False,  # the product is rounded before the sum, as on the CPU
             )
@@ -133,7 +134,7 @@ def quantize(weights: torch.Tensor, format: str, blocksize: int = 64) -> tuple[t
     absmax = torch.empty(experts, size // blocksize, device=device)
     if packed.numel():
         blocks = max(VALUES_PER_PROGRAM // blocksize, 1)
-        quantize_nf4_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+        quantize_nf4_kernel[(ceil_div(absmax.numel(), blocks),)](
             weights, packed, absmax, absmax.numel(), blocksize, blocks, num_warps=4, enable_fp_fusion=False
         )
     return packed, absmax
@@ -146,14 +147,14 @@ def dequantize(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor, fo
     packed, absmax = packed.contiguous(), absmax.contiguous()
     if format == "int8":
         columns = out.shape[-1]
-        block = min(triton.next_power_of_2(columns), MAX_COLUMNS)
-        dequantize_int8_kernel[(absmax.numel(), triton.cdiv(columns, block))](
+        block = min(next_power_of_2(columns), MAX_COLUMNS)
+        dequantize_int8_kernel[(absmax.numel(), ceil_div(columns, block))](
             packed, absmax, out, columns, block, num_warps=4, enable_fp_fusion=False
         )
         return
     if absmax.numel() * blocksize != out.numel():
         raise ValueError(f"{absmax.numel()} blocks of {blocksize} do not fill {tuple(out.shape)}")
     blocks = max(VALUES_PER_PROGRAM // blocksize, 1)
-    dequantize_nf4_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+    dequantize_nf4_kernel[(ceil_div(absmax.numel(), blocks),)](
         packed, absmax, out, absmax.numel(), blocksize, blocks, num_warps=4, enable_fp_fusion=False
     )

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .tensor_types import ceil_div, next_power_of_2
+
 GATE_KINDS = {"probability": 0, "softmax": 1, "sigmoid": 2}
 """From a router's output to its gate G; as `edgefed.moe.gate_probe`."""
 MAX_PROGRAMS = 64
@@ -158,9 +160,9 @@ def router_statistics(
     num_tokens = scores.shape[0]
     if num_tokens == 0:
         return
-    padded = max(triton.next_power_of_2(num_experts), 2)
+    padded = max(next_power_of_2(num_experts), 2)
     block = max(min(MAX_TILE // padded, 32), 1)
-    num_programs = min(triton.cdiv(num_tokens, block), MAX_PROGRAMS)
+    num_programs = min(ceil_div(num_tokens, block), MAX_PROGRAMS)
     partials = torch.empty(num_programs, rows, num_experts, dtype=torch.float32, device=scores.device)
     router_statistics_kernel[(num_programs,)](
         scores.contiguous(),
@@ -178,6 +180,6 @@ def router_statistics(
         num_warps=4,
     )
     width = min(padded, 64)
-    add_partials_kernel[(rows, triton.cdiv(num_experts, width))](
+    add_partials_kernel[(rows, ceil_div(num_experts, width))](
         partials, statistics, num_programs, num_experts, rows, width, num_warps=2
     )

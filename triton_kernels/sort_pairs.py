@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .tensor_types import ceil_div, next_power_of_2
+
 MAX_ONE_HOT = 8192  # elements of a (pairs, slots) tile: 64 registers a thread with four warps
 MAX_COUNTS = 4096  # elements of a (blocks, slots) tile; several are in registers
 MAX_SLOTS = 2048
@@ -143,11 +145,11 @@ def sort_pairs(slot_indices: torch.Tensor, num_slots: int, rows_per_tile: int) -
         raise ValueError(f"{num_slots} slots in one layer; the maximum is {MAX_SLOTS}")
     slots = slot_indices.reshape(-1).contiguous()
     num_pairs, device = slots.shape[0], slots.device
-    padded = max(triton.next_power_of_2(num_slots), 2)
+    padded = max(next_power_of_2(num_slots), 2)
     block = min(max(MAX_ONE_HOT // padded, 4), 256)
-    num_blocks = triton.cdiv(num_pairs, block)
-    rows = min(max(MAX_COUNTS // padded, 1), triton.next_power_of_2(num_blocks))
-    max_tiles = triton.cdiv(num_pairs, rows_per_tile) + min(num_slots, num_pairs)
+    num_blocks = ceil_div(num_pairs, block)
+    rows = min(max(MAX_COUNTS // padded, 1), next_power_of_2(num_blocks))
+    max_tiles = ceil_div(num_pairs, rows_per_tile) + min(num_slots, num_pairs)
 
     def new(size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, device=device)

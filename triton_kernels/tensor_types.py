@@ -1,4 +1,4 @@
-"""The types that kernels compute in, by torch dtype."""
+"""The types that kernels compute in, by torch dtype; and the arithmetic of launch sizes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ def compute_type(dtype: torch.dtype) -> tl.dtype:
 def dot_precision(dtype: torch.dtype) -> str:
     """Return the precision of float32 products, as set by torch.set_float32_matmul_precision; exact by default."""
     return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# `triton.cdiv` and `triton.next_power_of_2` also work in kernels, and take the host 5 us a call for it.
+def ceil_div(size: int, part: int) -> int:
+    """Return ``size / part``, rounded up."""
+    return -(-size // part)
+
+
+def next_power_of_2(size: int) -> int:
+    """Return the smallest power of two that is not below ``size``; 1 for 0."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def device_capability(device: torch.device) -> tuple[int, int]:
