@@ -47,6 +47,7 @@ def grouped_matmul_kernel(
     weight_offset,
     absmax,
     absmax_offset,
+    table,  # values of NF4
     bias,
     bias_offset,
     low,
@@ -129,8 +130,8 @@ def grouped_matmul_kernel(
             else:
                 at = ((k0 + k)[:, None] * N + 2 * half[None, :]) // BLOCKSIZE
                 top = tl.load(scales + at, mask=(k0 + k < K)[:, None] & (half < N // 2)[None, :], other=0.0)
-            acc_even = tl.dot(x, (nf4_value(code >> 4) * top).to(COMPUTE), acc_even, input_precision=PRECISION)
-            acc_odd = tl.dot(x, (nf4_value(code & 15) * top).to(COMPUTE), acc_odd, input_precision=PRECISION)
+            acc_even = tl.dot(x, (nf4_value(table, code >> 4) * top).to(COMPUTE), acc_even, input_precision=PRECISION)
+            acc_odd = tl.dot(x, (nf4_value(table, code & 15) * top).to(COMPUTE), acc_odd, input_precision=PRECISION)
             a_at += BK
             w_at += BK * (N // 2)
         acc = tl.interleave(acc_even, acc_odd)
@@ -147,13 +148,15 @@ def grouped_matmul_kernel(
             odd = tl.load(a_at + K // 2).to(COMPUTE)
             code = tl.load(w_at).to(tl.int32)
             top = tl.load(scales + (safe_n * K + k0) // BLOCKSIZE)[None, :]
-            acc = tl.dot(even, (nf4_value(code >> 4) * top).to(COMPUTE), acc, input_precision=PRECISION)
-            acc = tl.dot(odd, (nf4_value(code & 15) * top).to(COMPUTE), acc, input_precision=PRECISION)
+            acc = tl.dot(even, (nf4_value(table, code >> 4) * top).to(COMPUTE), acc, input_precision=PRECISION)
+            acc = tl.dot(odd, (nf4_value(table, code & 15) * top).to(COMPUTE), acc, input_precision=PRECISION)
             if GATED:
                 code = tl.load(w_at + N * (K // 2)).to(tl.int32)
                 top = tl.load(scales + ((safe_n + N) * K + k0) // BLOCKSIZE)[None, :]
-                acc_up = tl.dot(even, (nf4_value(code >> 4) * top).to(COMPUTE), acc_up, input_precision=PRECISION)
-                acc_up = tl.dot(odd, (nf4_value(code & 15) * top).to(COMPUTE), acc_up, input_precision=PRECISION)
+                acc_up = tl.dot(
+                    even, (nf4_value(table, code >> 4) * top).to(COMPUTE), acc_up, input_precision=PRECISION
+                )
+                acc_up = tl.dot(odd, (nf4_value(table, code & 15) * top).to(COMPUTE), acc_up, input_precision=PRECISION)
             a_at += BK // 2
             w_at += BK // 2
     elif SPLIT_IN:  # a plain or INT8 matrix whose rows of ``a`` came split: the low-rank factor of an NF4 slot
@@ -244,7 +247,7 @@ class TileConfig:
     stages: int
 
 
-SMALL = TileConfig(rows=16, columns=64, depth=64, warps=4, stages=2)
+SMALL = TileConfig(rows=16, columns=64, depth=64, warps=4, stages=3)
 MIDDLE = TileConfig(rows=64, columns=64, depth=32, warps=4, stages=3)
 LARGE = TileConfig(rows=128, columns=64, depth=64, warps=8, stages=3)
 LARGE_SHALLOW = TileConfig(rows=128, columns=64, depth=32, warps=8, stages=3)
@@ -295,8 +298,8 @@ class SlotTensors:
 class SlotMatrices:
     """The matrices (or factors) of a group of slots: all of one format, dtype and shape.
 
-    ``absmax`` is for NF4 (one per ``blocksize`` values) and INT8 (one per row); ``dtype`` is what products are
-    computed in.
+    ``absmax`` is for NF4 (one per ``blocksize`` values) and INT8 (one per row), ``table`` for NF4; ``dtype`` is what
+    products are computed in.
     """
 
     format: str
@@ -304,6 +307,7 @@ class SlotMatrices:
     absmax: SlotTensors | None
     blocksize: int
     dtype: torch.dtype
+    table: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,6 +359,7 @@ def grouped_matmul(
         matrices.weight.offsets,
         matrices.absmax.base if matrices.absmax else out,
         matrices.absmax.offsets if matrices.absmax else pairs.offsets,
+        out if matrices.table is None else matrices.table,
         bias.base if bias else out,
         bias.offsets if bias else pairs.offsets,
         low_rank.low if low_rank else out,

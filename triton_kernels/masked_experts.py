@@ -25,9 +25,9 @@ from .grouped_matmul import rows_per_tile
 from .grouped_outer import column_sums, grouped_outer
 from .layer import Form, layer_of
 from .neuron_energy import EnergySums, add_neuron_energy, energy_sums
-from .projection import Projection, Unsupported, device_table, new_rows
+from .projection import Projection, Unsupported, new_rows
 from .sort_pairs import MAX_SLOTS, SortedPairs, sort_pairs
-from .tensor_types import TYPES
+from .tensor_types import TYPES, device_table
 
 
 class TokenCounts:

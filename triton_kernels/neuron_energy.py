@@ -18,9 +18,9 @@ import triton.language as tl
 
 from .grouped_matmul import FORMATS
 from .nf4 import nf4_value
-from .projection import Group, Projection, Unsupported, device_table
+from .projection import Group, Projection, Unsupported
 from .sort_pairs import SortedPairs
-from .tensor_types import ceil_div, compute_type
+from .tensor_types import ceil_div, compute_type, device_table
 
 DTYPES = (torch.float32, torch.float64)
 NEURONS, ROWS, DEPTH = 64, 32, 32
@@ -40,6 +40,7 @@ def neuron_energy_kernel(
     weight_offset,
     absmax,
     absmax_offset,
+    table,  # values of NF4
     group,
     I: tl.constexpr,  # noqa: E741 - the field's letter
     H: tl.constexpr,
@@ -85,7 +86,7 @@ def neuron_energy_kernel(
             code = tl.load(w + at // 2, mask=mask, other=0).to(tl.int32)
             code = tl.where(at % 2 == 0, code >> 4, code & 15)
             top = tl.load(scales + at // BLOCKSIZE, mask=mask, other=0.0)
-            v = (nf4_value(code) * top).to(COMPUTE).to(tl.float32)
+            v = (nf4_value(table, code) * top).to(COMPUTE).to(tl.float32)
         elif FORMAT == 2:
             if TRANSPOSED:
                 top = tl.load(scales + n, mask=is_neuron, other=0.0)[None, :]
@@ -175,6 +176,7 @@ def _launch(
         matrices.weight.offsets,
         matrices.absmax.base if matrices.absmax else hidden,
         matrices.absmax.offsets if matrices.absmax else pairs.offsets,
+        hidden if matrices.table is None else matrices.table,
         group.index,
         I=width,
         H=down.size_out,

@@ -7,13 +7,13 @@ three groups. The host makes the tables of addresses without waiting for the dev
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 
 from .grouped_matmul import LowRankTerm, SlotMatrices, SlotTensors, grouped_matmul, split_columns
+from .nf4 import nf4_table
 from .sort_pairs import SortedPairs
-from .tensor_types import TYPES
+from .tensor_types import TYPES, device_table
 
 ALIGNMENT = 16  # elements: what the kernels may assume of an offset
 
@@ -61,22 +61,6 @@ class Group:
     def reads_split(self, *, last: bool) -> bool:
         """Whether its product needs even columns first: NF4 summed over its packed dimension."""
         return last and self.layout.format == "nf4"
-
-
-@functools.lru_cache(maxsize=4096)
-def _device_table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device, stream: int) -> torch.Tensor:
-    table = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
-
-
-def device_table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return integers on the device, copied once without waiting.
-
-    The cache is per stream, because only that stream's order guarantees that the copy has arrived. It holds only
-    numbers, never the tensors at the addresses.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _device_table(values, dtype, device, stream)
 
 
 def flatten_slot(weight: object, bias: torch.Tensor | None, lora: object | None, tensors: list) -> SlotLayout:
@@ -177,7 +161,14 @@ class Projection:
         return Group(
             index,
             layout,
-            SlotMatrices(layout.format, weight, absmax, layout.blocksize, layout.dtype),
+            SlotMatrices(
+                layout.format,
+                weight,
+                absmax,
+                layout.blocksize,
+                layout.dtype,
+                nf4_table(self.device) if layout.format == "nf4" else None,
+            ),
             self._slot_tensors(slots, "bias"),
             factor("lora_a"),
             factor("lora_b"),

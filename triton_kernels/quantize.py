@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .nf4 import nf4_value
+from .nf4 import nf4_table, nf4_value
 from .tensor_types import ceil_div, next_power_of_2
 
 VALUES_PER_PROGRAM = 2048
@@ -60,7 +60,7 @@ def quantize_nf4_kernel(values, packed, absmax, num_blocks, BLOCKSIZE: tl.conste
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def dequantize_nf4_kernel(packed, absmax, values, num_blocks, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr):
+def dequantize_nf4_kernel(packed, absmax, table, values, num_blocks, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr):
     """Dequantize BLOCKS blocks per program."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     is_block = block < num_blocks
@@ -68,7 +68,7 @@ def dequantize_nf4_kernel(packed, absmax, values, num_blocks, BLOCKSIZE: tl.cons
     at = block[:, None] * (BLOCKSIZE // 2) + half[None, :]
     code = tl.load(packed + at, mask=is_block[:, None], other=0).to(tl.int32)
     top = tl.load(absmax + block, mask=is_block, other=0.0)[:, None]
-    value = tl.interleave(nf4_value(code >> 4) * top, nf4_value(code & 15) * top)
+    value = tl.interleave(nf4_value(table, code >> 4) * top, nf4_value(table, code & 15) * top)
     to = values + block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(to, value.to(values.dtype.element_ty), mask=is_block[:, None])
 
@@ -156,5 +156,13 @@ def dequantize(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor, fo
         raise ValueError(f"{absmax.numel()} blocks of {blocksize} do not fill {tuple(out.shape)}")
     blocks = max(VALUES_PER_PROGRAM // blocksize, 1)
     dequantize_nf4_kernel[(ceil_div(absmax.numel(), blocks),)](
-        packed, absmax, out, absmax.numel(), blocksize, blocks, num_warps=4, enable_fp_fusion=False
+        packed,
+        absmax,
+        nf4_table(out.device),
+        out,
+        absmax.numel(),
+        blocksize,
+        blocks,
+        num_warps=4,
+        enable_fp_fusion=False,
     )

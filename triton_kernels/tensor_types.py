@@ -1,6 +1,8 @@
-"""The types that kernels compute in, by torch dtype; and the arithmetic of launch sizes."""
+"""The types that kernels compute in, by torch dtype; the arithmetic of launch sizes; small tables on the device."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -48,3 +50,19 @@ def next_power_of_2(size: int) -> int:
 def device_capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability, (8, 0) in the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _device_table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int) -> torch.Tensor:
+    table = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
+
+
+def device_table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return numbers on the device, copied once without waiting.
+
+    The cache is per stream, because only that stream's order guarantees that the copy has arrived. It holds only
+    numbers, never the tensors at the addresses.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _device_table(values, dtype, device, stream)

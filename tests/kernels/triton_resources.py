@@ -147,7 +147,8 @@ def _matmul_variant(label, format, dtype, precision, config, n, k, **constants) 
     compute, pointer = _TYPES[dtype][0], f"*{dtype}"
     signature = _INTEGERS | _OFFSETS | {
         "a": pointer, "out": pointer, "weight": (pointer, "*u8", "*i8")[format], "absmax": "*fp32", "bias": pointer,
-        "low": pointer, "factor": "*fp32", "row_scale": "*fp32", "scale": "fp32", "num_tiles": "i32", "group": "i32",
+        "table": "*fp32", "low": pointer, "factor": "*fp32", "row_scale": "*fp32", "scale": "fp32",
+        "num_tiles": "i32", "group": "i32",
     }  # fmt: skip
     constants = {
         "N": n, "K": k, "TOP_K": 8, "FORMAT": format, "HAS_BIAS": True, "RANK": 16, "RANK_LAST": constants["LAST"],
@@ -234,14 +235,15 @@ def other_variants() -> list[Variant]:
     add("swiglu", gate.swiglu_kernel, rows, {"NUM_SLOTS": 64, "WIDTH": 1024, "BI": 1024})
     add("column_sums", grouped_outer.column_sums_kernel, rows, {"N": 2048, "BN": 64, "BR": 32})
     for format, code in grouped_matmul.FORMATS.items():
-        sums = rows | _OFFSETS | {"energy": "*fp32", "energy_offset": "*i64", "absmax": "*fp32", "group": "i32"}
+        sums = rows | _OFFSETS | {"energy": "*fp32", "energy_offset": "*i64", "absmax": "*fp32", "table": "*fp32"}
+        sums["group"] = "i32"
         sums["weight"] = ("*bf16", "*u8", "*i8")[code]
         constants = {
             "I": 1024, "H": 2048, "FORMAT": code, "TRANSPOSED": False, "SPLIT": format == "nf4", "BLOCKSIZE": 64,
             "COMPUTE": tl.bfloat16, "BI": neuron_energy.NEURONS, "BR": neuron_energy.ROWS, "BH": neuron_energy.DEPTH,
         }  # fmt: skip
         add(f"neuron_energy {format}", neuron_energy.neuron_energy_kernel, sums, constants)
-    stored = {"values": "*bf16", "absmax": "*fp32", "num_blocks": "i32"}
+    stored = {"values": "*bf16", "absmax": "*fp32", "table": "*fp32", "num_blocks": "i32"}
     blocks = {"BLOCKSIZE": 64, "BLOCKS": quantize.VALUES_PER_PROGRAM // 64}
     add("quantize nf4", quantize.quantize_nf4_kernel, stored | {"packed": "*u8"}, blocks)
     add("dequantize nf4", quantize.dequantize_nf4_kernel, stored | {"packed": "*u8"}, blocks)
