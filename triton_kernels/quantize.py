@@ -5,6 +5,8 @@ A stack (S, rows, columns) is one call. The kernels write what fits a `Quantized
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -106,6 +108,18 @@ def dequantize_int8_kernel(packed, absmax, values, COLUMNS: tl.constexpr, BC: tl
     tl.store(values + row * COLUMNS + column, x.to(values.dtype.element_ty), mask=mask)
 
 
+def _on_its_device(function):
+    """Launch on the device of the first argument, not on the current one."""
+
+    @functools.wraps(function)
+    def guarded(tensor, *args, **options):
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *args, **options)
+
+    return guarded
+
+
+@_on_its_device
 def quantize(weights: torch.Tensor, format: str, blocksize: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize (S, rows, columns), float32, float16 or bfloat16, to packed and absmax, without synchronization.
 
@@ -140,6 +154,7 @@ def quantize(weights: torch.Tensor, format: str, blocksize: int = 64) -> tuple[t
     return packed, absmax
 
 
+@_on_its_device
 def dequantize(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor, format: str, blocksize: int = 64) -> None:
     """Write the values to ``out``, contiguous, of the weights' shape and any float dtype."""
     if out.numel() == 0:

@@ -164,22 +164,23 @@ def router_statistics(
     block = max(min(MAX_TILE // padded, 32), 1)
     num_programs = min(ceil_div(num_tokens, block), MAX_PROGRAMS)
     partials = torch.empty(num_programs, rows, num_experts, dtype=torch.float32, device=scores.device)
-    router_statistics_kernel[(num_programs,)](
-        scores.contiguous(),
-        expert_indices.contiguous(),
-        expert_weights.contiguous(),
-        partials if received is None else received.contiguous(),
-        partials,
-        num_tokens,
-        num_experts,
-        padded,
-        expert_indices.shape[1],
-        GATE_KINDS[gate_kind],
-        rows,
-        block,
-        num_warps=4,
-    )
-    width = min(padded, 64)
-    add_partials_kernel[(rows, ceil_div(num_experts, width))](
-        partials, statistics, num_programs, num_experts, rows, width, num_warps=2
-    )
+    with torch.cuda.device_of(scores):
+        router_statistics_kernel[(num_programs,)](
+            scores.contiguous(),
+            expert_indices.contiguous(),
+            expert_weights.contiguous(),
+            partials if received is None else received.contiguous(),
+            partials,
+            num_tokens,
+            num_experts,
+            padded,
+            expert_indices.shape[1],
+            GATE_KINDS[gate_kind],
+            rows,
+            block,
+            num_warps=4,
+        )
+        width = min(padded, 64)
+        add_partials_kernel[(rows, ceil_div(num_experts, width))](
+            partials, statistics, num_programs, num_experts, rows, width, num_warps=2
+        )

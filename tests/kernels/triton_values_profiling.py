@@ -97,3 +97,27 @@ def test_every_code_and_every_midpoint_equals_the_reference():
 def test_a_partial_block_is_refused():
     with pytest.raises(ValueError, match="do not divide into blocks of 64"):
         quantize.quantize(torch.ones(1, 3, 50, device=DEVICE), "nf4")
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, which may be another one."""
+    switched = []
+
+    class Switch:
+        def __init__(self, tensor):
+            switched.append(tensor)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    weights = torch.randn(1, 2, 64, device=DEVICE)
+    packed, absmax = quantize.quantize(weights, "nf4")
+    monkeypatch.setattr(torch.cuda, "device_of", Switch)
+    quantize.quantize(weights, "int8")
+    quantize.dequantize(packed, absmax, torch.empty_like(weights), "nf4")
+    scores, chosen = torch.rand(3, 4, device=DEVICE), torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
+    router_statistics(reference.new_statistics(4, DEVICE), scores, chosen, torch.ones(3, 1, device=DEVICE))
+    assert [tensor.data_ptr() for tensor in switched] == [weights.data_ptr(), packed.data_ptr(), scores.data_ptr()]
