@@ -72,13 +72,18 @@ def test_files_that_the_text_names_exist(path):
 #     -->
 #
 # "..." stands for the middle of a line. The figure is the last number before "=". The place is a path of names and
-# indices; {...} takes the elements of a list with these values. mean, stdev, min, max and sum are of all that it leads
-# to; without one of them it leads to one. %, MiB and GiB at the end divide the value by this unit.
+# indices; {...} takes the elements of a list with these values, or with one of several in [...]. mean, stdev, min, max
+# and sum are of all that it leads to; without one of them it leads to one. %, MiB and GiB at the end divide the value
+# by this unit.
 
 BLOCKS = re.compile(r"<!-- figures (\S+)\n(.*?)-->", re.DOTALL)
 UNITS = {"%": 0.01, "MiB": 2.0**20, "GiB": 2.0**30}
 TOGETHER = {name: getattr(statistics, name) for name in ("mean", "stdev")} | {"min": min, "max": max, "sum": sum}
 WORDS = re.compile(r"\{.*?\}|\S+")
+
+
+def matches(found, wanted):
+    return found in wanted if isinstance(wanted, list) else found == wanted
 
 
 def recorded(file, place):
@@ -92,7 +97,7 @@ def recorded(file, place):
         if word.startswith("{"):
             wanted = json.loads(word)
             rows = [row for each in found for row in each]
-            found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+            found = [row for row in rows if all(matches(row.get(key), value) for key, value in wanted.items())]
         else:
             found = [each[int(word) if isinstance(each, list) else word] for each in found]
     assert found, f"nothing at {place}"

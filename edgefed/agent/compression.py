@@ -31,6 +31,7 @@ from edgefed.disk import disk_errors, sync_file
 from edgefed.errors import InvalidUpdate, TrainingDiverged
 from edgefed.hardware.memory import format_bytes
 from edgefed.kernels.compression import CODECS, Codec, decode, encode
+from edgefed.protocol.alternation import LORA_A
 from edgefed.protocol.frames import (
     ENCODED_DTYPE,
     FLOAT_DTYPES,
@@ -247,6 +248,10 @@ def _with_base(
             damaged[name] = problem
         else:
             residual = widen(map_tensor(old_path, old[name]), old[name].info.dtype)
+    if residual is not None and is_factor(tensor) and residual.shape != header[name].info.shape:
+        found, residual = residual, np.zeros(header[name].info.shape, dtype=np.float32)  # the rank has changed
+        both = tuple(map(slice, map(min, found.shape, residual.shape)))
+        residual[both] = found[both]
     if tensor == NEURON_TABLE and neuron_table(units[key]) is not None:
         index = update_name(key, NEURON_INDEX)
         rows = map_tensor(path, header[index])
@@ -273,6 +278,8 @@ def _residual_problem(name: str, places: Mapping[str, TensorEntry], info: Tensor
         if index is None or index.info.dtype != "I32":
             return "has no index"
         expected = (*index.info.shape, *info.shape[1:])
+    if is_factor(tensor) and len(found.shape) == len(expected) == 2:  # it may have another rank
+        expected = (found.shape[0], expected[1]) if tensor.endswith(LORA_A) else (expected[0], found.shape[1])
     if found.shape != expected or found.dtype != dtype:
         return f"is {found.dtype} of shape {list(found.shape)}, expected {dtype} of {list(expected)}"
     return ""

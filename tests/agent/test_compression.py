@@ -258,6 +258,26 @@ def test_a_factor_that_rests_keeps_its_residual(tmp_path):
     assert 0 < np.linalg.norm(bench.left()["e|w.lora_b"]) < np.linalg.norm(left["e|w.lora_b"])
 
 
+def test_a_device_of_another_rank_keeps_the_residuals_of_what_it_still_has(tmp_path):
+    bench = Bench(tmp_path, {"e": (info("w.lora_a", 64, 80), info("w.lora_b", 80, 64))})
+    rng = np.random.default_rng(1)
+    base = {"w.lora_a": rng.standard_normal((64, 80)).astype("f4")}
+    base["w.lora_b"] = base["w.lora_a"].T.copy()
+    left = {}
+    for rank in (32, 16, 64):
+        own = {"e|w.lora_a": base["w.lora_a"][:rank], "e|w.lora_b": base["w.lora_b"][:, :rank]}
+        change = {name: rng.standard_normal(part.shape).astype("f4") for name, part in own.items()}
+        sent = bench.round("topk3", {"e": base}, {name: part + change[name] for name, part in own.items()})
+        for name, values in bench.left().items():
+            expected = change[name] - sent[name].reshape(change[name].shape)
+            if name in left:
+                both = tuple(slice(min(sizes)) for sizes in zip(left[name].shape, expected.shape, strict=True))
+                expected[both] += left[name][both]
+            np.testing.assert_allclose(values, expected, atol=1e-5)
+        left = bench.left()
+    assert not bench.said
+
+
 def test_rows_of_a_slice_have_residuals_of_their_own(tmp_path):
     bench = Bench(tmp_path, {"e": (info(NEURON_TABLE, 40, 32),)})
     table, name, index = np.zeros((40, 32), "f4"), f"e|{NEURON_TABLE}", f"e|{NEURON_INDEX}"

@@ -316,6 +316,33 @@ def test_clients_of_unequal_ranks(tmp_path, average, compressed):
     toys[0].close()
 
 
+def test_unequal_ranks_repeat_bit_by_bit_whatever_the_order_and_restarts(tmp_path):
+    start = adapters(1, 9)[0]
+    unit = new_unit("e:lora", "expert", 0, 0, True, {
+        name: ("F32", part.astype(np.float32)) for name, part in zip(("w.lora_b", "w.lora_a"), start, strict=True)
+    })  # fmt: skip
+    training = TrainingConfig(experts="lora", lora_rank=RANK, min_lora_rank=1)
+    run = msgspec.structs.replace(run_config(rounds=4), training=training)
+    (config := tmp_path / "config.json").write_text("{}")
+    pairs, found = adapters(3, 7), []
+    for order, restarts in (("abc", False), ("cab", True)):
+        folder = tmp_path / order
+        create_run(folder, run, RoundPolicy(rounds=4, min_clients=3, adapter_average="product"), [unit], [config])
+        toy = Toy(folder)
+        toy.join("a", "b", "c")
+        for client in order:
+            rank, (lora_b, lora_a) = {"a": 1, "b": 0, "c": 3}[client], pairs["abc".index(client)]
+            own = lora_b[:, : rank or RANK], lora_a[: rank or RANK]
+            names = "e:lora|w.lora_b", "e:lora|w.lora_a"
+            tensors = {name: part.astype(np.float32) for name, part in zip(names, own, strict=True)}
+            send(toy, client, tensors, lora_rank=rank)
+            toy = toy.reopen() if restarts else toy
+        toy.run.fold_pending()
+        found.append(toy.blobs())
+        toy.close()
+    assert found[0] == found[1]
+
+
 def test_a_late_update_of_a_smaller_rank_moves_only_what_it_has(tmp_path):
     """What it lacks counts as unchanged from the model that it trained, not from the newest one."""
     start = {name: part.astype(np.float32) for name, part in zip(("w.lora_b", "w.lora_a"), adapters(1)[0], strict=True)}
