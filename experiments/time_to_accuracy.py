@@ -22,12 +22,16 @@ import multiprocessing
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from recording import interval, provenance
 from text_sets import SETS, write_clients
 
 from edgefed.hardware.profiles import effective, find_profile
-from edgefed.protocol.messages import TrainingConfig
+from edgefed.methods.flux import Flux
+from edgefed.methods.interface import Coverage
+from edgefed.methods.registry import register
+from edgefed.protocol.messages import ExpertAssignment, ExpertSurvey, TrainingConfig
 from edgefed.simulation.config import LINKS, MethodChoice, SimulatedDevice, SimulationConfig
 from edgefed.simulation.simulate import simulate
 
@@ -40,6 +44,25 @@ FLEET = (
 )
 """Profile and network of each client, in turn."""
 
+
+@register
+@dataclasses.dataclass(frozen=True)
+class FluxByFrequency(Flux):
+    """`Flux` that assigns experts by their frequency, whatever utilities the devices measure."""
+
+    name = "flux_by_frequency"
+
+    def assign_experts(
+        self, surveys: Mapping[str, ExpertSurvey], coverage: Coverage, server_round: int, seed: int
+    ) -> dict[str, ExpertAssignment]:
+        """As `Flux.assign_experts`, without the utilities of ``surveys``."""
+        without = {
+            client: msgspec.structs.replace(survey, utility=tuple(tuple(None for _ in row) for row in survey.utility))
+            for client, survey in surveys.items()
+        }
+        return super().assign_experts(without, coverage, server_round, seed)
+
+
 METHODS: Mapping[str, tuple[str, dict, str]] = {
     "slices": ("slices", {}, "full"),
     "slices-paced": ("slices", {}, "full"),
@@ -48,6 +71,7 @@ METHODS: Mapping[str, tuple[str, dict, str]] = {
     "random-paced": ("random", {}, "full"),
     "flux": ("flux", {"probes": 1}, "full"),
     "flux-quick": ("flux", {"probes": 0, "pace_factor": 0.8}, "full"),
+    "flux-quick-frequency": ("flux_by_frequency", {"probes": 0, "pace_factor": 0.8}, "full"),
     "flux-quicker": ("flux", {"probes": 0, "pace_factor": 0.65, "refresh_rounds": 8}, "full"),
     "flux-own-pace": ("flux", {"probes": 1, "pace": "own", "refresh_rounds": 1}, "full"),
     "flux-greedy": ("flux", {"probes": 0, "eps_start": 0.9, "pace": "own", "refresh_rounds": 1}, "full"),
@@ -67,7 +91,12 @@ PACE = dict.fromkeys(("slices-paced", "fmes-paced", "hfedmoe-paced", "random-pac
 """Pace of the run; 0 without. Flux has it in its options. `random-paced` is the pace of `flux-quick` without its
 selection, `flux-own-pace` its selection without the pace."""
 
-MORE_ROUNDS = {"flux-quick": 14 / 8, "flux-quicker": 18 / 8, **dict.fromkeys(PACE, 14 / 8)}
+MORE_ROUNDS = {
+    "flux-quick": 14 / 8,
+    "flux-quick-frequency": 14 / 8,
+    "flux-quicker": 18 / 8,
+    **dict.fromkeys(PACE, 14 / 8),
+}
 """Rounds as a multiple of --rounds: where a round is short, as many fit into less time."""
 
 
