@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import msgspec
 
-from edgefed import __version__
-from edgefed.errors import ConfigError, NetworkError, NotFound, StateCorrupt
+from edgefed.errors import ConfigError, NetworkError, NotFound
+from edgefed.formats.card import CARD_FILE, RECORD_FILE, ExportRecord, model_card
 from edgefed.hardware.memory import set_up_allocator
-from edgefed.progress import NullProgress, ProgressSink, counted
+from edgefed.progress import NullProgress, ProgressSink
 from edgefed.protocol.messages import FileInfo, Manifest, RoundStatus, RunConfig, UnitInfo
-from edgefed.protocol.privacy import PrivacyStatus
 
 if TYPE_CHECKING:
+    from edgefed.formats.device_part import DevicePart
+    from edgefed.protocol.slices import UnitSlice
     from edgefed.runs import BlobCheck
 
-RECORD_FILE, CARD_FILE = "edgefed.json", "README.md"
-"""In the folder of an export."""
 Format = Literal["hf", "peft", "gguf", "gguf-adapter", "onnx", "safetensors-delta"]
 """A Hugging Face checkpoint, a PEFT adapter, a model or an adapter for llama.cpp, ONNX, or what changed."""
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -40,36 +39,6 @@ Wanted = int | Literal["best"] | None
 OnnxExperts = Literal["products", "operator"]
 """Experts of ONNX: a product of matrices each, which is fast on a CPU, or onnxruntime's operator MoE."""
 ONNX_EXPERTS: tuple[str, ...] = get_args(OnnxExperts)
-
-
-class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Where an exported model is from. ``server_round``: the model at the start of this round.
-
-    ``source``: a run's folder, its server, or a device. ``own_units``: parts that are the device's own. ``unchanged``:
-    no client has changed the model yet. ``privacy``: what the model reveals of a client at most; None: without noise.
-    """
-
-    model: str
-    method: str
-    run_id: str
-    rounds: int
-    server_round: int
-    source: Literal["run", "server", "device"]
-    own_units: int = 0
-    unchanged: bool = False
-    privacy: PrivacyStatus | None = None
-    edgefed_version: str = __version__
-
-    def __str__(self) -> str:
-        if self.server_round > self.rounds:
-            when = f"after all {counted(self.rounds, 'round')}"
-        elif self.server_round == 1:
-            when = f"before round 1 of {self.rounds}"
-        else:
-            when = f"after round {self.server_round - 1} of {self.rounds}"
-        whose = f"this device's own model ({self.own_units} parts of its own)" if self.own_units else "the global model"
-        changed = "; no client has changed it: it is the model that the run began with" if self.unchanged else ""
-        return f"{whose} of {self.model} {when}, method {self.method}{changed}"
 
 
 class _Form(msgspec.Struct, frozen=True):
@@ -95,6 +64,10 @@ class _Model(msgspec.Struct, frozen=True):
     """Checks the files while they are read; None: they were checked when they arrived."""
     private: Path | None = None
     """State folder of the device whose private adapters are exported with the model."""
+    part: DevicePart | None = None
+    """The part of the model that is exported; None: all."""
+    items: tuple[UnitInfo | UnitSlice, ...] | None = None
+    """The units and slices that it needs; None: those of the manifest."""
 
 
 def export_model(
@@ -108,6 +81,7 @@ def export_model(
     token: str | None = None,
     onnx_experts: OnnxExperts = "products",
     base: str | None = None,
+    planned: bool = False,
     progress: ProgressSink | None = None,
 ) -> Path:
     """Write a model in the folder ``to``, and return it. ``format``: see `Format`. ``dtype``: of the weights.
@@ -116,7 +90,7 @@ def export_model(
     it has: its own weights where the method exchanges none, otherwise the global model of its last round, with the
     device's private part if it has one; with ``global_model``, the newest global model, from its server.
     ``server_round``: the model at the start of that round; "best": the one that clients evaluated best. ``base``: of a
-    delta.
+    delta. ``planned``: of a device, as ONNX, what it computes with: the experts, slices and merged experts of its plan.
 
     Raises StorageError, StateCorrupt, ConfigError (round not stored, target not empty, nothing to export, a format that
     cannot hold what the run trained), and, where the server is asked, ServerUnreachable, Unauthorized, NotFound.
@@ -125,11 +99,18 @@ def export_model(
     _check_dtype(format, dtype)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"cannot export to {str(to)!r}: it exists and is not an empty folder")
+    is_device = not is_address(source) and (Path(source) / "journal.json").exists()
+    if planned and not (is_device and format == "onnx" and server_round is None and not global_model):
+        raise ConfigError(
+            "`planned` exports what a device computes with, as ONNX: it needs the state folder of a device and "
+            "format=onnx, without `server_round` and `global_model`"
+        )
     with contextlib.ExitStack() as stack:
         if is_address(source):
             model = stack.enter_context(_server_model(str(source), server_round, format, token, sink))
-        elif (Path(source) / "journal.json").exists():
-            model = stack.enter_context(_device_model(Path(source), server_round, format, global_model, token, sink))
+        elif is_device:
+            found = _device_model(Path(source), server_round, format, global_model, token, sink, planned)
+            model = stack.enter_context(found)
         else:
             model = stack.enter_context(_run_model(Path(source), server_round, format, sink))
         set_up_allocator()
@@ -138,17 +119,6 @@ def export_model(
             _write(model, Path(scratch), to, _Form(format, dtype, onnx_experts, base), sink)
         sink.done()
         return to
-
-
-def read_record(folder: Path) -> ExportRecord | None:
-    """Where a checkpoint is from; None if edgefed has not exported it."""
-    path = folder / RECORD_FILE
-    if not path.exists():
-        return None
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=ExportRecord)
-    except msgspec.DecodeError as error:
-        raise StateCorrupt(f"{path} is not a file that edgefed wrote: {error}") from error
 
 
 def is_address(source: str | Path) -> bool:
@@ -201,7 +171,7 @@ def _write_format(model: _Model, scratch: Path, to: Path, form: _Form, sink: Pro
     for file in model.manifest.files:
         start(file.sha256)
         shutil.copyfile(model.paths[file.sha256], scratch / file.name)
-    files = FileSource(model.manifest.units, model.paths, start)
+    files = FileSource(model.manifest.units if model.items is None else model.items, model.paths, start)
     source: ExpertSource = files
     units = {unit.key: unit for unit in model.manifest.units}
     for key, path in model.own.items():
@@ -227,7 +197,7 @@ def _write_format(model: _Model, scratch: Path, to: Path, form: _Form, sink: Pro
     elif format == "onnx":
         from edgefed.formats.onnx import export_onnx
 
-        export_onnx(source, scratch, to, dtype=dtype, scope=scope, experts=form.onnx_experts)
+        export_onnx(source, scratch, to, dtype=dtype, scope=scope, experts=form.onnx_experts, part=model.part)
     elif format == "safetensors-delta":
         from edgefed.formats.delta import export_delta
 
@@ -237,8 +207,6 @@ def _write_format(model: _Model, scratch: Path, to: Path, form: _Form, sink: Pro
 
 
 def _write_card(path: Path, model: _Model) -> None:
-    from edgefed.formats.card import model_card
-
     base_card = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     record = model.record
     hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", record.model) is not None and not Path(record.model).exists()
@@ -332,8 +300,9 @@ def _server_model(
 
 @contextlib.contextmanager
 def _device_model(
-    state: Path, server_round: Wanted, format: Format, global_model: bool, token: str | None, sink: ProgressSink
-) -> Iterator[_Model]:
+    state: Path, server_round: Wanted, format: Format, global_model: bool, token: str | None, sink: ProgressSink,
+    planned: bool,
+) -> Iterator[_Model]:  # fmt: skip
     from edgefed.agent.agent import BLOBS_FOLDER
     from edgefed.agent.journal import read_journal
     from edgefed.trainer.last_round import load_last_round, load_own_files
@@ -349,22 +318,27 @@ def _device_model(
     if last is None and not server:
         raise ConfigError(f"{state} is of a device that has not taken part in a round yet: it has no model")
     if global_model or server_round is not None or last is None:
-        with _server_model(server, server_round, format, token, sink) as model:
-            yield model
+        with _server_model(server, server_round, format, token, sink) as newest:
+            yield newest
         return
     own = load_own_files(state)
     manifest = _needed(last.manifest, last.run, format)
     blobs = {path.name: path for path in (state / BLOBS_FOLDER).iterdir()}
-    needed: list[UnitInfo | FileInfo] = [
+    part = _device_part(state, last.run) if planned else None
+    items = None if part is None else _planned_units(manifest, part)
+    needed: list[UnitInfo | FileInfo | UnitSlice] = [
         *manifest.files,
-        *(unit for unit in manifest.units if unit.key not in own),
+        *(unit for unit in (manifest.units if items is None else items) if unit.key not in own),
     ]
     missing = {item.sha256 for item in needed} - blobs.keys()
     private = len(load_private(state, last.run.run_id))
     unchanged = manifest.server_round == 1 and not own and not private
     record = _record(last.run, manifest, "device", unchanged, len(own) + private)
+    if part is not None:
+        record = msgspec.structs.replace(record, planned_experts=part.plan.num_resident)
+    model = _Model(record, last.run, manifest, blobs, own, private=state if private else None, part=part, items=items)
     if not missing:
-        yield _Model(record, last.run, manifest, blobs, own, private=state if private else None)
+        yield model
         return
     sink.message(
         f"{len(missing)} of {len(needed)} parts of the model are not on this device: downloading them from {server}"
@@ -380,4 +354,33 @@ def _device_model(
                 f"{manifest.server_round}. Start its server again, or export the newest model with `global_model`."
             )
             raise
-        yield _Model(record, last.run, manifest, paths, own, private=state if private else None)
+        yield msgspec.structs.replace(model, paths=paths)
+
+
+def _device_part(state: Path, run: RunConfig) -> DevicePart:
+    """What a device computes with. Raises ConfigError if it has no plan of this run."""
+    from edgefed.formats.device_part import DevicePart
+    from edgefed.methods.registry import make_expert_method
+    from edgefed.trainer.saved_plan import SavedPlan, load_saved_plan
+
+    try:
+        run_id, saved = load_saved_plan(state)
+    except FileNotFoundError:
+        run_id, saved = "", SavedPlan()
+    if saved.plan is None or run_id != run.run_id:
+        raise ConfigError(f"{state} has no plan of run {run.run_id}: the device has not trained in it")
+    method = make_expert_method(run.method, run.method_options)
+    return DevicePart(
+        saved.plan,
+        "skip" if saved.plan.neurons else run.training.missing,
+        saved.step.setup.expert_storage if saved.step else None,
+        bool(method.merging and method.merging.align),
+    )
+
+
+def _planned_units(manifest: Manifest, part: DevicePart) -> tuple[UnitInfo | UnitSlice, ...]:
+    """Return what a device needs of the units: all but experts, and those of its plan, whole or in slices."""
+    from edgefed.trainer.reports import resident_parts
+
+    others = (unit for unit in manifest.units if unit.kind != "expert")
+    return (*others, *resident_parts(manifest.units, part.plan))

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from edgefed.agent.addresses import check_base_url
 from edgefed.agent.backoff import Retry
-from edgefed.agent.cache import BlobCache
+from edgefed.agent.cache import BlobCache, Item
 from edgefed.agent.transport import AggregatorClient
 from edgefed.progress import ProgressSink
-from edgefed.protocol.messages import FileInfo, UnitInfo
 
 _CONNECT_LIMIT_S = 20.0
 
@@ -33,7 +32,7 @@ class TemporaryCache:
         self.client.close()
         self._folder.cleanup()
 
-    def fetch(self, items: Iterable[UnitInfo | FileInfo], present: Mapping[str, Path]) -> dict[str, Path]:
+    def fetch(self, items: Iterable[Item], present: Mapping[str, Path]) -> dict[str, Path]:
         """{sha256: file} of all items; those in ``present`` are not downloaded. A lost connection is tried again."""
         absent = [item for item in items if item.sha256 not in present]
         cache = BlobCache(Path(self._folder.name), self.client)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgefed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgefed.exporting import ExportRecord
+    from edgefed.formats.card import ExportRecord
     from edgefed.progress import ProgressSink
 
 Message = Mapping[str, str]
@@ -105,7 +105,8 @@ def load_chat(
     A run, a server or a device is exported to a temporary folder first, which is deleted at the end of the context.
     ``device``: as torch names it; None: a GPU if there is one. Raises what `edgefed.export` raises, and ModelNotFound.
     """
-    from edgefed.exporting import export_model, is_address, read_record
+    from edgefed.exporting import export_model, is_address
+    from edgefed.formats.card import read_record
     from edgefed.progress import NullProgress
 
     sink = progress or NullProgress()

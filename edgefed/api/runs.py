@@ -118,6 +118,7 @@ def export(
     token: str | None = None,
     onnx_experts: OnnxExperts = "products",
     base: str | None = None,
+    planned: bool = False,
     push_to_hub: str | None = None,
     progress: ProgressSink | None = None,
 ) -> Path:
@@ -137,6 +138,7 @@ def export(
     ``onnx_experts``: "products" of matrices, the fastest on a CPU, or the "operator" MoE of onnxruntime.
     "safetensors-delta" writes the tensors that differ from the checkpoint that the run began with; ``run`` may be such
     a folder, which becomes the checkpoint again. ``base``: that checkpoint, if it is not what the run's model names.
+    ``planned``: of a device, with "onnx": what it computes with, the experts, slices and merged experts of its plan.
     ``push_to_hub``: also upload the folder to this repository of the Hugging Face hub, OWNER/NAME, which is created,
     private, if it does not exist.
 
@@ -163,7 +165,7 @@ def export(
     if is_delta:
         from edgefed.formats.delta import apply_delta
 
-        if format != "hf" or dtype != "auto":
+        if format != "hf" or dtype != "auto" or planned:
             raise ConfigError(f"{run} is a delta: make a checkpoint of it first, with format=hf and dtype=auto")
         if server_round is not None or global_model:
             raise ConfigError(f"{run} is a delta of one model: `server_round` and `global_model` have no meaning")
@@ -171,7 +173,7 @@ def export(
     else:
         folder = export_model(
             run, Path(target), server_round, format=format, dtype=dtype, global_model=global_model, token=token,
-            onnx_experts=onnx_experts, base=base, progress=progress,
+            onnx_experts=onnx_experts, base=base, planned=planned, progress=progress,
         )  # fmt: skip
     if push_to_hub is not None:
         from edgefed.hub import push_folder

@@ -37,6 +37,10 @@ class ExportSettings:
         Literal["products", "operator"],
         Setting("Experts of ONNX: a product of matrices each, which is fast on a CPU, or the operator MoE."),
     ] = "products"
+    planned: Annotated[
+        bool,
+        Setting("Of a device, to ONNX: only the experts of its plan, with slices and merged experts."),
+    ] = False
     base: Annotated[
         str | None,
         Setting("Base checkpoint of a delta, a folder or a name on the hub.", default="the model of the run"),
@@ -69,14 +73,14 @@ def export_command(settings: ExportSettings) -> None:
     from edgefed.api.runs import comparisons, export
     from edgefed.cli.output import TerminalProgress, print_json, print_note, stdout_console
     from edgefed.cli.tables import print_comparisons
-    from edgefed.exporting import read_record
+    from edgefed.formats.card import read_record
     from edgefed.hardware.memory import format_bytes
 
     source, target = _source_and_target(settings)
     folder = export(
         source, target, format=settings.format, dtype=settings.dtype, server_round=_round_number(settings.server_round),
         global_model=settings.global_model, token=settings.token, onnx_experts=settings.onnx_experts,
-        base=settings.base, push_to_hub=settings.push_to_hub, progress=TerminalProgress(),
+        base=settings.base, planned=settings.planned, push_to_hub=settings.push_to_hub, progress=TerminalProgress(),
     )  # fmt: skip
     size, record = sum(path.stat().st_size for path in folder.iterdir()), read_record(folder)
     found = comparisons(source, token=settings.token)

@@ -1,47 +1,71 @@
-"""The model card of an export: facts of its run, none of its data."""
+"""What an export says of itself: `RECORD_FILE`, where it is from, and the model card: no data of its run."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Literal
 
+import msgspec
+
+from edgefed import __version__
+from edgefed.errors import StateCorrupt
+from edgefed.progress import counted
 from edgefed.protocol.messages import RoundStatus
 from edgefed.protocol.privacy import PrivacyStatus
 
+RECORD_FILE, CARD_FILE = "edgefed.json", "README.md"
+"""In the folder of an export."""
 _LOSSES = {"train_loss": "Training loss", "held_out_loss_before": "Held-out loss before training"}
 """Metric of a round -> its row in the card."""
 
 
-class Origin(Protocol):
-    """Where a model is from, as `edgefed.exporting.ExportRecord`; its text is a phrase."""
+class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an exported model is from. ``server_round``: the model at the start of this round.
 
-    @property
-    def model(self) -> str:
-        """The base model."""
+    ``source``: a run's folder, its server, or a device. ``own_units``: parts that are the device's own. ``unchanged``:
+    no client has changed the model yet. ``planned_experts``: the experts that a device's plan has, if the export has no
+    others; 0: it has all. ``privacy``: what the model reveals of a client at most; None: without noise.
+    """
 
-    @property
-    def method(self) -> str:
-        """The method of the run."""
+    model: str
+    method: str
+    run_id: str
+    rounds: int
+    server_round: int
+    source: Literal["run", "server", "device"]
+    own_units: int = 0
+    unchanged: bool = False
+    planned_experts: int = 0
+    privacy: PrivacyStatus | None = None
+    edgefed_version: str = __version__
 
-    @property
-    def rounds(self) -> int:
-        """Rounds of the run."""
-
-    @property
-    def server_round(self) -> int:
-        """The round that began with the model."""
-
-    @property
-    def privacy(self) -> PrivacyStatus | None:
-        """What the model reveals of a client at most."""
-
-    @property
-    def edgefed_version(self) -> str:
-        """The version that exported it."""
+    def __str__(self) -> str:
+        if self.server_round > self.rounds:
+            when = f"after all {counted(self.rounds, 'round')}"
+        elif self.server_round == 1:
+            when = f"before round 1 of {self.rounds}"
+        else:
+            when = f"after round {self.server_round - 1} of {self.rounds}"
+        whose = f"this device's own model ({self.own_units} parts of its own)" if self.own_units else "the global model"
+        changed = "; no client has changed it: it is the model that the run began with" if self.unchanged else ""
+        planned = f"; only the {self.planned_experts} experts of this device's plan" if self.planned_experts else ""
+        return f"{whose} of {self.model} {when}, method {self.method}{changed}{planned}"
 
 
-def model_card(base_card: str, record: Origin, rounds: Sequence[RoundStatus], hub_name: bool) -> str:
+def read_record(folder: Path) -> ExportRecord | None:
+    """Where a checkpoint is from; None if edgefed has not exported it."""
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ExportRecord)
+    except msgspec.DecodeError as error:
+        raise StateCorrupt(f"{path} is not a file that edgefed wrote: {error}") from error
+
+
+def model_card(base_card: str, record: ExportRecord, rounds: Sequence[RoundStatus], hub_name: bool) -> str:
     """Return the card of an export: that of the base model, if any, and how the model was made.
 
     ``rounds``: those that made the model; none where they are not known. ``hub_name``: the base model is one of the

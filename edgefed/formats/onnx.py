@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from edgefed.errors import ConfigError
 from edgefed.formats.checkpoint import copy_files
+from edgefed.formats.device_part import DeviceModel, DevicePart
 from edgefed.formats.onnx_experts import FORMS, fill_in, prepare
 from edgefed.formats.weights import MergedModel, new_folder
 from edgefed.moe.units import ExpertSource, TrainScope
@@ -40,6 +41,7 @@ def export_onnx(
     dtype: str = "auto",
     scope: TrainScope | None = None,
     experts: str = "products",
+    part: DevicePart | None = None,
 ) -> Path:
     """Write a model, adapters merged, as ``model.onnx`` with its weights beside it in ``to``, and return ``to``.
 
@@ -60,6 +62,7 @@ def export_onnx(
         dtype: "auto" or "float32", or "int8" for the experts.
         scope: how the run trained.
         experts: "products" of matrices, or the "operator" MoE; see `edgefed.formats.onnx_experts`.
+        part: the part of a device, which is written instead of the whole model; see `edgefed.formats.device_part`.
 
     Raises:
         ConfigError: the target is in use, the dtype is invalid, a package is missing, or the operator does not compute
@@ -73,7 +76,11 @@ def export_onnx(
         if value not in known:
             raise ConfigError(f"{what} of an ONNX model must be one of {', '.join(known)}; found {value!r}")
     with new_folder(Path(to), "model") as folder:
-        state = MergedModel(Path(files_folder), units, scope, torch.float32)
+        files, dtype_of_rest = Path(files_folder), torch.float32
+        if part is None:
+            state = MergedModel(files, units, scope, dtype_of_rest)
+        else:
+            state = DeviceModel(files, units, scope, part, dtype_of_rest)
         state.load_fixed()
         model: Any = state.module
         prepare(state, experts)

@@ -28,7 +28,7 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from edgefed.errors import ConfigError
-from edgefed.formats.weights import MergedModel
+from edgefed.formats.weights import MergedModel, Routing
 from edgefed.kernels.quantization import quantize_experts
 from edgefed.moe.architecture import ExpertLayer, expert_activation, expert_finish
 from edgefed.moe.file_tensors import value_of
@@ -45,16 +45,26 @@ def prepare(state: MergedModel, form: str) -> None:
     """Let the model be traced with placeholders for its experts. Raises ConfigError if ``form`` cannot compute them."""
     for layer in state.layers:
         experts: Any = layer.experts
-        experts.onnx_layer = layer
+        experts.onnx_layer, experts.onnx_slots, experts.onnx_route = layer, state.num_slots(layer), state.routing(layer)
+        experts.onnx_widths = {p.name: _sizes(state, layer, p.name)[1] for p in layer.matrices}
         if form == "operator":
             experts.onnx_attributes = _operator_attributes(layer)
         for parameter in layer.parameters:
             traced = len(parameter.shape) == 1 and form == "products"
-            values = value_of(state.read(f"{layer.experts_path}.{parameter.name}")) if traced else torch.empty(0)
+            full = f"{layer.experts_path}.{parameter.name}"
+            slots = [value_of(state.expert(full, slot)) for slot in range(experts.onnx_slots)] if traced else []
+            values = torch.stack(slots) if slots else torch.empty(0)
             experts.register_parameter(parameter.name, nn.Parameter(values, requires_grad=False))
     name = f"edgefed_onnx_{form}"
     ExpertsInterface.register(name, _products if form == "products" else _operator)
     state.module.set_experts_implementation(name)
+
+
+def _sizes(state: MergedModel, layer: ExpertLayer, matrix: str) -> tuple[int, int]:
+    """(in, out) of a matrix of a layer's experts."""
+    size_in, size_out = layer.matrix_sizes(matrix)
+    width, rows = state.num_neurons(layer), size_out // layer.num_neurons
+    return (width, size_out) if matrix == "down_proj" else (size_in, rows * width)
 
 
 def _placeholder(name: str, layer: ExpertLayer, inputs: list[torch.Tensor], width: int, **attributes: Any) -> Any:
@@ -73,12 +83,16 @@ def _products(
 ) -> torch.Tensor:
     """Compute a layer's experts by one product per expert. ``hidden_states``: (T, H); the others: (T, K)."""
     layer: ExpertLayer = self.onnx_layer
-    tokens, top_k = top_k_index.shape
-    experts, order = torch.sort(top_k_index.flatten())  # (P,), P = T K pairs
-    counts = (experts.unsqueeze(1) == torch.arange(layer.num_experts)).sum(0)  # (E,)
+    if not self.onnx_slots:
+        return torch.zeros_like(hidden_states)
+    route: Routing = self.onnx_route
+    slots, weights = route(top_k_index, top_k_weights)
+    tokens, top_k = slots.shape
+    experts, order = torch.sort(slots.flatten())  # (P,), P = T K pairs
+    counts = (experts.unsqueeze(1) == torch.arange(self.onnx_slots)).sum(0)  # (S,)
     rows = hidden_states[order // top_k]  # (P, H)
     for name in (layer.up_name, "down_proj"):
-        rows = _placeholder("Products", layer, [rows, counts], layer.matrix_sizes(name)[1], matrix=name)
+        rows = _placeholder("Products", layer, [rows, counts], self.onnx_widths[name], matrix=name)
         if layer.has_bias:
             rows = rows + getattr(self, f"{name}_bias")[experts]
         if name == layer.up_name:
@@ -86,7 +100,7 @@ def _products(
     finish = expert_finish(self)
     if finish is not None:
         rows = finish(rows)
-    rows = rows * top_k_weights.flatten()[order].unsqueeze(1).to(rows.dtype)
+    rows = rows * weights.flatten()[order].unsqueeze(1).to(rows.dtype)
     output = torch.zeros_like(rows).index_put((order,), rows)
     return output.view(tokens, top_k, rows.shape[1]).sum(1)
 
@@ -96,11 +110,17 @@ def _operator(
 ) -> torch.Tensor:
     """Compute a layer's experts by the operator; see the top of the file. ``hidden_states``: (T, H)."""
     layer: ExpertLayer = self.onnx_layer
-    total = top_k_weights.sum(-1, keepdim=True)
-    chosen = (top_k_weights / total).clamp_min(torch.finfo(torch.float32).tiny).log().to(hidden_states.dtype)
-    logits = torch.full((hidden_states.shape[0], layer.num_experts), _NOT_SELECTED, dtype=hidden_states.dtype)
-    inputs = [hidden_states, logits.scatter(1, top_k_index, chosen)]
-    attributes = {**self.onnx_attributes, "k": top_k_index.shape[1]}
+    if not self.onnx_slots:
+        return torch.zeros_like(hidden_states)
+    route: Routing = self.onnx_route
+    slots, weights = route(top_k_index, top_k_weights)
+    total = weights.sum(-1, keepdim=True)
+    tiny = torch.finfo(torch.float32).tiny
+    of_slot = torch.zeros(hidden_states.shape[0], self.onnx_slots, dtype=weights.dtype)
+    of_slot = of_slot.scatter_add(1, slots, weights / total.clamp_min(tiny))  # experts that were merged share a slot
+    logits = torch.where(of_slot > 0, of_slot.clamp_min(tiny).log(), _NOT_SELECTED).to(hidden_states.dtype)
+    inputs = [hidden_states, logits]
+    attributes = {**self.onnx_attributes, "k": min(slots.shape[1], self.onnx_slots)}
     output: torch.Tensor = _placeholder("Operator", layer, inputs, hidden_states.shape[1], **attributes)
     return output * total.to(output.dtype)
 
@@ -172,9 +192,14 @@ class _Weights:
             raise AssertionError("int8 has an absmax of each row")
         return (quantized.packed[0].int() + 128).to(torch.uint8), quantized.absmax[0] / 127
 
+    @property
+    def count(self) -> int:
+        """Number of experts in the graph."""
+        return self.state.num_slots(self.layer)
+
     def size(self, matrix: str) -> tuple[int, int]:
         """(in, out)."""
-        return self.layer.matrix_sizes(matrix)
+        return _sizes(self.state, self.layer, matrix)
 
     def add(self, name: str, read: Callable[[], torch.Tensor], shape: Sequence[int], dtype: str = "FLOAT") -> Any:
         """Return a new initializer, whose values ``read`` returns."""
@@ -197,7 +222,7 @@ def _product_nodes(node: Any, weights: _Weights, matrix: str) -> list[Any]:
     """Split the rows by expert, multiply, join."""
     import onnx_ir as ir
 
-    count = weights.layer.num_experts
+    count = weights.count
     size_in, size_out = weights.size(matrix)
     split = ir.node("Split", list(node.inputs), {"axis": 0}, num_outputs=count)
     block = min(_LARGEST_BLOCK, max(16, 1 << (size_in - 1).bit_length()))
@@ -240,7 +265,7 @@ def _operator_node(node: Any, weights: _Weights, attributes: dict[str, Any]) -> 
         size_in, size_out = weights.size(matrix)
 
         def stack(part: Callable[[int], torch.Tensor]) -> torch.Tensor:
-            return torch.stack([part(expert) for expert in range(layer.num_experts)])
+            return torch.stack([part(expert) for expert in range(weights.count)])
 
         def rows(matrix: str = matrix) -> torch.Tensor:
             return stack(lambda expert: weights.rows(matrix, expert, interleave=True))
@@ -251,7 +276,7 @@ def _operator_node(node: Any, weights: _Weights, attributes: dict[str, Any]) -> 
         def scales(matrix: str = matrix) -> torch.Tensor:
             return stack(lambda expert: weights.codes(matrix, expert, interleave=True)[1])
 
-        shape = (layer.num_experts, size_out, size_in)
+        shape = (weights.count, size_out, size_in)
         if weights.int8:
             inputs += [weights.add(matrix, codes, shape, "UINT8"), weights.add(f"{matrix}_scales", scales, shape[:2])]
         else:

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +22,9 @@ from edgefed.moe.expert_reading import read_expert, read_with_adapter
 from edgefed.moe.file_tensors import FileTensor
 from edgefed.moe.loading import build_skeleton, load_config
 from edgefed.moe.units import LORA_SUFFIX, ExpertSource, FixedTensors, TrainScope, check_tensors, find_fixed_tensors
+
+Routing = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(T, K) experts and weights that a router chose -> (T, K) slots and weights."""
 
 
 @contextlib.contextmanager
@@ -74,7 +77,7 @@ class MergedModel:
         self.empty: dict[str, torch.Tensor] = {}
         """Meta tensors of the dtypes and shapes of the units, by parameter name. Checks the units that it reads."""
         for layer in self.layers:
-            for name, tensor in read_expert(layer, 0, units).items():
+            for name, tensor in self._sample(layer).items():
                 full = f"{layer.experts_path}.{name}"
                 self._expert_of[full] = layer, name
                 self.empty[full] = torch.empty((layer.num_experts, *tensor.shape), dtype=tensor.dtype, device="meta")
@@ -103,6 +106,22 @@ class MergedModel:
         """Return one expert's row of a stack, with its adapter merged. Raises CheckpointError."""
         layer, own = self._expert_of[name]
         return self._cast(name, read_with_adapter(layer, expert, self._units, self._scope, only=own)[own])
+
+    def num_slots(self, layer: ExpertLayer) -> int:
+        """Number of the experts of a layer, which `expert` counts."""
+        return layer.num_experts
+
+    def num_neurons(self, layer: ExpertLayer) -> int:
+        """Neurons of each expert of a layer."""
+        return layer.num_neurons
+
+    def routing(self, layer: ExpertLayer) -> Routing:
+        """Return what maps the router's choice to the experts that `expert` counts: the choice itself."""
+        return lambda indices, weights: (indices, weights)
+
+    def _sample(self, layer: ExpertLayer) -> Mapping[str, torch.Tensor]:
+        """Return the tensors of an expert of a layer, for their dtypes and shapes."""
+        return read_expert(layer, 0, self._units)
 
     def load_fixed(self) -> None:
         """Put every tensor that is not of an expert into ``module``, with adapters merged. Raises CheckpointError."""

@@ -74,6 +74,23 @@ def slice_tensors(layer: ExpertLayer, tensors: Tensors, neurons: torch.Tensor) -
     return found
 
 
+def widen(layer: ExpertLayer, name: str, tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """Return a tensor of an expert with ``width`` neurons; new ones are zero, and add nothing to the output."""
+    parts = _neuron_parts(layer, name)
+    if parts is None or tensor.shape[parts[0]] == parts[1] * width:
+        return tensor
+    axis, rows = parts
+    moved = tensor.movedim(axis, 0)  # (rows W, ...)
+    inner = moved.shape[1:]
+    if layer.is_interleaved:
+        wide = moved.new_zeros(width, rows, *inner)
+        wide[: len(moved) // rows] = moved.reshape(-1, rows, *inner)
+    else:
+        wide = moved.new_zeros(rows, width, *inner)
+        wide[:, : len(moved) // rows] = moved.reshape(rows, -1, *inner)
+    return wide.flatten(0, 1).movedim(0, axis)
+
+
 def to_table(layer: ExpertLayer, key: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Return an expert, or its adapter, with its W neurons as one table (W, C); see the top of this file.
 

@@ -113,18 +113,27 @@ def read_saved_plan(path: Path, fingerprint: list[Any]) -> SavedPlan:
         ) from error
 
 
+def load_saved_plan(folder: Path) -> tuple[str, SavedPlan]:
+    """The id of the run, and what was saved for it, in a device's state folder.
+
+    Raises FileNotFoundError when the device has not planned yet, StateCorrupt.
+    """
+    path = folder / PLAN_FILE
+    try:
+        file = msgspec.json.decode(path.read_bytes(), type=_File)
+        return str(next(iter(file.fingerprint), "")), _saved_plan(file)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateCorrupt(f"{path} is not a plan that edgefed wrote: {error}") from error
+
+
 def load_plan(folder: Path) -> tuple[ActivationProfile | None, ExpertPlan]:
     """The profile and the plan in a device's state folder, whatever the run.
 
     Raises FileNotFoundError when it has not planned yet, StateCorrupt.
     """
-    path = folder / PLAN_FILE
-    try:
-        saved = _saved_plan(msgspec.json.decode(path.read_bytes(), type=_File))
-        if saved.plan is None:
-            raise ValueError("no plan in it")
-    except (ValueError, KeyError, TypeError) as error:
-        raise StateCorrupt(f"{path} is not a plan that edgefed wrote: {error}") from error
+    _, saved = load_saved_plan(folder)
+    if saved.plan is None:
+        raise StateCorrupt(f"{folder / PLAN_FILE} is not a plan that edgefed wrote: no plan in it")
     return saved.profile, saved.plan
 
 

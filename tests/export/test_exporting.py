@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -20,8 +21,8 @@ from edgefed.aggregator.rounds import RoundPolicy
 from edgefed.cli.main import main
 from edgefed.embedded import tiny_model_directory
 from edgefed.errors import ConfigError, ServerUnreachable, StateCorrupt, StorageError
-from edgefed.exporting import ExportRecord, export_model, read_record
-from edgefed.formats.card import model_card
+from edgefed.exporting import export_model
+from edgefed.formats.card import ExportRecord, model_card, read_record
 from edgefed.progress import NullProgress
 from edgefed.protocol.messages import Assignment, RoundStatus, RunConfig, TrainingConfig
 from edgefed.runs import RunReader, import_model
@@ -210,7 +211,8 @@ def test_a_model_is_taken_home_from_a_server_and_then_from_a_device_without_it(t
     assert not (tmp_path / "none").exists()
 
 
-def test_a_device_that_exchanges_nothing_exports_its_own_model(tmp_path):
+def device_after_a_round(tmp_path):
+    """(trainer, state folder) of a device of a run without exchange, whose server is gone."""
     run = make_run(tmp_path / "run", "local")
     state = tmp_path / "me"
     with Journal(state) as journal:
@@ -230,6 +232,11 @@ def test_a_device_that_exchanges_nothing_exports_its_own_model(tmp_path):
 
     assignment = Assignment(server_round=1, deadline_s=None, seed=0)
     trainer.train_round(run, manifest, assignment, fetch, NullProgress(), tmp_path / "update")
+    return trainer, state
+
+
+def test_a_device_that_exchanges_nothing_exports_its_own_model(tmp_path):
+    trainer, state = device_after_a_round(tmp_path)
     folder = export_model(state, tmp_path / "model")
     record = read_record(folder)
     assert record.own_units > 10
@@ -240,6 +247,29 @@ def test_a_device_that_exchanges_nothing_exports_its_own_model(tmp_path):
     weights = dict(trainer.model.module.named_parameters())
     name = next(name for name in own if name.endswith("gate.weight"))
     assert torch.equal(own[name], weights[name].detach())
+    with pytest.raises(ConfigError, match="needs the state folder of a device and format=onnx"):
+        export_model(state, tmp_path / "none", format="hf", planned=True)
+    (state / "plan.json").unlink()
+    if importlib.util.find_spec("onnxscript"):
+        with pytest.raises(ConfigError, match="has no plan of run a-run"):
+            export_model(state, tmp_path / "none", format="onnx", planned=True)
+
+
+@pytest.mark.full
+def test_a_device_exports_what_it_computes_with(tmp_path):
+    pytest.importorskip("onnxscript")
+    trainer, state = device_after_a_round(tmp_path)
+    folder = export_model(state, tmp_path / "planned", format="onnx", planned=True)
+    assert read_record(folder).planned_experts == trainer.plan.num_resident
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = torch.randint(0, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    for value in session.get_inputs()[2:]:
+        inputs[value.name] = torch.zeros(2, value.shape[1], 0, value.shape[3]).numpy()
+    with torch.no_grad():
+        expected = trainer.model.module.eval()(ids).logits
+    torch.testing.assert_close(torch.from_numpy(session.run(["logits"], inputs)[0]), expected, rtol=1e-4, atol=1e-4)
 
 
 def cli(capsys, *words):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from edgefed.errors import ConfigError
+from edgefed.expert_records import ExpertPlan, MergedGroup
+from edgefed.formats.device_part import DevicePart
 from edgefed.formats.onnx import MODEL_FILE, export_onnx
 from edgefed.kernels.quantization import dequantize_experts, quantize_experts
 from edgefed.moe.architecture import discover_layers
-from edgefed.moe.units import MemorySource
+from edgefed.moe.model import MoeModel
+from edgefed.moe.units import LORA_SUFFIX, MemorySource, TrainScope
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -96,4 +100,64 @@ def test_what_the_operator_does_not_compute_is_refused(save_toy, olmoe, tmp_path
     for wrong, message in (({"dtype": "q8_0"}, "auto, float32, int8"), ({"experts": "moe"}, "products, operator")):
         with pytest.raises(ConfigError, match=f"must be one of {message}; found"):
             export_onnx(MemorySource({}), olmoe.folder, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def part_of(kind, layers):
+    """A plan with absent experts, or with merged ones and adapters, or with slices of experts."""
+    sizes = [layer.num_experts for layer in layers]
+    if kind == "absent":
+        return DevicePart(ExpertPlan.of(sizes, [[4, 1]] * len(sizes), [[0]] * len(sizes)))
+    if kind == "none in a layer":
+        return DevicePart(ExpertPlan.of(sizes, [[], *[[4, 1]] * (len(sizes) - 1)]), "skip")
+    if kind == "merged":
+        roles = np.array([2, 1, 3, 3, 3, 0, 0, 3], dtype=np.int8)
+        groups = MergedGroup((2, 4), (0.25, 0.75)), MergedGroup((3, 7), (0.5, 0.5))
+        return DevicePart(ExpertPlan((roles,) * len(sizes), (groups,) * len(sizes)))
+    masks = tuple(np.random.default_rng(0).random((8, layer.num_neurons)) < 0.5 for layer in layers)
+    for mask in masks:
+        mask[:, 0], mask[1, 4:], mask[3] = True, False, False
+    roles = np.array([2, 1, 2, 0, 2, 2, 2, 2], dtype=np.int8)
+    return DevicePart(ExpertPlan((roles,) * len(sizes), (), masks), "skip")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("family", "kind", "experts"),
+    [
+        ("deepseek_v3", "absent", "products"),
+        ("olmoe", "absent", "operator"),
+        ("qwen3_moe", "absent", "products"),
+        ("olmoe", "none in a layer", "products"),
+        ("gpt_oss", "merged", "operator"),
+        ("mixtral", "merged", "products"),
+        ("gpt_oss", "slices", "products"),
+        ("qwen2_moe", "slices", "operator"),
+    ],
+)
+def test_what_a_device_computes_with(family, kind, experts, toys, tmp_path):
+    toy = toys(family)
+    device = MoeModel.from_checkpoint(toy.folder)
+    scope = TrainScope(experts="lora" if kind == "merged" else "full", router="none", lora_rank=2)
+    draw = torch.Generator().manual_seed(0)
+    units = {
+        unit.key: {
+            name: torch.randn(tensor.shape, generator=draw) / 4 if "lora" in name else tensor.clone()
+            for name, tensor in tensors.items()
+        }
+        for unit, tensors in device.iter_units(scope)
+    }
+    part = part_of(kind, device.layers)
+    roles = part.plan.roles
+    absent = {f"{layer.experts_path}.{e}" for layer in device.layers for e in np.flatnonzero(roles[layer.ordinal] == 0)}
+    source = MemorySource({key: unit for key, unit in units.items() if key.removesuffix(LORA_SUFFIX) not in absent})
+    device.apply_plan(part.plan, source, scope, part.missing, part.storage)
+    folder = export_onnx(source, toy.folder, tmp_path / "out", scope=scope, experts=experts, part=part)
+    check(folder, device.module)
+
+
+def test_a_plan_of_another_model_is_refused(olmoe, tmp_path):
+    part = DevicePart(ExpertPlan.of([4, 4], [[0], [1]]))
+    with pytest.raises(ConfigError, match=r"the plan is of a model with \(4, 4\) experts per layer; found \(8, 8\)"):
+        export_onnx(MemorySource(olmoe.units()), olmoe.folder, tmp_path / "out", part=part)
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import torch
 
 from edgefed.errors import CheckpointError
 from edgefed.expert_records import ExpertPlan, Role
-from edgefed.moe.neurons import from_table, slice_tensors, to_table
+from edgefed.moe.neurons import from_table, slice_tensors, to_table, widen
 from edgefed.moe.units import LORA_SUFFIX, MemorySource, TrainScope
 from edgefed.protocol.messages import NEURON_INDEX, NEURON_TABLE
 
@@ -55,6 +55,21 @@ def test_a_table_has_every_number_once_in_rows_of_neurons(toy, experts):
     again = from_table(layer, key, {**table, NEURON_TABLE: table[NEURON_TABLE][rows]}, adapter=experts == "lora")
     for name, value in slice_tensors(layer, tensors, rows).items():
         assert torch.equal(again[name], value), name
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_a_widened_slice_has_zeros_for_new_neurons(family, toys):
+    from edgefed.moe.model import MoeModel
+
+    model = MoeModel.from_checkpoint(toys(family).folder)
+    layer = model.layers[0]
+    expert = next(tensors for unit, tensors in model.iter_units() if unit.kind == "expert")
+    first = torch.arange(5)
+    padded = to_table(layer, "e", {n: widen(layer, n, t, 16) for n, t in slice_tensors(layer, expert, first).items()})
+    table = to_table(layer, "e", expert)[NEURON_TABLE]
+    assert torch.equal(padded[NEURON_TABLE][:5], table[:5])
+    assert not padded[NEURON_TABLE][5:].any()
+    assert all(widen(layer, name, tensor, 16) is tensor for name, tensor in expert.items())
 
 
 def test_a_table_of_another_model_is_refused(olmoe):
