@@ -99,6 +99,11 @@ def encode_blob_change(base: Path, blob: Path) -> bytes | None:
     return change if 2 * len(change) < size_bytes else None
 
 
+def steps_bytes(change: bytes) -> int:
+    """Bytes of a change that are of steps, and so as many for weights of any dtype."""
+    return int.from_bytes(change[:4], "little")
+
+
 def apply_blob_change(base: Path, change: bytes) -> bytes:
     """The blob that ``change`` makes of ``base``. Raises MalformedMessage; never makes more bytes than ``base`` has."""
     moved, parts = bytearray(base.read_bytes()), _float_parts(base)

@@ -31,9 +31,10 @@ from edgefed.moe.architecture import ExpertLayer
 from edgefed.moe.expert_reading import FrameSource
 from edgefed.moe.merging.plan import ExpertMerger, MergingOptions
 from edgefed.moe.model import MoeModel
-from edgefed.moe.units import ExpertSource
+from edgefed.moe.units import LORA_SUFFIX, ExpertSource
 from edgefed.progress import NullProgress, ProgressSink
-from edgefed.protocol.changes import encode_blob_change
+from edgefed.protocol.changes import encode_blob_change, steps_bytes
+from edgefed.protocol.frames import ITEM_BYTES
 from edgefed.protocol.messages import FileInfo, Manifest, RunConfig, UnitInfo
 from edgefed.protocol.slices import UnitSlice
 from edgefed.protocol.trainer import Fetch
@@ -299,7 +300,8 @@ class CountingFetch:
     """A `Fetch` from the aggregator's own blobs that copies nothing and counts what a device would have downloaded.
 
     ``resident``: hashes of what is on the device. ``versions``: hashes of units of the round before, by key; of a unit
-    whose version is on the device, the change counts if it is sent (`protocol.changes`).
+    whose version is on the device, the change counts if it is sent (`protocol.changes`). ``width``: bytes of a weight
+    in the cost shape; 0: as in the model. Steps take as many bits a value in both, and count so (`uploaded_bytes`).
     """
 
     def __init__(
@@ -307,8 +309,9 @@ class CountingFetch:
         blob: Callable[[str], Path],
         resident: Iterable[str] = (),
         versions: Mapping[str, str] = MappingProxyType({}),
+        width: int = 0,
     ):
-        self._blob, self.resident, self._versions = blob, set(resident), versions
+        self._blob, self.resident, self._versions, self._width = blob, set(resident), versions, width
         self._down: dict[str, int] = {}
 
     def __call__(self, items: Iterable[UnitInfo | FileInfo | UnitSlice]) -> dict[str, Path]:
@@ -326,10 +329,15 @@ class CountingFetch:
 
     def _downloaded_bytes(self, item: UnitInfo | FileInfo | UnitSlice) -> int:
         base = self._versions.get(item.key) if isinstance(item, UnitInfo) else None
-        if base is None or base not in self.resident:
+        if not isinstance(item, UnitInfo) or base is None or base not in self.resident:
             return item.size_bytes
         change = encode_blob_change(self._blob(base), self._blob(item.sha256))
-        return item.size_bytes if change is None else len(change)
+        if change is None:
+            return item.size_bytes
+        own, kind = max(ITEM_BYTES[info.dtype] for info in item.tensors), byte_kind(item)
+        scale = own / self._width if self._width and not kind.endswith(LORA_SUFFIX) else 1.0
+        steps = steps_bytes(change)
+        return min(item.size_bytes, round(steps * scale) + len(change) - steps)
 
     def take(self) -> dict[str, int]:
         """Bytes by kind since the last call."""

@@ -233,8 +233,8 @@ class SimulatedRun:
         if server_round == 1 and self._config.preinstalled:
             resident = {unit.sha256 for unit in manifest.units} | {file.sha256 for file in manifest.files}
         before = aggregator.manifest(server_round - 1).units if server_round > 1 and self._compresses else ()
-        versions = {unit.key: unit.sha256 for unit in before}
-        fetch, progress = CountingFetch(aggregator.blob, resident, versions), CountingProgress()
+        versions, width = {unit.key: unit.sha256 for unit in before}, DTYPE_BYTES.get(self._charged.dtype or "", 0)
+        fetch, progress = CountingFetch(aggregator.blob, resident, versions, width), CountingProgress()
         update = trainer.train_round(self._run, manifest, assignment, fetch, progress, client.update_path)
         plan, step_plan, memory_bytes = trainer.plan, trainer.planner.step_plan, trainer.planner.needs_bytes
         assert plan is not None, "the round has made a plan"

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +15,12 @@ from edgefed.costs.step_setup import StepSetup
 from edgefed.errors import ConfigError
 from edgefed.hardware.facts import MemoryKind
 from edgefed.hardware.profiles import find_profile
+from edgefed.protocol.changes import encode_blob_change, to_steps
+from edgefed.protocol.frames import write_frame
 from edgefed.protocol.messages import TensorInfo, UnitInfo
 from edgefed.simulation.config import LINKS, Link, SimulatedDevice
 from edgefed.simulation.device_rates import Calibration, CostShape, device_rates, memory_budget
+from edgefed.simulation.simulated_device import CountingFetch
 from edgefed.simulation.virtual_clock import CostModel, RoundWork
 
 GIB = 2**30
@@ -209,3 +213,20 @@ def test_the_calibration_is_the_recorded_one():
     predicted = [row["error"] for row in recorded["rows"][1:]]
     assert len(predicted) >= 3
     assert max(map(abs, predicted)) < 0.25
+
+
+def test_steps_on_the_way_down_have_as_many_bits_in_every_dtype(tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(100_000).astype(np.float32)
+    for name in ("old", "new"):
+        sha256, size_bytes = write_frame(tmp_path / name, {"w": ("F32", values)})
+        values = (values + to_steps(rng.standard_normal(len(values)) * 1e-2, 7)).astype(np.float32)
+    tensors = (TensorInfo(name="w", dtype="F32", shape=(len(values),)),)
+    unit = UnitInfo(key="e", kind="expert", trainable=True, tensors=tensors, sha256="new", size_bytes=size_bytes)
+    sizes = {}
+    for width in (0, 4, 2):
+        fetch = CountingFetch(lambda name: tmp_path / name, {"old"}, {"e": "old"}, width)
+        fetch([unit])
+        sizes[width] = fetch.take()["expert"]
+    assert sizes[0] == sizes[4] == len(encode_blob_change(tmp_path / "old", tmp_path / "new"))
+    assert sizes[2] == pytest.approx(2 * sizes[0], rel=0.02), "charged at 2 bytes a weight, these are the same bits"
