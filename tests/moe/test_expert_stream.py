@@ -18,7 +18,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from edgefed.costs.memory import StepSetup
 from edgefed.expert_records import ExpertPlan, Role
 from edgefed.moe.accounting import expert_memory
-from edgefed.moe.expert_stream import ExpertStream
+from edgefed.moe.expert_stream import ExpertStream, StagedCopies
 from edgefed.moe.model import MoeModel
 from edgefed.moe.offloading import OffloadSpace
 from edgefed.moe.units import MemorySource, TrainScope
@@ -319,3 +319,18 @@ def test_a_bank_larger_than_memory_trains_within_it_to_the_same_loss(tmp_path):
     assert "error" in refused
     if streamed["reset"]:
         assert streamed["grown"] < BANK_BYTES / 3 < BANK_BYTES < resident["grown"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_staged_copies_arrive_whatever_their_sizes(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        (pytest.fail if os.environ.get("EDGEFED_REQUIRE_GPU") == "1" else pytest.skip)("torch sees no GPU")
+    copy = StagedCopies(torch.device(device))
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(3, 5), (700, 900), (1,), (0, 4), (900, 700), (2, 2)] * 3
+    dtypes = itertools.cycle([torch.float32, torch.uint8, torch.bfloat16, torch.int8])
+    values = [torch.randint(0, 100, size, generator=generator).to(next(dtypes)) for size in sizes]
+    targets = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in values]
+    for target, value in zip(targets, values, strict=True):
+        copy(target, value)
+    assert all(torch.equal(target.cpu(), value) for target, value in zip(targets, values, strict=True))
