@@ -188,13 +188,13 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table; a score whose interval excludes chance has a star."""
+    """The rows as a Markdown table; a score whose interval is above chance has a star."""
     lines = [
-        "| model | task | questions | chance | accuracy | normalized (95 % interval) | loss |",
+        "| model | task | questions | chance | accuracy | normalized (95% interval) | loss |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        star = "" if row["low"] <= row["chance"] <= row["high"] else " *"
+        star = " *" if row["low"] > row["chance"] else ""
         interval = f"{row['normalized']:.1%} ({row['low']:.1%} to {row['high']:.1%}){star}"
         lines.append(
             f"| {row['model']} | {row['task']} | {row['questions']} | {row['chance']:.1%} | {row['accuracy']:.1%} | "

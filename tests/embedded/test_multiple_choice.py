@@ -127,6 +127,8 @@ def test_the_table_and_the_rows(tmp_path, capsys):
     (row,) = [json.loads(line) for line in path.read_text().splitlines()]
     assert (row["model"], row["task"], row["questions"], row["chance"]) == ("tiny", "ARC-Easy", 3, 0.5)
     assert row["low"] <= row["normalized"] <= row["high"]
-    assert "| tiny | ARC-Easy | 3 | 50.0 % |" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "normalized (95 % interval)" in output
+    assert "| tiny | ARC-Easy | 3 | 50.0 % |" in output
     with pytest.raises(SystemExit, match="is not a model"):
         choice.main([str(tmp_path), "--data", str(tmp_path), "--tasks", "ARC-Easy"])
