@@ -99,7 +99,7 @@ class Endpoints:
             for work, number in NUM_THREADS.items()
         }
         self.polls = LongPolls(bell, self.run, lambda: service.closing)
-        self.probes, self.changes = ProbeLimiter(), ChangeCache(service.blob)
+        self.probes, self.changes = ProbeLimiter(), ChangeCache(lambda sha256: self.service.blob(sha256))
         self.transfers = 0
         """Streams in progress, without probes: the server does not wait for those."""
 
