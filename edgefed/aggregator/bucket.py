@@ -194,6 +194,11 @@ class Bucket:
             raise ObjectStorageError(f"object storage {self.url}: {' '.join(reason.split())[:400]}") from error
 
 
+def check_url(url: str) -> None:
+    """Raise ConfigError if ``url`` names no object storage, or obstore is missing. Does not ask the storage."""
+    _open_store(url)
+
+
 def _open_store(url: str) -> tuple[Any, Any]:
     """Obstore and its store of ``url``. Raises ConfigError."""
     try:

@@ -296,12 +296,15 @@ class Server:
         ConfigError, ModelError, StateLocked, StateCorrupt, StorageError, and KeyboardInterrupt once Ctrl-C has ended
         the server cleanly.
         """
+        from edgefed.aggregator.bucket import check_url
         from edgefed.aggregator.server import AggregatorServer, ServerConfig, bind, check_token
         from edgefed.disk import check_folder
 
         report = on_message or (lambda text: None)
         check_folder(self.state)
         check_token(self.host, self.token, invite_only=self.invite_only)
+        if self.blobs is not None:
+            check_url(self.blobs)
         bind(self.host, self.port).close()  # a port in use is reported before the import, which takes long
         self._prepare(report)
         trackers = RoundTrackers(self.track, "server", report)

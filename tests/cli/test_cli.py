@@ -110,6 +110,11 @@ def test_a_port_in_use_and_an_open_host(run):
     refused(run("serve", "--host", "0.0.0.0", "--port", 0), 8, "missing-token", "--token")
 
 
+def test_object_storage_that_cannot_be_used_is_reported_before_the_model(run):
+    found = run("serve", "--model", "nobody/nothing", "--port", 0, "--blobs", "ftp://host/prefix")
+    refused(found, 2, "config", "object storage")  # invalid, or without obstore no package for it
+
+
 def test_a_wrong_model_path(run, tmp_path):
     refused(run("profile", "--model", tmp_path / "nowhere", "--data", "silo:http"), 3, "model-not-found", "nowhere")
     for name in ("./nowhere", "../no/where", "~/nowhere", "a/b/nowhere"):
