@@ -12,7 +12,7 @@ EXAMPLES: dict[str, Sequence[tuple[str, str]]] = {
         ("Plan for another device; nothing is measured.", "edgefed bench --device-profile jetson-orin-nano-8gb"),
     ),
     "demo": (
-        ("A federation of four clients, in about a minute.", "edgefed demo"),
+        ("A federation of four clients, in about a minute and a half.", "edgefed demo"),
         ("All methods on the same data.", "edgefed demo --compare"),
         ("Clients with models of their own.", "edgefed demo --method fedmoe"),
     ),
