@@ -207,8 +207,12 @@ def required_storage(requested: str, method: ExpertMethod, training: TrainingCon
 
 def requested_rank(requested: int | None, training: TrainingConfig) -> int:
     """The rank of a device's adapters if memory has room: as ``requested``, or that of the run. Raises ConfigError."""
-    if requested is None or requested == training.lora_rank:
+    if requested is None:
         return training.lora_rank
+    if "lora" not in (training.experts, training.router, training.attention):
+        raise ConfigError(
+            f"`lora_rank={requested}` has no effect: nothing trains by LoRA in this run", remedy="Join without it."
+        )
     if problem := rank_problem(requested, training):
         raise ConfigError(f"`lora_rank` {problem}", remedy="Join with another `lora_rank`, or without.")
     return requested

@@ -192,6 +192,7 @@ def test_a_rank_that_the_run_does_not_allow(bench, data, tmp_path):
     for table, rank, says in (
         (bench(**LORA, lora_rank=8, min_lora_rank=4), 2, "is 2, the run has adapters of rank 4 to 8"),
         (bench(**LORA, lora_rank=8), 4, "is 4, the run has adapters of rank 8"),
+        (bench(), 8, "`lora_rank=8` has no effect"),
     ):
         with pytest.raises(ConfigError, match=says):
             table.round(trainer_of(data, tmp_path, lora_rank=rank), tmp_path / "update")
