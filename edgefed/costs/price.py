@@ -45,8 +45,8 @@ TRAINED_POWER = 0.41
 """A."""
 ADAPTERS = 0.76
 """Share of that gain with adapters of all experts."""
-RANK_HALVING = 0.05
-"""k: share of G that each halving of the rank of adapters costs."""
+RANK_HALVING = 0.077
+"""k: share of G that each halving of the rank of adapters costs (`benchmarks/results/plan_price_rank.json`)."""
 HALVING = 0.26
 """h: share of G that each halving of the sequences costs."""
 

@@ -36,6 +36,14 @@ def test_the_constants_are_those_of_the_recorded_rows():
     assert ours == pytest.approx([found[name] for name in ("gain", "training_power", "adapters", "halving")], abs=0.005)
 
 
+def test_what_a_halved_rank_costs_is_that_of_the_recorded_rows():
+    rows = json.loads(RESULTS.with_name("plan_price_rank.json").read_text())["rows"]
+    assert pytest.approx(bench_plan_price.rank_halving(rows, price.GAIN), abs=5e-4) == price.RANK_HALVING
+    given = LossPrice.of(None, SIZES, 128, lora_rank=8)
+    setup = dataclasses.replace(SETUP, experts="lora", lora_rank=2)
+    assert given.parts(setup, ExpertPlan.full(SIZES))["rank"] == pytest.approx(2 * 0.24 * 0.077)
+
+
 def test_a_full_plan_is_free_and_each_part_is_its_own():
     even = LossPrice.of(None, SIZES, 128)
     assert even(SETUP, ExpertPlan.full(SIZES)) == 0
