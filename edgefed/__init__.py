@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from edgefed.api.chat import load_chat as load_chat
     from edgefed.api.client import Client as Client
-    from edgefed.api.client import ClientEvent as ClientEvent
+    from edgefed.api.events import ClientEvent as ClientEvent
     from edgefed.api.mixture import load_mixture as load_mixture
     from edgefed.api.models import Plan as Plan
     from edgefed.api.models import experts as experts
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Client": "edgefed.api.client:Client",
-    "ClientEvent": "edgefed.api.client:ClientEvent",
+    "ClientEvent": "edgefed.api.events:ClientEvent",
     "Plan": "edgefed.api.models:Plan",
     "Server": "edgefed.api.server:Server",
     "experts": "edgefed.api.models:experts",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from edgefed.api.events import ClientEvent, EventSink
 from edgefed.config import Setting, check_settings, parse_share
 from edgefed.errors import ConfigError, DataError
 from edgefed.tracking import TRACK, check_trackers
@@ -27,25 +28,6 @@ GREETING_S = 3.0
 StorageChoice = Literal["auto", "full", "int8", "nf4"]
 
 
-@dataclasses.dataclass(frozen=True)
-class ClientEvent:
-    """What a client does. ``kind``: "phase" when one begins, "progress" within it, "message" for a line of text."""
-
-    kind: Literal["phase", "progress", "message"]
-    text: str
-    """Name of the phase ("download", "train", "upload", ...), or the message."""
-    done: int = 0
-    total: int | None = None
-    unit: str = ""
-    """Of ``done`` and ``total``: "B", "step" or "token"."""
-
-    def __str__(self) -> str:
-        if self.kind == "message":
-            return self.text
-        amount = "" if not self.done else f" {self.done}" + (f" of {self.total}" if self.total else "")
-        return f"{self.text}{amount} {self.unit}s".rstrip() if amount else self.text
-
-
 @dataclasses.dataclass
 class Client:
     """Take part in a run with this machine and its own data.
@@ -54,13 +36,18 @@ class Client:
     >>> client = edgefed.Client("http://192.168.1.5:8470", data="my.jsonl", memory="2GiB")
     >>> summary = client.run(on_event=print)                                              # doctest: +SKIP
 
+    ``data`` may also be an iterable of records (dicts): a `datasets.Dataset`, a streaming `datasets.IterableDataset`, a
+    generator. `check_data`, `preview` or `run` reads it once, into ``spooled-data.jsonl`` in ``state``, and ``data``
+    becomes the path of this file. ``max_records`` and ``max_bytes`` end the reading; without them more than 1 GiB is an
+    error.
+
     Sizes are texts such as "2GiB" or numbers of bytes; shares are texts such as "25%" or numbers up to 1. Raises
     ConfigError when settings are invalid or contradict each other.
     """
 
     server: Annotated[str, Setting("Address of the server, or a join link.", positional=True)]
     data: Annotated[
-        str,
+        str | Iterable[Mapping[str, Any]],
         Setting("Training data, which stays on this device: a .txt, .jsonl, .json, .csv or .parquet file, a folder of "
                 "them, a data set of the Hugging Face hub, or silo:NAME; with `task`, labelled examples."),
     ]  # fmt: skip
@@ -72,6 +59,8 @@ class Client:
         str | None, Setting("Field of a record with the response.", default="response, output, answer, ...")
     ] = None
     text_field: Annotated[str | None, Setting("Field of a record with plain text to continue.", default="text")] = None
+    max_records: Annotated[int | None, Setting(hidden=True)] = None
+    max_bytes: Annotated[str | int | None, Setting(hidden=True)] = None
     deduplicate: Annotated[bool, Setting("Use each record of the data once.")] = False
     task: Annotated[
         Literal["images", "text", "next-token"] | None,
@@ -157,6 +146,7 @@ class Client:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self._check_source()
         self.state, self.track = Path(self.state), check_trackers(self.track)
         parse_share(self.experts, "experts")
         parse_share(self.compute, "compute")
@@ -191,12 +181,39 @@ class Client:
 
         return RecordFields(self.prompt_field, self.response_field, self.text_field, self.deduplicate)
 
-    def check_data(self) -> None:
+    def _check_source(self) -> None:
+        if isinstance(self.data, str) and self.max_records is None and self.max_bytes is None:
+            return
+        from edgefed.training.spool import check_limits
+
+        check_limits(self.data, self.max_records, self.max_bytes)
+        if isinstance(self.data, Path):
+            self.data = str(self.data)
+        elif self.task in ("images", "text"):
+            raise ConfigError(
+                f"`task={self.task}` needs the path of labelled examples as `data`, found {type(self.data).__name__}",
+                remedy="Write a data set to a file first, such as dataset.to_json('data.jsonl').",
+            )
+
+    def check_data(self, on_message: Callable[[str], None] = lambda note: None) -> None:
         """Raise DataError if the data is not found, has another format, or its first records cannot be used.
 
-        Loads no torch and reads no further than the first usable record.
+        Loads no torch and reads no further than the first usable record; an iterable of records is read and written to
+        the state folder, and ``on_message`` gets a note on it.
         """
-        if self.task is None or self.task == "next-token":
+        if not isinstance(self.data, str):
+            from edgefed.agent.journal import LOCK_FILE
+            from edgefed.disk import FolderLock, make_private
+            from edgefed.training.spool import SPOOL_FILE, spool_records
+
+            path = make_private(self.state) / SPOOL_FILE
+            lock = FolderLock(self.state, LOCK_FILE)  # another process may train on the file
+            try:
+                on_message(spool_records(self.data, path, self.fields, self.max_records, self.max_bytes))
+            finally:
+                lock.release()
+            self.data, self.max_records, self.max_bytes = str(path), None, None
+        elif self.task is None or self.task == "next-token":
             from edgefed.training.data import check_data
 
             check_data(self.data, self.fields)
@@ -257,8 +274,8 @@ class Client:
         check_base_url(parse_link(self.server).address)
         check_folder(self.state)
         memory_bytes = self.memory_bytes
-        self.check_data()
-        sink = progress or _EventSink(on_event)
+        sink = progress or EventSink(on_event)
+        self.check_data(sink.message)
         self._greet(sink)
         config = self.load(memory_bytes, sink)
         from edgefed.join import run_agent
@@ -292,8 +309,8 @@ class Client:
                 remedy="Remove one of them.",
             )
         memory_bytes = self.memory_bytes
-        self.check_data()
-        sink = progress or _EventSink(on_event)
+        sink = progress or EventSink(on_event)
+        self.check_data(sink.message)
         with AggregatorClient(self.server, token=self.token, invitation=self.invitation or "") as server:
             status = server.status()
             sink.message(f"connected to {server.base_url}")
@@ -309,6 +326,7 @@ class Client:
         """Load torch, and return the settings of the device."""
         import platform
 
+        assert isinstance(self.data, str), "`check_data` writes records to a file"
         sink.phase("load")
         from edgefed.hardware.occupancy import AgentRegistry
 
@@ -366,28 +384,3 @@ class Client:
                 raise
             except EdgefedError as error:
                 sink.message(f"{error}; trying again once this device is ready")
-
-
-class _EventSink:
-    """An `edgefed.progress.ProgressSink` that calls a function."""
-
-    def __init__(self, on_event: Callable[[ClientEvent], None] | None) -> None:
-        self._on_event = on_event or (lambda event: None)
-        self._event = ClientEvent("phase", "")
-
-    def phase(self, name: str, total: int | None = None, unit: str = "B") -> None:
-        """Report the start of a phase."""
-        self._event = ClientEvent("phase", name, 0, total, unit)
-        self._on_event(self._event)
-
-    def advance(self, n: int) -> None:
-        """Report progress within the phase."""
-        self._event = dataclasses.replace(self._event, kind="progress", done=self._event.done + n)
-        self._on_event(self._event)
-
-    def message(self, text: str) -> None:
-        """Report a line of text."""
-        self._on_event(ClientEvent("message", text))
-
-    def done(self) -> None:
-        """The end of a phase is not reported."""

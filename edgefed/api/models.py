@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from edgefed.errors import ConfigError
 
@@ -134,7 +135,7 @@ def plan(
 
 def profile(
     model: str | Path | PreTrainedModel,
-    data: str | Path,
+    data: str | Path | Iterable[Mapping[str, Any]],
     *,
     tokens: int = 16384,
     sequence_length: int = 128,
@@ -143,6 +144,8 @@ def profile(
     attention: bool = False,
     memory: str | int | None = None,
     fields: RecordFields | None = None,
+    max_records: int | None = None,
+    max_bytes: str | int | None = None,
     progress: ProgressSink | None = None,
 ) -> ActivationProfile:
     """Run text through a model and record which experts its router chooses.
@@ -153,10 +156,11 @@ def profile(
     (512, (16, 16, 16, 16))
     >>> busiest = profile.layers[0].tokens_per_expert.argmax()
 
-    ``model``: "tiny", a checkpoint folder, a hub id, or a transformers model. ``data``, ``fields``: as `Client` takes
-    them. ``tokens``: most to read, 0 for all. ``storage``: experts as they are, or quantized, which needs less memory.
-    ``attention``: also record the attention that the tokens of each expert receive. ``memory``: bytes, or a text like
-    "8GiB"; None is what is available. A checkpoint that does not fit is read layer by layer, or expert by expert.
+    ``model``: "tiny", a checkpoint folder, a hub id, or a transformers model. ``data``, ``fields``, ``max_records``,
+    ``max_bytes``: as `Client` takes them; an iterable of records is written to a temporary file. ``tokens``: most to
+    read, 0 for all. ``storage``: experts as they are, or quantized, which needs less memory. ``attention``: also record
+    the attention that the tokens of each expert receive. ``memory``: bytes, or a text like "8GiB"; None is what is
+    available. A checkpoint that does not fit is read layer by layer, or expert by expert.
 
     Raises DataError, ModelNotFound, CheckpointError, UnsupportedArchitecture.
     """
@@ -166,9 +170,19 @@ def profile(
     from edgefed.progress import NullProgress
     from edgefed.training.data import load_corpus
     from edgefed.training.records import AUTOMATIC
+    from edgefed.training.spool import SPOOL_FILE, check_limits, spool_records
 
-    set_up_allocator()
     sink = progress or NullProgress()
+    check_limits(data, max_records, max_bytes)
+    if not isinstance(data, (str, Path)):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, SPOOL_FILE)
+            sink.message(spool_records(data, path, fields or AUTOMATIC, max_records, max_bytes))
+            return profile(
+                model, path, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, storage=storage,
+                attention=attention, memory=memory, fields=fields, progress=progress,
+            )  # fmt: skip
+    set_up_allocator()
     if isinstance(model, (str, Path)) and (note := check_source(resolve_model(model))):
         sink.message(note)
     # Before torch is loaded: a bad file is reported at once.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgefed.disk import make_private, write_durably
-from edgefed.errors import EdgefedError, MalformedMessage, ProcessFailed, all_errors
+from edgefed.errors import ConfigError, EdgefedError, MalformedMessage, ProcessFailed, all_errors
 from edgefed.flower.tasks import Introduction, RoundReply, RoundTask, describe
 from edgefed.isolation.start import module_command
 from edgefed.protocol.messages import ErrorReply, Message, decode_message, encode_message
@@ -60,11 +60,16 @@ class _Request(Message, frozen=True):
 class DeviceProcess:
     """The process of the device in ``state``, started with ``settings`` (fields of `edgefed.Client`) if there is none.
 
-    Each method raises ProcessFailed if the process does not start, or dies twice during the request, and the error of
-    the device's settings or data.
+    Raises ConfigError if ``settings`` has a data set as an object. Each method raises ProcessFailed if the process does
+    not start, or dies twice during the request, and the error of the device's settings or data.
     """
 
     def __init__(self, state: Path, settings: dict[str, Any]):
+        if not isinstance(data := settings.get("data", ""), str):
+            raise ConfigError(
+                f"`data` of a ClientApp must be a path, found {type(data).__name__}: another process reads it",
+                remedy="Write the data set to a file first, such as dataset.to_json('data.jsonl').",
+            )
         self._state = make_private(state)
         self._settings = json.dumps(settings, sort_keys=True)
         self._digest = hashlib.sha256(self._settings.encode()).hexdigest()

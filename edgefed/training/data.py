@@ -26,7 +26,7 @@ from edgefed.embedded.silos import Document, load_silo
 from edgefed.errors import DataError
 from edgefed.progress import counted
 from edgefed.training.conversions import how_to_name_fields
-from edgefed.training.record_files import Place, read_source
+from edgefed.training.record_files import Content, Place, read_source
 from edgefed.training.records import AUTOMATIC, BadRecord, Example, RecordFields, Segment, parse_record
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "check_data",
     "load_corpus",
     "load_examples",
+    "parse_records",
     "split_held_out",
 ]
 
@@ -268,6 +269,16 @@ def _iter_examples(source: str, fields: RecordFields, digest: Any, problems: lis
     if source.startswith(SILO_PREFIX):
         yield from _document_examples(load_silo(source[len(SILO_PREFIX) :]).train)
         return
+    yield from parse_records(read_source(source, digest, fields), source, fields, problems)
+
+
+def parse_records(
+    records: Iterator[tuple[Place, Content]], source: str, fields: RecordFields, problems: list[LineProblem]
+) -> Iterator[Example]:
+    """Yield the examples of records and append those that cannot be used to ``problems``.
+
+    ``source`` names the records in errors. Raises DataError: no record, or none that can be used.
+    """
     if fields.text and (fields.prompt or fields.response):
         raise DataError(
             "`text_field` excludes `prompt_field` and `response_field`",
@@ -275,7 +286,7 @@ def _iter_examples(source: str, fields: RecordFields, digest: Any, problems: lis
         )
     count = 0
     found: set[str] = set()  # fields of records without a known form
-    for place, content in read_source(source, digest, fields):
+    for place, content in records:
         if isinstance(content, str):
             count += 1
             yield Example((Segment(content, in_loss=True),))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import edgefed
+from edgefed.embedded.silos import load_silo
 from edgefed.errors import ConfigError, UnknownMethod
 from edgefed.methods.flux import Flux
 from edgefed.methods.registry import make_method
@@ -154,8 +155,9 @@ def test_a_method_and_a_loss_of_ones_own_in_a_federation(tmp_path):
     serving.start()
     assert ready.wait(180)
     events, steps, metrics = [], [], {}
+    texts = ({"text": document.text, "path": document.name} for document in load_silo("http").train)
     client = edgefed.Client(
-        urls[0], data="silo:http", memory="4GiB", experts=0.5, state=tmp_path / "me", threads=1, method=LOCATION
+        urls[0], data=texts, memory="4GiB", experts=0.5, state=tmp_path / "me", threads=1, method=LOCATION
     )
     with pytest.raises(ConfigError, match=r"`loss` broken_loss failed: RuntimeError: no loss here \(.*test_api"):
         client.run(loss=broken_loss)
@@ -172,6 +174,7 @@ def test_a_method_and_a_loss_of_ones_own_in_a_federation(tmp_path):
     assert [0 < metrics[number]["certainty"] < 1 for number in (1, 2)] == [True, True]
     assert {"train", "upload"} <= {event.text for event in events if event.kind == "phase"}
     assert any("plan: 32 of 64 experts" in str(event) for event in events)
+    assert client.data == str(tmp_path / "me/spooled-data.jsonl")
     assert make_method("decided", {"floor": 0.01}).floor == 0.01
 
     folder = edgefed.export(state, tmp_path / "model")

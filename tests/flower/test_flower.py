@@ -86,6 +86,11 @@ def bring(aggregator: DirectAggregator, state: Path, hashes) -> None:
         shutil.copy(aggregator.blob(sha256), state / BLOBS_FOLDER / sha256)
 
 
+def test_a_data_set_as_an_object_does_not_reach_another_process(tmp_path):
+    with pytest.raises(ConfigError, match="`data` of a ClientApp must be a path, found list"):
+        DeviceProcess(tmp_path, {"data": [{"text": "x"}]})
+
+
 def test_a_device_asks_for_what_it_lacks_and_repeats_its_update(tmp_path):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     state = tmp_path / "device"
