@@ -107,3 +107,14 @@ def outside_the_checkout(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("work"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture
+def registry():
+    """The registry of methods, which is as before after the test: other files list every method in it."""
+    from edgefed.methods.registry import METHODS
+
+    before = dict(METHODS)
+    yield METHODS
+    METHODS.clear()
+    METHODS.update(before)

@@ -21,6 +21,7 @@ from edgefed.methods.registry import make_method
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_method.py"
 OWN_LOSS = EXAMPLE.with_name("own_loss.py")
 LOCATION = f"{EXAMPLE}:DecidedExperts"
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 def test_every_public_name_is_there_and_the_import_loads_nothing_heavy():

@@ -186,15 +186,6 @@ def test_options_are_read_from_text_and_checked():
         make_method("fedprox")
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """The registered methods, restored after the test."""
-    before = dict(METHODS)
-    yield METHODS
-    METHODS.clear()
-    METHODS.update(before)
-
-
 def test_a_user_defined_method(registry):
     @register
     @dataclasses.dataclass(frozen=True)
