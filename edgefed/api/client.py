@@ -195,11 +195,11 @@ class Client:
                 remedy="Write a data set to a file first, such as dataset.to_json('data.jsonl').",
             )
 
-    def check_data(self, on_message: Callable[[str], None] = lambda note: None) -> None:
+    def check_data(self, progress: ProgressSink | None = None) -> None:
         """Raise DataError if the data is not found, has another format, or its first records cannot be used.
 
-        Loads no torch and reads no further than the first usable record; an iterable of records is read and written to
-        the state folder, and ``on_message`` gets a note on it.
+        Loads no torch and reads no further than the first usable record; an iterable of records is read to
+        its end or limit and written to the state folder, which ``progress`` shows.
         """
         if not isinstance(self.data, str):
             from edgefed.agent.journal import LOCK_FILE
@@ -209,7 +209,7 @@ class Client:
             path = make_private(self.state) / SPOOL_FILE
             lock = FolderLock(self.state, LOCK_FILE)  # another process may train on the file
             try:
-                on_message(spool_records(self.data, path, self.fields, self.max_records, self.max_bytes))
+                spool_records(self.data, path, self.fields, self.max_records, self.max_bytes, progress)
             finally:
                 lock.release()
             self.data, self.max_records, self.max_bytes = str(path), None, None
@@ -275,7 +275,7 @@ class Client:
         check_folder(self.state)
         memory_bytes = self.memory_bytes
         sink = progress or EventSink(on_event)
-        self.check_data(sink.message)
+        self.check_data(sink)
         self._greet(sink)
         config = self.load(memory_bytes, sink)
         from edgefed.join import run_agent
@@ -310,7 +310,7 @@ class Client:
             )
         memory_bytes = self.memory_bytes
         sink = progress or EventSink(on_event)
-        self.check_data(sink.message)
+        self.check_data(sink)
         with AggregatorClient(self.server, token=self.token, invitation=self.invitation or "") as server:
             status = server.status()
             sink.message(f"connected to {server.base_url}")

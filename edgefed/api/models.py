@@ -177,7 +177,7 @@ def profile(
     if not isinstance(data, (str, Path)):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, SPOOL_FILE)
-            sink.message(spool_records(data, path, fields or AUTOMATIC, max_records, max_bytes))
+            spool_records(data, path, fields or AUTOMATIC, max_records, max_bytes, sink)
             return profile(
                 model, path, tokens=tokens, sequence_length=sequence_length, batch_size=batch_size, storage=storage,
                 attention=attention, memory=memory, fields=fields, progress=progress,

@@ -1,6 +1,6 @@
 """Records from Python, written to a file of JSON Lines once: from then on they are data like any other file.
 
-    note = spool_records(dataset, state / SPOOL_FILE, max_records=10_000)
+    spool_records(dataset, state / SPOOL_FILE, max_records=10_000)
     corpus = load_corpus(str(state / SPOOL_FILE), held_out_share=0.1, seed=0)
 
 The records come from a `datasets.Dataset`, a streaming `datasets.IterableDataset`, a generator, or any other iterable
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from edgefed.disk import disk_errors, sync_file, sync_folder
 from edgefed.errors import ConfigError, DataError, first_line
 from edgefed.hardware.memory import format_bytes, parse_bytes
-from edgefed.progress import counted
+from edgefed.progress import NullProgress, ProgressSink, counted
 from edgefed.training.data import parse_records
 from edgefed.training.record_files import json_lines
 from edgefed.training.records import AUTOMATIC, RecordFields
@@ -27,6 +27,8 @@ SPOOL_FILE = "spooled-data.jsonl"
 """Name of the file in the state folder of a device."""
 UNLIMITED_BYTES = 1 << 30
 """Largest file without `max_records` and `max_bytes`. More is an error, because a stream may be endless."""
+PROGRESS_BYTES = 1 << 20
+"""Bytes between two reports of progress."""
 
 RecordSource = Iterable[Mapping[str, Any]]
 
@@ -66,8 +68,11 @@ def spool_records(
     fields: RecordFields = AUTOMATIC,
     max_records: int | None = None,
     max_bytes: str | int | None = None,
-) -> str:
-    """Write ``records`` to ``path``, one line each, readable by the owner only, and return a note for the user.
+    progress: ProgressSink | None = None,
+) -> None:
+    """Write ``records`` to ``path``, one line each, readable by the owner only.
+
+    ``progress`` gets a phase "read" in bytes, and a message on what was read.
 
     Only the fields that are used are written (`RecordFields.columns`). Reading stops after ``max_records``, without
     asking for another one, or before the record that would make the file larger than ``max_bytes``. ``path`` is
@@ -79,13 +84,14 @@ def spool_records(
         StorageError, DiskFull: the file cannot be written.
 
     """
+    sink = progress or NullProgress()
     temporary = path.with_name(path.name + ".tmp")
     try:
         with disk_errors(path):
             temporary.unlink(missing_ok=True)  # a leftover might have another mode
             opened = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
         with opened as file:
-            spool = _Spool(records, fields, file, path, max_records, max_bytes)
+            spool = _Spool(records, fields, file, path, max_records, max_bytes, sink)
             parsed = ((place._replace(unit="record"), content) for place, content in json_lines(spool.lines()))
             for _ in parse_records(parsed, spool.label, fields, []):
                 pass
@@ -95,8 +101,9 @@ def spool_records(
             os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
+        sink.done()
         temporary.unlink(missing_ok=True)
-    return spool.note()
+    sink.message(spool.note())
 
 
 class _Spool:
@@ -104,11 +111,11 @@ class _Spool:
 
     def __init__(
         self, records: RecordSource, fields: RecordFields, file: BinaryIO, path: Path, max_records: int | None,
-        max_bytes: str | int | None,
+        max_bytes: str | int | None, progress: ProgressSink,
     ):  # fmt: skip
         self.label = f"data ({type(records).__name__})"
         self._records, self._fields, self._file, self._path = records, fields, file, path
-        self._max_records = max_records
+        self._max_records, self._progress = max_records, progress
         self._max_bytes = None if max_bytes is None else parse_bytes(str(max_bytes))
         self._count, self._bytes, self._limit = 0, 0, ""
 
@@ -121,7 +128,14 @@ class _Spool:
 
     def lines(self) -> Iterator[str]:
         """Yield the line of each record, as JSON without a line feed."""
+        self._progress.phase("read", self._max_bytes, "B")
+        shown = 0
         for record in self._read():
+            if not self._count and not isinstance(record, Mapping):
+                raise DataError(
+                    f"{self.label}: record 1 must be a dict, found {type(record).__name__}",
+                    remedy="Pass records such as {'text': '...'}; of a pandas table, table.to_dict('records').",
+                )
             line = self._encode(record)
             size = self._bytes + len(line)
             if self._max_bytes is not None and size > self._max_bytes:
@@ -141,6 +155,9 @@ class _Spool:
             with disk_errors(self._path):
                 self._file.write(line)
             self._count, self._bytes = self._count + 1, size
+            if size - shown >= PROGRESS_BYTES:
+                self._progress.advance(size - shown)
+                shown = size
             yield line.decode()
 
     def _read(self) -> Iterator[Any]:

@@ -11,8 +11,33 @@ import pytest
 
 import edgefed
 from edgefed.errors import ConfigError, DataError, StateLocked
+from edgefed.progress import NullProgress
 from edgefed.training.data import RecordFields, load_corpus, load_examples
 from edgefed.training.spool import SPOOL_FILE, spool_records
+
+
+class Shown(NullProgress):
+    """The messages of a progress display, and its bytes."""
+
+    def __init__(self):
+        self.messages, self.advanced, self.phases = [], 0, []
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def phase(self, name, total=None, unit="B"):
+        self.phases.append((name, total, unit))
+
+    def advance(self, n):
+        self.advanced += n
+
+
+def spooled(*args, **limits):
+    shown = Shown()
+    spool_records(*args, **limits, progress=shown)
+    (note,) = shown.messages
+    return note
+
 
 CHAT = {"messages": [{"role": "user", "content": "Grüße?"}, {"role": "assistant", "content": "Ja \ud83d"}]}
 ROWS = [
@@ -30,7 +55,7 @@ def stream(count, *, fails=False):
 def test_records_are_read_as_those_of_a_file_are(tmp_path):
     """Other columns are left out, bad records keep their number, and the identity is that of the same file."""
     path, file = tmp_path / SPOOL_FILE, tmp_path / "file.jsonl"
-    note = spool_records([*ROWS, {"instruction": "x", "response": b"y"}, "text", CHAT], path)
+    note = spooled([*ROWS, {"instruction": "x", "response": b"y"}, "text", CHAT], path)
     assert note.startswith(f"data (list): 11 records written to {path}, ")
     assert b"image" not in path.read_bytes()
     lines = [json.dumps({name: row[name] for name in ("instruction", "response")}) for row in ROWS]
@@ -51,9 +76,9 @@ def test_records_are_read_as_those_of_a_file_are(tmp_path):
 
 def test_reading_stops_at_a_limit_without_asking_for_more(tmp_path):
     path = tmp_path / SPOOL_FILE
-    assert "the first 3 records (`max_records=3`)" in spool_records(stream(3, fails=True), path, max_records=3)
+    assert "the first 3 records (`max_records=3`)" in spooled(stream(3, fails=True), path, max_records=3)
     endless = ({"text": "word " * 20} for _ in itertools.count())
-    assert "(`max_bytes=1.0 KiB`)" in spool_records(endless, path, max_bytes="1KiB")
+    assert "(`max_bytes=1.0 KiB`)" in spooled(endless, path, max_bytes="1KiB")
     assert path.stat().st_size <= 1024
     assert len(load_examples(str(path)).examples) == 9
     with pytest.raises(DataError, match="record 1 has 2.0 MiB, more than `max_bytes=1.0 MiB`"):
@@ -74,6 +99,7 @@ def test_a_data_set_that_may_be_endless_needs_a_limit(tmp_path, monkeypatch):
     [
         (stream(7, fails=True), r"\(generator\) failed at record 8: ConnectionResetError: the hub is gone"),
         (stream(0), r"data \(generator\) is empty"),
+        (["text"], r"data \(list\): record 1 must be a dict, found str"),
         ([{"a": 1}] * 3, "no usable record in 3 records: record 1: no known field"),
         (itertools.repeat({"title": "t", "summary": "s"}), "no usable record in 1,000 records: record 1"),
         ([{"text": "x"}, {"text": {(1, 2): 3}}], "record 2 cannot be written as JSON: keys must be"),
@@ -89,14 +115,17 @@ def test_an_error_keeps_the_file_of_before(tmp_path, records, message):
 
 
 def test_a_record_at_a_time_is_in_memory(tmp_path):
-    rows = ({"text": f"{number} " + "word " * 2000} for number in range(1000))
+    rows, shown = ({"text": f"{number} " + "word " * 2000} for number in range(1000)), Shown()
     tracemalloc.start()
     try:
-        spool_records(rows, tmp_path / SPOOL_FILE)
+        spool_records(rows, tmp_path / SPOOL_FILE, max_bytes="1GiB", progress=shown)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < (tmp_path / SPOOL_FILE).stat().st_size / 4
+    size = (tmp_path / SPOOL_FILE).stat().st_size
+    assert peak < size / 4
+    assert shown.phases == [("read", 1 << 30, "B")]
+    assert 0 <= size - shown.advanced < 1 << 20
 
 
 @pytest.mark.parametrize(
@@ -117,13 +146,13 @@ def test_a_client_refuses_what_is_not_records(settings, message):
 
 
 def test_a_client_reads_its_records_once(tmp_path):
-    state, notes = tmp_path / "me", []
+    state, shown = tmp_path / "me", Shown()
     client = edgefed.Client("http://127.0.0.1:1", data=stream(5), state=state, max_records=4)
-    client.check_data(notes.append)
+    client.check_data(shown)
     assert client.data == str(state / SPOOL_FILE)
-    assert "the first 4 records (`max_records=4`)" in notes[0]
-    client.check_data(notes.append)
-    assert len(notes) == 1
+    assert "the first 4 records (`max_records=4`)" in shown.messages[0]
+    client.check_data(shown)
+    assert len(shown.messages) == 1
     from edgefed.agent.journal import Journal
 
     with Journal(state), pytest.raises(StateLocked):
@@ -137,10 +166,10 @@ def test_data_sets_of_hugging_face(tmp_path):
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list([*ROWS, {**ROWS[0], "image": None}])
     paths = [tmp_path / f"{number}.jsonl" for number in range(4)]
-    assert "data (Dataset): 9 records" in spool_records(table, paths[0])
-    assert "data (IterableDataset): 9 records" in spool_records(table.to_iterable_dataset(), paths[1])
+    assert "data (Dataset): 9 records" in spooled(table, paths[0])
+    assert "data (IterableDataset): 9 records" in spooled(table.to_iterable_dataset(), paths[1])
     generated = datasets.IterableDataset.from_generator(lambda: iter([*ROWS, ROWS[0]]))
-    assert "the first 9 records" in spool_records(generated, paths[2], max_records=9)
+    assert "the first 9 records" in spooled(generated, paths[2], max_records=9)
     spool_records(table.with_format("numpy"), paths[3])
     assert len({load_examples(str(path)).sha256 for path in paths}) == 1
     with pytest.raises(ConfigError, match="`data` is a DatasetDict with the keys train"):
