@@ -87,44 +87,41 @@ def spool_records(
     sink = progress or NullProgress()
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with disk_errors(path):
+        with disk_errors(path):  # what the iteration raises is a DataError before it gets here
             temporary.unlink(missing_ok=True)  # a leftover might have another mode
-            opened = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-        with opened as file:
-            spool = _Spool(records, fields, file, path, max_records, max_bytes, sink)
-            parsed = ((place._replace(unit="record"), content) for place, content in json_lines(spool.lines()))
-            for _ in parse_records(parsed, spool.label, fields, []):
-                pass
-            with disk_errors(path):
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                spool = _Spool(records, fields, file, max_records, max_bytes, sink)
+                parsed = ((place._replace(unit="record"), content) for place, content in json_lines(spool.lines()))
+                for _ in parse_records(parsed, spool.label, fields, []):
+                    pass
                 sync_file(file)
-        with disk_errors(path):
             os.replace(temporary, path)
             sync_folder(path.parent)
     finally:
         sink.done()
         temporary.unlink(missing_ok=True)
-    sink.message(spool.note())
+    sink.message(spool.note(path))
 
 
 class _Spool:
     """The lines of an iterable of records, each written to ``file`` as it is read."""
 
     def __init__(
-        self, records: RecordSource, fields: RecordFields, file: BinaryIO, path: Path, max_records: int | None,
+        self, records: RecordSource, fields: RecordFields, file: BinaryIO, max_records: int | None,
         max_bytes: str | int | None, progress: ProgressSink,
     ):  # fmt: skip
         self.label = f"data ({type(records).__name__})"
-        self._records, self._fields, self._file, self._path = records, fields, file, path
+        self._records, self._fields, self._file = records, fields, file
         self._max_records, self._progress = max_records, progress
         self._max_bytes = None if max_bytes is None else parse_bytes(str(max_bytes))
         self._count, self._bytes, self._limit = 0, 0, ""
 
-    def note(self) -> str:
+    def note(self, path: Path) -> str:
         """What was read, for the user."""
         first = "the first " if self._limit else ""
         limit = f" (`{self._limit}`)" if self._limit else ""
         count = f"{first}{counted(self._count, 'record')}{limit}"
-        return f"{self.label}: {count} written to {self._path}, {format_bytes(self._bytes)}"
+        return f"{self.label}: {count} written to {path}, {format_bytes(self._bytes)}"
 
     def lines(self) -> Iterator[str]:
         """Yield the line of each record, as JSON without a line feed."""
@@ -152,8 +149,7 @@ class _Spool:
                     f"{counted(self._count + 1, 'record')}; it may be endless",
                     remedy="Set `max_records` or `max_bytes`: the first part is read, as much as they allow.",
                 )
-            with disk_errors(self._path):
-                self._file.write(line)
+            self._file.write(line)
             self._count, self._bytes = self._count + 1, size
             if size - shown >= PROGRESS_BYTES:
                 self._progress.advance(size - shown)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import stat
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -126,6 +128,23 @@ def test_a_record_at_a_time_is_in_memory(tmp_path):
     assert peak < size / 4
     assert shown.phases == [("read", 1 << 30, "B")]
     assert 0 <= size - shown.advanced < 1 << 20
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource limits are POSIX's")
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    code = f"""
+import resource, pathlib
+from edgefed.errors import StorageError
+from edgefed.training.spool import spool_records
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    spool_records([{{"text": "word " * 100}}] * 1000, pathlib.Path({str(tmp_path)!r}, "data.jsonl"))
+except StorageError as error:
+    print(error)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "data.jsonl: File too large" in shown
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
