@@ -27,11 +27,11 @@ BEAT = Heartbeat(phase="train", fraction=0.5, server_round=1)
 
 
 def edgefed(*words: object) -> str:
-    """The output of a command. Raises the error that the command reports."""
+    """What a command prints on stdout. Raises the error that the command reports."""
     done = CliRunner().invoke(cli, [str(word) for word in words], standalone_mode=False)
     if done.exception is not None:
         raise done.exception
-    return done.output
+    return done.stdout
 
 
 def device(url: str, client_id: str, key: str, **options: object) -> AggregatorClient:

@@ -17,7 +17,7 @@ from PIL import Image
 import edgefed
 from edgefed.aggregator.store import Store
 from edgefed.errors import ConfigError
-from edgefed.exporting import read_record
+from edgefed.formats.card import read_record
 from edgefed.hardware.profiles import find_profile
 from edgefed.methods.registry import register
 from edgefed.methods.slices import Slices

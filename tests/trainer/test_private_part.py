@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from edgefed.agent.journal import Journal
 from edgefed.errors import ConfigError, StateCorrupt
-from edgefed.exporting import export_model, read_record
+from edgefed.exporting import export_model
+from edgefed.formats.card import read_record
 from edgefed.progress import NullProgress
 from edgefed.protocol import frames
 from edgefed.trainer.comparison import ComparingTrainer
