@@ -49,7 +49,6 @@ EQUAL, UNEQUAL, ZEROS = "4", "2 4 8", "2 4 8 zeros"
 WAYS = (
     *((*tuned, EQUAL) for tuned in TUNED),
     ("product", "none", UNEQUAL), ("product", "none", "2"), ("factors", "none", ZEROS), ("factors", "none", UNEQUAL),
-    ("product", "none", ZEROS),
 )  # fmt: skip
 """(what is averaged, server optimizer, ranks of the clients); the first one is compared with."""
 

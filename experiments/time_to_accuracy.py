@@ -69,6 +69,9 @@ METHODS: Mapping[str, tuple[str, dict, str]] = {
     "fmes-paced": ("fmes", {}, "full"),
     "hfedmoe-paced": ("hfedmoe", {}, "full"),
     "random-paced": ("random", {}, "full"),
+    "slices-compressed": ("slices", {}, "full"),
+    "fmes-compressed": ("fmes", {}, "full"),
+    "fmd-compressed": ("fmd", {}, "full"),
     "flux": ("flux", {"probes": 1}, "full"),
     "flux-quick": ("flux", {"probes": 0, "pace_factor": 0.8}, "full"),
     "flux-quick-frequency": ("flux_by_frequency", {"probes": 0, "pace_factor": 0.8}, "full"),
@@ -91,11 +94,14 @@ PACE = dict.fromkeys(("slices-paced", "fmes-paced", "hfedmoe-paced", "random-pac
 """Pace of the run; 0 without. Flux has it in its options. `random-paced` is the pace of `flux-quick` without its
 selection, `flux-own-pace` its selection without the pace."""
 
+COMPRESSED = ("slices-compressed", "fmes-compressed", "fmd-compressed")
+"""Runs with updates of `topk12` and downloads of `int4`, without a pace; the others send and get whole tensors."""
+
 MORE_ROUNDS = {
     "flux-quick": 14 / 8,
     "flux-quick-frequency": 14 / 8,
     "flux-quicker": 18 / 8,
-    **dict.fromkeys(PACE, 14 / 8),
+    **dict.fromkeys((*PACE, *COMPRESSED), 14 / 8),
 }
 """Rounds as a multiple of --rounds: where a round is short, as many fit into less time."""
 
@@ -135,6 +141,8 @@ def play(run: Run) -> dict:
         cost_shape="OLMoE-1B-7B", rounds=rounds, seed=run.seed, training=training,
         evaluation_tokens=run.settings["evaluation_tokens"], preinstalled=True,
         pace=PACE.get(run.label, 0.0),
+        compression="topk12" if run.label in COMPRESSED else "none",
+        download_compression="int4" if run.label in COMPRESSED else "none",
     )  # fmt: skip
     out = Path(run.work) / f"{run.label}-{run.learning_rate:g}-{run.seed}"
     found = simulate(config, out).run(run.label)
