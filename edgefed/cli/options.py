@@ -76,6 +76,8 @@ def _parameter(verb: str, field: SettingField, flags: Mapping[str, str]) -> clic
         return click.Argument(
             [field.name], type=kind, required=field.required, nargs=many, metavar=setting.metavar, **default
         )
+    # To click, None is a value: a required option has no default, and an optional switch that is not given is None.
+    default = {} if field.required else {"default": None if field.default == () else field.default}
     shown = default_text(field)
     text = to_flags(setting.help, flags)
     if setting.default is not None:
@@ -84,7 +86,6 @@ def _parameter(verb: str, field: SettingField, flags: Mapping[str, str]) -> clic
         [f"--{field.flag}", field.name],
         type=None if field.kind is bool else kind,
         help=text or None,
-        **({} if field.required or field.default in (None, ()) else {"default": field.default}),
         show_default=shown is not None and setting.default is None,
         required=field.required,
         envvar=variable_of(verb, field),
@@ -93,6 +94,7 @@ def _parameter(verb: str, field: SettingField, flags: Mapping[str, str]) -> clic
         is_flag=True if field.kind is bool else None,
         multiple=field.many in ("any", "pairs"),
         nargs=2 if field.many == "two" else None,
+        **default,
     )
 
 

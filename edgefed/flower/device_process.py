@@ -87,6 +87,7 @@ class DeviceProcess:
         if (address := self._address()) is not None:
             with contextlib.suppress(OSError, MalformedMessage):
                 _exchange(address, "end", None)
+            (self._state / ADDRESS_FILE).unlink(missing_ok=True)
 
     def _ask(self, kind: str, reply: type[T], task: RoundTask | None = None) -> T:
         for again in (False, True):
@@ -177,7 +178,9 @@ def main() -> None:
             try:
                 _serve(listener, worker.introduce, worker.work, address.secret)
             finally:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another process may have taken its place
+                    if path.read_bytes() == encode_message(address):
+                        path.unlink()
     except EdgefedError as error:
         logger.error("%s %s", error, error.remedy)
         if out.closed:

@@ -127,3 +127,9 @@ def test_the_reference_page_has_every_setting():
     assert "| `--expert-storage` | `auto`, `full`, `int8`, `nf4` | auto | `EDGEFED_JOIN_EXPERT_STORAGE` |" in page
     assert "| `--token` | text |  | `EDGEFED_TOKEN` |" in page
     assert "| `--rounds` | integer at least 1 | 5 | `EDGEFED_SERVE_ROUNDS` |" in page
+
+
+def test_an_optional_switch_that_is_not_given_has_no_value():
+    made = verb_command("serve")
+    assert made.make_context("serve", []).params["keep_optimizer"] is None
+    assert made.make_context("serve", ["--keep-optimizer"]).params["keep_optimizer"] is True

@@ -251,20 +251,20 @@ def result_of(process: subprocess.Popen) -> dict:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds anonymous memory on Linux")
 def test_a_round_under_a_real_limit_far_below_what_fedavg_needs(tmp_path):
-    """The process may take 110 MiB more than at the time of the plan.
+    """The process may take 130 MiB more than at the time of the plan.
 
     Weights of the experts take 144 MiB. Measured from that time on, fedavg takes 490 MiB more (gradients and moments of
     all experts): it runs out of memory. fmd trains all experts.
     """
     (tmp_path / "fmd").mkdir()
     (tmp_path / "fedavg").mkdir()
-    found = result_of(start(tmp_path / "fmd", "fmd", usable_mib=180, room_mib=110))
+    found = result_of(start(tmp_path / "fmd", "fmd", usable_mib=180, room_mib=130))
     assert found["offloads"]
     assert found["trainable"] == 96
     assert found["shrinks"] == 0
     assert found["loss"] > 0
     assert found["file_bytes"] < EXPERT_MIB / 2 * MIB, "what a layer is done with leaves the process"
-    refused = result_of(start(tmp_path / "fedavg", "fedavg", usable_mib=4096, room_mib=110))
+    refused = result_of(start(tmp_path / "fedavg", "fedavg", usable_mib=4096, room_mib=130))
     assert refused["error"] == "OutOfMemory", refused
 
 
