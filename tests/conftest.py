@@ -12,6 +12,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+import psutil
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -48,6 +49,19 @@ SLOW_TESTS = (
     "costs/test_fallbacks.py::test_whatever_the_model",
 )
 """Single tests that are `full` for their time."""
+
+
+WORKER_BYTES = 3 << 30
+"""What a worker and the processes that its tests start take at most."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Two workers a core for the default tests if memory allows: many of them wait for processes that they started."""
+    if config.getoption("markexpr") != "not full and not gpu":
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 * cores if psutil.virtual_memory().available >= 2 * cores * WORKER_BYTES else None
 
 
 def _is_slow(nodeid: str) -> bool:
